@@ -1,0 +1,25 @@
+"""anyflow_deploy: AnyFlow video models from a checkpoint to production.
+
+    from anyflow_deploy import Schedule, load_bundle, load_engine, sample
+
+    engine = load_engine(load_bundle("bundle"))
+    latents = sample(engine, noise((1, 21, 16, 60, 104), seed=0), text, Schedule.uniform(4))
+
+The names below are the whole public interface of the device side; they need numpy and a backend's runtime, no torch.
+Exporting (`anyflow_deploy.export`) and generating from prompts (`anyflow_deploy.pipeline`) need the `export` extra.
+"""
+
+from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.engines.engine import Engine, Run
+from anyflow_deploy.engines.loading import load_engine
+from anyflow_deploy.engines.sampler import Step, noise, sample
+from anyflow_deploy.errors import AnyFlowError, BackendError, BundleError, CheckpointError, ShapeError
+from anyflow_deploy.models import MODELS, Architecture, Model
+from anyflow_deploy.schedule import Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Engine", "Model",
+    "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine", "noise", "sample",
+]  # fmt: skip

@@ -1,0 +1,37 @@
+"""The one kind of error a user is meant to read.
+
+Every refusal in this project is an `AnyFlowError` (or a subclass of it) whose text says three things: what was given,
+what is allowed, and what to do. Command lines print the text alone; anything else that escapes is a defect of ours and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AnyFlowError(Exception):
+    """Bad input, a broken file or a missing dependency, explained for the person who can mend it."""
+
+
+class BundleError(AnyFlowError):
+    """A bundle that is incomplete, changed, too new, or names files outside its own folder."""
+
+
+class CheckpointError(AnyFlowError):
+    """A checkpoint that cannot be found, is not AnyFlow, or is not stored as safetensors."""
+
+
+class ShapeError(AnyFlowError):
+    """A tensor whose shape lies outside what the bundle declares."""
+
+
+class BackendError(AnyFlowError):
+    """A runtime, provider or precision that is not available where it was asked for."""
+
+
+def suggestion(given: str, allowed: Iterable[str]) -> str:
+    """A sentence naming the nearest allowed word, or nothing when none is near."""
+    near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,137 @@
+"""`manifest.json`: everything a runtime must know about a bundle, typed.
+
+Tensor names, shapes and types are written here once, by the exporter; Python, C++ and Triton read them from here.
+The classes are pydantic models because a manifest crosses machines and versions: unknown keys, wrong types and newer
+schemas are refused by name instead of being half understood. See docs/bundle.md for the format in prose.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from anyflow_deploy.models import Architecture, architecture_from_config
+from anyflow_deploy.ranges import Range, Ranges
+
+SCHEMA = 1
+"""Raised whenever a reader of the old schema would misread a bundle of the new one."""
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Tensor(_Record):
+    """An input or output of a graph. Axes are numbers, or the name of a declared range."""
+
+    name: str
+    dtype: Literal["float32"]
+    shape: list[int | str]
+
+
+class Graph(_Record):
+    """One ONNX file."""
+
+    file: str
+    opset: int
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class Source(_Record):
+    """Where the weights came from: a folder, a repository on the Hub, or a seed.
+
+    `revision` is the Hub's commit. `location` of a folder is a hint for later commands; they accept another one.
+    """
+
+    kind: Literal["folder", "hub", "random"]
+    location: str
+    revision: str | None = None
+    seed: int | None = None
+
+
+class Achieved(_Record):
+    """What the files really hold, counted from the graph's own tensors: bytes of weights by type."""
+
+    weight_bytes: dict[str, int]
+
+
+class Video(_Record):
+    """How latents relate to pixels.
+
+    Args:
+        spatial_factor, temporal_factor: pixels per latent side, and video frames per latent frame after the first.
+        fps: playback rate the model was trained for.
+        text_tokens: length that prompt embeddings are padded to, with zeros, as in training.
+        frames, height, width: size of a video when nothing else is asked for, in frames and pixels.
+    """
+
+    spatial_factor: int
+    temporal_factor: int
+    fps: int
+    text_tokens: int
+    frames: int
+    height: int
+    width: int
+
+
+class ScheduleDefaults(_Record):
+    """What the model was distilled with; every call may choose otherwise."""
+
+    shift: float
+    steps: int
+
+
+class File(_Record):
+    """Size and SHA-256 (hexadecimal) of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+class AxisRange(_Record):
+    """`Range` as stored; `maximum` null means no limit."""
+
+    minimum: int
+    maximum: int | None
+    multiple: int
+
+
+class Manifest(_Record):
+    """The whole file. `files` lists every file of the bundle but the manifest itself."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    kind: Literal["bidirectional"]
+    model: str
+    config: dict[str, Any]
+    source: Source
+    precision: str
+    achieved: Achieved
+    target: str
+    graphs: dict[str, Graph]
+    ranges: dict[str, AxisRange]
+    schedule: ScheduleDefaults
+    video: Video
+    tools: dict[str, str]
+    files: dict[str, File]
+
+    @property
+    def architecture(self) -> Architecture:
+        """The transformer's numbers."""
+        return architecture_from_config(self.config, MANIFEST)
+
+    @property
+    def shape_ranges(self) -> Ranges:
+        """The declared ranges, ready to check shapes with."""
+        return Ranges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
+
+
+def stored_ranges(ranges: Ranges) -> dict[str, AxisRange]:
+    """`Ranges` in the manifest's form."""
+    return {
+        axis: AxisRange(minimum=r.minimum, maximum=r.maximum, multiple=r.multiple) for axis, r in vars(ranges).items()
+    }

@@ -1,0 +1,187 @@
+"""The models this project knows, one row each, and the architecture they share.
+
+AnyFlow (arXiv 2605.13724) is Wan2.1's video transformer with a second time embedding, so that one forward pass predicts
+the average velocity from time t to time r. `Architecture` holds the numbers in the checkpoint's `config.json` under
+diffusers' own names; `MODELS` is the table that `--model` looks into. A checkpoint need not be in the table: its
+config.json alone decides what is exported.
+
+This module imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anyflow_deploy.errors import AnyFlowError, CheckpointError, suggestion
+
+BIDIRECTIONAL_CLASS = "AnyFlowTransformer3DModel"
+CAUSAL_CLASS = "AnyFlowFARTransformer3DModel"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The numbers of a transformer, named as in diffusers' `config.json`.
+
+    Attributes:
+        patch_size: latent frames, rows and columns per token.
+        gate_value: share g of the target-time embedding: `(1 - g) emb(t) + g emb_delta(r)`. It is not among the
+            weights (a non-persistent buffer in diffusers), so a wrong value here is a silently wrong model.
+        deltatime_type: "r" feeds r to the second embedder, "t-r" the difference.
+        rope_max_seq_len: entries of the rotary table, the limit of frames, rows and columns in tokens.
+        compressed_patch_size, full_chunk_limit, chunk_partition: causal models only, None otherwise.
+    """
+
+    num_attention_heads: int
+    attention_head_dim: int
+    ffn_dim: int
+    num_layers: int
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    cross_attn_norm: bool = True
+    eps: float = 1e-6
+    image_dim: int | None = None
+    rope_max_seq_len: int = 1024
+    gate_value: float = 0.25
+    deltatime_type: str = "r"
+    compressed_patch_size: tuple[int, int, int] | None = None
+    full_chunk_limit: int | None = None
+    chunk_partition: tuple[int, ...] | None = None
+
+    @property
+    def inner_dim(self) -> int:
+        """Channels of the residual stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def causal(self) -> bool:
+        """True for AnyFlow-FAR, which makes video chunk by chunk."""
+        return self.full_chunk_limit is not None
+
+    def as_config(self) -> dict[str, Any]:
+        """The `config.json` of this architecture, as diffusers writes it."""
+        name = CAUSAL_CLASS if self.causal else BIDIRECTIONAL_CLASS
+        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        if not self.causal:
+            for key in ("compressed_patch_size", "full_chunk_limit", "chunk_partition"):
+                del fields[key]
+        return {"_class_name": name, **fields}
+
+
+def architecture_from_config(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
+    """Read a transformer's `config.json`.
+
+    Args:
+        config: the parsed file.
+        where: its name, for error messages.
+
+    Raises:
+        CheckpointError: not an AnyFlow transformer, an unknown key, or a variant that cannot be exported.
+    """
+    name = config.get("_class_name")
+    if name not in (BIDIRECTIONAL_CLASS, CAUSAL_CLASS):
+        raise CheckpointError(
+            f"{where} describes a {name or 'model without _class_name'}; "
+            f"allowed are {BIDIRECTIONAL_CLASS} and {CAUSAL_CLASS}. Give an AnyFlow checkpoint in diffusers' layout."
+        )
+    known = {f.name: f for f in dataclasses.fields(Architecture)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise CheckpointError(
+            f"{where} has keys this version does not know: {', '.join(unknown)}. "
+            "They may change the computation, so nothing is exported; update anyflow_deploy."
+        )
+    required = [n for n, f in known.items() if f.default is dataclasses.MISSING]
+    missing = [n for n in required if n not in given]
+    if missing:
+        raise CheckpointError(f"{where} lacks {', '.join(missing)}; all of {', '.join(required)} are needed.")
+    architecture = Architecture(**given)
+    _check(architecture, where)
+    return architecture
+
+
+def _check(a: Architecture, where: str) -> None:
+    """Refuse what the traceable module does not compute."""
+    problems = []
+    if len(a.patch_size) != 3 or a.patch_size[0] != 1 or a.patch_size[1] != a.patch_size[2]:
+        problems.append(f"patch_size {a.patch_size} (allowed: [1, p, p])")
+    if a.in_channels != a.out_channels:
+        problems.append(f"in_channels {a.in_channels} and out_channels {a.out_channels} (the Euler step needs them equal)")
+    if a.image_dim is not None:
+        problems.append(f"image_dim {a.image_dim} (image embeddings are not part of released AnyFlow models)")
+    if a.deltatime_type not in ("r", "t-r"):
+        problems.append(f"deltatime_type {a.deltatime_type!r} (allowed: 'r', 't-r')")
+    if a.attention_head_dim % 2:
+        problems.append(f"attention_head_dim {a.attention_head_dim} (rotary needs an even number)")
+    if problems:
+        raise CheckpointError(f"{where} cannot be exported: " + "; ".join(problems) + ".")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of the table.
+
+    Attributes:
+        name: what `--model` takes.
+        hub_id: repository on the Hugging Face Hub; None for the tiny models, which are made on this machine.
+        architecture: see `Architecture`.
+        shift: timestep shift of the sampling schedule the model was distilled with.
+        video: frames, height and width, in pixels, that are generated when nothing else is asked for.
+    """
+
+    name: str
+    hub_id: str | None
+    architecture: Architecture
+    shift: float = 5.0
+    video: tuple[int, int, int] = (81, 480, 832)
+
+
+TINY_VIDEO = (17, 64, 96)
+
+
+def _far(base: Architecture) -> Architecture:
+    """The causal variant: the same backbone, plus chunks and a second, coarser patch embedding."""
+    return dataclasses.replace(
+        base, compressed_patch_size=(1, 4, 4), full_chunk_limit=3, chunk_partition=(1, 3, 3, 3, 3, 3, 3, 2)
+    )
+
+
+_TINY = Architecture(
+    num_attention_heads=4, attention_head_dim=24, ffn_dim=192, num_layers=3, text_dim=64, freq_dim=64, rope_max_seq_len=256
+)
+_1_3B = Architecture(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)
+_14B = Architecture(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)
+
+MODELS = {
+    row.name: row
+    for row in (
+        Model("tiny", None, _TINY, video=TINY_VIDEO),
+        Model("1.3b", "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", _1_3B),
+        Model("14b", "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", _14B),
+        Model("far-tiny", None, _far(_TINY), video=TINY_VIDEO),
+        Model("far-1.3b", "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers", _far(_1_3B)),
+        Model("far-14b", "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers", _far(_14B)),
+    )
+}
+
+
+def get_model(name: str) -> Model:
+    """The row called `name`.
+
+    Raises:
+        AnyFlowError: for an unknown name, with the nearest known one.
+    """
+    if name not in MODELS:
+        raise AnyFlowError(f"unknown model {name!r}: known are {', '.join(MODELS)}.{suggestion(name, MODELS)}")
+    return MODELS[name]
+
+
+def model_name(architecture: Architecture) -> str:
+    """The table's name for an architecture, or "custom" when the table has none like it."""
+    return next((row.name for row in MODELS.values() if row.architecture == architecture), "custom")

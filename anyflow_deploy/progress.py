@@ -1,0 +1,60 @@
+"""Progress bars for long work.
+
+Functions that take long accept a `Report`: they announce a stage with its amount of work and advance it. The command
+line passes one that draws with rich on standard error; library users get silence unless they pass their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Advance = Callable[[float], None]
+
+
+class Report(Protocol):
+    """Where long work announces its stages."""
+
+    @contextmanager
+    def stage(self, name: str, total: float | None = None) -> Iterator[Advance]:
+        """Enter a stage of `total` units (None: unknown); call the result with the units done."""
+        ...
+
+
+class Silent:
+    """Reports nothing."""
+
+    @contextmanager
+    def stage(self, name: str, total: float | None = None) -> Iterator[Advance]:
+        """See `Report`."""
+        yield lambda amount: None
+
+
+class Bars:
+    """Draws one bar a stage. Use it as a context manager around all the work."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        columns = (
+            SpinnerColumn(finished_text="[green]✓[/]"), TextColumn("{task.description}"), BarColumn(24),
+            TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        self._progress = Progress(*columns, console=console or Console(stderr=True))
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    @contextmanager
+    def stage(self, name: str, total: float | None = None) -> Iterator[Advance]:
+        """See `Report`."""
+        task = self._progress.add_task(name, total=total)
+        yield lambda amount: self._progress.advance(task, amount)
+        done = total if total is not None else 1
+        self._progress.update(task, total=done, completed=done)

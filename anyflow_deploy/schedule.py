@@ -1,0 +1,106 @@
+"""The times a sample passes through, chosen at run time.
+
+A flow map goes from any t to any r <= t, so a schedule is only a falling list of times from noise (1000) to clean (0),
+and one engine serves them all. `Schedule.uniform` is the grid the released models were distilled on: `steps + 1` evenly
+spaced s from 1 to 0, shifted to `shift * s / (1 + (shift - 1) * s)`, in timesteps `t = 1000 s` (AnyFlow, arXiv
+2605.13724; the numbers agree with the authors' code). Arithmetic is in double precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from anyflow_deploy.errors import AnyFlowError
+
+TRAIN_TIMESTEPS = 1000.0
+"""Timesteps between clean (0) and noise (1000): the unit of t and r everywhere in this project."""
+
+MAX_STEPS = 1000
+"""More transitions than training timesteps would be finer than the model can tell apart."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Strictly falling timesteps, the last of them 0; `N + 1` of them make `N` transitions.
+
+    Build one with `uniform`, `from_sigmas` or `from_timesteps`.
+
+    Attributes:
+        timesteps: floats in [0, 1000].
+
+    Raises:
+        AnyFlowError: empty, not falling, out of range, not finite, not ending at 0, or over 1000 transitions.
+    """
+
+    timesteps: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        times = self.timesteps
+        if len(times) < 2:
+            raise AnyFlowError(f"a schedule needs at least one transition (two timesteps); given {list(times)}.")
+        if len(times) - 1 > MAX_STEPS:
+            raise AnyFlowError(f"a schedule of {len(times) - 1} steps was given; allowed are 1 to {MAX_STEPS}.")
+        for index, time in enumerate(times):
+            if not math.isfinite(time) or not 0.0 <= time <= TRAIN_TIMESTEPS:
+                raise AnyFlowError(f"timestep {index} is {time}; allowed are 0 (clean) to 1000 (noise).")
+        for index, (t, r) in enumerate(zip(times, times[1:], strict=False)):
+            if r >= t:
+                raise AnyFlowError(
+                    f"timesteps must fall from noise to clean: number {index + 1} is {r}, after {t}. Sort them downwards."
+                )
+        if times[-1] != 0.0:
+            raise AnyFlowError(f"a schedule ends at 0 (clean); this one ends at {times[-1]}.")
+
+    @classmethod
+    def uniform(cls, steps: int, shift: float = 5.0) -> Schedule:
+        """`steps` transitions on the shifted uniform grid.
+
+        Args:
+            steps: 1 to 1000.
+            shift: positive; 5 for the released models, 1 for no shift.
+        """
+        if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
+            raise AnyFlowError(f"steps is {steps!r}; allowed are whole numbers from 1 to {MAX_STEPS}.")
+        sigmas = [1.0 - i / steps for i in range(steps)] + [0.0]
+        return cls(tuple(TRAIN_TIMESTEPS * s for s in shifted(sigmas, shift)))
+
+    @classmethod
+    def from_sigmas(cls, sigmas: Iterable[float], shift: float = 1.0) -> Schedule:
+        """Your own noise levels, 1 (noise) to 0 (clean).
+
+        A closing 0 is added where missing, as diffusers does. Unlike diffusers' scheduler, which applies the model's
+        shift on top, the values are used as given unless you ask for a `shift`.
+        """
+        return cls(_closed(TRAIN_TIMESTEPS * s for s in shifted(list(sigmas), shift)))
+
+    @classmethod
+    def from_timesteps(cls, timesteps: Iterable[float]) -> Schedule:
+        """Your own timesteps, 1000 (noise) to 0 (clean), used as given; a closing 0 is added where missing."""
+        return cls(_closed(timesteps))
+
+    @property
+    def steps(self) -> int:
+        """Number of transitions."""
+        return len(self.timesteps) - 1
+
+    @property
+    def transitions(self) -> tuple[tuple[float, float], ...]:
+        """The pairs (t, r), in order."""
+        return tuple(zip(self.timesteps[:-1], self.timesteps[1:], strict=True))
+
+
+def shifted(sigmas: Sequence[float], shift: float) -> list[float]:
+    """`shift * s / (1 + (shift - 1) * s)` of each s in [0, 1]: larger shifts spend more steps near the noise."""
+    if not math.isfinite(shift) or shift <= 0:
+        raise AnyFlowError(f"shift is {shift}; allowed is any positive number (the released models use 5).")
+    for index, s in enumerate(sigmas):
+        if not 0.0 <= s <= 1.0:
+            raise AnyFlowError(f"sigma {index} is {s}; allowed are 0 (clean) to 1 (noise).")
+    return [shift * s / (1.0 + (shift - 1.0) * s) for s in sigmas]
+
+
+def _closed(times: Iterable[float]) -> tuple[float, ...]:
+    values = tuple(float(t) for t in times)
+    return values if not values or values[-1] == 0.0 else (*values, 0.0)

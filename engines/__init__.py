@@ -1,0 +1,8 @@
+"""bundle -> numbers: the half of the project that runs on the device.
+
+    engine = load_engine("bundle")
+    z_0 = sample(engine, latents, text, Schedule.uniform(4))
+
+It needs numpy and one backend's runtime; it imports neither torch nor diffusers, and a test holds it to that. `engine`
+defines what a backend is, `loading` finds one, `sampler` is the only sampling loop, `validation` compares two engines.
+"""

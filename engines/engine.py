@@ -1,0 +1,144 @@
+"""What a backend is: an `Engine` that opens runs, and a `Run` that holds one sample on its way from noise to clean.
+
+The split keeps the sampler free of devices. A run owns the state z where its backend wants it (a numpy array, a buffer
+on the GPU), advances it in place, and copies it back only when asked; two runs on one engine do not disturb each other.
+A backend implements these two protocols in one file and is entered in `loading.BACKENDS`.
+
+Legend: B batch, F latent frames, C channels, H W latent rows and columns, L text tokens, D text channels.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.errors import AnyFlowError, ShapeError
+from anyflow_deploy.ranges import Ranges
+from anyflow_deploy.schedule import TRAIN_TIMESTEPS
+
+Array = NDArray[np.float32]
+
+
+class Run(Protocol):
+    """One sample on its way. Close it, or use it as a context manager, to give its memory back."""
+
+    def step(self, t: ArrayLike, r: ArrayLike) -> None:
+        """Replace the state z_t by z_r.
+
+        Args:
+            t, r: timesteps with 1000 >= t >= r >= 0; one number for all frames, or an array (B, F).
+
+        Raises:
+            AnyFlowError: times out of order or range.
+        """
+        ...
+
+    def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
+        """The average velocity u(z_t, t, r), (B, F, C, H, W), leaving the state as it is. r = t is the instantaneous one."""
+        ...
+
+    def read(self) -> Array:
+        """A copy of the state, float32 (B, F, C, H, W)."""
+        ...
+
+    def close(self) -> None:
+        """Release the run's memory."""
+        ...
+
+    def __enter__(self) -> Run: ...
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None: ...
+
+
+class Engine(Protocol):
+    """A model ready to run. Safe to share between threads as long as each has runs of its own."""
+
+    @property
+    def description(self) -> str:
+        """Backend, version, device and precision, for people and reports."""
+        ...
+
+    @property
+    def ranges(self) -> Ranges:
+        """The shapes it accepts."""
+        ...
+
+    def start(self, latents: ArrayLike, text: ArrayLike) -> Run:
+        """Open a run.
+
+        Args:
+            latents: the state to start from, float32 (B, F, C, H, W).
+            text: prompt embeddings, float32 (B, L, D).
+
+        Raises:
+            ShapeError: outside the declared ranges.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the engine."""
+        ...
+
+
+class BundleEngine(Engine, Protocol):
+    """An engine made from a bundle."""
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle it was made from."""
+        ...
+
+
+def checked_inputs(ranges: Ranges, channels: int, text_dim: int, latents: ArrayLike, text: ArrayLike) -> tuple[Array, Array]:
+    """Latents and text as contiguous float32 copies.
+
+    Raises:
+        ShapeError: outside the ranges, or with the wrong number of channels.
+        AnyFlowError: not numbers, or not finite.
+    """
+    arrays = []
+    for name, values in (("latents", latents), ("text", text)):
+        array = np.array(values, order="C")
+        if array.dtype.kind != "f":
+            raise AnyFlowError(f"{name} has type {array.dtype}; allowed are floating-point arrays (float32 is what runs).")
+        if not np.isfinite(array).all():
+            raise AnyFlowError(f"{name} holds NaN or infinity; nothing useful can come of it.")
+        arrays.append(array.astype(np.float32, copy=False))
+    z, words = arrays
+    ranges.check(z.shape, words.shape)
+    for name, axis, given, allowed in (("latents", 2, z.shape[2], channels), ("text", 2, words.shape[2], text_dim)):
+        if given != allowed:
+            raise ShapeError(f"{name} has {given} channels (axis {axis} of {z.shape if axis == 2 and name == 'latents' else words.shape}); this model takes {allowed}.")
+    return z, words
+
+
+def frame_times(t: ArrayLike, r: ArrayLike, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Source and target times as float32 (B, F).
+
+    Args:
+        t, r: numbers, or arrays that broadcast to (B, F).
+        shape: of the latents.
+
+    Raises:
+        AnyFlowError: not 1000 >= t >= r >= 0 in every frame.
+    """
+    source, target = (_per_frame(name, time, shape[:2]) for name, time in (("t", t), ("r", r)))
+    if not ((TRAIN_TIMESTEPS >= source) & (source >= target) & (target >= 0)).all():
+        raise AnyFlowError(f"t is {_short(source)} and r is {_short(target)}; allowed is 1000 >= t >= r >= 0 in every frame.")
+    return source, target
+
+
+def _per_frame(name: str, time: ArrayLike, shape: tuple[int, ...]) -> Array:
+    values = np.asarray(time, dtype=np.float32)
+    try:
+        return np.ascontiguousarray(np.broadcast_to(values, shape))
+    except ValueError:
+        raise ShapeError(f"{name} has shape {values.shape}; allowed is one number, or (batch, frames) = {tuple(shape)}.") from None
+
+
+def _short(times: Array) -> Any:
+    values = np.unique(times)
+    return float(values[0]) if len(values) == 1 else [round(float(v), 3) for v in values[:6]]

@@ -1,0 +1,176 @@
+"""ONNX Runtime: the backend that works everywhere.
+
+One session serves every run. A run binds its buffers once (`IOBinding`): the state lives on the provider's device, a
+step writes z_r into a second buffer and the two are exchanged, so nothing crosses to the host but two small arrays of
+times. The CPU and CUDA providers share this code; CUDA has not been run by us yet (see the README's table).
+
+The provider is the caller's choice and is never replaced by another: ONNX Runtime itself falls back to the CPU with a
+warning, which on a server means a hundred times slower and nobody notices.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.engines.engine import Array, checked_inputs, frame_times
+from anyflow_deploy.engines.onnxruntime_graph import graph_with_fused_attention
+from anyflow_deploy.errors import AnyFlowError, BackendError
+from anyflow_deploy.ranges import Ranges
+from anyflow_deploy.targets import CPU_HAS_NO_BF16
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PACKAGES = {"cpu": "anyflow-deploy[cpu]", "cuda": "anyflow-deploy[gpu]"}
+
+
+class OnnxRuntimeEngine:
+    """A bundle's transition in an ONNX Runtime session.
+
+    Args:
+        bundle: an opened bundle.
+        provider: "cpu" or "cuda".
+        threads: for operators on the CPU; None leaves it to ONNX Runtime.
+
+    Raises:
+        BackendError: ONNX Runtime or the provider is missing, or the provider lacks the bundle's precision.
+    """
+
+    def __init__(self, bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.provider = provider
+        self._runtime = _imported(provider)
+        if bundle.manifest.precision == "bf16" and provider == "cpu":
+            raise BackendError(
+                f"{bundle.path} is bf16, and {CPU_HAS_NO_BF16}. Use provider 'cuda', or export with --precision fp32 or fp16."
+            )
+        architecture = bundle.manifest.architecture
+        self._channels, self._text_dim = architecture.in_channels, architecture.text_dim
+        self._session = self._opened_session(threads, architecture.num_attention_heads)
+
+    def _opened_session(self, threads: int | None, heads: int) -> Any:
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            if threads < 1:
+                raise AnyFlowError(f"threads is {threads}; allowed are whole numbers from 1.")
+            options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
+        graph = graph_with_fused_attention(self.bundle, "transition", heads)
+        session = self._runtime.InferenceSession(graph, options, providers=[PROVIDERS[self.provider]])
+        if session.get_providers()[0] != PROVIDERS[self.provider]:
+            raise BackendError(
+                f"ONNX Runtime could not start {PROVIDERS[self.provider]} and fell back to {session.get_providers()[0]}. "
+                "Check that CUDA and cuDNN of the versions it was built for are installed, or use provider 'cpu'."
+            )
+        return session
+
+    @property
+    def description(self) -> str:
+        """See `Engine`."""
+        return f"ONNX Runtime {self._runtime.__version__}, {self.provider}, {self.bundle.manifest.precision}"
+
+    @property
+    def ranges(self) -> Ranges:
+        """See `Engine`."""
+        return self.bundle.manifest.shape_ranges
+
+    def start(self, latents: ArrayLike, text: ArrayLike) -> OnnxRuntimeRun:
+        """See `Engine`."""
+        z, words = checked_inputs(self.ranges, self._channels, self._text_dim, latents, text)
+        return OnnxRuntimeRun(self._runtime, self._session, self.provider, z, words)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._session = None
+
+
+class OnnxRuntimeRun:
+    """One sample, in two buffers on the provider's device."""
+
+    def __init__(self, runtime: Any, session: Any, device: str, latents: Array, text: Array) -> None:
+        self._value = runtime.OrtValue
+        self._session = session
+        self._device = device
+        self._shape = latents.shape
+        self._state = self._on_device(latents)
+        self._next = self._on_device(np.empty_like(latents))
+        self._text = self._on_device(text)
+
+    def step(self, t: ArrayLike, r: ArrayLike) -> None:
+        """See `Run`."""
+        self._run(t, r, "z_r", self._next)
+        self._state, self._next = self._next, self._state
+
+    def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
+        """See `Run`."""
+        self._run(t, r, "velocity", self._next)
+        return _copied(self._next)
+
+    def read(self) -> Array:
+        """See `Run`."""
+        return _copied(self._state)
+
+    def close(self) -> None:
+        """See `Run`."""
+        self._state = self._next = self._text = None
+
+    def __enter__(self) -> OnnxRuntimeRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self, t: ArrayLike, r: ArrayLike, output: str, buffer: Any) -> None:
+        if self._state is None:
+            raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
+        source, target = frame_times(t, r, self._shape)
+        inputs = {"latents": self._state, "t": self._on_device(source), "r": self._on_device(target), "text": self._text}
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_ortvalue_output(output, buffer)
+        self._session.run_with_iobinding(binding)
+
+    def _on_device(self, array: Array) -> Any:
+        return self._value.ortvalue_from_numpy(array, self._device, 0)
+
+
+def _copied(value: Any) -> Array:
+    """An array that owns its memory: on the CPU, `numpy()` is a view of the run's buffer."""
+    return np.array(value.numpy(), dtype=np.float32)
+
+
+def _imported(provider: str) -> Any:
+    """The onnxruntime module, having checked that it is there once and has the provider."""
+    if provider not in PROVIDERS:
+        raise AnyFlowError(f"unknown provider {provider!r}: allowed are {', '.join(PROVIDERS)}.")
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(installed) == 2:
+        raise BackendError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. "
+            "Uninstall both, then install anyflow-deploy[cpu] or anyflow-deploy[gpu]."
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise BackendError(f"ONNX Runtime cannot be imported ({error}). Run: pip install '{_PACKAGES[provider]}'") from None
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS[provider] not in available:
+        raise BackendError(
+            f"provider {provider!r} is not in this ONNX Runtime {onnxruntime.__version__}, which has {', '.join(available)}. "
+            f"Run: pip uninstall onnxruntime onnxruntime-gpu && pip install '{_PACKAGES[provider]}'"
+        )
+    return onnxruntime
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,177 @@
+"""Export: weights in, bundle out.
+
+    bundle = export_bundle(open_checkpoint("checkpoint/"), Path("bundle"), precision="fp16")
+
+Everything that can be refused is refused first (names, shapes, precision, target, ranges, disk space, destination);
+then the graph is traced, the weights are streamed, ONNX's own checker reads the result, and the folder gets its name.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from anyflow_deploy.bundle import Bundle, BundleWriter
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.export.checkpoint import pipeline_folder
+from anyflow_deploy.export.onnx_graph import FUSED_OPSET, OPSETS, PRIMITIVE_OPSET, attach_weights, described, onnx_from_traced, serialized
+from anyflow_deploy.export.random_weights import parameter_shapes
+from anyflow_deploy.export.safetensors_stream import Entry
+from anyflow_deploy.export.trace import traced_transition
+from anyflow_deploy.export.transformer import constants
+from anyflow_deploy.export.weights import Weights, check_names, write_weights
+from anyflow_deploy.manifest import Achieved, Graph, Manifest, ScheduleDefaults, Video, stored_ranges
+from anyflow_deploy.models import MODELS, Architecture, model_name
+from anyflow_deploy.precision import get_precision
+from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.ranges import Range, Ranges, narrowed, widest
+from anyflow_deploy.targets import check_precision, get_target
+
+TRANSITION = "transition.onnx"
+_TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "diffusers")
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How to export.
+
+    Attributes:
+        precision: "fp32", "fp16" or "bf16".
+        target: row of the target table the bundle is meant for.
+        opset: 20 (primitive operators) or 23 (`Attention`, `RMSNormalization`).
+        ranges: axes narrower than the model allows, in latent units.
+        overwrite: replace a bundle at the destination.
+    """
+
+    precision: str = "fp32"
+    target: str = "cpu"
+    opset: int = PRIMITIVE_OPSET
+    ranges: dict[str, Range] = field(default_factory=dict)
+    overwrite: bool = False
+
+
+def export_bundle(weights: Weights, output: Path, settings: ExportSettings | None = None, report: Report | None = None) -> Bundle:
+    """Export a bidirectional model.
+
+    Args:
+        weights: a `Checkpoint` or `RandomWeights`.
+        output: folder to create.
+        settings: see `ExportSettings`.
+        report: where progress goes.
+
+    Raises:
+        AnyFlowError: whatever does not fit, before work starts; nothing is left at `output`.
+    """
+    settings, report = settings or ExportSettings(), report or Silent()
+    architecture = weights.architecture
+    ranges = checked(weights, settings)
+    writer = BundleWriter(output, settings.overwrite)
+    _check_space(output.parent, architecture, settings.precision)
+    with writer:
+        with report.stage(f"tracing {architecture.num_layers} layers"):
+            traced = traced_transition(architecture, ranges, settings.precision, fused=settings.opset == FUSED_OPSET)
+        with report.stage(f"translating to ONNX opset {settings.opset}"):
+            model = onnx_from_traced(traced, settings.opset)
+        entries = write_weights(writer, weights, traced.parameters, constants(architecture), report)
+        attach_weights(model, entries)
+        writer.write(TRANSITION, serialized(model))
+        with report.stage("checking the graph"):
+            onnx.checker.check_model(str(writer.folder / TRANSITION))
+        graph = described(model, TRANSITION, settings.opset)
+        return writer.finish(_manifest(weights, settings, ranges, graph, _weight_bytes(model, entries)))
+
+
+def checked(weights: Weights, settings: ExportSettings) -> Ranges:
+    """Refuse what cannot be exported, without touching the disk; returns the ranges that will be declared."""
+    architecture = weights.architecture
+    if architecture.causal:
+        raise AnyFlowError(
+            f"{weights.source.location} is a causal (FAR) model; this version exports bidirectional ones: "
+            f"{', '.join(n for n, m in MODELS.items() if not m.architecture.causal)}."
+        )
+    if settings.opset not in OPSETS:
+        raise AnyFlowError(f"opset is {settings.opset}; allowed are {' and '.join(map(str, OPSETS))}.")
+    get_precision(settings.precision)
+    check_precision(get_target(settings.target), settings.precision)
+    check_names(weights, parameter_shapes(architecture))
+    return narrowed(widest(architecture), settings.ranges)
+
+
+def _check_space(folder: Path, architecture: Architecture, precision: str) -> None:
+    """The bundle has to fit on the disk beside whatever it replaces."""
+    shapes = parameter_shapes(architecture).values()
+    needed = sum(_count(shape) for shape in shapes) * get_precision(precision).bytes * 1.05
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise AnyFlowError(f"the bundle takes about {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free. Make room.")
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+def _weight_bytes(model: ir.Model, entries: dict[str, Entry]) -> dict[str, int]:
+    """Bytes of weights by type, counted from the graph."""
+    found: dict[str, int] = {}
+    for name in model.graph.initializers:
+        kind = entries[name].type
+        found[kind] = found.get(kind, 0) + entries[name].bytes
+    return found
+
+
+def _manifest(weights: Weights, settings: ExportSettings, ranges: Ranges, graph: Graph, weight_bytes: dict[str, int]) -> Manifest:
+    architecture = weights.architecture
+    name = model_name(architecture)
+    pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
+    return Manifest(
+        kind="bidirectional",
+        model=name,
+        config=architecture.as_config(),
+        source=weights.source,
+        precision=settings.precision,
+        achieved=Achieved(weight_bytes=weight_bytes),
+        target=settings.target,
+        graphs={"transition": graph},
+        ranges=stored_ranges(ranges),
+        schedule=ScheduleDefaults(shift=_shift(pipeline, name), steps=4),
+        video=_video(pipeline, name, ranges, architecture.patch_size[1]),
+        tools={tool: importlib.metadata.version(tool) for tool in ("anyflow-deploy", *_TOOLS)},
+        files={},
+    )
+
+
+def _shift(pipeline: Path | None, name: str) -> float:
+    """From the pipeline's scheduler where there is one; else the model's row; else what all released models use."""
+    settings = _json(pipeline, "scheduler", "scheduler_config.json")
+    return float(settings.get("shift", MODELS[name].shift if name in MODELS else 5.0))
+
+
+def _video(pipeline: Path | None, name: str, ranges: Ranges, patch: int) -> Video:
+    """Factors from the pipeline's VAE where there is one, else Wan's; the default size moved into the ranges."""
+    vae = _json(pipeline, "vae", "config.json")
+    spatial, temporal = int(vae.get("scale_factor_spatial") or 8), int(vae.get("scale_factor_temporal") or 4)
+    frames, height, width = MODELS[name].video if name in MODELS else MODELS["1.3b"].video
+    return Video(
+        spatial_factor=spatial,
+        temporal_factor=temporal,
+        fps=16,
+        text_tokens=512 if ranges.text.maximum is None else min(512, ranges.text.maximum),
+        frames=(ranges.frames.nearest((frames - 1) // temporal + 1) - 1) * temporal + 1,
+        height=ranges.height.nearest(height // spatial) * spatial,
+        width=ranges.width.nearest(width // spatial) * spatial,
+    )
+
+
+def _json(pipeline: Path | None, *parts: str) -> dict[str, object]:
+    path = pipeline.joinpath(*parts) if pipeline else None
+    content = json.loads(path.read_text()) if path and path.is_file() else {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,141 @@
+"""From a recorded graph to ONNX, whose weights are bytes of another file.
+
+torch's exporter translates node by node; `optimize=False` keeps every parameter under its own name (its optimizer
+would fold transposes into the weights and rename them, which ends refitting and quantizing by name). Weights never pass
+through here: each initializer becomes a reference into `weights.safetensors`, by offset and length.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+
+import onnx_ir as ir
+import torch
+
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.export.safetensors_stream import Entry
+from anyflow_deploy.export.trace import INPUTS, OUTPUTS, Traced
+from anyflow_deploy.export.types import ONNX
+from anyflow_deploy.manifest import WEIGHTS, Graph, Tensor
+
+PRIMITIVE_OPSET = 20
+"""The newest opset that TensorRT 10.3 (JetPack 6) parses: attention and RMS norm are spelled out."""
+
+FUSED_OPSET = 23
+"""Has `Attention` and `RMSNormalization`, which TensorRT reads from 10.14 and 10.15 on."""
+
+OPSETS = (PRIMITIVE_OPSET, FUSED_OPSET)
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def onnx_from_traced(traced: Traced, opset: int) -> ir.Model:
+    """Translate a recorded transition; initializers have names, types and shapes, but no data yet."""
+    with _quiet():
+        program = torch.onnx.export(
+            traced.program, (), dynamo=True, opset_version=opset, optimize=False, verbose=False,
+            input_names=list(INPUTS), output_names=list(OUTPUTS),
+        )  # fmt: skip
+    if program is None:
+        raise AnyFlowError("torch.onnx.export returned nothing; this version works with torch 2.13.")
+    model = program.model
+    _name_nodes(model)
+    _name_axes(model, traced.symbols)
+    _forget_this_machine(model)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter warns about torchvision, which nothing here uses, and about its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _name_nodes(model: ir.Model) -> None:
+    """Name nodes after the module they come from (`blocks.0.attn1.to_q/Gemm`), for profilers, inspectors and humans."""
+    used: dict[str, int] = {}
+    for node in model.graph:
+        scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
+        module = scopes[-2] if len(scopes) > 1 else ""
+        name = f"{module}/{node.op_type}" if module else node.op_type
+        count = used[name] = used.get(name, 0) + 1
+        node.name = name if count == 1 else f"{name}_{count}"
+
+
+def _name_axes(model: ir.Model, symbols: Mapping[str, str]) -> None:
+    """Replace torch's symbols by the names of the axes, in every shape."""
+    pattern = re.compile("|".join(rf"\b{re.escape(s)}\b" for s in symbols) or r"(?!)")
+    values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
+    for value in values:
+        if value.shape is None:
+            continue
+        for index, length in enumerate(value.shape):
+            if isinstance(length, ir.SymbolicDim) and length.value is not None:
+                value.shape[index] = pattern.sub(lambda m: symbols[m.group()], length.value)
+    border = {**dict.fromkeys(("latents", *OUTPUTS), ("batch", "frames", None, "height", "width"))}
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        for index, axis in enumerate(border.get(value.name or "", ())):
+            if axis is not None and value.shape is not None and isinstance(value.shape[index], ir.SymbolicDim):
+                value.shape[index] = axis
+
+
+def _forget_this_machine(model: ir.Model) -> None:
+    """Drop stack traces and file names: large, different on every machine, and nobody's business."""
+    model.graph.metadata_props.clear()
+    model.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+
+
+def attach_weights(model: ir.Model, entries: Mapping[str, Entry]) -> None:
+    """Point every initializer at its place in `weights.safetensors`.
+
+    Raises:
+        AnyFlowError: an initializer without an entry, or an entry of another type or shape.
+    """
+    for name, value in model.graph.initializers.items():
+        entry = entries.get(name)
+        if entry is None:
+            raise AnyFlowError(f"the graph needs {name!r}, which is neither a parameter nor a known constant.")
+        if value.dtype != ONNX[entry.type] or value.shape is None or tuple(value.shape) != entry.shape:
+            raise AnyFlowError(f"{name!r} is {value.dtype} {value.shape} in the graph and {entry.type} {entry.shape} on disk.")
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS, entry.offset, entry.bytes, ONNX[entry.type], shape=ir.Shape(entry.shape), name=name
+        )
+
+
+def serialized(model: ir.Model) -> bytes:
+    """The .onnx file."""
+    return bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
+
+
+def described(model: ir.Model, file: str, opset: int) -> Graph:
+    """The graph's border, for the manifest."""
+    return Graph(
+        file=file,
+        opset=opset,
+        inputs=[_tensor(v) for v in model.graph.inputs],
+        outputs=[_tensor(v) for v in model.graph.outputs],
+    )
+
+
+def _tensor(value: ir.Value) -> Tensor:
+    assert value.name is not None and value.shape is not None and value.dtype == ir.DataType.FLOAT
+    return Tensor(name=value.name, dtype="float32", shape=[d if isinstance(d, int) else str(d.value) for d in value.shape])

@@ -1,0 +1,105 @@
+"""Reading and writing .safetensors one tensor at a time, in bounded memory.
+
+The safetensors library maps whole files into memory, so that every page it touches counts as resident, and it can save
+only a dictionary that is all in memory. A 14B checkpoint passes through here on a small machine, so both directions are
+done with plain reads and writes. The format (8 bytes of little-endian header length, a JSON header, then the tensors
+without gaps) is documented by the library and is small enough to be checked completely here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyflow_deploy.errors import CheckpointError
+
+TYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "BOOL": 1}
+_LARGEST_HEADER = 100_000_000  # the library's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file.
+
+    Attributes:
+        type: as in the header, "F32", "BF16", …
+        shape: dimensions.
+        offset: first byte, counted from the start of the file.
+    """
+
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor's data."""
+        return math.prod(self.shape) * TYPE_BYTES[self.type]
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a .safetensors file, by name, without reading them.
+
+    Raises:
+        CheckpointError: not a safetensors file, truncated, or with entries that lie outside the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+            raise CheckpointError(f"{path} is not a safetensors file, or was cut short. Download it again.")
+        try:
+            raw = json.loads(file.read(length))
+            return {n: _entry(e, 8 + length, size) for n, e in raw.items() if n != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} has a damaged safetensors header ({error}). Download it again.") from None
+
+
+def _entry(raw: Mapping[str, Any], start: int, size: int) -> Entry:
+    begin, end = raw["data_offsets"]
+    entry = Entry(raw["dtype"], tuple(raw["shape"]), start + begin)
+    if entry.bytes != end - begin or begin < 0 or start + end > size:
+        raise ValueError("a tensor's bytes do not match its shape or lie outside the file")
+    return entry
+
+
+def read_bytes(path: Path, entry: Entry) -> bytearray:
+    """The data of one tensor, read without mapping the file."""
+    data = bytearray(entry.bytes)
+    view = memoryview(data)
+    with path.open("rb", buffering=0) as file:
+        file.seek(entry.offset)
+        while len(view):
+            count = file.readinto(view)
+            if not count:
+                raise CheckpointError(f"{path} ended in the middle of a tensor. Download it again.")
+            view = view[count:]
+    return data
+
+
+def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, Entry]]:
+    """Lay out a file before its data exists.
+
+    Args:
+        tensors: name -> (type, shape), in the order in which the data will be written. Wider types must come first, so
+            that every tensor starts at a multiple of its own type's size.
+        metadata: strings for the header.
+
+    Returns:
+        The bytes that precede the data, and where each tensor will lie.
+    """
+    position = 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    for name, (kind, shape) in tensors.items():
+        count = math.prod(shape) * TYPE_BYTES[kind]
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [position, position + count]}
+        position += count
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    start = 8 + len(text)
+    entries = {n: Entry(k, s, start + header[n]["data_offsets"][0]) for n, (k, s) in tensors.items()}
+    return len(text).to_bytes(8, "little") + text, entries

@@ -1,0 +1,133 @@
+"""Stream weights from a checkpoint into a bundle, one tensor at a time.
+
+Each parameter is read, converted once to the type the graph asks for, checked to be finite, hashed and written; the
+next one is read meanwhile. Peak memory is a few times the largest tensor, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+
+from anyflow_deploy.bundle import BundleWriter
+from anyflow_deploy.errors import CheckpointError
+from anyflow_deploy.export.safetensors_stream import TYPE_BYTES, Entry, layout
+from anyflow_deploy.export.trace import Parameter
+from anyflow_deploy.export.types import TORCH
+from anyflow_deploy.manifest import WEIGHTS, Source
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.progress import Report
+
+
+
+class Weights(Protocol):
+    """What an exporter needs of a checkpoint; `Checkpoint` and `RandomWeights` are such."""
+
+    @property
+    def architecture(self) -> Architecture:
+        """The network the weights belong to."""
+        ...
+
+    @property
+    def source(self) -> Source:
+        """Where they came from."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape, without reading values."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter, on the CPU."""
+        ...
+
+
+def check_names(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Every parameter of the network is there, with its shape, and nothing else is.
+
+    Raises:
+        CheckpointError: naming the first few that are missing, unexpected or of another shape.
+    """
+    given = weights.shapes()
+    problems = []
+    for title, names in (("missing", wanted.keys() - given.keys()), ("unexpected", given.keys() - wanted.keys())):
+        if names:
+            problems.append(f"{len(names)} {title}: {', '.join(sorted(names)[:3])}")
+    for name in sorted(wanted.keys() & given.keys()):
+        if given[name] != wanted[name]:
+            problems.append(f"{name} is {given[name]}, config.json makes it {wanted[name]}")
+            break
+    if problems:
+        raise CheckpointError(
+            f"the weights in {weights.source.location} do not fit their config.json ({'; '.join(problems)}). "
+            "Give the checkpoint they were saved with."
+        )
+
+
+def write_weights(
+    writer: BundleWriter,
+    weights: Weights,
+    parameters: Mapping[str, Parameter],
+    constants: Mapping[str, torch.Tensor],
+    report: Report,
+) -> dict[str, Entry]:
+    """Write `weights.safetensors`.
+
+    Args:
+        parameters: the types and shapes that the graph expects.
+        constants: further float32 tensors of the graph.
+
+    Returns:
+        Where each tensor lies in the file.
+
+    Raises:
+        CheckpointError: a value that is not finite, or too large for its new type.
+    """
+    kinds = {**{n: Parameter("F32", tuple(c.shape)) for n, c in constants.items()}, **parameters}
+    order = sorted(kinds, key=lambda name: -TYPE_BYTES[kinds[name].type])  # stable: wide types first, so all are aligned
+    head, entries = layout({n: (kinds[n].type, kinds[n].shape) for n in order}, {"format": "pt"})
+    file = writer.create(WEIGHTS)
+    file.write(head)
+    total = sum(e.bytes for e in entries.values())
+    with report.stage(f"writing weights ({total / 1e9:.2f} GB)", total) as advance:
+        for name, tensor in _read_ahead(weights, (n for n in order if n not in constants), constants, order):
+            converted = _converted(name, tensor, kinds[name].type)
+            file.write(memoryview(converted.contiguous().view(torch.uint8).reshape(-1).numpy()))
+            advance(entries[name].bytes)
+    writer.add(WEIGHTS, file.close())
+    return entries
+
+
+def _read_ahead(
+    weights: Weights, learned: Iterable[str], constants: Mapping[str, torch.Tensor], order: Iterable[str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors in order, the next learned one being read while the last is written."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = iter(learned)
+        first = next(coming, None)
+        pending = None if first is None else reader.submit(weights.read, first)
+        for name in order:
+            if name in constants:
+                yield name, constants[name]
+                continue
+            assert pending is not None
+            tensor = pending.result()
+            following = next(coming, None)
+            pending = None if following is None else reader.submit(weights.read, following)
+            yield name, tensor
+
+
+def _converted(name: str, tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    converted = tensor.to(TORCH[kind])
+    if bool(converted.sum(dtype=torch.float64).isfinite()):
+        return converted
+    if bool(tensor.isfinite().all()):
+        largest = float(tensor.abs().max())
+        raise CheckpointError(
+            f"{name} reaches {largest:.3g}, more than {kind} can hold ({torch.finfo(TORCH[kind]).max:.6g}). "
+            "Export with --precision bf16 (GPU targets) or fp32."
+        )
+    raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training had failed.")
