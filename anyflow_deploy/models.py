@@ -20,6 +20,18 @@ from anyflow_deploy.errors import AnyFlowError, CheckpointError, suggestion
 BIDIRECTIONAL_CLASS = "AnyFlowTransformer3DModel"
 CAUSAL_CLASS = "AnyFlowFARTransformer3DModel"
 
+SPATIAL_FACTOR = 8
+"""Pixels per latent row and column of Wan's VAE, which every AnyFlow model uses."""
+
+TEMPORAL_FACTOR = 4
+"""Frames per latent frame of Wan's VAE, after the first frame, which stands alone."""
+
+TEXT_TOKENS = 512
+"""Length that Wan pads prompt embeddings to."""
+
+FPS = 16
+"""Playback rate of the videos Wan was trained on."""
+
 
 @dataclass(frozen=True)
 class Architecture:

@@ -45,7 +45,6 @@ class Bars:
         self._progress = Progress(*columns, console=console or Console(stderr=True))
 
     def __enter__(self) -> Bars:
-        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,6 +53,7 @@ class Bars:
     @contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[Advance]:
         """See `Report`."""
+        self._progress.start()  # not earlier: an error before the first stage should not follow an empty line
         task = self._progress.add_task(name, total=total)
         yield lambda amount: self._progress.advance(task, amount)
         done = total if total is not None else 1

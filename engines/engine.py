@@ -111,7 +111,7 @@ def checked_inputs(ranges: Ranges, channels: int, text_dim: int, latents: ArrayL
     ranges.check(z.shape, words.shape)
     for name, axis, given, allowed in (("latents", 2, z.shape[2], channels), ("text", 2, words.shape[2], text_dim)):
         if given != allowed:
-            raise ShapeError(f"{name} has {given} channels (axis {axis} of {z.shape if axis == 2 and name == 'latents' else words.shape}); this model takes {allowed}.")
+            raise ShapeError(f"{name} has {given} channels on axis {axis}; this model takes {allowed}.")
     return z, words
 
 
@@ -134,7 +134,7 @@ def frame_times(t: ArrayLike, r: ArrayLike, shape: tuple[int, ...]) -> tuple[Arr
 def _per_frame(name: str, time: ArrayLike, shape: tuple[int, ...]) -> Array:
     values = np.asarray(time, dtype=np.float32)
     try:
-        return np.ascontiguousarray(np.broadcast_to(values, shape))
+        return np.array(np.broadcast_to(values, shape), order="C")
     except ValueError:
         raise ShapeError(f"{name} has shape {values.shape}; allowed is one number, or (batch, frames) = {tuple(shape)}.") from None
 

@@ -27,7 +27,7 @@ from anyflow_deploy.export.trace import traced_transition
 from anyflow_deploy.export.transformer import constants
 from anyflow_deploy.export.weights import Weights, check_names, write_weights
 from anyflow_deploy.manifest import Achieved, Graph, Manifest, ScheduleDefaults, Video, stored_ranges
-from anyflow_deploy.models import MODELS, Architecture, model_name
+from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.ranges import Range, Ranges, narrowed, widest
@@ -143,7 +143,7 @@ def _manifest(weights: Weights, settings: ExportSettings, ranges: Ranges, graph:
         graphs={"transition": graph},
         ranges=stored_ranges(ranges),
         schedule=ScheduleDefaults(shift=_shift(pipeline, name), steps=4),
-        video=_video(pipeline, name, ranges, architecture.patch_size[1]),
+        video=_video(name, ranges),
         tools={tool: importlib.metadata.version(tool) for tool in ("anyflow-deploy", *_TOOLS)},
         files={},
     )
@@ -155,19 +155,17 @@ def _shift(pipeline: Path | None, name: str) -> float:
     return float(settings.get("shift", MODELS[name].shift if name in MODELS else 5.0))
 
 
-def _video(pipeline: Path | None, name: str, ranges: Ranges, patch: int) -> Video:
-    """Factors from the pipeline's VAE where there is one, else Wan's; the default size moved into the ranges."""
-    vae = _json(pipeline, "vae", "config.json")
-    spatial, temporal = int(vae.get("scale_factor_spatial") or 8), int(vae.get("scale_factor_temporal") or 4)
+def _video(name: str, ranges: Ranges) -> Video:
+    """Wan's factors, and the model's default size moved into the ranges."""
     frames, height, width = MODELS[name].video if name in MODELS else MODELS["1.3b"].video
     return Video(
-        spatial_factor=spatial,
-        temporal_factor=temporal,
-        fps=16,
-        text_tokens=512 if ranges.text.maximum is None else min(512, ranges.text.maximum),
-        frames=(ranges.frames.nearest((frames - 1) // temporal + 1) - 1) * temporal + 1,
-        height=ranges.height.nearest(height // spatial) * spatial,
-        width=ranges.width.nearest(width // spatial) * spatial,
+        spatial_factor=SPATIAL_FACTOR,
+        temporal_factor=TEMPORAL_FACTOR,
+        fps=FPS,
+        text_tokens=ranges.text.nearest(TEXT_TOKENS),
+        frames=(ranges.frames.nearest((frames - 1) // TEMPORAL_FACTOR + 1) - 1) * TEMPORAL_FACTOR + 1,
+        height=ranges.height.nearest(height // SPATIAL_FACTOR) * SPATIAL_FACTOR,
+        width=ranges.width.nearest(width // SPATIAL_FACTOR) * SPATIAL_FACTOR,
     )
 
 

@@ -1,0 +1,159 @@
+"""`anyflow-export`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, field_validator, model_validator
+
+from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, get_model
+from anyflow_deploy.precision import get_precision
+from anyflow_deploy.ranges import Range, latent_frames, latent_side, parsed_span
+from anyflow_deploy.targets import check_precision, get_target
+
+CHECKS = ("auto", "full", "none")
+_AUTO_CHECK_BYTES = 2 << 30
+"""Memory that checking the numbers may take without being asked for: reference and engine both hold the model."""
+
+
+class ExportOptions(Options):
+    """Export an AnyFlow checkpoint to a bundle: an ONNX graph, its weights and a manifest, in one folder.
+
+    Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with --random-weights)."""
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "anyflow-export --model 1.3b --precision fp16",
+        "anyflow-export --checkpoint my-anyflow/ --output my-bundle",
+        "anyflow-export --model 14b --random-weights --frames 1:81 --height 480 --width 832",
+    )
+
+    model: str | None = Field(None, description=f"one of {', '.join(MODELS)}; not needed with --checkpoint")
+    checkpoint: str | None = Field(None, description="a diffusers pipeline folder, or its transformer/")
+    random_weights: bool = Field(False, description="the architecture with seeded weights, nothing downloaded")
+    seed: int = Field(0, ge=0, description="of --random-weights")
+    precision: str = Field("fp32", description="fp32, fp16 or bf16")
+    output: Path | None = Field(None, description="bundle folder to create (default MODEL-PRECISION)")
+    target: str = Field("cpu", description="device the bundle is for; decides which precisions are allowed")
+    opset: int = Field(20, description="20: primitive operators, for every runtime; 23: Attention, RMSNormalization")
+    batch: str | None = Field(None, description="videos at once, as 1 or 1:4")
+    frames: str | None = Field(None, description="frames of a video (4n+1), as 81 or 1:81")
+    height: str | None = Field(None, description="pixels, multiples of 16, as 480 or 256:720")
+    width: str | None = Field(None, description="pixels, multiples of 16")
+    text: str | None = Field(None, description="tokens of the prompt embedding, as 512")
+    check: str = Field("auto", description="compare with PyTorch afterwards: auto (small models), full, none")
+    overwrite: bool = Field(False, description="replace a bundle at --output")
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, name: str | None) -> str | None:
+        return name if name is None else _named(get_model, name)
+
+    @field_validator("check")
+    @classmethod
+    def _known_check(cls, name: str) -> str:
+        if name not in CHECKS:
+            raise ValueError(f"--check is {name!r}; allowed are {', '.join(CHECKS)}.")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ExportOptions:
+        _named(get_precision, self.precision)
+        try:
+            check_precision(get_target(self.target), self.precision)
+            self.ranges()
+        except AnyFlowError as error:
+            raise ValueError(str(error)) from None
+        if self.model is None and self.checkpoint is None:
+            raise ValueError("nothing to export: give --checkpoint DIR, --model NAME, or --model NAME --random-weights.")
+        if self.random_weights and (self.model is None or self.checkpoint is not None):
+            raise ValueError("--random-weights takes the architecture from --model NAME, and no --checkpoint.")
+        return self
+
+    def ranges(self) -> dict[str, Range]:
+        """The axes that flags narrow, in latent units."""
+        found = {}
+        for axis in ("batch", "text"):
+            if text := getattr(self, axis):
+                found[axis] = Range(*parsed_span(text, f"--{axis}"))
+        if self.frames:
+            low, high = (latent_frames(n, TEMPORAL_FACTOR) for n in parsed_span(self.frames, "--frames"))
+            found["frames"] = Range(low, high)
+        for axis in ("height", "width"):
+            if text := getattr(self, axis):
+                low, high = (latent_side(n, SPATIAL_FACTOR, 2, axis) for n in parsed_span(text, f"--{axis}"))
+                found[axis] = Range(low, high, 2)
+        return found
+
+
+def _named(lookup: object, name: str) -> str:
+    """A table's row exists; its error becomes one that pydantic passes on."""
+    try:
+        lookup(name)  # type: ignore[operator]
+    except AnyFlowError as error:
+        raise ValueError(str(error)) from None
+    return name
+
+
+def export(options: ExportOptions) -> int:
+    """Do it; returns the exit status."""
+    from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
+    from anyflow_deploy.progress import Bars
+
+    started = time.perf_counter()
+    output = options.output or Path(f"{_label(options)}-{options.precision}")
+    settings = ExportSettings(options.precision, options.target, options.opset, options.ranges(), options.overwrite)
+    weights = _weights(options)
+    checked(weights, settings)
+    with Bars(console) as bars:
+        bundle = export_bundle(weights, output, settings, bars)
+    size = sum(record.bytes for record in bundle.manifest.files.values())
+    console.print(
+        f"[green]exported[/] {bundle.manifest.model} in {options.precision} to [bold]{bundle.path}[/]: "
+        f"{size / 1e6:,.1f} MB in {time.perf_counter() - started:.1f} s"
+    )
+    return _check_numbers(bundle, weights, options)
+
+
+def _label(options: ExportOptions) -> str:
+    return options.model or Path(options.checkpoint or ".").resolve().name
+
+
+def _weights(options: ExportOptions):  # type: ignore[no-untyped-def]  # noqa: ANN202 - torch must not be imported for a type
+    """Open what is to be exported."""
+    from anyflow_deploy.export.checkpoint import open_checkpoint
+    from anyflow_deploy.export.hub import TRANSFORMER_FILES, pipeline_from_model
+    from anyflow_deploy.export.random_weights import RandomWeights
+
+    if options.random_weights:
+        model = get_model(str(options.model))
+        return RandomWeights(model.architecture, model.name, options.seed)
+    if options.checkpoint is None:
+        return open_checkpoint(*pipeline_from_model(get_model(str(options.model)), TRANSFORMER_FILES))
+    weights = open_checkpoint(options.checkpoint)
+    if options.model is not None and weights.architecture != get_model(options.model).architecture:
+        raise AnyFlowError(f"{options.checkpoint} is not a {options.model}: its config.json differs. Leave --model out.")
+    return weights
+
+
+def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # type: ignore[no-untyped-def]  # noqa: ANN001
+    """Compare the new bundle with PyTorch where that is asked for, or cheap."""
+    from anyflow_deploy.cli.validate import ValidateOptions, validated
+
+    needed = 3 * 4 * sum(math.prod(shape) for shape in weights.shapes().values())
+    skipped = options.check == "none" or (options.check == "auto" and needed > _AUTO_CHECK_BYTES)
+    if skipped or options.target != "cpu":
+        why = f"it takes about {needed / 2**30:.1f} GiB" if options.target == "cpu" else f"it is made for {options.target}"
+        console.print(f"numbers not checked ({why}); do so with: anyflow-validate {bundle.path}")
+        return 0
+    return validated(bundle, ValidateOptions(bundle=bundle.path), weights)
+
+
+def main() -> None:
+    """Entry point."""
+    run("anyflow-export", ExportOptions, export)

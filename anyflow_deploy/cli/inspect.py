@@ -1,0 +1,82 @@
+"""`anyflow-inspect`: what is in a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+
+from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.manifest import Manifest
+
+
+class InspectOptions(Options):
+    """Show what a bundle holds: model, precision, shapes, sizes, hashes."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("anyflow-inspect tiny-fp32", "anyflow-inspect tiny-fp32 --verify", "anyflow-inspect b --json")
+
+    bundle: Path = Field(description="the bundle's folder")
+    verify: bool = Field(False, description="read every file and compare its SHA-256")
+    json_output: bool = Field(False, alias="json", description="print the manifest and digest as JSON on standard output")
+
+
+def inspect(options: InspectOptions) -> int:
+    """Do it; returns the exit status."""
+    bundle = load_bundle(options.bundle, verify=options.verify)
+    out = Console(highlight=False)
+    if options.json_output:
+        print(json.dumps({"digest": bundle.digest, **bundle.manifest.model_dump(by_alias=True)}, indent=1))  # noqa: T201
+    else:
+        out.print(*_tables(bundle), sep="\n")
+    hashes = "every SHA-256 agrees" if options.verify else "sizes agree; --verify compares every SHA-256"
+    console.print(f"[green]{bundle.path} is complete[/] ({hashes}).")
+    return 0
+
+
+def _tables(bundle: Bundle) -> list[Table]:
+    manifest = bundle.manifest
+    facts = Table(title=f"bundle {bundle.path.name}", show_header=False)
+    for name, value in _facts(manifest):
+        facts.add_row(name, value)
+    facts.add_row("digest", bundle.digest)
+    border = Table("graph", "tensor", "type", "shape", title="graphs")
+    for graph in manifest.graphs.values():
+        for role, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
+            for tensor in tensors:
+                border.add_row(graph.file, f"{role} {tensor.name}", tensor.dtype, " x ".join(map(str, tensor.shape)))
+    ranges = Table("axis", "allowed (latent units)", title="declared ranges")
+    for axis, allowed in vars(manifest.shape_ranges).items():
+        ranges.add_row(axis, str(allowed))
+    files = Table("file", "bytes", "SHA-256", title="files")
+    for name, record in manifest.files.items():
+        files.add_row(name, f"{record.bytes:,}", record.sha256)
+    return [facts, border, ranges, files]
+
+
+def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+    a, video = manifest.architecture, manifest.video
+    weights = ", ".join(f"{size / 1e6:,.1f} MB {kind}" for kind, size in manifest.achieved.weight_bytes.items())
+    revision = f" at {manifest.source.revision}" if manifest.source.revision else ""
+    seed = f", seed {manifest.source.seed}" if manifest.source.seed is not None else ""
+    return [
+        ("model", f"{manifest.model} ({manifest.kind})"),
+        ("weights from", f"{manifest.source.kind}: {manifest.source.location}{revision}{seed}"),
+        ("architecture", f"{a.num_layers} layers, {a.num_attention_heads} heads x {a.attention_head_dim}, feed-forward {a.ffn_dim}"),
+        ("precision", f"{manifest.precision}; stored: {weights}"),
+        ("target", manifest.target),
+        ("opset", ", ".join(str(graph.opset) for graph in manifest.graphs.values())),
+        ("default schedule", f"{manifest.schedule.steps} steps, shift {manifest.schedule.shift:g}"),
+        ("default video", f"{video.frames} frames, {video.height} x {video.width} pixels, {video.fps} per second"),
+        ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
+    ]
+
+
+def main() -> None:
+    """Entry point."""
+    run("anyflow-inspect", InspectOptions, inspect)

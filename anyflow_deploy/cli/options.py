@@ -1,0 +1,158 @@
+"""How every command reads its flags: Fire splits the words, pydantic checks them, and only then does work start.
+
+Fire alone would run the function first and complain about a misspelt flag afterwards, and would turn `--model 1.3` into
+a number. So Fire is given a function that only collects, with every value left a string; a pydantic model (one per
+command) turns strings into types; what is unknown, missing or wrong is answered with one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
+
+import fire
+from fire.decorators import SetParseFn
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from anyflow_deploy.errors import AnyFlowError, suggestion
+
+USAGE_ERROR, WORK_ERROR, INTERRUPTED = 2, 1, 130
+
+Steps = Annotated[tuple[int, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Everything for people goes to standard error; standard output is for what a program may read."""
+
+
+class Options(BaseModel):
+    """The flags of one command: a field is a flag, its description the help, its type the check.
+
+    The class docstring is the command's help. `POSITIONAL` names the fields that may be given without a flag, in order.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    POSITIONAL: typing.ClassVar[tuple[str, ...]] = ()
+    EXAMPLES: typing.ClassVar[tuple[str, ...]] = ()
+
+
+O = TypeVar("O", bound=Options)  # noqa: E741 - the letter for options
+
+
+def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
+    """The body of a console script: parse, work, exit.
+
+    Exit status: what `work` returns; 2 for wrong flags; 1 for an `AnyFlowError`; 130 after Ctrl-C.
+    """
+    words = sys.argv[1:]
+    if "--help" in words or "-h" in words:
+        Console(highlight=False).print(*help_of(program, options), sep="\n")
+        sys.exit(0)
+    try:
+        chosen = parsed(options, words)
+    except AnyFlowError as error:
+        console.print(f"[bold red]error:[/] {_plain(error)}\n[dim]{program} --help lists every flag.[/]")
+        sys.exit(USAGE_ERROR)
+    try:
+        sys.exit(work(chosen))
+    except AnyFlowError as error:
+        console.print(f"[bold red]error:[/] {_plain(error)}")
+        sys.exit(WORK_ERROR)
+    except KeyboardInterrupt:
+        console.print("interrupted; nothing half-written was left.")
+        sys.exit(INTERRUPTED)
+
+
+def _plain(error: AnyFlowError) -> str:
+    return str(error).replace("[", "\\[")
+
+
+def parsed(options: type[O], words: list[str]) -> O:
+    """Turn words of a command line into checked options.
+
+    Raises:
+        AnyFlowError: an unknown flag (with the nearest known one), a wrong type, a missing or surplus argument.
+    """
+    positional, flags = _collected(_with_explicit_booleans(options, words))
+    names = options.model_fields
+    unknown = [flag for flag in flags if flag not in names]
+    if unknown:
+        shown = f"--{unknown[0].replace('_', '-')}"
+        known = [f"--{name.replace('_', '-')}" for name in names]
+        raise AnyFlowError(f"unknown flag {shown}.{suggestion(shown, known)}")
+    if len(positional) > len(options.POSITIONAL):
+        surplus = positional[len(options.POSITIONAL)]
+        raise AnyFlowError(f"surplus argument {surplus!r}; a flag's value follows its name, as in --steps 4.")
+    for name, value in zip(options.POSITIONAL, positional, strict=False):
+        if name in flags:
+            raise AnyFlowError(f"{name} was given twice: {value!r} and --{name} {flags[name]!r}.")
+        flags[name] = value
+    try:
+        return options.model_validate(flags)
+    except ValidationError as error:
+        raise AnyFlowError(_first_problem(options, error)) from None
+
+
+def _with_explicit_booleans(options: type[Options], words: list[str]) -> list[str]:
+    """`--verify BUNDLE` means a switch and an argument; Fire would read a flag and its value."""
+    switches = {f"--{n}" for n, f in options.model_fields.items() if f.annotation is bool}
+    return [f"{word}=True" if word.replace("-", "_").replace("__", "--", 1) in switches else word for word in words]
+
+
+def _collected(words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """What Fire makes of the words, all values still strings."""
+    caught: list[tuple[list[str], dict[str, str]]] = []
+
+    @SetParseFn(str)
+    def collect(*positional: str, **flags: str) -> None:
+        caught.append((list(positional), flags))
+
+    fire.Fire(collect, command=words, name="anyflow")
+    return caught[0]
+
+
+def _first_problem(options: type[Options], error: ValidationError) -> str:
+    problem = error.errors()[0]
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    shown = name if name in options.POSITIONAL else f"--{name.replace('_', '-')}"
+    if problem["type"] == "missing":
+        return f"{shown} is missing: {options.model_fields[name].description}."
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, Exception):
+        return str(cause)
+    return f"{shown} is {problem['input']!r}: {problem['msg'].lower()}."
+
+
+def help_of(program: str, options: type[Options]) -> list[Any]:
+    """The help, as things rich can print."""
+    usage = "".join(f" {name.upper()}" for name in options.POSITIONAL)
+    flags = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
+    flags.add_column(no_wrap=True, style="bold")
+    flags.add_column(no_wrap=True, style="dim")
+    flags.add_column()
+    for name, field in options.model_fields.items():
+        default = "" if field.is_required() or field.default in (None, False, ()) else f" [dim](default {_shown(field.default)})[/]"
+        label = name.upper() if name in options.POSITIONAL else f"--{name.replace('_', '-')}"
+        flags.add_row(label, _type_name(field.annotation), f"{field.description}{default}")
+    examples = [f"  {example}" for example in options.EXAMPLES]
+    return [f"[bold]usage:[/] {program}{usage} [dim]\\[flags][/]", "", inspect.cleandoc(options.__doc__ or ""), "", flags, "", *examples]
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _type_name(annotation: Any) -> str:
+    names = {int: "number", float: "number", str: "text", bool: "switch"}
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        annotation = next(a for a in typing.get_args(annotation) if a is not type(None))
+    if typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    return "numbers" if typing.get_origin(annotation) is tuple else names.get(annotation, "path")

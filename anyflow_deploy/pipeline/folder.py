@@ -1,0 +1,41 @@
+"""Where the text encoder and the VAE of a bundle's model are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anyflow_deploy.errors import CheckpointError
+from anyflow_deploy.export.checkpoint import pipeline_folder
+from anyflow_deploy.export.hub import PIPELINE_FILES, download
+from anyflow_deploy.manifest import Manifest
+
+
+def pipeline_of(manifest: Manifest, given: str | None, parts: list[str]) -> Path:
+    """The pipeline folder that belongs to a bundle.
+
+    Args:
+        manifest: says where the weights came from.
+        given: a folder or Hub id to use instead.
+        parts: subfolders that are needed, such as "vae".
+
+    Raises:
+        CheckpointError: no pipeline is known, or it lacks a part.
+    """
+    folder = _found(manifest, given)
+    missing = [part for part in parts if folder is None or not (folder / part).is_dir()]
+    if folder is None or missing:
+        raise CheckpointError(
+            f"generating needs {' and '.join(parts)} of the model's pipeline, and {folder or manifest.source.location} has "
+            f"{'none' if folder is None else 'no ' + ', '.join(missing)}. Give --pipeline DIR (a diffusers pipeline), or avoid "
+            "the text encoder with --prompt-embeds FILE and the VAE with --output latents.safetensors."
+        )
+    return folder
+
+
+def _found(manifest: Manifest, given: str | None) -> Path | None:
+    if given is not None:
+        path = Path(given)
+        return path if (path / "model_index.json").is_file() or path.is_dir() else download(given, None, PIPELINE_FILES)
+    if manifest.source.kind == "hub":
+        return download(manifest.source.location, manifest.source.revision, PIPELINE_FILES)
+    return pipeline_folder(Path(manifest.source.location)) if manifest.source.kind == "folder" else None

@@ -1,0 +1,76 @@
+"""Prompts to embeddings, and embeddings to files.
+
+Encoding is diffusers' own `AnyFlowPipeline.encode_prompt`, so the embeddings are those the model was trained with:
+cleaned text, UMT5, padded with zeros. A file of embeddings is a .safetensors with one tensor, `prompt_embeds`
+(B, L, D), float32, and the prompts in its header; on a device it stands in for the text encoder.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.errors import AnyFlowError
+
+TENSOR = "prompt_embeds"
+
+
+def encoded_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
+    """Embeddings of prompts, float32 (B, tokens, D).
+
+    Args:
+        pipeline: folder with tokenizer/ and text_encoder/.
+        prompts: one a video.
+        tokens: length to pad to; a longer prompt is refused rather than cut.
+
+    Raises:
+        AnyFlowError: an empty prompt, or one that is too long.
+    """
+    from diffusers import AnyFlowPipeline
+    from transformers import AutoTokenizer, UMT5EncoderModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(pipeline / "tokenizer")
+    for prompt in prompts:
+        if not prompt.strip():
+            raise AnyFlowError("the prompt is empty; describe the video in a sentence.")
+        length = len(tokenizer(prompt).input_ids)
+        if length > tokens:
+            raise AnyFlowError(f"the prompt has {length} tokens and the model takes {tokens}; shorten it.")
+    encoder = UMT5EncoderModel.from_pretrained(pipeline / "text_encoder", dtype="auto", use_safetensors=True)
+    parts = AnyFlowPipeline(tokenizer=tokenizer, text_encoder=encoder, transformer=None, vae=None, scheduler=None)
+    with torch.no_grad():
+        embeddings, _ = parts.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=tokens)
+    return np.array(embeddings.float().cpu().numpy(), dtype=np.float32)
+
+
+def save_embeddings(path: Path, embeddings: Array, prompts: list[str]) -> None:
+    """Write embeddings, whole or not at all."""
+    from safetensors.numpy import save_file
+
+    partial = path.with_name(f".{path.name}.partial")
+    save_file({TENSOR: embeddings}, partial, metadata={"prompts": json.dumps(prompts)})
+    partial.rename(path)
+
+
+def load_embeddings(path: Path) -> tuple[Array, list[str]]:
+    """Read embeddings and the prompts they came from.
+
+    Raises:
+        AnyFlowError: not such a file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            return np.array(file.get_tensor(TENSOR), dtype=np.float32), json.loads(metadata.get("prompts", "[]"))
+    except (OSError, SafetensorError) as error:
+        raise AnyFlowError(
+            f"{path} holds no prompt embeddings ({error}). Make such a file with anyflow-generate --save-prompt-embeds FILE."
+        ) from None

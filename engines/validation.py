@@ -1,0 +1,202 @@
+"""Does an engine compute what the model computes? Two engines, the same inputs, measured against named thresholds.
+
+Two questions are asked, because they fail differently. *Transitions*: along a path that the reference itself takes from
+noise to clean, each state is sent from its time t to several targets r, and the velocities are compared; this finds a
+wrong operator, and at which times it matters. *Rollouts*: whole samples at several step counts are compared; this finds
+errors that add up. Both engines start every transition from the reference's state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anyflow_deploy.engines.engine import Array, Engine
+from anyflow_deploy.engines.metrics import Difference, difference
+from anyflow_deploy.engines.sampler import noise, sample
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.schedule import Schedule
+
+PATH_STEPS = 6
+"""Points of the reference's path at which transitions are compared: early, middle and late times."""
+
+ROLLOUT_STEPS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The most an engine may differ, as relative L2, and why that much."""
+
+    transition: float
+    rollout: float
+    reason: str
+
+
+THRESHOLDS = {
+    "fp32": Threshold(
+        2e-5, 2e-5, "another order of float32 sums: 2e-7 to 4e-7 was measured (tiny, golden, 1.3B width); 50 times that is a defect"
+    ),
+    "fp16": Threshold(
+        5e-3, 5e-3, "11 bits of mantissa round by 2.4e-4 each: 6e-5 to 5e-4 was measured (tiny, golden, 1.3B width); 10 times that"
+    ),
+    "bf16": Threshold(4e-2, 4e-2, "8 bits of mantissa: 8 times the fp16 threshold, not measured on a device yet"),
+}
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Velocities compared at one state. `kind` names the target: "next" on the path, "half" way, "clean" (r = 0), "same"
+    (r = t), or "mixed": the first frame already clean, as when a video is continued."""
+
+    t: float
+    r: float
+    kind: str
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Whole samples compared."""
+
+    steps: int
+    difference: Difference
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What came out.
+
+    Attributes:
+        candidate, reference: their descriptions.
+        precision: whose threshold applies.
+        shape, text: of the inputs.
+        seed: of the inputs.
+        transitions, rollouts: the measurements.
+    """
+
+    candidate: str
+    reference: str
+    precision: str
+    shape: tuple[int, ...]
+    text: tuple[int, ...]
+    seed: int
+    transitions: tuple[Transition, ...]
+    rollouts: tuple[Rollout, ...]
+
+    @property
+    def threshold(self) -> Threshold:
+        """What was allowed."""
+        return THRESHOLDS[self.precision]
+
+    @property
+    def failures(self) -> list[str]:
+        """Every measurement over its threshold, in words; empty when the engine is right."""
+        limit = self.threshold
+        found = []
+        for item in self.transitions:
+            if not item.difference.relative_l2 <= limit.transition:
+                found.append(f"transition {item.t:.0f} -> {item.r:.0f}: {_words(item.difference)}, allowed {limit.transition:g}")
+        for rollout in self.rollouts:
+            if not rollout.difference.relative_l2 <= limit.rollout:
+                found.append(f"rollout of {rollout.steps} steps: {_words(rollout.difference)}, allowed {limit.rollout:g}")
+        return found
+
+    def as_json(self) -> dict[str, Any]:
+        """For validation.json. Infinite and undefined numbers become null."""
+        raw = dataclasses.asdict(self)
+        raw["threshold"] = dataclasses.asdict(self.threshold)
+        raw["failures"] = self.failures
+        raw["passed"] = not self.failures
+        return {key: _finite(value) for key, value in raw.items()}
+
+
+def validate(
+    candidate: Engine,
+    reference: Engine,
+    precision: str,
+    shape: Sequence[int],
+    text_shape: Sequence[int],
+    steps: Sequence[int] = ROLLOUT_STEPS,
+    shift: float = 5.0,
+    seed: int = 0,
+    report: Report | None = None,
+) -> Validation:
+    """Compare two engines.
+
+    Args:
+        candidate, reference: engines of the same model.
+        precision: of the candidate, chooses the thresholds.
+        shape: latents (B, F, C, H, W); small ones find the same errors as large ones.
+        text_shape: prompt embeddings (B, L, D).
+        steps: step counts of the rollouts.
+        shift: of their schedules.
+        seed: of the latents and embeddings, standard normal.
+
+    Raises:
+        AnyFlowError: no threshold for the precision, or shapes that one of the engines refuses.
+    """
+    if precision not in THRESHOLDS:
+        raise AnyFlowError(f"no thresholds for precision {precision!r}; there are some for {', '.join(THRESHOLDS)}.")
+    latents, text = noise(shape, seed), noise(text_shape, seed + 1)
+    report = report or Silent()
+    path = Schedule.uniform(PATH_STEPS, shift)
+    schedules = [Schedule.uniform(n, shift) for n in steps]
+    with report.stage("transitions", path.steps) as advance:
+        transitions = []
+        for t, r, state in _path(reference, latents, text, path):
+            transitions += [_transition(candidate, reference, state, text, t, *target) for target in _targets(t, r)]
+            advance(1)
+    with report.stage("rollouts", float(sum(steps))) as advance:
+        rollouts = []
+        for schedule in schedules:
+            pair = [sample(engine, latents, text, schedule) for engine in (candidate, reference)]
+            rollouts.append(Rollout(schedule.steps, difference(pair[0], pair[1])))
+            advance(schedule.steps)
+    return Validation(
+        candidate.description, reference.description, precision, tuple(shape), tuple(text_shape), seed,
+        tuple(transitions), tuple(rollouts),
+    )  # fmt: skip
+
+
+def _path(reference: Engine, latents: Array, text: Array, path: Schedule) -> list[tuple[float, float, Array]]:
+    """The states the reference passes through, each with its time and the next."""
+    states = []
+    with reference.start(latents, text) as run:
+        for t, r in path.transitions:
+            states.append((t, r, run.read()))
+            run.step(t, r)
+    return states
+
+
+def _targets(t: float, r: float) -> list[tuple[float, str]]:
+    """Where a state at `t` is sent. The last step of the path goes to clean itself."""
+    targets = [(t / 2, "half"), (0.0, "clean"), (t, "same"), (t / 2, "mixed")]
+    return targets if r == 0.0 else [(r, "next"), *targets]
+
+
+def _transition(candidate: Engine, reference: Engine, state: Array, text: Array, t: float, r: float, kind: str) -> Transition:
+    source, target = np.full(state.shape[:2], t, np.float32), np.full(state.shape[:2], r, np.float32)
+    if kind == "mixed":
+        source[:, 0] = target[:, 0] = 0.0
+    velocities = []
+    for engine in (candidate, reference):
+        with engine.start(state, text) as run:
+            velocities.append(run.velocity(source, target))
+    return Transition(t, r, kind, difference(velocities[0], velocities[1]))
+
+
+def _words(d: Difference) -> str:
+    return f"{d.not_finite} elements are NaN or infinite" if d.not_finite else f"relative L2 {d.relative_l2:.2e}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
