@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from pydantic import ValidationError
 
-from anyflow_deploy.errors import BundleError
+from anyflow_deploy.errors import AnyFlowError, BundleError
 from anyflow_deploy.manifest import MANIFEST, SCHEMA, File, Manifest
 
 _BLOCK = 8 << 20
@@ -76,6 +76,10 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         check_file(folder, name, record, verify)
     for graph in bundle.manifest.graphs.values():
         bundle.file(graph.file)
+    try:
+        bundle.manifest.architecture, bundle.manifest.shape_ranges  # noqa: B018 - both check what they read
+    except AnyFlowError as error:
+        raise BundleError(f"{folder / MANIFEST} is damaged: {error} Export again.") from None
     return bundle
 
 
@@ -83,7 +87,7 @@ def _parsed(text: bytes, folder: Path) -> Manifest:
     try:
         raw = json.loads(text)
         schema = raw["schema"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(f"{folder / MANIFEST} is not a manifest: no JSON object with a 'schema'. Export again.") from None
     if schema != SCHEMA:
         advice = "Update anyflow_deploy" if isinstance(schema, int) and schema > SCHEMA else "Export again"
@@ -103,10 +107,14 @@ def check_file(folder: Path, name: str, record: File, verify: bool) -> None:
         BundleError: naming the file and what is wrong with it.
     """
     parts = PurePosixPath(name)
-    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not (folder / name).resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{folder / MANIFEST} names {name!r}, which leaves the bundle's folder. Do not use this bundle.")
     path = folder / name
-    if not path.is_file():
+    try:
+        inside, present = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL, a name too long
+        inside, present = False, False
+    if parts.is_absolute() or ".." in parts.parts or "\\" in name or not inside:
+        raise BundleError(f"{folder / MANIFEST} names {name!r}, which leaves the bundle's folder. Do not use this bundle.")
+    if not present:
         raise BundleError(f"{folder} lacks {name!r}, which its manifest lists. Copy the bundle again, or export again.")
     size = path.stat().st_size
     if size != record.bytes:
@@ -181,15 +189,21 @@ class BundleWriter:
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         self.path = path
-        if path.exists() and not overwrite:
-            raise BundleError(f"{path} exists. Choose another --output, or replace it with --overwrite.")
-        if path.exists() and not (path / MANIFEST).is_file():
-            raise BundleError(f"{path} exists and is not a bundle, so --overwrite does not replace it. Choose another --output.")
+        self._overwrite = overwrite
+        self._check_destination()
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise BundleError(f"{path.parent} is not a folder that can be written to. Choose another --output.")
         self.folder = path.parent / f".{path.name}.partial-{os.getpid()}"
         self.files: dict[str, File] = {}
         self._open: list[HashingFile] = []
+
+    def _check_destination(self) -> None:
+        if self.path.exists() and not self._overwrite:
+            raise BundleError(f"{self.path} exists. Choose another --output, or replace it with --overwrite.")
+        if self.path.exists() and not (self.path / MANIFEST).is_file():
+            raise BundleError(
+                f"{self.path} exists and is not a bundle, so --overwrite does not replace it. Choose another --output."
+            )
 
     def __enter__(self) -> BundleWriter:
         _clear_abandoned(self.path)
@@ -223,11 +237,17 @@ class BundleWriter:
         file = self.create(MANIFEST)
         file.write(text.encode())
         file.close()
+        load_bundle(self.folder, verify=False)
         _sync_folder(self.folder)
+        self._check_destination()  # hours may have passed since the constructor looked
         if self.path.exists():
             replaced = self.path.parent / f".{self.path.name}.replaced-{os.getpid()}"
             self.path.rename(replaced)
-            self.folder.rename(self.path)
+            try:
+                self.folder.rename(self.path)
+            except BaseException:
+                replaced.rename(self.path)
+                raise
             shutil.rmtree(replaced)
         else:
             self.folder.rename(self.path)
@@ -245,17 +265,23 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _clear_abandoned(path: Path) -> None:
-    """Remove what a killed writer of the same destination left behind."""
-    for folder in path.parent.glob(f".{path.name}.partial-*"):
-        pid = folder.name.rsplit("-", 1)[1]
-        if pid == str(os.getpid()) or not _running(pid):
-            shutil.rmtree(folder, ignore_errors=True)
+    """Undo what a killed writer of the same destination left: half a bundle, or an old one moved aside."""
+    for kind in ("partial", "replaced"):
+        prefix = f".{path.name}.{kind}-"
+        for folder in [f for f in path.parent.iterdir() if f.name.startswith(prefix)]:
+            pid = folder.name[len(prefix) :]
+            if pid != str(os.getpid()) and _running(pid):
+                continue
+            if kind == "replaced" and not path.exists():
+                folder.rename(path)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _running(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
+    except (ProcessLookupError, ValueError, OverflowError):
         return False
     except PermissionError:
         return True

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from anyflow_deploy.models import Architecture, architecture_from_config
-from anyflow_deploy.ranges import Range, Ranges
+from anyflow_deploy.errors import BundleError
+from anyflow_deploy.ranges import AXES, Range, Ranges
 
 SCHEMA = 1
 """Raised whenever a reader of the old schema would misread a bundle of the new one."""
@@ -127,6 +128,8 @@ class Manifest(_Record):
     @property
     def shape_ranges(self) -> Ranges:
         """The declared ranges, ready to check shapes with."""
+        if set(self.ranges) != set(AXES):
+            raise BundleError(f"its ranges are of {', '.join(self.ranges)}; expected are {', '.join(AXES)}.")
         return Ranges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
 
 

@@ -11,9 +11,12 @@ This module imports neither torch nor diffusers.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from anyflow_deploy.errors import AnyFlowError, CheckpointError, suggestion
 
@@ -46,24 +49,24 @@ class Architecture:
         compressed_patch_size, full_chunk_limit, chunk_partition: causal models only, None otherwise.
     """
 
-    num_attention_heads: int
-    attention_head_dim: int
-    ffn_dim: int
-    num_layers: int
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
+    num_attention_heads: PositiveInt
+    attention_head_dim: PositiveInt
+    ffn_dim: PositiveInt
+    num_layers: PositiveInt
+    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 2, 2)
+    in_channels: PositiveInt = 16
+    out_channels: PositiveInt = 16
+    text_dim: PositiveInt = 4096
+    freq_dim: PositiveInt = 256
     cross_attn_norm: bool = True
     eps: float = 1e-6
-    image_dim: int | None = None
-    rope_max_seq_len: int = 1024
+    image_dim: PositiveInt | None = None
+    rope_max_seq_len: PositiveInt = 1024
     gate_value: float = 0.25
     deltatime_type: str = "r"
-    compressed_patch_size: tuple[int, int, int] | None = None
-    full_chunk_limit: int | None = None
-    chunk_partition: tuple[int, ...] | None = None
+    compressed_patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    full_chunk_limit: PositiveInt | None = None
+    chunk_partition: tuple[PositiveInt, ...] | None = None
 
     @property
     def inner_dim(self) -> int:
@@ -113,7 +116,17 @@ def architecture_from_config(config: Mapping[str, Any], where: str = "config.jso
     missing = [n for n in required if n not in given]
     if missing:
         raise CheckpointError(f"{where} lacks {', '.join(missing)}; all of {', '.join(required)} are needed.")
-    architecture = Architecture(**given)
+    chunks = [k for k in ("compressed_patch_size", "full_chunk_limit", "chunk_partition") if given.get(k) is not None]
+    if len(chunks) != (3 if name == CAUSAL_CLASS else 0):
+        raise CheckpointError(
+            f"{where} is a {name} with {', '.join(chunks) or 'no chunks'}; compressed_patch_size, full_chunk_limit and "
+            f"chunk_partition belong to {CAUSAL_CLASS}, all three, and to no other class."
+        )
+    try:
+        architecture = TypeAdapter(Architecture).validate_json(json.dumps(given), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(f"{where} has {first['loc'][0]} {first['input']!r}: {first['msg'].lower()}.") from None
     _check(architecture, where)
     return architecture
 

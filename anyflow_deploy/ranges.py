@@ -106,7 +106,8 @@ def narrowed(base: Ranges, wanted: dict[str, Range]) -> Ranges:
     for axis, range_ in wanted.items():
         allowed: Range = getattr(base, axis)
         top_fits = allowed.maximum is None or (range_.maximum is not None and range_.maximum in allowed)
-        if range_.minimum not in allowed or not top_fits:
+        steps_fit = range_.minimum == range_.maximum or range_.multiple % allowed.multiple == 0
+        if range_.minimum not in allowed or not top_fits or not steps_fit:
             raise AnyFlowError(f"{axis} {range_} reaches outside what the model allows: {allowed} (latent units).")
     return Ranges(**{f.name: wanted.get(f.name, getattr(base, f.name)) for f in fields(Ranges)})
 
@@ -118,7 +119,7 @@ def parsed_span(text: str, flag: str) -> tuple[int, int]:
         AnyFlowError: anything else.
     """
     parts = text.split(":")
-    if len(parts) > 2 or not all(p.strip().isdigit() for p in parts):
+    if len(parts) > 2 or not all(p.strip().isdecimal() for p in parts):
         raise AnyFlowError(f"{flag} is {text!r}; allowed are one number (4) or a range (1:4).")
     numbers = [int(p) for p in parts]
     return numbers[0], numbers[-1]

@@ -92,13 +92,16 @@ class Schedule:
 
 
 def shifted(sigmas: Sequence[float], shift: float) -> list[float]:
-    """`shift * s / (1 + (shift - 1) * s)` of each s in [0, 1]: larger shifts spend more steps near the noise."""
+    """`shift * s / (1 + (shift - 1) * s)` of each s in [0, 1]: larger shifts spend more steps near the noise.
+
+    Written so that 1 stays exactly 1 whatever the rounding of `shift - 1`.
+    """
     if not math.isfinite(shift) or shift <= 0:
         raise AnyFlowError(f"shift is {shift}; allowed is any positive number (the released models use 5).")
     for index, s in enumerate(sigmas):
         if not 0.0 <= s <= 1.0:
             raise AnyFlowError(f"sigma {index} is {s}; allowed are 0 (clean) to 1 (noise).")
-    return [shift * s / (1.0 + (shift - 1.0) * s) for s in sigmas]
+    return [shift * s / (shift * s + (1.0 - s)) for s in sigmas]
 
 
 def _closed(times: Iterable[float]) -> tuple[float, ...]:

@@ -22,8 +22,9 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.schedule import Schedule
 
-PATH_STEPS = 6
-"""Points of the reference's path at which transitions are compared: early, middle and late times."""
+PATH = Schedule.from_timesteps((1000, 960, 860, 700, 500, 250, 60, 0))
+"""The reference's path: transitions are compared at each of its times, from pure noise to nearly clean. (The shifted
+grid of few steps would stay above 500.)"""
 
 ROLLOUT_STEPS = (1, 2, 4, 8)
 
@@ -144,11 +145,10 @@ def validate(
         raise AnyFlowError(f"no thresholds for precision {precision!r}; there are some for {', '.join(THRESHOLDS)}.")
     latents, text = noise(shape, seed), noise(text_shape, seed + 1)
     report = report or Silent()
-    path = Schedule.uniform(PATH_STEPS, shift)
     schedules = [Schedule.uniform(n, shift) for n in steps]
-    with report.stage("transitions", path.steps) as advance:
+    with report.stage("transitions", PATH.steps) as advance:
         transitions = []
-        for t, r, state in _path(reference, latents, text, path):
+        for t, r, state in _path(reference, latents, text):
             transitions += [_transition(candidate, reference, state, text, t, *target) for target in _targets(t, r)]
             advance(1)
     with report.stage("rollouts", float(sum(steps))) as advance:
@@ -163,11 +163,11 @@ def validate(
     )  # fmt: skip
 
 
-def _path(reference: Engine, latents: Array, text: Array, path: Schedule) -> list[tuple[float, float, Array]]:
+def _path(reference: Engine, latents: Array, text: Array) -> list[tuple[float, float, Array]]:
     """The states the reference passes through, each with its time and the next."""
     states = []
     with reference.start(latents, text) as run:
-        for t, r in path.transitions:
+        for t, r in PATH.transitions:
             states.append((t, r, run.read()))
             run.step(t, r)
     return states

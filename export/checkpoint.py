@@ -97,7 +97,10 @@ def pipeline_folder(path: Path) -> Path | None:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{STEM}.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        weight_map = _read_json(index).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+            raise CheckpointError(f"{index} is damaged: weight_map has to map parameters to file names. Download it again.")
+        names = sorted(set(weight_map.values()))
         leaving = [n for n in names if len(PurePosixPath(n).parts) != 1]
         if leaving or not names:
             raise CheckpointError(f"{index} names {leaving[0] if leaving else 'no shards'}; shards lie beside their index.")

@@ -42,7 +42,7 @@ def random_parameter(name: str, shape: tuple[int, ...], seed: int) -> torch.Tens
     """A seeded value for a parameter: ones and a little noise for norms, 1/sqrt(inputs) normals for the rest."""
     word = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(word, "little"))
-    values = torch.empty(shape).normal_(generator=generator)
+    values = torch.empty(shape, dtype=torch.float32).normal_(generator=generator)
     if "norm" in name and name.endswith("weight"):
         return 1.0 + 0.1 * values
     if len(shape) == 1:

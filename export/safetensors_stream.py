@@ -17,7 +17,10 @@ from typing import Any
 
 from anyflow_deploy.errors import CheckpointError
 
-TYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "BOOL": 1}
+TYPE_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
+    "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "BOOL": 1,
+}  # fmt: skip
 _LARGEST_HEADER = 100_000_000  # the library's own limit
 
 
@@ -54,17 +57,31 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise CheckpointError(f"{path} is not a safetensors file, or was cut short. Download it again.")
         try:
             raw = json.loads(file.read(length))
-            return {n: _entry(e, 8 + length, size) for n, e in raw.items() if n != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            entries = {n: _entry(e, 8 + length, size) for n, e in raw.items() if n != "__metadata__"}
+            _check_gapless(entries, 8 + length, size)
+            return entries
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged safetensors header ({error}). Download it again.") from None
 
 
 def _entry(raw: Mapping[str, Any], start: int, size: int) -> Entry:
     begin, end = raw["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *raw["shape"])):
+        raise ValueError("shapes and offsets are whole numbers from 0")
     entry = Entry(raw["dtype"], tuple(raw["shape"]), start + begin)
     if entry.bytes != end - begin or begin < 0 or start + end > size:
         raise ValueError("a tensor's bytes do not match its shape or lie outside the file")
     return entry
+
+
+def _check_gapless(entries: Mapping[str, Entry], start: int, size: int) -> None:
+    """Tensors follow each other without gap or overlap, to the end of the file."""
+    for entry in sorted(entries.values(), key=lambda e: (e.offset, e.bytes)):
+        if entry.offset != start:
+            raise ValueError("tensors overlap or leave a gap")
+        start += entry.bytes
+    if start != size:
+        raise ValueError(f"its tensors end at byte {start} of {size}; they lie outside the file or do not fill it")
 
 
 def read_bytes(path: Path, entry: Entry) -> bytearray:

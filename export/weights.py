@@ -1,7 +1,8 @@
 """Stream weights from a checkpoint into a bundle, one tensor at a time.
 
-Each parameter is read, converted once to the type the graph asks for, checked to be finite, hashed and written; the
-next one is read meanwhile. Peak memory is a few times the largest tensor, whatever the size of the model.
+Each parameter is read, converted once to the type the graph asks for, checked to be finite, hashed and written. Three
+are in hand at a time: one being read, one being converted, one being written. Peak memory is therefore a few times the
+largest tensor, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -90,13 +91,15 @@ def write_weights(
     order = sorted(kinds, key=lambda name: -TYPE_BYTES[kinds[name].type])  # stable: wide types first, so all are aligned
     head, entries = layout({n: (kinds[n].type, kinds[n].shape) for n in order}, {"format": "pt"})
     file = writer.create(WEIGHTS)
-    file.write(head)
     total = sum(e.bytes for e in entries.values())
-    with report.stage(f"writing weights ({total / 1e9:.2f} GB)", total) as advance:
+    with report.stage(f"writing weights ({total / 1e9:.2f} GB)", total) as advance, ThreadPoolExecutor(1) as pen:
+        written = pen.submit(file.write, head)
         for name, tensor in _read_ahead(weights, (n for n in order if n not in constants), constants, order):
-            converted = _converted(name, tensor, kinds[name].type)
-            file.write(memoryview(converted.contiguous().view(torch.uint8).reshape(-1).numpy()))
+            converted = _converted(name, tensor, kinds[name].type).contiguous().view(torch.uint8).reshape(-1)
+            written.result()
+            written = pen.submit(file.write, memoryview(converted.numpy()))
             advance(entries[name].bytes)
+        written.result()
     writer.add(WEIGHTS, file.close())
     return entries
 
@@ -122,7 +125,8 @@ def _read_ahead(
 
 def _converted(name: str, tensor: torch.Tensor, kind: str) -> torch.Tensor:
     converted = tensor.to(TORCH[kind])
-    if bool(converted.sum(dtype=torch.float64).isfinite()):
+    extremes = torch.aminmax(converted)  # NaN comes through, and it is the cheapest pass over the data by far
+    if bool(extremes.min.isfinite() & extremes.max.isfinite()):
         return converted
     if bool(tensor.isfinite().all()):
         largest = float(tensor.abs().max())

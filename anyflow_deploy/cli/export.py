@@ -79,13 +79,13 @@ class ExportOptions(Options):
         """The axes that flags narrow, in latent units."""
         found = {}
         for axis in ("batch", "text"):
-            if text := getattr(self, axis):
+            if (text := getattr(self, axis)) is not None:
                 found[axis] = Range(*parsed_span(text, f"--{axis}"))
-        if self.frames:
+        if self.frames is not None:
             low, high = (latent_frames(n, TEMPORAL_FACTOR) for n in parsed_span(self.frames, "--frames"))
             found["frames"] = Range(low, high)
         for axis in ("height", "width"):
-            if text := getattr(self, axis):
+            if (text := getattr(self, axis)) is not None:
                 low, high = (latent_side(n, SPATIAL_FACTOR, 2, axis) for n in parsed_span(text, f"--{axis}"))
                 found[axis] = Range(low, high, 2)
         return found

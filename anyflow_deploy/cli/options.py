@@ -11,12 +11,12 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, TypeVar
 
 import fire
 from fire.decorators import SetParseFn
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +24,8 @@ from anyflow_deploy.errors import AnyFlowError, suggestion
 
 USAGE_ERROR, WORK_ERROR, INTERRUPTED = 2, 1, 130
 
-Steps = Annotated[tuple[int, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+StepCount = Annotated[int, Field(ge=1, le=1000)]
+Steps = Annotated[tuple[StepCount, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -80,13 +81,7 @@ def parsed(options: type[O], words: list[str]) -> O:
     Raises:
         AnyFlowError: an unknown flag (with the nearest known one), a wrong type, a missing or surplus argument.
     """
-    positional, flags = _collected(_with_explicit_booleans(options, words))
-    names = options.model_fields
-    unknown = [flag for flag in flags if flag not in names]
-    if unknown:
-        shown = f"--{unknown[0].replace('_', '-')}"
-        known = [f"--{name.replace('_', '-')}" for name in names]
-        raise AnyFlowError(f"unknown flag {shown}.{suggestion(shown, known)}")
+    positional, flags = _collected(_explicit(options, words))
     if len(positional) > len(options.POSITIONAL):
         surplus = positional[len(options.POSITIONAL)]
         raise AnyFlowError(f"surplus argument {surplus!r}; a flag's value follows its name, as in --steps 4.")
@@ -100,10 +95,36 @@ def parsed(options: type[O], words: list[str]) -> O:
         raise AnyFlowError(_first_problem(options, error)) from None
 
 
-def _with_explicit_booleans(options: type[Options], words: list[str]) -> list[str]:
-    """`--verify BUNDLE` means a switch and an argument; Fire would read a flag and its value."""
-    switches = {f"--{n}" for n, f in options.model_fields.items() if f.annotation is bool}
-    return [f"{word}=True" if word.replace("-", "_").replace("__", "--", 1) in switches else word for word in words]
+def _explicit(options: type[Options], words: list[str]) -> list[str]:
+    """The same words, every flag as `--name=value`, so that nothing is left for Fire to guess.
+
+    Fire would read `--verify BUNDLE` as a flag and its value, `--prompt` at the end as "True", `--noprompt` as "False",
+    and would take what follows `--` or `-` for itself.
+    """
+    fields = {f.alias or name: f for name, f in options.model_fields.items()}
+    result, rest = [], iter(words)
+    for word in rest:
+        if not word.startswith("-"):
+            result.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        if flag in ("-", "--"):
+            raise AnyFlowError(f"{word!r} means nothing here. A value that starts with a dash is given as --prompt=-x.")
+        if not flag.startswith("--") or name not in fields:
+            raise _unknown(flag, fields)
+        if not equals:
+            value = "True" if fields[name].annotation is bool else next(rest, "--")
+            if value.startswith("-") and not value[1:2].isdigit():
+                raise AnyFlowError(f"{flag} needs a value; one that starts with a dash is given as {flag}=-x.")
+        result.append(f"--{name}={value}")
+    return result
+
+
+def _unknown(flag: str, fields: Iterable[str]) -> AnyFlowError:
+    shown = flag.replace("_", "-")
+    known = [f"--{name.replace('_', '-')}" for name in fields]
+    return AnyFlowError(f"unknown flag {shown}.{suggestion(shown, known)}")
 
 
 def _collected(words: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -138,8 +159,8 @@ def help_of(program: str, options: type[Options]) -> list[Any]:
     flags.add_column(no_wrap=True, style="dim")
     flags.add_column()
     for name, field in options.model_fields.items():
-        default = "" if field.is_required() or field.default in (None, False, ()) else f" [dim](default {_shown(field.default)})[/]"
-        label = name.upper() if name in options.POSITIONAL else f"--{name.replace('_', '-')}"
+        default = "" if field.is_required() or field.default in (None, "", ()) or field.default is False else f" [dim](default {_shown(field.default)})[/]"
+        label = name.upper() if name in options.POSITIONAL else f"--{(field.alias or name).replace('_', '-')}"
         flags.add_row(label, _type_name(field.annotation), f"{field.description}{default}")
     examples = [f"  {example}" for example in options.EXAMPLES]
     return [f"[bold]usage:[/] {program}{usage} [dim]\\[flags][/]", "", inspect.cleandoc(options.__doc__ or ""), "", flags, "", *examples]

@@ -1,0 +1,67 @@
+"""What the benchmarks share: the machine's description, peak memory of a child process, and the closing JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """What identifies a measurement: processor, cores, memory, versions, date."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    packages = ("anyflow-deploy", "torch", "onnx", "onnxruntime", "diffusers")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**20, 1),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def child(words: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Run a command; returns its wall seconds, peak resident memory of it and its children (MiB), and standard output.
+
+    Raises:
+        SystemExit: when it fails, with what it said.
+    """
+    started = time.perf_counter()
+    process = subprocess.Popen(list(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    errors: list[str] = []
+    assert process.stderr is not None and process.stdout is not None
+    reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))  # type: ignore[union-attr]
+    reader.start()
+    output = process.stdout.read()
+    reader.join()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(words)} failed:\n{errors[0][-3000:]}")
+    return {"seconds": time.perf_counter() - started, "peak_mib": usage.ru_maxrss / 1024, "output": output, "errors": errors[0]}
+
+
+def python(code: str, *arguments: str) -> dict[str, Any]:
+    """`child` for a piece of Python."""
+    return child([sys.executable, "-c", code, *arguments])
+
+
+def finish(name: str, result: dict[str, Any]) -> None:
+    """Print the result as one JSON line, the last."""
+    print(json.dumps({"benchmark": name, "machine": machine(), **result}))
