@@ -5,6 +5,7 @@ Exports take about ten seconds each, so each kind is made once, and tests that d
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -20,7 +21,13 @@ from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.tiny import save_tiny_pipeline
 
-GOLDEN = Path(os.environ.get("ANYFLOW_GOLDEN") or Path(__file__).parent / "golden") / "bidirectional"
+SMALL = Path(__file__).parent / "golden" / "bidirectional"
+"""The golden model that ships with the tests: a small checkpoint for everything else, too."""
+
+GOLDEN = Path(os.environ["ANYFLOW_GOLDEN"]) / "bidirectional" if os.environ.get("ANYFLOW_GOLDEN") else SMALL
+"""The one that the golden tests read."""
+
+Export = Callable[..., Bundle]
 
 
 @pytest.fixture(scope="session")
@@ -30,19 +37,30 @@ def golden() -> dict[str, NDArray[np.float32]]:
 
 
 @pytest.fixture(scope="session")
-def golden_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
-    """Exports the golden model with given settings, once for each."""
-    made: dict[str, Bundle] = {}
-    folder = tmp_path_factory.mktemp("golden")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Exports a checkpoint with given settings, once for each."""
+    made: dict[tuple[object, ...], Bundle] = {}
 
-    def bundle(precision: str = "fp32", opset: int = 20, target: str = "cpu") -> Bundle:
-        key = f"{precision}-{opset}"
+    def bundle(checkpoint: Path, precision: str = "fp32", opset: int = 20, target: str = "cpu") -> Bundle:
+        key = (checkpoint, precision, opset, target)
         if key not in made:
             settings = ExportSettings(precision, opset=opset, target=target)
-            made[key] = export_bundle(open_checkpoint(GOLDEN), folder / key, settings)
+            made[key] = export_bundle(open_checkpoint(checkpoint), tmp_path_factory.mktemp("exported") / "bundle", settings)
         return made[key]
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(exported: Export) -> Export:
+    """Exports the golden model."""
+    return functools.partial(exported, GOLDEN)
+
+
+@pytest.fixture(scope="session")
+def small_bundle(exported: Export) -> Export:
+    """Exports the small model."""
+    return functools.partial(exported, SMALL)
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +78,6 @@ def tiny_bundle(tiny_pipeline: Path) -> Bundle:
 
 
 @pytest.fixture
-def golden_config() -> dict[str, object]:
-    """The golden model's config.json."""
-    return json.loads((GOLDEN / "config.json").read_text())
+def small_config() -> dict[str, int]:
+    """The small model's config.json."""
+    return json.loads((SMALL / "config.json").read_text())

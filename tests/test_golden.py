@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from anyflow_deploy import Bundle, Schedule, load_engine, sample
+from anyflow_deploy import Schedule, load_engine, sample
 from anyflow_deploy.engines.metrics import difference
+from anyflow_deploy.engines.validation import THRESHOLDS
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.reference import TorchEngine
 from anyflow_deploy.export.transformer import FlowMapTransformer, constants
-from tests.conftest import GOLDEN
+from tests.conftest import GOLDEN, Export
 
 Golden = dict[str, NDArray[np.float32]]
-Export = Callable[..., Bundle]
 
 FLOAT32 = 1e-5
-HALF = 1e-3
+HALF = THRESHOLDS["fp16"].transition
 STEPS = (1, 2, 4, 8, 13)
 TIMES = [("timestep", "r_timestep", "velocity"), ("timestep_per_frame", "r_timestep_per_frame", "velocity_per_frame")]
 BUNDLES = [("fp32", 20, FLOAT32), ("fp32", 23, FLOAT32), ("fp16", 20, HALF), ("fp16", 23, HALF)]
@@ -74,3 +73,14 @@ def test_the_pytorch_reference(golden: Golden) -> None:
     assert difference(velocity, golden["velocity_per_frame"]).relative_l2 < FLOAT32
     latents = sample(engine, golden["latents"], golden["text"], Schedule.uniform(4))
     assert difference(latents, golden["sample_4"]).relative_l2 < FLOAT32
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+def test_the_bundle_runs_as_it_stands(golden: Golden, golden_bundle: Export, opset: int) -> None:
+    """The file on disk, opened by plain ONNX Runtime with no help from us, computes the same."""
+    session = onnxruntime.InferenceSession(golden_bundle("fp32", opset).path / "transition.onnx", providers=["CPUExecutionProvider"])
+    feed = {"latents": "latents", "t": "timestep", "r": "r_timestep", "text": "text"}
+    outputs = session.run(["velocity", "z_r"], {name: golden[key] for name, key in feed.items()})
+    assert difference(outputs[0], golden["velocity"]).relative_l2 < FLOAT32
+    interval = (golden["timestep"] - golden["r_timestep"])[:, :, None, None, None] / 1000
+    np.testing.assert_allclose(outputs[1], golden["latents"] - interval * golden["velocity"], atol=1e-5)
