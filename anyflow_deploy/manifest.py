@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from anyflow_deploy.models import Architecture, architecture_from_config
 from anyflow_deploy.errors import BundleError
+from anyflow_deploy.models import Architecture, architecture_from_config
 from anyflow_deploy.ranges import AXES, Range, Ranges
 
 SCHEMA = 1
@@ -135,6 +135,4 @@ class Manifest(_Record):
 
 def stored_ranges(ranges: Ranges) -> dict[str, AxisRange]:
     """`Ranges` in the manifest's form."""
-    return {
-        axis: AxisRange(minimum=r.minimum, maximum=r.maximum, multiple=r.multiple) for axis, r in vars(ranges).items()
-    }
+    return {axis: AxisRange(minimum=r.minimum, maximum=r.maximum, multiple=r.multiple) for axis, r in vars(ranges).items()}

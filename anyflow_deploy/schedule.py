@@ -8,6 +8,7 @@ spaced s from 1 to 0, shifted to `shift * s / (1 + (shift - 1) * s)`, in timeste
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Schedule:
         for index, time in enumerate(times):
             if not math.isfinite(time) or not 0.0 <= time <= TRAIN_TIMESTEPS:
                 raise AnyFlowError(f"timestep {index} is {time}; allowed are 0 (clean) to 1000 (noise).")
-        for index, (t, r) in enumerate(zip(times, times[1:], strict=False)):
+        for index, (t, r) in enumerate(itertools.pairwise(times)):
             if r >= t:
                 raise AnyFlowError(
                     f"timesteps must fall from noise to clean: number {index + 1} is {r}, after {t}. Sort them downwards."
@@ -88,7 +89,7 @@ class Schedule:
     @property
     def transitions(self) -> tuple[tuple[float, float], ...]:
         """The pairs (t, r), in order."""
-        return tuple(zip(self.timesteps[:-1], self.timesteps[1:], strict=True))
+        return tuple(itertools.pairwise(self.timesteps))
 
 
 def shifted(sigmas: Sequence[float], shift: float) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyflow_deploy.errors import BackendError, AnyFlowError, suggestion
+from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 
 
 @dataclass(frozen=True)

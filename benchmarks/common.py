@@ -17,7 +17,8 @@ from typing import Any
 
 def machine() -> dict[str, Any]:
     """What identifies a measurement: processor, cores, memory, versions, date."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
+    cpu = next(names, platform.machine())
     memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
     packages = ("anyflow-deploy", "torch", "onnx", "onnxruntime", "diffusers")
     return {

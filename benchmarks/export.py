@@ -82,7 +82,8 @@ def save_random_checkpoint(folder: Path, name: str) -> int:
                 file.write(memoryview(weights.read(parameter).numpy()).cast("B"))
                 weight_map[parameter] = file_name
             os.fsync(file.fileno())
-    (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / f"{STEM}.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(weights.architecture.as_config()))
     return size
 

@@ -126,7 +126,7 @@ def frame_times(t: ArrayLike, r: ArrayLike, shape: tuple[int, ...]) -> tuple[Arr
         AnyFlowError: not 1000 >= t >= r >= 0 in every frame.
     """
     source, target = (_per_frame(name, time, shape[:2]) for name, time in (("t", t), ("r", r)))
-    if not ((TRAIN_TIMESTEPS >= source) & (source >= target) & (target >= 0)).all():
+    if not ((source <= TRAIN_TIMESTEPS) & (source >= target) & (target >= 0)).all():
         raise AnyFlowError(f"t is {_short(source)} and r is {_short(target)}; allowed is 1000 >= t >= r >= 0 in every frame.")
     return source, target
 
@@ -136,7 +136,8 @@ def _per_frame(name: str, time: ArrayLike, shape: tuple[int, ...]) -> Array:
     try:
         return np.array(np.broadcast_to(values, shape), order="C")
     except ValueError:
-        raise ShapeError(f"{name} has shape {values.shape}; allowed is one number, or (batch, frames) = {tuple(shape)}.") from None
+        allowed = f"one number, or (batch, frames) = {tuple(shape)}"
+        raise ShapeError(f"{name} has shape {values.shape}; allowed is {allowed}.") from None
 
 
 def _short(times: Array) -> Any:

@@ -15,7 +15,6 @@ import onnx
 from onnx import NodeProto, helper
 
 from anyflow_deploy.bundle import Bundle
-from anyflow_deploy.errors import BundleError
 
 _DOMAIN = "com.microsoft"
 _HEADS_FIRST = [0, 2, 1, 3]
@@ -56,7 +55,7 @@ class _Attention:
 def fuse_attention(model: onnx.ModelProto, heads: int) -> int:
     """Replace every attention in place; returns how many there were."""
     found = {id(pattern.last): pattern for pattern in _attentions(model.graph)}
-    nodes = []
+    nodes: list[NodeProto] = []
     for node in model.graph.node:
         pattern = found.get(id(node))
         nodes.extend([node] if pattern is None else _fused(pattern, heads))

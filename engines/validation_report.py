@@ -25,13 +25,14 @@ _FLOOR = 1e-9  # what a difference of exactly zero is drawn at: a logarithm has 
 
 def tables(validation: Validation) -> list[Table]:
     """The worst transition of each kind, and every rollout."""
-    worst = Table("transition", "worst at t", "relative L2", "cosine", "PSNR", "max abs", title="velocity, engine against reference")
+    numbers = ("relative L2", "cosine", "PSNR", "max abs")
+    worst = Table("transition", "worst at t", *numbers, title="velocity, engine against reference")
     for kind, (title, _, _) in KINDS.items():
         items = [item for item in validation.transitions if item.kind == kind]
         if items:
             item = max(items, key=lambda i: i.difference.relative_l2)
             worst.add_row(title, f"{item.t:.0f}", *_cells(item.difference, validation.threshold.transition))
-    whole = Table("steps", "relative L2", "cosine", "PSNR", "max abs", title="samples, engine against reference")
+    whole = Table("steps", *numbers, title="samples, engine against reference")
     for rollout in validation.rollouts:
         whole.add_row(str(rollout.steps), *_cells(rollout.difference, validation.threshold.rollout))
     return [worst, whole]
@@ -67,7 +68,8 @@ def draw(validation: Validation, path: Path) -> None:
     right.set(xlabel="steps of the schedule", title="Whole sample, by steps")
     for axes, limit in ((left, validation.threshold.transition), (right, validation.threshold.rollout)):
         axes.axhline(limit, color="#555555", ls="--", lw=1)
-        axes.text(0.01, limit, f" allowed: {limit:g}", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color="#555555")
+        place = {"transform": axes.get_yaxis_transform(), "va": "bottom", "fontsize": 8, "color": "#555555"}
+        axes.text(0.01, limit, f" allowed: {limit:g}", **place)
         axes.set(yscale="log", ylabel="relative L2 to the reference")
         axes.grid(alpha=0.25)
     left.legend(fontsize=7, loc="best")

@@ -13,6 +13,7 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -20,7 +21,15 @@ import onnx_ir as ir
 from anyflow_deploy.bundle import Bundle, BundleWriter
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.checkpoint import pipeline_folder
-from anyflow_deploy.export.onnx_graph import FUSED_OPSET, OPSETS, PRIMITIVE_OPSET, attach_weights, described, onnx_from_traced, serialized
+from anyflow_deploy.export.onnx_graph import (
+    FUSED_OPSET,
+    OPSETS,
+    PRIMITIVE_OPSET,
+    attach_weights,
+    described,
+    onnx_from_traced,
+    serialized,
+)
 from anyflow_deploy.export.random_weights import parameter_shapes
 from anyflow_deploy.export.safetensors_stream import Entry
 from anyflow_deploy.export.trace import traced_transition
@@ -169,7 +178,7 @@ def _video(name: str, ranges: Ranges) -> Video:
     )
 
 
-def _json(pipeline: Path | None, *parts: str) -> dict[str, object]:
+def _json(pipeline: Path | None, *parts: str) -> dict[str, Any]:
     path = pipeline.joinpath(*parts) if pipeline else None
     content = json.loads(path.read_text()) if path and path.is_file() else {}
     return content if isinstance(content, dict) else {}

@@ -13,7 +13,15 @@ from anyflow_deploy.manifest import Source
 from anyflow_deploy.models import Model
 
 TRANSFORMER_FILES = ["model_index.json", "transformer/*.json", "transformer/*.safetensors"]
-PIPELINE_FILES = ["model_index.json", "scheduler/*", "tokenizer/*", "text_encoder/*.json", "text_encoder/*.safetensors", "vae/*.json", "vae/*.safetensors"]
+PIPELINE_FILES = [
+    "model_index.json",
+    "scheduler/*",
+    "tokenizer/*",
+    "text_encoder/*.json",
+    "text_encoder/*.safetensors",
+    "vae/*.json",
+    "vae/*.safetensors",
+]
 
 
 def cache_folder() -> Path:

@@ -122,5 +122,7 @@ def weights_from_manifest(manifest: Manifest, checkpoint: str | None = None) -> 
         checkpoint = str(transformer_folder(download(source.location, source.revision, TRANSFORMER_FILES)))
     weights = open_checkpoint(checkpoint or source.location)
     if weights.architecture != manifest.architecture:
-        raise AnyFlowError(f"{weights.folder} is another model than the bundle was exported from. Give --checkpoint its checkpoint.")
+        raise AnyFlowError(
+            f"{weights.folder} is another model than the bundle was exported from. Give --checkpoint its checkpoint."
+        )
     return weights

@@ -64,5 +64,5 @@ class Rotary(nn.Module):
 
 def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotate each pair of channels of `x` (B, N, A, E)."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cosines - odd * sines, even * sines + odd * cosines), dim=-1).flatten(-2)

@@ -14,6 +14,7 @@ import shutil
 import string
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,7 +26,32 @@ TINY_SEED = 2605
 _REVISION = 1
 """Raised when the tiny pipeline changes, so that cached ones are made anew."""
 
-_WORDS = "a an the of in on at and with red green blue cat dog fox sea city rain snow walks runs flies slowly video".split()
+_WORDS = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "in",
+    "on",
+    "at",
+    "and",
+    "with",
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "fox",
+    "sea",
+    "city",
+    "rain",
+    "snow",
+    "walks",
+    "runs",
+    "flies",
+    "slowly",
+    "video",
+]
 
 
 def cached_tiny_pipeline(model: Model, cache: Path) -> Path:
@@ -83,7 +109,7 @@ def _seeded(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def _tokenizer() -> object:
+def _tokenizer() -> Any:
     """A unigram tokenizer of single characters and a few words, in the class that Wan's pipelines load."""
     from transformers import T5Tokenizer
 

@@ -109,11 +109,12 @@ class FeedForward(nn.Module):
     def __init__(self, channels: int, hidden: int, compute_type: torch.dtype) -> None:
         super().__init__()
         first = nn.Module()
-        first.proj = Linear(channels, hidden, dtype=compute_type)
+        first.add_module("proj", Linear(channels, hidden, dtype=compute_type))
         self.net = nn.ModuleList([first, nn.Identity(), Linear(hidden, channels, dtype=compute_type)])
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(cast(Linear, self.net[0].proj)(x), approximate="tanh")
+        proj = cast(Linear, self.net[0].get_submodule("proj"))
+        hidden = F.gelu(proj(x), approximate="tanh")
         return cast(Tensor, self.net[2](hidden)).float()
 
 
@@ -139,7 +140,7 @@ class Block(nn.Module):
         x = x + self.attn1(h, h, batch, rotation).view(x.shape) * gate
         x = x + self.attn2(self.norm2(x).flatten(0, 2), text, batch).view(x.shape)
         h = modulated(x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
-        return x + self.ffn(h).view(x.shape) * ffn_gate
+        return cast(Tensor, x + self.ffn(h).view(x.shape) * ffn_gate)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, ones: Tensor, eps: float) -> Tensor:
@@ -244,7 +245,7 @@ class FlowMapTransformer(nn.Module):
 
     def _image(self, x: Tensor) -> Tensor:
         """Patches (B, F, h, w, p p C) back to (B, F, C, H, W)."""
-        x = x.unflatten(-1, (self.patch, self.patch, -1))
+        x = x.view(*x.shape[:-1], self.patch, self.patch, -1)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 

@@ -23,7 +23,6 @@ from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Report
 
 
-
 class Weights(Protocol):
     """What an exporter needs of a checkpoint; `Checkpoint` and `RandomWeights` are such."""
 
@@ -97,7 +96,7 @@ def write_weights(
         for name, tensor in _read_ahead(weights, (n for n in order if n not in constants), constants, order):
             converted = _converted(name, tensor, kinds[name].type).contiguous().view(torch.uint8).reshape(-1)
             written.result()
-            written = pen.submit(file.write, memoryview(converted.numpy()))
+            written = pen.submit(file.write, converted.numpy().data)
             advance(entries[name].bytes)
         written.result()
     writer.add(WEIGHTS, file.close())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ def pipeline(folder: Path) -> AnyFlowPipeline:
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_pipeline: Path, tiny_bundle: Bundle) -> Iterator[tuple[AnyFlowPipeline, AnyFlowPipeline]]:
+def pair(tiny_pipeline: Path, tiny_bundle: Bundle) -> tuple[AnyFlowPipeline, AnyFlowPipeline]:
     """diffusers on its own transformer, and on our engine."""
     theirs, ours = pipeline(tiny_pipeline), pipeline(tiny_pipeline)
     ours.transformer = EngineTransformer(load_engine(tiny_bundle))
-    yield theirs, ours
+    return theirs, ours
 
 
 def both(pair: tuple[AnyFlowPipeline, AnyFlowPipeline], **call: Any) -> tuple[np.ndarray, np.ndarray]:

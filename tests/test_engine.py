@@ -65,7 +65,12 @@ def test_what_was_read_does_not_change_later(engine: BundleEngine) -> None:
 
 
 def test_any_schedule_runs_on_one_engine(engine: BundleEngine) -> None:
-    for schedule in (Schedule.uniform(1), Schedule.from_sigmas([1, 0.4]), Schedule.from_timesteps([700, 3]), Schedule.uniform(30)):
+    for schedule in (
+        Schedule.uniform(1),
+        Schedule.from_sigmas([1, 0.4]),
+        Schedule.from_timesteps([700, 3]),
+        Schedule.uniform(30),
+    ):
         assert np.isfinite(sample(engine, LATENTS, TEXT, schedule)).all()
 
 
@@ -104,7 +109,8 @@ def test_wrong_shapes_are_refused(engine: BundleEngine, latents: np.ndarray, tex
 
 
 @pytest.mark.parametrize(
-    ("latents", "message"), [(np.zeros((1, 2, 4, 4, 6), np.int32), "int32"), (np.full((1, 2, 4, 4, 6), np.nan, np.float32), "NaN")]
+    ("latents", "message"),
+    [(np.zeros((1, 2, 4, 4, 6), np.int32), "int32"), (np.full((1, 2, 4, 4, 6), np.nan, np.float32), "NaN")],
 )
 def test_wrong_values_are_refused(engine: BundleEngine, latents: np.ndarray, message: str) -> None:
     with pytest.raises(AnyFlowError, match=message):

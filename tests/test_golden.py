@@ -78,7 +78,9 @@ def test_the_pytorch_reference(golden: Golden) -> None:
 @pytest.mark.parametrize("opset", [20, 23])
 def test_the_bundle_runs_as_it_stands(golden: Golden, golden_bundle: Export, opset: int) -> None:
     """The file on disk, opened by plain ONNX Runtime with no help from us, computes the same."""
-    session = onnxruntime.InferenceSession(golden_bundle("fp32", opset).path / "transition.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        golden_bundle("fp32", opset).path / "transition.onnx", providers=["CPUExecutionProvider"]
+    )
     feed = {"latents": "latents", "t": "timestep", "r": "r_timestep", "text": "text"}
     outputs = session.run(["velocity", "z_r"], {name: golden[key] for name, key in feed.items()})
     assert difference(outputs[0], golden["velocity"]).relative_l2 < FLOAT32

@@ -51,7 +51,9 @@ def test_a_right_engine_is_valid(small_bundle: object, precision: str, tmp_path:
     ("name", "factor"),
     [("blocks.1.attn1.to_v.weight", 1.01), ("condition_embedder.delta_embedder.linear_2.weight", 0.99), ("proj_out.bias", 1.5)],
 )
-def test_a_damaged_engine_is_not(tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, factor: float) -> None:
+def test_a_damaged_engine_is_not(
+    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, factor: float
+) -> None:
     folder = damaged(tiny_bundle, tmp_path / "damaged", name, factor)
     assert validate(ValidateOptions(bundle=folder, steps=(1, 2))) == 1
     assert "NOT VALID" in capsys.readouterr().err

@@ -124,7 +124,7 @@ def _label(options: ExportOptions) -> str:
     return options.model or Path(options.checkpoint or ".").resolve().name
 
 
-def _weights(options: ExportOptions):  # type: ignore[no-untyped-def]  # noqa: ANN202 - torch must not be imported for a type
+def _weights(options: ExportOptions):  # type: ignore[no-untyped-def]
     """Open what is to be exported."""
     from anyflow_deploy.export.checkpoint import open_checkpoint
     from anyflow_deploy.export.hub import TRANSFORMER_FILES, pipeline_from_model
@@ -141,7 +141,7 @@ def _weights(options: ExportOptions):  # type: ignore[no-untyped-def]  # noqa: A
     return weights
 
 
-def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # type: ignore[no-untyped-def]
     """Compare the new bundle with PyTorch where that is asked for, or cheap."""
     from anyflow_deploy.cli.validate import ValidateOptions, validated
 

@@ -19,7 +19,7 @@ class InspectOptions(Options):
     """Show what a bundle holds: model, precision, shapes, sizes, hashes."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
-    EXAMPLES: ClassVar[tuple[str, ...]] = ("anyflow-inspect tiny-fp32", "anyflow-inspect tiny-fp32 --verify", "anyflow-inspect b --json")
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("anyflow-inspect tiny-fp32 --verify", "anyflow-inspect tiny-fp32 --json")
 
     bundle: Path = Field(description="the bundle's folder")
     verify: bool = Field(False, description="read every file and compare its SHA-256")
@@ -67,7 +67,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         ("model", f"{manifest.model} ({manifest.kind})"),
         ("weights from", f"{manifest.source.kind}: {manifest.source.location}{revision}{seed}"),
-        ("architecture", f"{a.num_layers} layers, {a.num_attention_heads} heads x {a.attention_head_dim}, feed-forward {a.ffn_dim}"),
+        ("architecture", f"{a.num_layers} layers, {a.num_attention_heads} heads x {a.attention_head_dim}, ffn {a.ffn_dim}"),
         ("precision", f"{manifest.precision}; stored: {weights}"),
         ("target", manifest.target),
         ("opset", ", ".join(str(graph.opset) for graph in manifest.graphs.values())),

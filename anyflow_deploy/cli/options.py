@@ -131,7 +131,7 @@ def _collected(words: list[str]) -> tuple[list[str], dict[str, str]]:
     """What Fire makes of the words, all values still strings."""
     caught: list[tuple[list[str], dict[str, str]]] = []
 
-    @SetParseFn(str)
+    @SetParseFn(str)  # type: ignore[untyped-decorator]  # Fire has no types
     def collect(*positional: str, **flags: str) -> None:
         caught.append((list(positional), flags))
 
@@ -159,11 +159,13 @@ def help_of(program: str, options: type[Options]) -> list[Any]:
     flags.add_column(no_wrap=True, style="dim")
     flags.add_column()
     for name, field in options.model_fields.items():
-        default = "" if field.is_required() or field.default in (None, "", ()) or field.default is False else f" [dim](default {_shown(field.default)})[/]"
+        silent = field.is_required() or field.default is False or field.default in (None, "", ())
+        default = "" if silent else f" [dim](default {_shown(field.default)})[/]"
         label = name.upper() if name in options.POSITIONAL else f"--{(field.alias or name).replace('_', '-')}"
         flags.add_row(label, _type_name(field.annotation), f"{field.description}{default}")
     examples = [f"  {example}" for example in options.EXAMPLES]
-    return [f"[bold]usage:[/] {program}{usage} [dim]\\[flags][/]", "", inspect.cleandoc(options.__doc__ or ""), "", flags, "", *examples]
+    head = f"[bold]usage:[/] {program}{usage} [dim]\\[flags][/]"
+    return [head, "", inspect.cleandoc(options.__doc__ or ""), "", flags, "", *examples]
 
 
 def _shown(value: object) -> str:

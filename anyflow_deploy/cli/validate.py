@@ -26,7 +26,7 @@ class ValidateOptions(Options):
     Writes validation.json and validation.png. Exit status 0: within the thresholds of its precision; 1: over."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
-    EXAMPLES: ClassVar[tuple[str, ...]] = ("anyflow-validate tiny-fp32", "anyflow-validate big --steps 1,4 --height 480 --width 832")
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("anyflow-validate tiny-fp32", "anyflow-validate tiny-fp32 --steps 1,4 --height 64")
 
     bundle: Path = Field(description="the bundle's folder")
     checkpoint: str | None = Field(None, description="what it was exported from, if that has moved")

@@ -73,7 +73,7 @@ class EngineTransformer(nn.Module):
             ShapeError: shapes outside the bundle's ranges.
         """
         if encoder_hidden_states_image is not None or attention_kwargs:
-            raise AnyFlowError("an engine takes no image embeddings and no attention_kwargs (LoRA scales): export a merged model.")
+            raise AnyFlowError("an engine takes no image embeddings and no attention_kwargs (LoRA): export a merged model.")
         latents, text = _array(hidden_states), _array(encoder_hidden_states)
         source = _array(timestep)
         with self.engine.start(latents, text) as run:
