@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine; both install what they need into .venv:
+#   make demo    a small AnyFlow pipeline, exported, validated and generated from
+#   make test    lint, types, tests
+# Python 3.10 to 3.13 is needed; choose another than python3 with PYTHON=…
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := demo
+
+.PHONY: demo test lint format bench clean
+
+demo: $(READY)
+	@rm -rf $(DEMO) && mkdir $(DEMO)
+	$(BIN)/python -m anyflow_deploy.export.tiny $(DEMO)/pipeline
+	$(BIN)/anyflow-export --checkpoint $(DEMO)/pipeline --output $(DEMO)/bundle --check none
+	$(BIN)/anyflow-inspect $(DEMO)/bundle --verify
+	$(BIN)/anyflow-validate $(DEMO)/bundle
+	$(BIN)/anyflow-generate $(DEMO)/bundle --prompt "a red fox walks in the snow" --steps 4 --output $(DEMO)/video.mp4
+	@echo
+	@echo "A complete AnyFlow pipeline, small and with random weights (its pictures are noise):  $(DEMO)/pipeline/"
+	@echo "The bundle exported from it, ready for any device:                                  $(DEMO)/bundle/"
+	@echo "How far its engine is from PyTorch, as numbers and as a picture:                    $(DEMO)/bundle/validation.json, validation.png"
+	@echo "The video:                                                                          $(DEMO)/video.mp4"
+	@echo "With real weights the same commands start from: anyflow-export --model 1.3b"
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/export.py
+
+# The versions in constraints.txt are the ones this was tested with.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache
