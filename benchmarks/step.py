@@ -4,7 +4,9 @@
 
 1.3B width (12 heads x 128, feed-forward 8960, 512 text tokens of 4096), 5 x 15 x 26 = 1,950 video tokens, float32,
 random weights, all cores. Both models live in one process and take turns, so that a drifting clock hits both; the ratio
-is the median of the rounds' ratios. Peak memory is of two further processes that hold one model each.
+is the median of the rounds' ratios. A third takes turns with them: the bare products, all linear layers and attentions
+of one transition in torch with nothing between them. What a model takes beyond that is its overhead; what the processor
+can do in float32 is the floor of both. Peak memory is of two further processes that hold one model each.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from common import finish, python
+
+from anyflow_deploy import MODELS
 
 SHAPE, TEXT = (1, 5, 16, 30, 52), (1, 512, 4096)
 
@@ -55,7 +59,6 @@ def prepared(layers: int, folder: Path) -> tuple[Path, Path]:
     import torch
     from diffusers import AnyFlowTransformer3DModel
 
-    from anyflow_deploy import MODELS
     from anyflow_deploy.export.checkpoint import open_checkpoint
     from anyflow_deploy.export.exporter import export_bundle
     from anyflow_deploy.export.random_weights import random_parameter
@@ -77,6 +80,32 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def bare_products(layers: int) -> Callable[[], Any]:
+    """The matrix products and attentions of one transition, as torch computes them, and nothing else."""
+    import torch
+    from torch.nn.functional import linear, scaled_dot_product_attention
+
+    a = MODELS["1.3b"].architecture
+    d, tokens, words = a.inner_dim, SHAPE[1] * (SHAPE[3] // 2) * (SHAPE[4] // 2), TEXT[1]
+    block = [(tokens, d, d, 6), (words, d, d, 2), (tokens, d, a.ffn_dim, 1), (tokens, a.ffn_dim, d, 1)]
+    once = [(words, a.text_dim, d, 1), (words, d, d, 1)]
+    shapes = [(*shape[:3], shape[3] * layers) for shape in block] + once
+    linears = [(torch.randn(m, k), torch.randn(n, k), times) for m, k, n, times in shapes]
+    heads = (1, a.num_attention_heads)
+    video, text = torch.randn(*heads, tokens, a.attention_head_dim), torch.randn(*heads, words, a.attention_head_dim)
+
+    def work() -> None:
+        with torch.no_grad():
+            for x, weight, times in linears:
+                for _ in range(times):
+                    linear(x, weight)
+            for _ in range(layers):
+                scaled_dot_product_attention(video, video, video)
+                scaled_dot_product_attention(video, text, text)
+
+    return work
+
+
 def timed(checkpoint: Path, bundle: Path, rounds: int) -> dict[str, Any]:
     """Both in turn; also how far apart their velocities are."""
     import numpy as np
@@ -88,9 +117,14 @@ def timed(checkpoint: Path, bundle: Path, rounds: int) -> dict[str, Any]:
     from anyflow_deploy.export.reference import TorchEngine
 
     latents, text = noise(SHAPE, 0), noise(TEXT, 1)
-    ours = load_engine(bundle).start(latents, text)
+    engine = load_engine(bundle)
+    ours, ours_bundle = engine.start(latents, text), engine.bundle
     theirs = TorchEngine(open_checkpoint(checkpoint)).start(latents, text)
-    works = {"onnxruntime": lambda: ours.velocity(900, 500), "diffusers": lambda: theirs.velocity(900, 500)}
+    works = {
+        "onnxruntime": lambda: ours.velocity(900, 500),
+        "diffusers": lambda: theirs.velocity(900, 500),
+        "bare_products": bare_products(ours_bundle.manifest.architecture.num_layers),
+    }
     apart = difference(works["onnxruntime"](), works["diffusers"]())
     for work in (*works.values(), *works.values()):  # ONNX Runtime's arena settles in two runs
         work()
