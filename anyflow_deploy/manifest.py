@@ -26,11 +26,14 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
+TensorType = Literal["float32", "float16", "bfloat16", "int64"]
+
+
 class Tensor(_Record):
     """An input or output of a graph. Axes are numbers, or the name of a declared range."""
 
     name: str
-    dtype: Literal["float32"]
+    dtype: TensorType
     shape: list[int | str]
 
 
@@ -106,7 +109,7 @@ class Manifest(_Record):
     """The whole file. `files` lists every file of the bundle but the manifest itself."""
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
-    kind: Literal["bidirectional"]
+    kind: Literal["bidirectional", "causal"]
     model: str
     config: dict[str, Any]
     source: Source

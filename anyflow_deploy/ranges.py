@@ -91,10 +91,15 @@ class Ranges:
 
 
 def widest(architecture: Architecture) -> Ranges:
-    """All that patch size and rotary table allow; nothing in the model limits batch or text length."""
-    patch, table = architecture.patch_size[1], architecture.rope_max_seq_len
-    side = Range(patch, patch * table, patch)
-    return Ranges(Range(1, None), Range(1, table), side, side, Range(1, None))
+    """All that patch sizes and rotary table allow; nothing in the model limits batch or text length.
+
+    A causal model's frames are those of one chunk. Its sides are multiples of the coarser patch, and it makes one video
+    at a time: every stream owns its cache.
+    """
+    table = architecture.rope_max_seq_len
+    patch = (architecture.compressed_patch_size or architecture.patch_size)[1]
+    side = Range(patch, architecture.patch_size[1] * table, patch)
+    return Ranges(Range(1, 1 if architecture.causal else None), Range(1, table), side, side, Range(1, None))
 
 
 def narrowed(base: Ranges, wanted: dict[str, Range]) -> Ranges:

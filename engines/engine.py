@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.errors import AnyFlowError, ShapeError
 from anyflow_deploy.ranges import Ranges
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
@@ -83,12 +84,44 @@ class Engine(Protocol):
         ...
 
 
+class Stream(Protocol):
+    """One video being made chunk by chunk, with the cache of what came before. Close it to give the cache back."""
+
+    def start(self, latents: Array) -> Run:
+        """Open a run of the next chunk, on the cache as it is.
+
+        Args:
+            latents: noise of the chunk, float32 (1, frames of the chunk, C, H, W).
+        """
+        ...
+
+    def remember(self, latents: Array) -> None:
+        """Enter the next chunk, now clean (or given), into the cache; the one after it becomes the next."""
+        ...
+
+    def close(self) -> None:
+        """Release the cache."""
+        ...
+
+
 class BundleEngine(Engine, Protocol):
     """An engine made from a bundle."""
 
     @property
     def bundle(self) -> Bundle:
         """The bundle it was made from."""
+        ...
+
+    def open_stream(self, text: ArrayLike, plan: CachePlan) -> Stream:
+        """Start a video of a causal model.
+
+        Args:
+            text: prompt embeddings, float32 (1, L, D).
+            plan: from `cache_plan`.
+
+        Raises:
+            AnyFlowError: the bundle is bidirectional.
+        """
         ...
 
 
@@ -99,20 +132,39 @@ def checked_inputs(ranges: Ranges, channels: int, text_dim: int, latents: ArrayL
         ShapeError: outside the ranges, or with the wrong number of channels.
         AnyFlowError: not numbers, or not finite.
     """
-    arrays = []
-    for name, values in (("latents", latents), ("text", text)):
-        array = np.array(values, order="C")
-        if array.dtype.kind != "f":
-            raise AnyFlowError(f"{name} has type {array.dtype}; allowed are floating-point arrays (float32 is what runs).")
-        if not np.isfinite(array).all():
-            raise AnyFlowError(f"{name} holds NaN or infinity; nothing useful can come of it.")
-        arrays.append(array.astype(np.float32, copy=False))
-    z, words = arrays
+    z, words = checked_array("latents", latents), checked_array("text", text)
     ranges.check(z.shape, words.shape)
     for name, axis, given, allowed in (("latents", 2, z.shape[2], channels), ("text", 2, words.shape[2], text_dim)):
         if given != allowed:
             raise ShapeError(f"{name} has {given} channels on axis {axis}; this model takes {allowed}.")
     return z, words
+
+
+def checked_text(ranges: Ranges, text_dim: int, text: ArrayLike) -> Array:
+    """Prompt embeddings of one stream, (1, L, D), as a contiguous float32 copy.
+
+    Raises:
+        ShapeError: another shape, or outside the ranges.
+        AnyFlowError: not numbers, or not finite.
+    """
+    words = checked_array("text", text)
+    if words.ndim != 3 or words.shape[0] != 1 or words.shape[1] not in ranges.text or words.shape[2] != text_dim:
+        raise ShapeError(f"text has shape {words.shape}; a stream takes (1, {ranges.text}, {text_dim}): one video at a time.")
+    return words
+
+
+def checked_array(name: str, values: ArrayLike) -> Array:
+    """A contiguous float32 copy.
+
+    Raises:
+        AnyFlowError: not numbers, or not finite.
+    """
+    array = np.array(values, order="C")
+    if array.dtype.kind != "f":
+        raise AnyFlowError(f"{name} has type {array.dtype}; allowed are floating-point arrays (float32 is what runs).")
+    if not np.isfinite(array).all():
+        raise AnyFlowError(f"{name} holds NaN or infinity; nothing useful can come of it.")
+    return array.astype(np.float32, copy=False)
 
 
 def frame_times(t: ArrayLike, r: ArrayLike, shape: tuple[int, ...]) -> tuple[Array, Array]:

@@ -11,18 +11,23 @@ warning, which on a server means a hundred times slower and nobody notices.
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from anyflow_deploy.bundle import Bundle
-from anyflow_deploy.engines.engine import Array, checked_inputs, frame_times
+from anyflow_deploy.engines.cache import CachePlan
+from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text, frame_times
 from anyflow_deploy.engines.onnxruntime_graph import graph_with_fused_attention
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.ranges import Ranges
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
+
+if TYPE_CHECKING:
+    from anyflow_deploy.engines.onnxruntime_stream import OnnxRuntimeStream
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _PACKAGES = {"cpu": "anyflow-deploy[cpu]", "cuda": "anyflow-deploy[gpu]"}
@@ -50,9 +55,11 @@ class OnnxRuntimeEngine:
             )
         architecture = bundle.manifest.architecture
         self._channels, self._text_dim = architecture.in_channels, architecture.text_dim
-        self._session = self._opened_session(threads, architecture.num_attention_heads)
+        self._sessions = {
+            graph: self._opened_session(graph, threads, architecture.num_attention_heads) for graph in bundle.manifest.graphs
+        }
 
-    def _opened_session(self, threads: int | None, heads: int) -> Any:
+    def _opened_session(self, graph: str, threads: int | None, heads: int) -> Any:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -60,8 +67,8 @@ class OnnxRuntimeEngine:
                 raise AnyFlowError(f"threads is {threads}; allowed are whole numbers from 1.")
             options.intra_op_num_threads = threads
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
-        graph = graph_with_fused_attention(self.bundle, "transition", heads)
-        session = self._runtime.InferenceSession(graph, options, providers=[PROVIDERS[self.provider]])
+        model = graph_with_fused_attention(self.bundle, graph, heads)
+        session = self._runtime.InferenceSession(model, options, providers=[PROVIDERS[self.provider]])
         if session.get_providers()[0] != PROVIDERS[self.provider]:
             raise BackendError(
                 f"ONNX Runtime could not start {PROVIDERS[self.provider]} and fell back to {session.get_providers()[0]}. "
@@ -81,25 +88,63 @@ class OnnxRuntimeEngine:
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> OnnxRuntimeRun:
         """See `Engine`."""
+        if "transition" not in self._sessions:
+            raise AnyFlowError(f"{self.bundle.path} is a causal model, which is made chunk by chunk: use stream(), not sample().")
         z, words = checked_inputs(self.ranges, self._channels, self._text_dim, latents, text)
-        return OnnxRuntimeRun(self._runtime, self._session, self.provider, z, words)
+        device = Device(self._runtime, self.provider)
+        return OnnxRuntimeRun(device, self._sessions["transition"], z, {"text": device.holding(words)})
+
+    def open_stream(self, text: ArrayLike, plan: CachePlan) -> OnnxRuntimeStream:
+        """See `CausalEngine`."""
+        from anyflow_deploy.engines.onnxruntime_stream import OnnxRuntimeStream
+
+        if "chunk" not in self._sessions:
+            raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
+        words = checked_text(self.ranges, self._text_dim, text)
+        return OnnxRuntimeStream(Device(self._runtime, self.provider), self._sessions, self.bundle.manifest, words, plan)
 
     def close(self) -> None:
         """See `Engine`."""
-        self._session = None
+        self._sessions.clear()
+
+
+class Device:
+    """Where a session's buffers lie."""
+
+    def __init__(self, runtime: Any, name: str) -> None:
+        self._value = runtime.OrtValue
+        self.name = name
+
+    def holding(self, array: NDArray[Any]) -> Any:
+        """A buffer with the contents of an array."""
+        return self._value.ortvalue_from_numpy(array, self.name, 0)
+
+    def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
+        """A buffer of a shape, not initialized."""
+        return self._value.ortvalue_from_shape_and_type(list(shape), dtype, self.name, 0)
 
 
 class OnnxRuntimeRun:
-    """One sample, in two buffers on the provider's device."""
+    """One sample, in two buffers on the provider's device.
 
-    def __init__(self, runtime: Any, session: Any, device: str, latents: Array, text: Array) -> None:
-        self._value = runtime.OrtValue
-        self._session = session
+    Args:
+        device: where.
+        session: of a graph with inputs `latents`, `t`, `r` and outputs `z_r`, `velocity`.
+        latents: the state to start from.
+        inputs: further inputs, by name, that stay the same for the whole run.
+        bind: adds what cannot be expressed as a whole buffer to each binding.
+    """
+
+    def __init__(
+        self, device: Device, session: Any, latents: Array, inputs: dict[str, Any], bind: Callable[[Any], None] | None = None
+    ) -> None:
         self._device = device
+        self._session = session
         self._shape = latents.shape
-        self._state = self._on_device(latents)
-        self._next = self._on_device(np.empty_like(latents))
-        self._text = self._on_device(text)
+        self._state = device.holding(latents)
+        self._next = device.holding(np.empty_like(latents))
+        self._inputs = inputs
+        self._bind = bind
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
         """See `Run`."""
@@ -117,7 +162,8 @@ class OnnxRuntimeRun:
 
     def close(self) -> None:
         """See `Run`."""
-        self._state = self._next = self._text = None
+        self._state = self._next = self._bind = None
+        self._inputs = {}
 
     def __enter__(self) -> OnnxRuntimeRun:
         return self
@@ -129,15 +175,14 @@ class OnnxRuntimeRun:
         if self._state is None:
             raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
         source, target = frame_times(t, r, self._shape)
-        inputs = {"latents": self._state, "t": self._on_device(source), "r": self._on_device(target), "text": self._text}
+        times = {"t": self._device.holding(source), "r": self._device.holding(target)}
         binding = self._session.io_binding()
-        for name, value in inputs.items():
+        for name, value in {"latents": self._state, **times, **self._inputs}.items():
             binding.bind_ortvalue_input(name, value)
+        if self._bind is not None:
+            self._bind(binding)
         binding.bind_ortvalue_output(output, buffer)
         self._session.run_with_iobinding(binding)
-
-    def _on_device(self, array: Array) -> Any:
-        return self._value.ortvalue_from_numpy(array, self._device, 0)
 
 
 def _copied(value: Any) -> Array:

@@ -8,13 +8,16 @@ a sample is N transitions and depends on nothing but its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anyflow_deploy.engines.engine import Array, Engine
+from anyflow_deploy.engines.cache import CachePlan, cache_plan
+from anyflow_deploy.engines.engine import Array, BundleEngine, Engine, Run, checked_array, checked_text
+from anyflow_deploy.errors import ShapeError
 from anyflow_deploy.schedule import Schedule
 
 
@@ -55,11 +58,116 @@ def sample(
         AnyFlowError: inputs outside what the engine declares.
     """
     with engine.start(latents, text) as run:
-        for index, (t, r) in enumerate(schedule.transitions):
-            run.step(t, r)
-            if on_step is not None:
-                on_step(Step(index, schedule.steps, t, r, run.read))
-        return run.read()
+        return _walked(run, schedule, on_step)
+
+
+def _walked(run: Run, schedule: Schedule, on_step: Callable[[Step], None] | None) -> Array:
+    """Every transition of a schedule; the state it ends in."""
+    for index, (t, r) in enumerate(schedule.transitions):
+        run.step(t, r)
+        if on_step is not None:
+            on_step(Step(index, schedule.steps, t, r, run.read))
+    return run.read()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished piece of a streamed video.
+
+    Attributes:
+        index: 0 for the first.
+        first_frame: absolute index of its first latent frame.
+        latents: float32 (1, frames, C, H, W).
+        given: it is context of the caller's, not made here.
+    """
+
+    index: int
+    first_frame: int
+    latents: Array
+    given: bool
+
+
+def stream(
+    engine: BundleEngine,
+    latents: ArrayLike,
+    text: ArrayLike,
+    schedule: Schedule | Callable[[int], Schedule],
+    chunk_plan: Sequence[int] | None = None,
+    context: ArrayLike | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Iterator[Chunk]:
+    """Make a video chunk by chunk with a causal model.
+
+    The next chunk is not begun before the one before it was taken; closing the iterator at any moment releases the cache.
+
+    Args:
+        engine: from `load_engine`, of a causal bundle.
+        latents: noise of the whole video, (1, F, C, H, W).
+        text: prompt embeddings, (1, L, D).
+        schedule: one for all chunks, or a function from a chunk's index to its schedule, asked when the chunk begins.
+        chunk_plan: latent frames of each chunk; None for the model's own.
+        context: clean latents of the first chunk or chunks, (1, Fc, C, H, W); they are remembered, not made.
+        on_step: called after each transition, see `sample`.
+
+    Returns:
+        An iterator over the chunks, the given ones included.
+
+    Raises:
+        AnyFlowError: a plan that does not sum to F, or a context that does not end where a chunk ends. Raised at once.
+    """
+    z = checked_array("latents", latents)
+    if z.ndim != 5 or z.shape[0] != 1:
+        raise ShapeError(f"latents have shape {z.shape}; a stream takes (1, frames, channels, height, width): one video.")
+    plan = cache_plan(engine.bundle.manifest.architecture, chunk_plan, z.shape[3], z.shape[4])
+    if plan.frames != z.shape[1]:
+        raise ShapeError(
+            f"the chunk plan {list(plan.chunks)} has {plan.frames} latent frames and latents have {z.shape[1]}; "
+            "give a chunk_plan that sums to the frames."
+        )
+    words = checked_text(engine.ranges, engine.bundle.manifest.architecture.text_dim, text)
+    engine.ranges.check((1, max(plan.chunks), *z.shape[2:]), words.shape)
+    given = _given_chunks(plan, z, context)
+    return _chunks(engine, z, words, schedule if callable(schedule) else lambda _: schedule, plan, given, on_step)
+
+
+def _given_chunks(plan: CachePlan, latents: Array, context: ArrayLike | None) -> list[Array]:
+    """The context, cut into chunks."""
+    if context is None:
+        return []
+    clean = checked_array("context", context)
+    if clean.ndim != 5 or clean.shape[0] != 1 or clean.shape[2:] != latents.shape[2:] or clean.shape[1] > plan.frames:
+        raise ShapeError(f"context has shape {clean.shape} and latents {latents.shape}; only the frames may differ, and be fewer.")
+    borders = [plan.first_frame(chunk) for chunk in range(1, len(plan.chunks) + 1)]
+    if clean.shape[1] not in borders:
+        raise ShapeError(
+            f"context has {clean.shape[1]} latent frames, which is not where a chunk ends ({borders}). "
+            "Shorten it, or give a chunk_plan whose first chunks it fills."
+        )
+    count = borders.index(clean.shape[1]) + 1
+    return [clean[:, plan.first_frame(c) : plan.first_frame(c + 1)] for c in range(count)]
+
+
+def _chunks(
+    engine: BundleEngine,
+    latents: Array,
+    text: Array,
+    schedule: Callable[[int], Schedule],
+    plan: CachePlan,
+    given: list[Array],
+    on_step: Callable[[Step], None] | None,
+) -> Iterator[Chunk]:
+    with contextlib.closing(engine.open_stream(text, plan)) as memory:
+        for index in range(len(plan.chunks)):
+            first = plan.first_frame(index)
+            if index < len(given):
+                clean = np.ascontiguousarray(given[index])
+            else:
+                noise_of_chunk = np.ascontiguousarray(latents[:, first : plan.first_frame(index + 1)])
+                with memory.start(noise_of_chunk) as run:
+                    clean = _walked(run, schedule(index), on_step)
+            yield Chunk(index, first, clean.copy(), index < len(given))
+            if index + 1 < len(plan.chunks):
+                memory.remember(clean)
 
 
 def noise(shape: Sequence[int], seed: int) -> Array:

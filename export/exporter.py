@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from anyflow_deploy.export.onnx_graph import (
 )
 from anyflow_deploy.export.random_weights import parameter_shapes
 from anyflow_deploy.export.safetensors_stream import Entry
-from anyflow_deploy.export.trace import traced_transition
+from anyflow_deploy.export.trace import Parameter, traced_graph
 from anyflow_deploy.export.transformer import constants
 from anyflow_deploy.export.weights import Weights, check_names, write_weights
 from anyflow_deploy.manifest import Achieved, Graph, Manifest, ScheduleDefaults, Video, stored_ranges
@@ -42,7 +43,6 @@ from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.ranges import Range, Ranges, narrowed, widest
 from anyflow_deploy.targets import check_precision, get_target
 
-TRANSITION = "transition.onnx"
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "diffusers")
 
 
@@ -66,7 +66,7 @@ class ExportSettings:
 
 
 def export_bundle(weights: Weights, output: Path, settings: ExportSettings | None = None, report: Report | None = None) -> Bundle:
-    """Export a bidirectional model.
+    """Export a model.
 
     Args:
         weights: a `Checkpoint` or `RandomWeights`.
@@ -83,27 +83,31 @@ def export_bundle(weights: Weights, output: Path, settings: ExportSettings | Non
     writer = BundleWriter(output, settings.overwrite)
     _check_space(output.parent, architecture, settings.precision)
     with writer:
-        with report.stage(f"tracing {architecture.num_layers} layers"):
-            traced = traced_transition(architecture, ranges, settings.precision, fused=settings.opset == FUSED_OPSET)
-        with report.stage(f"translating to ONNX opset {settings.opset}"):
-            model = onnx_from_traced(traced, settings.opset)
-        entries = write_weights(writer, weights, traced.parameters, constants(architecture), report)
-        attach_weights(model, entries)
-        writer.write(TRANSITION, serialized(model))
-        with report.stage("checking the graph"):
-            onnx.checker.check_model(str(writer.folder / TRANSITION))
-        graph = described(model, TRANSITION, settings.opset)
-        return writer.finish(_manifest(weights, settings, ranges, graph, _weight_bytes(model, entries)))
+        models: dict[str, ir.Model] = {}
+        parameters: dict[str, Parameter] = {}
+        for name in ("chunk", "compress") if architecture.causal else ("transition",):
+            with report.stage(f"tracing {name}, {architecture.num_layers} layers"):
+                traced = traced_graph(name, architecture, ranges, settings.precision, fused=settings.opset == FUSED_OPSET)
+            with report.stage(f"translating to ONNX opset {settings.opset}"):
+                models[name] = onnx_from_traced(traced, settings.opset)
+            parameters = traced.parameters
+        entries = write_weights(writer, weights, parameters, constants(architecture), report)
+        graphs = {name: _written(writer, name, model, entries, settings.opset) for name, model in models.items()}
+        return writer.finish(_manifest(weights, settings, ranges, graphs, _weight_bytes(models.values(), entries)))
+
+
+def _written(writer: BundleWriter, name: str, model: ir.Model, entries: dict[str, Entry], opset: int) -> Graph:
+    """Write one graph and let ONNX's own checker read it back."""
+    file = f"{name}.onnx"
+    attach_weights(model, entries)
+    writer.write(file, serialized(model))
+    onnx.checker.check_model(str(writer.folder / file))
+    return described(model, file, opset)
 
 
 def checked(weights: Weights, settings: ExportSettings) -> Ranges:
     """Refuse what cannot be exported, without touching the disk; returns the ranges that will be declared."""
     architecture = weights.architecture
-    if architecture.causal:
-        raise AnyFlowError(
-            f"{weights.source.location} is a causal (FAR) model; this version exports bidirectional ones: "
-            f"{', '.join(n for n, m in MODELS.items() if not m.architecture.causal)}."
-        )
     if settings.opset not in OPSETS:
         raise AnyFlowError(f"opset is {settings.opset}; allowed are {' and '.join(map(str, OPSETS))}.")
     get_precision(settings.precision)
@@ -128,28 +132,28 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-def _weight_bytes(model: ir.Model, entries: dict[str, Entry]) -> dict[str, int]:
-    """Bytes of weights by type, counted from the graph."""
+def _weight_bytes(models: Iterable[ir.Model], entries: dict[str, Entry]) -> dict[str, int]:
+    """Bytes of weights by type, counted from the graphs; what two graphs share counts once."""
     found: dict[str, int] = {}
-    for name in model.graph.initializers:
+    for name in {name for model in models for name in model.graph.initializers}:
         kind = entries[name].type
         found[kind] = found.get(kind, 0) + entries[name].bytes
     return found
 
 
-def _manifest(weights: Weights, settings: ExportSettings, ranges: Ranges, graph: Graph, weight_bytes: dict[str, int]) -> Manifest:
+def _manifest(weights: Weights, settings: ExportSettings, ranges: Ranges, graphs: dict[str, Graph], weight_bytes: dict[str, int]) -> Manifest:
     architecture = weights.architecture
     name = model_name(architecture)
     pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
     return Manifest(
-        kind="bidirectional",
+        kind="causal" if architecture.causal else "bidirectional",
         model=name,
         config=architecture.as_config(),
         source=weights.source,
         precision=settings.precision,
         achieved=Achieved(weight_bytes=weight_bytes),
         target=settings.target,
-        graphs={"transition": graph},
+        graphs=graphs,
         ranges=stored_ranges(ranges),
         schedule=ScheduleDefaults(shift=_shift(pipeline, name), steps=4),
         video=_video(name, ranges),

@@ -18,9 +18,9 @@ import torch
 
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.safetensors_stream import Entry
-from anyflow_deploy.export.trace import INPUTS, OUTPUTS, Traced
+from anyflow_deploy.export.trace import Axes, Traced
 from anyflow_deploy.export.types import ONNX
-from anyflow_deploy.manifest import WEIGHTS, Graph, Tensor
+from anyflow_deploy.manifest import WEIGHTS, Graph, Tensor, TensorType
 
 PRIMITIVE_OPSET = 20
 """The newest opset that TensorRT 10.3 (JetPack 6) parses: attention and RMS norm are spelled out."""
@@ -30,6 +30,12 @@ FUSED_OPSET = 23
 
 OPSETS = (PRIMITIVE_OPSET, FUSED_OPSET)
 
+_NAMES: dict[ir.DataType, TensorType] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+}
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -38,13 +44,14 @@ def onnx_from_traced(traced: Traced, opset: int) -> ir.Model:
     with _quiet():
         program = torch.onnx.export(
             traced.program, (), dynamo=True, opset_version=opset, optimize=False, verbose=False,
-            input_names=list(INPUTS), output_names=list(OUTPUTS),
+            input_names=list(traced.inputs), output_names=list(traced.outputs),
         )  # fmt: skip
     if program is None:
         raise AnyFlowError("torch.onnx.export returned nothing; this version works with torch 2.13.")
     model = program.model
     _name_nodes(model)
-    _name_axes(model, traced.symbols)
+    _name_axes(model, traced.symbols, {**traced.inputs, **traced.outputs})
+    _drop_unused_weights(model)
     _forget_this_machine(model)
     return model
 
@@ -74,7 +81,7 @@ def _name_nodes(model: ir.Model) -> None:
         node.name = name if count == 1 else f"{name}_{count}"
 
 
-def _name_axes(model: ir.Model, symbols: Mapping[str, str]) -> None:
+def _name_axes(model: ir.Model, symbols: Mapping[str, str], border: Mapping[str, Axes]) -> None:
     """Replace torch's symbols by the names of the axes, in every shape."""
     pattern = re.compile("|".join(rf"\b{re.escape(s)}\b" for s in symbols) or r"(?!)")
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
@@ -84,11 +91,16 @@ def _name_axes(model: ir.Model, symbols: Mapping[str, str]) -> None:
         for index, length in enumerate(value.shape):
             if isinstance(length, ir.SymbolicDim) and length.value is not None:
                 value.shape[index] = pattern.sub(lambda m: symbols[m.group()], length.value)
-    border = {**dict.fromkeys(("latents", *OUTPUTS), ("batch", "frames", None, "height", "width"))}
     for value in [*model.graph.inputs, *model.graph.outputs]:
         for index, axis in enumerate(border.get(value.name or "", ())):
-            if axis is not None and value.shape is not None and isinstance(value.shape[index], ir.SymbolicDim):
+            if isinstance(axis, str) and value.shape is not None and isinstance(value.shape[index], ir.SymbolicDim):
                 value.shape[index] = axis
+
+
+def _drop_unused_weights(model: ir.Model) -> None:
+    """A graph that needs only some of the network's parameters should refer to no others."""
+    for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
+        del model.graph.initializers[name]
 
 
 def _forget_this_machine(model: ir.Model) -> None:
@@ -137,5 +149,6 @@ def described(model: ir.Model, file: str, opset: int) -> Graph:
 
 
 def _tensor(value: ir.Value) -> Tensor:
-    assert value.name is not None and value.shape is not None and value.dtype == ir.DataType.FLOAT
-    return Tensor(name=value.name, dtype="float32", shape=[d if isinstance(d, int) else str(d.value) for d in value.shape])
+    assert value.name is not None and value.shape is not None and value.dtype is not None
+    shape = [d if isinstance(d, int) else str(d.value) for d in value.shape]
+    return Tensor(name=value.name, dtype=_NAMES[value.dtype], shape=shape)

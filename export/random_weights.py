@@ -52,7 +52,9 @@ def random_parameter(name: str, shape: tuple[int, ...], seed: int) -> torch.Tens
 
 def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the transformer's parameters, without allocating them."""
+    from anyflow_deploy.export.causal import ChunkTransition
     from anyflow_deploy.export.transformer import FlowMapTransformer
 
+    network = ChunkTransition if architecture.causal else FlowMapTransformer
     with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in FlowMapTransformer(architecture).named_parameters()}
+        return {name: tuple(p.shape) for name, p in network(architecture).named_parameters()}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from anyflow_deploy.models import Architecture
 
 AXES = ("frames", "rows", "columns")
+COMPRESSED = "_compressed"
 _THETA = 10000.0
 
 
@@ -26,15 +27,27 @@ def axis_channels(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotary_tables(architecture: Architecture) -> dict[str, Tensor]:
-    """The constants `cos_frames`, `sin_frames`, … of `Rotary`: each float32 (P, channels of the axis / 2)."""
+    """The constants `cos_frames`, `sin_frames`, … of `Rotary`: each float32 (P, channels of the axis / 2).
+
+    Causal models have a second set for the rows and columns of compressed chunks: the mean direction of the positions
+    that one coarse token covers (diffusers' `avg_pool_complex`).
+    """
     positions = torch.arange(architecture.rope_max_seq_len, dtype=torch.float64)
     tables = {}
     for axis, channels in zip(AXES, axis_channels(architecture.attention_head_dim), strict=True):
         frequencies = 1.0 / _THETA ** (torch.arange(0, channels, 2, dtype=torch.float64) / channels)
         angles = torch.outer(positions, frequencies)
-        tables[f"cos_{axis}"] = angles.cos().float()
-        tables[f"sin_{axis}"] = angles.sin().float()
+        directions = torch.polar(torch.ones_like(angles), angles)
+        tables |= _parts(axis, directions)
+        if architecture.compressed_patch_size is not None and axis != "frames":
+            covered = architecture.compressed_patch_size[1] // architecture.patch_size[1]
+            means = directions[: len(directions) // covered * covered].unflatten(0, (-1, covered)).mean(1)
+            tables |= _parts(f"{axis}{COMPRESSED}", means / means.abs())
     return tables
+
+
+def _parts(name: str, directions: Tensor) -> dict[str, Tensor]:
+    return {f"cos_{name}": directions.real.float(), f"sin_{name}": directions.imag.float()}
 
 
 class Rotary(nn.Module):
@@ -42,20 +55,27 @@ class Rotary(nn.Module):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
-        channels = axis_channels(architecture.attention_head_dim)
-        for axis, count in zip(AXES, channels, strict=True):
-            for part in ("cos", "sin"):
-                table = torch.empty(architecture.rope_max_seq_len, count // 2)
-                self.register_buffer(f"{part}_{axis}", table, persistent=False)
+        for name, table in rotary_tables(architecture).items():
+            self.register_buffer(name, torch.empty(table.shape), persistent=False)
 
-    def forward(self, frames: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of a grid of tokens, each float32 (N, 1, E/2): the 1 is for the heads."""
-        return self._grid("cos", frames, rows, columns), self._grid("sin", frames, rows, columns)
+    def forward(
+        self, frames: int, rows: int, columns: int, positions: Tensor | None = None, suffix: str = ""
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a grid of tokens, each float32 (N, 1, E/2): the 1 is for the heads.
 
-    def _grid(self, part: str, frames: int, rows: int, columns: int) -> Tensor:
-        f, h, w = (self.get_buffer(f"{part}_{axis}") for axis in AXES)
+        Args:
+            frames, rows, columns: of the grid, in tokens.
+            positions: absolute indices of the frames, int64 (F); None for 0, 1, 2, …
+            suffix: `COMPRESSED` for the coarser grid of old chunks.
+        """
+        cosines, sines = (self._grid(part, suffix, frames, rows, columns, positions) for part in ("cos", "sin"))
+        return cosines, sines
+
+    def _grid(self, part: str, suffix: str, frames: int, rows: int, columns: int, positions: Tensor | None) -> Tensor:
+        f, h, w = (self.get_buffer(f"{part}_{axis}{suffix if axis != 'frames' else ''}") for axis in AXES)
+        f = f[:frames] if positions is None else f.index_select(0, positions)
         grid = (
-            f[:frames].view(frames, 1, 1, -1).expand(-1, rows, columns, -1),
+            f.view(frames, 1, 1, -1).expand(-1, rows, columns, -1),
             h[:rows].view(1, rows, 1, -1).expand(frames, -1, columns, -1),
             w[:columns].view(1, 1, columns, -1).expand(frames, rows, -1, -1),
         )

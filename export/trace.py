@@ -14,18 +14,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from anyflow_deploy.export.causal import ChunkTransition, Compression
 from anyflow_deploy.export.transformer import FlowMapTransformer
 from anyflow_deploy.export.types import SAFETENSORS, TORCH
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.precision import get_precision
-from anyflow_deploy.ranges import Range, Ranges
+from anyflow_deploy.ranges import AXES, Range, Ranges
 
-INPUTS = ("latents", "t", "r", "text")
-OUTPUTS = ("z_r", "velocity")
+GRAPHS = {"transition": FlowMapTransformer, "chunk": ChunkTransition, "compress": Compression}
+"""The graphs of a bundle: the first of a bidirectional model, the other two of a causal one."""
 
-_EXAMPLE = {"batch": 2, "frames": 3, "height": 6, "width": 10, "text": 7}
+_EXAMPLE = {"batch": 2, "frames": 3, "height": 6, "width": 10, "text": 7, "past": 11}
 """Sizes to trace at, in patches where the axis has patches: all different and above 1, so that torch cannot mistake one
 axis for another or for a constant."""
+
+
+Axes = tuple[int | str, ...]
+
+_PATCHES = {"height": "rows", "width": "columns"}
 
 
 @dataclass(frozen=True)
@@ -38,50 +44,83 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Traced:
-    """A recorded transition.
+    """A recorded graph.
 
     Attributes:
         program: the graph; its weights are fake.
         parameters: what the checkpoint must provide, by name.
-        symbols: torch's name of a symbolic size -> the name of the axis.
+        symbols: torch's name of a symbolic size -> what it counts (`rows` and `columns` are patches of height and width).
+        inputs, outputs: names in order, with their axes.
     """
 
     program: ExportedProgram
     parameters: dict[str, Parameter]
     symbols: dict[str, str]
+    inputs: dict[str, Axes]
+    outputs: dict[str, Axes]
 
 
-def traced_transition(architecture: Architecture, ranges: Ranges, precision: str = "fp32", fused: bool = True) -> Traced:
-    """Record the transition of a bidirectional model.
+@dataclass(frozen=True)
+class _Input:
+    """A graph's input: its axes (numbers are fixed sizes) and its type."""
+
+    shape: Axes
+    dtype: torch.dtype = torch.float32
+
+
+def traced_graph(graph: str, a: Architecture, ranges: Ranges, precision: str = "fp32", fused: bool = True) -> Traced:
+    """Record one graph of a model.
 
     Args:
-        architecture: which network.
+        graph: a name in `GRAPHS`.
+        a: which network.
         ranges: axes with one allowed size become constants, all others stay symbolic.
         precision: "fp32", "fp16" or "bf16".
         fused: attention and RMS norm as single operators, see `transformer`.
     """
-    axes = {axis: _axis(axis, getattr(ranges, axis)) for axis in _EXAMPLE}
-    size = {axis: example for axis, (_, example) in axes.items()}
-    dim = {axis: symbol for axis, (symbol, _) in axes.items()}
+    compute_type = TORCH[get_precision(precision).tensor_type]
+    inputs, outputs = _border(graph, a, compute_type)
+    axes = {axis: _axis(axis, getattr(ranges, axis)) for axis in AXES}
+    axes["past"] = (Dim("past"), _EXAMPLE["past"])
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
-        network = FlowMapTransformer(architecture, TORCH[get_precision(precision).tensor_type], fused).eval()
-        example = (
-            torch.empty(size["batch"], size["frames"], architecture.in_channels, size["height"], size["width"]),
-            torch.empty(size["batch"], size["frames"]),
-            torch.empty(size["batch"], size["frames"]),
-            torch.empty(size["batch"], size["text"], architecture.text_dim),
-        )
-    per_frame = {0: dim["batch"], 1: dim["frames"]}
-    shapes = ({**per_frame, 3: dim["height"], 4: dim["width"]}, per_frame, per_frame, {0: dim["batch"], 1: dim["text"]})
-    program = torch.export.export(network, example, dynamic_shapes=shapes)
+        network = GRAPHS[graph](a, compute_type, fused).eval()
+        example = [torch.zeros([_size(x, axes) for x in i.shape], dtype=i.dtype) for i in inputs.values()]
+    shapes = [{n: axes[x][0] for n, x in enumerate(i.shape) if isinstance(x, str)} for i in inputs.values()]
+    named = sum(not name.startswith("past") for name in inputs)
+    dynamic = (*shapes[:named], tuple(shapes[named:])) if graph in ("chunk", "compress") else tuple(shapes)
+    program = torch.export.export(network, tuple(example), dynamic_shapes=dynamic)
     parameters = {n: Parameter(SAFETENSORS[p.dtype], tuple(p.shape)) for n, p in network.named_parameters()}
-    return Traced(program, parameters, _symbols(program))
+    symbols = _symbols(program, inputs)
+    return Traced(program, parameters, symbols, {name: i.shape for name, i in inputs.items()}, outputs)
+
+
+def _border(graph: str, a: Architecture, compute_type: torch.dtype) -> tuple[dict[str, _Input], dict[str, Axes]]:
+    """Inputs and outputs of a graph."""
+    video: Axes = ("batch", "frames", a.in_channels, "height", "width")
+    latents = {"latents": _Input(video)}
+    times = {name: _Input(("batch", "frames")) for name in ("t", "r")}
+    text = {"text": _Input(("batch", "text", a.text_dim))}
+    if graph == "transition":
+        return {**latents, **times, **text}, {"z_r": video, "velocity": video}
+    positions = {"positions": _Input(("frames",), torch.int64)}
+    memory = _Input(("batch", "past", a.num_attention_heads, a.attention_head_dim), compute_type)
+    names = [f"{part}.{layer}" for layer in range(a.num_layers) for part in ("key", "value")]
+    present: dict[str, Axes] = dict.fromkeys(names, ("batch", "tokens", a.num_attention_heads, a.attention_head_dim))
+    if graph == "chunk":
+        past = {f"past_{name}": memory for name in names}
+        return {**latents, **times, **text, **positions, **past}, {"z_r": video, "velocity": video, **present}
+    past = {f"past_{name}": memory for name in names[:-2]}
+    return {**latents, **text, **positions, **past}, present
+
+
+def _size(axis: int | str, axes: dict[str, tuple[object, int]]) -> int:
+    return axis if isinstance(axis, int) else axes[axis][1]
 
 
 def _axis(name: str, allowed: Range) -> tuple[object, int]:
     """torch's description of an axis, and the size to trace it at."""
     if allowed.minimum == allowed.maximum:
-        return None, allowed.minimum
+        return Dim.STATIC, allowed.minimum
     unit = allowed.multiple
     low, high = allowed.minimum // unit, None if allowed.maximum is None else allowed.maximum // unit
     example = max(2, low, _EXAMPLE[name])
@@ -90,12 +129,12 @@ def _axis(name: str, allowed: Range) -> tuple[object, int]:
     return (unit * symbol if unit > 1 else symbol), unit * example
 
 
-def _symbols(program: ExportedProgram) -> dict[str, str]:
-    """Which symbol stands for which axis: torch forgets the names it was given."""
-    names = {"latents": ("batch", "frames", None, "height", "width"), "text": ("batch", "text", None)}
-    found = {}
-    for node in program.graph.nodes:
-        for axis, length in zip(names.get(node.name, ()), getattr(node.meta.get("val"), "shape", ()), strict=False):
-            if axis is not None and isinstance(length, torch.SymInt):
-                found.update({str(symbol): axis for symbol in length.node.expr.free_symbols})
+def _symbols(program: ExportedProgram, inputs: dict[str, _Input]) -> dict[str, str]:
+    """What each symbol counts: torch forgets the names it was given."""
+    found: dict[str, str] = {}
+    placeholders = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    for node, given in zip(placeholders, inputs.values(), strict=True):
+        for axis, length in zip(given.shape, node.meta["val"].shape, strict=True):
+            if isinstance(axis, str) and isinstance(length, torch.SymInt):
+                found.update({str(symbol): _PATCHES.get(axis, axis) for symbol in length.node.expr.free_symbols})
     return found

@@ -22,6 +22,7 @@ Two letters side by side, as in (B N, D), are one dimension. Source: arXiv 2605.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -31,6 +32,10 @@ from torch import Tensor, nn
 from anyflow_deploy.export.rotary import Rotary, rotary_tables, rotated
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
+
+
+Rotation = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, Tensor]
 
 
 class Linear(nn.Linear):
@@ -74,16 +79,22 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(d, a.eps, fused)
         self.norm_k = RMSNorm(d, a.eps, fused)
 
-    def forward(self, x: Tensor, context: Tensor, batch: int, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Queries from `x` (B N, D), keys and values from `context` (B M, D); float32 (B N, D)."""
-        x, context = x.to(self.to_q.weight.dtype), context.to(self.to_k.weight.dtype)
-        value = self._heads(self.to_v(context), batch)
+    def forward(self, x: Tensor, memory: KeyValue, batch: int, rotation: Rotation | None = None) -> Tensor:
+        """Queries from `x` (B N, D) on what `key_value` made; float32 (B N, D)."""
         query = self._heads(self.norm_q(self.to_q(x).float()), batch)
+        if rotation is not None:
+            query = rotated(query, *rotation)
+        mixed = self._attend(query, *memory)
+        return cast(Tensor, self.to_out[0](mixed.flatten(2).flatten(0, 1))).float()
+
+    def key_value(self, context: Tensor, batch: int, rotation: Rotation | None = None) -> KeyValue:
+        """Keys (rotated already, so that they can be cached) and values of `context` (B M, D): (B, M, A, E) each."""
+        context = context.to(self.to_k.weight.dtype)
+        value = self._heads(self.to_v(context), batch)
         key = self._heads(self.norm_k(self.to_k(context).float()), batch)
         if rotation is not None:
-            query, key = rotated(query, *rotation), rotated(key, *rotation)
-        mixed = self._attend(query, key, value)
-        return cast(Tensor, self.to_out[0](mixed.flatten(2).flatten(0, 1))).float()
+            key = rotated(key, *rotation)
+        return key.to(value.dtype), value
 
     def _heads(self, x: Tensor, batch: int) -> Tensor:
         """(B N, D) to (B, N, A, E)."""
@@ -94,7 +105,7 @@ class Attention(nn.Module):
 
         The scale goes onto the queries in float32: scores in fp16 would come close to its largest number otherwise.
         """
-        query, key = (query * self.scale).to(value.dtype), key.to(value.dtype)
+        query = (query * self.scale).to(value.dtype)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         if self.fused:
             mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
@@ -131,16 +142,38 @@ class Block(nn.Module):
         self.ffn = FeedForward(d, a.ffn_dim, compute_type)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, d))
 
-    def forward(self, x: Tensor, text: Tensor, modulation: Tensor, rotation: tuple[Tensor, Tensor], ones: Tensor) -> Tensor:
-        """`x` float32 (B, F, S, D), `text` (B L, D), `modulation` float32 (B, F, 6, D); float32 (B, F, S, D)."""
+    def forward(
+        self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Rotation, ones: Tensor, past: KeyValue | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """One layer.
+
+        Args:
+            x: float32 (B, F, S, D).
+            text: (B L, D).
+            modulation: float32 (B, F, 6, D).
+            rotation: of the tokens of `x`.
+            ones: float32 (D), see `modulated`.
+            past: keys and values of earlier chunks, which come before the own ones.
+
+        Returns:
+            float32 (B, F, S, D), and the own keys and values.
+        """
         batch = x.shape[0]
         parts = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
-        h = modulated(x, shift, scale, ones, self.eps).flatten(0, 2)
-        x = x + self.attn1(h, h, batch, rotation).view(x.shape) * gate
-        x = x + self.attn2(self.norm2(x).flatten(0, 2), text, batch).view(x.shape)
+        h = modulated(x, shift, scale, ones, self.eps).flatten(0, 2).to(self.attn1.to_q.weight.dtype)
+        own = self.attn1.key_value(h, batch, rotation)
+        memory = own if past is None else (torch.cat((past[0], own[0]), 1), torch.cat((past[1], own[1]), 1))
+        x = x + self.attn1(h, memory, batch, rotation).view(x.shape) * gate
+        x = x + self.attn2(self.norm2(x).flatten(0, 2), self.attn2.key_value(text, batch), batch).view(x.shape)
         h = modulated(x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
-        return cast(Tensor, x + self.ffn(h).view(x.shape) * ffn_gate)
+        return cast(Tensor, x + self.ffn(h).view(x.shape) * ffn_gate), own
+
+    def key_value(self, x: Tensor, modulation: Tensor, rotation: Rotation, ones: Tensor) -> KeyValue:
+        """The own keys and values alone: what the last layer is asked for when only the cache is wanted."""
+        shift, scale = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)[:2]
+        h = modulated(x, shift, scale, ones, self.eps).flatten(0, 2)
+        return self.attn1.key_value(h, x.shape[0], rotation)
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor, ones: Tensor, eps: float) -> Tensor:
@@ -226,22 +259,40 @@ class FlowMapTransformer(nn.Module):
         Returns:
             z_r (B, F, C, H, W), and the average velocity u from t to r that led there, of the same shape.
         """
+        _, frames, _, height, width = latents.shape
+        rotation = self.rope(frames, height // self.patch, width // self.patch)
+        z_r, velocity, _ = self.transition(latents, t, r, text, rotation)
+        return z_r, velocity
+
+    def transition(
+        self, latents: Tensor, t: Tensor, r: Tensor, text: Tensor, rotation: Rotation, past: Sequence[KeyValue] = ()
+    ) -> tuple[Tensor, Tensor, list[KeyValue]]:
+        """`forward`, given the tokens' rotation and, layer by layer, what came before; also the own keys and values."""
         batch, frames, _, height, width = latents.shape
-        grid = (height // self.patch, width // self.patch)
-        x = self.patch_embedding(latents.flatten(0, 1).unsqueeze(2))
-        x = x.flatten(2).transpose(1, 2).unflatten(0, (batch, frames))
-        times = self.condition_embedder.times(t.flatten(), r.flatten())
-        modulation = self.condition_embedder.time_proj(F.silu(times)).view(batch, frames, 6, -1)
-        words = self.condition_embedder.text(text.flatten(0, 1))
-        rotation = self.rope(frames, *grid)
+        x = self.tokens(self.patch_embedding, latents)
+        times, modulation, words = self.conditions(t, r, text)
         ones = self.get_buffer("ones")
-        for block in self.blocks:
-            x = block(x, words, modulation, rotation, ones)
+        present = []
+        for index, block in enumerate(self.blocks):
+            x, own = block(x, words, modulation, rotation, ones, past[index] if past else None)
+            present.append(own)
         shift, scale = (self.scale_shift_table + times.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
         x = modulated(x, shift, scale, ones, self.eps)
+        grid = (height // self.patch, width // self.patch)
         velocity = self._image(self.proj_out(x.flatten(0, 2)).view(batch, frames, *grid, -1))
         interval = ((t - r) / TRAIN_TIMESTEPS)[:, :, None, None, None]
-        return latents - interval * velocity, velocity
+        return latents - interval * velocity, velocity, present
+
+    def tokens(self, embedding: nn.Module, latents: Tensor) -> Tensor:
+        """Latents (B, F, C, H, W) to tokens (B, F, S, D)."""
+        x = embedding(latents.flatten(0, 1).unsqueeze(2))
+        return cast(Tensor, x.flatten(2).transpose(1, 2).unflatten(0, latents.shape[:2]))
+
+    def conditions(self, t: Tensor, r: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Time embedding (B F, D), the modulation made of it (B, F, 6, D), and embedded text (B L, D)."""
+        times = self.condition_embedder.times(t.flatten(), r.flatten())
+        modulation = self.condition_embedder.time_proj(F.silu(times)).view(*t.shape, 6, -1)
+        return times, modulation, self.condition_embedder.text(text.flatten(0, 1))
 
     def _image(self, x: Tensor) -> Tensor:
         """Patches (B, F, h, w, p p C) back to (B, F, C, H, W)."""

@@ -1,0 +1,109 @@
+"""How much a causal model remembers, computed before anything runs.
+
+AnyFlow-FAR keeps the last `full_chunk_limit - 1` finished chunks at full resolution and every older one compressed to a
+fraction of its tokens (1/4 with Wan's patches). In a layer's buffer the compressed chunks come first, in order, and the
+recent ones behind them:
+
+    [ chunk 0 | chunk 1 | … | chunk k-3 ][ chunk k-2 | chunk k-1 ]   while chunk k is made
+      compressed, written once             full, written again whenever what precedes them changed
+
+so the cache of any moment is one contiguous piece from the start, and is handed to the graph without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from anyflow_deploy.errors import AnyFlowError, ShapeError
+from anyflow_deploy.models import Architecture
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """The cache of one stream.
+
+    Build it with `cache_plan`.
+
+    Attributes:
+        chunks: latent frames of each chunk.
+        recent: how many finished chunks stay at full resolution.
+        full_tokens, compressed_tokens: tokens of one latent frame, either way.
+        layers, heads, channels: of the transformer; channels are those of a head.
+    """
+
+    chunks: tuple[int, ...]
+    recent: int
+    full_tokens: int
+    compressed_tokens: int
+    layers: int
+    heads: int
+    channels: int
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the whole video."""
+        return sum(self.chunks)
+
+    def first_frame(self, chunk: int) -> int:
+        """Absolute index of a chunk's first latent frame."""
+        return sum(self.chunks[:chunk])
+
+    def cached_tokens(self, chunk: int) -> tuple[int, int]:
+        """(compressed, full) tokens that chunk number `chunk` finds in the cache."""
+        old = max(0, chunk - self.recent)
+        return self.compressed_tokens * sum(self.chunks[:old]), self.full_tokens * sum(self.chunks[old:chunk])
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a layer's buffer has to hold: the most that any chunk finds."""
+        return max(sum(self.cached_tokens(chunk)) for chunk in range(len(self.chunks)))
+
+    def bytes(self, element_bytes: int) -> int:
+        """Memory of all layers' keys and values, with elements of this size."""
+        return 2 * self.layers * self.capacity * self.heads * self.channels * element_bytes
+
+    @property
+    def encoded_tokens(self) -> int:
+        """Tokens sent through the network for the cache alone, over the whole video: what remembering costs."""
+        total = 0
+        for chunk in range(len(self.chunks) - 1):
+            if chunk < self.recent:
+                total += self.full_tokens * self.chunks[chunk]
+            else:
+                old = chunk - self.recent
+                total += self.compressed_tokens * self.chunks[old] + self.full_tokens * sum(self.chunks[old + 1 : chunk + 1])
+        return total
+
+
+def cache_plan(a: Architecture, chunks: Sequence[int] | None, height: int, width: int) -> CachePlan:
+    """Plan the cache of a stream.
+
+    Args:
+        a: a causal architecture.
+        chunks: latent frames of each chunk; None for the model's own plan.
+        height, width: of the latents.
+
+    Raises:
+        AnyFlowError: not a causal model, or a plan that is empty, holds a chunk without frames, or is too long.
+        ShapeError: height or width that do not divide into the coarser patches.
+    """
+    if a.chunk_partition is None or a.compressed_patch_size is None or a.full_chunk_limit is None:
+        raise AnyFlowError("this is a bidirectional model; streams need a causal one (far-…). Use sample().")
+    plan = tuple(a.chunk_partition if chunks is None else chunks)
+    if not plan or not all(isinstance(n, int) and n > 0 for n in plan):
+        raise AnyFlowError(f"chunk plan {list(plan)}: allowed are one or more positive whole numbers of latent frames.")
+    if sum(plan) > a.rope_max_seq_len:
+        raise AnyFlowError(f"the chunk plan has {sum(plan)} latent frames; the rotary table ends at {a.rope_max_seq_len}.")
+    patch, coarse = a.patch_size[1], a.compressed_patch_size[1]
+    if height % coarse or width % coarse:
+        raise ShapeError(f"latents of {height} x {width}: a causal model takes multiples of {coarse} rows and columns.")
+    return CachePlan(
+        chunks=plan,
+        recent=a.full_chunk_limit - 1,
+        full_tokens=(height // patch) * (width // patch),
+        compressed_tokens=(height // coarse) * (width // coarse),
+        layers=a.num_layers,
+        heads=a.num_attention_heads,
+        channels=a.attention_head_dim,
+    )
