@@ -12,7 +12,7 @@ Exporting (`anyflow_deploy.export`) and generating from prompts (`anyflow_deploy
 from anyflow_deploy.bundle import Bundle, load_bundle
 from anyflow_deploy.engines.engine import Engine, Run
 from anyflow_deploy.engines.loading import load_engine
-from anyflow_deploy.engines.sampler import Step, noise, sample
+from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError, BackendError, BundleError, CheckpointError, ShapeError
 from anyflow_deploy.models import MODELS, Architecture, Model
 from anyflow_deploy.schedule import Schedule
@@ -20,6 +20,6 @@ from anyflow_deploy.schedule import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
-    "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Engine", "Model",
-    "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine", "noise", "sample",
+    "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Chunk", "Engine", "Model",
+    "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine", "noise", "sample", "stream",
 ]  # fmt: skip

@@ -8,6 +8,9 @@ recent ones behind them:
       compressed, written once             full, written again whenever what precedes them changed
 
 so the cache of any moment is one contiguous piece from the start, and is handed to the graph without a copy.
+
+For streams without end, a *window* forgets: of the compressed chunks only the first and the last `window` are kept, so
+memory and time per chunk stay flat. (The first one anchors the picture.) What that costs is in docs/streaming.md.
 """
 
 from __future__ import annotations
@@ -28,12 +31,14 @@ class CachePlan:
     Attributes:
         chunks: latent frames of each chunk.
         recent: how many finished chunks stay at full resolution.
+        window: how many of the newest compressed chunks are kept beside the first; None for all.
         full_tokens, compressed_tokens: tokens of one latent frame, either way.
         layers, heads, channels: of the transformer; channels are those of a head.
     """
 
     chunks: tuple[int, ...]
     recent: int
+    window: int | None
     full_tokens: int
     compressed_tokens: int
     layers: int
@@ -49,10 +54,15 @@ class CachePlan:
         """Absolute index of a chunk's first latent frame."""
         return sum(self.chunks[:chunk])
 
+    def kept(self, chunk: int) -> list[int]:
+        """The compressed chunks that chunk number `chunk` finds in the cache, in order."""
+        old = list(range(max(0, chunk - self.recent)))
+        return old if self.window is None or len(old) <= 1 + self.window else [0, *old[-self.window :]]
+
     def cached_tokens(self, chunk: int) -> tuple[int, int]:
         """(compressed, full) tokens that chunk number `chunk` finds in the cache."""
-        old = max(0, chunk - self.recent)
-        return self.compressed_tokens * sum(self.chunks[:old]), self.full_tokens * sum(self.chunks[old:chunk])
+        recent = self.chunks[max(0, chunk - self.recent) : chunk]
+        return self.compressed_tokens * sum(self.chunks[c] for c in self.kept(chunk)), self.full_tokens * sum(recent)
 
     @property
     def capacity(self) -> int:
@@ -76,16 +86,17 @@ class CachePlan:
         return total
 
 
-def cache_plan(a: Architecture, chunks: Sequence[int] | None, height: int, width: int) -> CachePlan:
+def cache_plan(a: Architecture, chunks: Sequence[int] | None, height: int, width: int, window: int | None = None) -> CachePlan:
     """Plan the cache of a stream.
 
     Args:
         a: a causal architecture.
         chunks: latent frames of each chunk; None for the model's own plan.
         height, width: of the latents.
+        window: how many of the newest compressed chunks to keep beside the first; None for all.
 
     Raises:
-        AnyFlowError: not a causal model, or a plan that is empty, holds a chunk without frames, or is too long.
+        AnyFlowError: not a causal model, a window below 1, or a plan that is empty, holds a chunk without frames, or is too long.
         ShapeError: height or width that do not divide into the coarser patches.
     """
     if a.chunk_partition is None or a.compressed_patch_size is None or a.full_chunk_limit is None:
@@ -95,15 +106,37 @@ def cache_plan(a: Architecture, chunks: Sequence[int] | None, height: int, width
         raise AnyFlowError(f"chunk plan {list(plan)}: allowed are one or more positive whole numbers of latent frames.")
     if sum(plan) > a.rope_max_seq_len:
         raise AnyFlowError(f"the chunk plan has {sum(plan)} latent frames; the rotary table ends at {a.rope_max_seq_len}.")
+    if window is not None and window < 1:
+        raise AnyFlowError(f"window is {window}; allowed are whole numbers from 1, or None to keep every chunk.")
     patch, coarse = a.patch_size[1], a.compressed_patch_size[1]
     if height % coarse or width % coarse:
         raise ShapeError(f"latents of {height} x {width}: a causal model takes multiples of {coarse} rows and columns.")
     return CachePlan(
         chunks=plan,
         recent=a.full_chunk_limit - 1,
+        window=window,
         full_tokens=(height // patch) * (width // patch),
         compressed_tokens=(height // coarse) * (width // coarse),
         layers=a.num_layers,
         heads=a.num_attention_heads,
         channels=a.attention_head_dim,
     )
+
+
+def check_budget(plan: CachePlan, element_bytes: int, budget_bytes: float) -> None:
+    """Refuse a plan whose cache does not fit.
+
+    Args:
+        plan: from `cache_plan`.
+        element_bytes: of a key's or value's element: 4 in fp32, 2 in fp16 and bf16.
+        budget_bytes: memory that may be taken.
+
+    Raises:
+        AnyFlowError: with both numbers, and what would make it smaller.
+    """
+    needed = plan.bytes(element_bytes)
+    if needed > budget_bytes:
+        raise AnyFlowError(
+            f"the cache of {len(plan.chunks)} chunks takes {needed / 1e6:,.1f} MB ({plan.capacity:,} tokens in {plan.layers} layers); "
+            f"{budget_bytes / 1e6:,.1f} MB are allowed. Make fewer or shorter chunks, smaller frames, or keep a window of them."
+        )

@@ -99,6 +99,10 @@ class Stream(Protocol):
         """Enter the next chunk, now clean (or given), into the cache; the one after it becomes the next."""
         ...
 
+    def extend(self, plan: CachePlan) -> None:
+        """Go on with another plan that agrees on the chunks already made; the cache grows where it has to."""
+        ...
+
     def close(self) -> None:
         """Release the cache."""
         ...

@@ -10,6 +10,7 @@ warning, which on a server means a hundred times slower and nobody notices.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -122,6 +123,16 @@ class Device:
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
         """A buffer of a shape, not initialized."""
         return self._value.ortvalue_from_shape_and_type(list(shape), dtype, self.name, 0)
+
+    def move(self, target: Any, to: int, source: Any, start: int, count: int) -> None:
+        """Copy `count` bytes of a buffer into another, or into another place of itself."""
+        if self.name == "cpu":
+            ctypes.memmove(target.data_ptr() + to, source.data_ptr() + start, count)
+            return
+        host = np.array(target.numpy())  # ONNX Runtime's Python interface copies whole buffers only
+        piece = np.array(source.numpy()).view(np.uint8).reshape(-1)[start : start + count]
+        host.view(np.uint8).reshape(-1)[to : to + count] = piece
+        target.update_inplace(host)
 
 
 class OnnxRuntimeRun:

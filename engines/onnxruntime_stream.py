@@ -38,12 +38,13 @@ class OnnxRuntimeStream:
             raise BackendError(f"this backend keeps its cache in {' or '.join(_TYPES)}, not in {stored}. Export in fp16.")
         self._device, self._sessions, self._plan = device, sessions, plan
         self._type = _TYPES[stored]
+        self._token = plan.heads * plan.channels * self._type.itemsize  # bytes of one token in a buffer
         self._names = [f"{part}.{layer}" for layer in range(plan.layers) for part in ("key", "value")]
-        shape = (1, plan.capacity, plan.heads, plan.channels)
-        self._buffers = {name: device.empty(shape, self._type) for name in self._names} if plan.capacity else {}
+        self._buffers = self._allocated(plan)
         self._text = device.holding(text)
         self._chunk = self._compressed = 0
         self._recent: deque[tuple[int, Array]] = deque()
+        self._kept: list[int] = []
 
     def start(self, latents: Array) -> OnnxRuntimeRun:
         """See `Stream`."""
@@ -73,17 +74,49 @@ class OnnxRuntimeStream:
             filled += self._full_tokens(chunk)
         self._chunk += 1
 
+    def extend(self, plan: CachePlan) -> None:
+        """See `Stream`."""
+        if plan.chunks[: self._chunk] != self._plan.chunks[: self._chunk]:
+            raise AnyFlowError(f"the plan {list(plan.chunks)} changes chunks that are made already: {list(self._plan.chunks)}.")
+        if plan.capacity > self._plan.capacity:
+            larger = self._allocated(plan)
+            for name, buffer in self._buffers.items():
+                self._device.move(larger[name], 0, buffer, 0, self._plan.capacity * self._token)
+            self._buffers = larger
+        self._plan = plan
+
+    def _allocated(self, plan: CachePlan) -> dict[str, Any]:
+        shape = (1, plan.capacity, plan.heads, plan.channels)
+        return {name: self._device.empty(shape, self._type) for name in self._names} if plan.capacity else {}
+
     def close(self) -> None:
         """See `Stream`."""
         self._buffers, self._text = {}, None
         self._recent.clear()
 
     def _compress(self, chunk: int, clean: Array) -> None:
-        """Append an old chunk to the compressed part, for good."""
-        tokens = self._plan.chunks[chunk] * self._plan.compressed_tokens
+        """Append an old chunk to the compressed part, for good; what the window lets go of makes room first."""
+        self._forget(set(self._plan.kept(chunk + 1 + self._plan.recent)))
+        self._kept.append(chunk)
+        tokens = self._compressed_tokens(chunk)
         past = self._names[:-2]  # the last layer only makes its own
         self._write("compress", chunk, {"latents": self._device.holding(clean)}, past, self._compressed, tokens)
         self._compressed += tokens
+
+    def _forget(self, kept: set[int]) -> None:
+        """Close the gaps of compressed chunks outside the window. Their order does not matter, but their place does."""
+        for chunk in [c for c in self._kept if c not in kept]:
+            before = sum(self._compressed_tokens(c) for c in self._kept[: self._kept.index(chunk)])
+            gap = self._compressed_tokens(chunk)
+            for name in self._names:
+                behind = self._compressed - before - gap
+                buffer = self._buffers[name]
+                self._device.move(buffer, before * self._token, buffer, (before + gap) * self._token, behind * self._token)
+            self._kept.remove(chunk)
+            self._compressed -= gap
+
+    def _compressed_tokens(self, chunk: int) -> int:
+        return self._plan.chunks[chunk] * self._plan.compressed_tokens
 
     def _write(self, graph: str, chunk: int, inputs: dict[str, Any], past: list[str], filled: int, tokens: int) -> None:
         """Run a graph on the first `filled` tokens and put its keys and values right behind them."""
@@ -92,9 +125,8 @@ class OnnxRuntimeStream:
             binding.bind_ortvalue_input(name, value)
         self._bind_past(binding, past, filled)
         shape = (1, tokens, self._plan.heads, self._plan.channels)
-        offset = filled * self._plan.heads * self._plan.channels * self._type.itemsize
         for name in self._names:
-            address = self._buffers[name].data_ptr() + offset
+            address = self._buffers[name].data_ptr() + filled * self._token
             binding.bind_output(name, self._device.name, 0, self._type, shape, address)
         self._sessions[graph].run_with_iobinding(binding)
 

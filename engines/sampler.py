@@ -94,6 +94,7 @@ def stream(
     schedule: Schedule | Callable[[int], Schedule],
     chunk_plan: Sequence[int] | None = None,
     context: ArrayLike | None = None,
+    window: int | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Iterator[Chunk]:
     """Make a video chunk by chunk with a causal model.
@@ -107,6 +108,7 @@ def stream(
         schedule: one for all chunks, or a function from a chunk's index to its schedule, asked when the chunk begins.
         chunk_plan: latent frames of each chunk; None for the model's own.
         context: clean latents of the first chunk or chunks, (1, Fc, C, H, W); they are remembered, not made.
+        window: keep only the first and this many of the newest compressed chunks; None for all. See `cache`.
         on_step: called after each transition, see `sample`.
 
     Returns:
@@ -118,7 +120,7 @@ def stream(
     z = checked_array("latents", latents)
     if z.ndim != 5 or z.shape[0] != 1:
         raise ShapeError(f"latents have shape {z.shape}; a stream takes (1, frames, channels, height, width): one video.")
-    plan = cache_plan(engine.bundle.manifest.architecture, chunk_plan, z.shape[3], z.shape[4])
+    plan = cache_plan(engine.bundle.manifest.architecture, chunk_plan, z.shape[3], z.shape[4], window)
     if plan.frames != z.shape[1]:
         raise ShapeError(
             f"the chunk plan {list(plan.chunks)} has {plan.frames} latent frames and latents have {z.shape[1]}; "
@@ -136,7 +138,9 @@ def _given_chunks(plan: CachePlan, latents: Array, context: ArrayLike | None) ->
         return []
     clean = checked_array("context", context)
     if clean.ndim != 5 or clean.shape[0] != 1 or clean.shape[2:] != latents.shape[2:] or clean.shape[1] > plan.frames:
-        raise ShapeError(f"context has shape {clean.shape} and latents {latents.shape}; only the frames may differ, and be fewer.")
+        raise ShapeError(
+            f"context has shape {clean.shape} and latents {latents.shape}; only the frames may differ, and be fewer."
+        )
     borders = [plan.first_frame(chunk) for chunk in range(1, len(plan.chunks) + 1)]
     if clean.shape[1] not in borders:
         raise ShapeError(

@@ -17,11 +17,13 @@ Legend: see `transformer`; M cached tokens.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from anyflow_deploy.export.rotary import COMPRESSED
-from anyflow_deploy.export.transformer import FlowMapTransformer, KeyValue
+from anyflow_deploy.export.transformer import Block, FlowMapTransformer, KeyValue
 from anyflow_deploy.models import Architecture
 
 
@@ -34,7 +36,9 @@ class ChunkTransition(FlowMapTransformer):
         self.far_patch = a.compressed_patch_size[1]
         self.far_patch_embedding = nn.Conv3d(a.in_channels, a.inner_dim, a.compressed_patch_size, a.compressed_patch_size)
 
-    def forward(self, latents: Tensor, t: Tensor, r: Tensor, text: Tensor, positions: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, latents: Tensor, t: Tensor, r: Tensor, text: Tensor, positions: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
         """One transition.
 
         Args:
@@ -75,7 +79,7 @@ class Compression(ChunkTransition):
         for index, block in enumerate(self.blocks[:-1]):
             x, own = block(x, words, modulation, rotation, ones, pairs[index])
             present.append(own)
-        present.append(self.blocks[-1].key_value(x, modulation, rotation, ones))
+        present.append(cast(Block, self.blocks[-1]).key_value(x, modulation, rotation, ones))
         return tuple(tensor for pair in present for tensor in pair)
 
 

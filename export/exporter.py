@@ -141,7 +141,9 @@ def _weight_bytes(models: Iterable[ir.Model], entries: dict[str, Entry]) -> dict
     return found
 
 
-def _manifest(weights: Weights, settings: ExportSettings, ranges: Ranges, graphs: dict[str, Graph], weight_bytes: dict[str, int]) -> Manifest:
+def _manifest(
+    weights: Weights, settings: ExportSettings, ranges: Ranges, graphs: dict[str, Graph], weight_bytes: dict[str, int]
+) -> Manifest:
     architecture = weights.architecture
     name = model_name(architecture)
     pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None

@@ -33,7 +33,7 @@ def rotary_tables(architecture: Architecture) -> dict[str, Tensor]:
     that one coarse token covers (diffusers' `avg_pool_complex`).
     """
     positions = torch.arange(architecture.rope_max_seq_len, dtype=torch.float64)
-    tables = {}
+    tables: dict[str, Tensor] = {}
     for axis, channels in zip(AXES, axis_channels(architecture.attention_head_dim), strict=True):
         frequencies = 1.0 / _THETA ** (torch.arange(0, channels, 2, dtype=torch.float64) / channels)
         angles = torch.outer(positions, frequencies)
@@ -41,7 +41,8 @@ def rotary_tables(architecture: Architecture) -> dict[str, Tensor]:
         tables |= _parts(axis, directions)
         if architecture.compressed_patch_size is not None and axis != "frames":
             covered = architecture.compressed_patch_size[1] // architecture.patch_size[1]
-            means = directions[: len(directions) // covered * covered].unflatten(0, (-1, covered)).mean(1)
+            coarse = len(directions) // covered
+            means = directions[: coarse * covered].view(coarse, covered, -1).mean(1)
             tables |= _parts(f"{axis}{COMPRESSED}", means / means.abs())
     return tables
 

@@ -1,10 +1,11 @@
-"""A complete, small AnyFlow pipeline, made on this machine from a seed.
+"""A complete, small AnyFlow pipeline, bidirectional or causal, made on this machine from a seed.
 
 Transformer, UMT5 text encoder, tokenizer, Wan VAE and scheduler, each the real class with small numbers and random
 weights, saved exactly as diffusers saves a pipeline. Everything this project does can be tried and tested on it without
-a download, and `AnyFlowPipeline.from_pretrained` loads it. What it cannot do is make a picture of anything.
+a download, and `AnyFlowPipeline.from_pretrained` (of `far-tiny`: `AnyFlowFARPipeline.from_pretrained`) loads it. The two
+differ in nothing but the transformer. What they cannot do is make a picture of anything.
 
-    python -m anyflow_deploy.export.tiny FOLDER
+    python -m anyflow_deploy.export.tiny FOLDER [tiny | far-tiny]
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.random_weights import random_parameter
-from anyflow_deploy.models import MODELS, Model
+from anyflow_deploy.models import MODELS, Model, get_model
 
 TINY_SEED = 2605
+TINY_MODELS = tuple(name for name, row in MODELS.items() if row.hub_id is None)
 _REVISION = 1
 """Raised when the tiny pipeline changes, so that cached ones are made anew."""
 
@@ -66,26 +68,17 @@ def save_tiny_pipeline(model: Model, folder: Path) -> None:
     """Make a tiny pipeline and save it, whole or not at all.
 
     Args:
-        model: the row `tiny` of the table.
+        model: the row `tiny` or `far-tiny` of the table.
         folder: to create.
 
     Raises:
-        AnyFlowError: the folder is not empty, or the model is not a tiny bidirectional one.
+        AnyFlowError: the folder is not empty, or the model is not a tiny one.
     """
-    from diffusers import AnyFlowPipeline, AnyFlowTransformer3DModel, FlowMapEulerDiscreteScheduler
-
-    if model.hub_id is not None or model.architecture.causal:
-        raise AnyFlowError(f"{model.name} cannot be made here; allowed is 'tiny'.")
+    if model.hub_id is not None:
+        raise AnyFlowError(f"{model.name} cannot be made here; allowed are {' and '.join(map(repr, TINY_MODELS))}.")
     if folder.exists() and any(folder.iterdir()):
         raise AnyFlowError(f"{folder} is not empty. Choose another folder.")
-    tokenizer = _tokenizer()
-    pipeline = AnyFlowPipeline(
-        tokenizer=tokenizer,
-        text_encoder=_text_encoder(len(tokenizer), model.architecture.text_dim),
-        transformer=_seeded(AnyFlowTransformer3DModel(**_config(model))),
-        vae=_vae(),
-        scheduler=FlowMapEulerDiscreteScheduler(shift=model.shift),
-    )
+    pipeline = _pipeline(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
@@ -95,6 +88,22 @@ def save_tiny_pipeline(model: Model, folder: Path) -> None:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _pipeline(model: Model) -> Any:
+    import diffusers
+
+    causal = model.architecture.causal
+    transformer = diffusers.AnyFlowFARTransformer3DModel if causal else diffusers.AnyFlowTransformer3DModel
+    pipeline = diffusers.AnyFlowFARPipeline if causal else diffusers.AnyFlowPipeline
+    tokenizer = _tokenizer()
+    return pipeline(
+        tokenizer=tokenizer,
+        text_encoder=_text_encoder(len(tokenizer), model.architecture.text_dim),
+        transformer=_seeded(transformer(**_config(model))),
+        vae=_vae(),
+        scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=model.shift),
+    )
 
 
 def _config(model: Model) -> dict[str, object]:
@@ -135,14 +144,16 @@ def _vae() -> torch.nn.Module:
 
 
 def main() -> None:
-    """Make the tiny pipeline in the folder named on the command line."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m anyflow_deploy.export.tiny FOLDER")
+    """Make a tiny pipeline in the folder named on the command line."""
+    words = sys.argv[1:]
+    if len(words) not in (1, 2) or any(word.startswith("-") for word in words):
+        sys.exit(f"usage: python -m anyflow_deploy.export.tiny FOLDER [{' | '.join(TINY_MODELS)}]")
     try:
-        save_tiny_pipeline(MODELS["tiny"], Path(sys.argv[1]))
+        model = get_model(words[1] if len(words) == 2 else "tiny")
+        save_tiny_pipeline(model, Path(words[0]))
     except AnyFlowError as error:
         sys.exit(f"error: {error}")
-    sys.stdout.write(f"tiny AnyFlow pipeline: {sys.argv[1]}\n")
+    sys.stdout.write(f"{model.name} AnyFlow pipeline: {words[0]}\n")
 
 
 if __name__ == "__main__":

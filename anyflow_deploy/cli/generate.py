@@ -1,20 +1,29 @@
-"""`anyflow-generate`: a prompt becomes a video."""
+"""`anyflow-generate`: a prompt becomes a video.
+
+A bidirectional bundle makes the whole video at once (`sample`), a causal one chunk by chunk (`stream`); they share
+everything else. With `--stream` each chunk is decoded and put on disk before the next is begun. Whatever can be refused
+is refused before text encoder and engine are loaded.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BeforeValidator, Field, PositiveInt
 
 from anyflow_deploy.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Numbers, Options, console, run
-from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.engines.cache import CachePlan, check_budget
+from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.loading import load_engine
-from anyflow_deploy.engines.sampler import Step, noise, sample
+from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars
 from anyflow_deploy.ranges import latent_frames, latent_side
@@ -22,18 +31,25 @@ from anyflow_deploy.schedule import Schedule
 
 LATENTS_SUFFIX = ".safetensors"
 
+CAUSAL_FLAGS = ("stream", "image", "video", "chunks", "first_steps", "cache_budget")
+"""Flags that mean nothing to a bidirectional bundle."""
+
+Chunks = Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+
 
 class GenerateOptions(Options):
     """Generate a video: text encoder, engine, VAE, mp4. The number of steps is free: more steps, better video.
 
     On a device without the text encoder, give --prompt-embeds FILE (made elsewhere with --save-prompt-embeds);
-    without the VAE, an --output that ends in .safetensors takes the latents."""
+    without the VAE, an --output that ends in .safetensors takes the latents. A causal bundle (far-...) makes the video
+    chunk by chunk: with --stream it can be watched meanwhile, and it may begin with a picture or a clip of yours."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         'anyflow-generate bundle --prompt "a red fox in the snow" --steps 4 --output fox.mp4',
         'anyflow-generate bundle --prompt "a red fox" --save-prompt-embeds fox.safetensors --output fox.mp4',
         "anyflow-generate bundle --prompt-embeds fox.safetensors --steps 8 --output latents.safetensors",
+        'anyflow-generate far-bundle --prompt "a red fox" --stream --image first.png --output fox.mp4',
     )
 
     bundle: Path = Field(description="the bundle's folder")
@@ -49,6 +65,12 @@ class GenerateOptions(Options):
     height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     seed: int = Field(0, ge=0, description="of the noise; the same on every machine")
+    stream: bool = Field(False, description="causal: --output grows chunk by chunk and can be played meanwhile (.mp4)")
+    image: Path | None = Field(None, description="causal: a picture that the video begins with")
+    video: Path | None = Field(None, description="causal: a clip of 4n+1 frames that the video continues")
+    chunks: Chunks | None = Field(None, description="causal: latent frames of each chunk, as 1,3,3 (default: the model's)")
+    first_steps: int | None = Field(None, ge=1, le=1000, description="causal: transitions of the first chunk that is made")
+    cache_budget: float | None = Field(None, gt=0, description="causal: refuse a cache of more than this many GB")
     backend: str = Field("onnxruntime", description="backend of the engine")
     provider: str = Field("cpu", description="what the engine runs on: cpu or cuda")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
@@ -56,7 +78,7 @@ class GenerateOptions(Options):
 
 
 class Stopwatch:
-    """Seconds of each stage, for the closing line."""
+    """Seconds of each stage, for the closing line; a stage that comes again is added up."""
 
     def __init__(self) -> None:
         self.stages: dict[str, float] = {}
@@ -66,49 +88,164 @@ class Stopwatch:
         """Time a stage."""
         started = time.perf_counter()
         yield
-        self.stages[name] = time.perf_counter() - started
+        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - started
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages.items())
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is to be made, checked.
+
+    Attributes:
+        schedule: of every chunk, or of the whole video.
+        first: of the first chunk that is made, where it differs.
+        shape: (F, C, H, W) of the latents.
+        plan: of a causal bundle's chunks and cache; None for a bidirectional one.
+        given: uint8 (frames, height, width, 3) that the video begins with.
+    """
+
+    schedule: Schedule
+    first: Schedule | None
+    shape: tuple[int, int, int, int]
+    plan: CachePlan | None
+    given: NDArray[np.uint8] | None
+
+
 def generate(options: GenerateOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.pipeline import text, vae, video
     from anyflow_deploy.pipeline.folder import pipeline_of
 
     _check(options)
     watch = Stopwatch()
     with watch.time("bundle"):
         bundle = load_bundle(options.bundle)
-    manifest = bundle.manifest
-    schedule, shape = _schedule(options, bundle), _latent_shape(options, bundle)
+    job = _job(options, bundle)
     parts = ["tokenizer", "text_encoder"] if options.prompt is not None else []
-    parts += ["vae"] if options.output.suffix != LATENTS_SUFFIX else []
-    pipeline = pipeline_of(manifest, options.pipeline, parts) if parts else Path()
+    parts += ["vae"] if options.output.suffix != LATENTS_SUFFIX or job.given is not None else []
+    pipeline = pipeline_of(bundle.manifest, options.pipeline, parts) if parts else Path()
     with watch.time("text"):
-        words, prompts = (
-            text.load_embeddings(options.prompt_embeds)
-            if options.prompt_embeds is not None
-            else (text.encoded_prompts(pipeline, [str(options.prompt)], manifest.video.text_tokens), [str(options.prompt)])
-        )
-    if options.save_prompt_embeds is not None:
-        text.save_embeddings(options.save_prompt_embeds, words, prompts)
+        words = _words(options, bundle, pipeline)
     with watch.time("engine"):
         engine = load_engine(bundle, options.backend, options.provider, options.threads)
-    latents = noise((len(words), *shape), options.seed)
-    with watch.time(f"{schedule.steps} steps"), Bars(console) as bars, bars.stage("transitions", schedule.steps) as advance:
-        latents = sample(engine, latents, words, schedule, on_step=lambda step: _advanced(advance, step))
-    engine.close()
-    if options.output.suffix == LATENTS_SUFFIX:
-        _save_latents(options.output, latents)
-    else:
-        with watch.time("VAE"):
-            frames = vae.decoded_video(pipeline, latents)
-        with watch.time("mp4"):
-            video.save_video(options.output, frames[0], manifest.video.fps)
+    with closing(engine):
+        first_frame = _Work(options, engine, words, job, pipeline, watch).done()
+    if job.plan is not None and first_frame is not None:
+        console.print(f"first frame made here on disk after {first_frame:.2f} s")
     console.print(f"[green]wrote[/] [bold]{options.output}[/] ({watch})")
     return 0
+
+
+def _words(options: GenerateOptions, bundle: Bundle, pipeline: Path) -> Array:
+    """Prompt embeddings (B, L, D), read or made, and saved if asked."""
+    from anyflow_deploy.pipeline import text
+
+    if options.prompt_embeds is not None:
+        words, prompts = text.load_embeddings(options.prompt_embeds)
+    else:
+        prompts = [str(options.prompt)]
+        words = text.encoded_prompts(pipeline, prompts, bundle.manifest.video.text_tokens)
+    if options.save_prompt_embeds is not None:
+        text.save_embeddings(options.save_prompt_embeds, words, prompts)
+    return words
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Making and writing one video, once everything is loaded."""
+
+    options: GenerateOptions
+    engine: BundleEngine
+    words: Array
+    job: Job
+    pipeline: Path
+    watch: Stopwatch
+
+    def done(self) -> float | None:
+        """Do it; seconds from the first transition to the first frame on disk, None where only latents are written."""
+        start, started = noise((len(self.words), *self.job.shape), self.options.seed), time.perf_counter()
+        if self.job.plan is None:
+            return self._written(self._whole(start), started)
+        context = self._context()
+        if self.options.stream:
+            return self._grown(start, context)
+        started = time.perf_counter()
+        with closing(self._chunks(self.job.plan, start, context)) as chunks:
+            latents = np.concatenate([chunk.latents for chunk in chunks], axis=1)
+        return self._written(latents, started)
+
+    def _whole(self, start: Array) -> Array:
+        schedule = self.job.schedule
+        steps = schedule.steps
+        with self.watch.time(f"{steps} steps"), Bars(console) as bars, bars.stage("transitions", steps) as advance:
+            return sample(self.engine, start, self.words, schedule, on_step=lambda step: _advanced(advance, step))
+
+    def _context(self) -> Array | None:
+        from anyflow_deploy.pipeline.vae import encoded_video
+
+        if self.job.given is None:
+            return None
+        with self.watch.time("VAE"):
+            return encoded_video(self.pipeline, self.job.given)
+
+    def _chunks(self, plan: CachePlan, start: Array, context: Array | None) -> Generator[Chunk, None, None]:
+        """The chunks of a causal video, timed and shown while they are made."""
+        from anyflow_deploy.pipeline.causal_video import chunk_schedules, chunks_in
+
+        count, given = len(plan.chunks), chunks_in(plan, 0 if context is None else context.shape[1])
+        schedules = chunk_schedules(self.job.schedule, self.job.first, given)
+        total = sum(schedules(chunk).steps for chunk in range(given, count))
+        with Bars(console) as bars, bars.stage("transitions", total) as advance:
+            chunks = stream(
+                self.engine, start, self.words, schedules, plan.chunks, context, on_step=lambda step: _advanced(advance, step)
+            )
+            while True:
+                with self.watch.time(f"{count} chunks"):
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                yield chunk
+
+    def _grown(self, start: Array, context: Array | None) -> float | None:
+        """Put each chunk on disk before the next is begun."""
+        from anyflow_deploy.pipeline.vae import StreamingDecoder
+        from anyflow_deploy.pipeline.video import VideoWriter
+
+        assert self.job.plan is not None
+        video, first_frame = self.engine.bundle.manifest.video, None
+        height, width = (side * video.spatial_factor for side in self.job.shape[2:])
+        with self.watch.time("VAE"):
+            decoder = StreamingDecoder(self.pipeline)
+        started = time.perf_counter()
+        writer = VideoWriter(self.options.output, video.fps, (height, width))
+        try:
+            with writer, closing(self._chunks(self.job.plan, start, context)) as chunks:
+                for chunk in chunks:
+                    with self.watch.time("VAE"):
+                        frames = decoder.decode(chunk.latents)
+                    with self.watch.time("mp4"):
+                        writer.append(frames)
+                    if first_frame is None and not chunk.given:
+                        first_frame = time.perf_counter() - started
+        except BaseException:
+            if writer.frames:
+                console.print(f"{self.options.output} holds the first {writer.frames} frames, whole and playable.")
+            raise
+        return first_frame
+
+    def _written(self, latents: Array, started: float) -> float | None:
+        """Decode and write a whole video, or write its latents."""
+        from anyflow_deploy.pipeline import vae, video
+
+        if self.options.output.suffix == LATENTS_SUFFIX:
+            _save_latents(self.options.output, latents)
+            return None
+        with self.watch.time("VAE"):
+            frames = vae.decoded_video(self.pipeline, latents)
+        with self.watch.time("mp4"):
+            video.save_video(self.options.output, frames[0], self.engine.bundle.manifest.video.fps)
+        return time.perf_counter() - started
 
 
 def _advanced(advance: object, step: Step) -> None:
@@ -117,12 +254,21 @@ def _advanced(advance: object, step: Step) -> None:
 
 def _check(options: GenerateOptions) -> None:
     """What can be refused without opening the bundle."""
-    from anyflow_deploy.pipeline.video import check_suffix
+    from anyflow_deploy.pipeline.video import GROWING_SUFFIXES, check_suffix
 
     if (options.prompt is None) == (options.prompt_embeds is None):
         raise AnyFlowError("give one of --prompt TEXT and --prompt-embeds FILE.")
     if options.sigmas is not None and (options.steps is not None or options.shift is not None):
         raise AnyFlowError("--sigmas is the whole schedule; leave out --steps and --shift.")
+    if options.sigmas is not None and options.first_steps is not None:
+        raise AnyFlowError("--sigmas is the whole schedule, of every chunk; leave out --first-steps.")
+    if options.image is not None and options.video is not None:
+        raise AnyFlowError("give one of --image and --video: a video begins with a picture or with a clip.")
+    if options.stream and options.output.suffix.lower() not in GROWING_SUFFIXES:
+        allowed = " or ".join(GROWING_SUFFIXES)
+        raise AnyFlowError(
+            f"--stream writes a video that grows, and --output is {options.output}. Give one that ends in {allowed}."
+        )
     if options.output.suffix != LATENTS_SUFFIX:
         check_suffix(options.output)
     for path in (options.output, options.save_prompt_embeds):
@@ -134,6 +280,48 @@ def _check(options: GenerateOptions) -> None:
             raise AnyFlowError(f"{path.parent} is not a folder. Make it first.")
 
 
+def _job(options: GenerateOptions, bundle: Bundle) -> Job:
+    """What is to be made, checked against rules, ranges and budget before anything is loaded."""
+    manifest = bundle.manifest
+    causal = manifest.kind == "causal"
+    wrong = [name for name in CAUSAL_FLAGS if getattr(options, name) not in (None, False)]
+    if wrong and not causal:
+        raise AnyFlowError(
+            f"--{wrong[0].replace('_', '-')} needs a causal bundle, and {bundle.path} is bidirectional ({manifest.model}). "
+            "Leave it out, or export a far model."
+        )
+    schedule, shape = _schedule(options, bundle), _latent_shape(options, bundle)
+    plan = _plan(options, bundle, shape) if causal else None
+    frames = shape[0] if plan is None else max(plan.chunks)
+    manifest.shape_ranges.check((1, frames, *shape[1:]), (1, manifest.video.text_tokens, manifest.architecture.text_dim))
+    if plan is None:
+        return Job(schedule, None, shape, None, None)
+    first = None
+    if options.first_steps is not None:
+        first = Schedule.uniform(options.first_steps, options.shift or manifest.schedule.shift)
+    return Job(schedule, first, shape, plan, _given(options, bundle, plan, shape))
+
+
+def _given(
+    options: GenerateOptions, bundle: Bundle, plan: CachePlan, shape: tuple[int, int, int, int]
+) -> NDArray[np.uint8] | None:
+    from anyflow_deploy.pipeline.causal_video import given_frames
+
+    factor = bundle.manifest.video.spatial_factor
+    return given_frames(options.image, options.video, plan, bundle.manifest, shape[2] * factor, shape[3] * factor)
+
+
+def _plan(options: GenerateOptions, bundle: Bundle, shape: tuple[int, int, int, int]) -> CachePlan:
+    """The chunks and their cache, printed, and refused where it does not fit the budget."""
+    from anyflow_deploy.pipeline.causal_video import element_bytes, plan_line, planned
+
+    plan, size = planned(bundle.manifest, options.chunks, shape), element_bytes(bundle.manifest)
+    if options.cache_budget is not None:
+        check_budget(plan, size, options.cache_budget * 1e9)
+    console.print(plan_line(plan, size))
+    return plan
+
+
 def _schedule(options: GenerateOptions, bundle: Bundle) -> Schedule:
     if options.sigmas is not None:
         return Schedule.from_sigmas(options.sigmas)
@@ -142,14 +330,13 @@ def _schedule(options: GenerateOptions, bundle: Bundle) -> Schedule:
 
 
 def _latent_shape(options: GenerateOptions, bundle: Bundle) -> tuple[int, int, int, int]:
-    """(F, C, H, W) of the video asked for, checked against rules and ranges before anything is loaded."""
+    """(F, C, H, W) of the video asked for, by the VAE's and the patches' rules."""
     video, a = bundle.manifest.video, bundle.manifest.architecture
+    patch = (a.compressed_patch_size or a.patch_size)[1]
     frames = latent_frames(options.frames or video.frames, video.temporal_factor)
-    height = latent_side(options.height or video.height, video.spatial_factor, a.patch_size[1], "height")
-    width = latent_side(options.width or video.width, video.spatial_factor, a.patch_size[1], "width")
-    shape = (frames, a.in_channels, height, width)
-    bundle.manifest.shape_ranges.check((1, *shape), (1, video.text_tokens, a.text_dim))
-    return shape
+    height = latent_side(options.height or video.height, video.spatial_factor, patch, "height")
+    width = latent_side(options.width or video.width, video.spatial_factor, patch, "width")
+    return frames, a.in_channels, height, width
 
 
 def _save_latents(path: Path, latents: Array) -> None:

@@ -18,7 +18,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from anyflow_deploy.engines.engine import BundleEngine
+from anyflow_deploy.engines.cache import cache_plan
+from anyflow_deploy.engines.engine import BundleEngine, Stream
 from anyflow_deploy.errors import AnyFlowError
 
 
@@ -80,6 +81,75 @@ class EngineTransformer(nn.Module):
             velocity = run.velocity(source, np.minimum(_array(r_timestep), source))
         output = torch.from_numpy(velocity).to(hidden_states)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+class EngineFARTransformer(EngineTransformer):
+    """Looks like `AnyFlowFARTransformer3DModel` to diffusers' `AnyFlowFARPipeline` and runs on a causal engine.
+
+        pipe = AnyFlowFARPipeline.from_pretrained("checkpoint", transformer=None)
+        pipe.transformer = EngineFARTransformer(load_engine("bundle"))
+
+    The pipeline allocates a cache of its own and never looks into it; ours travels along inside that dictionary, one
+    stream a batch item, and ends with it. Results differ from diffusers' own class where the tokens of a step are not a
+    multiple of 128: there diffusers attends to padding, and is wrong (see docs/streaming.md).
+    """
+
+    def build_attention_mask(self, **_: Any) -> None:
+        """No mask is needed."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        r_timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        chunk_partition: list[int],
+        kv_cache: dict[Any, Any] | None = None,
+        kv_cache_flag: dict[str, Any] | None = None,
+        attention_mask: None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor | None, dict[Any, Any]]:
+        """Denoise one chunk, or enter it into the cache; diffusers' arguments.
+
+        Args:
+            hidden_states: z_t of the chunk (B, F, C, H, W); for a cache step, all latents made so far.
+            timestep, r_timestep: (B, F).
+            encoder_hidden_states: prompt embeddings (B, L, D).
+            chunk_partition: latent frames of every chunk up to this one.
+            kv_cache, kv_cache_flag: of the pipeline.
+
+        Raises:
+            AnyFlowError: `use_kv_cache=False`, attention_kwargs, or shapes outside the bundle's ranges.
+        """
+        if kv_cache is None or kv_cache_flag is None:
+            raise AnyFlowError("a causal engine always caches; leave use_kv_cache=True.")
+        if attention_kwargs:
+            raise AnyFlowError("an engine takes no attention_kwargs (LoRA): export a merged model.")
+        streams = self._streams(kv_cache, encoder_hidden_states, chunk_partition, hidden_states.shape[3:])
+        latents = _array(hidden_states[:, -chunk_partition[-1] :])
+        if kv_cache_flag["is_cache_step"]:
+            for stream, item in zip(streams, latents, strict=True):
+                stream.remember(np.ascontiguousarray(item[None]))
+            return None, kv_cache
+        source = _array(timestep)
+        target = np.minimum(_array(r_timestep), source)
+        velocities = []
+        for index, stream in enumerate(streams):
+            with stream.start(np.ascontiguousarray(latents[index : index + 1])) as run:
+                velocities.append(run.velocity(source[index : index + 1], target[index : index + 1]))
+        return torch.from_numpy(np.concatenate(velocities)).to(hidden_states), kv_cache
+
+    def _streams(self, kv_cache: dict[Any, Any], text: Tensor, chunks: list[int], size: torch.Size) -> list[Stream]:
+        """The streams of a pipeline call, opened at its first step; they learn of later chunks as these come."""
+        plan = cache_plan(self.engine.bundle.manifest.architecture, chunks, *size)
+        if "engine_streams" not in kv_cache:
+            words = _array(text)
+            kv_cache["engine_streams"] = [self.engine.open_stream(words[i : i + 1], plan) for i in range(len(words))]
+        streams: list[Stream] = kv_cache["engine_streams"]
+        for stream in streams:
+            stream.extend(plan)
+        return streams
 
 
 def _array(tensor: Tensor) -> Any:

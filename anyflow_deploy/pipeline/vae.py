@@ -1,18 +1,24 @@
-"""Latents to pixels, with the checkpoint's own Wan VAE.
+"""Latents to pixels and back, with the checkpoint's own Wan VAE.
 
 This is the one place where latents are laid out (B, C, F, H, W), as diffusers' VAE wants them, and where the
-per-channel scaling that the transformer works in is undone.
+per-channel scaling that the transformer works in is undone. Wan's VAE is causal in time: a latent frame needs what its
+convolutions saw of earlier frames and nothing of later ones. `StreamingDecoder` keeps just that between calls, so a
+video decoded in pieces equals the one decoded whole.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.errors import AnyFlowError, ShapeError
+from anyflow_deploy.ranges import latent_frames, latent_side
 
 
 def decoded_video(pipeline: Path, latents: Array) -> NDArray[np.uint8]:
@@ -25,12 +31,113 @@ def decoded_video(pipeline: Path, latents: Array) -> NDArray[np.uint8]:
     Returns:
         (B, frames, height, width, 3), 0 to 255.
     """
+    vae = _loaded(pipeline)
+    with torch.no_grad():
+        pixels = vae.decode(_unscaled(vae, latents), return_dict=False)[0]
+    return _uint8_from_pixels(pixels)
+
+
+class StreamingDecoder:
+    """Decodes consecutive pieces of one video, each as soon as its latents are there.
+
+        decoder = StreamingDecoder(pipeline)
+        for chunk in stream(engine, latents, text, schedule):
+            frames = decoder.decode(chunk.latents)
+
+    The work and the memory of a piece depend on its own frames only. A decoder serves one video; make another for the
+    next.
+
+    Args:
+        pipeline: folder with vae/.
+    """
+
+    def __init__(self, pipeline: Path) -> None:
+        self._vae = _loaded(pipeline)
+        self._vae.clear_cache()
+        self._shape: tuple[int, ...] | None = None
+
+    def decode(self, latents: Array) -> NDArray[np.uint8]:
+        """Pixels of the next piece: the video's first latent frame gives one frame, every later one four.
+
+        Args:
+            latents: clean, float32 (1, f, C, H, W), f at least 1.
+
+        Returns:
+            (frames, height, width, 3), 0 to 255.
+
+        Raises:
+            ShapeError: several videos, an empty piece, or another size than the pieces before.
+        """
+        return np.asarray(_uint8_from_pixels(self.pixels(latents))[0], dtype=np.uint8)
+
+    def pixels(self, latents: Array) -> Tensor:
+        """As `decode`, in the VAE's own form: float32 (1, 3, frames, height, width), -1 to 1."""
+        self._check(latents.shape)
+        vae, pieces = self._vae, []
+        with torch.no_grad():
+            z = vae.post_quant_conv(_unscaled(vae, latents))
+            for frame in z.split(1, dim=2):
+                vae._conv_idx = [0]
+                first = self._shape is None
+                pieces.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=first))
+                self._shape = latents.shape[2:]
+        return torch.cat(pieces, dim=2).clamp(-1, 1)
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 5 or shape[0] != 1 or shape[1] < 1:
+            raise ShapeError(f"latents have shape {shape}; a streaming decoder takes (1, f, C, H, W) with f at least 1.")
+        if self._shape not in (None, shape[2:]):
+            raise ShapeError(f"latents have (C, H, W) {shape[2:]} and those before had {self._shape}; make another decoder.")
+
+
+def encoded_video(pipeline: Path, frames: NDArray[np.uint8]) -> Array:
+    """Clean latents of a video or, given one frame, of a picture: the posterior's mode, as the model was trained on.
+
+    Args:
+        pipeline: folder with vae/.
+        frames: uint8 (4n+1, height, width, 3), 0 to 255; height and width multiples of 8.
+
+    Returns:
+        float32 (1, n+1, C, height / 8, width / 8).
+
+    Raises:
+        ShapeError: another number of frames, layout or size.
+    """
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
+        raise ShapeError(f"frames are {frames.dtype} {frames.shape}; allowed is uint8 (frames, height, width, 3).")
+    vae = _loaded(pipeline)
+    latent_frames(len(frames), vae.config.scale_factor_temporal)
+    for axis, pixels in zip(("height", "width"), frames.shape[1:3], strict=True):
+        latent_side(pixels, vae.config.scale_factor_spatial, 1, axis)
+    video = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        z = vae.encode(video, return_dict=False)[0].mode()
+    mean, std = _scaling(vae)
+    return np.array(((z - mean) / std).permute(0, 2, 1, 3, 4).numpy(), dtype=np.float32)
+
+
+def _loaded(pipeline: Path) -> Any:
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(pipeline / "vae", dtype=torch.float32, use_safetensors=True).eval()
-    z = torch.from_numpy(np.array(latents)).permute(0, 2, 1, 3, 4)
+    if vae.config.patch_size is not None:
+        raise AnyFlowError(f"{pipeline / 'vae'} is a VAE with patches (Wan 2.2); AnyFlow models use Wan 2.1's. Give --pipeline.")
+    return vae
+
+
+def _scaling(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each latent channel, (1, C, 1, 1, 1)."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
-    with torch.no_grad():
-        pixels = vae.decode(z * std + mean, return_dict=False)[0]
+    return mean, std
+
+
+def _unscaled(vae: Any, latents: Array) -> Tensor:
+    """The transformer's latents (B, F, C, H, W) as the VAE's, (B, C, F, H, W)."""
+    mean, std = _scaling(vae)
+    return torch.from_numpy(np.array(latents)).permute(0, 2, 1, 3, 4) * std + mean
+
+
+def _uint8_from_pixels(pixels: Tensor) -> NDArray[np.uint8]:
+    """(B, 3, frames, height, width), -1 to 1, as (B, frames, height, width, 3), 0 to 255."""
     video = (pixels.permute(0, 2, 3, 4, 1).clamp(-1, 1) + 1) * 127.5
     return np.asarray(video.round().to(torch.uint8).numpy(), dtype=np.uint8)
