@@ -84,7 +84,11 @@ def _name_axes(model: ir.Model, symbols: Mapping[str, str]) -> None:
         for index, length in enumerate(value.shape):
             if isinstance(length, ir.SymbolicDim) and length.value is not None:
                 value.shape[index] = pattern.sub(lambda m: symbols[m.group()], length.value)
-    border = {**dict.fromkeys(("latents", *OUTPUTS), ("batch", "frames", None, "height", "width"))}
+    border: dict[str, tuple[str | None, ...]] = {  # torch gives equal axes of two inputs two symbols where ranges are short
+        **dict.fromkeys(("latents", *OUTPUTS), ("batch", "frames", None, "height", "width")),
+        **dict.fromkeys(("t", "r"), ("batch", "frames")),
+        "text": ("batch", "text", None),
+    }
     for value in [*model.graph.inputs, *model.graph.outputs]:
         for index, axis in enumerate(border.get(value.name or "", ())):
             if axis is not None and value.shape is not None and isinstance(value.shape[index], ir.SymbolicDim):

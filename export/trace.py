@@ -81,7 +81,7 @@ def traced_transition(architecture: Architecture, ranges: Ranges, precision: str
 def _axis(name: str, allowed: Range) -> tuple[object, int]:
     """torch's description of an axis, and the size to trace it at."""
     if allowed.minimum == allowed.maximum:
-        return None, allowed.minimum
+        return Dim.STATIC, allowed.minimum
     unit = allowed.multiple
     low, high = allowed.minimum // unit, None if allowed.maximum is None else allowed.maximum // unit
     example = max(2, low, _EXAMPLE[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from pydantic import Field
+from rich.markup import escape
 
 from anyflow_deploy.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Numbers, Options, console, run
@@ -75,7 +77,6 @@ class Stopwatch:
 def generate(options: GenerateOptions) -> int:
     """Do it; returns the exit status."""
     from anyflow_deploy.pipeline import text, vae, video
-    from anyflow_deploy.pipeline.folder import pipeline_of
 
     _check(options)
     watch = Stopwatch()
@@ -85,12 +86,17 @@ def generate(options: GenerateOptions) -> int:
     schedule, shape = _schedule(options, bundle), _latent_shape(options, bundle)
     parts = ["tokenizer", "text_encoder"] if options.prompt is not None else []
     parts += ["vae"] if options.output.suffix != LATENTS_SUFFIX else []
-    pipeline = pipeline_of(manifest, options.pipeline, parts) if parts else Path()
+    pipeline = _pipeline(options, bundle, parts) if parts else Path()
     with watch.time("text"):
         words, prompts = (
             text.load_embeddings(options.prompt_embeds)
             if options.prompt_embeds is not None
             else (text.encoded_prompts(pipeline, [str(options.prompt)], manifest.video.text_tokens), [str(options.prompt)])
+        )
+    if len(words) != 1 and options.output.suffix != LATENTS_SUFFIX:
+        raise AnyFlowError(
+            f"{options.prompt_embeds} holds {len(words)} prompts, and {options.output} takes one video. "
+            "Give one prompt's embeddings, or an --output that ends in .safetensors."
         )
     if options.save_prompt_embeds is not None:
         text.save_embeddings(options.save_prompt_embeds, words, prompts)
@@ -107,8 +113,15 @@ def generate(options: GenerateOptions) -> int:
             frames = vae.decoded_video(pipeline, latents)
         with watch.time("mp4"):
             video.save_video(options.output, frames[0], manifest.video.fps)
-    console.print(f"[green]wrote[/] [bold]{options.output}[/] ({watch})")
+    console.print(f"[green]wrote[/] [bold]{escape(str(options.output))}[/] ({watch})")
     return 0
+
+
+def _pipeline(options: GenerateOptions, bundle: Bundle, parts: list[str]) -> Path:
+    """The folder with text encoder and VAE; looking for it needs the export side, a device without them does not."""
+    from anyflow_deploy.pipeline.folder import pipeline_of
+
+    return pipeline_of(bundle.manifest, options.pipeline, parts)
 
 
 def _advanced(advance: object, step: Step) -> None:
@@ -132,6 +145,8 @@ def _check(options: GenerateOptions) -> None:
             raise AnyFlowError(f"{path} exists. Choose another name, or replace it with --overwrite.")
         if not path.parent.is_dir():
             raise AnyFlowError(f"{path.parent} is not a folder. Make it first.")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise AnyFlowError(f"{path} cannot be written. Choose another name or folder.")
 
 
 def _schedule(options: GenerateOptions, bundle: Bundle) -> Schedule:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from anyflow_deploy.engines.engine import Array
@@ -25,6 +24,7 @@ def decoded_video(pipeline: Path, latents: Array) -> NDArray[np.uint8]:
     Returns:
         (B, frames, height, width, 3), 0 to 255.
     """
+    import torch
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(pipeline / "vae", dtype=torch.float32, use_safetensors=True).eval()
