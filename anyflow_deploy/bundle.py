@@ -113,10 +113,8 @@ def check_file(folder: Path, name: str, record: File, verify: bool) -> None:
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL, a name too long
         inside, present = False, False
     if parts.is_absolute() or ".." in parts.parts or "\\" in name or not inside:
-        remedy = (
-            "It is a link, as in a hub's cache: copy the bundle with cp -rL." if path.is_symlink() else "Do not use this bundle."
-        )
-        raise BundleError(f"{folder / MANIFEST} names {name!r}, which leaves the bundle's folder. {remedy}")
+        hint = " If the link is a hub cache's, copy the bundle with cp -rL." if path.is_symlink() else ""
+        raise BundleError(f"{folder / MANIFEST} names {name!r}, which leaves the bundle's folder. Do not use this bundle.{hint}")
     if not present:
         raise BundleError(f"{folder} lacks {name!r}, which its manifest lists. Copy the bundle again, or export again.")
     size = path.stat().st_size
