@@ -20,6 +20,6 @@ from anyflow_deploy.schedule import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
-    "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Chunk", "Engine", "Model",
-    "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine", "noise", "sample", "stream",
+    "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Chunk", "Engine",
+    "Model", "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine", "noise", "sample", "stream",
 ]  # fmt: skip

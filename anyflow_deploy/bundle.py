@@ -110,10 +110,11 @@ def check_file(folder: Path, name: str, record: File, verify: bool) -> None:
     path = folder / name
     try:
         inside, present = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+        hint = " If the link is a hub cache's, copy the bundle with cp -rL." if path.is_symlink() else ""
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL, a name too long
-        inside, present = False, False
+        inside, present, hint = False, False, ""
     if parts.is_absolute() or ".." in parts.parts or "\\" in name or not inside:
-        raise BundleError(f"{folder / MANIFEST} names {name!r}, which leaves the bundle's folder. Do not use this bundle.")
+        raise BundleError(f"{folder / MANIFEST} names {name!r}, which leaves the bundle's folder. Do not use this bundle.{hint}")
     if not present:
         raise BundleError(f"{folder} lacks {name!r}, which its manifest lists. Copy the bundle again, or export again.")
     size = path.stat().st_size

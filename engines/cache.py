@@ -137,6 +137,7 @@ def check_budget(plan: CachePlan, element_bytes: int, budget_bytes: float) -> No
     needed = plan.bytes(element_bytes)
     if needed > budget_bytes:
         raise AnyFlowError(
-            f"the cache of {len(plan.chunks)} chunks takes {needed / 1e6:,.1f} MB ({plan.capacity:,} tokens in {plan.layers} layers); "
+            f"the cache of {len(plan.chunks)} chunks takes {needed / 1e6:,.1f} MB "
+            f"({plan.capacity:,} tokens in {plan.layers} layers); "
             f"{budget_bytes / 1e6:,.1f} MB are allowed. Make fewer or shorter chunks, smaller frames, or keep a window of them."
         )

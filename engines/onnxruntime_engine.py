@@ -1,8 +1,8 @@
 """ONNX Runtime: the backend that works everywhere.
 
-One session serves every run. A run binds its buffers once (`IOBinding`): the state lives on the provider's device, a
-step writes z_r into a second buffer and the two are exchanged, so nothing crosses to the host but two small arrays of
-times. The CPU and CUDA providers share this code; CUDA has not been run by us yet (see the README's table).
+One session serves every run. A run keeps its buffers on the provider's device (`IOBinding`): a step writes z_r into a
+second buffer and the two are exchanged, so nothing crosses to the device but two small arrays of times. The CPU and
+CUDA providers share this code; CUDA has not been run by us yet (see the README's table).
 
 The provider is the caller's choice and is never replaced by another: ONNX Runtime itself falls back to the CPU with a
 warning, which on a server means a hundred times slower and nobody notices.
@@ -10,8 +10,10 @@ warning, which on a server means a hundred times slower and nobody notices.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
+import io
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from anyflow_deploy.engines.onnxruntime_stream import OnnxRuntimeStream
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+"""TF32 is on by default in the CUDA provider: float32 products would keep 11 bits of mantissa, and say nothing."""
 _PACKAGES = {"cpu": "anyflow-deploy[cpu]", "cuda": "anyflow-deploy[gpu]"}
 
 
@@ -56,11 +60,9 @@ class OnnxRuntimeEngine:
             )
         architecture = bundle.manifest.architecture
         self._channels, self._text_dim = architecture.in_channels, architecture.text_dim
-        self._sessions = {
-            graph: self._opened_session(graph, threads, architecture.num_attention_heads) for graph in bundle.manifest.graphs
-        }
+        self._sessions = {name: self._opened_session(name, threads) for name in bundle.manifest.graphs}
 
-    def _opened_session(self, graph: str, threads: int | None, heads: int) -> Any:
+    def _opened_session(self, name: str, threads: int | None) -> Any:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
@@ -68,12 +70,18 @@ class OnnxRuntimeEngine:
                 raise AnyFlowError(f"threads is {threads}; allowed are whole numbers from 1.")
             options.intra_op_num_threads = threads
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
-        model = graph_with_fused_attention(self.bundle, graph, heads)
-        session = self._runtime.InferenceSession(model, options, providers=[PROVIDERS[self.provider]])
+        architecture = self.bundle.manifest.architecture
+        attentions = 2 * (architecture.num_layers - (name == "compress"))  # to itself and to the text; see export/causal.py
+        graph = graph_with_fused_attention(self.bundle, name, architecture.num_attention_heads, attentions)
+        provider = (PROVIDERS[self.provider], _PROVIDER_OPTIONS[self.provider])
+        try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU
+            session = self._runtime.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
+        except Exception as error:  # ONNX Runtime's own exceptions have no common base
+            raise BackendError(f"ONNX Runtime could not open {self.bundle.path} on {provider[0]}: {error}") from error
         if session.get_providers()[0] != PROVIDERS[self.provider]:
             raise BackendError(
                 f"ONNX Runtime could not start {PROVIDERS[self.provider]} and fell back to {session.get_providers()[0]}. "
-                "Check that CUDA and cuDNN of the versions it was built for are installed, or use provider 'cpu'."
+                "Install the CUDA and cuDNN it was built for (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use provider 'cpu'."
             )
         return session
 
@@ -89,6 +97,7 @@ class OnnxRuntimeEngine:
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> OnnxRuntimeRun:
         """See `Engine`."""
+        self._check_open()
         if "transition" not in self._sessions:
             raise AnyFlowError(f"{self.bundle.path} is a causal model, which is made chunk by chunk: use stream(), not sample().")
         z, words = checked_inputs(self.ranges, self._channels, self._text_dim, latents, text)
@@ -99,6 +108,7 @@ class OnnxRuntimeEngine:
         """See `CausalEngine`."""
         from anyflow_deploy.engines.onnxruntime_stream import OnnxRuntimeStream
 
+        self._check_open()
         if "chunk" not in self._sessions:
             raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
         words = checked_text(self.ranges, self._text_dim, text)
@@ -107,6 +117,10 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """See `Engine`."""
         self._sessions.clear()
+
+    def _check_open(self) -> None:
+        if not self._sessions:
+            raise AnyFlowError("this engine is closed; load another with load_engine(bundle).")
 
 
 class Device:
@@ -169,6 +183,7 @@ class OnnxRuntimeRun:
 
     def read(self) -> Array:
         """See `Run`."""
+        self._check_open()
         return _copied(self._state)
 
     def close(self) -> None:
@@ -183,8 +198,7 @@ class OnnxRuntimeRun:
         self.close()
 
     def _run(self, t: ArrayLike, r: ArrayLike, output: str, buffer: Any) -> None:
-        if self._state is None:
-            raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
+        self._check_open()
         source, target = frame_times(t, r, self._shape)
         times = {"t": self._device.holding(source), "r": self._device.holding(target)}
         binding = self._session.io_binding()
@@ -194,6 +208,10 @@ class OnnxRuntimeRun:
             self._bind(binding)
         binding.bind_ortvalue_output(output, buffer)
         self._session.run_with_iobinding(binding)
+
+    def _check_open(self) -> None:
+        if self._state is None:
+            raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
 
 
 def _copied(value: Any) -> Array:
@@ -221,6 +239,9 @@ def _imported(provider: str) -> Any:
             f"provider {provider!r} is not in this ONNX Runtime {onnxruntime.__version__}, which has {', '.join(available)}. "
             f"Run: pip uninstall onnxruntime onnxruntime-gpu && pip install '{_PACKAGES[provider]}'"
         )
+    if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # finds CUDA where pip put it; prints what it does not find
+            onnxruntime.preload_dlls()
     return onnxruntime
 
 

@@ -15,29 +15,36 @@ import onnx
 from onnx import NodeProto, helper
 
 from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.errors import BackendError
 
 _DOMAIN = "com.microsoft"
 _HEADS_FIRST = [0, 2, 1, 3]
 _KEYS_LAST = [0, 1, 3, 2]
 
 
-def graph_with_fused_attention(bundle: Bundle, graph: str, heads: int) -> bytes:
+def graph_with_fused_attention(bundle: Bundle, graph: str, heads: int, attentions: int) -> bytes:
     """The rewritten model, without its weights: they stay in the bundle's file.
 
     Args:
         bundle: an opened bundle.
         graph: its name in the manifest.
         heads: attention heads.
+        attentions: how many there have to be.
 
     Raises:
         BundleError: the graph refers to a file that the manifest does not list.
+        BackendError: an attention was not recognised: it would write out its table of scores.
     """
     model = onnx.load(str(bundle.file(bundle.manifest.graphs[graph].file)), load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 bundle.file(entry.value)
-    fuse_attention(model, heads)
+    if (found := fuse_attention(model, heads)) != attentions:
+        raise BackendError(
+            f"{bundle.path}: {found} of {attentions} attentions were recognised, and the others would need memory for every "
+            "pair of tokens. Export again with the torch and onnxscript of constraints.txt."
+        )
     return bytes(model.SerializeToString())
 
 

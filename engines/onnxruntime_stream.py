@@ -18,7 +18,7 @@ from anyflow_deploy.engines.onnxruntime_engine import Device, OnnxRuntimeRun
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.manifest import Manifest
 
-_TYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
+_TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 
 
 class OnnxRuntimeStream:
@@ -132,7 +132,7 @@ class OnnxRuntimeStream:
 
     def _bind_past(self, binding: Any, names: list[str], tokens: int) -> None:
         if not tokens:
-            nothing = self._device.holding(np.empty((1, 0, self._plan.heads, self._plan.channels), self._type))
+            nothing = self._device.empty((1, 0, self._plan.heads, self._plan.channels), self._type)
             for name in names:
                 binding.bind_ortvalue_input(f"past_{name}", nothing)
             return
@@ -152,7 +152,6 @@ class OnnxRuntimeStream:
             raise AnyFlowError("this stream is closed; open another.")
         if self._chunk >= len(self._plan.chunks):
             raise AnyFlowError(f"all {len(self._plan.chunks)} chunks of the plan are made; open another stream.")
-        if latents.shape[1] != self._plan.chunks[self._chunk]:
-            raise AnyFlowError(
-                f"chunk {self._chunk} has {self._plan.chunks[self._chunk]} latent frames in the plan; {latents.shape[1]} were given."
-            )
+        frames = self._plan.chunks[self._chunk]
+        if latents.shape[1] != frames:
+            raise AnyFlowError(f"chunk {self._chunk} has {frames} latent frames in the plan; {latents.shape[1]} were given.")

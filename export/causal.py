@@ -36,7 +36,7 @@ class ChunkTransition(FlowMapTransformer):
         self.far_patch = a.compressed_patch_size[1]
         self.far_patch_embedding = nn.Conv3d(a.in_channels, a.inner_dim, a.compressed_patch_size, a.compressed_patch_size)
 
-    def forward(
+    def forward(  # type: ignore[override]  # another graph, other inputs
         self, latents: Tensor, t: Tensor, r: Tensor, text: Tensor, positions: Tensor, *past: Tensor
     ) -> tuple[Tensor, ...]:
         """One transition.

@@ -61,7 +61,7 @@ def open_checkpoint(path: str | Path, source: Source | None = None) -> Checkpoin
         CheckpointError: no AnyFlow transformer there, pickled weights, LoRA weights, or broken shards.
     """
     folder = transformer_folder(Path(path))
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     architecture = architecture_from_config(config, str(folder / "config.json"))
     tensors = {name: (file, entry) for file in _weight_files(folder) for name, entry in read_header(file).items()}
     lora = [name for name in tensors if "lora" in name.lower()]
@@ -97,7 +97,7 @@ def pipeline_folder(path: Path) -> Path | None:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{STEM}.safetensors.index.json"
     if index.is_file():
-        weight_map = _read_json(index).get("weight_map", {})
+        weight_map = read_json(index).get("weight_map", {})
         if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
             raise CheckpointError(f"{index} is damaged: weight_map has to map parameters to file names. Download it again.")
         names = sorted(set(weight_map.values()))
@@ -120,7 +120,12 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no {single.name} (nor an index of shards). Download the weights.")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
     try:
         content = json.loads(path.read_text())
     except OSError as error:

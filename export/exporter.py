@@ -9,19 +9,17 @@ then the graph is traced, the weights are streamed, ONNX's own checker reads the
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from anyflow_deploy.bundle import Bundle, BundleWriter
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.checkpoint import pipeline_folder
+from anyflow_deploy.export.checkpoint import pipeline_folder, read_json
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
     OPSETS,
@@ -80,6 +78,7 @@ def export_bundle(weights: Weights, output: Path, settings: ExportSettings | Non
     settings, report = settings or ExportSettings(), report or Silent()
     architecture = weights.architecture
     ranges = checked(weights, settings)
+    schedule = ScheduleDefaults(shift=_shift(weights), steps=4)
     writer = BundleWriter(output, settings.overwrite)
     _check_space(output.parent, architecture, settings.precision)
     with writer:
@@ -93,7 +92,7 @@ def export_bundle(weights: Weights, output: Path, settings: ExportSettings | Non
             parameters = traced.parameters
         entries = write_weights(writer, weights, parameters, constants(architecture), report)
         graphs = {name: _written(writer, name, model, entries, settings.opset) for name, model in models.items()}
-        return writer.finish(_manifest(weights, settings, ranges, graphs, _weight_bytes(models.values(), entries)))
+        return writer.finish(_manifest(weights, settings, ranges, schedule, graphs, _weight_bytes(models.values(), entries)))
 
 
 def _written(writer: BundleWriter, name: str, model: ir.Model, entries: dict[str, Entry], opset: int) -> Graph:
@@ -142,11 +141,15 @@ def _weight_bytes(models: Iterable[ir.Model], entries: dict[str, Entry]) -> dict
 
 
 def _manifest(
-    weights: Weights, settings: ExportSettings, ranges: Ranges, graphs: dict[str, Graph], weight_bytes: dict[str, int]
+    weights: Weights,
+    settings: ExportSettings,
+    ranges: Ranges,
+    schedule: ScheduleDefaults,
+    graphs: dict[str, Graph],
+    weight_bytes: dict[str, int],
 ) -> Manifest:
     architecture = weights.architecture
     name = model_name(architecture)
-    pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
     return Manifest(
         kind="causal" if architecture.causal else "bidirectional",
         model=name,
@@ -157,17 +160,23 @@ def _manifest(
         target=settings.target,
         graphs=graphs,
         ranges=stored_ranges(ranges),
-        schedule=ScheduleDefaults(shift=_shift(pipeline, name), steps=4),
+        schedule=schedule,
         video=_video(name, ranges),
         tools={tool: importlib.metadata.version(tool) for tool in ("anyflow-deploy", *_TOOLS)},
         files={},
     )
 
 
-def _shift(pipeline: Path | None, name: str) -> float:
+def _shift(weights: Weights) -> float:
     """From the pipeline's scheduler where there is one; else the model's row; else what all released models use."""
-    settings = _json(pipeline, "scheduler", "scheduler_config.json")
-    return float(settings.get("shift", MODELS[name].shift if name in MODELS else 5.0))
+    pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
+    path = pipeline / "scheduler" / "scheduler_config.json" if pipeline else None
+    row = MODELS.get(model_name(weights.architecture))
+    default = row.shift if row else 5.0
+    shift = read_json(path).get("shift", default) if path and path.is_file() else default
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not shift > 0:
+        raise AnyFlowError(f"{path} has shift {shift!r}; allowed is any positive number (the released models use 5).")
+    return float(shift)
 
 
 def _video(name: str, ranges: Ranges) -> Video:
@@ -182,9 +191,3 @@ def _video(name: str, ranges: Ranges) -> Video:
         height=ranges.height.nearest(height // SPATIAL_FACTOR) * SPATIAL_FACTOR,
         width=ranges.width.nearest(width // SPATIAL_FACTOR) * SPATIAL_FACTOR,
     )
-
-
-def _json(pipeline: Path | None, *parts: str) -> dict[str, Any]:
-    path = pipeline.joinpath(*parts) if pipeline else None
-    content = json.loads(path.read_text()) if path and path.is_file() else {}
-    return content if isinstance(content, dict) else {}

@@ -23,6 +23,11 @@ PIPELINE_FILES = [
     "vae/*.safetensors",
 ]
 
+_EXPORT_ADVICE = (
+    "Without the network, give --checkpoint DIR (a pipeline folder or its transformer/), or --random-weights to export the "
+    "architecture alone."
+)
+
 
 def cache_folder() -> Path:
     """Where this project keeps what it makes for itself: `$ANYFLOW_CACHE`, or `~/.cache/anyflow_deploy`."""
@@ -48,10 +53,11 @@ def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, Source]:
     return folder, Source(kind="hub", location=model.hub_id, revision=folder.name)
 
 
-def download(hub_id: str, revision: str | None, files: list[str]) -> Path:
+def download(hub_id: str, revision: str | None, files: list[str], advice: str = _EXPORT_ADVICE) -> Path:
     """Snapshot of a Hub repository, from the cache where it is complete there.
 
-    The folder is named after the commit, which is how the Hub's cache is laid out.
+    The folder is named after the commit, which is how the Hub's cache is laid out. `advice` ends the error's text: what
+    the command that asked can do instead.
 
     Raises:
         CheckpointError: with what was tried and the ways to go on without the network.
@@ -64,6 +70,5 @@ def download(hub_id: str, revision: str | None, files: list[str]) -> Path:
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
             f"tried to download {hub_id!r} from the Hugging Face Hub and looked in its local cache; neither has it "
-            f"({type(error).__name__}: {reason}). Without the network, give --checkpoint DIR (a pipeline folder or its "
-            "transformer/), or --random-weights to export the architecture alone."
+            f"({type(error).__name__}: {reason}). {advice}"
         ) from None

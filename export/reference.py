@@ -14,7 +14,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.engines.engine import Array, checked_inputs, frame_times
-from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.export.checkpoint import open_checkpoint, transformer_folder
 from anyflow_deploy.export.hub import TRANSFORMER_FILES, download
 from anyflow_deploy.export.random_weights import RandomWeights
@@ -33,6 +33,7 @@ class TorchEngine:
     """
 
     def __init__(self, weights: Weights, device: str = "cpu") -> None:
+        from accelerate import init_empty_weights
         from diffusers import AnyFlowTransformer3DModel
 
         architecture = weights.architecture
@@ -41,9 +42,14 @@ class TorchEngine:
         self._architecture = architecture
         self._device = device
         config = {k: v for k, v in architecture.as_config().items() if not k.startswith("_")}
-        model = AnyFlowTransformer3DModel(**config)
+        with init_empty_weights(include_buffers=False):  # random weights that nobody wants would double time and memory
+            model = AnyFlowTransformer3DModel(**config)
         model.load_state_dict({name: weights.read(name).float() for name in weights.shapes()}, assign=True)
-        self._model = model.to(device).eval()
+        try:
+            self._model = model.to(device).eval()
+        except (RuntimeError, AssertionError) as error:  # torch's words for no such device, no CUDA, no memory
+            reason = str(error).split("\n")[0]
+            raise BackendError(f"torch cannot put the reference on device {device!r}: {reason} Try --device cpu.") from None
 
     @property
     def description(self) -> str:
@@ -89,7 +95,7 @@ class TorchRun:
 
     def close(self) -> None:
         """See `Run`."""
-        del self._state, self._text
+        self._state = self._text = torch.empty(0)
 
     def __enter__(self) -> TorchRun:
         return self
@@ -101,7 +107,8 @@ class TorchRun:
     def _velocity(self, t: ArrayLike, r: ArrayLike) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         times = frame_times(t, r, tuple(self._state.shape))
         source, target = (torch.from_numpy(time).to(self._state.device) for time in times)
-        return source, target, self._model(self._state, source, target, self._text, return_dict=False)[0]
+        with torch.backends.cudnn.flags(allow_tf32=False):  # on by default, and the patch embedding is a convolution
+            return source, target, self._model(self._state, source, target, self._text, return_dict=False)[0]
 
 
 def weights_from_manifest(manifest: Manifest, checkpoint: str | None = None) -> Weights:
@@ -119,7 +126,8 @@ def weights_from_manifest(manifest: Manifest, checkpoint: str | None = None) -> 
     if checkpoint is None and source.kind == "random":
         return RandomWeights(manifest.architecture, source.location, source.seed or 0)
     if checkpoint is None and source.kind == "hub":
-        checkpoint = str(transformer_folder(download(source.location, source.revision, TRANSFORMER_FILES)))
+        advice = "Give --checkpoint DIR, the checkpoint it was exported from."
+        checkpoint = str(transformer_folder(download(source.location, source.revision, TRANSFORMER_FILES, advice)))
     weights = open_checkpoint(checkpoint or source.location)
     if weights.architecture != manifest.architecture:
         raise AnyFlowError(

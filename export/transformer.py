@@ -33,7 +33,6 @@ from anyflow_deploy.export.rotary import Rotary, rotary_tables, rotated
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
 
-
 Rotation = tuple[Tensor, Tensor]
 KeyValue = tuple[Tensor, Tensor]
 

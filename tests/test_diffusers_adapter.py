@@ -78,6 +78,19 @@ def test_conditioning_frames_stand_still(pair: tuple[AnyFlowPipeline, AnyFlowPip
     assert np.abs(result[:, :, 1:] - free[:, :, 1:]).max() > 1e-3
 
 
+def test_frames_at_time_zero_are_fed_as_the_model_was_trained(
+    pair: tuple[AnyFlowPipeline, AnyFlowPipeline], tiny_pipeline: Path
+) -> None:
+    """What the adapter makes of diffusers' t = 0, r = 500 is diffusers' own transformer at t = r = 0."""
+    latents = torch.randn(1, 2, 16, 4, 6, generator=torch.Generator().manual_seed(2))
+    text = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(3))
+    t, r = torch.tensor([[0.0, 900.0]]), torch.tensor([[500.0, 500.0]])
+    ours = pair[1].transformer(latents, t, r, text).sample
+    with torch.no_grad():
+        theirs = pair[0].transformer(latents, t, torch.minimum(t, r), text).sample
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
 def test_callbacks_see_and_change_latents(pair: tuple[AnyFlowPipeline, AnyFlowPipeline]) -> None:
     seen: list[tuple[int, float]] = []
 

@@ -95,11 +95,6 @@ def test_impossible_settings_are_refused_before_work(settings: ExportSettings, e
         checked(ONE_LAYER, settings)
 
 
-def test_a_causal_model_is_refused_for_now() -> None:
-    with pytest.raises(AnyFlowError, match="causal .* exports bidirectional ones: tiny, 1.3b, 14b"):
-        checked(RandomWeights(MODELS["far-tiny"].architecture, "far-tiny"), ExportSettings())
-
-
 def test_a_full_disk_is_noticed_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")(10, 9, 1)
     monkeypatch.setattr(exporter.shutil, "disk_usage", lambda path: usage)
@@ -110,7 +105,7 @@ def test_a_full_disk_is_noticed_before_work(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_taken_destination_is_noticed_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bundle").mkdir()
-    monkeypatch.setattr(exporter, "traced_transition", lambda *_, **__: pytest.fail("work had started"))
+    monkeypatch.setattr(exporter, "traced_graph", lambda *_, **__: pytest.fail("work had started"))
     with pytest.raises(BundleError, match="exists"):
         export_bundle(ONE_LAYER, tmp_path / "bundle")
 

@@ -17,7 +17,7 @@ from anyflow_deploy.engines.onnxruntime_graph import fuse_attention
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.export.reference import TorchEngine
-from anyflow_deploy.export.trace import traced_transition
+from anyflow_deploy.export.trace import traced_graph
 from anyflow_deploy.export.transformer import FlowMapTransformer, constants
 from anyflow_deploy.ranges import Range, narrowed, widest
 from tests.conftest import SMALL, Export
@@ -138,6 +138,6 @@ def test_tracing_needs_no_memory_for_weights() -> None:
     """The 14B model's shape, two layers of it: 2.6 GB of parameters that are never allocated."""
     architecture = dataclasses.replace(MODELS["14b"].architecture, num_layers=2)
     ranges = narrowed(widest(architecture), {"batch": Range(1, 1)})
-    traced = traced_transition(architecture, ranges, "fp16")
+    traced = traced_graph("transition", architecture, ranges, "fp16")
     assert sum(np.prod(p.shape) for p in traced.parameters.values()) > 8e8
-    assert set(traced.symbols.values()) == {"frames", "height", "width", "text"}
+    assert set(traced.symbols.values()) == {"frames", "rows", "columns", "text"}

@@ -152,7 +152,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     metadata = next(n for n in names if n.endswith("METADATA"))
     text = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).read(metadata).decode()
     base = [line for line in text.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert sorted(re.split(r"[ ><=]", line.split(": ")[1])[0] for line in base) == ["fire", "numpy", "pydantic", "rich"]
+    assert sorted(re.split(r"[ ><=]", line.split(": ")[1])[0] for line in base) == [
+        "fire",
+        "numpy",
+        "pydantic",
+        "rich",
+        "safetensors",
+    ]
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 

@@ -7,6 +7,7 @@ is refused before text encoder and engine are loaded.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
@@ -17,6 +18,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, PositiveInt
+from rich.markup import escape
 
 from anyflow_deploy.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Numbers, Options, console, run
@@ -115,7 +117,6 @@ class Job:
 
 def generate(options: GenerateOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.pipeline.folder import pipeline_of
 
     _check(options)
     watch = Stopwatch()
@@ -124,7 +125,7 @@ def generate(options: GenerateOptions) -> int:
     job = _job(options, bundle)
     parts = ["tokenizer", "text_encoder"] if options.prompt is not None else []
     parts += ["vae"] if options.output.suffix != LATENTS_SUFFIX or job.given is not None else []
-    pipeline = pipeline_of(bundle.manifest, options.pipeline, parts) if parts else Path()
+    pipeline = _pipeline(options, bundle, parts) if parts else Path()
     with watch.time("text"):
         words = _words(options, bundle, pipeline)
     with watch.time("engine"):
@@ -133,7 +134,7 @@ def generate(options: GenerateOptions) -> int:
         first_frame = _Work(options, engine, words, job, pipeline, watch).done()
     if job.plan is not None and first_frame is not None:
         console.print(f"first frame made here on disk after {first_frame:.2f} s")
-    console.print(f"[green]wrote[/] [bold]{options.output}[/] ({watch})")
+    console.print(f"[green]wrote[/] [bold]{escape(str(options.output))}[/] ({watch})")
     return 0
 
 
@@ -146,6 +147,11 @@ def _words(options: GenerateOptions, bundle: Bundle, pipeline: Path) -> Array:
     else:
         prompts = [str(options.prompt)]
         words = text.encoded_prompts(pipeline, prompts, bundle.manifest.video.text_tokens)
+    if len(words) != 1 and (options.output.suffix != LATENTS_SUFFIX or bundle.manifest.kind == "causal"):
+        raise AnyFlowError(
+            f"{options.prompt_embeds} holds {len(words)} prompts, and {options.output} takes one video. Give one prompt's "
+            "embeddings; a bidirectional bundle makes several videos' latents at once (--output latents.safetensors)."
+        )
     if options.save_prompt_embeds is not None:
         text.save_embeddings(options.save_prompt_embeds, words, prompts)
     return words
@@ -230,22 +236,29 @@ class _Work:
                         first_frame = time.perf_counter() - started
         except BaseException:
             if writer.frames:
-                console.print(f"{self.options.output} holds the first {writer.frames} frames, whole and playable.")
+                console.print(f"{escape(str(self.options.output))} holds the first {writer.frames} frames, whole and playable.")
             raise
         return first_frame
 
     def _written(self, latents: Array, started: float) -> float | None:
         """Decode and write a whole video, or write its latents."""
-        from anyflow_deploy.pipeline import vae, video
-
         if self.options.output.suffix == LATENTS_SUFFIX:
             _save_latents(self.options.output, latents)
             return None
+        from anyflow_deploy.pipeline import vae, video
+
         with self.watch.time("VAE"):
             frames = vae.decoded_video(self.pipeline, latents)
         with self.watch.time("mp4"):
             video.save_video(self.options.output, frames[0], self.engine.bundle.manifest.video.fps)
         return time.perf_counter() - started
+
+
+def _pipeline(options: GenerateOptions, bundle: Bundle, parts: list[str]) -> Path:
+    """The folder with text encoder and VAE; looking for it needs the export side, a device without them does not."""
+    from anyflow_deploy.pipeline.folder import pipeline_of
+
+    return pipeline_of(bundle.manifest, options.pipeline, parts)
 
 
 def _advanced(advance: object, step: Step) -> None:
@@ -278,6 +291,8 @@ def _check(options: GenerateOptions) -> None:
             raise AnyFlowError(f"{path} exists. Choose another name, or replace it with --overwrite.")
         if not path.parent.is_dir():
             raise AnyFlowError(f"{path.parent} is not a folder. Make it first.")
+        if path.is_dir() or not os.access(path.parent, os.W_OK):
+            raise AnyFlowError(f"{path} cannot be written. Choose another name or folder.")
 
 
 def _job(options: GenerateOptions, bundle: Bundle) -> Job:

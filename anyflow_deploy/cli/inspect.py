@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from pydantic import Field
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from anyflow_deploy.bundle import Bundle, load_bundle
@@ -35,21 +36,25 @@ def inspect(options: InspectOptions) -> int:
     else:
         out.print(*_tables(bundle), sep="\n")
     hashes = "every SHA-256 agrees" if options.verify else "sizes agree; --verify compares every SHA-256"
-    console.print(f"[green]{bundle.path} is complete[/] ({hashes}).")
+    console.print(f"[green]{escape(str(bundle.path))} is complete[/] ({hashes}).")
     return 0
 
 
 def _tables(bundle: Bundle) -> list[Table]:
     manifest = bundle.manifest
-    facts = Table(title=f"bundle {bundle.path.name}", show_header=False)
+    facts = Table(title=f"bundle {escape(bundle.path.name)}", show_header=False)
     for name, value in _facts(manifest):
-        facts.add_row(name, value)
+        facts.add_row(name, escape(value))
     facts.add_row("digest", bundle.digest)
     border = Table("graph", "tensor", "type", "shape", title="graphs")
     for graph in manifest.graphs.values():
         for role, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
             for tensor in tensors:
-                border.add_row(graph.file, f"{role} {tensor.name}", tensor.dtype, " x ".join(map(str, tensor.shape)))
+                layer = tensor.name.rpartition(".")[2]
+                if layer.isdigit() and layer != "0":  # the cache is alike in every layer
+                    continue
+                name = tensor.name if not layer.isdigit() else f"{tensor.name[:-1]}N"
+                border.add_row(graph.file, f"{role} {name}", tensor.dtype, " x ".join(map(str, tensor.shape)))
     ranges = Table("axis", "allowed (latent units)", title="declared ranges")
     for axis, allowed in vars(manifest.shape_ranges).items():
         ranges.add_row(axis, str(allowed))

@@ -18,6 +18,7 @@ import fire
 from fire.decorators import SetParseFn
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from anyflow_deploy.errors import AnyFlowError, suggestion
@@ -50,7 +51,8 @@ O = TypeVar("O", bound=Options)  # noqa: E741 - the letter for options
 def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
     """The body of a console script: parse, work, exit.
 
-    Exit status: what `work` returns; 2 for wrong flags; 1 for an `AnyFlowError`; 130 after Ctrl-C.
+    Exit status: what `work` returns; 2 for wrong flags; 1 for an `AnyFlowError`, a missing package or a file system that
+    refuses; 130 after Ctrl-C.
     """
     words = sys.argv[1:]
     if "--help" in words or "-h" in words:
@@ -59,20 +61,26 @@ def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
     try:
         chosen = parsed(options, words)
     except AnyFlowError as error:
-        console.print(f"[bold red]error:[/] {_plain(error)}\n[dim]{program} --help lists every flag.[/]")
+        console.print(f"[bold red]error:[/] {escape(str(error))}\n[dim]{program} --help lists every flag.[/]")
         sys.exit(USAGE_ERROR)
     try:
         sys.exit(work(chosen))
     except AnyFlowError as error:
-        console.print(f"[bold red]error:[/] {_plain(error)}")
+        console.print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(WORK_ERROR)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("anyflow_deploy"):
+            raise
+        console.print(
+            f"[bold red]error:[/] this needs {error.name}, which is not installed. Run: pip install 'anyflow-deploy\\[export]'"
+        )
+        sys.exit(WORK_ERROR)
+    except OSError as error:  # a full disk, a folder that may not be read: the user's to mend
+        console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(WORK_ERROR)
     except KeyboardInterrupt:
         console.print("interrupted; nothing half-written was left.")
         sys.exit(INTERRUPTED)
-
-
-def _plain(error: AnyFlowError) -> str:
-    return str(error).replace("[", "\\[")
 
 
 def parsed(options: type[O], words: list[str]) -> O:

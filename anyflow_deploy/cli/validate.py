@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field
+from rich.markup import escape
 
 from anyflow_deploy.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Options, Steps, console, run
@@ -47,6 +48,8 @@ def validate(options: ValidateOptions) -> int:
     from anyflow_deploy.export.reference import weights_from_manifest
 
     bundle = load_bundle(options.bundle)
+    if bundle.manifest.kind != "bidirectional":
+        raise AnyFlowError(f"{options.bundle} is {bundle.manifest.kind}; this version validates bidirectional bundles only.")
     return validated(bundle, options, weights_from_manifest(bundle.manifest, options.checkpoint))
 
 
@@ -71,18 +74,18 @@ def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     for failure in result.failures[:5]:
         console.print(f"[red]over:[/] {failure}")
     verdict = "[green]valid[/]" if not result.failures else f"[bold red]NOT VALID[/], {len(result.failures)} over"
-    console.print(f"{verdict}: {result.candidate} against {result.reference}. Report: {folder / 'validation.json'}")
+    console.print(f"{verdict}: {result.candidate} against {result.reference}. Report: {escape(str(folder / 'validation.json'))}")
     return 1 if result.failures else 0
 
 
 def _shapes(bundle: Bundle, options: ValidateOptions) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The size asked for, moved to the nearest one the bundle declares when it is only the default."""
     ranges, video, a = bundle.manifest.shape_ranges, bundle.manifest.video, bundle.manifest.architecture
-    sizes = {
-        "frames": latent_frames(options.frames, video.temporal_factor),
-        "height": latent_side(options.height, video.spatial_factor, a.patch_size[1], "height"),
-        "width": latent_side(options.width, video.spatial_factor, a.patch_size[1], "width"),
-    }
+    sizes = {"frames": latent_frames(options.frames, video.temporal_factor)}
+    for axis in ("height", "width"):
+        pixels, asked = getattr(options, axis), axis in options.model_fields_set
+        unit = a.patch_size[1]
+        sizes[axis] = latent_side(pixels, video.spatial_factor, unit, axis) if asked else pixels // video.spatial_factor
     for axis in sizes:
         if axis not in options.model_fields_set:
             sizes[axis] = getattr(ranges, axis).nearest(sizes[axis])

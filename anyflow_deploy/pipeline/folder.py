@@ -9,6 +9,8 @@ from anyflow_deploy.export.checkpoint import pipeline_folder
 from anyflow_deploy.export.hub import PIPELINE_FILES, download
 from anyflow_deploy.manifest import Manifest
 
+_ADVICE = "Give --pipeline DIR, a diffusers pipeline on this machine."
+
 
 def pipeline_of(manifest: Manifest, given: str | None, parts: list[str]) -> Path:
     """The pipeline folder that belongs to a bundle.
@@ -35,7 +37,7 @@ def pipeline_of(manifest: Manifest, given: str | None, parts: list[str]) -> Path
 def _found(manifest: Manifest, given: str | None) -> Path | None:
     if given is not None:
         path = Path(given)
-        return path if (path / "model_index.json").is_file() or path.is_dir() else download(given, None, PIPELINE_FILES)
+        return path if path.is_dir() else download(given, None, PIPELINE_FILES, _ADVICE)
     if manifest.source.kind == "hub":
-        return download(manifest.source.location, manifest.source.revision, PIPELINE_FILES)
+        return download(manifest.source.location, manifest.source.revision, PIPELINE_FILES, _ADVICE)
     return pipeline_folder(Path(manifest.source.location)) if manifest.source.kind == "folder" else None

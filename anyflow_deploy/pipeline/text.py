@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError
@@ -30,6 +29,7 @@ def encoded_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
     Raises:
         AnyFlowError: an empty prompt, or one that is too long.
     """
+    import torch
     from diffusers import AnyFlowPipeline
     from transformers import AutoTokenizer, UMT5EncoderModel
     from transformers.utils import logging
@@ -70,7 +70,7 @@ def load_embeddings(path: Path) -> tuple[Array, list[str]]:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             return np.array(file.get_tensor(TENSOR), dtype=np.float32), json.loads(metadata.get("prompts", "[]"))
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise AnyFlowError(
             f"{path} holds no prompt embeddings ({error}). Make such a file with anyflow-generate --save-prompt-embeds FILE."
         ) from None
