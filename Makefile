@@ -40,6 +40,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/causal.py
 
 # The versions in constraints.txt are the ones this was tested with.
 $(READY): pyproject.toml constraints.txt

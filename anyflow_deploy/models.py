@@ -189,7 +189,7 @@ MODELS = {
         Model("tiny", None, _TINY, video=TINY_VIDEO),
         Model("1.3b", "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", _1_3B),
         Model("14b", "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", _14B),
-        Model("far-tiny", None, _far(_TINY), video=TINY_VIDEO),
+        Model("far-tiny", None, _far(_TINY), video=(81, *TINY_VIDEO[1:])),
         Model("far-1.3b", "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers", _far(_1_3B)),
         Model("far-14b", "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers", _far(_14B)),
     )

@@ -34,7 +34,7 @@ from anyflow_deploy.export.exporter import export_bundle
 from anyflow_deploy.export.random_weights import RandomWeights
 
 SIDE, STEPS, WINDOW = 16, 4, 8
-TEXT = (1, 512, 4096)
+TEXT = (1, 128, 4096)
 LONG = (1, *(3,) * 41)
 
 

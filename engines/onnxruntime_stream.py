@@ -40,7 +40,7 @@ class OnnxRuntimeStream:
         self._type = _TYPES[stored]
         self._token = plan.heads * plan.channels * self._type.itemsize  # bytes of one token in a buffer
         self._names = [f"{part}.{layer}" for layer in range(plan.layers) for part in ("key", "value")]
-        self._buffers = self._allocated(plan)
+        self._buffers, self._capacity = self._allocated(plan), plan.capacity
         self._text = device.holding(text)
         self._chunk = self._compressed = 0
         self._recent: deque[tuple[int, Array]] = deque()
@@ -78,11 +78,11 @@ class OnnxRuntimeStream:
         """See `Stream`."""
         if plan.chunks[: self._chunk] != self._plan.chunks[: self._chunk]:
             raise AnyFlowError(f"the plan {list(plan.chunks)} changes chunks that are made already: {list(self._plan.chunks)}.")
-        if plan.capacity > self._plan.capacity:
+        if plan.capacity > self._capacity:
             larger = self._allocated(plan)
             for name, buffer in self._buffers.items():
-                self._device.move(larger[name], 0, buffer, 0, self._plan.capacity * self._token)
-            self._buffers = larger
+                self._device.move(larger[name], 0, buffer, 0, self._capacity * self._token)
+            self._buffers, self._capacity = larger, plan.capacity
         self._plan = plan
 
     def _allocated(self, plan: CachePlan) -> dict[str, Any]:

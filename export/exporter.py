@@ -161,7 +161,7 @@ def _manifest(
         graphs=graphs,
         ranges=stored_ranges(ranges),
         schedule=schedule,
-        video=_video(name, ranges),
+        video=_video(architecture, ranges),
         tools={tool: importlib.metadata.version(tool) for tool in ("anyflow-deploy", *_TOOLS)},
         files={},
     )
@@ -179,15 +179,16 @@ def _shift(weights: Weights) -> float:
     return float(shift)
 
 
-def _video(name: str, ranges: Ranges) -> Video:
-    """Wan's factors, and the model's default size moved into the ranges."""
-    frames, height, width = MODELS[name].video if name in MODELS else MODELS["1.3b"].video
+def _video(a: Architecture, ranges: Ranges) -> Video:
+    """Wan's factors, and the model's default size moved into the ranges; a causal model's length is its chunk plan's."""
+    frames, height, width = MODELS.get(model_name(a), MODELS["1.3b"]).video
+    latent = sum(a.chunk_partition) if a.chunk_partition else ranges.frames.nearest((frames - 1) // TEMPORAL_FACTOR + 1)
     return Video(
         spatial_factor=SPATIAL_FACTOR,
         temporal_factor=TEMPORAL_FACTOR,
         fps=FPS,
         text_tokens=ranges.text.nearest(TEXT_TOKENS),
-        frames=(ranges.frames.nearest((frames - 1) // TEMPORAL_FACTOR + 1) - 1) * TEMPORAL_FACTOR + 1,
+        frames=(latent - 1) * TEMPORAL_FACTOR + 1,
         height=ranges.height.nearest(height // SPATIAL_FACTOR) * SPATIAL_FACTOR,
         width=ranges.width.nearest(width // SPATIAL_FACTOR) * SPATIAL_FACTOR,
     )

@@ -72,6 +72,14 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def far_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a causal transformer."""
+    folder = tmp_path_factory.mktemp("far-tiny") / "pipeline"
+    save_tiny_pipeline(MODELS["far-tiny"], folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_bundle(tiny_pipeline: Path) -> Bundle:
     """The tiny pipeline's bundle, float32."""
     return export_bundle(open_checkpoint(tiny_pipeline), tiny_pipeline.parent / "bundle")

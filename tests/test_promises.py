@@ -9,7 +9,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib import pyplot
 
 from anyflow_deploy import MODELS, Bundle
 from anyflow_deploy.cli.export import ExportOptions
@@ -20,6 +22,7 @@ from anyflow_deploy.cli.validate import ValidateOptions
 from anyflow_deploy.export import hub
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.manifest import Manifest
+from tests.conftest import Export
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -92,17 +95,20 @@ def test_every_readme_command_parses() -> None:
         parsed(COMMANDS[words[0]], words[1:])
 
 
-def test_the_readme_commands_run(tiny_pipeline: Path, tmp_path: Path) -> None:
-    """Those on `my-anyflow` and `my-bundle`, in order, on a tiny pipeline."""
+def test_the_readme_commands_run(tiny_pipeline: Path, far_pipeline: Path, exported: Export, tmp_path: Path) -> None:
+    """Those on `my-anyflow`, `my-bundle` and `my-causal`, in order, on tiny pipelines."""
     (tmp_path / "my-anyflow").symlink_to(tiny_pipeline)
+    (tmp_path / "my-causal").symlink_to(exported(far_pipeline).path)
+    pyplot.imsave(tmp_path / "first.png", np.random.default_rng(0).random((64, 96, 3)))
     ran = []
     for words in readme_commands():
         if any("my-" in word for word in words):
             done = run(*words, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
             ran.append(words[0])
-    assert ran == ["anyflow-export", "anyflow-inspect", "anyflow-validate", "anyflow-generate"]
-    assert (tmp_path / "fox.mp4").stat().st_size > 1000
+    assert ran == ["anyflow-export", "anyflow-inspect", "anyflow-validate", *["anyflow-generate"] * 3]
+    for name in ("fox", "fox-stream", "fox-image"):
+        assert (tmp_path / f"{name}.mp4").stat().st_size > 1000
     assert (tmp_path / "my-bundle" / "validation.png").is_file()
 
 

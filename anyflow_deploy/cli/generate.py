@@ -33,7 +33,7 @@ from anyflow_deploy.schedule import Schedule
 
 LATENTS_SUFFIX = ".safetensors"
 
-CAUSAL_FLAGS = ("stream", "image", "video", "chunks", "first_steps", "cache_budget")
+CAUSAL_FLAGS = ("stream", "image", "video", "chunks", "first_steps", "cache_budget", "window")
 """Flags that mean nothing to a bidirectional bundle."""
 
 Chunks = Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
@@ -72,6 +72,7 @@ class GenerateOptions(Options):
     video: Path | None = Field(None, description="causal: a clip of 4n+1 frames that the video continues")
     chunks: Chunks | None = Field(None, description="causal: latent frames of each chunk, as 1,3,3 (default: the model's)")
     first_steps: int | None = Field(None, ge=1, le=1000, description="causal: transitions of the first chunk that is made")
+    window: int | None = Field(None, ge=1, description="causal: remember the first and this many of the newest old chunks only")
     cache_budget: float | None = Field(None, gt=0, description="causal: refuse a cache of more than this many GB")
     backend: str = Field("onnxruntime", description="backend of the engine")
     provider: str = Field("cpu", description="what the engine runs on: cpu or cuda")
@@ -204,7 +205,14 @@ class _Work:
         total = sum(schedules(chunk).steps for chunk in range(given, count))
         with Bars(console) as bars, bars.stage("transitions", total) as advance:
             chunks = stream(
-                self.engine, start, self.words, schedules, plan.chunks, context, on_step=lambda step: _advanced(advance, step)
+                self.engine,
+                start,
+                self.words,
+                schedules,
+                plan.chunks,
+                context,
+                plan.window,
+                lambda step: _advanced(advance, step),
             )
             while True:
                 with self.watch.time(f"{count} chunks"):
@@ -330,7 +338,7 @@ def _plan(options: GenerateOptions, bundle: Bundle, shape: tuple[int, int, int, 
     """The chunks and their cache, printed, and refused where it does not fit the budget."""
     from anyflow_deploy.pipeline.causal_video import element_bytes, plan_line, planned
 
-    plan, size = planned(bundle.manifest, options.chunks, shape), element_bytes(bundle.manifest)
+    plan, size = planned(bundle.manifest, options.chunks, shape, options.window), element_bytes(bundle.manifest)
     if options.cache_budget is not None:
         check_budget(plan, size, options.cache_budget * 1e9)
     console.print(plan_line(plan, size))
@@ -348,7 +356,8 @@ def _latent_shape(options: GenerateOptions, bundle: Bundle) -> tuple[int, int, i
     """(F, C, H, W) of the video asked for, by the VAE's and the patches' rules."""
     video, a = bundle.manifest.video, bundle.manifest.architecture
     patch = (a.compressed_patch_size or a.patch_size)[1]
-    frames = latent_frames(options.frames or video.frames, video.temporal_factor)
+    default = (sum(options.chunks) - 1) * video.temporal_factor + 1 if options.chunks else video.frames
+    frames = latent_frames(options.frames or default, video.temporal_factor)
     height = latent_side(options.height or video.height, video.spatial_factor, patch, "height")
     width = latent_side(options.width or video.width, video.spatial_factor, patch, "width")
     return frames, a.in_channels, height, width

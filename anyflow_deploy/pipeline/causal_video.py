@@ -23,19 +23,20 @@ from anyflow_deploy.schedule import Schedule
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def planned(manifest: Manifest, chunks: Sequence[int] | None, shape: Sequence[int]) -> CachePlan:
+def planned(manifest: Manifest, chunks: Sequence[int] | None, shape: Sequence[int], window: int | None = None) -> CachePlan:
     """The chunks of a video and the cache they need.
 
     Args:
         manifest: of a causal bundle.
         chunks: latent frames of each chunk; None for the model's own plan.
         shape: (F, C, H, W) of the video's latents.
+        window: see `cache_plan`.
 
     Raises:
         AnyFlowError: chunks that do not sum to F, naming both and what to give instead.
         ShapeError: height or width that the coarser patches do not divide.
     """
-    plan = cache_plan(manifest.architecture, chunks, shape[2], shape[3])
+    plan = cache_plan(manifest.architecture, chunks, shape[2], shape[3], window)
     if plan.frames == shape[0]:
         return plan
     factor = manifest.video.temporal_factor
