@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from anyflow_deploy.errors import BundleError
 from anyflow_deploy.models import Architecture, architecture_from_config
@@ -17,6 +17,9 @@ from anyflow_deploy.ranges import AXES, Range, Ranges
 
 SCHEMA = 1
 """Raised whenever a reader of the old schema would misread a bundle of the new one."""
+
+GRAPHS = {"bidirectional": {"transition"}, "causal": {"chunk", "compress"}}
+"""Which graphs a bundle of each kind holds."""
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
@@ -127,6 +130,12 @@ class Manifest(_Record):
     def architecture(self) -> Architecture:
         """The transformer's numbers."""
         return architecture_from_config(self.config, MANIFEST)
+
+    @model_validator(mode="after")
+    def _kind_and_graphs_agree(self) -> Manifest:
+        if set(self.graphs) != GRAPHS[self.kind]:
+            raise ValueError(f"a {self.kind} bundle holds {', '.join(sorted(GRAPHS[self.kind]))}, not {', '.join(self.graphs)}")
+        return self
 
     @property
     def shape_ranges(self) -> Ranges:

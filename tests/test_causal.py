@@ -23,6 +23,7 @@ from anyflow_deploy.export.causal import ChunkTransition, Compression
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.transformer import constants
 from tests.conftest import GOLDEN, SMALL, Export
+from tests.test_graph import TENSORRT_10_3
 
 CAUSAL = GOLDEN.parent / "causal"
 FLOAT32 = 1e-4
@@ -286,6 +287,14 @@ def test_the_bundle_of_a_causal_model(exported: Export) -> None:
     assert len(compress.inputs) == 3 + 2 * 2 and len(compress.outputs) == 2 * 3
     stored = load_file(bundle.path / "weights.safetensors")
     assert sum(bundle.manifest.achieved.weight_bytes.values()) == sum(a.nbytes for a in stored.values())
+
+
+@pytest.mark.parametrize("graph", ["chunk", "compress"])
+def test_opset_20_is_what_tensorrt_10_3_parses(exported: Export, graph: str) -> None:
+    import onnx
+
+    model = onnx.load(str(exported(SMALL.parent / "causal").path / f"{graph}.onnx"), load_external_data=False)
+    assert {node.op_type for node in model.graph.node} <= {*TENSORRT_10_3.split(), "Gather"}
 
 
 def test_the_last_layer_of_compression_computes_keys_and_values_alone(exported: Export) -> None:
