@@ -96,7 +96,7 @@ def _parsed(text: bytes, folder: Path) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part) for part in first["loc"]) or "graphs"  # what no single key is wrong in
         raise BundleError(f"{folder / MANIFEST} is damaged at {place!r}: {first['msg']}. Export again.") from None
 
 
