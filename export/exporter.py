@@ -9,6 +9,7 @@ then the graph is traced, the weights are streamed, ONNX's own checker reads the
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -118,17 +119,10 @@ def checked(weights: Weights, settings: ExportSettings) -> Ranges:
 def _check_space(folder: Path, architecture: Architecture, precision: str) -> None:
     """The bundle has to fit on the disk beside whatever it replaces."""
     shapes = parameter_shapes(architecture).values()
-    needed = sum(_count(shape) for shape in shapes) * get_precision(precision).bytes * 1.05
+    needed = sum(math.prod(shape) for shape in shapes) * get_precision(precision).bytes * 1.05
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise AnyFlowError(f"the bundle takes about {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free. Make room.")
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
 
 
 def _weight_bytes(models: Iterable[ir.Model], entries: dict[str, Entry]) -> dict[str, int]:
