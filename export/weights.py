@@ -7,6 +7,7 @@ largest tensor, whatever the size of the model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -134,3 +135,21 @@ def _converted(name: str, tensor: torch.Tensor, kind: str) -> torch.Tensor:
             "Export with --precision bf16 (GPU targets) or fp32."
         )
     raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training had failed.")
+
+
+_SAMPLES = 4096
+"""Values of each tensor that enter the fingerprint. Training moves all values of a layer, a LoRA included."""
+
+
+def fingerprint(weights: Weights) -> str:
+    """A SHA-256 that tells sets of weights apart, whatever files and whatever type they are stored in.
+
+    It covers every tensor's name and shape and up to 4096 of its values, evenly spread and rounded to bfloat16: a
+    checkpoint in float32 and the same in bf16 agree.
+    """
+    digest = hashlib.sha256()
+    for name, shape in sorted(weights.shapes().items()):
+        flat = weights.read(name).reshape(-1)
+        some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16)
+        digest.update(f"{name} {shape}".encode() + some.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

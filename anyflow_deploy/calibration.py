@@ -1,0 +1,83 @@
+"""`calibration.json`: how large the inputs of every quantized layer become, over any step.
+
+Ranges are measured once (`anyflow-calibrate`, on a GPU where one is at hand) and used wherever the same weights are
+exported; the fingerprint of the weights is stored, and a calibration of other weights is refused. See
+docs/quantization.md for the format in prose.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from anyflow_deploy.errors import AnyFlowError
+
+CALIBRATION = "calibration.json"
+CALIBRATION_SCHEMA = 1
+
+_Amax = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TensorRange(_Record):
+    """The largest absolute values a tensor took.
+
+    Attributes:
+        amax: over everything.
+        channels: over each input channel, for SmoothQuant; None where it is not needed (attention).
+    """
+
+    amax: _Amax
+    channels: list[_Amax] | None = None
+
+
+class Calibration(_Record):
+    """The whole file.
+
+    Attributes:
+        config: `config.json` of the architecture.
+        weights: fingerprint of the weights, see `export.weights.fingerprint`.
+        prompts, steps, seeds, shift, shapes: the rollouts that were run: latents (B, F, C, H, W) each.
+        tools: name -> version.
+        tensors: ranges by name: `blocks.0.attn1.to_q.input` is the input of a linear layer;
+            `blocks.0.attn1.query`, `.key`, `.value` and `.probabilities` are the operands of the two attention products.
+    """
+
+    schema_version: int = Field(default=CALIBRATION_SCHEMA, alias="schema")
+    config: dict[str, Any]
+    weights: str
+    prompts: list[str]
+    steps: list[int]
+    seeds: list[int]
+    shift: float
+    shapes: list[list[int]]
+    tools: dict[str, str]
+    tensors: dict[str, TensorRange]
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Read a `calibration.json`.
+
+    Raises:
+        AnyFlowError: not there, not such a file, of a newer schema, or with ranges that are infinite or not numbers.
+    """
+    try:
+        found = Calibration.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise AnyFlowError(f"{path} does not exist. Make one: anyflow-calibrate --model … --output {path}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise AnyFlowError(f"{path} is no usable calibration: {where}: {first['msg'].lower()}. Calibrate again.") from None
+    if found.schema_version != CALIBRATION_SCHEMA:
+        raise AnyFlowError(
+            f"{path} has schema {found.schema_version}; this version reads {CALIBRATION_SCHEMA}. Update anyflow_deploy."
+        )
+    return found
