@@ -29,18 +29,19 @@ class Target:
     precisions: tuple[str, ...]
 
 
-_GPU = ("fp32", "fp16", "bf16")
+_INT8_GPU = ("fp32", "fp16", "bf16", "int8")
+_GPU = (*_INT8_GPU, "fp8")
 
 TARGETS = {
     row.name: row
     for row in (
-        Target("cpu", "any CPU through ONNX Runtime", None, ("fp32", "fp16")),
-        Target("orin", "Jetson AGX Orin", (8, 7), _GPU),
+        Target("cpu", "any CPU through ONNX Runtime", None, ("fp32", "fp16", "int8", "fp8")),
+        Target("orin", "Jetson AGX Orin", (8, 7), _INT8_GPU),
         Target("thor", "Jetson Thor", (11, 0), _GPU),
         Target("l4", "NVIDIA L4", (8, 9), _GPU),
         Target("rtx4090", "GeForce RTX 4090", (8, 9), _GPU),
         Target("rtx5090", "GeForce RTX 5090", (12, 0), _GPU),
-        Target("a100", "NVIDIA A100", (8, 0), _GPU),
+        Target("a100", "NVIDIA A100", (8, 0), _INT8_GPU),
         Target("h100", "NVIDIA H100", (9, 0), _GPU),
         Target("h200", "NVIDIA H200", (9, 0), _GPU),
         Target("b200", "NVIDIA B200", (10, 0), _GPU),
