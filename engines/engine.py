@@ -29,7 +29,7 @@ class Run(Protocol):
     """One sample on its way. Close it, or use it as a context manager, to give its memory back."""
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
-        """Replace the state z_t by z_r.
+        """Replace the state z_t by z_r; it is there when this returns.
 
         Args:
             t, r: timesteps with 1000 >= t >= r >= 0; one number for all frames, or an array (B, F).
