@@ -11,42 +11,66 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from anyflow_deploy.calibration import Calibration
+from anyflow_deploy.calibration import Calibration, TensorRange
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.models import Architecture
 
 ALIGNMENT = 16
 """Inputs and outputs of a layer have to be multiples of this for the 8-bit kernels of TensorRT and cuBLAS."""
 
-_PROJECTIONS = ("to_q", "to_k", "to_v")
-_ATTENTION = (*_PROJECTIONS, "to_out.0")
+OPERANDS = ("query", "key", "value", "probabilities")
+"""What the two products of an attention multiply; calibrated by these names behind `blocks.N.attn1.`"""
+
+GROUPS = (
+    ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    ("attn1.to_out.0",),
+    ("attn2.to_q",),
+    ("attn2.to_k", "attn2.to_v"),
+    ("attn2.to_out.0",),
+    ("ffn.net.0.proj",),
+    ("ffn.net.2",),
+)
+"""The candidates of a block in the network's order; those in one group read the same tensor, and share its scale."""
 
 
 def candidates(a: Architecture) -> dict[str, tuple[int, int]]:
     """Layer name -> (inputs, outputs), in the order of the network."""
-    d, found = a.inner_dim, {}
-    for block in range(a.num_layers):
-        for attention in ("attn1", "attn2"):
-            found.update({f"blocks.{block}.{attention}.{name}": (d, d) for name in _ATTENTION})
-        found[f"blocks.{block}.ffn.net.0.proj"] = (d, a.ffn_dim)
-        found[f"blocks.{block}.ffn.net.2"] = (a.ffn_dim, d)
-    return found
+    shapes = {"ffn.net.0.proj": (a.inner_dim, a.ffn_dim), "ffn.net.2": (a.ffn_dim, a.inner_dim)}
+    names = [name for group in GROUPS for name in group]
+    return {f"blocks.{n}.{name}": shapes.get(name, (a.inner_dim, a.inner_dim)) for n in range(a.num_layers) for name in names}
+
+
+def group_of(layer: str) -> list[str]:
+    """The layers that read the same tensor as this one, itself included."""
+    block, name = ".".join(layer.split(".")[:2]), ".".join(layer.split(".")[2:])
+    return [f"{block}.{other}" for other in next(group for group in GROUPS if name in group)]
 
 
 def input_amax(calibration: Calibration, layer: str) -> float:
-    """The range that a layer's input is quantized with.
-
-    The three projections of one attention share one, the largest of theirs, so that an engine can fuse them.
+    """The range that a layer's input is quantized with: the largest of its group.
 
     Raises:
         AnyFlowError: the calibration does not know the layer.
     """
-    parent, _, name = layer.rpartition(".")
-    layers = [f"{parent}.{p}" for p in _PROJECTIONS] if name in _PROJECTIONS else [layer]
-    missing = [n for n in layers if f"{n}.input" not in calibration.tensors]
-    if missing:
-        raise AnyFlowError(f"the calibration has no range of {missing[0]}.input. Calibrate this model: anyflow-calibrate.")
-    return max(calibration.tensors[f"{n}.input"].amax for n in layers)
+    return max(_known(calibration, f"{name}.input").amax for name in group_of(layer))
+
+
+def input_channels(calibration: Calibration, layer: str) -> list[float]:
+    """The same for each input channel."""
+    found = [_known(calibration, f"{name}.input").channels or [] for name in group_of(layer)]
+    return [max(values) for values in zip(*found, strict=True)]
+
+
+def _known(calibration: Calibration, tensor: str) -> TensorRange:
+    if tensor not in calibration.tensors:
+        raise AnyFlowError(f"the calibration has no range of {tensor}. Calibrate this model: anyflow-calibrate.")
+    return calibration.tensors[tensor]
+
+
+def operand_amax(a: Architecture, calibration: Calibration, attention: Iterable[str]) -> dict[str, float]:
+    """The range of each operand of the products of some attentions ("attn1", "attn2"), by name."""
+    names = [f"blocks.{n}.{kind}.{operand}" for n in range(a.num_layers) for kind in attention for operand in OPERANDS]
+    return {name: _known(calibration, name).amax for name in names}
 
 
 def staying_high(a: Architecture, calibration: Calibration) -> dict[str, str]:

@@ -16,7 +16,7 @@ import contextlib
 import fnmatch
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,21 +24,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyflow_deploy.export.transformer import Attention, Linear
+from anyflow_deploy.quantized_layers import OPERANDS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # on import it compares the versions of libraries that are not used here
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.calib import MaxCalibrator
-    from modelopt.torch.quantization.nn import QuantLinearConvBase, QuantModule, QuantModuleRegistry, TensorQuantizer
+    from modelopt.torch.quantization.nn import (
+        QuantLinearConvBase,
+        QuantModule,
+        QuantModuleRegistry,
+        TensorQuantizer,
+        register_quant_backend,
+    )
     from modelopt.torch.quantization.utils import reduce_amax
-
-OPERANDS = ("query", "key", "value", "probabilities")
 
 _SCORES = 1 << 26
 """Scores held at once, 256 MB in float32: a whole table of them would be 51 GB at 480x832 and 81 frames."""
 
 
-@QuantModuleRegistry.register({Linear: "anyflow.Linear"})  # type: ignore[untyped-decorator]
+@QuantModuleRegistry.register({Linear: "anyflow.Linear"})
 class QuantizedLinear(QuantLinearConvBase):  # type: ignore[misc]
     """`Linear` with its input and its weight passed through quantizers."""
 
@@ -48,7 +53,7 @@ class QuantizedLinear(QuantLinearConvBase):  # type: ignore[misc]
         return F.linear(self.input_quantizer(x.to(weight.dtype)), self.weight_quantizer(weight), self.bias)
 
 
-@QuantModuleRegistry.register({Attention: "anyflow.Attention"})  # type: ignore[untyped-decorator]
+@QuantModuleRegistry.register({Attention: "anyflow.Attention"})
 class QuantizedAttention(QuantModule):  # type: ignore[misc]
     """`Attention` with the operands of its two products passed through quantizers."""
 
@@ -66,7 +71,7 @@ class QuantizedAttention(QuantModule):  # type: ignore[misc]
         rows = max(1, _SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
         pieces = [
             self.probabilities_quantizer(torch.softmax(piece @ key.transpose(-1, -2), dim=-1)) @ value
-            for piece in query.split(rows, dim=2)
+            for piece in torch.split(query, rows, dim=2)
         ]
         return torch.cat(pieces, dim=2).transpose(1, 2)
 
@@ -77,6 +82,7 @@ class Maximum(MaxCalibrator):  # type: ignore[misc]
 
     def __init__(self, axis: int | None) -> None:
         super().__init__(8, axis, False)
+        self._calib_amax: Tensor | None = None
 
     def collect(self, x: Tensor) -> None:
         """Watch one tensor."""
@@ -117,6 +123,66 @@ def watching(network: nn.Module, layers: Iterable[str]) -> dict[str, Maximum]:
             quantizer.enable_calib()
             found[name.removesuffix("_quantizer")] = quantizer._calibrator
     return found
+
+
+def rounding(
+    network: nn.Module,
+    layers: Mapping[str, tuple[float, Tensor | None]],
+    operands: Mapping[str, float],
+    bits: int | tuple[int, int],
+    weight_axis: int | None,
+) -> dict[str, tuple[Any, Any]]:
+    """Let quantizers round.
+
+    Args:
+        network: see `quantized`.
+        layers: each quantized layer's input: its amax, and SmoothQuant's factors s where there are some.
+        operands: amax of the attention operands to be rounded: `blocks.0.attn1.query`.
+        bits, weight_axis: ModelOpt's `num_bits`, and the `axis` of a weight's scales.
+
+    Returns:
+        Layer -> the quantizers of its input and of its weight, to be switched on and off.
+    """
+    grid = {"num_bits": bits, "backend": INT8 if bits == 8 else None}
+    entries = [_entry(f"{layer}.input_quantizer", **grid) for layer in layers]
+    entries += [_entry(f"{layer}.weight_quantizer", axis=weight_axis, **grid) for layer in layers]
+    quantized(network, entries + [_entry(f"{name}_quantizer", **grid) for name in operands])
+    for name, amax in operands.items():
+        _fix(network.get_submodule(f"{name}_quantizer"), torch.tensor(amax), None)
+    pairs = {}
+    for layer, (amax, smooth) in layers.items():
+        module: Any = network.get_submodule(layer)
+        weight = module.weight if smooth is None else module.weight * smooth.to(module.weight.device)
+        rest = None if weight_axis is None else 1
+        _fix(module.input_quantizer, torch.tensor(amax), None if smooth is None else 1 / smooth)
+        _fix(module.weight_quantizer, reduce_amax(weight, axis=rest, keepdims=True), smooth)
+        pairs[layer] = (module.input_quantizer, module.weight_quantizer)
+    return pairs
+
+
+def _fix(quantizer: Any, amax: Tensor, factors: Tensor | None) -> None:
+    """Round with this range from now on, multiplied by these factors first, whatever was watched before."""
+    quantizer.reset_amax()
+    quantizer.amax = amax
+    if hasattr(quantizer, "_pre_quant_scale"):
+        del quantizer._pre_quant_scale
+    if factors is not None:
+        quantizer.pre_quant_scale = factors.to(amax.device)
+    quantizer.disable_calib()
+    quantizer.enable_quant()
+
+
+def _rounded_int8(x: Tensor, quantizer: Any) -> Tensor:
+    """QuantizeLinear and DequantizeLinear as ONNX defines them, dividing by the scale.
+
+    ModelOpt multiplies by 127 / amax instead, which now and then rounds to the neighbour (3e-4 of a sample, measured)."""
+    amax = quantizer.amax.to(x.device)
+    scale = torch.where(amax > 0, amax, 127.0) / 127.0
+    return (x / scale).round().clamp(-127, 127) * scale
+
+
+INT8 = "anyflow.int8"
+register_quant_backend(INT8, _rounded_int8)
 
 
 def _entry(pattern: str, **attributes: Any) -> dict[str, Any]:
