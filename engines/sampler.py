@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.engines.cache import CachePlan, cache_plan
-from anyflow_deploy.engines.engine import Array, BundleEngine, Engine, Run, checked_array, checked_text
+from anyflow_deploy.engines.engine import Array, Engine, Run, checked_array, checked_text
 from anyflow_deploy.errors import ShapeError
 from anyflow_deploy.schedule import Schedule
 
@@ -88,7 +88,7 @@ class Chunk:
 
 
 def stream(
-    engine: BundleEngine,
+    engine: Engine,
     latents: ArrayLike,
     text: ArrayLike,
     schedule: Schedule | Callable[[int], Schedule],
@@ -102,7 +102,7 @@ def stream(
     The next chunk is not begun before the one before it was taken; closing the iterator at any moment releases the cache.
 
     Args:
-        engine: from `load_engine`, of a causal bundle.
+        engine: from `load_engine`, of a causal model.
         latents: noise of the whole video, (1, F, C, H, W).
         text: prompt embeddings, (1, L, D).
         schedule: one for all chunks, or a function from a chunk's index to its schedule, asked when the chunk begins.
@@ -120,13 +120,14 @@ def stream(
     z = checked_array("latents", latents)
     if z.ndim != 5 or z.shape[0] != 1:
         raise ShapeError(f"latents have shape {z.shape}; a stream takes (1, frames, channels, height, width): one video.")
-    plan = cache_plan(engine.bundle.manifest.architecture, chunk_plan, z.shape[3], z.shape[4], window)
+    architecture = engine.architecture
+    words = checked_text(engine.ranges, architecture.text_dim, text)
+    plan = cache_plan(architecture, chunk_plan, z.shape[3], z.shape[4], window, words.shape[1])
     if plan.frames != z.shape[1]:
         raise ShapeError(
             f"the chunk plan {list(plan.chunks)} has {plan.frames} latent frames and latents have {z.shape[1]}; "
             "give a chunk_plan that sums to the frames."
         )
-    words = checked_text(engine.ranges, engine.bundle.manifest.architecture.text_dim, text)
     engine.ranges.check((1, max(plan.chunks), *z.shape[2:]), words.shape)
     given = _given_chunks(plan, z, context)
     return _chunks(engine, z, words, schedule if callable(schedule) else lambda _: schedule, plan, given, on_step)
@@ -152,7 +153,7 @@ def _given_chunks(plan: CachePlan, latents: Array, context: ArrayLike | None) ->
 
 
 def _chunks(
-    engine: BundleEngine,
+    engine: Engine,
     latents: Array,
     text: Array,
     schedule: Callable[[int], Schedule],

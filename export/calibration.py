@@ -29,7 +29,6 @@ from anyflow_deploy.export.checkpoint import shift_of
 from anyflow_deploy.export.partial_ranges import Maxima, PartialRanges
 from anyflow_deploy.export.rollouts import SWEEPS, calibration_schedules, rolled_out, transitions
 from anyflow_deploy.export.weights import Weights, fingerprint
-from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.quantized_layers import candidates
 from anyflow_deploy.schedule import Schedule
@@ -101,7 +100,7 @@ def calibrated(weights: Weights, settings: CalibrationSettings, report: Report |
         with report.stage(f"{len(todo)} of {len(rollouts)} rollouts", total) as advance:
             for rollout in todo:
                 latents, text = noise((1, *settings.shape), rollout.seed), settings.text.embeddings[rollout.prompt][None]
-                maxima = watched.rolled_out(a, latents, text, rollout, advance, maxima)
+                maxima = watched.rolled_out(latents, text, rollout, advance, maxima)
                 partial.save(rollout.name, maxima)
     return _record(weights, settings, mark, shift, maxima)
 
@@ -144,7 +143,7 @@ class _Watched:
 
     def rolled_out(self, a: Architecture, latents: Array, text: Array, rollout: _Rollout, advance: Any, maxima: Maxima) -> Maxima:
         """Run one rollout and raise the maxima by what was seen."""
-        rolled_out(self._engine, a, latents, text, rollout.schedule, on_step=lambda step: advance(1))
+        rolled_out(self._engine, latents, text, rollout.schedule, on_step=lambda step: advance(1))
         found: Maxima = {}
         for name, quantizer in self._quantizers.items():
             largest = quantizer.compute_amax()

@@ -51,15 +51,10 @@ def transitions(a: Architecture, frames: int, schedule: Schedule) -> int:
 
 
 def rolled_out(
-    engine: NetworkEngine,
-    a: Architecture,
-    latents: Array,
-    text: Array,
-    schedule: Schedule,
-    on_step: Callable[[Step], None] | None = None,
+    engine: NetworkEngine, latents: Array, text: Array, schedule: Schedule, on_step: Callable[[Step], None] | None = None
 ) -> Array:
     """One video from noise (1, F, C, H, W) and text (1, L, D): clean latents, float32 (1, F, C, H, W)."""
-    plan = chunk_plan(a, latents.shape[1])
+    plan = chunk_plan(engine.architecture, latents.shape[1])
     if not plan:
         return sample(engine, latents, text, schedule, on_step)
     chunks = stream(engine, latents, text, schedule, plan, on_step=on_step)
