@@ -141,7 +141,7 @@ class _Watched:
         self._engine = NetworkEngine(weights, device)
         self._quantizers = self._tools.watching(self._engine.network, candidates(weights.architecture))
 
-    def rolled_out(self, a: Architecture, latents: Array, text: Array, rollout: _Rollout, advance: Any, maxima: Maxima) -> Maxima:
+    def rolled_out(self, latents: Array, text: Array, rollout: _Rollout, advance: Any, maxima: Maxima) -> Maxima:
         """Run one rollout and raise the maxima by what was seen."""
         rolled_out(self._engine, latents, text, rollout.schedule, on_step=lambda step: advance(1))
         found: Maxima = {}
