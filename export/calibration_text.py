@@ -84,6 +84,11 @@ def prompt_text(weights: Weights, prompts: tuple[str, ...] = PROMPTS, tokens: in
     folder = _pipeline(weights)
     if folder is not None:
         return PromptText(prompts, encoded_prompts(folder, list(prompts), tokens), "encoder")
+    return random_text(weights, prompts, tokens)
+
+
+def random_text(weights: Weights, prompts: tuple[str, ...], tokens: int = TEXT_TOKENS) -> PromptText:
+    """Seeded standard-normal embeddings, one for each prompt, whatever it says."""
     embeddings = np.zeros((len(prompts), tokens, weights.architecture.text_dim), np.float32)
     for index in range(len(prompts)):
         words = noise((min(tokens, _RANDOM_WORDS), weights.architecture.text_dim), seed=index)
