@@ -47,7 +47,7 @@ class CalibrationSettings:
         text: prompts and their embeddings.
         shape: (F, C, H, W) of the latents.
         steps: step counts of the uniform schedules; the sweeps come on top.
-        seeds: of the noise.
+        seeds: of the noise, which every prompt has its own of.
         device: torch device.
         partial: where unfinished work is kept; None for nowhere.
         tell: called with what a user should know: work that is taken up again, or cannot be.
@@ -99,7 +99,7 @@ def calibrated(weights: Weights, settings: CalibrationSettings, report: Report |
         total = sum(transitions(a, settings.shape[0], rollout.schedule) for rollout in todo)
         with report.stage(f"{len(todo)} of {len(rollouts)} rollouts", total) as advance:
             for rollout in todo:
-                latents, text = noise((1, *settings.shape), rollout.seed), settings.text.embeddings[rollout.prompt][None]
+                latents, text = _own_noise(settings, rollout), settings.text.embeddings[rollout.prompt][None]
                 maxima = watched.rolled_out(latents, text, rollout, advance, maxima)
                 partial.save(rollout.name, maxima)
     return _record(weights, settings, mark, shift, maxima)
@@ -128,6 +128,14 @@ def _rollouts(settings: CalibrationSettings, shift: float) -> Iterator[_Rollout]
         for seed in settings.seeds:
             for name, schedule in calibration_schedules(settings.steps, shift).items():
                 yield _Rollout(f"prompt {prompt}, seed {seed}, {name}", prompt, seed, schedule)
+
+
+def _own_noise(settings: CalibrationSettings, rollout: _Rollout) -> Array:
+    """Another start for every prompt, so that eight prompts are eight samples of the noise, too."""
+    return noise((1, *settings.shape), rollout.seed + _PRIME * rollout.prompt)
+
+
+_PRIME = 1_000_003  # keeps `--seeds 0,1,2` and prompts apart
 
 
 class _Watched:
