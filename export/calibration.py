@@ -14,9 +14,9 @@ Legend: F latent frames, C channels, H W latent rows and columns, L text tokens,
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from anyflow_deploy.schedule import Schedule
 
 STEPS = (1, 2, 4, 8)
 _TOOLS = ("anyflow-deploy", "torch", "nvidia-modelopt")
-_DIGITS = 5
-"""Of a range in the file. 14B has 2.4 million of them."""
+_FIVE_DIGITS = Context(prec=5, rounding=ROUND_CEILING)
+"""What is kept of a range in the file: 14B has 2.4 million of them."""
 
 
 @dataclass(frozen=True)
@@ -204,13 +204,7 @@ def _range(values: list[float], channels: bool) -> TensorRange:
 
 def rounded_up(value: float) -> float:
     """The smallest number of five digits that is not below a value >= 0."""
-    if value == 0:
-        return 0.0
-    exponent = math.floor(math.log10(value)) - (_DIGITS - 1)
-    for units in (math.ceil(value / 10.0**exponent), math.ceil(value / 10.0**exponent) + 1):
-        if (result := float(f"{units}e{exponent}")) >= value:
-            return result
-    raise AssertionError(value)
+    return float(_FIVE_DIGITS.plus(Decimal(repr(value))))
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:

@@ -202,9 +202,8 @@ def kept_layers(
         raise AnyFlowError("give one of --keep N and --fidelity DB: a number of layers, or a PSNR to reach.")
     if keep is not None:
         if not 0 <= keep < len(ranked):
-            raise AnyFlowError(
-                f"--keep is {keep}; this model has {len(ranked)} layers to quantize: allowed are 0 to {len(ranked) - 1}."
-            )
+            allowed = f"0 to {len(ranked) - 1}, since {len(ranked)} layers can be quantized"
+            raise AnyFlowError(f"--keep is {keep}; allowed are {allowed}.")
         return ranked[:keep]
     assert fidelity_db is not None
     if psnr is None or not math.isfinite(fidelity_db):

@@ -79,11 +79,11 @@ def test_it_computes_what_quantize_and_dequantize_nodes_do(
         size = matrix.abs().amax(1, keepdim=True) if precision == "int8" else matrix.abs().max()
         layer.weight.copy_(rounded(matrix, size, precision))
         layer.register_forward_pre_hook(lambda _, args, s=s, amax=amax: (rounded(args[0] / s, amax, precision),))
-        assert smoothed or amax == input_amax(calibration, name)
+        assert smoothed or amax == pytest.approx(input_amax(calibration, name), rel=1e-6)
     FakeQuant(engine.network, a, calibration, precision, smooth=smooth if smoothed else None)
     found = difference(video(engine), video(by_hand))
     assert found.relative_l2 < limit
-    assert 1e-3 < difference(video(engine), video(NetworkEngine(weights))).relative_l2 < 2e-2
+    assert 3e-4 < difference(video(engine), video(NetworkEngine(weights))).relative_l2 < 2e-2
 
 
 def test_switched_off_it_changes_no_bit_and_layers_switch_one_by_one(weights: Weights, calibration: Calibration) -> None:
