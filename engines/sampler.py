@@ -128,7 +128,8 @@ def stream(
             f"the chunk plan {list(plan.chunks)} has {plan.frames} latent frames and latents have {z.shape[1]}; "
             "give a chunk_plan that sums to the frames."
         )
-    engine.ranges.check((1, max(plan.chunks), *z.shape[2:]), words.shape)
+    for frames in sorted(set(plan.chunks)):
+        engine.ranges.check((1, frames, *z.shape[2:]), words.shape)
     given = _given_chunks(plan, z, context)
     return _chunks(engine, z, words, schedule if callable(schedule) else lambda _: schedule, plan, given, on_step)
 
