@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from anyflow_deploy.bundle import Bundle, BundleWriter
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.checkpoint import pipeline_folder, read_json
+from anyflow_deploy.export.checkpoint import shift_of
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
     OPSETS,
@@ -80,7 +80,7 @@ def export_bundle(weights: Weights, output: Path, settings: ExportSettings | Non
     settings, report = settings or ExportSettings(), report or Silent()
     architecture = weights.architecture
     ranges = checked(weights, settings)
-    schedule = ScheduleDefaults(shift=_shift(weights), steps=4)
+    schedule = ScheduleDefaults(shift=shift_of(weights), steps=4)
     writer = BundleWriter(output, settings.overwrite)
     _check_space(output.parent, architecture, settings.precision)
     with writer:
@@ -164,18 +164,6 @@ def _manifest(
 
 def _kind(a: Architecture) -> Literal["bidirectional", "causal"]:
     return "causal" if a.causal else "bidirectional"
-
-
-def _shift(weights: Weights) -> float:
-    """From the pipeline's scheduler where there is one; else the model's row; else what all released models use."""
-    pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
-    path = pipeline / "scheduler" / "scheduler_config.json" if pipeline else None
-    row = MODELS.get(model_name(weights.architecture))
-    default = row.shift if row else 5.0
-    shift = read_json(path).get("shift", default) if path and path.is_file() else default
-    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not shift > 0:
-        raise AnyFlowError(f"{path} has shift {shift!r}; allowed is any positive number (the released models use 5).")
-    return float(shift)
 
 
 def _video(a: Architecture, ranges: Ranges) -> Video:
