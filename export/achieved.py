@@ -59,14 +59,11 @@ def achieved(
 def sizes(a: Architecture, video: Video) -> dict[str, int]:
     """The symbols of shapes at the default video. Causal: the largest chunk, on a cache full of recent chunks."""
     rows, columns = (side // video.spatial_factor // a.patch_size[1] for side in (video.height, video.width))
-    if a.compressed_patch_size is not None:
-        ratio = a.compressed_patch_size[1] // a.patch_size[1]
-        tokens = rows * columns
-        chunk = max(a.chunk_partition or (1,))
-        past = ((a.full_chunk_limit or 1) - 1) * chunk * tokens
-        return {"batch": 1, "frames": chunk, "rows": rows // ratio, "columns": columns // ratio, "past": past, "text": video.text_tokens}
-    frames = (video.frames - 1) // video.temporal_factor + 1
-    return {"batch": 1, "frames": frames, "rows": rows, "columns": columns, "text": video.text_tokens}
+    grid = {"batch": 1, "rows": rows, "columns": columns, "text": video.text_tokens}
+    if a.chunk_partition is not None and a.full_chunk_limit is not None:
+        chunk = max(a.chunk_partition)
+        return {**grid, "frames": chunk, "past": (a.full_chunk_limit - 1) * chunk * rows * columns}
+    return {**grid, "frames": (video.frames - 1) // video.temporal_factor + 1}
 
 
 def product_flops(model: ir.Model, symbols: Mapping[str, int]) -> tuple[int, int]:
@@ -98,7 +95,9 @@ def _flops(node: ir.Node, symbols: Mapping[str, int]) -> int:
 
 def _shape(value: ir.Value | None, symbols: Mapping[str, int]) -> list[int]:
     if value is None or value.shape is None:
-        raise AnyFlowError(f"{value.name if value else 'an operand'} has no shape in the graph, so its operations cannot be counted.")
+        raise AnyFlowError(
+            f"{value.name if value else 'an operand'} has no shape in the graph, so its operations cannot be counted."
+        )
     return [d if isinstance(d, int) else _evaluated(ast.parse(str(d.value), mode="eval").body, symbols) for d in value.shape]
 
 

@@ -19,10 +19,11 @@ import onnx
 import onnx_ir as ir
 
 from anyflow_deploy.bundle import Bundle, BundleWriter
-from anyflow_deploy.calibration import Calibration
+from anyflow_deploy.calibration import CALIBRATION, Calibration
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.achieved import achieved
-from anyflow_deploy.export.checkpoint import pipeline_folder, read_json
+from anyflow_deploy.export.calibration import check_calibration
+from anyflow_deploy.export.checkpoint import shift_of
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
     OPSETS,
@@ -32,17 +33,18 @@ from anyflow_deploy.export.onnx_graph import (
     onnx_from_traced,
     serialized,
 )
-from anyflow_deploy.export.quantization_plan import Plan, candidates, planned
+from anyflow_deploy.export.quantization_plan import Plan, planned
 from anyflow_deploy.export.quantize import quantize
 from anyflow_deploy.export.random_weights import parameter_shapes
 from anyflow_deploy.export.safetensors_stream import Entry
 from anyflow_deploy.export.trace import Parameter, traced_graph
 from anyflow_deploy.export.transformer import constants
-from anyflow_deploy.export.weights import Weights, check_names, fingerprint, write_weights
-from anyflow_deploy.manifest import Achieved, Graph, Manifest, Quantization, ScheduleDefaults, Video, stored_ranges
+from anyflow_deploy.export.weights import Weights, check_names, write_weights
+from anyflow_deploy.manifest import GRAPHS, Achieved, Graph, Manifest, Quantization, ScheduleDefaults, Video, stored_ranges
 from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name
 from anyflow_deploy.precision import base_precision, get_precision
 from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.quantized_layers import candidates
 from anyflow_deploy.ranges import Range, Ranges, narrowed, widest
 from anyflow_deploy.targets import check_precision, get_target
 
@@ -65,7 +67,7 @@ class ExportSettings:
         base: precision of everything that is not quantized; None chooses by the target.
         calibration: ranges of the layers' inputs, of these weights.
         smooth: SmoothQuant, in int8.
-        kept: names of layers that stay in the base; `*` stands for anything.
+        kept: names of layers that stay in the base.
         attention: "high", the base, or "fp8": also the products in attention, at precision fp8 and opset 20.
     """
 
@@ -101,22 +103,24 @@ def export_bundle(weights: Weights, output: Path, settings: ExportSettings | Non
     settings, report = settings or ExportSettings(), report or Silent()
     architecture = weights.architecture
     ranges = checked(weights, settings)
-    schedule = ScheduleDefaults(shift=_shift(weights), steps=4)
+    schedule = ScheduleDefaults(shift=shift_of(weights), steps=4)
     writer = BundleWriter(output, settings.overwrite)
     _check_space(output.parent, architecture, settings)
     plan = _plan(weights, settings, report)
     with writer:
         models: dict[str, ir.Model] = {}
         parameters: dict[str, Parameter] = {}
-        for name in ("chunk", "compress") if architecture.causal else ("transition",):
+        for name in GRAPHS[_kind(architecture)]:
             with report.stage(f"tracing {name}, {architecture.num_layers} layers"):
                 traced = traced_graph(name, architecture, ranges, settings.base_precision, fused=settings.opset == FUSED_OPSET)
             with report.stage(f"translating to ONNX opset {settings.opset}"):
                 models[name] = onnx_from_traced(traced, settings.opset)
-            parameters = traced.parameters
+            parameters = traced.parameters  # the same in every graph
             if plan is not None:
                 quantize(models[name], plan)
         entries = _weights_written(writer, weights, parameters, plan, report)
+        if plan is not None and settings.calibration is not None:
+            writer.write(CALIBRATION, settings.calibration.model_dump_json(by_alias=True).encode())
         graphs = {name: _written(writer, name, model, entries, settings.opset) for name, model in models.items()}
         video = _video(architecture, ranges)
         counted = achieved(models, entries, architecture, video, plan.kept if plan else {})
@@ -129,12 +133,7 @@ def _plan(weights: Weights, settings: ExportSettings, report: Report) -> Plan | 
     if not get_precision(settings.precision).quantized or calibration is None:
         return None
     with report.stage("comparing the weights with the calibration's"):
-        found = fingerprint(weights)
-    if found != calibration.weights:
-        raise AnyFlowError(
-            f"the calibration was made on weights {calibration.weights}, and those in {weights.source.location} are {found}. "
-            "Ranges of other weights would clip: calibrate these."
-        )
+        check_calibration(calibration, weights)
     s = settings
     return planned(weights, calibration, s.precision, s.base_precision, s.smooth, s.attention, s.kept, report)
 
@@ -178,7 +177,9 @@ def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
             raise AnyFlowError(f"precision {s.precision} quantizes nothing, so {what} would have no effect. Leave it out.")
         return
     if s.calibration is None:
-        raise AnyFlowError(f"precision {s.precision} needs a calibration. Make one: anyflow-calibrate … --output calibration.json.")
+        raise AnyFlowError(
+            f"precision {s.precision} needs a calibration. Make one: anyflow-calibrate … --output calibration.json."
+        )
     if s.calibration.config != architecture.as_config():
         theirs, ours = s.calibration.config, architecture.as_config()
         differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
@@ -186,7 +187,8 @@ def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
         raise AnyFlowError(f"the calibration is of another architecture than the weights: {changes}. Calibrate this model.")
     if s.attention == "fp8" and (s.precision != "fp8" or s.opset != PRIMITIVE_OPSET):
         raise AnyFlowError(
-            f"attention is fp8 at precision {s.precision}, opset {s.opset}; it goes with precision fp8 and opset {PRIMITIVE_OPSET} only."
+            f"attention is fp8 at precision {s.precision} and opset {s.opset}; "
+            f"it goes with precision fp8 and opset {PRIMITIVE_OPSET} only."
         )
     if s.attention not in ("high", "fp8"):
         raise AnyFlowError(f"attention is {s.attention!r}; allowed are high and fp8.")
@@ -216,7 +218,7 @@ def _manifest(
     architecture = weights.architecture
     name = model_name(architecture)
     return Manifest(
-        kind="causal" if architecture.causal else "bidirectional",
+        kind=_kind(architecture),
         model=name,
         config=architecture.as_config(),
         source=weights.source,
@@ -240,16 +242,8 @@ def _quantization(s: ExportSettings) -> Quantization | None:
     return Quantization(base=s.base_precision, smooth=smooth, attention=s.attention, weights=s.calibration.weights)
 
 
-def _shift(weights: Weights) -> float:
-    """From the pipeline's scheduler where there is one; else the model's row; else what all released models use."""
-    pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
-    path = pipeline / "scheduler" / "scheduler_config.json" if pipeline else None
-    row = MODELS.get(model_name(weights.architecture))
-    default = row.shift if row else 5.0
-    shift = read_json(path).get("shift", default) if path and path.is_file() else default
-    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not shift > 0:
-        raise AnyFlowError(f"{path} has shift {shift!r}; allowed is any positive number (the released models use 5).")
-    return float(shift)
+def _kind(a: Architecture) -> Literal["bidirectional", "causal"]:
+    return "causal" if a.causal else "bidirectional"
 
 
 def _video(a: Architecture, ranges: Ranges) -> Video:

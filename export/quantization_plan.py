@@ -14,8 +14,7 @@ Legend: D channels in, N channels out of a layer.
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,9 +25,18 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.trace import Parameter
 from anyflow_deploy.export.types import STORED, TORCH
 from anyflow_deploy.export.weights import Weights, converted
-from anyflow_deploy.models import Architecture
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.progress import Report
+from anyflow_deploy.quantized_layers import (
+    ALIGNMENT,
+    GROUPS,
+    checked_layers,
+    input_amax,
+    input_channels,
+    operand_amax,
+    split_layer,
+    staying_high,
+)
 
 SMOOTH_STRENGTH = 0.5
 """alpha of SmoothQuant: how much of the difficulty moves into the weights. The paper's value for most models."""
@@ -36,29 +44,17 @@ SMOOTH_STRENGTH = 0.5
 _SMOOTH_LIMIT = 1e3
 """Factors stay within 1/this and this: a channel that calibration saw nearly silent must not be amplified without end."""
 
-MULTIPLE = 16
-"""Both sides of a quantized weight are multiples of this: what tensor cores take."""
-
 ZERO_POINT = "zero_point"
 
 LARGEST = {"I8": 127.0, "F8_E4M3": 448.0}
 """The largest value of each type (INT8 is used symmetrically, without -128)."""
 
-GROUPS = {
-    "attn1.output": ("attn1.to_out.0",),
-    "attn2.output": ("attn2.to_out.0",),
-    "attn1.input": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "attn2.input": ("attn2.to_q",),
-    "attn2.text": ("attn2.to_k", "attn2.to_v"),
-    "ffn.input": ("ffn.net.0.proj",),
-    "ffn.hidden": ("ffn.net.2",),
-}
-"""The quantized layers of a block, by the input they share. Outputs first: smoothing them changes `to_v`."""
-
-OPERANDS = ("query", "key", "value", "probabilities")
-"""What the two products of an attention multiply."""
-
 TEXT = "text"
+"""Its scale is one for all layers, which read one tensor."""
+
+_OUTPUTS = ("attn1.to_out.0", "attn2.to_out.0")
+_UNFOLDED = ("attn2.to_k", "ffn.net.2")
+"""The first layers of groups whose input cannot be divided for nothing: see the module's text."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +68,7 @@ class Plan:
         smoothed: layer -> name of the vector 1/s that the norm in front of it takes as its weight.
         attentions: attentions whose products are quantized.
         constants: scales, vectors and the zero point, by initializer name, in the type they are stored in.
+        smooth: layer -> SmoothQuant's s (K), what its input is divided by.
         factors: parameter -> what it is multiplied by before anything else, each broadcasting to it.
         kept: candidates that are not quantized -> why.
     """
@@ -82,6 +79,7 @@ class Plan:
     smoothed: dict[str, str] = field(default_factory=dict)
     attentions: list[str] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    smooth: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, list[Tensor]] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
@@ -107,13 +105,6 @@ class Plan:
         for factor in self.factors.get(name, ()):
             tensor = tensor * factor
         return tensor
-
-
-def candidates(a: Architecture) -> Iterator[str]:
-    """Every layer that may be quantized."""
-    for index in range(a.num_layers):
-        for layers in GROUPS.values():
-            yield from (f"blocks.{index}.{layer}" for layer in layers)
 
 
 def weight_scale(parameter: str) -> str:
@@ -158,18 +149,20 @@ def planned(
         base: precision of the rest.
         smooth: SmoothQuant, for int8 (fp8 has range enough for outliers).
         attention: "high" or "fp8".
-        kept: names of layers to keep high; `*` stands for anything.
+        kept: names of layers to keep high.
 
     Raises:
         AnyFlowError: a layer that the calibration knows nothing of, a name in `kept` that fits no layer, or nothing left
             to quantize.
     """
+    a = weights.architecture
     plan = Plan(get_precision(precision).tensor_type, base)
+    plan.kept.update({**staying_high(a, calibration), **dict.fromkeys(checked_layers(a, kept), "asked for")})
     planner = _Planner(plan, weights, calibration, smooth and precision == "int8")
-    planner.keep(kept)
-    with report.stage("measuring weights", float(weights.architecture.num_layers)) as advance:
-        for index in range(weights.architecture.num_layers):
-            planner.block(f"blocks.{index}")
+    with report.stage("measuring weights", float(a.num_layers)) as advance:
+        for index in range(a.num_layers):
+            for group in _ORDER:
+                planner.group([f"blocks.{index}.{layer}" for layer in group])
             advance(1)
     if attention == "fp8":
         planner.attention()
@@ -185,73 +178,46 @@ class _Planner:
         self.shapes = weights.shapes()
         self.dtype = TORCH[get_precision(plan.base).tensor_type]
 
-    def keep(self, patterns: Sequence[str]) -> None:
-        """Enter the layers that cannot or shall not be quantized."""
-        names = list(candidates(self.weights.architecture))
-        for pattern in patterns:
-            if not (found := fnmatch.filter(names, pattern)):
-                raise AnyFlowError(f"no layer is called {pattern!r}. Names are like {names[0]}; * stands for anything: *.attn2.*")
-            self.plan.kept.update(dict.fromkeys(found, "asked for"))
-        for name in names:
-            outputs, inputs = self.shapes[f"{name}.weight"]
-            if outputs % MULTIPLE or inputs % MULTIPLE:
-                self.plan.kept[name] = f"its weight is {outputs} x {inputs}, and both have to be multiples of {MULTIPLE}"
-            elif name not in self.plan.kept and self._range(f"{name}.input") == 0:
-                self.plan.kept[name] = "its input was zero throughout the calibration"
-
-    def _range(self, tensor: str) -> float:
-        if tensor not in self.calibration.tensors:
-            raise AnyFlowError(f"the calibration has no range for {tensor}: it is incomplete. Calibrate again.")
-        return self.calibration.tensors[tensor].amax
-
-    def block(self, block: str) -> None:
-        """Plan the layers of a block, group by group."""
-        for group, layers in GROUPS.items():
-            names = [f"{block}.{layer}" for layer in layers]
-            quantized = [name for name in names if name not in self.plan.kept]
-            if not quantized:
-                continue
-            shared = TEXT if group == "attn2.text" else f"{block}.{group}"
-            matrices = {n: self._matrix(n) for n in names if n in quantized or self._can_smooth(group, block)}
-            amax = max(self._range(f"{name}.input") for name in quantized)
-            if (s := self._smoothing(group, block, quantized, matrices)) is not None:
-                amax = float((self._channels(quantized) / s).max())
-                matrices = {name: matrix * s for name, matrix in matrices.items()}
-                self._fold(group, block, names, s)
-            self._quantize(quantized, matrices, f"{shared}_scale", amax)
+    def group(self, names: Sequence[str]) -> None:
+        """Plan the layers that share one input."""
+        quantized = [name for name in names if name not in self.plan.kept]
+        if not quantized:
+            return
+        smooth = self._can_smooth(names[0])
+        matrices = {name: self._matrix(name) for name in (names if smooth else quantized)}
+        amax = input_amax(self.calibration, names[0])
+        if smooth:
+            channels = torch.tensor(input_channels(self.calibration, names[0]))
+            s = smoothing(channels, torch.stack([matrices[name].abs().amax(0) for name in names]).amax(0))
+            amax = float((channels / s).max())
+            matrices = {name: matrix * s for name, matrix in matrices.items()}
+            self._fold(names, s)
+        self._quantize(quantized, matrices, f"{_shared(names[0])}_scale", amax)
 
     def _matrix(self, name: str) -> Tensor:
         return self.plan.factored(f"{name}.weight", self.weights.read(f"{name}.weight"))
 
-    def _channels(self, names: Sequence[str]) -> Tensor:
-        """The largest values of each input channel, over layers that share the input."""
-        return torch.tensor([self.calibration.tensors[f"{name}.input"].channels for name in names]).amax(0)
-
-    def _can_smooth(self, group: str, block: str) -> bool:
-        if not self.smooth or group in ("attn2.text", "ffn.hidden"):
+    def _can_smooth(self, first: str) -> bool:
+        block, layer = split_layer(first)
+        if not self.smooth or layer in _UNFOLDED or not input_channels(self.calibration, first):
             return False
-        return group != "attn2.input" or f"{block}.norm2.weight" in self.shapes
+        return layer != "attn2.to_q" or f"{block}.norm2.weight" in self.shapes
 
-    def _smoothing(self, group: str, block: str, quantized: Sequence[str], matrices: dict[str, Tensor]) -> Tensor | None:
-        known = all(self.calibration.tensors[f"{name}.input"].channels is not None for name in quantized)
-        if not known or not self._can_smooth(group, block):
-            return None
-        columns = torch.stack([matrices[name].abs().amax(0) for name in quantized]).amax(0)
-        return smoothing(self._channels(quantized), columns)
-
-    def _fold(self, group: str, block: str, names: Sequence[str], s: Tensor) -> None:
+    def _fold(self, names: Sequence[str], s: Tensor) -> None:
         """Multiply columns by s, those of layers kept high as well, and divide whatever makes the input."""
+        block, first = split_layer(names[0])
+        self.plan.smooth.update(dict.fromkeys(names, s))
         for name in names:
             self._factor(f"{name}.weight", s)
-        if group.endswith(".output"):
-            value = f"{block}.{group.removesuffix('.output')}.to_v"
+        if first in _OUTPUTS:
+            value = f"{block}.{first.removesuffix('.to_out.0')}.to_v"
             self._factor(f"{value}.weight", 1 / s.unsqueeze(1))
             self._factor(f"{value}.bias", 1 / s)
-        elif group == "attn2.input":
+        elif first == "attn2.to_q":
             for part in ("weight", "bias"):
                 self._factor(f"{block}.norm2.{part}", 1 / s)
         else:
-            vector = f"{block}.{group}_smooth"
+            vector = f"{_shared(names[0])}_smooth"
             self.plan.constants[vector] = 1 / s
             self.plan.smoothed.update(dict.fromkeys(names, vector))
 
@@ -265,20 +231,29 @@ class _Planner:
         for name in names:
             self.plan.inputs[name] = scale
             size = matrices[name].abs()
-            constants[weight_scale(f"{name}.weight")] = stored_scale(size.amax(1) if kind == "I8" else size.max(), kind, self.dtype)
+            constants[weight_scale(f"{name}.weight")] = stored_scale(
+                size.amax(1) if kind == "I8" else size.max(), kind, self.dtype
+            )
 
     def attention(self) -> None:
         """Plan the products of every attention."""
-        width = self.weights.architecture.attention_head_dim
-        for index in range(self.weights.architecture.num_layers):
-            for name in (f"blocks.{index}.attn1", f"blocks.{index}.attn2"):
-                if width % MULTIPLE:
-                    self.plan.kept[name] = f"its heads have {width} channels, and FP8 attention takes multiples of {MULTIPLE}"
-                    continue
-                self.plan.attentions.append(name)
-                for operand in OPERANDS:
-                    amax = torch.tensor(self._range(f"{name}.{operand}"))
-                    self.plan.constants[f"{name}.{operand}_scale"] = stored_scale(amax, "F8_E4M3", self.dtype)
+        a = self.weights.architecture
+        for name in (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")):
+            if a.attention_head_dim % ALIGNMENT:
+                self.plan.kept[name] = f"heads of {a.attention_head_dim} channels: not a multiple of {ALIGNMENT}"
+                continue
+            self.plan.attentions.append(name)
+            for operand, amax in operand_amax(self.calibration, name).items():
+                self.plan.constants[f"{operand}_scale"] = stored_scale(torch.tensor(amax), "F8_E4M3", self.dtype)
+
+
+def _shared(first: str) -> str:
+    """What the input of a group is called, after the first layer that reads it."""
+    return TEXT if first.endswith(".attn2.to_k") else f"{first}.input"
+
+
+_ORDER = sorted(GROUPS, key=lambda group: group[0] not in _OUTPUTS)
+"""Outputs first: smoothing them changes `to_v`, whose scales are taken later."""
 
 
 def _reasons(plan: Plan) -> str:

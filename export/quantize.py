@@ -17,8 +17,9 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.quantization_plan import LARGEST, OPERANDS, ZERO_POINT, Plan, weight_scale
+from anyflow_deploy.export.quantization_plan import ZERO_POINT, Plan, weight_scale
 from anyflow_deploy.export.types import ONNX, SAFETENSORS
+from anyflow_deploy.quantized_layers import OPERANDS
 
 _WEIGHT = ".weight"
 _CHANNELS_OUT = 0  # the axis of a weight (N, K)
@@ -159,7 +160,9 @@ def _modulated(total: ir.Node | None, layer: str) -> tuple[ir.Node, int]:
     for index, norm in _terms(total) if total is not None else ():
         if norm.op_type == "LayerNormalization":
             return norm, 1 - index
-    raise AnyFlowError(f"the input of {layer} is not a modulated norm: this pass has to learn the new form. Export with smooth off.")
+    raise AnyFlowError(
+        f"the input of {layer} is not a modulated norm: this pass has to learn the new form. Export with smooth off."
+    )
 
 
 def _terms(total: ir.Node) -> Iterator[tuple[int, ir.Node]]:
