@@ -22,7 +22,7 @@ _HEADS_FIRST = [0, 2, 1, 3]
 _KEYS_LAST = [0, 1, 3, 2]
 
 
-def graph_with_fused_attention(bundle: Bundle, graph: str, heads: int, attentions: int) -> bytes:
+def model_with_fused_attention(bundle: Bundle, graph: str, heads: int, attentions: int) -> onnx.ModelProto:
     """The rewritten model, without its weights: they stay in the bundle's file.
 
     Args:
@@ -45,7 +45,7 @@ def graph_with_fused_attention(bundle: Bundle, graph: str, heads: int, attention
             f"{bundle.path}: {found} of {attentions} attentions were recognised, and the others would need memory for every "
             "pair of tokens. Export again with the torch and onnxscript of constraints.txt."
         )
-    return bytes(model.SerializeToString())
+    return model
 
 
 @dataclass(frozen=True)
