@@ -106,7 +106,9 @@ class _Rewriter:
         if activation not in self.quantized:
             self.quantized.add(activation)
             source = self.maker[x.input[0]]
-            nodes.append(helper.make_node("QuantizeLinear", [*source.input[:2], _ZERO_U8], [activation], name=f"{source.name}_u8"))
+            nodes.append(
+                helper.make_node("QuantizeLinear", [*source.input[:2], _ZERO_U8], [activation], name=f"{source.name}_u8")
+            )
         bias = "" if add is None else next(name for name in add.input if name != node.output[0])
         inputs = [activation, matrix, x.input[1], weight.input[1], _ZERO_U8, zero, bias]
         output = node.output[0] if add is None else add.output[0]
