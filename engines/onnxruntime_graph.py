@@ -68,7 +68,7 @@ def fuse_attention(model: onnx.ModelProto, heads: int) -> int:
         nodes.extend([node] if pattern is None else _fused(pattern, heads))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    _drop_unused(model.graph)
+    drop_unused(model.graph)
     if found:
         model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     return len(found)
@@ -130,7 +130,7 @@ def _fused(pattern: _Attention, heads: int) -> Iterator[NodeProto]:
     yield helper.make_node("Reshape", [mixed, split], [pattern.output], name=f"{stem}_heads")
 
 
-def _drop_unused(graph: onnx.GraphProto) -> None:
+def drop_unused(graph: onnx.GraphProto) -> None:
     """Remove nodes whose results nobody reads, back to front."""
     needed = {output.name for output in graph.output}
     kept = []

@@ -21,6 +21,8 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from anyflow_deploy.engines.onnxruntime_graph import drop_unused
+
 _DOMAIN = "com.microsoft"
 _HALF = 128
 _ZERO_U8 = "anyflow_zero_u8"
@@ -73,6 +75,7 @@ def use_integer_products(model: onnx.ModelProto, unsigned_weights: bool) -> int:
     if rewriter.count:
         del model.graph.node[:]
         model.graph.node.extend(nodes)
+        drop_unused(model.graph)
         model.graph.initializer.append(numpy_helper.from_array(np.array(_HALF, np.uint8), _ZERO_U8))
         model.graph.initializer.append(numpy_helper.from_array(np.array(_HALF, np.int32), _SHIFT))
         if all(opset.domain != _DOMAIN for opset in model.opset_import):

@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.calibration import load_calibration
 from anyflow_deploy.cli.options import console, run
 from anyflow_deploy.cli.weights import WeightOptions, checked_name
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from anyflow_deploy.precision import get_precision
+from anyflow_deploy.precision import PRECISIONS, base_precision, get_precision
 from anyflow_deploy.ranges import Range, latent_frames, latent_side, parsed_span
 from anyflow_deploy.targets import check_precision, get_target
 
 CHECKS = ("auto", "full", "none")
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+
 _AUTO_CHECK_BYTES = 2 << 30
 """Memory that checking the numbers may take without being asked for: reference and engine both hold the model."""
 
@@ -32,10 +35,11 @@ class ExportOptions(WeightOptions):
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-export --model 1.3b --precision fp16",
         "anyflow-export --checkpoint my-anyflow/ --output my-bundle",
+        "anyflow-export --checkpoint my-anyflow/ --precision int8 --calibration calibration.json",
         "anyflow-export --model 14b --random-weights --frames 1:81 --height 480 --width 832",
     )
 
-    precision: str = Field("fp32", description="fp32, fp16 or bf16")
+    precision: str = Field("fp32", description=", ".join(PRECISIONS))
     output: Path | None = Field(None, description="bundle folder to create (default MODEL-PRECISION)")
     target: str = Field("cpu", description="device the bundle is for; decides which precisions are allowed")
     opset: int = Field(20, description="20: primitive operators, for every runtime; 23: Attention, RMSNormalization")
@@ -44,6 +48,11 @@ class ExportOptions(WeightOptions):
     height: str | None = Field(None, description="pixels, multiples of 16, as 480 or 256:720")
     width: str | None = Field(None, description="pixels, multiples of 16")
     text: str | None = Field(None, description="tokens of the prompt embedding, as 512")
+    calibration: Path | None = Field(None, description="int8, fp8: the file that anyflow-calibrate made for these weights")
+    base: str | None = Field(None, description="int8, fp8: precision of the rest (default fp32 for a CPU, fp16 for GPUs)")
+    smooth: bool = Field(True, description="int8: SmoothQuant, which moves outliers into the weights")
+    keep: Names = Field((), description="int8, fp8: layers to keep high, as blocks.0.ffn.net.2,blocks.1.attn1.to_q")
+    attention: Literal["high", "fp8"] = Field("high", description="fp8: also quantize the products in attention (fp8)")
     check: str = Field("auto", description="compare with PyTorch afterwards: auto (small models), full, none")
     overwrite: bool = Field(False, description="replace a bundle at --output")
 
@@ -59,6 +68,7 @@ class ExportOptions(WeightOptions):
         checked_name(get_precision, self.precision)
         try:
             check_precision(get_target(self.target), self.precision)
+            base_precision(self.precision, self.base, self.target)
             self.ranges()
         except AnyFlowError as error:
             raise ValueError(str(error)) from None
@@ -87,7 +97,11 @@ def export(options: ExportOptions) -> int:
 
     started = time.perf_counter()
     output = options.output or Path(f"{_label(options)}-{options.precision}")
-    settings = ExportSettings(options.precision, options.target, options.opset, options.ranges(), options.overwrite)
+    settings = ExportSettings(
+        options.precision, options.target, options.opset, options.ranges(), options.overwrite,
+        base=options.base, calibration=load_calibration(options.calibration) if options.calibration else None,
+        smooth=options.smooth, kept=options.keep, attention=options.attention,
+    )  # fmt: skip
     weights = options.weights()
     checked(weights, settings)
     with Bars(console) as bars:
@@ -112,8 +126,8 @@ def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # t
     why = ""
     if options.check == "none":
         why = "--check none"
-    elif options.precision not in get_target("cpu").precisions:
-        why = f"{options.precision} does not run on this machine's CPU"
+    elif bundle.manifest.base not in get_target("cpu").precisions:
+        why = f"{bundle.manifest.base} does not run on this machine's CPU"
     elif options.check == "auto" and needed > _AUTO_CHECK_BYTES:
         why = f"it takes about {needed / 2**30:.1f} GiB"
     if why:

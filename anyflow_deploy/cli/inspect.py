@@ -61,7 +61,15 @@ def _tables(bundle: Bundle) -> list[Table]:
     files = Table("file", "bytes", "SHA-256", title="files")
     for name, record in manifest.files.items():
         files.add_row(name, f"{record.bytes:,}", record.sha256)
-    return [facts, border, ranges, files]
+    return [facts, border, ranges, *_kept_high(manifest), files]
+
+
+def _kept_high(manifest: Manifest) -> list[Table]:
+    """Layers that a quantized precision left in the base's type."""
+    table = Table("layer", "reason", title=f"kept in {manifest.base}")
+    for layer, reason in manifest.achieved.kept_high.items():
+        table.add_row(layer, escape(reason))
+    return [table] if manifest.achieved.kept_high else []
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
@@ -74,11 +82,23 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("weights from", f"{manifest.source.kind}: {manifest.source.location}{revision}{seed}"),
         ("architecture", f"{a.num_layers} layers, {a.num_attention_heads} heads x {a.attention_head_dim}, ffn {a.ffn_dim}"),
         ("precision", f"{manifest.precision}; stored: {weights}"),
+        *_quantized(manifest),
         ("target", manifest.target),
         ("opset", ", ".join(str(graph.opset) for graph in manifest.graphs.values())),
         ("default schedule", f"{manifest.schedule.steps} steps, shift {manifest.schedule.shift:g}"),
         ("default video", f"{video.frames} frames, {video.height} x {video.width} pixels, {video.fps} per second"),
         ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
+    ]
+
+
+def _quantized(manifest: Manifest) -> list[tuple[str, str]]:
+    how, got = manifest.quantization, manifest.achieved
+    if how is None:
+        return []
+    return [
+        ("in eight bits", f"{got.quantized_flops:.1%} of the operations in products, {got.quantized_weights:.1%} of the weights"),
+        ("the rest", f"{how.base}; SmoothQuant {'on' if how.smooth else 'off'}; attention {how.attention}"),
+        ("calibrated on", f"weights {how.weights[:12]}…"),
     ]
 
 
