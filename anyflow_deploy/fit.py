@@ -40,7 +40,7 @@ FLOAT32_TABLES = 9
 ATTENTION_TABLES = 8
 """Further ones in the compute type during attention: queries, keys, values and result, and the kernel's own order of them."""
 
-HIDDEN_TABLES = {"fp32": 3, "fp16": 6, "int8": 4, "fp8": 5}
+HIDDEN_TABLES = {"fp32": 3, "fp16": 7, "int8": 4, "fp8": 5}
 """Tables of the feed-forward's width on the CPU, float32. GELU works in a copy; fp16 is converted there and back around
 each product. Those of int8 and fp8 are a cautious guess: one more for the rounded values, two where they are emulated."""
 
@@ -194,7 +194,7 @@ def _activations(a: Architecture, precision: str, target: Target, shape: Shape, 
     size = 4 if on_cpu or precision == "fp32" else 2
     copies = 0 if plan is None else 2 * tokens + 4 * cached  # joined to the cache: keys and values, twice
     attention = FLOAT32_TABLES * 4 * tokens + ATTENTION_TABLES * size * tokens + copies * size
-    hidden = HIDDEN_TABLES.get(precision, 6) if on_cpu else GPU_HIDDEN_TABLES
+    hidden = HIDDEN_TABLES.get(precision, 7) if on_cpu else GPU_HIDDEN_TABLES
     rounded = 1 if precision in EIGHT_BIT and not on_cpu else 0  # the 8-bit copy of a product's input
     feed_forward = FLOAT32_TABLES * 4 * tokens * d + (hidden * size + rounded) * tokens * a.ffn_dim
     text = TEXT_TOKENS * (4 * a.text_dim + 2 * size * d * a.num_layers)
