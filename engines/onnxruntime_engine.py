@@ -64,6 +64,7 @@ class OnnxRuntimeEngine:
     def _opened_session(self, name: str, threads: int | None) -> Any:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # a second plan of the same memory: twice the activations, no faster
         if threads is not None:
             if threads < 1:
                 raise AnyFlowError(f"threads is {threads}; allowed are whole numbers from 1.")

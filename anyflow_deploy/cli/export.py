@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.cli.fit import show_fit
 from anyflow_deploy.cli.options import console, run
 from anyflow_deploy.cli.weights import WeightOptions, checked_name
 from anyflow_deploy.errors import AnyFlowError
@@ -90,6 +91,7 @@ def export(options: ExportOptions) -> int:
     settings = ExportSettings(options.precision, options.target, options.opset, options.ranges(), options.overwrite)
     weights = options.weights()
     checked(weights, settings)
+    show_fit(weights.architecture, options.precision, options.target, options.ranges())
     with Bars(console) as bars:
         bundle = export_bundle(weights, output, settings, bars)
     size = sum(record.bytes for record in bundle.manifest.files.values())
