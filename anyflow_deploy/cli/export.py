@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.cli.lint import warn_about_tensorrt
 from anyflow_deploy.cli.options import Options, console, run
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, get_model
@@ -118,6 +119,7 @@ def export(options: ExportOptions) -> int:
         f"[green]exported[/] {bundle.manifest.model} in {options.precision} to [bold]{escape(str(bundle.path))}[/]: "
         f"{size / 1e6:,.1f} MB in {time.perf_counter() - started:.1f} s"
     )
+    warn_about_tensorrt(bundle)
     return _check_numbers(bundle, weights, options)
 
 
