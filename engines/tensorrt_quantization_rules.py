@@ -50,7 +50,7 @@ def scale(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Known at build time, and positive."""
     name = operand(node, 1)
     if not view.is_constant(name, through=True):
-        yield Problem(_RULE, f"scale {name!r} is computed while the graph runs", "calibrate, and store the scale as an initializer")
+        yield Problem(_RULE, f"scale {name!r} is computed while the graph runs", "store a calibrated scale as an initializer")
     values = view.values(name)
     if values is not None and not np.all(values.astype(np.float32) > 0):
         yield Problem(_RULE, f"scale {name!r} is not positive everywhere", "calibrate again; use 1 for a channel of zeros")

@@ -2,7 +2,7 @@
 
 torch's exporter writes `mean(dim=-1)` as ReduceMean whose axes are a Reshape of a constant. ONNX allows that; TensorRT's
 parser wants them as a constant and stops otherwise ("Axis input must be an initializer", NVIDIA/TensorRT issue 4393,
-seen there on 10.9, and the parser of 10.3 has the same check). `optimize=True` would fold it and rename weights besides,
+seen there on 10.9; the parser's source has that check in 10.1 and 10.16). `optimize=True` would fold it and rename weights besides,
 so this one pattern is folded here. Nothing that is computed changes.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 
 def make_axes_constant(model: ir.Model) -> int:
@@ -38,7 +39,7 @@ def make_axes_constant(model: ir.Model) -> int:
     return found
 
 
-def _values(node: ir.Node) -> np.ndarray | None:  # type: ignore[type-arg]  # of what type, onnx-ir does not say
+def _values(node: ir.Node) -> NDArray[np.int64] | None:
     """What a Constant holds, as int64; None for any other node."""
     if node.op_type != "Constant":
         return None

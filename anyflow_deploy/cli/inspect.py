@@ -12,9 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from anyflow_deploy.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.lint import checked_versions, print_findings
+from anyflow_deploy.cli.lint import checked_versions, linted, print_findings
 from anyflow_deploy.cli.options import Options, console, run
-from anyflow_deploy.engines.tensorrt_lint import DEFAULT_VERSIONS, lint_bundle
 from anyflow_deploy.manifest import Manifest
 
 
@@ -51,8 +50,7 @@ def inspect(options: InspectOptions) -> int:
     """Do it; returns the exit status."""
     bundle = load_bundle(options.bundle, verify=options.verify)
     out = Console(highlight=False)
-    versions = options.tensorrt or DEFAULT_VERSIONS
-    findings = lint_bundle(bundle, versions) if options.lint else []
+    versions, findings = linted(bundle, options.tensorrt) if options.lint else ((), [])
     if options.json_output:
         shown: dict[str, Any] = {"digest": bundle.digest, **bundle.manifest.model_dump(by_alias=True)}
         if options.lint:

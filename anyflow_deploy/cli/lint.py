@@ -33,13 +33,23 @@ def checked_versions(versions: Sequence[str]) -> None:
             raise ValueError(f"--tensorrt: {error}") from None
 
 
+def linted(bundle: Bundle, versions: Sequence[str] | None) -> tuple[Sequence[str], list[Finding]]:
+    """The versions asked about, or the usual ones, and what was found. Needs onnx, which reading a manifest does not."""
+    from anyflow_deploy.engines.tensorrt_lint import DEFAULT_VERSIONS, lint_bundle
+
+    versions = versions or DEFAULT_VERSIONS
+    return versions, lint_bundle(bundle, versions)
+
+
 def print_findings(out: Console, findings: Sequence[Finding], versions: Sequence[str]) -> None:
     """The table, one row for nodes that have the same thing wrong with them; `--json` lists every node."""
     named = ", ".join(versions)
     if not findings:
         out.print(f"[green]TensorRT {escape(named)}: nothing found.[/] docs/lint.md says what was looked for.")
         return
-    table = Table("rule", "graph", "node", "what is wrong", "TensorRT", "remedy", title=f"{len(findings)} findings")
+    table = Table(title=f"{len(findings)} findings")
+    for title in ("rule", "graph", "node", "what is wrong", "TensorRT", "remedy"):
+        table.add_column(title, overflow="fold")
     for group in grouped(findings):
         first, more = group[0], len(group) - 1
         place = f"{first.node or 'all of it'}{f' ({first.operator})' if first.operator else ''}"
