@@ -2,8 +2,8 @@
 
 torch's exporter writes `mean(dim=-1)` as ReduceMean whose axes are a Reshape of a constant. ONNX allows that; TensorRT's
 parser wants them as a constant and stops otherwise ("Axis input must be an initializer", NVIDIA/TensorRT issue 4393,
-seen there on 10.9; the parser's source has that check in 10.1 and 10.16). `optimize=True` would fold it and rename weights besides,
-so this one pattern is folded here. Nothing that is computed changes.
+seen there on 10.9; the parser's source has that check in 10.1 and 10.16). `optimize=True` would fold it and rename
+weights besides, so this one pattern is folded here. Nothing that is computed changes.
 """
 
 from __future__ import annotations
