@@ -10,6 +10,7 @@ Exporting (`anyflow_deploy.export`) and generating from prompts (`anyflow_deploy
 """
 
 from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.engines.deadline import Deadline, Pace
 from anyflow_deploy.engines.engine import Engine, Run
 from anyflow_deploy.engines.loading import load_engine
 from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
@@ -20,6 +21,7 @@ from anyflow_deploy.schedule import Schedule
 __version__ = "0.1.0"
 
 __all__ = [
-    "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Chunk", "Engine",
-    "Model", "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine", "noise", "sample", "stream",
+    "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Chunk", "Deadline",
+    "Engine", "Model", "Pace", "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine", "noise", "sample",
+    "stream",
 ]  # fmt: skip

@@ -10,7 +10,7 @@ This module imports no torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -45,6 +45,9 @@ class Calibration(_Record):
         config: `config.json` of the architecture.
         weights: fingerprint of the weights, see `export.weights.fingerprint`.
         prompts, steps, seeds, shift, shapes: the rollouts that were run: latents (B, F, C, H, W) each.
+        sweeps: timesteps of further rollouts, which visit times that uniform schedules jump over.
+        text: "encoder" when the prompts went through the model's own text encoder, "random" when there was none and
+            seeded standard-normal embeddings stood in.
         tools: name -> version.
         tensors: ranges by name: `blocks.0.attn1.to_q.input` is the input of a linear layer;
             `blocks.0.attn1.query`, `.key`, `.value` and `.probabilities` are the operands of the two attention products.
@@ -58,6 +61,8 @@ class Calibration(_Record):
     seeds: list[int]
     shift: float
     shapes: list[list[int]]
+    sweeps: list[list[float]] = []
+    text: Literal["encoder", "random"] = "encoder"
     tools: dict[str, str]
     tensors: dict[str, TensorRange]
 

@@ -18,7 +18,7 @@ from anyflow_deploy.ranges import AXES, Range, Ranges
 SCHEMA = 1
 """Raised whenever a reader of the old schema would misread a bundle of the new one."""
 
-GRAPHS = {"bidirectional": {"transition"}, "causal": {"chunk", "compress"}}
+GRAPHS = {"bidirectional": ("transition",), "causal": ("text", "chunk", "compress")}
 """Which graphs a bundle of each kind holds."""
 
 MANIFEST = "manifest.json"
@@ -133,8 +133,8 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _kind_and_graphs_agree(self) -> Manifest:
-        if set(self.graphs) != GRAPHS[self.kind]:
-            raise ValueError(f"a {self.kind} bundle holds {', '.join(sorted(GRAPHS[self.kind]))}, not {', '.join(self.graphs)}")
+        if set(self.graphs) != set(GRAPHS[self.kind]):
+            raise ValueError(f"a {self.kind} bundle holds {', '.join(GRAPHS[self.kind])}, not {', '.join(self.graphs)}")
         return self
 
     @property

@@ -93,12 +93,13 @@ class Ranges:
 def widest(architecture: Architecture) -> Ranges:
     """All that patch sizes and rotary table allow; nothing in the model limits batch or text length.
 
-    A causal model's frames are those of one chunk. Its sides are multiples of the coarser patch, and it makes one video
-    at a time: every stream owns its cache.
+    A causal model's frames are those of one chunk. Its sides hold at least one of the coarser patches, and it makes one
+    video at a time: every stream owns its cache.
     """
     table = architecture.rope_max_seq_len
-    patch = (architecture.compressed_patch_size or architecture.patch_size)[1]
-    side = Range(patch, architecture.patch_size[1] * table, patch)
+    patch = architecture.patch_size[1]
+    smallest = (architecture.compressed_patch_size or architecture.patch_size)[1]
+    side = Range(smallest, patch * table, patch)
     return Ranges(Range(1, 1 if architecture.causal else None), Range(1, table), side, side, Range(1, None))
 
 

@@ -105,6 +105,18 @@ def shifted(sigmas: Sequence[float], shift: float) -> list[float]:
     return [shift * s / (shift * s + (1.0 - s)) for s in sigmas]
 
 
+def time_after(t: float, steps: int, shift: float = 5.0) -> float:
+    """Where the first of `steps` transitions from `t` to 0 leads, on the shifted grid; 0 when it is the only one.
+
+    `Schedule.uniform` passes through the same times: from each of them, with one step fewer.
+    """
+    if steps == 1:
+        return 0.0
+    s = t / TRAIN_TIMESTEPS
+    even = s / (s + shift * (1.0 - s)) * (1.0 - 1.0 / steps)
+    return TRAIN_TIMESTEPS * shifted([even], shift)[0]
+
+
 def _closed(times: Iterable[float]) -> tuple[float, ...]:
     values = tuple(float(t) for t in times)
     return values if not values or values[-1] == 0.0 else (*values, 0.0)

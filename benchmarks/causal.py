@@ -2,7 +2,8 @@
 
     python benchmarks/causal.py [--layers 2] [--rounds 3]
 
-1.3B width, few layers, random weights, float32, 128x128 pixels (64 tokens a latent frame), 4 steps, all cores.
+1.3B width, few layers, random weights, float32, 128x128 pixels (64 tokens a latent frame), 4 steps, 512 text tokens (what
+both pad prompts to), all cores.
 
 1. The released chunk plan (21 latent frames): whole clips in turn, the same noise and embeddings; the ratio is the median
    of the rounds' ratios. Text encoder and VAE are left out on both sides.
@@ -34,7 +35,7 @@ from anyflow_deploy.export.exporter import export_bundle
 from anyflow_deploy.export.random_weights import RandomWeights
 
 SIDE, STEPS, WINDOW = 16, 4, 8
-TEXT = (1, 128, 4096)
+TEXT = (1, 512, 4096)
 LONG = (1, *(3,) * 41)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anyflow_deploy.errors import AnyFlowError, ShapeError
-from anyflow_deploy.models import Architecture
+from anyflow_deploy.models import TEXT_TOKENS, Architecture
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class CachePlan:
         recent: how many finished chunks stay at full resolution.
         window: how many of the newest compressed chunks are kept beside the first; None for all.
         full_tokens, compressed_tokens: tokens of one latent frame, either way.
+        text_tokens: of the prompt's embedding, which is cached too.
         layers, heads, channels: of the transformer; channels are those of a head.
     """
 
@@ -41,6 +42,7 @@ class CachePlan:
     window: int | None
     full_tokens: int
     compressed_tokens: int
+    text_tokens: int
     layers: int
     heads: int
     channels: int
@@ -70,8 +72,8 @@ class CachePlan:
         return max(sum(self.cached_tokens(chunk)) for chunk in range(len(self.chunks)))
 
     def bytes(self, element_bytes: int) -> int:
-        """Memory of all layers' keys and values, with elements of this size."""
-        return 2 * self.layers * self.capacity * self.heads * self.channels * element_bytes
+        """Memory of all layers' keys and values, those of the text included, with elements of this size."""
+        return 2 * self.layers * (self.capacity + self.text_tokens) * self.heads * self.channels * element_bytes
 
     @property
     def encoded_tokens(self) -> int:
@@ -86,7 +88,14 @@ class CachePlan:
         return total
 
 
-def cache_plan(a: Architecture, chunks: Sequence[int] | None, height: int, width: int, window: int | None = None) -> CachePlan:
+def cache_plan(
+    a: Architecture,
+    chunks: Sequence[int] | None,
+    height: int,
+    width: int,
+    window: int | None = None,
+    text_tokens: int = TEXT_TOKENS,
+) -> CachePlan:
     """Plan the cache of a stream.
 
     Args:
@@ -94,10 +103,11 @@ def cache_plan(a: Architecture, chunks: Sequence[int] | None, height: int, width
         chunks: latent frames of each chunk; None for the model's own plan.
         height, width: of the latents.
         window: how many of the newest compressed chunks to keep beside the first; None for all.
+        text_tokens: of the prompt's embedding.
 
     Raises:
         AnyFlowError: not a causal model, a window below 1, or a plan that is empty, holds a chunk without frames, or is too long.
-        ShapeError: height or width that do not divide into the coarser patches.
+        ShapeError: height or width that do not divide into patches, or are below one coarse patch.
     """
     if a.chunk_partition is None or a.compressed_patch_size is None or a.full_chunk_limit is None:
         raise AnyFlowError("this is a bidirectional model; streams need a causal one (far-…). Use sample().")
@@ -109,14 +119,15 @@ def cache_plan(a: Architecture, chunks: Sequence[int] | None, height: int, width
     if window is not None and window < 1:
         raise AnyFlowError(f"window is {window}; allowed are whole numbers from 1, or None to keep every chunk.")
     patch, coarse = a.patch_size[1], a.compressed_patch_size[1]
-    if height % coarse or width % coarse:
-        raise ShapeError(f"latents of {height} x {width}: a causal model takes multiples of {coarse} rows and columns.")
+    if height % patch or width % patch or height < coarse or width < coarse:
+        raise ShapeError(f"latents of {height} x {width}: a causal model takes multiples of {patch}, from {coarse} on.")
     return CachePlan(
         chunks=plan,
         recent=a.full_chunk_limit - 1,
         window=window,
         full_tokens=(height // patch) * (width // patch),
         compressed_tokens=(height // coarse) * (width // coarse),
+        text_tokens=text_tokens,
         layers=a.num_layers,
         heads=a.num_attention_heads,
         channels=a.attention_head_dim,
@@ -138,6 +149,6 @@ def check_budget(plan: CachePlan, element_bytes: int, budget_bytes: float) -> No
     if needed > budget_bytes:
         raise AnyFlowError(
             f"the cache of {len(plan.chunks)} chunks takes {needed / 1e6:,.1f} MB "
-            f"({plan.capacity:,} tokens in {plan.layers} layers); "
+            f"({plan.capacity:,} tokens and {plan.text_tokens} of text in {plan.layers} layers); "
             f"{budget_bytes / 1e6:,.1f} MB are allowed. Make fewer or shorter chunks, smaller frames, or keep a window of them."
         )

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.errors import AnyFlowError, ShapeError
+from anyflow_deploy.models import Architecture
 from anyflow_deploy.ranges import Ranges
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
 
@@ -28,7 +29,7 @@ class Run(Protocol):
     """One sample on its way. Close it, or use it as a context manager, to give its memory back."""
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
-        """Replace the state z_t by z_r.
+        """Replace the state z_t by z_r; it is there when this returns.
 
         Args:
             t, r: timesteps with 1000 >= t >= r >= 0; one number for all frames, or an array (B, F).
@@ -63,6 +64,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def architecture(self) -> Architecture:
+        """The network it runs."""
+        ...
+
+    @property
     def ranges(self) -> Ranges:
         """The shapes it accepts."""
         ...
@@ -76,6 +82,18 @@ class Engine(Protocol):
 
         Raises:
             ShapeError: outside the declared ranges.
+        """
+        ...
+
+    def open_stream(self, text: ArrayLike, plan: CachePlan) -> Stream:
+        """Start a video of a causal model.
+
+        Args:
+            text: prompt embeddings, float32 (1, L, D).
+            plan: from `cache_plan`.
+
+        Raises:
+            AnyFlowError: the bundle is bidirectional.
         """
         ...
 
@@ -114,18 +132,6 @@ class BundleEngine(Engine, Protocol):
     @property
     def bundle(self) -> Bundle:
         """The bundle it was made from."""
-        ...
-
-    def open_stream(self, text: ArrayLike, plan: CachePlan) -> Stream:
-        """Start a video of a causal model.
-
-        Args:
-            text: prompt embeddings, float32 (1, L, D).
-            plan: from `cache_plan`.
-
-        Raises:
-            AnyFlowError: the bundle is bidirectional.
-        """
         ...
 
 

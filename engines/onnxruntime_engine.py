@@ -16,7 +16,7 @@ import importlib.metadata
 import io
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,12 +25,11 @@ from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text, frame_times
 from anyflow_deploy.engines.onnxruntime_graph import graph_with_fused_attention
+from anyflow_deploy.engines.stream import CacheStream
 from anyflow_deploy.errors import AnyFlowError, BackendError
+from anyflow_deploy.models import Architecture
 from anyflow_deploy.ranges import Ranges
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
-
-if TYPE_CHECKING:
-    from anyflow_deploy.engines.onnxruntime_stream import OnnxRuntimeStream
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0"}}
@@ -71,7 +70,8 @@ class OnnxRuntimeEngine:
             options.intra_op_num_threads = threads
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
         architecture = self.bundle.manifest.architecture
-        attentions = 2 * (architecture.num_layers - (name == "compress"))  # to itself and to the text; see export/causal.py
+        layers = architecture.num_layers
+        attentions = {"text": 0, "compress": 2 * (layers - 1)}.get(name, 2 * layers)  # to itself and to the text in each layer
         graph = graph_with_fused_attention(self.bundle, name, architecture.num_attention_heads, attentions)
         provider = (PROVIDERS[self.provider], _PROVIDER_OPTIONS[self.provider])
         try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU
@@ -91,6 +91,11 @@ class OnnxRuntimeEngine:
         return f"ONNX Runtime {self._runtime.__version__}, {self.provider}, {self.bundle.manifest.precision}"
 
     @property
+    def architecture(self) -> Architecture:
+        """See `Engine`."""
+        return self.bundle.manifest.architecture
+
+    @property
     def ranges(self) -> Ranges:
         """See `Engine`."""
         return self.bundle.manifest.shape_ranges
@@ -104,15 +109,16 @@ class OnnxRuntimeEngine:
         device = Device(self._runtime, self.provider)
         return OnnxRuntimeRun(device, self._sessions["transition"], z, {"text": device.holding(words)})
 
-    def open_stream(self, text: ArrayLike, plan: CachePlan) -> OnnxRuntimeStream:
-        """See `CausalEngine`."""
-        from anyflow_deploy.engines.onnxruntime_stream import OnnxRuntimeStream
+    def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
+        """See `BundleEngine`."""
+        from anyflow_deploy.engines.onnxruntime_stream import OnnxRuntimeCache
 
         self._check_open()
         if "chunk" not in self._sessions:
             raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
         words = checked_text(self.ranges, self._text_dim, text)
-        return OnnxRuntimeStream(Device(self._runtime, self.provider), self._sessions, self.bundle.manifest, words, plan)
+        device = Device(self._runtime, self.provider)
+        return CacheStream(OnnxRuntimeCache(device, self._sessions, self.bundle.manifest, words, plan), plan)
 
     def close(self) -> None:
         """See `Engine`."""

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.engines.cache import CachePlan, cache_plan
-from anyflow_deploy.engines.engine import Array, BundleEngine, Engine, Run, checked_array, checked_text
+from anyflow_deploy.engines.deadline import Deadline, Route
+from anyflow_deploy.engines.engine import Array, Engine, Run, checked_array, checked_text
 from anyflow_deploy.errors import ShapeError
-from anyflow_deploy.schedule import Schedule
+from anyflow_deploy.schedule import TRAIN_TIMESTEPS, Schedule
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Step:
 
     Attributes:
         index: 0 for the first.
-        steps: how many there are.
+        steps: how many there are; under a deadline, how many are planned by now.
         t, r: where it went from and to, in timesteps.
         read: fetches the state z_r; on a GPU this is a copy, so call it only when you look at it.
     """
@@ -40,7 +41,11 @@ class Step:
 
 
 def sample(
-    engine: Engine, latents: ArrayLike, text: ArrayLike, schedule: Schedule, on_step: Callable[[Step], None] | None = None
+    engine: Engine,
+    latents: ArrayLike,
+    text: ArrayLike,
+    schedule: Schedule | Deadline,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Array:
     """Take latents from noise to clean.
 
@@ -48,7 +53,7 @@ def sample(
         engine: from `load_engine`.
         latents: noise, (B, F, C, H, W).
         text: prompt embeddings, (B, L, D).
-        schedule: the times to pass through.
+        schedule: the times to pass through, or the time there is.
         on_step: called after each transition; an exception it raises ends the sampling and reaches the caller.
 
     Returns:
@@ -58,15 +63,33 @@ def sample(
         AnyFlowError: inputs outside what the engine declares.
     """
     with engine.start(latents, text) as run:
-        return _walked(run, schedule, on_step)
+        return _walked(run, schedule, on_step, np.shape(latents))
 
 
-def _walked(run: Run, schedule: Schedule, on_step: Callable[[Step], None] | None) -> Array:
+def _walked(run: Run, schedule: Schedule | Deadline, on_step: Callable[[Step], None] | None, shape: tuple[int, ...]) -> Array:
     """Every transition of a schedule; the state it ends in."""
+    if isinstance(schedule, Deadline):
+        return _in_time(run, Route(schedule, shape), on_step)
     for index, (t, r) in enumerate(schedule.transitions):
         run.step(t, r)
         if on_step is not None:
             on_step(Step(index, schedule.steps, t, r, run.read))
+    return run.read()
+
+
+def _in_time(run: Run, route: Route, on_step: Callable[[Step], None] | None) -> Array:
+    """As many transitions as fit; see `deadline`."""
+    draft: list[Array] = []
+    if not route.known:
+        route.timed(lambda: draft.append(run.velocity(TRAIN_TIMESTEPS, 0.0)))
+    while route.t > 0.0:
+        t, r = route.t, route.next()
+        if draft and (route.made, r) == (0, 0.0):  # the draft made this very transition
+            return run.read() - draft[0]
+        route.timed(lambda: run.step(t, r))  # noqa: B023 - called at once
+        route.went(r)
+        if on_step is not None:
+            on_step(Step(route.made - 1, route.planned, t, r, run.read))
     return run.read()
 
 
@@ -88,10 +111,10 @@ class Chunk:
 
 
 def stream(
-    engine: BundleEngine,
+    engine: Engine,
     latents: ArrayLike,
     text: ArrayLike,
-    schedule: Schedule | Callable[[int], Schedule],
+    schedule: Schedule | Deadline | Callable[[int], Schedule | Deadline],
     chunk_plan: Sequence[int] | None = None,
     context: ArrayLike | None = None,
     window: int | None = None,
@@ -102,7 +125,7 @@ def stream(
     The next chunk is not begun before the one before it was taken; closing the iterator at any moment releases the cache.
 
     Args:
-        engine: from `load_engine`, of a causal bundle.
+        engine: from `load_engine`, of a causal model.
         latents: noise of the whole video, (1, F, C, H, W).
         text: prompt embeddings, (1, L, D).
         schedule: one for all chunks, or a function from a chunk's index to its schedule, asked when the chunk begins.
@@ -120,14 +143,16 @@ def stream(
     z = checked_array("latents", latents)
     if z.ndim != 5 or z.shape[0] != 1:
         raise ShapeError(f"latents have shape {z.shape}; a stream takes (1, frames, channels, height, width): one video.")
-    plan = cache_plan(engine.bundle.manifest.architecture, chunk_plan, z.shape[3], z.shape[4], window)
+    architecture = engine.architecture
+    words = checked_text(engine.ranges, architecture.text_dim, text)
+    plan = cache_plan(architecture, chunk_plan, z.shape[3], z.shape[4], window, words.shape[1])
     if plan.frames != z.shape[1]:
         raise ShapeError(
             f"the chunk plan {list(plan.chunks)} has {plan.frames} latent frames and latents have {z.shape[1]}; "
             "give a chunk_plan that sums to the frames."
         )
-    words = checked_text(engine.ranges, engine.bundle.manifest.architecture.text_dim, text)
-    engine.ranges.check((1, max(plan.chunks), *z.shape[2:]), words.shape)
+    for frames in sorted(set(plan.chunks)):
+        engine.ranges.check((1, frames, *z.shape[2:]), words.shape)
     given = _given_chunks(plan, z, context)
     return _chunks(engine, z, words, schedule if callable(schedule) else lambda _: schedule, plan, given, on_step)
 
@@ -152,10 +177,10 @@ def _given_chunks(plan: CachePlan, latents: Array, context: ArrayLike | None) ->
 
 
 def _chunks(
-    engine: BundleEngine,
+    engine: Engine,
     latents: Array,
     text: Array,
-    schedule: Callable[[int], Schedule],
+    schedule: Callable[[int], Schedule | Deadline],
     plan: CachePlan,
     given: list[Array],
     on_step: Callable[[Step], None] | None,
@@ -168,7 +193,7 @@ def _chunks(
             else:
                 noise_of_chunk = np.ascontiguousarray(latents[:, first : plan.first_frame(index + 1)])
                 with memory.start(noise_of_chunk) as run:
-                    clean = _walked(run, schedule(index), on_step)
+                    clean = _walked(run, schedule(index), on_step, noise_of_chunk.shape)
             yield Chunk(index, first, clean.copy(), index < len(given))
             if index + 1 < len(plan.chunks):
                 memory.remember(clean)

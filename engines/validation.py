@@ -4,20 +4,25 @@ Two questions are asked, because they fail differently. *Transitions*: along a p
 noise to clean, each state is sent from its time t to several targets r, and the velocities are compared; this finds a
 wrong operator, and at which times it matters. *Rollouts*: whole samples at several step counts are compared; this finds
 errors that add up. Both engines start every transition from the reference's state.
+
+A causal model is asked the same of a stream: transitions in its first chunk, which has no past, and in its last, whose
+cache holds compressed and full chunks that each engine has written itself, from the same clean latents.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from anyflow_deploy.engines.engine import Array, Engine
+from anyflow_deploy.engines.cache import cache_plan
+from anyflow_deploy.engines.engine import Array, Engine, Run
 from anyflow_deploy.engines.metrics import Difference, difference
-from anyflow_deploy.engines.sampler import noise, sample
+from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.schedule import Schedule
@@ -27,6 +32,9 @@ PATH = Schedule.from_timesteps((1000, 960, 860, 700, 500, 250, 60, 0))
 grid of few steps would stay above 500.)"""
 
 ROLLOUT_STEPS = (1, 2, 4, 8)
+
+Start = Callable[[Array], Run]
+"""Opens a run from a state."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +59,13 @@ THRESHOLDS = {
 @dataclass(frozen=True)
 class Transition:
     """Velocities compared at one state. `kind` names the target: "next" on the path, "half" way, "clean" (r = 0), "same"
-    (r = t), or "mixed": the first frame already clean, as when a video is continued."""
+    (r = t), or "mixed": the first frame already clean, as when a video is continued. `chunk` is 0 where there is no other."""
 
     t: float
     r: float
     kind: str
     difference: Difference
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,7 @@ class Validation:
         candidate, reference: their descriptions.
         precision: whose threshold applies.
         shape, text: of the inputs.
+        chunks: latent frames of each chunk, of a causal model.
         seed: of the inputs.
         transitions, rollouts: the measurements.
     """
@@ -84,6 +94,7 @@ class Validation:
     precision: str
     shape: tuple[int, ...]
     text: tuple[int, ...]
+    chunks: tuple[int, ...] | None
     seed: int
     transitions: tuple[Transition, ...]
     rollouts: tuple[Rollout, ...]
@@ -100,7 +111,8 @@ class Validation:
         found = []
         for item in self.transitions:
             if not item.difference.relative_l2 <= limit.transition:
-                found.append(f"transition {item.t:.0f} -> {item.r:.0f}: {_words(item.difference)}, allowed {limit.transition:g}")
+                where = f"transition {item.t:.0f} -> {item.r:.0f}{f' of chunk {item.chunk}' if item.chunk else ''}"
+                found.append(f"{where}: {_words(item.difference)}, allowed {limit.transition:g}")
         for rollout in self.rollouts:
             if not rollout.difference.relative_l2 <= limit.rollout:
                 found.append(f"rollout of {rollout.steps} steps: {_words(rollout.difference)}, allowed {limit.rollout:g}")
@@ -125,6 +137,7 @@ def validate(
     shift: float = 5.0,
     seed: int = 0,
     report: Report | None = None,
+    chunks: Sequence[int] | None = None,
 ) -> Validation:
     """Compare two engines.
 
@@ -136,6 +149,8 @@ def validate(
         steps: step counts of the rollouts.
         shift: of their schedules.
         seed: of the latents and embeddings, standard normal.
+        report: where progress goes.
+        chunks: of a causal model: latent frames of each chunk.
 
     Raises:
         AnyFlowError: no threshold for the precision, or shapes that one of the engines refuses.
@@ -145,27 +160,66 @@ def validate(
     latents, text = noise(shape, seed), noise(text_shape, seed + 1)
     report = report or Silent()
     schedules = [Schedule.uniform(n, shift) for n in steps]
-    with report.stage("transitions", PATH.steps) as advance:
+    inputs = Inputs(latents, text, None if chunks is None else tuple(chunks))
+    with report.stage("transitions", PATH.steps * (1 if chunks is None else len({0, len(chunks) - 1}))) as advance:
         transitions = []
-        for t, r, state in _path(reference, latents, text):
-            transitions += [_transition(candidate, reference, state, text, t, *target) for target in _targets(t, r)]
-            advance(1)
+        for chunk, z, starts in _places(candidate, reference, inputs):
+            for t, r, state in _path(starts[1], z):
+                transitions += [_transition(starts, state, t, *target, chunk) for target in _targets(t, r)]
+                advance(1)
     with report.stage("rollouts", float(sum(steps))) as advance:
         rollouts = []
         for schedule in schedules:
-            pair = [sample(engine, latents, text, schedule) for engine in (candidate, reference)]
+            pair = [_whole(engine, inputs, schedule) for engine in (candidate, reference)]
             rollouts.append(Rollout(schedule.steps, difference(pair[0], pair[1])))
             advance(schedule.steps)
     return Validation(
-        candidate.description, reference.description, precision, tuple(shape), tuple(text_shape), seed,
+        candidate.description, reference.description, precision, tuple(shape), tuple(text_shape), inputs.chunks, seed,
         tuple(transitions), tuple(rollouts),
     )  # fmt: skip
 
 
-def _path(reference: Engine, latents: Array, text: Array) -> list[tuple[float, float, Array]]:
+@dataclass(frozen=True)
+class Inputs:
+    """What both engines are given."""
+
+    latents: Array
+    text: Array
+    chunks: tuple[int, ...] | None
+
+
+def _whole(engine: Engine, inputs: Inputs, schedule: Schedule) -> Array:
+    """A whole sample."""
+    if inputs.chunks is None:
+        return sample(engine, inputs.latents, inputs.text, schedule)
+    return np.concatenate([c.latents for c in stream(engine, inputs.latents, inputs.text, schedule, inputs.chunks)], axis=1)
+
+
+def _places(candidate: Engine, reference: Engine, inputs: Inputs) -> Iterator[tuple[int, Array, tuple[Start, Start]]]:
+    """Where transitions are compared: chunk, the noise of it, and what opens a run of it on each engine."""
+    if inputs.chunks is None:
+        yield 0, inputs.latents, (_opener(candidate, inputs.text), _opener(reference, inputs.text))
+        return
+    height, width = inputs.latents.shape[3:]
+    plan = cache_plan(reference.architecture, inputs.chunks, height, width, text_tokens=inputs.text.shape[1])
+    clean = stream(reference, inputs.latents, inputs.text, Schedule.uniform(4), inputs.chunks)
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(contextlib.closing(e.open_stream(inputs.text, plan))) for e in (candidate, reference)]
+        for index, chunk in enumerate(clean):
+            if index in (0, len(plan.chunks) - 1):
+                yield index, inputs.latents[:, chunk.first_frame :][:, : plan.chunks[index]], (opened[0].start, opened[1].start)
+            for memory in opened[: 2 * (index + 1 < len(plan.chunks))]:
+                memory.remember(chunk.latents)
+
+
+def _opener(engine: Engine, text: Array) -> Start:
+    return lambda latents: engine.start(latents, text)
+
+
+def _path(start: Start, latents: Array) -> list[tuple[float, float, Array]]:
     """The states the reference passes through, each with its time and the next."""
     states = []
-    with reference.start(latents, text) as run:
+    with start(np.ascontiguousarray(latents)) as run:
         for t, r in PATH.transitions:
             states.append((t, r, run.read()))
             run.step(t, r)
@@ -178,15 +232,15 @@ def _targets(t: float, r: float) -> list[tuple[float, str]]:
     return targets if r == 0.0 else [(r, "next"), *targets]
 
 
-def _transition(candidate: Engine, reference: Engine, state: Array, text: Array, t: float, r: float, kind: str) -> Transition:
+def _transition(starts: tuple[Start, Start], state: Array, t: float, r: float, kind: str, chunk: int) -> Transition:
     source, target = np.full(state.shape[:2], t, np.float32), np.full(state.shape[:2], r, np.float32)
     if kind == "mixed":
         source[:, 0] = target[:, 0] = 0.0
     velocities = []
-    for engine in (candidate, reference):
-        with engine.start(state, text) as run:
+    for start in starts:
+        with start(state) as run:
             velocities.append(run.velocity(source, target))
-    return Transition(t, r, kind, difference(velocities[0], velocities[1]))
+    return Transition(t, r, kind, difference(velocities[0], velocities[1]), chunk)
 
 
 def _words(d: Difference) -> str:

@@ -31,7 +31,8 @@ def tables(validation: Validation) -> list[Table]:
         items = [item for item in validation.transitions if item.kind == kind]
         if items:
             item = max(items, key=lambda i: i.difference.relative_l2)
-            worst.add_row(title, f"{item.t:.0f}", *_cells(item.difference, validation.threshold.transition))
+            where = f"{item.t:.0f}{f', chunk {item.chunk}' if validation.chunks else ''}"
+            worst.add_row(title, where, *_cells(item.difference, validation.threshold.transition))
     whole = Table("steps", *numbers, title="samples, engine against reference")
     for rollout in validation.rollouts:
         whole.add_row(str(rollout.steps), *_cells(rollout.difference, validation.threshold.rollout))
@@ -57,11 +58,16 @@ def draw(validation: Validation, path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for kind, (title, colour, marker) in KINDS.items():
-        items = [item for item in validation.transitions if item.kind == kind]
-        heights = [max(item.difference.relative_l2, _FLOOR) for item in items]
-        left.plot([item.t for item in items], heights, color=colour, marker=marker, ms=5, lw=1.2, label=title)
+        for chunk in sorted({item.chunk for item in validation.transitions}):
+            items = [item for item in validation.transitions if (item.kind, item.chunk) == (kind, chunk)]
+            heights = [max(item.difference.relative_l2, _FLOOR) for item in items]
+            look = {"ls": "-", "label": f"{title}, chunk {chunk}"} if chunk else {"ls": ":" if validation.chunks else "-"}
+            style = {"label": title, **look} if not validation.chunks else look
+            left.plot([item.t for item in items], heights, color=colour, marker=marker, ms=5, lw=1.2, **style)
     left.invert_xaxis()
-    left.set(xlabel="source time t (1000 = noise)", title="One transition, by time")
+    left.set(
+        xlabel="source time t (1000 = noise)", title=f"One transition, by time{' (dotted: chunk 0)' if validation.chunks else ''}"
+    )
     heights = [max(rollout.difference.relative_l2, _FLOOR) for rollout in validation.rollouts]
     right.plot(range(len(heights)), heights, color="#1b6ca8", marker="o", lw=1.4)
     right.set_xticks(range(len(heights)), [str(rollout.steps) for rollout in validation.rollouts])

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from anyflow_deploy.errors import CheckpointError
+from anyflow_deploy.errors import AnyFlowError, CheckpointError
 from anyflow_deploy.export.safetensors_stream import Entry, read_bytes, read_header
 from anyflow_deploy.export.types import TORCH
+from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.manifest import Source
-from anyflow_deploy.models import Architecture, architecture_from_config
+from anyflow_deploy.models import MODELS, Architecture, architecture_from_config, model_name
 
 STEM = "diffusion_pytorch_model"
 
@@ -135,3 +136,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
     return content
+
+
+def shift_of(weights: Weights) -> float:
+    """The schedule's shift: from the pipeline's scheduler where there is one, else the model's row, else the released models'."""
+    pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
+    path = pipeline / "scheduler" / "scheduler_config.json" if pipeline else None
+    row = MODELS.get(model_name(weights.architecture))
+    default = row.shift if row else 5.0
+    shift = read_json(path).get("shift", default) if path and path.is_file() else default
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not shift > 0:
+        raise AnyFlowError(f"{path} has shift {shift!r}; allowed is any positive number (the released models use 5).")
+    return float(shift)

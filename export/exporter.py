@@ -14,13 +14,14 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import onnx_ir as ir
 
 from anyflow_deploy.bundle import Bundle, BundleWriter
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.checkpoint import pipeline_folder, read_json
+from anyflow_deploy.export.checkpoint import shift_of
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
     OPSETS,
@@ -35,7 +36,7 @@ from anyflow_deploy.export.safetensors_stream import Entry
 from anyflow_deploy.export.trace import Parameter, traced_graph
 from anyflow_deploy.export.transformer import constants
 from anyflow_deploy.export.weights import Weights, check_names, write_weights
-from anyflow_deploy.manifest import Achieved, Graph, Manifest, ScheduleDefaults, Video, stored_ranges
+from anyflow_deploy.manifest import GRAPHS, Achieved, Graph, Manifest, ScheduleDefaults, Video, stored_ranges
 from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.progress import Report, Silent
@@ -79,18 +80,18 @@ def export_bundle(weights: Weights, output: Path, settings: ExportSettings | Non
     settings, report = settings or ExportSettings(), report or Silent()
     architecture = weights.architecture
     ranges = checked(weights, settings)
-    schedule = ScheduleDefaults(shift=_shift(weights), steps=4)
+    schedule = ScheduleDefaults(shift=shift_of(weights), steps=4)
     writer = BundleWriter(output, settings.overwrite)
     _check_space(output.parent, architecture, settings.precision)
     with writer:
         models: dict[str, ir.Model] = {}
         parameters: dict[str, Parameter] = {}
-        for name in ("chunk", "compress") if architecture.causal else ("transition",):
+        for name in GRAPHS[_kind(architecture)]:
             with report.stage(f"tracing {name}, {architecture.num_layers} layers"):
                 traced = traced_graph(name, architecture, ranges, settings.precision, fused=settings.opset == FUSED_OPSET)
             with report.stage(f"translating to ONNX opset {settings.opset}"):
                 models[name] = onnx_from_traced(traced, settings.opset)
-            parameters = traced.parameters
+            parameters = traced.parameters  # the same in every graph
         entries = write_weights(writer, weights, parameters, constants(architecture), report)
         graphs = {name: _written(writer, name, model, entries, settings.opset) for name, model in models.items()}
         return writer.finish(_manifest(weights, settings, ranges, schedule, graphs, _weight_bytes(models.values(), entries)))
@@ -145,7 +146,7 @@ def _manifest(
     architecture = weights.architecture
     name = model_name(architecture)
     return Manifest(
-        kind="causal" if architecture.causal else "bidirectional",
+        kind=_kind(architecture),
         model=name,
         config=architecture.as_config(),
         source=weights.source,
@@ -161,16 +162,8 @@ def _manifest(
     )
 
 
-def _shift(weights: Weights) -> float:
-    """From the pipeline's scheduler where there is one; else the model's row; else what all released models use."""
-    pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
-    path = pipeline / "scheduler" / "scheduler_config.json" if pipeline else None
-    row = MODELS.get(model_name(weights.architecture))
-    default = row.shift if row else 5.0
-    shift = read_json(path).get("shift", default) if path and path.is_file() else default
-    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not shift > 0:
-        raise AnyFlowError(f"{path} has shift {shift!r}; allowed is any positive number (the released models use 5).")
-    return float(shift)
+def _kind(a: Architecture) -> Literal["bidirectional", "causal"]:
+    return "causal" if a.causal else "bidirectional"
 
 
 def _video(a: Architecture, ranges: Ranges) -> Video:

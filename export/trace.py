@@ -14,15 +14,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from anyflow_deploy.export.causal import ChunkTransition, Compression
+from anyflow_deploy.export.causal import ChunkTransition, Compression, TextMemory
 from anyflow_deploy.export.transformer import FlowMapTransformer
 from anyflow_deploy.export.types import SAFETENSORS, TORCH
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.ranges import AXES, Range, Ranges
 
-GRAPHS = {"transition": FlowMapTransformer, "chunk": ChunkTransition, "compress": Compression}
-"""The graphs of a bundle: the first of a bidirectional model, the other two of a causal one."""
+MODULES = {"transition": FlowMapTransformer, "text": TextMemory, "chunk": ChunkTransition, "compress": Compression}
+"""What computes each graph of a bundle (`manifest.GRAPHS` says which kind of model has which)."""
 
 _EXAMPLE = {"batch": 2, "frames": 3, "height": 6, "width": 10, "text": 7, "past": 11}
 """Sizes to trace at, in patches where the axis has patches: all different and above 1, so that torch cannot mistake one
@@ -72,7 +72,7 @@ def traced_graph(graph: str, a: Architecture, ranges: Ranges, precision: str = "
     """Record one graph of a model.
 
     Args:
-        graph: a name in `GRAPHS`.
+        graph: a name in `MODULES`.
         a: which network.
         ranges: axes with one allowed size become constants, all others stay symbolic.
         precision: "fp32", "fp16" or "bf16".
@@ -83,11 +83,11 @@ def traced_graph(graph: str, a: Architecture, ranges: Ranges, precision: str = "
     axes = {axis: _axis(axis, getattr(ranges, axis)) for axis in AXES}
     axes["past"] = (Dim("past"), _EXAMPLE["past"])
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
-        network = GRAPHS[graph](a, compute_type, fused).eval()
+        network = MODULES[graph](a, compute_type, fused).eval()
         example = [torch.zeros([_size(x, axes) for x in i.shape], dtype=i.dtype) for i in inputs.values()]
     shapes = [{n: axes[x][0] for n, x in enumerate(i.shape) if isinstance(x, str)} for i in inputs.values()]
-    named = sum(not name.startswith("past") for name in inputs)
-    dynamic = (*shapes[:named], tuple(shapes[named:])) if graph in ("chunk", "compress") else tuple(shapes)
+    named = sum("." not in name for name in inputs)  # the others, one for each layer, are one *argument
+    dynamic = (*shapes[:named], tuple(shapes[named:])) if named < len(shapes) else tuple(shapes)
     program = torch.export.export(network, tuple(example), dynamic_shapes=dynamic)
     parameters = {n: Parameter(SAFETENSORS[p.dtype], tuple(p.shape)) for n, p in network.named_parameters()}
     symbols = _symbols(program, inputs)
@@ -102,15 +102,18 @@ def _border(graph: str, a: Architecture, compute_type: torch.dtype) -> tuple[dic
     text = {"text": _Input(("batch", "text", a.text_dim))}
     if graph == "transition":
         return {**latents, **times, **text}, {"z_r": video, "velocity": video}
-    positions = {"positions": _Input(("frames",), torch.int64)}
-    memory = _Input(("batch", "past", a.num_attention_heads, a.attention_head_dim), compute_type)
+    channels = (a.num_attention_heads, a.attention_head_dim)
     names = [f"{part}.{layer}" for layer in range(a.num_layers) for part in ("key", "value")]
-    present: dict[str, Axes] = dict.fromkeys(names, ("batch", "tokens", a.num_attention_heads, a.attention_head_dim))
-    if graph == "chunk":
-        past = {f"past_{name}": memory for name in names}
-        return {**latents, **times, **text, **positions, **past}, {"z_r": video, "velocity": video, **present}
-    past = {f"past_{name}": memory for name in names[:-2]}
-    return {**latents, **text, **positions, **past}, present
+    own: Axes = ("batch", "text" if graph == "text" else "tokens", *channels)
+    present = dict.fromkeys(names, own)
+    if graph == "text":
+        return text, {f"text_{name}": axes for name, axes in present.items()}
+    seen = names if graph == "chunk" else names[:-2]  # the last layer of compress attends to nothing
+    memory = {f"{what}_{name}": _Input(("batch", what, *channels), compute_type) for what in ("text", "past") for name in seen}
+    positions = {"positions": _Input(("frames",), torch.int64)}
+    if graph == "compress":
+        return {**latents, **positions, **memory}, present
+    return {**latents, **times, **positions, **memory}, {"z_r": video, "velocity": video, **present}
 
 
 def _size(axis: int | str, axes: dict[str, tuple[object, int]]) -> int:

@@ -22,7 +22,7 @@ Two letters side by side, as in (B N, D), are one dimension. Source: arXiv 2605.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -142,13 +142,13 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, d))
 
     def forward(
-        self, x: Tensor, text: Tensor, modulation: Tensor, rotation: Rotation, ones: Tensor, past: KeyValue | None = None
+        self, x: Tensor, words: KeyValue, modulation: Tensor, rotation: Rotation, ones: Tensor, past: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue]:
         """One layer.
 
         Args:
             x: float32 (B, F, S, D).
-            text: (B L, D).
+            words: keys and values of the text, (B, L, A, E).
             modulation: float32 (B, F, 6, D).
             rotation: of the tokens of `x`.
             ones: float32 (D), see `modulated`.
@@ -164,7 +164,7 @@ class Block(nn.Module):
         own = self.attn1.key_value(h, batch, rotation)
         memory = own if past is None else (torch.cat((past[0], own[0]), 1), torch.cat((past[1], own[1]), 1))
         x = x + self.attn1(h, memory, batch, rotation).view(x.shape) * gate
-        x = x + self.attn2(self.norm2(x).flatten(0, 2), self.attn2.key_value(text, batch), batch).view(x.shape)
+        x = x + self.attn2(self.norm2(x).flatten(0, 2), words, batch).view(x.shape)
         h = modulated(x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
         return cast(Tensor, x + self.ffn(h).view(x.shape) * ffn_gate), own
 
@@ -260,20 +260,23 @@ class FlowMapTransformer(nn.Module):
         """
         _, frames, _, height, width = latents.shape
         rotation = self.rope(frames, height // self.patch, width // self.patch)
-        z_r, velocity, _ = self.transition(latents, t, r, text, rotation)
+        z_r, velocity, _ = self.transition(latents, t, r, self.words(text), rotation)
         return z_r, velocity
 
     def transition(
-        self, latents: Tensor, t: Tensor, r: Tensor, text: Tensor, rotation: Rotation, past: Sequence[KeyValue] = ()
+        self, latents: Tensor, t: Tensor, r: Tensor, words: Iterable[KeyValue], rotation: Rotation, past: Sequence[KeyValue] = ()
     ) -> tuple[Tensor, Tensor, list[KeyValue]]:
-        """`forward`, given the tokens' rotation and, layer by layer, what came before; also the own keys and values."""
+        """`forward`, given the tokens' rotation and, layer by layer, the text's keys and values and what came before.
+
+        Also returns the own keys and values.
+        """
         batch, frames, _, height, width = latents.shape
         x = self.tokens(self.patch_embedding, latents)
-        times, modulation, words = self.conditions(t, r, text)
+        times, modulation = self.conditions(t, r)
         ones = self.get_buffer("ones")
         present = []
-        for index, block in enumerate(self.blocks):
-            x, own = block(x, words, modulation, rotation, ones, past[index] if past else None)
+        for index, (block, text) in enumerate(zip(self.blocks, words, strict=True)):
+            x, own = block(x, text, modulation, rotation, ones, past[index] if past else None)
             present.append(own)
         shift, scale = (self.scale_shift_table + times.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
         x = modulated(x, shift, scale, ones, self.eps)
@@ -287,11 +290,15 @@ class FlowMapTransformer(nn.Module):
         x = embedding(latents.flatten(0, 1).unsqueeze(2))
         return cast(Tensor, x.flatten(2).transpose(1, 2).unflatten(0, latents.shape[:2]))
 
-    def conditions(self, t: Tensor, r: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Time embedding (B F, D), the modulation made of it (B, F, 6, D), and embedded text (B L, D)."""
+    def conditions(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding (B F, D), and the modulation made of it (B, F, 6, D)."""
         times = self.condition_embedder.times(t.flatten(), r.flatten())
-        modulation = self.condition_embedder.time_proj(F.silu(times)).view(*t.shape, 6, -1)
-        return times, modulation, self.condition_embedder.text(text.flatten(0, 1))
+        return times, self.condition_embedder.time_proj(F.silu(times)).view(*t.shape, 6, -1)
+
+    def words(self, text: Tensor) -> Iterator[KeyValue]:
+        """Keys and values (B, L, A, E) of the text (B, L, text_dim) in each layer, made when the layer is reached."""
+        embedded = self.condition_embedder.text(text.flatten(0, 1))
+        return (cast(Block, block).attn2.key_value(embedded, text.shape[0]) for block in self.blocks)
 
     def _image(self, x: Tensor) -> Tensor:
         """Patches (B, F, h, w, p p C) back to (B, F, C, H, W)."""

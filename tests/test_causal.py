@@ -19,9 +19,9 @@ from anyflow_deploy import MODELS, AnyFlowError, Chunk, Schedule, ShapeError, lo
 from anyflow_deploy.engines.cache import cache_plan, check_budget
 from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.export.causal import ChunkTransition, Compression
+from anyflow_deploy.export.causal import Compression, TextMemory
 from anyflow_deploy.export.checkpoint import open_checkpoint
-from anyflow_deploy.export.transformer import constants
+from anyflow_deploy.export.network_engine import NetworkEngine, network_from_weights
 from tests.conftest import GOLDEN, SMALL, Export
 from tests.test_graph import TENSORRT_10_3
 
@@ -68,6 +68,13 @@ def test_samples(oracle: dict[str, Any], any_engine: tuple[BundleEngine, float],
     assert difference(made, oracle[f"sample_{steps}"]).relative_l2 < limit
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_samples_in_torch(oracle: dict[str, Any], steps: int) -> None:
+    engine = NetworkEngine(open_checkpoint(CAUSAL))
+    made = whole(stream(engine, oracle["latents"], oracle["text"], Schedule.uniform(steps)))
+    assert difference(made, oracle[f"sample_{steps}"]).relative_l2 < FLOAT32
+
+
 def test_samples_from_a_context(oracle: dict[str, Any], any_engine: tuple[BundleEngine, float]) -> None:
     engine, limit = any_engine
     chunks = list(stream(engine, oracle["latents"], oracle["text"], Schedule.uniform(4), context=oracle["context"]))
@@ -107,15 +114,9 @@ def test_diffusers_class_is_wrong_where_tokens_are_not_a_multiple_of_128(oracle:
 def reference(oracle: dict[str, Any], chunks: Sequence[int], latents: NDArray[np.float32], window: int) -> NDArray[np.float32]:
     """A windowed stream of one step a chunk, in torch, with a list for a cache."""
     checkpoint = open_checkpoint(SMALL.parent / "causal")
-    modules = []
-    for kind in (ChunkTransition, Compression):
-        module = kind(checkpoint.architecture)
-        module.load_state_dict({name: checkpoint.read(name) for name in checkpoint.shapes()})
-        for name, value in constants(checkpoint.architecture).items():
-            module.get_buffer(name).copy_(value)
-        modules.append(module.eval())
-    chunk, compress = modules
-    layers, z, text = checkpoint.architecture.num_layers, torch.from_numpy(latents), torch.from_numpy(oracle["text"])
+    chunk = network_from_weights(checkpoint)
+    layers, z = checkpoint.architecture.num_layers, torch.from_numpy(latents)
+    words = TextMemory.forward(chunk, torch.from_numpy(oracle["text"]))
     nothing = [torch.zeros(1, 0, 4, 24)] * (2 * layers)
     joined = lambda parts: [torch.cat(tensors, 1) for tensors in zip(*([nothing, *parts]), strict=True)]  # noqa: E731
     old: list[Any] = []
@@ -124,7 +125,7 @@ def reference(oracle: dict[str, Any], chunks: Sequence[int], latents: NDArray[np
     for frames in chunks:
         positions = torch.arange(first, first + frames)
         t = torch.full((1, frames), 1000.0)
-        out = chunk(z[:, first : first + frames], t, 0 * t, text, positions, *joined([*old, *recent]))[0]
+        out = chunk(z[:, first : first + frames], t, 0 * t, positions, *words, *joined([*old, *recent]))[0]
         made.append(out)
         clean.append((out, positions))
         first += frames
@@ -132,13 +133,13 @@ def reference(oracle: dict[str, Any], chunks: Sequence[int], latents: NDArray[np
             item = clean.pop(0)
             if len(old) == 1 + window:
                 del old[1]
-            old.append(list(compress(*[item[0], text, item[1]], *joined(old)[:-2])))
+            old.append(list(Compression.forward(chunk, *item, *words[:-2], *joined(old)[:-2])))
             recent, todo = [], clean
         else:
             todo = clean[-1:]
         for latent, where in todo:
             still = torch.zeros(1, latent.shape[1])
-            recent.append(list(chunk(latent, still, still, text, where, *joined([*old, *recent]))[2:]))
+            recent.append(list(chunk(latent, still, still, where, *words, *joined([*old, *recent]))[2:]))
     return torch.cat(made, 1).numpy()
 
 
@@ -211,7 +212,7 @@ def test_an_exception_in_the_consumer_leaves_the_engine_usable(oracle: dict[str,
         ({"context": noise((1, 1, 4, 12, 16), 0)}, "only the frames may differ"),
         ({"latents": noise((1, 4, 12, 12, 20), 0)}, "has 12 latent frames and latents have 4"),
         ({"latents": noise((2, 12, 4, 12, 20), 0)}, "one video"),
-        ({"latents": noise((1, 12, 4, 10, 20), 0)}, "multiples of 4 rows and columns"),
+        ({"latents": noise((1, 12, 4, 11, 20), 0)}, "latents of 11 x 20: a causal model takes multiples of 2, from 4 on"),
         ({"text": noise((2, 9, 32), 0)}, "one video at a time"),
         ({"window": 0}, "window is 0; allowed are whole numbers from 1"),
     ],
@@ -225,7 +226,7 @@ def test_wrong_streams_are_refused_at_once(
 
 
 def test_a_chunk_beyond_the_plan_is_refused(oracle: dict[str, Any], engine: BundleEngine) -> None:
-    memory = engine.open_stream(oracle["text"], cache_plan(engine.bundle.manifest.architecture, (1, 1), 12, 20))
+    memory = engine.open_stream(oracle["text"], cache_plan(engine.architecture, (1, 1), 12, 20))
     with pytest.raises(AnyFlowError, match="chunk 0 has 1 latent frames in the plan; 3 were given"):
         memory.start(oracle["latents"][:, :3])
     memory.remember(oracle["latents"][:, :1])
@@ -252,7 +253,7 @@ def test_the_plan_of_the_released_model() -> None:
         *((frames * 390, 6 * 1560) for frames in (1, 4, 7, 10, 13)),
     ]
     assert plan.capacity == 13 * 390 + 6 * 1560
-    assert plan.bytes(2) == 2 * 30 * plan.capacity * 1536 * 2
+    assert plan.bytes(2) == 2 * 30 * (plan.capacity + 512) * 1536 * 2
     assert plan.encoded_tokens == 58_110
 
 
@@ -268,28 +269,35 @@ def test_a_window_makes_memory_flat() -> None:
 def test_a_cache_that_does_not_fit_is_refused_with_the_numbers() -> None:
     plan = cache_plan(MODELS["far-1.3b"].architecture, None, 60, 104)
     check_budget(plan, 2, plan.bytes(2))
-    with pytest.raises(AnyFlowError, match=r"8 chunks takes 2,659\.7 MB \(14,430 tokens in 30 layers\); 1,000\.0 MB are allowed"):
+    with pytest.raises(
+        AnyFlowError, match=r"8 chunks takes 2,754\.1 MB \(14,430 tokens and 512 of text in 30 layers\); 1,000\.0 MB are allowed"
+    ):
         check_budget(plan, 2, 1e9)
 
 
-def test_sides_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ShapeError, match="latents of 90 x 160: a causal model takes multiples of 4"):
-        cache_plan(MODELS["far-1.3b"].architecture, None, 90, 160)
+def test_sides_that_the_coarse_patches_do_not_divide() -> None:
+    """720p has 90 latent rows: 22 coarse patches, and two rows that compressed chunks leave out."""
+    plan = cache_plan(MODELS["far-1.3b"].architecture, None, 90, 160)
+    assert (plan.full_tokens, plan.compressed_tokens) == (45 * 80, 22 * 40)
+    with pytest.raises(ShapeError, match="latents of 90 x 2: a causal model takes multiples of 2, from 4 on"):
+        cache_plan(MODELS["far-1.3b"].architecture, None, 90, 2)
 
 
 def test_the_bundle_of_a_causal_model(exported: Export) -> None:
     bundle = exported(SMALL.parent / "causal", "fp16")
-    assert bundle.manifest.kind == "causal" and set(bundle.manifest.graphs) == {"chunk", "compress"}
-    chunk, compress = bundle.manifest.graphs["chunk"], bundle.manifest.graphs["compress"]
-    assert [t.name for t in chunk.inputs[:7]] == ["latents", "t", "r", "text", "positions", "past_key.0", "past_value.0"]
-    assert chunk.inputs[5].dtype == "float16" and chunk.inputs[5].shape == [1, "past", 4, 24]
+    assert bundle.manifest.kind == "causal" and list(bundle.manifest.graphs) == ["text", "chunk", "compress"]
+    text, chunk, compress = bundle.manifest.graphs.values()
+    assert [t.name for t in text.inputs] == ["text"] and text.outputs[1].name == "text_value.0"
+    assert [t.name for t in chunk.inputs[:6]] == ["latents", "t", "r", "positions", "text_key.0", "text_value.0"]
+    past = chunk.inputs[4 + 2 * 3]
+    assert (past.name, past.dtype, past.shape) == ("past_key.0", "float16", [1, "past", 4, 24])
     assert [t.name for t in chunk.outputs[:4]] == ["z_r", "velocity", "key.0", "value.0"]
-    assert len(compress.inputs) == 3 + 2 * 2 and len(compress.outputs) == 2 * 3
+    assert len(compress.inputs) == 2 + 2 * 2 * 2 and len(compress.outputs) == 2 * 3
     stored = load_file(bundle.path / "weights.safetensors")
     assert sum(bundle.manifest.achieved.weight_bytes.values()) == sum(a.nbytes for a in stored.values())
 
 
-@pytest.mark.parametrize("graph", ["chunk", "compress"])
+@pytest.mark.parametrize("graph", ["text", "chunk", "compress"])
 def test_opset_20_is_what_tensorrt_10_3_parses(exported: Export, graph: str) -> None:
     import onnx
 

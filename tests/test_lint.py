@@ -26,6 +26,7 @@ from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines import tensorrt_lint, tensorrt_model_rules, tensorrt_node_rules, tensorrt_quantization_rules
 from anyflow_deploy.engines.tensorrt_lint import Finding, lint, lint_bundle
 from anyflow_deploy.engines.tensorrt_operators import OPERATORS, accepted, first_version, max_opset, version_from_text
+from anyflow_deploy.manifest import GRAPHS
 from tests.conftest import SMALL, Export
 
 F = ["n", 4]
@@ -365,7 +366,7 @@ def test_what_we_export_is_clean_where_its_opset_is_read(small_bundle: Export, p
 @pytest.mark.parametrize(("precision", "opset"), [("fp16", 20), ("fp32", 23)])
 def test_causal_exports_are_clean_too(exported: Export, precision: str, opset: int) -> None:
     bundle = exported(SMALL.parent / "causal", precision, opset)
-    assert set(bundle.manifest.graphs) == {"chunk", "compress"}
+    assert set(bundle.manifest.graphs) == GRAPHS["causal"]
     assert lint_bundle(bundle, ["10.15", NEW] if opset == 23 else [OLD, NEW]) == []
 
 

@@ -278,13 +278,13 @@ def test_export_lines() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", r"^nothing to export: give --checkpoint DIR, --model NAME, or --model NAME --random-weights\.$"),
+        ("", r"^nothing to start from: give --checkpoint DIR, --model NAME, or --model NAME --random-weights\.$"),
         ("--model 1.3", r"^unknown model '1\.3': known are .* Did you mean '1\.3b'\?$"),
         ("--model", r"model"),
         ("--modle tiny", r"^unknown flag --modle\. Did you mean '--model'\?$"),
         ("tiny", r"^surplus argument 'tiny'"),
         ("--random-weights tiny", r"^surplus argument 'tiny'"),
-        ("--random-weights", r"^nothing to export"),
+        ("--random-weights", r"^nothing to start from"),
         (
             "--random-weights --checkpoint c",
             r"^--random-weights takes the architecture from --model NAME, and no --checkpoint\.$",

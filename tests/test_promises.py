@@ -14,10 +14,12 @@ import pytest
 from matplotlib import pyplot
 
 from anyflow_deploy import MODELS, Bundle
+from anyflow_deploy.cli.calibrate import CalibrateOptions
 from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.generate import GenerateOptions
 from anyflow_deploy.cli.inspect import InspectOptions
 from anyflow_deploy.cli.options import Options, parsed
+from anyflow_deploy.cli.sensitivity import SensitivityOptions
 from anyflow_deploy.cli.validate import ValidateOptions
 from anyflow_deploy.export import hub
 from anyflow_deploy.export.checkpoint import open_checkpoint
@@ -27,9 +29,11 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 COMMANDS: dict[str, type[Options]] = {
+    "anyflow-calibrate": CalibrateOptions,
     "anyflow-export": ExportOptions,
     "anyflow-generate": GenerateOptions,
     "anyflow-inspect": InspectOptions,
+    "anyflow-sensitivity": SensitivityOptions,
     "anyflow-validate": ValidateOptions,
 }
 
@@ -106,10 +110,11 @@ def test_the_readme_commands_run(tiny_pipeline: Path, far_pipeline: Path, tmp_pa
             assert done.returncode == 0, done.stderr
             ran.append(words[0])
     made, looked = ["anyflow-export", "anyflow-generate"], ["anyflow-inspect", "anyflow-validate"]
-    assert ran == [made[0], looked[0], *looked, made[1], *made, made[1]]
+    eight_bits = ["anyflow-calibrate", "anyflow-sensitivity"]
+    assert ran == [made[0], looked[0], *looked, made[1], *eight_bits, *made, made[1]]
     for name in ("fox", "fox-stream", "fox-image"):
         assert (tmp_path / f"{name}.mp4").stat().st_size > 1000
-    assert (tmp_path / "my-bundle" / "validation.png").is_file()
+    assert {path.name for path in (tmp_path / "my-bundle").glob("*.png")} == {"validation.png", "sensitivity.png"}
 
 
 def test_the_readme_python_runs(

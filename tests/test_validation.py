@@ -17,6 +17,7 @@ from anyflow_deploy.engines import validation
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.validation_report import draw
 from anyflow_deploy.export.safetensors_stream import read_header
+from tests.conftest import SMALL, Export
 
 
 def damaged(bundle: Bundle, folder: Path, name: str, factor: float) -> Path:
@@ -45,6 +46,22 @@ def test_a_right_engine_is_valid(small_bundle: object, precision: str, tmp_path:
     assert [item["steps"] for item in report["rollouts"]] == [1, 2, 4, 8]
     assert all(math.isfinite(item["difference"]["psnr_db"]) for item in report["transitions"])
     assert (tmp_path / "validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_right_causal_engine_is_valid_and_a_damaged_cache_is_not(
+    exported: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = exported(SMALL.parent / "causal")
+    assert validate(ValidateOptions(bundle=bundle.path, output=tmp_path, steps=(1, 2), height=64, width=64)) == 0
+    report = json.loads((tmp_path / "validation.json").read_text())
+    assert report["chunks"] == [1, 3, 3, 3, 2] and {item["chunk"] for item in report["transitions"]} == {0, 4}
+    assert (tmp_path / "validation.png").read_bytes().startswith(b"\x89PNG")
+    folder = damaged(bundle, tmp_path / "damaged", "far_patch_embedding.weight", 1.05)
+    assert validate(ValidateOptions(bundle=folder, steps=(1, 2), height=64, width=64)) == 1
+    failures = json.loads((folder / "validation.json").read_text())["failures"]
+    assert failures and all("of chunk 4" in text or "rollout" in text for text in failures)
+    with pytest.raises(AnyFlowError, match="Leave --frames out"):
+        validate(ValidateOptions(bundle=bundle.path, frames=9))
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from rich.markup import escape
 
 from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.cli.lint import warn_about_tensorrt
-from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.cli.options import console, run
+from anyflow_deploy.cli.weights import WeightOptions, checked_name
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, get_model
+from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.ranges import Range, latent_frames, latent_side, parsed_span
 from anyflow_deploy.targets import check_precision, get_target
@@ -24,7 +25,7 @@ _AUTO_CHECK_BYTES = 2 << 30
 """Memory that checking the numbers may take without being asked for: reference and engine both hold the model."""
 
 
-class ExportOptions(Options):
+class ExportOptions(WeightOptions):
     """Export an AnyFlow checkpoint to a bundle: an ONNX graph, its weights and a manifest, in one folder.
 
     Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with --random-weights)."""
@@ -35,10 +36,6 @@ class ExportOptions(Options):
         "anyflow-export --model 14b --random-weights --frames 1:81 --height 480 --width 832",
     )
 
-    model: str | None = Field(None, description=f"one of {', '.join(MODELS)}; not needed with --checkpoint")
-    checkpoint: str | None = Field(None, description="a diffusers pipeline folder, or its transformer/")
-    random_weights: bool = Field(False, description="the architecture with seeded weights, nothing downloaded")
-    seed: int = Field(0, ge=0, description="of --random-weights")
     precision: str = Field("fp32", description="fp32, fp16 or bf16")
     output: Path | None = Field(None, description="bundle folder to create (default MODEL-PRECISION)")
     target: str = Field("cpu", description="device the bundle is for; decides which precisions are allowed")
@@ -51,11 +48,6 @@ class ExportOptions(Options):
     check: str = Field("auto", description="compare with PyTorch afterwards: auto (small models), full, none")
     overwrite: bool = Field(False, description="replace a bundle at --output")
 
-    @field_validator("model")
-    @classmethod
-    def _known_model(cls, name: str | None) -> str | None:
-        return name if name is None else _named(get_model, name)
-
     @field_validator("check")
     @classmethod
     def _known_check(cls, name: str) -> str:
@@ -65,16 +57,12 @@ class ExportOptions(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> ExportOptions:
-        _named(get_precision, self.precision)
+        checked_name(get_precision, self.precision)
         try:
             check_precision(get_target(self.target), self.precision)
             self.ranges()
         except AnyFlowError as error:
             raise ValueError(str(error)) from None
-        if self.model is None and self.checkpoint is None:
-            raise ValueError("nothing to export: give --checkpoint DIR, --model NAME, or --model NAME --random-weights.")
-        if self.random_weights and (self.model is None or self.checkpoint is not None):
-            raise ValueError("--random-weights takes the architecture from --model NAME, and no --checkpoint.")
         return self
 
     def ranges(self) -> dict[str, Range]:
@@ -93,15 +81,6 @@ class ExportOptions(Options):
         return found
 
 
-def _named(lookup: object, name: str) -> str:
-    """A table's row exists; its error becomes one that pydantic passes on."""
-    try:
-        lookup(name)  # type: ignore[operator]
-    except AnyFlowError as error:
-        raise ValueError(str(error)) from None
-    return name
-
-
 def export(options: ExportOptions) -> int:
     """Do it; returns the exit status."""
     from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
@@ -110,7 +89,7 @@ def export(options: ExportOptions) -> int:
     started = time.perf_counter()
     output = options.output or Path(f"{_label(options)}-{options.precision}")
     settings = ExportSettings(options.precision, options.target, options.opset, options.ranges(), options.overwrite)
-    weights = _weights(options)
+    weights = options.weights()
     checked(weights, settings)
     with Bars(console) as bars:
         bundle = export_bundle(weights, output, settings, bars)
@@ -127,23 +106,6 @@ def _label(options: ExportOptions) -> str:
     return options.model or Path(options.checkpoint or ".").resolve().name
 
 
-def _weights(options: ExportOptions):  # type: ignore[no-untyped-def]
-    """Open what is to be exported."""
-    from anyflow_deploy.export.checkpoint import open_checkpoint
-    from anyflow_deploy.export.hub import TRANSFORMER_FILES, pipeline_from_model
-    from anyflow_deploy.export.random_weights import RandomWeights
-
-    if options.random_weights:
-        model = get_model(str(options.model))
-        return RandomWeights(model.architecture, model.name, options.seed)
-    if options.checkpoint is None:
-        return open_checkpoint(*pipeline_from_model(get_model(str(options.model)), TRANSFORMER_FILES))
-    weights = open_checkpoint(options.checkpoint)
-    if options.model is not None and weights.architecture != get_model(options.model).architecture:
-        raise AnyFlowError(f"{options.checkpoint} is not a {options.model}: its config.json differs. Leave --model out.")
-    return weights
-
-
 def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # type: ignore[no-untyped-def]
     """Compare the new bundle with PyTorch where that is asked for, or cheap."""
     from anyflow_deploy.cli.validate import ValidateOptions, validated
@@ -152,11 +114,6 @@ def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # t
     why = ""
     if options.check == "none":
         why = "--check none"
-    elif bundle.manifest.kind == "causal":
-        console.print(
-            "numbers not checked: this version validates bidirectional bundles; tests/test_causal.py holds the golden ones."
-        )
-        return 0
     elif options.precision not in get_target("cpu").precisions:
         why = f"{options.precision} does not run on this machine's CPU"
     elif options.check == "auto" and needed > _AUTO_CHECK_BYTES:

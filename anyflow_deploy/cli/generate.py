@@ -355,7 +355,7 @@ def _schedule(options: GenerateOptions, bundle: Bundle) -> Schedule:
 def _latent_shape(options: GenerateOptions, bundle: Bundle) -> tuple[int, int, int, int]:
     """(F, C, H, W) of the video asked for, by the VAE's and the patches' rules."""
     video, a = bundle.manifest.video, bundle.manifest.architecture
-    patch = (a.compressed_patch_size or a.patch_size)[1]
+    patch = a.patch_size[1]
     default = (sum(options.chunks) - 1) * video.temporal_factor + 1 if options.chunks else video.frames
     frames = latent_frames(options.frames or default, video.temporal_factor)
     height = latent_side(options.height or video.height, video.spatial_factor, patch, "height")

@@ -22,8 +22,9 @@ _TEXT_TOKENS = 32
 
 
 class ValidateOptions(Options):
-    """Compare a bundle's engine with diffusers in PyTorch float32: transitions at many (t, r), and whole samples.
+    """Compare a bundle's engine with PyTorch in float32: transitions at many (t, r), and whole samples or streams.
 
+    The reference is diffusers' class, or for causal models this project's own module: diffusers' attends to padding.
     Writes validation.json and validation.png. Exit status 0: within the thresholds of its precision; 1: over."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
@@ -36,7 +37,7 @@ class ValidateOptions(Options):
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     device: str = Field("cpu", description="torch device of the reference")
     steps: Steps = Field((1, 2, 4, 8), min_length=1, description="step counts of the whole samples")
-    frames: int = Field(9, description="size of the test video: frames")
+    frames: int = Field(9, description="size of the test video: frames (a causal model makes its first chunks)")
     height: int = Field(96, description="pixels")
     width: int = Field(160, description="pixels")
     seed: int = Field(0, ge=0, description="of the test inputs")
@@ -48,27 +49,27 @@ def validate(options: ValidateOptions) -> int:
     from anyflow_deploy.export.reference import weights_from_manifest
 
     bundle = load_bundle(options.bundle)
-    if bundle.manifest.kind != "bidirectional":
-        raise AnyFlowError(f"{options.bundle} is {bundle.manifest.kind}; this version validates bidirectional bundles only.")
     return validated(bundle, options, weights_from_manifest(bundle.manifest, options.checkpoint))
 
 
 def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     """Compare a bundle with the weights it came from; prints, writes the report, returns the exit status."""
     from anyflow_deploy.engines import validation
+    from anyflow_deploy.export.network_engine import NetworkEngine
     from anyflow_deploy.export.reference import TorchEngine
 
     folder = options.output or bundle.path
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise AnyFlowError(f"{folder} is not a folder that can be written to. Choose another --output.")
-    shape, text = _shapes(bundle, options)
+    chunks = _chunks(bundle, options)
+    shape, text = _shapes(bundle, options, sum(chunks) if chunks else None)
     engine = load_engine(bundle, options.backend, options.provider, options.threads)
     with Bars(console) as bars:
         with bars.stage("loading the reference"):
-            reference = TorchEngine(weights, options.device)
+            reference = (NetworkEngine if chunks else TorchEngine)(weights, options.device)
         shift = bundle.manifest.schedule.shift
         result = validation.validate(
-            engine, reference, bundle.manifest.precision, shape, text, options.steps, shift, options.seed, bars
+            engine, reference, bundle.manifest.precision, shape, text, options.steps, shift, options.seed, bars, chunks
         )
     _write(folder, bundle, result)
     for failure in result.failures[:5]:
@@ -78,8 +79,19 @@ def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     return 1 if result.failures else 0
 
 
-def _shapes(bundle: Bundle, options: ValidateOptions) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The size asked for, moved to the nearest one the bundle declares when it is only the default."""
+def _chunks(bundle: Bundle, options: ValidateOptions) -> tuple[int, ...] | None:
+    """The first chunks of a causal model's plan, until the cache holds two compressed ones; None of a bidirectional model."""
+    a = bundle.manifest.architecture
+    if a.chunk_partition is None or a.full_chunk_limit is None:
+        return None
+    if "frames" in options.model_fields_set:
+        raise AnyFlowError(f"{bundle.path} is causal: its first chunks are compared, whatever their length. Leave --frames out.")
+    allowed = bundle.manifest.shape_ranges.frames
+    return tuple(allowed.nearest(frames) for frames in a.chunk_partition[: a.full_chunk_limit + 2])
+
+
+def _shapes(bundle: Bundle, options: ValidateOptions, frames: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The size asked for, moved to the nearest one the bundle declares when it is only the default; `frames` is settled."""
     ranges, video, a = bundle.manifest.shape_ranges, bundle.manifest.video, bundle.manifest.architecture
     sizes = {"frames": latent_frames(options.frames, video.temporal_factor)}
     for axis in ("height", "width"):
@@ -90,10 +102,9 @@ def _shapes(bundle: Bundle, options: ValidateOptions) -> tuple[tuple[int, ...], 
         if axis not in options.model_fields_set:
             sizes[axis] = getattr(ranges, axis).nearest(sizes[axis])
     batch = ranges.batch.nearest(1)
-    latents = (batch, sizes["frames"], a.in_channels, sizes["height"], sizes["width"])
     text = (batch, ranges.text.nearest(_TEXT_TOKENS), a.text_dim)
-    ranges.check(latents, text)
-    return latents, text
+    ranges.check((batch, sizes["frames"], a.in_channels, sizes["height"], sizes["width"]), text)
+    return (batch, frames or sizes["frames"], a.in_channels, sizes["height"], sizes["width"]), text
 
 
 def _write(folder: Path, bundle: Bundle, result: Any) -> None:

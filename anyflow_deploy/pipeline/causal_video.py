@@ -34,9 +34,9 @@ def planned(manifest: Manifest, chunks: Sequence[int] | None, shape: Sequence[in
 
     Raises:
         AnyFlowError: chunks that do not sum to F, naming both and what to give instead.
-        ShapeError: height or width that the coarser patches do not divide.
+        ShapeError: height or width that the patches do not divide.
     """
-    plan = cache_plan(manifest.architecture, chunks, shape[2], shape[3], window)
+    plan = cache_plan(manifest.architecture, chunks, shape[2], shape[3], window, manifest.video.text_tokens)
     if plan.frames == shape[0]:
         return plan
     factor = manifest.video.temporal_factor

@@ -143,7 +143,8 @@ class EngineFARTransformer(EngineTransformer):
 
     def _streams(self, kv_cache: dict[Any, Any], text: Tensor, chunks: list[int], size: torch.Size) -> list[Stream]:
         """The streams of a pipeline call, opened at its first step; they learn of later chunks as these come."""
-        plan = cache_plan(self.engine.bundle.manifest.architecture, chunks, *size)
+        height, width = size
+        plan = cache_plan(self.engine.architecture, chunks, height, width, text_tokens=text.shape[1])
         if "engine_streams" not in kv_cache:
             words = _array(text)
             kv_cache["engine_streams"] = [self.engine.open_stream(words[i : i + 1], plan) for i in range(len(words))]

@@ -1,0 +1,98 @@
+"""`anyflow-calibrate`: how large activations become, measured once for all 8-bit exports of the same weights."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field
+from rich.markup import escape
+
+from anyflow_deploy.calibration import CALIBRATION
+from anyflow_deploy.cli.options import Steps, console, run
+from anyflow_deploy.cli.weights import WeightOptions
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.progress import Bars
+
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+
+
+class CalibrateOptions(WeightOptions):
+    """Measure activation ranges for int8 and fp8: ModelOpt watches rollouts of many lengths, in float32.
+
+    An interrupted calibration goes on where it was when the same command is given again. A smaller video is faster; the
+    size that will be generated is the safest."""
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "anyflow-calibrate --model 1.3b --device cuda",
+        "anyflow-calibrate --checkpoint my-anyflow --prompts prompts.txt --frames 17 --height 256 --width 448",
+    )
+
+    prompts: Path | None = Field(None, description="text file, one prompt a line (default: eight built-in ones)")
+    steps: Steps = Field((1, 2, 4, 8), min_length=1, description="step counts; sweeps over all times come on top")
+    seeds: Seeds = Field((0,), min_length=1, description="of the noise")
+    frames: int | None = Field(None, ge=1, description="4n+1 (default: the video that the model generates)")
+    height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
+    width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
+    device: str = Field("cpu", description="torch device, as cpu or cuda")
+    output: Path = Field(Path(CALIBRATION), description="file to write")
+    overwrite: bool = Field(False, description="replace --output")
+
+
+def calibrate(options: CalibrateOptions) -> int:
+    """Do it; returns the exit status."""
+    from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, partial_path, write_calibration
+    from anyflow_deploy.export.calibration_text import PROMPTS, prompt_text, prompts_from_file
+    from anyflow_deploy.export.modelopt import load_modelopt
+    from anyflow_deploy.export.random_weights import parameter_shapes
+    from anyflow_deploy.export.rollouts import latent_shape
+    from anyflow_deploy.export.weights import check_names
+
+    started = time.perf_counter()
+    check_output(options.output, options.overwrite)
+    prompts = PROMPTS if options.prompts is None else prompts_from_file(options.prompts)
+    weights = options.weights()
+    check_names(weights, parameter_shapes(weights.architecture))
+    shape = latent_shape(weights.architecture, options.frames, options.height, options.width)
+    partial = partial_path(options.output)
+    with Bars(console) as bars:
+        with bars.stage("loading ModelOpt"):
+            load_modelopt()
+        with bars.stage(f"embedding {len(prompts)} prompts"):
+            text = prompt_text(weights, prompts)
+        if text.source == "random":
+            console.print("[yellow]no text encoder[/] with these weights: random embeddings stand in for the prompts.")
+        settings = CalibrationSettings(
+            text, shape, options.steps, options.seeds, options.device, partial, lambda line: console.print(escape(line))
+        )
+        try:
+            calibration = calibrated(weights, settings, bars)
+        except KeyboardInterrupt:
+            console.print("finished rollouts are kept: the same command goes on from there.")
+            raise
+    write_calibration(options.output, calibration)
+    partial.unlink(missing_ok=True)
+    seconds = time.perf_counter() - started
+    console.print(
+        f"[green]calibrated[/] {len(calibration.tensors)} tensors in {seconds:.1f} s: [bold]{escape(str(options.output))}[/]"
+    )
+    return 0
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Refuse an output file that is there, or cannot be, before any work.
+
+    Raises:
+        AnyFlowError: saying which.
+    """
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise AnyFlowError(f"{path} cannot be written. Give --output a file in a folder that exists.")
+    if path.exists() and not overwrite:
+        raise AnyFlowError(f"{path} exists. Choose another --output, or replace it with --overwrite.")
+
+
+def main() -> None:
+    """Entry point."""
+    run("anyflow-calibrate", CalibrateOptions, calibrate)

@@ -1,0 +1,128 @@
+"""`anyflow-sensitivity`: which layers of a model suffer most from 8 bits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, Field, model_validator
+from rich.markup import escape
+
+from anyflow_deploy.bundle import load_bundle
+from anyflow_deploy.calibration import CALIBRATION, Calibration, load_calibration
+from anyflow_deploy.cli.options import Options, Steps, console, run
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.progress import Bars
+
+EIGHT_BITS = ("int8", "fp8")
+_FRAMES, _CAUSAL_FRAMES = 9, 29  # the latter are four chunks of the models' own plan: the first that compress one
+
+Decibels = Annotated[
+    float, BeforeValidator(lambda v: v.strip().lower().removesuffix("db").strip() if isinstance(v, str) else v), Field(gt=0)
+]
+"""30, 30dB or "30 dB"."""
+
+
+class SensitivityOptions(Options):
+    """Rank a model's layers by what quantizing each one alone does to a video; PyTorch computes both.
+
+    Takes any bundle whose weights are still where it was exported from, and a calibration of them. Writes
+    sensitivity.json and sensitivity.png. With --keep or --fidelity it also says which layers those flags choose."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "anyflow-sensitivity my-bundle --calibration calibration.json",
+        "anyflow-sensitivity my-bundle --precision fp8 --steps 1,4,8 --fidelity 30dB --device cuda",
+    )
+
+    bundle: Path = Field(description="the bundle's folder")
+    calibration: Path | None = Field(None, description=f"from anyflow-calibrate (default: {CALIBRATION} in the bundle)")
+    checkpoint: str | None = Field(None, description="what the bundle was exported from, if that has moved")
+    precision: str | None = Field(None, description="int8 or fp8 (default: the bundle's own, or int8)")
+    steps: Steps = Field((1, 4), min_length=1, description="step counts of the videos")
+    frames: int | None = Field(None, ge=1, description=f"of the videos (default {_FRAMES}; causal {_CAUSAL_FRAMES})")
+    height: int = Field(96, description="pixels")
+    width: int = Field(160, description="pixels")
+    seed: int = Field(0, ge=0, description="of the noise")
+    keep: int | None = Field(None, ge=0, description="name the N worst layers")
+    fidelity: Decibels | None = Field(None, description="name as many as have to stay high to reach this PSNR, as 30dB")
+    device: str = Field("cpu", description="torch device, as cpu or cuda")
+    output: Path | None = Field(None, description="folder for the report (default: the bundle)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SensitivityOptions:
+        if self.precision is not None and self.precision not in EIGHT_BITS:
+            raise ValueError(f"--precision is {self.precision!r}; allowed are {' and '.join(EIGHT_BITS)}.")
+        if self.keep is not None and self.fidelity is not None:
+            raise ValueError("give one of --keep N and --fidelity DB: a number of layers, or a PSNR to reach.")
+        return self
+
+
+def sensitivity(options: SensitivityOptions) -> int:
+    """Do it; returns the exit status."""
+    from anyflow_deploy.export.calibration import check_calibration
+    from anyflow_deploy.export.modelopt import load_modelopt
+    from anyflow_deploy.export.reference import weights_from_manifest
+    from anyflow_deploy.export.rollouts import latent_shape
+    from anyflow_deploy.export.sensitivity import Probe, ProbeSettings, kept_layers, measured_sensitivity
+
+    bundle = load_bundle(options.bundle)
+    folder = options.output or bundle.path
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise AnyFlowError(f"{folder} is not a folder that can be written to. Choose another --output.")
+    calibration = load_calibration(options.calibration or bundle.path / CALIBRATION)
+    a = bundle.manifest.architecture
+    frames = options.frames or (_CAUSAL_FRAMES if a.causal else _FRAMES)
+    shape = latent_shape(a, frames, options.height, options.width)
+    weights = weights_from_manifest(bundle.manifest, options.checkpoint)
+    own = bundle.manifest.precision
+    precision = options.precision or (own if own in EIGHT_BITS else EIGHT_BITS[0])
+    with Bars(console) as bars:
+        with bars.stage("loading ModelOpt"):
+            load_modelopt()
+        with bars.stage("fingerprint of the weights"):
+            check_calibration(calibration, weights)
+        with bars.stage("the untouched network"):
+            settings = ProbeSettings(_text(weights, calibration), shape, options.steps, options.seed, options.device)
+            probe = Probe(weights, calibration, precision, settings)
+        found = measured_sensitivity(probe, bars)
+        chosen = None
+        if options.keep is not None or options.fidelity is not None:
+            with bars.stage("choosing layers"):
+                chosen = kept_layers(found, options.keep, options.fidelity, probe.psnr_without)
+    _write(folder, found, chosen)
+    return 0
+
+
+def _text(weights, calibration: Calibration):  # type: ignore[no-untyped-def]
+    """The first prompt of the calibration, embedded as it was there."""
+    from anyflow_deploy.export.calibration_text import prompt_text, random_text
+
+    prompts = tuple(calibration.prompts[:1])
+    text = prompt_text(weights, prompts) if calibration.text == "encoder" else random_text(weights, prompts)
+    if text.source != calibration.text:
+        console.print("[yellow]no text encoder[/] with these weights here: random embeddings stand in for the prompt.")
+    return text.embeddings
+
+
+def _write(folder: Path, found, chosen: list[str] | None) -> None:  # type: ignore[no-untyped-def]
+    """sensitivity.json, sensitivity.png, the tables, and the layers that were chosen."""
+    from anyflow_deploy.engines.validation_report import can_draw
+    from anyflow_deploy.export import sensitivity_report
+    from anyflow_deploy.export.sensitivity import SENSITIVITY, write_sensitivity
+
+    path = folder / SENSITIVITY
+    write_sensitivity(path, found)
+    for table in sensitivity_report.tables(found):
+        console.print(table)
+    if can_draw():
+        sensitivity_report.draw(found, path.with_suffix(".png"), None if chosen is None else len(chosen))
+    if chosen is not None:
+        console.print(f"{len(chosen)} of {len(found.layers)} layers stay high: {', '.join(chosen) or 'none has to'}")
+    console.print(f"[green]measured[/] {len(found.layers)} layers in {found.precision}: [bold]{escape(str(path))}[/]")
+
+
+def main() -> None:
+    """Entry point."""
+    run("anyflow-sensitivity", SensitivityOptions, sensitivity)

@@ -1,0 +1,67 @@
+"""The flags of commands that start from a checkpoint: which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pydantic import Field, field_validator, model_validator
+
+from anyflow_deploy.cli.options import Options
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.models import MODELS, get_model
+
+if TYPE_CHECKING:  # it needs torch, and --help does not
+    from anyflow_deploy.export.weights import Weights
+
+
+class WeightOptions(Options):
+    """Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with --random-weights)."""
+
+    model: str | None = Field(None, description=f"one of {', '.join(MODELS)}; not needed with --checkpoint")
+    checkpoint: str | None = Field(None, description="a diffusers pipeline folder, or its transformer/")
+    random_weights: bool = Field(False, description="the architecture with seeded weights, nothing downloaded")
+    seed: int = Field(0, ge=0, description="of --random-weights")
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, name: str | None) -> str | None:
+        return name if name is None else checked_name(get_model, name)
+
+    @model_validator(mode="after")
+    def _weights_are_named(self) -> WeightOptions:
+        if self.model is None and self.checkpoint is None:
+            raise ValueError("nothing to start from: give --checkpoint DIR, --model NAME, or --model NAME --random-weights.")
+        if self.random_weights and (self.model is None or self.checkpoint is not None):
+            raise ValueError("--random-weights takes the architecture from --model NAME, and no --checkpoint.")
+        return self
+
+    def weights(self) -> Weights:
+        """Open them.
+
+        Raises:
+            CheckpointError: they are not there, or not AnyFlow's.
+            AnyFlowError: --checkpoint is not a --model.
+        """
+        from anyflow_deploy.export.checkpoint import open_checkpoint
+        from anyflow_deploy.export.hub import TRANSFORMER_FILES, pipeline_from_model
+        from anyflow_deploy.export.random_weights import RandomWeights
+
+        if self.random_weights:
+            model = get_model(str(self.model))
+            return RandomWeights(model.architecture, model.name, self.seed)
+        if self.checkpoint is None:
+            return open_checkpoint(*pipeline_from_model(get_model(str(self.model)), TRANSFORMER_FILES))
+        weights = open_checkpoint(self.checkpoint)
+        if self.model is not None and weights.architecture != get_model(self.model).architecture:
+            raise AnyFlowError(f"{self.checkpoint} is not a {self.model}: its config.json differs. Leave --model out.")
+        return weights
+
+
+def checked_name(lookup: Callable[[str], object], name: str) -> str:
+    """A table's row exists; its error becomes one that pydantic passes on."""
+    try:
+        lookup(name)
+    except AnyFlowError as error:
+        raise ValueError(str(error)) from None
+    return name

@@ -1,0 +1,109 @@
+"""Deadlines: as many steps as the time allows, and a clean sample whenever time is up.
+
+Only a flow map can promise this: from any time t it reaches r = 0 in one transition. So the number of steps need not be
+chosen beforehand. Before each transition the time that is left, divided by what a transition takes, says how many there
+will be; when only one more fits, it goes straight to r = 0. As long as the pace holds, the times passed through are those
+of `Schedule.uniform`.
+
+How long a transition takes is learnt while sampling and kept in a `Pace`, which many requests share. The first request on
+a new shape, which knows nothing yet, begins with a draft: one jump to r = 0, timed and kept. It is the result when there
+is no time for two better steps.
+
+A deadline is missed by at most one transition, unless one takes more than twice as long as the slowest of the last five.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.schedule import MAX_STEPS, TRAIN_TIMESTEPS, time_after
+
+Shape = tuple[int, ...]
+
+_REMEMBERED = 5
+
+
+class Pace:
+    """Seconds a transition takes, for each shape of latents; share one between the requests on an engine."""
+
+    def __init__(self) -> None:
+        self._recent: dict[Shape, deque[float]] = {}
+
+    def record(self, shape: Shape, seconds: float) -> None:
+        """Learn from a transition that was made."""
+        self._recent.setdefault(shape, deque(maxlen=_REMEMBERED)).append(seconds)
+
+    def seconds(self, shape: Shape) -> float | None:
+        """What to reckon with: the slowest of the last five, since late is worse than idle. None before the first."""
+        recent = self._recent.get(shape)
+        return max(recent) if recent else None
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """Stands where a `Schedule` may stand, in `sample` and, for every chunk anew, in `stream`.
+
+    Attributes:
+        seconds: from the start of the sample (of the chunk) to its end; text encoder and VAE are not in it.
+        shift: of the grid, see `Schedule.uniform`.
+        most: steps are never more than this, however much time there is.
+        pace: what is known of the engine.
+        enough: asked before every transition; true means: finish now, with what there is.
+        clock: seconds; for tests.
+    """
+
+    seconds: float
+    shift: float = 5.0
+    most: int = 50
+    pace: Pace = field(default_factory=Pace)
+    enough: Callable[[], bool] = lambda: False
+    clock: Callable[[], float] = time.perf_counter
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise AnyFlowError(f"a deadline of {self.seconds} s was given; allowed is any positive number.")
+        if not 1 <= self.most <= MAX_STEPS:
+            raise AnyFlowError(f"at most {self.most} steps were asked for; allowed are 1 to {MAX_STEPS}.")
+
+
+class Route:
+    """One sample under a deadline: the clock runs from here.
+
+    Attributes:
+        t: where it stands, in timesteps.
+        made: transitions so far.
+        planned: transitions there will be, as things look.
+    """
+
+    def __init__(self, deadline: Deadline, shape: Shape) -> None:
+        self._deadline, self._shape = deadline, shape
+        self._end = deadline.clock() + deadline.seconds
+        self.t, self.made, self.planned = TRAIN_TIMESTEPS, 0, 0
+
+    @property
+    def known(self) -> bool:
+        """Whether the pace on this shape has been measured."""
+        return self._deadline.pace.seconds(self._shape) is not None
+
+    def timed(self, transition: Callable[[], None]) -> None:
+        """Make a transition and learn how long it takes."""
+        started = self._deadline.clock()
+        transition()
+        self._deadline.pace.record(self._shape, self._deadline.clock() - started)
+
+    def next(self) -> float:
+        """The time r to go to from `t`: 0 when no two transitions fit any more."""
+        pace = self._deadline.pace.seconds(self._shape)
+        left = self._end - self._deadline.clock()
+        fitting = self._deadline.most if not pace else int(min(left / pace, self._deadline.most))
+        count = 1 if self._deadline.enough() else max(1, min(fitting, self._deadline.most - self.made))
+        self.planned = self.made + count
+        return time_after(self.t, count, self._deadline.shift)
+
+    def went(self, r: float) -> None:
+        """A transition to `r` was made."""
+        self.t, self.made = r, self.made + 1
