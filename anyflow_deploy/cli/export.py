@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.cli.fit import show_fit
+from anyflow_deploy.cli.lint import warn_about_tensorrt
 from anyflow_deploy.cli.options import console, run
 from anyflow_deploy.cli.weights import WeightOptions, checked_name
 from anyflow_deploy.errors import AnyFlowError
@@ -99,6 +100,7 @@ def export(options: ExportOptions) -> int:
         f"[green]exported[/] {bundle.manifest.model} in {options.precision} to [bold]{escape(str(bundle.path))}[/]: "
         f"{size / 1e6:,.1f} MB in {time.perf_counter() - started:.1f} s"
     )
+    warn_about_tensorrt(bundle)
     return _check_numbers(bundle, weights, options)
 
 
