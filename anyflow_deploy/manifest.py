@@ -62,9 +62,36 @@ class Source(_Record):
 
 
 class Achieved(_Record):
-    """What the files really hold, counted from the graph's own tensors: bytes of weights by type."""
+    """What the files really hold, counted from the finished graphs.
+
+    Args:
+        weight_bytes: bytes of weights by type.
+        quantized_flops: share of the operations in matrix products, at the default video size, that take both operands
+            in eight bits.
+        quantized_weights: share of the bytes of weights that are in eight bits.
+        kept_high: layers that a quantized precision left in the base's type, and why.
+    """
 
     weight_bytes: dict[str, int]
+    quantized_flops: float = 0.0
+    quantized_weights: float = 0.0
+    kept_high: dict[str, str] = {}
+
+
+class Quantization(_Record):
+    """How a quantized bundle was made.
+
+    Args:
+        base: precision of everything that is not quantized.
+        smooth: whether SmoothQuant moved outliers from activations into weights.
+        attention: "high" (the base) or "fp8".
+        weights: fingerprint of the weights that the calibration was made on.
+    """
+
+    base: str
+    smooth: bool
+    attention: Literal["high", "fp8"]
+    weights: str
 
 
 class Video(_Record):
@@ -117,6 +144,7 @@ class Manifest(_Record):
     config: dict[str, Any]
     source: Source
     precision: str
+    quantization: Quantization | None = None
     achieved: Achieved
     target: str
     graphs: dict[str, Graph]
@@ -125,6 +153,11 @@ class Manifest(_Record):
     video: Video
     tools: dict[str, str]
     files: dict[str, File]
+
+    @property
+    def base(self) -> str:
+        """The precision of everything that is not quantized."""
+        return self.quantization.base if self.quantization else self.precision
 
     @property
     def architecture(self) -> Architecture:

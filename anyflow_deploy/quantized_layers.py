@@ -40,9 +40,15 @@ def candidates(a: Architecture) -> dict[str, tuple[int, int]]:
     return {f"blocks.{n}.{name}": shapes.get(name, (a.inner_dim, a.inner_dim)) for n in range(a.num_layers) for name in names}
 
 
+def split_layer(layer: str) -> tuple[str, str]:
+    """`blocks.0.attn1.to_q` as `blocks.0` and `attn1.to_q`."""
+    parts = layer.split(".")
+    return ".".join(parts[:2]), ".".join(parts[2:])
+
+
 def group_of(layer: str) -> list[str]:
     """The layers that read the same tensor as this one, itself included."""
-    block, name = ".".join(layer.split(".")[:2]), ".".join(layer.split(".")[2:])
+    block, name = split_layer(layer)
     return [f"{block}.{other}" for other in next(group for group in GROUPS if name in group)]
 
 
@@ -67,10 +73,9 @@ def _known(calibration: Calibration, tensor: str) -> TensorRange:
     return calibration.tensors[tensor]
 
 
-def operand_amax(a: Architecture, calibration: Calibration, attention: Iterable[str]) -> dict[str, float]:
-    """The range of each operand of the products of some attentions ("attn1", "attn2"), by name."""
-    names = [f"blocks.{n}.{kind}.{operand}" for n in range(a.num_layers) for kind in attention for operand in OPERANDS]
-    return {name: _known(calibration, name).amax for name in names}
+def operand_amax(calibration: Calibration, attention: str) -> dict[str, float]:
+    """The range of each operand of the two products of an attention (`blocks.0.attn1`), by name."""
+    return {name: _known(calibration, name).amax for name in (f"{attention}.{operand}" for operand in OPERANDS)}
 
 
 def staying_high(a: Architecture, calibration: Calibration) -> dict[str, str]:

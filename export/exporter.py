@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,7 +19,10 @@ import onnx
 import onnx_ir as ir
 
 from anyflow_deploy.bundle import Bundle, BundleWriter
+from anyflow_deploy.calibration import CALIBRATION, Calibration
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.export.achieved import achieved
+from anyflow_deploy.export.calibration import check_calibration
 from anyflow_deploy.export.checkpoint import shift_of
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
@@ -31,15 +33,18 @@ from anyflow_deploy.export.onnx_graph import (
     onnx_from_traced,
     serialized,
 )
+from anyflow_deploy.export.quantization_plan import Plan, planned
+from anyflow_deploy.export.quantize import quantize
 from anyflow_deploy.export.random_weights import parameter_shapes
 from anyflow_deploy.export.safetensors_stream import Entry
 from anyflow_deploy.export.trace import Parameter, traced_graph
 from anyflow_deploy.export.transformer import constants
 from anyflow_deploy.export.weights import Weights, check_names, write_weights
-from anyflow_deploy.manifest import GRAPHS, Achieved, Graph, Manifest, ScheduleDefaults, Video, stored_ranges
+from anyflow_deploy.manifest import GRAPHS, Achieved, Graph, Manifest, Quantization, ScheduleDefaults, Video, stored_ranges
 from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name
-from anyflow_deploy.precision import get_precision
+from anyflow_deploy.precision import base_precision, get_precision
 from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.quantized_layers import candidates
 from anyflow_deploy.ranges import Range, Ranges, narrowed, widest
 from anyflow_deploy.targets import check_precision, get_target
 
@@ -51,11 +56,19 @@ class ExportSettings:
     """How to export.
 
     Attributes:
-        precision: "fp32", "fp16" or "bf16".
+        precision: "fp32", "fp16", "bf16", "int8" or "fp8".
         target: row of the target table the bundle is meant for.
         opset: 20 (primitive operators) or 23 (`Attention`, `RMSNormalization`).
         ranges: axes narrower than the model allows, in latent units.
         overwrite: replace a bundle at the destination.
+
+    The rest is for int8 and fp8 only:
+
+        base: precision of everything that is not quantized; None chooses by the target.
+        calibration: ranges of the layers' inputs, of these weights.
+        smooth: SmoothQuant, in int8.
+        kept: names of layers that stay in the base.
+        attention: "high", the base, or "fp8": also the products in attention, at precision fp8 and opset 20.
     """
 
     precision: str = "fp32"
@@ -63,6 +76,16 @@ class ExportSettings:
     opset: int = PRIMITIVE_OPSET
     ranges: dict[str, Range] = field(default_factory=dict)
     overwrite: bool = False
+    base: str | None = None
+    calibration: Calibration | None = None
+    smooth: bool = True
+    kept: tuple[str, ...] = ()
+    attention: Literal["high", "fp8"] = "high"
+
+    @property
+    def base_precision(self) -> str:
+        """The precision of everything that is not quantized."""
+        return base_precision(self.precision, self.base, self.target)
 
 
 def export_bundle(weights: Weights, output: Path, settings: ExportSettings | None = None, report: Report | None = None) -> Bundle:
@@ -82,19 +105,46 @@ def export_bundle(weights: Weights, output: Path, settings: ExportSettings | Non
     ranges = checked(weights, settings)
     schedule = ScheduleDefaults(shift=shift_of(weights), steps=4)
     writer = BundleWriter(output, settings.overwrite)
-    _check_space(output.parent, architecture, settings.precision)
+    _check_space(output.parent, architecture, settings)
+    plan = _plan(weights, settings, report)
     with writer:
         models: dict[str, ir.Model] = {}
         parameters: dict[str, Parameter] = {}
         for name in GRAPHS[_kind(architecture)]:
             with report.stage(f"tracing {name}, {architecture.num_layers} layers"):
-                traced = traced_graph(name, architecture, ranges, settings.precision, fused=settings.opset == FUSED_OPSET)
+                traced = traced_graph(name, architecture, ranges, settings.base_precision, fused=settings.opset == FUSED_OPSET)
             with report.stage(f"translating to ONNX opset {settings.opset}"):
                 models[name] = onnx_from_traced(traced, settings.opset)
             parameters = traced.parameters  # the same in every graph
-        entries = write_weights(writer, weights, parameters, constants(architecture), report)
+            if plan is not None:
+                quantize(models[name], plan)
+        entries = _weights_written(writer, weights, parameters, plan, report)
+        if plan is not None and settings.calibration is not None:
+            writer.write(CALIBRATION, settings.calibration.model_dump_json(by_alias=True).encode())
         graphs = {name: _written(writer, name, model, entries, settings.opset) for name, model in models.items()}
-        return writer.finish(_manifest(weights, settings, ranges, schedule, graphs, _weight_bytes(models.values(), entries)))
+        video = _video(architecture, ranges)
+        counted = achieved(models, entries, architecture, video, plan.kept if plan else {})
+        return writer.finish(_manifest(weights, settings, ranges, schedule, graphs, counted, video))
+
+
+def _plan(weights: Weights, settings: ExportSettings, report: Report) -> Plan | None:
+    """What is quantized, once the calibration is known to be of these weights."""
+    calibration = settings.calibration
+    if not get_precision(settings.precision).quantized or calibration is None:
+        return None
+    with report.stage("comparing the weights with the calibration's"):
+        check_calibration(calibration, weights)
+    s = settings
+    return planned(weights, calibration, s.precision, s.base_precision, s.smooth, s.attention, s.kept, report)
+
+
+def _weights_written(
+    writer: BundleWriter, weights: Weights, parameters: dict[str, Parameter], plan: Plan | None, report: Report
+) -> dict[str, Entry]:
+    fixed = constants(weights.architecture)
+    if plan is None:
+        return write_weights(writer, weights, parameters, fixed, report)
+    return write_weights(writer, weights, plan.parameters(parameters), {**fixed, **plan.constants}, report, plan.converted)
 
 
 def _written(writer: BundleWriter, name: str, model: ir.Model, entries: dict[str, Entry], opset: int) -> Graph:
@@ -111,28 +161,49 @@ def checked(weights: Weights, settings: ExportSettings) -> Ranges:
     architecture = weights.architecture
     if settings.opset not in OPSETS:
         raise AnyFlowError(f"opset is {settings.opset}; allowed are {' and '.join(map(str, OPSETS))}.")
-    get_precision(settings.precision)
     check_precision(get_target(settings.target), settings.precision)
+    check_precision(get_target(settings.target), settings.base_precision)
+    _check_quantization(architecture, settings)
     check_names(weights, parameter_shapes(architecture))
     return narrowed(widest(architecture), settings.ranges)
 
 
-def _check_space(folder: Path, architecture: Architecture, precision: str) -> None:
+def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
+    """Refuse settings of quantization that do not go together."""
+    if not get_precision(s.precision).quantized:
+        given = [name for name, value in (("calibration", s.calibration), ("kept", s.kept)) if value]
+        if given or s.attention != "high":
+            what = " and ".join([*given, *(["attention fp8"] if s.attention != "high" else [])])
+            raise AnyFlowError(f"precision {s.precision} quantizes nothing, so {what} would have no effect. Leave it out.")
+        return
+    if s.calibration is None:
+        raise AnyFlowError(
+            f"precision {s.precision} needs a calibration. Make one: anyflow-calibrate … --output calibration.json."
+        )
+    if s.calibration.config != architecture.as_config():
+        theirs, ours = s.calibration.config, architecture.as_config()
+        differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+        changes = ", ".join(f"{key} {theirs.get(key)!r} against {ours.get(key)!r}" for key in differing[:3])
+        raise AnyFlowError(f"the calibration is of another architecture than the weights: {changes}. Calibrate this model.")
+    if s.attention == "fp8" and (s.precision != "fp8" or s.opset != PRIMITIVE_OPSET):
+        raise AnyFlowError(
+            f"attention is fp8 at precision {s.precision} and opset {s.opset}; "
+            f"it goes with precision fp8 and opset {PRIMITIVE_OPSET} only."
+        )
+    if s.attention not in ("high", "fp8"):
+        raise AnyFlowError(f"attention is {s.attention!r}; allowed are high and fp8.")
+
+
+def _check_space(folder: Path, architecture: Architecture, settings: ExportSettings) -> None:
     """The bundle has to fit on the disk beside whatever it replaces."""
-    shapes = parameter_shapes(architecture).values()
-    needed = sum(math.prod(shape) for shape in shapes) * get_precision(precision).bytes * 1.05
+    shapes = parameter_shapes(architecture)
+    quantized = get_precision(settings.precision).quantized
+    small = {f"{layer}.weight" for layer in candidates(architecture)} if quantized else set()
+    wide, narrow = get_precision(settings.base_precision).bytes, get_precision(settings.precision).bytes
+    needed = sum(math.prod(shape) * (narrow if name in small else wide) for name, shape in shapes.items()) * 1.05
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise AnyFlowError(f"the bundle takes about {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free. Make room.")
-
-
-def _weight_bytes(models: Iterable[ir.Model], entries: dict[str, Entry]) -> dict[str, int]:
-    """Bytes of weights by type, counted from the graphs; what two graphs share counts once."""
-    found: dict[str, int] = {}
-    for name in {name for model in models for name in model.graph.initializers}:
-        kind = entries[name].type
-        found[kind] = found.get(kind, 0) + entries[name].bytes
-    return found
 
 
 def _manifest(
@@ -141,7 +212,8 @@ def _manifest(
     ranges: Ranges,
     schedule: ScheduleDefaults,
     graphs: dict[str, Graph],
-    weight_bytes: dict[str, int],
+    counted: Achieved,
+    video: Video,
 ) -> Manifest:
     architecture = weights.architecture
     name = model_name(architecture)
@@ -151,15 +223,23 @@ def _manifest(
         config=architecture.as_config(),
         source=weights.source,
         precision=settings.precision,
-        achieved=Achieved(weight_bytes=weight_bytes),
+        quantization=_quantization(settings),
+        achieved=counted,
         target=settings.target,
         graphs=graphs,
         ranges=stored_ranges(ranges),
         schedule=schedule,
-        video=_video(architecture, ranges),
+        video=video,
         tools={tool: importlib.metadata.version(tool) for tool in ("anyflow-deploy", *_TOOLS)},
         files={},
     )
+
+
+def _quantization(s: ExportSettings) -> Quantization | None:
+    if s.calibration is None:
+        return None
+    smooth = s.smooth and s.precision == "int8"
+    return Quantization(base=s.base_precision, smooth=smooth, attention=s.attention, weights=s.calibration.weights)
 
 
 def _kind(a: Architecture) -> Literal["bidirectional", "causal"]:

@@ -74,7 +74,8 @@ class FakeQuant:
         self.layers = tuple(name for name in candidates(a) if name not in self.excluded)
         self._architecture = a
         scales = {name: _scales(calibration, name, (smooth or {}).get(name)) for name in self.layers}
-        operands = {name: amax for name, amax in operand_amax(a, calibration, attention).items() if amax > 0}
+        products = [f"blocks.{n}.{kind}" for n in range(a.num_layers) for kind in attention]
+        operands = {name: amax for p in products for name, amax in operand_amax(calibration, p).items() if amax > 0}
         self._pairs = load_modelopt().rounding(network, scales, operands, grid.bits, grid.weight_axis)
         self.keep(kept)
 

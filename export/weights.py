@@ -8,7 +8,7 @@ largest tensor, whatever the size of the model.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -18,7 +18,7 @@ from anyflow_deploy.bundle import BundleWriter
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.export.safetensors_stream import TYPE_BYTES, Entry, layout
 from anyflow_deploy.export.trace import Parameter
-from anyflow_deploy.export.types import TORCH
+from anyflow_deploy.export.types import SAFETENSORS, TORCH
 from anyflow_deploy.manifest import WEIGHTS, Source
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Report
@@ -68,18 +68,39 @@ def check_names(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> None
         )
 
 
+def converted(name: str, tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    """A parameter in a floating-point type.
+
+    Raises:
+        CheckpointError: a value that is not finite, or too large for the type.
+    """
+    result = tensor.to(TORCH[kind])
+    extremes = torch.aminmax(result)  # NaN comes through, and it is the cheapest pass over the data by far
+    if bool(extremes.min.isfinite() & extremes.max.isfinite()):
+        return result
+    if bool(tensor.isfinite().all()):
+        largest = float(tensor.abs().max())
+        raise CheckpointError(
+            f"{name} reaches {largest:.3g}, more than {kind} can hold ({torch.finfo(TORCH[kind]).max:.6g}). "
+            "Export with --precision bf16 (GPU targets) or fp32."
+        )
+    raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training had failed.")
+
+
 def write_weights(
     writer: BundleWriter,
     weights: Weights,
     parameters: Mapping[str, Parameter],
     constants: Mapping[str, torch.Tensor],
     report: Report,
+    convert: Callable[[str, torch.Tensor, str], torch.Tensor] = converted,
 ) -> dict[str, Entry]:
     """Write `weights.safetensors`.
 
     Args:
         parameters: the types and shapes that the graph expects.
-        constants: further float32 tensors of the graph.
+        constants: further tensors of the graph, written as they are.
+        convert: (name, parameter, safetensors type) to what is written; a plan of quantization brings its own.
 
     Returns:
         Where each tensor lies in the file.
@@ -87,7 +108,7 @@ def write_weights(
     Raises:
         CheckpointError: a value that is not finite, or too large for its new type.
     """
-    kinds = {**{n: Parameter("F32", tuple(c.shape)) for n, c in constants.items()}, **parameters}
+    kinds = {**{n: Parameter(SAFETENSORS[c.dtype], tuple(c.shape)) for n, c in constants.items()}, **parameters}
     order = sorted(kinds, key=lambda name: -TYPE_BYTES[kinds[name].type])  # stable: wide types first, so all are aligned
     head, entries = layout({n: (kinds[n].type, kinds[n].shape) for n in order}, {"format": "pt"})
     file = writer.create(WEIGHTS)
@@ -95,9 +116,10 @@ def write_weights(
     with report.stage(f"writing weights ({total / 1e9:.2f} GB)", total) as advance, ThreadPoolExecutor(1) as pen:
         written = pen.submit(file.write, head)
         for name, tensor in _read_ahead(weights, (n for n in order if n not in constants), constants, order):
-            converted = _converted(name, tensor, kinds[name].type).contiguous().view(torch.uint8).reshape(-1)
+            stored = tensor if name in constants else convert(name, tensor, kinds[name].type)
+            data = stored.contiguous().reshape(-1).view(torch.uint8)
             written.result()
-            written = pen.submit(file.write, converted.numpy().data)
+            written = pen.submit(file.write, data.numpy().data)
             advance(entries[name].bytes)
         written.result()
     writer.add(WEIGHTS, file.close())
@@ -121,20 +143,6 @@ def _read_ahead(
             following = next(coming, None)
             pending = None if following is None else reader.submit(weights.read, following)
             yield name, tensor
-
-
-def _converted(name: str, tensor: torch.Tensor, kind: str) -> torch.Tensor:
-    converted = tensor.to(TORCH[kind])
-    extremes = torch.aminmax(converted)  # NaN comes through, and it is the cheapest pass over the data by far
-    if bool(extremes.min.isfinite() & extremes.max.isfinite()):
-        return converted
-    if bool(tensor.isfinite().all()):
-        largest = float(tensor.abs().max())
-        raise CheckpointError(
-            f"{name} reaches {largest:.3g}, more than {kind} can hold ({torch.finfo(TORCH[kind]).max:.6g}). "
-            "Export with --precision bf16 (GPU targets) or fp32."
-        )
-    raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training had failed.")
 
 
 _SAMPLES = 4096

@@ -1,0 +1,260 @@
+"""What is quantized, with which scales: decided once, before any graph is traced.
+
+Candidates are the linear layers of the blocks. A layer's input range comes from the calibration and its weights' ranges
+from the weights, which are read once here, a group of layers with one input at a time; what is kept of them is vectors.
+All graphs of a bundle are rewritten from one plan (`quantize`), and the weights written by it (`weights`).
+
+SmoothQuant (arXiv 2211.10438, equation 4) divides the input of a layer by a vector s and multiplies its weight's columns
+by it, so that channels with outliers no longer set the scale of all others. Dividing costs nothing where it can be folded
+into what makes the input: a norm, or the rows of `to_v` (attention mixes tokens, never channels). It is skipped for the
+text, which all layers share, and for the input of `ffn.net.2`, which comes out of a GELU.
+
+Legend: D channels in, N channels out of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from anyflow_deploy.calibration import Calibration
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.export.trace import Parameter
+from anyflow_deploy.export.types import STORED, TORCH
+from anyflow_deploy.export.weights import Weights, converted
+from anyflow_deploy.precision import get_precision
+from anyflow_deploy.progress import Report
+from anyflow_deploy.quantized_layers import (
+    ALIGNMENT,
+    GROUPS,
+    checked_layers,
+    input_amax,
+    input_channels,
+    operand_amax,
+    split_layer,
+    staying_high,
+)
+
+SMOOTH_STRENGTH = 0.5
+"""alpha of SmoothQuant: how much of the difficulty moves into the weights. The paper's value for most models."""
+
+_SMOOTH_LIMIT = 1e3
+"""Factors stay within 1/this and this: a channel that calibration saw nearly silent must not be amplified without end."""
+
+ZERO_POINT = "zero_point"
+
+LARGEST = {"I8": 127.0, "F8_E4M3": 448.0}
+"""The largest value of each type (INT8 is used symmetrically, without -128)."""
+
+TEXT = "text"
+"""Its scale is one for all layers, which read one tensor."""
+
+_OUTPUTS = ("attn1.to_out.0", "attn2.to_out.0")
+_UNFOLDED = ("attn2.to_k", "ffn.net.2")
+"""The first layers of groups whose input cannot be divided for nothing: see the module's text."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module's text.
+
+    Attributes:
+        kind: safetensors type of the quantized weights.
+        base: precision of everything else.
+        inputs: quantized layer -> name of the scale of its input; layers with one input have one scale.
+        smoothed: layer -> name of the vector 1/s that the norm in front of it takes as its weight.
+        attentions: attentions whose products are quantized.
+        constants: scales, vectors and the zero point, by initializer name, in the type they are stored in.
+        smooth: layer -> SmoothQuant's s (K), what its input is divided by.
+        factors: parameter -> what it is multiplied by before anything else, each broadcasting to it.
+        kept: candidates that are not quantized -> why.
+    """
+
+    kind: str
+    base: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    smoothed: dict[str, str] = field(default_factory=dict)
+    attentions: list[str] = field(default_factory=list)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    smooth: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, list[Tensor]] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def parameters(self, parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+        """The graph's parameters as they will be stored."""
+        weights = {f"{layer}.weight" for layer in self.inputs}
+        return {name: Parameter(self.kind, p.shape) if name in weights else p for name, p in parameters.items()}
+
+    def converted(self, name: str, tensor: Tensor, kind: str) -> Tensor:
+        """A parameter as it will be stored."""
+        if name in self.factors:
+            tensor = self.factored(name, tensor)
+        if kind != self.kind:
+            return converted(name, tensor, kind)
+        scale = self.constants[weight_scale(name)].float()
+        scaled = converted(name, tensor, "F32").div(scale.unsqueeze(1) if scale.ndim else scale)
+        limit = LARGEST[kind]
+        return (scaled.round_() if kind == "I8" else scaled).clamp_(-limit, limit).to(STORED[kind])
+
+    def factored(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter in float32, multiplied by its factors."""
+        tensor = tensor.to(torch.float32)
+        for factor in self.factors.get(name, ()):
+            tensor = tensor * factor
+        return tensor
+
+
+def weight_scale(parameter: str) -> str:
+    """Name of the scale of a quantized weight."""
+    return f"{parameter}_scale"
+
+
+def stored_scale(amax: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """The scale that maps `amax` onto a type's largest value, in the type it is stored in, never rounded down.
+
+    Scales are normal numbers (some hardware flushes others to zero), so that nothing is divided by zero either.
+    """
+    wanted = amax.float() / LARGEST[kind]
+    scale = wanted.to(dtype).clamp_min(torch.finfo(dtype).tiny)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    above = (scale.view(bits) + 1).view(dtype)  # the next number up, for positive ones
+    return torch.where(scale.float() * LARGEST[kind] < amax.float(), above, scale)
+
+
+def smoothing(inputs: Tensor, weights: Tensor) -> Tensor:
+    """SmoothQuant's s, from the largest values of each channel (D) in the input and in the weights' columns."""
+    s = inputs.double() ** SMOOTH_STRENGTH / weights.double() ** (1 - SMOOTH_STRENGTH)
+    s[(inputs == 0) | (weights == 0)] = 1.0
+    return s.clamp(1 / _SMOOTH_LIMIT, _SMOOTH_LIMIT).float()
+
+
+def planned(
+    weights: Weights,
+    calibration: Calibration,
+    precision: str,
+    base: str,
+    smooth: bool,
+    attention: str,
+    kept: Sequence[str],
+    report: Report,
+) -> Plan:
+    """Decide.
+
+    Args:
+        weights, calibration: of one model.
+        precision: "int8" or "fp8".
+        base: precision of the rest.
+        smooth: SmoothQuant, for int8 (fp8 has range enough for outliers).
+        attention: "high" or "fp8".
+        kept: names of layers to keep high.
+
+    Raises:
+        AnyFlowError: a layer that the calibration knows nothing of, a name in `kept` that fits no layer, or nothing left
+            to quantize.
+    """
+    a = weights.architecture
+    plan = Plan(get_precision(precision).tensor_type, base)
+    plan.kept.update({**staying_high(a, calibration), **dict.fromkeys(checked_layers(a, kept), "asked for")})
+    planner = _Planner(plan, weights, calibration, smooth and precision == "int8")
+    with report.stage("measuring weights", float(a.num_layers)) as advance:
+        for index in range(a.num_layers):
+            for group in _ORDER:
+                planner.group([f"blocks.{index}.{layer}" for layer in group])
+            advance(1)
+    if attention == "fp8":
+        planner.attention()
+    if not plan.inputs:
+        raise AnyFlowError(f"{precision} would quantize nothing: {_reasons(plan)}. Choose --precision {base}.")
+    plan.constants[ZERO_POINT] = torch.zeros((), dtype=STORED[plan.kind])
+    return plan
+
+
+class _Planner:
+    def __init__(self, plan: Plan, weights: Weights, calibration: Calibration, smooth: bool) -> None:
+        self.plan, self.weights, self.calibration, self.smooth = plan, weights, calibration, smooth
+        self.shapes = weights.shapes()
+        self.dtype = TORCH[get_precision(plan.base).tensor_type]
+
+    def group(self, names: Sequence[str]) -> None:
+        """Plan the layers that share one input."""
+        quantized = [name for name in names if name not in self.plan.kept]
+        if not quantized:
+            return
+        smooth = self._can_smooth(names[0])
+        matrices = {name: self._matrix(name) for name in (names if smooth else quantized)}
+        amax = input_amax(self.calibration, names[0])
+        if smooth:
+            channels = torch.tensor(input_channels(self.calibration, names[0]))
+            s = smoothing(channels, torch.stack([matrices[name].abs().amax(0) for name in names]).amax(0))
+            amax = float((channels / s).max())
+            matrices = {name: matrix * s for name, matrix in matrices.items()}
+            self._fold(names, s)
+        self._quantize(quantized, matrices, f"{_shared(names[0])}_scale", amax)
+
+    def _matrix(self, name: str) -> Tensor:
+        return self.plan.factored(f"{name}.weight", self.weights.read(f"{name}.weight"))
+
+    def _can_smooth(self, first: str) -> bool:
+        block, layer = split_layer(first)
+        if not self.smooth or layer in _UNFOLDED or not input_channels(self.calibration, first):
+            return False
+        return layer != "attn2.to_q" or f"{block}.norm2.weight" in self.shapes
+
+    def _fold(self, names: Sequence[str], s: Tensor) -> None:
+        """Multiply columns by s, those of layers kept high as well, and divide whatever makes the input."""
+        block, first = split_layer(names[0])
+        self.plan.smooth.update(dict.fromkeys(names, s))
+        for name in names:
+            self._factor(f"{name}.weight", s)
+        if first in _OUTPUTS:
+            value = f"{block}.{first.removesuffix('.to_out.0')}.to_v"
+            self._factor(f"{value}.weight", 1 / s.unsqueeze(1))
+            self._factor(f"{value}.bias", 1 / s)
+        elif first == "attn2.to_q":
+            for part in ("weight", "bias"):
+                self._factor(f"{block}.norm2.{part}", 1 / s)
+        else:
+            vector = f"{_shared(names[0])}_smooth"
+            self.plan.constants[vector] = 1 / s
+            self.plan.smoothed.update(dict.fromkeys(names, vector))
+
+    def _factor(self, parameter: str, factor: Tensor) -> None:
+        self.plan.factors.setdefault(parameter, []).append(factor)
+
+    def _quantize(self, names: Sequence[str], matrices: dict[str, Tensor], scale: str, amax: float) -> None:
+        constants, kind = self.plan.constants, self.plan.kind
+        own = stored_scale(torch.tensor(amax), kind, self.dtype)
+        constants[scale] = torch.maximum(constants.get(scale, own), own)  # the text's is the same in all layers
+        for name in names:
+            self.plan.inputs[name] = scale
+            size = matrices[name].abs()
+            constants[weight_scale(f"{name}.weight")] = stored_scale(
+                size.amax(1) if kind == "I8" else size.max(), kind, self.dtype
+            )
+
+    def attention(self) -> None:
+        """Plan the products of every attention."""
+        a = self.weights.architecture
+        for name in (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")):
+            if a.attention_head_dim % ALIGNMENT:
+                self.plan.kept[name] = f"heads of {a.attention_head_dim} channels: not a multiple of {ALIGNMENT}"
+                continue
+            self.plan.attentions.append(name)
+            for operand, amax in operand_amax(self.calibration, name).items():
+                self.plan.constants[f"{operand}_scale"] = stored_scale(torch.tensor(amax), "F8_E4M3", self.dtype)
+
+
+def _shared(first: str) -> str:
+    """What the input of a group is called, after the first layer that reads it."""
+    return TEXT if first.endswith(".attn2.to_k") else f"{first}.input"
+
+
+_ORDER = sorted(GROUPS, key=lambda group: group[0] not in _OUTPUTS)
+"""Outputs first: smoothing them changes `to_v`, whose scales are taken later."""
+
+
+def _reasons(plan: Plan) -> str:
+    return "; ".join(sorted(set(plan.kept.values()))) or "the model has no layers"
