@@ -53,9 +53,10 @@ class OnnxRuntimeEngine:
         self.bundle = bundle
         self.provider = provider
         self._runtime = _imported(provider)
-        if bundle.manifest.precision == "bf16" and provider == "cpu":
+        if bundle.manifest.base == "bf16" and provider == "cpu":
             raise BackendError(
-                f"{bundle.path} is bf16, and {CPU_HAS_NO_BF16}. Use provider 'cuda', or export with --precision fp32 or fp16."
+                f"{bundle.path} is {bundle.manifest.base}, and {CPU_HAS_NO_BF16}. "
+                "Use provider 'cuda', or export with --precision fp32 or fp16."
             )
         architecture = bundle.manifest.architecture
         self._channels, self._text_dim = architecture.in_channels, architecture.text_dim
@@ -73,6 +74,9 @@ class OnnxRuntimeEngine:
         architecture = self.bundle.manifest.architecture
         layers = architecture.num_layers
         attentions = {"text": 0, "compress": 2 * (layers - 1)}.get(name, 2 * layers)  # to itself and to the text in each layer
+        quantization = self.bundle.manifest.quantization
+        if quantization is not None and quantization.attention == "fp8":
+            attentions = 0  # rounded in FP8 between the products: only TensorRT fuses that, here it is emulated
         graph = graph_with_fused_attention(self.bundle, name, architecture.num_attention_heads, attentions)
         provider = (PROVIDERS[self.provider], _PROVIDER_OPTIONS[self.provider])
         try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU

@@ -52,6 +52,8 @@ THRESHOLDS = {
         5e-3, 5e-3, "11 bits of mantissa: at most 5.4e-4 was measured (1.3B, 30 layers, random weights); 10 times that"
     ),
     "bf16": Threshold(4e-2, 4e-2, "8 bits of mantissa, 3 fewer than fp16: 8 times its threshold; not measured on a device yet"),
+    "int8": Threshold(3e-2, 3e-2, "activations and weights on 255 steps a range"),
+    "fp8": Threshold(6e-2, 6e-2, "3 bits of mantissa in activations and weights"),
 }
 """docs/validation.md has the measurements."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import ClassVar
 from pydantic import Field, field_validator, model_validator
 from rich.markup import escape
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle import Bundle, BundleWriter
 from anyflow_deploy.cli.fit import show_fit
 from anyflow_deploy.cli.lint import warn_about_tensorrt
 from anyflow_deploy.cli.options import console, run
-from anyflow_deploy.cli.weights import WeightOptions, checked_name
+from anyflow_deploy.cli.quantize import QuantizationOptions, calibration_of, layers_kept
+from anyflow_deploy.cli.weights import checked_name
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from anyflow_deploy.precision import get_precision
+from anyflow_deploy.precision import base_precision, get_precision
 from anyflow_deploy.ranges import Range, latent_frames, latent_side, parsed_span
 from anyflow_deploy.targets import check_precision, get_target
 
@@ -26,18 +28,18 @@ _AUTO_CHECK_BYTES = 2 << 30
 """Memory that checking the numbers may take without being asked for: reference and engine both hold the model."""
 
 
-class ExportOptions(WeightOptions):
+class ExportOptions(QuantizationOptions):
     """Export an AnyFlow checkpoint to a bundle: an ONNX graph, its weights and a manifest, in one folder.
 
     Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with --random-weights)."""
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-export --model 1.3b --precision fp16",
+        "anyflow-export --model 1.3b --precision fp8 --target h100 --calibration calibration.json",
         "anyflow-export --checkpoint my-anyflow/ --output my-bundle",
         "anyflow-export --model 14b --random-weights --frames 1:81 --height 480 --width 832",
     )
 
-    precision: str = Field("fp32", description="fp32, fp16 or bf16")
     output: Path | None = Field(None, description="bundle folder to create (default MODEL-PRECISION)")
     target: str = Field("cpu", description="device the bundle is for; decides which precisions are allowed")
     opset: int = Field(20, description="20: primitive operators, for every runtime; 23: Attention, RMSNormalization")
@@ -60,7 +62,9 @@ class ExportOptions(WeightOptions):
     def _consistent(self) -> ExportOptions:
         checked_name(get_precision, self.precision)
         try:
-            check_precision(get_target(self.target), self.precision)
+            target = get_target(self.target)
+            for name in (self.precision, base_precision(self.precision, self.base, self.target)):
+                check_precision(target, name)
             self.ranges()
         except AnyFlowError as error:
             raise ValueError(str(error)) from None
@@ -89,11 +93,19 @@ def export(options: ExportOptions) -> int:
 
     started = time.perf_counter()
     output = options.output or Path(f"{_label(options)}-{options.precision}")
-    settings = ExportSettings(options.precision, options.target, options.opset, options.ranges(), options.overwrite)
+    settings = ExportSettings(
+        options.precision, options.target, options.opset, options.ranges(), options.overwrite,
+        options.base, smooth=not options.no_smooth, attention=options.attention,
+    )  # fmt: skip
     weights = options.weights()
     checked(weights, settings)
     show_fit(weights.architecture, options.precision, options.target, options.ranges())
+    BundleWriter(output, options.overwrite)  # refuses a destination that cannot be, before a calibration of hours
     with Bars(console) as bars:
+        calibration = calibration_of(options, weights, output, bars)
+        if calibration is not None:
+            kept = layers_kept(options, options.target, weights, calibration, bars)
+            settings = dataclasses.replace(settings, calibration=calibration, kept=tuple(kept))
         bundle = export_bundle(weights, output, settings, bars)
     size = sum(record.bytes for record in bundle.manifest.files.values())
     console.print(
@@ -116,8 +128,8 @@ def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # t
     why = ""
     if options.check == "none":
         why = "--check none"
-    elif options.precision not in get_target("cpu").precisions:
-        why = f"{options.precision} does not run on this machine's CPU"
+    elif bundle.manifest.base not in get_target("cpu").precisions:
+        why = f"{bundle.manifest.base} does not run on this machine's CPU"
     elif options.check == "auto" and needed > _AUTO_CHECK_BYTES:
         why = f"it takes about {needed / 2**30:.1f} GiB"
     if why:

@@ -99,11 +99,30 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("weights from", f"{manifest.source.kind}: {manifest.source.location}{revision}{seed}"),
         ("architecture", f"{a.num_layers} layers, {a.num_attention_heads} heads x {a.attention_head_dim}, ffn {a.ffn_dim}"),
         ("precision", f"{manifest.precision}; stored: {weights}"),
+        *_quantized(manifest),
         ("target", manifest.target),
         ("opset", ", ".join(str(graph.opset) for graph in manifest.graphs.values())),
         ("default schedule", f"{manifest.schedule.steps} steps, shift {manifest.schedule.shift:g}"),
         ("default video", f"{video.frames} frames, {video.height} x {video.width} pixels, {video.fps} per second"),
         ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
+    ]
+
+
+def _quantized(manifest: Manifest) -> list[tuple[str, str]]:
+    """What an 8-bit bundle really has in eight bits."""
+    if manifest.quantization is None:
+        return []
+    achieved, how = manifest.achieved, manifest.quantization
+    smooth = ", SmoothQuant" if how.smooth else ""
+    kept = [f"{layer} ({reason})" for layer, reason in achieved.kept_high.items()]
+    shown = "; ".join(kept[:4]) + (f"; and {len(kept) - 4} more" if len(kept) > 4 else "")
+    return [
+        (
+            "8-bit share",
+            f"{achieved.quantized_flops:.1%} of the products' operations, {achieved.quantized_weights:.1%} of the weights",
+        ),
+        ("the rest", f"{how.base}; attention {how.base if how.attention == 'high' else how.attention}{smooth}"),
+        ("kept high", shown or "no layer that could be quantized"),
     ]
 
 
