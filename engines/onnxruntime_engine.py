@@ -24,7 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text, frame_times
-from anyflow_deploy.engines.onnxruntime_graph import graph_with_fused_attention
+from anyflow_deploy.engines.onnxruntime_graph import model_with_fused_attention
+from anyflow_deploy.engines.onnxruntime_quantized import breaks_fp8, has_fp8, saturates, use_integer_products
 from anyflow_deploy.engines.stream import CacheStream
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.models import Architecture
@@ -74,10 +75,15 @@ class OnnxRuntimeEngine:
         architecture = self.bundle.manifest.architecture
         layers = architecture.num_layers
         attentions = {"text": 0, "compress": 2 * (layers - 1)}.get(name, 2 * layers)  # to itself and to the text in each layer
-        quantization = self.bundle.manifest.quantization
-        if quantization is not None and quantization.attention == "fp8":
-            attentions = 0  # rounded in FP8 between the products: only TensorRT fuses that, here it is emulated
-        graph = graph_with_fused_attention(self.bundle, name, architecture.num_attention_heads, attentions)
+        how = self.bundle.manifest.quantization
+        if how is not None and how.attention != "high":
+            attentions = 0  # emulated as it stands, with its table of scores: for comparing small videos
+        model = model_with_fused_attention(self.bundle, name, architecture.num_attention_heads, attentions)
+        if self.provider == "cpu":
+            use_integer_products(model, saturates(self._runtime))
+        if has_fp8(model) and breaks_fp8(self._runtime.__version__):
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        graph = model.SerializeToString()
         provider = (PROVIDERS[self.provider], _PROVIDER_OPTIONS[self.provider])
         try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU
             session = self._runtime.InferenceSession(graph, options, providers=[provider], enable_fallback=0)

@@ -112,6 +112,11 @@ def weight_scale(parameter: str) -> str:
     return f"{parameter}_scale"
 
 
+def zero_points(channels: int) -> str:
+    """Name of the zero points of a weight with a scale per output channel: ONNX Runtime's fusion asks for them."""
+    return f"{ZERO_POINT}s.{channels}"
+
+
 def stored_scale(amax: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """The scale that maps `amax` onto a type's largest value, in the type it is stored in, never rounded down.
 
@@ -231,6 +236,8 @@ class _Planner:
         for name in names:
             self.plan.inputs[name] = scale
             size = matrices[name].abs()
+            if kind == "I8":
+                constants[zero_points(len(size))] = torch.zeros(len(size), dtype=torch.int8)
             constants[weight_scale(f"{name}.weight")] = stored_scale(
                 size.amax(1) if kind == "I8" else size.max(), kind, self.dtype
             )

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.quantization_plan import ZERO_POINT, Plan, weight_scale
+from anyflow_deploy.export.quantization_plan import ZERO_POINT, Plan, weight_scale, zero_points
 from anyflow_deploy.export.types import ONNX, SAFETENSORS
 from anyflow_deploy.quantized_layers import OPERANDS
 
@@ -64,8 +64,11 @@ class _Rewriter:
         operand = self._through_pair(x, self.plan.inputs[layer], node)
         high, weight.type = weight.type, ir.TensorType(ONNX[self.plan.kind])
         scale = self._constant(weight_scale(f"{layer}{_WEIGHT}"))
-        attributes = [ir.AttrInt64("axis", _CHANNELS_OUT)] if scale.shape is not None and len(scale.shape) else []
-        wide = self._node("DequantizeLinear", [weight, scale], f"{layer}/DequantizeLinear", node, attributes)
+        inputs, attributes = [weight, scale], []
+        if scale.shape is not None and len(scale.shape):
+            inputs.append(self._constant(zero_points(scale.shape.numpy()[0])))
+            attributes.append(ir.AttrInt64("axis", _CHANNELS_OUT))
+        wide = self._node("DequantizeLinear", inputs, f"{layer}/DequantizeLinear", node, attributes)
         wide.type, wide.shape = high, weight.shape
         node.replace_input_with(0, operand)
         node.replace_input_with(1, wide)

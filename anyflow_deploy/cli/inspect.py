@@ -86,7 +86,7 @@ def _tables(bundle: Bundle) -> list[Table]:
     files = Table("file", "bytes", "SHA-256", title="files")
     for name, record in manifest.files.items():
         files.add_row(name, f"{record.bytes:,}", record.sha256)
-    return [facts, border, ranges, files]
+    return [facts, border, ranges, *_kept_high(manifest), files]
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
@@ -110,20 +110,23 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _quantized(manifest: Manifest) -> list[tuple[str, str]]:
     """What an 8-bit bundle really has in eight bits."""
-    if manifest.quantization is None:
+    how, got = manifest.quantization, manifest.achieved
+    if how is None:
         return []
-    achieved, how = manifest.achieved, manifest.quantization
     smooth = ", SmoothQuant" if how.smooth else ""
-    kept = [f"{layer} ({reason})" for layer, reason in achieved.kept_high.items()]
-    shown = "; ".join(kept[:4]) + (f"; and {len(kept) - 4} more" if len(kept) > 4 else "")
     return [
-        (
-            "8-bit share",
-            f"{achieved.quantized_flops:.1%} of the products' operations, {achieved.quantized_weights:.1%} of the weights",
-        ),
+        ("in eight bits", f"{got.quantized_flops:.1%} of the operations in products, {got.quantized_weights:.1%} of the weights"),
         ("the rest", f"{how.base}; attention {how.base if how.attention == 'high' else how.attention}{smooth}"),
-        ("kept high", shown or "no layer that could be quantized"),
+        ("calibrated on", f"weights {how.weights[:12]}…"),
     ]
+
+
+def _kept_high(manifest: Manifest) -> list[Table]:
+    """Layers that an 8-bit precision left in the base's type."""
+    table = Table("layer", "reason", title=f"kept in {manifest.base}")
+    for layer, reason in manifest.achieved.kept_high.items():
+        table.add_row(layer, escape(reason))
+    return [table] if manifest.achieved.kept_high else []
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pydantic import Field
 from rich.markup import escape
 
 from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.calibration import CALIBRATION, load_calibration
 from anyflow_deploy.cli.options import Options, Steps, console, run
 from anyflow_deploy.engines.loading import load_engine
 from anyflow_deploy.errors import AnyFlowError
@@ -67,9 +68,9 @@ def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     with Bars(console) as bars:
         with bars.stage("loading the reference"):
             reference = (NetworkEngine if chunks else TorchEngine)(weights, options.device)
-        shift = bundle.manifest.schedule.shift
+        shift, prompt = bundle.manifest.schedule.shift, _calibrated_text(bundle, weights, text[0])
         result = validation.validate(
-            engine, reference, bundle.manifest.precision, shape, text, options.steps, shift, options.seed, bars, chunks
+            engine, reference, bundle.manifest.precision, shape, text, options.steps, shift, options.seed, bars, chunks, prompt
         )
     _write(folder, bundle, result)
     for failure in result.failures[:5]:
@@ -88,6 +89,21 @@ def _chunks(bundle: Bundle, options: ValidateOptions) -> tuple[int, ...] | None:
         raise AnyFlowError(f"{bundle.path} is causal: its first chunks are compared, whatever their length. Leave --frames out.")
     allowed = bundle.manifest.shape_ranges.frames
     return tuple(allowed.nearest(frames) for frames in a.chunk_partition[: a.full_chunk_limit + 2])
+
+
+def _calibrated_text(bundle: Bundle, weights: Any, batch: int) -> Any:
+    """The first prompt of a quantized bundle's calibration, as it was embedded there; None for other bundles.
+
+    Text of another kind lies outside the calibrated ranges, and the clipping would be measured instead of the engine.
+    """
+    from anyflow_deploy.export.calibration_text import prompt_text, random_text
+
+    if bundle.manifest.quantization is None:
+        return None
+    calibration = load_calibration(bundle.file(CALIBRATION))
+    tokens = bundle.manifest.video.text_tokens
+    embedded = random_text if calibration.text == "random" else prompt_text
+    return embedded(weights, tuple(calibration.prompts[:1]), tokens).embeddings.repeat(batch, axis=0)
 
 
 def _shapes(bundle: Bundle, options: ValidateOptions, frames: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
