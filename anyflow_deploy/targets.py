@@ -1,54 +1,121 @@
 """The devices a bundle can be made for, one row each.
 
-`--target` names one; the row says which precisions its runtime can execute, so that `--precision bf16 --target cpu` is
-refused before any work instead of failing, or silently computing in another type, on the device. Compute capabilities
-are NVIDIA's published ones.
+`--target` names one. A row says which precisions its runtime executes, so that `--precision bf16 --target cpu` is refused
+before any work instead of failing, or silently computing in another type, on the device; how much memory it has, so that
+`anyflow-fit` can say what fits; and how fast it is on paper, which is what measurements are compared with.
+
+Every number is of one product, named in `device`, and comes from the document named in `source`. Throughputs are *dense*:
+data sheets like to print the number with 2:4 sparsity, which is twice as large and which no AnyFlow model can use.
+Products of 16-bit and 8-bit floats are counted with float32 accumulation, as compilers build them; GeForce cards are
+twice as fast with 16-bit accumulation, and the data-centre and Jetson rows make no difference.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
+
+GB = 10**9
+"""Memory is counted as sold. What a driver reports lies 0.5 to 7 per cent higher, so this errs on the safe side."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """One device, or one family of devices.
+    """One device, in one variant.
 
     Attributes:
         name: what `--target` takes.
-        device: what it is called in a shop.
+        device: what it is called in a shop, with the variant the numbers are of.
         compute_capability: NVIDIA's (major, minor); None for the CPU.
-        precisions: names from the precision table that it runs.
+        precisions: names that its runtime executes, the best first. The export may know fewer.
+        memory: bytes, as sold; None where it is a property of the machine (the CPU).
+        reserved: bytes of it that the operating system and driver keep. An estimate of ours, not a published number.
+        bandwidth: bytes per second between memory and processor; None for the CPU.
+        tflops: dense 10^12 operations per second by type; "tf32" is what float32 products may be allowed to use.
+        tensorrt: versions of TensorRT that run on it, in words; empty where none does.
+        source: title of the document the numbers are from.
     """
 
     name: str
     device: str
     compute_capability: tuple[int, int] | None
     precisions: tuple[str, ...]
+    memory: int | None = None
+    reserved: int = 0
+    bandwidth: float | None = None
+    tflops: Mapping[str, float] = field(default_factory=dict)
+    tensorrt: str = ""
+    source: str = ""
 
 
-_INT8_GPU = ("fp32", "fp16", "bf16", "int8")
-_GPU = (*_INT8_GPU, "fp8")
+_CPU = ("fp32", "fp16", "int8", "fp8")
+_AMPERE = ("fp32", "fp16", "bf16", "int8")
+"""No FP8: those units came with compute capability 8.9."""
+_GPU = ("fp32", "fp16", "bf16", "int8", "fp8")
+
+_DESKTOP, _JETSON = GB, 6 * GB
+"""CUDA's own memory beside a driver; on a Jetson processor and GPU share one memory, and Linux lives in it too."""
+
+
+def _tensor(fp32: float, tf32: float, half: float, int8: float, fp8: float | None = None) -> dict[str, float]:
+    """Throughputs by type; fp16 and bf16 are equal on all of these."""
+    rows = {"fp32": fp32, "tf32": tf32, "fp16": half, "bf16": half, "int8": int8}
+    return rows if fp8 is None else {**rows, "fp8": fp8}
+
 
 TARGETS = {
     row.name: row
     for row in (
-        Target("cpu", "any CPU through ONNX Runtime", None, ("fp32", "fp16", "int8", "fp8")),
-        Target("orin", "Jetson AGX Orin", (8, 7), _INT8_GPU),
-        Target("thor", "Jetson Thor", (11, 0), _GPU),
-        Target("l4", "NVIDIA L4", (8, 9), _GPU),
-        Target("rtx4090", "GeForce RTX 4090", (8, 9), _GPU),
-        Target("rtx5090", "GeForce RTX 5090", (12, 0), _GPU),
-        Target("a100", "NVIDIA A100", (8, 0), _INT8_GPU),
-        Target("h100", "NVIDIA H100", (9, 0), _GPU),
-        Target("h200", "NVIDIA H200", (9, 0), _GPU),
-        Target("b200", "NVIDIA B200", (10, 0), _GPU),
+        # fp8 on a CPU is arithmetic in float32 on values rounded to FP8: right numbers, no speed.
+        Target("cpu", "any CPU through ONNX Runtime (fp8 emulated)", None, _CPU, source="this machine"),
+        # 5.3 TFLOPS float32 and 170 sparse INT8 TOPS of the GPU, without the DLAs; FP16 is half of INT8, TF32 a quarter.
+        Target(
+            "orin", "Jetson AGX Orin 64GB", (8, 7), _AMPERE, 64 * GB, _JETSON, 204.8e9, _tensor(5.3, 21.3, 42.5, 85.0),
+            "10.3 (JetPack 6.1 and 6.2), from 11.4.1 on JetPack 7.2.2", "Jetson AGX Orin Series Technical Brief v1.2",
+        ),
+        # 1035 dense FP4 TFLOPS at 1.57 GHz; each wider type is half as fast. Float32: 2560 cores, two operations a clock.
+        Target(
+            "thor", "Jetson AGX Thor (T5000) 128GB", (11, 0), _GPU, 128 * GB, _JETSON, 273e9,
+            _tensor(8.0, 129.0, 258.0, 517.0, 517.0),
+            "10.13 and later 10.x (JetPack 7), from 11.4.1 on JetPack 7.2.2", "Jetson Thor Series Modules Data Sheet",
+        ),
+        Target(
+            "l4", "NVIDIA L4 24GB", (8, 9), _GPU, 24 * GB, _DESKTOP, 300e9, _tensor(30.3, 60.0, 121.0, 242.5, 242.5),
+            "10.3 to 11", "NVIDIA L4 Tensor Core GPU Datasheet",
+        ),
+        Target(
+            "rtx4090", "GeForce RTX 4090 24GB", (8, 9), _GPU, 24 * GB, _DESKTOP, 1008e9,
+            _tensor(82.6, 82.6, 165.2, 660.6, 330.3), "10.3 to 11", "NVIDIA Ada GPU Architecture v2.01, appendix A",
+        ),
+        Target(
+            "rtx5090", "GeForce RTX 5090 32GB", (12, 0), _GPU, 32 * GB, _DESKTOP, 1792e9,
+            _tensor(104.8, 104.8, 209.5, 838.0, 419.0), "10.8 to 11", "NVIDIA RTX Blackwell GPU Architecture, appendix A",
+        ),
+        Target(
+            "a100", "NVIDIA A100 SXM 80GB", (8, 0), _AMPERE, 80 * GB, _DESKTOP, 2039e9, _tensor(19.5, 156.0, 312.0, 624.0),
+            "10.3 to 11", "NVIDIA A100 Tensor Core GPU Datasheet",
+        ),
+        Target(
+            "h100", "NVIDIA H100 SXM 80GB", (9, 0), _GPU, 80 * GB, _DESKTOP, 3350e9,
+            _tensor(67.0, 494.7, 989.4, 1978.9, 1978.9), "10.3 to 11", "NVIDIA H100 Tensor Core GPU Datasheet",
+        ),
+        Target(
+            "h200", "NVIDIA H200 SXM 141GB", (9, 0), _GPU, 141 * GB, _DESKTOP, 4800e9,
+            _tensor(67.0, 494.7, 989.4, 1978.9, 1978.9), "10.3 to 11", "NVIDIA H200 Tensor Core GPU Datasheet",
+        ),
+        # The chip carries 192 GB; HGX and DGX systems, which are what is sold, give 180 of it.
+        Target(
+            "b200", "NVIDIA B200 (HGX, 1000 W) 180GB", (10, 0), _GPU, 180 * GB, _DESKTOP, 8000e9,
+            _tensor(80.0, 1100.0, 2250.0, 4500.0, 4500.0), "10.8 to 11", "NVIDIA Blackwell Architecture Technical Brief",
+        ),
     )
-}
+}  # fmt: skip
 
 CPU_HAS_NO_BF16 = "ONNX Runtime's CPU provider has no bf16 matrix product"
+
+_NO_FP8 = "its tensor cores have no FP8; INT8 takes the same memory and runs"
 
 
 def get_target(name: str) -> Target:
@@ -71,8 +138,15 @@ def check_precision(target: Target, precision: str) -> None:
     if precision in target.precisions:
         return
     able = [row.name for row in TARGETS.values() if precision in row.precisions]
-    reason = f" ({CPU_HAS_NO_BF16})" if target.name == "cpu" and precision == "bf16" else ""
+    offered = ["int8"] if precision == "fp8" else list(target.precisions)
     raise BackendError(
-        f"{precision} does not run on target {target.name!r}{reason}. "
-        f"Choose --precision {' or '.join(target.precisions)}, or a target that runs {precision}: {', '.join(able)}."
+        f"{precision} does not run on target {target.name!r}{_reason(target, precision)}. "
+        f"Choose --precision {' or '.join(offered)}, or a target that runs {precision}: {', '.join(able) or 'none does'}."
     )
+
+
+def _reason(target: Target, precision: str) -> str:
+    """Why, in brackets, where there is a short answer."""
+    if target.name == "cpu" and precision == "bf16":
+        return f" ({CPU_HAS_NO_BF16})"
+    return f" ({target.device}: {_NO_FP8})" if precision == "fp8" else ""

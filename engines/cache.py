@@ -134,6 +134,17 @@ def cache_plan(
     )
 
 
+def fitted_chunks(chunks: Sequence[int], frames: int) -> tuple[int, ...]:
+    """A plan like `chunks` with so many latent frames: cut short, or its longest chunk repeated."""
+    result: list[int] = []
+    for length in [*chunks, *[max(chunks)] * frames]:
+        rest = frames - sum(result)
+        if not rest:
+            break
+        result.append(min(length, rest))
+    return tuple(result)
+
+
 def check_budget(plan: CachePlan, element_bytes: int, budget_bytes: float) -> None:
     """Refuse a plan whose cache does not fit.
 

@@ -56,7 +56,8 @@ class OnnxRuntimeEngine:
         self._runtime = _imported(provider)
         if bundle.manifest.base == "bf16" and provider == "cpu":
             raise BackendError(
-                f"{bundle.path} is bf16, and {CPU_HAS_NO_BF16}. Use provider 'cuda', or export with --precision fp32 or fp16."
+                f"{bundle.path} is {bundle.manifest.base}, and {CPU_HAS_NO_BF16}. "
+                "Use provider 'cuda', or export with --precision fp32 or fp16."
             )
         architecture = bundle.manifest.architecture
         self._channels, self._text_dim = architecture.in_channels, architecture.text_dim
@@ -65,6 +66,7 @@ class OnnxRuntimeEngine:
     def _opened_session(self, name: str, threads: int | None) -> Any:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # a second plan of the same memory: twice the activations, no faster
         if threads is not None:
             if threads < 1:
                 raise AnyFlowError(f"threads is {threads}; allowed are whole numbers from 1.")

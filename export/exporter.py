@@ -80,7 +80,7 @@ class ExportSettings:
     calibration: Calibration | None = None
     smooth: bool = True
     kept: tuple[str, ...] = ()
-    attention: Literal["high", "fp8"] = "high"
+    attention: str = "high"
 
     @property
     def base_precision(self) -> str:
@@ -130,8 +130,10 @@ def export_bundle(weights: Weights, output: Path, settings: ExportSettings | Non
 def _plan(weights: Weights, settings: ExportSettings, report: Report) -> Plan | None:
     """What is quantized, once the calibration is known to be of these weights."""
     calibration = settings.calibration
-    if not get_precision(settings.precision).quantized or calibration is None:
+    if not get_precision(settings.precision).quantized:
         return None
+    if calibration is None:
+        raise AnyFlowError(f"precision {settings.precision} needs a calibration. Make one: anyflow-calibrate.")
     with report.stage("comparing the weights with the calibration's"):
         check_calibration(calibration, weights)
     s = settings
@@ -176,11 +178,7 @@ def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
             what = " and ".join([*given, *(["attention fp8"] if s.attention != "high" else [])])
             raise AnyFlowError(f"precision {s.precision} quantizes nothing, so {what} would have no effect. Leave it out.")
         return
-    if s.calibration is None:
-        raise AnyFlowError(
-            f"precision {s.precision} needs a calibration. Make one: anyflow-calibrate … --output calibration.json."
-        )
-    if s.calibration.config != architecture.as_config():
+    if s.calibration is not None and s.calibration.config != architecture.as_config():
         theirs, ours = s.calibration.config, architecture.as_config()
         differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
         changes = ", ".join(f"{key} {theirs.get(key)!r} against {ours.get(key)!r}" for key in differing[:3])
@@ -239,7 +237,8 @@ def _quantization(s: ExportSettings) -> Quantization | None:
     if s.calibration is None:
         return None
     smooth = s.smooth and s.precision == "int8"
-    return Quantization(base=s.base_precision, smooth=smooth, attention=s.attention, weights=s.calibration.weights)
+    attention: Literal["high", "fp8"] = "fp8" if s.attention == "fp8" else "high"
+    return Quantization(base=s.base_precision, smooth=smooth, attention=attention, weights=s.calibration.weights)
 
 
 def _kind(a: Architecture) -> Literal["bidirectional", "causal"]:

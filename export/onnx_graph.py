@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.export.constant_axes import make_axes_constant
 from anyflow_deploy.export.safetensors_stream import Entry
 from anyflow_deploy.export.trace import Axes, Traced
 from anyflow_deploy.export.types import ONNX
@@ -50,6 +51,7 @@ def onnx_from_traced(traced: Traced, opset: int) -> ir.Model:
         raise AnyFlowError("torch.onnx.export returned nothing; this version works with torch 2.13.")
     model = program.model
     _name_nodes(model)
+    make_axes_constant(model)
     _name_axes(model, traced.symbols, {**traced.inputs, **traced.outputs})
     _drop_unused_weights(model)
     _forget_this_machine(model)

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from anyflow_deploy.cli.export import ExportOptions
+from anyflow_deploy.cli.fit import FitOptions
 from anyflow_deploy.cli.generate import GenerateOptions
 from anyflow_deploy.cli.inspect import InspectOptions
 from anyflow_deploy.cli.options import Numbers, Options, Steps, help_of, parsed, run
@@ -26,7 +27,7 @@ from anyflow_deploy.cli.validate import ValidateOptions
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.ranges import Range
 
-COMMANDS: list[type[Options]] = [ExportOptions, GenerateOptions, InspectOptions, ValidateOptions]
+COMMANDS: list[type[Options]] = [ExportOptions, FitOptions, GenerateOptions, InspectOptions, ValidateOptions]
 
 
 class Small(Options):

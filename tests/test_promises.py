@@ -16,6 +16,7 @@ from matplotlib import pyplot
 from anyflow_deploy import MODELS, Bundle
 from anyflow_deploy.cli.calibrate import CalibrateOptions
 from anyflow_deploy.cli.export import ExportOptions
+from anyflow_deploy.cli.fit import FitOptions
 from anyflow_deploy.cli.generate import GenerateOptions
 from anyflow_deploy.cli.inspect import InspectOptions
 from anyflow_deploy.cli.options import Options, parsed
@@ -31,6 +32,7 @@ BIN = Path(sys.executable).parent
 COMMANDS: dict[str, type[Options]] = {
     "anyflow-calibrate": CalibrateOptions,
     "anyflow-export": ExportOptions,
+    "anyflow-fit": FitOptions,
     "anyflow-generate": GenerateOptions,
     "anyflow-inspect": InspectOptions,
     "anyflow-sensitivity": SensitivityOptions,
@@ -78,6 +80,7 @@ def test_the_examples_in_the_help_parse(command: str) -> None:
         (("anyflow-export", "--modle", "tiny"), 2, "unknown flag --modle. Did you mean '--model'?"),
         (("anyflow-export", "--model", "1.3"), 2, "unknown model '1.3'"),
         (("anyflow-export", "--model", "1.3b", "--precision", "bf16"), 2, "no bf16 matrix product"),
+        (("anyflow-fit", "--model", "14b", "--precision", "fp8", "--target", "orin"), 2, "Choose --precision int8"),
         (("anyflow-validate",), 2, "bundle is missing"),
         (("anyflow-inspect", "nowhere"), 1, "nowhere is not a bundle"),
         (("anyflow-generate", "nowhere", "--prompt", "x", "--steps", "0"), 2, "--steps is '0'"),
@@ -111,7 +114,7 @@ def test_the_readme_commands_run(tiny_pipeline: Path, far_pipeline: Path, tmp_pa
             ran.append(words[0])
     made, looked = ["anyflow-export", "anyflow-generate"], ["anyflow-inspect", "anyflow-validate"]
     eight_bits = ["anyflow-calibrate", "anyflow-sensitivity"]
-    assert ran == [made[0], *looked, made[1], *eight_bits, *made, made[1]]
+    assert ran == [made[0], looked[0], *looked, made[1], *eight_bits, *made, made[1]]
     for name in ("fox", "fox-stream", "fox-image"):
         assert (tmp_path / f"{name}.mp4").stat().st_size > 1000
     assert {path.name for path in (tmp_path / "my-bundle").glob("*.png")} == {"validation.png", "sensitivity.png"}

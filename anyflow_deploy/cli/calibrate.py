@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 from rich.markup import escape
 
-from anyflow_deploy.calibration import CALIBRATION
+from anyflow_deploy.calibration import CALIBRATION, Calibration
 from anyflow_deploy.cli.options import Steps, console, run
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Bars
+from anyflow_deploy.progress import Bars, Report
+
+if TYPE_CHECKING:  # torch, which --help does not need
+    from anyflow_deploy.export.weights import Weights
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 
@@ -43,42 +46,50 @@ class CalibrateOptions(WeightOptions):
 
 def calibrate(options: CalibrateOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, partial_path, write_calibration
-    from anyflow_deploy.export.calibration_text import PROMPTS, prompt_text, prompts_from_file
-    from anyflow_deploy.export.modelopt import load_modelopt
+    from anyflow_deploy.export.calibration import write_calibration
     from anyflow_deploy.export.random_weights import parameter_shapes
-    from anyflow_deploy.export.rollouts import latent_shape
     from anyflow_deploy.export.weights import check_names
 
     started = time.perf_counter()
     check_output(options.output, options.overwrite)
-    prompts = PROMPTS if options.prompts is None else prompts_from_file(options.prompts)
     weights = options.weights()
     check_names(weights, parameter_shapes(weights.architecture))
-    shape = latent_shape(weights.architecture, options.frames, options.height, options.width)
-    partial = partial_path(options.output)
     with Bars(console) as bars:
-        with bars.stage("loading ModelOpt"):
-            load_modelopt()
-        with bars.stage(f"embedding {len(prompts)} prompts"):
-            text = prompt_text(weights, prompts)
-        if text.source == "random":
-            console.print("[yellow]no text encoder[/] with these weights: random embeddings stand in for the prompts.")
-        settings = CalibrationSettings(
-            text, shape, options.steps, options.seeds, options.device, partial, lambda line: console.print(escape(line))
-        )
-        try:
-            calibration = calibrated(weights, settings, bars)
-        except KeyboardInterrupt:
-            console.print("finished rollouts are kept: the same command goes on from there.")
-            raise
+        calibration = measured(options, weights, bars)
     write_calibration(options.output, calibration)
-    partial.unlink(missing_ok=True)
     seconds = time.perf_counter() - started
     console.print(
         f"[green]calibrated[/] {len(calibration.tensors)} tensors in {seconds:.1f} s: [bold]{escape(str(options.output))}[/]"
     )
     return 0
+
+
+def measured(options: CalibrateOptions, weights: Weights, bars: Report) -> Calibration:
+    """The calibration that the options ask for; unfinished work is kept beside `options.output`."""
+    from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, partial_path
+    from anyflow_deploy.export.calibration_text import PROMPTS, prompt_text, prompts_from_file
+    from anyflow_deploy.export.modelopt import load_modelopt
+    from anyflow_deploy.export.rollouts import latent_shape
+
+    prompts = PROMPTS if options.prompts is None else prompts_from_file(options.prompts)
+    shape = latent_shape(weights.architecture, options.frames, options.height, options.width)
+    partial = partial_path(options.output)
+    with bars.stage("loading ModelOpt"):
+        load_modelopt()
+    with bars.stage(f"embedding {len(prompts)} prompts"):
+        text = prompt_text(weights, prompts)
+    if text.source == "random":
+        console.print("[yellow]no text encoder[/] with these weights: random embeddings stand in for the prompts.")
+    settings = CalibrationSettings(
+        text, shape, options.steps, options.seeds, options.device, partial, lambda line: console.print(escape(line))
+    )
+    try:
+        calibration = calibrated(weights, settings, bars)
+    except KeyboardInterrupt:
+        console.print("finished rollouts are kept: the same command goes on from there.")
+        raise
+    partial.unlink(missing_ok=True)
+    return calibration
 
 
 def check_output(path: Path, overwrite: bool) -> None:

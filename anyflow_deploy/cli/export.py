@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from rich.markup import escape
 
-from anyflow_deploy.bundle import Bundle
-from anyflow_deploy.calibration import load_calibration
+from anyflow_deploy.bundle import Bundle, BundleWriter
+from anyflow_deploy.cli.fit import show_fit
+from anyflow_deploy.cli.lint import warn_about_tensorrt
 from anyflow_deploy.cli.options import console, run
-from anyflow_deploy.cli.weights import WeightOptions, checked_name
+from anyflow_deploy.cli.quantize import QuantizationOptions, calibration_of, layers_kept
+from anyflow_deploy.cli.weights import checked_name
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from anyflow_deploy.precision import PRECISIONS, base_precision, get_precision
+from anyflow_deploy.precision import base_precision, get_precision
 from anyflow_deploy.ranges import Range, latent_frames, latent_side, parsed_span
 from anyflow_deploy.targets import check_precision, get_target
 
 CHECKS = ("auto", "full", "none")
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
-
 _AUTO_CHECK_BYTES = 2 << 30
 """Memory that checking the numbers may take without being asked for: reference and engine both hold the model."""
 
 
-class ExportOptions(WeightOptions):
+class ExportOptions(QuantizationOptions):
     """Export an AnyFlow checkpoint to a bundle: an ONNX graph, its weights and a manifest, in one folder.
 
     Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with --random-weights)."""
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-export --model 1.3b --precision fp16",
+        "anyflow-export --model 1.3b --precision fp8 --target h100 --calibration calibration.json",
         "anyflow-export --checkpoint my-anyflow/ --output my-bundle",
-        "anyflow-export --checkpoint my-anyflow/ --precision int8 --calibration calibration.json",
         "anyflow-export --model 14b --random-weights --frames 1:81 --height 480 --width 832",
     )
 
-    precision: str = Field("fp32", description=", ".join(PRECISIONS))
     output: Path | None = Field(None, description="bundle folder to create (default MODEL-PRECISION)")
     target: str = Field("cpu", description="device the bundle is for; decides which precisions are allowed")
     opset: int = Field(20, description="20: primitive operators, for every runtime; 23: Attention, RMSNormalization")
@@ -48,11 +48,6 @@ class ExportOptions(WeightOptions):
     height: str | None = Field(None, description="pixels, multiples of 16, as 480 or 256:720")
     width: str | None = Field(None, description="pixels, multiples of 16")
     text: str | None = Field(None, description="tokens of the prompt embedding, as 512")
-    calibration: Path | None = Field(None, description="int8, fp8: the file that anyflow-calibrate made for these weights")
-    base: str | None = Field(None, description="int8, fp8: precision of the rest (default fp32 for a CPU, fp16 for GPUs)")
-    smooth: bool = Field(True, description="int8: SmoothQuant, which moves outliers into the weights")
-    keep: Names = Field((), description="int8, fp8: layers to keep high, as blocks.0.ffn.net.2,blocks.1.attn1.to_q")
-    attention: Literal["high", "fp8"] = Field("high", description="fp8: also quantize the products in attention (fp8)")
     check: str = Field("auto", description="compare with PyTorch afterwards: auto (small models), full, none")
     overwrite: bool = Field(False, description="replace a bundle at --output")
 
@@ -67,8 +62,9 @@ class ExportOptions(WeightOptions):
     def _consistent(self) -> ExportOptions:
         checked_name(get_precision, self.precision)
         try:
-            check_precision(get_target(self.target), self.precision)
-            base_precision(self.precision, self.base, self.target)
+            target = get_target(self.target)
+            for name in (self.precision, base_precision(self.precision, self.base, self.target)):
+                check_precision(target, name)
             self.ranges()
         except AnyFlowError as error:
             raise ValueError(str(error)) from None
@@ -99,18 +95,24 @@ def export(options: ExportOptions) -> int:
     output = options.output or Path(f"{_label(options)}-{options.precision}")
     settings = ExportSettings(
         options.precision, options.target, options.opset, options.ranges(), options.overwrite,
-        base=options.base, calibration=load_calibration(options.calibration) if options.calibration else None,
-        smooth=options.smooth, kept=options.keep, attention=options.attention,
+        options.base, smooth=not options.no_smooth, attention=options.attention,
     )  # fmt: skip
     weights = options.weights()
     checked(weights, settings)
+    show_fit(weights.architecture, options.precision, options.target, options.ranges())
+    BundleWriter(output, options.overwrite)  # refuses a destination that cannot be, before a calibration of hours
     with Bars(console) as bars:
+        calibration = calibration_of(options, weights, output, bars)
+        if calibration is not None:
+            kept = layers_kept(options, options.target, weights, calibration, bars)
+            settings = dataclasses.replace(settings, calibration=calibration, kept=tuple(kept))
         bundle = export_bundle(weights, output, settings, bars)
     size = sum(record.bytes for record in bundle.manifest.files.values())
     console.print(
         f"[green]exported[/] {bundle.manifest.model} in {options.precision} to [bold]{escape(str(bundle.path))}[/]: "
         f"{size / 1e6:,.1f} MB in {time.perf_counter() - started:.1f} s"
     )
+    warn_about_tensorrt(bundle)
     return _check_numbers(bundle, weights, options)
 
 

@@ -4,40 +4,65 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.cli.lint import checked_versions, linted, print_findings
 from anyflow_deploy.cli.options import Options, console, run
 from anyflow_deploy.manifest import Manifest
 
 
 class InspectOptions(Options):
-    """Show what a bundle holds: model, precision, shapes, sizes, hashes."""
+    """Show what a bundle holds: model, precision, shapes, sizes, hashes; with --lint, what TensorRT would refuse of it.
+
+    Exit status: 0, or 1 where --lint found something."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
-    EXAMPLES: ClassVar[tuple[str, ...]] = ("anyflow-inspect tiny-fp32 --verify", "anyflow-inspect tiny-fp32 --json")
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "anyflow-inspect tiny-fp32 --verify",
+        "anyflow-inspect tiny-fp32 --json",
+        "anyflow-inspect tiny-fp32 --lint --tensorrt 10.3,11.4",
+    )
 
     bundle: Path = Field(description="the bundle's folder")
     verify: bool = Field(False, description="read every file and compare its SHA-256")
     json_output: bool = Field(False, alias="json", description="print the manifest and digest as JSON on standard output")
+    lint: bool = Field(False, description="check every graph against what TensorRT's ONNX parser takes")
+    tensorrt: Annotated[tuple[str, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)] | None = Field(
+        None, description="versions to lint for (default 10.3,11.4: JetPack 6, and the current one)"
+    )
+
+    @model_validator(mode="after")
+    def _versions_are_known(self) -> InspectOptions:
+        if self.tensorrt is not None:
+            if not self.lint:
+                raise ValueError("--tensorrt names the versions that --lint is for: give both, or neither.")
+            checked_versions(self.tensorrt)
+        return self
 
 
 def inspect(options: InspectOptions) -> int:
     """Do it; returns the exit status."""
     bundle = load_bundle(options.bundle, verify=options.verify)
     out = Console(highlight=False)
+    versions, findings = linted(bundle, options.tensorrt) if options.lint else ((), [])
     if options.json_output:
-        print(json.dumps({"digest": bundle.digest, **bundle.manifest.model_dump(by_alias=True)}, indent=1))  # noqa: T201
+        shown: dict[str, Any] = {"digest": bundle.digest, **bundle.manifest.model_dump(by_alias=True)}
+        if options.lint:
+            shown["findings"] = [finding.as_json() for finding in findings]
+        print(json.dumps(shown, indent=1))  # noqa: T201
     else:
         out.print(*_tables(bundle), sep="\n")
+        if options.lint:
+            print_findings(out, findings, versions)
     hashes = "every SHA-256 agrees" if options.verify else "sizes agree; --verify compares every SHA-256"
     console.print(f"[green]{escape(str(bundle.path))} is complete[/] ({hashes}).")
-    return 0
+    return 1 if findings else 0
 
 
 def _tables(bundle: Bundle) -> list[Table]:
@@ -64,14 +89,6 @@ def _tables(bundle: Bundle) -> list[Table]:
     return [facts, border, ranges, *_kept_high(manifest), files]
 
 
-def _kept_high(manifest: Manifest) -> list[Table]:
-    """Layers that a quantized precision left in the base's type."""
-    table = Table("layer", "reason", title=f"kept in {manifest.base}")
-    for layer, reason in manifest.achieved.kept_high.items():
-        table.add_row(layer, escape(reason))
-    return [table] if manifest.achieved.kept_high else []
-
-
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     a, video = manifest.architecture, manifest.video
     weights = ", ".join(f"{size / 1e6:,.1f} MB {kind}" for kind, size in manifest.achieved.weight_bytes.items())
@@ -92,14 +109,24 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _quantized(manifest: Manifest) -> list[tuple[str, str]]:
+    """What an 8-bit bundle really has in eight bits."""
     how, got = manifest.quantization, manifest.achieved
     if how is None:
         return []
+    smooth = ", SmoothQuant" if how.smooth else ""
     return [
         ("in eight bits", f"{got.quantized_flops:.1%} of the operations in products, {got.quantized_weights:.1%} of the weights"),
-        ("the rest", f"{how.base}; SmoothQuant {'on' if how.smooth else 'off'}; attention {how.attention}"),
+        ("the rest", f"{how.base}; attention {how.base if how.attention == 'high' else how.attention}{smooth}"),
         ("calibrated on", f"weights {how.weights[:12]}…"),
     ]
+
+
+def _kept_high(manifest: Manifest) -> list[Table]:
+    """Layers that an 8-bit precision left in the base's type."""
+    table = Table("layer", "reason", title=f"kept in {manifest.base}")
+    for layer, reason in manifest.achieved.kept_high.items():
+        table.add_row(layer, escape(reason))
+    return [table] if manifest.achieved.kept_high else []
 
 
 def main() -> None:

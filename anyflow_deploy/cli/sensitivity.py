@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 from rich.markup import escape
@@ -13,7 +13,11 @@ from anyflow_deploy.bundle import load_bundle
 from anyflow_deploy.calibration import CALIBRATION, Calibration, load_calibration
 from anyflow_deploy.cli.options import Options, Steps, console, run
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Bars
+from anyflow_deploy.progress import Bars, Report, Silent
+
+if TYPE_CHECKING:  # torch, which --help does not need
+    from anyflow_deploy.export.sensitivity import Probe
+    from anyflow_deploy.export.weights import Weights
 
 EIGHT_BITS = ("int8", "fp8")
 _FRAMES, _CAUSAL_FRAMES = 9, 29  # the latter are four chunks of the models' own plan: the first that compress one
@@ -65,7 +69,7 @@ def sensitivity(options: SensitivityOptions) -> int:
     from anyflow_deploy.export.modelopt import load_modelopt
     from anyflow_deploy.export.reference import weights_from_manifest
     from anyflow_deploy.export.rollouts import latent_shape
-    from anyflow_deploy.export.sensitivity import Probe, ProbeSettings, kept_layers, measured_sensitivity
+    from anyflow_deploy.export.sensitivity import kept_layers, measured_sensitivity
 
     bundle = load_bundle(options.bundle)
     folder = options.output or bundle.path
@@ -83,9 +87,7 @@ def sensitivity(options: SensitivityOptions) -> int:
             load_modelopt()
         with bars.stage("fingerprint of the weights"):
             check_calibration(calibration, weights)
-        with bars.stage("the untouched network"):
-            settings = ProbeSettings(_text(weights, calibration), shape, options.steps, options.seed, options.device)
-            probe = Probe(weights, calibration, precision, settings)
+        probe = probe_for(weights, calibration, precision, "fp32", True, shape, options.steps, options.seed, options.device, bars)
         found = measured_sensitivity(probe, bars)
         chosen = None
         if options.keep is not None or options.fidelity is not None:
@@ -93,6 +95,31 @@ def sensitivity(options: SensitivityOptions) -> int:
                 chosen = kept_layers(found, options.keep, options.fidelity, probe.psnr_without)
     _write(folder, found, chosen)
     return 0
+
+
+def probe_for(
+    weights: Weights,
+    calibration: Calibration,
+    precision: str,
+    base: str,
+    smooth: bool,
+    shape: tuple[int, int, int, int],
+    steps: tuple[int, ...] = (1, 4),
+    seed: int = 0,
+    device: str = "cpu",
+    bars: Report | None = None,
+) -> Probe:
+    """What measures a model's layers, rounding as an export with the same settings does."""
+    from anyflow_deploy.export.quantization_plan import planned
+    from anyflow_deploy.export.sensitivity import Probe, ProbeSettings
+
+    report = bars or Silent()
+    factors = {}
+    if smooth and precision == "int8":
+        factors = planned(weights, calibration, precision, base, smooth, "high", (), report).smooth
+    with report.stage("the untouched network"):
+        settings = ProbeSettings(_text(weights, calibration), shape, steps, seed, device)
+        return Probe(weights, calibration, precision, settings, factors)
 
 
 def _text(weights, calibration: Calibration):  # type: ignore[no-untyped-def]

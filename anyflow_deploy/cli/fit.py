@@ -1,0 +1,196 @@
+"""`anyflow-fit`: which device takes which model, in which precision, before anything is downloaded.
+
+Without --precision and --target it prints a table of all of them; with both, where the memory goes, and what to change
+when there is not enough. `anyflow-export` prints the same sum for what it is about to write (`show_fit`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.fit import FIT_PRECISIONS, Shape, companions, memory_of, needed, shape_from_pixels
+from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, Architecture, get_model, model_name
+from anyflow_deploy.ranges import Range, latent_frames
+from anyflow_deploy.targets import GB, TARGETS, Target, check_precision, get_target
+
+_WINDOWS = (8, 4, 2, 1)
+"""Windows of a causal cache to suggest, the largest that helps first."""
+
+
+class FitOptions(Options):
+    """Say what a model needs in memory, and which devices have that much.
+
+    Exit status 0 when it fits (without --precision and --target: when it fits anywhere), 1 when it does not."""
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "anyflow-fit --model 14b",
+        "anyflow-fit --model 14b --precision int8 --target orin --shape 480x832x81",
+        "anyflow-fit --model far-14b --precision fp8 --target thor --window 4 --json",
+    )
+
+    model: str = Field(description=f"one of {', '.join(MODELS)}")
+    precision: str | None = Field(None, description=f"one of {', '.join(FIT_PRECISIONS)} (default all)")
+    target: str | None = Field(None, description=f"one of {', '.join(TARGETS)} (default all)")
+    shape: str | None = Field(None, description="HEIGHTxWIDTHxFRAMES in pixels and frames (default the model's own)")
+    window: int | None = Field(None, ge=1, description="compressed chunks a causal model keeps (default all)")
+    json_output: bool = Field(False, alias="json", description="print the numbers as JSON on standard output")
+
+    @field_validator("model")
+    @classmethod
+    def _known_model(cls, name: str) -> str:
+        try:
+            return get_model(name).name
+        except AnyFlowError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FitOptions:
+        try:
+            target = get_target(self.target or "cpu")
+            needed(self.architecture, self.precision or "fp16", target, self.video, self.window)
+            if self.target and self.precision:
+                check_precision(target, self.precision)
+        except AnyFlowError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def architecture(self) -> Architecture:
+        """Of the model."""
+        return get_model(self.model).architecture
+
+    @property
+    def video(self) -> Shape:
+        """The shape asked for, or the model's own."""
+        return default_shape(self.model) if self.shape is None else shape_from_pixels(self.shape, self.architecture)
+
+
+def default_shape(model: str) -> Shape:
+    """What a model makes when nothing else is asked for; of a model outside the table, Wan's 81 frames at 480x832."""
+    frames, height, width = MODELS[model].video if model in MODELS else MODELS["1.3b"].video
+    return Shape(latent_frames(frames, TEMPORAL_FACTOR), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+
+
+def fit(options: FitOptions) -> int:
+    """Do it; returns the exit status."""
+    targets = [get_target(options.target)] if options.target else list(TARGETS.values())
+    precisions = (options.precision,) if options.precision else FIT_PRECISIONS
+    cells = {t.name: {p: _cell(options.architecture, p, t, options.video, options.window) for p in precisions} for t in targets}
+    if options.json_output:
+        report = {"model": options.model, "shape": str(options.video), "window": options.window, "targets": cells}
+        print(json.dumps(report, indent=1))  # noqa: T201
+    elif options.precision and options.target:
+        _print_details(options, targets[0], options.precision)
+    else:
+        _print_overview(options, targets, cells)
+    return 0 if any(cell["fits"] for row in cells.values() for cell in row.values()) else 1
+
+
+def show_fit(a: Architecture, precision: str, target: str, ranges: Mapping[str, Range]) -> None:
+    """One line with what a bundle will need on its target, and a warning where the target has less.
+
+    A warning, not an error: a bundle also runs on a larger device of the family, and in smaller shapes.
+
+    Args:
+        a: what is exported.
+        precision, target: as named in the tables.
+        ranges: the declared ranges, in latent units; the largest shape in them counts.
+    """
+    usual = default_shape(model_name(a))
+    largest = {axis: ranges[axis].maximum or getattr(usual, axis) for axis in ("frames", "height", "width") if axis in ranges}
+    if a.causal:
+        largest.pop("frames", None)  # those are of one chunk
+    shape, row = dataclasses.replace(usual, **largest), get_target(target)
+    need, available = needed(a, precision, row, shape), memory_of(row)
+    parts = f"weights {_gb(need.weights)}, activations {_gb(need.activations + need.workspace)}"
+    cache = f", cache {_gb(need.cache)}" if need.cache else ""
+    console.print(f"needs about {_gb(need.total)} on {target} at {shape} ({parts}{cache}; it has {_gb(available)}).")
+    if need.total > available:
+        console.print(f"[yellow]warning:[/] that does not fit {row.device}. {_advice(a, precision, row, shape)}")
+
+
+def _cell(a: Architecture, precision: str, target: Target, shape: Shape, window: int | None) -> dict[str, Any]:
+    """One combination: bytes and a verdict, or why it is refused."""
+    if precision not in target.precisions:
+        return {"fits": False, "refused": f"{target.name} does not run {precision}"}
+    need, available = needed(a, precision, target, shape, window), memory_of(target)
+    return {"fits": need.total <= available, "total": need.total, "available": available, **dataclasses.asdict(need)}
+
+
+def _print_overview(options: FitOptions, targets: list[Target], cells: dict[str, dict[str, dict[str, Any]]]) -> None:
+    precisions = list(next(iter(cells.values())))
+    table = Table("target", "memory", *precisions, title=f"{options.model} at {options.video}: GB needed, and whether it fits")
+    for target in targets:
+        table.add_row(target.name, _gb(memory_of(target)), *(_shown(cells[target.name][p]) for p in precisions))
+    Console(highlight=False).print(table)
+    console.print(
+        "Memory is what the system leaves free; the text encoder and the VAE run apart. Where it goes: --target, --precision."
+    )
+
+
+def _shown(cell: dict[str, Any]) -> str:
+    if "refused" in cell:
+        return "[dim]refused[/]"
+    return f"{cell['total'] / GB:.1f} {'[green]yes[/]' if cell['fits'] else '[red]no[/]'}"
+
+
+def _print_details(options: FitOptions, target: Target, precision: str) -> None:
+    need, available = needed(options.architecture, precision, target, options.video, options.window), memory_of(target)
+    table = Table("what", "GB", title=f"{options.model} in {precision} on {target.device} at {options.video}")
+    parts = ("weights", "activations", "cache", "workspace")
+    for name, size in [*((part, getattr(need, part)) for part in parts), ("needed", need.total), ("available", available)]:
+        table.add_row(name, f"{size / GB:.2f}", style="bold" if name in ("needed", "available") else "")
+    table.add_section()
+    for name, size in companions(target).items():
+        table.add_row(f"[dim]apart: {name}[/]", f"[dim]{size / GB:.2f}[/]")
+    table.add_row("[dim]scores, if attention is not fused[/]", f"[dim]{need.score_table / GB:.2f}[/]")
+    Console(highlight=False).print(table)
+    if need.total <= available:
+        console.print(f"[green]fits[/]: {_gb(available - need.total)} are left.")
+    else:
+        advice = _advice(options.architecture, precision, target, options.video, options.window)
+        console.print(f"[red]does not fit[/]: {_gb(need.total - available)} too much. {advice}")
+
+
+def _advice(a: Architecture, precision: str, target: Target, shape: Shape, window: int | None = None) -> str:
+    """What would fit instead, each with its size; said only of what was computed."""
+    found = list(_alternatives(a, precision, target, shape, window))
+    return f"These would: {'; '.join(found)}." if found else "Nothing of this model does, at any precision, on any target here."
+
+
+def _alternatives(a: Architecture, precision: str, target: Target, shape: Shape, window: int | None) -> Iterator[str]:
+    """Another precision, where needed with half the frames; a window; another target."""
+    half = dataclasses.replace(shape, frames=(shape.frames + 1) // 2)
+    for other in target.precisions:
+        for video in (shape, half):
+            size = needed(a, other, target, video, window).total
+            if size <= memory_of(target):
+                yield f"--precision {other} at {video} ({_gb(size)})"
+                break
+    for keep in _WINDOWS if a.causal and window is None else ():
+        size = needed(a, precision, target, shape, keep).total
+        if size <= memory_of(target):
+            yield f"a window of {keep} chunks ({_gb(size)})"
+            break
+    able = [t.name for t in TARGETS.values() if t.memory and precision in t.precisions]
+    large = [name for name in able if needed(a, precision, TARGETS[name], shape, window).total <= memory_of(TARGETS[name])]
+    if large:
+        yield f"--target {' or '.join(large)}"
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:.1f} GB"
+
+
+def main() -> None:
+    """Entry point."""
+    run("anyflow-fit", FitOptions, fit)

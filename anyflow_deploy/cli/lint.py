@@ -1,0 +1,85 @@
+"""How commands show what the TensorRT lint found: a table for `anyflow-inspect --lint`, warnings at the end of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.cli.options import console
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.targets import get_target
+
+if TYPE_CHECKING:
+    from anyflow_deploy.engines.tensorrt_lint import Finding
+
+_JETSON_OF_JETPACK_6 = ("orin",)
+_SHOWN = 5
+"""Kinds of findings that an export prints; `anyflow-inspect --lint` has them all."""
+
+
+def checked_versions(versions: Sequence[str]) -> None:
+    """Refuse what is no TensorRT version, as an error that pydantic passes on."""
+    from anyflow_deploy.engines.tensorrt_operators import version_from_text
+
+    for text in versions:
+        try:
+            version_from_text(text)
+        except AnyFlowError as error:
+            raise ValueError(f"--tensorrt: {error}") from None
+
+
+def linted(bundle: Bundle, versions: Sequence[str] | None) -> tuple[Sequence[str], list[Finding]]:
+    """The versions asked about, or the usual ones, and what was found. Needs onnx, which reading a manifest does not."""
+    from anyflow_deploy.engines.tensorrt_lint import DEFAULT_VERSIONS, lint_bundle
+
+    versions = versions or DEFAULT_VERSIONS
+    return versions, lint_bundle(bundle, versions)
+
+
+def print_findings(out: Console, findings: Sequence[Finding], versions: Sequence[str]) -> None:
+    """The table, one row for nodes that have the same thing wrong with them; `--json` lists every node."""
+    named = ", ".join(versions)
+    if not findings:
+        out.print(f"[green]TensorRT {escape(named)}: nothing found.[/] docs/lint.md says what was looked for.")
+        return
+    table = Table(title=f"{len(findings)} findings")
+    for title in ("rule", "graph", "node", "what is wrong", "TensorRT", "remedy"):
+        table.add_column(title, overflow="fold")
+    for group in grouped(findings):
+        first, more = group[0], len(group) - 1
+        place = f"{first.node or 'all of it'}{f' ({first.operator})' if first.operator else ''}"
+        place += f" and {more} more" if more else ""
+        cells = (first.rule, first.graph, place, first.problem, ", ".join(first.versions), first.remedy)
+        table.add_row(*map(escape, cells))
+    out.print(table)
+
+
+def grouped(findings: Sequence[Finding]) -> list[list[Finding]]:
+    """Findings that differ in the node alone, together, in the order they came."""
+    groups: dict[tuple[object, ...], list[Finding]] = {}
+    for finding in findings:
+        key = (finding.rule, finding.graph, finding.operator, finding.problem, finding.remedy, finding.versions)
+        groups.setdefault(key, []).append(finding)
+    return list(groups.values())
+
+
+def warn_about_tensorrt(bundle: Bundle) -> None:
+    """Lint a new bundle for a GPU with the TensorRT of its target, and print what was found. Never fails an export."""
+    from anyflow_deploy.engines.tensorrt_lint import DEFAULT_VERSIONS, lint_bundle
+
+    target = get_target(bundle.manifest.target)
+    if target.compute_capability is None:
+        return
+    versions = DEFAULT_VERSIONS if target.name in _JETSON_OF_JETPACK_6 else DEFAULT_VERSIONS[1:]
+    groups = grouped(lint_bundle(bundle, versions))
+    for group in groups[:_SHOWN]:
+        count = f" ({len(group)} nodes)" if len(group) > 1 else ""
+        console.print(f"[yellow]warning:[/] {escape(str(group[0]))}{count}")
+    if len(groups) > _SHOWN:
+        path = escape(str(bundle.path))
+        console.print(f"[yellow]warning:[/] {len(groups) - _SHOWN} more: anyflow-inspect {path} --lint")

@@ -1,0 +1,103 @@
+"""The flags of an 8-bit export, and the work they ask for before it: calibrating, and choosing what stays high.
+
+`anyflow-export --precision int8` does all of it by itself; `--calibration FILE` brings ranges that were measured
+elsewhere, on a GPU say.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+from rich.markup import escape
+
+from anyflow_deploy.calibration import Calibration, load_calibration
+from anyflow_deploy.cli.options import console
+from anyflow_deploy.cli.sensitivity import Decibels, probe_for
+from anyflow_deploy.cli.weights import WeightOptions
+from anyflow_deploy.models import MODELS, model_name
+from anyflow_deploy.precision import BASES, PRECISIONS, base_precision
+from anyflow_deploy.progress import Report
+
+if TYPE_CHECKING:  # torch, which --help does not need
+    from anyflow_deploy.export.weights import Weights
+
+_ONLY = ("calibration", "prompts", "base", "no_smooth", "attention", "keep", "fidelity")
+_PROBE_FRAMES, _PROBE_CAUSAL_FRAMES, _PROBE_HEIGHT, _PROBE_WIDTH = 9, 29, 96, 160
+_CPU_FRAMES, _CPU_HEIGHT, _CPU_WIDTH = 9, 256, 448
+"""What a CPU calibrates at: whole videos of a released model would take it days."""
+
+
+class QuantizationOptions(WeightOptions):
+    """Flags for int8 and fp8."""
+
+    precision: str = Field("fp32", description=", ".join(PRECISIONS))
+    calibration: Path | None = Field(None, description="int8, fp8: from anyflow-calibrate (default: calibrate here, now)")
+    prompts: Path | None = Field(None, description="int8, fp8: prompts to calibrate with, one a line (default: built-in ones)")
+    base: str | None = Field(None, description=f"int8, fp8: type of all that is not 8-bit: {', '.join(BASES)} (by target)")
+    no_smooth: bool = Field(False, description="int8: without SmoothQuant")
+    attention: str = Field("high", description="fp8: also the products in attention (fp8), or not (high)")
+    keep: int | None = Field(None, ge=0, description="int8, fp8: keep the N most sensitive layers in the base type")
+    fidelity: Decibels | None = Field(None, description="int8, fp8: keep as many as it takes to reach this PSNR, as 30dB")
+
+    @model_validator(mode="after")
+    def _quantization_fits(self) -> QuantizationOptions:
+        row = PRECISIONS.get(self.precision)
+        given = [name for name in _ONLY if name in self.model_fields_set]
+        if row is not None and not row.quantized and given:
+            raise ValueError(f"--{given[0].replace('_', '-')} is for --precision int8 or fp8, and {self.precision} is not 8-bit.")
+        if self.keep is not None and self.fidelity is not None:
+            raise ValueError("give one of --keep N and --fidelity DB: a number of layers, or a PSNR to reach.")
+        if self.calibration is not None and self.prompts is not None:
+            raise ValueError("--calibration has its own prompts; leave --prompts out.")
+        if self.attention not in ("high", "fp8"):
+            raise ValueError(f"--attention is {self.attention!r}; allowed are high and fp8.")
+        if self.no_smooth and self.precision == "fp8":
+            raise ValueError("--no-smooth is for int8; fp8 is never smoothed.")
+        return self
+
+
+def calibration_of(options: QuantizationOptions, weights: Weights, output: Path, bars: Report) -> Calibration | None:
+    """The calibration an export needs: read, or made here; None where nothing is quantized."""
+    from anyflow_deploy.cli.calibrate import CalibrateOptions, measured
+
+    if not PRECISIONS[options.precision].quantized:
+        return None
+    if options.calibration is not None:
+        return load_calibration(options.calibration)
+    import torch
+
+    size, device = {}, "cuda"
+    if not torch.cuda.is_available():
+        size, device = _small(weights), "cpu"
+        console.print(
+            "calibrating on the CPU, with small videos. Better: anyflow-calibrate --device cuda, then --calibration FILE."
+        )
+    path = output.with_name(f"{output.name}-calibration.json")
+    source = {name: getattr(options, name) for name in ("model", "checkpoint", "random_weights", "seed", "prompts")}
+    return measured(CalibrateOptions(**source, **size, device=device, output=path, overwrite=True), weights, bars)
+
+
+def _small(weights: Weights) -> dict[str, int]:
+    """Video size for a CPU: never more than the model's own."""
+    own = MODELS.get(model_name(weights.architecture), MODELS["1.3b"]).video
+    height, width = min(_CPU_HEIGHT, own[1]), min(_CPU_WIDTH, own[2])
+    frames = _PROBE_CAUSAL_FRAMES if weights.architecture.causal else min(_CPU_FRAMES, own[0])
+    return {"frames": frames, "height": height, "width": width}
+
+
+def layers_kept(options: QuantizationOptions, target: str, weights: Weights, calibration: Calibration, bars: Report) -> list[str]:
+    """The layers that --keep or --fidelity choose, by measuring each one."""
+    from anyflow_deploy.export.rollouts import latent_shape
+    from anyflow_deploy.export.sensitivity import kept_layers, measured_sensitivity
+
+    if options.keep is None and options.fidelity is None:
+        return []
+    frames = _PROBE_CAUSAL_FRAMES if weights.architecture.causal else _PROBE_FRAMES
+    shape = latent_shape(weights.architecture, frames, _PROBE_HEIGHT, _PROBE_WIDTH)
+    base = base_precision(options.precision, options.base, target)
+    probe = probe_for(weights, calibration, options.precision, base, not options.no_smooth, shape, bars=bars)
+    chosen = kept_layers(measured_sensitivity(probe, bars), options.keep, options.fidelity, probe.psnr_without)
+    console.print(f"{len(chosen)} of {len(probe.layers)} layers stay in {base}: {escape(', '.join(chosen) or 'none has to')}")
+    return chosen

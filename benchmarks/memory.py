@@ -1,0 +1,84 @@
+"""What a transition really takes in ONNX Runtime on the CPU, against what `anyflow_deploy/fit.py` says.
+
+    python benchmarks/memory.py [--model 1.3b] [--layers 2] [--precision fp32]
+
+The model's width with a few layers, random weights. Each shape runs in a process of its own, two steps; the highest
+resident memory during the steps, less what the loaded model took, is compared with the estimate's activations and margin.
+Linux only: the peak is reset between loading and running through /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+from common import finish, python
+
+from anyflow_deploy import MODELS
+from anyflow_deploy.fit import RUNTIME, Shape, needed
+from anyflow_deploy.targets import TARGETS
+
+SHAPES = (Shape(1, 30, 52), Shape(5, 30, 52), Shape(3, 60, 104), Shape(5, 60, 104))
+
+_ONE = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from anyflow_deploy import load_engine, noise
+
+def now(word):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(word))
+
+frames, height, width = map(int, sys.argv[2:])
+empty = now("VmRSS")
+engine = load_engine(sys.argv[1], threads=1)
+a = engine.bundle.manifest.architecture
+latents, text = noise((1, frames, a.in_channels, height, width), 0), noise((1, 512, a.text_dim), 1)
+loaded = now("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+with engine.start(latents, text) as run:
+    run.step(900, 500)
+    run.step(500, 0)
+print(json.dumps({"weights": loaded - empty, "activations": now("VmHWM") - loaded}))
+"""
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="1.3b")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--precision", default="fp32")
+    options = parser.parse_args()
+    from anyflow_deploy.export.exporter import ExportSettings, export_bundle
+    from anyflow_deploy.export.random_weights import RandomWeights
+
+    a = dataclasses.replace(MODELS[options.model].architecture, num_layers=options.layers)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        export_bundle(RandomWeights(a, options.model), bundle, ExportSettings(precision=options.precision))
+        for shape in SHAPES:
+            sizes = (shape.frames, shape.height, shape.width)
+            seen = json.loads(python(_ONE, str(bundle), *map(str, sizes))["output"])
+            need = needed(a, options.precision, TARGETS["cpu"], shape)
+            estimated = need.activations + need.workspace - RUNTIME
+            rows.append(
+                {
+                    "tokens": shape.tokens(a),
+                    "weights_mb": round(seen["weights"] / 1e6),
+                    "estimated_weights_mb": round(need.weights / 1e6),
+                    "activations_mb": round(seen["activations"] / 1e6),
+                    "estimated_activations_mb": round(estimated / 1e6),
+                    "deviation": round(estimated / seen["activations"] - 1, 3),
+                }
+            )
+    finish("memory", {**vars(options), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Precisions side by side: how far from float32, how large, how fast.
+
+    python benchmarks/precision.py [--models tiny,golden,wide] [--rounds 7]
+
+Three models: `tiny` (96 channels, 3 layers), `golden` (tests/golden, the authors' initialisation) and `wide` (1.3B width,
+2 layers, random weights). For each and for every precision, with one calibration (1, 2, 4, 8 steps and sweeps, random
+embeddings): the relative L2 distance of one transition (t = 900 to r = 500) and of rollouts at 1, 2, 4, 8, 16 steps to
+diffusers in float32, the bundle's size, and the seconds of a transition in ONNX Runtime. `kept` keeps the most sensitive
+sixth of the layers. `agreement` is the distance between ONNX Runtime and the same rounding in PyTorch (ModelOpt).
+
+Speed is measured on `wide` at 1,950 tokens, as in step.py: diffusers eager in float32 and each precision take turns, and the
+speedup is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import finish
+from step import SHAPE, TEXT, seconds
+
+from anyflow_deploy import MODELS, Schedule, load_engine, noise, sample
+from anyflow_deploy.calibration import Calibration
+from anyflow_deploy.engines.engine import Array, Engine
+from anyflow_deploy.engines.metrics import difference
+from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
+from anyflow_deploy.export.calibration_text import random_text
+from anyflow_deploy.export.checkpoint import open_checkpoint
+from anyflow_deploy.export.exporter import ExportSettings, export_bundle
+from anyflow_deploy.export.fake_quant import FakeQuant
+from anyflow_deploy.export.network_engine import NetworkEngine
+from anyflow_deploy.export.quantization_plan import planned
+from anyflow_deploy.export.random_weights import RandomWeights
+from anyflow_deploy.export.reference import TorchEngine
+from anyflow_deploy.export.sensitivity import Probe, ProbeSettings, kept_layers, measured_sensitivity
+from anyflow_deploy.export.weights import Weights
+from anyflow_deploy.progress import Silent
+
+STEPS = (1, 2, 4, 8, 16)
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "bidirectional"
+SIZES = {"tiny": (3, 8, 12), "golden": (3, 12, 20), "wide": (2, 16, 24)}
+"""Latent frames, rows and columns of the videos whose distance is measured."""
+
+
+def weights_of(name: str) -> Weights:
+    """The models of the table."""
+    if name == "golden":
+        return open_checkpoint(GOLDEN)
+    base = MODELS["tiny" if name == "tiny" else "1.3b"].architecture
+    return RandomWeights(base if name == "tiny" else dataclasses.replace(base, num_layers=2), name)
+
+
+def plain(calibration: Calibration) -> dict[str, ExportSettings]:
+    """The rows of the table that need no choice of layers."""
+    return {
+        "fp32": ExportSettings(),
+        "fp16": ExportSettings("fp16"),
+        "int8, max": ExportSettings("int8", smooth=False, calibration=calibration),
+        "int8, SmoothQuant": ExportSettings("int8", calibration=calibration),
+        "fp8": ExportSettings("fp8", calibration=calibration),
+    }
+
+
+def variants(weights: Weights, calibration: Calibration, shape: tuple[int, int, int, int]) -> dict[str, ExportSettings]:
+    """All rows."""
+    settings = ProbeSettings(random_text(weights, ("probe",)).embeddings, shape, (1, 4))
+    found = measured_sensitivity(Probe(weights, calibration, "fp8", settings))
+    rows, kept = plain(calibration), kept_layers(found, keep=len(found.layers) // 6)
+    return {**rows, "fp8, kept": dataclasses.replace(rows["fp8"], kept=tuple(kept))}
+
+
+def rolled(engine: Engine, latents: Array, text: Array, steps: tuple[int, ...] = STEPS) -> dict[str, Array]:
+    """One velocity, and whole samples."""
+    with engine.start(latents, text) as run:
+        velocity = run.velocity(900, 500)
+    return {"transition": velocity, **{str(n): sample(engine, latents, text, Schedule.uniform(n)) for n in steps}}
+
+
+def distances(weights: Weights, calibration: Calibration, shape: tuple[int, int, int, int], folder: Path) -> dict[str, Any]:
+    """Every precision of one model against diffusers."""
+    latents, text = noise((1, *shape), 7), random_text(weights, ("measured",)).embeddings
+    expected = rolled(TorchEngine(weights), latents, text)
+    rows = {}
+    for name, settings in variants(weights, calibration, shape).items():
+        print(f"  {name}", flush=True)
+        bundle = export_bundle(weights, folder / name.replace(", ", "-"), settings)
+        made = rolled(load_engine(bundle), latents, text)
+        rows[name] = {key: float(f"{difference(made[key], expected[key]).relative_l2:.3g}") for key in expected}
+        rows[name]["megabytes"] = round(sum(file.bytes for file in bundle.manifest.files.values()) / 1e6, 2)
+        rows[name]["flops_8_bit"] = bundle.manifest.achieved.quantized_flops
+        if settings.calibration is not None:
+            rows[name]["agreement"] = agreement(weights, settings, latents, text, made)
+    return rows
+
+
+def agreement(weights: Weights, s: ExportSettings, latents: Array, text: Array, made: dict[str, Array]) -> dict[str, float]:
+    """How far ONNX Runtime is from the same rounding in PyTorch."""
+    assert s.calibration is not None
+    plan = planned(weights, s.calibration, s.precision, "fp32", s.smooth, "high", s.kept, Silent())
+    engine = NetworkEngine(weights)
+    FakeQuant(engine.network, weights.architecture, s.calibration, s.precision, s.kept, plan.smooth)
+    theirs = rolled(engine, latents, text, steps=(4,))
+    return {key: float(f"{difference(made[key], values).relative_l2:.3g}") for key, values in theirs.items()}
+
+
+def speed(weights: Weights, settings: ExportSettings, folder: Path, rounds: int) -> dict[str, float]:
+    """Seconds of a transition, and how many times as fast as diffusers, which takes turns with it.
+
+    One precision at a time: the idle threads of several ONNX Runtime sessions wait actively and would slow each other.
+    """
+    latents, text = noise(SHAPE, 0), noise(TEXT, 1)
+    engine = load_engine(export_bundle(weights, folder, settings))
+    ours, theirs = engine.start(latents, text), TorchEngine(weights).start(latents, text)
+    times: list[tuple[float, float]] = []
+    for _ in range(rounds + 2):  # ONNX Runtime's arena settles in two runs
+        times.append((seconds(lambda: ours.velocity(900, 500)), seconds(lambda: theirs.velocity(900, 500))))
+    own, base = np.array(times[2:]).T
+    return {
+        "seconds": round(float(np.median(own)), 3),
+        "diffusers_seconds": round(float(np.median(base)), 3),
+        "speedup": round(float(np.median(base / own)), 2),
+        "speedup_min": round(float((base / own).min()), 2),
+    }
+
+
+def main() -> None:
+    """Run it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="tiny,golden,wide")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", choices=("distances", "speed"))
+    options = parser.parse_args()
+    result: dict[str, Any] = {}
+    for name in options.models.split(","):
+        weights, (frames, height, width) = weights_of(name), SIZES[name]
+        shape = (frames, weights.architecture.in_channels, height, width)
+        print(f"{name}: calibration", flush=True)
+        calibration = calibrated(weights, CalibrationSettings(random_text(weights, ("one", "two")), shape))
+        rows = result[name] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            if options.only != "speed":
+                rows.update(distances(weights, calibration, shape, Path(folder)))
+            if options.only != "distances" and name == "wide":
+                for row, settings in plain(calibration).items():
+                    print(f"  speed of {row}", flush=True)
+                    rows.setdefault(row, {}).update(speed(weights, settings, Path(folder) / f"speed-{row}", options.rounds))
+    finish("precision", {"rounds": options.rounds, "steps": STEPS, "models": result})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Axes of reductions as constants of the graph.
+
+torch's exporter writes `mean(dim=-1)` as ReduceMean whose axes are a Reshape of a constant. ONNX allows that; TensorRT's
+parser wants them as a constant and stops otherwise ("Axis input must be an initializer", NVIDIA/TensorRT issue 4393,
+seen there on 10.9; the parser's source has that check in 10.1 and 10.16). `optimize=True` would fold it and rename
+weights besides, so this one pattern is folded here. Nothing that is computed changes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+
+def make_axes_constant(model: ir.Model) -> int:
+    """Replace every reshaped constant that a Reduce operator takes as axes by one constant; returns how many there were."""
+    found = 0
+    for node in list(model.graph):
+        if not node.op_type.startswith("Reduce") or len(node.inputs) < 2 or node.inputs[1] is None:
+            continue
+        reshape = node.inputs[1].producer()
+        source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
+        constant = source.producer() if source is not None else None
+        values = _values(constant) if constant is not None else None
+        if reshape is None or values is None:
+            continue
+        axes = ir.Node(
+            "", "Constant", [], attributes=[ir.AttrTensor("value", ir.Tensor(values.reshape(-1)))],
+            name=f"{node.name}/axes", num_outputs=1,
+        )  # fmt: skip
+        axes.outputs[0].name = f"{node.outputs[0].name}_axes"
+        axes.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        axes.outputs[0].shape = ir.Shape([values.size])
+        model.graph.insert_before(node, axes)
+        node.replace_input_with(1, axes.outputs[0])
+        _remove_unused(model, reshape)
+        found += 1
+    return found
+
+
+def _values(node: ir.Node) -> NDArray[np.int64] | None:
+    """What a Constant holds, as int64; None for any other node."""
+    if node.op_type != "Constant":
+        return None
+    for attribute in node.attributes.values():
+        if attribute.name == "value":
+            return attribute.as_tensor().numpy().astype(np.int64)
+        if attribute.name in ("value_int", "value_ints"):
+            return np.atleast_1d(np.array(attribute.value, dtype=np.int64))
+    return None
+
+
+def _remove_unused(model: ir.Model, node: ir.Node) -> None:
+    """Remove a node nobody reads, and then what only it read."""
+    if any(output.uses() or output.is_graph_output() for output in node.outputs):
+        return
+    sources = [value.producer() for value in node.inputs if value is not None]
+    model.graph.remove(node, safe=True)
+    for source in sources:
+        if source is not None and source.graph is model.graph:
+            _remove_unused(model, source)
