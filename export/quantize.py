@@ -7,6 +7,8 @@ Every planned Gemm is found by the name of its weight, so that all graphs of a b
 
 Layers that read one tensor share its QuantizeLinear. The bias leaves the Gemm, because ONNX Runtime's own fusion takes
 only a Gemm without one (3 times as fast as with it, measured), and TensorRT adds it in the product's epilogue either way.
+That fusion also wants every zero point written out, so the INT8 weights have theirs; the FP8 weights have none, because
+ONNX Runtime would fuse them, too, into an operator that knows no FP8, and refuse the graph.
 Everything here is in opset 20, and valid in 23.
 """
 
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.quantization_plan import ZERO_POINT, Plan, weight_scale
+from anyflow_deploy.export.quantization_plan import ZERO_POINT, Plan, weight_scale, weight_zero_point
 from anyflow_deploy.export.types import ONNX, SAFETENSORS
 from anyflow_deploy.quantized_layers import OPERANDS
 
@@ -64,13 +66,20 @@ class _Rewriter:
         operand = self._through_pair(x, self.plan.inputs[layer], node)
         high, weight.type = weight.type, ir.TensorType(ONNX[self.plan.kind])
         scale = self._constant(weight_scale(f"{layer}{_WEIGHT}"))
-        attributes = [ir.AttrInt64("axis", _CHANNELS_OUT)] if scale.shape is not None and len(scale.shape) else []
-        wide = self._node("DequantizeLinear", [weight, scale], f"{layer}/DequantizeLinear", node, attributes)
+        operands, attributes = [weight, scale], []
+        if self.plan.kind == "I8":
+            operands.append(self._constant(weight_zero_point(self._channels_out(weight))))
+            attributes.append(ir.AttrInt64("axis", _CHANNELS_OUT))
+        wide = self._node("DequantizeLinear", operands, f"{layer}/DequantizeLinear", node, attributes)
         wide.type, wide.shape = high, weight.shape
         node.replace_input_with(0, operand)
         node.replace_input_with(1, wide)
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             self._add_bias(layer, node, node.inputs[2])
+
+    def _channels_out(self, weight: ir.Value) -> int:
+        assert weight.shape is not None and isinstance(size := weight.shape[_CHANNELS_OUT], int)
+        return size
 
     def _add_bias(self, layer: str, node: ir.Node, bias: ir.Value) -> None:
         old = node.outputs[0]
