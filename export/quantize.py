@@ -78,7 +78,8 @@ class _Rewriter:
             self._add_bias(layer, node, node.inputs[2])
 
     def _channels_out(self, weight: ir.Value) -> int:
-        assert weight.shape is not None and isinstance(size := weight.shape[_CHANNELS_OUT], int)
+        size = weight.shape[_CHANNELS_OUT] if weight.shape is not None else None
+        assert isinstance(size, int)
         return size
 
     def _add_bias(self, layer: str, node: ir.Node, bias: ir.Value) -> None:
