@@ -71,6 +71,8 @@ class OnnxRuntimeEngine:
             if threads < 1:
                 raise AnyFlowError(f"threads is {threads}; allowed are whole numbers from 1.")
             options.intra_op_num_threads = threads
+        if self.bundle.manifest.precision == "fp8":  # up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
         heads = self.bundle.manifest.architecture.num_attention_heads
         graph = graph_with_fused_attention(self.bundle, name, heads, _attentions_to_fuse(self.bundle.manifest, name))

@@ -149,7 +149,7 @@ def test_activations_are_not_clipped(quantized: Export, kind: tuple[Path, dict[s
     for layer, scale in plan.inputs.items():
         channels = torch.tensor(ranges[f"{layer}.input"].channels)
         smoothed = channels / plan.smooth[layer] if layer in plan.smooth else channels
-        assert float(smoothed.max()) <= float(tensors[scale]) * LARGEST[plan.kind], layer
+        assert float(smoothed.max()) <= float(tensors[scale]) * LARGEST[plan.kind] * (1 + 1e-6), layer
 
 
 @EVERY
@@ -196,7 +196,7 @@ def test_layers_with_one_input_share_its_rounding(quantized: Export, kind: tuple
     assert sum(n.op_type == "QuantizeLinear" and n.input[1] == "text_scale" for n in text.node) == 1
 
 
-def optimized(bundle: Bundle, name: str, folder: Path, data: bytes | None = None) -> collections.Counter[str]:
+def optimized(bundle: Bundle, name: str, folder: Path) -> collections.Counter[str]:
     """The operators that ONNX Runtime makes of a graph."""
     a = bundle.manifest.architecture
     count = {"text": 0, "compress": 2 * (a.num_layers - 1)}.get(name, 2 * a.num_layers)
@@ -204,7 +204,7 @@ def optimized(bundle: Bundle, name: str, folder: Path, data: bytes | None = None
     options.log_severity_level = 4
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     options.optimized_model_filepath = str(folder / f"{name}.onnx")
-    data = data or graph_with_fused_attention(bundle, name, a.num_attention_heads, count)
+    data = graph_with_fused_attention(bundle, name, a.num_attention_heads, count)
     onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     model = onnx.load(options.optimized_model_filepath, load_external_data=False)
     return collections.Counter(node.op_type for node in model.graph.node)
@@ -220,15 +220,16 @@ def test_every_int8_layer_runs_in_int8(quantized: Export, checkpoint: Path, tmp_
         assert made["QGemm"] + made["MatMulIntegerToFloat"] == rounded > 0, made
 
 
-def test_onnx_runtime_still_breaks_fp8_weights_with_a_zero_point(quantized: Export, tmp_path: Path) -> None:
-    """Why FP8 weights have none (microsoft/onnxruntime issue 22269). When this fails, they may."""
-    bundle = quantized(SMALL, precision="fp8")
-    model = onnx.load_model_from_string(graph_with_fused_attention(bundle, "transition", 4, 6))
-    for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and len(node.input) == 2:
-            node.input.append("zero_point")
-    with pytest.raises(Exception, match=r"INVALID_GRAPH.*float8e4m3fn.*QGemm"):
-        optimized(bundle, "transition", tmp_path, model.SerializeToString())
+def test_fp8_is_kept_from_the_fusion_that_older_onnx_runtimes_break_it_with(quantized: Export) -> None:
+    """1.23.2, which Python 3.10 gets, answers INVALID_GRAPH (seen; microsoft/onnxruntime issue 22269); 1.32 does not."""
+    entries = {}
+    for precision in ("fp8", "int8"):
+        options = load_engine(quantized(SMALL, precision=precision))._sessions["transition"].get_session_options()  # type: ignore[attr-defined]
+        try:
+            entries[precision] = options.get_session_config_entry("session.disable_quant_qdq")
+        except RuntimeError:
+            entries[precision] = "not set"
+    assert entries == {"fp8": "1", "int8": "not set"}
 
 
 def test_the_same_export_twice_is_the_same_to_the_byte(quantized: Export, tmp_path: Path) -> None:
