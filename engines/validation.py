@@ -140,6 +140,7 @@ def validate(
     seed: int = 0,
     report: Report | None = None,
     chunks: Sequence[int] | None = None,
+    text: Array | None = None,
 ) -> Validation:
     """Compare two engines.
 
@@ -147,10 +148,11 @@ def validate(
         candidate, reference: engines of the same model.
         precision: of the candidate, chooses the thresholds.
         shape: latents (B, F, C, H, W); small ones find the same errors as large ones.
-        text_shape: prompt embeddings (B, L, D).
+        text_shape: prompt embeddings (B, L, D), standard normal.
         steps: step counts of the rollouts.
         shift: of their schedules.
         seed: of the latents and embeddings, standard normal.
+        text: embeddings of that shape instead; 8-bit engines cut off what is larger than calibration ever saw.
         report: where progress goes.
         chunks: of a causal model: latent frames of each chunk.
 
@@ -159,7 +161,7 @@ def validate(
     """
     if precision not in THRESHOLDS:
         raise AnyFlowError(f"no thresholds for precision {precision!r}; there are some for {', '.join(THRESHOLDS)}.")
-    latents, text = noise(shape, seed), noise(text_shape, seed + 1)
+    latents, text = noise(shape, seed), noise(text_shape, seed + 1) if text is None else text
     report = report or Silent()
     schedules = [Schedule.uniform(n, shift) for n in steps]
     inputs = Inputs(latents, text, None if chunks is None else tuple(chunks))
