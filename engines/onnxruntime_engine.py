@@ -24,10 +24,10 @@ from numpy.typing import ArrayLike, NDArray
 from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text, frame_times
-from anyflow_deploy.engines.onnxruntime_graph import model_with_fused_attention
-from anyflow_deploy.engines.onnxruntime_quantized import breaks_fp8, has_fp8, saturates, use_integer_products
+from anyflow_deploy.engines.onnxruntime_graph import graph_with_fused_attention
 from anyflow_deploy.engines.stream import CacheStream
 from anyflow_deploy.errors import AnyFlowError, BackendError
+from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.ranges import Ranges
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
@@ -72,18 +72,11 @@ class OnnxRuntimeEngine:
                 raise AnyFlowError(f"threads is {threads}; allowed are whole numbers from 1.")
             options.intra_op_num_threads = threads
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
-        architecture = self.bundle.manifest.architecture
-        layers = architecture.num_layers
-        attentions = {"text": 0, "compress": 2 * (layers - 1)}.get(name, 2 * layers)  # to itself and to the text in each layer
-        how = self.bundle.manifest.quantization
-        if how is not None and how.attention != "high":
-            attentions = 0  # emulated as it stands, with its table of scores: for comparing small videos
-        model = model_with_fused_attention(self.bundle, name, architecture.num_attention_heads, attentions)
-        if self.provider == "cpu":
-            use_integer_products(model, saturates(self._runtime))
-        if has_fp8(model) and breaks_fp8(self._runtime.__version__):
+        heads, attentions = self.architecture.num_attention_heads, _attentions_to_fuse(self.bundle.manifest, name)
+        graph = graph_with_fused_attention(self.bundle, name, heads, attentions)
+        options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, u8 x s8 would saturate in 16 bits
+        if self.bundle.manifest.precision == "fp8":  # up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
             options.add_session_config_entry("session.disable_quant_qdq", "1")
-        graph = model.SerializeToString()
         provider = (PROVIDERS[self.provider], _PROVIDER_OPTIONS[self.provider])
         try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU
             session = self._runtime.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
@@ -229,6 +222,17 @@ class OnnxRuntimeRun:
     def _check_open(self) -> None:
         if self._state is None:
             raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
+
+
+def _attentions_to_fuse(manifest: Manifest, graph: str) -> int:
+    """How many attentions of a graph become one operator: one to itself and one to the text in each layer.
+
+    Not those in FP8, which round between the products: only TensorRT fuses that, here it is emulated."""
+    layers = manifest.architecture.num_layers
+    count = {"text": 0, "compress": layers - 1}.get(graph, layers)
+    if manifest.quantization is None or manifest.quantization.attention == "high":
+        return 2 * count
+    return sum(f"blocks.{n}.{kind}" in manifest.achieved.kept_high for n in range(count) for kind in ("attn1", "attn2"))
 
 
 def _copied(value: Any) -> Array:

@@ -22,7 +22,7 @@ _HEADS_FIRST = [0, 2, 1, 3]
 _KEYS_LAST = [0, 1, 3, 2]
 
 
-def model_with_fused_attention(bundle: Bundle, graph: str, heads: int, attentions: int) -> onnx.ModelProto:
+def graph_with_fused_attention(bundle: Bundle, graph: str, heads: int, attentions: int) -> bytes:
     """The rewritten model, without its weights: they stay in the bundle's file.
 
     Args:
@@ -45,7 +45,7 @@ def model_with_fused_attention(bundle: Bundle, graph: str, heads: int, attention
             f"{bundle.path}: {found} of {attentions} attentions were recognised, and the others would need memory for every "
             "pair of tokens. Export again with the torch and onnxscript of constraints.txt."
         )
-    return model
+    return bytes(model.SerializeToString())
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def fuse_attention(model: onnx.ModelProto, heads: int) -> int:
         nodes.extend([node] if pattern is None else _fused(pattern, heads))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    drop_unused(model.graph)
+    _drop_unused(model.graph)
     if found:
         model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
     return len(found)
@@ -130,7 +130,7 @@ def _fused(pattern: _Attention, heads: int) -> Iterator[NodeProto]:
     yield helper.make_node("Reshape", [mixed, split], [pattern.output], name=f"{stem}_heads")
 
 
-def drop_unused(graph: onnx.GraphProto) -> None:
+def _drop_unused(graph: onnx.GraphProto) -> None:
     """Remove nodes whose results nobody reads, back to front."""
     needed = {output.name for output in graph.output}
     kept = []

@@ -148,7 +148,7 @@ def validate(
         candidate, reference: engines of the same model.
         precision: of the candidate, chooses the thresholds.
         shape: latents (B, F, C, H, W); small ones find the same errors as large ones.
-        text_shape: prompt embeddings (B, L, D).
+        text_shape: prompt embeddings (B, L, D), standard normal.
         steps: step counts of the rollouts.
         shift: of their schedules.
         seed: of the latents and embeddings, standard normal.

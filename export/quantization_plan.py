@@ -243,15 +243,25 @@ class _Planner:
             )
 
     def attention(self) -> None:
-        """Plan the products of every attention."""
+        """Plan the products of every attention.
+
+        Raises:
+            AnyFlowError: none of them can be quantized.
+        """
         a = self.weights.architecture
         for name in (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")):
             if a.attention_head_dim % ALIGNMENT:
                 self.plan.kept[name] = f"heads of {a.attention_head_dim} channels: not a multiple of {ALIGNMENT}"
                 continue
+            operands = operand_amax(self.calibration, name)
+            if silent := [operand for operand, amax in operands.items() if amax == 0]:
+                self.plan.kept[name] = f"{silent[0].rpartition('.')[2]} was zero throughout calibration"
+                continue
             self.plan.attentions.append(name)
-            for operand, amax in operand_amax(self.calibration, name).items():
+            for operand, amax in operands.items():
                 self.plan.constants[f"{operand}_scale"] = stored_scale(torch.tensor(amax), "F8_E4M3", self.dtype)
+        if not self.plan.attentions:
+            raise AnyFlowError(f"attention fp8 would quantize nothing: {_reasons(self.plan)}. Choose --attention high.")
 
 
 def _shared(first: str) -> str:

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,16 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from anyflow_deploy import MODELS, Bundle
+from anyflow_deploy.calibration import Calibration
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.tiny import save_tiny_pipeline
 
 SMALL = Path(__file__).parent / "golden" / "bidirectional"
 """The golden model that ships with the tests: a small checkpoint for everything else, too."""
+
+CAUSAL = SMALL.parent / "causal"
+"""The causal one."""
 
 GOLDEN = Path(os.environ["ANYFLOW_GOLDEN"]) / "bidirectional" if os.environ.get("ANYFLOW_GOLDEN") else SMALL
 """The one that the golden tests read."""
@@ -61,6 +66,29 @@ def golden_bundle(exported: Export) -> Export:
 def small_bundle(exported: Export) -> Export:
     """Exports the small model."""
     return functools.partial(exported, SMALL)
+
+
+@functools.cache
+def calibration_of(checkpoint: Path) -> Calibration:
+    """Ranges of a small checkpoint, measured once."""
+    from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
+    from anyflow_deploy.export.calibration_text import PROMPTS, random_text
+
+    weights = open_checkpoint(checkpoint)
+    shape = (8, 4, 8, 8) if weights.architecture.causal else (2, 4, 8, 12)
+    return calibrated(weights, CalibrationSettings(random_text(weights, PROMPTS[:2], 40), shape, steps=(1, 2, 4)))
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Exports a small checkpoint in 8 bits, once for each set of settings."""
+
+    @functools.cache
+    def bundle(checkpoint: Path, precision: str, **settings: Any) -> Bundle:
+        chosen = ExportSettings(precision, calibration=calibration_of(checkpoint), **settings)
+        return export_bundle(open_checkpoint(checkpoint), tmp_path_factory.mktemp("quantized") / "bundle", chosen)
+
+    return bundle
 
 
 @pytest.fixture(scope="session")

@@ -82,9 +82,9 @@ def test_a_bf16_checkpoint_is_widened_exactly(tmp_path: Path) -> None:
         (
             ExportSettings("bf16"),
             BackendError,
-            r"no bf16 matrix product\). Choose --precision fp32 or fp16, or a target .*: orin",
+            r"no bf16 matrix product\). Choose --precision fp32 or fp16 or int8 or fp8, or a target .*: orin",
         ),
-        (ExportSettings("fp8"), AnyFlowError, "unknown precision 'fp8'.*Did you mean"),
+        (ExportSettings("fp9"), AnyFlowError, "unknown precision 'fp9'.*Did you mean 'fp8'"),
         (ExportSettings(target="h1000"), AnyFlowError, "unknown target 'h1000'.*Did you mean 'h100'"),
         (ExportSettings(opset=21), AnyFlowError, "opset is 21; allowed are 20 and 23"),
         (ExportSettings(ranges={"frames": Range(1, 300)}), AnyFlowError, "frames 1 to 300 reaches outside .* 1 to 256"),

@@ -12,6 +12,7 @@ from rich.markup import escape
 from anyflow_deploy.bundle import load_bundle
 from anyflow_deploy.calibration import CALIBRATION, Calibration, load_calibration
 from anyflow_deploy.cli.options import Options, Steps, console, run
+from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars, Report, Silent
 
@@ -118,11 +119,11 @@ def probe_for(
     if smooth and precision == "int8":
         factors = planned(weights, calibration, precision, base, smooth, "high", (), report).smooth
     with report.stage("the untouched network"):
-        settings = ProbeSettings(_text(weights, calibration), shape, steps, seed, device)
+        settings = ProbeSettings(calibrated_text(weights, calibration), shape, steps, seed, device)
         return Probe(weights, calibration, precision, settings, factors)
 
 
-def _text(weights, calibration: Calibration):  # type: ignore[no-untyped-def]
+def calibrated_text(weights: Weights, calibration: Calibration) -> Array:
     """The first prompt of the calibration, embedded as it was there."""
     from anyflow_deploy.export.calibration_text import prompt_text, random_text
 

@@ -7,12 +7,15 @@ import os
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 from rich.markup import escape
 
 from anyflow_deploy.bundle import Bundle, load_bundle
 from anyflow_deploy.calibration import CALIBRATION, load_calibration
 from anyflow_deploy.cli.options import Options, Steps, console, run
+from anyflow_deploy.cli.sensitivity import calibrated_text
+from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.loading import load_engine
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars
@@ -64,13 +67,15 @@ def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
         raise AnyFlowError(f"{folder} is not a folder that can be written to. Choose another --output.")
     chunks = _chunks(bundle, options)
     shape, text = _shapes(bundle, options, sum(chunks) if chunks else None)
+    words = _calibrated_text(bundle, weights, text)
+    text = text if words is None else words.shape
     engine = load_engine(bundle, options.backend, options.provider, options.threads)
     with Bars(console) as bars:
         with bars.stage("loading the reference"):
             reference = (NetworkEngine if chunks else TorchEngine)(weights, options.device)
-        shift, prompt = bundle.manifest.schedule.shift, _calibrated_text(bundle, weights, text[0])
+        shift = bundle.manifest.schedule.shift
         result = validation.validate(
-            engine, reference, bundle.manifest.precision, shape, text, options.steps, shift, options.seed, bars, chunks, prompt
+            engine, reference, bundle.manifest.precision, shape, text, options.steps, shift, options.seed, bars, chunks, words
         )
     _write(folder, bundle, result)
     for failure in result.failures[:5]:
@@ -91,21 +96,6 @@ def _chunks(bundle: Bundle, options: ValidateOptions) -> tuple[int, ...] | None:
     return tuple(allowed.nearest(frames) for frames in a.chunk_partition[: a.full_chunk_limit + 2])
 
 
-def _calibrated_text(bundle: Bundle, weights: Any, batch: int) -> Any:
-    """The first prompt of a quantized bundle's calibration, as it was embedded there; None for other bundles.
-
-    Text of another kind lies outside the calibrated ranges, and the clipping would be measured instead of the engine.
-    """
-    from anyflow_deploy.export.calibration_text import prompt_text, random_text
-
-    if bundle.manifest.quantization is None:
-        return None
-    calibration = load_calibration(bundle.file(CALIBRATION))
-    tokens = bundle.manifest.video.text_tokens
-    embedded = random_text if calibration.text == "random" else prompt_text
-    return embedded(weights, tuple(calibration.prompts[:1]), tokens).embeddings.repeat(batch, axis=0)
-
-
 def _shapes(bundle: Bundle, options: ValidateOptions, frames: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The size asked for, moved to the nearest one the bundle declares when it is only the default; `frames` is settled."""
     ranges, video, a = bundle.manifest.shape_ranges, bundle.manifest.video, bundle.manifest.architecture
@@ -121,6 +111,19 @@ def _shapes(bundle: Bundle, options: ValidateOptions, frames: int | None) -> tup
     text = (batch, ranges.text.nearest(_TEXT_TOKENS), a.text_dim)
     ranges.check((batch, sizes["frames"], a.in_channels, sizes["height"], sizes["width"]), text)
     return (batch, frames or sizes["frames"], a.in_channels, sizes["height"], sizes["width"]), text
+
+
+def _calibrated_text(bundle: Bundle, weights: Any, shape: tuple[int, ...]) -> Array | None:
+    """What an 8-bit bundle was calibrated with: its first prompt, at full length. Random embeddings would be cut off at ranges
+    that were measured on a text encoder's, and padding belongs to the ranges, too."""
+    if bundle.manifest.quantization is None:
+        return None
+    embeddings = calibrated_text(weights, load_calibration(bundle.path / CALIBRATION))
+    tokens = bundle.manifest.shape_ranges.text.nearest(embeddings.shape[1])
+    padded = np.zeros((shape[0], tokens, shape[2]), np.float32)
+    known = embeddings[:, :tokens]
+    padded[:, : known.shape[1]] = known
+    return padded
 
 
 def _write(folder: Path, bundle: Bundle, result: Any) -> None:
