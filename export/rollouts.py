@@ -68,7 +68,7 @@ def latent_shape(a: Architecture, frames: int | None, height: int | None, width:
         ShapeError: frames that are not 4n+1, sides that the patches do not divide, or more than the rotary table holds.
     """
     row = MODELS.get(model_name(a), MODELS["1.3b"])
-    patch = (a.compressed_patch_size or a.patch_size)[1]
+    patch = a.patch_size[1]
     own = (sum(a.chunk_partition) - 1) * TEMPORAL_FACTOR + 1 if a.chunk_partition else row.video[0]
     count = latent_frames(own if frames is None else frames, TEMPORAL_FACTOR)
     high = latent_side(row.video[1] if height is None else height, SPATIAL_FACTOR, patch, "height")
