@@ -26,7 +26,7 @@ demo: $(READY)
 	@echo "With real weights the same commands start from: anyflow-export --model 1.3b"
 
 test: lint
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
