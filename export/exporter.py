@@ -163,8 +163,8 @@ def checked(weights: Weights, settings: ExportSettings) -> Ranges:
     architecture = weights.architecture
     if settings.opset not in OPSETS:
         raise AnyFlowError(f"opset is {settings.opset}; allowed are {' and '.join(map(str, OPSETS))}.")
-    check_precision(get_target(settings.target), settings.precision)
-    check_precision(get_target(settings.target), settings.base_precision)
+    for name in (get_precision(settings.precision).name, settings.base_precision):
+        check_precision(get_target(settings.target), name)
     _check_quantization(architecture, settings)
     check_names(weights, parameter_shapes(architecture))
     return narrowed(widest(architecture), settings.ranges)
