@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from anyflow_deploy.calibration import Calibration, load_calibration
 from anyflow_deploy.cli.options import console
-from anyflow_deploy.cli.sensitivity import Decibels, probe_for
+from anyflow_deploy.cli.sensitivity import CAUSAL_FRAMES, FRAMES, HEIGHT, WIDTH, Decibels, probe_for
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.models import MODELS, model_name
 from anyflow_deploy.precision import BASES, PRECISIONS, base_precision
@@ -24,8 +24,7 @@ if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.export.weights import Weights
 
 _ONLY = ("calibration", "prompts", "base", "no_smooth", "attention", "keep", "fidelity")
-_PROBE_FRAMES, _PROBE_CAUSAL_FRAMES, _PROBE_HEIGHT, _PROBE_WIDTH = 9, 29, 96, 160
-_CPU_FRAMES, _CPU_HEIGHT, _CPU_WIDTH = 9, 256, 448
+_CPU_HEIGHT, _CPU_WIDTH = 256, 448
 """What a CPU calibrates at: whole videos of a released model would take it days."""
 
 
@@ -83,7 +82,7 @@ def _small(weights: Weights) -> dict[str, int]:
     """Video size for a CPU: never more than the model's own."""
     own = MODELS.get(model_name(weights.architecture), MODELS["1.3b"]).video
     height, width = min(_CPU_HEIGHT, own[1]), min(_CPU_WIDTH, own[2])
-    frames = _PROBE_CAUSAL_FRAMES if weights.architecture.causal else min(_CPU_FRAMES, own[0])
+    frames = CAUSAL_FRAMES if weights.architecture.causal else min(FRAMES, own[0])
     return {"frames": frames, "height": height, "width": width}
 
 
@@ -94,8 +93,8 @@ def layers_kept(options: QuantizationOptions, target: str, weights: Weights, cal
 
     if options.keep is None and options.fidelity is None:
         return []
-    frames = _PROBE_CAUSAL_FRAMES if weights.architecture.causal else _PROBE_FRAMES
-    shape = latent_shape(weights.architecture, frames, _PROBE_HEIGHT, _PROBE_WIDTH)
+    frames = CAUSAL_FRAMES if weights.architecture.causal else FRAMES
+    shape = latent_shape(weights.architecture, frames, HEIGHT, WIDTH)
     base = base_precision(options.precision, options.base, target)
     probe = probe_for(weights, calibration, options.precision, base, not options.no_smooth, shape, bars=bars)
     chosen = kept_layers(measured_sensitivity(probe, bars), options.keep, options.fidelity, probe.psnr_without)

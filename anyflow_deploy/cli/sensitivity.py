@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.export.weights import Weights
 
 EIGHT_BITS = ("int8", "fp8")
-_FRAMES, _CAUSAL_FRAMES = 9, 29  # the latter are four chunks of the models' own plan: the first that compress one
+FRAMES, CAUSAL_FRAMES, HEIGHT, WIDTH = 9, 29, 96, 160
+"""Of the videos; the causal ones are four chunks of the models' own plan: the first that compress one."""
 
 Decibels = Annotated[
     float, BeforeValidator(lambda v: v.strip().lower().removesuffix("db").strip() if isinstance(v, str) else v), Field(gt=0)
@@ -46,9 +47,9 @@ class SensitivityOptions(Options):
     checkpoint: str | None = Field(None, description="what the bundle was exported from, if that has moved")
     precision: str | None = Field(None, description="int8 or fp8 (default: the bundle's own, or int8)")
     steps: Steps = Field((1, 4), min_length=1, description="step counts of the videos")
-    frames: int | None = Field(None, ge=1, description=f"of the videos (default {_FRAMES}; causal {_CAUSAL_FRAMES})")
-    height: int = Field(96, description="pixels")
-    width: int = Field(160, description="pixels")
+    frames: int | None = Field(None, ge=1, description=f"of the videos (default {FRAMES}; causal {CAUSAL_FRAMES})")
+    height: int = Field(HEIGHT, description="pixels")
+    width: int = Field(WIDTH, description="pixels")
     seed: int = Field(0, ge=0, description="of the noise")
     keep: int | None = Field(None, ge=0, description="name the N worst layers")
     fidelity: Decibels | None = Field(None, description="name as many as have to stay high to reach this PSNR, as 30dB")
@@ -78,7 +79,7 @@ def sensitivity(options: SensitivityOptions) -> int:
         raise AnyFlowError(f"{folder} is not a folder that can be written to. Choose another --output.")
     calibration = load_calibration(options.calibration or bundle.path / CALIBRATION)
     a = bundle.manifest.architecture
-    frames = options.frames or (_CAUSAL_FRAMES if a.causal else _FRAMES)
+    frames = options.frames or (CAUSAL_FRAMES if a.causal else FRAMES)
     shape = latent_shape(a, frames, options.height, options.width)
     weights = weights_from_manifest(bundle.manifest, options.checkpoint)
     own = bundle.manifest.precision
