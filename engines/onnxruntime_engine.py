@@ -25,6 +25,7 @@ from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text, frame_times
 from anyflow_deploy.engines.onnxruntime_graph import graph_with_fused_attention
+from anyflow_deploy.engines.onnxruntime_int8 import saturates
 from anyflow_deploy.engines.stream import CacheStream
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.manifest import Manifest
@@ -61,6 +62,11 @@ class OnnxRuntimeEngine:
             )
         architecture = bundle.manifest.architecture
         self._channels, self._text_dim = architecture.in_channels, architecture.text_dim
+        if bundle.manifest.precision == "int8" and provider == "cpu" and saturates(self._runtime):
+            raise BackendError(
+                f"{bundle.path} is int8, and this processor has no VNNI: its INT8 products overflow. "
+                "Use provider 'cuda', or export with --precision fp32 or fp16."
+            )
         self._sessions = {name: self._opened_session(name, threads) for name in bundle.manifest.graphs}
 
     def _opened_session(self, name: str, threads: int | None) -> Any:
@@ -74,7 +80,6 @@ class OnnxRuntimeEngine:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
         heads, attentions = self.architecture.num_attention_heads, _attentions_to_fuse(self.bundle.manifest, name)
         graph = graph_with_fused_attention(self.bundle, name, heads, attentions)
-        options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, u8 x s8 would saturate in 16 bits
         if self.bundle.manifest.precision == "fp8":  # up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         provider = (PROVIDERS[self.provider], _PROVIDER_OPTIONS[self.provider])

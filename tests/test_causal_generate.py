@@ -325,7 +325,7 @@ def test_a_picture_and_a_clip_are_context(
         ({"chunks": None}, r"own chunk plan \(1, 3, .*2\) has 21 latent frames, and 17 frames are 5 .*--frames 81, .* 1,3,1\."),
         ({"chunks": (1, 3, 3)}, r"plan \(1, 3, 3\) has 7 latent frames, and 17 frames are 5 latent frames. Give --frames 25"),
         ({"cache_budget": 0.00001}, r"takes [\d.]+ MB .*; 0.0 MB are allowed"),
-        ({"height": 48}, "height is 48; allowed are multiples of 32"),
+        ({"height": 40}, "height is 40; allowed are multiples of 16"),
         ({"image": "wide.png"}, r"wide.png is 32 x 96 and the video asked for is 32 x 64 .*--height and --width"),
         ({"image": "first.png", "chunks": (3, 2)}, r"--image gives one latent frame; .*\(3, 2\) end after 3.*--chunks 1,3,1"),
         ({"image": "first.png", "frames": 1, "chunks": (1,)}, "nothing would be left to make. Raise --frames"),

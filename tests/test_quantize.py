@@ -17,7 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from anyflow_deploy import Bundle, load_engine
+from anyflow_deploy import BackendError, Bundle, load_engine
+from anyflow_deploy.engines import onnxruntime_engine
 from anyflow_deploy.engines.onnxruntime_graph import graph_with_fused_attention
 from anyflow_deploy.engines.validation import THRESHOLDS, Validation, validate
 from anyflow_deploy.export import exporter
@@ -236,3 +237,9 @@ def test_the_same_export_twice_is_the_same_to_the_byte(quantized: Export, tmp_pa
     settings = ExportSettings("int8", calibration=calibration_of(SMALL))
     again = export_bundle(open_checkpoint(SMALL), tmp_path / "again", settings)
     assert again.manifest.files == quantized(SMALL, precision="int8").manifest.files
+
+
+def test_int8_is_refused_where_its_products_overflow(quantized: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime_engine, "saturates", lambda runtime: True)
+    with pytest.raises(BackendError, match="has no VNNI: its INT8 products overflow"):
+        load_engine(quantized(SMALL, "int8"))
