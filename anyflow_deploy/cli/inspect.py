@@ -115,7 +115,7 @@ def _quantized(manifest: Manifest) -> list[tuple[str, str]]:
         return []
     smooth = ", SmoothQuant" if how.smooth else ""
     return [
-        ("in eight bits", f"{got.quantized_flops:.1%} of the operations in products, {got.quantized_weights:.1%} of the weights"),
+        ("8-bit share", f"{got.quantized_flops:.1%} of the products' operations, {got.quantized_weights:.1%} of the weights"),
         ("the rest", f"{how.base}; attention {how.base if how.attention == 'high' else how.attention}{smooth}"),
         ("calibrated on", f"weights {how.weights[:12]}…"),
     ]
