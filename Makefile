@@ -41,6 +41,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/causal.py
+	$(BIN)/python benchmarks/precision.py
 	$(BIN)/python benchmarks/memory.py
 
 # The versions in constraints.txt are the ones this was tested with.

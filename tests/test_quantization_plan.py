@@ -135,7 +135,7 @@ def test_the_share_is_what_a_formula_says(fp8_attention: Bundle, capsys: pytest.
     assert inspect(InspectOptions(bundle=fp8_attention.path)) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert f"{share:.1%} of the products' operations, {achieved.quantized_weights:.1%} of the weights" in printed
-    assert "fp32; attention fp8" in printed and "blocks.0.ffn.net.2 (asked for)" in printed
+    assert "fp32; attention fp8" in printed and "blocks.0.ffn.net.2 │ asked for" in printed
 
 
 @pytest.mark.parametrize(
