@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from anyflow_deploy.engines.cache import cache_plan
+from anyflow_deploy.engines.cache import cache_plan, fitted_chunks
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.sampler import Step, sample, stream
 from anyflow_deploy.engines.validation import PATH
@@ -36,13 +36,7 @@ def calibration_schedules(steps: Sequence[int], shift: float) -> dict[str, Sched
 
 def chunk_plan(a: Architecture, frames: int) -> tuple[int, ...]:
     """A causal model's own chunks, cut or lengthened by more of its longest to so many latent frames; () if bidirectional."""
-    if a.chunk_partition is None:
-        return ()
-    plan: list[int] = []
-    for length in [*a.chunk_partition, *[max(a.chunk_partition)] * frames]:
-        if rest := frames - sum(plan):
-            plan.append(min(length, rest))
-    return tuple(plan)
+    return () if a.chunk_partition is None else fitted_chunks(a.chunk_partition, frames)
 
 
 def transitions(a: Architecture, frames: int, schedule: Schedule) -> int:
