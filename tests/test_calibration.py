@@ -275,7 +275,7 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
         ("--model tiny --prompts empty.txt", r"empty\.txt holds no prompt"),
         ("--model tiny --prompts long.txt", r"the prompt has \d+ tokens and the model takes 512; shorten it"),
         ("--model tiny --frames 6", r"frames is 6; allowed are 4n\+1"),
-        ("--model far-tiny --height 48", r"height is 48; allowed are multiples of 32"),
+        ("--model far-tiny --height 40", r"height is 40; allowed are multiples of 16"),
         ("--model tiny --output empty.txt", r"empty\.txt exists\. Choose another --output, or replace it with --overwrite"),
         ("--model tiny --output nowhere/c.json", r"nowhere/c\.json cannot be written"),
         ("--model tiny --device cuda:9", r"torch cannot put the network on device 'cuda:9'|torch cannot .*'cuda:9'"),
