@@ -25,7 +25,9 @@ from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.manifest import AxisRange
 from anyflow_deploy.progress import Report, Silent
 
-BUILDERS: dict[str, str] = {}
+BUILDERS: dict[str, str] = {
+    "aotinductor": "anyflow_deploy.engines.aotinductor_build:AotInductorSettings",
+}
 """Backend -> module:class of its `BuildSettings`, whose `build` does the work."""
 
 

@@ -18,6 +18,7 @@ from anyflow_deploy.errors import AnyFlowError, suggestion
 
 BACKENDS = {
     "onnxruntime": "anyflow_deploy.engines.onnxruntime_engine:OnnxRuntimeEngine",
+    "aotinductor": "anyflow_deploy.engines.aotinductor_engine:AotInductorEngine",
 }
 
 PROVIDERS = ("cpu", "cuda")

@@ -34,6 +34,7 @@ from anyflow_deploy.quantized_layers import (
     input_amax,
     input_channels,
     operand_amax,
+    shared_input,
     split_layer,
     staying_high,
 )
@@ -48,9 +49,6 @@ ZERO_POINT = "zero_point"
 
 LARGEST = {"I8": 127.0, "F8_E4M3": 448.0}
 """The largest value of each type (INT8 is used symmetrically, without -128)."""
-
-TEXT = "text"
-"""Its scale is one for all layers, which read one tensor."""
 
 _OUTPUTS = ("attn1.to_out.0", "attn2.to_out.0")
 _UNFOLDED = ("attn2.to_k", "ffn.net.2")
@@ -197,7 +195,7 @@ class _Planner:
             amax = float((channels / s).max())
             matrices = {name: matrix * s for name, matrix in matrices.items()}
             self._fold(names, s)
-        self._quantize(quantized, matrices, f"{_shared(names[0])}_scale", amax)
+        self._quantize(quantized, matrices, f"{shared_input(names[0])}_scale", amax)
 
     def _matrix(self, name: str) -> Tensor:
         return self.plan.factored(f"{name}.weight", self.weights.read(f"{name}.weight"))
@@ -222,7 +220,7 @@ class _Planner:
             for part in ("weight", "bias"):
                 self._factor(f"{block}.norm2.{part}", 1 / s)
         else:
-            vector = f"{_shared(names[0])}_smooth"
+            vector = f"{shared_input(names[0])}_smooth"
             self.plan.constants[vector] = 1 / s
             self.plan.smoothed.update(dict.fromkeys(names, vector))
 
@@ -262,11 +260,6 @@ class _Planner:
                 self.plan.constants[f"{operand}_scale"] = stored_scale(torch.tensor(amax), "F8_E4M3", self.dtype)
         if not self.plan.attentions:
             raise AnyFlowError(f"attention fp8 would quantize nothing: {_reasons(self.plan)}. Choose --attention high.")
-
-
-def _shared(first: str) -> str:
-    """What the input of a group is called, after the first layer that reads it."""
-    return TEXT if first.endswith(".attn2.to_k") else f"{first}.input"
 
 
 _ORDER = sorted(GROUPS, key=lambda group: group[0] not in _OUTPUTS)

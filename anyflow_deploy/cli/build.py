@@ -37,6 +37,7 @@ class BuildOptions(Options):
     overwrite: bool = Field(False, description="replace an engine that is there")
     provider: str | None = Field(None, description="what it will run on: cpu or cuda (default cpu)")
     device: int | None = Field(None, ge=0, description="which GPU, counted from 0 (default 0)")
+    max_autotune: bool | None = Field(None, description="aotinductor: time several kernels for each product; much slower builds")
 
 
 def build(options: BuildOptions) -> int:
