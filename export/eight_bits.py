@@ -58,11 +58,9 @@ class Operand:
         """The same in eight bits."""
         if self._rounded is None or self._rounded[0] is not x:
             scaled = self.smoothed(x).float() / self.scale
-            if self._type == torch.int8:
-                scaled = scaled.round().clamp(-128, 127)
-            else:
-                scaled = scaled.clamp(-_FP8_LARGEST, _FP8_LARGEST)
-            self._rounded = x, scaled.to(self._type)
+            low, high = (-128.0, 127.0) if self._type == torch.int8 else (-_FP8_LARGEST, _FP8_LARGEST)
+            whole = scaled.round() if self._type == torch.int8 else scaled
+            self._rounded = x, whole.clamp(low, high).to(self._type)
         return self._rounded[1]
 
 
