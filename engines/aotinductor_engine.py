@@ -47,7 +47,10 @@ class AotInductorEngine:
         BackendError: torch or the device is missing, nothing was built, or it was built elsewhere.
     """
 
-    BACKEND = "aotinductor"
+    BACKEND, TITLE = "aotinductor", "AOTInductor"
+
+    BORROWS = True
+    """Packages hold no weights, and are recorded as CUDA graphs."""
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         self.bundle = bundle
@@ -59,12 +62,14 @@ class AotInductorEngine:
         check_here(self.folder, device_here(torch, options.provider, options.device), self._versions())
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self._graphs = {name: CompiledGraph(torch, self._package(self.folder, name), self._index) for name in self._names()}
-        wanted = {name for graph in self._graphs.values() for name in graph.weights}
+        self._graphs = {
+            name: CompiledGraph(torch, self._package(self.folder, name), self._index) for name in bundle.manifest.graphs
+        }
+        wanted = {name for graph in self._graphs.values() for name in graph.weights} if self.BORROWS else set()
         self._weights = TorchWeights(torch, bundle, self._device, wanted)
-        for graph in self._graphs.values():
+        for graph in self._graphs.values() if self.BORROWS else ():
             graph.take(self._weights)
-        recording = options.cuda_graphs and options.provider == "cuda" and "transition" in self._graphs
+        recording = self.BORROWS and options.cuda_graphs and options.provider == "cuda" and "transition" in self._graphs
         self._recorded = RecordedGraph(torch, self._graphs["transition"]) if recording else None
 
     def _runtime(self, options: EngineOptions) -> Any:
@@ -72,9 +77,6 @@ class AotInductorEngine:
 
     def _versions(self) -> dict[str, str]:
         return versions_here(self._torch, self.provider)
-
-    def _names(self) -> Sequence[str]:
-        return list(self.bundle.manifest.graphs)
 
     @staticmethod
     def _package(folder: EngineFolder, graph: str) -> Any:
@@ -84,7 +86,7 @@ class AotInductorEngine:
     def description(self) -> str:
         """See `Engine`."""
         version = str(self._torch.__version__).split("+")[0]
-        return f"AOTInductor, torch {version}, {self.provider}, {self.bundle.manifest.precision}"
+        return f"{self.TITLE}, torch {version}, {self.provider}, {self.bundle.manifest.precision}"
 
     @property
     def architecture(self) -> Architecture:

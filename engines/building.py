@@ -27,6 +27,7 @@ from anyflow_deploy.progress import Report, Silent
 
 BUILDERS: dict[str, str] = {
     "aotinductor": "anyflow_deploy.engines.aotinductor_build:AotInductorSettings",
+    "torch-tensorrt": "anyflow_deploy.engines.torch_tensorrt_build:TorchTensorRTSettings",
 }
 """Backend -> module:class of its `BuildSettings`, whose `build` does the work."""
 

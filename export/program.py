@@ -19,6 +19,7 @@ from anyflow_deploy.export.trace import MODULES, recorded
 from anyflow_deploy.export.transformer import FlowMapTransformer
 from anyflow_deploy.export.types import TORCH
 from anyflow_deploy.precision import get_precision
+from anyflow_deploy.ranges import Ranges
 
 
 def network_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor]) -> FlowMapTransformer:
@@ -41,12 +42,16 @@ def network_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor
     return network.eval()
 
 
-def program_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor], device: str) -> ExportedProgram:
-    """That module, recorded within the bundle's ranges.
+def program_from_bundle(
+    bundle: Bundle, graph: str, weights: Mapping[str, Tensor], device: str, ranges: Ranges | None = None
+) -> ExportedProgram:
+    """That module, recorded.
 
     Args:
         bundle, graph, weights: see `network_from_bundle`.
         device: torch device of the weights.
+        ranges: narrower than the bundle's; None for those.
     """
     network = network_from_bundle(bundle, graph, weights)
-    return recorded(network, graph, bundle.manifest.architecture, bundle.manifest.shape_ranges, device)
+    manifest = bundle.manifest
+    return recorded(network, graph, manifest.architecture, ranges or manifest.shape_ranges, manifest.base, device)

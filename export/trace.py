@@ -91,19 +91,24 @@ def traced_graph(graph: str, a: Architecture, ranges: Ranges, precision: str = "
     return Traced(program, parameters, symbols, {name: i.shape for name, i in inputs.items()}, outputs)
 
 
-def recorded(network: FlowMapTransformer, graph: str, a: Architecture, ranges: Ranges, device: str) -> ExportedProgram:
-    """Record a network that has its weights, on the device they are on; its type of keys and values is the compute type.
+def recorded(
+    network: FlowMapTransformer, graph: str, a: Architecture, ranges: Ranges, precision: str, device: str
+) -> ExportedProgram:
+    """Record a network that has its weights, on the device they are on.
 
     Args:
         network: one of `MODULES[graph]`.
-        graph, a, ranges: see `traced_graph`.
+        graph, a, ranges, precision: see `traced_graph`.
         device: torch device.
     """
-    compute_type = network.condition_embedder.text_embedder.linear_1.input_type
-    inputs, _ = _border(graph, a, compute_type)
-    example, dynamic = _arguments(inputs, ranges, device)
+    example, dynamic = arguments(graph, a, ranges, precision, device)
     with torch.no_grad():
         return torch.export.export(network, example, dynamic_shapes=dynamic)
+
+
+def arguments(graph: str, a: Architecture, ranges: Ranges, precision: str, device: str) -> tuple[tuple[Tensor, ...], Any]:
+    """What to call a network with while it is recorded, and torch's description of the axes; see `traced_graph`."""
+    return _arguments(_border(graph, a, TORCH[get_precision(precision).tensor_type])[0], ranges, device)
 
 
 def _arguments(inputs: dict[str, _Input], ranges: Ranges, device: str) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
