@@ -49,7 +49,8 @@ class CompiledGraph:
 
     def take(self, weights: TorchWeights) -> None:
         """Lend it its weights; they are not copied."""
-        self._loader.load_constants(weights.some(self.weights), False, True, True)
+        self._lender = weights  # lives as long as this
+        self._loader.load_constants(weights.lend(self.weights), False, True, True)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """Outputs in the graph's order.

@@ -7,6 +7,7 @@ reference of its own to what it was lent, and never lets go of it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ class TorchWeights:
 
     def __init__(self, torch: Any, bundle: Bundle, device: str, names: Collection[str] | None = None) -> None:
         self._tensors: dict[str, Tensor] = {}
+        self._end: weakref.finalize[[dict[str, Any]], TorchWeights] | None = None
         with safe_open(str(bundle.file(WEIGHTS)), "pt") as file:
             stored = set(file.keys())
             wanted = sorted(stored if names is None else names)
@@ -63,8 +65,19 @@ class TorchWeights:
         """Those of a graph."""
         return {name: self._tensors[name] for name in names}
 
+    def lend(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Those of a graph, for AOTInductor's runtime: from now on they are released with this object at the latest."""
+        if self._end is None:
+            self._end = weakref.finalize(self, _released, self._tensors)
+            self._end.atexit = False
+        return self.some(names)
+
     def release(self) -> None:
         """Give the memory back, whoever still holds the tensors."""
-        for tensor in self._tensors.values():
-            tensor.untyped_storage().resize_(0)
-        self._tensors = {}
+        _released(self._tensors)
+
+
+def _released(tensors: dict[str, Any]) -> None:
+    for tensor in tensors.values():
+        tensor.untyped_storage().resize_(0)
+    tensors.clear()

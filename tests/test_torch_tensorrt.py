@@ -4,6 +4,7 @@ where it is installed, and what is refused."""
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.machinery
 import importlib.util
 import inspect
@@ -20,8 +21,9 @@ from anyflow_deploy import BackendError, load_engine
 from anyflow_deploy.engines import torch_device, torch_tensorrt_build, torch_tensorrt_engine
 from anyflow_deploy.engines.building import build_engine
 from anyflow_deploy.engines.torch_tensorrt_build import TorchTensorRTSettings, profile
+from anyflow_deploy.manifest import Quantization
 from anyflow_deploy.progress import Silent
-from tests.conftest import CAUSAL, SMALL, Export
+from tests.conftest import Export
 
 REAL = importlib.util.find_spec("torch_tensorrt")
 SOURCE = os.environ.get("ANYFLOW_TORCH_TENSORRT") or (Path(REAL.origin).parent if REAL and REAL.origin else None)
@@ -132,15 +134,20 @@ def signature_in(file: Path, function: str) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def test_what_is_refused(small_bundle: Export, exported: Export, quantized: Export) -> None:
+def test_what_is_refused(small_bundle: Export) -> None:
+    bundle = small_bundle()
     with pytest.raises(BackendError, match=r"NVIDIA GPUs only; provider is 'cpu'\. Give cuda, or backend aotinductor"):
-        build_engine(small_bundle(), "torch-tensorrt", TorchTensorRTSettings(provider="cpu"))
+        build_engine(bundle, "torch-tensorrt", TorchTensorRTSettings(provider="cpu"))
     with pytest.raises(BackendError, match="NVIDIA GPUs only"):
-        load_engine(small_bundle(), "torch-tensorrt")
-    with pytest.raises(BackendError, match="is causal, and torch-tensorrt takes no empty cache"):
-        build_engine(exported(CAUSAL), "torch-tensorrt", TorchTensorRTSettings())
-    with pytest.raises(BackendError, match=r"is fp8, and this backend takes fp32, fp16 and bf16"):
-        build_engine(quantized(SMALL, "fp8"), "torch-tensorrt", TorchTensorRTSettings())
+        load_engine(bundle, "torch-tensorrt")
+    rounding = Quantization(base="fp16", smooth=False, attention="high", weights="")
+    for change, message in (
+        ({"kind": "causal"}, "is causal, and torch-tensorrt takes no empty cache"),
+        ({"precision": "fp8", "quantization": rounding}, "is fp8, and this backend takes fp32, fp16 and bf16"),
+    ):
+        changed = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update=change))
+        with pytest.raises(BackendError, match=message):
+            TorchTensorRTSettings().check(changed)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests the absence of a GPU")
