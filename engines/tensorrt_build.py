@@ -65,7 +65,9 @@ class TensorRTSettings(BuildSettings):
             raise AnyFlowError(f"--workspace is {self.workspace}; allowed are gigabytes above 0.")
         wanted = self.hardware_compatible
         if wanted is not None and wanted not in HARDWARE:
-            raise AnyFlowError(f"--hardware-compatible is {wanted!r}; allowed are {', '.join(HARDWARE)}.{suggestion(wanted, HARDWARE)}")
+            raise AnyFlowError(
+                f"--hardware-compatible is {wanted!r}; allowed are {', '.join(HARDWARE)}.{suggestion(wanted, HARDWARE)}"
+            )
         if self.strip and self.weight_streaming:
             raise AnyFlowError("--strip and --weight-streaming exclude each other here: a stripped plan is refitted on the GPU.")
         self.profiles(bundle)

@@ -11,9 +11,10 @@ them. What they save is the hundred lines below.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.engine_folder import Device as DeviceRecord
@@ -28,6 +29,8 @@ from anyflow_deploy.engines.tensorrt_profiles import Profile
 from anyflow_deploy.engines.tensorrt_timing import TimingCache, default_path
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.progress import Report
+
+T = TypeVar("T")
 
 _NEEDS = {"bf16": (8, 0), "int8": (7, 5), "fp8": (8, 9)}
 """Compute capability from which tensor cores have a type; NVIDIA's support matrix."""
@@ -75,9 +78,7 @@ def device_record(device: Device) -> DeviceRecord:
     return DeviceRecord(kind="cuda", name=device.name, compute_capability="{}.{}".format(*device.compute_capability))
 
 
-def _cache_path(settings: TensorRTSettings, device: Device) -> Any:
-    from pathlib import Path
-
+def _cache_path(settings: TensorRTSettings, device: Device) -> Path:
     return Path(settings.timing_cache) if settings.timing_cache else default_path(device.name)
 
 
@@ -201,7 +202,7 @@ class _Build:
             raise BackendError(f"TensorRT {VERSION} cannot open the plan that it has just built: {self._messages.summary()}.")
         return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
 
-    def _made(self, make: Any, what: str) -> Any:
+    def _made(self, make: Callable[[], T], what: str) -> T:
         with suppress(TypeError):  # pybind11's word for a factory that returned nothing
             return make()
         raise BackendError(f"TensorRT {VERSION} could not {what} on {self._device.name}: {self._messages.summary()}.")
@@ -213,8 +214,8 @@ class _Build:
         if any(sign in words for sign in _NO_MEMORY):
             free, total = self._device.memory()
             advice = (
-                f"The GPU ran out of memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free now). Close what else uses it; then, "
-                "in this order: lower --workspace, name fewer or smaller --shapes, lower --optimization-level, "
+                f"The GPU ran out of memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free now). Close what else uses it; "
+                "then, in this order: lower --workspace, name fewer or smaller --shapes, lower --optimization-level, "
                 "or build with --weight-streaming."
             )
         elif any(sign in words for sign in _NO_KERNEL):

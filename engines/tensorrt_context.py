@@ -14,7 +14,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from anyflow_deploy.engines.tensorrt_api import VERSION, trt
-from anyflow_deploy.engines.tensorrt_device import Buffer, Device, Graph, Queue
+from anyflow_deploy.engines.tensorrt_device import Buffer, Device, Graph
 from anyflow_deploy.engines.tensorrt_plan import Plan
 from anyflow_deploy.engines.tensorrt_profiles import Shape, chosen
 from anyflow_deploy.errors import BackendError

@@ -26,7 +26,7 @@ ALIGNMENT = 256
 """Bytes that TensorRT wants a tensor's address to be a multiple of."""
 
 
-class OutOfMemory(BackendError):
+class OutOfMemoryError(BackendError):
     """The device has no memory left."""
 
 
@@ -64,13 +64,13 @@ class Device:
         """Memory of the device, not initialized.
 
         Raises:
-            OutOfMemory: with what was asked for and what is free.
+            OutOfMemoryError: with what was asked for and what is free.
         """
         self.use()
         code, address = cuda.cudaMalloc(max(size, ALIGNMENT))
         if code == cuda.cudaError_t.cudaErrorMemoryAllocation:
             free, total = self.memory()
-            raise OutOfMemory(
+            raise OutOfMemoryError(
                 f"{self.name} has no {size / 1e6:,.1f} MB left: {free / 1e6:,.1f} of {total / 1e6:,.1f} MB are free. Close "
                 "what else uses the GPU, make smaller or shorter videos, or build with --weight-streaming."
             )
@@ -139,7 +139,9 @@ class Queue:
 
     def captured(self, work: Callable[[], None]) -> Graph:
         """Record what `work` puts on the stream, without doing it."""
-        _checked(cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal), "capture")
+        _checked(
+            cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal), "capture"
+        )
         try:
             work()
         except BaseException:

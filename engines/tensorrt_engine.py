@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
-from contextlib import suppress
-from types import TracebackType
-from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.engine_folder import EngineFolder, check_here, find_engine
 from anyflow_deploy.engines.cache import CachePlan
-from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text, frame_times
+from anyflow_deploy.engines.engine import checked_inputs, checked_text
 from anyflow_deploy.engines.loading import EngineOptions
 from anyflow_deploy.engines.stream import CacheStream
 from anyflow_deploy.engines.tensorrt_api import VERSION
@@ -27,7 +23,9 @@ from anyflow_deploy.engines.tensorrt_builder import device_record
 from anyflow_deploy.engines.tensorrt_context import Lane
 from anyflow_deploy.engines.tensorrt_device import Buffer, Device
 from anyflow_deploy.engines.tensorrt_plan import Opening, Plan
-from anyflow_deploy.engines.tensorrt_profiles import Shape, chosen
+from anyflow_deploy.engines.tensorrt_profiles import chosen
+from anyflow_deploy.engines.tensorrt_run import TensorRTRun
+from anyflow_deploy.engines.tensorrt_stream import TensorRTCache
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.ranges import Ranges
@@ -46,7 +44,9 @@ class TensorRTEngine:
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         if options.provider != "cuda":
-            raise BackendError(f"TensorRT runs on NVIDIA GPUs only, and provider is {options.provider!r}. Choose provider 'cuda'.")
+            raise BackendError(
+                f"TensorRT runs on NVIDIA GPUs only, and provider is {options.provider!r}. Choose provider 'cuda'."
+            )
         self.bundle = bundle
         folder = find_engine(bundle, "tensorrt", options.engine)
         self.device = Device(options.device)
@@ -97,7 +97,8 @@ class TensorRTEngine:
         try:
             held = lane.take(words.nbytes)
             lane.queue.upload(held.address, words)
-            run = TensorRTRun(lane, plan, z, {"text": (words.shape, held.address)}, {}, self._returning(lane, key, held))
+            inputs = {"text": (words.shape, held.address)}
+            run = TensorRTRun(lane, plan, z, lambda: (inputs, {}), self._returning(lane, key, held))
         except BaseException:
             lane.close()
             raise
@@ -112,13 +113,11 @@ class TensorRTEngine:
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
         """See `BundleEngine`."""
-        from anyflow_deploy.engines.tensorrt_stream import TensorRTCache
-
         self._check_open()
         if self.bundle.manifest.kind != "causal":
             raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
         words = checked_text(self.ranges, self.architecture.text_dim, text)
-        return CacheStream(TensorRTCache(self, words, plan), plan)
+        return CacheStream(TensorRTCache(self, self.plans, words, plan), plan)
 
     def lane(self, key: Hashable) -> Lane:
         """A lane: the idle one if it is of the same shapes, else a new one in its place."""
@@ -153,100 +152,6 @@ class TensorRTEngine:
             raise AnyFlowError("this engine is closed; load another with load_engine(bundle).")
 
 
-class TensorRTRun:
-    """One sample, in two buffers on the device. For one thread at a time.
-
-    Args:
-        lane: what it runs in.
-        plan: of a graph with inputs `latents`, `t`, `r` and outputs `z_r`, `velocity`.
-        latents: the state to start from.
-        inputs: shape and address of every other input; they stay the same for the whole run.
-        outputs: address of every other output.
-        closed: called when the run is.
-    """
-
-    def __init__(
-        self,
-        lane: Lane,
-        plan: Plan,
-        latents: Array,
-        inputs: dict[str, tuple[Shape, int]],
-        outputs: dict[str, int],
-        closed: Callable[[], None],
-    ) -> None:
-        self._lane, self._plan, self._shape = lane, plan, latents.shape
-        self._inputs, self._outputs, self._closed = inputs, outputs, closed
-        self._held = [lane.take(latents.nbytes) for _ in range(3)]
-        self._times = [lane.take(4 * latents.shape[0] * latents.shape[1]) for _ in range(2)]
-        self._state, self._next, self._velocity = self._held
-        self._open = True
-        lane.queue.upload(self._state.address, latents)
-        lane.queue.wait()  # the caller may change or drop its array
-
-    def step(self, t: ArrayLike, r: ArrayLike) -> None:
-        """See `Run`."""
-        self._run(t, r)
-        self._state, self._next = self._next, self._state
-
-    def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
-        """See `Run`."""
-        self._run(t, r)
-        return self._read(self._velocity)
-
-    def read(self) -> Array:
-        """See `Run`."""
-        self._check_open()
-        return self._read(self._state)
-
-    def close(self) -> None:
-        """See `Run`."""
-        if self._open:
-            self._open = False
-            self._lane.queue.wait()
-            self._lane.give(*self._held, *self._times)
-            self._closed()
-
-    def __enter__(self) -> TensorRTRun:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        with suppress(Exception):  # a run that was dropped, perhaps at the interpreter's end
-            self.close()
-
-    def _run(self, t: ArrayLike, r: ArrayLike) -> None:
-        """One transition from the state, into the other buffer; it is there when this returns."""
-        self._check_open()
-        source, target = frame_times(t, r, self._shape)
-        queue = self._lane.queue
-        for buffer, times in zip(self._times, (source, target), strict=True):
-            queue.upload(buffer.address, times)
-        state = {"latents": (self._shape, self._state.address)}
-        times_in = {name: (self._shape[:2], b.address) for name, b in zip(("t", "r"), self._times, strict=True)}
-        outputs = {"z_r": self._next.address, "velocity": self._velocity.address, **self._outputs}
-        run_plan(self._lane, self._plan, {**state, **times_in, **self._inputs}, outputs)
-        queue.wait()
-
-    def _read(self, buffer: Buffer) -> Array:
-        result = np.empty(self._shape, np.float32)
-        self._lane.queue.download(buffer.address, result)
-        self._lane.queue.wait()
-        return result
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
-
-
-def run_plan(lane: Lane, plan: Plan, inputs: dict[str, tuple[Shape, int]], outputs: dict[str, int]) -> None:
-    """Put a run on a lane's stream; inputs that the plan lacks are left out."""
-    taken = {name: inputs[name] for name in plan.inputs}
-    addresses = {name: address for name, (_, address) in taken.items()} | {name: outputs[name] for name in plan.outputs}
-    lane.run(plan, {name: shape for name, (shape, _) in taken.items()}, addresses)
-
-
 def check_compatible(folder: EngineFolder, device: Device) -> None:
     """Refuse an engine of another GPU or TensorRT, unless it was built to be compatible.
 
@@ -255,10 +160,10 @@ def check_compatible(folder: EngineFolder, device: Device) -> None:
     """
     record, here = folder.record, device_record(device)
     same_device = record.device
-    wanted = record.settings.get("hardware_compatible")
-    if wanted == "ampere+" and device.compute_capability >= (8, 0):
-        same_device = here
-    elif wanted == "same-capability" and record.device.compute_capability == here.compute_capability:
+    wanted, built_for = record.settings.get("hardware_compatible"), record.device.compute_capability
+    if (wanted == "ampere+" and device.compute_capability >= (8, 0)) or (
+        wanted == "same-capability" and built_for == here.compute_capability
+    ):
         same_device = here
     built_with = record.versions.get("tensorrt", "")
     versions = {"tensorrt": VERSION}
@@ -271,13 +176,3 @@ def _later_of_the_same(version: str, built_with: str) -> bool:
     """Whether a version-compatible plan of `built_with` runs on `version`: the same major release, not an older one."""
     here, there = (tuple(int(n) for n in text.split(".")[:3] if n.isdecimal()) for text in (version, built_with))
     return bool(there) and here[:1] == there[:1] and here >= there
-
-
-def uploaded(lane: Lane, array: NDArray[Any]) -> Buffer:
-    """A buffer of the lane with an array's contents; they are there when this returns."""
-    buffer = lane.take(array.nbytes)
-    lane.queue.upload(buffer.address, array)
-    lane.queue.wait()
-    return buffer
-
-

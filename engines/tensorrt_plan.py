@@ -7,15 +7,18 @@ past the end of a buffer.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from anyflow_deploy.engines.tensorrt_api import VERSION, Messages, trt
-from anyflow_deploy.engines.tensorrt_profiles import Profile
+from anyflow_deploy.engines.tensorrt_profiles import Profile, Shape
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.manifest import Graph
+
+T = TypeVar("T")
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 """Size of an element, by the manifest's names."""
@@ -87,7 +90,7 @@ class Plan:
             )
         return engine
 
-    def _made(self, make: Any) -> Any:
+    def _made(self, make: Callable[[], T]) -> T:
         with suppress(TypeError):  # pybind11's word for a factory that returned nothing
             return make()
         raise BackendError(f"TensorRT {VERSION} could not start its runtime: {self.messages.summary()}.")
@@ -106,7 +109,7 @@ class Plan:
         for tensor in [*graph.inputs, *graph.outputs]:
             kind = engine.get_tensor_dtype(tensor.name).name
             mode = engine.get_tensor_mode(tensor.name) == trt.TensorIOMode.INPUT
-            shape = tuple(engine.get_tensor_shape(tensor.name))
+            shape = _lengths(engine.get_tensor_shape(tensor.name))
             same = len(shape) == len(tensor.shape) and all(
                 isinstance(axis, str) or axis == length for axis, length in zip(tensor.shape, shape, strict=True)
             )
@@ -116,9 +119,13 @@ class Plan:
     def _profile(self, number: int, label: str) -> Profile:
         shapes = {}
         for name in self.inputs:
-            least, best, most = (tuple(dims) for dims in self.engine.get_tensor_profile_shape(name, number))
+            least, best, most = (_lengths(dims) for dims in self.engine.get_tensor_profile_shape(name, number))
             shapes[name] = (least, best, most)
         return Profile(label, shapes)
 
     def _foreign(self, what: str) -> BackendError:
         return BackendError(f"{self._path} is not a plan of this bundle's {self.name!r}: it has {what}. Build it again.")
+
+
+def _lengths(dims: trt.Dims) -> Shape:
+    return tuple(dims[axis] for axis in range(len(dims)))

@@ -120,9 +120,7 @@ def _check_use(use: Use, manifest: Manifest) -> None:
     a, ranges = manifest.architecture, manifest.shape_ranges
     longest = use.frames if a.chunk_partition is None else max(fitted_chunks(a.chunk_partition, use.frames))
     try:
-        ranges.check(
-            (use.batch, longest, a.in_channels, use.height, use.width), (use.batch, use.text, a.text_dim)
-        )
+        ranges.check((use.batch, longest, a.in_channels, use.height, use.width), (use.batch, use.text, a.text_dim))
     except ShapeError as error:
         raise ShapeError(f"--shapes {use.name}: {error}") from None
 
@@ -217,8 +215,8 @@ def _by_past(
 def _profile(manifest: Manifest, graph: str, name: str, low: Sides, middle: Sides, high: Sides) -> Profile:
     shapes = {}
     for tensor in manifest.graphs[graph].inputs:
-        of = lambda sides, axes=tensor.shape: tuple(n if isinstance(n, int) else sides[n] for n in axes)  # noqa: E731
-        shapes[tensor.name] = (of(low), of(middle), of(high))
+        least, best, most = (tuple(n if isinstance(n, int) else s[n] for n in tensor.shape) for s in (low, middle, high))
+        shapes[tensor.name] = (least, best, most)
     return Profile(name, shapes)
 
 

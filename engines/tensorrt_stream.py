@@ -10,7 +10,8 @@ The `chunk` and `compress` plans each hold the weights they share: TensorRT cann
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Hashable, Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -20,28 +21,39 @@ from anyflow_deploy.engines.stream import Positions, memory_names
 from anyflow_deploy.engines.tensorrt_context import Lane
 from anyflow_deploy.engines.tensorrt_device import ALIGNMENT, Buffer
 from anyflow_deploy.engines.tensorrt_plan import BYTES, Plan
-from anyflow_deploy.engines.tensorrt_profiles import Shape, chosen
+from anyflow_deploy.engines.tensorrt_profiles import chosen
+from anyflow_deploy.engines.tensorrt_run import Inputs, TensorRTRun, run_plan, uploaded
 from anyflow_deploy.errors import ShapeError
 
-if TYPE_CHECKING:
-    from anyflow_deploy.engines.tensorrt_engine import TensorRTEngine, TensorRTRun
+
+class Lanes(Protocol):
+    """Who lends lanes: the engine."""
+
+    def lane(self, key: Hashable) -> Lane:
+        """One for work of these shapes."""
+        ...
+
+    def leave(self, key: Hashable, lane: Lane) -> None:
+        """Hand it back."""
+        ...
 
 
 class TensorRTCache:
     """See `stream.Cache`. For one thread at a time.
 
     Args:
-        engine: whose plans it runs.
+        lanes: the engine.
+        plans: its plans, by graph.
         text: prompt embeddings, float32 (1, L, D).
         plan: how much has to fit.
 
     Raises:
         ShapeError: no profile holds this length of text.
-        OutOfMemory: the cache does not fit.
+        OutOfMemoryError: the cache does not fit.
     """
 
-    def __init__(self, engine: TensorRTEngine, text: Array, plan: CachePlan) -> None:
-        self._engine, self._plans = engine, engine.plans
+    def __init__(self, lanes: Lanes, plans: Mapping[str, Plan], text: Array, plan: CachePlan) -> None:
+        self._lanes, self._plans = lanes, plans
         self._names = memory_names(plan.layers)
         self._heads = (plan.heads, plan.channels)
         self._token = plan.heads * plan.channels * BYTES[self._plan("chunk").types["key.0"]]
@@ -49,7 +61,7 @@ class TensorRTCache:
         self._longest = max(plan.chunks) * plan.full_tokens
         chosen(self._plan("text").profiles, {"text": text.shape}, "text")
         self._key = (text.shape, plan)
-        self._lane: Lane = engine.lane(self._key)
+        self._lane: Lane = lanes.lane(self._key)
         try:
             self._capacity = plan.capacity + self._longest
             self._buffers = {name: self._lane.take(self._capacity * self._token) for name in self._names}
@@ -61,28 +73,24 @@ class TensorRTCache:
 
     def run(self, latents: Array, positions: Positions, past: int) -> TensorRTRun:
         """See `Cache`."""
-        from anyflow_deploy.engines.tensorrt_engine import TensorRTRun, uploaded
-
         plan = self._plan("chunk")
         tokens = latents.shape[1] * self._full
         self._check(plan, latents, past)
         self._reserve(past + tokens)
-        held = [uploaded(self._lane, positions)]
-        inputs = {"positions": (positions.shape, held[0].address), **self._memory(past)}
-        outputs, aside = self._places(past, tokens)
-        held += aside
+        where, aside = uploaded(self._lane, positions), self._aside(past, tokens)
+
+        def tensors() -> tuple[Inputs, dict[str, int]]:
+            return {"positions": (positions.shape, where.address), **self._memory(past)}, self._places(past, aside)
 
         def closed() -> None:
-            self._lane.give(*held)
+            self._lane.give(where, *aside)
             self._ended()
 
         self._runs += 1
-        return TensorRTRun(self._lane, plan, latents, inputs, outputs, closed)
+        return TensorRTRun(self._lane, plan, latents, tensors, closed)
 
     def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
         """See `Cache`."""
-        from anyflow_deploy.engines.tensorrt_engine import run_plan, uploaded
-
         plan, lane = self._plan(graph), self._lane
         self._check(plan, latents, past)
         self._reserve(past + tokens)
@@ -90,12 +98,12 @@ class TensorRTCache:
         held = [uploaded(lane, array) for array in (latents, positions, np.zeros(times, np.float32))]
         spare = [lane.take(latents.nbytes) for _ in ("z_r", "velocity")]
         z, where, still = (buffer.address for buffer in held)
-        inputs: dict[str, tuple[Shape, int]] = {
+        inputs: Inputs = {
             "latents": (latents.shape, z), "positions": (positions.shape, where), "t": (times, still), "r": (times, still),
             **self._memory(past),
         }  # fmt: skip
-        outputs, aside = self._places(past, tokens)
-        outputs |= {"z_r": spare[0].address, "velocity": spare[1].address}
+        aside = self._aside(past, tokens)
+        outputs = self._places(past, aside) | {"z_r": spare[0].address, "velocity": spare[1].address}
         run_plan(lane, plan, inputs, outputs)
         for name, buffer in zip(self._names, aside, strict=False):
             lane.queue.copy(self._buffers[name].address + past * self._token, buffer.address, tokens * self._token)
@@ -124,7 +132,7 @@ class TensorRTCache:
             self._lane.queue.wait()
             self._lane.give(*self._buffers.values(), *self._words.values())
             self._buffers, self._words = {}, {}
-            self._engine.leave(self._key, self._lane)
+            self._lanes.leave(self._key, self._lane)
 
     def _plan(self, graph: str) -> Plan:
         if graph not in self._plans:
@@ -141,19 +149,21 @@ class TensorRTCache:
         shapes = {"latents": latents.shape, "t": (1, frames), "r": (1, frames), "positions": (frames,), **memory}
         chosen(plan.profiles, {name: shapes[name] for name in plan.inputs}, plan.name)
 
-    def _memory(self, past: int) -> dict[str, tuple[Shape, int]]:
+    def _memory(self, past: int) -> Inputs:
         """The text's keys and values, and the past's."""
         shape = (1, past, *self._heads)
-        words = {f"text_{name}": (self._text_shape, self._words[name].address) for name in self._names}
+        words: Inputs = {f"text_{name}": (self._text_shape, self._words[name].address) for name in self._names}
         return words | {f"past_{name}": (shape, self._buffers[name].address) for name in self._names}
 
-    def _places(self, past: int, tokens: int) -> tuple[dict[str, int], list[Buffer]]:
-        """Where a chunk's keys and values are written, and the buffers aside that are used where that is not aligned."""
-        offset = past * self._token
-        if offset % ALIGNMENT == 0:
-            return {name: self._buffers[name].address + offset for name in self._names}, []
-        aside = [self._lane.take(tokens * self._token) for _ in self._names]
-        return {name: buffer.address for name, buffer in zip(self._names, aside, strict=True)}, aside
+    def _aside(self, past: int, tokens: int) -> list[Buffer]:
+        """Buffers for a chunk's keys and values where the place behind the past is not aligned."""
+        return [self._lane.take(tokens * self._token) for _ in self._names] if past * self._token % ALIGNMENT else []
+
+    def _places(self, past: int, aside: list[Buffer]) -> dict[str, int]:
+        """Where a chunk's keys and values are written."""
+        if aside:
+            return {name: buffer.address for name, buffer in zip(self._names, aside, strict=True)}
+        return {name: self._buffers[name].address + past * self._token for name in self._names}
 
     def _reserve(self, capacity: int) -> None:
         """Room for so many tokens, keeping what is there."""
@@ -169,8 +179,6 @@ class TensorRTCache:
 
     def _of_text(self, text: Array) -> dict[str, Buffer]:
         """The text's keys and values in every layer."""
-        from anyflow_deploy.engines.tensorrt_engine import run_plan, uploaded
-
         held = uploaded(self._lane, text)
         words = {name: self._lane.take(text.shape[1] * self._token) for name in self._names}
         outputs = {f"text_{name}": buffer.address for name, buffer in words.items()}

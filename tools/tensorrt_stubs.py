@@ -115,6 +115,7 @@ def cleaned(source: str) -> str:
         raise StubsError(f"pybind11-stubgen wrote a line that is not Python: {(error.text or '').strip()[:160]}") from None
     module = _Cleaner().visit(tree)
     module.body.insert(1, ast.parse("import builtins").body[0])
+    module.body += ast.parse("__version__: str").body  # the package sets it, not the extension
     return ast.unparse(ast.fix_missing_locations(module)) + "\n"
 
 
@@ -137,24 +138,24 @@ def _with_all_defaults(line: str) -> str:
 class _Cleaner(ast.NodeTransformer):
     """What `cleaned` says, on the tree."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:  # noqa: N802 - ast's name
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.body = [ast.Expr(ast.Constant(...))]
         for argument in [*node.args.args, *node.args.kwonlyargs]:
             argument.annotation = _annotation(argument.annotation)
         node.returns = _annotation(node.returns)
         return node
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:  # noqa: N802
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
         body = [self.visit(item) for item in node.body if not _is_text(item)]
         node.body = body or [ast.Expr(ast.Constant(...))]
         return node
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:  # noqa: N802
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
         node.annotation = _annotation(node.annotation) or node.annotation
         node.value = None if node.simple and ast.unparse(node.target) != "__all__" else node.value
         return node
 
-    def visit_Module(self, node: ast.Module) -> ast.Module:  # noqa: N802
+    def visit_Module(self, node: ast.Module) -> ast.Module:
         node.body = [self.visit(item) for item in node.body if not _is_text(item)]
         return node
 
