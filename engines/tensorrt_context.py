@@ -144,16 +144,16 @@ class _Runner:
             self._general = self._general or self._bound()
             self._enqueue(self._general, call, profile)
         elif known.context is None:
-            context = self._bound()
-            self._enqueue(context, call, profile)
-            known.context = context  # after: making room for it may have dropped what was known
-            self._known[call] = known
+            known.context = self._bound()
+            self._enqueue(known.context, call, profile)
         else:
             known.graph = self._captured(known.context, call, profile)
             if known.graph is not None:
                 known.graph.launch()
             else:
-                self._enqueue(known.context, call, profile)
+                self._general = self._general or self._bound()
+                self._enqueue(self._general, call, profile)
+        self._known[call] = known  # making room for it may have dropped what was known
         self._trim()
 
     def forget(self) -> None:

@@ -5,8 +5,9 @@ video size, written `480x832x81` (height, width and frames in pixels and frames;
 it becomes a profile with fixed sides, the fastest. One more profile can cover the bundle's declared ranges.
 
 A causal model's graphs also take a cache of any length. Which lengths a video will need is found by walking through it
-with the same `CacheStream` that makes it. A chunk without a past is a profile of its own: nothing has to be fast for
-both an empty cache and a full one.
+with the same `CacheStream` that makes it; chunks may be shorter and caches emptier than that, so that windows and other
+chunk plans fit, too. A chunk without a past is a profile of its own: nothing has to be fast for both an empty cache and
+a full one.
 """
 
 from __future__ import annotations
@@ -182,9 +183,7 @@ def _profiles_of_ranges(manifest: Manifest, graph: str) -> list[Profile]:
         return [_profile(manifest, graph, "ranges", low, middle, high)]
     a = manifest.architecture
     calls = _calls(a, usual["video"], high["height"], high["width"])[graph]
-    shortest = [(low["frames"], min(1, past)) for _, past in calls]
-    longest = [(high["frames"], past) for _, past in calls]
-    return _by_past(manifest, graph, "ranges", low, middle, high, [*calls, *shortest, *longest])
+    return _by_past(manifest, graph, "ranges", low, middle, high, calls)
 
 
 def default_use_unchecked(manifest: Manifest) -> Sides:
@@ -200,15 +199,15 @@ def _by_past(
 ) -> list[Profile]:
     """One profile of calls without a past, one of those with. Calls are (latent frames, tokens of the past)."""
     made = []
-    for label, group in (
-        (f"{name} first", [c for c in calls if not c[1]]),
-        (f"{name} later", [c for c in calls if c[1]]),
+    for label, group, least in (
+        (f"{name} first", [c for c in calls if not c[1]], 0),
+        (f"{name} later", [c for c in calls if c[1]], 1),
     ):
         if group:
             frames, pasts = [c[0] for c in group], [c[1] for c in group]
             usual = {"frames": Counter(frames).most_common(1)[0][0], "past": max(pasts)}
-            ends = [{"frames": end(frames), "past": end(pasts)} for end in (min, max)]
-            made.append(_profile(manifest, graph, label, low | ends[0], middle | usual, high | ends[1]))
+            most = {"frames": max(c[0] for c in calls), "past": max(pasts)}
+            made.append(_profile(manifest, graph, label, low | {"frames": 1, "past": least}, middle | usual, high | most))
     return made
 
 

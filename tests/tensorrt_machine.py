@@ -335,3 +335,9 @@ def install(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FACING:
         monkeypatch.delitem(sys.modules, f"{package.__name__}.tensorrt_{name}", raising=False)
 
+
+
+def forget() -> None:
+    """Drop our modules that have imported a stand-in."""
+    for name in FACING:
+        sys.modules.pop(f"anyflow_deploy.engines.tensorrt_{name}", None)

@@ -157,8 +157,9 @@ def _method(surface: Surface, path: str, name: str, forms: list[ast.FunctionDef]
                 continue
         if bound is None:
             raise TypeError(f"{path}.{name}(): incompatible function arguments: {arguments} {named}; it takes {signatures}")
-        for value in [self, *arguments, *named.values()] if name != "__init__" else []:
-            if type(value).__mro__[-2].__name__ in vars(surface) and not getattr(value, "_ready", True):
+        for value in [*([self] if name != "__init__" else []), *arguments, *named.values()]:
+            root = type(value).__mro__[-2] if type(value) is not object else object
+            if vars(surface).get(root.__name__) is root and not getattr(value, "_ready", issubclass(root, int)):
                 raise TypeError(f"{type(value).__name__}.__init__() must be called when overriding __init__")
         given = dict(list(bound.arguments.items())[1:])
         surface.calls.append((f"{path}.{name}", given))
