@@ -44,9 +44,7 @@ class TensorRTEngine:
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         if options.provider != "cuda":
-            raise BackendError(
-                f"TensorRT runs on NVIDIA GPUs only; provider is {options.provider!r}. Choose provider 'cuda'."
-            )
+            raise BackendError(f"TensorRT runs on NVIDIA GPUs only; provider is {options.provider!r}. Choose provider 'cuda'.")
         self.bundle = bundle
         folder = find_engine(bundle, "tensorrt", options.engine)
         self.device = Device(options.device)

@@ -101,18 +101,22 @@ def interruptible(work: Callable[[], T], cancelled: threading.Event) -> T:
     result: list[T] = []
     failure: list[BaseException] = []
 
+    finished = threading.Event()
+
     def body() -> None:
         try:
             result.append(work())
         except BaseException as error:  # noqa: BLE001 - it is raised again on the caller's thread
             failure.append(error)
+        finally:
+            finished.set()
 
-    thread = threading.Thread(target=body, name="tensorrt-build", daemon=True)
-    thread.start()
+    threading.Thread(target=body, name="tensorrt-build", daemon=True).start()
     interrupted = False
-    while thread.is_alive():
+    while not finished.is_set():
         try:
-            thread.join(0.1)
+            while not finished.wait(0.1):  # Thread.join, interrupted, may call a living thread dead (Python up to 3.12)
+                pass
         except KeyboardInterrupt:
             if interrupted:
                 raise  # asked twice: TensorRT is left behind

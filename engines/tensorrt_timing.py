@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -59,7 +60,8 @@ class TimingCache:
                 os.fsync(file.fileno())
             partial.replace(self.path)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
             _log.warning("the timing cache could not be written to %s (%s); the next build measures again.", self.path, error)
 
     def _read(self) -> bytes:

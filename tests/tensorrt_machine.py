@@ -170,7 +170,12 @@ class Machine:
         model = onnx.load(plan["model"], load_external_data=False)
         tensors = {t.name: t.type.tensor_type for t in [*model.graph.input, *model.graph.output]}
         return self.trt.made(
-            "ICudaEngine", plan=plan, model=model, tensors=tensors, weights="STRIP_PLAN" not in plan["flags"], inputs=len(model.graph.input)
+            "ICudaEngine",
+            plan=plan,
+            model=model,
+            tensors=tensors,
+            weights="STRIP_PLAN" not in plan["flags"],
+            inputs=len(model.graph.input),
         )
 
     def do_ICudaEngine__num_io_tensors(self, engine: Any) -> int:  # noqa: N802
@@ -334,7 +339,6 @@ def install(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, module)
     for name in FACING:
         monkeypatch.delitem(sys.modules, f"{package.__name__}.tensorrt_{name}", raising=False)
-
 
 
 def forget() -> None:

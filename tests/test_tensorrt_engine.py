@@ -93,6 +93,16 @@ def test_golden_streams(trt_machine: Machine, causal: Bundle, oracle: Golden, tm
     assert trt_machine.cuda.reserved() == 0 < before, "everything is given back"
 
 
+def test_the_profiles_of_a_causal_bundle(trt_machine: Machine, causal: Bundle, tmp_path: Path) -> None:
+    opened(causal, tmp_path, "96x160x45")
+    record = json.loads((tmp_path / "engine" / "engine.json").read_text())
+    assert {f"{graph}.plan" for graph in ("text", "chunk", "compress")} <= set(record["files"])
+    chunk = record["profiles"]["chunk"]
+    assert chunk["96x160x45 first"]["past_key.0"] == [[1, 0, 4, 24]] * 3
+    assert [shape[1] for shape in chunk["96x160x45 later"]["past_key.0"]] == [1, 420, 420]  # (1 + 3) * 15 + (3 + 3) * 60
+    assert [shape[1] for shape in chunk["96x160x45 later"]["latents"]] == [1, 3, 3]
+
+
 def test_streams_equal_onnx_runtime_with_a_window(trt_machine: Machine, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
     """Forgotten chunks make the cache move within its own buffers."""
     plan = (1, 1, 1, 1, 1, 1)
@@ -117,7 +127,9 @@ def test_two_streams_do_not_mix(trt_machine: Machine, causal: Bundle, oracle: Go
 def test_a_stream_that_grows(trt_machine: Machine, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
     """A run that is open while the cache moves elsewhere reads it where it is now."""
     engine = opened(causal, tmp_path, size_of(oracle["latents"], oracle["text"]).replace(":b1", ""))
-    plans = [cache_plan(engine.architecture, chunks, 12, 20, text_tokens=oracle["text"].shape[1]) for chunks in ((1, 3), (1, 3, 3, 3))]
+    plans = [
+        cache_plan(engine.architecture, chunks, 12, 20, text_tokens=oracle["text"].shape[1]) for chunks in ((1, 3), (1, 3, 3, 3))
+    ]
     results = []
     for grown in (False, True):
         memory = engine.open_stream(oracle["text"], plans[0] if grown else plans[1])
@@ -200,7 +212,9 @@ def test_a_stripped_plan_gets_the_bundles_weights(trt_machine: Machine, bundle: 
 
 def test_a_shape_outside_every_profile_names_the_nearest(engine: Any, small: Golden) -> None:
     wide = np.concatenate([small["latents"]] * 2, axis=4)
-    with pytest.raises(ShapeError, match=r"no profile of this engine's 'transition' holds latents .*; the nearest is '.*' \(latents"):
+    with pytest.raises(
+        ShapeError, match=r"no profile of this engine's 'transition' holds latents .*; the nearest is '.*' \(latents"
+    ):
         engine.start(wide, small["text"])
     sample(engine, small["latents"], small["text"], Schedule.uniform(1))
 
