@@ -169,14 +169,8 @@ class Machine:
             return None
         model = onnx.load(plan["model"], load_external_data=False)
         tensors = {t.name: t.type.tensor_type for t in [*model.graph.input, *model.graph.output]}
-        return self.trt.made(
-            "ICudaEngine",
-            plan=plan,
-            model=model,
-            tensors=tensors,
-            weights="STRIP_PLAN" not in plan["flags"],
-            inputs=len(model.graph.input),
-        )
+        state = {"plan": plan, "model": model, "tensors": tensors, "inputs": len(model.graph.input)}
+        return self.trt.made("ICudaEngine", **state, weights="STRIP_PLAN" not in plan["flags"])
 
     def do_ICudaEngine__num_io_tensors(self, engine: Any) -> int:  # noqa: N802
         return len(engine.tensors)

@@ -1,4 +1,4 @@
-"""anyflow-build --backend tensorrt on the stand-in: flags, profiles, progress, Ctrl-C, timing cache, what was achieved, refusals."""
+"""anyflow-build --backend tensorrt on the stand-in: flags, profiles, progress, Ctrl-C, timing cache, refusals."""
 
 from __future__ import annotations
 
@@ -93,9 +93,7 @@ def test_what_the_builder_is_told(trt_machine: Machine, bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("trt_machine", ["10.3"], indirect=True)
 def test_a_level_that_this_release_lacks(trt_machine: Machine, bundle: Bundle) -> None:
-    with pytest.raises(
-        BackendError, match=r"same-capability is not in TensorRT 10.3.0, which has NONE, AMPERE_PLUS|AMPERE_PLUS, NONE"
-    ):
+    with pytest.raises(BackendError, match=r"same-capability is not in TensorRT 10.3.0, which has .*AMPERE_PLUS"):
         command(bundle, f"--shapes {SIZE} --hardware-compatible same-capability")
     assert nothing_left(bundle)
 
