@@ -48,7 +48,7 @@ _SMOOTH_LIMIT = 1e3
 ZERO_POINT = "zero_point"
 
 LARGEST = {"I8": 127.0, "F8_E4M3": 448.0}
-"""The largest value of each type (INT8 is used symmetrically, without -128)."""
+"""The value that a range is mapped onto (INT8 also has -128, which only inputs beyond their range reach)."""
 
 TEXT = "text"
 """Its scale is one for all layers, which read one tensor."""
