@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text, frame_times
+from anyflow_deploy.engines.loading import EngineOptions
 from anyflow_deploy.engines.onnxruntime_graph import graph_with_fused_attention
 from anyflow_deploy.engines.onnxruntime_int8 import saturates
 from anyflow_deploy.engines.stream import CacheStream
@@ -34,8 +35,6 @@ from anyflow_deploy.ranges import Ranges
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_PROVIDER_OPTIONS = {"cpu": {}, "cuda": {"use_tf32": "0"}}
-"""TF32 is on by default in the CUDA provider: float32 products would keep 11 bits of mantissa, and say nothing."""
 _PACKAGES = {"cpu": "anyflow-deploy[cpu]", "cuda": "anyflow-deploy[gpu]"}
 
 
@@ -44,16 +43,16 @@ class OnnxRuntimeEngine:
 
     Args:
         bundle: an opened bundle.
-        provider: "cpu" or "cuda".
-        threads: for operators on the CPU; None leaves it to ONNX Runtime.
+        options: provider, device and threads.
 
     Raises:
         BackendError: ONNX Runtime or the provider is missing, or the provider lacks the bundle's precision.
     """
 
-    def __init__(self, bundle: Bundle, provider: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         self.bundle = bundle
-        self.provider = provider
+        self.provider = provider = options.provider
+        self._index = options.device if provider == "cuda" else 0
         self._runtime = _imported(provider)
         if bundle.manifest.base == "bf16" and provider == "cpu":
             raise BackendError(
@@ -67,22 +66,20 @@ class OnnxRuntimeEngine:
                 f"{bundle.path} is int8, and this processor has no VNNI: its INT8 products overflow. "
                 "Use provider 'cuda', or export with --precision fp32 or fp16."
             )
-        self._sessions = {name: self._opened_session(name, threads) for name in bundle.manifest.graphs}
+        self._sessions = {name: self._opened_session(name, options.threads) for name in bundle.manifest.graphs}
 
     def _opened_session(self, name: str, threads: int | None) -> Any:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # a second plan of the same memory: twice the activations, no faster
         if threads is not None:
-            if threads < 1:
-                raise AnyFlowError(f"threads is {threads}; allowed are whole numbers from 1.")
             options.intra_op_num_threads = threads
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
         heads, attentions = self.architecture.num_attention_heads, _attentions_to_fuse(self.bundle.manifest, name)
         graph = graph_with_fused_attention(self.bundle, name, heads, attentions)
         if self.bundle.manifest.precision == "fp8":  # up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
             options.add_session_config_entry("session.disable_quant_qdq", "1")
-        provider = (PROVIDERS[self.provider], _PROVIDER_OPTIONS[self.provider])
+        provider = (PROVIDERS[self.provider], _provider_options(self.provider, self._index))
         try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU
             session = self._runtime.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
@@ -115,7 +112,7 @@ class OnnxRuntimeEngine:
         if "transition" not in self._sessions:
             raise AnyFlowError(f"{self.bundle.path} is a causal model, which is made chunk by chunk: use stream(), not sample().")
         z, words = checked_inputs(self.ranges, self._channels, self._text_dim, latents, text)
-        device = Device(self._runtime, self.provider)
+        device = Device(self._runtime, self.provider, self._index)
         return OnnxRuntimeRun(device, self._sessions["transition"], z, {"text": device.holding(words)})
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
@@ -126,7 +123,7 @@ class OnnxRuntimeEngine:
         if "chunk" not in self._sessions:
             raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
         words = checked_text(self.ranges, self._text_dim, text)
-        device = Device(self._runtime, self.provider)
+        device = Device(self._runtime, self.provider, self._index)
         return CacheStream(OnnxRuntimeCache(device, self._sessions, self.bundle.manifest, words, plan), plan)
 
     def close(self) -> None:
@@ -141,17 +138,18 @@ class OnnxRuntimeEngine:
 class Device:
     """Where a session's buffers lie."""
 
-    def __init__(self, runtime: Any, name: str) -> None:
+    def __init__(self, runtime: Any, name: str, index: int = 0) -> None:
         self._value = runtime.OrtValue
         self.name = name
+        self.index = index
 
     def holding(self, array: NDArray[Any]) -> Any:
         """A buffer with the contents of an array."""
-        return self._value.ortvalue_from_numpy(array, self.name, 0)
+        return self._value.ortvalue_from_numpy(array, self.name, self.index)
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
         """A buffer of a shape, not initialized."""
-        return self._value.ortvalue_from_shape_and_type(list(shape), dtype, self.name, 0)
+        return self._value.ortvalue_from_shape_and_type(list(shape), dtype, self.name, self.index)
 
     def move(self, target: Any, to: int, source: Any, start: int, count: int) -> None:
         """Copy `count` bytes of a buffer into another, or into another place of itself."""
@@ -240,6 +238,11 @@ def _attentions_to_fuse(manifest: Manifest, graph: str) -> int:
     return sum(f"blocks.{n}.{kind}" in manifest.achieved.kept_high for n in range(count) for kind in ("attn1", "attn2"))
 
 
+def _provider_options(provider: str, index: int) -> dict[str, str]:
+    """TF32 is on by default in the CUDA provider: float32 products would keep 11 bits of mantissa, and say nothing."""
+    return {"device_id": str(index), "use_tf32": "0"} if provider == "cuda" else {}
+
+
 def _copied(value: Any) -> Array:
     """An array that owns its memory: on the CPU, `numpy()` is a view of the run's buffer."""
     return np.array(value.numpy(), dtype=np.float32)
@@ -247,8 +250,6 @@ def _copied(value: Any) -> Array:
 
 def _imported(provider: str) -> Any:
     """The onnxruntime module, having checked that it is there once and has the provider."""
-    if provider not in PROVIDERS:
-        raise AnyFlowError(f"unknown provider {provider!r}: allowed are {', '.join(PROVIDERS)}.")
     installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
     if len(installed) == 2:
         raise BackendError(

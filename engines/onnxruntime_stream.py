@@ -69,7 +69,7 @@ class OnnxRuntimeCache:
         self._bind_past(binding, seen, past)
         for name in self._names:
             address = self._buffers[name].data_ptr() + past * self._token
-            binding.bind_output(name, self._device.name, 0, self._type, (1, tokens, *self._heads), address)
+            binding.bind_output(name, self._device.name, self._device.index, self._type, (1, tokens, *self._heads), address)
         self._sessions[graph].run_with_iobinding(binding)
 
     def move(self, to: int, start: int, tokens: int) -> None:
@@ -95,7 +95,7 @@ class OnnxRuntimeCache:
         binding = self._sessions["text"].io_binding()
         binding.bind_ortvalue_input("text", self._device.holding(text))
         for name in names:
-            binding.bind_output(name, self._device.name)
+            binding.bind_output(name, self._device.name, self._device.index)
         self._sessions["text"].run_with_iobinding(binding)
         return dict(zip(names, binding.get_outputs(), strict=True))
 
@@ -106,6 +106,7 @@ class OnnxRuntimeCache:
         shape = (1, tokens, *self._heads)
         for name in names:
             if tokens:
-                binding.bind_input(f"past_{name}", self._device.name, 0, self._type, shape, self._buffers[name].data_ptr())
+                address = self._buffers[name].data_ptr()
+                binding.bind_input(f"past_{name}", self._device.name, self._device.index, self._type, shape, address)
             else:
                 binding.bind_ortvalue_input(f"past_{name}", self._nothing)

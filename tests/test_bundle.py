@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from anyflow_deploy.bundle import Bundle, BundleWriter, file_sha256, load_bundle
+from anyflow_deploy.bundle import Bundle, BundleWriter, load_bundle
 from anyflow_deploy.errors import BundleError
 from anyflow_deploy.manifest import (
     MANIFEST,
@@ -32,6 +32,7 @@ from anyflow_deploy.manifest import (
 )
 from anyflow_deploy.models import MODELS
 from anyflow_deploy.ranges import widest
+from anyflow_deploy.whole_folder import file_sha256
 
 GRAPH = "transition.onnx"
 LIVING = os.getppid()
@@ -271,13 +272,13 @@ def test_a_replacement_that_fails_puts_the_old_bundle_back(bundle: Bundle, monke
 SLOW_WRITER = """
 import runpy, sys, time
 from pathlib import Path
-from anyflow_deploy import bundle
+from anyflow_deploy import bundle, whole_folder
 destination, stage, tests = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 def wait():
     print("ready", flush=True)
     time.sleep(60)
 if stage == "finishing":
-    bundle._sync_folder = lambda folder: wait()  # the manifest is written, the folder not yet renamed
+    whole_folder._sync_folder = lambda folder: wait()  # the manifest is written, the folder not yet renamed
 with bundle.BundleWriter(destination, overwrite=True) as writer:
     file = writer.create("weights.safetensors")
     file.write(b"other")
@@ -483,11 +484,11 @@ def test_files_that_came_later_do_not_matter(bundle: Bundle) -> None:
 
 
 def test_verify_false_reads_no_file(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anyflow_deploy.bundle.file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("anyflow_deploy.whole_folder.file_sha256", lambda path: pytest.fail(f"{path} was read"))
     assert load_bundle(bundle.path, verify=False) == bundle
 
 
 def test_hash_of_a_file_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anyflow_deploy.bundle._BLOCK", 10)
+    monkeypatch.setattr("anyflow_deploy.whole_folder._BLOCK", 10)
     (tmp_path / "file").write_bytes(bytes(range(256)))
     assert file_sha256(tmp_path / "file") == hashlib.sha256(bytes(range(256))).hexdigest()

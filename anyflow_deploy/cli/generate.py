@@ -77,6 +77,7 @@ class GenerateOptions(Options):
     backend: str = Field("onnxruntime", description="backend of the engine")
     provider: str = Field("cpu", description="what the engine runs on: cpu or cuda")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
+    engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
     pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")
 
 
@@ -130,7 +131,7 @@ def generate(options: GenerateOptions) -> int:
     with watch.time("text"):
         words = _words(options, bundle, pipeline)
     with watch.time("engine"):
-        engine = load_engine(bundle, options.backend, options.provider, options.threads)
+        engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
     with closing(engine):
         first_frame = _Work(options, engine, words, job, pipeline, watch).done()
     if job.plan is not None and first_frame is not None:

@@ -40,6 +40,7 @@ class ValidateOptions(Options):
     backend: str = Field("onnxruntime", description="backend of the engine")
     provider: str = Field("cpu", description="what the engine runs on: cpu or cuda")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
+    engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
     device: str = Field("cpu", description="torch device of the reference")
     steps: Steps = Field((1, 2, 4, 8), min_length=1, description="step counts of the whole samples")
     frames: int = Field(9, description="size of the test video: frames (a causal model makes its first chunks)")
@@ -70,7 +71,7 @@ def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     shape, text = _shapes(bundle, options, sum(chunks) if chunks else None)
     words = _calibrated_text(bundle, weights, text)
     text = text if words is None else words.shape
-    engine = load_engine(bundle, options.backend, options.provider, options.threads)
+    engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
     with Bars(console) as bars:
         with bars.stage("loading the reference"):
             reference = (NetworkEngine if chunks else TorchEngine)(weights, options.device)

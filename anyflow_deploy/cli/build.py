@@ -1,0 +1,98 @@
+"""`anyflow-build`: compile a bundle for the device this runs on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+from rich.markup import escape
+from rich.table import Table
+
+from anyflow_deploy.bundle import load_bundle
+from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.engine_folder import EngineFolder
+from anyflow_deploy.engines.building import BUILDERS, BuildSettings, build_engine, settings_of
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.progress import Bars
+
+_COMMON = ("bundle", "backend", "name", "output", "overwrite")
+"""Flags of the command; all others are fields of the backend's settings."""
+
+
+class BuildOptions(Options):
+    """Compile a bundle into an engine for this machine.
+
+    The engine goes into the bundle's folder (engines/NAME) and is found there by anyflow-generate and anyflow-validate
+    with --backend. It runs on this kind of device with these versions only; the bundle itself stays portable."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("anyflow-build bundle --backend aotinductor",)
+
+    bundle: Path = Field(description="the bundle's folder")
+    backend: str = Field(description="what to build for")
+    name: str | None = Field(None, description="of the engine in the bundle's folder (default: backend-provider)")
+    output: Path | None = Field(None, description="folder of the engine, in place of one in the bundle")
+    overwrite: bool = Field(False, description="replace an engine that is there")
+    provider: str | None = Field(None, description="what it will run on: cpu or cuda (default cpu)")
+    device: int | None = Field(None, ge=0, description="which GPU, counted from 0 (default 0)")
+
+
+def build(options: BuildOptions) -> int:
+    """Do it; returns the exit status."""
+    settings = chosen_settings(options)
+    bundle = load_bundle(options.bundle)
+    with Bars(console) as bars:
+        folder = build_engine(bundle, options.backend, settings, _destination(options), options.overwrite, bars)
+    console.print(described(folder))
+    console.print(f"[green]wrote[/] [bold]{escape(str(folder.path))}[/] ({folder.record.seconds:.1f} s)")
+    return 0
+
+
+def chosen_settings(options: BuildOptions) -> BuildSettings:
+    """The backend's settings from the flags that were given.
+
+    Raises:
+        AnyFlowError: an unknown backend, or a flag that another backend has.
+    """
+    kind = settings_of(options.backend)
+    fields = {field.name for field in dataclasses.fields(kind)}
+    given: dict[str, Any] = {name: getattr(options, name) for name in options.model_fields_set if name not in _COMMON}
+    for name in given:
+        if name not in fields:
+            able = [b for b in BUILDERS if name in {field.name for field in dataclasses.fields(settings_of(b))}]
+            raise AnyFlowError(
+                f"--{name.replace('_', '-')} means nothing to backend {options.backend}; it is a flag of {', '.join(able)}."
+            )
+    return kind(**given)
+
+
+def _destination(options: BuildOptions) -> Path | None:
+    if options.name is not None and options.output is not None:
+        raise AnyFlowError("give one of --name NAME (inside the bundle) and --output FOLDER.")
+    if options.name is not None:
+        if Path(options.name).name != options.name or options.name.startswith("."):
+            raise AnyFlowError(f"--name is {options.name!r}: allowed is a plain folder name. For another place use --output.")
+        return options.bundle / "engines" / options.name
+    return options.output
+
+
+def described(folder: EngineFolder) -> Table:
+    """What was built, for people."""
+    record = folder.record
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("device", escape(record.device.name))
+    table.add_row("with", ", ".join(f"{name} {version}" for name, version in record.versions.items()))
+    table.add_row("size", f"{sum(file.bytes for file in record.files.values()) / 1e6:.1f} MB")
+    for name, value in record.achieved.items():
+        shown = f"{100 * value:.0f} %" if isinstance(value, float) else str(value)
+        table.add_row(name.replace("_", " "), escape(shown))
+    return table
+
+
+def main() -> None:
+    """Entry point."""
+    run("anyflow-build", BuildOptions, build)
