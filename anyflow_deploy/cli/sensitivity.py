@@ -14,6 +14,7 @@ from anyflow_deploy.calibration import CALIBRATION, Calibration, load_calibratio
 from anyflow_deploy.cli.options import Options, Steps, console, run
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.precision import EIGHT_BIT
 from anyflow_deploy.progress import Bars, Report, Silent
 from anyflow_deploy.quantized_layers import candidates, quantized_attentions, staying_high
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.export.sensitivity import Probe
     from anyflow_deploy.export.weights import Weights
 
-EIGHT_BITS = ("int8", "fp8")
 FRAMES, CAUSAL_FRAMES, HEIGHT, WIDTH = 9, 29, 96, 160
 """Of the videos; the causal ones are four chunks of the models' own plan: the first that compress one."""
 
@@ -59,8 +59,8 @@ class SensitivityOptions(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> SensitivityOptions:
-        if self.precision is not None and self.precision not in EIGHT_BITS:
-            raise ValueError(f"--precision is {self.precision!r}; allowed are {' and '.join(EIGHT_BITS)}.")
+        if self.precision is not None and self.precision not in EIGHT_BIT:
+            raise ValueError(f"--precision is {self.precision!r}; allowed are {' and '.join(EIGHT_BIT)}.")
         if self.keep is not None and self.fidelity is not None:
             raise ValueError("give one of --keep N and --fidelity DB: a number of layers, or a PSNR to reach.")
         return self
@@ -84,7 +84,7 @@ def sensitivity(options: SensitivityOptions) -> int:
     shape = latent_shape(a, frames, options.height, options.width)
     weights = weights_from_manifest(bundle.manifest, options.checkpoint)
     own = bundle.manifest.precision
-    precision = options.precision or (own if own in EIGHT_BITS else EIGHT_BITS[0])
+    precision = options.precision or (own if own in EIGHT_BIT else EIGHT_BIT[0])
     with Bars(console) as bars:
         with bars.stage("loading ModelOpt"):
             load_modelopt()
