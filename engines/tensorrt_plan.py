@@ -115,6 +115,8 @@ class Plan:
             )
             if kind != _TYPES[tensor.dtype] or mode != (tensor.name in self.inputs) or not same:
                 raise self._foreign(f"tensor {tensor.name} of type {kind} and shape {shape}")
+            if engine.get_tensor_location(tensor.name) != trt.TensorLocation.DEVICE:
+                raise self._foreign(f"tensor {tensor.name} in host memory")
 
     def _profile(self, number: int, label: str) -> Profile:
         shapes = {}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from anyflow_deploy import BackendError
-from tests.tensorrt_machine import FACING, RELEASES, Machine
+from tests.tensorrt_machine import FACING, RELEASES, Machine, stubs_or_skip
 from tools import tensorrt_stubs
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ ALWAYS_WRONG, GONE_IN_11, NOT_YET_IN_10_3 = {4, 8, 9}, {5, 6}, {7}
 @pytest.mark.parametrize("release", RELEASES)
 def test_our_calls_exist_in_every_release(release: str, tmp_path: Path) -> None:
     """Strictly, and with a file that is wrong, so that a check that sees nothing would be seen."""
-    stubs = tensorrt_stubs.stubs(release)
+    stubs = stubs_or_skip(release)
     (tmp_path / "mypy.ini").write_text(CONFIG)
     wrong = tmp_path / "wrong.py"
     wrong.write_text(WRONG)
@@ -128,7 +128,8 @@ def test_stubs_that_cannot_be_made_say_what_is_missing(tmp_path: Path, monkeypat
 
 
 def test_what_the_cleaner_mends() -> None:
-    source = 'class A:\n    """Text."""\n    x: bool\n    def f(self, in: int = 1, b: ...) -> bool:\n        """\n        More.\n        """\n'
+    head = 'class A:\n    """Text."""\n    x: bool\n'
+    source = head + '    def f(self, in: int = 1, b: ...) -> bool:\n        """\n        More.\n        """\n'
     cleaned = tensorrt_stubs.cleaned(source)
     assert "x: builtins.bool" in cleaned
     assert "def f(self, in_: int=..., b: typing.Any=...) -> builtins.bool:" in cleaned

@@ -42,17 +42,28 @@ _SYMBOLS = (
 )  # fmt: skip
 
 
+_LAST_PYTHON = {"10.3": (3, 12)}
+"""Where a release has no wheels for newer Pythons."""
+
+
 class StubsError(Exception):
     """The stubs could not be made: what failed, and what it needs."""
+
+
+class NotOnThisMachineError(StubsError):
+    """They never can be here: no compiler, or a Python that the release has no wheel for."""
 
 
 def stubs(release: str) -> Path:
     """A folder for MYPYPATH that holds `tensorrt/__init__.pyi` of a release in `RELEASES`; made if it is not there.
 
     Raises:
-        StubsError: no package index, no wheel for this Python, no gcc or no pybind11-stubgen.
+        NotOnThisMachineError: no wheel for this Python, or no gcc.
+        StubsError: no package index, or no pybind11-stubgen.
     """
     package, version = RELEASES[release]
+    if sys.version_info[:2] > _LAST_PYTHON.get(release, (3, 99)):
+        raise NotOnThisMachineError(f"TensorRT {release} has no bindings for Python {sys.version_info[0]}.{sys.version_info[1]}.")
     recipe = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode()).hexdigest()[:12]
     folder = CACHE / f"{version}-{recipe}"
     target = folder / "tensorrt" / "__init__.pyi"
@@ -83,7 +94,7 @@ def _written(package: str, version: str) -> str:
 def _satisfy(folder: Path, major: str) -> None:
     """Build the shared objects that the bindings look for."""
     if shutil.which("gcc") is None:
-        raise StubsError("TensorRT's stubs need gcc, which is not installed.")
+        raise NotOnThisMachineError("TensorRT's stubs need gcc, which is not installed.")
     (folder / "none.c").write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in _SYMBOLS))
     for library in _LIBRARIES:
         soname = f"{library}.so.{major}"
