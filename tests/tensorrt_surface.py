@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import enum
+import functools
 import inspect
 import re
 import types
@@ -33,7 +34,7 @@ class Surface(types.ModuleType):
         self.__version__ = version
         self.behaviour = behaviour
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        for item in ast.parse(stub).body:
+        for item in _parsed(stub).body:
             if isinstance(item, ast.ClassDef):
                 setattr(self, item.name, _class(self, item, item.name))
 
@@ -47,6 +48,9 @@ class Surface(types.ModuleType):
     def called(self, name: str) -> list[dict[str, Any]]:
         """Arguments of every call of a method, in order."""
         return [arguments for method, arguments in self.calls if method == name]
+
+
+_parsed = functools.cache(ast.parse)
 
 
 def _class(surface: Surface, node: ast.ClassDef, path: str) -> Any:
@@ -144,11 +148,12 @@ def _signature(form: ast.FunctionDef) -> inspect.Signature:
 
 
 def _method(surface: Surface, path: str, name: str, forms: list[ast.FunctionDef]) -> Callable[..., Any]:
-    signatures = [_signature(form) for form in forms]
-    answers = ast.unparse(forms[0].returns) if forms[0].returns else "typing.Any"
+    signatures: list[inspect.Signature] = []  # made at the first call: most of a thousand methods see none
+    returns = forms[0].returns
 
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
         bound = None
+        signatures[:] = signatures or [_signature(form) for form in forms]
         for signature in signatures:
             try:
                 bound = signature.bind(self, *arguments, **named)
@@ -168,6 +173,7 @@ def _method(surface: Surface, path: str, name: str, forms: list[ast.FunctionDef]
         act = surface.behaviour.get(f"{path}.{name}")
         if act is not None:
             return act(self, *given.values())
+        answers = ast.unparse(returns) if returns else "typing.Any"
         if answers == "None":
             return None
         if answers == "builtins.bool":
