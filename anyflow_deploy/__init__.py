@@ -13,6 +13,7 @@ from anyflow_deploy.bundle import Bundle, load_bundle
 from anyflow_deploy.engines.deadline import Deadline, Pace
 from anyflow_deploy.engines.engine import Engine, Run
 from anyflow_deploy.engines.loading import load_engine
+from anyflow_deploy.engines.quality import Pick, Quality
 from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError, BackendError, BundleError, CheckpointError, ShapeError
 from anyflow_deploy.models import MODELS, Architecture, Model
@@ -22,6 +23,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Chunk", "Deadline",
-    "Engine", "Model", "Pace", "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine", "noise", "sample",
-    "stream",
+    "Engine", "Model", "Pace", "Pick", "Quality", "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine",
+    "noise", "sample", "stream",
 ]  # fmt: skip

@@ -70,9 +70,7 @@ def sample(
     return _made(lambda: engine.start(latents, text), schedule, on_step, np.shape(latents))
 
 
-def _made(
-    start: Callable[[], Run], schedule: Course, on_step: Callable[[Step], None] | None, shape: tuple[int, ...]
-) -> Array:
+def _made(start: Callable[[], Run], schedule: Course, on_step: Callable[[Step], None] | None, shape: tuple[int, ...]) -> Array:
     """One sample; `start` opens a run at its noise."""
     if isinstance(schedule, Quality):
         return refined(lambda steps: _made(start, steps, on_step, shape), schedule)
