@@ -18,6 +18,7 @@ from anyflow_deploy.errors import AnyFlowError, suggestion
 
 BACKENDS = {
     "onnxruntime": "anyflow_deploy.engines.onnxruntime_engine:OnnxRuntimeEngine",
+    "tensorrt": "anyflow_deploy.engines.tensorrt_engine:TensorRTEngine",
 }
 
 PROVIDERS = ("cpu", "cuda")

@@ -27,6 +27,7 @@ USAGE_ERROR, WORK_ERROR, INTERRUPTED = 2, 1, 130
 
 StepCount = Annotated[int, Field(ge=1, le=1000)]
 Steps = Annotated[tuple[StepCount, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+Words = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
