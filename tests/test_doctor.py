@@ -45,7 +45,7 @@ def of_gpu(*capability: int) -> Finding:
 
 
 def healthy(**changes: Finding) -> dict[str, Finding]:
-    found = {probe.name: works() for probe in probes.PROBES}
+    found = {probe.name: works() for probe in probes.PROBES if probe.name != probes.JETSON}
     return {**found, probes.GPU: of_gpu(9, 0), probes.TORCH: works(cuda=True), **changes}
 
 
@@ -323,6 +323,13 @@ def test_nobody_without_a_gpu_is_told_to_install_for_one() -> None:
     found = healthy(**{probes.GPU: Finding(MISSING, "none"), probes.TENSORRT: Finding(MISSING, "no module", "pip install x")})
     assert probes.advised(found)[probes.TENSORRT].remedy == "only of use with an NVIDIA GPU"
     assert probes.advised({**found, probes.GPU: of_gpu(9, 0)})[probes.TENSORRT].remedy == "pip install x"
+
+
+def test_on_a_jetson_tensorrt_comes_with_jetpack() -> None:
+    found = healthy(**{probes.TENSORRT: Finding(MISSING, "no module", "pip install x"), probes.JETSON: works()})
+    assert "--system-site-packages" in probes.advised(found)[probes.TENSORRT].remedy
+    del found[probes.JETSON]
+    assert probes.advised(found)[probes.TENSORRT].remedy == "pip install x"
 
 
 def test_the_report() -> None:

@@ -10,6 +10,9 @@ from anyflow_deploy.doctor.finding import MISSING, Finding, Findings, Probe
 PYTHON, NUMPY, ORT, ORT_CUDA, INT8 = "Python", "numpy", "ONNX Runtime", "ONNX Runtime on CUDA", "int8 on the CPU"
 TORCH, GPU, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT = "PyTorch", "GPU", "TensorRT", "cuda-python", "torch-tensorrt"
 COMPILER, CUDA_HEADERS, TENSORRT_HEADERS = "C++ compiler", "CUDA headers", "TensorRT headers"
+JETSON = "Jetson"
+
+OF_JETPACK = "JetPack brings it: apt-get install nvidia-jetpack, and python3 -m venv --system-site-packages"
 
 FOR_A_GPU = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS)
 """Useless without one, so nobody is told to install them there."""
@@ -19,7 +22,7 @@ PROBES = (
     Probe("processor", machine.processor),
     Probe("memory", machine.memory),
     Probe("disk", machine.disk),
-    Probe("Jetson", machine.jetson),
+    Probe(JETSON, machine.jetson),
     Probe(GPU, gpu.gpu),
     Probe(NUMPY, packages.numpy),
     Probe(ORT, packages.onnxruntime),
@@ -39,7 +42,10 @@ PROBES = (
 
 
 def advised(found: Findings) -> dict[str, Finding]:
-    """The same findings, without advice to install what only a GPU needs where there is none."""
+    """The same findings, without advice to install what only a GPU needs where there is none, or what JetPack brings."""
+    if JETSON in found:
+        brought = {name for name in (TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS) if name in found and not found[name].works}
+        return {name: dataclasses.replace(f, remedy=OF_JETPACK) if name in brought else f for name, f in found.items()}
     if GPU not in found or found[GPU].state != MISSING:
         return dict(found)
     useless = {name for name in FOR_A_GPU if name in found and found[name].state == MISSING}
