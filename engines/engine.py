@@ -109,7 +109,7 @@ class Stream(Protocol):
         """Open a run of the next chunk, on the cache as it is.
 
         Args:
-            latents: noise of the chunk, float32 (1, frames of the chunk, C, H, W).
+            latents: noise of the chunk, float32 (1, frames of the chunk, C, H, W); left as it is.
         """
         ...
 

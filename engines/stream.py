@@ -73,7 +73,8 @@ class CacheStream:
     def start(self, latents: Array) -> Run:
         """See `Stream`."""
         cache = self._checked(latents)
-        return cache.run(latents, self._positions(self._chunk), sum(self._plan.cached_tokens(self._chunk)))
+        # A copy: a run works in the array it is given (ONNX Runtime does not copy on the CPU), and noise may be asked for again.
+        return cache.run(latents.copy(), self._positions(self._chunk), sum(self._plan.cached_tokens(self._chunk)))
 
     def remember(self, latents: Array) -> None:
         """See `Stream`."""

@@ -112,7 +112,7 @@ def test_fp8_attention_agrees_with_pytorch(fp8_attention: Bundle, wide: tuple[Ra
         found.append(sorted(item.difference.relative_l2 for item in (*result.transitions, *result.rollouts)))
     rounding, all_of_it = found
     assert rounding[len(rounding) // 2] < 1e-3
-    assert rounding[-1] < 0.3 * all_of_it[-1]
+    assert rounding[-1] < 0.4 * all_of_it[-1]
     assert all_of_it[-1] < THRESHOLDS["fp8"].transition
 
 

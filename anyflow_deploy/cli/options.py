@@ -79,8 +79,8 @@ def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
     except OSError as error:  # a full disk, a folder that may not be read: the user's to mend
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(WORK_ERROR)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing half-written was left.")
+    except KeyboardInterrupt as stop:  # whoever kept something says so in it
+        console.print(f"interrupted; {escape(str(stop)) or 'nothing half-written was left'}.")
         sys.exit(INTERRUPTED)
 
 
