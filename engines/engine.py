@@ -114,7 +114,11 @@ class Stream(Protocol):
         ...
 
     def remember(self, latents: Array) -> None:
-        """Enter the next chunk, now clean (or given), into the cache; the one after it becomes the next."""
+        """Enter the next chunk, now clean (or given), into the cache; the one after it becomes the next.
+
+        Raises:
+            AnyFlowError: nothing comes after it in the plan.
+        """
         ...
 
     def extend(self, plan: CachePlan) -> None:

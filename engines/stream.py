@@ -79,6 +79,8 @@ class CacheStream:
     def remember(self, latents: Array) -> None:
         """See `Stream`."""
         cache = self._checked(latents)
+        if self._chunk + 1 == len(self._plan.chunks):  # no room was planned for it
+            raise AnyFlowError(f"chunk {self._chunk} is the last of the plan and nothing would see it; extend() the plan first.")
         self._recent.append((self._chunk, latents))
         pending = [self._recent[-1]]
         if len(self._recent) > self._plan.recent:

@@ -85,7 +85,7 @@ class GenerateOptions(Options):
     window: int | None = Field(None, ge=1, description="causal: remember the first and this many of the newest old chunks only")
     cache_budget: float | None = Field(None, gt=0, description="causal: refuse a cache of more than this many GB")
     backend: str = Field("onnxruntime", description="backend of the engine")
-    provider: str = Field("cpu", description="what the engine runs on: cpu or cuda")
+    provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
     pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")

@@ -38,7 +38,7 @@ class ValidateOptions(Options):
     bundle: Path = Field(description="the bundle's folder")
     checkpoint: str | None = Field(None, description="what it was exported from, if that has moved")
     backend: str = Field("onnxruntime", description="backend of the engine")
-    provider: str = Field("cpu", description="what the engine runs on: cpu or cuda")
+    provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
     device: str = Field("cpu", description="torch device of the reference")
