@@ -61,7 +61,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """torch-tensorrt and a GPU, pretended; tensors stay on the CPU."""
     trt = StandIn()
     monkeypatch.setitem(sys.modules, "torch_tensorrt", trt)
-    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0"))
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0", __spec__=trt.__spec__))
     gpu = torch_device.Device(kind="cuda", name="NVIDIA One", compute_capability="9.0")
     for module in (torch_tensorrt_build, torch_tensorrt_engine):
         monkeypatch.setattr(module, "runtime" if module is torch_tensorrt_build else "imported_torch", lambda *_: torch)
