@@ -83,7 +83,7 @@ def test_2_times_and_differences_stay_float32(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_2_float32_products_make_the_difference_exact_in_a_bfloat16_run() -> None:
-    """Divided by 0.01, the rounding of bfloat16 products is larger than the derivative."""
+    """Divided by 0.01, the rounding of bfloat16 products is a hundred times itself."""
     case = load_file(SMALL / "golden.safetensors")
     z, text, t = case["latents"], case["text"], torch.tensor([777.0, 513.0])
 
@@ -94,7 +94,7 @@ def test_2_float32_products_make_the_difference_exact_in_a_bfloat16_run() -> Non
     near = change(network(SMALL, torch.bfloat16), torch.float32)
     far = change(network(SMALL, torch.bfloat16), torch.bfloat16)
     assert float((near - exact).norm() / exact.norm()) < 1e-4
-    assert float((far - exact).norm() / exact.norm()) > 1e-2
+    assert float((far - exact).norm() / exact.norm()) > 2e-3
 
 
 def test_3_a_batch_without_r_equal_t_is_not_divided_by_its_empty_mean() -> None:

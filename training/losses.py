@@ -11,13 +11,14 @@ real score take its noised form for.
 
 du/dt is only computed for samples with r < t: half of a batch has r = t, where (t - r) is nothing.
 
-Everything here is float32 except the network's large products; with `Difference.compute = float32` those of du/dt too, as a
-difference of two bfloat16 numbers divided by 0.01 is mostly their rounding.
+Everything here is float32 except the network's large products; with `Difference.compute = float32` those of du/dt too, since
+the difference is divided by 0.01, and the rounding of bfloat16 products with it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
 from anyflow_deploy.training.chunks import ChunkPlan, Context, context, velocity
+from anyflow_deploy.training.lora import base_alone
 from anyflow_deploy.training.network import TrainingTransformer
 from anyflow_deploy.training.times import time_weight
 
@@ -182,15 +184,23 @@ class Score:
     Attributes:
         network: bidirectional, or causal (then it sees the sample itself as clean context).
         plan: of that network.
+        without_adapters: the frozen base of a network whose adapters are the other score.
     """
 
     network: TrainingTransformer
     plan: ChunkPlan
+    without_adapters: bool = False
+
+    def on(self, plan: ChunkPlan) -> Score:
+        """The same score for samples of this plan: a bidirectional one sees all their frames as one chunk."""
+        own = plan if self.network.architecture.causal else ChunkPlan((plan.frames,))
+        return replace(self, plan=own)
 
     def clean_from(self, z: Tensor, t: Tensor, sample: Tensor, text: Tensor) -> Tensor:
         """What the network takes z_t for, in the plan's window."""
-        seen = context(self.network, sample, text, self.plan)
-        return z - sigma(t) * velocity(self.network, z, t, t, text, self.plan, seen)
+        with base_alone(self.network) if self.without_adapters else contextlib.nullcontext():
+            seen = context(self.network, sample, text, self.plan)
+            return z - sigma(t) * velocity(self.network, z, t, t, text, self.plan, seen)
 
 
 @torch.no_grad()

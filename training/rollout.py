@@ -33,7 +33,7 @@ def shortcut(steps: int, index: int, shift: float) -> list[Transition]:
     return [(t, r) for t, r in itertools.pairwise(stops) if t > r]
 
 
-def drawn_shortcut(choices: tuple[int, ...], shift: float, seed: int, step: int) -> list[Transition]:
+def drawn_shortcut(choices: tuple[int, ...], shift: float, seed: int, step: int | str) -> list[Transition]:
     """`shortcut` of a drawn number of steps and index: the same on all processes."""
     random = generator(seed, "shortcut", step)
     steps = choices[int(torch.randint(len(choices), (), generator=random))]
