@@ -71,12 +71,12 @@ class StartingWeights:
         return near.repeat(1, 1, 1, rows, columns) / (rows * columns)
 
 
-def starting_weights(path: str | Path, causal: bool, like: Architecture) -> StartingWeights:
+def starting_weights(path: str | Path, causal: bool | None, like: Architecture) -> StartingWeights:
     """Open what a run starts from.
 
     Args:
         path: a pipeline or transformer folder, of Wan2.1 or AnyFlow.
-        causal: train a causal model: a bidirectional checkpoint is completed.
+        causal: train a causal model: a bidirectional checkpoint is completed. None takes it as it is.
         like: gives the chunks where the checkpoint has none.
 
     Raises:
@@ -90,7 +90,7 @@ def starting_weights(path: str | Path, causal: bool, like: Architecture) -> Star
     else:
         base = open_checkpoint(path, source)
     architecture = base.architecture
-    if architecture.causal and not causal:
+    if architecture.causal and causal is False:
         raise CheckpointError(f"{path} is a causal model and the recipe trains a bidirectional one. Add -causal to the recipe.")
     if causal and not architecture.causal:
         architecture = dataclasses.replace(
