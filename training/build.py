@@ -6,6 +6,8 @@ process ever holds the model whole.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -58,6 +60,8 @@ def shard(network: TrainingTransformer, mesh: DeviceMesh) -> None:
     """FSDP2, block by block: a mesh of two dimensions replicates over the first and shards over the second."""
     from torch.distributed.fsdp import fully_shard
 
+    # The outputs are views, and nothing here changes one in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for block in network.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)

@@ -64,8 +64,8 @@ def check_disk(recipe: Recipe, a: Architecture, output: Path) -> str:
     free = shutil.disk_usage(output).free
     if need > free:
         raise AnyFlowError(
-            f"{recipe.running.keep + 1} checkpoints and the model take {need / 2**30:.1f} GiB; {output} has {free / 2**30:.1f} GiB "
-            "free. Lower --keep, or choose another --output."
+            f"{recipe.running.keep + 1} checkpoints and the model take {need / 2**30:.1f} GiB; "
+            f"{output} has {free / 2**30:.1f} GiB free. Lower --keep, or choose another --output."
         )
     return f"disk {need / 2**30:.2f} GiB of {free / 2**30:.1f} free"
 
@@ -81,7 +81,8 @@ def check_batch(batch: Batch, recipe: Recipe, a: Architecture) -> None:
     named = ", ".join(batch.names[:4])
     if found != wanted:
         raise AnyFlowError(
-            f"samples {named} have latents (F, C, H, W) {found}; the recipe has {wanted}. Give --frames, --height, --width of the data."
+            f"samples {named} have latents (F, C, H, W) {found}; the recipe has {wanted}. "
+            "Give --frames, --height and --width of the data."
         )
     if batch.text.shape[-1] != a.text_dim or batch.text.shape[0] != len(batch.latents):
         raise AnyFlowError(f"samples {named} have text {tuple(batch.text.shape)}; the model takes (B, tokens, {a.text_dim}).")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -80,11 +80,16 @@ class Learner:
             }
         return result
 
-    def resumed(self, steps: int) -> None:
-        """After `tensors` were loaded: the number of updates they come from."""
-        self.steps = steps
-        for parameter in self.parameters.values():
-            self._optimizer.state[parameter]["step"] = torch.tensor(float(steps))
+    def state(self) -> dict[str, object]:
+        """The counts beside `tensors`, for JSON: a parameter that had no gradient in some step has fewer updates."""
+        counts = [int(self._optimizer.state[parameter]["step"]) for parameter in self.parameters.values()]
+        return {"steps": self.steps, "updates": counts}
+
+    def resumed(self, state: dict[str, Any]) -> None:
+        """After `tensors` were loaded: the counts they come from."""
+        self.steps = int(state["steps"])
+        for parameter, count in zip(self.parameters.values(), state["updates"], strict=True):
+            self._optimizer.state[parameter]["step"] = torch.tensor(float(count))
 
     @contextlib.contextmanager
     @torch.no_grad()

@@ -272,6 +272,7 @@ class Trainer:
             "recipe": as_dict(self.recipe),
             "base": self.base,
             "data": self.source.state_dict(),
+            "learners": {name: learner.state() for name, learner in self.stage.learners.items()},
             "reference": _json_number(self.stage.reference),
             "usual": _json_number(self.usual),
         }
@@ -280,8 +281,8 @@ class Trainer:
     def _resume(self, path: Path, state: dict[str, Any]) -> None:
         self.checkpoints.load(path, self._tensors())
         self.step = int(state["step"])
-        for learner in self.stage.learners.values():
-            learner.resumed(self.step)
+        for name, learner in self.stage.learners.items():
+            learner.resumed(state["learners"][name])
         self.source.load_state_dict(state["data"])
         self.stage.reference, self.usual = _number(state["reference"]), _number(state["usual"])
         self.told.append(f"goes on from {path}")
