@@ -61,7 +61,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-RUNS = [("teacher-tiny", {}), ("flow-map-tiny", LORA), ("on-policy-tiny-causal", {"frames": 13, **LORA, "checkpointing": True})]
+RUNS = [("teacher-tiny", {}), ("flow-map-tiny", LORA), ("on-policy-tiny-causal", {"frames": 10, "batch": 2, **LORA})]
 
 
 @pytest.mark.parametrize(("name", "values"), RUNS)
@@ -108,18 +108,21 @@ def test_kill_9_costs_nothing_but_time(tmp_path: Path, asynchronous: bool) -> No
 
 def test_one_process_then_two_then_one(tmp_path: Path) -> None:
     """FSDP2 over gloo; LoRA, gradient checkpointing, roll-outs of several chunks, and both scores in one network."""
-    values = {"frames": 7, "checkpointing": "true", "micro_batch": 1, "learning_rate": "1e-4", **LORA}
-    train(request(tmp_path / "one", "on-policy-tiny-causal", **values, steps=5))
+    values = {"frames": 10, "checkpointing": "true", "batch": 2, "micro_batch": 1, "learning_rate": "1e-4"}
+    values |= {"checkpoint_every": 1, "rollout_steps": "2", **LORA}
+    train(request(tmp_path / "one", "on-policy-tiny-causal", **values, steps=4))
     two = tmp_path / "two"
-    train(request(two, "on-policy-tiny-causal", **values, steps=2))
-    flags = [f"--{n.replace('_', '-')}={v}" for n, v in values.items()]
-    words = command("on-policy-tiny-causal", f"--init={CAUSAL}", f"--teacher={SMALL}", f"--output={two}", "--steps=4", *flags)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", *words, "--device=cpu"]
-    done = subprocess.run(launcher, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    train(request(two, "on-policy-tiny-causal", **values, steps=1))
+    flags = [f"--{n.replace('_', '-')}={v}" for n, v in {**SETTINGS, **values, "steps": 3}.items()]
+    words = ["on-policy-tiny-causal", f"--init={CAUSAL}", f"--teacher={SMALL}", f"--output={two}", "--device=cpu", *flags]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anyflow_deploy.train"]
+    done = subprocess.run(
+        [*launcher, *words], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "on 2 x cpu" in done.stderr
-    assert len(list((two / "checkpoints" / "step-00000004").glob("*.safetensors"))) == 2, "a file of each process"
-    train(request(two, "on-policy-tiny-causal", **values, steps=5))
+    assert len(list((two / "checkpoints" / "step-00000003").glob("*.safetensors"))) == 2, "a file of each process"
+    train(request(two, "on-policy-tiny-causal", **values, steps=4))
     for ours, theirs in zip(losses(two), losses(tmp_path / "one"), strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():

@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from anyflow_deploy.errors import CheckpointError
@@ -123,7 +124,7 @@ class Checkpoints:
         reader = HuggingFaceStorageReader(str(path))
         try:
             dcp.load(dict(tensors), storage_reader=reader, no_dist=self._world.size == 1)
-        except Exception as error:  # noqa: BLE001 - one message for whatever a damaged file makes the reader raise
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - whatever a damaged file makes the reader raise
             cause = str(error).strip().splitlines()
             raise CheckpointError(
                 f"{path} cannot be read into this run ({cause[-1] if cause else type(error).__name__}). "
