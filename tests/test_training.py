@@ -113,7 +113,7 @@ def test_one_process_then_two_then_one(tmp_path: Path) -> None:
     train(request(tmp_path / "one", "on-policy-tiny-causal", **values, steps=4))
     two = tmp_path / "two"
     train(request(two, "on-policy-tiny-causal", **values, steps=1))
-    flags = [f"--{n.replace('_', '-')}={v}" for n, v in {**SETTINGS, **values, "steps": 3}.items()]
+    flags = [f"--{n.replace('_', '-')}={v}" for n, v in {**SETTINGS, **values, "steps": 3, "asynchronous": True}.items()]
     words = ["on-policy-tiny-causal", f"--init={CAUSAL}", f"--teacher={SMALL}", f"--output={two}", "--device=cpu", *flags]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anyflow_deploy.train"]
     done = subprocess.run(

@@ -126,6 +126,17 @@ def test_a_full_disk_and_a_small_memory(tmp_path: Path, monkeypatch: pytest.Monk
     assert "estimated" in checks.check_memory(tiny, tiny.architecture, alone)
 
 
+def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(AnyFlowError, match=r"training needs tensorboard\. Run: pip install 'anyflow-deploy\[train\]'"):
+        refused(tmp_path)
+    with pytest.raises(AnyFlowError, match=r"training needs tensorboard and peft"):
+        refused(tmp_path, values={"lora_rank": 4})
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name == "wandb" else name)
+    with pytest.raises(AnyFlowError, match=r"--wandb needs the package wandb"):
+        refused(tmp_path, wandb="project")
+
+
 def test_data_of_another_shape_is_named() -> None:
     chosen = recipe("flow-map-tiny")
     a = chosen.architecture

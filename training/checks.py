@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -24,6 +25,20 @@ CHANGEABLE = {
     "sample_steps", "spike", "save_type",
 }  # fmt: skip
 """Settings that a run may go on with changed: they decide how long and how, not what is learned."""
+
+
+def check_packages(recipe: Recipe, wandb: str | None) -> None:
+    """What the run will import is there.
+
+    Raises:
+        AnyFlowError: with the command that installs it.
+    """
+    needed = {"tensorboard": True, "peft": recipe.adapting.lora_rank > 0}
+    missing = [name for name, wanted in needed.items() if wanted and importlib.util.find_spec(name) is None]
+    if missing:
+        raise AnyFlowError(f"training needs {' and '.join(missing)}. Run: pip install 'anyflow-deploy[train]'")
+    if wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise AnyFlowError("--wandb needs the package wandb. Run: pip install wandb")
 
 
 def check_memory(recipe: Recipe, a: Architecture, world: World) -> str:

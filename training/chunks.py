@@ -190,7 +190,8 @@ def velocity(
 
 def _window_spans(plan: ChunkPlan, size: int, seen: Context) -> list[Span]:
     """A noisy chunk sees the old ones, the clean copies of the window's earlier ones, and itself."""
-    start, known, spans = plan.window[0], _tokens(seen.memory), []
+    start, known = plan.window[0], _tokens(seen.memory)
+    spans: list[Span] = []
     for chunk in range(plan.first, len(plan.chunks)):
         a, b = ((frame - start) * size for frame in plan.range(chunk))
         spans.append(((a, b), ((0, seen.old + a), (known + a, known + b))))

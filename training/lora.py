@@ -35,7 +35,7 @@ def add_lora(network: TrainingTransformer, adapting: Adapting) -> None:
     pattern = f"{LAYERS}|{TIMES}" if adapting.lora_times else LAYERS
     config = LoraConfig(
         r=adapting.lora_rank,
-        lora_alpha=adapting.lora_alpha,  # type: ignore[arg-type]  # a float is as good
+        lora_alpha=adapting.lora_alpha,
         lora_dropout=0.0,
         target_modules=f"^({pattern})$",
         init_lora_weights=False,
@@ -96,4 +96,4 @@ def base_alone(network: nn.Module) -> Iterator[None]:
 
 def scaling(network: nn.Module, module: str) -> float:
     """alpha / rank of an adapted layer."""
-    return cast(float, network.get_submodule(module).scaling[ADAPTER])  # type: ignore[index,union-attr]
+    return cast(float, network.get_submodule(module).scaling[ADAPTER])  # type: ignore[index]

@@ -60,7 +60,7 @@ class Adapting:
     """
 
     lora_rank: NonNegativeInt = 256
-    lora_alpha: PositiveFloat = 256.0
+    lora_alpha: PositiveInt = 256
     lora_times: bool = True
 
 
@@ -259,7 +259,8 @@ def overridden(base: Recipe, values: Mapping[str, Any]) -> Recipe:
     for name, value in values.items():
         if name not in groups:
             raise AnyFlowError(f"unknown setting {name!r}.{suggestion(name, groups)}")
-        target = content if groups[name] is None else content[groups[name]]
+        group = groups[name]
+        target = content if group is None else content[group]
         listed = isinstance(target[name], list) and isinstance(value, str)
         target[name] = value.split(",") if listed else value
     result = recipe_from_dict(content)

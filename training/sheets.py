@@ -66,7 +66,8 @@ def _picture(latents: Tensor, pipeline: Path | None) -> NDArray[np.uint8]:
         from anyflow_deploy.pipeline.vae import decoded_video
 
         frames: NDArray[np.uint8] = decoded_video(pipeline, latents.numpy())[0]
-        return frames[len(frames) // 2]
+        middle_frame: NDArray[np.uint8] = frames[len(frames) // 2]
+        return middle_frame
     middle = latents[0, latents.shape[1] // 2, :3].permute(1, 2, 0)
     if middle.shape[-1] < 3:
         middle = middle[..., :1].expand(-1, -1, 3)

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.training.distributed import World
@@ -83,10 +84,10 @@ class Checkpoints:
         alone = self._world.size == 1
         if self._asynchronous:
             group = self._world.writers
-            done = dcp.async_save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
+            done = async_save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
             self._writing = Writing(partial, final, cast("Future[Any]", done))
         else:
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=alone)
+            save(dict(tensors), storage_writer=writer, no_dist=alone)
             self._writing = Writing(partial, final, None)
             self.finish()
 
@@ -123,7 +124,7 @@ class Checkpoints:
         """
         reader = HuggingFaceStorageReader(str(path))
         try:
-            dcp.load(dict(tensors), storage_reader=reader, no_dist=self._world.size == 1)
+            load(dict(tensors), storage_reader=reader, no_dist=self._world.size == 1)
         except (Exception, CheckpointException) as error:  # noqa: BLE001 - whatever a damaged file makes the reader raise
             cause = str(error).strip().splitlines()
             raise CheckpointError(

@@ -29,7 +29,7 @@ from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.training.batch import Batch, Part, Source, SyntheticLatents
 from anyflow_deploy.training.build import frozen_network, trained_network
-from anyflow_deploy.training.checks import check_batch, check_disk, check_memory, check_resumed, quick_fingerprint
+from anyflow_deploy.training.checks import check_batch, check_disk, check_memory, check_packages, check_resumed, quick_fingerprint
 from anyflow_deploy.training.chunks import ChunkPlan, chunk_plan
 from anyflow_deploy.training.distributed import World, join, leave
 from anyflow_deploy.training.finished import save_finished
@@ -113,6 +113,7 @@ class Trainer:
             raise AnyFlowError(
                 f"--batch {how.batch} does not divide into {processes} processes of --micro-batch {how.micro_batch}. Change one."
             )
+        check_packages(self.recipe, request.wandb)
         weights, teacher = self._weights()
         a = weights.architecture
         self.source = opening(request.data, self.recipe, weights, Part(world.rank, processes, how.micro_batch))

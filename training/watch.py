@@ -17,8 +17,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from anyflow_deploy.errors import AnyFlowError
-
 
 class Watch:
     """Where a run tells how it goes; only the first process has one that shows anything.
@@ -41,7 +39,7 @@ class Watch:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._wandb = _wandb_run(wandb, output, name, settings) if wandb else None
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
         path = output / "losses.jsonl"
         kept = (
             [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step] if path.exists() else []
@@ -66,7 +64,7 @@ class Watch:
         self._file.flush()
         speed, memory = samples / max(seconds, 1e-9), peak_memory() / 2**30
         for key, value in {**values, "samples_per_second": speed, "memory_gib": memory}.items():
-            self._board.add_scalar(key, value, step)  # type: ignore[no-untyped-call]
+            self._board.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log({**values, "samples_per_second": speed, "memory_gib": memory}, step=step)
         state = f"loss {values['loss']:.4g}  {speed:.3g} samples/s  {memory:.1f} GiB"
@@ -78,7 +76,7 @@ class Watch:
             return
         from matplotlib import pyplot
 
-        self._board.add_image("samples", pyplot.imread(path)[..., :3], step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self._board.add_image("samples", pyplot.imread(path)[..., :3], step, dataformats="HWC")
         if self._wandb is not None:
             import wandb
 
@@ -95,7 +93,7 @@ class Watch:
             return
         self._progress.stop()
         self._file.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -120,8 +118,6 @@ def _step_of(line: str) -> float:
 
 
 def _wandb_run(project: str, output: Path, name: str, settings: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ModuleNotFoundError:
-        raise AnyFlowError("--wandb needs the package wandb, which is not installed. Run: pip install wandb") from None
+    import wandb
+
     return wandb.init(project=project, name=name, dir=str(output), config=settings, resume="allow")

@@ -69,8 +69,8 @@ def _train(chosen: TrainOptions, resolved: Any) -> int:
 
     if chosen.output is None:
         raise AnyFlowError("--output is missing: the folder of the run.")
-    paths = (None if path is None else Path(path) for path in (chosen.init, chosen.teacher))
-    train(Request(resolved, Path(chosen.output), *paths, chosen.data, chosen.shard, chosen.device, chosen.wandb))
+    init, teacher = (None if path is None else Path(path) for path in (chosen.init, chosen.teacher))
+    train(Request(resolved, Path(chosen.output), init, teacher, chosen.data, chosen.shard, chosen.device, chosen.wandb))
     return 0
 
 
