@@ -50,14 +50,15 @@ def test_1_gradients_of_every_chunk_are_those_without_checkpointing(
     """A cache that is written in place has changed by the time a middle chunk is computed again."""
     model, noise, text, plan = causal
     found = []
-    for on in (False, True):
-        model.checkpoint_gradients(on)
+    for on, offload in ((False, False), (True, False), (True, True)):
+        model.checkpoint_gradients(on, offload)
         made = rollout(model, noise, text, plan, shortcut(4, 1, 5.0))
         losses = [made[:, a:b].square().mean() for a, b in map(plan.range, range(len(plan.chunks)))]
         found.append([gradients(model, loss, keep=True) for loss in losses])
     model.checkpoint_gradients(False)
-    for plain, again in zip(*found, strict=True):
+    for plain, again, offloaded in zip(*found, strict=True):
         assert farthest(again, plain) < 1e-5
+        assert farthest(offloaded, plain) < 1e-5
 
 
 def test_2_times_and_differences_stay_float32(monkeypatch: pytest.MonkeyPatch) -> None:

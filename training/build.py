@@ -44,7 +44,7 @@ def _built(weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceM
     network.requires_grad_(trained)
     if adapted:
         add_lora(network, recipe.adapting)
-    network.checkpoint_gradients(recipe.running.checkpointing and trained)
+    network.checkpoint_gradients(recipe.running.checkpointing and trained, recipe.running.offload)
     if recipe.running.compile:
         for block in network.blocks:
             block.compile()

@@ -21,7 +21,7 @@ from anyflow_deploy.training.memory import checkpoint_bytes, estimated, finished
 from anyflow_deploy.training.recipes import Recipe, as_dict
 
 CHANGEABLE = {
-    "steps", "micro_batch", "checkpointing", "compile", "checkpoint_every", "keep", "asynchronous", "sample_every",
+    "steps", "micro_batch", "checkpointing", "offload", "compile", "checkpoint_every", "keep", "asynchronous", "sample_every",
     "sample_steps", "spike", "save_type",
 }  # fmt: skip
 """Settings that a run may go on with changed: they decide how long and how, not what is learned."""

@@ -82,6 +82,8 @@ def _activations(recipe: Recipe, a: Architecture, element: int) -> int:
     one = recipe.optimizing.micro_batch * 4 * whole * a.inner_dim
     forwards = 3 if recipe.stage == "on-policy" else 1
     layer = LAYER_TABLES * one + recipe.optimizing.micro_batch * 4 * element * whole * a.ffn_dim
+    if recipe.running.checkpointing and recipe.running.offload:
+        return one + layer
     if recipe.running.checkpointing:
         return forwards * a.num_layers * one + layer
     return forwards * a.num_layers * layer

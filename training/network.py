@@ -97,9 +97,15 @@ def _seen(memory: KeyValue, keys: tuple[Range, ...]) -> KeyValue:
 
 
 class TrainingBlock(Block):
-    """One layer, see `Block`; computed again in the backward pass where `checkpointing` is set."""
+    """One layer, see `Block`.
+
+    Attributes:
+        checkpointing: keep only the inputs for the backward pass, and compute the layer again there.
+        offloading: keep these inputs in main memory.
+    """
 
     checkpointing = False
+    offloading = False
 
     def __init__(self, a: Architecture, compute_type: torch.dtype) -> None:
         super().__init__(a, compute_type, fused=True)
@@ -127,7 +133,9 @@ class TrainingBlock(Block):
         """
         given = (x, text, modulation, rotation, ones, past, spans, wanted)
         if self.checkpointing and torch.is_grad_enabled():
-            result = checkpoint(self._layer, *given, use_reentrant=False, preserve_rng_state=False)
+            away = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offloading else contextlib.nullcontext()
+            with away:
+                result = checkpoint(self._layer, *given, use_reentrant=False, preserve_rng_state=False)
             return cast("tuple[Tensor | None, KeyValue | None]", result)
         return self._layer(*given)
 
@@ -237,10 +245,11 @@ class TrainingTransformer(FlowMapTransformer):
         x = modulated(x, shift, scale, ones, self.eps)
         return self._image(self.proj_out(x.flatten(0, 2)).view(batch, frames, rows, columns, -1))
 
-    def checkpoint_gradients(self, on: bool = True) -> None:
-        """Keep only each layer's input for the backward pass, and compute the rest again."""
+    def checkpoint_gradients(self, on: bool = True, offload: bool = False) -> None:
+        """Keep only each layer's input for the backward pass (in main memory, with `offload`), and compute the rest again."""
         for block in self.blocks:
             cast(TrainingBlock, block).checkpointing = on
+            cast(TrainingBlock, block).offloading = offload
 
     @contextlib.contextmanager
     def computing(self, kind: torch.dtype) -> Iterator[None]:

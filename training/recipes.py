@@ -98,6 +98,7 @@ class Running:
     Attributes:
         compute: type of the large products.
         checkpointing: compute each layer again in the backward pass instead of keeping it.
+        offload: keep what checkpointing keeps in main memory, not on the GPU.
         compile: torch.compile each layer.
         checkpoint_every, keep: steps between checkpoints, and how many are kept.
         asynchronous: write checkpoints while training goes on.
@@ -109,6 +110,7 @@ class Running:
     seed: NonNegativeInt = 0
     compute: Kind = "bfloat16"
     checkpointing: bool = True
+    offload: bool = False
     compile: bool = False
     checkpoint_every: PositiveInt = 250
     keep: PositiveInt = 3
