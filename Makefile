@@ -42,6 +42,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/causal.py
 	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/memory.py
 
 # The versions in constraints.txt are the ones this was tested with.

@@ -25,7 +25,9 @@ from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.manifest import AxisRange
 from anyflow_deploy.progress import Report, Silent
 
-BUILDERS: dict[str, str] = {}
+BUILDERS: dict[str, str] = {
+    "tensorrt": "anyflow_deploy.engines.tensorrt_build:TensorRTSettings",
+}
 """Backend -> module:class of its `BuildSettings`, whose `build` does the work."""
 
 
@@ -36,7 +38,7 @@ class Built:
     device: Device
     versions: dict[str, str]
     ranges: dict[str, AxisRange]
-    profiles: dict[str, list[dict[str, list[list[int]]]]] = dataclasses.field(default_factory=dict)
+    profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = dataclasses.field(default_factory=dict)
     achieved: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
