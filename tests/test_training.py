@@ -20,14 +20,14 @@ from torch import Tensor
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.random_weights import RandomWeights
-from anyflow_deploy.training import trainer as trainers
 from anyflow_deploy.training.batch import Batch, Part, SyntheticLatents
 from anyflow_deploy.training.build import trained_network, trained_parameters
 from anyflow_deploy.training.distributed import World
 from anyflow_deploy.training.initial import starting_weights
 from anyflow_deploy.training.memory import trained_count
 from anyflow_deploy.training.recipes import Recipe, overridden, recipe
-from anyflow_deploy.training.trainer import Request, Trainer, train
+from anyflow_deploy.training.request import Request
+from anyflow_deploy.training.trainer import Trainer, train
 from tests.conftest import CAUSAL, SMALL
 
 ROOT = Path(__file__).parent.parent
@@ -189,7 +189,6 @@ def poisoned(latents: Callable[[Tensor], Tensor], step: int) -> Callable[..., An
 def test_a_broken_loss_stops_the_run_before_the_update(
     tmp_path: Path, change: Callable[[Tensor], Tensor], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trainers, "open_data", poisoned(change, 3))
     given = request(tmp_path, steps=6)
     run = Trainer(given, ALONE, poisoned(change, 3))
     before: dict[str, Tensor] = {}

@@ -19,7 +19,8 @@ from anyflow_deploy.training import checks
 from anyflow_deploy.training.batch import Batch
 from anyflow_deploy.training.distributed import World, join
 from anyflow_deploy.training.recipes import as_dict, fields, names, overridden, recipe, recipe_from_dict
-from anyflow_deploy.training.trainer import Request, train
+from anyflow_deploy.training.request import Request
+from anyflow_deploy.training.trainer import train
 from tests.conftest import CAUSAL, SMALL
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anyflow_deploy.training.build import trained_parameters, whole
 from anyflow_deploy.training.network import TrainingTransformer
-from anyflow_deploy.training.recipes import Optimizing
+from anyflow_deploy.training.settings import Optimizing
 
 
 class Learner:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow_deploy.training.network import CastLinear, TrainingTransformer
-from anyflow_deploy.training.recipes import Adapting
+from anyflow_deploy.training.settings import Adapting
 from anyflow_deploy.training.times import generator
 
 ADAPTER = "default"

@@ -9,12 +9,11 @@ numbers again.
 
 from __future__ import annotations
 
-import importlib
+import functools
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,50 +23,21 @@ from torch import Tensor
 
 from anyflow_deploy.engines.cache import fitted_chunks
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.checkpoint import pipeline_folder
-from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.export.weights import Weights
-from anyflow_deploy.training.batch import Batch, Part, Source, SyntheticLatents
+from anyflow_deploy.training.batch import Batch, Part
 from anyflow_deploy.training.build import frozen_network, trained_network
 from anyflow_deploy.training.checks import check_batch, check_disk, check_memory, check_packages, check_resumed, quick_fingerprint
 from anyflow_deploy.training.chunks import ChunkPlan, chunk_plan
 from anyflow_deploy.training.distributed import World, join, leave
 from anyflow_deploy.training.finished import save_finished
-from anyflow_deploy.training.initial import starting_weights
 from anyflow_deploy.training.learner import Learner
 from anyflow_deploy.training.losses import Score
-from anyflow_deploy.training.recipes import Recipe, as_dict
+from anyflow_deploy.training.recipes import as_dict
+from anyflow_deploy.training.request import OpenData, Request, open_data, open_weights, vae_of
 from anyflow_deploy.training.sheets import ROWS, draw_sheet, sheet_samples
 from anyflow_deploy.training.stages import FlowMap, Micro, OnPolicy, Stage, Teacher
 from anyflow_deploy.training.state import Checkpoints, read_state
 from anyflow_deploy.training.watch import Watch, clock
-
-OpenData = Callable[[str, Recipe, Weights, Part], Source]
-
-
-@dataclass(frozen=True)
-class Request:
-    """A run that was asked for.
-
-    Attributes:
-        recipe: what to do.
-        output: folder of the run; a checkpoint in it is gone on from.
-        init: checkpoint to start from; None makes a tiny recipe start from random weights.
-        teacher: checkpoint of the score, for the stage on policy.
-        data: "synthetic", or what `anyflow_deploy.training.data` opens.
-        shard: processes that share one copy of the weights.
-        device: "cpu" or "cuda"; None for CUDA where there is any.
-        wandb: project to log to.
-    """
-
-    recipe: Recipe
-    output: Path
-    init: Path | None = None
-    teacher: Path | None = None
-    data: str = "synthetic"
-    shard: int | None = None
-    device: str | None = None
-    wandb: str | None = None
 
 
 def train(request: Request) -> Path:
@@ -86,23 +56,6 @@ def train(request: Request) -> Path:
         leave(world)
 
 
-def open_data(data: str, recipe: Recipe, weights: Weights, part: Part) -> Source:
-    """A source by its name.
-
-    Raises:
-        AnyFlowError: there is none of that name.
-    """
-    a = weights.architecture
-    if data == "synthetic":
-        shape = (recipe.frames, a.in_channels, recipe.height, recipe.width)
-        return SyntheticLatents(part, shape, (recipe.text_tokens, a.text_dim), recipe.running.seed)
-    try:
-        opened: Callable[..., Source] = importlib.import_module("anyflow_deploy.training.data").open_source
-    except ModuleNotFoundError:
-        raise AnyFlowError(f"--data is {data!r}; this version knows 'synthetic' alone.") from None
-    return opened(data, recipe, weights, part)
-
-
 class Trainer:
     """One process of a run, see the module's text."""
 
@@ -114,9 +67,11 @@ class Trainer:
                 f"--batch {how.batch} does not divide into {processes} processes of --micro-batch {how.micro_batch}. Change one."
             )
         check_packages(self.recipe, request.wandb)
-        weights, teacher = self._weights()
+        weights, teacher = open_weights(request)
         a = weights.architecture
-        self.source = opening(request.data, self.recipe, weights, Part(world.rank, processes, how.micro_batch))
+        self._opened = functools.partial(opening, request.data, self.recipe, weights)
+        self._shown: Batch | None = None
+        self.source = self._opened(Part(world.rank, processes, how.micro_batch))
         self.told = [
             f"{self.recipe.name}: {how.steps} steps of {how.batch} samples on {processes} x {world.device.type}",
             f"data {self.source.check()}",
@@ -231,27 +186,6 @@ class Trainer:
             "the last checkpoint."
         )
 
-    def _weights(self) -> tuple[Weights, Weights | None]:
-        """What is trained, and the teacher."""
-        recipe, request = self.recipe, self.request
-        row = recipe.row
-        if request.init is not None:
-            weights: Weights = starting_weights(request.init, recipe.causal, recipe.architecture)
-        elif row.hub_id is None:
-            weights = RandomWeights(row.architecture, row.name, recipe.running.seed)
-        else:
-            raise AnyFlowError("--init is missing: the folder of a Wan2.1 or AnyFlow checkpoint in diffusers' layout.")
-        if recipe.stage != "on-policy":
-            if request.teacher is not None:
-                raise AnyFlowError(f"--teacher belongs to the stage on-policy; {recipe.name} takes --init alone.")
-            return weights, None
-        if request.teacher is None:
-            raise AnyFlowError("--teacher is missing: the checkpoint of the stage teacher, whose score is matched.")
-        teacher = starting_weights(request.teacher, None, row.architecture)
-        if teacher.architecture.in_channels != weights.architecture.in_channels:
-            raise AnyFlowError("--teacher and --init have latents of other channels; they have to be of one family.")
-        return weights, teacher
-
     def _stage(self, weights: Weights, teacher: Weights | None) -> Stage:
         recipe, world = self.recipe, self.world
         model = Learner(trained_network(weights, recipe, world.device, world.mesh), recipe.optimizing)
@@ -298,15 +232,13 @@ class Trainer:
             samples = sheet_samples(model.network, batch, self.plan, steps, recipe.flow.shift, recipe.running.seed)
         if world.first:
             path = self.request.output / "samples" / f"step-{self.step:08d}.png"
-            draw_sheet(path, samples, batch.names, steps, _vae(self.request.init))
+            draw_sheet(path, samples, batch.names, steps, vae_of(self.request.init))
             watch.picture(self.step, path)
 
     def _sheet_batch(self) -> Batch:
         """The very first samples, read by a source of its own: the same ones in every sheet, on every process."""
-        if not hasattr(self, "_shown"):
-            weights, _ = self._weights()
-            first = next(iter(open_data(self.request.data, self.recipe, weights, Part(0, 1, ROWS))))
-            self._shown = first.to(self.world.device)
+        if self._shown is None:
+            self._shown = next(iter(self._opened(Part(0, 1, ROWS)))).to(self.world.device)
         return self._shown
 
     def _stop(self, *_: object) -> None:
@@ -317,11 +249,6 @@ class Trainer:
         if self.world.size > 1:
             flag = torch.tensor(int(self._stopping), device=self.world.device)
             self._stopping = bool(self.world.sum(flag))
-
-
-def _vae(start: Path | None) -> Path | None:
-    pipeline = pipeline_folder(start) if start else None
-    return pipeline if pipeline is not None and (pipeline / "vae").is_dir() else None
 
 
 def _on_terminate(handler: Any) -> Any:

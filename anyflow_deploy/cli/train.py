@@ -65,7 +65,8 @@ def _train(chosen: TrainOptions, resolved: Any) -> int:
     from pathlib import Path
 
     from anyflow_deploy.errors import AnyFlowError
-    from anyflow_deploy.training.trainer import Request, train
+    from anyflow_deploy.training.request import Request
+    from anyflow_deploy.training.trainer import train
 
     if chosen.output is None:
         raise AnyFlowError("--output is missing: the folder of the run.")
