@@ -48,7 +48,7 @@ bench: $(READY)
 # The versions in constraints.txt are the ones this was tested with.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,quantize,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,quantize,train,dev]'
 	@touch $@
 
 clean:
