@@ -42,12 +42,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/causal.py
 	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/memory.py
 
 # The versions in constraints.txt are the ones this was tested with.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,quantize,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,quantize,train,dev]'
 	@touch $@
 
 clean:

@@ -7,21 +7,52 @@
 
 The names below are the whole public interface of the device side; they need numpy and a backend's runtime, no torch.
 Exporting (`anyflow_deploy.export`) and generating from prompts (`anyflow_deploy.pipeline`) need the `export` extra.
+
+A name is imported when it is first asked for, so that `anyflow-doctor` can speak where numpy cannot be imported.
 """
 
-from anyflow_deploy.bundle import Bundle, load_bundle
-from anyflow_deploy.engines.deadline import Deadline, Pace
-from anyflow_deploy.engines.engine import Engine, Run
-from anyflow_deploy.engines.loading import load_engine
-from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
-from anyflow_deploy.errors import AnyFlowError, BackendError, BundleError, CheckpointError, ShapeError
-from anyflow_deploy.models import MODELS, Architecture, Model
-from anyflow_deploy.schedule import Schedule
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anyflow_deploy.bundle import Bundle, load_bundle
+    from anyflow_deploy.engines.deadline import Deadline, Pace
+    from anyflow_deploy.engines.engine import Engine, Run
+    from anyflow_deploy.engines.loading import load_engine
+    from anyflow_deploy.engines.quality import Pick, Quality
+    from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
+    from anyflow_deploy.errors import AnyFlowError, BackendError, BundleError, CheckpointError, ShapeError
+    from anyflow_deploy.models import MODELS, Architecture, Model
+    from anyflow_deploy.schedule import Schedule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Chunk", "Deadline",
-    "Engine", "Model", "Pace", "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine", "noise", "sample",
-    "stream",
+    "Engine", "Model", "Pace", "Pick", "Quality", "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine",
+    "noise", "sample", "stream",
 ]  # fmt: skip
+
+_HOMES = {
+    "bundle": ("Bundle", "load_bundle"),
+    "engines.deadline": ("Deadline", "Pace"),
+    "engines.engine": ("Engine", "Run"),
+    "engines.loading": ("load_engine",),
+    "engines.quality": ("Pick", "Quality"),
+    "engines.sampler": ("Chunk", "Step", "noise", "sample", "stream"),
+    "errors": ("AnyFlowError", "BackendError", "BundleError", "CheckpointError", "ShapeError"),
+    "models": ("MODELS", "Architecture", "Model"),
+    "schedule": ("Schedule",),
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

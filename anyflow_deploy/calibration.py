@@ -12,9 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.records import load_record
 
 CALIBRATION = "calibration.json"
 CALIBRATION_SCHEMA = 1
@@ -71,18 +71,6 @@ def load_calibration(path: Path) -> Calibration:
     """Read a `calibration.json`.
 
     Raises:
-        AnyFlowError: not there, not such a file, of a newer schema, or with ranges that are infinite or not numbers.
+        AnyFlowError: not there, not such a file, of another schema, or with ranges that are infinite or not numbers.
     """
-    try:
-        found = Calibration.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise AnyFlowError(f"{path} does not exist. Make one: anyflow-calibrate --model … --output {path}.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise AnyFlowError(f"{path} is no usable calibration: {where}: {first['msg'].lower()}. Calibrate again.") from None
-    if found.schema_version != CALIBRATION_SCHEMA:
-        raise AnyFlowError(
-            f"{path} has schema {found.schema_version}; this version reads {CALIBRATION_SCHEMA}. Update anyflow_deploy."
-        )
-    return found
+    return load_record(path, Calibration, CALIBRATION_SCHEMA, f"anyflow-calibrate --model … --output {path}")

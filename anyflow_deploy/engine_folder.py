@@ -58,7 +58,8 @@ class EngineRecord(_Record):
         versions: of everything that has to be the same, or is good to know, when it is loaded.
         settings: what the build was asked for.
         ranges: shapes it accepts, within the bundle's.
-        profiles: optimization profiles, where the backend has them: graph -> profiles -> tensor -> (least, best, most).
+        profiles: optimization profiles, where the backend has them: graph -> profile, in order ->
+            tensor -> (least, best, most).
         achieved: what the built engine really holds, read back from it.
         seconds: the build took.
         files: size and SHA-256 of every other file.
@@ -71,7 +72,7 @@ class EngineRecord(_Record):
     versions: dict[str, str]
     settings: dict[str, Any]
     ranges: dict[str, AxisRange]
-    profiles: dict[str, list[dict[str, list[list[int]]]]] = {}
+    profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = {}
     achieved: dict[str, Any] = {}
     seconds: float
     files: dict[str, File] = {}

@@ -26,13 +26,11 @@ from anyflow_deploy.engines.cache import CachePlan, cache_plan, fitted_chunks
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture
 from anyflow_deploy.parameters import counts, quantized_channels
+from anyflow_deploy.precision import EIGHT_BIT, PRECISIONS
 from anyflow_deploy.ranges import latent_frames, latent_side
 from anyflow_deploy.targets import Target
 
-FIT_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
-"""Every precision that some target runs, whether or not this version exports it."""
-
-EIGHT_BIT = ("int8", "fp8")
+FIT_PRECISIONS = tuple(PRECISIONS)
 
 FLOAT32_TABLES = 9
 """Tables in float32 at the peak, in either half of a block: the residual stream, norms, modulation, rotation."""

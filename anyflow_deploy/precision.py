@@ -44,6 +44,8 @@ PRECISIONS = {
     )
 }
 
+EIGHT_BIT = tuple(name for name, row in PRECISIONS.items() if row.quantized)
+
 BASES = tuple(name for name, row in PRECISIONS.items() if not row.quantized)
 """What the rest of a quantized model may be computed in."""
 

@@ -88,6 +88,24 @@ def operand_amax(calibration: Calibration, attention: str) -> dict[str, float]:
     return {name: _known(calibration, name).amax for name in (f"{attention}.{operand}" for operand in OPERANDS)}
 
 
+def attentions_staying_high(a: Architecture, calibration: Calibration) -> dict[str, str]:
+    """Attentions (`blocks.0.attn1`) whose products cannot be quantized -> the reason, in words."""
+    found = {}
+    for name in (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")):
+        if a.attention_head_dim % ALIGNMENT:
+            found[name] = f"heads of {a.attention_head_dim} channels: not a multiple of {ALIGNMENT}"
+        elif silent := [operand for operand, amax in operand_amax(calibration, name).items() if amax == 0]:
+            found[name] = f"{silent[0].rpartition('.')[2]} was zero throughout calibration"
+    return found
+
+
+def quantized_attentions(a: Architecture, calibration: Calibration) -> list[str]:
+    """The others."""
+    high = attentions_staying_high(a, calibration)
+    names = (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2"))
+    return [name for name in names if name not in high]
+
+
 def staying_high(a: Architecture, calibration: Calibration) -> dict[str, str]:
     """Candidates that cannot be quantized -> the reason, in words."""
     found = {}

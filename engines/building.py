@@ -28,6 +28,7 @@ from anyflow_deploy.progress import Report, Silent
 BUILDERS: dict[str, str] = {
     "aotinductor": "anyflow_deploy.engines.aotinductor_build:AotInductorSettings",
     "torch-tensorrt": "anyflow_deploy.engines.torch_tensorrt_build:TorchTensorRTSettings",
+    "tensorrt": "anyflow_deploy.engines.tensorrt_build:TensorRTSettings",
 }
 """Backend -> module:class of its `BuildSettings`, whose `build` does the work."""
 
@@ -39,7 +40,7 @@ class Built:
     device: Device
     versions: dict[str, str]
     ranges: dict[str, AxisRange]
-    profiles: dict[str, list[dict[str, list[list[int]]]]] = dataclasses.field(default_factory=dict)
+    profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = dataclasses.field(default_factory=dict)
     achieved: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

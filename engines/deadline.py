@@ -10,6 +10,10 @@ a new shape, which knows nothing yet, begins with a draft: one jump to r = 0, ti
 is no time for two better steps.
 
 A deadline is missed by at most one transition, unless one takes more than twice as long as the slowest of the last five.
+
+Whoever waits may also say "enough" at any moment (`Deadline.enough`): the next transition is then the jump to r = 0, so the
+best sample that can be had now is one transition away. In a stream it holds for every chunk from there on. docs/deadlines.md
+has an example.
 """
 
 from __future__ import annotations
@@ -44,15 +48,38 @@ class Pace:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What came of a deadline, for one sample or one chunk.
+
+    Attributes:
+        steps: transitions from noise to the sample.
+        draft: one more was made to learn the pace, and thrown away.
+        seconds: from the start to the sample in the caller's hands.
+        deadline: seconds that were allowed.
+    """
+
+    steps: int
+    draft: bool
+    seconds: float
+    deadline: float
+
+    @property
+    def spare(self) -> float:
+        """Seconds left over; negative where the deadline was missed."""
+        return self.deadline - self.seconds
+
+
+@dataclass(frozen=True)
 class Deadline:
     """Stands where a `Schedule` may stand, in `sample` and, for every chunk anew, in `stream`.
 
     Attributes:
-        seconds: from the start of the sample (of the chunk) to its end; text encoder and VAE are not in it.
+        seconds: for the transitions of the sample (of the chunk); text encoder, cache and VAE are not in it.
         shift: of the grid, see `Schedule.uniform`.
         most: steps are never more than this, however much time there is.
         pace: what is known of the engine.
-        enough: asked before every transition; true means: finish now, with what there is.
+        enough: asked before every transition; true means: finish now, with one jump. `threading.Event().is_set` serves.
+        on_end: told what came of it, after each sample or chunk.
         clock: seconds; for tests.
     """
 
@@ -61,6 +88,7 @@ class Deadline:
     most: int = 50
     pace: Pace = field(default_factory=Pace)
     enough: Callable[[], bool] = lambda: False
+    on_end: Callable[[Outcome], None] = lambda _: None
     clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
@@ -81,7 +109,8 @@ class Route:
 
     def __init__(self, deadline: Deadline, shape: Shape) -> None:
         self._deadline, self._shape = deadline, shape
-        self._end = deadline.clock() + deadline.seconds
+        self._started = deadline.clock()
+        self._end = self._started + deadline.seconds
         self.t, self.made, self.planned = TRAIN_TIMESTEPS, 0, 0
 
     @property
@@ -107,3 +136,8 @@ class Route:
     def went(self, r: float) -> None:
         """A transition to `r` was made."""
         self.t, self.made = r, self.made + 1
+
+    def ended(self, steps: int, draft: bool) -> None:
+        """The sample is there; say so."""
+        seconds = self._deadline.clock() - self._started
+        self._deadline.on_end(Outcome(steps, draft, seconds, self._deadline.seconds))

@@ -109,12 +109,16 @@ class Stream(Protocol):
         """Open a run of the next chunk, on the cache as it is.
 
         Args:
-            latents: noise of the chunk, float32 (1, frames of the chunk, C, H, W).
+            latents: noise of the chunk, float32 (1, frames of the chunk, C, H, W); left as it is.
         """
         ...
 
     def remember(self, latents: Array) -> None:
-        """Enter the next chunk, now clean (or given), into the cache; the one after it becomes the next."""
+        """Enter the next chunk, now clean (or given), into the cache; the one after it becomes the next.
+
+        Raises:
+            AnyFlowError: nothing comes after it in the plan.
+        """
         ...
 
     def extend(self, plan: CachePlan) -> None:

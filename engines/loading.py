@@ -20,9 +20,13 @@ BACKENDS = {
     "onnxruntime": "anyflow_deploy.engines.onnxruntime_engine:OnnxRuntimeEngine",
     "aotinductor": "anyflow_deploy.engines.aotinductor_engine:AotInductorEngine",
     "torch-tensorrt": "anyflow_deploy.engines.torch_tensorrt_engine:TorchTensorRTEngine",
+    "tensorrt": "anyflow_deploy.engines.tensorrt_engine:TensorRTEngine",
 }
 
 PROVIDERS = ("cpu", "cuda")
+
+ON_GPUS_ONLY = ("tensorrt", "torch-tensorrt")
+"""Backends whose provider is cuda when nobody says; for all others it is cpu."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class EngineOptions:
 def load_engine(
     bundle: Bundle | str | Path,
     backend: str = "onnxruntime",
-    provider: str = "cpu",
+    provider: str | None = None,
     threads: int | None = None,
     *,
     device: int = 0,
@@ -67,12 +71,14 @@ def load_engine(
     Args:
         bundle: from `load_bundle`, or the folder (all hashes are then verified).
         backend: a name in `BACKENDS`. All but onnxruntime need an engine built on this machine: `anyflow-build`.
-        provider, threads, device, engine, cuda_graphs: see `EngineOptions`.
+        provider: "cpu" or "cuda"; None for cuda with a backend that knows nothing else, cpu with all others.
+        threads, device, engine, cuda_graphs: see `EngineOptions`.
 
     Raises:
         BackendError: the backend or provider is not installed, cannot run the bundle's precision, or has no built engine.
     """
     check_backend(backend)
+    provider = provider or ("cuda" if backend in ON_GPUS_ONLY else "cpu")
     options = EngineOptions(provider, device, threads, engine, cuda_graphs)
     module, name = BACKENDS[backend].split(":")
     make = getattr(importlib.import_module(module), name)

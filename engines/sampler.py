@@ -9,6 +9,7 @@ a sample is N transitions and depends on nothing but its inputs.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,12 @@ from numpy.typing import ArrayLike
 from anyflow_deploy.engines.cache import CachePlan, cache_plan
 from anyflow_deploy.engines.deadline import Deadline, Route
 from anyflow_deploy.engines.engine import Array, Engine, Run, checked_array, checked_text
+from anyflow_deploy.engines.quality import Quality, refined
 from anyflow_deploy.errors import ShapeError
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS, Schedule
+
+Course = Schedule | Deadline | Quality
+"""What decides the times a sample passes through: they are given, or follow from the time there is, or from a quality."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Step:
 
     Attributes:
         index: 0 for the first.
-        steps: how many there are; under a deadline, how many are planned by now.
+        steps: how many there are; under a deadline, how many are planned by now; on the way to a quality, of this try.
         t, r: where it went from and to, in timesteps.
         read: fetches the state z_r; on a GPU this is a copy, so call it only when you look at it.
     """
@@ -44,7 +49,7 @@ def sample(
     engine: Engine,
     latents: ArrayLike,
     text: ArrayLike,
-    schedule: Schedule | Deadline,
+    schedule: Course,
     on_step: Callable[[Step], None] | None = None,
 ) -> Array:
     """Take latents from noise to clean.
@@ -53,7 +58,7 @@ def sample(
         engine: from `load_engine`.
         latents: noise, (B, F, C, H, W).
         text: prompt embeddings, (B, L, D).
-        schedule: the times to pass through, or the time there is.
+        schedule: the times to pass through, the time there is, or the quality to reach.
         on_step: called after each transition; an exception it raises ends the sampling and reaches the caller.
 
     Returns:
@@ -62,35 +67,45 @@ def sample(
     Raises:
         AnyFlowError: inputs outside what the engine declares.
     """
-    with engine.start(latents, text) as run:
-        return _walked(run, schedule, on_step, np.shape(latents))
+    return _made(lambda: engine.start(latents, text), schedule, on_step, np.shape(latents))
 
 
-def _walked(run: Run, schedule: Schedule | Deadline, on_step: Callable[[Step], None] | None, shape: tuple[int, ...]) -> Array:
-    """Every transition of a schedule; the state it ends in."""
-    if isinstance(schedule, Deadline):
-        return _in_time(run, Route(schedule, shape), on_step)
-    for index, (t, r) in enumerate(schedule.transitions):
-        run.step(t, r)
-        if on_step is not None:
-            on_step(Step(index, schedule.steps, t, r, run.read))
-    return run.read()
+def _made(start: Callable[[], Run], schedule: Course, on_step: Callable[[Step], None] | None, shape: tuple[int, ...]) -> Array:
+    """One sample; `start` opens a run at its noise."""
+    if isinstance(schedule, Quality):
+        return refined(lambda steps: _made(start, steps, on_step, shape), schedule)
+    with start() as run:
+        if isinstance(schedule, Deadline):
+            return _in_time(run, Route(schedule, shape), on_step)
+        for index, (t, r) in enumerate(schedule.transitions):
+            run.step(t, r)
+            if on_step is not None:
+                on_step(Step(index, schedule.steps, t, r, run.read))
+        return run.read()
 
 
 def _in_time(run: Run, route: Route, on_step: Callable[[Step], None] | None) -> Array:
     """As many transitions as fit; see `deadline`."""
-    draft: list[Array] = []
+    draft = None
     if not route.known:
-        route.timed(lambda: draft.append(run.velocity(TRAIN_TIMESTEPS, 0.0)))
+        velocity: list[Array] = []
+        route.timed(lambda: velocity.append(run.velocity(TRAIN_TIMESTEPS, 0.0)))
+        draft = velocity[0]
     while route.t > 0.0:
         t, r = route.t, route.next()
-        if draft and (route.made, r) == (0, 0.0):  # the draft made this very transition
-            return run.read() - draft[0]
+        if draft is not None and (route.made, r) == (0, 0.0):  # the draft made this very transition
+            clean: Array = run.read() - draft
+            route.ended(1, draft=False)
+            if on_step is not None:
+                on_step(Step(0, 1, t, r, clean.copy))
+            return clean
         route.timed(lambda: run.step(t, r))  # noqa: B023 - called at once
         route.went(r)
         if on_step is not None:
             on_step(Step(route.made - 1, route.planned, t, r, run.read))
-    return run.read()
+    clean = run.read()
+    route.ended(route.made, draft is not None)
+    return clean
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,7 @@ def stream(
     engine: Engine,
     latents: ArrayLike,
     text: ArrayLike,
-    schedule: Schedule | Deadline | Callable[[int], Schedule | Deadline],
+    schedule: Course | Callable[[int], Course],
     chunk_plan: Sequence[int] | None = None,
     context: ArrayLike | None = None,
     window: int | None = None,
@@ -128,7 +143,8 @@ def stream(
         engine: from `load_engine`, of a causal model.
         latents: noise of the whole video, (1, F, C, H, W).
         text: prompt embeddings, (1, L, D).
-        schedule: one for all chunks, or a function from a chunk's index to its schedule, asked when the chunk begins.
+        schedule: one for all chunks, or a function from a chunk's index to its schedule, asked when the chunk begins
+            (`quality.first_chunk_decides` makes one).
         chunk_plan: latent frames of each chunk; None for the model's own.
         context: clean latents of the first chunk or chunks, (1, Fc, C, H, W); they are remembered, not made.
         window: keep only the first and this many of the newest compressed chunks; None for all. See `cache`.
@@ -180,7 +196,7 @@ def _chunks(
     engine: Engine,
     latents: Array,
     text: Array,
-    schedule: Callable[[int], Schedule | Deadline],
+    schedule: Callable[[int], Course],
     plan: CachePlan,
     given: list[Array],
     on_step: Callable[[Step], None] | None,
@@ -192,8 +208,8 @@ def _chunks(
                 clean = np.ascontiguousarray(given[index])
             else:
                 noise_of_chunk = np.ascontiguousarray(latents[:, first : plan.first_frame(index + 1)])
-                with memory.start(noise_of_chunk) as run:
-                    clean = _walked(run, schedule(index), on_step, noise_of_chunk.shape)
+                start = functools.partial(memory.start, noise_of_chunk)
+                clean = _made(start, schedule(index), on_step, noise_of_chunk.shape)
             yield Chunk(index, first, clean.copy(), index < len(given))
             if index + 1 < len(plan.chunks):
                 memory.remember(clean)

@@ -73,11 +73,14 @@ class CacheStream:
     def start(self, latents: Array) -> Run:
         """See `Stream`."""
         cache = self._checked(latents)
-        return cache.run(latents, self._positions(self._chunk), sum(self._plan.cached_tokens(self._chunk)))
+        # A copy: a run works in the array it is given (ONNX Runtime does not copy on the CPU), and noise may be asked for again.
+        return cache.run(latents.copy(), self._positions(self._chunk), sum(self._plan.cached_tokens(self._chunk)))
 
     def remember(self, latents: Array) -> None:
         """See `Stream`."""
         cache = self._checked(latents)
+        if self._chunk + 1 == len(self._plan.chunks):  # no room was planned for it
+            raise AnyFlowError(f"chunk {self._chunk} is the last of the plan and nothing would see it; extend() the plan first.")
         self._recent.append((self._chunk, latents))
         pending = [self._recent[-1]]
         if len(self._recent) > self._plan.recent:

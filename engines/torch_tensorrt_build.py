@@ -56,7 +56,7 @@ class TorchTensorRTSettings(BuildSettings):
             device_here(torch, self.provider, self.device),
             {**versions_here(torch, self.provider), **versions()},
             ranges_of(bundle, **narrower),
-            profiles={"transition": [{name: [list(shape) for shape in three] for name, three in shapes.items()}]},
+            profiles={"transition": {"shapes": {name: [list(shape) for shape in three] for name, three in shapes.items()}}},
             achieved=achieved,
         )
 

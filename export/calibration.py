@@ -29,8 +29,10 @@ from anyflow_deploy.export.checkpoint import shift_of
 from anyflow_deploy.export.partial_ranges import Maxima, PartialRanges
 from anyflow_deploy.export.rollouts import SWEEPS, calibration_schedules, rolled_out, transitions
 from anyflow_deploy.export.weights import Weights, fingerprint
+from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.quantized_layers import candidates
+from anyflow_deploy.records import write_whole
 from anyflow_deploy.schedule import Schedule
 
 STEPS = (1, 2, 4, 8)
@@ -111,13 +113,30 @@ def check_calibration(calibration: Calibration, weights: Weights) -> None:
     Raises:
         AnyFlowError: another architecture, or other weights of the same.
     """
-    if calibration.config != weights.architecture.as_config():
-        raise AnyFlowError(f"this calibration is of another architecture than {weights.source.location}. {_AGAIN}")
+    check_architecture(calibration, weights.architecture)
     if calibration.weights != (given := fingerprint(weights)):
         raise AnyFlowError(
             f"this calibration is of the weights {calibration.weights[:12]}…, and {weights.source.location} holds {given[:12]}…. "
             f"{_AGAIN}"
         )
+
+
+def check_architecture(calibration: Calibration, a: Architecture) -> None:
+    """The part of `check_calibration` that reads no weights.
+
+    Raises:
+        AnyFlowError: another architecture, or ranges of as many channels as no layer of this one has.
+    """
+    theirs, ours = calibration.config, a.as_config()
+    if theirs != ours:
+        differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+        changes = ", ".join(f"{key} {theirs.get(key)!r} against {ours.get(key)!r}" for key in differing[:3])
+        raise AnyFlowError(f"the calibration is of another architecture than the weights: {changes}. {_AGAIN}")
+    for layer, (inputs, _) in candidates(a).items():
+        found = calibration.tensors.get(f"{layer}.input")
+        if found is not None and len(found.channels or ()) != inputs:
+            count = len(found.channels or ())
+            raise AnyFlowError(f"the calibration has ranges of {count} channels for {layer}.input, which has {inputs}. {_AGAIN}")
 
 
 _AGAIN = "Ranges hold for the weights they were measured on: calibrate these with anyflow-calibrate."
@@ -209,9 +228,7 @@ def rounded_up(value: float) -> float:
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Write a `calibration.json`, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(calibration.model_dump_json(by_alias=True) + "\n")
-    partial.replace(path)
+    write_whole(path, calibration.model_dump_json(by_alias=True) + "\n")
 
 
 def partial_path(output: Path) -> Path:

@@ -64,6 +64,15 @@ def open_checkpoint(path: str | Path, source: Source | None = None) -> Checkpoin
     folder = transformer_folder(Path(path))
     config = read_json(folder / "config.json")
     architecture = architecture_from_config(config, str(folder / "config.json"))
+    return checkpoint_of(folder, architecture, source or Source(kind="folder", location=str(Path(path).resolve())))
+
+
+def checkpoint_of(folder: Path, architecture: Architecture, source: Source) -> Checkpoint:
+    """The weights in a transformer folder whose architecture is known.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
     tensors = {name: (file, entry) for file in _weight_files(folder) for name, entry in read_header(file).items()}
     lora = [name for name in tensors if "lora" in name.lower()]
     if lora:
@@ -73,7 +82,7 @@ def open_checkpoint(path: str | Path, source: Source | None = None) -> Checkpoin
     strange = [f"{n} ({e.type})" for n, (_, e) in tensors.items() if e.type not in TORCH]
     if strange:
         raise CheckpointError(f"{folder} stores {strange[0]}; allowed types are {', '.join(TORCH)}.")
-    return Checkpoint(folder, architecture, source or Source(kind="folder", location=str(Path(path).resolve())), tensors)
+    return Checkpoint(folder, architecture, source, tensors)
 
 
 def transformer_folder(path: Path) -> Path:

@@ -22,7 +22,7 @@ from anyflow_deploy.bundle import Bundle, BundleWriter
 from anyflow_deploy.calibration import CALIBRATION, Calibration
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.achieved import achieved
-from anyflow_deploy.export.calibration import check_calibration
+from anyflow_deploy.export.calibration import check_architecture, check_calibration
 from anyflow_deploy.export.checkpoint import shift_of
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
@@ -35,13 +35,13 @@ from anyflow_deploy.export.onnx_graph import (
 )
 from anyflow_deploy.export.quantization_plan import Plan, planned
 from anyflow_deploy.export.quantize import quantize
-from anyflow_deploy.export.random_weights import parameter_shapes
 from anyflow_deploy.export.safetensors_stream import Entry
 from anyflow_deploy.export.trace import Parameter, traced_graph
 from anyflow_deploy.export.transformer import constants
 from anyflow_deploy.export.weights import Weights, check_names, write_weights
 from anyflow_deploy.manifest import GRAPHS, Achieved, Graph, Manifest, Quantization, ScheduleDefaults, Video, stored_ranges
 from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name
+from anyflow_deploy.parameters import parameter_shapes
 from anyflow_deploy.precision import base_precision, get_precision
 from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.quantized_layers import candidates
@@ -178,11 +178,8 @@ def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
             what = " and ".join([*given, *(["attention fp8"] if s.attention != "high" else [])])
             raise AnyFlowError(f"precision {s.precision} quantizes nothing, so {what} would have no effect. Leave it out.")
         return
-    if s.calibration is not None and s.calibration.config != architecture.as_config():
-        theirs, ours = s.calibration.config, architecture.as_config()
-        differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-        changes = ", ".join(f"{key} {theirs.get(key)!r} against {ours.get(key)!r}" for key in differing[:3])
-        raise AnyFlowError(f"the calibration is of another architecture than the weights: {changes}. Calibrate this model.")
+    if s.calibration is not None:
+        check_architecture(s.calibration, architecture)
     if s.attention == "fp8" and (s.precision != "fp8" or s.opset != PRIMITIVE_OPSET):
         raise AnyFlowError(
             f"attention is fp8 at precision {s.precision} and opset {s.opset}; "

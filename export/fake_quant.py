@@ -48,7 +48,8 @@ class FakeQuant:
         kept: layers that stay high.
         smooth: SmoothQuant's factors: layer -> s (K), one for each input channel. The input is divided by s before it is
             rounded, and the weight's columns multiplied. Layers of one group need the same.
-        attention: attentions whose products round their operands, fp8 only: some of "attn1" and "attn2".
+        attention: attentions whose products round their operands, fp8 only: by name (`blocks.0.attn1`, see
+            `quantized_attentions`), or "attn1" and "attn2" for those of all blocks.
 
     Attributes:
         layers: those that can be quantized, in the network's order.
@@ -74,8 +75,7 @@ class FakeQuant:
         self.layers = tuple(name for name in candidates(a) if name not in self.excluded)
         self._architecture = a
         scales = {name: _scales(calibration, name, (smooth or {}).get(name)) for name in self.layers}
-        products = [f"blocks.{n}.{kind}" for n in range(a.num_layers) for kind in attention]
-        operands = {name: amax for p in products for name, amax in operand_amax(calibration, p).items() if amax > 0}
+        operands = {name: amax for p in _attentions(a, attention) for name, amax in operand_amax(calibration, p).items() if amax}
         self._pairs = load_modelopt().rounding(network, scales, operands, grid.bits, grid.weight_axis)
         self.keep(kept)
 
@@ -96,6 +96,11 @@ class FakeQuant:
                     quantizer.enable()
                 else:
                     quantizer.disable()
+
+
+def _attentions(a: Architecture, chosen: Collection[str]) -> list[str]:
+    names = (f"blocks.{n}.{kind}" for n in range(a.num_layers) for kind in ("attn1", "attn2"))
+    return [name for name in names if name in chosen or name.rpartition(".")[2] in chosen]
 
 
 def checked_grid(precision: str, attention: Collection[str] = ()) -> Grid:

@@ -53,7 +53,8 @@ class PartialRanges:
                 if metadata.get("key") != self._key:
                     self.note = f"{path} is of other weights, prompts or sizes, and was not used; it will be replaced."
                     return
+                done = set(json.loads(metadata["done"]))  # first: without it nothing of the file counts
                 self.maxima = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                self.done = set(json.loads(metadata["done"]))
+                self.done = done
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             self.note = f"{path} cannot be read ({error}), and was not used; it will be replaced."

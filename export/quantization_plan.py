@@ -28,12 +28,13 @@ from anyflow_deploy.export.weights import Weights, converted
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.progress import Report
 from anyflow_deploy.quantized_layers import (
-    ALIGNMENT,
     GROUPS,
+    attentions_staying_high,
     checked_layers,
     input_amax,
     input_channels,
     operand_amax,
+    quantized_attentions,
     shared_input,
     split_layer,
     staying_high,
@@ -48,7 +49,7 @@ _SMOOTH_LIMIT = 1e3
 ZERO_POINT = "zero_point"
 
 LARGEST = {"I8": 127.0, "F8_E4M3": 448.0}
-"""The largest value of each type (INT8 is used symmetrically, without -128)."""
+"""The value that a range is mapped onto (INT8 also has -128, which only inputs beyond their range reach)."""
 
 _OUTPUTS = ("attn1.to_out.0", "attn2.to_out.0")
 _UNFOLDED = ("attn2.to_k", "ffn.net.2")
@@ -192,6 +193,7 @@ class _Planner:
         if smooth:
             channels = torch.tensor(input_channels(self.calibration, names[0]))
             s = smoothing(channels, torch.stack([matrices[name].abs().amax(0) for name in names]).amax(0))
+            s = torch.minimum(s, self._room(names[0]))
             amax = float((channels / s).max())
             matrices = {name: matrix * s for name, matrix in matrices.items()}
             self._fold(names, s)
@@ -205,6 +207,24 @@ class _Planner:
         if not self.smooth or layer in _UNFOLDED or not input_channels(self.calibration, first):
             return False
         return layer != "attn2.to_q" or f"{block}.norm2.weight" in self.shapes
+
+    def _room(self, first: str) -> Tensor:
+        """How far smoothing an output may divide the rows of its `to_v`: a row whose scale would not be a normal number any
+        more loses levels. Only float16 comes near (a row below 0.0078); 1 where a row is as small by itself."""
+        block, layer = split_layer(first)
+        if layer not in _OUTPUTS:
+            return torch.tensor(torch.inf)
+        rows = self._matrix(f"{block}.{layer.removesuffix('.to_out.0')}.to_v").abs().amax(1)
+        return (rows / (LARGEST[self.plan.kind] * torch.finfo(self.dtype).tiny)).clamp_min(1.0)
+
+    def _check_range(self, name: str, amax: float) -> None:
+        """A tensor that overflows the base reaches its quantizer as infinity."""
+        top = torch.finfo(self.dtype).max
+        if amax > top:
+            raise AnyFlowError(
+                f"{name} reached {amax:.3g} in calibration, more than {self.plan.base} holds ({top:.6g}). "
+                "Choose --base bf16 or fp32, or keep that layer high."
+            )
 
     def _fold(self, names: Sequence[str], s: Tensor) -> None:
         """Multiply columns by s, those of layers kept high as well, and divide whatever makes the input."""
@@ -229,6 +249,7 @@ class _Planner:
 
     def _quantize(self, names: Sequence[str], matrices: dict[str, Tensor], scale: str, amax: float) -> None:
         constants, kind = self.plan.constants, self.plan.kind
+        self._check_range(f"the input of {names[0]}", amax)
         own = stored_scale(torch.tensor(amax), kind, self.dtype)
         constants[scale] = torch.maximum(constants.get(scale, own), own)  # the text's is the same in all layers
         for name in names:
@@ -247,16 +268,11 @@ class _Planner:
             AnyFlowError: none of them can be quantized.
         """
         a = self.weights.architecture
-        for name in (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")):
-            if a.attention_head_dim % ALIGNMENT:
-                self.plan.kept[name] = f"heads of {a.attention_head_dim} channels: not a multiple of {ALIGNMENT}"
-                continue
-            operands = operand_amax(self.calibration, name)
-            if silent := [operand for operand, amax in operands.items() if amax == 0]:
-                self.plan.kept[name] = f"{silent[0].rpartition('.')[2]} was zero throughout calibration"
-                continue
-            self.plan.attentions.append(name)
-            for operand, amax in operands.items():
+        self.plan.kept.update(attentions_staying_high(a, self.calibration))
+        self.plan.attentions.extend(quantized_attentions(a, self.calibration))
+        for name in self.plan.attentions:
+            for operand, amax in operand_amax(self.calibration, name).items():
+                self._check_range(operand, amax)
                 self.plan.constants[f"{operand}_scale"] = stored_scale(torch.tensor(amax), "F8_E4M3", self.dtype)
         if not self.plan.attentions:
             raise AnyFlowError(f"attention fp8 would quantize nothing: {_reasons(self.plan)}. Choose --attention high.")

@@ -13,6 +13,7 @@ import torch
 
 from anyflow_deploy.manifest import Source
 from anyflow_deploy.models import Architecture
+from anyflow_deploy.parameters import parameter_shapes
 
 
 class RandomWeights:
@@ -48,13 +49,3 @@ def random_parameter(name: str, shape: tuple[int, ...], seed: int) -> torch.Tens
     if len(shape) == 1:
         return 0.02 * values
     return values / math.sqrt(math.prod(shape[1:]) if "table" not in name else shape[-1])
-
-
-def parameter_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the transformer's parameters, without allocating them."""
-    from anyflow_deploy.export.causal import ChunkTransition
-    from anyflow_deploy.export.transformer import FlowMapTransformer
-
-    network = ChunkTransition if architecture.causal else FlowMapTransformer
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in network(architecture).named_parameters()}

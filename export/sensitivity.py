@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from anyflow_deploy.calibration import Calibration
@@ -28,6 +28,7 @@ from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.rollouts import rolled_out
 from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.records import load_record, write_whole
 from anyflow_deploy.schedule import Schedule
 
 SENSITIVITY = "sensitivity.json"
@@ -201,9 +202,7 @@ def kept_layers(
     if (keep is None) == (fidelity_db is None):
         raise AnyFlowError("give one of --keep N and --fidelity DB: a number of layers, or a PSNR to reach.")
     if keep is not None:
-        if not 0 <= keep < len(ranked):
-            allowed = f"0 to {len(ranked) - 1}, since {len(ranked)} layers can be quantized"
-            raise AnyFlowError(f"--keep is {keep}; allowed are {allowed}.")
+        check_keep(keep, len(ranked))
         return ranked[:keep]
     assert fidelity_db is not None
     if psnr is None or not math.isfinite(fidelity_db):
@@ -224,6 +223,17 @@ def kept_layers(
     return ranked[:enough]
 
 
+def check_keep(keep: int | None, layers: int) -> None:
+    """Refuse a number of layers that leaves nothing to quantize; cheap, so ask before measuring.
+
+    Raises:
+        AnyFlowError: `keep` is not from 0 to one less than there are.
+    """
+    if keep is not None and not 0 <= keep < layers:
+        allowed = f"0 to {layers - 1}, since {layers} layers can be quantized" if layers else "none: no layer can be quantized"
+        raise AnyFlowError(f"--keep is {keep}; allowed are {allowed}.")
+
+
 def decibels(damage: Damage) -> float:
     """PSNR as a number that compares."""
     if damage.relative_l2 is None:
@@ -241,22 +251,13 @@ def _finite(value: float) -> float | None:
 
 def write_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
     """Write a `sensitivity.json`, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(sensitivity.model_dump_json(by_alias=True, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, sensitivity.model_dump_json(by_alias=True, indent=1) + "\n")
 
 
 def load_sensitivity(path: Path) -> Sensitivity:
     """Read a `sensitivity.json`.
 
     Raises:
-        AnyFlowError: not there, or not such a file.
+        AnyFlowError: not there, not such a file, or of another schema.
     """
-    try:
-        return Sensitivity.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise AnyFlowError(f"{path} does not exist. Make one: anyflow-sensitivity BUNDLE.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise AnyFlowError(f"{path} is no usable sensitivity: {where}: {first['msg'].lower()}. Measure again.") from None
+    return load_record(path, Sensitivity, 1, "anyflow-sensitivity BUNDLE")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +117,15 @@ def tiny_bundle(tiny_pipeline: Path) -> Bundle:
 def small_config() -> dict[str, int]:
     """The small model's config.json."""
     return json.loads((SMALL / "config.json").read_text())
+
+
+@pytest.fixture
+def trt_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A machine with the TensorRT release `request.param` (11.4 without one) and a GPU, acted: see tensorrt_machine.py."""
+    from tests.tensorrt_machine import Machine, forget, install
+
+    machine = Machine(getattr(request, "param", "11.4"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    install(machine, monkeypatch)
+    yield machine
+    forget()

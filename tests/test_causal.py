@@ -230,6 +230,8 @@ def test_a_chunk_beyond_the_plan_is_refused(oracle: dict[str, Any], engine: Bund
     with pytest.raises(AnyFlowError, match="chunk 0 has 1 latent frames in the plan; 3 were given"):
         memory.start(oracle["latents"][:, :3])
     memory.remember(oracle["latents"][:, :1])
+    with pytest.raises(AnyFlowError, match=r"chunk 1 is the last of the plan .* extend\(\) the plan first"):
+        memory.remember(oracle["latents"][:, :1])
     memory.close()
     with pytest.raises(AnyFlowError, match="this stream is closed"):
         memory.start(oracle["latents"][:, :1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
 from anyflow_deploy import AnyFlowError, Deadline, Pace, Schedule, load_engine, noise, sample, stream
-from anyflow_deploy.engines.sampler import Step, _walked
+from anyflow_deploy.engines.deadline import Outcome
+from anyflow_deploy.engines.sampler import Step, _made
 from anyflow_deploy.schedule import time_after
 from tests.conftest import SMALL, Export
 
@@ -39,9 +42,15 @@ class Clockwork:
     def read(self) -> NDArray[np.float32]:
         return np.zeros(SHAPE, np.float32)
 
+    def __enter__(self) -> Clockwork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
 
 def walked(run: Clockwork, deadline: Deadline) -> None:
-    _walked(run, deadline, None, SHAPE)  # type: ignore[arg-type]
+    _made(lambda: run, deadline, None, SHAPE)  # type: ignore[arg-type, return-value]
 
 
 @given(
@@ -56,7 +65,10 @@ def test_late_by_at_most_one_transition_and_always_clean(
     run, pace = Clockwork(durations), Pace()
     if known:
         pace.record(SHAPE, 1.0)
-    walked(run, Deadline(seconds, shift, pace=pace, clock=lambda: run.now))
+    told: list[Outcome] = []
+    walked(run, Deadline(seconds, shift, pace=pace, on_end=told.append, clock=lambda: run.now))
+    assert [(o.seconds, o.deadline, o.spare) for o in told] == [(run.now, seconds, seconds - run.now)]
+    assert told[0].steps + told[0].draft == len(run.path) + run.drafts
     assert run.now <= seconds + max(durations)
     assert run.path or run.drafts == 1
     if run.path:
@@ -94,6 +106,29 @@ def test_the_best_sample_now() -> None:
     pace.record(SHAPE, 1.0)
     walked(run, Deadline(100, pace=pace, enough=lambda: run.now >= 2, clock=lambda: run.now))
     assert len(run.path) == 3 and run.path[-1][1] == 0.0
+
+
+def test_enough_while_only_a_draft_exists() -> None:
+    run, told = Clockwork([1.0]), list[Outcome]()
+    walked(run, Deadline(100, enough=lambda: True, on_end=told.append, clock=lambda: run.now))
+    assert (run.drafts, run.path, told) == (1, [], [Outcome(1, False, 1.0, 100)])
+
+
+def test_another_thread_says_enough(small_bundle: Export) -> None:
+    """The example of docs/deadlines.md."""
+    engine, now, seen = load_engine(small_bundle()), threading.Event(), list[Step]()
+    a = engine.architecture
+    latents, text = noise((1, 3, a.in_channels, 8, 8), 0), noise((1, 4, a.text_dim), 1)
+
+    def on_step(step: Step) -> None:
+        seen.append(step)
+        if step.index == 2:
+            asker = threading.Thread(target=now.set)
+            asker.start()
+            asker.join()
+
+    made = sample(engine, latents, text, Deadline(600, most=900, enough=now.is_set), on_step)
+    assert [(step.r == 0.0) for step in seen] == [False, False, False, True] and np.isfinite(made).all()
 
 
 def test_never_more_than_asked() -> None:

@@ -15,6 +15,7 @@ from matplotlib import pyplot
 
 from anyflow_deploy import MODELS, Bundle
 from anyflow_deploy.cli.calibrate import CalibrateOptions
+from anyflow_deploy.cli.doctor_options import DoctorOptions
 from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.fit import FitOptions
 from anyflow_deploy.cli.generate import GenerateOptions
@@ -31,6 +32,7 @@ README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 COMMANDS: dict[str, type[Options]] = {
     "anyflow-calibrate": CalibrateOptions,
+    "anyflow-doctor": DoctorOptions,
     "anyflow-export": ExportOptions,
     "anyflow-fit": FitOptions,
     "anyflow-generate": GenerateOptions,

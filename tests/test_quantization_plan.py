@@ -112,7 +112,7 @@ def test_fp8_attention_agrees_with_pytorch(fp8_attention: Bundle, wide: tuple[Ra
         found.append(sorted(item.difference.relative_l2 for item in (*result.transitions, *result.rollouts)))
     rounding, all_of_it = found
     assert rounding[len(rounding) // 2] < 1e-3
-    assert rounding[-1] < 0.3 * all_of_it[-1]
+    assert rounding[-1] < 0.4 * all_of_it[-1]
     assert all_of_it[-1] < THRESHOLDS["fp8"].transition
 
 
@@ -358,3 +358,36 @@ def test_quantizing_holds_a_few_matrices_at_a_time() -> None:
 
 def test_stored_types_have_a_largest_value() -> None:
     assert all(float(torch.tensor(top).to(STORED[kind]).float()) == top for kind, top in LARGEST.items())
+
+
+def test_a_smoothed_value_keeps_rows_that_a_float16_scale_can_hold() -> None:
+    """Smoothing divides the rows of `to_v`; a row below 127 times float16's smallest normal number would lose levels."""
+    calibration, weights = calibration_of(SMALL), open_checkpoint(SMALL)
+    output, value = "blocks.0.attn1.to_out.0", "blocks.0.attn1.to_v.weight"
+    loud = [4e3] * 96  # s near its limit: every row would be divided by hundreds
+    calibration = changed(calibration, **{f"{output}.input".replace(".", "__"): TensorRange(amax=4e3, channels=loud)})
+    for base, held in (("fp16", True), ("fp32", False)):
+        found = plan(calibration, weights, base=base)
+        rows = found.factored(value, weights.read(value)).abs().amax(1)
+        assert bool((rows >= 127 * torch.finfo(torch.float16).tiny * 0.999).all()) is held
+        stored = found.converted(value, weights.read(value), "I8")
+        assert bool((stored.abs().amax(1) >= 126).all())
+
+
+@pytest.mark.parametrize(("precision", "attention"), [("int8", "high"), ("fp8", "fp8")])
+def test_ranges_that_overflow_the_base_are_refused(precision: str, attention: str) -> None:
+    weights = RandomWeights(WIDE_HEADS, "one block")
+    name = "blocks.0.ffn.net.2.input" if attention == "high" else "blocks.0.attn2.key"
+    channels = [1e5] * WIDE_HEADS.ffn_dim if attention == "high" else None
+    loud = changed(own(weights), **{name.replace(".", "__"): TensorRange(amax=1e5, channels=channels)})
+    with pytest.raises(AnyFlowError, match=r"reached 1e\+05 in calibration, more than fp16 holds \(65504\)\. Choose --base bf16"):
+        plan(loud, weights, precision, "fp16", attention=attention)
+    assert plan(loud, weights, precision, "fp32", attention=attention).inputs
+
+
+@pytest.mark.parametrize("channels", [[4.0] * 7, None])
+def test_ranges_of_other_channels_are_refused(channels: list[float] | None) -> None:
+    weights = RandomWeights(WIDE_HEADS, "one block")
+    other = changed(own(weights), blocks__0__attn1__to_k__input=TensorRange(amax=4.0, channels=channels))
+    with pytest.raises(AnyFlowError, match=rf"has ranges of {len(channels or ())} channels for blocks.0.attn1.to_k.input, which"):
+        checked(weights, ExportSettings("int8", calibration=other))

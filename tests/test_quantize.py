@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from anyflow_deploy import BackendError, Bundle, load_engine
 from anyflow_deploy.engines import onnxruntime_engine
 from anyflow_deploy.engines.onnxruntime_graph import graph_with_fused_attention
+from anyflow_deploy.engines.tensorrt_inspect import wanted
 from anyflow_deploy.engines.validation import THRESHOLDS, Validation, validate
 from anyflow_deploy.export import exporter
 from anyflow_deploy.export.checkpoint import open_checkpoint
@@ -219,6 +220,18 @@ def test_every_int8_layer_runs_in_int8(quantized: Export, checkpoint: Path, tmp_
         rounded = sum(n.op_type == "DequantizeLinear" and len(n.attribute) > 0 for n in model_of(bundle, name).graph.node)
         made = optimized(bundle, name, tmp_path)
         assert made["QGemm"] + made["MatMulIntegerToFloat"] == rounded > 0, made
+
+
+@GRAPHS
+def test_tensorrt_will_be_asked_about_every_layer(quantized: Export, kind: tuple[Path, dict[str, Any]]) -> None:
+    """The products that the inspector is searched for are those that the bundle says it quantized."""
+    checkpoint, how = kind
+    bundle = quantized(checkpoint, **how)
+    for graph, record in bundle.manifest.graphs.items():
+        asked = wanted(onnx.load(bundle.file(record.file), load_external_data=False))
+        high = bundle.manifest.achieved.kept_high
+        layers = {name.removesuffix("/Gemm") for name in asked.eight_bit if name.endswith("/Gemm")}
+        assert layers and not layers & set(high), graph
 
 
 def test_fp8_is_kept_from_the_fusion_that_older_onnx_runtimes_break_it_with(quantized: Export) -> None:

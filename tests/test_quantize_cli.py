@@ -12,9 +12,13 @@ from anyflow_deploy import AnyFlowError, load_bundle
 from anyflow_deploy.calibration import load_calibration
 from anyflow_deploy.cli.export import ExportOptions, export
 from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.quantize import layers_kept
 from anyflow_deploy.cli.sensitivity import SensitivityOptions, sensitivity
 from anyflow_deploy.export.calibration import write_calibration
+from anyflow_deploy.export.random_weights import RandomWeights
+from anyflow_deploy.progress import Silent
 from tests.conftest import SMALL, calibration_of
+from tests.test_quantization_plan import WIDE_HEADS, made_up
 
 
 def exported(words: str) -> int:
@@ -82,6 +86,49 @@ def test_flags_that_do_not_go_together(words: str, message: str) -> None:
         parsed(ExportOptions, ["--model", "tiny", *shlex.split(words)])
 
 
+def test_choosing_layers_starts_only_with_ranges_of_these_weights_and_a_number_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring takes hours on a large model: what it would be refused for afterwards is refused before."""
+    monkeypatch.setattr("anyflow_deploy.cli.quantize.probe_for", lambda *a, **k: pytest.fail("measured before checking"))
+    calibration = calibration_of(SMALL)
+    write_calibration(tmp_path / "c.json", calibration)
+    words = f"--checkpoint {SMALL} --precision int8 --calibration {tmp_path / 'c.json'} --output {tmp_path / 'b'}"
+    with pytest.raises(AnyFlowError, match="--keep is 30; allowed are 0 to 29, since 30 layers can be quantized"):
+        exported(f"{words} --keep 30")
+    write_calibration(tmp_path / "c.json", calibration.model_copy(update={"weights": "0" * 64}))
+    with pytest.raises(AnyFlowError, match="is of the weights 000000000000…"):
+        exported(f"{words} --keep 2")
+
+
+def test_layers_are_chosen_with_attention_as_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fidelity that was measured without FP8 attention is not the bundle's."""
+    weights = RandomWeights(WIDE_HEADS, "heads that fit")
+    given = {}
+
+    def probe(*arguments: object, **named: object) -> None:
+        given["attention"] = arguments[6]
+        raise AnyFlowError("far enough")
+
+    monkeypatch.setattr("anyflow_deploy.cli.quantize.probe_for", probe)
+    for attention, expected in (("fp8", ("blocks.0.attn1", "blocks.0.attn2")), ("high", ())):
+        options = parsed(ExportOptions, shlex.split(f"--model tiny --precision fp8 --attention {attention} --fidelity 30dB"))
+        with pytest.raises(AnyFlowError, match="far enough"):
+            layers_kept(options, "cpu", weights, made_up(WIDE_HEADS), Silent())
+        assert given["attention"] == expected
+
+
+def test_a_failed_export_keeps_its_own_calibrations_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise AnyFlowError("no room")
+
+    monkeypatch.setattr("anyflow_deploy.export.exporter.export_bundle", full)
+    monkeypatch.setattr("anyflow_deploy.cli.quantize._small", lambda weights: {"frames": 1, "height": 16, "width": 16})
+    with pytest.raises(AnyFlowError, match="no room"):
+        exported(f"--model tiny --random-weights --precision int8 --output {tmp_path / 'b'}")
+    assert [path.name for path in tmp_path.iterdir()] == [".b-calibration.json.rollouts"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -90,6 +137,8 @@ def test_flags_that_do_not_go_together(words: str, message: str) -> None:
         ("--precision fp8 --attention fp8 --opset 23", "it goes with precision fp8 and opset 20 only"),
         ("--precision int8 --attention fp8", "attention is fp8 at precision int8"),
         ("--precision int8 --output taken", "taken exists"),
+        ("--precision int8 --calibration c.json --keep 2", "of another architecture than the weights: .* against"),
+        ("--precision int8 --calibration taken", "taken cannot be read: Is a directory"),
     ],
 )
 def test_refusals_leave_nothing(words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def rounded(x: torch.Tensor, amax: torch.Tensor | float, precision: str) -> torc
     """QuantizeLinear and DequantizeLinear, as ONNX defines them."""
     if precision == "int8":
         scale = torch.as_tensor(amax) / 127
-        return (x / scale).round().clamp(-127, 127) * scale
+        return (x / scale).round().clamp(-128, 127) * scale
     scale = torch.as_tensor(amax) / 448
     return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
 

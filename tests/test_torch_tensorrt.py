@@ -61,7 +61,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     """torch-tensorrt and a GPU, pretended; tensors stay on the CPU."""
     trt = StandIn()
     monkeypatch.setitem(sys.modules, "torch_tensorrt", trt)
-    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0"))
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0", __spec__=trt.__spec__))
     gpu = torch_device.Device(kind="cuda", name="NVIDIA One", compute_capability="9.0")
     for module in (torch_tensorrt_build, torch_tensorrt_engine):
         monkeypatch.setattr(module, "runtime" if module is torch_tensorrt_build else "imported_torch", lambda *_: torch)
@@ -85,8 +85,8 @@ def test_a_build_calls_what_it_should(stand_in: StandIn, small_bundle: Export, t
     record = folder.record
     assert record.achieved == {"transition": "1 TensorRT engines, 0 pieces left to torch"}
     assert record.versions["TensorRT"] == "11.4.0" and record.versions["torch-tensorrt"] == "2.14.0"
-    assert record.ranges["batch"].maximum == 1 and record.profiles["transition"][0].keys() == {"latents", "t", "r", "text"}
-    assert list(profile(bundle)["latents"][2]) == record.profiles["transition"][0]["latents"][2]
+    assert record.ranges["batch"].maximum == 1 and record.profiles["transition"]["shapes"].keys() == {"latents", "t", "r", "text"}
+    assert list(profile(bundle)["latents"][2]) == record.profiles["transition"]["shapes"]["latents"][2]
 
 
 def test_a_build_that_fails_leaves_nothing(
@@ -139,7 +139,7 @@ def test_what_is_refused(small_bundle: Export) -> None:
     with pytest.raises(BackendError, match=r"NVIDIA GPUs only; provider is 'cpu'\. Give cuda, or backend aotinductor"):
         build_engine(bundle, "torch-tensorrt", TorchTensorRTSettings(provider="cpu"))
     with pytest.raises(BackendError, match="NVIDIA GPUs only"):
-        load_engine(bundle, "torch-tensorrt")
+        load_engine(bundle, "torch-tensorrt", "cpu")
     rounding = Quantization(base="fp16", smooth=False, attention="high", weights="")
     for change, message in (
         ({"kind": "causal"}, "is causal, and torch-tensorrt takes no empty cache"),

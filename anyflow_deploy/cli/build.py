@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anyflow_deploy.bundle import load_bundle
-from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.cli.options import Options, Words, console, run
 from anyflow_deploy.engine_folder import EngineFolder
 from anyflow_deploy.engines.building import BUILDERS, BuildSettings, build_engine, settings_of
 from anyflow_deploy.errors import AnyFlowError
@@ -28,7 +28,10 @@ class BuildOptions(Options):
     with --backend. It runs on this kind of device with these versions only; the bundle itself stays portable."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
-    EXAMPLES: ClassVar[tuple[str, ...]] = ("anyflow-build bundle --backend aotinductor",)
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "anyflow-build bundle --backend aotinductor",
+        "anyflow-build bundle --backend tensorrt --shapes 480x832x81,480x832x17",
+    )
 
     bundle: Path = Field(description="the bundle's folder")
     backend: str = Field(description="what to build for")
@@ -37,7 +40,18 @@ class BuildOptions(Options):
     overwrite: bool = Field(False, description="replace an engine that is there")
     provider: str | None = Field(None, description="what it will run on: cpu or cuda (default cpu)")
     device: int | None = Field(None, ge=0, description="which GPU, counted from 0 (default 0)")
-    max_autotune: bool | None = Field(None, description="aotinductor: time several kernels for each product; much slower builds")
+    max_autotune: bool = Field(False, description="aotinductor: time several kernels for each product; much slower builds")
+    shapes: Words = Field((), description="tensorrt: video sizes to build for, 480x832x81, several with commas between")
+    range_profile: bool = Field(False, description="tensorrt: cover the bundle's declared ranges beside --shapes")
+    workspace: float | None = Field(None, description="tensorrt: gigabytes of scratch memory that a layer may use")
+    optimization_level: int | None = Field(None, description="tensorrt: 0 (fast to build) to 5 (tries most); default 3")
+    version_compatible: bool = Field(False, description="tensorrt: also runs on later releases of the same major version")
+    hardware_compatible: str | None = Field(None, description="tensorrt: also runs on ampere+ or same-capability GPUs")
+    refit: bool = Field(False, description="tensorrt: weights can be replaced in the built engine")
+    strip: bool = Field(False, description="tensorrt: no weights in the plan; the bundle's are read when it is opened")
+    weight_streaming: bool = Field(False, description="tensorrt: weights may stay in host memory; slow, for small GPUs")
+    allow_fallback: bool = Field(False, description="tensorrt: keep an engine that runs eight-bit layers in a wider type")
+    timing_cache: str | None = Field(None, description="tensorrt: file of measured kernel times (default: user's cache)")
 
 
 def build(options: BuildOptions) -> int:
@@ -89,9 +103,16 @@ def described(folder: EngineFolder) -> Table:
     table.add_row("with", ", ".join(f"{name} {version}" for name, version in record.versions.items()))
     table.add_row("size", f"{sum(file.bytes for file in record.files.values()) / 1e6:.1f} MB")
     for name, value in record.achieved.items():
-        shown = f"{100 * value:.0f} %" if isinstance(value, float) else str(value)
+        shown = f"{100 * value:.0f} %" if isinstance(value, float) else _listed(value)
         table.add_row(name.replace("_", " "), escape(shown))
     return table
+
+
+def _listed(value: object) -> str:
+    """A list by its first items."""
+    if not isinstance(value, list):
+        return str(value)
+    return ", ".join(map(str, value[:4])) + (f" and {len(value) - 4} more" if len(value) > 4 else "") or "none"
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from anyflow_deploy.calibration import CALIBRATION, Calibration
 from anyflow_deploy.cli.options import Steps, console, run
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.parameters import parameter_shapes
 from anyflow_deploy.progress import Bars, Report
 
 if TYPE_CHECKING:  # torch, which --help does not need
@@ -46,8 +47,7 @@ class CalibrateOptions(WeightOptions):
 
 def calibrate(options: CalibrateOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.export.calibration import write_calibration
-    from anyflow_deploy.export.random_weights import parameter_shapes
+    from anyflow_deploy.export.calibration import partial_path, write_calibration
     from anyflow_deploy.export.weights import check_names
 
     started = time.perf_counter()
@@ -57,6 +57,7 @@ def calibrate(options: CalibrateOptions) -> int:
     with Bars(console) as bars:
         calibration = measured(options, weights, bars)
     write_calibration(options.output, calibration)
+    partial_path(options.output).unlink(missing_ok=True)
     seconds = time.perf_counter() - started
     console.print(
         f"[green]calibrated[/] {len(calibration.tensors)} tensors in {seconds:.1f} s: [bold]{escape(str(options.output))}[/]"
@@ -65,7 +66,8 @@ def calibrate(options: CalibrateOptions) -> int:
 
 
 def measured(options: CalibrateOptions, weights: Weights, bars: Report) -> Calibration:
-    """The calibration that the options ask for; unfinished work is kept beside `options.output`."""
+    """The calibration that the options ask for. Its rollouts are kept beside `options.output` (`partial_path`); whoever calls
+    removes them once the calibration is on disk."""
     from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, partial_path
     from anyflow_deploy.export.calibration_text import PROMPTS, prompt_text, prompts_from_file
     from anyflow_deploy.export.modelopt import load_modelopt
@@ -84,12 +86,10 @@ def measured(options: CalibrateOptions, weights: Weights, bars: Report) -> Calib
         text, shape, options.steps, options.seeds, options.device, partial, lambda line: console.print(escape(line))
     )
     try:
-        calibration = calibrated(weights, settings, bars)
+        return calibrated(weights, settings, bars)
     except KeyboardInterrupt:
         console.print("finished rollouts are kept: the same command goes on from there.")
         raise
-    partial.unlink(missing_ok=True)
-    return calibration
 
 
 def check_output(path: Path, overwrite: bool) -> None:

@@ -15,7 +15,7 @@ from anyflow_deploy.bundle import Bundle, BundleWriter
 from anyflow_deploy.cli.fit import show_fit
 from anyflow_deploy.cli.lint import warn_about_tensorrt
 from anyflow_deploy.cli.options import console, run
-from anyflow_deploy.cli.quantize import QuantizationOptions, calibration_of, layers_kept
+from anyflow_deploy.cli.quantize import QuantizationOptions, calibration_of, layers_kept, own_calibration
 from anyflow_deploy.cli.weights import checked_name
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
@@ -88,6 +88,7 @@ class ExportOptions(QuantizationOptions):
 
 def export(options: ExportOptions) -> int:
     """Do it; returns the exit status."""
+    from anyflow_deploy.export.calibration import partial_path
     from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
     from anyflow_deploy.progress import Bars
 
@@ -107,6 +108,8 @@ def export(options: ExportOptions) -> int:
             kept = layers_kept(options, options.target, weights, calibration, bars)
             settings = dataclasses.replace(settings, calibration=calibration, kept=tuple(kept))
         bundle = export_bundle(weights, output, settings, bars)
+    if calibration is not None and options.calibration is None:
+        partial_path(own_calibration(output)).unlink(missing_ok=True)  # kept until here: it may have taken hours
     size = sum(record.bytes for record in bundle.manifest.files.values())
     console.print(
         f"[green]exported[/] {bundle.manifest.model} in {options.precision} to [bold]{escape(str(bundle.path))}[/]: "

@@ -21,15 +21,16 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from rich.markup import escape
 
 from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.cli.course import Course, Seconds, check_course, course_of
 from anyflow_deploy.cli.options import Numbers, Options, console, run
+from anyflow_deploy.cli.sensitivity import Decibels
 from anyflow_deploy.engines.cache import CachePlan, check_budget
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.loading import load_engine
-from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
+from anyflow_deploy.engines.sampler import Chunk, noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars
 from anyflow_deploy.ranges import latent_frames, latent_side
-from anyflow_deploy.schedule import Schedule
 
 LATENTS_SUFFIX = ".safetensors"
 
@@ -44,13 +45,20 @@ class GenerateOptions(Options):
 
     On a device without the text encoder, give --prompt-embeds FILE (made elsewhere with --save-prompt-embeds);
     without the VAE, an --output that ends in .safetensors takes the latents. A causal bundle (far-...) makes the video
-    chunk by chunk: with --stream it can be watched meanwhile, and it may begin with a picture or a clip of yours."""
+    chunk by chunk: with --stream it can be watched meanwhile, and it may begin with a picture or a clip of yours.
+
+    --deadline makes as many steps as fit, for the whole video or for each chunk anew. It covers the steps alone: text
+    encoder, what a stream remembers, VAE and file come on top. It is missed by one step at most. The first Ctrl-C then
+    finishes with one jump, the second interrupts. --target-quality doubles the steps until one jump and two half jumps
+    agree; that costs nearly twice the steps it picks. --steps is then the most either may take."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         'anyflow-generate bundle --prompt "a red fox in the snow" --steps 4 --output fox.mp4',
         'anyflow-generate bundle --prompt "a red fox" --save-prompt-embeds fox.safetensors --output fox.mp4',
         "anyflow-generate bundle --prompt-embeds fox.safetensors --steps 8 --output latents.safetensors",
+        'anyflow-generate bundle --prompt "a red fox" --deadline 1500ms --output fox.mp4',
+        'anyflow-generate bundle --prompt "a red fox" --target-quality 30dB --output fox.mp4',
         'anyflow-generate far-bundle --prompt "a red fox" --stream --image first.png --output fox.mp4',
     )
 
@@ -63,6 +71,8 @@ class GenerateOptions(Options):
     steps: int | None = Field(None, ge=1, le=1000, description="transitions (default: the manifest's)")
     shift: float | None = Field(None, gt=0, description="timestep shift (default: the manifest's)")
     sigmas: Numbers | None = Field(None, description="your own noise levels, as 1,0.9,0.6; in place of --steps and --shift")
+    deadline: Seconds | None = Field(None, description="time for the steps, as 1500ms, 1.5s or 2m; causal: of each chunk")
+    target_quality: Decibels | None = Field(None, description="PSNR to reach against half as many steps, as 30dB")
     frames: int | None = Field(None, ge=1, description="4n+1 (default: the manifest's)")
     height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
@@ -75,7 +85,7 @@ class GenerateOptions(Options):
     window: int | None = Field(None, ge=1, description="causal: remember the first and this many of the newest old chunks only")
     cache_budget: float | None = Field(None, gt=0, description="causal: refuse a cache of more than this many GB")
     backend: str = Field("onnxruntime", description="backend of the engine")
-    provider: str = Field("cpu", description="what the engine runs on: cpu or cuda")
+    provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
     pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")
@@ -103,15 +113,13 @@ class Job:
     """What is to be made, checked.
 
     Attributes:
-        schedule: of every chunk, or of the whole video.
-        first: of the first chunk that is made, where it differs.
+        course: decides the steps.
         shape: (F, C, H, W) of the latents.
         plan: of a causal bundle's chunks and cache; None for a bidirectional one.
         given: uint8 (frames, height, width, 3) that the video begins with.
     """
 
-    schedule: Schedule
-    first: Schedule | None
+    course: Course
     shape: tuple[int, int, int, int]
     plan: CachePlan | None
     given: NDArray[np.uint8] | None
@@ -134,6 +142,8 @@ def generate(options: GenerateOptions) -> int:
         engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
     with closing(engine):
         first_frame = _Work(options, engine, words, job, pipeline, watch).done()
+    for line in job.course.report():
+        console.print(line)
     if job.plan is not None and first_frame is not None:
         console.print(f"first frame made here on disk after {first_frame:.2f} s")
     console.print(f"[green]wrote[/] [bold]{escape(str(options.output))}[/] ({watch})")
@@ -184,10 +194,13 @@ class _Work:
         return self._written(latents, started)
 
     def _whole(self, start: Array) -> Array:
-        schedule = self.job.schedule
-        steps = schedule.steps
-        with self.watch.time(f"{steps} steps"), Bars(console) as bars, bars.stage("transitions", steps) as advance:
-            return sample(self.engine, start, self.words, schedule, on_step=lambda step: _advanced(advance, step))
+        course = self.job.course
+        with (
+            self.watch.time(course.stage), Bars(console) as bars, bars.stage("transitions", course.amount(1)) as advance,
+            course.finishing(),
+        ):  # fmt: skip
+            schedule = course.schedules(0)(0)
+            return sample(self.engine, start, self.words, schedule, on_step=lambda step: course.advanced(step, advance))
 
     def _context(self) -> Array | None:
         from anyflow_deploy.pipeline.vae import encoded_video
@@ -199,21 +212,20 @@ class _Work:
 
     def _chunks(self, plan: CachePlan, start: Array, context: Array | None) -> Generator[Chunk, None, None]:
         """The chunks of a causal video, timed and shown while they are made."""
-        from anyflow_deploy.pipeline.causal_video import chunk_schedules, chunks_in
+        from anyflow_deploy.pipeline.causal_video import chunks_in
 
-        count, given = len(plan.chunks), chunks_in(plan, 0 if context is None else context.shape[1])
-        schedules = chunk_schedules(self.job.schedule, self.job.first, given)
-        total = sum(schedules(chunk).steps for chunk in range(given, count))
-        with Bars(console) as bars, bars.stage("transitions", total) as advance:
+        course, count = self.job.course, len(plan.chunks)
+        given = chunks_in(plan, 0 if context is None else context.shape[1])
+        with Bars(console) as bars, bars.stage("transitions", course.amount(count - given)) as advance, course.finishing():
             chunks = stream(
                 self.engine,
                 start,
                 self.words,
-                schedules,
+                course.schedules(given),
                 plan.chunks,
                 context,
                 plan.window,
-                lambda step: _advanced(advance, step),
+                lambda step: course.advanced(step, advance),
             )
             while True:
                 with self.watch.time(f"{count} chunks"):
@@ -243,9 +255,12 @@ class _Work:
                         writer.append(frames)
                     if first_frame is None and not chunk.given:
                         first_frame = time.perf_counter() - started
-        except BaseException:
+        except BaseException as error:
+            kept = f"{self.options.output} holds the first {writer.frames} frames, whole and playable"
+            if isinstance(error, KeyboardInterrupt):
+                raise (KeyboardInterrupt(kept) if writer.frames else error) from None
             if writer.frames:
-                console.print(f"{escape(str(self.options.output))} holds the first {writer.frames} frames, whole and playable.")
+                console.print(f"{escape(kept)}.")
             raise
         return first_frame
 
@@ -270,20 +285,13 @@ def _pipeline(options: GenerateOptions, bundle: Bundle, parts: list[str]) -> Pat
     return pipeline_of(bundle.manifest, options.pipeline, parts)
 
 
-def _advanced(advance: object, step: Step) -> None:
-    advance(1)  # type: ignore[operator]
-
-
 def _check(options: GenerateOptions) -> None:
     """What can be refused without opening the bundle."""
     from anyflow_deploy.pipeline.video import GROWING_SUFFIXES, check_suffix
 
     if (options.prompt is None) == (options.prompt_embeds is None):
         raise AnyFlowError("give one of --prompt TEXT and --prompt-embeds FILE.")
-    if options.sigmas is not None and (options.steps is not None or options.shift is not None):
-        raise AnyFlowError("--sigmas is the whole schedule; leave out --steps and --shift.")
-    if options.sigmas is not None and options.first_steps is not None:
-        raise AnyFlowError("--sigmas is the whole schedule, of every chunk; leave out --first-steps.")
+    check_course(options)
     if options.image is not None and options.video is not None:
         raise AnyFlowError("give one of --image and --video: a video begins with a picture or with a clip.")
     if options.stream and options.output.suffix.lower() not in GROWING_SUFFIXES:
@@ -314,16 +322,13 @@ def _job(options: GenerateOptions, bundle: Bundle) -> Job:
             f"--{wrong[0].replace('_', '-')} needs a causal bundle, and {bundle.path} is bidirectional ({manifest.model}). "
             "Leave it out, or export a far model."
         )
-    schedule, shape = _schedule(options, bundle), _latent_shape(options, bundle)
+    course, shape = course_of(options, manifest.schedule), _latent_shape(options, bundle)
     plan = _plan(options, bundle, shape) if causal else None
     frames = shape[0] if plan is None else max(plan.chunks)
     manifest.shape_ranges.check((1, frames, *shape[1:]), (1, manifest.video.text_tokens, manifest.architecture.text_dim))
     if plan is None:
-        return Job(schedule, None, shape, None, None)
-    first = None
-    if options.first_steps is not None:
-        first = Schedule.uniform(options.first_steps, options.shift or manifest.schedule.shift)
-    return Job(schedule, first, shape, plan, _given(options, bundle, plan, shape))
+        return Job(course, shape, None, None)
+    return Job(course, shape, plan, _given(options, bundle, plan, shape))
 
 
 def _given(
@@ -344,13 +349,6 @@ def _plan(options: GenerateOptions, bundle: Bundle, shape: tuple[int, int, int, 
         check_budget(plan, size, options.cache_budget * 1e9)
     console.print(plan_line(plan, size))
     return plan
-
-
-def _schedule(options: GenerateOptions, bundle: Bundle) -> Schedule:
-    if options.sigmas is not None:
-        return Schedule.from_sigmas(options.sigmas)
-    defaults = bundle.manifest.schedule
-    return Schedule.uniform(options.steps or defaults.steps, options.shift or defaults.shift)
 
 
 def _latent_shape(options: GenerateOptions, bundle: Bundle) -> tuple[int, int, int, int]:

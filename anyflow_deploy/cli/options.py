@@ -27,6 +27,7 @@ USAGE_ERROR, WORK_ERROR, INTERRUPTED = 2, 1, 130
 
 StepCount = Annotated[int, Field(ge=1, le=1000)]
 Steps = Annotated[tuple[StepCount, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+Words = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -78,8 +79,8 @@ def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
     except OSError as error:  # a full disk, a folder that may not be read: the user's to mend
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(WORK_ERROR)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing half-written was left.")
+    except KeyboardInterrupt as stop:  # whoever kept something says so in it
+        console.print(f"interrupted; {escape(str(stop)) or 'nothing half-written was left'}.")
         sys.exit(INTERRUPTED)
 
 

@@ -19,6 +19,7 @@ from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.models import MODELS, model_name
 from anyflow_deploy.precision import BASES, PRECISIONS, base_precision
 from anyflow_deploy.progress import Report
+from anyflow_deploy.quantized_layers import candidates, quantized_attentions, staying_high
 
 if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.export.weights import Weights
@@ -64,7 +65,12 @@ def calibration_of(options: QuantizationOptions, weights: Weights, output: Path,
     if not PRECISIONS[options.precision].quantized:
         return None
     if options.calibration is not None:
-        return load_calibration(options.calibration)
+        from anyflow_deploy.export.calibration import check_calibration
+
+        found = load_calibration(options.calibration)
+        with bars.stage("comparing the weights with the calibration's"):  # now: choosing layers may take hours
+            check_calibration(found, weights)
+        return found
     import torch
 
     size, device = {}, "cuda"
@@ -73,9 +79,14 @@ def calibration_of(options: QuantizationOptions, weights: Weights, output: Path,
         console.print(
             "calibrating on the CPU, with small videos. Better: anyflow-calibrate --device cuda, then --calibration FILE."
         )
-    path = output.with_name(f"{output.name}-calibration.json")
+    path = own_calibration(output)
     source = {name: getattr(options, name) for name in ("model", "checkpoint", "random_weights", "seed", "prompts")}
     return measured(CalibrateOptions(**source, **size, device=device, output=path, overwrite=True), weights, bars)
+
+
+def own_calibration(output: Path) -> Path:
+    """What an export's own calibration would be called; its rollouts are kept beside it until the bundle is there."""
+    return output.with_name(f"{output.name}-calibration.json")
 
 
 def _small(weights: Weights) -> dict[str, int]:
@@ -89,14 +100,16 @@ def _small(weights: Weights) -> dict[str, int]:
 def layers_kept(options: QuantizationOptions, target: str, weights: Weights, calibration: Calibration, bars: Report) -> list[str]:
     """The layers that --keep or --fidelity choose, by measuring each one."""
     from anyflow_deploy.export.rollouts import latent_shape
-    from anyflow_deploy.export.sensitivity import kept_layers, measured_sensitivity
+    from anyflow_deploy.export.sensitivity import check_keep, kept_layers, measured_sensitivity
 
-    if options.keep is None and options.fidelity is None:
+    if not options.keep and options.fidelity is None:
         return []
-    frames = CAUSAL_FRAMES if weights.architecture.causal else FRAMES
-    shape = latent_shape(weights.architecture, frames, HEIGHT, WIDTH)
+    a = weights.architecture
+    check_keep(options.keep, len(candidates(a)) - len(staying_high(a, calibration)))
+    shape = latent_shape(a, CAUSAL_FRAMES if a.causal else FRAMES, HEIGHT, WIDTH)
+    attention = tuple(quantized_attentions(a, calibration)) if options.attention == "fp8" else ()
     base = base_precision(options.precision, options.base, target)
-    probe = probe_for(weights, calibration, options.precision, base, not options.no_smooth, shape, bars=bars)
+    probe = probe_for(weights, calibration, options.precision, base, not options.no_smooth, shape, attention, bars=bars)
     chosen = kept_layers(measured_sensitivity(probe, bars), options.keep, options.fidelity, probe.psnr_without)
     console.print(f"{len(chosen)} of {len(probe.layers)} layers stay in {base}: {escape(', '.join(chosen) or 'none has to')}")
     return chosen

@@ -14,13 +14,14 @@ from anyflow_deploy.calibration import CALIBRATION, Calibration, load_calibratio
 from anyflow_deploy.cli.options import Options, Steps, console, run
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.precision import EIGHT_BIT
 from anyflow_deploy.progress import Bars, Report, Silent
+from anyflow_deploy.quantized_layers import candidates, quantized_attentions, staying_high
 
 if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.export.sensitivity import Probe
     from anyflow_deploy.export.weights import Weights
 
-EIGHT_BITS = ("int8", "fp8")
 FRAMES, CAUSAL_FRAMES, HEIGHT, WIDTH = 9, 29, 96, 160
 """Of the videos; the causal ones are four chunks of the models' own plan: the first that compress one."""
 
@@ -58,8 +59,8 @@ class SensitivityOptions(Options):
 
     @model_validator(mode="after")
     def _consistent(self) -> SensitivityOptions:
-        if self.precision is not None and self.precision not in EIGHT_BITS:
-            raise ValueError(f"--precision is {self.precision!r}; allowed are {' and '.join(EIGHT_BITS)}.")
+        if self.precision is not None and self.precision not in EIGHT_BIT:
+            raise ValueError(f"--precision is {self.precision!r}; allowed are {' and '.join(EIGHT_BIT)}.")
         if self.keep is not None and self.fidelity is not None:
             raise ValueError("give one of --keep N and --fidelity DB: a number of layers, or a PSNR to reach.")
         return self
@@ -71,7 +72,7 @@ def sensitivity(options: SensitivityOptions) -> int:
     from anyflow_deploy.export.modelopt import load_modelopt
     from anyflow_deploy.export.reference import weights_from_manifest
     from anyflow_deploy.export.rollouts import latent_shape
-    from anyflow_deploy.export.sensitivity import kept_layers, measured_sensitivity
+    from anyflow_deploy.export.sensitivity import check_keep, kept_layers, measured_sensitivity
 
     bundle = load_bundle(options.bundle)
     folder = options.output or bundle.path
@@ -83,13 +84,19 @@ def sensitivity(options: SensitivityOptions) -> int:
     shape = latent_shape(a, frames, options.height, options.width)
     weights = weights_from_manifest(bundle.manifest, options.checkpoint)
     own = bundle.manifest.precision
-    precision = options.precision or (own if own in EIGHT_BITS else EIGHT_BITS[0])
+    precision = options.precision or (own if own in EIGHT_BIT else EIGHT_BIT[0])
     with Bars(console) as bars:
         with bars.stage("loading ModelOpt"):
             load_modelopt()
         with bars.stage("fingerprint of the weights"):
             check_calibration(calibration, weights)
-        probe = probe_for(weights, calibration, precision, "fp32", True, shape, options.steps, options.seed, options.device, bars)
+        check_keep(options.keep, len(candidates(a)) - len(staying_high(a, calibration)))
+        how = bundle.manifest.quantization if precision == own else None  # measured as this bundle rounds, or as by default
+        attention = tuple(quantized_attentions(a, calibration)) if how is not None and how.attention == "fp8" else ()
+        smooth = how is None or how.smooth
+        probe = probe_for(
+            weights, calibration, precision, "fp32", smooth, shape, attention, options.steps, options.seed, options.device, bars
+        )
         found = measured_sensitivity(probe, bars)
         chosen = None
         if options.keep is not None or options.fidelity is not None:
@@ -106,6 +113,7 @@ def probe_for(
     base: str,
     smooth: bool,
     shape: tuple[int, int, int, int],
+    attention: tuple[str, ...] = (),
     steps: tuple[int, ...] = (1, 4),
     seed: int = 0,
     device: str = "cpu",
@@ -120,7 +128,7 @@ def probe_for(
     if smooth and precision == "int8":
         factors = planned(weights, calibration, precision, base, smooth, "high", (), report).smooth
     with report.stage("the untouched network"):
-        settings = ProbeSettings(calibrated_text(weights, calibration), shape, steps, seed, device)
+        settings = ProbeSettings(calibrated_text(weights, calibration), shape, steps, seed, device, attention)
         return Probe(weights, calibration, precision, settings, factors)
 
 

@@ -20,6 +20,7 @@ from anyflow_deploy.engines.loading import load_engine
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars
 from anyflow_deploy.ranges import latent_frames, latent_side
+from anyflow_deploy.records import write_whole
 
 _TEXT_TOKENS = 32
 """Enough words to attend to; validation is about arithmetic, not about prompts."""
@@ -37,7 +38,7 @@ class ValidateOptions(Options):
     bundle: Path = Field(description="the bundle's folder")
     checkpoint: str | None = Field(None, description="what it was exported from, if that has moved")
     backend: str = Field("onnxruntime", description="backend of the engine")
-    provider: str = Field("cpu", description="what the engine runs on: cpu or cuda")
+    provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
     device: str = Field("cpu", description="torch device of the reference")
@@ -132,9 +133,7 @@ def _write(folder: Path, bundle: Bundle, result: Any) -> None:
     from anyflow_deploy.engines import validation_report
 
     content = {"bundle_sha256": bundle.digest, **result.as_json()}
-    partial = folder / ".validation.json.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.rename(folder / "validation.json")
+    write_whole(folder / "validation.json", json.dumps(content, indent=1) + "\n")
     for table in validation_report.tables(result):
         console.print(table)
     if validation_report.can_draw():

@@ -7,7 +7,7 @@ loaded. Each function here answers one of these questions, or refuses with the n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.pipeline.video import check_size, load_image, load_video
 from anyflow_deploy.ranges import latent_frames
-from anyflow_deploy.schedule import Schedule
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -107,11 +106,6 @@ def _misfit(flag: str, frames: int, count: int, plan: CachePlan, factor: int) ->
         else ""
     )
     return f"{given}; {where}. What is given has to fill whole chunks: try {advice}{cut}."
-
-
-def chunk_schedules(schedule: Schedule, first: Schedule | None, given_chunks: int) -> Callable[[int], Schedule]:
-    """The schedule of each chunk: `first` for the first one that is made, if there is such a wish."""
-    return lambda chunk: first if first is not None and chunk == given_chunks else schedule
 
 
 def chunks_in(plan: CachePlan, frames: int) -> int:

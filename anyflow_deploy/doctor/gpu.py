@@ -1,0 +1,113 @@
+"""The GPU and its driver, from whoever can tell: NVML, nvidia-smi, or cuda-python (a Jetson has only the last)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from anyflow_deploy.doctor.child import asked, told
+from anyflow_deploy.doctor.finding import FAULT, MISSING, WORKS, Finding
+
+_NVML = """
+import pynvml as nv
+text = lambda value: value.decode() if isinstance(value, bytes) else value
+nv.nvmlInit()
+cuda = nv.nvmlSystemGetCudaDriverVersion()
+found["driver"], found["cuda"] = text(nv.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
+found["gpus"] = []
+for index in range(nv.nvmlDeviceGetCount()):
+    gpu = nv.nvmlDeviceGetHandleByIndex(index)
+    memory = nv.nvmlDeviceGetMemoryInfo(gpu)
+    capability = list(nv.nvmlDeviceGetCudaComputeCapability(gpu))
+    found["gpus"].append({
+        "name": text(nv.nvmlDeviceGetName(gpu)), "compute_capability": capability,
+        "total_bytes": int(memory.total), "free_bytes": int(memory.free),
+    })
+"""
+
+_SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits")
+
+_CUDA = """
+from cuda.bindings import runtime
+def value(answer):
+    if int(answer[0]):
+        raise RuntimeError(f"CUDA says {answer[0].name}")
+    return answer[1] if len(answer) == 2 else answer[1:]
+cuda = value(runtime.cudaDriverGetVersion()) if hasattr(runtime, "cudaDriverGetVersion") else 0
+found["driver"], found["cuda"] = "", f"{cuda // 1000}.{cuda % 1000 // 10}"
+found["gpus"] = []
+for index in range(value(runtime.cudaGetDeviceCount())):
+    gpu = value(runtime.cudaGetDeviceProperties(index))
+    value((runtime.cudaSetDevice(index)[0], 0))
+    free, total = value(runtime.cudaMemGetInfo())
+    found["gpus"].append({
+        "name": gpu.name.decode(), "compute_capability": [gpu.major, gpu.minor],
+        "total_bytes": int(total), "free_bytes": int(free),
+    })
+"""
+
+Facts = dict[str, Any]
+
+
+def gpu(ways: Sequence[Callable[[], Facts | None]] | None = None, root: Path = Path("/")) -> Finding:
+    """All GPUs, with compute capability, memory, driver and the CUDA version the driver knows."""
+    for way in (from_nvml, from_smi, from_cuda_python) if ways is None else ways:
+        facts = way()
+        if facts is not None and facts["gpus"]:
+            return Finding(WORKS, _words(facts), facts=facts)
+    on_bus = [path for path in root.glob("sys/bus/pci/devices/*") if _is_nvidia_gpu(path)]
+    if on_bus or (root / "proc/driver/nvidia/version").is_file():
+        where = f"an NVIDIA GPU is in the machine ({on_bus[0].name})" if on_bus else "NVIDIA's kernel module is loaded"
+        return Finding(FAULT, f"{where}, and its driver does not answer", "install or repair NVIDIA's driver; then: nvidia-smi")
+    return Finding(MISSING, "no NVIDIA GPU, or none that this container may see", "in a container: docker run --gpus all …")
+
+
+def from_nvml() -> Facts | None:
+    """By nvidia-ml-py, where it is installed and a driver answers."""
+    return asked(_NVML).found or None
+
+
+def from_smi() -> Facts | None:
+    """By nvidia-smi. On a Jetson it has no memory to tell."""
+    text = told(_SMI)
+    return None if text is None else facts_from_smi(text, told(["nvidia-smi"]) or "")
+
+
+def facts_from_smi(rows: str, banner: str) -> Facts | None:
+    """What nvidia-smi's table says; None where it does not say what is needed."""
+    gpus, driver = [], ""
+    for line in filter(None, map(str.strip, rows.splitlines())):
+        cells = [cell.strip() for cell in line.split(",")]
+        try:
+            name, capability, total, free, driver = cells
+            major, minor = map(int, capability.split("."))
+            sizes = {"total_bytes": int(total) << 20, "free_bytes": int(free) << 20}
+        except ValueError:
+            return None
+        gpus.append({"name": name, "compute_capability": [major, minor], **sizes})
+    _, found, rest = banner.partition("CUDA Version:")
+    return {"driver": driver, "cuda": rest.split()[0] if found and rest.split() else "", "gpus": gpus}
+
+
+def from_cuda_python() -> Facts | None:
+    """By CUDA itself."""
+    return asked(_CUDA).found or None
+
+
+def _words(facts: Facts) -> str:
+    gpus = [
+        f"{gpu['name']} (compute capability {'.'.join(map(str, gpu['compute_capability']))}, "
+        f"{gpu['total_bytes'] / 1e9:.1f} GB, {gpu['free_bytes'] / 1e9:.1f} GB free)"
+        for gpu in facts["gpus"]
+    ]
+    driver = f"driver {facts['driver']}" if facts["driver"] else "driver of unknown version"
+    return f"{'; '.join(gpus)}; {driver}, CUDA {facts['cuda'] or 'unknown'}"
+
+
+def _is_nvidia_gpu(device: Path) -> bool:
+    try:
+        vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text().strip()
+    except OSError:
+        return False
+    return vendor == "0x10de" and kind.startswith("0x03")

@@ -1,0 +1,90 @@
+"""The machine itself: Python, processor, memory, disk, and whether it is a Jetson."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from anyflow_deploy.doctor.finding import FAULT, WORKS, Finding
+
+OLDEST, NEWEST = (3, 10), (3, 13)
+"""Of Python; what pyproject.toml names."""
+
+LEAST_DISK = LEAST_MEMORY = 4e9
+"""Bytes: a 1.3B bundle in fp16 takes 2.9 GB, on disk and in memory."""
+
+_X86_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
+_ARM_FLAGS = ("asimdhp", "asimddp", "i8mm", "bf16", "sve")
+
+_JETPACK = {"36": "JetPack 6", "35": "JetPack 5", "38": "JetPack 7"}
+
+
+def python() -> Finding:
+    """The interpreter."""
+    version = sys.version_info[:2]
+    where = f"{platform.python_version()}, {platform.system()} {platform.machine()}, {sys.executable}"
+    if OLDEST <= version <= NEWEST and sys.maxsize > 2**32:
+        return Finding(WORKS, where)
+    allowed = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, 64 bits"
+    return Finding(FAULT, f"{where}; needed is {allowed}", f"make a virtual environment with Python {allowed}")
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
+    """Name, cores, and the instructions that matter to 8 and 16 bits."""
+    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
+    name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    have = set(flags[1].split()) if flags else set()
+    useful = [flag for flag in (*_X86_FLAGS, *_ARM_FLAGS) if flag in have]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    detail = f"{name[1].strip() if name else platform.machine()}, {cores} cores, {' '.join(useful) or 'no flags of interest'}"
+    return Finding(WORKS, detail, facts={"cores": cores, "flags": useful})
+
+
+def memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> Finding:
+    """Main memory, with the container's limit where there is one."""
+    rows: dict[str, str] = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
+    total, free = int(rows["MemTotal"]) * 1024, int(rows.get("MemAvailable", rows["MemTotal"])) * 1024
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    allowed = min(total, int(text)) if text.isdigit() else total
+    capped = f", this container may take {_gb(allowed)}" if allowed < total else ""
+    detail = f"{_gb(total)}, {_gb(free)} available{capped}"
+    facts = {"total_bytes": total, "available_bytes": free, "allowed_bytes": allowed}
+    if min(free, allowed) < LEAST_MEMORY:
+        return Finding(FAULT, detail, f"free at least {_gb(LEAST_MEMORY)}; anyflow-fit says what a model takes", facts)
+    return Finding(WORKS, detail, facts=facts)
+
+
+def disk(folder: Path | None = None) -> Finding:
+    """Free space where bundles are written by default."""
+    place = folder or Path.cwd()
+    free = shutil.disk_usage(place).free
+    detail = f"{_gb(free)} free in {place}" + ("" if os.access(place, os.W_OK) else ", which may not be written")
+    if free < LEAST_DISK or not os.access(place, os.W_OK):
+        return Finding(FAULT, detail, f"work in a folder of yours with at least {_gb(LEAST_DISK)}", {"free_bytes": free})
+    return Finding(WORKS, detail, facts={"free_bytes": free})
+
+
+def jetson(root: Path = Path("/")) -> Finding | None:
+    """Model and L4T release of a Jetson; None on anything else."""
+    model, release = root / "proc/device-tree/model", root / "etc/nv_tegra_release"
+    name = model.read_text(errors="replace").strip("\0 \n") if model.is_file() else ""
+    text = release.read_text(errors="replace") if release.is_file() else ""
+    found = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", text)
+    if found is None and not re.search("jetson|tegra", name, re.IGNORECASE):
+        return None
+    if found is None:
+        return Finding(
+            FAULT, f"{name or 'a Jetson'}, no L4T release in {release}", "flash it with NVIDIA's SDK Manager (JetPack)"
+        )
+    jetpack = _JETPACK.get(found[1], "an unknown JetPack")
+    facts = {"model": name, "l4t": f"{found[1]}.{found[2]}"}
+    return Finding(WORKS, f"{name or 'Jetson'}, L4T {found[1]}.{found[2]} ({jetpack})", facts=facts)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

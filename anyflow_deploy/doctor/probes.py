@@ -1,0 +1,55 @@
+"""All that is looked at: one row each, in the order it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from anyflow_deploy.doctor import building, gpu, machine, packages
+from anyflow_deploy.doctor.finding import MISSING, Finding, Findings, Probe
+
+PYTHON, NUMPY, ORT, ORT_CUDA, INT8 = "Python", "numpy", "ONNX Runtime", "ONNX Runtime on CUDA", "int8 on the CPU"
+TORCH, GPU, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT = "PyTorch", "GPU", "TensorRT", "cuda-python", "torch-tensorrt"
+COMPILER, CUDA_HEADERS, TENSORRT_HEADERS = "C++ compiler", "CUDA headers", "TensorRT headers"
+JETSON = "Jetson"
+
+OF_JETPACK = "JetPack brings it: apt-get install nvidia-jetpack, and python3 -m venv --system-site-packages"
+
+FOR_A_GPU = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS)
+"""Useless without one, so nobody is told to install them there."""
+
+PROBES = (
+    Probe(PYTHON, machine.python),
+    Probe("processor", machine.processor),
+    Probe("memory", machine.memory),
+    Probe("disk", machine.disk),
+    Probe(JETSON, machine.jetson),
+    Probe(GPU, gpu.gpu),
+    Probe(NUMPY, packages.numpy),
+    Probe(ORT, packages.onnxruntime),
+    Probe(ORT_CUDA, packages.onnxruntime_cuda),
+    Probe(INT8, packages.int8_on_cpu),
+    Probe(TORCH, packages.torch),
+    Probe("export packages", packages.export_packages),
+    Probe("ModelOpt", packages.modelopt),
+    Probe(TENSORRT, packages.tensorrt),
+    Probe(CUDA_PYTHON, packages.cuda_python),
+    Probe(TORCH_TENSORRT, packages.torch_tensorrt),
+    Probe(COMPILER, building.compiler),
+    Probe("ONNX Runtime headers", building.onnxruntime_headers),
+    Probe(TENSORRT_HEADERS, building.tensorrt_headers),
+    Probe(CUDA_HEADERS, building.cuda_headers),
+)
+
+
+def advised(found: Findings) -> dict[str, Finding]:
+    """The same findings, without advice to install what only a GPU needs where there is none, or what JetPack brings."""
+    if JETSON in found:
+        brought = {name for name in (TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS) if name in found and not found[name].works}
+        return {name: dataclasses.replace(f, remedy=OF_JETPACK) if name in brought else f for name, f in found.items()}
+    if GPU not in found or found[GPU].state != MISSING:
+        return dict(found)
+    useless = {name for name in FOR_A_GPU if name in found and found[name].state == MISSING}
+    return {
+        name: dataclasses.replace(finding, remedy="only of use with an NVIDIA GPU") if name in useless else finding
+        for name, finding in found.items()
+    }

@@ -1,0 +1,119 @@
+"""Does the distance between two tries say how far a sample is from the limit?
+
+    python benchmarks/quality.py [--picture docs/quality.png]
+
+On four small models (the golden ones, whose network is the AnyFlow authors', and the tiny pipelines; all weights random)
+samples are made in 1, 2, 4 … 64 steps from three noises. The estimate is the distance to half as many steps, the truth the
+distance to 256. For causal models it also says how well the first chunk speaks for the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import finish
+
+from anyflow_deploy import MODELS, Engine, Pick, Quality, Schedule, load_engine, noise, sample, stream
+from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.engines.metrics import difference
+from anyflow_deploy.export.checkpoint import open_checkpoint
+from anyflow_deploy.export.exporter import export_bundle
+from anyflow_deploy.export.tiny import save_tiny_pipeline
+
+GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
+COUNTS, LIMIT, SEEDS, TARGETS = (1, 2, 4, 8, 16, 32, 64), 256, (0, 1, 2), (26, 30, 34, 38, 42)
+CHUNKS = (1, 3, 3, 3)
+
+
+def engines(folder: Path) -> dict[str, Engine]:
+    for name in ("tiny", "far-tiny"):
+        save_tiny_pipeline(MODELS[name], folder / name)
+    sources = {"golden": GOLDEN / "bidirectional", "golden causal": GOLDEN / "causal"}
+    sources |= {"tiny": folder / "tiny", "tiny causal": folder / "far-tiny"}
+    return {
+        name: load_engine(export_bundle(open_checkpoint(source), folder / f"{name}-bundle")) for name, source in sources.items()
+    }
+
+
+def chunks(engine: Engine, seed: int, course: Schedule | Quality) -> list[Array]:
+    """All chunks of a video; a bidirectional model has one."""
+    a = engine.architecture
+    text = noise((1, 16, a.text_dim), seed + 100)
+    if a.chunk_partition is None:
+        return [sample(engine, noise((1, 3, a.in_channels, 8, 12), seed), text, course)]
+    return [c.latents for c in stream(engine, noise((1, sum(CHUNKS), a.in_channels, 8, 8), seed), text, course, CHUNKS)]
+
+
+def tracked(engine: Engine) -> dict[str, Any]:
+    """Estimate and truth by steps (medians), the range of their ratio, and the first chunk against the others."""
+    runs = [{n: chunks(engine, seed, Schedule.uniform(n)) for n in (*COUNTS, LIMIT)} for seed in SEEDS]
+    rows, ratios, spread = [], [], 0.0
+    for steps in COUNTS[1:]:
+        found = [
+            [
+                (difference(*pair), difference(pair[1], limit))
+                for *pair, limit in zip(run[steps // 2], run[steps], run[LIMIT], strict=True)
+            ]
+            for run in runs
+        ]
+        every = [pair for run in found for pair in run]
+        ratios += [estimate.relative_l2 / true.relative_l2 for estimate, true in every]
+        spread = max([spread, *(abs(run[0][1].psnr_db - true.psnr_db) for run in found for _, true in run)])
+        numbers = zip(*((e.relative_l2, t.relative_l2, e.psnr_db, t.psnr_db) for e, t in every), strict=True)
+        rows.append((steps, *(round(statistics.median(column), 4) for column in numbers)))
+    return {"rows": rows, "ratio": [round(min(ratios), 2), round(max(ratios), 2)], "first_chunk_off_db": round(spread, 1)}
+
+
+def picked(engine: Engine) -> dict[int, list[int]]:
+    """Steps that a target picks, and all transitions that took."""
+    found = {}
+    for target in TARGETS:
+        picks: list[Pick] = []
+        chunks(engine, 0, Quality(target, on_end=picks.append))
+        found[target] = [picks[0].steps, picks[0].transitions]
+    return found
+
+
+def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 3.6), layout="constrained")
+    for index, (name, result) in enumerate(results.items()):
+        steps, estimate, true, *_ = zip(*result["rows"], strict=True)
+        axes.loglog(steps, true, color=f"C{index}", marker="o", label=name)
+        axes.loglog(steps, estimate, color=f"C{index}", linestyle="--", marker="x")
+    axes.set(xlabel="steps", ylabel="relative L2", title=f"to {LIMIT} steps (line), to half as many steps (dashed)")
+    axes.set_xticks(COUNTS[1:], map(str, COUNTS[1:]))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--picture", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = {name: {**tracked(engine), "picked": picked(engine)} for name, engine in engines(Path(folder)).items()}
+    for name, result in results.items():
+        print(f"{name}: estimate {result['ratio'][0]} to {result['ratio'][1]} of the truth")
+        for steps, estimate, true, estimate_db, true_db in result["rows"]:
+            print(f"  {steps:3} steps: estimate {estimate:.3f} ({estimate_db:.1f} dB), truth {true:.3f} ({true_db:.1f} dB)")
+        print("  " + ", ".join(f"{target} dB: {steps} steps, {made} made" for target, (steps, made) in result["picked"].items()))
+    if options.picture is not None:
+        draw(options.picture, results)
+    finish("quality", {"models": results})
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise", under="ignore")
+    main()

@@ -1,0 +1,200 @@
+"""A CUDA device through cuda-python: memory, streams, copies, captured graphs. No torch.
+
+Every call of CUDA's runtime answers with an error code; `_checked` turns one that is not success into a `BackendError`.
+Work is queued on a stream of the caller's own, never on the default one (TensorRT slows down there, and it cannot be
+captured). A host array handed to `upload` has to live until the stream was waited for.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyflow_deploy.errors import BackendError
+
+try:
+    from cuda.bindings import runtime as cuda
+except ImportError as error:
+    raise BackendError(f"cuda-python cannot be imported ({error}). Run: pip install 'anyflow-deploy[tensorrt]'") from None
+
+ALIGNMENT = 256
+"""Bytes that TensorRT wants a tensor's address to be a multiple of."""
+
+
+class OutOfMemoryError(BackendError):
+    """The device has no memory left."""
+
+
+class Device:
+    """One GPU.
+
+    Args:
+        index: as CUDA counts them.
+
+    Raises:
+        BackendError: no driver, or no such device.
+    """
+
+    def __init__(self, index: int = 0) -> None:
+        count = _checked(cuda.cudaGetDeviceCount(), "find a GPU")
+        if not 0 <= index < count:
+            raise BackendError(f"there is no CUDA device {index}: this machine has {count}, counted from 0.")
+        self.index = index
+        self.use()
+        properties = _checked(cuda.cudaGetDeviceProperties(index), "read the GPU's properties")
+        name = properties.name
+        self.name: str = (name.decode() if isinstance(name, bytes) else str(name)).strip("\x00 ")
+        self.compute_capability: tuple[int, int] = (int(properties.major), int(properties.minor))
+
+    def use(self) -> None:
+        """Make it the calling thread's device; every thread starts on device 0."""
+        _checked(cuda.cudaSetDevice(self.index), f"use device {self.index}")
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and in all."""
+        free, total = _checked(cuda.cudaMemGetInfo(), "ask for the free memory")
+        return int(free), int(total)
+
+    def buffer(self, size: int) -> Buffer:
+        """Memory of the device, not initialized.
+
+        Raises:
+            OutOfMemoryError: with what was asked for and what is free.
+        """
+        self.use()
+        code, address = cuda.cudaMalloc(max(size, ALIGNMENT))
+        if code == cuda.cudaError_t.cudaErrorMemoryAllocation:
+            free, total = self.memory()
+            raise OutOfMemoryError(
+                f"{self.name} has no {size / 1e6:,.1f} MB left: {free / 1e6:,.1f} of {total / 1e6:,.1f} MB are free. Close "
+                "what else uses the GPU, make smaller or shorter videos, or build with --weight-streaming."
+            )
+        return Buffer(_checked((code, address), "reserve memory"), size)
+
+    def queue(self) -> Queue:
+        """A stream of its own."""
+        self.use()
+        return Queue(self)
+
+
+class Buffer:
+    """A piece of device memory, given back by `close` or when nobody holds it.
+
+    Attributes:
+        address: on the device, a multiple of `ALIGNMENT`.
+        size: in bytes.
+    """
+
+    def __init__(self, address: int, size: int) -> None:
+        self.address, self.size = int(address), size
+        self._free = weakref.finalize(self, cuda.cudaFree, self.address)
+
+    def close(self) -> None:
+        """Give the memory back; the device has to be done with it."""
+        self._free()
+
+
+class Queue:
+    """A CUDA stream: what is put on it happens in order, some time later.
+
+    Attributes:
+        handle: the number that TensorRT knows the stream by.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._stream = _checked(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking), "make a stream")
+        self.handle = int(self._stream)
+        self._free = weakref.finalize(self, cuda.cudaStreamDestroy, self._stream)
+
+    def upload(self, address: int, array: NDArray[Any]) -> None:
+        """Copy a contiguous array to the device."""
+        self._copy(address, array.ctypes.data, array.nbytes, cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+
+    def download(self, address: int, array: NDArray[Any]) -> None:
+        """Copy from the device into a contiguous array; it is there after `wait`."""
+        self._copy(array.ctypes.data, address, array.nbytes, cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+
+    def copy(self, to: int, start: int, size: int) -> None:
+        """Copy within the device. The places may overlap: CUDA does not define that, so it goes piece by piece then."""
+        gap = abs(to - start)
+        piece = size if gap >= size or not gap else gap
+        offsets = range(0, size, max(piece, 1))
+        for offset in offsets if to <= start else reversed(offsets):
+            count = min(piece, size - offset)
+            self._copy(to + offset, start + offset, count, cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
+
+    def _copy(self, to: int, start: int, size: int, kind: Any) -> None:
+        if size and to != start:
+            _checked(cuda.cudaMemcpyAsync(to, start, size, kind, self._stream), "copy")
+
+    def wait(self) -> None:
+        """Until everything put on the stream has happened."""
+        _checked(cuda.cudaStreamSynchronize(self._stream), "finish the work on the GPU")
+
+    def captured(self, work: Callable[[], None]) -> Graph:
+        """Record what `work` puts on the stream, without doing it."""
+        _checked(
+            cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal), "capture"
+        )
+        try:
+            work()
+        except BaseException:
+            cuda.cudaStreamEndCapture(self._stream)  # leaves the stream usable; its own error is a consequence
+            raise
+        graph = _checked(cuda.cudaStreamEndCapture(self._stream), "capture a CUDA graph")
+        try:
+            return Graph(_checked(cuda.cudaGraphInstantiate(graph, 0), "instantiate a CUDA graph"), self._stream)
+        finally:
+            cuda.cudaGraphDestroy(graph)
+
+    def close(self) -> None:
+        """Give the stream back."""
+        self._free()
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.wait()
+        self.close()
+
+
+class Graph:
+    """Work that was captured, to be done again by one call."""
+
+    def __init__(self, executable: Any, stream: Any) -> None:
+        self._executable, self._stream = executable, stream
+        self._free = weakref.finalize(self, cuda.cudaGraphExecDestroy, executable)
+
+    def launch(self) -> None:
+        """Put it on its stream once more."""
+        _checked(cuda.cudaGraphLaunch(self._executable, self._stream), "launch a CUDA graph")
+
+    def close(self) -> None:
+        """Release it."""
+        self._free()
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    """How many numbers a tensor of this shape holds."""
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def _checked(answer: tuple[Any, ...], doing: str) -> Any:
+    """What a call of CUDA's runtime returned, without its error code.
+
+    Raises:
+        BackendError: the code is not success.
+    """
+    code, *values = answer
+    if code != cuda.cudaError_t.cudaSuccess:
+        _, text = cuda.cudaGetErrorString(code)
+        words = text.decode() if isinstance(text, bytes) else str(text)
+        raise BackendError(f"CUDA could not {doing}: {words} ({getattr(code, 'name', code)}).")
+    return values[0] if len(values) == 1 else tuple(values)

@@ -1,0 +1,77 @@
+"""What a release of cuda-python offers, as JSON: functions with their parameters, enums, constants and structures.
+
+    python tools/cuda_surface.py
+
+cuda-bindings is an ordinary wheel that is imported without a GPU, so its surface is read from the module itself, in a
+process of its own since two releases cannot be imported at once. The tests' stand-in is made from it. Kept in .cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+RELEASES = {"12": "12.9.10", "13": "13.5.0"}
+"""Of cuda-bindings, by CUDA's major version."""
+
+CACHE = Path(__file__).resolve().parent.parent / ".cache" / "cuda"
+
+_READ = """
+import enum, inspect, json, sys
+from cuda.bindings import runtime
+surface = {"functions": {}, "enums": {}, "constants": {}, "structures": {}}
+for name, item in vars(runtime).items():
+    if name.startswith("_"):
+        continue
+    if isinstance(item, int):
+        surface["constants"][name] = int(item)
+    elif isinstance(item, type) and "Enum" in type(item).__name__ + str(item.__mro__):
+        surface["enums"][name] = {member.name: int(member) for member in item}
+    elif isinstance(item, type):
+        surface["structures"][name] = [field for field in dir(item) if not field.startswith("_")]
+    elif name.startswith("cuda") and callable(item):
+        surface["functions"][name] = list(inspect.signature(item).parameters)
+json.dump(surface, sys.stdout)
+"""
+
+
+def surface(major: str) -> dict[str, Any]:
+    """The surface of a release in `RELEASES`, from .cache or from the package index.
+
+    Raises:
+        RuntimeError: no package index, or no wheel for this Python.
+    """
+    version = RELEASES[major]
+    kept = CACHE / f"{version}-{sys.version_info.major}.{sys.version_info.minor}.json"
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(_read(version))
+        partial.replace(kept)
+    found: dict[str, Any] = json.loads(kept.read_text())
+    return found
+
+
+def _read(version: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        install = [sys.executable, "-m", "pip", "install", "-q", "--only-binary=:all:", "--target", folder]
+        _run([*install, f"cuda-bindings=={version}"], {})
+        return _run([sys.executable, "-c", _READ], {"PYTHONPATH": folder})
+
+
+def _run(command: list[str], more: dict[str, str]) -> str:
+    done = subprocess.run(command, env={**os.environ, **more}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise RuntimeError(f"the surface of cuda-python needs the package index once: {' '.join(last)}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    for name in RELEASES:
+        print(name, {kind: len(items) for kind, items in surface(name).items()})  # noqa: T201

@@ -1,0 +1,7 @@
+"""A Wan2.1 checkpoint and data become an AnyFlow checkpoint: teacher, flow map, on policy.
+
+    python -m anyflow_deploy.train flow-map-tiny --output runs/tiny
+
+Read `network` (the module that is trained), `chunks` (bidirectional and causal as one plan), `losses`, `rollout`, then
+`trainer`. docs/training.md tells the method in words.
+"""

@@ -1,0 +1,99 @@
+"""The processes of a run: one, or what torchrun (or accelerate) started, with FSDP2's mesh over them.
+
+    torchrun --nnodes 4 --nproc-per-node 8 -m anyflow_deploy.train flow-map-14b --shard 8 …
+
+`--shard` is how many processes share one copy of the weights (hybrid sharding: copies across nodes, pieces within one); all
+of them by default.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from anyflow_deploy.errors import AnyFlowError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Attributes:
+        rank, size: of the process group.
+        device: of this process.
+        mesh: FSDP's, None for one process.
+        writers: a group of its own for checkpoints that are written while training goes on.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    writers: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes logs and folders."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(shard: int | None = None, device: str | None = None) -> World:
+    """Join the process group that the environment describes; without one, be alone.
+
+    Args:
+        shard: processes that share one copy of the weights; None for all.
+        device: "cpu" or "cuda"; None for CUDA where there is any.
+
+    Raises:
+        AnyFlowError: half an environment, a `shard` that does not divide, or no group within two minutes.
+    """
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    given = [name for name in names if name in os.environ]
+    if not given or os.environ.get("WORLD_SIZE") == "1":
+        if shard not in (None, 1):
+            raise AnyFlowError(f"--shard is {shard} and there is one process. Start more with torchrun, or leave it out.")
+        return World(0, 1, torch.device(kind))
+    if len(given) < len(names):
+        missing = ", ".join(sorted(set(names) - set(given)))
+        raise AnyFlowError(f"the environment has {', '.join(given)} and lacks {missing}. Start with torchrun.")
+    size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    if shard is not None and (shard < 1 or size % shard):
+        raise AnyFlowError(f"--shard is {shard}; allowed are divisors of the {size} processes.")
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=2))
+        dist.barrier()
+    except (RuntimeError, ValueError) as error:
+        raise AnyFlowError(f"the process group of {size} did not come together: {error}. Check MASTER_ADDR and ports.") from None
+    pieces = shard or size
+    if pieces == size:
+        mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(kind, (size // pieces, pieces), mesh_dim_names=("copy", "shard"))
+    where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    return World(dist.get_rank(), size, where, mesh, dist.new_group(backend="gloo"))
+
+
+def leave(world: World) -> None:
+    """End the process group."""
+    if world.size > 1:
+        dist.destroy_process_group()

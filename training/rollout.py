@@ -1,0 +1,78 @@
+"""Flow-map backward simulation: a sample of any number of steps in at most three forwards, all of them with gradient.
+
+Of the N-step schedule one index g is drawn. A flow map may jump, so the roll-out makes
+
+    s_0 -> s_g,   s_g -> s_{g+1},   s_{g+1} -> 0
+
+(empty ones are skipped): the errors of all N-step trajectories are seen, at a cost that does not grow with N, and the end is
+a clean sample, never a half-denoised one. A causal model makes every chunk so, one after the other; what later chunks
+remember of it is encoded without gradient, into tensors that no later write touches.
+
+Checked against the authors' code: `shortcut_bcthw_N_g` of the causal golden vectors.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from anyflow_deploy.schedule import TRAIN_TIMESTEPS, Schedule
+from anyflow_deploy.training.chunks import ChunkPlan, compressed, recent
+from anyflow_deploy.training.network import Memory, TrainingTransformer
+from anyflow_deploy.training.times import generator
+
+Transition = tuple[float, float]
+
+
+def shortcut(steps: int, index: int, shift: float) -> list[Transition]:
+    """The pairs (t, r), in timesteps, of the roll-out that stops at step `index` of `steps`."""
+    times = Schedule.uniform(steps, shift).timesteps
+    stops = (times[0], times[index], times[index + 1], times[-1])
+    return [(t, r) for t, r in itertools.pairwise(stops) if t > r]
+
+
+def drawn_shortcut(choices: tuple[int, ...], shift: float, seed: int, step: int | str) -> list[Transition]:
+    """`shortcut` of a drawn number of steps and index: the same on all processes."""
+    random = generator(seed, "shortcut", step)
+    steps = choices[int(torch.randint(len(choices), (), generator=random))]
+    return shortcut(steps, int(torch.randint(steps, (), generator=random)), shift)
+
+
+def rollout(network: TrainingTransformer, noise: Tensor, text: Tensor, plan: ChunkPlan, transitions: list[Transition]) -> Tensor:
+    """Make samples from noise.
+
+    Args:
+        noise: of all frames, float32 (B, F, C, H, W).
+        text: prompt embeddings (B, L, D).
+        plan: chunks, made in order.
+        transitions: of every chunk, the same ones; from `shortcut`, or `Schedule.transitions` to sample with all steps.
+
+    Returns:
+        Clean latents, float32 (B, F, C, H, W), with gradient where the caller has it switched on.
+    """
+    made: list[Tensor] = []
+    old: Memory = []
+    memory: Memory = []
+    for chunk in range(len(plan.chunks)):
+        start, stop = plan.range(chunk)
+        if chunk:
+            head = plan.head(chunk + 1)
+            with torch.no_grad():
+                clean = torch.cat(made, dim=1)
+                old = compressed(network, clean, text, plan, range(plan.head(chunk).first, head.first), old)
+                memory = recent(network, clean, text, head, old)
+        positions = torch.arange(start, stop, device=noise.device)
+        made.append(_walked(network, noise[:, start:stop], text, transitions, positions, memory))
+    return torch.cat(made, dim=1)
+
+
+def _walked(
+    network: TrainingTransformer, z: Tensor, text: Tensor, transitions: list[Transition], positions: Tensor, memory: Memory
+) -> Tensor:
+    """One chunk from noise to clean."""
+    for t, r in transitions:
+        times = (torch.full(z.shape[:2], s, dtype=torch.float32, device=z.device) for s in (t, r))
+        z = z - (t - r) / TRAIN_TIMESTEPS * network(z, *times, text, positions, memory)
+    return z

@@ -1,0 +1,107 @@
+"""The settings of a recipe, in four groups. A field's type is its check; `recipes` says which values a run takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Kind = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Optimizing:
+    """AdamW, and how long.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        batch: samples of one optimizer step, over all processes.
+        micro_batch: samples that one process holds at once; what is missing to `batch` is accumulated.
+        clip: largest norm of the gradient.
+        ema, ema_start: decay of the moving average of the trained weights, and the step it starts from.
+    """
+
+    steps: PositiveInt
+    batch: PositiveInt
+    learning_rate: PositiveFloat
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    weight_decay: NonNegativeFloat = 0.0
+    micro_batch: PositiveInt = 1
+    clip: PositiveFloat = 1.0
+    ema: Share = 0.999
+    ema_start: NonNegativeInt = 0
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """LoRA, without dropout always: it would corrupt the finite difference.
+
+    Attributes:
+        lora_rank: 0 trains all weights instead.
+        lora_alpha: the update is scaled by alpha / rank; equal to the rank, any LoRA loader applies it right.
+        lora_times: adapt both time embedders, too.
+    """
+
+    lora_rank: NonNegativeInt = 256
+    lora_alpha: PositiveInt = 256
+    lora_times: bool = True
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The losses' constants.
+
+    Attributes:
+        shift: of all schedules.
+        guidance: g that is fused into the flow map.
+        derivative, epsilon, derivative_type: of du/dt, see `losses.Difference`.
+        text_drop: share of samples that are trained without their text (teacher).
+        long_context: share of steps in which a causal model sees compressed chunks.
+        rollout_steps: numbers of steps that roll-outs simulate.
+        real_guidance: g of the real score.
+        flow_map_weight: of stage 1's loss while training on policy.
+    """
+
+    shift: PositiveFloat = 5.0
+    guidance: PositiveFloat = 3.0
+    derivative: Literal["central", "jvp"] = "central"
+    epsilon: PositiveFloat = 5.0
+    derivative_type: Kind = "float32"
+    text_drop: Share = 0.0
+    long_context: Share = 0.5
+    rollout_steps: tuple[PositiveInt, ...] = (2, 4, 8, 16, 50)
+    real_guidance: NonNegativeFloat = 3.0
+    flow_map_weight: NonNegativeFloat = 1.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """How it is computed and kept.
+
+    Attributes:
+        compute: type of the large products.
+        checkpointing: compute each layer again in the backward pass instead of keeping it.
+        offload: keep what checkpointing keeps in main memory, not on the GPU.
+        compile: torch.compile each layer.
+        checkpoint_every, keep: steps between checkpoints, and how many are kept.
+        asynchronous: write checkpoints while training goes on.
+        sample_every, sample_steps: steps between sample sheets (0: none), and their columns.
+        spike: a loss so many times its running mean stops the run (0: never; not finite always does).
+        save_type: of the finished weights.
+    """
+
+    seed: NonNegativeInt = 0
+    compute: Kind = "bfloat16"
+    checkpointing: bool = True
+    offload: bool = False
+    compile: bool = False
+    checkpoint_every: PositiveInt = 250
+    keep: PositiveInt = 3
+    asynchronous: bool = True
+    sample_every: NonNegativeInt = 250
+    sample_steps: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16)
+    spike: NonNegativeFloat = 100.0
+    save_type: Kind = "float32"

@@ -1,0 +1,89 @@
+"""Random draws: which times are trained, and with which weight.
+
+Every draw is a function of (seed, what, step, sample): nothing depends on what was drawn before, or on which process draws.
+So there is no state of a random generator to save, a run that was killed goes on with the same numbers, and a sample gets
+the same noise on one GPU and on eight.
+
+All times are float32 timesteps, 0 (clean) to 1000 (noise); s = t / 1000.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from anyflow_deploy.schedule import TRAIN_TIMESTEPS
+
+DIFFUSION_SHARE, CLEAN_SHARE = 0.5, 0.25
+"""Of the global batch: samples with r = t (plain flow matching), and with r = 0 (straight to the clean sample)."""
+
+
+def generator(seed: int, *words: object) -> torch.Generator:
+    """A generator of its own for anything that can be named."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *words))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def normal(shape: Sequence[int], seed: int, *words: object) -> Tensor:
+    """Standard normal numbers, float32, for anything that can be named."""
+    return torch.randn(tuple(shape), generator=generator(seed, *words))
+
+
+def shifted(s: Tensor, shift: float) -> Tensor:
+    """`schedule.shifted` for tensors."""
+    return shift * s / (shift * s + (1 - s))
+
+
+def flow_map_times(count: int, shift: float, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """t and r of every sample of the global batch of one optimizer step.
+
+    t and r are the larger and smaller of two uniforms, shifted; then half of the samples get r = t and a quarter r = 0. The
+    shares are drawn systematically: one random offset, then equal strides. So they are right on average for any size
+    (a global batch of 2 has an r = 0 sample every other step), and nearly exact in each step for large ones.
+
+    The r = t samples come first: their mean loss is known when the others, which are scaled to it, are reached.
+
+    Returns:
+        float32 (count) twice, in timesteps.
+    """
+    random = generator(seed, "flow-map", step)
+    offset = torch.rand((), generator=random, dtype=torch.float64)
+    place = (torch.arange(count, dtype=torch.float64) + offset) / count
+    pair = torch.rand(count, 2, generator=random, dtype=torch.float64)
+    t, r = shifted(pair.amax(1), shift), shifted(pair.amin(1), shift)
+    r = torch.where(place < DIFFUSION_SHARE, t, r)
+    r = torch.where((place >= DIFFUSION_SHARE) & (place < DIFFUSION_SHARE + CLEAN_SHARE), torch.zeros_like(r), r)
+    return (TRAIN_TIMESTEPS * t).float(), (TRAIN_TIMESTEPS * r).float()
+
+
+def uniform_times(count: int, shift: float, seed: int, step: int) -> Tensor:
+    """Shifted uniform t, float32 (count): where DMD compares the two scores."""
+    s = torch.rand(count, generator=generator(seed, "uniform", step), dtype=torch.float64)
+    return (TRAIN_TIMESTEPS * shifted(s, shift)).float()
+
+
+def logit_normal_times(count: int, shift: float, seed: int, what: str, step: int) -> Tensor:
+    """Shifted logit-normal t, float32 (count): flow matching of the teacher and of the fake score."""
+    s = torch.randn(count, generator=generator(seed, what, step), dtype=torch.float64).sigmoid()
+    return (TRAIN_TIMESTEPS * shifted(s, shift)).float()
+
+
+@functools.cache
+def _weights(shift: float) -> tuple[Tensor, Tensor]:
+    """The 1001 shifted times from 0 to 1, and the weight of each: s sqrt(1 - s), summing to 1000."""
+    grid = shifted(torch.linspace(0, 1, 1001, dtype=torch.float64), shift)
+    weight = grid * (1 - grid).clamp(min=0).sqrt()
+    return grid, weight * (TRAIN_TIMESTEPS / weight.sum())
+
+
+def time_weight(t: Tensor, shift: float) -> Tensor:
+    """w(t) of the flow-map loss: of the nearest point of the shifted grid, float32 like `t` (timesteps)."""
+    grid, weight = _weights(shift)
+    s = t.detach().double().cpu() / TRAIN_TIMESTEPS
+    after = torch.searchsorted(grid, s).clamp(1, len(grid) - 1)
+    nearest = torch.where(s - grid[after - 1] <= grid[after] - s, after - 1, after)
+    return weight[nearest].float().to(t.device)
