@@ -14,6 +14,7 @@ import pytest
 from matplotlib import pyplot
 
 from anyflow_deploy import MODELS, Bundle
+from anyflow_deploy.cli.build import BuildOptions
 from anyflow_deploy.cli.calibrate import CalibrateOptions
 from anyflow_deploy.cli.doctor_options import DoctorOptions
 from anyflow_deploy.cli.export import ExportOptions
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 COMMANDS: dict[str, type[Options]] = {
+    "anyflow-build": BuildOptions,
     "anyflow-calibrate": CalibrateOptions,
     "anyflow-doctor": DoctorOptions,
     "anyflow-export": ExportOptions,
@@ -116,8 +118,9 @@ def test_the_readme_commands_run(tiny_pipeline: Path, far_pipeline: Path, tmp_pa
             ran.append(words[0])
     made, looked = ["anyflow-export", "anyflow-generate"], ["anyflow-inspect", "anyflow-validate"]
     eight_bits = ["anyflow-calibrate", "anyflow-sensitivity", made[0]]
-    assert ran == [made[0], looked[0], *looked, made[1], *eight_bits, *made, made[1]]
-    for name in ("fox", "fox-stream", "fox-image"):
+    instead_of_steps, compiled = [made[1]] * 2, ["anyflow-build", looked[1], made[1]]
+    assert ran == [made[0], looked[0], *looked, made[1], *eight_bits, *made, made[1], *instead_of_steps, *compiled]
+    for name in ("fox", "fox-stream", "fox-image", "fox-deadline", "fox-quality", "fox-compiled"):
         assert (tmp_path / f"{name}.mp4").stat().st_size > 1000
     assert {path.name for path in (tmp_path / "my-bundle").glob("*.png")} == {"validation.png", "sensitivity.png"}
 
