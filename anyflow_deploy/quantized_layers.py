@@ -33,6 +33,10 @@ GROUPS = (
 """The candidates of a block in the network's order; those in one group read the same tensor, and share its scale."""
 
 
+TEXT = "text"
+"""The text's keys and values read one tensor in all layers."""
+
+
 def candidates(a: Architecture) -> dict[str, tuple[int, int]]:
     """Layer name -> (inputs, outputs), in the order of the network."""
     shapes = {"ffn.net.0.proj": (a.inner_dim, a.ffn_dim), "ffn.net.2": (a.ffn_dim, a.inner_dim)}
@@ -50,6 +54,12 @@ def group_of(layer: str) -> list[str]:
     """The layers that read the same tensor as this one, itself included."""
     block, name = split_layer(layer)
     return [f"{block}.{other}" for other in next(group for group in GROUPS if name in group)]
+
+
+def shared_input(layer: str) -> str:
+    """What the input of a layer is called in a bundle: after the first layer that reads it. The text is one for all layers."""
+    first = group_of(layer)[0]
+    return TEXT if first.endswith(".attn2.to_k") else f"{first}.input"
 
 
 def input_amax(calibration: Calibration, layer: str) -> float:

@@ -1,28 +1,31 @@
 """One transition: ONNX Runtime on our graph against diffusers' eager transformer.
 
-    python benchmarks/step.py [--layers 2] [--rounds 9]
+    python benchmarks/step.py [--layers 2] [--rounds 9] [--aotinductor]
 
 1.3B width (12 heads x 128, feed-forward 8960, 512 text tokens of 4096), 5 x 15 x 26 = 1,950 video tokens, float32,
 random weights, all cores. Both models live in one process and take turns, so that a drifting clock hits both; the ratio
 is the median of the rounds' ratios. A third takes turns with them: the bare products, all linear layers and attentions
 of one transition in torch with nothing between them. What a model takes beyond that is its overhead; what the processor
-can do in float32 is the floor of both. Peak memory is of two further processes that hold one model each.
+can do in float32 is the floor of both. Peak memory is of two further processes that hold one model each. With
+--aotinductor our bundle is compiled for torch as well (with --max-autotune if that is given), and takes its turn, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import finish, python
 
 from anyflow_deploy import MODELS
+from anyflow_deploy.engine_folder import load_engine_folder
 
 SHAPE, TEXT = (1, 5, 16, 30, 52), (1, 512, 4096)
 
@@ -32,11 +35,11 @@ generator = np.random.default_rng(0)
 latents = generator.standard_normal({SHAPE}).astype("float32")
 text = generator.standard_normal({TEXT}).astype("float32")
 """
-_ONE_ORT = (
+_ONE_OURS = (
     _INPUTS
     + """
 from anyflow_deploy import load_engine
-engine = load_engine(sys.argv[1])
+engine = load_engine(sys.argv[1], sys.argv[2])
 with engine.start(latents, text) as run:
     run.step(900, 500)
 """
@@ -106,40 +109,52 @@ def bare_products(layers: int) -> Callable[[], Any]:
     return work
 
 
-def timed(checkpoint: Path, bundle: Path, rounds: int) -> dict[str, Any]:
-    """Both in turn; also how far apart their velocities are."""
+def compiled(bundle: Path, max_autotune: bool) -> dict[str, Any]:
+    """The bundle for torch's compiler, and what that took, in a process of its own: a child's peak is at least its parent's
+    size when it began."""
+    words = [str(bundle), "--backend", "aotinductor", *(["--max-autotune"] if max_autotune else [])]
+    made = python("from anyflow_deploy.cli.build import main; main()", *words)
+    record = load_engine_folder(bundle / "engines" / "aotinductor-cpu").record
+    size = sum(file.bytes for file in record.files.values())
+    return {
+        "aotinductor_build_seconds": record.seconds,
+        "aotinductor_build_peak_mib": round(made["peak_mib"]),
+        "aotinductor_engine_mb": round(size / 1e6, 2),
+    }
+
+
+def timed(checkpoint: Path, bundle: Path, rounds: int, backends: Sequence[str]) -> dict[str, Any]:
+    """All in turn; also how far apart their velocities are."""
     import numpy as np
     import torch
 
-    from anyflow_deploy import load_engine, noise
+    from anyflow_deploy import load_bundle, load_engine, noise
     from anyflow_deploy.engines.metrics import difference
     from anyflow_deploy.export.checkpoint import open_checkpoint
     from anyflow_deploy.export.reference import TorchEngine
 
     latents, text = noise(SHAPE, 0), noise(TEXT, 1)
-    engine = load_engine(bundle)
-    ours, ours_bundle = engine.start(latents, text), engine.bundle
-    theirs = TorchEngine(open_checkpoint(checkpoint)).start(latents, text)
-    works = {
-        "onnxruntime": lambda: ours.velocity(900, 500),
-        "diffusers": lambda: theirs.velocity(900, 500),
-        "bare_products": bare_products(ours_bundle.manifest.architecture.num_layers),
-    }
-    apart = difference(works["onnxruntime"](), works["diffusers"]())
+    runs = {name: load_engine(bundle, name).start(latents, text) for name in backends}
+    runs["diffusers"] = TorchEngine(open_checkpoint(checkpoint)).start(latents, text)
+    works: dict[str, Callable[[], Any]] = {name: functools.partial(run.velocity, 900, 500) for name, run in runs.items()}
+    exact = works["diffusers"]()
+    apart = {f"{name}_relative_l2": difference(works[name](), exact).relative_l2 for name in backends}
+    works["bare_products"] = bare_products(load_bundle(bundle).manifest.architecture.num_layers)
     for work in (*works.values(), *works.values()):  # ONNX Runtime's arena settles in two runs
         work()
     times: dict[str, list[float]] = {name: [] for name in works}
     for index in range(rounds):
         for name in sorted(works, reverse=bool(index % 2)):
             times[name].append(seconds(works[name]))
-    ratios = np.array(times["diffusers"]) / np.array(times["onnxruntime"])
     medians = {f"{name}_seconds": round(statistics.median(values), 3) for name, values in times.items()}
     bests = {f"{name}_best_seconds": round(min(values), 3) for name, values in times.items()}
-    spread = {"speedup_min": round(float(ratios.min()), 2), "speedup_max": round(float(ratios.max()), 2)}
-    return {
-        **medians, **bests, "speedup": round(float(np.median(ratios)), 2), **spread,
-        "relative_l2": apart.relative_l2, "threads": torch.get_num_threads(), "rounds": rounds,
-    }  # fmt: skip
+    speedups = {}
+    for name in backends:
+        ratios = np.array(times["diffusers"]) / np.array(times[name])
+        prefix = "" if name == "onnxruntime" else f"{name}_"
+        found = {"speedup": np.median(ratios), "speedup_min": ratios.min(), "speedup_max": ratios.max()}
+        speedups |= {f"{prefix}{key}": round(float(value), 2) for key, value in found.items()}
+    return {**medians, **bests, **speedups, **apart, "threads": torch.get_num_threads(), "rounds": rounds}
 
 
 def main() -> None:
@@ -147,15 +162,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--aotinductor", action="store_true")
+    parser.add_argument("--max-autotune", action="store_true")
     options = parser.parse_args()
+    backends = ["onnxruntime", *(["aotinductor"] if options.aotinductor else [])]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, bundle = prepared(options.layers, Path(folder))
-        peaks = {
-            "onnxruntime_peak_mib": round(python(_ONE_ORT, str(bundle))["peak_mib"]),
-            "diffusers_peak_mib": round(python(_ONE_DIFFUSERS, str(checkpoint))["peak_mib"]),
-        }
-        result = timed(checkpoint, bundle, options.rounds)
-    finish("step", {"layers": options.layers, "tokens": 1950, **result, **peaks})
+        built = compiled(bundle, options.max_autotune) if options.aotinductor else {}
+        peaks = {f"{name}_peak_mib": round(python(_ONE_OURS, str(bundle), name)["peak_mib"]) for name in backends}
+        peaks["diffusers_peak_mib"] = round(python(_ONE_DIFFUSERS, str(checkpoint))["peak_mib"])
+        result = timed(checkpoint, bundle, options.rounds, backends)
+    finish("step", {"layers": options.layers, "tokens": 1950, **result, **built, **peaks})
 
 
 if __name__ == "__main__":

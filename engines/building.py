@@ -26,6 +26,8 @@ from anyflow_deploy.manifest import AxisRange
 from anyflow_deploy.progress import Report, Silent
 
 BUILDERS: dict[str, str] = {
+    "aotinductor": "anyflow_deploy.engines.aotinductor_build:AotInductorSettings",
+    "torch-tensorrt": "anyflow_deploy.engines.torch_tensorrt_build:TorchTensorRTSettings",
     "tensorrt": "anyflow_deploy.engines.tensorrt_build:TensorRTSettings",
 }
 """Backend -> module:class of its `BuildSettings`, whose `build` does the work."""

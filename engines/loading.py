@@ -18,6 +18,8 @@ from anyflow_deploy.errors import AnyFlowError, suggestion
 
 BACKENDS = {
     "onnxruntime": "anyflow_deploy.engines.onnxruntime_engine:OnnxRuntimeEngine",
+    "aotinductor": "anyflow_deploy.engines.aotinductor_engine:AotInductorEngine",
+    "torch-tensorrt": "anyflow_deploy.engines.torch_tensorrt_engine:TorchTensorRTEngine",
     "tensorrt": "anyflow_deploy.engines.tensorrt_engine:TensorRTEngine",
 }
 

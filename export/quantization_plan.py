@@ -35,6 +35,7 @@ from anyflow_deploy.quantized_layers import (
     input_channels,
     operand_amax,
     quantized_attentions,
+    shared_input,
     split_layer,
     staying_high,
 )
@@ -49,9 +50,6 @@ ZERO_POINT = "zero_point"
 
 LARGEST = {"I8": 127.0, "F8_E4M3": 448.0}
 """The value that a range is mapped onto (INT8 also has -128, which only inputs beyond their range reach)."""
-
-TEXT = "text"
-"""Its scale is one for all layers, which read one tensor."""
 
 _OUTPUTS = ("attn1.to_out.0", "attn2.to_out.0")
 _UNFOLDED = ("attn2.to_k", "ffn.net.2")
@@ -199,7 +197,7 @@ class _Planner:
             amax = float((channels / s).max())
             matrices = {name: matrix * s for name, matrix in matrices.items()}
             self._fold(names, s)
-        self._quantize(quantized, matrices, f"{_shared(names[0])}_scale", amax)
+        self._quantize(quantized, matrices, f"{shared_input(names[0])}_scale", amax)
 
     def _matrix(self, name: str) -> Tensor:
         return self.plan.factored(f"{name}.weight", self.weights.read(f"{name}.weight"))
@@ -242,7 +240,7 @@ class _Planner:
             for part in ("weight", "bias"):
                 self._factor(f"{block}.norm2.{part}", 1 / s)
         else:
-            vector = f"{_shared(names[0])}_smooth"
+            vector = f"{shared_input(names[0])}_smooth"
             self.plan.constants[vector] = 1 / s
             self.plan.smoothed.update(dict.fromkeys(names, vector))
 
@@ -278,11 +276,6 @@ class _Planner:
                 self.plan.constants[f"{operand}_scale"] = stored_scale(torch.tensor(amax), "F8_E4M3", self.dtype)
         if not self.plan.attentions:
             raise AnyFlowError(f"attention fp8 would quantize nothing: {_reasons(self.plan)}. Choose --attention high.")
-
-
-def _shared(first: str) -> str:
-    """What the input of a group is called, after the first layer that reads it."""
-    return TEXT if first.endswith(".attn2.to_k") else f"{first}.input"
 
 
 _ORDER = sorted(GROUPS, key=lambda group: group[0] not in _OUTPUTS)

@@ -43,8 +43,13 @@ class Linear(nn.Linear):
     Inputs are (rows, channels): two dimensions make one Gemm in ONNX, where three would need the weight transposed.
     """
 
+    @property
+    def input_type(self) -> torch.dtype:
+        """What it turns its input into, and answers in."""
+        return self.weight.dtype
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return F.linear(x.to(self.input_type), self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +93,7 @@ class Attention(nn.Module):
 
     def key_value(self, context: Tensor, batch: int, rotation: Rotation | None = None) -> KeyValue:
         """Keys (rotated already, so that they can be cached) and values of `context` (B M, D): (B, M, A, E) each."""
-        context = context.to(self.to_k.weight.dtype)
+        context = context.to(self.to_k.input_type)
         value = self._heads(self.to_v(context), batch)
         key = self._heads(self.norm_k(self.to_k(context).float()), batch)
         if rotation is not None:
@@ -160,7 +165,7 @@ class Block(nn.Module):
         batch = x.shape[0]
         parts = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
-        h = modulated(x, shift, scale, ones, self.eps).flatten(0, 2).to(self.attn1.to_q.weight.dtype)
+        h = modulated(x, shift, scale, ones, self.eps).flatten(0, 2).to(self.attn1.to_q.input_type)
         own = self.attn1.key_value(h, batch, rotation)
         memory = own if past is None else (torch.cat((past[0], own[0]), 1), torch.cat((past[1], own[1]), 1))
         x = x + self.attn1(h, memory, batch, rotation).view(x.shape) * gate

@@ -267,8 +267,8 @@ def test_headers_and_their_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_precisions_follow_the_gpu(capability: tuple[int, int], running: list[str]) -> None:
     verdicts = {(v.backend.name, v.backend.provider): v for v in judged(healthy(**{probes.GPU: of_gpu(*capability)}), ALL)}
     assert verdicts["tensorrt", "cuda"].running == running
-    assert verdicts["aotinductor", "cpu"].running == ["fp32", "fp16", "bf16"]
-    assert "int8" not in verdicts["aotinductor", "cuda"].running
+    assert verdicts["aotinductor", "cpu"].running == list(PRECISIONS)
+    assert "int8" not in verdicts["torch-tensorrt", "cuda"].running
     assert verdicts["onnxruntime", "cpu"].running == ["fp32", "fp16", "int8", "fp8"]
 
 
@@ -284,7 +284,7 @@ def test_precisions_follow_the_gpu(capability: tuple[int, int], running: list[st
         ("tensorrt:fp8", None, {probes.GPU: of_gpu(8, 7)}, "needs compute capability 8.9, the first GPU has 8.7"),
         ("aotinductor", "cuda", {probes.TORCH: works("2.13, CPU build", cuda=False)}, "PyTorch: 2.13, CPU build"),
         ("aotinductor", None, {probes.COMPILER: Finding(MISSING, "none of g++")}, "C++ compiler: none of g++"),
-        ("aotinductor:int8", None, {}, "no such precision"),
+        ("torch-tensorrt:int8", None, {}, "no such precision"),
     ],
 )
 def test_what_is_required(wish: str, provider: str | None, changes: dict[str, Finding], why: str) -> None:

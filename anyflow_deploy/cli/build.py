@@ -40,6 +40,7 @@ class BuildOptions(Options):
     overwrite: bool = Field(False, description="replace an engine that is there")
     provider: str | None = Field(None, description="what it will run on: cpu or cuda (default cpu)")
     device: int | None = Field(None, ge=0, description="which GPU, counted from 0 (default 0)")
+    max_autotune: bool = Field(False, description="aotinductor: time several kernels for each product; much slower builds")
     shapes: Words = Field((), description="tensorrt: video sizes to build for, 480x832x81, several with commas between")
     range_profile: bool = Field(False, description="tensorrt: cover the bundle's declared ranges beside --shapes")
     workspace: float | None = Field(None, description="tensorrt: gigabytes of scratch memory that a layer may use")

@@ -41,9 +41,9 @@ BACKENDS = (
     Backend("onnxruntime", "cpu", (probes.NUMPY, probes.ORT), PRECISIONS),
     Backend("onnxruntime", "cuda", (probes.NUMPY, probes.GPU, probes.ORT, probes.ORT_CUDA), PRECISIONS),
     Backend("tensorrt", "cuda", (probes.NUMPY, probes.GPU, probes.TENSORRT, probes.CUDA_PYTHON), PRECISIONS),
-    Backend("aotinductor", "cpu", (probes.NUMPY, probes.TORCH, probes.COMPILER), BASES),
-    Backend("aotinductor", "cuda", (probes.NUMPY, probes.GPU, probes.TORCH, *_COMPILING), (*BASES, "fp8")),
-    Backend("torch-tensorrt", "cuda", (probes.NUMPY, probes.GPU, probes.TORCH, probes.TORCH_TENSORRT), PRECISIONS),
+    Backend("aotinductor", "cpu", (probes.NUMPY, probes.TORCH, probes.COMPILER), PRECISIONS),
+    Backend("aotinductor", "cuda", (probes.NUMPY, probes.GPU, probes.TORCH, *_COMPILING), PRECISIONS),
+    Backend("torch-tensorrt", "cuda", (probes.NUMPY, probes.GPU, probes.TORCH, probes.TORCH_TENSORRT), BASES),
 )  # fmt: skip
 
 

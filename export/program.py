@@ -1,0 +1,57 @@
+"""From a bundle back to the program it was exported from: what AOTInductor and torch-tensorrt compile.
+
+ONNX is one translation of the network, compiled engines of torch are another, and both start from the same module: it is
+built without weights, takes those of the bundle (types, scales and constants as they are stored) and is recorded by
+`torch.export`. The weights are lent, not copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.export.eight_bits import multiply_in_eight_bits
+from anyflow_deploy.export.trace import MODULES, recorded
+from anyflow_deploy.export.transformer import FlowMapTransformer
+from anyflow_deploy.export.types import TORCH
+from anyflow_deploy.precision import get_precision
+from anyflow_deploy.ranges import Ranges
+
+
+def network_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor]) -> FlowMapTransformer:
+    """The torch module of one of a bundle's graphs, with attention and norms as single operators.
+
+    Args:
+        bundle: an opened bundle.
+        graph: a name in `MODULES`.
+        weights: all of its weights, on the device it is to run on.
+    """
+    compute_type = TORCH[get_precision(bundle.manifest.base).tensor_type]
+    with torch.device("meta"):
+        network = MODULES[graph](bundle.manifest.architecture, compute_type, True)
+    network.requires_grad_(False)
+    multiply_in_eight_bits(network, bundle.manifest.architecture, weights)
+    network.load_state_dict({name: weights[name] for name, _ in network.named_parameters()}, strict=False, assign=True)
+    for name, _ in list(network.named_buffers()):
+        module, _, buffer = name.rpartition(".")
+        setattr(network.get_submodule(module), buffer, weights[name])
+    return network.eval()
+
+
+def program_from_bundle(
+    bundle: Bundle, graph: str, weights: Mapping[str, Tensor], device: str, ranges: Ranges | None = None
+) -> ExportedProgram:
+    """That module, recorded.
+
+    Args:
+        bundle, graph, weights: see `network_from_bundle`.
+        device: torch device of the weights.
+        ranges: narrower than the bundle's; None for those.
+    """
+    network = network_from_bundle(bundle, graph, weights)
+    manifest = bundle.manifest
+    return recorded(network, graph, manifest.architecture, ranges or manifest.shape_ranges, manifest.base, device)
