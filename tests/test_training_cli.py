@@ -85,6 +85,15 @@ def test_every_setting_is_a_flag_and_the_examples_parse() -> None:
         parsed(options, words[3:])
 
 
+def test_the_commands_of_the_documentation_parse() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text().replace("\\\n", " ")
+    lines = [line.split("anyflow_deploy.train ", 1)[1] for line in text.splitlines() if "-m anyflow_deploy.train " in line]
+    assert len(lines) >= 7
+    for line in lines:
+        chosen = parsed(full_options(), shlex.split(line))
+        assert chosen.recipe in names()
+
+
 def refused(tmp_path: Path, name: str = "flow-map-tiny", **given: Any) -> None:
     values = given.pop("values", {})
     train(Request(overridden(recipe(name), values), tmp_path / "run", device="cpu", **given))

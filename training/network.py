@@ -19,7 +19,7 @@ Legend: see `export/transformer.py`; M tokens in memory.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -102,6 +102,10 @@ class TrainingBlock(Block):
     Attributes:
         checkpointing: keep only the inputs for the backward pass, and compute the layer again there.
         offloading: keep these inputs in main memory.
+
+    Without `checkpointing`, what is only elementwise is computed again all the same: the result of GELU and the normed tokens
+    before modulation, a quarter of what would be kept, at the cost of reading it once more. (torch stops computing again
+    before the product that wanted the tensor.) Compiled blocks decide such things by themselves.
     """
 
     checkpointing = False
@@ -152,7 +156,9 @@ class TrainingBlock(Block):
     ) -> tuple[Tensor | None, KeyValue | None]:
         batch, kind = x.shape[0], compute_type_of(self.attn1.to_q)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
-        h = modulated(x, shift, scale, ones, self.eps).flatten(0, 2).to(kind)  # cast once, kept once for three products
+        h = (
+            self._again(modulated, x, shift, scale, ones, self.eps).flatten(0, 2).to(kind)
+        )  # cast and kept once for three products
         own = self.attn1.key_value(h, batch, rotation)
         if wanted == "memory":
             return None, own
@@ -160,9 +166,20 @@ class TrainingBlock(Block):
         x = torch.addcmul(x, self.attn1(h, memory, batch, rotation, spans).view(x.shape), gate)
         words = self.attn2.key_value(text.flatten(0, 1), batch)
         x = x + self.attn2(self.norm2(x).flatten(0, 2), words, batch).view(x.shape)
-        h = modulated(x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
-        x = torch.addcmul(x, self.ffn(h).view(x.shape), ffn_gate)
+        h = self._again(modulated, x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
+        hidden = self.ffn.net[0].get_submodule("proj")(h)
+        x = torch.addcmul(x, self._again(self._down, hidden).float().view(x.shape), ffn_gate)
         return x, own if wanted == "both" else None
+
+    def _down(self, hidden: Tensor) -> Tensor:
+        """The feed-forward's second half."""
+        return cast(Tensor, self.ffn.net[2](F.gelu(hidden, approximate="tanh")))
+
+    def _again(self, work: Callable[..., Tensor], *given: object) -> Tensor:
+        """Call, and keep nothing that can be computed again from what is given."""
+        if self.checkpointing or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return work(*given)
+        return cast(Tensor, checkpoint(work, *given, use_reentrant=False, preserve_rng_state=False))
 
 
 def compute_type_of(layer: nn.Module) -> torch.dtype:

@@ -81,7 +81,9 @@ def open_data(data: str, recipe: Recipe, weights: Weights, part: Part) -> Source
         return SyntheticLatents(part, shape, (recipe.text_tokens, a.text_dim), recipe.running.seed)
     try:
         opened: Callable[..., Source] = importlib.import_module("anyflow_deploy.training.data").open_source
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "anyflow_deploy.training.data":
+            raise
         raise AnyFlowError(f"--data is {data!r}; this version knows 'synthetic' alone.") from None
     return opened(data, recipe, weights, part)
 

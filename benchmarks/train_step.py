@@ -1,0 +1,221 @@
+"""One training step: ours against a plain transcription of the algorithm on diffusers' modules.
+
+    python benchmarks/train_step.py [--layers 4] [--rounds 3]
+
+The same random weights, data, draws and losses; forward and backward of a flow-map step and of an on-policy step, without
+the optimizer, float32, all weights trained, no gradient checkpointing. The transcription does what a reader of the paper
+would write: every forward by itself, every sample in every forward, diffusers' per-token modulation. Both live in one
+process and take turns; the ratio is the median of the rounds' ratios. Both gradients are compared: it is one computation.
+
+Activation memory is counted, not read from the system: the bytes of all distinct tensors that autograd keeps for the backward
+pass of the forwards with gradient, without parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from common import finish
+from torch import Tensor, nn
+
+from anyflow_deploy.export.random_weights import RandomWeights
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.training.chunks import ChunkPlan
+from anyflow_deploy.training.initial import network_with
+from anyflow_deploy.training.losses import (
+    Difference,
+    Pair,
+    Score,
+    balanced,
+    dmd_gradient,
+    dmd_losses,
+    flow_map_losses,
+    flow_matching_losses,
+)
+from anyflow_deploy.training.network import TrainingTransformer
+from anyflow_deploy.training.rollout import rollout, shortcut
+from anyflow_deploy.training.times import time_weight
+
+SHAPE = (4, 3, 16, 16, 26)
+GUIDANCE, SHIFT, STEP = 3.0, 5.0, 5.0
+TIMES = torch.tensor([820.0, 610.0, 930.0, 740.0])
+TARGETS = torch.tensor([820.0, 610.0, 0.0, 450.0])
+PAIRS = shortcut(8, 3, SHIFT)
+
+
+class Plain:
+    """The algorithm on diffusers' AnyFlowTransformer3DModel."""
+
+    def __init__(self, model: nn.Module, fake: nn.Module, real: nn.Module) -> None:
+        self.model, self.fake, self.real = model, fake, real
+
+    @staticmethod
+    def u(model: nn.Module, z: Tensor, t: Tensor, r: Tensor, text: Tensor) -> Tensor:
+        frames = z.shape[1]
+        result: Tensor = model(z, t[:, None].expand(-1, frames), r[:, None].expand(-1, frames), text, return_dict=False)[0]
+        return result
+
+    def flow_map(self, pair: Pair) -> Tensor:
+        t, r = TIMES, TARGETS
+        s, far = (t / 1000).view(-1, 1, 1, 1, 1), STEP / 1000
+        z, v = (1 - s) * pair.clean + s * pair.noise, pair.noise - pair.clean
+        with torch.no_grad():
+            ahead = self.u(self.model, z + far * v, t + STEP, r, pair.text)
+            behind = self.u(self.model, z - far * v, t - STEP, r, pair.text)
+            without = self.u(self.model, z, t, r, pair.negative)
+        change = (ahead - behind) / (2 * far) / GUIDANCE
+        u = (self.u(self.model, z, t, r, pair.text) - (1 - GUIDANCE) * without) / GUIDANCE
+        losses = (u - (v - (s - (r / 1000).view(-1, 1, 1, 1, 1)) * change)).square().flatten(1).mean(1) * time_weight(t, SHIFT)
+        same = t == r
+        return torch.where(same, losses, losses * (losses[same].mean() / losses).detach()).mean()
+
+    def rolled(self, noise: Tensor, text: Tensor) -> Tensor:
+        z = noise
+        for t, r in PAIRS:
+            z = z - (t - r) / 1000 * self.u(self.model, z, torch.full((len(z),), t), torch.full((len(z),), r), text)
+        return z
+
+    def on_policy(self, pair: Pair) -> None:
+        t, s = TIMES, (TIMES / 1000).view(-1, 1, 1, 1, 1)
+        x = self.rolled(pair.noise, pair.text)
+        with torch.no_grad():
+            z = (1 - s) * x + s * pair.noise.flip(0)
+            cond = z - s * self.u(self.real, z, t, t, pair.text)
+            target = cond + GUIDANCE * (cond - (z - s * self.u(self.real, z, t, t, pair.negative)))
+            fake = z - s * self.u(self.fake, z, t, t, pair.text)
+            gradient = (fake - target) / (x - target).abs().flatten(1).mean(1).view(-1, 1, 1, 1, 1)
+        (x - (x - gradient).detach()).square().mean().backward()
+        self.flow_map(pair).backward()
+        with torch.no_grad():
+            x = self.rolled(pair.noise.flip(1), pair.text)
+        z = (1 - s) * x + s * pair.noise
+        (self.u(self.fake, z, t, t, pair.text) - (pair.noise - x)).square().mean().backward()
+
+
+class Ours:
+    """The same step as the trainer makes it."""
+
+    def __init__(self, model: TrainingTransformer, fake: TrainingTransformer, real: TrainingTransformer) -> None:
+        self.model = model
+        self.plan = ChunkPlan((SHAPE[1],))
+        self.fake, self.real = Score(fake, self.plan), Score(real, self.plan)
+
+    def flow_map(self, pair: Pair) -> Tensor:
+        losses = flow_map_losses(self.model, pair, TIMES, TARGETS, self.plan, GUIDANCE, SHIFT, Difference())
+        same = TIMES == TARGETS
+        return balanced(losses, same, losses.detach()[same].mean()).mean()
+
+    def on_policy(self, pair: Pair) -> None:
+        x = rollout(self.model, pair.noise, pair.text, self.plan, PAIRS)
+        given = (x.detach(), pair.noise.flip(0), TIMES, pair)
+        dmd_losses(x, dmd_gradient(self.real, self.fake, *given, GUIDANCE), self.plan.window).mean().backward()
+        self.flow_map(pair).backward()
+        with torch.no_grad():
+            x = rollout(self.model, pair.noise.flip(1), pair.text, self.plan, PAIRS)
+        flow_matching_losses(self.fake.network, Pair(x, pair.noise, pair.text, pair.negative), TIMES, self.plan).mean().backward()
+
+
+@contextmanager
+def kept(parameters: list[nn.Parameter]) -> Iterator[list[int]]:
+    """Count what autograd keeps meanwhile: the sum comes out as the list's only entry."""
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    found: dict[int, int] = {}
+    alive: list[Tensor] = []  # or a freed address would be counted as seen
+    result: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield result
+    result.append(sum(found.values()))
+
+
+def gradient(module: nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for _, p in sorted(module.named_parameters()) if p.grad is not None])
+
+
+def timed(work: Callable[[], Any], modules: list[nn.Module]) -> float:
+    for module in modules:
+        module.zero_grad()
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    a = Architecture(num_attention_heads=6, attention_head_dim=128, ffn_dim=4480, num_layers=options.layers, text_dim=512)
+    from diffusers import AnyFlowTransformer3DModel
+
+    drawn = [RandomWeights(a, "bench", seed) for seed in (0, 1, 2)]
+    tensors = [{name: weights.read(name) for name in weights.shapes()} for weights in drawn]
+    ours = [network_with(a, given) for given in tensors]
+    plain = []
+    for given in tensors:
+        module = AnyFlowTransformer3DModel(**{k: v for k, v in a.as_config().items() if not k.startswith("_")})
+        module.load_state_dict(given)
+        plain.append(module.train())
+    for module in (ours[2], plain[2]):
+        module.requires_grad_(False)
+    draw = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(SHAPE, generator=draw), torch.randn(SHAPE, generator=draw)
+    text, negative = (torch.randn(4, 64, 512, generator=draw) for _ in range(2))
+    pair = Pair(clean, noise, text, negative)
+    sides: dict[str, Any] = {"ours": Ours(*ours), "diffusers": Plain(*plain)}
+    modules: dict[str, list[nn.Module]] = {"ours": list(ours), "diffusers": list(plain)}
+
+    results: dict[str, Any] = {}
+    for step in ("flow_map", "on_policy"):
+        works = {
+            n: (lambda s=s: s.flow_map(pair).backward()) if step == "flow_map" else (lambda s=s: s.on_policy(pair))
+            for n, s in sides.items()
+        }
+        seconds: dict[str, list[float]] = {n: [] for n in sides}
+        for round_ in range(options.rounds + 1):  # the first warms up
+            for n in sides:
+                spent = timed(works[n], modules[n])
+                if round_:
+                    seconds[n].append(spent)
+        first, second = (gradient(modules[n][0]) for n in sides)
+        ratios = [b / x for x, b in zip(seconds["ours"], seconds["diffusers"], strict=True)]
+        results[step] = {
+            "ours_seconds": statistics.median(seconds["ours"]),
+            "diffusers_seconds": statistics.median(seconds["diffusers"]),
+            "times_as_fast": statistics.median(ratios),
+            "by_round": [round(x, 2) for x in ratios],
+            "gradient_distance": float((first - second).norm() / second.norm()),
+        }
+    for name, step in (
+        ("flow_map", lambda s: s.flow_map(pair)),
+        ("rollout", lambda s: s.rolled(noise, text) if isinstance(s, Plain) else rollout(s.model, noise, text, s.plan, PAIRS)),
+    ):
+        sizes = {}
+        for n, side in sides.items():
+            with kept([p for m in modules[n] for p in m.parameters()]) as counted:
+                step(side)
+            sizes[n] = counted[0]
+        results[f"{name}_kept"] = {
+            **{f"{n}_mib": round(size / 2**20, 1) for n, size in sizes.items()},
+            "share": sizes["ours"] / sizes["diffusers"],
+        }
+    for name, values in results.items():
+        print(name, {k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()})
+    finish("train_step", {"layers": options.layers, "shape": list(SHAPE), **results})
+
+
+if __name__ == "__main__":
+    main()
