@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-slow lint format bench clean
 
 demo: $(READY)
 	@rm -rf $(DEMO) && mkdir $(DEMO)
@@ -26,7 +26,11 @@ demo: $(READY)
 	@echo "With real weights the same commands start from: anyflow-export --model 1.3b"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+
+# What takes minutes of compiling: causal streams and fp8 through AOTInductor.
+test-slow: $(READY)
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -215,6 +215,7 @@ def causal(exported: Export, built: Any) -> tuple[Any, Arrays]:
     return load_engine(bundle, "aotinductor", engine=built(bundle).path), oracle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_golden_streams(causal: tuple[Any, Arrays], steps: int) -> None:
     engine, oracle = causal
@@ -222,6 +223,7 @@ def test_golden_streams(causal: tuple[Any, Arrays], steps: int) -> None:
     assert difference(made, oracle[f"sample_{steps}"]).relative_l2 < FLOAT32
 
 
+@pytest.mark.slow
 def test_golden_streams_of_other_kinds(causal: tuple[Any, Arrays]) -> None:
     engine, oracle = causal
     inputs = engine, oracle["latents"], oracle["text"]
@@ -231,6 +233,7 @@ def test_golden_streams_of_other_kinds(causal: tuple[Any, Arrays]) -> None:
     assert difference(jumps, oracle["shortcut_8_7"]).relative_l2 < FLOAT32
 
 
+@pytest.mark.slow
 def test_a_window_and_a_growing_plan_compute_what_onnx_runtime_does(causal: tuple[Any, Arrays], exported: Export) -> None:
     engine, oracle = causal
     latents, other = noise((1, 19, 4, 12, 20), 3), load_engine(exported(CAUSAL))
@@ -240,6 +243,7 @@ def test_a_window_and_a_growing_plan_compute_what_onnx_runtime_does(causal: tupl
     assert difference(ours, theirs).relative_l2 < FLOAT32
 
 
+@pytest.mark.slow
 def test_streams_share_one_copy_of_the_weights(causal: tuple[Any, Arrays]) -> None:
     engine, oracle = causal
     shared = set(engine._graphs["chunk"].weights) & set(engine._graphs["compress"].weights)
@@ -251,6 +255,7 @@ def test_streams_share_one_copy_of_the_weights(causal: tuple[Any, Arrays]) -> No
 ONE_LAYER = dataclasses.replace(open_checkpoint(SMALL).architecture, num_layers=1)
 
 
+@pytest.mark.slow
 def test_fp8_over_bf16_is_compiled(built: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Both types that ONNX Runtime has no CPU kernels for, in one engine; the float32 network is the reference."""
     weights = RandomWeights(ONE_LAYER, "one layer")
