@@ -57,7 +57,7 @@ class Engine:
 def bundle(small_bundle: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
     monkeypatch.setitem(building.BUILDERS, "maker", f"{__name__}:Settings")
     monkeypatch.setitem(loading.BACKENDS, "maker", f"{__name__}:Engine")
-    shutil.copytree(small_bundle().path, tmp_path / "bundle")
+    shutil.copytree(small_bundle().path, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
     return load_bundle(tmp_path / "bundle")
 
 

@@ -261,7 +261,7 @@ def test_each_kind_says_how_it_is_run(engine: Any, causal: Bundle, small: Golden
 
 def test_the_cpu_is_refused(trt_machine: Machine, bundle: Bundle) -> None:
     with pytest.raises(BackendError, match="runs on NVIDIA GPUs only; provider is 'cpu'. Choose provider 'cuda'"):
-        load_engine(bundle, "tensorrt")
+        load_engine(bundle, "tensorrt", "cpu")
 
 
 def test_no_gpu(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
