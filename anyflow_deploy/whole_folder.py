@@ -196,7 +196,7 @@ class FolderWriter:
         file.write(marker.encode())
         file.close()
         self.check()
-        _sync_folder(self.folder)
+        sync(self.folder)
         self._check_destination()  # hours may have passed since the constructor looked
         if self.path.exists():
             replaced = self.path.parent / f".{self.path.name}.replaced-{os.getpid()}"
@@ -209,12 +209,12 @@ class FolderWriter:
             shutil.rmtree(replaced)
         else:
             self.folder.rename(self.path)
-        _sync_folder(self.path.parent)
+        sync(self.path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """A rename survives a power cut only when the folder that holds the name was synced."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a folder or file durable: a rename survives a power cut only when the folder that holds the name was synced."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from common import finish
 
-from anyflow_deploy import MODELS, AnyFlowError, Architecture, Bundle, Schedule, load_engine, noise, sample, stream
+from anyflow_deploy import MODELS, AnyFlowError, Architecture, Bundle, Schedule, load_bundle, load_engine, noise, sample, stream
 from anyflow_deploy.engines.building import BUILDERS, build_engine, settings_of
 from anyflow_deploy.engines.engine import Array, Engine
 from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
@@ -193,8 +193,6 @@ def engine_of(weights: RandomWeights, choice: str, folder: Path, device: str) ->
     kind = "causal" if weights.architecture.causal else "whole"
     path = folder / f"{kind}-{precision}"
     started = time.perf_counter()
-    from anyflow_deploy import load_bundle
-
     bundle = load_bundle(path, verify=False) if path.exists() else bundle_of(weights, precision, path, device)
     exported = time.perf_counter()
     provider = "cuda" if device.startswith("cuda") else "cpu"
@@ -319,8 +317,8 @@ def whole(options: argparse.Namespace, size: Size, folder: Path, machine: Machin
         clips = clips_in_turn(engines, inputs, machine, max(1, options.rounds // 2))
     base = next((n for n in ("diffusers_compile", "diffusers") if n in times), None)
     for name, values in times.items():
-        known[name] |= {"step_ms": milliseconds(values), "clip_ms": clips[name], "floor_share": 0.0}
-        known[name]["floor_share"] = round(bound / known[name]["step_ms"], 3)
+        step = milliseconds(values)
+        known[name] |= {"step_ms": step, "clip_ms": clips[name], "floor_share": round(bound / step, 3)}
         if base is not None:
             known[name][f"times_as_fast_as_{base}"] = round(float(np.median(np.array(times[base]) / np.array(values))), 2)
     return {"floor": floor, "contestants": known}

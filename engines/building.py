@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.engine_folder import ENGINES, Device, EngineFolder, EngineRecord, EngineWriter
-from anyflow_deploy.engines.loading import BACKENDS, PROVIDERS, check_backend
+from anyflow_deploy.engines.loading import check_backend, check_provider
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.manifest import AxisRange
 from anyflow_deploy.progress import Report, Silent
@@ -62,8 +62,7 @@ class BuildSettings:
         Raises:
             AnyFlowError: with the reason.
         """
-        if self.provider not in PROVIDERS:
-            raise AnyFlowError(f"unknown provider {self.provider!r}: allowed are {', '.join(PROVIDERS)}.")
+        check_provider(self.provider)
 
     def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> Built:
         """Put the engine's files into `writer`.
@@ -144,8 +143,3 @@ def _made_parent(bundle: Bundle, backend: str, settings: BuildSettings, destinat
     if not os.access(parent, os.W_OK):
         raise BackendError(f"{parent} cannot be written to. Copy the bundle to where you may write, or give --output FOLDER.")
     return destination or parent / f"{backend}-{settings.provider}"
-
-
-def builders() -> list[str]:
-    """The backends that can be built."""
-    return [name for name in BACKENDS if name in BUILDERS]

@@ -48,8 +48,7 @@ class EngineOptions:
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
-        if self.provider not in PROVIDERS:
-            raise AnyFlowError(f"unknown provider {self.provider!r}: allowed are {', '.join(PROVIDERS)}.")
+        check_provider(self.provider)
         if self.device < 0:
             raise AnyFlowError(f"device is {self.device}; allowed are whole numbers from 0.")
         if self.threads is not None and self.threads < 1:
@@ -84,6 +83,16 @@ def load_engine(
     make = getattr(importlib.import_module(module), name)
     opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     return cast(BundleEngine, make(opened, options))
+
+
+def check_provider(provider: str) -> None:
+    """Refuse an unknown name.
+
+    Raises:
+        AnyFlowError: with the known ones.
+    """
+    if provider not in PROVIDERS:
+        raise AnyFlowError(f"unknown provider {provider!r}: allowed are {', '.join(PROVIDERS)}.")
 
 
 def check_backend(backend: str) -> None:

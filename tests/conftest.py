@@ -68,6 +68,14 @@ def small_bundle(exported: Export) -> Export:
     return functools.partial(exported, SMALL)
 
 
+def causal_golden(folder: Path = CAUSAL) -> dict[str, NDArray[Any]]:
+    """The causal model's golden vectors, all latents as (B, F, C, H, W)."""
+    raw = load_file(folder / "golden.safetensors")
+    return {
+        n.replace("_bcthw", ""): np.ascontiguousarray(a.transpose(0, 2, 1, 3, 4)) if "_bcthw" in n else a for n, a in raw.items()
+    }
+
+
 @functools.cache
 def calibration_of(checkpoint: Path) -> Calibration:
     """Ranges of a small checkpoint, measured once."""

@@ -56,7 +56,7 @@ from anyflow_deploy.export.program import network_from_bundle, program_from_bund
 from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.export.reference import TorchEngine
 from anyflow_deploy.export.transformer import FlowMapTransformer
-from tests.conftest import CAUSAL, SMALL, Export
+from tests.conftest import CAUSAL, SMALL, Export, causal_golden
 from tests.test_causal import three_jumps, whole
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -208,10 +208,7 @@ def test_validate_proves_it(small_bundle: Export, folder: EngineFolder, tmp_path
 @pytest.fixture(scope="module")
 def causal(exported: Export, built: Any) -> tuple[Any, Arrays]:
     bundle = exported(CAUSAL)
-    raw = load_file(CAUSAL / "golden.safetensors")
-    oracle = {
-        n.replace("_bcthw", ""): np.ascontiguousarray(a.transpose(0, 2, 1, 3, 4)) if "_bcthw" in n else a for n, a in raw.items()
-    }
+    oracle = causal_golden()
     return load_engine(bundle, "aotinductor", engine=built(bundle).path), oracle
 
 

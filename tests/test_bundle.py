@@ -278,7 +278,7 @@ def wait():
     print("ready", flush=True)
     time.sleep(60)
 if stage == "finishing":
-    whole_folder._sync_folder = lambda folder: wait()  # the manifest is written, the folder not yet renamed
+    whole_folder.sync = lambda folder: wait()  # the manifest is written, the folder not yet renamed
 with bundle.BundleWriter(destination, overwrite=True) as writer:
     file = writer.create("weights.safetensors")
     file.write(b"other")

@@ -22,7 +22,7 @@ from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.causal import Compression, TextMemory
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.network_engine import NetworkEngine, network_from_weights
-from tests.conftest import GOLDEN, SMALL, Export
+from tests.conftest import GOLDEN, SMALL, Export, causal_golden
 from tests.test_graph import TENSORRT_10_3
 
 CAUSAL = GOLDEN.parent / "causal"
@@ -33,10 +33,7 @@ PLAN = (1, 3, 3, 3, 2)
 @pytest.fixture(scope="module")
 def oracle() -> dict[str, NDArray[np.float32]]:
     """The golden tensors, latents as (B, F, C, H, W)."""
-    raw = load_file(CAUSAL / "golden.safetensors")
-    return {
-        n.replace("_bcthw", ""): np.ascontiguousarray(a.transpose(0, 2, 1, 3, 4)) if "_bcthw" in n else a for n, a in raw.items()
-    }
+    return causal_golden(CAUSAL)
 
 
 @pytest.fixture(scope="module", params=[("fp32", 20), ("fp32", 23), ("fp16", 20)], ids=lambda p: f"{p[0]}-{p[1]}")

@@ -18,7 +18,7 @@ from anyflow_deploy.engines.building import build_engine
 from anyflow_deploy.engines.cache import cache_plan
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.tensorrt_build import TensorRTSettings
-from tests.conftest import CAUSAL, SMALL, Export
+from tests.conftest import CAUSAL, SMALL, Export, causal_golden
 from tests.tensorrt_machine import RELEASES, Machine
 
 LIMIT, CAUSAL_LIMIT = 1e-5, 1e-4
@@ -43,10 +43,7 @@ def small() -> Golden:
 
 @pytest.fixture(scope="module")
 def oracle() -> Golden:
-    raw = load_file(CAUSAL / "golden.safetensors")
-    return {
-        n.replace("_bcthw", ""): np.ascontiguousarray(a.transpose(0, 2, 1, 3, 4)) if "_bcthw" in n else a for n, a in raw.items()
-    }
+    return causal_golden()
 
 
 def size_of(latents: NDArray[Any], text: NDArray[Any]) -> str:

@@ -23,7 +23,7 @@ from anyflow_deploy.engines.building import build_engine
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.tensorrt_build import TensorRTSettings
 from anyflow_deploy.engines.validation import THRESHOLDS
-from tests.conftest import CAUSAL, SMALL, Export
+from tests.conftest import CAUSAL, SMALL, Export, causal_golden
 
 pytestmark = pytest.mark.tensorrt
 
@@ -54,10 +54,7 @@ def small() -> Golden:
 
 @pytest.fixture(scope="module")
 def oracle() -> Golden:
-    raw = load_file(CAUSAL / "golden.safetensors")
-    return {
-        n.replace("_bcthw", ""): np.ascontiguousarray(a.transpose(0, 2, 1, 3, 4)) if "_bcthw" in n else a for n, a in raw.items()
-    }
+    return causal_golden()
 
 
 def opened(bundle: Bundle, folder: Path, shape: str, cuda_graphs: bool = True, **settings: Any) -> Any:

@@ -12,7 +12,6 @@ random generators: every draw is a function of seed and step (see `times`).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from concurrent.futures import Future
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.training.distributed import World
+from anyflow_deploy.whole_folder import sync
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 """One process is meant to be one process."""
@@ -101,10 +101,10 @@ class Checkpoints:
         self._world.barrier()
         if self._world.first:
             for path in [*writing.partial.iterdir(), writing.partial]:
-                _sync(path)
+                sync(path)
             shutil.rmtree(writing.final, ignore_errors=True)
             writing.partial.rename(writing.final)
-            _sync(self._folder)
+            sync(self._folder)
             for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
                 shutil.rmtree(old, ignore_errors=True)
         self._world.barrier()
@@ -150,11 +150,3 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _flag(world: World, value: bool) -> Tensor:
     return torch.tensor(int(value), device=world.device)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

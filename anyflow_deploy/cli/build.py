@@ -12,7 +12,7 @@ from rich.table import Table
 
 from anyflow_deploy.bundle import load_bundle
 from anyflow_deploy.cli.options import Options, Words, console, run
-from anyflow_deploy.engine_folder import EngineFolder
+from anyflow_deploy.engine_folder import ENGINES, EngineFolder
 from anyflow_deploy.engines.building import BUILDERS, BuildSettings, build_engine, settings_of
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars
@@ -89,7 +89,7 @@ def _destination(options: BuildOptions) -> Path | None:
     if options.name is not None:
         if Path(options.name).name != options.name or options.name.startswith("."):
             raise AnyFlowError(f"--name is {options.name!r}: allowed is a plain folder name. For another place use --output.")
-        return options.bundle / "engines" / options.name
+        return options.bundle / ENGINES / options.name
     return options.output
 
 
