@@ -68,16 +68,20 @@ class OnnxRuntimeEngine:
             )
         self._sessions = {name: self._opened_session(name, options.threads) for name in bundle.manifest.graphs}
 
-    def _opened_session(self, name: str, threads: int | None) -> Any:
+    def _session_options(self, name: str, threads: int | None) -> Any:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # a second plan of the same memory: twice the activations, no faster
         if threads is not None:
             options.intra_op_num_threads = threads
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
-        graph = session_graph(self.bundle, name, _attentions_to_fuse(self.bundle.manifest, name), self.provider)
         if self.bundle.manifest.precision == "fp8":  # up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
             options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return options
+
+    def _opened_session(self, name: str, threads: int | None) -> Any:
+        options = self._session_options(name, threads)
+        graph = session_graph(self.bundle, name, _attentions_to_fuse(self.bundle.manifest, name), self.provider)
         provider = (PROVIDERS[self.provider], _provider_options(self.provider, self._index))
         try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU
             session = self._runtime.InferenceSession(graph, options, providers=[provider], enable_fallback=0)

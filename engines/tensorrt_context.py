@@ -64,10 +64,12 @@ class Lane:
     Args:
         device: the GPU.
         graphs: capture what is run again and again.
+        profiler: told how long every layer takes; each run then waits for itself.
     """
 
-    def __init__(self, device: Device, graphs: bool) -> None:
+    def __init__(self, device: Device, graphs: bool, profiler: trt.IProfiler | None = None) -> None:
         self.device, self.queue = device, device.queue()
+        self.profiler = profiler
         self._graphs = graphs
         self._free: dict[int, list[Buffer]] = {}
         self._activations = device.buffer(0)
@@ -175,6 +177,8 @@ class _Runner:
         context = self._plan.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None:
             raise self._refused("make an execution context")
+        if self._lane.profiler is not None:
+            context.profiler = self._lane.profiler  # enqueue_emits_profile is on unless switched off
         return _Bound(context)
 
     def _captured(self, bound: _Bound, call: Call, profile: int) -> Graph | None:

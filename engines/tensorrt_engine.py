@@ -125,6 +125,9 @@ class TensorRTEngine:
             if idle[0] == key:
                 return idle[1]
             idle[1].close()  # its memory may be needed
+        return self._new_lane()
+
+    def _new_lane(self) -> Lane:
         return Lane(self.device, self._graphs)
 
     def leave(self, key: Hashable, lane: Lane) -> None:

@@ -1,0 +1,268 @@
+"""What to do, in words, each piece with the measurement it rests on. Nothing is advised that was not measured.
+
+A rule is a function from a profile to advice or nothing, and `RULES` is the list. The limits have names and reasons, so that
+they can be argued with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from anyflow_deploy.profiling.record import Advice, Point, Profile
+from anyflow_deploy.profiling.statistics import TAIL_SAMPLES
+
+LAUNCH_SHARE = 0.8
+"""Of a transition that handing it to the GPU may take; above, trtexec calls an engine enqueue-bound, and so do we."""
+
+VARIATION = 0.025
+"""Coefficient of variation above which trtexec advises to lock the clocks."""
+
+CLOCK_SPREAD = 0.02
+"""By how much a clock may move, highest over lowest, before it is called unlocked: sensors round."""
+
+DRIFT = 0.05
+"""Of the median between the halves of a measurement; more is heat or somebody else."""
+
+OTHER_LOAD = 0.1
+"""Cores that others may use: below it is the system's own housekeeping."""
+
+LOW_EFFICIENCY = 0.4
+"""Of the ceiling; good engines on large shapes reach more, on CPUs and GPUs."""
+
+SMALL_OPERATORS = 0.3
+"""Of a transition's time in operators that are no matrix products; a fused engine stays below."""
+
+STAGE_SHARE = 0.4
+"""Of the end to end time that makes a stage beside the transformer worth a word."""
+
+
+def advise(profile: Profile) -> list[Advice]:
+    """All of it: problems first."""
+    order = {"problem": 0, "hint": 1, "note": 2}
+    found = [advice for rule in RULES for advice in rule(profile)]
+    return sorted(found, key=lambda advice: order[advice.weight])
+
+
+def _throttled(profile: Profile) -> Iterator[Advice]:
+    for reason, share in profile.conditions.throttle.items():
+        yield Advice(
+            kind="throttled",
+            weight="problem",
+            text="The hardware slowed itself down. Improve cooling or the power limit, or measure for as long as it will run in "
+            "earnest: these times are those of a machine that holds back.",
+            measurement=f"{reason}, in {100 * share:.0f} % of the samples",
+        )
+
+
+def _drifting(profile: Profile) -> Iterator[Advice]:
+    for point in profile.points:
+        if abs(point.transition.drift) > DRIFT:
+            slower = point.transition.drift > 0
+            yield Advice(
+                kind="drifting",
+                weight="problem",
+                text="Transitions became slower while they were measured: heat, a clock that sank, or another program. Measure "
+                "longer (--seconds), on a machine that does nothing else."
+                if slower
+                else "Transitions became faster while they were measured: it was not warm, or another program ended. Measure "
+                "longer (--seconds).",
+                measurement=f"{point.shape}: the second half's median is {_percent(point.transition.drift)} of the first's",
+            )
+
+
+def _busy(profile: Profile) -> Iterator[Advice]:
+    load = profile.conditions.other_load
+    if load is not None and load > OTHER_LOAD:
+        yield Advice(
+            kind="machine busy",
+            weight="problem",
+            text="Others used the processor at the same time (or the hypervisor took it away). Compare nothing with these times; "
+            "measure on a quiet machine.",
+            measurement=f"{load:.2f} cores of {profile.machine.get('cores', '?')} were busy with something else",
+        )
+
+
+def _unsteady(profile: Profile) -> Iterator[Advice]:
+    for point in profile.points:
+        if not point.warm_up.steady:
+            yield Advice(
+                kind="never steady",
+                weight="problem",
+                text="Warm-up ended without the times settling. Give it more time with --seconds.",
+                measurement=f"{point.shape}: {point.warm_up.runs} runs in {point.warm_up.seconds:.1f} s",
+            )
+
+
+def _clocks(profile: Profile) -> Iterator[Advice]:
+    worst = max(profile.points, key=lambda point: point.transition.variation)
+    variation = worst.transition.variation
+    if profile.subject.kind == "causal" or variation <= VARIATION:  # chunks differ by design
+        return
+    moved = [
+        f"{series.name} {min(values):.0f} to {max(values):.0f} {series.unit}"
+        for series in profile.conditions.series
+        if series.unit == "MHz"
+        for values in [[value for _, value in series.samples]]
+        if max(values) > (1 + CLOCK_SPREAD) * min(values)
+    ]
+    measured = f"{worst.shape}: coefficient of variation {100 * variation:.1f} % (limit {100 * VARIATION:g} %)"
+    if moved:
+        yield Advice(
+            kind="clocks not locked",
+            weight="hint",
+            text="Times vary with the clocks. For numbers to compare, lock them: nvidia-smi --lock-gpu-clocks=MHZ on a card, "
+            "jetson_clocks on a Jetson, the performance governor on a processor (cpupower frequency-set -g performance).",
+            measurement=f"{measured}; {', '.join(moved)}",
+        )
+        return
+    yield Advice(
+        kind="times vary",
+        weight="hint",
+        text="Times vary and no clock was seen to move: look for other load, and trust the median and its interval, not single runs.",
+        measurement=measured,
+    )
+
+
+def _governor(profile: Profile) -> Iterator[Advice]:
+    governor = profile.machine.get("governor")
+    if governor not in (None, "performance") and profile.subject.provider == "cpu":
+        yield Advice(
+            kind="clocks not locked",
+            weight="hint",
+            text="The processor's clock follows its load. cpupower frequency-set -g performance holds it up.",
+            measurement=f"governor {governor}",
+        )
+    mode = (profile.machine.get("jetson") or {}).get("power_mode", "MAXN")
+    if not str(mode).startswith(("MAXN", "unknown")):
+        yield Advice(
+            kind="power mode",
+            weight="hint",
+            text="The Jetson is held to a power budget. nvpmodel -m 0 takes it away, if the board may take the heat.",
+            measurement=f"nvpmodel says {mode}",
+        )
+
+
+def _launches(profile: Profile) -> Iterator[Advice]:
+    for point in profile.points:
+        if point.enqueue is not None and point.enqueue.median > LAUNCH_SHARE * point.transition.median:
+            yield Advice(
+                kind="launch-bound",
+                weight="hint",
+                text="The GPU waits for the processor to hand it work. Let CUDA graphs be captured (weight streaming prevents it), "
+                "make more at once, or use a faster core.",
+                measurement=f"{point.shape}: {_ms(point.enqueue.median)} of {_ms(point.transition.median)} go into launching",
+            )
+
+
+def _roof(profile: Profile) -> Iterator[Advice]:
+    for point in profile.points:
+        roof = point.roofline
+        if roof is None or roof.efficiency is None or profile.ceilings is None:
+            continue
+        measured = (
+            f"{point.shape}: {_ms(point.transition.median)} where {profile.ceilings.name} allows {_ms(roof.bound)} "
+            f"({_ms(roof.compute_seconds)} of products, {_ms(roof.memory_seconds)} of memory traffic)"
+        )
+        if roof.memory_seconds > roof.compute_seconds:
+            yield Advice(
+                kind="memory-bound",
+                weight="hint",
+                text="Reading the weights takes longer than multiplying by them. Fewer bytes help (int8, fp8), and so does more "
+                "work for each read: larger chunks, more frames. A faster processor would not.",
+                measurement=measured,
+            )
+        elif roof.efficiency >= LOW_EFFICIENCY:
+            yield Advice(
+                kind="compute-bound",
+                weight="note",
+                text="The products decide. Fewer steps, a smaller shape or a narrower type make it faster; little else can.",
+                measurement=f"{measured}: {100 * roof.efficiency:.0f} % of what is possible",
+            )
+        if roof.efficiency < LOW_EFFICIENCY:
+            yield Advice(
+                kind="far from the ceiling",
+                weight="hint",
+                text="Something else than products and weights takes the time: see the table of layers, and try another backend "
+                "(anyflow-build) or a larger shape.",
+                measurement=f"{measured}: {100 * roof.efficiency:.0f} % of what is possible",
+            )
+
+
+_PRODUCT_WORDS = ("MatMul", "Gemm", "Attention", "Conv", "gemm", "mha", "matmul", "CaskGemm", "kgen_mha")
+
+
+def _small_operators(profile: Profile) -> Iterator[Advice]:
+    for layers in profile.layers:
+        others = [row for row in layers.by_operator if not any(word in row.operator for word in _PRODUCT_WORDS)]
+        share = sum(row.share for row in others)
+        if share > SMALL_OPERATORS:
+            names = ", ".join(f"{row.operator} {100 * row.share:.0f} %" for row in others[:4])
+            yield Advice(
+                kind="many small operators",
+                weight="hint",
+                text="Much of a transition goes into operators that only move numbers. Compiled engines fuse them: try anyflow-build "
+                "--backend aotinductor (or tensorrt on a GPU). In small models and shapes it is always so.",
+                measurement=f"{layers.shape}: {100 * share:.0f} % outside of products and attention ({names})",
+            )
+
+
+def _stages(profile: Profile) -> Iterator[Advice]:
+    for row in profile.end_to_end:
+        for name, seconds in row.seconds.items():
+            if name != "transformer" and seconds > STAGE_SHARE * row.total:
+                yield Advice(
+                    kind=f"the {name} decides",
+                    weight="hint",
+                    text="A faster transformer will not help much here: "
+                    + ("keep embeddings of prompts that come again (--save-prompt-embeds)." if "text" in name else
+                       "decode on the GPU, or smaller; with a causal model, chunk by chunk while the next one is made."),
+                    measurement=f"{row.shape} at {row.steps} steps: {name} {_ms(seconds)} of {_ms(row.total)}",
+                )  # fmt: skip
+                break
+        else:
+            continue
+        return  # once is enough: at the first number of steps it is largest
+
+
+def _real_time(profile: Profile) -> Iterator[Advice]:
+    for point in profile.points:
+        fast = [clip.steps for clip in point.clips if clip.real_time_factor >= 1]
+        if point.chunks:
+            fast = [chunks.steps for chunks in point.chunks if chunks.worst_real_time_factor >= 1]
+        factors = ", ".join(f"{clip.steps} steps {clip.real_time_factor:.3g}" for clip in point.clips)
+        text = (
+            f"Frames are made faster than they play with up to {max(fast)} steps (latents; the VAE comes on top)."
+            if fast
+            else "Frames are made slower than they play at every number of steps that was tried."
+        )
+        yield Advice(kind="real time", weight="note", text=text, measurement=f"{point.shape}: real-time factor {factors}")
+
+
+def _tails(profile: Profile) -> Iterator[Advice]:
+    few = [point for point in profile.points if point.transition.count < TAIL_SAMPLES]
+    if few:
+        counts = ", ".join(f"{point.shape} {_count(point)}" for point in few)
+        yield Advice(
+            kind="short tail",
+            weight="note",
+            text=f"With fewer than {TAIL_SAMPLES} transitions the 99th percentile is about the slowest one. For a service level, "
+            "measure longer (--seconds).",
+            measurement=counts,
+        )
+
+
+RULES: tuple[Callable[[Profile], Iterator[Advice]], ...] = (
+    _throttled, _drifting, _busy, _unsteady, _clocks, _governor, _launches, _roof, _small_operators, _stages, _real_time, _tails,
+)  # fmt: skip
+
+
+def _count(point: Point) -> str:
+    return f"{point.transition.count} transitions"
+
+
+def _percent(change: float) -> str:
+    return f"{100 * (1 + change):.0f} %"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

@@ -1,0 +1,84 @@
+"""Where a transition's time goes, layer by layer, from the runtime's own profiler.
+
+The profiler slows a run down and is never on while times are taken: it watches a few transitions of its own, and the record
+says by how much they were slower. Rows carry what the layer computed and moved where its shapes tell, so that each can be
+held against the ceilings. `blocks.7.ffn.net.2/Gemm` is, by part, `ffn.net.2`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from anyflow_deploy.engines.layer_times import Timed
+from anyflow_deploy.profiling.record import Layer
+
+_BLOCK = re.compile(r"^blocks\.\d+\.?")
+
+
+def rows(timed: Iterable[Timed], transitions: int) -> list[Layer]:
+    """As the record has them, slowest first: per transition."""
+    return _shared(
+        Layer(
+            name=row.name,
+            operator=row.operator,
+            seconds=row.seconds / transitions,
+            share=0.0,
+            calls=round(row.calls / transitions),
+            operations=row.operations * row.calls / transitions,
+            bytes=row.bytes * row.calls / transitions,
+            module=row.module,
+        )
+        for row in timed
+    )
+
+
+def by_operator(layers: Iterable[Layer]) -> list[Layer]:
+    """Added up by operator."""
+    return _grouped(layers, lambda layer: layer.operator)
+
+
+def by_part(layers: Iterable[Layer]) -> list[Layer]:
+    """Added up over the blocks, by the part of the network."""
+    return _grouped(layers, lambda layer: part(layer.module or layer.name))
+
+
+def part(name: str) -> str:
+    """`blocks.3.attn1.to_q/Gemm` as `attn1.to_q`; what has no module's name is "other"."""
+    stem = name.split(" + ")[0]
+    inside = _BLOCK.match(stem)
+    words = stem[inside.end() :] if inside else stem
+    if "/" not in words:
+        return "other" if not inside else re.sub(r"\W.*|_?\d+$", "", words) or "blocks"
+    module = words.split("/")[0]
+    if not module:
+        return "blocks: modulation, norms"
+    return "other" if module.startswith("_") else module
+
+
+def _grouped(layers: Iterable[Layer], key: Callable[[Layer], str]) -> list[Layer]:
+    groups: dict[str, Layer] = {}
+    for layer in layers:
+        name = key(layer)
+        old = groups.get(name)
+        if old is None:
+            groups[name] = layer.model_copy(update={"name": name})
+            continue
+        operator = old.operator if old.operator == layer.operator else "several"
+        groups[name] = Layer(
+            name=name,
+            operator=operator,
+            seconds=old.seconds + layer.seconds,
+            share=0.0,
+            calls=old.calls + layer.calls,
+            operations=old.operations + layer.operations,
+            bytes=old.bytes + layer.bytes,
+        )
+    return _shared(groups.values())
+
+
+def _shared(layers: Iterable[Layer]) -> list[Layer]:
+    """With each one's share, slowest first."""
+    found = sorted(layers, key=lambda layer: -layer.seconds)
+    total = sum(layer.seconds for layer in found) or 1.0
+    return [layer.model_copy(update={"share": layer.seconds / total}) for layer in found]

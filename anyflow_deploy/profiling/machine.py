@@ -1,0 +1,147 @@
+"""What identifies the machine, and what may disturb a measurement on it: clocks, governors, power modes, other load.
+
+Everything is read from files of the kernel, under a root that tests replace. What is not there is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from anyflow_deploy.profiling.memory import own_cpu_seconds
+from anyflow_deploy.profiling.nvml import Gpu
+
+PACKAGES = ("anyflow-deploy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "torch-tensorrt", "diffusers", "numpy")
+
+
+def described(gpu: Gpu | None, root: Path = Path("/")) -> dict[str, Any]:
+    """For the record: processor, memory, governor, power mode, GPU, versions."""
+    cpuinfo = _text(root / "proc/cpuinfo")
+    name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    total = re.search(r"^MemTotal:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    found: dict[str, Any] = {
+        "cpu": name[1].strip() if name else platform.machine(),
+        "cores": cores(),
+        "memory_bytes": int(total[1]) * 1024 if total else None,
+        "virtual": "hypervisor" in cpuinfo,
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": versions(),
+        "governor": governor(root),
+        "jetson": jetson(root),
+        "gpu": None if gpu is None else gpu.described(),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Of what is installed and takes part."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def governor(root: Path = Path("/")) -> str | None:
+    """How the kernel chooses the processor's clock: "performance" keeps it up."""
+    return _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None
+
+
+def jetson(root: Path = Path("/")) -> dict[str, str] | None:
+    """Model and power mode of a Jetson (`nvpmodel -q`); None elsewhere."""
+    model = _text(root / "proc/device-tree/model").strip("\0 ")
+    if not re.search(r"jetson|tegra", model, re.IGNORECASE):
+        return None
+    mode = re.search(r"NV Power Mode:\s*(\S+)", _told(["nvpmodel", "-q"]))
+    return {"model": model, "power_mode": mode[1] if mode else "unknown (nvpmodel -q said nothing)"}
+
+
+def cpu_clock(root: Path = Path("/")) -> Callable[[], float | None]:
+    """Reads the mean clock of all cores, MHz; None where the kernel does not say."""
+    files = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
+
+    def read() -> float | None:
+        try:
+            if files:
+                return sum(int(file.read_text()) for file in files) / len(files) / 1000
+            rows = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text(root / "proc/cpuinfo"), re.MULTILINE)
+        except (OSError, ValueError):
+            return None
+        return sum(map(float, rows)) / len(rows) if rows else None
+
+    return read
+
+
+def cpu_temperature(root: Path = Path("/")) -> Callable[[], float | None] | None:
+    """Reads the hottest thermal zone, degrees Celsius; None without zones."""
+    files = sorted((root / "sys/class/thermal").glob("thermal_zone*/temp"))
+
+    def read() -> float | None:
+        values = [int(text) / 1000 for file in files if (text := _text(file)).lstrip("-").isdecimal()]
+        return max(values, default=None)
+
+    return read if files else None
+
+
+def throttle_counts(root: Path = Path("/")) -> dict[str, int]:
+    """How often the hardware has slowed down so far: Intel's thermal counters, a Jetson's over-current events."""
+    found: dict[str, int] = {}
+    for file in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count")):
+        key = f"processor temperature ({file.name.removesuffix('_throttle_count')})"
+        found[key] = found.get(key, 0) + int(_text(file) or 0)
+    for file in sorted((root / "sys/class/hwmon").glob("hwmon*/oc*_event_cnt")):
+        found[f"over-current {file.name.removesuffix('_event_cnt')}"] = int(_text(file) or 0)
+    return found
+
+
+class OtherLoad:
+    """How many cores others keep busy, from its making on: the kernel's busy time less this process's own."""
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._busy, self._own, self._wall = _busy_seconds(root), own_cpu_seconds(), time.perf_counter()
+
+    def cores(self) -> float | None:
+        """On average since then; None where the kernel does not say."""
+        busy, seconds = _busy_seconds(self._root), time.perf_counter() - self._wall
+        if busy is None or self._busy is None or seconds <= 0:
+            return None
+        return max(0.0, (busy - self._busy - (own_cpu_seconds() - self._own)) / seconds)
+
+
+def _busy_seconds(root: Path) -> float | None:
+    """User, nice, system, interrupts and stolen time of all cores; idle and waiting left out."""
+    found = re.match(r"cpu\s+([\d ]+)", _text(root / "proc/stat"))
+    if found is None:
+        return None
+    user, nice, system, _idle, _wait, irq, soft, steal, *_ = [int(n) for n in found[1].split()] + [0] * 8
+    return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _told(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""

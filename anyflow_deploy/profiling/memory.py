@@ -1,0 +1,102 @@
+"""Peaks of memory: of this process by the kernel, of the GPU by NVML or CUDA. Apart, and never added up.
+
+Linux keeps a process's highest resident size and forgets it on request (/proc/self/clear_refs), so each stage has a peak of
+its own. Where it does not forget (some containers), the peak is that of the process so far, and the record says so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from anyflow_deploy.profiling.nvml import Gpu
+from anyflow_deploy.profiling.record import Memory
+
+Used = Callable[[], float | None]
+
+
+def resident(word: str = "VmRSS", status: Path = Path("/proc/self/status")) -> int:
+    """Bytes by the kernel's count: "VmRSS" now, "VmHWM" at the peak; 0 where there is no /proc."""
+    try:
+        found = re.search(rf"^{word}:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+class Peak:
+    """Memory from now on.
+
+    Args:
+        gpu_used: bytes on the device now, where there is one.
+        unified: processor and GPU share one memory.
+    """
+
+    def __init__(self, gpu_used: Used | None = None, unified: bool = False) -> None:
+        self._used, self._unified = gpu_used, unified
+        self._before = resident()
+        self._gpu_before = self._gpu()
+        self._loaded, self._gpu_loaded = self._before, self._gpu_before
+        self._forgotten = _forget()
+
+    def loaded(self) -> None:
+        """Call it when what is measured is loaded."""
+        self._loaded, self._gpu_loaded = resident(), self._gpu()
+        self._forgotten = _forget()
+
+    def record(self, gpu_peak: float | None = None) -> Memory:
+        """What was reached.
+
+        Args:
+            gpu_peak: the most that was sampled meanwhile.
+        """
+        now = self._gpu()
+        candidates = [value for value in (gpu_peak, now) if value is not None]
+        cpu = "VmHWM" if self._forgotten else "VmHWM since the process began (it could not be reset)"
+        return Memory(
+            cpu_before=self._before,
+            cpu_loaded=self._loaded,
+            cpu_peak=resident("VmHWM"),
+            gpu_loaded=None if self._gpu_loaded is None else int(self._gpu_loaded),
+            gpu_peak=int(max(candidates)) if candidates else None,
+            unified=self._unified,
+            method=f"CPU: {cpu}; GPU: {'sampled' if self._used is not None else 'none in use'}",
+        )
+
+    def _gpu(self) -> float | None:
+        return None if self._used is None else self._used()
+
+
+def _forget() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def gpu_used(gpu: Gpu | None, device: int) -> Used | None:
+    """How to read the device's memory: this process's share by NVML, else all that is taken, else CUDA's own count."""
+    if gpu is not None and gpu.memory() != (None, None):
+        return lambda: next((float(size) for size in gpu.memory() if size is not None), None)
+    try:
+        from cuda.bindings import runtime as cuda
+    except ImportError:
+        return None
+    code, *_ = cuda.cudaSetDevice(device)
+    if int(code):
+        return None
+
+    def taken() -> float | None:
+        code, free, total = cuda.cudaMemGetInfo()
+        return None if int(code) else float(total - free)
+
+    return taken
+
+
+def own_cpu_seconds() -> float:
+    """Processor time that this process has used."""
+    times = os.times()
+    return times.user + times.system

@@ -1,0 +1,156 @@
+"""How much a transition computes and reads, from the architecture alone: the numerators of a roofline.
+
+Counted are the matrix products, two operations for each multiplication with addition, since nothing else costs a processor
+with matrix units as much; `tests/test_profile.py` holds the count equal to the one in the exported graphs. Bytes are those that
+no engine can avoid: every weight once, the cache once, the state in and out. Activations may stay on the chip, so they are
+not among them, and the bound stays a bound.
+
+Legend: N tokens of a step, M cached tokens, L text tokens, D channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from anyflow_deploy.engines.cache import CachePlan
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.parameters import counts, quantized_channels
+from anyflow_deploy.precision import EIGHT_BIT, PRECISIONS
+
+
+@dataclass(frozen=True)
+class Types:
+    """What a precision computes its products in.
+
+    Attributes:
+        linear: the blocks' linear layers.
+        attention: both products of every attention.
+        base: everything else that is not float32.
+    """
+
+    linear: str
+    attention: str
+    base: str
+
+
+def types_of(precision: str, base: str, attention: str = "high") -> Types:
+    """Of a bundle: `attention` is the manifest's, "high" or "fp8"."""
+    linear = precision if precision in EIGHT_BIT else base
+    return Types(linear, base if attention == "high" else attention, base)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations by type, and bytes that have to move."""
+
+    operations: dict[str, float]
+    bytes: float
+
+    def __add__(self, other: Work) -> Work:
+        kinds = sorted({*self.operations, *other.operations})
+        merged = {kind: self.operations.get(kind, 0.0) + other.operations.get(kind, 0.0) for kind in kinds}
+        return Work(merged, self.bytes + other.bytes)
+
+    def times(self, count: int) -> Work:
+        """The same, so many times."""
+        return Work({kind: count * value for kind, value in self.operations.items()}, count * self.bytes)
+
+
+def transition_work(
+    a: Architecture, types: Types, shape: tuple[int, int, int], text: int, past: int = 0, with_text: bool = True
+) -> Work:
+    """One transition of one video.
+
+    Args:
+        a: the architecture.
+        types: what the products run in.
+        shape: latent frames, rows, columns of the step.
+        text: L.
+        past: M, of a causal model.
+        with_text: the text's keys and values are made, too; a causal model makes them once per video (`text_work`).
+    """
+    frames, height, width = shape
+    tokens, d = _tokens(a, shape), a.inner_dim
+    linear = 2 * tokens * a.num_layers * (6 * d * d + 2 * d * a.ffn_dim)  # q, k, v, out; the text's query and out; feed-forward
+    attention = 4 * tokens * d * a.num_layers * (tokens + past + text)
+    patch, pixels = math.prod(a.patch_size), math.prod(a.patch_size) * a.out_channels
+    wide = 2 * tokens * d * (a.in_channels * patch + pixels) + _times_operations(a, frames)
+    work = Work(_added((types.linear, linear), (types.attention, attention), ("fp32", wide)), 0.0)
+    state = 4 * 3 * a.in_channels * frames * height * width  # z_t in, z_r and the velocity out
+    cache = 2 * a.num_layers * past * d * PRECISIONS[types.base].bytes
+    moved = Work({}, weight_bytes(a, types, with_text) + state + cache)
+    return work + moved + (text_work(a, types, text) if with_text else Work({}, 0.0))
+
+
+def text_work(a: Architecture, types: Types, text: int) -> Work:
+    """The text's projection, and its keys and values in every layer."""
+    d = a.inner_dim
+    projection = 2 * text * (a.text_dim * d + d * d)
+    return Work(_added((types.linear, 2 * text * a.num_layers * 2 * d * d), (types.base, projection)), 4.0 * text * a.text_dim)
+
+
+def remember_work(a: Architecture, types: Types, tokens: int, past: int, text: int) -> Work:
+    """Keys and values of a clean chunk in all layers: everything up to the last layer's projections."""
+    d, layers = a.inner_dim, a.num_layers - 1
+    linear = 2 * tokens * (layers * (6 * d * d + 2 * d * a.ffn_dim) + 2 * d * d)
+    attention = 4 * tokens * d * layers * (tokens + past + text)
+    return Work(_added((types.linear, linear), (types.attention, attention)), weight_bytes(a, types, False))
+
+
+def stream_work(a: Architecture, types: Types, plan: CachePlan, sides: tuple[int, int], steps: int) -> list[Work]:
+    """Every chunk of a causal video: its transitions, and what is remembered of the chunk before it."""
+    result = []
+    for index, frames in enumerate(plan.chunks):
+        past = sum(plan.cached_tokens(index))
+        work = transition_work(a, types, (frames, *sides), plan.text_tokens, past, with_text=False).times(steps)
+        if index == 0:
+            work = work + text_work(a, types, plan.text_tokens)
+        else:
+            work = work + _remembered(a, types, plan, index - 1)
+        result.append(work)
+    return result
+
+
+def _remembered(a: Architecture, types: Types, plan: CachePlan, chunk: int) -> Work:
+    """What follows a chunk: it enters in full; where one falls out of the recent ones it is compressed, and all of them again."""
+    work = Work({}, 0.0)
+    compressed = plan.compressed_tokens * sum(plan.chunks[c] for c in plan.kept(chunk + 1))
+    if chunk < plan.recent:
+        before = plan.full_tokens * sum(plan.chunks[:chunk])
+        return remember_work(a, types, plan.full_tokens * plan.chunks[chunk], before, plan.text_tokens)
+    old = chunk - plan.recent
+    tokens = plan.compressed_tokens * plan.chunks[old]
+    work = work + remember_work(a, types, tokens, compressed - tokens, plan.text_tokens)
+    filled = compressed
+    for recent in range(old + 1, chunk + 1):
+        tokens = plan.full_tokens * plan.chunks[recent]
+        work = work + remember_work(a, types, tokens, filled, plan.text_tokens)
+        filled += tokens
+    return work
+
+
+def weight_bytes(a: Architecture, types: Types, with_text: bool = True) -> float:
+    """All weights once, in the types they are stored in; without those of the text's keys and values if asked."""
+    number = counts(a)
+    base, large = PRECISIONS[types.base].bytes, PRECISIONS[types.linear].bytes
+    scales = 4 * quantized_channels(a) if types.linear in EIGHT_BIT else 0
+    whole = large * number["blocks"] + base * number["base"] + 4 * number["float32"] + scales
+    return float(whole if with_text else whole - large * a.num_layers * 2 * a.inner_dim**2 - base * a.text_dim * a.inner_dim)
+
+
+def _tokens(a: Architecture, shape: tuple[int, int, int]) -> int:
+    return shape[0] * (shape[1] // a.patch_size[1]) * (shape[2] // a.patch_size[2])
+
+
+def _times_operations(a: Architecture, frames: int) -> int:
+    """Two time embeddings of two layers each, and their projection to six modulations."""
+    d = a.inner_dim
+    return 2 * frames * (2 * (a.freq_dim * d + d * d) + d * 6 * d)
+
+
+def _added(*rows: tuple[str, float]) -> dict[str, float]:
+    result: dict[str, float] = {}
+    for kind, value in rows:
+        result[kind] = result.get(kind, 0.0) + value
+    return result

@@ -1,0 +1,133 @@
+"""Where power can be read: NVIDIA's library, a Jetson's INA3221 monitors, Intel's and AMD's RAPL counters.
+
+A source gives watts, or counts joules. Those that count are read as they are (nothing is missed between two samples); those
+that give watts are integrated by the trapezoidal rule over what the sampling thread saw. Each is listed with what it covers:
+a rail of a Jetson's board, a processor package, a graphics card. They are never added up here, since they may overlap.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from anyflow_deploy.profiling.absence import AbsentError
+from anyflow_deploy.profiling.nvml import Gpu
+
+Kind = Literal["gpu", "cpu", "memory", "board"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place where power is read.
+
+    Attributes:
+        name: as its driver calls it.
+        kind: what it covers.
+        method: how it is read, in words.
+        watts: power now; None for a source that counts.
+        joules: energy since some moment; None for one that gives watts.
+        wraps: the counter starts again at this many joules.
+    """
+
+    name: str
+    kind: Kind
+    method: str
+    watts: Callable[[], float] | None = None
+    joules: Callable[[], float] | None = None
+    wraps: float | None = None
+
+
+def sources(gpu: Gpu | None, root: Path = Path("/")) -> tuple[list[Source], dict[str, str]]:
+    """All that can be read here, and the reasons why others cannot, by name."""
+    found: list[Source] = []
+    absent: dict[str, str] = {}
+    for name, ways in (("NVML", lambda: nvml(gpu)), ("INA3221", lambda: ina3221(root)), ("RAPL", lambda: rapl(root))):
+        try:
+            found += ways()
+        except AbsentError as error:
+            absent[name] = str(error)
+    return found, absent
+
+
+def nvml(gpu: Gpu | None) -> list[Source]:
+    """A graphics card as a whole."""
+    if gpu is None:
+        raise AbsentError("no GPU that NVML knows is in use")
+    name = f"NVML {gpu.name}"
+    if gpu.joules() is not None:
+        return [Source(name, "gpu", "NVML's energy counter", joules=lambda: _given(gpu.joules()))]
+    if gpu.watts() is not None:
+        return [Source(name, "gpu", "NVML's power, sampled and integrated", watts=lambda: _given(gpu.watts()))]
+    raise AbsentError(f"NVML gives no power for {gpu.name} (a Jetson's is on its INA3221 rails)")
+
+
+def _given(value: float | None) -> float:
+    """A reading, or an error that the sampler passes over."""
+    if value is None:
+        raise OSError("no reading")
+    return value
+
+
+_GPU_RAILS, _CPU_RAILS, _MEMORY_RAILS = re.compile(r"GPU"), re.compile(r"CPU"), re.compile(r"VDDQ|DDR")
+
+
+def ina3221(root: Path = Path("/")) -> list[Source]:
+    """A Jetson's power rails: `inN_input` in millivolts times `currN_input` in milliamperes, named by `inN_label`."""
+    monitors = [folder for folder in sorted((root / "sys/class/hwmon").glob("hwmon*")) if _text(folder / "name") == "ina3221"]
+    if not monitors:
+        raise AbsentError("no INA3221 power monitor under /sys/class/hwmon (Jetsons have them)")
+    rails = [rail for folder in monitors for rail in _rails(folder)]
+    if not rails:
+        raise AbsentError(f"{monitors[0]} names no rail that has both voltage and current")
+    return rails
+
+
+def _rails(folder: Path) -> Iterator[Source]:
+    for label in sorted(folder.glob("in*_label")):
+        number = label.name.removeprefix("in").removesuffix("_label")
+        volts, amperes, name = folder / f"in{number}_input", folder / f"curr{number}_input", _text(label)
+        if not (name and volts.is_file() and amperes.is_file()) or name.lower().startswith(("nc", "sum")):
+            continue
+        patterns: tuple[tuple[Kind, re.Pattern[str]], ...] = (("memory", _MEMORY_RAILS), ("gpu", _GPU_RAILS), ("cpu", _CPU_RAILS))
+        kind: Kind = next((kind for kind, pattern in patterns if pattern.search(name)), "board")
+        yield Source(name, kind, "INA3221 rail, sampled and integrated", watts=lambda v=volts, a=amperes: _rail_watts(v, a))  # type: ignore[misc]
+
+
+def _rail_watts(volts: Path, amperes: Path) -> float:
+    return int(volts.read_text()) * int(amperes.read_text()) * 1e-6
+
+
+def rapl(root: Path = Path("/")) -> list[Source]:
+    """Processor packages and their memory, by the kernel's powercap counters (microjoules)."""
+    folder = root / "sys/class/powercap"
+    zones = [zone for zone in sorted(folder.glob("intel-rapl:*")) if (zone / "name").is_file()]
+    if not zones:
+        raise AbsentError("the kernel offers no RAPL counters under /sys/class/powercap (virtual machines have none)")
+    found: list[Source] = []
+    for zone in zones:
+        name = _text(zone / "name") or zone.name
+        if not re.match(r"package|dram|psys", name):  # cores and uncore are inside the package
+            continue
+        counter = zone / "energy_uj"
+        try:
+            counter.read_text()
+        except OSError as error:
+            raise AbsentError(f"{counter} cannot be read ({error.strerror}): only root may, unless its mode is changed") from None
+        most = _text(zone / "max_energy_range_uj")
+        kind: Kind = "memory" if name.startswith("dram") else "board" if name.startswith("psys") else "cpu"
+        wraps = int(most) * 1e-6 if most else None
+        read = lambda c=counter: int(c.read_text()) * 1e-6  # noqa: E731 - bound to this zone
+        found.append(Source(f"RAPL {name}", kind, "RAPL energy counter", joules=read, wraps=wraps))
+    if not found:
+        raise AbsentError("the kernel's powercap zones hold no package, memory or platform counter")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""

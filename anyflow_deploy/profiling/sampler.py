@@ -1,0 +1,148 @@
+"""A thread that reads power, clocks, temperatures and memory while others work.
+
+Everything is kept with the time it was read, by the clock that times the work, so that energy can afterwards be cut to the
+spans that counted: by interpolation in a counter, by the trapezoidal rule over watts.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+
+import numpy as np
+
+from anyflow_deploy.profiling.measure import clock
+from anyflow_deploy.profiling.power import Source
+from anyflow_deploy.profiling.record import Power, Series
+
+INTERVAL = 0.05
+"""Seconds between two readings. NVML's own average changes every 25 to 100 ms, an INA3221's conversion takes less."""
+
+Read = Callable[[], float | None]
+Span = tuple[float, float]
+
+
+class Sampler:
+    """Use it as a context manager around the work.
+
+    Args:
+        powers: energy sources.
+        reads: anything else that is a number, by name; a reading may be None.
+        flags: gives the words that hold now, such as reasons for throttling.
+        interval: seconds.
+    """
+
+    def __init__(
+        self,
+        powers: Sequence[Source] = (),
+        reads: Mapping[str, Read] | None = None,
+        flags: Callable[[], list[str]] = list,
+        interval: float = INTERVAL,
+    ) -> None:
+        self._powers, self._reads, self._flags, self._interval = list(powers), dict(reads or {}), flags, interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="anyflow-profile", daemon=True)
+        self._watts: dict[str, list[tuple[float, float]]] = {source.name: [] for source in self._powers}
+        self._values: dict[str, list[tuple[float, float]]] = {name: [] for name in self._reads}
+        self._raised: list[list[str]] = []
+        self.began = clock()
+
+    def __enter__(self) -> Sampler:
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self._interval):
+            self._sample()
+
+    def _sample(self) -> None:
+        for source in self._powers:
+            read = source.watts or source.joules
+            try:
+                assert read is not None
+                self._watts[source.name].append((clock(), read()))
+            except (OSError, ValueError):  # a reading that failed; the next one may not
+                continue
+        for name, ask in self._reads.items():
+            value = ask()
+            if value is not None:
+                self._values[name].append((clock(), value))
+        self._raised.append(self._flags())
+
+    def joules(self, name: str, spans: Sequence[Span]) -> float:
+        """Energy of a source in these spans together."""
+        source = next(source for source in self._powers if source.name == name)
+        counted = _counter(source, self._watts[name])
+        return sum(_at(counted, end) - _at(counted, begin) for begin, end in spans)
+
+    def power(self, name: str, idle: Span, busy: Span) -> Power | None:
+        """A source over the whole run; None when it could not be read twice."""
+        source = next(source for source in self._powers if source.name == name)
+        rows = self._watts[name]
+        counted = _counter(source, rows)
+        if len(counted) < 2:
+            return None
+        watts = [(time, value) for time, value in (rows if source.watts else _slopes(counted)) if busy[0] <= time <= busy[1]]
+        joules, seconds = self.joules(name, [busy]), busy[1] - busy[0]
+        resting = self.joules(name, [idle]) / (idle[1] - idle[0]) if idle[1] > idle[0] else None
+        return Power(
+            name=name,
+            kind=source.kind,
+            method=source.method,
+            idle_watts=resting,
+            mean_watts=joules / seconds,
+            peak_watts=max((value for _, value in watts), default=joules / seconds),
+            joules=joules,
+            samples=[(round(time - busy[0], 3), round(value, 3)) for time, value in watts],
+        )
+
+    def series(self, units: Mapping[str, str], start: float) -> list[Series]:
+        """Everything that `reads` gave, from `start` on."""
+        return [
+            Series(name=name, unit=units.get(name, ""), samples=[(round(t - start, 3), v) for t, v in rows if t >= start])
+            for name, rows in self._values.items()
+            if any(t >= start for t, _ in rows)
+        ]
+
+    def most(self, name: str) -> float | None:
+        """The largest value of a reading."""
+        return max((value for _, value in self._values.get(name, [])), default=None)
+
+    def shares(self) -> dict[str, float]:
+        """How often each flag was up, as a share of the samples."""
+        words = {word for row in self._raised for word in row}
+        return {word: sum(word in row for row in self._raised) / len(self._raised) for word in sorted(words)}
+
+
+def _counter(source: Source, rows: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Joules by time, growing: a counter with its wraps undone, or watts integrated."""
+    total, result = 0.0, rows[:1] and [(rows[0][0], 0.0)]
+    for (before, first), (now, second) in zip(rows, rows[1:], strict=False):
+        if source.watts is not None:
+            total += (first + second) / 2 * (now - before)
+        elif second >= first or source.wraps is None:
+            total += max(second - first, 0.0)
+        else:
+            total += second + source.wraps - first
+        result.append((now, total))
+    return result
+
+
+def _slopes(counted: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Watts between the readings of a counter."""
+    pairs = zip(counted, counted[1:], strict=False)
+    return [((a + b) / 2, (second - first) / (b - a)) for (a, first), (b, second) in pairs if b > a]
+
+
+def _at(counted: list[tuple[float, float]], moment: float) -> float:
+    if not counted:
+        return 0.0
+    times, values = zip(*counted, strict=True)
+    return float(np.interp(moment, times, values))
