@@ -185,6 +185,7 @@ class Point(_Record):
         latents: (1, F, C, H, W).
         tokens: of a transition (causal: of the largest chunk).
         transition: every transition in every clip.
+        largest_transition: median of the one with the most tokens in it and in its cache; the others of a causal model are smaller.
         enqueue: until a transition was handed to the GPU, where the backend can tell.
         fixed_seconds: of a clip that do not depend on the number of steps, by a straight line through the medians.
     """
@@ -196,6 +197,7 @@ class Point(_Record):
     text_tokens: int
     warm_up: Warmup
     transition: Latency
+    largest_transition: float
     enqueue: Latency | None
     clips: list[Clip]
     fixed_seconds: float | None
@@ -245,6 +247,25 @@ class Layers(_Record):
     by_part: list[Layer]
 
 
+class Memory(_Record):
+    """Peaks; CPU and GPU apart, never added: on a Jetson they are the same chips.
+
+    Args:
+        cpu_loaded, cpu_peak: resident bytes of this process.
+        gpu_peak: bytes on the device; None without one.
+        unified: processor and GPU share one memory, and each counts what both use.
+        method: how each was read.
+    """
+
+    cpu_before: int
+    cpu_loaded: int
+    cpu_peak: int
+    gpu_loaded: int | None
+    gpu_peak: int | None
+    unified: bool
+    method: str
+
+
 class Stage(_Record):
     """Text encoder or VAE.
 
@@ -277,25 +298,6 @@ class EndToEnd(_Record):
     cold_start: float
     frames_per_second: float
     real_time_factor: float
-
-
-class Memory(_Record):
-    """Peaks; CPU and GPU apart, never added: on a Jetson they are the same chips.
-
-    Args:
-        cpu_loaded, cpu_peak: resident bytes of this process.
-        gpu_peak: bytes on the device; None without one.
-        unified: processor and GPU share one memory, and each counts what both use.
-        method: how each was read.
-    """
-
-    cpu_before: int
-    cpu_loaded: int
-    cpu_peak: int
-    gpu_loaded: int | None
-    gpu_peak: int | None
-    unified: bool
-    method: str
 
 
 class Power(_Record):

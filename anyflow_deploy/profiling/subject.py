@@ -32,6 +32,7 @@ class Video:
         text: random embeddings, (1, L, D).
         plan: of a causal model's chunks.
         frames: of the video.
+        fps: playback rate.
         shift: of the schedules.
     """
 
@@ -40,6 +41,7 @@ class Video:
     text: Array
     plan: CachePlan | None
     frames: int
+    fps: int
     shift: float
 
     def schedule(self, steps: int) -> Schedule:
@@ -81,7 +83,7 @@ def videos(manifest: Manifest, shapes: tuple[str, ...], window: int | None) -> l
         for frames in sorted(set(plan.chunks)) if plan else [shape.frames]:
             manifest.shape_ranges.check((1, frames, *latents[2:]), words)
         frames = (shape.frames - 1) * video.temporal_factor + 1
-        result.append(Video(shape, noise(latents, 0), noise(words, 1), plan, frames, manifest.schedule.shift))
+        result.append(Video(shape, noise(latents, 0), noise(words, 1), plan, frames, video.fps, manifest.schedule.shift))
     return result
 
 

@@ -1,0 +1,145 @@
+"""Two profiles side by side: what became slower, larger or hungrier, by how much, and whether that is more than chance.
+
+A latency is a regression when its median grew by more than the threshold *and* the intervals of the two medians do not
+overlap: with few or scattered samples the second keeps noise from being called a regression, and the table says "within noise".
+Sizes and energies have no interval; their threshold decides alone. What the older profile has and the newer lacks counts as a
+regression, too: a measurement that vanished must not pass for a good one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.profiling.record import Latency, Point, Profile
+
+Verdict = Literal["regression", "improvement", "within noise", "unchanged", "missing", "new"]
+
+TIME, MEMORY, ENERGY = 0.05, 0.05, 0.10
+"""Default thresholds. Energy is sampled, and scatters more."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """How much of the older value is too much more."""
+
+    time: float = TIME
+    memory: float = MEMORY
+    energy: float = ENERGY
+
+
+@dataclass(frozen=True)
+class Value:
+    """One number of a profile, with the interval it lies in where there is one."""
+
+    value: float
+    unit: Literal["s", "B", "J"]
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number in both.
+
+    Attributes:
+        change: new over old, less 1; None where one is missing.
+    """
+
+    name: str
+    old: Value | None
+    new: Value | None
+    change: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All rows, and what else is different: names with both values."""
+
+    rows: list[Row]
+    differences: dict[str, tuple[str, str]]
+
+    @property
+    def regressed(self) -> bool:
+        """Whether anything became worse, or vanished."""
+        return any(row.verdict in ("regression", "missing") for row in self.rows)
+
+
+def compared(old: Profile, new: Profile, thresholds: Thresholds) -> Comparison:
+    """Compare.
+
+    Raises:
+        AnyFlowError: they have nothing in common.
+    """
+    before, after = dict(_values(old)), dict(_values(new))
+    if not set(before) & set(after):
+        shapes = [", ".join(point.shape for point in profile.points) for profile in (old, new)]
+        raise AnyFlowError(
+            f"the profiles have no measurement in common: one is of {old.subject.model} at {shapes[0]}, the other of "
+            f"{new.subject.model} at {shapes[1]}. Profile the same --shapes and --steps."
+        )
+    names = [*before, *(name for name in after if name not in before)]
+    rows = [_row(name, before.get(name), after.get(name), thresholds) for name in names]
+    return Comparison(rows, dict(_differences(old, new)))
+
+
+def _row(name: str, old: Value | None, new: Value | None, thresholds: Thresholds) -> Row:
+    if old is None or new is None:
+        return Row(name, old, new, None, "new" if old is None else "missing")
+    change = new.value / old.value - 1 if old.value else 0.0
+    limit = {"s": thresholds.time, "B": thresholds.memory, "J": thresholds.energy}[new.unit]
+    if abs(change) <= limit:
+        verdict: Verdict = "unchanged"
+    elif old.interval and new.interval and old.interval[0] <= new.interval[1] and new.interval[0] <= old.interval[1]:
+        verdict = "within noise"
+    else:
+        verdict = "regression" if change > 0 else "improvement"
+    return Row(name, old, new, change, verdict)
+
+
+def _values(profile: Profile) -> Iterator[tuple[str, Value]]:
+    for point in profile.points:
+        yield from _of_point(point)
+    for stage in profile.stages:
+        yield stage.name, _latency(stage.latency)
+        yield f"{stage.name}, peak memory", Value(stage.memory.cpu_peak, "B")
+    yield "engine, peak CPU memory", Value(profile.memory.cpu_peak, "B")
+    if profile.memory.gpu_peak is not None:
+        yield "engine, peak GPU memory", Value(profile.memory.gpu_peak, "B")
+    yield "loading the engine", Value(profile.subject.load_seconds, "s", (0.0, 2 * profile.subject.load_seconds))
+
+
+def _of_point(point: Point) -> Iterator[tuple[str, Value]]:
+    yield f"{point.shape}, transition", _latency(point.transition)
+    if point.enqueue is not None:
+        yield f"{point.shape}, enqueue", _latency(point.enqueue)
+    for clip in point.clips:
+        yield f"{point.shape}, {clip.steps} steps", _latency(clip.latency)
+        for name, joules in clip.joules.items():
+            yield f"{point.shape}, {clip.steps} steps, energy of {name}", Value(joules, "J")
+    for chunks in point.chunks:
+        yield f"{point.shape}, {chunks.steps} steps, first chunk", _latency(chunks.first)
+        if chunks.later is not None:
+            yield f"{point.shape}, {chunks.steps} steps, later chunks", _latency(chunks.later)
+
+
+def _latency(latency: Latency) -> Value:
+    return Value(latency.median, "s", latency.interval)
+
+
+def _differences(old: Profile, new: Profile) -> Iterator[tuple[str, tuple[str, str]]]:
+    """What the two were not made of alike."""
+    for name in ("digest", "model", "precision", "engine", "provider", "threads"):
+        values = str(getattr(old.subject, name)), str(getattr(new.subject, name))
+        if values[0] != values[1]:
+            yield ("bundle" if name == "digest" else name), (values[0][:40], values[1][:40])
+    for name in sorted({*old.machine, *new.machine} - {"memory_bytes"}):
+        first, second = old.machine.get(name), new.machine.get(name)
+        if isinstance(first, dict) and isinstance(second, dict):
+            for key in sorted({*first, *second}):
+                if first.get(key) != second.get(key):
+                    yield f"{name} {key}", (str(first.get(key)), str(second.get(key)))
+        elif first != second:
+            yield name, (str(first), str(second))

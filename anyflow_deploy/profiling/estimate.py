@@ -1,0 +1,104 @@
+"""The bound for hardware one does not have: arithmetic on a data sheet, and labelled as that.
+
+No engine on that device can be faster than this. How much slower one will be is not known until it has run there; engines for
+large shapes reach a third to four fifths of the bound, and small shapes far less.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from anyflow_deploy.engines.cache import cache_plan, fitted_chunks
+from anyflow_deploy.fit import Shape, memory_of, needed
+from anyflow_deploy.models import FPS, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture
+from anyflow_deploy.profiling.operations import stream_work, transition_work, types_of
+from anyflow_deploy.profiling.record import Roofline
+from anyflow_deploy.profiling.roofline import ceilings_of_target, roofline
+from anyflow_deploy.targets import Target, check_precision
+
+LABEL = "a bound computed from a data sheet, not a measurement: nothing was run"
+
+
+class ClipBound(BaseModel):
+    """At least so long. Causal: `first_chunk`, and `slowest_chunk` of the later ones."""
+
+    model_config = ConfigDict(frozen=True)
+
+    steps: int
+    seconds: float
+    real_time_factor: float
+    first_chunk: float | None = None
+    slowest_chunk: float | None = None
+
+
+class Estimate(BaseModel):
+    """The bound of one shape."""
+
+    model_config = ConfigDict(frozen=True)
+
+    label: str = LABEL
+    model: str
+    precision: str
+    target: str
+    device: str
+    source: str
+    shape: str
+    tokens: int
+    transition: Roofline
+    bound_by: str
+    clips: list[ClipBound]
+    memory: dict[str, Any] = Field(description="bytes needed and available, by anyflow-fit's arithmetic")
+
+
+def estimated(
+    model: str, a: Architecture, precision: str, base: str, target: Target, shape: Shape, steps: tuple[int, ...],
+    window: int | None = None, attention: str = "high",
+) -> Estimate:  # fmt: skip
+    """The bound on a target.
+
+    Args:
+        model: its name, for the report.
+        a: its architecture.
+        precision, base, attention: of the bundle.
+        target: a row with numbers.
+        shape: of the video.
+        steps: numbers of steps.
+        window: of a causal cache.
+
+    Raises:
+        AnyFlowError: a target without numbers, or one that does not run the precision.
+    """
+    check_precision(target, precision)
+    ceilings, types = ceilings_of_target(target), types_of(precision, base, attention)
+    sides = (shape.height, shape.width)
+    frames = (shape.frames - 1) * TEMPORAL_FACTOR + 1
+    clips = []
+    if a.chunk_partition is None:
+        work = transition_work(a, types, (shape.frames, *sides), TEXT_TOKENS)
+        tokens = shape.tokens(a)
+        for count in steps:
+            seconds = roofline(work, ceilings, None).bound * count
+            clips.append(ClipBound(steps=count, seconds=seconds, real_time_factor=frames / seconds / FPS))
+    else:
+        plan = cache_plan(a, fitted_chunks(a.chunk_partition, shape.frames), *sides, window)
+        tokens = plan.full_tokens * max(plan.chunks)
+        work = transition_work(a, types, (max(plan.chunks), *sides), TEXT_TOKENS, plan.capacity, with_text=False)
+        for count in steps:
+            chunks = [roofline(chunk, ceilings, None).bound for chunk in stream_work(a, types, plan, sides, count)]
+            clips.append(
+                ClipBound(
+                    steps=count, seconds=sum(chunks), real_time_factor=frames / sum(chunks) / FPS, first_chunk=chunks[0],
+                    slowest_chunk=max(chunks[1:], default=None),
+                )  # fmt: skip
+            )
+    roof = roofline(work, ceilings, None)
+    need = needed(a, precision, target, shape, window)
+    return Estimate(
+        model=model, precision=precision, target=target.name, device=target.device, source=ceilings.source, shape=str(shape),
+        tokens=tokens, transition=roof, bound_by="memory" if roof.memory_seconds > roof.compute_seconds else "products",
+        clips=clips, memory={"needed": need.total, "available": memory_of(target), "fits": need.total <= memory_of(target)},
+    )  # fmt: skip
+
+

@@ -1,0 +1,292 @@
+"""A bundle becomes a `Profile`: the order of the measurements, and what each is given.
+
+First the engine, alone in the process, since its memory is measured: warm-up, then every number of steps in turn, for each
+shape, while a thread reads power and clocks. Then it is closed, and what disturbs or takes memory of its own follows: the
+runtime's profiler, the ceilings, text encoder and VAE.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyflow_deploy import __version__
+from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.engine_folder import find_engine
+from anyflow_deploy.engines.engine import BundleEngine
+from anyflow_deploy.engines.loading import ON_GPUS_ONLY, EngineOptions, load_engine
+from anyflow_deploy.parameters import counts
+from anyflow_deploy.profiling import layer_pass, machine, stages
+from anyflow_deploy.profiling.absence import AbsentError
+from anyflow_deploy.profiling.advice import advise
+from anyflow_deploy.profiling.end_to_end import end_to_end
+from anyflow_deploy.profiling.measure import Rules, clock, method
+from anyflow_deploy.profiling.memory import Peak, gpu_used
+from anyflow_deploy.profiling.nvml import Gpu
+from anyflow_deploy.profiling.operations import transition_work, types_of
+from anyflow_deploy.profiling.points import measured_point
+from anyflow_deploy.profiling.power import sources
+from anyflow_deploy.profiling.record import Ceilings, Conditions, Layers, Memory, Point, Power, Profile, Stage, Subject
+from anyflow_deploy.profiling.roofline import ceilings_of_target, measured_ceilings, roofline, target_from_gpu
+from anyflow_deploy.profiling.sampler import INTERVAL, Sampler
+from anyflow_deploy.profiling.subject import Video, videos
+from anyflow_deploy.profiling.watch import Watched
+from anyflow_deploy.progress import Report
+from anyflow_deploy.targets import Target
+
+IDLE = 0.5
+"""Seconds of doing nothing, engine loaded, for the power it takes to be there."""
+
+SKIPPABLE = ("layers", "ceilings", "text", "vae")
+"""Parts that can be left out."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to profile.
+
+    Attributes:
+        bundle: an opened bundle.
+        backend: a name in `loading.BACKENDS`.
+        engine: how it is to run.
+        shapes: as "480x832x81"; empty for the bundle's own.
+        steps: numbers of steps.
+        window: of a causal cache.
+        rules: how long.
+        target: row of the table to compare with; None for what is found here.
+        prompt, pipeline: for the text encoder and the VAE.
+        skip: of `SKIPPABLE`.
+    """
+
+    bundle: Bundle
+    backend: str
+    engine: EngineOptions
+    shapes: tuple[str, ...] = ()
+    steps: tuple[int, ...] = (1, 2, 4, 8)
+    window: int | None = None
+    rules: Rules = field(default_factory=Rules)
+    target: Target | None = None
+    prompt: str = "a red fox in the snow"
+    pipeline: str | None = None
+    skip: tuple[str, ...] = ()
+
+
+def provider_of(backend: str, provider: str | None) -> str:
+    """As `load_engine` chooses it."""
+    return provider or ("cuda" if backend in ON_GPUS_ONLY else "cpu")
+
+
+def profiled(request: Request, report: Report) -> Profile:
+    """Do it.
+
+    Raises:
+        AnyFlowError: shapes outside the ranges, or an engine that cannot run here; before anything is timed.
+    """
+    return _Profiler(request, report).profile()
+
+
+class _Profiler:
+    """One profile in the making."""
+
+    def __init__(self, request: Request, report: Report) -> None:
+        self._request, self._report = request, report
+        self._videos = videos(request.bundle.manifest, request.shapes, request.window)
+        self._absent: dict[str, str] = {name: "left out by --skip" for name in request.skip}
+        self._gpu = self._found_gpu()
+
+    def profile(self) -> Profile:
+        request = self._request
+        device = machine.described(self._gpu)
+        subject, points, memory, power, conditions = self._engine_alone()
+        ceilings = self._ceilings(points)
+        points = [self._with_roofline(point, video, ceilings) for point, video in zip(points, self._videos, strict=True)]
+        layers = self._layers(points)
+        made = self._stages()
+        fps = request.bundle.manifest.video.fps
+        profile = Profile(
+            created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            tool=f"anyflow-profile {__version__}",
+            subject=subject,
+            machine=device,
+            method=method(request.rules, INTERVAL),
+            points=points,
+            stages=made,
+            end_to_end=end_to_end(points, made, self._videos, subject.load_seconds, fps),
+            memory=memory,
+            power=power,
+            conditions=conditions,
+            ceilings=ceilings,
+            layers=layers,
+            advice=[],
+            absent=self._absent,
+        )
+        return profile.model_copy(update={"advice": advise(profile)})
+
+    def _found_gpu(self) -> Gpu | None:
+        if self._request.engine.provider != "cuda":
+            self._absent["GPU"] = "the engine runs on the processor"
+            return None
+        try:
+            return Gpu(self._request.engine.device)
+        except AbsentError as error:
+            self._absent["GPU clocks and power"] = str(error)
+            return None
+
+    def _engine_alone(self) -> tuple[Subject, list[Point], Memory, list[Power], Conditions]:
+        options = self._request.engine
+        on_gpu = options.provider == "cuda"
+        used = gpu_used(self._gpu, options.device) if on_gpu else None
+        peak, began = Peak(used, unified=machine.jetson() is not None), clock()
+        engine = self._opened()
+        loading = clock() - began
+        peak.loaded()
+        powers, absent = sources(self._gpu)
+        self._absent |= {f"power: {name}": reason for name, reason in absent.items()}
+        reads = _reads(self._gpu) | ({"GPU memory": used} if used is not None else {})
+        throttled_before, load = machine.throttle_counts(), machine.OtherLoad()
+        with closing(engine):
+            subject = self._subject(engine, loading)
+            with Sampler(powers, reads, self._gpu.throttled if self._gpu else list) as sampler:
+                idle_from = clock()
+                time.sleep(IDLE if powers else 0.0)
+                begin = clock()
+                watched = Watched(engine)
+                points = [
+                    measured_point(watched, video, self._request.steps, self._request.rules, sampler, powers, self._report)
+                    for video in self._videos
+                ]
+                end = clock()
+            memory = peak.record(sampler.most("GPU memory"))
+        rows = [sampler.power(source.name, (idle_from, begin), (begin, end)) for source in powers]
+        throttle = sampler.shares() | {
+            name: 1.0 for name, count in machine.throttle_counts().items() if count > throttled_before.get(name, count)
+        }
+        conditions = Conditions(other_load=load.cores(), throttle=throttle, series=sampler.series(_UNITS, begin))
+        if not conditions.series:
+            self._absent["clocks"] = "neither NVML nor the kernel (cpufreq, /proc/cpuinfo) gives any here"
+        return subject, points, memory, [row for row in rows if row is not None], conditions
+
+    def _opened(self) -> BundleEngine:
+        request, options = self._request, self._request.engine
+        return load_engine(
+            request.bundle, request.backend, options.provider, options.threads,
+            device=options.device, engine=options.engine, cuda_graphs=options.cuda_graphs,
+        )  # fmt: skip
+
+    def _subject(self, engine: BundleEngine, loading: float) -> Subject:
+        request, manifest = self._request, self._request.bundle.manifest
+        a = manifest.architecture
+        built = None
+        if request.backend != "onnxruntime":
+            built = find_engine(request.bundle, request.backend, request.engine.engine, verify=False).record.seconds
+        return Subject(
+            bundle=request.bundle.path.name,
+            digest=request.bundle.digest,
+            model=manifest.model,
+            kind=manifest.kind,
+            precision=manifest.precision,
+            base=manifest.base,
+            layers=a.num_layers,
+            parameters=sum(counts(a).values()),
+            engine=engine.description,
+            backend=request.backend,
+            provider=request.engine.provider,
+            threads=request.engine.threads,
+            load_seconds=loading,
+            build_seconds=built,
+        )
+
+    def _ceilings(self, points: list[Point]) -> Ceilings | None:
+        request = self._request
+        try:
+            if request.target is not None:
+                return ceilings_of_target(request.target)
+            if "ceilings" in request.skip:
+                return None
+            if request.engine.provider == "cpu":
+                with self._report.stage("what this processor can do"):
+                    return measured_ceilings(request.engine.threads, {request.bundle.manifest.precision, "fp32"})
+            name = self._gpu.name if self._gpu is not None else ""
+            found = target_from_gpu(name)
+            if found is None:
+                raise AbsentError(f"no row of the target table is called {name or 'like this GPU'!r}; choose one with --target")
+            return ceilings_of_target(found)
+        except AbsentError as error:
+            self._absent["ceilings"] = str(error)
+            return None
+
+    def _with_roofline(self, point: Point, video: Video, ceilings: Ceilings | None) -> Point:
+        if ceilings is None:
+            return point
+        manifest = self._request.bundle.manifest
+        quantization = manifest.quantization
+        types = types_of(manifest.precision, manifest.base, quantization.attention if quantization else "high")
+        a = manifest.architecture
+        # The samples of a causal model are of all chunks; held against the bound is the last chunk, alone.
+        work = transition_work(a, types, video.largest, video.text.shape[1], video.most_cached, with_text=video.plan is None)
+        median = point.transition.median if video.plan is None else point.largest_transition
+        try:
+            return point.model_copy(update={"roofline": roofline(work, _on_cpu(ceilings), median)})
+        except AbsentError as error:
+            self._absent["roofline"] = str(error)
+            return point
+
+    def _layers(self, points: list[Point]) -> list[Layers]:
+        if "layers" in self._request.skip:
+            return []
+        request = self._request
+        try:
+            with self._report.stage("layers"):
+                layers, enqueue = layer_pass.watched(request.bundle, request.backend, request.engine, self._videos[0], points[0])
+        except AbsentError as error:
+            self._absent["layers"] = str(error)
+            return []
+        if enqueue is not None:
+            points[0] = points[0].model_copy(update={"enqueue": enqueue})
+        return [layers]
+
+    def _stages(self) -> list[Stage]:
+        request, manifest = self._request, self._request.bundle.manifest
+        made: list[Stage] = []
+        for flag, part in (("text", stages.TEXT), ("vae", stages.VAE)):
+            if flag in request.skip:
+                continue
+            try:
+                folder = stages.pipeline_folder(manifest, request.pipeline, part)
+            except AbsentError as error:
+                self._absent[part] = str(error)
+                continue
+            with self._report.stage(part):
+                if part == stages.TEXT:
+                    made.append(stages.text_stage(folder, manifest, request.prompt, request.rules))
+                else:
+                    made.append(stages.vae_stage(folder, self._videos[0], request.rules))
+        return made
+
+
+_UNITS = {
+    "GPU clock": "MHz", "GPU memory clock": "MHz", "GPU temperature": "°C", "GPU memory": "B", "CPU clock": "MHz",
+    "CPU temperature": "°C",
+}  # fmt: skip
+
+
+def _reads(gpu: Gpu | None) -> dict[str, Any]:
+    """What the sampling thread reads beside power."""
+    reads: dict[str, Any] = {"CPU clock": machine.cpu_clock()}
+    temperature = machine.cpu_temperature()
+    if temperature is not None:
+        reads["CPU temperature"] = temperature
+    if gpu is not None:
+        reads |= {"GPU clock": gpu.sm_clock, "GPU memory clock": gpu.memory_clock, "GPU temperature": gpu.temperature}
+    return reads
+
+
+def _on_cpu(ceilings: Ceilings) -> Ceilings:
+    """Where rates were measured, a type without its own runs as float32."""
+    if not ceilings.measured:
+        return ceilings
+    float32 = ceilings.operations["fp32"]
+    rates = {kind: ceilings.operations.get(kind, float32) for kind in ("fp32", "fp16", "bf16", "int8", "fp8")}
+    return ceilings.model_copy(update={"operations": rates})

@@ -1,0 +1,199 @@
+"""A profile, a comparison or an estimate as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from anyflow_deploy.profiling.compare import Comparison, Value
+from anyflow_deploy.profiling.estimate import Estimate
+from anyflow_deploy.profiling.record import Latency, Layers, Point, Profile
+
+SHOWN_LAYERS = 12
+
+_COLORS = {"problem": "bold red", "hint": "yellow", "note": "cyan"}
+_VERDICTS = {"regression": "bold red", "missing": "bold red", "improvement": "green", "within noise": "dim", "unchanged": "dim"}
+
+
+def print_profile(profile: Profile, console: Console) -> None:
+    """All of it that fits a screen or two; the rest is in the JSON and the page."""
+    console.print(f"[bold]{escape(profile.subject.bundle)}[/]: {escape(describe(profile))}")
+    console.print(f"[dim]{escape(describe_machine(profile))}[/]")
+    for point in profile.points:
+        console.print(_latencies(point))
+        for clip in point.clips:
+            if clip.joules:
+                energy = ", ".join(f"{name} {joules:.3g} J" for name, joules in clip.joules.items())
+                console.print(f"{clip.steps} steps take {escape(energy)}; per frame a {point.frames}th of it.")
+    console.print(_other(profile))
+    for layers in profile.layers:
+        console.print(_layers(layers))
+    console.print(*_advice(profile), sep="\n")
+    for name, reason in profile.absent.items():
+        console.print(f"[dim]not measured: {escape(name)}: {escape(reason)}[/]")
+
+
+def describe(profile: Profile) -> str:
+    """What was run, in one line."""
+    s = profile.subject
+    threads = f", {s.threads} threads" if s.threads else ""
+    return f"{s.model} ({s.kind}, {s.parameters / 1e6:,.0f} M parameters), {s.engine}{threads}"
+
+
+def describe_machine(profile: Profile) -> str:
+    """Where, in one line."""
+    m = profile.machine
+    gpu = f", {m['gpu']['name']}" if m.get("gpu") else ""
+    return f"{m.get('cpu', '?')}, {m.get('cores', '?')} cores{' (virtual)' if m.get('virtual') else ''}{gpu}, {m.get('system', '')}"
+
+
+def time_text(seconds: float) -> str:
+    """With three digits, in the unit that suits it."""
+    if seconds >= 100:
+        return f"{seconds:,.0f} s"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
+
+
+def size_text(size: float) -> str:
+    """In MB or GB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def latency_rows(profile: Profile) -> Iterator[tuple[str, str, Latency]]:
+    """Shape, what, and its numbers: everything that was timed."""
+    for point in profile.points:
+        yield point.shape, "transition", point.transition
+        if point.enqueue is not None:
+            yield point.shape, "of that, launching", point.enqueue
+        for clip in point.clips:
+            yield point.shape, f"clip, {_steps(clip.steps)}", clip.latency
+        for chunks in point.chunks:
+            yield point.shape, f"first chunk, {_steps(chunks.steps)}", chunks.first
+            if chunks.later is not None:
+                yield point.shape, f"later chunks, {_steps(chunks.steps)}", chunks.later
+            if chunks.remember is not None:
+                yield point.shape, f"remembering a chunk, {_steps(chunks.steps)}", chunks.remember
+    for stage in profile.stages:
+        yield "", stage.name, stage.latency
+        for name, latency in stage.parts.items():
+            yield "", f"{stage.name}, {name}", latency
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
+
+
+def _latencies(point: Point) -> Table:
+    names = ("min", "mean", "median", "p90", "p95", "p99", "n")
+    table = Table(title=f"{point.shape}, {point.tokens:,} tokens a transition")
+    table.add_column("")
+    for name in (*names, "frames/s", "× real time"):
+        table.add_column(name, justify="right")
+
+    def add(name: str, latency: Latency, *rest: str) -> None:
+        values = (latency.minimum, latency.mean, latency.median, latency.p90, latency.p95, latency.p99)
+        table.add_row(name, *map(time_text, values), str(latency.count), *rest)
+
+    add("transition", point.transition)
+    if point.enqueue is not None:
+        add("launching one", point.enqueue)
+    for clip in point.clips:
+        add(f"clip, {_steps(clip.steps)}", clip.latency, f"{clip.frames_per_second:.3g}", f"{clip.real_time_factor:.3g}")
+    for chunks in point.chunks:
+        add(f"first chunk, {_steps(chunks.steps)}", chunks.first)
+        if chunks.later is not None:
+            add(f"later chunks, {_steps(chunks.steps)}", chunks.later, "", f"{chunks.worst_real_time_factor:.3g}")
+    return table
+
+
+def _other(profile: Profile) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    for stage in profile.stages:
+        memory = f"peak {size_text(stage.memory.cpu_peak)}, loaded in {time_text(stage.load_seconds)}"
+        table.add_row(stage.name, f"{time_text(stage.latency.median)} (p99 {time_text(stage.latency.p99)}); {memory}")
+    for row in profile.end_to_end:
+        shown = ", ".join(f"{name} {time_text(seconds)}" for name, seconds in row.seconds.items())
+        table.add_row(
+            f"prompt to video, {_steps(row.steps)}",
+            f"{time_text(row.total)} ({shown}); first frame after {time_text(row.first_frame)}",
+        )
+    memory = profile.memory
+    table.add_row("memory, CPU", f"loaded {size_text(memory.cpu_loaded)}, peak {size_text(memory.cpu_peak)}")
+    if memory.gpu_peak is not None:
+        table.add_row("memory, GPU", f"peak {size_text(memory.gpu_peak)}" + (" (shared with the CPU)" if memory.unified else ""))
+    for power in profile.power:
+        idle = f", idle {power.idle_watts:.1f} W" if power.idle_watts is not None else ""
+        table.add_row(escape(power.name), f"{power.mean_watts:.1f} W on average, {power.peak_watts:.1f} W at most{idle}")
+    for point in profile.points:
+        roof = point.roofline
+        if roof is not None and profile.ceilings is not None:
+            table.add_row(
+                f"ceiling, {point.shape}",
+                f"{time_text(roof.bound)} a transition on {profile.ceilings.name} (products {time_text(roof.compute_seconds)}, "
+                f"memory {time_text(roof.memory_seconds)})"
+                + (f": {100 * roof.efficiency:.0f} % reached" if roof.efficiency is not None else ""),
+            )
+    return table
+
+
+def _layers(layers: Layers) -> Table:
+    title = f"one transition of {layers.graph}, by part ({layers.source}; {100 * layers.overhead:+.0f} % time under it)"
+    table = Table("part", "operator", "time", "share", "calls", "GFLOP/s", title=title)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in layers.by_part[:SHOWN_LAYERS]:
+        rate = f"{row.operations / row.seconds / 1e9:,.0f}" if row.operations and row.seconds else ""
+        table.add_row(escape(row.name), row.operator, time_text(row.seconds), f"{100 * row.share:.1f} %", str(row.calls), rate)
+    return table
+
+
+def _advice(profile: Profile) -> Iterator[str]:
+    for advice in profile.advice:
+        color = _COLORS[advice.weight]
+        yield f"[{color}]{advice.kind}[/]: {escape(advice.text)} [dim]({escape(advice.measurement)})[/]"
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Everything that changed, and what else is different."""
+    for name, (old, new) in comparison.differences.items():
+        console.print(f"[yellow]not alike:[/] {escape(name)}: {escape(old)}, now {escape(new)}")
+    table = Table("", "before", "now", "change", "")
+    for row in comparison.rows:
+        style = _VERDICTS.get(row.verdict, "")
+        change = "" if row.change is None else f"{100 * row.change:+.1f} %"
+        verdict = f"[{style}]{row.verdict}[/]" if style else row.verdict
+        table.add_row(escape(row.name), _value(row.old), _value(row.new), change, verdict)
+    console.print(table)
+
+
+def _value(value: Value | None) -> str:
+    if value is None:
+        return ""
+    return {"s": time_text, "B": size_text, "J": lambda joules: f"{joules:.3g} J"}[value.unit](value.value)
+
+
+def print_estimate(estimate: Estimate, console: Console) -> None:
+    """The bound, with its label first."""
+    console.print(f"[bold yellow]estimate:[/] {estimate.label}.")
+    roof = estimate.transition
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    table.add_row("what", f"{estimate.model} in {estimate.precision} at {estimate.shape}, {estimate.tokens:,} tokens a transition")
+    table.add_row("where", f"{estimate.device}; {estimate.source}")
+    detail = f"products {time_text(roof.compute_seconds)}, memory {time_text(roof.memory_seconds)}"
+    table.add_row("a transition", f"at least {time_text(roof.bound)}, limited by {estimate.bound_by} ({detail})")
+    for clip in estimate.clips:
+        chunk = "" if clip.first_chunk is None else f"; first chunk at least {time_text(clip.first_chunk)}"
+        shown = f"at least {time_text(clip.seconds)}, at most {clip.real_time_factor:.3g} × real time{chunk}"
+        table.add_row(f"a clip, {_steps(clip.steps)}", shown)
+    memory = estimate.memory
+    fits = "fits" if memory["fits"] else "does not fit"
+    table.add_row("memory", f"about {size_text(memory['needed'])} of {size_text(memory['available'])}: {fits}")
+    console.print(table)
+    console.print("[dim]Transformer alone: text encoder and VAE come on top. Measured engines stay below such bounds.[/]")
