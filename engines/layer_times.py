@@ -30,7 +30,5 @@ def merged(timed: Iterable[Timed]) -> list[Timed]:
     found: dict[str, Timed] = {}
     for row in timed:
         old = found.get(row.name)
-        found[row.name] = (
-            row if old is None else replace(old, seconds=old.seconds + row.seconds, calls=old.calls + row.calls)
-        )
+        found[row.name] = row if old is None else replace(old, seconds=old.seconds + row.seconds, calls=old.calls + row.calls)
     return list(found.values())

@@ -28,7 +28,7 @@ from tools import cuda_surface, tensorrt_stubs
 RELEASES = {"10.3": "12", "10.16": "12", "11.4": "13"}
 """TensorRT, and the CUDA its wheels are built for."""
 
-FACING = ("api", "builder", "context", "device", "engine", "monitor", "plan", "run", "stream", "timing")
+FACING = ("api", "builder", "context", "device", "engine", "monitor", "plan", "profile", "run", "stream", "timing")
 """Our modules that import TensorRT or CUDA."""
 
 _TYPES = {1: ("FLOAT", np.float32), 10: ("HALF", np.float16), 7: ("INT64", np.int64)}
@@ -295,6 +295,10 @@ class Machine:
                 self.cuda.view(addresses[name], len(flat))[:] = flat
 
         self.cuda.put(stream, run)
+        if (profiler := context.__dict__.get("profiler")) is not None:
+            assert not capturing, "a profiled run was captured"
+            for row in self.layers(context.of.model):
+                profiler.report_layer_time(row["Name"], 0.25)
         context.__dict__["captured"] = capturing
         return True
 

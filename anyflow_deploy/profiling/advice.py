@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from anyflow_deploy.profiling.record import Advice, Point, Profile
 from anyflow_deploy.profiling.statistics import TAIL_SAMPLES
+from anyflow_deploy.profiling.words import steps_text
 
 LAUNCH_SHARE = 0.8
 """Of a transition that handing it to the GPU may take; above, trtexec calls an engine enqueue-bound, and so do we."""
@@ -56,8 +57,10 @@ def _throttled(profile: Profile) -> Iterator[Advice]:
 
 def _drifting(profile: Profile) -> Iterator[Advice]:
     for point in profile.points:
-        if abs(point.transition.drift) > DRIFT:
-            slower = point.transition.drift > 0
+        # Transitions of a causal clip differ by design: there whole clips are held against each other.
+        changed = (point.transition if not point.chunks else point.clips[-1].latency).drift
+        if abs(changed) > DRIFT:
+            slower = changed > 0
             yield Advice(
                 kind="drifting",
                 weight="problem",
@@ -66,7 +69,7 @@ def _drifting(profile: Profile) -> Iterator[Advice]:
                 if slower
                 else "Transitions became faster while they were measured: it was not warm, or another program ended. Measure "
                 "longer (--seconds).",
-                measurement=f"{point.shape}: the second half's median is {_percent(point.transition.drift)} of the first's",
+                measurement=f"{point.shape}: the second half's median is {_percent(changed)} of the first's",
             )
 
 
@@ -118,7 +121,7 @@ def _clocks(profile: Profile) -> Iterator[Advice]:
     yield Advice(
         kind="times vary",
         weight="hint",
-        text="Times vary and no clock was seen to move: look for other load, and trust the median and its interval, not single runs.",
+        text="Times vary and no clock was seen to move: look for other load, and trust the median and its interval.",
         measurement=measured,
     )
 
@@ -148,8 +151,8 @@ def _launches(profile: Profile) -> Iterator[Advice]:
             yield Advice(
                 kind="launch-bound",
                 weight="hint",
-                text="The GPU waits for the processor to hand it work. Let CUDA graphs be captured (weight streaming prevents it), "
-                "make more at once, or use a faster core.",
+                text="The GPU waits for the processor to hand it work. Let CUDA graphs be captured (weight streaming prevents "
+                "it), make more at once, or use a faster core.",
                 measurement=f"{point.shape}: {_ms(point.enqueue.median)} of {_ms(point.transition.median)} go into launching",
             )
 
@@ -200,8 +203,8 @@ def _small_operators(profile: Profile) -> Iterator[Advice]:
             yield Advice(
                 kind="many small operators",
                 weight="hint",
-                text="Much of a transition goes into operators that only move numbers. Compiled engines fuse them: try anyflow-build "
-                "--backend aotinductor (or tensorrt on a GPU). In small models and shapes it is always so.",
+                text="Much of a transition goes into operators that only move numbers. Compiled engines fuse them: try "
+                "anyflow-build --backend aotinductor (or tensorrt on a GPU). In small models and shapes it is always so.",
                 measurement=f"{layers.shape}: {100 * share:.0f} % outside of products and attention ({names})",
             )
 
@@ -216,7 +219,7 @@ def _stages(profile: Profile) -> Iterator[Advice]:
                     text="A faster transformer will not help much here: "
                     + ("keep embeddings of prompts that come again (--save-prompt-embeds)." if "text" in name else
                        "decode on the GPU, or smaller; with a causal model, chunk by chunk while the next one is made."),
-                    measurement=f"{row.shape} at {row.steps} steps: {name} {_ms(seconds)} of {_ms(row.total)}",
+                    measurement=f"{row.shape} at {steps_text(row.steps)}: {name} {_ms(seconds)} of {_ms(row.total)}",
                 )  # fmt: skip
                 break
         else:
@@ -229,9 +232,9 @@ def _real_time(profile: Profile) -> Iterator[Advice]:
         fast = [clip.steps for clip in point.clips if clip.real_time_factor >= 1]
         if point.chunks:
             fast = [chunks.steps for chunks in point.chunks if chunks.worst_real_time_factor >= 1]
-        factors = ", ".join(f"{clip.steps} steps {clip.real_time_factor:.3g}" for clip in point.clips)
+        factors = ", ".join(f"{clip.real_time_factor:.3g} in {steps_text(clip.steps)}" for clip in point.clips)
         text = (
-            f"Frames are made faster than they play with up to {max(fast)} steps (latents; the VAE comes on top)."
+            f"Frames are made faster than they play in up to {steps_text(max(fast))} (latents; the VAE comes on top)."
             if fast
             else "Frames are made slower than they play at every number of steps that was tried."
         )

@@ -89,9 +89,12 @@ def estimated(
             chunks = [roofline(chunk, ceilings, None).bound for chunk in stream_work(a, types, plan, sides, count)]
             clips.append(
                 ClipBound(
-                    steps=count, seconds=sum(chunks), real_time_factor=frames / sum(chunks) / FPS, first_chunk=chunks[0],
+                    steps=count,
+                    seconds=sum(chunks),
+                    real_time_factor=frames / sum(chunks) / FPS,
+                    first_chunk=chunks[0],
                     slowest_chunk=max(chunks[1:], default=None),
-                )  # fmt: skip
+                )
             )
     roof = roofline(work, ceilings, None)
     need = needed(a, precision, target, shape, window)
@@ -100,5 +103,3 @@ def estimated(
         tokens=tokens, transition=roof, bound_by="memory" if roof.memory_seconds > roof.compute_seconds else "products",
         clips=clips, memory={"needed": need.total, "available": memory_of(target), "fits": need.total <= memory_of(target)},
     )  # fmt: skip
-
-

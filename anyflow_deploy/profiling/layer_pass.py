@@ -35,7 +35,9 @@ def watched(bundle: Bundle, backend: str, options: EngineOptions, video: Video, 
     if backend == "tensorrt":
         return _tensorrt(bundle, options, video, point)
     if backend == "onnxruntime":
-        raise AbsentError("on a GPU ONNX Runtime's profiler times launches, not kernels; Nsight Systems shows those (nsys profile)")
+        raise AbsentError(
+            "on a GPU ONNX Runtime's profiler times launches, not kernels; Nsight Systems shows those (nsys profile)"
+        )
     raise AbsentError(f"the code that {backend} compiles has no layers left to time; the onnxruntime and tensorrt backends have")
 
 

@@ -53,7 +53,7 @@ def part(name: str) -> str:
     module = words.split("/")[0]
     if not module:
         return "blocks: modulation, norms"
-    return "other" if module.startswith("_") else module
+    return "other" if module.startswith("_") or module[0].isupper() else module
 
 
 def _grouped(layers: Iterable[Layer], key: Callable[[Layer], str]) -> list[Layer]:

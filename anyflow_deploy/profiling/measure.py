@@ -11,6 +11,7 @@ meets all of them alike.
 from __future__ import annotations
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -131,13 +132,13 @@ def method(rules: Rules, sample_interval: float) -> Method:
     """The rules in words, for the record."""
     info = time.get_clock_info("perf_counter")
     readings = [clock() for _ in range(1001)]
-    step = statistics.median(b - a for a, b in zip(readings, readings[1:], strict=False))
+    step = statistics.median(b - a for a, b in itertools.pairwise(readings))
     facts = {"name": "time.perf_counter", "implementation": info.implementation, "resolution_seconds": info.resolution}
     limit = f"{rules.rounds} rounds" if rules.rounds else f"as many as {rules.seconds:g} s hold, {LEAST_ROUNDS} to {MOST_ROUNDS}"
     return Method(
         clock={**facts, "monotonic": info.monotonic, "reading_seconds": step},
-        warm_up=f"until the medians of the last {WINDOW} transitions and of the {WINDOW} before are within {100 * TOLERANCE:g} %, "
-        f"for at most {100 * WARM_UP_SHARE:g} % of the budget and two runs at least",
+        warm_up=f"until the medians of the last {WINDOW} transitions and of the {WINDOW} before are within {100 * TOLERANCE:g} "
+        f"%, for at most {100 * WARM_UP_SHARE:g} % of the budget and two runs at least",
         rounds=f"all numbers of steps in turn within a round; {limit}; garbage collection off; clocks and power are read by a "
         f"thread every {sample_interval:g} s",
         outliers="none removed; counted where above the third quartile by three interquartile ranges",

@@ -104,10 +104,7 @@ def stream_work(a: Architecture, types: Types, plan: CachePlan, sides: tuple[int
     for index, frames in enumerate(plan.chunks):
         past = sum(plan.cached_tokens(index))
         work = transition_work(a, types, (frames, *sides), plan.text_tokens, past, with_text=False).times(steps)
-        if index == 0:
-            work = work + text_work(a, types, plan.text_tokens)
-        else:
-            work = work + _remembered(a, types, plan, index - 1)
+        work = work + text_work(a, types, plan.text_tokens) if index == 0 else work + _remembered(a, types, plan, index - 1)
         result.append(work)
     return result
 

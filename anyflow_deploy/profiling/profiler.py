@@ -93,7 +93,7 @@ class _Profiler:
     def __init__(self, request: Request, report: Report) -> None:
         self._request, self._report = request, report
         self._videos = videos(request.bundle.manifest, request.shapes, request.window)
-        self._absent: dict[str, str] = {name: "left out by --skip" for name in request.skip}
+        self._absent: dict[str, str] = dict.fromkeys(request.skip, "left out by --skip")
         self._gpu = self._found_gpu()
 
     def profile(self) -> Profile:

@@ -185,7 +185,7 @@ class Point(_Record):
         latents: (1, F, C, H, W).
         tokens: of a transition (causal: of the largest chunk).
         transition: every transition in every clip.
-        largest_transition: median of the one with the most tokens in it and in its cache; the others of a causal model are smaller.
+        largest_transition: median of the one with the most tokens in it and in its cache (causal: the others are smaller).
         enqueue: until a transition was handed to the GPU, where the backend can tell.
         fixed_seconds: of a clip that do not depend on the number of steps, by a straight line through the medians.
     """

@@ -101,7 +101,7 @@ def measured_ceilings(threads: int | None, kinds: set[str]) -> Ceilings:
         ) from None
     runtime = _Runtime(onnx, onnxruntime, threads)
     float32 = runtime.product("MatMul", np.float32, np.float32)
-    rates = {kind: float32 for kind in kinds | {"fp32"}}
+    rates = dict.fromkeys(kinds | {"fp32"}, float32)
     if "int8" in kinds:
         rates["int8"] = runtime.product("MatMulInteger", np.uint8, np.int8)
     return Ceilings(
@@ -125,7 +125,7 @@ class _Runtime:
         """Operations per second of the product; the second operand is a weight, which runtimes pack beforehand."""
         rows, inner, columns = PRODUCT
         random = np.random.default_rng(0)
-        weight = (random.standard_normal((inner, columns)) if second is np.float32 else random.integers(-50, 50, (inner, columns)))
+        weight = random.standard_normal((inner, columns)) if second is np.float32 else random.integers(-50, 50, (inner, columns))
         given = random.integers(0, 100, (rows, inner)).astype(first)
         return 2.0 * rows * inner * columns / self._seconds(operator, {"a": given}, {"b": weight.astype(second)})
 

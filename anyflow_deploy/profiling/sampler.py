@@ -6,6 +6,7 @@ spans that counted: by interpolation in a counter, by the trapezoidal rule over 
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -124,7 +125,7 @@ class Sampler:
 def _counter(source: Source, rows: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Joules by time, growing: a counter with its wraps undone, or watts integrated."""
     total, result = 0.0, rows[:1] and [(rows[0][0], 0.0)]
-    for (before, first), (now, second) in zip(rows, rows[1:], strict=False):
+    for (before, first), (now, second) in itertools.pairwise(rows):
         if source.watts is not None:
             total += (first + second) / 2 * (now - before)
         elif second >= first or source.wraps is None:
@@ -137,7 +138,7 @@ def _counter(source: Source, rows: list[tuple[float, float]]) -> list[tuple[floa
 
 def _slopes(counted: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Watts between the readings of a counter."""
-    pairs = zip(counted, counted[1:], strict=False)
+    pairs = itertools.pairwise(counted)
     return [((a + b) / 2, (second - first) / (b - a)) for (a, first), (b, second) in pairs if b > a]
 
 

@@ -52,6 +52,7 @@ def text_stage(folder: Path, manifest: Manifest, prompt: str, rules: Rules) -> S
     """The text encoder on one prompt, padded as always."""
     from anyflow_deploy.pipeline.text import TextEncoder
 
+    gc.collect()
     peak, began = Peak(), clock()
     encoder = TextEncoder(folder, manifest.video.text_tokens)
     encoder.load()
@@ -61,8 +62,6 @@ def text_stage(folder: Path, manifest: Manifest, prompt: str, rules: Rules) -> S
     record = Stage(
         name=TEXT, device="cpu", load_seconds=loading, latency=latency_from_samples(times), memory=peak.record()
     )  # fmt: skip
-    del encoder
-    gc.collect()
     return record
 
 
@@ -70,6 +69,7 @@ def vae_stage(folder: Path, video: Video, rules: Rules) -> Stage:
     """The VAE's decoder on the latents of one video: whole, and its first latent frame and first chunk alone."""
     from anyflow_deploy.pipeline.vae import StreamingDecoder, load_vae
 
+    gc.collect()
     peak, began = Peak(), clock()
     vae = load_vae(folder)
     loading = clock() - began
@@ -87,8 +87,6 @@ def vae_stage(folder: Path, video: Video, rules: Rules) -> Stage:
         parts={name: latency_from_samples(times) for name, times in parts.items()},
         memory=peak.record(),
     )
-    del vae
-    gc.collect()
     return record
 
 

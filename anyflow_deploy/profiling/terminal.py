@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -11,6 +12,7 @@ from rich.table import Table
 from anyflow_deploy.profiling.compare import Comparison, Value
 from anyflow_deploy.profiling.estimate import Estimate
 from anyflow_deploy.profiling.record import Latency, Layers, Point, Profile
+from anyflow_deploy.profiling.words import size_text, steps_text, time_text
 
 SHOWN_LAYERS = 12
 
@@ -40,26 +42,21 @@ def describe(profile: Profile) -> str:
     """What was run, in one line."""
     s = profile.subject
     threads = f", {s.threads} threads" if s.threads else ""
-    return f"{s.model} ({s.kind}, {s.parameters / 1e6:,.0f} M parameters), {s.engine}{threads}"
+    return f"{s.model} ({s.kind}, {_count(s.parameters)} parameters), {s.engine}{threads}"
+
+
+def _count(number: int) -> str:
+    """In thousands, millions or billions."""
+    return f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.0f} M" if number >= 1e7 else f"{number / 1e3:.0f} k"
 
 
 def describe_machine(profile: Profile) -> str:
     """Where, in one line."""
     m = profile.machine
     gpu = f", {m['gpu']['name']}" if m.get("gpu") else ""
-    return f"{m.get('cpu', '?')}, {m.get('cores', '?')} cores{' (virtual)' if m.get('virtual') else ''}{gpu}, {m.get('system', '')}"
-
-
-def time_text(seconds: float) -> str:
-    """With three digits, in the unit that suits it."""
-    if seconds >= 100:
-        return f"{seconds:,.0f} s"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
-
-
-def size_text(size: float) -> str:
-    """In MB or GB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+    return (
+        f"{m.get('cpu', '?')}, {m.get('cores', '?')} cores{' (virtual)' if m.get('virtual') else ''}{gpu}, {m.get('system', '')}"
+    )
 
 
 def latency_rows(profile: Profile) -> Iterator[tuple[str, str, Latency]]:
@@ -69,29 +66,25 @@ def latency_rows(profile: Profile) -> Iterator[tuple[str, str, Latency]]:
         if point.enqueue is not None:
             yield point.shape, "of that, launching", point.enqueue
         for clip in point.clips:
-            yield point.shape, f"clip, {_steps(clip.steps)}", clip.latency
+            yield point.shape, f"clip, {steps_text(clip.steps)}", clip.latency
         for chunks in point.chunks:
-            yield point.shape, f"first chunk, {_steps(chunks.steps)}", chunks.first
+            yield point.shape, f"first chunk, {steps_text(chunks.steps)}", chunks.first
             if chunks.later is not None:
-                yield point.shape, f"later chunks, {_steps(chunks.steps)}", chunks.later
+                yield point.shape, f"later chunks, {steps_text(chunks.steps)}", chunks.later
             if chunks.remember is not None:
-                yield point.shape, f"remembering a chunk, {_steps(chunks.steps)}", chunks.remember
+                yield point.shape, f"remembering a chunk, {steps_text(chunks.steps)}", chunks.remember
     for stage in profile.stages:
         yield "", stage.name, stage.latency
         for name, latency in stage.parts.items():
             yield "", f"{stage.name}, {name}", latency
 
 
-def _steps(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"
-
-
 def _latencies(point: Point) -> Table:
     names = ("min", "mean", "median", "p90", "p95", "p99", "n")
-    table = Table(title=f"{point.shape}, {point.tokens:,} tokens a transition")
-    table.add_column("")
+    table = Table(title=f"{point.shape}, {point.tokens:,} tokens a transition", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for name in (*names, "frames/s", "× real time"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
 
     def add(name: str, latency: Latency, *rest: str) -> None:
         values = (latency.minimum, latency.mean, latency.median, latency.p90, latency.p95, latency.p99)
@@ -101,11 +94,11 @@ def _latencies(point: Point) -> Table:
     if point.enqueue is not None:
         add("launching one", point.enqueue)
     for clip in point.clips:
-        add(f"clip, {_steps(clip.steps)}", clip.latency, f"{clip.frames_per_second:.3g}", f"{clip.real_time_factor:.3g}")
+        add(f"clip, {steps_text(clip.steps)}", clip.latency, f"{clip.frames_per_second:.3g}", f"{clip.real_time_factor:.3g}")
     for chunks in point.chunks:
-        add(f"first chunk, {_steps(chunks.steps)}", chunks.first)
+        add(f"first chunk, {steps_text(chunks.steps)}", chunks.first)
         if chunks.later is not None:
-            add(f"later chunks, {_steps(chunks.steps)}", chunks.later, "", f"{chunks.worst_real_time_factor:.3g}")
+            add(f"later chunks, {steps_text(chunks.steps)}", chunks.later, "", f"{chunks.worst_real_time_factor:.3g}")
     return table
 
 
@@ -119,7 +112,7 @@ def _other(profile: Profile) -> Table:
     for row in profile.end_to_end:
         shown = ", ".join(f"{name} {time_text(seconds)}" for name, seconds in row.seconds.items())
         table.add_row(
-            f"prompt to video, {_steps(row.steps)}",
+            f"prompt to video, {steps_text(row.steps)}",
             f"{time_text(row.total)} ({shown}); first frame after {time_text(row.first_frame)}",
         )
     memory = profile.memory
@@ -184,14 +177,16 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
-    table.add_row("what", f"{estimate.model} in {estimate.precision} at {estimate.shape}, {estimate.tokens:,} tokens a transition")
+    table.add_row(
+        "what", f"{estimate.model} in {estimate.precision} at {estimate.shape}, {estimate.tokens:,} tokens a transition"
+    )
     table.add_row("where", f"{estimate.device}; {estimate.source}")
     detail = f"products {time_text(roof.compute_seconds)}, memory {time_text(roof.memory_seconds)}"
     table.add_row("a transition", f"at least {time_text(roof.bound)}, limited by {estimate.bound_by} ({detail})")
     for clip in estimate.clips:
         chunk = "" if clip.first_chunk is None else f"; first chunk at least {time_text(clip.first_chunk)}"
         shown = f"at least {time_text(clip.seconds)}, at most {clip.real_time_factor:.3g} × real time{chunk}"
-        table.add_row(f"a clip, {_steps(clip.steps)}", shown)
+        table.add_row(f"a clip, {steps_text(clip.steps)}", shown)
     memory = estimate.memory
     fits = "fits" if memory["fits"] else "does not fit"
     table.add_row("memory", f"about {size_text(memory['needed'])} of {size_text(memory['available'])}: {fits}")

@@ -1,0 +1,206 @@
+"""Plots as inline SVG: lines, dots and bars on linear or logarithmic axes, and nothing else.
+
+A page made on a Jetson has to be whole without a network, and the device has no plotting library; so the few plots that a
+profile needs are drawn here. Colours are classes of the page's style sheet (`s0` … `s5`), which knows light and dark; every
+mark has a `<title>`, which browsers show under the pointer and screen readers read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from typing import Literal
+
+WIDTH, HEIGHT = 560, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 12, 44
+
+Text = Callable[[float], str]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis.
+
+    Attributes:
+        label: with its unit.
+        text: how a value is written.
+        log: logarithmic; all values are then positive.
+        least, most: ends; None to follow the data. A linear axis begins at 0 unless told otherwise.
+        ticks: where, if not at round numbers.
+    """
+
+    label: str
+    text: Text = lambda value: f"{value:g}"
+    log: bool = False
+    least: float | None = None
+    most: float | None = None
+    ticks: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A series.
+
+    Attributes:
+        name: in the legend; empty for none.
+        points: (x, y), or (x, y, what the pointer is told).
+        kind: "line" (with dots), "plain" (without), "dots" or "dash".
+        color: class of the style sheet.
+    """
+
+    name: str
+    points: Sequence[tuple[float, float] | tuple[float, float, str]]
+    kind: Literal["line", "plain", "dots", "dash"] = "line"
+    color: str = "s0"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of a bar chart: a label and its parts, as (name, value, color)."""
+
+    label: str
+    parts: Sequence[tuple[str, float, str]]
+
+
+@dataclass
+class _Scale:
+    """From values to pixels."""
+
+    axis: Axis
+    values: list[float]
+    start: float
+    end: float
+    low: float = field(init=False)
+    high: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        values = self.values or [1.0]
+        low = self.axis.least if self.axis.least is not None else (min(values) if self.axis.log else min(0.0, *values, 0.0))
+        high = self.axis.most if self.axis.most is not None else max(values)
+        if self.axis.log:
+            low, high = low / 1.3, high * 1.3
+        elif self.axis.most is None:
+            high = high + 0.06 * (high - low) if high > low else low + 1
+        self.low, self.high = low, max(high, low + 1e-12)
+
+    def at(self, value: float) -> float:
+        if self.axis.log:
+            share = math.log(value / self.low) / math.log(self.high / self.low)
+        else:
+            share = (value - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        if self.axis.ticks:
+            return [tick for tick in self.axis.ticks if self.low <= tick <= self.high]
+        if self.axis.log:
+            return _log_ticks(self.low, self.high)
+        step = _nice((self.high - self.low) / 5)
+        first = math.ceil(self.low / step - 1e-9)
+        return [step * n for n in range(first, first + 20) if step * n <= self.high * (1 + 1e-9)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    wide = math.log10(high / low) > 3
+    found = [m * 10.0**d for d in decades for m in ((1,) if wide else (1, 2, 5)) if low <= m * 10.0**d <= high]
+    return found[:: max(1, len(found) // 8)]
+
+
+def _nice(step: float) -> float:
+    """The nearest of 1, 2, 2.5 and 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
+    return min((power * m for m in (1, 2, 2.5, 5, 10)), key=lambda candidate: abs(candidate - step))
+
+
+def plot(title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
+    """A plot of lines and dots.
+
+    Args:
+        title: for those who cannot see it.
+        x, y: axes.
+        marks: series, drawn in order.
+    """
+    across = _Scale(x, [point[0] for mark in marks for point in mark.points], _LEFT, WIDTH - _RIGHT)
+    up = _Scale(y, [point[1] for mark in marks for point in mark.points], HEIGHT - _BOTTOM, _TOP)
+    body = [_frame(across, up)]
+    for mark in marks:
+        body.append(_drawn(mark, across, up))
+    legend = [(mark.name, mark.color) for mark in marks if mark.name]
+    return _figure(title, HEIGHT, "".join(body), legend)
+
+
+def _frame(across: _Scale, up: _Scale) -> str:
+    """Grid, ticks and labels."""
+    parts = []
+    for tick in up.ticks():
+        place = up.at(tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{escape(up.axis.text(tick))}</text>')
+    for tick in across.ticks():
+        place = across.at(tick)
+        parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
+        parts.append(
+            f'<text x="{place:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{escape(across.axis.text(tick))}</text>'
+        )
+    middle = (_LEFT + WIDTH - _RIGHT) / 2
+    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(across.axis.label)}</text>')
+    centre = (HEIGHT - _BOTTOM + _TOP) / 2
+    turned = f'transform="translate(13 {centre}) rotate(-90)"'
+    parts.append(f'<text class="label" {turned} text-anchor="middle">{escape(up.axis.label)}</text>')
+    return "".join(parts)
+
+
+def _drawn(mark: Mark, across: _Scale, up: _Scale) -> str:
+    places = [(across.at(point[0]), up.at(point[1]), point[2] if len(point) > 2 else "") for point in mark.points]
+    parts = []
+    if mark.kind != "dots" and len(places) > 1:
+        path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b, _ in places)
+        parts.append(f'<path class="{"dashed" if mark.kind == "dash" else "stroke"} {mark.color}" d="{path}"/>')
+    if mark.kind in ("line", "dots"):
+        size = 3.5 if mark.kind == "line" or len(places) < 80 else 2
+        for a, b, told in places:
+            title = f"<title>{escape(told)}</title>" if told else ""
+            parts.append(f'<circle class="fill {mark.color}" cx="{a:.1f}" cy="{b:.1f}" r="{size}">{title}</circle>')
+    return "".join(parts)
+
+
+def bars(title: str, rows: Sequence[Bar], text: Text) -> str:
+    """Horizontal bars, each of one or more parts side by side.
+
+    Args:
+        title: for those who cannot see it.
+        rows: from top to bottom.
+        text: how a value is written.
+    """
+    label_width, line = 190, 24
+    most = max((sum(value for _, value, _ in row.parts) for row in rows), default=1.0) or 1.0
+    room = WIDTH - label_width - 90
+    body = []
+    for index, row in enumerate(rows):
+        top, left = 6 + index * line, float(label_width)
+        shown = row.label if len(row.label) <= 30 else row.label[:29] + "…"
+        body.append(
+            f'<text x="{label_width - 8}" y="{top + 13}" text-anchor="end">{escape(shown)}'
+            f"<title>{escape(row.label)}</title></text>"
+        )
+        for name, value, color in row.parts:
+            width = room * value / most
+            told = f"{name or row.label}: {text(value)}"
+            body.append(
+                f'<rect class="fill {color}" x="{left:.1f}" y="{top}" width="{max(width, 0.5):.1f}" height="{line - 7}">'
+                f"<title>{escape(told)}</title></rect>"
+            )
+            left += width
+        body.append(f'<text x="{left + 6:.1f}" y="{top + 13}">{escape(text(sum(value for _, value, _ in row.parts)))}</text>')
+    names = dict.fromkeys((name, color) for row in rows for name, _, color in row.parts if name)
+    return _figure(title, 12 + line * len(rows), "".join(body), list(names))
+
+
+def _figure(title: str, height: int, body: str, legend: Sequence[tuple[str, str]]) -> str:
+    keys = "".join(f'<span><i class="{color}"></i>{escape(name)}</span>' for name, color in legend)
+    listed = f'<div class="legend">{keys}</div>' if keys else ""
+    picture = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">{body}</svg>'
+    return f"<figure><figcaption>{escape(title)}</figcaption>{picture}{listed}</figure>"

@@ -1,0 +1,22 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+
+def time_text(seconds: float) -> str:
+    """With three digits, in the unit that suits it."""
+    if not seconds:
+        return "0"
+    if seconds >= 100:
+        return f"{seconds:,.0f} s"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
+
+
+def size_text(size: float) -> str:
+    """In MB or GB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def steps_text(count: int) -> str:
+    """As words."""
+    return "1 step" if count == 1 else f"{count} steps"
