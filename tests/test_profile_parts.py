@@ -1,0 +1,388 @@
+"""The parts of a profile one by one: statistics, power on machines that are not here, rules of advice, comparison, TensorRT."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from anyflow_deploy import AnyFlowError, Bundle
+from anyflow_deploy.engines.building import build_engine
+from anyflow_deploy.engines.loading import EngineOptions
+from anyflow_deploy.engines.onnxruntime_profile import timed_from_trace
+from anyflow_deploy.engines.tensorrt_build import TensorRTSettings
+from anyflow_deploy.profiling import machine, power
+from anyflow_deploy.profiling.absence import AbsentError
+from anyflow_deploy.profiling.advice import advise
+from anyflow_deploy.profiling.compare import Thresholds, compared
+from anyflow_deploy.profiling.layers import part
+from anyflow_deploy.profiling.measure import Rules, clock, measured, warmed_up
+from anyflow_deploy.profiling.nvml import Gpu
+from anyflow_deploy.profiling.record import Conditions, Profile, Series, Warmup
+from anyflow_deploy.profiling.roofline import target_from_gpu
+from anyflow_deploy.profiling.sampler import Sampler
+from anyflow_deploy.profiling.statistics import drift, is_steady, latency_from_samples, median_interval
+from anyflow_deploy.progress import Silent
+from tests.conftest import SMALL, Export
+from tests.profile_sample import sample_layers, sample_point, sample_profile, steady
+from tests.tensorrt_machine import RELEASES, Machine
+
+# Statistics
+
+
+def test_a_latency_is_what_numpy_says_and_counts_outliers() -> None:
+    times = [*np.linspace(1, 2, 99), 50.0]
+    latency = latency_from_samples(times)
+    assert latency.median == pytest.approx(np.median(times)) and latency.p99 == pytest.approx(np.percentile(times, 99))
+    assert (latency.count, latency.outliers, latency.maximum) == (100, 1, 50.0)
+    assert latency.deviation == pytest.approx(np.std(times, ddof=1)) and latency.samples[-1] == 50.0
+
+
+def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:
+    generator = random.Random(0)
+    for count in (7, 20, 61):
+        inside = 0
+        for _ in range(400):
+            low, high = median_interval([generator.lognormvariate(0, 1) for _ in range(count)])
+            inside += low <= 1.0 <= high
+        assert inside >= 0.93 * 400, f"{count} samples: {inside} of 400"
+    assert median_interval([3.0]) == (3.0, 3.0) and median_interval([1.0, 2.0]) == (1.0, 2.0)
+    assert median_interval(list(range(5000)))[0] > 2400
+
+
+def test_drift_and_steadiness() -> None:
+    assert drift([1, 1, 1, 2, 2, 2]) == pytest.approx(1) and drift([1, 2]) == 0
+    assert is_steady([9, 1, 1, 1, 1, 1, 1, 1, 1], 4, 0.05) and not is_steady([4, 3, 2, 1], 2, 0.05)
+
+
+def test_warm_up_waits_until_it_is_steady_and_gives_up_in_time() -> None:
+    slow = iter([5.0, 4.0, 3.0, 2.0, *[1.0] * 100])
+    times: list[float] = []
+    done = warmed_up(lambda: times.append(next(slow)), times, Rules(10))
+    assert done.steady and done.runs == 12 and times == []
+    growing = iter(range(1, 10**6))
+    done = warmed_up(lambda: times.append(2.0 ** next(growing) if time.sleep(0.01) is None else 0), times, Rules(0.1))
+    assert not done.steady and done.runs >= 2 and done.seconds < 1
+
+
+def test_cases_take_turns() -> None:
+    order: list[str] = []
+    taken = measured({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, Rules(1, rounds=3), Silent(), "x")
+    assert order == ["a", "b"] * 3 and len(taken.seconds("a")) == 3
+    assert Rules(10).rounds_for(100) == 3 and Rules(10).rounds_for(1e-9) == 200 and Rules(10).rounds_for(0.5) == 20
+
+
+# Power
+
+
+def sampled(*sources: power.Source, seconds: float = 0.2) -> tuple[Sampler, float, float]:
+    with Sampler(sources, interval=0.005) as sampler:
+        begin = clock()
+        time.sleep(seconds)
+        end = clock()
+    return sampler, begin, end
+
+
+def test_watts_are_integrated_and_counters_subtracted() -> None:
+    began = clock()
+    steady_watts = power.Source("w", "gpu", "sampled", watts=lambda: 20.0)
+    counter = power.Source("c", "cpu", "counter", joules=lambda: (30 * (clock() - began)) % 1.5, wraps=1.5)
+    sampler, begin, end = sampled(steady_watts, counter)
+    for name, watts in (("w", 20.0), ("c", 30.0)):
+        assert sampler.joules(name, [(begin, end)]) == pytest.approx(watts * (end - begin), rel=0.02)
+        halves = [(begin, (begin + end) / 2), ((begin + end) / 2, end)]
+        assert sampler.joules(name, halves) == pytest.approx(sampler.joules(name, [(begin, end)]))
+        row = sampler.power(name, (begin, begin + 0.05), (begin, end))
+        assert row is not None and row.mean_watts == pytest.approx(watts, rel=0.05)
+        assert row.idle_watts == pytest.approx(watts, rel=0.2) and len(row.samples) > 10
+
+
+def write(root: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_jetsons_rails(tmp_path: Path) -> None:
+    hwmon = tmp_path / "sys/class/hwmon"
+    rows = {"name": "ina3221\n", "in1_label": "VDD_GPU_SOC\n", "in1_input": "19000", "curr1_input": "500"}
+    rows |= {"in2_label": "VDD_CPU_CV", "in2_input": "19000", "curr2_input": "200", "in3_label": "VIN_SYS_5V0"}
+    rows |= {"in3_input": "5000", "curr3_input": "1000", "in7_label": "sum of shunt voltages", "in7_input": "3"}
+    write(hwmon / "hwmon3", **rows)
+    write(hwmon / "hwmon0", name="tegra-thermal")
+    found = power.ina3221(tmp_path)
+    assert [(rail.name, rail.kind) for rail in found] == [("VDD_GPU_SOC", "gpu"), ("VDD_CPU_CV", "cpu"), ("VIN_SYS_5V0", "board")]
+    assert [rail.watts() for rail in found if rail.watts] == pytest.approx([9.5, 3.8, 5.0])
+    with pytest.raises(AbsentError, match="Jetsons have them"):
+        power.ina3221(tmp_path / "else")
+
+
+def test_rapl(tmp_path: Path) -> None:
+    zones = tmp_path / "sys/class/powercap"
+    write(zones / "intel-rapl:0", name="package-0\n", energy_uj="5000000", max_energy_range_uj="262143328850")
+    write(zones / "intel-rapl:0:0", name="core\n", energy_uj="1")
+    write(zones / "intel-rapl:0:1", name="dram\n", energy_uj="7000000", max_energy_range_uj="65712999613")
+    found = power.rapl(tmp_path)
+    assert [(zone.name, zone.kind, zone.joules()) for zone in found if zone.joules] == [
+        ("RAPL package-0", "cpu", 5.0),
+        ("RAPL dram", "memory", 7.0),
+    ]
+    assert found[0].wraps == pytest.approx(262143.32885)
+    with pytest.raises(AbsentError, match="virtual machines"):
+        power.rapl(tmp_path / "else")
+    (zones / "intel-rapl:0/energy_uj").unlink()
+    (zones / "intel-rapl:0/energy_uj").mkdir()  # unreadable, even for root
+    with pytest.raises(AbsentError, match="only root may"):
+        power.rapl(tmp_path)
+
+
+class FakeNvml:
+    """pynvml with one H100, strict about names: what the real module lacks is an AttributeError here."""
+
+    def __init__(self, real: Any, refuse: tuple[str, ...] = ()) -> None:
+        self.real, self.refuse, self.index = real, refuse, -1
+        self.bits = real.nvmlClocksEventReasonSwPowerCap | real.nvmlClocksEventReasonGpuIdle
+
+    def __getattr__(self, name: str) -> Any:
+        real = getattr(self.real, name)
+        if not name.startswith(("nvmlInit", "nvmlDevice", "nvmlSystem")):
+            return real
+        return lambda *given: self._answer(name, given)
+
+    def _answer(self, name: str, given: tuple[Any, ...]) -> Any:
+        if name in self.refuse:
+            raise self.real.NVMLError(self.real.NVML_ERROR_NOT_SUPPORTED)
+        if name == "nvmlDeviceGetHandleByIndex":
+            self.index = given[0]
+        import os
+
+        return {
+            "nvmlDeviceGetHandleByIndex": "handle",
+            "nvmlDeviceGetName": b"NVIDIA H100 80GB HBM3",
+            "nvmlDeviceGetPowerUsage": 350_000,
+            "nvmlDeviceGetTotalEnergyConsumption": 42_000,
+            "nvmlDeviceGetClockInfo": 1755,
+            "nvmlDeviceGetMaxClockInfo": 1980,
+            "nvmlDeviceGetTemperature": 61,
+            "nvmlDeviceGetEnforcedPowerLimit": 700_000,
+            "nvmlDeviceGetCurrentClocksEventReasons": self.bits,
+            "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=os.getpid(), usedGpuMemory=5 << 30)],
+            "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=6 << 30),
+            "nvmlSystemGetDriverVersion": "580.1",
+            "nvmlInit": None,
+        }[name]
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    real = pytest.importorskip("pynvml", reason="nvidia-ml-py is not installed")
+    fake = FakeNvml(real)
+    monkeypatch.setitem(sys.modules, "pynvml", fake)  # type: ignore[arg-type]
+    return fake
+
+
+def test_a_gpu_through_nvml(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(0)
+    assert (gpu.watts(), gpu.joules(), gpu.sm_clock(), gpu.temperature()) == (350.0, 42.0, 1755.0, 61.0)
+    assert gpu.throttled() == ["power cap"] and gpu.memory() == (5 << 30, 6 << 30)
+    assert gpu.described()["power_limit_watts"] == 700.0
+    (source,) = power.nvml(gpu)
+    assert source.joules is not None and source.joules() == 42.0
+    nvml.refuse = ("nvmlDeviceGetTotalEnergyConsumption",)
+    (source,) = power.nvml(gpu)
+    assert source.watts is not None and source.watts() == 350.0
+    nvml.refuse += ("nvmlDeviceGetPowerUsage", "nvmlDeviceGetComputeRunningProcesses")
+    assert gpu.memory() == (None, 6 << 30)
+    with pytest.raises(AbsentError, match="gives no power"):
+        power.nvml(gpu)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert Gpu(1) and nvml.index == 1
+    nvml.refuse = ("nvmlInit",)
+    with pytest.raises(AbsentError, match="does not answer"):
+        Gpu(0)
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("Orin", "orin"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_table_knows_a_gpu_by_its_name(name: str, target: str | None) -> None:
+    found = target_from_gpu(name)
+    assert (found.name if found else None) == target
+
+
+def test_a_machine_on_paper(tmp_path: Path) -> None:
+    stat = "cpu  1000 0 500 9000 0 0 0 100 0 0\n"
+    write(tmp_path / "proc", stat=stat, cpuinfo="model name : Test 9000\nflags: hypervisor\ncpu MHz : 2500.0\n", meminfo="")
+    write(tmp_path / "sys/devices/system/cpu/cpu0/cpufreq", scaling_governor="schedutil\n")
+    found = machine.described(None, tmp_path)
+    assert found["cpu"] == "Test 9000" and found["virtual"] and found["governor"] == "schedutil" and "gpu" not in found
+    assert machine.cpu_clock(tmp_path)() == 2500.0
+    load = machine.OtherLoad(tmp_path)
+    (tmp_path / "proc/stat").write_text("cpu  9000000 0 500 9000 0 0 0 100 0 0\n")
+    assert (load.cores() or 0) > 1
+    write(tmp_path / "sys/devices/system/cpu/cpu0/thermal_throttle", core_throttle_count="4")
+    assert machine.throttle_counts(tmp_path) == {"processor temperature (core)": 4}
+
+
+# Advice
+
+RULES: dict[str, Callable[[], Profile]] = {
+    "throttled": lambda: sample_profile(conditions=Conditions(other_load=0, throttle={"power cap": 0.4}, series=[])),
+    "drifting": lambda: sample_profile(points=[sample_point(transition=latency_from_samples([*[0.1] * 60, *[0.12] * 60]))]),
+    "machine busy": lambda: sample_profile(conditions=Conditions(other_load=0.8, throttle={}, series=[])),
+    "never steady": lambda: sample_profile(points=[sample_point(warm_up=Warmup(runs=2, seconds=9, steady=False))]),
+    "times vary": lambda: sample_profile(points=[sample_point(transition=latency_from_samples([0.1, 0.12] * 60))]),
+    "clocks not locked": lambda: sample_profile(
+        points=[sample_point(transition=latency_from_samples([0.1, 0.12] * 60))],
+        conditions=Conditions(other_load=0, throttle={}, series=[Series(name="GPU clock", unit="MHz", samples=[(0, 900), (1, 1800)])]),
+    ),
+    "power mode": lambda: sample_profile(machine={"jetson": {"model": "Orin", "power_mode": "30W"}}),
+    "launch-bound": lambda: sample_profile(points=[sample_point(enqueue=latency_from_samples(steady(0.09)))]),
+    "memory-bound": lambda: with_roof(compute_seconds=0.02, memory_seconds=0.09, efficiency=0.9),
+    "far from the ceiling": lambda: with_roof(compute_seconds=0.02, memory_seconds=0.001, efficiency=0.2),
+    "many small operators": lambda: sample_profile(layers=[sample_layers(Gemm=0.5, Mul=0.3, Reshape=0.2)]),
+    "short tail": lambda: sample_profile(points=[sample_point(transition=latency_from_samples(steady(0.1, 20)))]),
+}  # fmt: skip
+
+
+def with_roof(**changes: float) -> Profile:
+    point = sample_point()
+    assert point.roofline is not None
+    return sample_profile(points=[point.model_copy(update={"roofline": point.roofline.model_copy(update=changes)})])
+
+
+def test_a_steady_profile_gets_notes_only() -> None:
+    found = advise(sample_profile())
+    assert {advice.kind for advice in found} == {"compute-bound", "real time"}
+    assert all(advice.weight == "note" and any(c.isdigit() for c in advice.measurement) for advice in found)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_every_rule_speaks_when_it_should(kind: str) -> None:
+    found = {advice.kind: advice for advice in advise(RULES[kind]())}
+    assert kind in found and found[kind].text and any(c.isdigit() for c in found[kind].measurement)
+
+
+def test_a_governor_that_saves_power_is_named() -> None:
+    found = advise(sample_profile(machine={"governor": "powersave"}))
+    assert "governor powersave" in [advice.measurement for advice in found]
+
+
+# Comparison
+
+
+def test_more_than_a_threshold_and_more_than_chance() -> None:
+    old = sample_profile(0.1)
+    verdicts = {row.name: row.verdict for row in compared(old, sample_profile(0.12), Thresholds()).rows}
+    assert verdicts["480x832x81, transition"] == "regression" and verdicts["480x832x81, 1 steps"] == "regression"
+    assert verdicts["engine, peak CPU memory"] == "unchanged"
+    faster = compared(old, sample_profile(0.08), Thresholds())
+    assert not faster.regressed and {row.verdict for row in faster.rows} == {"improvement", "unchanged"}
+    assert not compared(old, sample_profile(0.103), Thresholds()).regressed, "3 % is below the threshold"
+    scattered = [sample_point(transition=latency_from_samples(list(np.linspace(low, 0.3, 20)))) for low in (0.01, 0.05)]
+    noisy = compared(sample_profile(points=scattered[:1]), sample_profile(points=scattered[1:]), Thresholds())
+    assert {row.name: row.verdict for row in noisy.rows}["480x832x81, transition"] == "within noise"
+
+
+def test_what_vanished_is_a_regression_and_what_differs_is_named() -> None:
+    old = sample_profile(points=[sample_point(), sample_point(shape="64x64x9")])
+    new = sample_profile(machine={"cpu": "another", "cores": 2, "versions": {"onnxruntime": "1.33.0"}})
+    comparison = compared(old, new, Thresholds())
+    assert comparison.regressed and {row.name for row in comparison.rows if row.verdict == "missing"} >= {"64x64x9, transition"}
+    assert comparison.differences["versions onnxruntime"] == ("1.32.0", "1.33.0") and "cpu" in comparison.differences
+    energy = sample_point()
+    hungry = [clip.model_copy(update={"joules": {"RAPL package-0": 9.0 * clip.steps}}) for clip in energy.clips]
+    more = compared(sample_profile(), sample_profile(points=[energy.model_copy(update={"clips": hungry})]), Thresholds())
+    assert [row.name for row in more.rows if row.verdict == "regression"] == [
+        f"480x832x81, {steps} steps, energy of RAPL package-0" for steps in (1, 4)
+    ]
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("blocks.12.ffn.net.2/Gemm", "ffn.net.2"),
+        ("blocks.3.attn1/Transpose_5/MultiHeadAttention", "attn1"),
+        ("blocks.0/LayerNormalization", "blocks: modulation, norms"),
+        ("patch_embedding/Conv", "patch_embedding"),
+        ("_empty_nn_module_stack_from_metadata_hook/Shape_5", "other"),
+        ("Mul_7/QuickGeluFusion/", "other"),
+        ("Sub", "other"),
+    ],
+)
+def test_parts_of_the_network(name: str, wanted: str) -> None:
+    assert part(name) == wanted
+
+
+def test_a_trace_is_cut_to_the_runs_that_count() -> None:
+    def event(start: int, category: str, name: str, **arguments: Any) -> dict[str, Any]:
+        return {"cat": category, "name": name, "ts": start, "dur": 10, "args": arguments}
+
+    shapes: dict[str, Any] = {
+        "input_type_shape": [{"float": [5, 64]}, {"float": [96]}],
+        "output_type_shape": [{"float": [5, 96]}],
+    }
+    gemm = {"op_name": "Gemm", **shapes, "activation_size": "1280", "parameter_size": "384", "output_size": "1920"}
+    events = [event(start, "Session", "model_run") for start in (0, 100, 200)]
+    events += [event(start + 1, "Node", "a/Gemm_kernel_time", **gemm) for start in (0, 100, 200)]
+    (row,) = timed_from_trace(events, 2)
+    assert (row.name, row.calls, row.operations) == ("a/Gemm", 2, 2 * 5 * 64 * 96) and row.seconds == pytest.approx(20e-6)
+    assert row.bytes == 1280 + 384 + 1920 + 4 * 64 * 96, "the packed weight is counted, too"
+
+
+@pytest.mark.parametrize("trt_machine", RELEASES, indirect=True)
+def test_tensorrt_layers_and_launches(trt_machine: Machine, exported: Export, tmp_path: Path) -> None:
+    """On the stand-in: the profiler sees layers of uncaptured runs, enqueueing is timed on captured ones."""
+    from anyflow_deploy.profiling import layer_pass
+    from anyflow_deploy.profiling.subject import videos
+
+    bundle: Bundle = exported(SMALL)
+    video = videos(bundle.manifest, ("64x96x5",), None)[0]
+    words = load_file(SMALL / "golden.safetensors")["text"].shape[1]
+    settings = TensorRTSettings(shapes=("64x96x5", f"64x96x5:t{words}"))
+    build_engine(bundle, "tensorrt", settings, tmp_path / "engine")
+    options = EngineOptions("cuda", engine=tmp_path / "engine")
+    layers, enqueue = layer_pass.watched(bundle, "tensorrt", options, video, sample_point())
+    assert enqueue is not None and enqueue.count == layer_pass.ENQUEUES and trt_machine.cuda.launches > 10
+    assert layers.seconds == pytest.approx(0.25e-3 * len(layers.rows)) and {row.operator for row in layers.rows} == {"gemm"}
+    assert {"attn1.to_q", "ffn.net.2"} <= {row.name for row in layers.by_part}
+    assert trt_machine.cuda.reserved() == 0, "everything is given back"
+
+
+def test_backends_without_a_profiler_say_so(exported: Export) -> None:
+    from anyflow_deploy.profiling import layer_pass
+
+    for backend, options, why in (
+        ("onnxruntime", EngineOptions("cuda"), "Nsight"),
+        ("aotinductor", EngineOptions("cpu"), "no layers left"),
+    ):
+        with pytest.raises(AbsentError, match=why):
+            layer_pass.watched(exported(SMALL), backend, options, None, sample_point())  # type: ignore[arg-type]
+
+
+def test_an_engine_that_makes_nan_is_no_measurement() -> None:
+    from anyflow_deploy.profiling.subject import _finite
+
+    with pytest.raises(AnyFlowError, match="its times mean nothing"):
+        _finite(np.array([1.0, np.nan], np.float32))
