@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from anyflow_deploy import Bundle
+from anyflow_deploy.profiling.operations import transition_work, types_of
 from anyflow_deploy.profiling.record import (
     Ceilings,
     Clip,
@@ -92,3 +94,19 @@ def sample_layers(**rows: float) -> Layers:
         source="profiler", graph="transition", shape="480x832x81", transitions=3, seconds=1.0, overhead=0.01, rows=found,
         by_operator=found, by_part=found,
     )  # fmt: skip
+
+
+def assert_counted(bundle: Bundle) -> None:
+    """The architecture's operations are those of the exported graph."""
+    import onnx_ir
+
+    from anyflow_deploy.export.achieved import product_flops, sizes
+
+    a, video = bundle.manifest.architecture, bundle.manifest.video
+    symbols = sizes(a, video)
+    graph = bundle.manifest.graphs["chunk" if a.causal else "transition"]
+    total, _ = product_flops(onnx_ir.load(bundle.file(graph.file)), symbols)
+    shape = (symbols["frames"], video.height // 8, video.width // 8)
+    types = types_of("fp32", "fp32")
+    work = transition_work(a, types, shape, symbols["text"], symbols.get("past", 0), with_text=not a.causal)
+    assert sum(work.operations.values()) == total

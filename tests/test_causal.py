@@ -23,6 +23,7 @@ from anyflow_deploy.export.causal import Compression, TextMemory
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.network_engine import NetworkEngine, network_from_weights
 from tests.conftest import GOLDEN, SMALL, Export, causal_golden
+from tests.profile_sample import assert_counted
 from tests.test_graph import TENSORRT_10_3
 
 CAUSAL = GOLDEN.parent / "causal"
@@ -315,3 +316,22 @@ def test_the_last_layer_of_compression_computes_keys_and_values_alone(exported: 
                                         "attn1.to_v.weight", "attn1.to_v.bias")
     }  # fmt: skip
     assert not {"proj_out.weight", "patch_embedding.weight"} & {tensor.name for tensor in graph.initializer}
+
+
+def test_a_causal_profile_has_chunks(exported: Export, tmp_path: Path) -> None:
+    from anyflow_deploy.cli.options import parsed
+    from anyflow_deploy.cli.profile import ProfileOptions, profile
+    from anyflow_deploy.profiling.record import Profile
+
+    causal = exported(CAUSAL)
+    assert_counted(causal)
+    flags = f"--threads 1 --steps 1,2 --shapes 64x64x29 --seconds 0.2 --skip ceilings --json {tmp_path}/p.json"
+    words = f"{causal.path} {flags} --html {tmp_path}/p.html".split()
+    assert profile(parsed(ProfileOptions, words)) == 0
+    read = Profile.model_validate_json((tmp_path / "p.json").read_text())
+    (point,) = read.points
+    assert sum(point.chunks[0].frames) == point.frames == 29 and point.chunks[0].cached_tokens[0] == 0
+    for chunks, clip in zip(point.chunks, point.clips, strict=True):
+        assert chunks.first.count == clip.latency.count and chunks.later is not None and chunks.remember is not None
+        assert sum(chunks.by_index) == pytest.approx(clip.latency.median, rel=0.5)
+    assert read.layers[0].graph == "chunk" and "Time of each chunk" in (tmp_path / "p.html").read_text()

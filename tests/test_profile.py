@@ -17,14 +17,16 @@ from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.profile import ProfileOptions, profile
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.fit import Shape
+from anyflow_deploy.profiling import stages
+from anyflow_deploy.profiling.absence import AbsentError
 from anyflow_deploy.profiling.operations import stream_work, transition_work, types_of
 from anyflow_deploy.profiling.page import html_from_profile
 from anyflow_deploy.profiling.record import Profile
 from anyflow_deploy.targets import TARGETS
-from tests.conftest import CAUSAL, SMALL, Export
+from tests.profile_sample import assert_counted
 
 ROOT = Path(__file__).parent.parent
-SMALL_SHAPE, CAUSAL_SHAPE = "64x96x5", "64x64x29"
+SMALL_SHAPE = "64x96x5"
 
 
 def run(line: str) -> int:
@@ -32,16 +34,11 @@ def run(line: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def bundle(exported: Export) -> Bundle:
-    return exported(SMALL)
-
-
-@pytest.fixture(scope="module")
-def made(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A profile of two shapes, with its page beside it."""
     folder = tmp_path_factory.mktemp("profile")
-    flags = f"--threads 1 --steps 1,3 --shapes {SMALL_SHAPE},64x64x9 --seconds 0.3 --skip ceilings --target h100"
-    assert run(f"{bundle.path} {flags} --json {folder}/p.json --html {folder}/p.html") == 0
+    flags = f"--threads 1 --steps 1,3 --shapes {SMALL_SHAPE},64x64x9 --seconds 0.3 --skip text,vae --target h100"
+    assert run(f"{tiny_bundle.path} {flags} --json {folder}/p.json --html {folder}/p.html") == 0
     return folder
 
 
@@ -50,12 +47,16 @@ def read(made: Path) -> Profile:
     return Profile.model_validate_json((made / "p.json").read_text())
 
 
-def test_a_profile_says_what_how_and_where(read: Profile, bundle: Bundle) -> None:
-    assert read.subject.digest == bundle.digest and read.subject.engine.startswith("ONNX Runtime")
+def test_a_profile_says_what_how_and_where(read: Profile, tiny_bundle: Bundle) -> None:
+    assert read.subject.digest == tiny_bundle.digest and read.subject.engine.startswith("ONNX Runtime")
     assert read.method.clock["name"] == "time.perf_counter" and 0 < read.method.clock["reading_seconds"] < 1e-4
     assert read.machine["versions"]["onnxruntime"] and read.machine["cores"] >= 1
     assert "RAPL" in " ".join([*read.absent, *(power.name for power in read.power)]), "energy, or why there is none"
-    assert "text encoder" in read.absent and "not at hand" in read.absent["text encoder"], "this bundle has no pipeline"
+    assert read.absent["text"] == "left out by --skip"
+    nowhere = tiny_bundle.manifest.source.model_copy(update={"location": "/nowhere"})
+    for part in (stages.TEXT, stages.VAE):
+        with pytest.raises(AbsentError, match="not at hand"):
+            stages.pipeline_folder(tiny_bundle.manifest.model_copy(update={"source": nowhere}), None, part)
 
 
 def test_times_hang_together(read: Profile) -> None:
@@ -88,34 +89,8 @@ def test_layers_add_up_and_carry_their_work(read: Profile) -> None:
     )
 
 
-def test_a_causal_profile_has_chunks(exported: Export, tmp_path: Path) -> None:
-    causal = exported(CAUSAL)
-    flags = f"--threads 1 --steps 1,2 --shapes {CAUSAL_SHAPE} --seconds 0.2 --skip ceilings --json {tmp_path}/p.json"
-    assert run(f"{causal.path} {flags} --html {tmp_path}/p.html") == 0
-    read = Profile.model_validate_json((tmp_path / "p.json").read_text())
-    (point,) = read.points
-    assert sum(point.chunks[0].frames) == point.frames == 29 and point.chunks[0].cached_tokens[0] == 0
-    for chunks, clip in zip(point.chunks, point.clips, strict=True):
-        assert chunks.first.count == clip.latency.count and chunks.later is not None and chunks.remember is not None
-        assert sum(chunks.by_index) == pytest.approx(clip.latency.median, rel=0.5)
-    assert read.layers[0].graph == "chunk" and "Time of each chunk" in (tmp_path / "p.html").read_text()
-
-
-@pytest.mark.parametrize("checkpoint", [SMALL, CAUSAL])
-def test_operations_are_those_of_the_graph(exported: Export, checkpoint: Path) -> None:
-    import onnx_ir
-
-    from anyflow_deploy.export.achieved import product_flops, sizes
-
-    bundle = exported(checkpoint)
-    a, video = bundle.manifest.architecture, bundle.manifest.video
-    graph = "chunk" if a.causal else "transition"
-    symbols = sizes(a, video)
-    total, _ = product_flops(onnx_ir.load(bundle.file(bundle.manifest.graphs[graph].file)), symbols)
-    shape = (symbols["frames"], video.height // 8, video.width // 8)
-    types = types_of("fp32", "fp32")
-    work = transition_work(a, types, shape, symbols["text"], symbols.get("past", 0), with_text=not a.causal)
-    assert sum(work.operations.values()) == total
+def test_operations_are_those_of_the_graph(tiny_bundle: Bundle) -> None:
+    assert_counted(tiny_bundle)
 
 
 def test_a_stream_is_the_sum_of_its_chunks() -> None:
@@ -158,7 +133,7 @@ def test_wrong_flags_are_refused(line: str, message: str) -> None:
         parsed(ProfileOptions, shlex.split(line))
 
 
-def test_what_cannot_be_measured_or_written_is_refused_before_work(bundle: Bundle, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_or_written_is_refused_before_work(tiny_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "there.json").write_text("")
     for flags, message in (
         (f"--json {tmp_path}/there.json", "exists"),
@@ -168,7 +143,7 @@ def test_what_cannot_be_measured_or_written_is_refused_before_work(bundle: Bundl
         ("--target cpu", "any processor"),
     ):
         with pytest.raises(AnyFlowError, match=message):
-            run(f"{bundle.path} {flags} --seconds 0.1 --rounds 1 --skip layers,text,vae --steps 1")
+            run(f"{tiny_bundle.path} {flags} --seconds 0.1 --rounds 1 --skip layers,text,vae --steps 1")
     assert [path.name for path in tmp_path.iterdir()] == ["there.json"]
 
 

@@ -1,4 +1,4 @@
-"""The parts of a profile one by one: statistics, power on machines that are not here, rules of advice, comparison, TensorRT."""
+"""The parts of a profile one by one: statistics, power on machines that are not here, rules of advice, comparison."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from anyflow_deploy import AnyFlowError, Bundle
-from anyflow_deploy.engines.building import build_engine
+from anyflow_deploy import AnyFlowError
 from anyflow_deploy.engines.loading import EngineOptions
 from anyflow_deploy.engines.onnxruntime_profile import timed_from_trace
-from anyflow_deploy.engines.tensorrt_build import TensorRTSettings
 from anyflow_deploy.profiling import machine, power
 from anyflow_deploy.profiling.absence import AbsentError
 from anyflow_deploy.profiling.advice import advise
@@ -31,9 +28,7 @@ from anyflow_deploy.profiling.roofline import target_from_gpu
 from anyflow_deploy.profiling.sampler import Sampler
 from anyflow_deploy.profiling.statistics import drift, is_steady, latency_from_samples, median_interval
 from anyflow_deploy.progress import Silent
-from tests.conftest import SMALL, Export
 from tests.profile_sample import sample_layers, sample_point, sample_profile, steady
-from tests.tensorrt_machine import RELEASES, Machine
 
 # Statistics
 
@@ -67,7 +62,7 @@ def test_warm_up_waits_until_it_is_steady_and_gives_up_in_time() -> None:
     slow = iter([5.0, 4.0, 3.0, 2.0, *[1.0] * 100])
     times: list[float] = []
     done = warmed_up(lambda: times.append(next(slow)), times, Rules(10))
-    assert done.steady and done.runs == 12 and times == []
+    assert done.steady and done.runs == 11 and times == []
     growing = iter(range(1, 10**6))
     done = warmed_up(lambda: times.append(2.0 ** next(growing) if time.sleep(0.01) is None else 0), times, Rules(0.1))
     assert not done.steady and done.runs >= 2 and done.seconds < 1
@@ -244,6 +239,8 @@ def test_a_machine_on_paper(tmp_path: Path) -> None:
 
 # Advice
 
+MOVING = Series(name="GPU clock", unit="MHz", samples=[(0, 900), (1, 1800)])
+
 RULES: dict[str, Callable[[], Profile]] = {
     "throttled": lambda: sample_profile(conditions=Conditions(other_load=0, throttle={"power cap": 0.4}, series=[])),
     "drifting": lambda: sample_profile(points=[sample_point(transition=latency_from_samples([*[0.1] * 60, *[0.12] * 60]))]),
@@ -252,7 +249,7 @@ RULES: dict[str, Callable[[], Profile]] = {
     "times vary": lambda: sample_profile(points=[sample_point(transition=latency_from_samples([0.1, 0.12] * 60))]),
     "clocks not locked": lambda: sample_profile(
         points=[sample_point(transition=latency_from_samples([0.1, 0.12] * 60))],
-        conditions=Conditions(other_load=0, throttle={}, series=[Series(name="GPU clock", unit="MHz", samples=[(0, 900), (1, 1800)])]),
+        conditions=Conditions(other_load=0, throttle={}, series=[MOVING]),
     ),
     "power mode": lambda: sample_profile(machine={"jetson": {"model": "Orin", "power_mode": "30W"}}),
     "launch-bound": lambda: sample_profile(points=[sample_point(enqueue=latency_from_samples(steady(0.09)))]),
@@ -351,26 +348,7 @@ def test_a_trace_is_cut_to_the_runs_that_count() -> None:
     assert row.bytes == 1280 + 384 + 1920 + 4 * 64 * 96, "the packed weight is counted, too"
 
 
-@pytest.mark.parametrize("trt_machine", RELEASES, indirect=True)
-def test_tensorrt_layers_and_launches(trt_machine: Machine, exported: Export, tmp_path: Path) -> None:
-    """On the stand-in: the profiler sees layers of uncaptured runs, enqueueing is timed on captured ones."""
-    from anyflow_deploy.profiling import layer_pass
-    from anyflow_deploy.profiling.subject import videos
-
-    bundle: Bundle = exported(SMALL)
-    video = videos(bundle.manifest, ("64x96x5",), None)[0]
-    words = load_file(SMALL / "golden.safetensors")["text"].shape[1]
-    settings = TensorRTSettings(shapes=("64x96x5", f"64x96x5:t{words}"))
-    build_engine(bundle, "tensorrt", settings, tmp_path / "engine")
-    options = EngineOptions("cuda", engine=tmp_path / "engine")
-    layers, enqueue = layer_pass.watched(bundle, "tensorrt", options, video, sample_point())
-    assert enqueue is not None and enqueue.count == layer_pass.ENQUEUES and trt_machine.cuda.launches > 10
-    assert layers.seconds == pytest.approx(0.25e-3 * len(layers.rows)) and {row.operator for row in layers.rows} == {"gemm"}
-    assert {"attn1.to_q", "ffn.net.2"} <= {row.name for row in layers.by_part}
-    assert trt_machine.cuda.reserved() == 0, "everything is given back"
-
-
-def test_backends_without_a_profiler_say_so(exported: Export) -> None:
+def test_backends_without_a_profiler_say_so() -> None:
     from anyflow_deploy.profiling import layer_pass
 
     for backend, options, why in (
@@ -378,7 +356,7 @@ def test_backends_without_a_profiler_say_so(exported: Export) -> None:
         ("aotinductor", EngineOptions("cpu"), "no layers left"),
     ):
         with pytest.raises(AbsentError, match=why):
-            layer_pass.watched(exported(SMALL), backend, options, None, sample_point())  # type: ignore[arg-type]
+            layer_pass.watched(None, backend, options, None, sample_point())  # type: ignore[arg-type]
 
 
 def test_an_engine_that_makes_nan_is_no_measurement() -> None:

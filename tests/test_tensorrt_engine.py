@@ -343,3 +343,23 @@ def test_what_is_no_plan(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -
 
 def test_bundles_are_left_alone(trt_machine: Machine, bundle: Bundle, engine: Any) -> None:
     assert load_bundle(bundle.path) == bundle
+
+
+@EVERY_RELEASE
+def test_layers_and_launches_are_profiled(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
+    """The profiler sees layers of uncaptured runs, enqueueing is timed on captured ones."""
+    from anyflow_deploy.engines.loading import EngineOptions
+    from anyflow_deploy.profiling import layer_pass
+    from anyflow_deploy.profiling.subject import videos
+    from tests.profile_sample import sample_point
+
+    video = videos(bundle.manifest, ("64x96x5",), None)[0]
+    shapes = ("64x96x5", size_of(video.latents, video.text))
+    build_engine(bundle, "tensorrt", TensorRTSettings(shapes=shapes), tmp_path / "engine")
+    options = EngineOptions("cuda", engine=tmp_path / "engine")
+    layers, enqueue = layer_pass.watched(bundle, "tensorrt", options, video, sample_point())
+    assert enqueue is not None and enqueue.count == layer_pass.ENQUEUES and trt_machine.cuda.launches > 10
+    assert layers.seconds == pytest.approx(0.25e-3 * len(layers.rows)) and {row.operator for row in layers.rows} == {"gemm"}
+    assert {"attn1.to_q", "ffn.net.2"} <= {row.name for row in layers.by_part}
+    gc.collect()
+    assert trt_machine.cuda.reserved() == 0, "everything is given back"
