@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import numpy as np
@@ -63,7 +63,7 @@ def measured_point(
     )
 
 
-def _noting_last(engine: Watched, video: Video, count: int, into: ChunkTimes, last: list[float]):  # type: ignore[no-untyped-def]
+def _noting_last(engine: Watched, video: Video, count: int, into: ChunkTimes, last: list[float]) -> Callable[[], None]:
     """A clip, and the time of the transition that had the fullest cache."""
     run = clip(engine, video, count, into)
 

@@ -44,9 +44,14 @@ def sources(gpu: Gpu | None, root: Path = Path("/")) -> tuple[list[Source], dict
     """All that can be read here, and the reasons why others cannot, by name."""
     found: list[Source] = []
     absent: dict[str, str] = {}
-    for name, ways in (("NVML", lambda: nvml(gpu)), ("INA3221", lambda: ina3221(root)), ("RAPL", lambda: rapl(root))):
+    ways: dict[str, Callable[[], list[Source]]] = {
+        "NVML": lambda: nvml(gpu),
+        "INA3221": lambda: ina3221(root),
+        "RAPL": lambda: rapl(root),
+    }
+    for name, way in ways.items():
         try:
-            found += ways()
+            found += way()
         except AbsentError as error:
             absent[name] = str(error)
     return found, absent

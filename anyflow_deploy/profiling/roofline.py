@@ -126,7 +126,7 @@ class _Runtime:
         rows, inner, columns = PRODUCT
         random = np.random.default_rng(0)
         weight = random.standard_normal((inner, columns)) if second is np.float32 else random.integers(-50, 50, (inner, columns))
-        given = random.integers(0, 100, (rows, inner)).astype(first)
+        given: Any = random.integers(0, 100, (rows, inner)).astype(first)
         return 2.0 * rows * inner * columns / self._seconds(operator, {"a": given}, {"b": weight.astype(second)})
 
     def addition(self) -> float:

@@ -107,8 +107,8 @@ def _other(profile: Profile) -> Table:
     table.add_column(style="dim")
     table.add_column()
     for stage in profile.stages:
-        memory = f"peak {size_text(stage.memory.cpu_peak)}, loaded in {time_text(stage.load_seconds)}"
-        table.add_row(stage.name, f"{time_text(stage.latency.median)} (p99 {time_text(stage.latency.p99)}); {memory}")
+        rest = f"peak {size_text(stage.memory.cpu_peak)}, loaded in {time_text(stage.load_seconds)}"
+        table.add_row(stage.name, f"{time_text(stage.latency.median)} (p99 {time_text(stage.latency.p99)}); {rest}")
     for row in profile.end_to_end:
         shown = ", ".join(f"{name} {time_text(seconds)}" for name, seconds in row.seconds.items())
         table.add_row(
@@ -167,7 +167,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 def _value(value: Value | None) -> str:
     if value is None:
         return ""
-    return {"s": time_text, "B": size_text, "J": lambda joules: f"{joules:.3g} J"}[value.unit](value.value)
+    if value.unit == "J":
+        return f"{value.value:.3g} J"
+    return time_text(value.value) if value.unit == "s" else size_text(value.value)
 
 
 def print_estimate(estimate: Estimate, console: Console) -> None:
