@@ -64,7 +64,7 @@ std::string megabytes(double bytes) {
   return grouped(tenths / 10) + "." + std::to_string(tenths % 10) + " MB";
 }
 
-std::string quoted(const std::string& text) {
+std::string in_quotes(const std::string& text) {
   const char mark = text.find('\'') != std::string::npos && text.find('"') == std::string::npos ? '"' : '\'';
   std::string result(1, mark);
   for (const char c : text) {

@@ -28,6 +28,6 @@ std::string tuple(std::span<const int64_t> values);
 std::string grouped(int64_t value);
 std::string megabytes(double bytes);
 // A text as Python's repr prints it: quoted, controls escaped.
-std::string quoted(const std::string& text);
+std::string in_quotes(const std::string& text);
 
 }  // namespace af

@@ -25,6 +25,7 @@ bool Value::is_null() const { return of(node_).is_null(); }
 bool Value::is_text() const { return of(node_).is_string(); }
 bool Value::is_object() const { return of(node_).is_object(); }
 bool Value::is_list() const { return of(node_).is_array(); }
+bool Value::is_flag() const { return of(node_).is_boolean(); }
 
 std::string Value::text() const {
   if (!is_text()) throw Damage(place_, "Input should be a valid string");
@@ -101,6 +102,12 @@ void Record::done() const {
   for (const auto& [key, item] : value_.members()) {
     if (!known_.contains(key)) throw Damage(item.place(), "Extra inputs are not permitted");
   }
+}
+
+std::string json_object(const std::vector<std::pair<std::string, std::string>>& members) {
+  std::string text = "{";
+  for (const auto& [key, value] : members) text += (text.size() > 1 ? "," : "") + json(key).dump() + ":" + value;
+  return text + "}";
 }
 
 }  // namespace af

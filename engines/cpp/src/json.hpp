@@ -33,6 +33,7 @@ class Value {
   bool is_text() const;
   bool is_object() const;
   bool is_list() const;
+  bool is_flag() const;
 
   // Each throws Damage where the value is of another type; a whole number is a number, true is neither.
   std::string text() const;
@@ -72,5 +73,8 @@ class Record {
   Value value_;
   std::set<std::string> known_;
 };
+
+// An object of values that are JSON already.
+std::string json_object(const std::vector<std::pair<std::string, std::string>>& members);
 
 }  // namespace af

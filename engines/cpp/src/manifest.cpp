@@ -65,9 +65,9 @@ void check_achieved(const Value& value) {
   record.done();
 }
 
-Video read_video(const Value& value) {
+VideoFormat read_video(const Value& value) {
   Record record(value);
-  const Video video{record.integer("spatial_factor"), record.integer("temporal_factor"), record.integer("fps"), record.integer("text_tokens"),
+  const VideoFormat video{record.integer("spatial_factor"), record.integer("temporal_factor"), record.integer("fps"), record.integer("text_tokens"),
                     record.integer("frames"),         record.integer("height"),          record.integer("width")};
   record.done();
   for (const int64_t number : {video.spatial_factor, video.temporal_factor}) {
@@ -177,5 +177,14 @@ Manifest Manifest::read(const Value& root) {
 }
 
 int64_t element_bytes(const std::string& type) { return type == "int64" ? 8 : type == "float32" ? 4 : 2; }
+
+std::string cache_type(const Manifest& manifest) {
+  for (const auto& [name, graph] : manifest.graphs) {
+    for (const Tensor& tensor : graph.outputs) {
+      if (tensor.name == "key.0") return tensor.type;
+    }
+  }
+  return "float32";  // nothing is cached
+}
 
 }  // namespace af

@@ -43,7 +43,7 @@ struct File {
 using Files = std::map<std::string, File>;
 Files read_files(const Value& value);
 
-struct Video {
+struct VideoFormat {
   int64_t spatial_factor, temporal_factor, fps, text_tokens, frames, height, width;
 };
 
@@ -54,7 +54,7 @@ struct Manifest {
   Ranges ranges;
   double shift;
   int64_t steps;
-  Video video;
+  VideoFormat video;
   Files files;
 
   bool causal() const { return kind == "causal"; }
@@ -66,5 +66,7 @@ struct Manifest {
 
 // Elements of types as the manifest names them, in bytes.
 int64_t element_bytes(const std::string& type);
+// Of a causal bundle's keys and values.
+std::string cache_type(const Manifest& manifest);
 
 }  // namespace af
