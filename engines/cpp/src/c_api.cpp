@@ -71,7 +71,8 @@ Watch watch_of(const anyflow_bundle_params& params) {
 double steady_seconds() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 Deadline deadline_of(const anyflow_deadline& given) {
-  Deadline deadline{given.seconds};
+  Deadline deadline;
+  deadline.seconds = given.seconds;
   if (given.shift != 0) deadline.shift = given.shift;
   if (given.most != 0) deadline.most = given.most;
   deadline.pace = given.pace ? given.pace->pace : std::make_shared<Pace>();
@@ -93,7 +94,8 @@ Sampling sampling_of(const anyflow_sample_params* given_params, const Manifest& 
   Sampling sampling{course_of(params, manifest), {}, {}, {}};
   if (params.on_step) {
     sampling.on_step = [params](const Step& step) {
-      const anyflow_step made{sizeof(anyflow_step), step.index, step.steps, step.t, step.r, &step};
+      anyflow_step made{sizeof(anyflow_step), step.index, step.steps, step.t, step.r, {}, &step};
+      std::copy(step.shape.begin(), step.shape.end(), made.shape);
       params.on_step(&made, params.user);
     };
   }

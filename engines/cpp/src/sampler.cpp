@@ -23,7 +23,7 @@ void by_schedule(Run& run, const Schedule& schedule, const Sampling& sampling, f
   for (size_t i = 0; i + 1 < times.size(); ++i) {
     check_abort(sampling.abort, "sampling");
     step(run, times[i], times[i + 1]);
-    report(sampling, {static_cast<int64_t>(i), schedule.steps(), times[i], times[i + 1], [&](float* into) { run.read(into); }});
+    report(sampling, {static_cast<int64_t>(i), schedule.steps(), times[i], times[i + 1], run.shape(), [&](float* into) { run.read(into); }});
   }
   run.read(clean);
 }
@@ -48,12 +48,12 @@ void in_time(Run& run, const Deadline& deadline, const Sampling& sampling, float
       run.read(state.data());
       for (size_t i = 0; i < state.size(); ++i) clean[i] = state[i] - draft[i];
       ended(1, false);
-      report(sampling, {0, 1, t, r, [&](float* into) { std::copy_n(clean, draft.size(), into); }});
+      report(sampling, {0, 1, t, r, run.shape(), [&](float* into) { std::copy_n(clean, draft.size(), into); }});
       return;
     }
     route.timed([&] { step(run, t, r); });
     route.went(r);
-    report(sampling, {route.made - 1, route.planned, t, r, [&](float* into) { run.read(into); }});
+    report(sampling, {route.made - 1, route.planned, t, r, run.shape(), [&](float* into) { run.read(into); }});
   }
   run.read(clean);
   ended(route.made, !draft.empty());

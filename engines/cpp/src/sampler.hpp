@@ -18,6 +18,7 @@ using Course = std::variant<Schedule, Deadline>;
 struct Step {
   int64_t index, steps;
   double t, r;
+  LatentShape shape;
   std::function<void(float*)> read;
 };
 

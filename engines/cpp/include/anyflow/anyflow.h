@@ -211,6 +211,7 @@ typedef struct anyflow_step {
     int64_t index;
     int64_t steps; /* how many there are; under a deadline, how many are planned by now */
     double t, r;   /* where it went from and to */
+    int64_t shape[5];  /* of the state */
     const void *state; /* for anyflow_step_read */
 } anyflow_step;
 
