@@ -65,22 +65,18 @@ void check_achieved(const Value& value) {
   record.done();
 }
 
-VideoFormat read_video(const Value& value) {
-  Record record(value);
-  const VideoFormat video{record.integer("spatial_factor"), record.integer("temporal_factor"), record.integer("fps"), record.integer("text_tokens"),
-                    record.integer("frames"),         record.integer("height"),          record.integer("width")};
-  record.done();
-  for (const int64_t number : {video.spatial_factor, video.temporal_factor}) {
-    if (number < 1) throw Damage(value.place(), "Input should be greater than 0");
-  }
-  return video;
-}
-
-// One of the config's numbers, which are positive.
 int64_t positive(const Value& value) {
   const int64_t number = value.integer();
   if (number < 1) throw Damage(value.place(), "Input should be greater than 0");
   return number;
+}
+
+VideoFormat read_video(const Value& value) {
+  Record record(value);
+  const VideoFormat video{positive(record.required("spatial_factor")), positive(record.required("temporal_factor")), record.integer("fps"), record.integer("text_tokens"),
+                    record.integer("frames"),         record.integer("height"),          record.integer("width")};
+  record.done();
+  return video;
 }
 
 int64_t positive_or(const std::optional<Value>& value, int64_t otherwise) { return value ? positive(*value) : otherwise; }
