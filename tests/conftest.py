@@ -17,8 +17,9 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from anyflow_deploy import MODELS, Bundle
+from anyflow_deploy import MODELS, Bundle, load_bundle
 from anyflow_deploy.calibration import Calibration
+from anyflow_deploy.engine_folder import EngineFolder
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.tiny import save_tiny_pipeline
@@ -97,6 +98,35 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Export:
         return export_bundle(open_checkpoint(checkpoint), tmp_path_factory.mktemp("quantized") / "bundle", chosen)
 
     return bundle
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Bundle], EngineFolder]:
+    """Builds a bundle's AOTInductor engine outside of it, once for all of pytest's processes: it takes half a minute.
+
+    The wrapper (which decides nothing but how fast operators are called) is compiled without the optimizer.
+    """
+    from filelock import FileLock
+
+    from anyflow_deploy.engine_folder import load_engine_folder
+    from anyflow_deploy.engines.aotinductor_build import AotInductorSettings
+    from anyflow_deploy.engines.building import build_engine
+    from anyflow_deploy.export import aotinductor
+
+    shared = tmp_path_factory.getbasetemp()
+    shared = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "compiled"
+    shared.mkdir(exist_ok=True)
+    quick = {**aotinductor.OPTIONS, "aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
+
+    def folder(bundle: Bundle) -> EngineFolder:
+        destination = shared / bundle.digest[:16]
+        with FileLock(shared / f"{bundle.digest[:16]}.lock"), pytest.MonkeyPatch.context() as patch:
+            if destination.exists():
+                return load_engine_folder(destination)
+            patch.setattr(aotinductor, "OPTIONS", quick)
+            return build_engine(load_bundle(bundle.path, verify=False), "aotinductor", AotInductorSettings(), destination)
+
+    return folder
 
 
 @pytest.fixture(scope="session")

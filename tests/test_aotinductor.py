@@ -77,21 +77,6 @@ from anyflow_deploy.cli import build, generate
 """
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Bundle], EngineFolder]:
-    """Builds an engine beside its bundle, once."""
-    quick = {**aotinductor.OPTIONS, "aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
-
-    @functools.cache
-    def folder(path: Path) -> EngineFolder:
-        destination = tmp_path_factory.mktemp("compiled") / "engine"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(aotinductor, "OPTIONS", quick)
-            return build_engine(load_bundle(path, verify=False), "aotinductor", AotInductorSettings(), destination)
-
-    return lambda bundle: folder(bundle.path)
-
-
 @pytest.fixture(scope="module")
 def oracle() -> Arrays:
     return load_file(SMALL / "golden.safetensors")
