@@ -7,7 +7,6 @@ nothing but how fast operators are called) without the C++ compiler's optimizer,
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import os
 import shutil
@@ -30,7 +29,6 @@ from anyflow_deploy import (
     Bundle,
     Schedule,
     ShapeError,
-    load_bundle,
     load_engine,
     noise,
     sample,

@@ -35,8 +35,8 @@ ROOT = SOURCE.parent.parent
 PAGE = (ROOT / "docs" / "cpp.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 NOT_HERE = ("pip ", "anyflow-", "build/examples/stream")
-"""What the page has besides CMake: installing, which CI does; our own commands, which other tests run; and the causal example, which
-needs an engine that takes minutes: see the slow test."""
+"""What the page has besides CMake: installing, which CI does; our own commands, which other tests run; and the causal
+example, which needs an engine that takes minutes to build: see the slow test."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def typed(place: Path, command: str) -> str:
     """Run a line of the page; what it said."""
-    tools = [str(Path(sys.executable).parent), str(Path(tool("cmake")).parent), str(Path(tool("ninja")).parent), os.environ["PATH"]]
+    tools = [
+        str(Path(sys.executable).parent),
+        str(Path(tool("cmake")).parent),
+        str(Path(tool("ninja")).parent),
+        os.environ["PATH"],
+    ]
     more = {"PATH": os.pathsep.join(tools), "CMAKE_BUILD_TYPE": "Debug", "CXXFLAGS": "-O0", "CMAKE_GENERATOR": "Ninja"}
     return run("bash", "-c", command, cwd=place, env={**os.environ, **more}).stdout
 
@@ -61,7 +66,10 @@ def library(place: Path) -> Path:
     build = [line for line in COMMANDS if line.startswith("cmake") and "examples" not in line]
     said = [typed(place, line) for line in build]
     assert "AOTINDUCTOR is built" in said[0]
-    assert "TENSORRT is built" in said[0] or "TENSORRT is left out: TensorRT (10.3 or later) or the CUDA toolkit was not found" in said[0]
+    assert (
+        "TENSORRT is built" in said[0]
+        or "TENSORRT is left out: TensorRT (10.3 or later) or the CUDA toolkit was not found" in said[0]
+    )
     configured(place / "build" / "cpp", "-DANYFLOW_TESTS=ON")
     return built(place / "build" / "cpp", "conformance")
 
@@ -112,7 +120,14 @@ def test_the_same_bits_as_pythons_engine(
     """One package, two languages, and a shape that no golden vector has."""
     z, text, bundle = noise((2, 3, 4, 6, 10), 8), noise((2, 7, 32), 9), small_bundle()
     engine = load_engine(bundle, "aotinductor", engine=built(bundle).path, threads=1)
-    answer = ask("sample", **golden_question, threads=1, noise=as_json(z), text=as_json(text), schedule={"kind": "uniform", "steps": 3, "shift": 5})
+    answer = ask(
+        "sample",
+        **golden_question,
+        threads=1,
+        noise=as_json(z),
+        text=as_json(text),
+        schedule={"kind": "uniform", "steps": 3, "shift": 5},
+    )
     assert answer["runs"][0]["latents"] == as_json(sample(engine, z, text, Schedule.uniform(3)))["data"]
 
 
@@ -125,9 +140,13 @@ def test_a_deadline_on_the_real_engine(ask: Conformance, golden_question: dict[s
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"engine": "nowhere"}, "there is no engine 'nowhere'"), ({"engine": None}, "has no aotinductor engine yet. Make one on this machine"),
-     ({"provider": "cuda"}, "runs on the CPU in this library"), ({"backend": "onnxruntime"}, "built without a backend 'onnxruntime'")],
-)  # fmt: skip
+    [
+        ({"engine": "nowhere"}, "there is no engine 'nowhere'"),
+        ({"engine": None}, "has no aotinductor engine yet. Make one on this machine"),
+        ({"provider": "cuda"}, "runs on the CPU in this library"),
+        ({"backend": "onnxruntime"}, "built without a backend 'onnxruntime'"),
+    ],
+)
 def test_what_is_refused(ask: Conformance, golden_question: dict[str, Any], change: dict[str, Any], words: str) -> None:
     answer = ask("description", **{**golden_question, **change})
     assert answer["code"] in (2, 4) and words in answer["error"]
@@ -135,10 +154,15 @@ def test_what_is_refused(ask: Conformance, golden_question: dict[str, Any], chan
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"versions": {"torch": "2.12.0", "processor instructions": "x"}}, "was built with "), ({"bundle": "0" * 64}, "was built from bundle 000000000000"),
-     ({"device": {"kind": "cpu", "name": "sparc64"}}, "was built for sparc64, and this is"), ({"backend": "tensorrt"}, "is an engine of backend tensorrt"),
-     ({"schema": 2}, "engine schema 2; this version reads 1"), ({"seconds": "long"}, "damaged at 'seconds'")],
-)  # fmt: skip
+    [
+        ({"versions": {"torch": "2.12.0", "processor instructions": "x"}}, "was built with "),
+        ({"bundle": "0" * 64}, "was built from bundle 000000000000"),
+        ({"device": {"kind": "cpu", "name": "sparc64"}}, "was built for sparc64, and this is"),
+        ({"backend": "tensorrt"}, "is an engine of backend tensorrt"),
+        ({"schema": 2}, "engine schema 2; this version reads 1"),
+        ({"seconds": "long"}, "damaged at 'seconds'"),
+    ],
+)
 def test_engines_from_elsewhere(
     ask: Conformance, golden_question: dict[str, Any], tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
@@ -199,9 +223,14 @@ def test_our_own_commands_on_the_page() -> None:
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [([], "usage: generate"), (["my-bundle", "--step", "4"], "--step was not understood"), (["my-bundle", "--steps", "many"], "--steps takes numbers"),
-     (["nowhere", "--steps", "4"], "nowhere is not a bundle"), (["my-bundle", "--steps", "4", "--deadline", "2", "--embeds", "fox.safetensors"], "allowed is one of them")],
-)  # fmt: skip
+    [
+        ([], "usage: generate"),
+        (["my-bundle", "--step", "4"], "--step was not understood"),
+        (["my-bundle", "--steps", "many"], "--steps takes numbers"),
+        (["nowhere", "--steps", "4"], "nowhere is not a bundle"),
+        (["my-bundle", "--steps", "4", "--deadline", "2", "--embeds", "fox.safetensors"], "allowed is one of them"),
+    ],
+)
 def test_an_example_says_what_is_wrong(library: Path, place: Path, words: list[str], message: str) -> None:
     if not (place / "my-bundle").exists():
         pytest.skip("test_the_page makes the bundle that this one reads")
@@ -225,7 +254,18 @@ def test_causal_streams(library: Path, place: Path, exported: Export, built: Any
         assert difference(load_file(place / "made.safetensors")["latents"], oracle[f"sample_{steps}"]).relative_l2 < FLOAT32
     frames, rows, columns = 9, 8, 12
     chunks = [2, 1, 2, 1, 2, 1]
-    options = ["--chunks", ",".join(map(str, chunks)), "--window", 1, "--latents", f"{frames},{rows},{columns}", "--seed", 3, "--steps", 2]
+    options = [
+        "--chunks",
+        ",".join(map(str, chunks)),
+        "--window",
+        1,
+        "--latents",
+        f"{frames},{rows},{columns}",
+        "--seed",
+        3,
+        "--steps",
+        2,
+    ]
     said = run(*example, *options, "--output", "window.safetensors", cwd=place).stdout
     assert len(said.splitlines()) == len(chunks)
     engine = load_engine(bundle, "aotinductor", engine=built(bundle).path)
