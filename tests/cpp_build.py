@@ -47,13 +47,11 @@ def run(*words: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def configured(folder: Path, *settings: str, source: Path = SOURCE) -> str:
+def configured(folder: Path, *settings: str) -> str:
     """Configure into `folder`; what CMake said."""
     compiler()
-    where = (f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DANYFLOW_PYTHON={sys.executable}") if source == SOURCE else ()
-    return run(
-        tool("cmake"), "-S", source, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", *where, *settings
-    ).stdout
+    tools = (f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DANYFLOW_PYTHON={sys.executable}")
+    return run(tool("cmake"), "-S", SOURCE, "-B", folder, "-G", "Ninja", *tools, *settings).stdout
 
 
 def built(folder: Path, *targets: str) -> Path:

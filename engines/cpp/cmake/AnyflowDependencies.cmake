@@ -1,9 +1,10 @@
 # Finds what the library is built on, and says what is left out and what it would need.
 
-# Asks ANYFLOW_PYTHON; empty where there is none, or it cannot answer.
-function(anyflow_ask_python code result)
+# Where ANYFLOW_PYTHON has a package (which is not imported); empty where there is none.
+function(anyflow_python_package name result)
   set(${result} "" PARENT_SCOPE)
   if(ANYFLOW_PYTHON)
+    set(code "from importlib.util import find_spec as f; print(f('${name}').submodule_search_locations[0])")
     execute_process(COMMAND ${ANYFLOW_PYTHON} -c "${code}" OUTPUT_VARIABLE answer ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE failed)
     if(NOT failed)
       set(${result} "${answer}" PARENT_SCOPE)
@@ -27,8 +28,8 @@ macro(anyflow_decide name found missing)
 endmacro()
 
 # nlohmann-json: header only, so nothing is left of it in the library's interface.
-anyflow_ask_python("import nlohmann_json, pathlib; print(pathlib.Path(list(nlohmann_json.__path__)[0]) / 'include')" anyflow_json_hint)
-find_path(ANYFLOW_JSON_INCLUDE nlohmann/json.hpp HINTS ${anyflow_json_hint})
+anyflow_python_package(nlohmann_json anyflow_json_hint)
+find_path(ANYFLOW_JSON_INCLUDE nlohmann/json.hpp HINTS ${anyflow_json_hint}/include)
 if(NOT ANYFLOW_JSON_INCLUDE)
   message(FATAL_ERROR "anyflow: nlohmann/json.hpp was not found. Run: apt install nlohmann-json3-dev, or pip install nlohmann-json and give "
                       "-DANYFLOW_PYTHON=python3, or give -DANYFLOW_JSON_INCLUDE=FOLDER.")
@@ -41,7 +42,7 @@ anyflow_decide(OPENSSL OPENSSL_FOUND "its headers were not found (apt install li
 
 # torch's wheel is a complete C++ distribution. Its libraries are named here: its CMake package would look for CUDA and more.
 if(NOT ANYFLOW_AOTINDUCTOR STREQUAL "OFF")
-  anyflow_ask_python("import torch, pathlib; print(pathlib.Path(torch.__file__).parent)" anyflow_torch_hint)
+  anyflow_python_package(torch anyflow_torch_hint)
   find_path(ANYFLOW_TORCH_INCLUDE torch/csrc/inductor/aoti_package/model_package_loader.h HINTS ${anyflow_torch_hint}/include)
   foreach(name c10 torch torch_cpu)
     find_library(ANYFLOW_TORCH_${name} ${name} HINTS ${anyflow_torch_hint}/lib ${ANYFLOW_TORCH_INCLUDE}/../lib)
