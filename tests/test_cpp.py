@@ -174,6 +174,8 @@ def test_an_abort_and_a_callback_that_throws(ask: Conformance, bundles: dict[str
     more = {"noise": as_json(LATENTS), "text": as_json(TEXT), "schedule": {"kind": "uniform", "steps": 5, "shift": 5}}
     answer = ask("sample", bundle=str(bundles["bidirectional"].path), abort_after=2, **more)
     assert answer["code"] == 5 and "aborted by the caller" in answer["error"]
+    answer = ask("sample", bundle=str(bundles["bidirectional"].path), throw_after=1, **more)
+    assert answer == {"thrown": "thrown by a callback"}, "through C, and out of the call that it was made in"
 
 
 @pytest.mark.parametrize(

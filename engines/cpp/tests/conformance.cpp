@@ -63,7 +63,9 @@ struct Watched {
       if (enough >= 0) deadline.enough = [this, enough] { return asked++ >= enough; };
       sampling.deadline = deadline;
     }
-    sampling.on_step = [this](const anyflow::Step& step) {
+    const int thrown = value_or(request, "throw_after", -1);
+    sampling.on_step = [this, thrown](const anyflow::Step& step) {
+      if (static_cast<int>(steps.size()) == thrown) throw std::domain_error("thrown by a callback");
       steps.push_back({step.index(), step.steps(), step.t(), step.r(), step.read().data.at(0)});
     };
     sampling.on_end = [this](const anyflow_outcome& o) { outcomes.push_back({o.steps, o.draft != 0, o.seconds, o.deadline}); };
@@ -166,6 +168,8 @@ int main() {
       answer = answered(json::parse(line));
     } catch (const anyflow::Error& error) {
       answer = {{"error", error.what()}, {"code", error.code()}};
+    } catch (const std::domain_error& error) {
+      answer = {{"thrown", error.what()}};
     }
     std::cout << answer.dump() << std::endl;
   }
