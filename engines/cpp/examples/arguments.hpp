@@ -29,8 +29,12 @@ class Arguments {
   }
 
   bool has(const std::string& flag) const { return values_.count(flag) > 0; }
-  std::string text(const std::string& flag, const std::string& otherwise = "") const { return has(flag) ? values_.at(flag) : otherwise; }
-  double number(const std::string& flag, double otherwise) const { return has(flag) ? parsed(flag, values_.at(flag)) : otherwise; }
+  std::string text(const std::string& flag, const std::string& otherwise = "") const {
+    return has(flag) ? values_.at(flag) : otherwise;
+  }
+  double number(const std::string& flag, double otherwise) const {
+    return has(flag) ? parsed(flag, values_.at(flag)) : otherwise;
+  }
   // "1,3,3"
   std::vector<std::int64_t> numbers(const std::string& flag) const {
     std::vector<std::int64_t> found;
@@ -61,7 +65,8 @@ class Arguments {
 
   anyflow::EngineOptions engine() const {
     anyflow::EngineOptions options;
-    options.backend = text("--backend"), options.engine = text("--engine"), options.threads = static_cast<int>(number("--threads", 0));
+    options.backend = text("--backend"), options.engine = text("--engine"),
+    options.threads = static_cast<int>(number("--threads", 0));
     return options;
   }
 

@@ -5,11 +5,13 @@
 
 int main(int count, char** words) {
   return told([&] {
-    const Arguments given(count, words, "usage: bench BUNDLE [--latents F,H,W] [--rounds N] [--backend NAME] [--engine NAME] [--threads N]",
+    const Arguments given(count, words,
+                          "usage: bench BUNDLE [--latents F,H,W] [--rounds N] [--backend NAME] [--engine NAME] [--threads N]",
                           {"--latents", "--rounds", "--backend", "--engine", "--threads", "--seed"});
     const anyflow::Bundle bundle(given.bundle);
     const auto info = bundle.info();
-    if (std::string(info.kind) == "causal") throw std::invalid_argument("bench times bidirectional models; stream says what each chunk takes.");
+    if (std::string(info.kind) == "causal")
+      throw std::invalid_argument("bench times bidirectional models; stream says what each chunk takes.");
     anyflow::Engine engine(bundle, given.engine());
     const auto rounds = static_cast<std::size_t>(given.number("--rounds", 10));
     if (rounds < 1) throw std::invalid_argument("--rounds is 0; allowed are whole numbers from 1.");
@@ -25,7 +27,7 @@ int main(int count, char** words) {
     }
     std::sort(seconds.begin(), seconds.end());
     std::cout << engine.description() << "\n"
-              << "{\"rounds\": " << rounds << ", \"min\": " << seconds.front() << ", \"median\": " << seconds[rounds / 2] << ", \"max\": " << seconds.back()
-              << ", \"bundle\": \"" << info.digest << "\"}\n";
+              << "{\"rounds\": " << rounds << ", \"min\": " << seconds.front() << ", \"median\": " << seconds[rounds / 2]
+              << ", \"max\": " << seconds.back() << ", \"bundle\": \"" << info.digest << "\"}\n";
   });
 }

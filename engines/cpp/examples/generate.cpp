@@ -3,10 +3,12 @@
 
 int main(int count, char** words) {
   return told([&] {
-    const Arguments given(count, words,
-                          "usage: generate BUNDLE --embeds FILE --output FILE [--steps N | --deadline SECONDS] [--seed N | --noise FILE]\n"
-                          "                [--latents F,H,W] [--backend NAME] [--engine NAME] [--threads N]",
-                          {"--embeds", "--output", "--steps", "--deadline", "--seed", "--noise", "--latents", "--backend", "--engine", "--threads"});
+    const Arguments given(
+        count, words,
+        "usage: generate BUNDLE --embeds FILE --output FILE [--steps N | --deadline SECONDS] [--seed N | --noise FILE]\n"
+        "                [--latents F,H,W] [--backend NAME] [--engine NAME] [--threads N]",
+        {"--embeds", "--output", "--steps", "--deadline", "--seed", "--noise", "--latents", "--backend", "--engine",
+         "--threads"});
     const anyflow::Bundle bundle(given.bundle);
     const auto info = bundle.info();
     anyflow::Engine engine(bundle, given.engine());

@@ -5,11 +5,13 @@
 
 int main(int count, char** words) {
   return told([&] {
-    const Arguments given(count, words,
-                          "usage: stream BUNDLE --embeds FILE --output FILE [--steps N | --deadline SECONDS] [--chunks 1,3,3] [--window N]\n"
-                          "              [--context FILE] [--seed N | --noise FILE] [--latents F,H,W] [--backend NAME] [--engine NAME] [--threads N]",
-                          {"--embeds", "--output", "--steps", "--deadline", "--chunks", "--window", "--context", "--seed", "--noise", "--latents", "--backend",
-                           "--engine", "--threads"});
+    const Arguments given(
+        count, words,
+        "usage: stream BUNDLE --embeds FILE --output FILE [--steps N | --deadline SECONDS] [--chunks 1,3,3] [--window N]\n"
+        "              [--context FILE] [--seed N | --noise FILE] [--latents F,H,W] [--backend NAME] [--engine NAME] [--threads "
+        "N]",
+        {"--embeds", "--output", "--steps", "--deadline", "--chunks", "--window", "--context", "--seed", "--noise", "--latents",
+         "--backend", "--engine", "--threads"});
     const anyflow::Bundle bundle(given.bundle);
     const auto info = bundle.info();
     anyflow::Engine engine(bundle, given.engine());
@@ -23,10 +25,11 @@ int main(int count, char** words) {
     const std::size_t frame = video.data.size() / static_cast<std::size_t>(video.shape[1]);
     const auto started = std::chrono::steady_clock::now();
     while (const auto chunk = stream.next(sampling)) {
-      std::copy(chunk->latents.data.begin(), chunk->latents.data.end(), video.data.begin() + static_cast<std::ptrdiff_t>(frame) * chunk->first_frame);
+      std::copy(chunk->latents.data.begin(), chunk->latents.data.end(),
+                video.data.begin() + static_cast<std::ptrdiff_t>(frame) * chunk->first_frame);
       const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - started;
-      std::cout << "chunk " << chunk->index << ": " << chunk->latents.shape[1] << " latent frames from " << chunk->first_frame << ", after " << seconds.count()
-                << " s" << std::endl;
+      std::cout << "chunk " << chunk->index << ": " << chunk->latents.shape[1] << " latent frames from " << chunk->first_frame
+                << ", after " << seconds.count() << " s" << std::endl;
     }
     anyflow::save(given.text("--output", "latents.safetensors"), "latents", video);
   });

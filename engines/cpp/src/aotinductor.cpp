@@ -21,9 +21,13 @@ namespace {
 using Tensors = std::map<std::string, at::Tensor>;
 
 at::ScalarType type_of(const std::string& name) {
-  static const std::map<std::string, at::ScalarType> types = {
-      {"F32", at::kFloat}, {"F16", at::kHalf}, {"BF16", at::kBFloat16}, {"F64", at::kDouble}, {"I64", at::kLong},    {"I32", at::kInt},
-      {"I8", at::kChar},   {"U8", at::kByte},  {"BOOL", at::kBool},     {"F8_E4M3", at::kFloat8_e4m3fn}, {"float32", at::kFloat}, {"float16", at::kHalf}, {"bfloat16", at::kBFloat16}, {"int64", at::kLong}};
+  static const std::map<std::string, at::ScalarType> types = {{"F32", at::kFloat},         {"F16", at::kHalf},
+                                                              {"BF16", at::kBFloat16},     {"F64", at::kDouble},
+                                                              {"I64", at::kLong},          {"I32", at::kInt},
+                                                              {"I8", at::kChar},           {"U8", at::kByte},
+                                                              {"BOOL", at::kBool},         {"F8_E4M3", at::kFloat8_e4m3fn},
+                                                              {"float32", at::kFloat},     {"float16", at::kHalf},
+                                                              {"bfloat16", at::kBFloat16}, {"int64", at::kLong}};
   const auto found = types.find(name);
   if (found == types.end()) throw Error(ANYFLOW_BACKEND, "AOTInductor: no weights of type " + name + " are known. Export again.");
   return found->second;
@@ -53,7 +57,8 @@ class Weights {
     for (const std::string& name : names) {
       const Stored* stored = file.find(name);
       if (!stored) {
-        throw Error(ANYFLOW_BACKEND, bundle.path.string() + " has no weight " + in_quotes(name) + ", which the engine wants. Build it again with anyflow-build.");
+        throw Error(ANYFLOW_BACKEND, bundle.path.string() + " has no weight " + in_quotes(name) +
+                                         ", which the engine wants. Build it again with anyflow-build.");
       }
       at::Tensor& tensor = tensors_[name] = at::empty(stored->shape, type_of(stored->type));
       file.read(*stored, tensor.mutable_data_ptr());
@@ -82,7 +87,8 @@ class Package {
     try {
       loader_ = std::make_unique<torch::inductor::AOTIModelPackageLoader>(path.string(), "model", true, 1, -1);
     } catch (const c10::Error& error) {
-      throw Error(ANYFLOW_BACKEND, path.string() + " cannot be opened by torch " TORCH_VERSION ": " + first_line(error) + " Build it again.");
+      throw Error(ANYFLOW_BACKEND,
+                  path.string() + " cannot be opened by torch " TORCH_VERSION ": " + first_line(error) + " Build it again.");
     }
     weights_ = loader_->get_constant_fqns();
   }
@@ -125,19 +131,25 @@ using Packages = std::map<std::string, std::unique_ptr<Package>>;
 class AotInductorRun final : public Run {
  public:
   AotInductorRun(Package& package, const Latents& latents, Tensors others)
-      : Run(latents.shape), package_(package), others_(std::move(others)), state_(copied(latents.data, latents.shape, at::kFloat)) {}
+      : Run(latents.shape),
+        package_(package),
+        others_(std::move(others)),
+        state_(copied(latents.data, latents.shape, at::kFloat)) {}
 
   void read(float* into) override { copy_out(state_, into); }
 
  protected:
   void do_step(const std::vector<float>& t, const std::vector<float>& r) override { state_ = made(t, r).at("z_r"); }
-  void do_velocity(const std::vector<float>& t, const std::vector<float>& r, float* into) override { copy_out(made(t, r).at("velocity"), into); }
+  void do_velocity(const std::vector<float>& t, const std::vector<float>& r, float* into) override {
+    copy_out(made(t, r).at("velocity"), into);
+  }
 
  private:
   Tensors made(const std::vector<float>& t, const std::vector<float>& r) {
     const std::array<int64_t, 2> frames = {shape()[0], shape()[1]};
     Tensors inputs = others_;
-    inputs["latents"] = state_, inputs["t"] = copied(t.data(), frames, at::kFloat), inputs["r"] = copied(r.data(), frames, at::kFloat);
+    inputs["latents"] = state_, inputs["t"] = copied(t.data(), frames, at::kFloat),
+    inputs["r"] = copied(r.data(), frames, at::kFloat);
     return package_(inputs);
   }
 
@@ -150,13 +162,15 @@ class AotInductorRun final : public Run {
 // and values are written right behind it. Their names are the chunk's outputs that come back as its past.
 class AotInductorCache final : public Cache {
  public:
-  AotInductorCache(Packages& packages, const Text& text, const CachePlan& plan) : packages_(packages), heads_(plan.heads), channels_(plan.channels) {
+  AotInductorCache(Packages& packages, const Text& text, const CachePlan& plan)
+      : packages_(packages), heads_(plan.heads), channels_(plan.channels) {
     words_ = graph("text")({{"text", copied(text.data, text.shape, at::kFloat)}});
     const Graph& chunk = graph("chunk").graph();
     std::set<std::string> inputs;
     for (const Tensor& tensor : chunk.inputs) inputs.insert(tensor.name);
     for (const Tensor& tensor : chunk.outputs) {
-      if (inputs.contains(past_ + tensor.name)) buffers_[tensor.name] = at::zeros({1, plan.capacity(), heads_, channels_}, type_of(tensor.type));
+      if (inputs.contains(past_ + tensor.name))
+        buffers_[tensor.name] = at::zeros({1, plan.capacity(), heads_, channels_}, type_of(tensor.type));
     }
   }
 
@@ -164,7 +178,8 @@ class AotInductorCache final : public Cache {
     return std::make_unique<AotInductorRun>(graph("chunk"), noise, memory(positions, past));
   }
 
-  void write(const std::string& name, const Latents& clean, const std::vector<int64_t>& positions, int64_t past, int64_t tokens) override {
+  void write(const std::string& name, const Latents& clean, const std::vector<int64_t>& positions, int64_t past,
+             int64_t tokens) override {
     Tensors inputs = memory(positions, past);
     inputs["latents"] = copied(clean.data, clean.shape, at::kFloat);
     inputs["t"] = inputs["r"] = at::zeros({clean.shape[0], clean.shape[1]});
@@ -202,7 +217,8 @@ class AotInductorEngine final : public Engine {
     EngineFolder folder = find_engine(bundle(), "aotinductor", options.engine, options.watch);
     auto& torch = folder.versions["torch"];
     torch = torch.substr(0, torch.find('+'));  // "2.13.0+cpu": which wheel it came from does not matter on a CPU
-    check_here(folder, {"cpu", machine(), ""}, {{"torch", TORCH_VERSION}, {"processor instructions", instructions(at::get_cpu_capability())}});
+    check_here(folder, {"cpu", machine(), ""},
+               {{"torch", TORCH_VERSION}, {"processor instructions", instructions(at::get_cpu_capability())}});
     if (options.threads) at::set_num_threads(options.threads);
     std::set<std::string> wanted;
     for (const auto& [name, graph] : bundle().manifest.graphs) {
@@ -220,9 +236,12 @@ class AotInductorEngine final : public Engine {
 
  protected:
   std::unique_ptr<Run> do_start(const Latents& latents, const Text& text) override {
-    return std::make_unique<AotInductorRun>(*packages_.at("transition"), latents, Tensors{{"text", copied(text.data, text.shape, at::kFloat)}});
+    return std::make_unique<AotInductorRun>(*packages_.at("transition"), latents,
+                                            Tensors{{"text", copied(text.data, text.shape, at::kFloat)}});
   }
-  std::unique_ptr<Cache> do_open_cache(const Text& text, const CachePlan& plan) override { return std::make_unique<AotInductorCache>(packages_, text, plan); }
+  std::unique_ptr<Cache> do_open_cache(const Text& text, const CachePlan& plan) override {
+    return std::make_unique<AotInductorCache>(packages_, text, plan);
+  }
 
  private:
   std::unique_ptr<Weights> weights_;  // outlives the packages

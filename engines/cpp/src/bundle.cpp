@@ -70,7 +70,8 @@ std::string read_marker(const fs::path& folder, const char* name, const std::str
   try {
     return read_small(folder / name);
   } catch (const std::system_error& error) {
-    bundle_error(folder.string() + " is not " + noun + ": " + name + " cannot be read (" + error.code().message() + "). " + remedy);
+    bundle_error(folder.string() + " is not " + noun + ": " + name + " cannot be read (" + error.code().message() + "). " +
+                 remedy);
   }
 }
 
@@ -85,7 +86,8 @@ EngineFolder load_engine_folder(const fs::path& path, const Watch& watch) {
     }
     folder = parsed_engine(text);
   } catch (const Damage& damage) {
-    bundle_error(where + " is damaged" + (damage.place.empty() ? "" : " at " + in_quotes(damage.place)) + ": " + damage.what() + ". " + build_again);
+    bundle_error(where + " is damaged" + (damage.place.empty() ? "" : " at " + in_quotes(damage.place)) + ": " + damage.what() +
+                 ". " + build_again);
   }
   folder.path = path;
   check_files(path, folder.files, engine_kind, watch);
@@ -158,7 +160,9 @@ bool EngineFolder::flag(const std::string& name) const {
   return found != flags.end() && found->second;
 }
 
-std::string Device::shown() const { return compute_capability.empty() ? name : name + " (compute capability " + compute_capability + ")"; }
+std::string Device::shown() const {
+  return compute_capability.empty() ? name : name + " (compute capability " + compute_capability + ")";
+}
 
 std::vector<std::pair<fs::path, std::string>> built_engines(const Bundle& bundle) {
   std::vector<std::pair<fs::path, std::string>> found;
@@ -189,9 +193,12 @@ EngineFolder find_engine(const Bundle& bundle, const std::string& backend, const
   }
   fs::path path;
   if (engine.empty()) {
-    if (ours.empty()) throw Error(ANYFLOW_BACKEND, bundle.path.string() + " has no " + backend + " engine yet. Make one on this machine: " + build);
+    if (ours.empty())
+      throw Error(ANYFLOW_BACKEND,
+                  bundle.path.string() + " has no " + backend + " engine yet. Make one on this machine: " + build);
     if (ours.size() > 1) {
-      throw Error(ANYFLOW_BACKEND, bundle.path.string() + " has several " + backend + " engines (" + our_names + "): choose one by name.");
+      throw Error(ANYFLOW_BACKEND,
+                  bundle.path.string() + " has several " + backend + " engines (" + our_names + "): choose one by name.");
     }
     path = ours[0];
   } else {
@@ -205,11 +212,13 @@ EngineFolder find_engine(const Bundle& bundle, const std::string& backend, const
   }
   EngineFolder folder = load_engine_folder(path, watch);
   if (folder.backend != backend) {
-    throw Error(ANYFLOW_BACKEND, path.string() + " is an engine of backend " + folder.backend + ", and " + backend + " was asked for.");
+    throw Error(ANYFLOW_BACKEND,
+                path.string() + " is an engine of backend " + folder.backend + ", and " + backend + " was asked for.");
   }
   if (folder.bundle != bundle.digest) {
-    throw Error(ANYFLOW_BACKEND, path.string() + " was built from bundle " + folder.bundle.substr(0, 12) + ", and " + bundle.path.string() +
-                                     " is " + bundle.digest.substr(0, 12) + ". Build it again: " + build + " --overwrite");
+    throw Error(ANYFLOW_BACKEND, path.string() + " was built from bundle " + folder.bundle.substr(0, 12) + ", and " +
+                                     bundle.path.string() + " is " + bundle.digest.substr(0, 12) + ". Build it again: " + build +
+                                     " --overwrite");
   }
   return folder;
 }
@@ -217,14 +226,15 @@ EngineFolder find_engine(const Bundle& bundle, const std::string& backend, const
 void check_here(const EngineFolder& folder, const Device& device, const std::map<std::string, std::string>& versions) {
   const std::string remedy = "Build it on this machine: anyflow-build … --backend " + folder.backend;
   if (folder.device != device) {
-    throw Error(ANYFLOW_BACKEND, folder.path.string() + " was built for " + folder.device.shown() + ", and this is " + device.shown() + ". " + remedy);
+    throw Error(ANYFLOW_BACKEND, folder.path.string() + " was built for " + folder.device.shown() + ", and this is " +
+                                     device.shown() + ". " + remedy);
   }
   for (const auto& [name, version] : versions) {
     const auto built = folder.versions.find(name);
     const std::string was = built == folder.versions.end() ? "unknown" : built->second;
     if (was != version) {
-      throw Error(ANYFLOW_BACKEND,
-                  folder.path.string() + " was built with " + name + " " + was + ", and here is " + name + " " + version + ". " + remedy);
+      throw Error(ANYFLOW_BACKEND, folder.path.string() + " was built with " + name + " " + was + ", and here is " + name + " " +
+                                       version + ". " + remedy);
     }
   }
 }

@@ -42,8 +42,8 @@ struct EngineFolder {
   std::string backend, bundle;
   Device device;
   std::map<std::string, std::string> versions, texts;  // of "settings": those that are texts,
-  std::map<std::string, bool> flags;                    // and those that are true or false
-  std::map<std::string, size_t> profiles;  // how many each graph has, where the backend has them
+  std::map<std::string, bool> flags;                   // and those that are true or false
+  std::map<std::string, size_t> profiles;              // how many each graph has, where the backend has them
   Ranges ranges;
   Files files;
 

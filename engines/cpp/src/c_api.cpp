@@ -83,7 +83,8 @@ Deadline deadline_of(const anyflow_deadline& given) {
 }
 
 Course course_of(const anyflow_sample_params& params, const Manifest& manifest) {
-  if (params.schedule && params.deadline) throw Error(ANYFLOW_INVALID, "a schedule and a deadline were given; allowed is one of them.");
+  if (params.schedule && params.deadline)
+    throw Error(ANYFLOW_INVALID, "a schedule and a deadline were given; allowed is one of them.");
   if (params.schedule) return params.schedule->schedule;
   if (params.deadline) return deadline_of(taken("anyflow_deadline", params.deadline));
   return Schedule::uniform(manifest.steps, manifest.shift);
@@ -111,7 +112,8 @@ Sampling sampling_of(const anyflow_sample_params* given_params, const Manifest& 
 
 std::vector<int64_t> plan_of(const anyflow_stream_params& params) {
   if (!params.chunk_plan) return {};
-  if (params.chunk_count == 0) throw Error(ANYFLOW_INVALID, "chunk plan []: allowed are one or more positive whole numbers of latent frames.");
+  if (params.chunk_count == 0)
+    throw Error(ANYFLOW_INVALID, "chunk plan []: allowed are one or more positive whole numbers of latent frames.");
   return {params.chunk_plan, params.chunk_plan + params.chunk_count};
 }
 
@@ -119,7 +121,8 @@ std::optional<int64_t> window_of(const anyflow_stream_params& params) {
   return params.window == 0 ? std::nullopt : std::optional<int64_t>(params.window);
 }
 
-std::unique_ptr<Run> started(const anyflow_engine& engine, const float* latents, const int64_t* shape, const float* text, const int64_t* text_shape) {
+std::unique_ptr<Run> started(const anyflow_engine& engine, const float* latents, const int64_t* shape, const float* text,
+                             const int64_t* text_shape) {
   return engine.engine->start({latents, shape_of<5>("shape", shape)}, {text, shape_of<3>("text_shape", text_shape)});
 }
 
@@ -159,10 +162,13 @@ anyflow_error* anyflow_bundle_get_info(const anyflow_bundle* bundle, anyflow_bun
     const Manifest& m = b.manifest;
     const VideoFormat& v = m.video;
     anyflow_bundle_info told{};
-    told.kind = m.kind.c_str(), told.model = m.model.c_str(), told.precision = m.precision.c_str(), told.digest = b.digest.c_str();
-    told.channels = m.architecture.in_channels, told.text_channels = m.architecture.text_channels, told.text_tokens = v.text_tokens;
+    told.kind = m.kind.c_str(), told.model = m.model.c_str(), told.precision = m.precision.c_str(),
+    told.digest = b.digest.c_str();
+    told.channels = m.architecture.in_channels, told.text_channels = m.architecture.text_channels,
+    told.text_tokens = v.text_tokens;
     told.shift = m.shift, told.steps = m.steps;
-    told.frames = (v.frames - 1) / v.temporal_factor + 1, told.height = v.height / v.spatial_factor, told.width = v.width / v.spatial_factor;
+    told.frames = (v.frames - 1) / v.temporal_factor + 1, told.height = v.height / v.spatial_factor,
+    told.width = v.width / v.spatial_factor;
     told.spatial_factor = v.spatial_factor, told.temporal_factor = v.temporal_factor, told.fps = v.fps;
     give("anyflow_bundle_info", told, info);
   });
@@ -171,7 +177,8 @@ anyflow_error* anyflow_bundle_get_info(const anyflow_bundle* bundle, anyflow_bun
 anyflow_error* anyflow_bundle_get_range(const anyflow_bundle* bundle, const char* axis, anyflow_range* range) {
   return guarded([&] {
     const Range* found = given("bundle", bundle).bundle->manifest.ranges.find(&given("axis", axis));
-    if (!found) throw Error(ANYFLOW_INVALID, "unknown axis " + in_quotes(axis) + ": allowed are batch, frames, height, width, text.");
+    if (!found)
+      throw Error(ANYFLOW_INVALID, "unknown axis " + in_quotes(axis) + ": allowed are batch, frames, height, width, text.");
     give("anyflow_range", anyflow_range{0, found->minimum, found->maximum.value_or(-1), found->multiple}, range);
   });
 }
@@ -223,7 +230,9 @@ anyflow_error* anyflow_engine_open(const anyflow_bundle* bundle, const anyflow_e
   });
 }
 
-const char* anyflow_engine_description(const anyflow_engine* engine) { return engine ? engine->engine->description().c_str() : ""; }
+const char* anyflow_engine_description(const anyflow_engine* engine) {
+  return engine ? engine->engine->description().c_str() : "";
+}
 
 void anyflow_engine_close(anyflow_engine* engine) { delete engine; }
 
@@ -231,8 +240,8 @@ anyflow_error* anyflow_step_read(const anyflow_step* step, float* latents) {
   return guarded([&] { static_cast<const Step*>(given("step", step).state)->read(&given("latents", latents)); });
 }
 
-anyflow_error* anyflow_sample(anyflow_engine* engine, const float* noise, const int64_t shape[5], const float* text, const int64_t text_shape[3],
-                              const anyflow_sample_params* params, float* clean) {
+anyflow_error* anyflow_sample(anyflow_engine* engine, const float* noise, const int64_t shape[5], const float* text,
+                              const int64_t text_shape[3], const anyflow_sample_params* params, float* clean) {
   return guarded([&] {
     given("engine", engine), given("clean", clean);
     const Sampling sampling = sampling_of(params, engine->engine->bundle().manifest);
@@ -241,8 +250,8 @@ anyflow_error* anyflow_sample(anyflow_engine* engine, const float* noise, const 
   });
 }
 
-anyflow_error* anyflow_run_start(anyflow_engine* engine, const float* latents, const int64_t shape[5], const float* text, const int64_t text_shape[3],
-                                 anyflow_run** run) {
+anyflow_error* anyflow_run_start(anyflow_engine* engine, const float* latents, const int64_t shape[5], const float* text,
+                                 const int64_t text_shape[3], anyflow_run** run) {
   return guarded([&] {
     given("run", run);
     *run = new anyflow_run{given("engine", engine).engine, started(*engine, latents, shape, text, text_shape)};
@@ -254,7 +263,8 @@ anyflow_error* anyflow_run_step(anyflow_run* run, const float* t, const float* r
 }
 
 anyflow_error* anyflow_run_velocity(anyflow_run* run, const float* t, const float* r, size_t count, float* velocity) {
-  return guarded([&] { given("run", run).run->velocity({&given("t", t), count}, {&given("r", r), count}, &given("velocity", velocity)); });
+  return guarded(
+      [&] { given("run", run).run->velocity({&given("t", t), count}, {&given("r", r), count}, &given("velocity", velocity)); });
 }
 
 anyflow_error* anyflow_run_read(anyflow_run* run, float* latents) {
@@ -263,25 +273,27 @@ anyflow_error* anyflow_run_read(anyflow_run* run, float* latents) {
 
 void anyflow_run_close(anyflow_run* run) { delete run; }
 
-anyflow_error* anyflow_cache_plan(const anyflow_bundle* bundle, const anyflow_stream_params* params, int64_t height, int64_t width, int64_t text_tokens,
-                                  anyflow_cache_size* size) {
+anyflow_error* anyflow_cache_plan(const anyflow_bundle* bundle, const anyflow_stream_params* params, int64_t height,
+                                  int64_t width, int64_t text_tokens, anyflow_cache_size* size) {
   return guarded([&] {
     const Manifest& manifest = given("bundle", bundle).bundle->manifest;
     const anyflow_stream_params wanted = taken("anyflow_stream_params", params);
     const CachePlan plan = CachePlan::make(manifest.architecture, plan_of(wanted), height, width, window_of(wanted), text_tokens);
     const int64_t element = element_bytes(cache_type(manifest));
-    give("anyflow_cache_size", anyflow_cache_size{0, plan.frames(), plan.capacity(), plan.bytes(element), plan.encoded_tokens()}, size);
+    give("anyflow_cache_size", anyflow_cache_size{0, plan.frames(), plan.capacity(), plan.bytes(element), plan.encoded_tokens()},
+         size);
   });
 }
 
-anyflow_error* anyflow_stream_open(anyflow_engine* engine, const float* noise, const int64_t shape[5], const float* text, const int64_t text_shape[3],
-                                   const anyflow_stream_params* params, anyflow_stream** stream) {
+anyflow_error* anyflow_stream_open(anyflow_engine* engine, const float* noise, const int64_t shape[5], const float* text,
+                                   const int64_t text_shape[3], const anyflow_stream_params* params, anyflow_stream** stream) {
   return guarded([&] {
     const anyflow_stream_params wanted = taken("anyflow_stream_params", params);
     given("engine", engine), given("stream", stream);
     const Video::Options options{plan_of(wanted), window_of(wanted), wanted.context, wanted.context_frames};
     *stream = new anyflow_stream{
-        Video(engine->engine, {noise, shape_of<5>("shape", shape)}, {text, shape_of<3>("text_shape", text_shape)}, options), engine->engine};
+        Video(engine->engine, {noise, shape_of<5>("shape", shape)}, {text, shape_of<3>("text_shape", text_shape)}, options),
+        engine->engine};
   });
 }
 
@@ -292,7 +304,8 @@ anyflow_error* anyflow_stream_next(anyflow_stream* stream, const anyflow_sample_
     const Chunk* next = stream->video.next(sampling_of(params, stream->engine->bundle().manifest));
     *made = next != nullptr;
     if (next) {
-      give("anyflow_chunk", anyflow_chunk{0, next->index, next->first_frame, next->frames, next->given, next->latents.data()}, chunk);
+      give("anyflow_chunk", anyflow_chunk{0, next->index, next->first_frame, next->frames, next->given, next->latents.data()},
+           chunk);
     }
   });
 }
@@ -311,7 +324,8 @@ anyflow_error* anyflow_tensor_load(const char* path, const char* name, anyflow_t
     if (!stored || stored->type != "F32") {
       std::string names;
       for (const auto& [key, item] : file.index()) names += (names.empty() ? "" : ", ") + key + " (" + item.type + ")";
-      throw Error(ANYFLOW_INVALID, std::string(path) + " holds no float32 tensor " + in_quotes(name) + ": it holds " + (names.empty() ? "nothing" : names) + ".");
+      throw Error(ANYFLOW_INVALID, std::string(path) + " holds no float32 tensor " + in_quotes(name) + ": it holds " +
+                                       (names.empty() ? "nothing" : names) + ".");
     }
     auto loaded = std::make_unique<anyflow_tensor>();
     loaded->shape = stored->shape, loaded->data.resize(stored->bytes / sizeof(float));

@@ -20,8 +20,8 @@ struct CachePlan {
   int64_t text_tokens, layers, heads, channels;
 
   // Throws Error. Empty `chunks`: the model's own plan.
-  static CachePlan make(const Architecture& a, std::vector<int64_t> chunks, int64_t height, int64_t width, std::optional<int64_t> window,
-                        int64_t text_tokens);
+  static CachePlan make(const Architecture& a, std::vector<int64_t> chunks, int64_t height, int64_t width,
+                        std::optional<int64_t> window, int64_t text_tokens);
 
   int64_t count() const { return static_cast<int64_t>(chunks.size()); }
   int64_t frames() const { return first_frame(count()); }

@@ -27,9 +27,11 @@ std::optional<double> Pace::seconds(const Shape& shape) const {
 }
 
 void Deadline::check() const {
-  if (!(seconds > 0)) throw Error(ANYFLOW_INVALID, "a deadline of " + shown(seconds) + " s was given; allowed is any positive number.");
+  if (!(seconds > 0))
+    throw Error(ANYFLOW_INVALID, "a deadline of " + shown(seconds) + " s was given; allowed is any positive number.");
   if (most < 1 || most > max_steps) {
-    throw Error(ANYFLOW_INVALID, "at most " + std::to_string(most) + " steps were asked for; allowed are 1 to " + std::to_string(max_steps) + ".");
+    throw Error(ANYFLOW_INVALID,
+                "at most " + std::to_string(most) + " steps were asked for; allowed are 1 to " + std::to_string(max_steps) + ".");
   }
   check_shift(shift);
 }
@@ -57,8 +59,6 @@ double Route::next() {
 
 void Route::went(double r) { t = r, ++made; }
 
-Outcome Route::ended(int64_t steps, bool draft) const {
-  return {steps, draft, deadline_.clock() - started_, deadline_.seconds};
-}
+Outcome Route::ended(int64_t steps, bool draft) const { return {steps, draft, deadline_.clock() - started_, deadline_.seconds}; }
 
 }  // namespace af

@@ -17,7 +17,8 @@ size_t checked_count(const char* name, const std::array<int64_t, N>& shape) {
   int64_t count = 1;
   for (const int64_t axis : shape) {
     if (axis < 0 || axis > longest || (axis && count > longest / axis)) {
-      throw Error(ANYFLOW_SHAPE, std::string(name) + " has shape " + tuple(shape) + "; no axis may be negative, nor the whole too large.");
+      throw Error(ANYFLOW_SHAPE,
+                  std::string(name) + " has shape " + tuple(shape) + "; no axis may be negative, nor the whole too large.");
     }
     count *= axis;
   }
@@ -26,7 +27,8 @@ size_t checked_count(const char* name, const std::array<int64_t, N>& shape) {
 
 void check_values(const char* name, const float* data, size_t count) {
   if (count == 0) return;  // whoever looks at the shape will say so
-  if (!data) throw Error(ANYFLOW_INVALID, std::string(name) + " is NULL; give the address of " + std::to_string(count) + " numbers.");
+  if (!data)
+    throw Error(ANYFLOW_INVALID, std::string(name) + " is NULL; give the address of " + std::to_string(count) + " numbers.");
   if (!std::all_of(data, data + count, [](float value) { return std::isfinite(value); })) {
     throw Error(ANYFLOW_INVALID, std::string(name) + " holds NaN or infinity; nothing useful can come of it.");
   }
@@ -34,7 +36,8 @@ void check_values(const char* name, const float* data, size_t count) {
 
 void check_channels(const char* name, int64_t given, int64_t allowed) {
   if (given != allowed) {
-    throw Error(ANYFLOW_SHAPE, std::string(name) + " has " + std::to_string(given) + " channels on axis 2; this model takes " + std::to_string(allowed) + ".");
+    throw Error(ANYFLOW_SHAPE, std::string(name) + " has " + std::to_string(given) + " channels on axis 2; this model takes " +
+                                   std::to_string(allowed) + ".");
   }
 }
 
@@ -42,7 +45,8 @@ std::vector<float> per_frame(const char* name, std::span<const float> times, con
   const auto frames = static_cast<size_t>(shape[0] * shape[1]);
   if (times.size() == 1) return std::vector<float>(frames, times[0]);
   if (times.size() != frames) {
-    throw Error(ANYFLOW_SHAPE, std::string(name) + " has " + std::to_string(times.size()) + " numbers; allowed is one, or one for each of (batch, frames) = " +
+    throw Error(ANYFLOW_SHAPE, std::string(name) + " has " + std::to_string(times.size()) +
+                                   " numbers; allowed is one, or one for each of (batch, frames) = " +
                                    tuple(std::span<const int64_t>(shape).first(2)) + ".");
   }
   return {times.begin(), times.end()};
@@ -58,11 +62,13 @@ std::string shown_times(const std::vector<float>& times) {
   return list(std::span<const double>(distinct));
 }
 
-std::pair<std::vector<float>, std::vector<float>> frame_times(std::span<const float> t, std::span<const float> r, const LatentShape& shape) {
+std::pair<std::vector<float>, std::vector<float>> frame_times(std::span<const float> t, std::span<const float> r,
+                                                              const LatentShape& shape) {
   auto source = per_frame("t", t, shape), target = per_frame("r", r, shape);
   for (size_t i = 0; i < source.size(); ++i) {
     if (!(source[i] <= static_cast<float>(train_timesteps) && source[i] >= target[i] && target[i] >= 0)) {
-      throw Error(ANYFLOW_INVALID, "t is " + shown_times(source) + " and r is " + shown_times(target) + "; allowed is 1000 >= t >= r >= 0 in every frame.");
+      throw Error(ANYFLOW_INVALID, "t is " + shown_times(source) + " and r is " + shown_times(target) +
+                                       "; allowed is 1000 >= t >= r >= 0 in every frame.");
     }
   }
   return {std::move(source), std::move(target)};
@@ -76,7 +82,9 @@ size_t elements(const LatentShape& shape) {
   return count;
 }
 
-void check_latents(const char* name, const Latents& latents) { check_values(name, latents.data, checked_count(name, latents.shape)); }
+void check_latents(const char* name, const Latents& latents) {
+  check_values(name, latents.data, checked_count(name, latents.shape));
+}
 
 void Run::step(std::span<const float> t, std::span<const float> r) {
   const auto [source, target] = frame_times(t, r, shape_);
@@ -106,8 +114,8 @@ void Engine::check_text(const Text& text) const {
   check_values("text", text.data, checked_count("text", text.shape));
   const Range& allowed = *ranges().find("text");
   if (text.shape[0] != 1 || !allowed.holds(text.shape[1]) || text.shape[2] != channels) {
-    throw Error(ANYFLOW_SHAPE, "text has shape " + tuple(text.shape) + "; a stream takes (1, " + allowed.shown() + ", " + std::to_string(channels) +
-                                   "): one video at a time.");
+    throw Error(ANYFLOW_SHAPE, "text has shape " + tuple(text.shape) + "; a stream takes (1, " + allowed.shown() + ", " +
+                                   std::to_string(channels) + "): one video at a time.");
   }
 }
 
@@ -116,8 +124,11 @@ std::unique_ptr<Cache> Engine::open_cache(const Text& text, const CachePlan& pla
 std::shared_ptr<Engine> open_engine(std::shared_ptr<const Bundle> bundle, const std::string& backend, EngineOptions options) {
   std::string names;
   for (const Backend& known : backends()) names += (names.empty() ? "" : ", ") + std::string(known.name);
-  if (options.device < 0) throw Error(ANYFLOW_INVALID, "device is " + std::to_string(options.device) + "; allowed are whole numbers from 0.");
-  if (options.threads < 0) throw Error(ANYFLOW_INVALID, "threads is " + std::to_string(options.threads) + "; allowed are whole numbers from 1, or 0 for the backend's own choice.");
+  if (options.device < 0)
+    throw Error(ANYFLOW_INVALID, "device is " + std::to_string(options.device) + "; allowed are whole numbers from 0.");
+  if (options.threads < 0)
+    throw Error(ANYFLOW_INVALID, "threads is " + std::to_string(options.threads) +
+                                     "; allowed are whole numbers from 1, or 0 for the backend's own choice.");
   if (!options.provider.empty() && options.provider != "cpu" && options.provider != "cuda") {
     throw Error(ANYFLOW_INVALID, "unknown provider " + in_quotes(options.provider) + ": allowed are cpu, cuda.");
   }
@@ -129,11 +140,12 @@ std::shared_ptr<Engine> open_engine(std::shared_ptr<const Bundle> bundle, const 
     return known.open(std::move(bundle), options);
   }
   if (!backend.empty()) {
-    throw Error(ANYFLOW_BACKEND, "this library was built without a backend " + in_quotes(backend) + ": it has " + (names.empty() ? "none" : names) +
-                                     ". CMake says what each needs when it configures.");
+    throw Error(ANYFLOW_BACKEND, "this library was built without a backend " + in_quotes(backend) + ": it has " +
+                                     (names.empty() ? "none" : names) + ". CMake says what each needs when it configures.");
   }
-  throw Error(ANYFLOW_BACKEND, bundle->path.string() + " has no engine for a backend of this library (" + (names.empty() ? "it has none" : names) +
-                                   "). Make one on this machine: anyflow-build " + bundle->path.string() + " --backend aotinductor");
+  throw Error(ANYFLOW_BACKEND, bundle->path.string() + " has no engine for a backend of this library (" +
+                                   (names.empty() ? "it has none" : names) + "). Make one on this machine: anyflow-build " +
+                                   bundle->path.string() + " --backend aotinductor");
 }
 
 }  // namespace af

@@ -62,7 +62,8 @@ class Cache {
   // A run of graph `chunk` that sees the first `past` tokens.
   virtual std::unique_ptr<Run> run(const Latents& noise, const std::vector<int64_t>& positions, int64_t past) = 0;
   // Run `chunk` (at t = r = 0) or `compress` on the first `past` tokens, and put its own `tokens` behind them.
-  virtual void write(const std::string& graph, const Latents& clean, const std::vector<int64_t>& positions, int64_t past, int64_t tokens) = 0;
+  virtual void write(const std::string& graph, const Latents& clean, const std::vector<int64_t>& positions, int64_t past,
+                     int64_t tokens) = 0;
   // Move tokens within every buffer; the places may overlap.
   virtual void move(int64_t to, int64_t start, int64_t tokens) = 0;
 };

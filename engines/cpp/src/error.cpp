@@ -36,8 +36,8 @@ std::string shown(double value) {
   char buffer[64];
   const double size = std::abs(value);
   const bool plain = size == 0 || (size >= 1e-4 && size < 1e16);
-  const auto end = std::to_chars(buffer, buffer + sizeof buffer, value,
-                                 plain ? std::chars_format::fixed : std::chars_format::scientific);
+  const auto end =
+      std::to_chars(buffer, buffer + sizeof buffer, value, plain ? std::chars_format::fixed : std::chars_format::scientific);
   std::string text(buffer, end.ptr);
   return plain && text.find('.') == std::string::npos ? text + ".0" : text;
 }
@@ -55,7 +55,8 @@ std::string tuple(std::span<const int64_t> values) {
 
 std::string grouped(int64_t value) {
   std::string text = std::to_string(value);
-  for (int64_t at = static_cast<int64_t>(text.size()) - 3; at > (value < 0 ? 1 : 0); at -= 3) text.insert(static_cast<size_t>(at), ",");
+  for (int64_t at = static_cast<int64_t>(text.size()) - 3; at > (value < 0 ? 1 : 0); at -= 3)
+    text.insert(static_cast<size_t>(at), ",");
   return text;
 }
 

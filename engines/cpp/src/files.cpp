@@ -63,13 +63,14 @@ std::string read_small(const fs::path& path) {
   return text;
 }
 
-void check_file(const fs::path& folder, const std::string& name, const File& file, const Kind& kind, const Watch& watch, uint64_t& done,
-                uint64_t total) {
+void check_file(const fs::path& folder, const std::string& name, const File& file, const Kind& kind, const Watch& watch,
+                uint64_t& done, uint64_t total) {
   if (leaves(folder, name)) {
     std::error_code none;
     const bool link = name.find('\0') == std::string::npos && fs::is_symlink(folder / name, none);
-    refuse((folder / kind.marker).string() + " names " + in_quotes(name) + ", which leaves the " + kind.noun + "'s folder. Do not use this " +
-           kind.noun + "." + (link ? " If the link is a hub cache's, copy the bundle with cp -rL." : ""));
+    refuse((folder / kind.marker).string() + " names " + in_quotes(name) + ", which leaves the " + kind.noun +
+           "'s folder. Do not use this " + kind.noun + "." +
+           (link ? " If the link is a hub cache's, copy the bundle with cp -rL." : ""));
   }
   const fs::path path = folder / name;
   std::error_code none;
@@ -78,12 +79,14 @@ void check_file(const fs::path& folder, const std::string& name, const File& fil
   }
   const auto size = static_cast<int64_t>(fs::file_size(path));
   if (size != file.bytes) {
-    refuse(path.string() + " has " + std::to_string(size) + " bytes; the " + kind.list + " says " + std::to_string(file.bytes) + ". " + kind.remedy);
+    refuse(path.string() + " has " + std::to_string(size) + " bytes; the " + kind.list + " says " + std::to_string(file.bytes) +
+           ". " + kind.remedy);
   }
   if (watch.skip_hashes) return;
   const std::string found = hashed(path, watch, done, total);
   if (found != file.sha256) {
-    refuse(path.string() + " was changed: its SHA-256 is " + found + ", the " + kind.list + " says " + file.sha256 + ". " + kind.remedy);
+    refuse(path.string() + " was changed: its SHA-256 is " + found + ", the " + kind.list + " says " + file.sha256 + ". " +
+           kind.remedy);
   }
 }
 

@@ -35,7 +35,8 @@ std::string Value::text() const {
 int64_t Value::integer() const {
   const json& node = of(node_);
   if (!node.is_number_integer()) throw Damage(place_, "Input should be a valid integer");
-  if (node.is_number_unsigned() && node.get<uint64_t>() > INT64_MAX) throw Damage(place_, "Input should be an integer of 64 bits");
+  if (node.is_number_unsigned() && node.get<uint64_t>() > INT64_MAX)
+    throw Damage(place_, "Input should be an integer of 64 bits");
   return node.get<int64_t>();
 }
 
@@ -71,7 +72,9 @@ std::optional<Value> Value::find(const std::string& key) const {
   return inner(&*found, key);
 }
 
-Value Value::inner(const void* node, const std::string& key) const { return {document_, node, place_.empty() ? key : place_ + "." + key}; }
+Value Value::inner(const void* node, const std::string& key) const {
+  return {document_, node, place_.empty() ? key : place_ + "." + key};
+}
 
 Record::Record(Value value) : value_(std::move(value)) {
   if (!value_.is_object()) throw Damage(value_.place(), "Input should be an object");

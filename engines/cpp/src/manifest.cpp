@@ -73,8 +73,13 @@ int64_t positive(const Value& value) {
 
 VideoFormat read_video(const Value& value) {
   Record record(value);
-  const VideoFormat video{positive(record.required("spatial_factor")), positive(record.required("temporal_factor")), record.integer("fps"), record.integer("text_tokens"),
-                    record.integer("frames"),         record.integer("height"),          record.integer("width")};
+  const VideoFormat video{positive(record.required("spatial_factor")),
+                          positive(record.required("temporal_factor")),
+                          record.integer("fps"),
+                          record.integer("text_tokens"),
+                          record.integer("frames"),
+                          record.integer("height"),
+                          record.integer("width")};
   record.done();
   return video;
 }
@@ -110,7 +115,8 @@ Architecture Architecture::read(const Value& config) {
   for (const char* number : {"eps", "gate_value"}) {
     if (const auto found = record.optional(number)) found->number();
   }
-  if (const auto image = record.optional("image_dim", true)) throw Damage(image->place(), "image embeddings are not part of AnyFlow models");
+  if (const auto image = record.optional("image_dim", true))
+    throw Damage(image->place(), "image embeddings are not part of AnyFlow models");
   a.rope_frames = positive_or(record.optional("rope_max_seq_len"), 1024);
   const auto delta = record.optional("deltatime_type");
   if (delta && delta->text() != "r" && delta->text() != "t-r") throw Damage(delta->place(), "allowed are 'r' and 't-r'");
@@ -165,7 +171,8 @@ Manifest Manifest::read(const Value& root) {
   check_texts(record.required("tools"));
   m.files = read_files(record.required("files"));
   record.done();
-  if (names != (m.causal() ? causal_graphs : bidirectional_graphs)) throw Damage("graphs", "a " + m.kind + " bundle holds other graphs");
+  if (names != (m.causal() ? causal_graphs : bidirectional_graphs))
+    throw Damage("graphs", "a " + m.kind + " bundle holds other graphs");
   m.ranges = Ranges::read(ranges);
   m.architecture = Architecture::read(config);
   if (m.architecture.causal != m.causal()) throw Damage("kind", "the config describes a model of the other kind");

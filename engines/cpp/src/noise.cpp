@@ -1,9 +1,9 @@
 // numpy's default_rng(seed).standard_normal: SeedSequence, PCG64 and the ziggurat of Marsaglia and Tsang with 256 layers. A seed
 // then gives the same video from Python and from C++.
+#include "noise.hpp"
+
 #include <array>
 #include <cmath>
-
-#include "noise.hpp"
 
 namespace af {
 namespace {

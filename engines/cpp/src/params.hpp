@@ -15,7 +15,8 @@ inline constexpr size_t largest_struct = 4096;
 
 inline void check_size(const char* name, size_t size) {
   if (size < sizeof(size_t) || size > largest_struct) {
-    throw Error(ANYFLOW_INVALID, std::string(name) + ".struct_size is " + std::to_string(size) + "; set it with ANYFLOW_INIT(" + name + ").");
+    throw Error(ANYFLOW_INVALID,
+                std::string(name) + ".struct_size is " + std::to_string(size) + "; set it with ANYFLOW_INIT(" + name + ").");
   }
 }
 
@@ -26,8 +27,10 @@ T taken(const char* name, const T* given) {
   if (!given) return mine;
   check_size(name, given->struct_size);
   const auto* bytes = reinterpret_cast<const unsigned char*>(given);
-  if (given->struct_size > sizeof(T) && std::any_of(bytes + sizeof(T), bytes + given->struct_size, [](unsigned char byte) { return byte != 0; })) {
-    throw Error(ANYFLOW_INVALID, std::string(name) + " has fields that this version of the library does not know. Update the library.");
+  if (given->struct_size > sizeof(T) &&
+      std::any_of(bytes + sizeof(T), bytes + given->struct_size, [](unsigned char byte) { return byte != 0; })) {
+    throw Error(ANYFLOW_INVALID,
+                std::string(name) + " has fields that this version of the library does not know. Update the library.");
   }
   std::memcpy(&mine, given, std::min(given->struct_size, sizeof(T)));
   return mine;

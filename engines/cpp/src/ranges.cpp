@@ -61,16 +61,17 @@ const Range* Ranges::find(const std::string& axis) const {
 
 void Ranges::check(const LatentShape& latents, const TextShape& text) const {
   if (text[0] != latents[0]) {
-    throw Error(ANYFLOW_SHAPE, "latents have batch " + std::to_string(latents[0]) + " and text has batch " + std::to_string(text[0]) +
-                                   ": they must be equal.");
+    throw Error(ANYFLOW_SHAPE, "latents have batch " + std::to_string(latents[0]) + " and text has batch " +
+                                   std::to_string(text[0]) + ": they must be equal.");
   }
   const std::array<int64_t, 5> sizes = {latents[0], latents[1], latents[3], latents[4], text[1]};
   for (size_t i = 0; i < sizes.size(); ++i) {
     const std::string axis = axis_names[i];
     const Range& allowed = *find(axis);
     if (!allowed.holds(sizes[i])) {
-      throw Error(ANYFLOW_SHAPE, axis + " is " + std::to_string(sizes[i]) + ", but this bundle declares " + axis + " " + allowed.shown() +
-                                     " (latent units); the nearest that fits is " + std::to_string(allowed.nearest(sizes[i])) +
+      throw Error(ANYFLOW_SHAPE, axis + " is " + std::to_string(sizes[i]) + ", but this bundle declares " + axis + " " +
+                                     allowed.shown() + " (latent units); the nearest that fits is " +
+                                     std::to_string(allowed.nearest(sizes[i])) +
                                      ". Change the input, or export with a wider range.");
     }
   }

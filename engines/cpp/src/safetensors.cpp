@@ -10,8 +10,9 @@ namespace {
 
 constexpr uint64_t longest_header = 100'000'000;  // the format's own limit
 
-const std::map<std::string, uint64_t> type_bytes = {{"F64", 8},  {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4},     {"U32", 4},    {"F16", 2},
-                                                    {"BF16", 2}, {"I16", 2}, {"U16", 2}, {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"U8", 1}, {"BOOL", 1}};
+const std::map<std::string, uint64_t> type_bytes = {{"F64", 8}, {"I64", 8},     {"U64", 8},     {"F32", 4}, {"I32", 4},
+                                                    {"U32", 4}, {"F16", 2},     {"BF16", 2},    {"I16", 2}, {"U16", 2},
+                                                    {"I8", 1},  {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"U8", 1},  {"BOOL", 1}};
 
 uint64_t size_of(const Value& place, const Stored& tensor) {
   const auto found = type_bytes.find(tensor.type);
@@ -46,7 +47,8 @@ std::map<std::string, Stored> parsed_index(std::string_view header, uint64_t siz
     record.done();
     if (offsets.size() != 2) throw Damage(item.place(), "data_offsets are two numbers");
     const int64_t from = offsets[0].integer(), to = offsets[1].integer();
-    if (from < 0 || to < from || size < begin || static_cast<uint64_t>(to) > size - begin) throw Damage(item.place(), "it lies outside the file");
+    if (from < 0 || to < from || size < begin || static_cast<uint64_t>(to) > size - begin)
+      throw Damage(item.place(), "it lies outside the file");
     tensor.offset = begin + static_cast<uint64_t>(from), tensor.bytes = static_cast<uint64_t>(to - from);
     if (size_of(item, tensor) != tensor.bytes) throw Damage(item.place(), "its size is not that of its shape");
     index.emplace(name, std::move(tensor));
@@ -55,7 +57,9 @@ std::map<std::string, Stored> parsed_index(std::string_view header, uint64_t siz
 }
 
 Safetensors::Safetensors(const fs::path& path) : path_(path), file_(path, std::ios::binary) {
-  const auto refuse = [&](const std::string& reason) { throw Error(ANYFLOW_BUNDLE, path.string() + " is no .safetensors file: " + reason + "."); };
+  const auto refuse = [&](const std::string& reason) {
+    throw Error(ANYFLOW_BUNDLE, path.string() + " is no .safetensors file: " + reason + ".");
+  };
   std::error_code failed;
   const uint64_t size = fs::file_size(path, failed);
   if (!file_ || failed) refuse("it cannot be read");
@@ -88,7 +92,8 @@ void Safetensors::read(const Stored& tensor, void* into) {
 void save_tensor(const fs::path& path, const std::string& name, const float* data, const std::vector<int64_t>& shape) {
   uint64_t bytes = sizeof(float);
   for (const int64_t axis : shape) bytes *= static_cast<uint64_t>(axis);
-  std::string header = json_object({{name, "{\"dtype\":\"F32\",\"shape\":" + list(std::span<const int64_t>(shape)) + ",\"data_offsets\":[0," + std::to_string(bytes) + "]}"}});
+  std::string header = json_object({{name, "{\"dtype\":\"F32\",\"shape\":" + list(std::span<const int64_t>(shape)) +
+                                               ",\"data_offsets\":[0," + std::to_string(bytes) + "]}"}});
   header.append((8 - header.size() % 8) % 8, ' ');
   unsigned char length[8];
   for (int i = 0; i < 8; ++i) length[i] = static_cast<unsigned char>(header.size() >> (8 * i));

@@ -23,7 +23,8 @@ void by_schedule(Run& run, const Schedule& schedule, const Sampling& sampling, f
   for (size_t i = 0; i + 1 < times.size(); ++i) {
     check_abort(sampling.abort, "sampling");
     step(run, times[i], times[i + 1]);
-    report(sampling, {static_cast<int64_t>(i), schedule.steps(), times[i], times[i + 1], run.shape(), [&](float* into) { run.read(into); }});
+    report(sampling, {static_cast<int64_t>(i), schedule.steps(), times[i], times[i + 1], run.shape(),
+                      [&](float* into) { run.read(into); }});
   }
   run.read(clean);
 }
@@ -74,20 +75,25 @@ Video::Video(std::shared_ptr<Engine> engine, const Latents& noise, const Text& t
   const Architecture& a = engine_->bundle().manifest.architecture;
   check_latents("latents", noise);
   if (shape_[0] != 1) {
-    throw Error(ANYFLOW_SHAPE, "latents have shape " + tuple(shape_) + "; a stream takes (1, frames, channels, height, width): one video.");
+    throw Error(ANYFLOW_SHAPE,
+                "latents have shape " + tuple(shape_) + "; a stream takes (1, frames, channels, height, width): one video.");
   }
-  if (!a.causal) throw Error(ANYFLOW_INVALID, engine_->bundle().path.string() + " is a bidirectional model: use anyflow_sample, not a stream.");
+  if (!a.causal)
+    throw Error(ANYFLOW_INVALID,
+                engine_->bundle().path.string() + " is a bidirectional model: use anyflow_sample, not a stream.");
   engine_->check_text(text);
   plan_ = CachePlan::make(a, options.chunk_plan, shape_[3], shape_[4], options.window, text.shape[1]);
   if (plan_.frames() != shape_[1]) {
-    throw Error(ANYFLOW_SHAPE, "the chunk plan " + list(std::span<const int64_t>(plan_.chunks)) + " has " + std::to_string(plan_.frames()) +
-                                   " latent frames and latents have " + std::to_string(shape_[1]) + "; give a chunk_plan that sums to the frames.");
+    throw Error(ANYFLOW_SHAPE, "the chunk plan " + list(std::span<const int64_t>(plan_.chunks)) + " has " +
+                                   std::to_string(plan_.frames()) + " latent frames and latents have " +
+                                   std::to_string(shape_[1]) + "; give a chunk_plan that sums to the frames.");
   }
   for (const int64_t frames : std::set<int64_t>(plan_.chunks.begin(), plan_.chunks.end())) {
     engine_->ranges().check({1, frames, shape_[2], shape_[3], shape_[4]}, text.shape);
   }
   if (shape_[2] != a.in_channels) {
-    throw Error(ANYFLOW_SHAPE, "latents has " + std::to_string(shape_[2]) + " channels on axis 2; this model takes " + std::to_string(a.in_channels) + ".");
+    throw Error(ANYFLOW_SHAPE, "latents has " + std::to_string(shape_[2]) + " channels on axis 2; this model takes " +
+                                   std::to_string(a.in_channels) + ".");
   }
   check_context(options);
   noise_.assign(noise.data, noise.data + noise.count());
@@ -100,8 +106,9 @@ void Video::check_context(const Options& options) {
   for (int64_t chunk = 1; chunk <= plan_.count(); ++chunk) borders.push_back(plan_.first_frame(chunk));
   const auto found = std::find(borders.begin(), borders.end(), options.context_frames);
   if (found == borders.end()) {
-    throw Error(ANYFLOW_SHAPE, "context has " + std::to_string(options.context_frames) + " latent frames, which is not where a chunk ends (" +
-                                   list(std::span<const int64_t>(borders)) + "). Shorten it, or give a chunk_plan whose first chunks it fills.");
+    throw Error(ANYFLOW_SHAPE, "context has " + std::to_string(options.context_frames) +
+                                   " latent frames, which is not where a chunk ends (" + list(std::span<const int64_t>(borders)) +
+                                   "). Shorten it, or give a chunk_plan whose first chunks it fills.");
   }
   const Latents context{options.context, {1, options.context_frames, shape_[2], shape_[3], shape_[4]}};
   check_latents("context", context);

@@ -38,7 +38,8 @@ void check_shift(double shift) {
 
 Schedule::Schedule(std::vector<double> timesteps) : timesteps_(std::move(timesteps)) {
   const auto& times = timesteps_;
-  if (times.size() < 2) refuse("a schedule needs at least one transition (two timesteps); given " + list(std::span<const double>(times)) + ".");
+  if (times.size() < 2)
+    refuse("a schedule needs at least one transition (two timesteps); given " + list(std::span<const double>(times)) + ".");
   if (steps() > max_steps) {
     refuse("a schedule of " + std::to_string(steps()) + " steps was given; allowed are 1 to " + std::to_string(max_steps) + ".");
   }

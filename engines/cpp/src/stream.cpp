@@ -5,7 +5,9 @@
 
 namespace af {
 
-std::unique_ptr<Run> CacheStream::start(const Latents& noise) { return cache_->run(noise, positions(chunk_), plan_.cached_tokens(chunk_)); }
+std::unique_ptr<Run> CacheStream::start(const Latents& noise) {
+  return cache_->run(noise, positions(chunk_), plan_.cached_tokens(chunk_));
+}
 
 void CacheStream::remember(std::vector<float> clean, const LatentShape& shape) {
   recent_.push_back({chunk_, std::move(clean), shape});

@@ -15,7 +15,9 @@ size_t floats(size_t count) { return count * sizeof(float); }
 
 Call taken_by(const Plan& plan, Call call) {
   Call taken;
-  const auto missing = [&](const std::string& name) { return plan.refused("be given " + name + ", which its manifest lists and this library does not know"); };
+  const auto missing = [&](const std::string& name) {
+    return plan.refused("be given " + name + ", which its manifest lists and this library does not know");
+  };
   for (const Tensor& tensor : plan.graph.inputs) {
     if (!call.shapes.contains(tensor.name) || !call.addresses.contains(tensor.name)) throw missing(tensor.name);
     taken.shapes[tensor.name] = call.shapes[tensor.name], taken.addresses[tensor.name] = call.addresses[tensor.name];
@@ -27,7 +29,8 @@ Call taken_by(const Plan& plan, Call call) {
   return taken;
 }
 
-TensorRtRun::TensorRtRun(std::shared_ptr<Lane> lane, const Plan& plan, const Latents& latents, Others others, std::function<void()> closed)
+TensorRtRun::TensorRtRun(std::shared_ptr<Lane> lane, const Plan& plan, const Latents& latents, Others others,
+                         std::function<void()> closed)
     : Run(latents.shape), lane_(std::move(lane)), plan_(plan), others_(std::move(others)), closed_(std::move(closed)) {
   const size_t size = floats(latents.count()), times = floats(static_cast<size_t>(latents.shape[0] * latents.shape[1]));
   state_ = lane_->uploaded(latents.data, size), next_ = lane_->take(size), velocity_ = lane_->take(size);
@@ -37,7 +40,8 @@ TensorRtRun::TensorRtRun(std::shared_ptr<Lane> lane, const Plan& plan, const Lat
 TensorRtRun::~TensorRtRun() {
   try {
     lane_->queue().wait();
-    for (Held& buffer : {std::ref(state_), std::ref(next_), std::ref(velocity_), std::ref(t_), std::ref(r_)}) lane_->give(std::move(buffer));
+    for (Held& buffer : {std::ref(state_), std::ref(next_), std::ref(velocity_), std::ref(t_), std::ref(r_)})
+      lane_->give(std::move(buffer));
     closed_();
   } catch (const std::exception& error) {
     log(ANYFLOW_LOG_ERROR, std::string("a run could not be ended in order: ") + error.what());
@@ -78,12 +82,13 @@ TensorRtCache::TensorRtCache(std::shared_ptr<Lane> lane, const Plans& plans, con
       channels_(cache.channels),
       text_tokens_(text.shape[1]),
       full_tokens_(cache.full_tokens) {
-  // What the chunk gives and takes back is what is cached. TensorRT writes every output, also while a chunk is made and nobody wants its
-  // keys: there is room for one chunk more than is ever remembered.
+  // What the chunk gives and takes back is what is cached. TensorRT writes every output, also while a chunk is made and nobody
+  // wants its keys: there is room for one chunk more than is ever remembered.
   const int64_t longest = *std::max_element(cache.chunks.begin(), cache.chunks.end()) * full_tokens_;
   const Graph& chunk = plan("chunk").graph;
   for (const Tensor& tensor : chunk.outputs) {
-    const bool back = std::any_of(chunk.inputs.begin(), chunk.inputs.end(), [&](const Tensor& input) { return input.name == past_prefix + tensor.name; });
+    const bool back = std::any_of(chunk.inputs.begin(), chunk.inputs.end(),
+                                  [&](const Tensor& input) { return input.name == past_prefix + tensor.name; });
     if (!back) continue;
     token_ = static_cast<size_t>(heads_ * channels_ * element_bytes(tensor.type));
     buffers_[tensor.name] = lane_->take(bytes(cache.capacity() + longest));
@@ -125,17 +130,20 @@ std::unique_ptr<Run> TensorRtCache::run(const Latents& noise, const std::vector<
   return std::make_unique<TensorRtRun>(lane_, chunk, noise, others, closed);
 }
 
-void TensorRtCache::write(const std::string& graph, const Latents& clean, const std::vector<int64_t>& positions, int64_t past, int64_t tokens) {
+void TensorRtCache::write(const std::string& graph, const Latents& clean, const std::vector<int64_t>& positions, int64_t past,
+                          int64_t tokens) {
   const Plan& written = plan(graph);
   const std::vector<float> zeros(static_cast<size_t>(clean.shape[0] * clean.shape[1]));
   const size_t size = floats(clean.count());
   const Held z = lane_->uploaded(clean.data, size), still = lane_->uploaded(zeros.data(), floats(zeros.size())),
-             where = lane_->uploaded(positions.data(), positions.size() * sizeof(int64_t)), z_r = lane_->take(size), velocity = lane_->take(size);
+             where = lane_->uploaded(positions.data(), positions.size() * sizeof(int64_t)), z_r = lane_->take(size),
+             velocity = lane_->take(size);
   const auto beside = aside(past, tokens);
   Call call = memory(written, past, beside);
   call.shapes["latents"] = dims(clean.shape), call.shapes["t"] = call.shapes["r"] = frames(clean.shape);
   call.shapes["positions"] = {static_cast<int64_t>(positions.size())};
-  call.addresses["latents"] = z->at(), call.addresses["t"] = call.addresses["r"] = still->at(), call.addresses["positions"] = where->at();
+  call.addresses["latents"] = z->at(), call.addresses["t"] = call.addresses["r"] = still->at(),
+  call.addresses["positions"] = where->at();
   call.addresses["z_r"] = z_r->at(), call.addresses["velocity"] = velocity->at();
   lane_->run(written, taken_by(written, std::move(call)));
   for (const auto& [name, buffer] : beside) lane_->queue().copy(buffers_.at(name)->at(bytes(past)), buffer->at(), bytes(tokens));
@@ -152,7 +160,8 @@ const Plan& TensorRtCache::plan(const std::string& graph) const {
   const auto found = plans_.find(graph);
   if (found == plans_.end()) {
     throw Error(ANYFLOW_SHAPE, "this engine was built without " + in_quotes(graph) +
-                                   ", which the video sizes it was built for do not need. Build one with --shapes HEIGHTxWIDTHxFRAMES for longer videos.");
+                                   ", which the video sizes it was built for do not need. Build one with --shapes "
+                                   "HEIGHTxWIDTHxFRAMES for longer videos.");
   }
   return *found->second;
 }

@@ -11,7 +11,8 @@
 namespace af::trt {
 
 using Plans = std::map<std::string, std::unique_ptr<Plan>>;
-// Shape and address of each input, and address of each output, besides state and times; asked before every step: a cache can move.
+// Shape and address of each input, and address of each output, besides state and times; asked before every step: a cache can
+// move.
 using Others = std::function<Call()>;
 
 // One sample, in two buffers that are exchanged after a step.
@@ -43,7 +44,8 @@ class TensorRtCache final : public Cache {
   TensorRtCache(std::shared_ptr<Lane> lane, const Plans& plans, const Text& text, const CachePlan& plan);
 
   std::unique_ptr<Run> run(const Latents& noise, const std::vector<int64_t>& positions, int64_t past) override;
-  void write(const std::string& graph, const Latents& clean, const std::vector<int64_t>& positions, int64_t past, int64_t tokens) override;
+  void write(const std::string& graph, const Latents& clean, const std::vector<int64_t>& positions, int64_t past,
+             int64_t tokens) override;
   void move(int64_t to, int64_t start, int64_t tokens) override;
   ~TensorRtCache() override;
 

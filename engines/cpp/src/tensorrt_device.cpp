@@ -8,7 +8,8 @@ namespace af::trt {
 
 void check_cuda(cudaError_t code, const char* doing) {
   if (code != cudaSuccess) {
-    throw Error(ANYFLOW_BACKEND, std::string("CUDA could not ") + doing + ": " + cudaGetErrorString(code) + " (" + cudaGetErrorName(code) + ").");
+    throw Error(ANYFLOW_BACKEND,
+                std::string("CUDA could not ") + doing + ": " + cudaGetErrorString(code) + " (" + cudaGetErrorName(code) + ").");
   }
 }
 
@@ -16,7 +17,8 @@ Gpu::Gpu(int index) : index_(index) {
   int count = 0;
   check_cuda(cudaGetDeviceCount(&count), "find a GPU");
   if (index >= count) {
-    throw Error(ANYFLOW_BACKEND, "there is no CUDA device " + std::to_string(index) + ": this machine has " + std::to_string(count) + ", counted from 0.");
+    throw Error(ANYFLOW_BACKEND, "there is no CUDA device " + std::to_string(index) + ": this machine has " +
+                                     std::to_string(count) + ", counted from 0.");
   }
   use();
   cudaDeviceProp properties{};
@@ -34,9 +36,10 @@ Buffer::Buffer(size_t size) : size_(size) {
     cudaGetLastError();  // it is told below; what runs next is not to find it
     size_t left = 0, total = 0;
     check_cuda(cudaMemGetInfo(&left, &total), "ask for the free memory");
-    throw Error(ANYFLOW_OUT_OF_MEMORY, "the GPU has no " + megabytes(static_cast<double>(size)) + " left: " + megabytes(static_cast<double>(left)) + " of " +
-                                           megabytes(static_cast<double>(total)) +
-                                           " are free. Close what else uses the GPU, make smaller or shorter videos, or build with --weight-streaming.");
+    throw Error(ANYFLOW_OUT_OF_MEMORY,
+                "the GPU has no " + megabytes(static_cast<double>(size)) + " left: " + megabytes(static_cast<double>(left)) +
+                    " of " + megabytes(static_cast<double>(total)) +
+                    " are free. Close what else uses the GPU, make smaller or shorter videos, or build with --weight-streaming.");
   }
   check_cuda(code, "reserve memory");
 }
@@ -60,7 +63,8 @@ void Queue::copy(char* to, const char* from, size_t size) {
   const size_t pieces = (size + piece - 1) / piece;
   for (size_t i = 0; i < pieces; ++i) {
     const size_t offset = (down ? i : pieces - 1 - i) * piece;
-    check_cuda(cudaMemcpyAsync(to + offset, from + offset, std::min(piece, size - offset), cudaMemcpyDeviceToDevice, stream_), "copy on the GPU");
+    check_cuda(cudaMemcpyAsync(to + offset, from + offset, std::min(piece, size - offset), cudaMemcpyDeviceToDevice, stream_),
+               "copy on the GPU");
   }
 }
 

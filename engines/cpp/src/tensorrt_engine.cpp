@@ -29,8 +29,9 @@ std::array<int, 3> numbers(const std::string& version) {
 void check_compatible(EngineFolder folder, const Gpu& gpu) {
   const Device here = gpu.record();
   const auto wanted = folder.texts.find("hardware_compatible");
-  if (wanted != folder.texts.end() && ((wanted->second == "ampere+" && gpu.capability_major() >= 8) ||
-                                       (wanted->second == "same-capability" && folder.device.compute_capability == here.compute_capability))) {
+  if (wanted != folder.texts.end() &&
+      ((wanted->second == "ampere+" && gpu.capability_major() >= 8) ||
+       (wanted->second == "same-capability" && folder.device.compute_capability == here.compute_capability))) {
     folder.device = here;
   }
   std::string& built = folder.versions["tensorrt"];
@@ -42,18 +43,24 @@ void check_compatible(EngineFolder folder, const Gpu& gpu) {
 
 class TensorRtEngine final : public Engine {
  public:
-  TensorRtEngine(std::shared_ptr<const Bundle> opened, const EngineOptions& options) : Engine(std::move(opened)), gpu_(options.device) {
+  TensorRtEngine(std::shared_ptr<const Bundle> opened, const EngineOptions& options)
+      : Engine(std::move(opened)), gpu_(options.device) {
     const EngineFolder folder = find_engine(bundle(), "tensorrt", options.engine, options.watch);
     check_compatible(folder, gpu_);
     if (folder.flag("strip")) {
-      throw Error(ANYFLOW_BACKEND, folder.path.string() + " has no weights in its plans (--strip), and this library cannot refit them. Build it without --strip.");
+      throw Error(ANYFLOW_BACKEND,
+                  folder.path.string() +
+                      " has no weights in its plans (--strip), and this library cannot refit them. Build it without --strip.");
     }
     const bool streaming = folder.flag("weight_streaming");
     graphs_ = options.cuda_graphs && !streaming;  // a run that waits for weights cannot be captured
     for (const auto& [name, profiles] : folder.profiles) {
       const auto graph = bundle().manifest.graphs.find(name);
-      if (graph == bundle().manifest.graphs.end()) throw Error(ANYFLOW_BUNDLE, folder.path.string() + " has a plan of " + in_quotes(name) + ", which the bundle lacks. Build it again.");
-      plans_[name] = std::make_unique<Plan>(folder.file(name + ".plan"), name, graph->second, Plan::Opening{folder.flag("version_compatible"), streaming, profiles});
+      if (graph == bundle().manifest.graphs.end())
+        throw Error(ANYFLOW_BUNDLE,
+                    folder.path.string() + " has a plan of " + in_quotes(name) + ", which the bundle lacks. Build it again.");
+      plans_[name] = std::make_unique<Plan>(folder.file(name + ".plan"), name, graph->second,
+                                            Plan::Opening{folder.flag("version_compatible"), streaming, profiles});
     }
     ranges_ = folder.ranges;
     description_ = "TensorRT " + version() + ", " + gpu_.name() + ", " + bundle().manifest.precision;
@@ -115,7 +122,8 @@ class TensorRtEngine final : public Engine {
 
 std::shared_ptr<Engine> open_tensorrt(std::shared_ptr<const Bundle> bundle, const EngineOptions& options) {
   if (options.provider != "cuda") {
-    throw Error(ANYFLOW_BACKEND, "TensorRT runs on NVIDIA GPUs only; provider is " + in_quotes(options.provider) + ". Choose provider 'cuda'.");
+    throw Error(ANYFLOW_BACKEND,
+                "TensorRT runs on NVIDIA GPUs only; provider is " + in_quotes(options.provider) + ". Choose provider 'cuda'.");
   }
   return std::make_shared<TensorRtEngine>(std::move(bundle), options);
 }

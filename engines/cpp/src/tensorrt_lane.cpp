@@ -88,7 +88,8 @@ std::unique_ptr<Lane::Bound> Lane::bound(const Plan& plan) const {
 void Lane::enqueue(const Plan& plan, Bound& bound, const Call& call, int32_t profile) {
   bool changed = profile != bound.profile;
   if (changed) {
-    if (!bound.context->setOptimizationProfileAsync(profile, queue_->stream())) throw plan.refused("change to profile " + std::to_string(profile));
+    if (!bound.context->setOptimizationProfileAsync(profile, queue_->stream()))
+      throw plan.refused("change to profile " + std::to_string(profile));
     bound.profile = profile, bound.shapes.clear();
   }
   for (const auto& [name, shape] : call.shapes) {

@@ -1,6 +1,6 @@
-// Running a plan: execution contexts, and CUDA graphs of what is run again and again; see engines/tensorrt_context.py, whose rules
-// these are. A call that comes for the third time with the same shapes and addresses gets a context of its own, the fourth time it is
-// captured, and that context is never touched again. Never run yet (docs/cpp.md).
+// Running a plan: execution contexts, and CUDA graphs of what is run again and again; see engines/tensorrt_context.py, whose
+// rules these are. A call that comes for the third time with the same shapes and addresses gets a context of its own, the fourth
+// time it is captured, and that context is never touched again. Never run yet (docs/cpp.md).
 #pragma once
 
 #include <list>

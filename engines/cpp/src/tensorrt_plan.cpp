@@ -25,24 +25,29 @@ std::string shown_shape(const Dims& shape) {
 }
 
 // The inputs that tell a call's size; t, r and the other layers repeat them.
-bool tells(const std::string& name) { return name == "latents" || name == "text" || name == "text_key.0" || name == "past_key.0"; }
+bool tells(const std::string& name) {
+  return name == "latents" || name == "text" || name == "text_key.0" || name == "past_key.0";
+}
 
 Error foreign(const fs::path& path, const std::string& name, const std::string& what) {
-  return {ANYFLOW_BACKEND, path.string() + " is not a plan of this bundle's " + in_quotes(name) + ": it has " + what + ". Build it again."};
+  return {ANYFLOW_BACKEND,
+          path.string() + " is not a plan of this bundle's " + in_quotes(name) + ": it has " + what + ". Build it again."};
 }
 
 std::vector<char> content(const fs::path& path) {
   std::ifstream file(path, std::ios::binary | std::ios::ate);
   std::vector<char> bytes(file ? static_cast<size_t>(file.tellg()) : 0);
   file.seekg(0);
-  if (!file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) throw Error(ANYFLOW_BUNDLE, path.string() + " cannot be read.");
+  if (!file.read(bytes.data(), static_cast<std::streamsize>(bytes.size())))
+    throw Error(ANYFLOW_BUNDLE, path.string() + " cannot be read.");
   return bytes;
 }
 
 }  // namespace
 
 std::string version() {
-  return std::to_string(getInferLibMajorVersion()) + "." + std::to_string(getInferLibMinorVersion()) + "." + std::to_string(getInferLibPatchVersion());
+  return std::to_string(getInferLibMajorVersion()) + "." + std::to_string(getInferLibMinorVersion()) + "." +
+         std::to_string(getInferLibPatchVersion());
 }
 
 void Messages::log(Severity severity, nvinfer1::AsciiChar const* text) noexcept {
@@ -52,7 +57,7 @@ void Messages::log(Severity severity, nvinfer1::AsciiChar const* text) noexcept 
       errors_.emplace_back(text);
       if (errors_.size() > kept_errors) errors_.pop_front();
     }
-    const auto level = severity <= Severity::kERROR      ? ANYFLOW_LOG_ERROR
+    const auto level = severity <= Severity::kERROR     ? ANYFLOW_LOG_ERROR
                        : severity == Severity::kWARNING ? ANYFLOW_LOG_WARNING
                        : severity == Severity::kINFO    ? ANYFLOW_LOG_INFO
                                                         : ANYFLOW_LOG_DEBUG;
@@ -65,7 +70,8 @@ void Messages::log(Severity severity, nvinfer1::AsciiChar const* text) noexcept 
 std::string Messages::summary() const {
   const std::lock_guard lock(mutex_);
   std::string text;
-  for (size_t i = errors_.size() - std::min<size_t>(3, errors_.size()); i < errors_.size(); ++i) text += (text.empty() ? "" : " | ") + errors_[i];
+  for (size_t i = errors_.size() - std::min<size_t>(3, errors_.size()); i < errors_.size(); ++i)
+    text += (text.empty() ? "" : " | ") + errors_[i];
   return text.empty() ? "it gave no reason" : text;
 }
 
@@ -89,9 +95,11 @@ std::string Profile::shown() const {
   return text;
 }
 
-Plan::Plan(const fs::path& path, std::string label, const Graph& model, const Opening& opening) : name(std::move(label)), graph(model) {
+Plan::Plan(const fs::path& path, std::string label, const Graph& model, const Opening& opening)
+    : name(std::move(label)), graph(model) {
   runtime_.reset(nvinfer1::createInferRuntime(messages_));
-  if (!runtime_) throw Error(ANYFLOW_BACKEND, "TensorRT " + version() + " could not start its runtime: " + messages_.summary() + ".");
+  if (!runtime_)
+    throw Error(ANYFLOW_BACKEND, "TensorRT " + version() + " could not start its runtime: " + messages_.summary() + ".");
   runtime_->setEngineHostCodeAllowed(opening.host_code);  // it was built here, and its hash was compared
   const std::vector<char> bytes = content(path);
   engine_.reset(runtime_->deserializeCudaEngine(bytes.data(), bytes.size()));
@@ -100,10 +108,13 @@ Plan::Plan(const fs::path& path, std::string label, const Graph& model, const Op
                                      ". Build it on this machine: anyflow-build … --backend tensorrt --overwrite");
   }
   // Before the first context: its scratch memory is part of a context's.
-  if (opening.weight_streaming && !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget())) throw refused("stream its weights");
+  if (opening.weight_streaming && !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget()))
+    throw refused("stream its weights");
   check_tensors(path);
   if (static_cast<size_t>(engine_->getNbOptimizationProfiles()) != opening.profiles) {
-    throw foreign(path, name, std::to_string(engine_->getNbOptimizationProfiles()) + " profiles where engine.json lists " + std::to_string(opening.profiles));
+    throw foreign(path, name,
+                  std::to_string(engine_->getNbOptimizationProfiles()) + " profiles where engine.json lists " +
+                      std::to_string(opening.profiles));
   }
   read_profiles();
 }
@@ -111,19 +122,22 @@ Plan::Plan(const fs::path& path, std::string label, const Graph& model, const Op
 // A plan of another graph would read past the end of a buffer.
 void Plan::check_tensors(const fs::path& path) const {
   const size_t known = graph.inputs.size() + graph.outputs.size();
-  if (static_cast<size_t>(engine_->getNbIOTensors()) != known) throw foreign(path, name, std::to_string(engine_->getNbIOTensors()) + " tensors");
+  if (static_cast<size_t>(engine_->getNbIOTensors()) != known)
+    throw foreign(path, name, std::to_string(engine_->getNbIOTensors()) + " tensors");
   for (const bool input : {true, false}) {
     for (const Tensor& tensor : input ? graph.inputs : graph.outputs) {
       const char* called = tensor.name.c_str();
       const auto mode = input ? nvinfer1::TensorIOMode::kINPUT : nvinfer1::TensorIOMode::kOUTPUT;
       const Dims shape = lengths(engine_->getTensorShape(called));
-      bool same = engine_->getTensorIOMode(called) == mode && engine_->getTensorDataType(called) == type_of(tensor.type) && shape.size() == tensor.shape.size();
+      bool same = engine_->getTensorIOMode(called) == mode && engine_->getTensorDataType(called) == type_of(tensor.type) &&
+                  shape.size() == tensor.shape.size();
       for (size_t axis = 0; same && axis < shape.size(); ++axis) {
         const auto* fixed = std::get_if<int64_t>(&tensor.shape[axis]);
         same = !fixed || *fixed == shape[axis];
       }
       if (!same) throw foreign(path, name, "another tensor " + tensor.name + ", of shape " + shown_shape(shape));
-      if (engine_->getTensorLocation(called) != nvinfer1::TensorLocation::kDEVICE) throw foreign(path, name, "tensor " + tensor.name + " in host memory");
+      if (engine_->getTensorLocation(called) != nvinfer1::TensorLocation::kDEVICE)
+        throw foreign(path, name, "tensor " + tensor.name + " in host memory");
     }
   }
 }
@@ -150,12 +164,14 @@ int32_t Plan::chosen(const Shapes& call) const {
   for (const auto& [input, shape] : call) {
     if (tells(input)) given += (given.empty() ? "" : ", ") + input + " " + shown_shape(shape);
   }
-  throw Error(ANYFLOW_SHAPE, "no profile of this engine's " + in_quotes(name) + " holds " + given + " (latent units); the nearest is " +
-                                 (nearest ? nearest->shown() : "none") + ". Build an engine with --shapes HEIGHTxWIDTHxFRAMES for this size, or change the input.");
+  throw Error(ANYFLOW_SHAPE, "no profile of this engine's " + in_quotes(name) + " holds " + given +
+                                 " (latent units); the nearest is " + (nearest ? nearest->shown() : "none") +
+                                 ". Build an engine with --shapes HEIGHTxWIDTHxFRAMES for this size, or change the input.");
 }
 
 Error Plan::refused(const std::string& what) const {
-  return {ANYFLOW_BACKEND, "TensorRT " + version() + ": " + in_quotes(name) + " could not " + what + ": " + messages_.summary() + "."};
+  return {ANYFLOW_BACKEND,
+          "TensorRT " + version() + ": " + in_quotes(name) + " could not " + what + ": " + messages_.summary() + "."};
 }
 
 }  // namespace af::trt

@@ -21,7 +21,8 @@ static void expect(int right, const char *what, int line) {
 /* An error of this kind, whose text holds some words. */
 static void refused(anyflow_error *error, anyflow_code code, const char *words, int line) {
     if (!error || anyflow_error_code(error) != code || !strstr(anyflow_error_text(error), words)) {
-        printf("line %d: wanted %d \"%s\", got %d \"%s\"\n", line, (int)code, words, (int)anyflow_error_code(error), anyflow_error_text(error));
+        printf("line %d: wanted %d \"%s\", got %d \"%s\"\n", line, (int)code, words, (int)anyflow_error_code(error),
+               anyflow_error_text(error));
         ++failures;
     }
     anyflow_error_free(error);
@@ -81,7 +82,8 @@ static void test_schedules(void) {
 }
 
 static void test_nothing(void) {
-    anyflow_error_free(NULL), anyflow_bundle_close(NULL), anyflow_engine_close(NULL), anyflow_run_close(NULL), anyflow_stream_close(NULL);
+    anyflow_error_free(NULL), anyflow_bundle_close(NULL), anyflow_engine_close(NULL), anyflow_run_close(NULL),
+        anyflow_stream_close(NULL);
     anyflow_schedule_free(NULL), anyflow_pace_free(NULL), anyflow_tensor_free(NULL);
     EXPECT(strcmp(anyflow_error_text(NULL), "") == 0 && (int)anyflow_error_code(NULL) == 0);
     REFUSED(anyflow_sample(NULL, NULL, NULL, NULL, NULL, NULL, NULL), ANYFLOW_INVALID, "engine is NULL");
@@ -103,13 +105,15 @@ static void test_sizes(const anyflow_bundle *bundle) {
     OK(anyflow_engine_open(bundle, &params.known, &engine));
     anyflow_engine_close(engine);
     params.newer = 1;
-    REFUSED(anyflow_engine_open(bundle, &params.known, &engine), ANYFLOW_INVALID, "fields that this version of the library does not know");
+    REFUSED(anyflow_engine_open(bundle, &params.known, &engine), ANYFLOW_INVALID,
+            "fields that this version of the library does not know");
     params.known.struct_size = offsetof(anyflow_engine_params, provider);
     params.known.provider = (const char *)1; /* beyond what an older program knows: not looked at */
     OK(anyflow_engine_open(bundle, &params.known, &engine));
     anyflow_engine_close(engine);
     params.known.struct_size = 0;
-    REFUSED(anyflow_engine_open(bundle, &params.known, &engine), ANYFLOW_INVALID, "set it with ANYFLOW_INIT(anyflow_engine_params)");
+    REFUSED(anyflow_engine_open(bundle, &params.known, &engine), ANYFLOW_INVALID,
+            "set it with ANYFLOW_INIT(anyflow_engine_params)");
     info.struct_size = offsetof(anyflow_bundle_info, precision);
     info.precision = "untouched";
     OK(anyflow_bundle_get_info(bundle, &info));
@@ -117,7 +121,8 @@ static void test_sizes(const anyflow_bundle *bundle) {
 }
 
 static void test_sampling(anyflow_engine *engine) {
-    const int64_t shape[5] = {1, 3, 4, 4, 4}, text_shape[3] = {1, 2, 32}, other[5] = {1, 3, 4, 3, 4}, huge[5] = {1, INT64_MAX, 4, 4, 4};
+    const int64_t shape[5] = {1, 3, 4, 4, 4}, text_shape[3] = {1, 2, 32}, other[5] = {1, 3, 4, 3, 4},
+                  huge[5] = {1, INT64_MAX, 4, 4, 4};
     float noise[192], text[64], clean[192], again[192];
     const float middle[3] = {500, 400, 300}, end[3] = {0, 0, 0}, infinite = INFINITY, zero = 0, thousand = 1000;
     anyflow_sample_params params = ANYFLOW_INIT(anyflow_sample_params);
@@ -174,7 +179,8 @@ static void test_streams(anyflow_engine *engine) {
     OK(anyflow_noise(2, text, 64));
     memset(context, 0, sizeof context);
     params.chunk_plan = plan, params.chunk_count = 3, params.context = context, params.context_frames = 2;
-    REFUSED(anyflow_stream_open(engine, noise, shape, text, text_shape, &params, &stream), ANYFLOW_SHAPE, "not where a chunk ends ([1, 3, 5])");
+    REFUSED(anyflow_stream_open(engine, noise, shape, text, text_shape, &params, &stream), ANYFLOW_SHAPE,
+            "not where a chunk ends ([1, 3, 5])");
     params.context_frames = 1;
     OK(anyflow_stream_open(engine, noise, shape, text, text_shape, &params, &stream));
     free(noise), anyflow_engine_close(engine); /* the stream has its own */
@@ -215,7 +221,8 @@ static void test_files(const char *folder) {
     snprintf(path, sizeof path, "%s/a \"name\".safetensors", folder);
     OK(anyflow_tensor_save(path, "tab\t\"x\"", values, shape, 2));
     OK(anyflow_tensor_load(path, "tab\t\"x\"", &tensor));
-    EXPECT(anyflow_tensor_shape(tensor, &axes)[1] == 3 && axes == 2 && memcmp(anyflow_tensor_data(tensor), values, sizeof values) == 0);
+    EXPECT(anyflow_tensor_shape(tensor, &axes)[1] == 3 && axes == 2 &&
+           memcmp(anyflow_tensor_data(tensor), values, sizeof values) == 0);
     anyflow_tensor_free(tensor);
     REFUSED(anyflow_tensor_load(path, "y", &tensor), ANYFLOW_INVALID, "holds no float32 tensor 'y'");
     REFUSED(anyflow_tensor_load("/nowhere", "y", &tensor), ANYFLOW_BUNDLE, "cannot be read");

@@ -42,7 +42,8 @@ anyflow::Schedule schedule_of(const json& request) {
   const std::string kind = request.at("kind");
   if (kind == "uniform") return anyflow::Schedule::uniform(request.at("steps"), request.at("shift"));
   const auto values = request.at("values").get<std::vector<double>>();
-  return kind == "sigmas" ? anyflow::Schedule::from_sigmas(values, request.at("shift")) : anyflow::Schedule::from_timesteps(values);
+  return kind == "sigmas" ? anyflow::Schedule::from_sigmas(values, request.at("shift"))
+                          : anyflow::Schedule::from_timesteps(values);
 }
 
 // How to sample, and what was seen on the way.
@@ -56,7 +57,8 @@ struct Watched {
     if (request.contains("deadline")) {
       const json& given = request["deadline"];
       anyflow::Deadline deadline;
-      deadline.seconds = given.at("seconds"), deadline.shift = value_or(given, "shift", 5.0), deadline.most = value_or<int64_t>(given, "most", 50);
+      deadline.seconds = given.at("seconds"), deadline.shift = value_or(given, "shift", 5.0),
+      deadline.most = value_or<int64_t>(given, "most", 50);
       deadline.pace = pace;
       deadline.clock = [] { return toy::state().now; };
       const int enough = value_or(given, "enough_after", -1);
@@ -104,7 +106,10 @@ json streamed(const json& request) {
   Watched watched(request, pace);
   json chunks = json::array();
   while (auto chunk = stream.next(watched.sampling)) {
-    chunks.push_back({{"index", chunk->index}, {"first_frame", chunk->first_frame}, {"given", chunk->given}, {"latents", chunk->latents.data}});
+    chunks.push_back({{"index", chunk->index},
+                      {"first_frame", chunk->first_frame},
+                      {"given", chunk->given},
+                      {"latents", chunk->latents.data}});
   }
   return {{"chunks", chunks}, {"steps", watched.steps}, {"outcomes", watched.outcomes}, {"calls", toy::state().calls}};
 }
@@ -133,8 +138,9 @@ json information(const json& request) {
     const auto range = bundle.range(axis);
     ranges[axis] = {range.minimum, range.maximum, range.multiple};
   }
-  return {{"kind", info.kind}, {"digest", info.digest}, {"precision", info.precision}, {"channels", info.channels}, {"shift", info.shift},
-          {"size", {info.frames, info.height, info.width}}, {"ranges", ranges}};
+  return {{"kind", info.kind},         {"digest", info.digest}, {"precision", info.precision},
+          {"channels", info.channels}, {"shift", info.shift},   {"size", {info.frames, info.height, info.width}},
+          {"ranges", ranges}};
 }
 
 json noise(const json& request) {
@@ -154,7 +160,8 @@ json answered(const json& request) {
   if (question == "noise") return noise(request);
   if (question == "description") return {{"text", engine_of(request).description()}};
   if (question == "hash") return {{"text", af::sha256_of(request.at("text").get<std::string>())}};
-  if (question == "instructions") return {{"text", af::instructions(request.at("level"), request.at("cpuinfo"))}, {"machine", af::machine()}};
+  if (question == "instructions")
+    return {{"text", af::instructions(request.at("level"), request.at("cpuinfo"))}, {"machine", af::machine()}};
   throw std::runtime_error("unknown question");
 }
 

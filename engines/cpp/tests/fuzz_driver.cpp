@@ -16,9 +16,28 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 
 namespace {
 
-const std::vector<std::string> words = {"null", "true",  "-1",  "0",  "1e999", "9223372036854775807", "9223372036854775808", "18446744073709551616",
-                                        "1.5",  "[]",    "{}",  "\"", "\"\"",  "\\u0000",             "\\ud800",             "\xff",
-                                        "[[[[", "{\"a\":", ",", "}",  "../",   "-9223372036854775808"};
+const std::vector<std::string> words = {"null",
+                                        "true",
+                                        "-1",
+                                        "0",
+                                        "1e999",
+                                        "9223372036854775807",
+                                        "9223372036854775808",
+                                        "18446744073709551616",
+                                        "1.5",
+                                        "[]",
+                                        "{}",
+                                        "\"",
+                                        "\"\"",
+                                        "\\u0000",
+                                        "\\ud800",
+                                        "\xff",
+                                        "[[[[",
+                                        "{\"a\":",
+                                        ",",
+                                        "}",
+                                        "../",
+                                        "-9223372036854775808"};
 
 class Mutator {
  public:
@@ -35,12 +54,24 @@ class Mutator {
   void change(std::string& text) {
     const size_t at = below(text.size() + 1), count = std::min(below(24), text.size() - at);
     switch (below(6)) {
-      case 0: text.erase(at, count); break;
-      case 1: text.insert(at, text.substr(below(text.size() + 1), below(40))); break;
-      case 2: text.insert(at, words[below(words.size())]); break;
-      case 3: replace_value(text, at); break;
-      case 4: if (at < text.size()) text[at] = static_cast<char>(text[at] ^ (1 << below(8))); break;
-      default: text.resize(at); break;
+      case 0:
+        text.erase(at, count);
+        break;
+      case 1:
+        text.insert(at, text.substr(below(text.size() + 1), below(40)));
+        break;
+      case 2:
+        text.insert(at, words[below(words.size())]);
+        break;
+      case 3:
+        replace_value(text, at);
+        break;
+      case 4:
+        if (at < text.size()) text[at] = static_cast<char>(text[at] ^ (1 << below(8)));
+        break;
+      default:
+        text.resize(at);
+        break;
     }
   }
 

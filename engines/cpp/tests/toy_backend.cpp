@@ -22,14 +22,16 @@ std::string numbers(std::initializer_list<int64_t> values) {
 
 class Run final : public af::Run {
  public:
-  Run(const af::Latents& latents, float bias) : af::Run(latents.shape), bias_(bias), z_(latents.data, latents.data + latents.count()) {}
+  Run(const af::Latents& latents, float bias)
+      : af::Run(latents.shape), bias_(bias), z_(latents.data, latents.data + latents.count()) {}
   void read(float* into) override { std::copy(z_.begin(), z_.end(), into); }
 
  protected:
   void do_step(const std::vector<float>& t, const std::vector<float>& r) override {
     spend();
     const size_t frame = z_.size() / t.size();
-    for (size_t i = 0; i < z_.size(); ++i) z_[i] = z_[i] - (t[i / frame] - r[i / frame]) / 1000.0F * at(i, t[i / frame], r[i / frame]);
+    for (size_t i = 0; i < z_.size(); ++i)
+      z_[i] = z_[i] - (t[i / frame] - r[i / frame]) / 1000.0F * at(i, t[i / frame], r[i / frame]);
   }
   void do_velocity(const std::vector<float>& t, const std::vector<float>& r, float* into) override {
     spend();
@@ -56,11 +58,14 @@ class Cache final : public af::Cache {
     return std::make_unique<Run>(noise, static_cast<float>(sum) / 65536.0F + text_);
   }
 
-  void write(const std::string& graph, const af::Latents& clean, const std::vector<int64_t>& positions, int64_t past, int64_t tokens) override {
-    state().calls.push_back("write " + graph + numbers({positions.front(), static_cast<int64_t>(positions.size()), past, tokens}));
+  void write(const std::string& graph, const af::Latents& clean, const std::vector<int64_t>& positions, int64_t past,
+             int64_t tokens) override {
+    state().calls.push_back("write " + graph +
+                            numbers({positions.front(), static_cast<int64_t>(positions.size()), past, tokens}));
     const auto content = static_cast<int64_t>(std::floor(clean.data[0] * 64.0F));
     for (int64_t i = 0; i < tokens; ++i) {
-      tokens_.at(static_cast<size_t>(past + i)) = wrapped(positions.front() * 31 + (graph == "compress" ? 17 : 0) + past * 7 + i + content, 1000);
+      tokens_.at(static_cast<size_t>(past + i)) =
+          wrapped(positions.front() * 31 + (graph == "compress" ? 17 : 0) + past * 7 + i + content, 1000);
     }
   }
 
@@ -81,7 +86,9 @@ class Engine final : public af::Engine {
   const af::Ranges& ranges() const override { return bundle().manifest.ranges; }
 
  protected:
-  std::unique_ptr<af::Run> do_start(const af::Latents& latents, const af::Text& text) override { return std::make_unique<Run>(latents, text.data[0]); }
+  std::unique_ptr<af::Run> do_start(const af::Latents& latents, const af::Text& text) override {
+    return std::make_unique<Run>(latents, text.data[0]);
+  }
   std::unique_ptr<af::Cache> do_open_cache(const af::Text& text, const af::CachePlan& plan) override {
     return std::make_unique<Cache>(text.data[0], plan);
   }
@@ -98,9 +105,10 @@ State& state() {
 }
 
 extern "C" void toy_backend_install(void) {
-  af::backends().push_back({"toy", "cpu", [](std::shared_ptr<const af::Bundle> bundle, const af::EngineOptions&) -> std::shared_ptr<af::Engine> {
-                              return std::make_shared<Engine>(std::move(bundle));
-                            }});
+  af::backends().push_back(
+      {"toy", "cpu", [](std::shared_ptr<const af::Bundle> bundle, const af::EngineOptions&) -> std::shared_ptr<af::Engine> {
+         return std::make_shared<Engine>(std::move(bundle));
+       }});
 }
 
 }  // namespace toy

@@ -1,5 +1,5 @@
-// A backend for tests, with arithmetic that numpy repeats bit for bit (tests/cpp_toy.py), a clock of its own and a log of what the
-// cache was told.
+// A backend for tests, with arithmetic that numpy repeats bit for bit (tests/cpp_toy.py), a clock of its own and a log of what
+// the cache was told.
 #pragma once
 
 #include <string>

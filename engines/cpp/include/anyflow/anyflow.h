@@ -78,7 +78,12 @@ ANYFLOW_API void anyflow_error_free(anyflow_error *error);
 
 /* ---- Log ------------------------------------------------------------------------------------------------------- */
 
-typedef enum anyflow_log_level { ANYFLOW_LOG_DEBUG = 0, ANYFLOW_LOG_INFO = 1, ANYFLOW_LOG_WARNING = 2, ANYFLOW_LOG_ERROR = 3 } anyflow_log_level;
+typedef enum anyflow_log_level {
+    ANYFLOW_LOG_DEBUG = 0,
+    ANYFLOW_LOG_INFO = 1,
+    ANYFLOW_LOG_WARNING = 2,
+    ANYFLOW_LOG_ERROR = 3
+} anyflow_log_level;
 
 /* Where messages go, for the whole process; NULL (as it is at first): nowhere. Called from any thread that is in here. */
 typedef void (*anyflow_log_callback)(anyflow_log_level level, const char *text, void *user);
@@ -111,16 +116,16 @@ typedef struct anyflow_bundle_info {
     const char *kind; /* "bidirectional" or "causal" */
     const char *model;
     const char *precision;
-    const char *digest;     /* SHA-256 of manifest.json, which names the hash of every other file */
-    int64_t channels;       /* of the latents */
-    int64_t text_channels;  /* of the prompt embeddings */
-    int64_t text_tokens;    /* that prompt embeddings are padded to, with zeros */
-    double shift;           /* of the schedule the model was distilled with */
-    int64_t steps;          /* when nobody says */
-    int64_t frames;         /* latent frames, rows and columns of the bundle's own video size */
+    const char *digest;    /* SHA-256 of manifest.json, which names the hash of every other file */
+    int64_t channels;      /* of the latents */
+    int64_t text_channels; /* of the prompt embeddings */
+    int64_t text_tokens;   /* that prompt embeddings are padded to, with zeros */
+    double shift;          /* of the schedule the model was distilled with */
+    int64_t steps;         /* when nobody says */
+    int64_t frames;        /* latent frames, rows and columns of the bundle's own video size */
     int64_t height;
     int64_t width;
-    int64_t spatial_factor; /* pixels for each latent row or column */
+    int64_t spatial_factor;  /* pixels for each latent row or column */
     int64_t temporal_factor; /* video frames for each latent frame after the first */
     int64_t fps;
 } anyflow_bundle_info;
@@ -144,7 +149,8 @@ typedef struct anyflow_schedule anyflow_schedule;
 /* `steps` (1 to 1000) transitions on the shifted uniform grid; shift 5 for the released models, 1 for none. */
 ANYFLOW_API anyflow_error *anyflow_schedule_uniform(int64_t steps, double shift, anyflow_schedule **schedule);
 /* Your own noise levels, 1 to 0, falling; a closing 0 is added where missing. */
-ANYFLOW_API anyflow_error *anyflow_schedule_from_sigmas(const double *sigmas, size_t count, double shift, anyflow_schedule **schedule);
+ANYFLOW_API anyflow_error *anyflow_schedule_from_sigmas(const double *sigmas, size_t count, double shift,
+                                                        anyflow_schedule **schedule);
 /* Your own timesteps, 1000 to 0, falling; a closing 0 is added where missing. */
 ANYFLOW_API anyflow_error *anyflow_schedule_from_timesteps(const double *timesteps, size_t count, anyflow_schedule **schedule);
 /* The timesteps, one more than steps; they live as long as the schedule. */
@@ -170,13 +176,13 @@ typedef struct anyflow_outcome {
 /* In place of a schedule: as many steps as the time allows, missed by one step at most. */
 typedef struct anyflow_deadline {
     size_t struct_size;
-    double seconds;               /* for the transitions of the sample, or of the chunk */
-    double shift;                 /* of the grid; 0: 5 */
-    int64_t most;                 /* steps are never more; 0: 50 */
-    anyflow_pace *pace;           /* what is known of the engine; NULL: nothing, so it begins with a draft */
-    int (*enough)(void *user);    /* asked before every transition; not 0: finish now, with one jump */
-    double (*clock)(void *user);  /* seconds; NULL: a steady clock. For tests */
-    void *user;                   /* handed to both */
+    double seconds;              /* for the transitions of the sample, or of the chunk */
+    double shift;                /* of the grid; 0: 5 */
+    int64_t most;                /* steps are never more; 0: 50 */
+    anyflow_pace *pace;          /* what is known of the engine; NULL: nothing, so it begins with a draft */
+    int (*enough)(void *user);   /* asked before every transition; not 0: finish now, with one jump */
+    double (*clock)(void *user); /* seconds; NULL: a steady clock. For tests */
+    void *user;                  /* handed to both */
 } anyflow_deadline;
 
 /* ---- Engines --------------------------------------------------------------------------------------------------- */
@@ -198,7 +204,8 @@ typedef struct anyflow_engine_params {
 ANYFLOW_API size_t anyflow_backends(const char *const **names);
 
 /* Open an engine that anyflow-build made of this bundle on this machine. params may be NULL. */
-ANYFLOW_API anyflow_error *anyflow_engine_open(const anyflow_bundle *bundle, const anyflow_engine_params *params, anyflow_engine **engine);
+ANYFLOW_API anyflow_error *anyflow_engine_open(const anyflow_bundle *bundle, const anyflow_engine_params *params,
+                                               anyflow_engine **engine);
 /* Backend, version, device and precision, for people. Lives as long as the engine. */
 ANYFLOW_API const char *anyflow_engine_description(const anyflow_engine *engine);
 ANYFLOW_API void anyflow_engine_close(anyflow_engine *engine);
@@ -209,8 +216,8 @@ ANYFLOW_API void anyflow_engine_close(anyflow_engine *engine);
 typedef struct anyflow_step {
     size_t struct_size;
     int64_t index;
-    int64_t steps; /* how many there are; under a deadline, how many are planned by now */
-    double t, r;   /* where it went from and to */
+    int64_t steps;     /* how many there are; under a deadline, how many are planned by now */
+    double t, r;       /* where it went from and to */
     int64_t shape[5];  /* of the state */
     const void *state; /* for anyflow_step_read */
 } anyflow_step;
@@ -223,9 +230,9 @@ typedef struct anyflow_sample_params {
     const anyflow_schedule *schedule; /* this, or */
     const anyflow_deadline *deadline; /* this; with neither: the bundle's own steps and shift */
     void (*on_step)(const anyflow_step *step, void *user);
-    anyflow_abort_callback abort;     /* asked before every transition */
+    anyflow_abort_callback abort;                               /* asked before every transition */
     void (*on_end)(const anyflow_outcome *outcome, void *user); /* under a deadline: what came of it */
-    void *user;                       /* handed to all three */
+    void *user;                                                 /* handed to all three */
 } anyflow_sample_params;
 
 /* Take latents from noise to clean. `clean` takes as many numbers as `noise` has, and may be the same memory. */
@@ -236,8 +243,8 @@ ANYFLOW_API anyflow_error *anyflow_sample(anyflow_engine *engine, const float *n
 
 typedef struct anyflow_run anyflow_run;
 
-ANYFLOW_API anyflow_error *anyflow_run_start(anyflow_engine *engine, const float *latents, const int64_t shape[5], const float *text,
-                                             const int64_t text_shape[3], anyflow_run **run);
+ANYFLOW_API anyflow_error *anyflow_run_start(anyflow_engine *engine, const float *latents, const int64_t shape[5],
+                                             const float *text, const int64_t text_shape[3], anyflow_run **run);
 /* Replace the state z_t by z_r. t and r: `count` numbers each, 1 (for all frames) or batch x frames. */
 ANYFLOW_API anyflow_error *anyflow_run_step(anyflow_run *run, const float *t, const float *r, size_t count);
 /* The average velocity from t to r, shaped like the latents; the state stays as it is. */
@@ -254,9 +261,9 @@ typedef struct anyflow_stream_params {
     size_t struct_size;
     const int64_t *chunk_plan; /* latent frames of each chunk; NULL: the model's own plan */
     size_t chunk_count;
-    int64_t window;            /* keep only the first and this many of the newest compressed chunks; 0: all */
-    const float *context;      /* given clean latents of the first frames, (1, context_frames, C, H, W), or NULL */
-    int64_t context_frames;    /* they have to end where a chunk ends */
+    int64_t window;         /* keep only the first and this many of the newest compressed chunks; 0: all */
+    const float *context;   /* given clean latents of the first frames, (1, context_frames, C, H, W), or NULL */
+    int64_t context_frames; /* they have to end where a chunk ends */
 } anyflow_stream_params;
 
 /* Memory of a stream, before anything runs. */
@@ -276,20 +283,22 @@ ANYFLOW_API anyflow_error *anyflow_cache_plan(const anyflow_bundle *bundle, cons
 typedef struct anyflow_chunk {
     size_t struct_size;
     int64_t index;
-    int64_t first_frame;  /* absolute index of its first latent frame */
+    int64_t first_frame; /* absolute index of its first latent frame */
     int64_t frames;
     int given;            /* it is context of the caller's */
     const float *latents; /* (1, frames, C, H, W); until the next call with this stream */
 } anyflow_chunk;
 
 /* noise: of the whole video, (1, F, C, H, W), copied. All that can be refused is refused here. params may be NULL. */
-ANYFLOW_API anyflow_error *anyflow_stream_open(anyflow_engine *engine, const float *noise, const int64_t shape[5], const float *text,
-                                               const int64_t text_shape[3], const anyflow_stream_params *params, anyflow_stream **stream);
+ANYFLOW_API anyflow_error *anyflow_stream_open(anyflow_engine *engine, const float *noise, const int64_t shape[5],
+                                               const float *text, const int64_t text_shape[3],
+                                               const anyflow_stream_params *params, anyflow_stream **stream);
 /*
  * Make the next chunk, by a schedule or deadline of its own; *made is 0 when there is none left. After an abort or another
  * error the same chunk is begun anew by the next call.
  */
-ANYFLOW_API anyflow_error *anyflow_stream_next(anyflow_stream *stream, const anyflow_sample_params *params, anyflow_chunk *chunk, int *made);
+ANYFLOW_API anyflow_error *anyflow_stream_next(anyflow_stream *stream, const anyflow_sample_params *params, anyflow_chunk *chunk,
+                                               int *made);
 ANYFLOW_API void anyflow_stream_close(anyflow_stream *stream);
 
 /* ---- Helpers --------------------------------------------------------------------------------------------------- */
@@ -304,7 +313,8 @@ ANYFLOW_API const float *anyflow_tensor_data(const anyflow_tensor *tensor);
 ANYFLOW_API const int64_t *anyflow_tensor_shape(const anyflow_tensor *tensor, size_t *axes);
 ANYFLOW_API void anyflow_tensor_free(anyflow_tensor *tensor);
 /* Written whole or not at all. */
-ANYFLOW_API anyflow_error *anyflow_tensor_save(const char *path, const char *name, const float *data, const int64_t *shape, size_t axes);
+ANYFLOW_API anyflow_error *anyflow_tensor_save(const char *path, const char *name, const float *data, const int64_t *shape,
+                                               size_t axes);
 
 #ifdef __cplusplus
 }

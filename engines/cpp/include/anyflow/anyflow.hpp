@@ -53,13 +53,15 @@ struct Array {
   explicit Array(const std::array<std::int64_t, Axes>& sizes) : shape(sizes) {
     std::size_t count = 1;
     for (const std::int64_t size : sizes) {
-      if (size < 0) throw Error(ANYFLOW_SHAPE, "an array with an axis of " + std::to_string(size) + "; sizes are whole numbers from 0.");
+      if (size < 0)
+        throw Error(ANYFLOW_SHAPE, "an array with an axis of " + std::to_string(size) + "; sizes are whole numbers from 0.");
       count *= static_cast<std::size_t>(size);
     }
     data.resize(count);
   }
   Array(const std::array<std::int64_t, Axes>& sizes, std::vector<float> values) : shape(sizes), data(std::move(values)) {
-    if (Array(sizes).data.size() != data.size()) throw Error(ANYFLOW_SHAPE, "an array has another number of values than its shape.");
+    if (Array(sizes).data.size() != data.size())
+      throw Error(ANYFLOW_SHAPE, "an array has another number of values than its shape.");
   }
 };
 using Latents = Array<5>;  // (batch, frames, channels, height, width)
@@ -80,7 +82,8 @@ Array<Axes> load(const std::string& path, const std::string& name) {
   std::size_t axes = 0;
   const std::int64_t* shape = anyflow_tensor_shape(raw, &axes);
   if (axes != Axes) {
-    throw Error(ANYFLOW_SHAPE, path + ": " + name + " has " + std::to_string(axes) + " axes; expected are " + std::to_string(Axes) + ".");
+    throw Error(ANYFLOW_SHAPE,
+                path + ": " + name + " has " + std::to_string(axes) + " axes; expected are " + std::to_string(Axes) + ".");
   }
   Array<Axes> array;
   for (std::size_t i = 0; i < Axes; ++i) array.shape[i] = shape[i];
@@ -200,7 +203,7 @@ struct Sampling {
   std::function<void(const anyflow_outcome&)> on_end = nullptr;
 
   Sampling() = default;
-  Sampling(Schedule by) : schedule(std::move(by)) {}     // NOLINT: a schedule is a way to sample
+  Sampling(Schedule by) : schedule(std::move(by)) {}          // NOLINT: a schedule is a way to sample
   Sampling(Deadline within) : deadline(std::move(within)) {}  // NOLINT
 };
 
@@ -226,7 +229,9 @@ class Call {
       };
     }
     if (sampling.on_end) {
-      params_.on_end = [](const anyflow_outcome* outcome, void* user) { of(user).kept([&] { of(user).sampling_.on_end(*outcome); }); };
+      params_.on_end = [](const anyflow_outcome* outcome, void* user) {
+        of(user).kept([&] { of(user).sampling_.on_end(*outcome); });
+      };
     }
     params_.abort = [](void* user) { return of(user).thrown_ || of(user).asked(of(user).sampling_.abort) ? 1 : 0; };
     params_.user = this;
@@ -359,7 +364,8 @@ class Engine {
   Latents sample(const Latents& noise, const Text& text, const Sampling& sampling = {}) {
     Latents clean(noise.shape);
     const detail::Call call(sampling);
-    call.check(anyflow_sample(handle_.get(), noise.data.data(), noise.shape.data(), text.data.data(), text.shape.data(), call.params(), clean.data.data()));
+    call.check(anyflow_sample(handle_.get(), noise.data.data(), noise.shape.data(), text.data.data(), text.shape.data(),
+                              call.params(), clean.data.data()));
     return clean;
   }
   Run start(const Latents& latents, const Text& text) {
@@ -369,7 +375,8 @@ class Engine {
   }
   Stream stream(const Latents& noise, const Text& text, const StreamOptions& options = {}) {
     anyflow_stream_params params = ANYFLOW_INIT(anyflow_stream_params);
-    if (!options.chunk_plan.empty()) params.chunk_plan = options.chunk_plan.data(), params.chunk_count = options.chunk_plan.size();
+    if (!options.chunk_plan.empty())
+      params.chunk_plan = options.chunk_plan.data(), params.chunk_count = options.chunk_plan.size();
     params.window = options.window;
     if (options.context) {
       const auto& given = options.context->shape;
@@ -379,7 +386,8 @@ class Engine {
       params.context = options.context->data.data(), params.context_frames = given[1];
     }
     anyflow_stream* raw = nullptr;
-    check(anyflow_stream_open(handle_.get(), noise.data.data(), noise.shape.data(), text.data.data(), text.shape.data(), &params, &raw));
+    check(anyflow_stream_open(handle_.get(), noise.data.data(), noise.shape.data(), text.data.data(), text.shape.data(), &params,
+                              &raw));
     return Stream(raw, noise.shape);
   }
 
