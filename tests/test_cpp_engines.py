@@ -131,6 +131,14 @@ def test_the_same_bits_as_pythons_engine(
     assert answer["runs"][0]["latents"] == as_json(sample(engine, z, text, Schedule.uniform(3)))["data"]
 
 
+def test_threads_share_an_engine(ask: Conformance, golden_question: dict[str, Any], small_bundle: Export, built: Any) -> None:
+    text, shape, seeds = noise((1, 3, 32), 1), (1, 2, 4, 4, 6), [5, 6, 7]
+    engine = load_engine(small_bundle(), "aotinductor", engine=built(small_bundle()).path)
+    answer = ask("together", **golden_question, text=as_json(text), shape=shape, seeds=seeds)
+    for seed, made in zip(seeds, answer["made"], strict=True):
+        assert apart(made, sample(engine, noise(shape, seed), text, Schedule.uniform(4))) < 1e-6
+
+
 def test_a_deadline_on_the_real_engine(ask: Conformance, golden_question: dict[str, Any], oracle: dict[str, Any]) -> None:
     """The clock stands still, so there is time for all steps that are allowed."""
     more = {"noise": as_json(oracle["latents"]), "text": as_json(oracle["text"]), "deadline": {"seconds": 1, "most": 4}}

@@ -44,6 +44,15 @@ void copy_out(const at::Tensor& tensor, float* into) {
   std::memcpy(into, whole.const_data_ptr(), whole.nbytes());
 }
 
+// The tensor of a name that the manifest gives a graph, or that this file gives a meaning.
+const at::Tensor& named(const Tensors& tensors, const std::string& name) {
+  const auto found = tensors.find(name);
+  if (found == tensors.end())
+    throw Error(ANYFLOW_BUNDLE,
+                "the bundle's graphs and this library do not agree on a tensor " + in_quotes(name) + ". Update the library.");
+  return found->second;
+}
+
 std::string first_line(const c10::Error& error) {
   const std::string text = error.what_without_backtrace();
   return text.substr(0, text.find('\n'));
@@ -104,13 +113,15 @@ class Package {
   // Tensors by name; those that the graph does not take are left out.
   Tensors operator()(const Tensors& inputs) {
     std::vector<at::Tensor> taken;
-    for (const Tensor& tensor : graph_.inputs) taken.push_back(inputs.at(tensor.name));
+    for (const Tensor& tensor : graph_.inputs) taken.push_back(named(inputs, tensor.name));
     const c10::InferenceMode no_gradients;
     const std::lock_guard lock(mutex_);
     try {
       const std::vector<at::Tensor> made = loader_->boxed_run(std::move(taken));
+      if (made.size() != graph_.outputs.size())
+        throw Error(ANYFLOW_BUNDLE, "a package has other outputs than the manifest lists. Build the engine again.");
       Tensors outputs;
-      for (size_t i = 0; i < graph_.outputs.size(); ++i) outputs[graph_.outputs[i].name] = made.at(i);
+      for (size_t i = 0; i < graph_.outputs.size(); ++i) outputs[graph_.outputs[i].name] = made[i];
       return outputs;
     } catch (const c10::OutOfMemoryError& error) {
       throw Error(ANYFLOW_OUT_OF_MEMORY, "a transition does not fit in memory: " + first_line(error) + " Make a smaller video.");
@@ -139,9 +150,9 @@ class AotInductorRun final : public Run {
   void read(float* into) override { copy_out(state_, into); }
 
  protected:
-  void do_step(const std::vector<float>& t, const std::vector<float>& r) override { state_ = made(t, r).at("z_r"); }
+  void do_step(const std::vector<float>& t, const std::vector<float>& r) override { state_ = named(made(t, r), "z_r"); }
   void do_velocity(const std::vector<float>& t, const std::vector<float>& r, float* into) override {
-    copy_out(made(t, r).at("velocity"), into);
+    copy_out(named(made(t, r), "velocity"), into);
   }
 
  private:
@@ -185,7 +196,7 @@ class AotInductorCache final : public Cache {
     inputs["t"] = inputs["r"] = at::zeros({clean.shape[0], clean.shape[1]});
     const Tensors made = graph(name)(inputs);
     const c10::InferenceMode no_gradients;
-    for (auto& [key, buffer] : buffers_) buffer.narrow(1, past, tokens).copy_(made.at(key));
+    for (auto& [key, buffer] : buffers_) buffer.narrow(1, past, tokens).copy_(named(made, key));
   }
 
   void move(int64_t to, int64_t start, int64_t tokens) override {

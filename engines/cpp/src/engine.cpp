@@ -137,7 +137,9 @@ std::shared_ptr<Engine> open_engine(std::shared_ptr<const Bundle> bundle, const 
     const bool has = std::any_of(built.begin(), built.end(), [&](const auto& engine) { return engine.second == known.name; });
     if (backend.empty() ? !has : backend != known.name) continue;
     if (options.provider.empty()) options.provider = known.provider;
-    return known.open(std::move(bundle), options);
+    auto engine = known.open(bundle, options);
+    log(ANYFLOW_LOG_INFO, engine->description() + ", opened from " + bundle->path.string());
+    return engine;
   }
   if (!backend.empty()) {
     throw Error(ANYFLOW_BACKEND, "this library was built without a backend " + in_quotes(backend) + ": it has " +

@@ -58,7 +58,7 @@ static void on_progress(uint64_t done, uint64_t total, void *user) {
     *(uint64_t *)user = done;
 }
 static void on_log(anyflow_log_level level, const char *text, void *user) {
-    (void)level, (void)text;
+    EXPECT(level == ANYFLOW_LOG_INFO && strstr(text, "toy, opened from"));
     ++*(int *)user;
 }
 
@@ -263,6 +263,7 @@ int main(int count, char **words) {
     anyflow_bundle_close(causal);
     test_sampling(engine);
     test_streams(streaming);
+    EXPECT(logged >= 2);
     printf("%d failures\n", failures);
     return failures;
 }

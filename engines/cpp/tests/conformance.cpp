@@ -2,6 +2,7 @@
 // Everything goes through the public header.
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 #include "anyflow/anyflow.hpp"
 #include "bundle.hpp"
@@ -130,6 +131,23 @@ json velocity(const json& request) {
   return {{"latents", run.velocity(request.at("t").get<std::vector<float>>(), request.at("r").get<std::vector<float>>()).data}};
 }
 
+// Several threads at once on one engine, each with a video of its own.
+json together(const json& request) {
+  auto engine = engine_of(request);
+  const auto text = array_of<3>(request.at("text"));
+  const auto seeds = request.at("seeds").get<std::vector<uint64_t>>();
+  std::vector<std::vector<float>> made(seeds.size());
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < seeds.size(); ++i) {
+    threads.emplace_back([&, i] {
+      const auto noise = anyflow::noise(request.at("shape").get<std::array<int64_t, 5>>(), seeds[i]);
+      made[i] = engine.sample(noise, text, anyflow::Schedule::uniform(4)).data;
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  return {{"made", made}};
+}
+
 json information(const json& request) {
   const auto bundle = opened(request);
   const auto info = bundle.info();
@@ -154,6 +172,7 @@ json answered(const json& request) {
   if (question == "schedule") return {{"timesteps", schedule_of(request).timesteps()}};
   if (question == "sample") return sampled(request);
   if (question == "stream") return streamed(request);
+  if (question == "together") return together(request);
   if (question == "plan") return planned(request);
   if (question == "velocity") return velocity(request);
   if (question == "bundle") return information(request);

@@ -45,7 +45,13 @@
 
 /* A struct with nothing but its size: anyflow_sample_params params = ANYFLOW_INIT(anyflow_sample_params); */
 #ifdef __cplusplus
-#define ANYFLOW_INIT(type) (type{sizeof(type)})
+template <typename T>
+inline T anyflow_init() {
+    T value = {};
+    value.struct_size = sizeof(T);
+    return value;
+}
+#define ANYFLOW_INIT(type) (anyflow_init<type>())
 #else
 #define ANYFLOW_INIT(type) {.struct_size = sizeof(type)}
 #endif
