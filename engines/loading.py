@@ -80,7 +80,7 @@ def load_engine(
     check_backend(backend)
     if engine is not None and backend == "onnxruntime":  # or the engine asked for would silently not be the one that runs
         raise BackendError(
-            f"the engine {str(engine)!r} was built by another backend than onnxruntime, which runs the bundle itself: name it, too, "
+            f"the engine {str(engine)!r} was built by another backend than onnxruntime, which runs the bundle itself: name that, "
             f"one of {', '.join(name for name in BACKENDS if name != backend)}, or leave the engine out."
         )
     provider = provider or ("cuda" if backend in ON_GPUS_ONLY else "cpu")
