@@ -118,8 +118,8 @@ std::unique_ptr<Run> TensorRtCache::run(const Latents& noise, const std::vector<
   const auto beside = aside(past, noise.shape[1] * full_tokens_);
   const Held where = lane_->uploaded(positions.data(), positions.size() * sizeof(int64_t));
   const auto count = static_cast<int64_t>(positions.size());
-  const Others others = [this, &chunk, past, beside, where, count] {
-    Call call = memory(chunk, past, beside);
+  const Others others = [this, past, beside, where, count] {
+    Call call = memory(past, beside);
     call.shapes["positions"] = {count}, call.addresses["positions"] = where->at();
     return call;
   };
@@ -139,7 +139,7 @@ void TensorRtCache::write(const std::string& graph, const Latents& clean, const 
              where = lane_->uploaded(positions.data(), positions.size() * sizeof(int64_t)), z_r = lane_->take(size),
              velocity = lane_->take(size);
   const auto beside = aside(past, tokens);
-  Call call = memory(written, past, beside);
+  Call call = memory(past, beside);
   call.shapes["latents"] = dims(clean.shape), call.shapes["t"] = call.shapes["r"] = frames(clean.shape);
   call.shapes["positions"] = {static_cast<int64_t>(positions.size())};
   call.addresses["latents"] = z->at(), call.addresses["t"] = call.addresses["r"] = still->at(),
@@ -166,7 +166,7 @@ const Plan& TensorRtCache::plan(const std::string& graph) const {
   return *found->second;
 }
 
-Call TensorRtCache::memory(const Plan&, int64_t past, const std::map<std::string, Held>& beside) const {
+Call TensorRtCache::memory(int64_t past, const std::map<std::string, Held>& beside) const {
   Call call;
   for (const auto& [name, buffer] : buffers_) {
     call.shapes[past_prefix + name] = {1, past, heads_, channels_}, call.addresses[past_prefix + name] = buffer->at();

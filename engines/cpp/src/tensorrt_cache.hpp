@@ -40,7 +40,6 @@ class TensorRtRun final : public Run {
 
 class TensorRtCache final : public Cache {
  public:
-  // `leave` hands the lane back once the cache and its runs are gone.
   TensorRtCache(std::shared_ptr<Lane> lane, const Plans& plans, const Text& text, const CachePlan& plan);
 
   std::unique_ptr<Run> run(const Latents& noise, const std::vector<int64_t>& positions, int64_t past) override;
@@ -52,7 +51,7 @@ class TensorRtCache final : public Cache {
  private:
   const Plan& plan(const std::string& graph) const;
   // What the graphs read of the text and the past, and where a chunk's own keys and values are written.
-  Call memory(const Plan& plan, int64_t past, const std::map<std::string, Held>& aside) const;
+  Call memory(int64_t past, const std::map<std::string, Held>& aside) const;
   std::map<std::string, Held> aside(int64_t past, int64_t tokens);
   size_t bytes(int64_t tokens) const { return static_cast<size_t>(tokens) * token_; }
 
