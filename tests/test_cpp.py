@@ -29,7 +29,7 @@ from anyflow_deploy.engines.torch_device import instructions
 from tests.cpp_build import KINDS, SOURCE, Conformance, built, configured, corpus, manifest_of, run, sanitizers_work
 from tests.cpp_toy import ToyEngine, ToyState
 
-MANY = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="session")
@@ -330,10 +330,13 @@ def variants(value: Any) -> Iterator[Any]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_manifests_are_accepted_and_refused_alike(ask: Conformance, tmp_path: Path, kind: str) -> None:
-    """Every key left out, every value of another type or size: some two thousand manifests to both readers."""
+    """Every key left out, every value of another type or size, to both readers; a causal one's graphs are as the other's."""
     accepted = refused = 0
     bundle = written(tmp_path / "bundle", manifest_of(kind))
-    for manifest in variants(manifest_of(kind)):
+    whole = manifest_of(kind)
+    fixed = {"graphs"} if kind == "causal" else set()
+    for part in variants({key: value for key, value in whole.items() if key not in fixed}):
+        manifest = {**part, **{key: whole[key] for key in fixed}} if isinstance(part, dict) else part
         (bundle / "manifest.json").write_text(json.dumps(manifest))
         answer = ask("bundle", bundle=str(bundle))
         expected = python(lambda: load_bundle(bundle)).get("error", "")

@@ -126,7 +126,11 @@ std::unique_ptr<Run> started(const anyflow_engine& engine, const float* latents,
   return engine.engine->start({latents, shape_of<5>("shape", shape)}, {text, shape_of<3>("text_shape", text_shape)});
 }
 
-anyflow_schedule* handed(Schedule schedule) { return new anyflow_schedule{std::move(schedule)}; }
+// The place is looked at first: what is made would be lost.
+void hand(anyflow_schedule** place, const std::function<Schedule()>& make) {
+  given("schedule", place);
+  *place = new anyflow_schedule{make()};
+}
 
 std::span<const double> numbers(const char* name, const double* values, size_t count) {
   if (count > 0) given(name, values);
@@ -184,15 +188,15 @@ anyflow_error* anyflow_bundle_get_range(const anyflow_bundle* bundle, const char
 }
 
 anyflow_error* anyflow_schedule_uniform(int64_t steps, double shift, anyflow_schedule** schedule) {
-  return guarded([&] { given("schedule", schedule) = handed(Schedule::uniform(steps, shift)); });
+  return guarded([&] { hand(schedule, [&] { return Schedule::uniform(steps, shift); }); });
 }
 
 anyflow_error* anyflow_schedule_from_sigmas(const double* sigmas, size_t count, double shift, anyflow_schedule** schedule) {
-  return guarded([&] { given("schedule", schedule) = handed(Schedule::from_sigmas(numbers("sigmas", sigmas, count), shift)); });
+  return guarded([&] { hand(schedule, [&] { return Schedule::from_sigmas(numbers("sigmas", sigmas, count), shift); }); });
 }
 
 anyflow_error* anyflow_schedule_from_timesteps(const double* timesteps, size_t count, anyflow_schedule** schedule) {
-  return guarded([&] { given("schedule", schedule) = handed(Schedule::from_timesteps(numbers("timesteps", timesteps, count))); });
+  return guarded([&] { hand(schedule, [&] { return Schedule::from_timesteps(numbers("timesteps", timesteps, count)); }); });
 }
 
 const double* anyflow_schedule_timesteps(const anyflow_schedule* schedule, size_t* count) {
@@ -203,7 +207,10 @@ const double* anyflow_schedule_timesteps(const anyflow_schedule* schedule, size_
 void anyflow_schedule_free(anyflow_schedule* schedule) { delete schedule; }
 
 anyflow_error* anyflow_pace_create(anyflow_pace** pace) {
-  return guarded([&] { given("pace", pace) = new anyflow_pace{std::make_shared<Pace>()}; });
+  return guarded([&] {
+    given("pace", pace);
+    *pace = new anyflow_pace{std::make_shared<Pace>()};
+  });
 }
 
 void anyflow_pace_free(anyflow_pace* pace) { delete pace; }

@@ -14,7 +14,7 @@ namespace {
 constexpr size_t block_bytes = 1 << 20;
 constexpr uintmax_t small_bytes = 256 << 20;
 
-[[noreturn]] void refuse(const std::string& text) { throw Error(ANYFLOW_BUNDLE, text); }
+[[noreturn]] void refuse_file(const std::string& text) { throw Error(ANYFLOW_BUNDLE, text); }
 
 bool leaves(const fs::path& folder, const std::string& name) {
   const fs::path relative(name);
@@ -31,7 +31,7 @@ bool leaves(const fs::path& folder, const std::string& name) {
 
 std::string hashed(const fs::path& path, const Watch& watch, uint64_t& done, uint64_t total) {
   std::ifstream file(path, std::ios::binary);
-  if (!file) refuse(path.string() + " cannot be read (" + std::generic_category().message(errno) + ").");
+  if (!file) refuse_file(path.string() + " cannot be read (" + std::generic_category().message(errno) + ").");
   Sha256 hash;
   std::vector<char> block(block_bytes);
   while (file) {
@@ -42,7 +42,7 @@ std::string hashed(const fs::path& path, const Watch& watch, uint64_t& done, uin
     done += count;
     if (watch.progress) watch.progress(done, total);
   }
-  if (file.bad()) refuse(path.string() + " cannot be read to its end.");
+  if (file.bad()) refuse_file(path.string() + " cannot be read to its end.");
   return hash.finish();
 }
 
@@ -68,25 +68,25 @@ void check_file(const fs::path& folder, const std::string& name, const File& fil
   if (leaves(folder, name)) {
     std::error_code none;
     const bool link = name.find('\0') == std::string::npos && fs::is_symlink(folder / name, none);
-    refuse((folder / kind.marker).string() + " names " + in_quotes(name) + ", which leaves the " + kind.noun +
-           "'s folder. Do not use this " + kind.noun + "." +
-           (link ? " If the link is a hub cache's, copy the bundle with cp -rL." : ""));
+    refuse_file((folder / kind.marker).string() + " names " + in_quotes(name) + ", which leaves the " + kind.noun +
+                "'s folder. Do not use this " + kind.noun + "." +
+                (link ? " If the link is a hub cache's, copy the bundle with cp -rL." : ""));
   }
   const fs::path path = folder / name;
   std::error_code none;
   if (!fs::is_regular_file(path, none)) {
-    refuse(folder.string() + " lacks " + in_quotes(name) + ", which its " + kind.list + " lists. " + kind.remedy);
+    refuse_file(folder.string() + " lacks " + in_quotes(name) + ", which its " + kind.list + " lists. " + kind.remedy);
   }
   const auto size = static_cast<int64_t>(fs::file_size(path));
   if (size != file.bytes) {
-    refuse(path.string() + " has " + std::to_string(size) + " bytes; the " + kind.list + " says " + std::to_string(file.bytes) +
-           ". " + kind.remedy);
+    refuse_file(path.string() + " has " + std::to_string(size) + " bytes; the " + kind.list + " says " +
+                std::to_string(file.bytes) + ". " + kind.remedy);
   }
   if (watch.skip_hashes) return;
   const std::string found = hashed(path, watch, done, total);
   if (found != file.sha256) {
-    refuse(path.string() + " was changed: its SHA-256 is " + found + ", the " + kind.list + " says " + file.sha256 + ". " +
-           kind.remedy);
+    refuse_file(path.string() + " was changed: its SHA-256 is " + found + ", the " + kind.list + " says " + file.sha256 + ". " +
+                kind.remedy);
   }
 }
 
