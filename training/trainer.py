@@ -232,7 +232,7 @@ class Trainer:
             samples = sheet_samples(model.network, batch, self.plan, steps, recipe.flow.shift, recipe.running.seed)
         if world.first:
             path = self.request.output / "samples" / f"step-{self.step:08d}.png"
-            draw_sheet(path, samples, batch.names, steps, vae_of(self.request.init))
+            draw_sheet(path, samples, batch.captions or batch.names, steps, vae_of(self.request.init))
             watch.picture(self.step, path)
 
     def _sheet_batch(self) -> Batch:
