@@ -55,6 +55,10 @@ class Source(Protocol):
         """Go to a position, maybe of a run with another number of processes."""
         ...
 
+    def skipped(self) -> list[str]:
+        """Names of broken samples met since this was last asked, each with its reason."""
+        ...
+
     def check(self) -> str:
         """Look at the first and the last of the data; a line that describes it.
 

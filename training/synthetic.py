@@ -94,6 +94,10 @@ class SyntheticLatents:
             raise AnyFlowError(f"the checkpoint's data position is {state}; synthetic data has {{'samples': number}}.")
         self._position = position
 
+    def skipped(self) -> list[str]:
+        """None is broken."""
+        return []
+
     def check(self) -> str:
         """See `Source`."""
         return f"moving shapes, latents {self._shape}"
