@@ -22,6 +22,7 @@ from anyflow_deploy.cli.fit import FitOptions
 from anyflow_deploy.cli.generate import GenerateOptions
 from anyflow_deploy.cli.inspect import InspectOptions
 from anyflow_deploy.cli.options import Options, parsed
+from anyflow_deploy.cli.precompute import PrecomputeOptions
 from anyflow_deploy.cli.sensitivity import SensitivityOptions
 from anyflow_deploy.cli.validate import ValidateOptions
 from anyflow_deploy.export import hub
@@ -39,6 +40,7 @@ COMMANDS: dict[str, type[Options]] = {
     "anyflow-fit": FitOptions,
     "anyflow-generate": GenerateOptions,
     "anyflow-inspect": InspectOptions,
+    "anyflow-precompute": PrecomputeOptions,
     "anyflow-sensitivity": SensitivityOptions,
     "anyflow-validate": ValidateOptions,
 }

@@ -55,7 +55,10 @@ def shards(folder: Path, count: int = 10, change: Callable[[dict[str, Any]], Any
     return folder
 
 
-def source(folder: Path, part: Part = Part(0, 1, 2), seed: int = 0) -> ShardSource:
+PAIRS = Part(0, 1, 2)
+
+
+def source(folder: Path, part: Part = PAIRS, seed: int = 0) -> ShardSource:
     return ShardSource(indexed(folder), part, SHAPE, seed, None)
 
 

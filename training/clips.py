@@ -36,7 +36,7 @@ def clip(source: Path | bytes, name: str, frames: int, height: int, width: int, 
     taken: list[NDArray[np.uint8]] = []
     begun = end = 0.0
     try:
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
+        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "r") as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or fps)
             for number, frame in enumerate(container.decode(stream)):

@@ -133,7 +133,8 @@ class ShardSource:
                 read_sample(entry, self._shape, self._encoders)
             except BrokenSampleError as error:
                 raise AnyFlowError(
-                    f"{folder}: {error}. Give the --frames, --height, --width and --text-tokens the data was made for, or other data."
+                    f"{folder}: {error}. Give the --frames, --height, --width and --text-tokens that the data was made for, "
+                    "or other data."
                 ) from None
         kind = "videos" if self._encoders else "latents"
         return f"{len(entries)} samples ({kind}) in {len({e.shard for e in entries})} shards, first and last read"

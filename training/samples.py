@@ -17,10 +17,12 @@ import io
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -126,7 +128,7 @@ def _tensors(entry: Entry) -> tuple[Tensor, Tensor]:
     return latents.float(), text.float()
 
 
-def _array(data: bytes) -> np.ndarray:  # type: ignore[type-arg]  # of any type; checked by the caller
+def _array(data: bytes) -> NDArray[Any]:
     return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
 
 
