@@ -25,7 +25,7 @@ from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text, frame_times
 from anyflow_deploy.engines.loading import EngineOptions
-from anyflow_deploy.engines.onnxruntime_graph import graph_with_fused_attention
+from anyflow_deploy.engines.onnxruntime_graph import session_graph
 from anyflow_deploy.engines.onnxruntime_int8 import saturates
 from anyflow_deploy.engines.stream import CacheStream
 from anyflow_deploy.errors import AnyFlowError, BackendError
@@ -75,8 +75,7 @@ class OnnxRuntimeEngine:
         if threads is not None:
             options.intra_op_num_threads = threads
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
-        heads, attentions = self.architecture.num_attention_heads, _attentions_to_fuse(self.bundle.manifest, name)
-        graph = graph_with_fused_attention(self.bundle, name, heads, attentions)
+        graph = session_graph(self.bundle, name, _attentions_to_fuse(self.bundle.manifest, name), self.provider)
         if self.bundle.manifest.precision == "fp8":  # up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         provider = (PROVIDERS[self.provider], _provider_options(self.provider, self._index))

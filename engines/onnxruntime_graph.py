@@ -1,9 +1,10 @@
-"""What ONNX Runtime is given instead of the bundle's graph: the same, with attention as one operator.
+"""What ONNX Runtime is given instead of the bundle's graph: the same, with attention as one operator and unsigned integers.
 
 The bundle is standard ONNX: attention is two matrix products and a softmax (opset 20), or `Attention` (opset 23). Taken
 literally, both write out the whole table of scores: 51 GB at 480x832 and 81 frames. ONNX Runtime has a kernel that does
 not, `com.microsoft.MultiHeadAttention`, but does not recognise the pattern. So the graph is rewritten in memory, on the
-way into the session; the bundle on disk stays as it is. A test compares both, and counts that none is missed.
+way into the session; the bundle on disk stays as it is. A test compares both, and counts that none is missed. Activations
+in INT8 are shifted for the CPU, see `onnxruntime_int8`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx
 from onnx import NodeProto, helper
 
 from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.engines.onnxruntime_int8 import shift_activations
 from anyflow_deploy.errors import BackendError
 
 _DOMAIN = "com.microsoft"
@@ -22,14 +24,14 @@ _HEADS_FIRST = [0, 2, 1, 3]
 _KEYS_LAST = [0, 1, 3, 2]
 
 
-def graph_with_fused_attention(bundle: Bundle, graph: str, heads: int, attentions: int) -> bytes:
+def session_graph(bundle: Bundle, graph: str, attentions: int, provider: str) -> bytes:
     """The rewritten model, without its weights: they stay in the bundle's file.
 
     Args:
         bundle: an opened bundle.
         graph: its name in the manifest.
-        heads: attention heads.
         attentions: how many there have to be.
+        provider: "cpu" or "cuda".
 
     Raises:
         BundleError: the graph refers to a file that the manifest does not list.
@@ -40,11 +42,13 @@ def graph_with_fused_attention(bundle: Bundle, graph: str, heads: int, attention
         for entry in tensor.external_data:
             if entry.key == "location":
                 bundle.file(entry.value)
-    if (found := fuse_attention(model, heads)) != attentions:
+    if (found := fuse_attention(model, bundle.manifest.architecture.num_attention_heads)) != attentions:
         raise BackendError(
             f"{bundle.path}: {found} of {attentions} attentions were recognised, and the others would need memory for every "
             "pair of tokens. Export again with the torch and onnxscript of constraints.txt."
         )
+    if provider == "cpu" and bundle.manifest.precision == "int8":
+        shift_activations(model)
     return bytes(model.SerializeToString())
 
 

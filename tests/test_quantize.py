@@ -15,11 +15,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import TensorProto
 from safetensors.torch import load_file
 
-from anyflow_deploy import BackendError, Bundle, load_engine
-from anyflow_deploy.engines import onnxruntime_engine
-from anyflow_deploy.engines.onnxruntime_graph import graph_with_fused_attention
+from anyflow_deploy import BackendError, Bundle, load_engine, noise
+from anyflow_deploy.engines import onnxruntime_engine, onnxruntime_graph
+from anyflow_deploy.engines.metrics import difference
+from anyflow_deploy.engines.onnxruntime_graph import session_graph
 from anyflow_deploy.engines.tensorrt_inspect import wanted
 from anyflow_deploy.engines.validation import THRESHOLDS, Validation, validate
 from anyflow_deploy.export import exporter
@@ -198,18 +200,17 @@ def test_layers_with_one_input_share_its_rounding(quantized: Export, kind: tuple
     assert sum(n.op_type == "QuantizeLinear" and n.input[1] == "text_scale" for n in text.node) == 1
 
 
-def optimized(bundle: Bundle, name: str, folder: Path) -> collections.Counter[str]:
-    """The operators that ONNX Runtime makes of a graph."""
+def optimized(bundle: Bundle, name: str, folder: Path) -> onnx.GraphProto:
+    """What ONNX Runtime makes of a graph."""
     a = bundle.manifest.architecture
     count = {"text": 0, "compress": 2 * (a.num_layers - 1)}.get(name, 2 * a.num_layers)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     options.optimized_model_filepath = str(folder / f"{name}.onnx")
-    data = graph_with_fused_attention(bundle, name, a.num_attention_heads, count)
+    data = session_graph(bundle, name, count, "cpu")
     onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    model = onnx.load(options.optimized_model_filepath, load_external_data=False)
-    return collections.Counter(node.op_type for node in model.graph.node)
+    return onnx.load(options.optimized_model_filepath, load_external_data=False).graph
 
 
 @pytest.mark.parametrize("checkpoint", [SMALL, CAUSAL], ids=lambda path: path.name)
@@ -219,7 +220,22 @@ def test_every_int8_layer_runs_in_int8(quantized: Export, checkpoint: Path, tmp_
     for name in bundle.manifest.graphs:
         rounded = sum(n.op_type == "DequantizeLinear" and len(n.attribute) > 0 for n in model_of(bundle, name).graph.node)
         made = optimized(bundle, name, tmp_path)
-        assert made["QGemm"] + made["MatMulIntegerToFloat"] == rounded > 0, made
+        integer = [node for node in made.node if node.op_type in ("QGemm", "MatMulIntegerToFloat")]
+        assert len(integer) == rounded > 0, collections.Counter(node.op_type for node in made.node)
+        types = {tensor.name: tensor.data_type for tensor in made.initializer}
+        zero_points = {types[node.input[2 if node.op_type == "QGemm" else 4]] for node in integer}
+        assert zero_points == {TensorProto.UINT8}, "signed activations are multiplied twelve times as slowly"
+
+
+def test_unsigned_activations_change_no_number(quantized: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = quantized(SMALL, precision="int8")
+    a = bundle.manifest.architecture
+    latents, text = noise((1, 2, a.in_channels, 4, 6), 0), noise((1, 5, a.text_dim), 1)
+    made = []
+    for shift in (onnxruntime_graph.shift_activations, lambda model: 0):
+        monkeypatch.setattr(onnxruntime_graph, "shift_activations", shift)
+        made.append(load_engine(bundle).start(latents, text).velocity(900, 500))
+    assert difference(*made).relative_l2 < 1e-6
 
 
 @GRAPHS
