@@ -68,7 +68,7 @@ def _write(folder: Path, translated: Translated) -> None:
         assert value.dtype is not None and value.shape is not None
         value.const_value = ir.ExternalTensor("nowhere", 0, 0, value.dtype, shape=ir.Shape(value.shape), name=name)
     partial = folder.with_name(f".{folder.name}.partial")
-    partial.mkdir()
+    partial.mkdir(exist_ok=True)  # of a worker that was killed
     (partial / "model.onnx").write_bytes(ir.serde.serialize_model(model).SerializeToString())
     (partial / "parameters.json").write_text(json.dumps({name: asdict(p) for name, p in parameters.items()}))
     partial.rename(folder)
