@@ -1,13 +1,11 @@
 """AOTInductor: the authors' own results through compiled packages, in other precisions, and all that is refused.
 
-A package takes about twenty seconds to compile, so each engine is built once a session; the wrapper (which decides
-nothing but how fast operators are called) without the C++ compiler's optimizer, to save some of them.
+A package takes half a minute to compile, so each engine is built once a session (`built` in conftest).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gc
 import os
 import shutil
@@ -30,7 +28,6 @@ from anyflow_deploy import (
     Bundle,
     Schedule,
     ShapeError,
-    load_bundle,
     load_engine,
     noise,
     sample,
@@ -75,21 +72,6 @@ sys.meta_path.insert(0, Bare())
 from anyflow_deploy.cli import build, generate
 {"build": build, "generate": generate}[sys.argv.pop(1)].main()
 """
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Bundle], EngineFolder]:
-    """Builds an engine beside its bundle, once."""
-    quick = {**aotinductor.OPTIONS, "aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
-
-    @functools.cache
-    def folder(path: Path) -> EngineFolder:
-        destination = tmp_path_factory.mktemp("compiled") / "engine"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(aotinductor, "OPTIONS", quick)
-            return build_engine(load_bundle(path, verify=False), "aotinductor", AotInductorSettings(), destination)
-
-    return lambda bundle: folder(bundle.path)
 
 
 @pytest.fixture(scope="module")
