@@ -120,6 +120,14 @@ def test_too_many_broken_samples_stop(tmp_path: Path) -> None:
         names(shards(tmp_path / "data", change=spoil), 1, 4, 5)
 
 
+def test_a_few_samples_that_are_all_broken_stop_too(tmp_path: Path) -> None:
+    def spoil(one: dict[str, Any]) -> None:
+        one["safetensors"] = one["safetensors"][:-7]
+
+    with pytest.raises(AnyFlowError, match="samples in a row from .* are broken"):
+        names(shards(tmp_path / "data", count=2, change=spoil), 1, 2, 1)
+
+
 class Bomb:
     def __reduce__(self) -> Any:
         return Path("/nonexistent/a-pickle-was-loaded").write_text, ("x",)

@@ -9,6 +9,7 @@ user thinks it is, and the run stops.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,6 +38,9 @@ BROKEN_FREE, BROKEN_SHARE = 3, 0.02
 """A process may meet this many broken samples, and beyond them this share of what it reads."""
 
 _AHEAD = 2
+
+_ATTEMPTS = 50
+"""Samples in a row that may be broken."""
 
 
 def open_source(data: str, recipe: Recipe, weights: Weights, part: Part) -> ShardSource:
@@ -155,15 +159,16 @@ class ShardSource:
         entries = self._index.entries
         epoch, inside = divmod(place, len(entries))
         number = int(self._order(epoch)[inside])
-        attempt = 0
-        while True:
+        for attempt in itertools.count(1):
             self._read_count += 1
             try:
                 return entries[number], read_sample(entries[number], self._shape, self._encoders)
             except BrokenSampleError as error:
                 self._note(entries[number], str(error))
-            attempt += 1
+            if attempt > _ATTEMPTS:  # a folder of a few samples, all broken: too few names to be too many
+                raise AnyFlowError(f"{attempt} samples in a row from {self._index.folder} are broken. Mend or replace the data.")
             number = int(torch.randint(len(entries), (), generator=generator(self._seed, "instead", place, attempt)))
+        raise AssertionError("itertools.count ends")
 
     def _note(self, entry: Entry, reason: str) -> None:
         if entry.name not in self._broken:
