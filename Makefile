@@ -26,7 +26,7 @@ demo: $(READY)
 	@echo "With real weights the same commands start from: anyflow-export --model 1.3b"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=25 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not slow"
 
 # What takes minutes of compiling: causal streams and fp8 through AOTInductor.
 test-slow: $(READY)

@@ -1,7 +1,6 @@
 """AOTInductor: the authors' own results through compiled packages, in other precisions, and all that is refused.
 
-A package takes about twenty seconds to compile, so each engine is built once a session; the wrapper (which decides
-nothing but how fast operators are called) without the C++ compiler's optimizer, to save some of them.
+A package takes half a minute to compile, so each engine is built once a session (`built` in conftest).
 """
 
 from __future__ import annotations

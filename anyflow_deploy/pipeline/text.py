@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,58 @@ from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError
 
 TENSOR = "prompt_embeds"
+
+
+class PromptEncoder:
+    """Encodes prompts with a text encoder that is loaded once, when it is first needed.
+
+    Args:
+        pipeline: folder with tokenizer/ and text_encoder/.
+        device: where it runs, as torch names it.
+
+    Attributes:
+        width: D of the embeddings.
+    """
+
+    def __init__(self, pipeline: Path, device: str = "cpu") -> None:
+        from transformers import AutoTokenizer, UMT5Config
+
+        self._tokenizer = AutoTokenizer.from_pretrained(pipeline / "tokenizer")
+        self.width = int(UMT5Config.from_pretrained(pipeline / "text_encoder").d_model)
+        self._folder, self._device = pipeline / "text_encoder", device
+        self._parts: Any = None
+
+    def encode(self, prompts: list[str], tokens: int) -> Array:
+        """As `encoded_prompts`."""
+        for prompt in prompts:
+            if not prompt.strip():
+                raise AnyFlowError("the prompt is empty; describe the video in a sentence.")
+            length = len(self._tokenizer(prompt).input_ids)
+            if length > tokens:
+                raise AnyFlowError(f"the prompt has {length} tokens and the model takes {tokens}; shorten it.")
+        return self._encoded(prompts, tokens)
+
+    def nothing(self, tokens: int) -> Array:
+        """The empty prompt's embedding, float32 (1, tokens, D): what guidance leads away from."""
+        return self._encoded([""], tokens)
+
+    def _encoded(self, prompts: list[str], tokens: int) -> Array:
+        import torch
+        from diffusers import AnyFlowPipeline
+        from transformers import UMT5EncoderModel
+        from transformers.utils import logging
+
+        if self._parts is None:
+            logging.disable_progress_bar()
+            encoder = UMT5EncoderModel.from_pretrained(self._folder, dtype="auto", use_safetensors=True).eval().to(self._device)
+            self._parts = AnyFlowPipeline(
+                tokenizer=self._tokenizer, text_encoder=encoder, transformer=None, vae=None, scheduler=None
+            )
+        with torch.no_grad():
+            embeddings, _ = self._parts.encode_prompt(
+                prompts, do_classifier_free_guidance=False, max_sequence_length=tokens, device=torch.device(self._device)
+            )
+        return np.array(embeddings.float().cpu().numpy(), dtype=np.float32)
 
 
 def encoded_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
@@ -29,24 +82,7 @@ def encoded_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
     Raises:
         AnyFlowError: an empty prompt, or one that is too long.
     """
-    import torch
-    from diffusers import AnyFlowPipeline
-    from transformers import AutoTokenizer, UMT5EncoderModel
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(pipeline / "tokenizer")
-    for prompt in prompts:
-        if not prompt.strip():
-            raise AnyFlowError("the prompt is empty; describe the video in a sentence.")
-        length = len(tokenizer(prompt).input_ids)
-        if length > tokens:
-            raise AnyFlowError(f"the prompt has {length} tokens and the model takes {tokens}; shorten it.")
-    encoder = UMT5EncoderModel.from_pretrained(pipeline / "text_encoder", dtype="auto", use_safetensors=True)
-    parts = AnyFlowPipeline(tokenizer=tokenizer, text_encoder=encoder, transformer=None, vae=None, scheduler=None)
-    with torch.no_grad():
-        embeddings, _ = parts.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=tokens)
-    return np.array(embeddings.float().cpu().numpy(), dtype=np.float32)
+    return PromptEncoder(pipeline).encode(prompts, tokens)
 
 
 def save_embeddings(path: Path, embeddings: Array, prompts: list[str]) -> None:
