@@ -230,6 +230,17 @@ def test_the_page(examples: Path, place: Path, small_bundle: Export, built: Any)
     assert last["rounds"] == 20 and 0 < last["min"] <= last["median"] <= last["max"] and last["bundle"] == bundle.digest
 
 
+def test_only_the_c_interface_is_exported(library: Path) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("there is no nm here (apt install binutils)")
+    symbols = run("nm", "-D", "--defined-only", library / "libanyflow.so").stdout.splitlines()
+    functions = {line.split()[-1] for line in symbols if " T " in line}
+    declared = set(re.findall(r"\b(anyflow_\w+)\(", (SOURCE / "include" / "anyflow" / "anyflow.h").read_text())) - {
+        "anyflow_init"
+    }
+    assert functions == declared
+
+
 def test_our_own_commands_on_the_page() -> None:
     """They are run by other tests; here, that they are understood."""
     words = {shlex.split(line)[0]: shlex.split(line)[1:] for line in COMMANDS if line.startswith("anyflow-")}
