@@ -179,14 +179,6 @@ def quick_options() -> dict[str, Any]:
     return {**aotinductor.OPTIONS, "aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
 
 
-@pytest.fixture
-def quick_compiler(monkeypatch: pytest.MonkeyPatch, quick_options: dict[str, Any]) -> None:
-    """Engines are compiled with `quick_options`."""
-    from anyflow_deploy.export import aotinductor
-
-    monkeypatch.setattr(aotinductor, "OPTIONS", quick_options)
-
-
 @pytest.fixture(scope="session")
 def built(quick_options: dict[str, Any]) -> Callable[[Bundle], EngineFolder]:
     """Compiles a bundle with AOTInductor, once for all workers, who only read it."""

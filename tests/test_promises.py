@@ -118,7 +118,7 @@ def test_every_readme_command_parses() -> None:
 
 
 def test_the_readme_commands_run(
-    tiny_pipeline: Path, far_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_compiler: None,
+    tiny_pipeline: Path, far_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Those on `my-…`, in order, on tiny pipelines: the first as a user does, the others in this process."""
