@@ -8,7 +8,9 @@ cleaned text, UMT5, padded with zeros. A file of embeddings is a .safetensors wi
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,34 +21,78 @@ TENSOR = "prompt_embeds"
 
 
 def encoded_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
-    """Embeddings of prompts, float32 (B, tokens, D).
-
-    Args:
-        pipeline: folder with tokenizer/ and text_encoder/.
-        prompts: one a video.
-        tokens: length to pad to; a longer prompt is refused rather than cut.
+    """Embeddings of prompts, float32 (B, tokens, D); see `TextEncoder`, which stays loaded.
 
     Raises:
         AnyFlowError: an empty prompt, or one that is too long.
     """
-    import torch
-    from diffusers import AnyFlowPipeline
-    from transformers import AutoTokenizer, UMT5EncoderModel
-    from transformers.utils import logging
+    return TextEncoder(pipeline, tokens).encode(prompts)
 
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(pipeline / "tokenizer")
-    for prompt in prompts:
+
+class TextEncoder:
+    """The checkpoint's tokenizer and text encoder; the encoder is loaded when it is first needed, and kept.
+
+    `check` may be called from any thread, also while another one encodes; `encode` by one at a time.
+
+    Args:
+        pipeline: folder with tokenizer/ and text_encoder/.
+        tokens: length to pad to; a longer prompt is refused rather than cut.
+        device: where PyTorch runs it, "cpu" or "cuda".
+    """
+
+    def __init__(self, pipeline: Path, tokens: int, device: str = "cpu") -> None:
+        self._pipeline, self._tokens, self._device = pipeline, tokens, device
+        self._counter = self._tokenizer()
+        self._counting = threading.Lock()  # a tokenizer serves one thread at a time
+        self._parts: Any = None
+
+    def check(self, prompt: str) -> None:
+        """Refuse what cannot be encoded.
+
+        Raises:
+            AnyFlowError: an empty prompt, or one that is too long.
+        """
         if not prompt.strip():
             raise AnyFlowError("the prompt is empty; describe the video in a sentence.")
-        length = len(tokenizer(prompt).input_ids)
-        if length > tokens:
-            raise AnyFlowError(f"the prompt has {length} tokens and the model takes {tokens}; shorten it.")
-    encoder = UMT5EncoderModel.from_pretrained(pipeline / "text_encoder", dtype="auto", use_safetensors=True)
-    parts = AnyFlowPipeline(tokenizer=tokenizer, text_encoder=encoder, transformer=None, vae=None, scheduler=None)
-    with torch.no_grad():
-        embeddings, _ = parts.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=tokens)
-    return np.array(embeddings.float().cpu().numpy(), dtype=np.float32)
+        with self._counting:
+            length = len(self._counter(prompt).input_ids)
+        if length > self._tokens:
+            raise AnyFlowError(f"the prompt has {length} tokens and the model takes {self._tokens}; shorten it.")
+
+    def load(self) -> None:
+        """Load the encoder, if that has not happened."""
+        if self._parts is not None:
+            return
+        from diffusers import AnyFlowPipeline
+        from transformers import UMT5EncoderModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        encoder = UMT5EncoderModel.from_pretrained(self._pipeline / "text_encoder", dtype="auto", use_safetensors=True)
+        parts = {"tokenizer": self._tokenizer(), "text_encoder": encoder.to(self._device)}
+        self._parts = AnyFlowPipeline(**parts, transformer=None, vae=None, scheduler=None)
+
+    def encode(self, prompts: list[str]) -> Array:
+        """Embeddings of prompts, float32 (B, tokens, D).
+
+        Raises:
+            AnyFlowError: see `check`.
+        """
+        import torch
+
+        for prompt in prompts:
+            self.check(prompt)
+        self.load()
+        with torch.no_grad():
+            embeddings, _ = self._parts.encode_prompt(
+                prompts, do_classifier_free_guidance=False, max_sequence_length=self._tokens
+            )
+        return np.array(embeddings.float().cpu().numpy(), dtype=np.float32)
+
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._pipeline / "tokenizer")
 
 
 def save_embeddings(path: Path, embeddings: Array, prompts: list[str]) -> None:
