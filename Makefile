@@ -53,7 +53,7 @@ bench: $(READY)
 # The versions in constraints.txt are the ones this was tested with.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,quantize,train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,quantize,serve,train,dev]'
 	@touch $@
 
 clean:

@@ -185,7 +185,7 @@ def _steps(request: VideoRequest, manifest: Manifest, limits: Limits) -> tuple[i
 
 def _most(field: str, given: float, most: float, unit: str) -> None:
     if given > most:
-        raise RefusedError(f"{field} asks for {given:,g} {unit}; this server allows {most:,g}. Ask for less.", field)
+        raise RefusedError(f"{field} asks for {given:,.12g} {unit}; this server allows {most:,.12g}. Ask for less.", field)
 
 
 @contextlib.contextmanager
