@@ -71,7 +71,9 @@ class Showing {
     Object.assign($("screen"), { width, height });
     this.pen = $("screen").getContext("2d");
     $("empty").hidden = false;
-    $("timeline").replaceChildren();
+    this.missing = document.createElement("i"); // room for the frames that are not there yet
+    this.missing.style.flexGrow = video.num_frames;
+    $("timeline").replaceChildren(this.missing);
     this.timer = setInterval(() => this.draw(), 1000 / video.fps);
     this.socket = socketOf(video.id);
     this.socket.onmessage = (message) => this.take(message.data);
@@ -98,7 +100,8 @@ class Showing {
     mark.style.flexGrow = message.frames;
     mark.textContent = `${message.seconds.toFixed(1)} s`;
     mark.title = `frames ${message.first_frame} to ${message.first_frame + message.frames - 1}, there after ${message.seconds} s`;
-    $("timeline").append(mark);
+    this.missing.before(mark);
+    this.missing.style.flexGrow -= message.frames;
   }
 
   async draw() { // at the end it waits for the next frame, and begins again when the video is whole
@@ -113,7 +116,7 @@ class Showing {
     if (current === this) this.pen.drawImage(picture, 0, 0, $("screen").width, $("screen").height);
     picture.close();
     const at = this.chunks.findIndex((c) => this.position >= c.first_frame && this.position < c.first_frame + c.frames);
-    [...$("timeline").children].forEach((mark, index) => mark.classList.toggle("now", index === at));
+    $("timeline").querySelectorAll("span").forEach((mark, index) => mark.classList.toggle("now", index === at));
     this.position += 1;
     $("screen").dataset.drawn = String(Number($("screen").dataset.drawn || 0) + 1);
   }
@@ -144,7 +147,7 @@ function show(video) {
     "first frame after": video.timings.first_frame && `${video.timings.first_frame.toFixed(2)} s`,
     "steps made": video.steps.length && video.steps.join(", "),
     deadline: video.deadline_met === null ? "" : video.deadline_met ? "met" : "missed",
-    "whole video": done && made && !video.error && `${made.toFixed(2)} s (${(video.num_frames / video.fps / made).toFixed(2)} of real time)`,
+    "whole video": done && made && !video.error && `${made.toFixed(2)} s (${(video.num_frames / video.fps / made).toFixed(2)} times real time)`,
     "text, transformer, VAE, mp4": done && !video.error && ["text", "transformer", "vae", "mp4"].map((n) => `${(video.timings[n] || 0).toFixed(2)} s`).join(", "),
     seed: video.seed,
   };
@@ -186,7 +189,7 @@ async function list() {
     watch.onclick = () => begin(video);
     const remove = Object.assign(document.createElement("button"), { type: "button", textContent: "Delete" });
     remove.onclick = () => ask(`v1/videos/${video.id}`, { method: "DELETE" }).then(list).catch(complain);
-    line.append(span(video.prompt), span(`${video.size}, ${video.seconds} s`), span(video.status.replace("_", " ")), watch, remove);
+    line.append(span(video.prompt), span(`${video.size}, ${Number(video.seconds).toFixed(1)} s`), span(video.status.replace("_", " ")), watch, remove);
     return line;
   }));
 }
