@@ -12,15 +12,20 @@ from types import SimpleNamespace
 
 import av
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from anyflow_deploy import AnyFlowError
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.serve import ServeOptions, _token, serve
+from anyflow_deploy.serving.errors import api_error
 from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.metrics import Metrics
+from anyflow_deploy.serving.request import VideoRequest, ordered
 from anyflow_deploy.serving.service import Service
 from anyflow_deploy.serving.shelf import Shelf
 from anyflow_deploy.serving.warmup import warm_up
@@ -245,6 +250,7 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(tmp_path: Path, cap
         ({"prompt": "x" * 5000}, "prompt", "asks for 5,000 characters; this server allows 4,000"),
         ({"prompt": "unspeakable"}, "prompt", "600 tokens"),
         ({"prompt": 3}, "prompt", "should be a valid string"),
+        ({"num_frames": 10**400}, "num_frames", "less than or equal to"),
         ({"model": "sora-2"}, "model", "this server has 'far-tiny'"),
         ({"size": "48*32"}, "size", "WIDTHxHEIGHT in pixels, as 48x32"),
         ({"size": "50x32"}, "size", "width is 50; allowed are multiples of 16"),
@@ -280,6 +286,8 @@ def test_what_cannot_be_made_is_refused_by_field(server: Served, fields: dict[st
         ("POST", "/v1/videos", {"content": b"[" * 50000}, 400, "no JSON"),
         ("POST", "/v1/videos", {"json": [1]}, 400, "valid dictionary"),
         ("POST", "/v1/videos", {"json": {}}, 400, "prompt is missing"),
+        ("POST", "/v1/videos", {"content": b'{"prompt": "\\ud800"}'}, 400, "valid unicode string"),
+        ("POST", "/v1/videos", {"content": b'{"prompt": "x", "\\ud800": 1}'}, 400, "unknown field"),
         ("POST", "/v1/videos", {"content": b"x", "headers": {"content-type": "text/plain"}}, 415, "allowed are application/json"),
         ("POST", "/v1/videos", {"content": b"x" * 70000}, 413, "larger than 65,536 bytes"),
         ("POST", "/v1/videos", {"content": iter([b"x" * 40000] * 2)}, 413, "larger than 65,536 bytes"),
@@ -298,6 +306,34 @@ def test_other_mistakes_have_openais_shape_too(
 ) -> None:
     answer = server.client.request(method, path, **options)  # type: ignore[arg-type]
     assert answer.status_code == status and message in answer.json()["error"]["message"]
+
+
+HALF = "\ud800"
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from([HALF, 10**400, -1, 1e308, "9" * 50, "48x32", "4"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from([*VideoRequest.model_fields, HALF, "extra"]), JSON, max_size=5))
+def test_whatever_is_asked_becomes_an_order_or_a_refusal(fields: dict[str, object]) -> None:
+    limits = Limits(frames=81, pixels=64 * 96)
+    for name in ("far-tiny", "tiny"):
+        try:
+            order = ordered(VideoRequest.model_validate({"prompt": "x", **fields}), manifest_of(name), limits, name)
+        except (AnyFlowError, ValidationError) as error:
+            answer = api_error(error).answer()  # can be sent, too
+            assert answer.status_code == 400
+        else:
+            assert order.frames <= 81 and order.height * order.width <= 64 * 96 and order.steps <= 50
+            assert order.plan is None or order.plan.frames == order.shape[0]
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ This file reads the flags, refuses what can be refused, and loads; what serves i
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import socket
@@ -22,6 +21,7 @@ from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.loading import load_engine
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.serving.limits import Limits
+from anyflow_deploy.serving.local import is_local
 
 if TYPE_CHECKING:
     from anyflow_deploy.serving.maker import PipelineMaker
@@ -136,19 +136,12 @@ def _token(options: ServeOptions) -> str | None:
             raise AnyFlowError(f"{where} cannot be read as a token: {error}. Write one: openssl rand -hex 32 > {where}") from None
     if token is not None and not _TOKEN.fullmatch(token):
         raise AnyFlowError(f"the token in {where} has to be 16 to 256 of A-Z a-z 0-9 . _ ~ -. Make one: openssl rand -hex 32")
-    if token is None and not _is_local(options.host):
+    if token is None and not is_local(options.host):
         raise AnyFlowError(
             f"--host {options.host} lets other machines ask, and there is no token. Give --token-file FILE (openssl rand "
             f"-hex 32 > FILE) or set {TOKEN_VARIABLE}; or leave --host at 127.0.0.1."
         )
     return token
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _check_installed() -> None:

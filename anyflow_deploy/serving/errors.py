@@ -55,7 +55,8 @@ class ApiError(Exception):
     def answer(self) -> JSONResponse:
         """As HTTP."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        body = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        param = None if self.param is None else _sendable(self.param)
+        body = {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}
         return JSONResponse({"error": body}, self.status, self.headers)
 
 
@@ -86,6 +87,11 @@ def answer_in_shape(app: FastAPI) -> None:
 
     for kind in (ApiError, AnyFlowError, HTTPException, ValidationError, Exception):
         app.add_exception_handler(kind, answer)
+
+
+def _sendable(text: str) -> str:
+    """What a client wrote may hold half a character, which UTF-8 cannot."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _invalid(error: ValidationError) -> ApiError:

@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anyflow_deploy.serving.errors import ApiError
 from anyflow_deploy.serving.limits import Limits
+from anyflow_deploy.serving.local import is_local
 from anyflow_deploy.serving.logs import request_id
 from anyflow_deploy.serving.metrics import Metrics
 
@@ -35,7 +36,6 @@ PROTOCOL, TOKEN_PROTOCOL = "anyflow", "token."
 OPEN = ("/", "/page.js", "/page.css", "/health")
 """Paths that need no token: nothing in them is secret, and the page has to be there to ask for one."""
 
-_LOCAL = ("localhost", "127.0.0.1", "::1")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -143,8 +143,8 @@ class _Sent:
 
 def _check_local(headers: dict[str, str]) -> None:
     host = headers.get("host", "")
-    if _name_of(f"//{host}") not in _LOCAL:
-        raise ApiError(403, f"Host is {host[:100]!r}; without a token this server answers on {', '.join(_LOCAL)} only.")
+    if not is_local(_name_of(f"//{host}") or ""):
+        raise ApiError(403, f"Host is {host[:100]!r}; without a token this server answers to localhost and 127.0.0.1 only.")
     origin = headers.get("origin")
     if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
         raise ApiError(403, f"Origin is {origin[:100]!r}; without a token only this server's own page may ask.")

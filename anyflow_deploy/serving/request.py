@@ -22,6 +22,8 @@ from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.schedule import Schedule
 from anyflow_deploy.serving.limits import Limits
 
+_HUGE = 10**9
+
 
 class VideoRequest(BaseModel):
     """The body of a request for a video. Only `prompt` is needed.
@@ -36,13 +38,13 @@ class VideoRequest(BaseModel):
     model: str | None = None
     seconds: float | None = Field(None, gt=0, le=86400, allow_inf_nan=False)
     size: str | None = None
-    num_frames: int | None = Field(None, ge=1)
-    num_inference_steps: int | None = Field(None, ge=1)
-    first_steps: int | None = Field(None, ge=1)
-    deadline_ms: float | None = Field(None, gt=0, allow_inf_nan=False)
+    num_frames: int | None = Field(None, ge=1, le=_HUGE)
+    num_inference_steps: int | None = Field(None, ge=1, le=_HUGE)
+    first_steps: int | None = Field(None, ge=1, le=_HUGE)
+    deadline_ms: float | None = Field(None, gt=0, le=1e12, allow_inf_nan=False)
     shift: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
     seed: int | None = Field(None, ge=0, lt=1 << 63)
-    window: int | None = Field(None, ge=1)
+    window: int | None = Field(None, ge=1, le=_HUGE)
 
     @field_validator(
         "seconds", "num_frames", "num_inference_steps", "first_steps", "deadline_ms", "shift", "seed", "window", mode="before"
