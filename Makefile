@@ -49,6 +49,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/serve.py
 
 # The versions in constraints.txt are the ones this was tested with.
 $(READY): pyproject.toml constraints.txt

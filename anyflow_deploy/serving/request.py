@@ -125,8 +125,10 @@ def ordered(request: VideoRequest, manifest: Manifest, limits: Limits, name: str
     if request.model not in (None, name):
         raise RefusedError(f"model is {request.model!r}; this server has {name!r}. Give that, or leave model out.", "model")
     _most("prompt", len(request.prompt), limits.prompt_characters, "characters")
-    if not request.prompt.strip() or "\0" in request.prompt:
+    if not request.prompt.strip():
         raise RefusedError("prompt is empty; describe the video in a sentence.", "prompt")
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in request.prompt):
+        raise RefusedError("prompt holds a NUL or half a character (a lone surrogate); send text.", "prompt")
     causal = manifest.kind == "causal"
     for field in ("first_steps", "window"):
         if getattr(request, field) is not None and not causal:

@@ -201,6 +201,9 @@ class Service:
         report, problem = Report(job, self.metrics), None
         try:
             self.maker.make(job, self.shelf.begin(job.id), report)
+            report.ended()
+            self._finished(job)
+            self._recent.append(job.video.timings["total"])
         except Cancelled:
             problem = job.reason or _CANCELLED
         except AnyFlowError as error:
@@ -210,18 +213,14 @@ class Service:
             problem = Problem(code="server_error", message=f"the video could not be written: {error.strerror}.")
         except Exception:  # noqa: BLE001 - the next video may do better; this one is in the log
             _log.exception("failed", extra=about)
-            problem = Problem(
-                code="server_error", message=f"an error of the server; its log has it under {job.request or job.id}."
-            )
-        report.ended()
-        if problem is None:
-            problem = self._finished(job)
+            where = job.request or job.id
+            problem = Problem(code="server_error", message=f"an error of the server; its log has it under {where}.")
         if problem is not None:
+            report.ended()
             self.shelf.remove(job.id)
             self._failed(job, problem)
-        total = job.video.timings["total"]
-        self._recent.append(total)
-        _log.info("%s after %.3f s", job.video.error.code if job.video.error else "completed", total, extra=about)
+        how = "completed" if problem is None else problem.code
+        _log.info("%s after %.3f s", how, job.video.timings["total"], extra=about)
 
     def _begin(self, job: Job) -> None:
         waited = time.monotonic() - job.created
@@ -232,8 +231,8 @@ class Service:
         _log.info("begun after %.3f s in the queue", waited, extra={"request": job.request, "video": job.id})
         job.tell()
 
-    def _finished(self, job: Job) -> Problem | None:
-        """The file is whole: say so."""
+    def _finished(self, job: Job) -> None:
+        """The file is whole: say so, on disk first."""
         done = int(time.time())
         finished = {
             "bytes": self.shelf.path(job.id).stat().st_size,
@@ -242,15 +241,11 @@ class Service:
             "progress": 100,
             "status": "completed",
         }
-        try:
-            self.shelf.finish(job, job.video.model_copy(update=finished))
-        except OSError as error:
-            return Problem(code="server_error", message=f"the video could not be kept: {error.strerror}.")
+        self.shelf.finish(job, job.video.model_copy(update=finished))
         with job.lock:
             for name, value in finished.items():
                 setattr(job.video, name, value)
         self.metrics.videos.labels("completed").inc()
-        return None
 
     def _failed(self, job: Job, problem: Problem) -> None:
         with job.lock:

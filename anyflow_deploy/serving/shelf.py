@@ -7,6 +7,7 @@ next one opens the shelf. One server at a time has a shelf; a lock that ends wit
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -80,7 +81,8 @@ class Shelf:
     def remove(self, name: str) -> None:
         """Remove a video, whole or half. Those who have its file open may read on."""
         folder = self.folder / name
-        (folder / RECORD).unlink(missing_ok=True)  # first, so that what is left of it is never taken for a video
+        with contextlib.suppress(OSError):  # first, so that what is left of it is never taken for a video
+            (folder / RECORD).unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
     def restored(self) -> list[Job]:
