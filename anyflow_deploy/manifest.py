@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from anyflow_deploy.errors import BundleError
 from anyflow_deploy.models import Architecture, architecture_from_config
@@ -104,8 +104,8 @@ class Video(_Record):
         frames, height, width: size of a video when nothing else is asked for, in frames and pixels.
     """
 
-    spatial_factor: int
-    temporal_factor: int
+    spatial_factor: PositiveInt
+    temporal_factor: PositiveInt
     fps: int
     text_tokens: int
     frames: int

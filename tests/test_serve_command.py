@@ -25,7 +25,7 @@ from anyflow_deploy import Bundle, Schedule, load_engine, noise, sample
 from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import export_bundle
-from anyflow_deploy.pipeline.text import TextEncoder
+from anyflow_deploy.pipeline.text import PromptEncoder
 from anyflow_deploy.pipeline.vae import decoded_video, load_vae
 from anyflow_deploy.pipeline.video import VideoWriter
 from anyflow_deploy.serving.maker import PipelineMaker
@@ -123,13 +123,13 @@ def test_a_bidirectional_video_is_decoded_in_pieces_and_is_the_same(
     pieces: list[NDArray[np.uint8]] = []
     append = VideoWriter.append
     monkeypatch.setattr(VideoWriter, "append", lambda self, frames: (pieces.append(frames), append(self, frames))[1])
-    text = TextEncoder(tiny_pipeline, 512)
+    text = PromptEncoder(tiny_pipeline)
     with closing(load_engine(tiny_bundle)) as engine:
         maker = PipelineMaker(engine, text, load_vae(tiny_pipeline))
         with serving(maker, tmp_path, tiny_bundle.manifest) as server:
             video = server.made(prompt=PROMPT, num_frames=17, size="96x64", num_inference_steps=2, seed=3)
         assert (video["status"], video["steps"], video["chunks"]) == ("completed", [2], 2)
-        whole = sample(engine, noise((1, 5, 16, 8, 12), 3), text.encode([PROMPT]), Schedule.uniform(2))
+        whole = sample(engine, noise((1, 5, 16, 8, 12), 3), text.encode([PROMPT], 512), Schedule.uniform(2))
     np.testing.assert_array_equal(np.concatenate(pieces), decoded_video(tiny_pipeline, whole)[0])
 
 

@@ -174,14 +174,14 @@ def _loaded(options: ServeOptions, bundle: Bundle) -> tuple[BundleEngine, Pipeli
     import torch
 
     from anyflow_deploy.pipeline.folder import pipeline_of
-    from anyflow_deploy.pipeline.text import TextEncoder
+    from anyflow_deploy.pipeline.text import PromptEncoder
     from anyflow_deploy.pipeline.vae import load_vae
     from anyflow_deploy.serving.maker import PipelineMaker
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AnyFlowError("--device cuda: PyTorch finds no GPU here (anyflow-doctor says why). Leave it at cpu.")
     pipeline = pipeline_of(bundle.manifest, options.pipeline, ["tokenizer", "text_encoder", "vae"])
-    text = TextEncoder(pipeline, bundle.manifest.video.text_tokens, options.device)
+    text = PromptEncoder(pipeline, options.device)
     text.load()
     vae = load_vae(pipeline, options.device)
     engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)

@@ -18,7 +18,7 @@ from anyflow_deploy.engines.deadline import Pace
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.sampler import Step, noise, sample, stream
 from anyflow_deploy.manifest import Manifest
-from anyflow_deploy.pipeline.text import TextEncoder
+from anyflow_deploy.pipeline.text import PromptEncoder
 from anyflow_deploy.pipeline.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipeline.video import VideoWriter
 from anyflow_deploy.serving.job import Job
@@ -62,10 +62,10 @@ class PipelineMaker:
         vae: the model's VAE.
     """
 
-    def __init__(self, engine: BundleEngine, text: TextEncoder, vae: LoadedVae) -> None:
+    def __init__(self, engine: BundleEngine, text: PromptEncoder, vae: LoadedVae) -> None:
         self._engine, self._text, self._vae = engine, text, vae
-        self._pace = Pace()
-        self._words = functools.lru_cache(REMEMBERED_PROMPTS)(lambda prompt: text.encode([prompt]))
+        self._pace, self._tokens = Pace(), engine.bundle.manifest.video.text_tokens
+        self._words = functools.lru_cache(REMEMBERED_PROMPTS)(lambda prompt: text.encode([prompt], self._tokens))
 
     @property
     def manifest(self) -> Manifest:
@@ -74,7 +74,7 @@ class PipelineMaker:
 
     def check(self, prompt: str) -> None:
         """See `Maker`."""
-        self._text.check(prompt)
+        self._text.check(prompt, self._tokens)
 
     def make(self, job: Job, path: Path, report: Report) -> None:
         """See `Maker`."""
