@@ -40,6 +40,7 @@ class Metrics:
         self.frames = Counter("anyflow_frames", "frames made", registry=r)
         self.steps = Counter("anyflow_steps", "transitions made", registry=r)
         self.deadlines = Counter("anyflow_deadlines", "deadlines of chunks or videos", ["outcome"], registry=r)
+        self.drafts = Counter("anyflow_drafts", "transitions made to learn the pace, and thrown away", registry=r)
         self.streams = Gauge("anyflow_streams", "open WebSockets", registry=r)
         for outcome in ("completed", "failed", "cancelled"):
             self.videos.labels(outcome)

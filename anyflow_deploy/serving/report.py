@@ -63,6 +63,7 @@ class Report:
     def deadlines(self, outcomes: list[Outcome]) -> None:
         """What came of the deadlines so far; the last one is new."""
         self._metrics.deadlines.labels("met" if outcomes[-1].spare >= 0 else "missed").inc()
+        self._metrics.drafts.inc(outcomes[-1].draft)
         with self.job.lock:
             self.job.video.deadline_met = all(outcome.spare >= 0 for outcome in outcomes)
 

@@ -121,8 +121,6 @@ class Showing {
     $("screen").dataset.drawn = String(Number($("screen").dataset.drawn || 0) + 1);
   }
 
-  say(type) { this.socket.send(JSON.stringify({ type })); }
-
   closed() {
     if (this.ended) return;
     complain(new Error("The connection was lost; the server may still be making the video."));
@@ -215,7 +213,7 @@ function complain(problem) { $("problem").textContent = problem.message; }
 $("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
   $("problem").textContent = "";
-  busy(true);
+  $("go").disabled = true;
   try {
     if (!model) await start();
     begin(await (await ask("v1/videos", { method: "POST", body: JSON.stringify(wanted()) })).json());
@@ -224,8 +222,9 @@ $("ask").addEventListener("submit", async (event) => {
     complain(problem);
   }
 });
-$("cancel").addEventListener("click", () => current && current.say("cancel"));
-$("finish").addEventListener("click", () => current && current.say("finish"));
+for (const word of ["cancel", "finish"]) {
+  $(word).addEventListener("click", () => ask(`v1/videos/${current.id}/${word}`, { method: "POST" }).catch(complain));
+}
 $("token").addEventListener("change", () => {
   token.set($("token").value);
   start().then(() => { $("token-row").hidden = true; $("problem").textContent = ""; }).catch(complain);
