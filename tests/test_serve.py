@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from websockets.sync.client import connect
 from anyflow_deploy import AnyFlowError
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.serve import ServeOptions, _token, serve
+from anyflow_deploy.pipeline.video import VideoWriter, piece_frames
 from anyflow_deploy.serving.errors import api_error
 from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.limits import Limits
@@ -573,6 +575,19 @@ def test_many_clients_at_once(tmp_path: Path) -> None:
             thread.join()
         assert not problems
         assert not [job for job in server.service.all() if job._listeners]
+
+
+def test_a_piece_of_a_growing_file_is_read_alone(tmp_path: Path) -> None:
+    shades, ends = (30, 120, 220), [0]
+    with VideoWriter(tmp_path / "v.mp4", 16, (32, 48)) as writer:
+        for count, shade in enumerate(shades, start=1):
+            ends.append(ends[-1] + writer.append(np.full((count, 32, 48, 3), shade, np.uint8)))
+            frames = piece_frames(tmp_path / "v.mp4", ends[-2], ends[-1])  # while it grows
+            assert len(frames) == count and abs(frames.astype(int) - shade).max() <= 4
+    assert ends[-1] == (tmp_path / "v.mp4").stat().st_size
+    for start, end in ((ends[1], ends[1]), (ends[-1], ends[-1] + 100), (ends[1] + 7, ends[2])):
+        with pytest.raises(AnyFlowError, match="cannot be read as a piece of a video"):
+            piece_frames(tmp_path / "v.mp4", start, end)
 
 
 def test_a_job_hears_nothing_after_it_let_go() -> None:

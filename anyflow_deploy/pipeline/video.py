@@ -9,6 +9,7 @@ first file's header, which is the same for all of them; only their times and num
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
@@ -173,7 +174,7 @@ def piece_frames(path: Path, start: int, end: int) -> NDArray[np.uint8]:
     """
     with path.open("rb") as file:
         first = file.read(min(start, _LONGEST_HEADER))
-        header = b"".join(data for kind, data in _boxes(first) if kind in _HEADER_BOXES)
+        header = b"".join(data for _, data in itertools.takewhile(lambda box: box[0] in _HEADER_BOXES, _boxes(first)))
         file.seek(start)
         piece = header + file.read(end - start)
     return np.stack(_decoded(io.BytesIO(piece), "a piece of a video", None, f"{path}, bytes {start} to {end},"))
