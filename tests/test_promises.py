@@ -25,6 +25,7 @@ from anyflow_deploy.cli.inspect import InspectOptions
 from anyflow_deploy.cli.options import Options, parsed
 from anyflow_deploy.cli.precompute import PrecomputeOptions
 from anyflow_deploy.cli.sensitivity import SensitivityOptions
+from anyflow_deploy.cli.serve import ServeOptions
 from anyflow_deploy.cli.validate import ValidateOptions
 from anyflow_deploy.export import hub
 from anyflow_deploy.export.checkpoint import open_checkpoint
@@ -43,6 +44,7 @@ COMMANDS: dict[str, type[Options]] = {
     "anyflow-inspect": InspectOptions,
     "anyflow-precompute": PrecomputeOptions,
     "anyflow-sensitivity": SensitivityOptions,
+    "anyflow-serve": ServeOptions,
     "anyflow-validate": ValidateOptions,
 }
 
@@ -128,7 +130,7 @@ def test_the_readme_commands_run(
     monkeypatch.chdir(tmp_path)
     ran: list[str] = []
     for words in readme_commands():
-        if any("my-" in word for word in words):
+        if any("my-" in word for word in words) and words[0] != "anyflow-serve":  # tests/test_serve_command.py runs it
             if ran:
                 status = run_here(*words, monkeypatch=monkeypatch)
                 assert status == 0, capsys.readouterr().err
@@ -188,6 +190,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
         prefix = "" if folder == "anyflow_deploy" else "anyflow_deploy/"
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{prefix}{path.relative_to(ROOT)}" in names
+    assert {f"anyflow_deploy/serving/page/{name}" for name in ("index.html", "page.js", "page.css")} <= names
     metadata = next(n for n in names if n.endswith("METADATA"))
     text = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).read(metadata).decode()
     base = [line for line in text.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]

@@ -8,6 +8,7 @@ cleaned text, UMT5, padded with zeros. A file of embeddings is a .safetensors wi
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ TENSOR = "prompt_embeds"
 class PromptEncoder:
     """Encodes prompts with a text encoder that is loaded once, when it is first needed.
 
+    `check` may be called from any thread, also while another one encodes; `encode` by one at a time.
+
     Args:
         pipeline: folder with tokenizer/ and text_encoder/.
         device: where it runs, as torch names it.
@@ -31,21 +34,45 @@ class PromptEncoder:
     """
 
     def __init__(self, pipeline: Path, device: str = "cpu") -> None:
-        from transformers import AutoTokenizer, UMT5Config
+        from transformers import UMT5Config
 
-        self._tokenizer = AutoTokenizer.from_pretrained(pipeline / "tokenizer")
         self.width = int(UMT5Config.from_pretrained(pipeline / "text_encoder").d_model)
-        self._folder, self._device = pipeline / "text_encoder", device
+        self._pipeline, self._device = pipeline, device
+        self._counter = self._tokenizer()
+        self._counting = threading.Lock()  # a tokenizer serves one thread at a time
         self._parts: Any = None
+
+    def check(self, prompt: str, tokens: int) -> None:
+        """Refuse what cannot be encoded in so many tokens.
+
+        Raises:
+            AnyFlowError: an empty prompt, or one that is too long; it is not cut.
+        """
+        if not prompt.strip():
+            raise AnyFlowError("the prompt is empty; describe the video in a sentence.")
+        with self._counting:
+            length = len(self._counter(prompt).input_ids)
+        if length > tokens:
+            raise AnyFlowError(f"the prompt has {length} tokens and the model takes {tokens}; shorten it.")
+
+    def load(self) -> None:
+        """Load the text encoder now, if that has not happened."""
+        if self._parts is not None:
+            return
+        from diffusers import AnyFlowPipeline
+        from transformers import UMT5EncoderModel
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        folder = self._pipeline / "text_encoder"
+        encoder = UMT5EncoderModel.from_pretrained(folder, dtype="auto", use_safetensors=True).eval().to(self._device)
+        parts = {"tokenizer": self._tokenizer(), "text_encoder": encoder}
+        self._parts = AnyFlowPipeline(**parts, transformer=None, vae=None, scheduler=None)
 
     def encode(self, prompts: list[str], tokens: int) -> Array:
         """As `encoded_prompts`."""
         for prompt in prompts:
-            if not prompt.strip():
-                raise AnyFlowError("the prompt is empty; describe the video in a sentence.")
-            length = len(self._tokenizer(prompt).input_ids)
-            if length > tokens:
-                raise AnyFlowError(f"the prompt has {length} tokens and the model takes {tokens}; shorten it.")
+            self.check(prompt, tokens)
         return self._encoded(prompts, tokens)
 
     def nothing(self, tokens: int) -> Array:
@@ -54,30 +81,22 @@ class PromptEncoder:
 
     def _encoded(self, prompts: list[str], tokens: int) -> Array:
         import torch
-        from diffusers import AnyFlowPipeline
-        from transformers import UMT5EncoderModel
-        from transformers.utils import logging
 
-        if self._parts is None:
-            logging.disable_progress_bar()
-            encoder = UMT5EncoderModel.from_pretrained(self._folder, dtype="auto", use_safetensors=True).eval().to(self._device)
-            self._parts = AnyFlowPipeline(
-                tokenizer=self._tokenizer, text_encoder=encoder, transformer=None, vae=None, scheduler=None
-            )
+        self.load()
         with torch.no_grad():
             embeddings, _ = self._parts.encode_prompt(
                 prompts, do_classifier_free_guidance=False, max_sequence_length=tokens, device=torch.device(self._device)
             )
         return np.array(embeddings.float().cpu().numpy(), dtype=np.float32)
 
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._pipeline / "tokenizer")
+
 
 def encoded_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
-    """Embeddings of prompts, float32 (B, tokens, D).
-
-    Args:
-        pipeline: folder with tokenizer/ and text_encoder/.
-        prompts: one a video.
-        tokens: length to pad to; a longer prompt is refused rather than cut.
+    """Embeddings of prompts, float32 (B, tokens, D); see `PromptEncoder`, which stays loaded.
 
     Raises:
         AnyFlowError: an empty prompt, or one that is too long.

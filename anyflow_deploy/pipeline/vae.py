@@ -8,6 +8,7 @@ video decoded in pieces equals the one decoded whole.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,26 @@ from torch import Tensor
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError, ShapeError
 from anyflow_deploy.ranges import latent_frames, latent_side
+
+
+@dataclass(frozen=True)
+class LoadedVae:
+    """A VAE in memory, for those who decode many videos; from `load_vae`."""
+
+    module: Any
+
+
+def load_vae(pipeline: Path, device: str = "cpu") -> LoadedVae:
+    """Load a VAE once.
+
+    Args:
+        pipeline: folder with vae/.
+        device: where PyTorch runs it, "cpu" or "cuda".
+
+    Raises:
+        AnyFlowError: another VAE than Wan 2.1's.
+    """
+    return LoadedVae(_loaded(pipeline).to(device))
 
 
 def decoded_video(pipeline: Path, latents: Array) -> NDArray[np.uint8]:
@@ -48,11 +69,12 @@ class StreamingDecoder:
     next.
 
     Args:
-        pipeline: folder with vae/.
+        pipeline: folder with vae/, or what `load_vae` gave. A loaded one has one decoder at a time: making the next ends the
+            one before.
     """
 
-    def __init__(self, pipeline: Path) -> None:
-        self._vae = _loaded(pipeline)
+    def __init__(self, pipeline: Path | LoadedVae) -> None:
+        self._vae = load_vae(pipeline).module if isinstance(pipeline, Path) else pipeline.module
         self._vae.clear_cache()
         self._shape: tuple[int, ...] | None = None
 
@@ -164,10 +186,10 @@ def _scaling(vae: Any) -> tuple[Tensor, Tensor]:
 def _unscaled(vae: Any, latents: Array) -> Tensor:
     """The transformer's latents (B, F, C, H, W) as the VAE's, (B, C, F, H, W)."""
     mean, std = _scaling(vae)
-    return torch.from_numpy(np.array(latents)).permute(0, 2, 1, 3, 4) * std + mean
+    return (torch.from_numpy(np.array(latents)).permute(0, 2, 1, 3, 4) * std + mean).to(vae.device)
 
 
 def _uint8_from_pixels(pixels: Tensor) -> NDArray[np.uint8]:
     """(B, 3, frames, height, width), -1 to 1, as (B, frames, height, width, 3), 0 to 255."""
     video = (pixels.permute(0, 2, 3, 4, 1).clamp(-1, 1) + 1) * 127.5
-    return np.asarray(video.round().to(torch.uint8).numpy(), dtype=np.uint8)
+    return np.asarray(video.round().to(torch.uint8).cpu().numpy(), dtype=np.uint8)
