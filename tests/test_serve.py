@@ -448,7 +448,7 @@ def test_the_shelf_has_a_bound_in_bytes_and_in_age(tmp_path: Path) -> None:
     with serving(PacedMaker(), tmp_path) as server:
         size = int(server.made()["bytes"])  # type: ignore[call-overload]
     with serving(PacedMaker(), tmp_path, disk_bytes=2 * size + size // 2) as server:
-        names = [str(server.made(seed=0)["id"]) for _ in range(3)]
+        names = [str(server.made(seed=0)["id"]) for _ in range(3)]  # within a second, so that created_at orders nothing
         eventually(lambda: {f.name for f in tmp_path.iterdir() if f.is_dir()} == set(names[1:]))
         stored = float(server.client.get("/metrics").text.split("\nanyflow_stored_bytes ")[1].split()[0])
         assert stored <= 2.5 * size

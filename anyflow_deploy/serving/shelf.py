@@ -100,7 +100,7 @@ class Shelf:
                 jobs.append(job)
             else:
                 _log.warning("%s is no video that this version can read; it is left alone", folder)
-        return sorted(jobs, key=lambda job: (job.video.created_at, job.id))
+        return sorted(jobs, key=lambda job: (job.video.created_at, (self.folder / job.id / RECORD).stat().st_mtime_ns))
 
     def surplus(self, finished: list[Job], now: float | None = None) -> list[Job]:
         """Which finished videos have to go, by age and by size; the newest one stays, however large.

@@ -143,7 +143,7 @@ function show(video) {
   const made = video.timings.total;
   const rows = {
     "first frame after": video.timings.first_frame && `${video.timings.first_frame.toFixed(2)} s`,
-    "steps made": video.steps.length && video.steps.join(", "),
+    "steps made": video.steps.join(", "),
     deadline: video.deadline_met === null ? "" : video.deadline_met ? "met" : "missed",
     "whole video": done && made && !video.error && `${made.toFixed(2)} s (${(video.num_frames / video.fps / made).toFixed(2)} times real time)`,
     "text, transformer, VAE, mp4": done && !video.error && ["text", "transformer", "vae", "mp4"].map((n) => `${(video.timings[n] || 0).toFixed(2)} s`).join(", "),
