@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow fuzz-cpp lint format bench clean
 
 demo: $(READY)
 	@rm -rf $(DEMO) && mkdir $(DEMO)
@@ -26,11 +26,19 @@ demo: $(READY)
 	@echo "With real weights the same commands start from: anyflow-export --model 1.3b"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --durations=25 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not slow"
 
 # What takes minutes of compiling: causal streams and fp8 through AOTInductor.
 test-slow: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/pytest -m slow
+
+# The C++ library's readers of files under mutated ones, for some minutes. FUZZ_ROUNDS=… for longer.
+FUZZ_ROUNDS ?= 1000000
+fuzz-cpp: $(READY)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S engines/cpp -B build/fuzz -G Ninja -DANYFLOW_PYTHON=$(CURDIR)/$(BIN)/python -DANYFLOW_TESTS=ON \
+		-DANYFLOW_AOTINDUCTOR=OFF -DANYFLOW_TENSORRT=OFF -DANYFLOW_EXAMPLES=OFF -DANYFLOW_SANITIZE=address,undefined
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz
+	$(BIN)/python -m tests.cpp_fuzz build/fuzz/tests $(FUZZ_ROUNDS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -49,11 +57,12 @@ bench: $(READY)
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/serve.py
 
 # The versions in constraints.txt are the ones this was tested with.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,quantize,train,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,quantize,serve,train,dev]'
 	@touch $@
 
 clean:

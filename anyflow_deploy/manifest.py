@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from anyflow_deploy.errors import BundleError
 from anyflow_deploy.models import Architecture, architecture_from_config
-from anyflow_deploy.ranges import AXES, Range, Ranges
+from anyflow_deploy.ranges import AXES, Range, Ranges, latent_frames, latent_side
 
 SCHEMA = 1
 """Raised whenever a reader of the old schema would misread a bundle of the new one."""
@@ -104,8 +104,8 @@ class Video(_Record):
         frames, height, width: size of a video when nothing else is asked for, in frames and pixels.
     """
 
-    spatial_factor: int
-    temporal_factor: int
+    spatial_factor: PositiveInt
+    temporal_factor: PositiveInt
     fps: int
     text_tokens: int
     frames: int
@@ -163,6 +163,23 @@ class Manifest(_Record):
     def architecture(self) -> Architecture:
         """The transformer's numbers."""
         return architecture_from_config(self.config, MANIFEST)
+
+    def latent_shape(self, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """(F, C, H, W) of the latents of a video, by the rules of VAE and patches; None for the default size.
+
+        Args:
+            frames: 4n+1.
+            height, width: pixels, multiples of 16.
+
+        Raises:
+            ShapeError: naming the nearest size that is allowed.
+        """
+        video, a = self.video, self.architecture
+        patch = a.patch_size[1]
+        count = latent_frames(frames or video.frames, video.temporal_factor)
+        rows = latent_side(height or video.height, video.spatial_factor, patch, "height")
+        columns = latent_side(width or video.width, video.spatial_factor, patch, "width")
+        return count, a.in_channels, rows, columns
 
     @model_validator(mode="after")
     def _kind_and_graphs_agree(self) -> Manifest:

@@ -14,12 +14,21 @@ import dataclasses
 import json
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common import finish, python
 
 from anyflow_deploy import MODELS
+from anyflow_deploy.calibration import Calibration, TensorRange
 from anyflow_deploy.fit import RUNTIME, Shape, needed
+from anyflow_deploy.quantized_layers import candidates
 from anyflow_deploy.targets import TARGETS
+
+if TYPE_CHECKING:
+    from anyflow_deploy.export.weights import Weights
+
+AMAX = 6.0
+"""Of every activation: what a range is does not change what its layer takes."""
 
 SHAPES = (Shape(1, 30, 52), Shape(5, 30, 52), Shape(3, 60, 104), Shape(5, 60, 104))
 
@@ -47,6 +56,24 @@ print(json.dumps({"weights": loaded - empty, "activations": now("VmHWM") - loade
 """
 
 
+def by_hand(weights: Weights) -> Calibration:
+    """The same range for all activations."""
+    from anyflow_deploy.export.weights import fingerprint
+
+    a = weights.architecture
+    return Calibration(
+        config=a.as_config(),
+        weights=fingerprint(weights),
+        prompts=["none"],
+        steps=[1],
+        seeds=[0],
+        shift=5.0,
+        shapes=[[1, 1, a.in_channels, 8, 8]],
+        tools={},
+        tensors={f"{name}.input": TensorRange(amax=AMAX, channels=[AMAX] * k) for name, (k, _) in candidates(a).items()},
+    )
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,12 +83,15 @@ def main() -> None:
     options = parser.parse_args()
     from anyflow_deploy.export.exporter import ExportSettings, export_bundle
     from anyflow_deploy.export.random_weights import RandomWeights
+    from anyflow_deploy.precision import EIGHT_BIT
 
     a = dataclasses.replace(MODELS[options.model].architecture, num_layers=options.layers)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
-        export_bundle(RandomWeights(a, options.model), bundle, ExportSettings(precision=options.precision))
+        weights = RandomWeights(a, options.model)
+        calibration = by_hand(weights) if options.precision in EIGHT_BIT else None
+        export_bundle(weights, bundle, ExportSettings(options.precision, calibration=calibration, target="cpu"))
         for shape in SHAPES:
             sizes = (shape.frames, shape.height, shape.width)
             seen = json.loads(python(_ONE, str(bundle), *map(str, sizes))["output"])

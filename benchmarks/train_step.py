@@ -8,7 +8,8 @@ would write: every forward by itself, every sample in every forward, diffusers' 
 process and take turns; the ratio is the median of the rounds' ratios. Both gradients are compared: it is one computation.
 
 Activation memory is counted, not read from the system: the bytes of all distinct tensors that autograd keeps for the backward
-pass of the forwards with gradient, without parameters.
+pass of the forwards with gradient, without parameters. Products are counted as well (`times_fewer_products`): where the
+processor does little but multiply, that is what can be gained.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from common import finish
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.models import Architecture
@@ -153,6 +155,13 @@ def timed(work: Callable[[], Any], modules: list[nn.Module]) -> float:
     return time.perf_counter() - started
 
 
+def counted_products(work: Callable[[], Any]) -> int:
+    """Multiplications of all matrix products, attention's apart, which are few here; gradients are added to."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
@@ -191,12 +200,14 @@ def main() -> None:
                 if round_:
                     seconds[n].append(spent)
         first, second = (gradient(modules[n][0]) for n in sides)
+        products = {n: counted_products(works[n]) for n in sides}
         ratios = [b / x for x, b in zip(seconds["ours"], seconds["diffusers"], strict=True)]
         results[step] = {
             "ours_seconds": statistics.median(seconds["ours"]),
             "diffusers_seconds": statistics.median(seconds["diffusers"]),
             "times_as_fast": statistics.median(ratios),
             "by_round": [round(x, 2) for x in ratios],
+            "times_fewer_products": products["diffusers"] / products["ours"],
             "gradient_distance": float((first - second).norm() / second.norm()),
         }
     for name, step in (

@@ -14,7 +14,7 @@ from typing import cast
 
 from anyflow_deploy.bundle import Bundle, load_bundle
 from anyflow_deploy.engines.engine import BundleEngine
-from anyflow_deploy.errors import AnyFlowError, suggestion
+from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 
 BACKENDS = {
     "onnxruntime": "anyflow_deploy.engines.onnxruntime_engine:OnnxRuntimeEngine",
@@ -74,9 +74,15 @@ def load_engine(
         threads, device, engine, cuda_graphs: see `EngineOptions`.
 
     Raises:
-        BackendError: the backend or provider is not installed, cannot run the bundle's precision, or has no built engine.
+        BackendError: the backend or provider is not installed, cannot run the bundle's precision, or has no built engine;
+            or an engine is named for a backend that has none.
     """
     check_backend(backend)
+    if engine is not None and backend == "onnxruntime":  # or the engine asked for would silently not be the one that runs
+        raise BackendError(
+            f"the engine {str(engine)!r} was built by another backend than onnxruntime, which runs the bundle itself: name that, "
+            f"one of {', '.join(name for name in BACKENDS if name != backend)}, or leave the engine out."
+        )
     provider = provider or ("cuda" if backend in ON_GPUS_ONLY else "cpu")
     options = EngineOptions(provider, device, threads, engine, cuda_graphs)
     module, name = BACKENDS[backend].split(":")

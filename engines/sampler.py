@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +134,7 @@ def stream(
     context: ArrayLike | None = None,
     window: int | None = None,
     on_step: Callable[[Step], None] | None = None,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Make a video chunk by chunk with a causal model.
 
     The next chunk is not begun before the one before it was taken; closing the iterator at any moment releases the cache.
@@ -200,7 +200,7 @@ def _chunks(
     plan: CachePlan,
     given: list[Array],
     on_step: Callable[[Step], None] | None,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     with contextlib.closing(engine.open_stream(text, plan)) as memory:
         for index in range(len(plan.chunks)):
             first = plan.first_frame(index)

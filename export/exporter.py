@@ -111,11 +111,10 @@ def export_bundle(weights: Weights, output: Path, settings: ExportSettings | Non
         models: dict[str, ir.Model] = {}
         parameters: dict[str, Parameter] = {}
         for name in GRAPHS[_kind(architecture)]:
-            with report.stage(f"tracing {name}, {architecture.num_layers} layers"):
-                traced = traced_graph(name, architecture, ranges, settings.base_precision, fused=settings.opset == FUSED_OPSET)
-            with report.stage(f"translating to ONNX opset {settings.opset}"):
-                models[name] = onnx_from_traced(traced, settings.opset)
-            parameters = traced.parameters  # the same in every graph
+            # the parameters are the same in every graph
+            models[name], parameters = translated_graph(
+                name, architecture, ranges, settings.base_precision, settings.opset, report
+            )
             if plan is not None:
                 quantize(models[name], plan)
         entries = _weights_written(writer, weights, parameters, plan, report)
@@ -125,6 +124,24 @@ def export_bundle(weights: Weights, output: Path, settings: ExportSettings | Non
         video = _video(architecture, ranges)
         counted = achieved(models, entries, architecture, video, plan.kept if plan else {})
         return writer.finish(_manifest(weights, settings, ranges, schedule, graphs, counted, video))
+
+
+def translated_graph(
+    name: str, architecture: Architecture, ranges: Ranges, precision: str, opset: int, report: Report
+) -> tuple[ir.Model, dict[str, Parameter]]:
+    """One graph in ONNX, and what the weights must provide for it. Which weights they are makes no difference.
+
+    Args:
+        name: a name in `MODULES`.
+        architecture, ranges: see `traced_graph`.
+        precision: of everything that is not quantized.
+        opset: in `OPSETS`.
+        report: where progress goes.
+    """
+    with report.stage(f"tracing {name}, {architecture.num_layers} layers"):
+        traced = traced_graph(name, architecture, ranges, precision, fused=opset == FUSED_OPSET)
+    with report.stage(f"translating to ONNX opset {opset}"):
+        return onnx_from_traced(traced, opset), traced.parameters
 
 
 def _plan(weights: Weights, settings: ExportSettings, report: Report) -> Plan | None:

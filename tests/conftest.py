@@ -1,6 +1,7 @@
-"""What the tests share: the golden vectors, a tiny pipeline, and bundles exported once a session.
+"""What the tests share: the golden vectors, tiny pipelines, calibrations, and bundles exported once a session.
 
-Exports take about ten seconds each, so each kind is made once, and tests that damage a bundle copy it first.
+Exports take seconds each, so each kind is made once for all workers (see shared.py). A worker has its own copy of each
+bundle, and tests that damage one copy it first.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,14 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from anyflow_deploy import MODELS, Bundle
-from anyflow_deploy.calibration import Calibration
+from anyflow_deploy import MODELS, Bundle, load_bundle
+from anyflow_deploy.calibration import Calibration, load_calibration
+from anyflow_deploy.engine_folder import EngineFolder, load_engine_folder
+from anyflow_deploy.export import exporter
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.tiny import save_tiny_pipeline
+from tests.shared import SHARED, shared_translation
 
 SMALL = Path(__file__).parent / "golden" / "bidirectional"
 """The golden model that ships with the tests: a small checkpoint for everything else, too."""
@@ -34,6 +41,18 @@ GOLDEN = Path(os.environ["ANYFLOW_GOLDEN"]) / "bidirectional" if os.environ.get(
 
 Export = Callable[..., Bundle]
 
+LONGEST = (
+    "test_promises", "test_aotinductor", "test_quantize", "test_training", "test_product_check", "test_exporter", "test_causal",
+    "test_causal_generate",
+)  # fmt: skip
+"""Files that begin first, so that no worker is left with a long one when the others are done; the two at the front record
+different graphs, so that neither waits for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of `LONGEST`, then as collected."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def golden() -> dict[str, NDArray[np.float32]]:
@@ -41,17 +60,48 @@ def golden() -> dict[str, NDArray[np.float32]]:
     return load_file(GOLDEN / "golden.safetensors")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """A shell starts what it puts into the background with SIGINT ignored, and children inherit that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The folder of shared.py, and exports that read recorded graphs from it."""
+    own = tmp_path_factory.getbasetemp()
+    SHARED.root = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "shared"
+    SHARED.root.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "translated_graph", shared_translation)
+        yield
+
+
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
+def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Exports a checkpoint with given settings; each worker has its own copy."""
+
+    @functools.cache
+    def bundle(checkpoint: Path, calibrated: bool, **how: Any) -> Bundle:
+        def make(path: Path) -> None:
+            settings = ExportSettings(**how, calibration=calibration_of(checkpoint) if calibrated else None)
+            export_bundle(open_checkpoint(checkpoint), path, settings)
+
+        made = SHARED.made("bundle", (checkpoint, calibrated, sorted(how.items())), make)
+        folder = tmp_path_factory.mktemp("exported") / "bundle"
+        shutil.copytree(made, folder)
+        return load_bundle(folder)
+
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def exported(bundle_of: Export) -> Export:
     """Exports a checkpoint with given settings, once for each."""
-    made: dict[tuple[object, ...], Bundle] = {}
 
     def bundle(checkpoint: Path, precision: str = "fp32", opset: int = 20, target: str = "cpu") -> Bundle:
-        key = (checkpoint, precision, opset, target)
-        if key not in made:
-            settings = ExportSettings(precision, opset=opset, target=target)
-            made[key] = export_bundle(open_checkpoint(checkpoint), tmp_path_factory.mktemp("exported") / "bundle", settings)
-        return made[key]
+        return bundle_of(checkpoint, False, precision=precision, opset=opset, target=target)
 
     return bundle
 
@@ -79,46 +129,81 @@ def causal_golden(folder: Path = CAUSAL) -> dict[str, NDArray[Any]]:
 @functools.cache
 def calibration_of(checkpoint: Path) -> Calibration:
     """Ranges of a small checkpoint, measured once."""
-    from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
+    from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, write_calibration
     from anyflow_deploy.export.calibration_text import PROMPTS, random_text
 
-    weights = open_checkpoint(checkpoint)
-    shape = (8, 4, 8, 8) if weights.architecture.causal else (2, 4, 8, 12)
-    return calibrated(weights, CalibrationSettings(random_text(weights, PROMPTS[:2], 40), shape, steps=(1, 2, 4)))
+    def make(path: Path) -> None:
+        weights = open_checkpoint(checkpoint)
+        shape = (8, 4, 8, 8) if weights.architecture.causal else (2, 4, 8, 12)
+        settings = CalibrationSettings(random_text(weights, PROMPTS[:2], 40), shape, steps=(1, 2, 4))
+        write_calibration(path, calibrated(weights, settings))
+
+    return load_calibration(SHARED.made("calibration", checkpoint, make))
 
 
 @pytest.fixture(scope="session")
-def quantized(tmp_path_factory: pytest.TempPathFactory) -> Export:
+def quantized(bundle_of: Export) -> Export:
     """Exports a small checkpoint in 8 bits, once for each set of settings."""
 
-    @functools.cache
     def bundle(checkpoint: Path, precision: str, **settings: Any) -> Bundle:
-        chosen = ExportSettings(precision, calibration=calibration_of(checkpoint), **settings)
-        return export_bundle(open_checkpoint(checkpoint), tmp_path_factory.mktemp("quantized") / "bundle", chosen)
+        return bundle_of(checkpoint, True, precision=precision, **settings)
 
     return bundle
 
 
-@pytest.fixture(scope="session")
-def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete tiny pipeline, as diffusers saves it."""
-    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
-    save_tiny_pipeline(MODELS["tiny"], folder)
-    return folder
+def pipeline_of(model: str) -> Path:
+    """A complete tiny pipeline, as diffusers saves it. All workers read the same one."""
+    return SHARED.made("pipeline", model, lambda path: save_tiny_pipeline(MODELS[model], path))
 
 
 @pytest.fixture(scope="session")
-def far_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a causal transformer."""
-    folder = tmp_path_factory.mktemp("far-tiny") / "pipeline"
-    save_tiny_pipeline(MODELS["far-tiny"], folder)
-    return folder
+def tiny_pipeline() -> Path:
+    """The bidirectional one."""
+    return pipeline_of("tiny")
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_pipeline: Path) -> Bundle:
+def far_pipeline() -> Path:
+    """The one with a causal transformer."""
+    return pipeline_of("far-tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_pipeline: Path, exported: Export) -> Bundle:
     """The tiny pipeline's bundle, float32."""
-    return export_bundle(open_checkpoint(tiny_pipeline), tiny_pipeline.parent / "bundle")
+    return exported(tiny_pipeline)
+
+
+@pytest.fixture(scope="session")
+def far_bundle(far_pipeline: Path, exported: Export) -> Bundle:
+    """The causal pipeline's."""
+    return exported(far_pipeline)
+
+
+@pytest.fixture(scope="session")
+def quick_options() -> dict[str, Any]:
+    """AOTInductor's options, but the wrapper, which decides nothing but how fast operators are called, is not optimized."""
+    from anyflow_deploy.export import aotinductor
+
+    return {**aotinductor.OPTIONS, "aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
+
+
+@pytest.fixture(scope="session")
+def built(quick_options: dict[str, Any]) -> Callable[[Bundle], EngineFolder]:
+    """Compiles a bundle with AOTInductor, once for all workers, who only read it."""
+    from anyflow_deploy.engines.aotinductor_build import AotInductorSettings
+    from anyflow_deploy.engines.building import build_engine
+    from anyflow_deploy.export import aotinductor
+
+    def folder(bundle: Bundle) -> EngineFolder:
+        def make(path: Path) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(aotinductor, "OPTIONS", quick_options)
+                build_engine(bundle, "aotinductor", AotInductorSettings(), path)
+
+        return load_engine_folder(SHARED.made("engine", bundle.digest, make))
+
+    return folder
 
 
 @pytest.fixture

@@ -20,8 +20,6 @@ from anyflow_deploy.cli import generate as command
 from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines.sampler import Chunk, stream
-from anyflow_deploy.export.checkpoint import open_checkpoint
-from anyflow_deploy.export.exporter import export_bundle
 from anyflow_deploy.export.tiny import save_tiny_pipeline
 from anyflow_deploy.pipeline.text import encoded_prompts, save_embeddings
 from anyflow_deploy.pipeline.vae import StreamingDecoder, decoded_video, encoded_video
@@ -30,18 +28,6 @@ from anyflow_deploy.pipeline.video import VideoWriter, load_image, load_video, s
 PROMPT = "a red fox runs in the snow"
 CHUNKS = (1, 3, 1)
 HEIGHT, WIDTH = 32, 64
-
-
-@pytest.fixture(scope="module")
-def far_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("far") / "pipeline"
-    save_tiny_pipeline(MODELS["far-tiny"], folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def far_bundle(far_pipeline: Path) -> Bundle:
-    return export_bundle(open_checkpoint(far_pipeline), far_pipeline.parent / "bundle")
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def test_every_chunk_has_the_deadline(exported: Export, tmp_path: Path, capsys: 
 
 def test_missed_deadlines_of_chunks_are_counted() -> None:
     course = InTime(1.0, 5.0, 50)
-    course._outcomes.extend([Outcome(4, True, 0.9, 1.0), Outcome(4, False, 1.25, 1.0), Outcome(3, False, 1.1, 1.0)])
+    course.outcomes.extend([Outcome(4, True, 0.9, 1.0), Outcome(4, False, 1.25, 1.0), Outcome(3, False, 1.1, 1.0)])
     assert list(course.report()) == [
         "steps by chunk 4, 4, 3, after 1 draft to learn the pace: the deadline of 1 s a chunk was missed by 2 of 3, "
         "by 0.250 s at most."

@@ -200,3 +200,8 @@ def test_the_engine_side_imports_neither_torch_nor_diffusers(small_bundle: Expor
 def test_the_guard_guards() -> None:
     code = GUARD.split("from anyflow_deploy import")[0] + "import torch"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 1
+
+
+def test_an_engine_is_not_named_to_a_backend_that_has_none(small_bundle: Export) -> None:
+    with pytest.raises(BackendError, match=r"'fast' was built by another backend.*aotinductor"):
+        load_engine(small_bundle("fp32", 20), engine="fast")

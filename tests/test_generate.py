@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import av
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AnyFlowPipeline
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, Bundle, CheckpointError, Schedule, load_engine, noise, sample
 from anyflow_deploy.cli.generate import GenerateOptions, generate
-from anyflow_deploy.pipeline.text import encoded_prompts, load_embeddings
-from anyflow_deploy.pipeline.vae import decoded_video
-from anyflow_deploy.pipeline.video import save_video
+from anyflow_deploy.pipeline.text import PromptEncoder, encoded_prompts, load_embeddings
+from anyflow_deploy.pipeline.vae import decoded_video, load_vae
+from anyflow_deploy.pipeline.video import VideoWriter, save_video
+from anyflow_deploy.serving.maker import PipelineMaker
+from tests.serving import serving
 
 PROMPT = "a red fox runs in the snow"
 
@@ -139,3 +143,19 @@ def test_the_tiny_pipeline_is_never_written_over(tiny_pipeline: Path) -> None:
         [sys.executable, "-m", "anyflow_deploy.export.tiny", str(tiny_pipeline)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and "is not empty" in done.stderr
+
+
+def test_a_served_video_is_decoded_in_pieces_and_is_the_same(
+    tiny_bundle: Bundle, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[NDArray[np.uint8]] = []
+    append = VideoWriter.append
+    monkeypatch.setattr(VideoWriter, "append", lambda self, frames: (pieces.append(frames), append(self, frames))[1])
+    text = PromptEncoder(tiny_pipeline)
+    with closing(load_engine(tiny_bundle)) as engine:
+        maker = PipelineMaker(engine, text, load_vae(tiny_pipeline))
+        with serving(maker, tmp_path, tiny_bundle.manifest) as server:
+            video = server.made(prompt=PROMPT, num_frames=17, size="96x64", num_inference_steps=2, seed=3)
+        assert (video["status"], video["steps"], video["chunks"]) == ("completed", [2], 2)
+        whole = sample(engine, noise((1, 5, 16, 8, 12), 3), text.encode([PROMPT], 512), Schedule.uniform(2))
+    np.testing.assert_array_equal(np.concatenate(pieces), decoded_video(tiny_pipeline, whole)[0])

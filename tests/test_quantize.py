@@ -30,9 +30,12 @@ from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.fake_quant import FakeQuant
 from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.quantization_plan import LARGEST, Plan, planned, weight_scale
+from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.progress import Silent
 from anyflow_deploy.quantized_layers import candidates
 from tests.conftest import CAUSAL, SMALL, Export, calibration_of
+from tests.shared import genuine_translation
+from tests.test_quantization_plan import WIDE_HEADS, own
 
 AGREES = 1e-3
 """Two programs that round on the same grid differ where a sum of floats falls on either side of a rounding border."""
@@ -262,10 +265,13 @@ def test_fp8_is_kept_from_the_fusion_that_older_onnx_runtimes_break_it_with(quan
     assert entries == {"fp8": "1", "int8": "not set"}
 
 
-def test_the_same_export_twice_is_the_same_to_the_byte(quantized: Export, tmp_path: Path) -> None:
-    settings = ExportSettings("int8", calibration=calibration_of(SMALL))
-    again = export_bundle(open_checkpoint(SMALL), tmp_path / "again", settings)
-    assert again.manifest.files == quantized(SMALL, precision="int8").manifest.files
+def test_the_same_export_twice_is_the_same_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a graph that was recorded for any precision (see shared.py), and from one that was recorded for this."""
+    weights = RandomWeights(WIDE_HEADS, "one block")
+    settings = ExportSettings("int8", calibration=own(weights))
+    first = export_bundle(weights, tmp_path / "first", settings)
+    monkeypatch.setattr(exporter, "translated_graph", genuine_translation)
+    assert export_bundle(weights, tmp_path / "again", settings).manifest.files == first.manifest.files
 
 
 def test_int8_is_refused_where_its_products_overflow(quantized: Export, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,13 +20,14 @@ from torch import Tensor
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.random_weights import RandomWeights
-from anyflow_deploy.training.batch import Batch, Part, SyntheticLatents
+from anyflow_deploy.training.batch import Batch, Part
 from anyflow_deploy.training.build import trained_network, trained_parameters
 from anyflow_deploy.training.distributed import World
 from anyflow_deploy.training.initial import starting_weights
 from anyflow_deploy.training.memory import trained_count
 from anyflow_deploy.training.recipes import Recipe, overridden, recipe
 from anyflow_deploy.training.request import Request
+from anyflow_deploy.training.synthetic import SyntheticLatents
 from anyflow_deploy.training.trainer import Trainer, train
 from tests.conftest import CAUSAL, SMALL
 

@@ -14,9 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.training.times import generator, normal
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -27,18 +24,20 @@ class Batch:
         text: prompt embeddings, (B, L, D).
         negative_text: embeddings of the empty (or negative) prompt, (1, L, D) or (B, L, D).
         names: of the samples, for error messages.
+        captions: what the samples show, for sample sheets; may be missing.
     """
 
     latents: Tensor
     text: Tensor
     negative_text: Tensor
     names: tuple[str, ...]
+    captions: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """On a device, in float32, with a negative text for every sample."""
         text = self.text.to(device, torch.float32)
         negative = self.negative_text.to(device, torch.float32).expand_as(text)
-        return Batch(self.latents.to(device, torch.float32), text, negative, self.names)
+        return Batch(self.latents.to(device, torch.float32), text, negative, self.names, self.captions)
 
 
 class Source(Protocol):
@@ -54,6 +53,10 @@ class Source(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position, maybe of a run with another number of processes."""
+        ...
+
+    def skipped(self) -> list[str]:
+        """Names of broken samples met since this was last asked, each with its reason."""
         ...
 
     def check(self) -> str:
@@ -75,59 +78,3 @@ class Part:
 
 
 OpenSource = Callable[[Part], Source]
-
-
-class SyntheticLatents:
-    """Smooth blobs that wander through latent space, one kind for each of a few prompts: nothing to download or decode.
-
-    For tests and for trying a setup. Sample i is a function of (seed, i).
-
-    Args:
-        part: of this process.
-        shape: (F, C, H, W) of the latents.
-        text: (L, D) of the prompt embeddings.
-        seed: of everything.
-        prompts: how many kinds there are.
-    """
-
-    def __init__(
-        self, part: Part, shape: tuple[int, int, int, int], text: tuple[int, int], seed: int = 0, prompts: int = 8
-    ) -> None:
-        self._part, self._shape, self._text, self._seed, self._prompts = part, shape, text, seed, prompts
-        self._position = 0
-
-    def __iter__(self) -> Iterator[Batch]:
-        while True:
-            part = self._part
-            first = self._position + part.rank * part.batch
-            samples = [self._sample(first + i) for i in range(part.batch)]
-            self._position += part.world * part.batch
-            latents, texts, names = zip(*samples, strict=True)
-            yield Batch(torch.stack(latents), torch.stack(texts), torch.zeros(1, *self._text), tuple(names))
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Source`."""
-        return {"samples": self._position}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Source`."""
-        position = state.get("samples")
-        if not isinstance(position, int) or position < 0:
-            raise AnyFlowError(f"the checkpoint's data position is {state}; synthetic data has {{'samples': number}}.")
-        self._position = position
-
-    def check(self) -> str:
-        """See `Source`."""
-        return f"synthetic latents {self._shape}, {self._prompts} prompts"
-
-    def _sample(self, index: int) -> tuple[Tensor, Tensor, str]:
-        frames, channels, height, width = self._shape
-        kind = index % self._prompts
-        random = generator(self._seed, "synthetic", index)
-        start, speed = torch.rand(2, generator=random), 0.1 * torch.randn(2, generator=random)
-        where = (start + torch.arange(frames)[:, None] * speed) % 1.0
-        rows, columns = torch.linspace(0, 1, height), torch.linspace(0, 1, width)
-        far = (rows[:, None] - where[:, :1, None]).square() + (columns - where[:, 1:, None]).square()
-        blob = torch.exp(-far / 0.05)[:, None]
-        colour = normal((channels, 1, 1), self._seed, "colour", kind)
-        return 1.5 * blob * colour - 0.3 * colour, normal(self._text, self._seed, "text", kind), f"synthetic-{index}"

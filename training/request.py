@@ -11,9 +11,10 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.checkpoint import pipeline_folder
 from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.export.weights import Weights
-from anyflow_deploy.training.batch import Part, Source, SyntheticLatents
+from anyflow_deploy.training.batch import Part, Source
 from anyflow_deploy.training.initial import starting_weights
 from anyflow_deploy.training.recipes import Recipe
+from anyflow_deploy.training.synthetic import SyntheticLatents
 
 OpenData = Callable[[str, Recipe, Weights, Part], Source]
 

@@ -6,6 +6,7 @@ along a row. A pipeline's VAE decodes where there is one; without, three latent 
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def sheet_samples(
 
 
 def draw_sheet(path: Path, samples: list[Tensor], names: tuple[str, ...], steps: tuple[int, ...], pipeline: Path | None) -> None:
-    """Write the sheet as PNG: the middle frame of each sample."""
+    """Write the sheet as PNG: the middle frame of each sample; `names` or captions stand beside the rows."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -52,7 +53,7 @@ def draw_sheet(path: Path, samples: list[Tensor], names: tuple[str, ...], steps:
             if row == 0:
                 cell.set_title(f"{count} step{'s' if count > 1 else ''}", fontsize=9)
             if column == 0:
-                cell.set_ylabel(names[row][:24], fontsize=7)
+                cell.set_ylabel(textwrap.fill(names[row][:60], 24), fontsize=6)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.png")

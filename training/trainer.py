@@ -130,12 +130,20 @@ class Trainer:
             started = clock()
             values = self._one_step(batches)
             watch.step(self.step, values, how.batch, clock() - started)
+            self._tell_skipped(watch)
             self.checkpoints.poll()
             self._agree_on_stopping()
             if self.step % running.checkpoint_every == 0 or self.step == how.steps or self._stopping:
                 self._save()
             if running.sample_every and self.step % running.sample_every == 0:
                 self._sheet(watch)
+
+    def _tell_skipped(self, watch: Watch) -> None:
+        """Name broken samples: every process in a file of its own, the first one on the screen, too."""
+        if lines := self.source.skipped():
+            with (self.request.output / f"skipped-{self.world.rank}.txt").open("a") as file:
+                file.writelines(f"step {self.step}: {line}\n" for line in lines)
+            watch.say("\n".join(f"skipped {line}" for line in lines))
 
     def _one_step(self, batches: Iterator[Batch]) -> dict[str, float]:
         """Accumulate, check, update."""
@@ -232,7 +240,7 @@ class Trainer:
             samples = sheet_samples(model.network, batch, self.plan, steps, recipe.flow.shift, recipe.running.seed)
         if world.first:
             path = self.request.output / "samples" / f"step-{self.step:08d}.png"
-            draw_sheet(path, samples, batch.names, steps, vae_of(self.request.init))
+            draw_sheet(path, samples, batch.captions or batch.names, steps, vae_of(self.request.init))
             watch.picture(self.step, path)
 
     def _sheet_batch(self) -> Batch:

@@ -152,6 +152,9 @@ class InTime:
     Attributes:
         seconds: of each chunk, or of the whole video.
         shift, most: see `Deadline`; `first` is the most for the first chunk that is made.
+        outcomes: what came of each chunk so far.
+        enough: set it to finish with one jump.
+        pace: what is known of the engine; a server shares one.
     """
 
     seconds: float
@@ -159,9 +162,9 @@ class InTime:
     most: int
     first: int | None = None
     stage: str = "transitions"
-    _outcomes: list[Outcome] = field(default_factory=list)
-    _enough: threading.Event = field(default_factory=threading.Event)
-    _pace: Pace = field(default_factory=Pace)
+    outcomes: list[Outcome] = field(default_factory=list)
+    enough: threading.Event = field(default_factory=threading.Event)
+    pace: Pace = field(default_factory=Pace)
     _way: float = 0.0
 
     def amount(self, chunks: int) -> float | None:
@@ -180,19 +183,19 @@ class InTime:
             self.seconds,
             self.shift,
             most=self.first if self.first is not None and chunk == first else self.most,
-            pace=self._pace,
-            enough=self._enough.is_set,
-            on_end=self._outcomes.append,
+            pace=self.pace,
+            enough=self.enough.is_set,
+            on_end=self.outcomes.append,
         )
 
     def finishing(self) -> AbstractContextManager[object]:
         """See `Course`."""
-        return enough_on_interrupt(self._enough)
+        return enough_on_interrupt(self.enough)
 
     def report(self) -> Iterator[str]:
         """See `Course`."""
-        if self._outcomes:
-            yield _in_words(self._outcomes)
+        if self.outcomes:
+            yield _in_words(self.outcomes)
 
 
 @dataclass

@@ -30,7 +30,6 @@ from anyflow_deploy.engines.loading import load_engine
 from anyflow_deploy.engines.sampler import Chunk, noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars
-from anyflow_deploy.ranges import latent_frames, latent_side
 
 LATENTS_SUFFIX = ".safetensors"
 
@@ -352,14 +351,10 @@ def _plan(options: GenerateOptions, bundle: Bundle, shape: tuple[int, int, int, 
 
 
 def _latent_shape(options: GenerateOptions, bundle: Bundle) -> tuple[int, int, int, int]:
-    """(F, C, H, W) of the video asked for, by the VAE's and the patches' rules."""
-    video, a = bundle.manifest.video, bundle.manifest.architecture
-    patch = a.patch_size[1]
-    default = (sum(options.chunks) - 1) * video.temporal_factor + 1 if options.chunks else video.frames
-    frames = latent_frames(options.frames or default, video.temporal_factor)
-    height = latent_side(options.height or video.height, video.spatial_factor, patch, "height")
-    width = latent_side(options.width or video.width, video.spatial_factor, patch, "width")
-    return frames, a.in_channels, height, width
+    """(F, C, H, W) of the video asked for; chunks say how long it is where --frames does not."""
+    factor = bundle.manifest.video.temporal_factor
+    by_chunks = (sum(options.chunks) - 1) * factor + 1 if options.chunks else None
+    return bundle.manifest.latent_shape(options.frames or by_chunks, options.height, options.width)
 
 
 def _save_latents(path: Path, latents: Array) -> None:

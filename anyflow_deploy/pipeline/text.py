@@ -20,47 +20,43 @@ from anyflow_deploy.errors import AnyFlowError
 TENSOR = "prompt_embeds"
 
 
-def encoded_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
-    """Embeddings of prompts, float32 (B, tokens, D); see `TextEncoder`, which stays loaded.
-
-    Raises:
-        AnyFlowError: an empty prompt, or one that is too long.
-    """
-    return TextEncoder(pipeline, tokens).encode(prompts)
-
-
-class TextEncoder:
-    """The checkpoint's tokenizer and text encoder; the encoder is loaded when it is first needed, and kept.
+class PromptEncoder:
+    """Encodes prompts with a text encoder that is loaded once, when it is first needed.
 
     `check` may be called from any thread, also while another one encodes; `encode` by one at a time.
 
     Args:
         pipeline: folder with tokenizer/ and text_encoder/.
-        tokens: length to pad to; a longer prompt is refused rather than cut.
-        device: where PyTorch runs it, "cpu" or "cuda".
+        device: where it runs, as torch names it.
+
+    Attributes:
+        width: D of the embeddings.
     """
 
-    def __init__(self, pipeline: Path, tokens: int, device: str = "cpu") -> None:
-        self._pipeline, self._tokens, self._device = pipeline, tokens, device
+    def __init__(self, pipeline: Path, device: str = "cpu") -> None:
+        from transformers import UMT5Config
+
+        self.width = int(UMT5Config.from_pretrained(pipeline / "text_encoder").d_model)
+        self._pipeline, self._device = pipeline, device
         self._counter = self._tokenizer()
         self._counting = threading.Lock()  # a tokenizer serves one thread at a time
         self._parts: Any = None
 
-    def check(self, prompt: str) -> None:
-        """Refuse what cannot be encoded.
+    def check(self, prompt: str, tokens: int) -> None:
+        """Refuse what cannot be encoded in so many tokens.
 
         Raises:
-            AnyFlowError: an empty prompt, or one that is too long.
+            AnyFlowError: an empty prompt, or one that is too long; it is not cut.
         """
         if not prompt.strip():
             raise AnyFlowError("the prompt is empty; describe the video in a sentence.")
         with self._counting:
             length = len(self._counter(prompt).input_ids)
-        if length > self._tokens:
-            raise AnyFlowError(f"the prompt has {length} tokens and the model takes {self._tokens}; shorten it.")
+        if length > tokens:
+            raise AnyFlowError(f"the prompt has {length} tokens and the model takes {tokens}; shorten it.")
 
     def load(self) -> None:
-        """Load the encoder, if that has not happened."""
+        """Load the text encoder now, if that has not happened."""
         if self._parts is not None:
             return
         from diffusers import AnyFlowPipeline
@@ -68,24 +64,28 @@ class TextEncoder:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        encoder = UMT5EncoderModel.from_pretrained(self._pipeline / "text_encoder", dtype="auto", use_safetensors=True)
-        parts = {"tokenizer": self._tokenizer(), "text_encoder": encoder.to(self._device)}
+        folder = self._pipeline / "text_encoder"
+        encoder = UMT5EncoderModel.from_pretrained(folder, dtype="auto", use_safetensors=True).eval().to(self._device)
+        parts = {"tokenizer": self._tokenizer(), "text_encoder": encoder}
         self._parts = AnyFlowPipeline(**parts, transformer=None, vae=None, scheduler=None)
 
-    def encode(self, prompts: list[str]) -> Array:
-        """Embeddings of prompts, float32 (B, tokens, D).
+    def encode(self, prompts: list[str], tokens: int) -> Array:
+        """As `encoded_prompts`."""
+        for prompt in prompts:
+            self.check(prompt, tokens)
+        return self._encoded(prompts, tokens)
 
-        Raises:
-            AnyFlowError: see `check`.
-        """
+    def nothing(self, tokens: int) -> Array:
+        """The empty prompt's embedding, float32 (1, tokens, D): what guidance leads away from."""
+        return self._encoded([""], tokens)
+
+    def _encoded(self, prompts: list[str], tokens: int) -> Array:
         import torch
 
-        for prompt in prompts:
-            self.check(prompt)
         self.load()
         with torch.no_grad():
             embeddings, _ = self._parts.encode_prompt(
-                prompts, do_classifier_free_guidance=False, max_sequence_length=self._tokens
+                prompts, do_classifier_free_guidance=False, max_sequence_length=tokens, device=torch.device(self._device)
             )
         return np.array(embeddings.float().cpu().numpy(), dtype=np.float32)
 
@@ -93,6 +93,15 @@ class TextEncoder:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self._pipeline / "tokenizer")
+
+
+def encoded_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
+    """Embeddings of prompts, float32 (B, tokens, D); see `PromptEncoder`, which stays loaded.
+
+    Raises:
+        AnyFlowError: an empty prompt, or one that is too long.
+    """
+    return PromptEncoder(pipeline).encode(prompts, tokens)
 
 
 def save_embeddings(path: Path, embeddings: Array, prompts: list[str]) -> None:

@@ -112,6 +112,46 @@ class StreamingDecoder:
             raise ShapeError(f"latents have (C, H, W) {shape[2:]} and those before had {self._shape}; make another decoder.")
 
 
+class VideoEncoder:
+    """Encodes videos, one after the other, with a VAE that is loaded once.
+
+    Args:
+        pipeline: folder with vae/.
+        device: where it runs, as torch names it.
+    """
+
+    def __init__(self, pipeline: Path, device: str = "cpu") -> None:
+        self._vae, self._device = _loaded(pipeline).to(device), device
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        return int(self._vae.config.z_dim)
+
+    def encode(self, frames: NDArray[np.uint8]) -> Array:
+        """Clean latents, as `encoded_video`."""
+        if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
+            raise ShapeError(f"frames are {frames.dtype} {frames.shape}; allowed is uint8 (frames, height, width, 3).")
+        self.check(len(frames), *frames.shape[1:3])
+        video = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None].to(self._device).float() / 127.5 - 1
+        with torch.no_grad():
+            z = self._vae.encode(video, return_dict=False)[0].mode().cpu()
+        mean, std = _scaling(self._vae)
+        return np.array(((z - mean) / std).permute(0, 2, 1, 3, 4).numpy(), dtype=np.float32)
+
+    def check(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """The latents' (F, C, H, W) of such a video.
+
+        Raises:
+            ShapeError: the VAE does not take it.
+        """
+        config = self._vae.config
+        sides = [
+            latent_side(pixels, config.scale_factor_spatial, 1, axis) for axis, pixels in (("height", height), ("width", width))
+        ]
+        return latent_frames(frames, config.scale_factor_temporal), self.channels, sides[0], sides[1]
+
+
 def encoded_video(pipeline: Path, frames: NDArray[np.uint8]) -> Array:
     """Clean latents of a video or, given one frame, of a picture: the posterior's mode, as the model was trained on.
 
@@ -125,17 +165,7 @@ def encoded_video(pipeline: Path, frames: NDArray[np.uint8]) -> Array:
     Raises:
         ShapeError: another number of frames, layout or size.
     """
-    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
-        raise ShapeError(f"frames are {frames.dtype} {frames.shape}; allowed is uint8 (frames, height, width, 3).")
-    vae = _loaded(pipeline)
-    latent_frames(len(frames), vae.config.scale_factor_temporal)
-    for axis, pixels in zip(("height", "width"), frames.shape[1:3], strict=True):
-        latent_side(pixels, vae.config.scale_factor_spatial, 1, axis)
-    video = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
-    with torch.no_grad():
-        z = vae.encode(video, return_dict=False)[0].mode()
-    mean, std = _scaling(vae)
-    return np.array(((z - mean) / std).permute(0, 2, 1, 3, 4).numpy(), dtype=np.float32)
+    return VideoEncoder(pipeline).encode(frames)
 
 
 def _loaded(pipeline: Path) -> Any:

@@ -9,6 +9,7 @@ first file's header, which is the same for all of them; only their times and num
 from __future__ import annotations
 
 import io
+import itertools
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
@@ -25,6 +26,7 @@ GROWING_SUFFIXES = (".mp4",)
 
 _FRAGMENTS = "frag_keyframe+empty_moov+default_base_moof+frag_discont+skip_trailer"
 _HEADER_BOXES = (b"ftyp", b"moov")
+_LONGEST_HEADER = 1 << 16  # bytes; ours have less than 2 KiB
 
 
 def save_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
@@ -88,11 +90,14 @@ class VideoWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def append(self, frames: NDArray[np.uint8]) -> None:
-        """Put frames behind those already there; they are on disk when this returns.
+    def append(self, frames: NDArray[np.uint8]) -> int:
+        """Put frames behind those already there; they are in the file when this returns.
 
         Args:
             frames: uint8 (frames, height, width, 3), at least one.
+
+        Returns:
+            Bytes by which the file grew.
 
         Raises:
             AnyFlowError: frames of another size or type, a closed writer, or an encoder that fails.
@@ -108,6 +113,7 @@ class VideoWriter:
         self._file.write(piece)
         self._file.flush()
         self.frames += len(frames)
+        return len(piece)
 
     def close(self) -> None:
         """Close the file; nothing is written here, every piece is already whole."""
@@ -153,6 +159,27 @@ def load_image(path: Path) -> NDArray[np.uint8]:
     return np.stack(_decoded(path, "an image", 1))
 
 
+def piece_frames(path: Path, start: int, end: int) -> NDArray[np.uint8]:
+    """The frames of one piece of a video that `VideoWriter` writes, also while it grows.
+
+    Args:
+        path: the file.
+        start, end: where the piece lies in it, in bytes; pieces lie one behind the other, the first one at 0.
+
+    Returns:
+        uint8 (frames, height, width, 3).
+
+    Raises:
+        AnyFlowError: no such piece.
+    """
+    with path.open("rb") as file:
+        first = file.read(min(start, _LONGEST_HEADER))
+        header = b"".join(data for _, data in itertools.takewhile(lambda box: box[0] in _HEADER_BOXES, _boxes(first)))
+        file.seek(start)
+        piece = header + file.read(end - start)
+    return np.stack(_decoded(io.BytesIO(piece), "a piece of a video", None, f"{path}, bytes {start} to {end},"))
+
+
 def check_size(name: str, frames: NDArray[np.uint8], height: int, width: int) -> None:
     """Refuse frames of another size than the video's: what to crop is the user's choice.
 
@@ -193,12 +220,14 @@ def _encode(container: Any, frames: NDArray[np.uint8], fps: int, first: int = 0,
     container.mux(stream.encode())
 
 
-def _decoded(path: Path, wanted: str, limit: int | None) -> list[NDArray[np.uint8]]:
+def _decoded(source: Path | BinaryIO, wanted: str, limit: int | None, name: str = "") -> list[NDArray[np.uint8]]:
     import av
+
+    path = name or source
 
     frames: list[NDArray[np.uint8]] = []
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(source) if isinstance(source, Path) else source, "r") as container:
             for frame in container.decode(video=0):
                 frames.append(np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8))
                 if len(frames) == limit:

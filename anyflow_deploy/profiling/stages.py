@@ -50,15 +50,15 @@ def pipeline_folder(manifest: Manifest, given: str | None, part: str) -> Path:
 
 def text_stage(folder: Path, manifest: Manifest, prompt: str, rules: Rules) -> Stage:
     """The text encoder on one prompt, padded as always."""
-    from anyflow_deploy.pipeline.text import TextEncoder
+    from anyflow_deploy.pipeline.text import PromptEncoder
 
     gc.collect()
     peak, began = Peak(), clock()
-    encoder = TextEncoder(folder, manifest.video.text_tokens)
+    encoder, tokens = PromptEncoder(folder), manifest.video.text_tokens
     encoder.load()
     loading = clock() - began
     peak.loaded()
-    times = _repeated(lambda: encoder.encode([prompt]), rules)
+    times = _repeated(lambda: encoder.encode([prompt], tokens), rules)
     record = Stage(
         name=TEXT, device="cpu", load_seconds=loading, latency=latency_from_samples(times), memory=peak.record()
     )  # fmt: skip

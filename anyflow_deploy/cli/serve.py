@@ -1,0 +1,193 @@
+"""`anyflow-serve`: one bundle over HTTP, in the shape of OpenAI's `/v1/videos`.
+
+This file reads the flags, refuses what can be refused, and loads; what serves is in `anyflow_deploy/serving/`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+from rich.markup import escape
+
+from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.engines.engine import BundleEngine
+from anyflow_deploy.engines.loading import load_engine
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.serving.limits import Limits
+from anyflow_deploy.serving.local import is_local
+
+if TYPE_CHECKING:
+    from anyflow_deploy.serving.maker import PipelineMaker
+
+TOKEN_VARIABLE = "ANYFLOW_TOKEN"
+_TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,256}")
+
+
+class ServeOptions(Options):
+    """Serve a bundle over HTTP: /v1/videos as OpenAI's, a WebSocket for the chunks, /health, /metrics, and a page to try it.
+
+    One video is made at a time, the others wait in a queue with an end. Every request chooses its steps, or a deadline.
+    Without a token the server is for this machine only (127.0.0.1). For other machines give --host and a token of at least 16
+    letters, digits or ._~- in a file (--token-file) or in the variable ANYFLOW_TOKEN; put TLS in front of it.
+
+    Ctrl-C lets the running video finish; a second one cancels it. What is finished stays in --folder and is served again
+    by the next server, until it is too old or there is too much."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "anyflow-serve bundle",
+        "anyflow-serve bundle --port 9000 --queue 4 --max-steps 8",
+        "anyflow-serve bundle --host 0.0.0.0 --token-file token.txt --folder /var/lib/anyflow",
+    )
+
+    bundle: Path = Field(description="the bundle's folder")
+    host: str = Field("127.0.0.1", description="address to listen on; another than this machine's own needs a token")
+    port: int = Field(8000, ge=0, le=65535, description="0 for a free one")
+    token_file: Path | None = Field(None, description="file with the token that clients have to send")
+    folder: Path = Field(Path("anyflow-videos"), description="where videos are kept")
+    keep_gb: float = Field(10.0, gt=0, description="finished videos in --folder, at most")
+    keep_hours: float = Field(24.0, gt=0, description="age of a finished video, at most")
+    queue: int = Field(8, ge=1, le=10000, description="videos that may wait; more are refused with 429")
+    max_steps: int = Field(50, ge=1, le=1000, description="steps of a video or chunk, at most")
+    max_frames: int | None = Field(None, ge=1, description="frames of a video, at most (default: the manifest's)")
+    max_pixels: int | None = Field(None, ge=256, description="height times width, at most (default: the manifest's)")
+    max_deadline: float = Field(600.0, gt=0, description="deadline in seconds, at most")
+    max_prompt: int = Field(4000, ge=1, description="characters of a prompt, at most")
+    grace: float = Field(60.0, ge=0, description="seconds that the running video has when the server is stopped")
+    name: str | None = Field(
+        None, min_length=1, max_length=100, description="what clients call the model (default: the manifest's)"
+    )
+    warm_up: bool = Field(False, description="make one video of default size in one step before listening")
+    backend: str = Field("onnxruntime", description="backend of the engine")
+    provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
+    engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
+    pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")
+    device: str = Field("cpu", pattern="^(cpu|cuda)$", description="where text encoder and VAE run: cpu or cuda")
+
+
+def serve(options: ServeOptions) -> int:
+    """Do it, until a signal; returns the exit status."""
+    token = _token(options)
+    _check_installed()
+    bundle = load_bundle(options.bundle)
+    limits = limits_of(options, bundle)
+    listener = _listener(options.host, options.port)
+    from anyflow_deploy.serving.app import make_app
+    from anyflow_deploy.serving.logs import log_to_stderr
+    from anyflow_deploy.serving.metrics import Metrics
+    from anyflow_deploy.serving.server import Server, configured
+    from anyflow_deploy.serving.service import Service
+    from anyflow_deploy.serving.shelf import Shelf
+    from anyflow_deploy.serving.warmup import warm_up
+
+    log_to_stderr()
+    manifest, name = bundle.manifest, options.name or bundle.manifest.model
+    with listener, closing(Shelf(options.folder, limits.disk_bytes, limits.keep_seconds)) as shelf:
+        engine, maker = _loaded(options, bundle)
+        with closing(engine):
+            metrics = Metrics()
+            metrics.describe(model=name, bundle=bundle.digest[:16], engine=engine.description)
+            if options.warm_up:
+                warm_up(maker, manifest, limits, name)
+            service = Service(maker, manifest, shelf, limits, name, metrics)
+            app = make_app(service, token)
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            console.print(
+                f"[green]serving[/] [bold]{escape(name)}[/] on http://{escape(shown)}:{port} ({escape(engine.description)})"
+            )
+            Server(configured(app, host, port, limits), service, options.grace).run([listener])
+            service.drain(0)
+    console.print("stopped; finished videos stay in " + escape(str(options.folder)))
+    return 0
+
+
+def limits_of(options: ServeOptions, bundle: Bundle) -> Limits:
+    """What the flags allow; what they leave open is the size that the bundle makes by itself."""
+    video = bundle.manifest.video
+    return Limits(
+        frames=options.max_frames or video.frames,
+        pixels=options.max_pixels or video.height * video.width,
+        queue=options.queue,
+        steps=options.max_steps,
+        deadline_seconds=options.max_deadline,
+        prompt_characters=options.max_prompt,
+        disk_bytes=int(options.keep_gb * 1e9),
+        keep_seconds=options.keep_hours * 3600,
+    )
+
+
+def _token(options: ServeOptions) -> str | None:
+    """The token, from its file or the environment; needed where other machines can reach the server."""
+    where, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)
+    if options.token_file is not None:
+        where = str(options.token_file)
+        try:
+            token = options.token_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise AnyFlowError(f"{where} cannot be read as a token: {error}. Write one: openssl rand -hex 32 > {where}") from None
+    if token is not None and not _TOKEN.fullmatch(token):
+        raise AnyFlowError(f"the token in {where} has to be 16 to 256 of A-Z a-z 0-9 . _ ~ -. Make one: openssl rand -hex 32")
+    if token is None and not is_local(options.host):
+        raise AnyFlowError(
+            f"--host {options.host} lets other machines ask, and there is no token. Give --token-file FILE (openssl rand "
+            f"-hex 32 > FILE) or set {TOKEN_VARIABLE}; or leave --host at 127.0.0.1."
+        )
+    return token
+
+
+def _check_installed() -> None:
+    import importlib.util
+
+    missing = [
+        name
+        for name in ("fastapi", "uvicorn", "websockets", "prometheus_client", "multipart")
+        if not importlib.util.find_spec(name)
+    ]
+    if missing:
+        raise AnyFlowError(f"serving needs {', '.join(missing)}, not installed here. Run: pip install 'anyflow-deploy[serve]'")
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    """The socket, bound before anything is loaded: a port that is taken is known at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise AnyFlowError(
+            f"cannot listen on {host} port {port}: {error.strerror}. Choose another --port (0: a free one) or --host."
+        ) from None
+    return listener
+
+
+def _loaded(options: ServeOptions, bundle: Bundle) -> tuple[BundleEngine, PipelineMaker]:
+    import torch
+
+    from anyflow_deploy.pipeline.folder import pipeline_of
+    from anyflow_deploy.pipeline.text import PromptEncoder
+    from anyflow_deploy.pipeline.vae import load_vae
+    from anyflow_deploy.serving.maker import PipelineMaker
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise AnyFlowError("--device cuda: PyTorch finds no GPU here (anyflow-doctor says why). Leave it at cpu.")
+    pipeline = pipeline_of(bundle.manifest, options.pipeline, ["tokenizer", "text_encoder", "vae"])
+    text = PromptEncoder(pipeline, options.device)
+    text.load()
+    vae = load_vae(pipeline, options.device)
+    engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
+    return engine, PipelineMaker(engine, text, vae)
+
+
+def main() -> None:
+    """Entry point."""
+    run("anyflow-serve", ServeOptions, serve)

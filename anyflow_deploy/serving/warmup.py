@@ -1,0 +1,38 @@
+"""One video before the first client's: kernels are chosen, memory is there, and the pace of every chunk is known to deadlines."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from contextlib import closing
+from pathlib import Path
+
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.manifest import Manifest
+from anyflow_deploy.serving.limits import Limits
+from anyflow_deploy.serving.maker import Maker
+from anyflow_deploy.serving.metrics import Metrics
+from anyflow_deploy.serving.request import VideoRequest
+from anyflow_deploy.serving.service import Service
+from anyflow_deploy.serving.shelf import Shelf
+
+
+def warm_up(maker: Maker, manifest: Manifest, limits: Limits, name: str) -> None:
+    """Make a video of default size, in one timed jump a chunk, and throw it away; neither shelf nor metrics see it.
+
+    Raises:
+        AnyFlowError: it could not be made, or the limits do not allow the default size.
+    """
+    ended = threading.Event()
+    with tempfile.TemporaryDirectory(prefix="anyflow-warm-up-") as folder:
+        with closing(Shelf(Path(folder), limits.disk_bytes, limits.keep_seconds)) as shelf:
+            service = Service(maker, manifest, shelf, limits, name, Metrics())
+            try:
+                job = service.submit(service.order(VideoRequest(prompt="a red fox", deadline_ms=0.001, seed=0)))
+                with job.heard(lambda: ended.set() if job.ended else None):
+                    while not job.ended:
+                        ended.wait(1.0)
+            finally:
+                service.drain(0)
+        if job.video.error is not None:
+            raise AnyFlowError(f"the warm-up failed: {job.video.error.message}")

@@ -1,0 +1,121 @@
+"""What the HTTP service costs beside the video itself, and whether it grows.
+
+    python benchmarks/serve.py [BUNDLE] [--videos 100]
+
+Starts `anyflow-serve` on a bundle (without one: a tiny causal pipeline, random weights) and makes short videos one after the
+other, each watched through its WebSocket while another thread polls. The overhead of a video is what the client waits, from its
+request to the end of the stream, less what the server says that text, steps, VAE and mp4 took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+from common import finish
+from websockets.sync.client import connect
+
+from anyflow_deploy import MODELS
+from anyflow_deploy.export.checkpoint import open_checkpoint
+from anyflow_deploy.export.exporter import export_bundle
+from anyflow_deploy.export.tiny import save_tiny_pipeline
+
+SHORT = {"prompt": "a red fox", "num_frames": 17, "num_inference_steps": 2, "seed": 0}
+
+
+def watched(url: str, client: httpx.Client) -> tuple[float, float, dict[str, Any]]:
+    """Seconds to the first chunk and to the end, as the client sees them, and the video as it ended."""
+    started, first = time.perf_counter(), 0.0
+    name = client.post("/v1/videos", json=SHORT).raise_for_status().json()["id"]
+    with connect(f"ws://{url}/v1/videos/{name}/stream") as socket:
+        for message in socket:
+            if isinstance(message, bytes):
+                first = first or time.perf_counter() - started
+            elif (news := json.loads(message))["type"] == "end":
+                ended = time.perf_counter() - started
+    client.delete(f"/v1/videos/{name}")
+    return first, ended, news["video"]
+
+
+def resident_mb(pid: int) -> float:
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def polled(client: httpx.Client, times: list[float], stop: threading.Event) -> None:
+    while not stop.wait(0.05):
+        started = time.perf_counter()
+        client.get("/v1/videos?limit=1")
+        times.append(time.perf_counter() - started)
+
+
+def measured(url: str, pid: int, count: int) -> dict[str, Any]:
+    polls: list[float] = []
+    stop = threading.Event()
+    with httpx.Client(base_url=f"http://{url}", timeout=600) as client, httpx.Client(base_url=f"http://{url}") as other:
+        for _ in range(5):
+            watched(url, client)
+        before = resident_mb(pid)
+        thread = threading.Thread(target=polled, args=(other, polls, stop))
+        thread.start()
+        runs = [watched(url, client) for _ in range(count)]
+        stop.set()
+        thread.join()
+    overhead = sorted(ended - video["timings"]["total"] for _, ended, video in runs)
+    late = sorted(first - video["timings"]["first_frame"] for first, _, video in runs)
+    polls.sort()
+    return {
+        "videos": count,
+        "video_s": round(statistics.median(ended for _, ended, _ in runs), 4),
+        "overhead_ms": {"p50": _ms(overhead, 0.5), "p99": _ms(overhead, 0.99)},
+        "first_chunk_later_ms": {"p50": _ms(late, 0.5), "p99": _ms(late, 0.99)},
+        "poll_while_working_ms": {"p50": _ms(polls, 0.5), "p99": _ms(polls, 0.99)},
+        "resident_mb": [round(before, 1), round(resident_mb(pid), 1)],
+    }
+
+
+def _ms(ordered: list[float], share: float) -> float:
+    return round(1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bundle", nargs="?", type=Path)
+    parser.add_argument("--videos", type=int, default=100)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = options.bundle
+        if bundle is None:
+            bundle = Path(folder) / "bundle"
+            save_tiny_pipeline(MODELS["far-tiny"], Path(folder) / "pipeline")
+            export_bundle(open_checkpoint(Path(folder) / "pipeline"), bundle)
+        words = [sys.executable, "-c", "from anyflow_deploy.cli.serve import main; main()", str(bundle.resolve()), "--port", "0"]
+        log = Path(folder) / "log"
+        with log.open("w") as file:
+            server = subprocess.Popen([*words, "--warm-up"], cwd=folder, stderr=file)
+        try:
+            while not (found := re.search(r"on http://(127\.0\.0\.1:\d+)", log.read_text())):
+                if server.poll() is not None:
+                    sys.exit(log.read_text())
+                time.sleep(0.1)
+            time.sleep(1)
+            result = measured(found[1], server.pid, options.videos)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
+    finish("serve", result)
+
+
+if __name__ == "__main__":
+    main()

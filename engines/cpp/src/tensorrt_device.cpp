@@ -1,0 +1,91 @@
+#include "tensorrt_device.hpp"
+
+#include <algorithm>
+
+#include "error.hpp"
+
+namespace af::trt {
+
+void check_cuda(cudaError_t code, const char* doing) {
+  if (code != cudaSuccess) {
+    throw Error(ANYFLOW_BACKEND,
+                std::string("CUDA could not ") + doing + ": " + cudaGetErrorString(code) + " (" + cudaGetErrorName(code) + ").");
+  }
+}
+
+Gpu::Gpu(int index) : index_(index) {
+  int count = 0;
+  check_cuda(cudaGetDeviceCount(&count), "find a GPU");
+  if (index >= count) {
+    throw Error(ANYFLOW_BACKEND, "there is no CUDA device " + std::to_string(index) + ": this machine has " +
+                                     std::to_string(count) + ", counted from 0.");
+  }
+  use();
+  cudaDeviceProp properties{};
+  check_cuda(cudaGetDeviceProperties(&properties, index), "read the GPU's properties");
+  name_ = properties.name, major_ = properties.major, minor_ = properties.minor;
+}
+
+void Gpu::use() const { check_cuda(cudaSetDevice(index_), "use the device"); }
+
+Device Gpu::record() const { return {"cuda", name_, std::to_string(major_) + "." + std::to_string(minor_)}; }
+
+Buffer::Buffer(size_t size) : size_(size) {
+  const cudaError_t code = cudaMalloc(&address_, std::max(size, alignment));
+  if (code == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // it is told below; what runs next is not to find it
+    size_t left = 0, total = 0;
+    check_cuda(cudaMemGetInfo(&left, &total), "ask for the free memory");
+    throw Error(ANYFLOW_OUT_OF_MEMORY,
+                "the GPU has no " + megabytes(static_cast<double>(size)) + " left: " + megabytes(static_cast<double>(left)) +
+                    " of " + megabytes(static_cast<double>(total)) +
+                    " are free. Close what else uses the GPU, make smaller or shorter videos, or build with --weight-streaming.");
+  }
+  check_cuda(code, "reserve memory");
+}
+
+Queue::Queue() { check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "make a stream"); }
+
+void Queue::upload(void* to, const void* from, size_t size) {
+  if (size) check_cuda(cudaMemcpyAsync(to, from, size, cudaMemcpyHostToDevice, stream_), "copy to the GPU");
+}
+
+void Queue::download(void* to, const void* from, size_t size) {
+  if (size) check_cuda(cudaMemcpyAsync(to, from, size, cudaMemcpyDeviceToHost, stream_), "copy from the GPU");
+}
+
+// CUDA does not define copies that overlap, so those go piece by piece.
+void Queue::copy(char* to, const char* from, size_t size) {
+  if (!size || to == from) return;
+  const bool down = to < from;
+  const auto gap = static_cast<size_t>(down ? from - to : to - from);
+  const size_t piece = std::min(size, gap);
+  const size_t pieces = (size + piece - 1) / piece;
+  for (size_t i = 0; i < pieces; ++i) {
+    const size_t offset = (down ? i : pieces - 1 - i) * piece;
+    check_cuda(cudaMemcpyAsync(to + offset, from + offset, std::min(piece, size - offset), cudaMemcpyDeviceToDevice, stream_),
+               "copy on the GPU");
+  }
+}
+
+void Queue::wait() { check_cuda(cudaStreamSynchronize(stream_), "finish the work on the GPU"); }
+
+std::unique_ptr<Captured> Queue::captured(const std::function<void()>& work) {
+  check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture");
+  cudaGraph_t graph = nullptr;
+  try {
+    work();
+  } catch (...) {
+    cudaStreamEndCapture(stream_, &graph);  // leaves the stream usable; its own error is a consequence
+    if (graph) cudaGraphDestroy(graph);
+    throw;
+  }
+  check_cuda(cudaStreamEndCapture(stream_, &graph), "capture a CUDA graph");
+  cudaGraphExec_t executable = nullptr;
+  const cudaError_t code = cudaGraphInstantiateWithFlags(&executable, graph, 0);
+  cudaGraphDestroy(graph);
+  check_cuda(code, "instantiate a CUDA graph");
+  return std::make_unique<Captured>(executable);
+}
+
+}  // namespace af::trt

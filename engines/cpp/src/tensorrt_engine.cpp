@@ -1,0 +1,131 @@
+// TensorRT: plans built by `anyflow-build --backend tensorrt`, run with CUDA's runtime; see engines/tensorrt_engine.py.
+// Compiled against the headers of 10.3, 10.16 and 11.1; never run yet (docs/cpp.md).
+#include <mutex>
+#include <utility>
+
+#include "engine.hpp"
+#include "tensorrt_cache.hpp"
+
+namespace af {
+namespace {
+
+using namespace trt;
+
+// "10.3.0" of "10.3.0.26".
+std::string release(const std::string& version) {
+  size_t end = 0;
+  for (int dots = 0; end < version.size() && (version[end] != '.' || ++dots < 3); ++end) {
+  }
+  return version.substr(0, end);
+}
+
+std::array<int, 3> numbers(const std::string& version) {
+  std::array<int, 3> parts{};
+  std::sscanf(version.c_str(), "%d.%d.%d", &parts[0], &parts[1], &parts[2]);
+  return parts;
+}
+
+// Refuse an engine of another GPU or TensorRT, unless it was built to be compatible.
+void check_compatible(EngineFolder folder, const Gpu& gpu) {
+  const Device here = gpu.record();
+  const auto wanted = folder.texts.find("hardware_compatible");
+  if (wanted != folder.texts.end() &&
+      ((wanted->second == "ampere+" && gpu.capability_major() >= 8) ||
+       (wanted->second == "same-capability" && folder.device.compute_capability == here.compute_capability))) {
+    folder.device = here;
+  }
+  std::string& built = folder.versions["tensorrt"];
+  built = release(built);
+  const bool later = numbers(version())[0] == numbers(built)[0] && numbers(version()) >= numbers(built);
+  if (folder.flag("version_compatible") && later) built = version();
+  check_here(folder, here, {{"tensorrt", version()}});
+}
+
+class TensorRtEngine final : public Engine {
+ public:
+  TensorRtEngine(std::shared_ptr<const Bundle> opened, const EngineOptions& options)
+      : Engine(std::move(opened)), gpu_(options.device) {
+    const EngineFolder folder = find_engine(bundle(), "tensorrt", options.engine, options.watch);
+    check_compatible(folder, gpu_);
+    if (folder.flag("strip")) {
+      throw Error(ANYFLOW_BACKEND,
+                  folder.path.string() +
+                      " has no weights in its plans (--strip), and this library cannot refit them. Build it without --strip.");
+    }
+    const bool streaming = folder.flag("weight_streaming");
+    graphs_ = options.cuda_graphs && !streaming;  // a run that waits for weights cannot be captured
+    for (const auto& [name, profiles] : folder.profiles) {
+      const auto graph = bundle().manifest.graphs.find(name);
+      if (graph == bundle().manifest.graphs.end())
+        throw Error(ANYFLOW_BUNDLE,
+                    folder.path.string() + " has a plan of " + in_quotes(name) + ", which the bundle lacks. Build it again.");
+      plans_[name] = std::make_unique<Plan>(folder.file(name + ".plan"), name, graph->second,
+                                            Plan::Opening{folder.flag("version_compatible"), streaming, profiles});
+    }
+    ranges_ = folder.ranges;
+    description_ = "TensorRT " + version() + ", " + gpu_.name() + ", " + bundle().manifest.precision;
+  }
+
+  const std::string& description() const override { return description_; }
+  const Ranges& ranges() const override { return ranges_; }
+
+ protected:
+  std::unique_ptr<Run> do_start(const Latents& latents, const Text& text) override {
+    const Plan& plan = *plans_.at("transition");
+    const Dims z(latents.shape.begin(), latents.shape.end()), words(text.shape.begin(), text.shape.end()), times = {z[0], z[1]};
+    plan.chosen({{"latents", z}, {"text", words}, {"t", times}, {"r", times}});  // before anything is reserved
+    const std::pair<Dims, Dims> key{z, words};
+    auto lane = taken_lane(key);
+    const Held held = lane->uploaded(text.data, text.count() * sizeof(float));
+    const Others others = [words, held] { return Call{{{"text", words}}, {{"text", held->at()}}}; };
+    const auto closed = [this, key, lane, held] {
+      lane->give(held);
+      leave(key, lane);
+    };
+    return std::make_unique<TensorRtRun>(std::move(lane), plan, latents, others, closed);
+  }
+
+  std::unique_ptr<Cache> do_open_cache(const Text& text, const CachePlan& plan) override {
+    return std::make_unique<TensorRtCache>(std::make_shared<Lane>(gpu_, graphs_), plans_, text, plan);
+  }
+
+ private:
+  using Key = std::pair<Dims, Dims>;
+
+  // The idle lane if it is of the same shapes, else a new one in its place: its buffers, contexts and captured graphs come back.
+  std::shared_ptr<Lane> taken_lane(const Key& key) {
+    std::shared_ptr<Lane> idle;
+    {
+      const std::lock_guard lock(mutex_);
+      idle = std::exchange(idle_.second, nullptr);
+      if (idle && idle_.first == key) return idle;
+    }
+    idle.reset();  // its memory may be needed
+    return std::make_shared<Lane>(gpu_, graphs_);
+  }
+
+  void leave(const Key& key, std::shared_ptr<Lane> lane) {
+    const std::lock_guard lock(mutex_);
+    idle_ = {key, std::move(lane)};
+  }
+
+  Gpu gpu_;
+  bool graphs_ = true;
+  Plans plans_;
+  Ranges ranges_;
+  std::string description_;
+  std::mutex mutex_;
+  std::pair<Key, std::shared_ptr<Lane>> idle_;  // goes before the plans
+};
+
+}  // namespace
+
+std::shared_ptr<Engine> open_tensorrt(std::shared_ptr<const Bundle> bundle, const EngineOptions& options) {
+  if (options.provider != "cuda") {
+    throw Error(ANYFLOW_BACKEND,
+                "TensorRT runs on NVIDIA GPUs only; provider is " + in_quotes(options.provider) + ". Choose provider 'cuda'.");
+  }
+  return std::make_shared<TensorRtEngine>(std::move(bundle), options);
+}
+
+}  // namespace af

@@ -1,0 +1,149 @@
+#include "tensorrt_lane.hpp"
+
+#include <algorithm>
+
+namespace af::trt {
+namespace {
+
+// As in engines/tensorrt_context.py.
+constexpr int general_runs = 2;
+constexpr size_t kept_graphs = 16;
+
+nvinfer1::Dims dims_of(const Dims& shape) {
+  nvinfer1::Dims dims{};
+  dims.nbDims = static_cast<int32_t>(shape.size());
+  std::copy(shape.begin(), shape.end(), dims.d);
+  return dims;
+}
+
+}  // namespace
+
+Lane::Lane(const Gpu& gpu, bool graphs) : gpu_(gpu), graphs_(graphs) {
+  gpu_.use();
+  queue_ = std::make_unique<Queue>();
+  activations_ = std::make_unique<Buffer>(0);
+}
+
+Lane::~Lane() {
+  cudaStreamSynchronize(queue_->stream());  // whatever came of it: nothing may be freed before
+}
+
+void Lane::run(const Plan& plan, const Call& call) {
+  gpu_.use();
+  const int32_t profile = plan.chosen(call.shapes);
+  Runner& runner = runners_[&plan];
+  auto found = std::find_if(runner.known.begin(), runner.known.end(), [&](const Known& known) { return known.call == call; });
+  if (found == runner.known.end()) found = runner.known.insert(runner.known.begin(), Known{call, 0, nullptr, nullptr});
+  runner.known.splice(runner.known.begin(), runner.known, found);
+  const int runs = ++runner.known.front().runs;
+  if (runner.known.front().graph) {
+    runner.known.front().graph->launch(queue_->stream());
+  } else if (!graphs_ || runs <= general_runs) {
+    general(plan, runner, call, profile);
+  } else {
+    // Room for activations may drop everything that is known, so what is made here is held apart until it is done.
+    Known mine = std::move(runner.known.front());
+    runner.known.pop_front();
+    if (!mine.own) {
+      mine.own = bound(plan);
+      enqueue(plan, *mine.own, call, profile);
+    } else if (capture(plan, mine, profile)) {
+      mine.graph->launch(queue_->stream());
+    } else {
+      mine.own.reset();
+      general(plan, runner, call, profile);
+    }
+    runner.known.push_front(std::move(mine));
+  }
+  while (runner.known.size() > kept_graphs) {
+    if (runner.known.back().own) queue_->wait();
+    runner.known.pop_back();
+  }
+}
+
+void Lane::general(const Plan& plan, Runner& runner, const Call& call, int32_t profile) {
+  if (!runner.general) runner.general = bound(plan);
+  enqueue(plan, *runner.general, call, profile);
+}
+
+bool Lane::capture(const Plan& plan, Known& known, int32_t profile) {
+  try {
+    known.graph = queue_->captured([&] { enqueue(plan, *known.own, known.call, profile); });
+    return true;
+  } catch (const Error& error) {
+    log(ANYFLOW_LOG_WARNING, plan.name + " runs without CUDA graphs: " + error.what());
+    graphs_ = false;
+    return false;
+  }
+}
+
+std::unique_ptr<Lane::Bound> Lane::bound(const Plan& plan) const {
+  auto made = std::make_unique<Bound>();
+  made->context.reset(plan.engine().createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+  if (!made->context) throw plan.refused("make an execution context");
+  return made;
+}
+
+// Set what differs from the last call, and run.
+void Lane::enqueue(const Plan& plan, Bound& bound, const Call& call, int32_t profile) {
+  bool changed = profile != bound.profile;
+  if (changed) {
+    if (!bound.context->setOptimizationProfileAsync(profile, queue_->stream()))
+      throw plan.refused("change to profile " + std::to_string(profile));
+    bound.profile = profile, bound.shapes.clear();
+  }
+  for (const auto& [name, shape] : call.shapes) {
+    if (bound.shapes.contains(name) && bound.shapes[name] == shape) continue;
+    if (!bound.context->setInputShape(name.c_str(), dims_of(shape))) throw plan.refused("take " + name + " of this shape");
+    bound.shapes[name] = shape, changed = true;
+  }
+  for (const auto& [name, address] : call.addresses) {
+    if (bound.addresses.contains(name) && bound.addresses[name] == address) continue;
+    if (!bound.context->setTensorAddress(name.c_str(), address)) throw plan.refused("take an address for " + name);
+    bound.addresses[name] = address;
+  }
+  if (changed) bound.needed = bound.context->updateDeviceMemorySizeForShapes();
+  const Buffer& memory = activations(bound.needed);
+  if (changed || bound.memory != memory.at()) {
+    bound.context->setDeviceMemoryV2(memory.at(), static_cast<int64_t>(memory.size()));
+    bound.memory = memory.at();
+  }
+  if (!bound.context->enqueueV3(queue_->stream())) throw plan.refused("run");
+}
+
+// One piece for all contexts of the lane, which take turns. A larger one is another piece, and what was captured is dropped.
+Buffer& Lane::activations(size_t size) {
+  if (size > activations_->size()) {
+    queue_->wait();
+    forget();
+    activations_.reset();
+    activations_ = std::make_unique<Buffer>(size);
+  }
+  return *activations_;
+}
+
+void Lane::forget() {
+  for (auto& [plan, runner] : runners_) runner.known.clear();
+}
+
+Held Lane::take(size_t size) {
+  auto& free = free_[size];
+  if (free.empty()) {
+    gpu_.use();
+    return std::make_shared<Buffer>(size);
+  }
+  Held buffer = std::move(free.back());
+  free.pop_back();
+  return buffer;
+}
+
+void Lane::give(Held buffer) { free_[buffer->size()].push_back(std::move(buffer)); }
+
+Held Lane::uploaded(const void* data, size_t size) {
+  Held buffer = take(size);
+  queue_->upload(buffer->at(), data, size);
+  queue_->wait();
+  return buffer;
+}
+
+}  // namespace af::trt

@@ -1,0 +1,177 @@
+#include "tensorrt_plan.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+
+namespace af::trt {
+namespace {
+
+constexpr size_t kept_errors = 20;
+
+Dims lengths(const nvinfer1::Dims& dims) { return {dims.d, dims.d + std::max(dims.nbDims, 0)}; }
+
+nvinfer1::DataType type_of(const std::string& name) {
+  if (name == "float16") return nvinfer1::DataType::kHALF;
+  if (name == "bfloat16") return nvinfer1::DataType::kBF16;
+  if (name == "int64") return nvinfer1::DataType::kINT64;
+  return nvinfer1::DataType::kFLOAT;
+}
+
+std::string shown_shape(const Dims& shape) {
+  std::string text;
+  for (const int64_t axis : shape) text += (text.empty() ? "" : "x") + std::to_string(axis);
+  return text;
+}
+
+// The inputs that tell a call's size; t, r and the other layers repeat them.
+bool tells(const std::string& name) {
+  return name == "latents" || name == "text" || name == "text_key.0" || name == "past_key.0";
+}
+
+Error foreign(const fs::path& path, const std::string& name, const std::string& what) {
+  return {ANYFLOW_BACKEND,
+          path.string() + " is not a plan of this bundle's " + in_quotes(name) + ": it has " + what + ". Build it again."};
+}
+
+std::vector<char> content(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  std::vector<char> bytes(file ? static_cast<size_t>(file.tellg()) : 0);
+  file.seekg(0);
+  if (!file.read(bytes.data(), static_cast<std::streamsize>(bytes.size())))
+    throw Error(ANYFLOW_BUNDLE, path.string() + " cannot be read.");
+  return bytes;
+}
+
+}  // namespace
+
+std::string version() {
+  return std::to_string(getInferLibMajorVersion()) + "." + std::to_string(getInferLibMinorVersion()) + "." +
+         std::to_string(getInferLibPatchVersion());
+}
+
+void Messages::log(Severity severity, nvinfer1::AsciiChar const* text) noexcept {
+  try {
+    if (severity <= Severity::kERROR) {
+      const std::lock_guard lock(mutex_);
+      errors_.emplace_back(text);
+      if (errors_.size() > kept_errors) errors_.pop_front();
+    }
+    const auto level = severity <= Severity::kERROR     ? ANYFLOW_LOG_ERROR
+                       : severity == Severity::kWARNING ? ANYFLOW_LOG_WARNING
+                       : severity == Severity::kINFO    ? ANYFLOW_LOG_INFO
+                                                        : ANYFLOW_LOG_DEBUG;
+    af::log(level, std::string("TensorRT: ") + text);
+  } catch (...) {  // no memory for a message
+  }
+}
+
+// The last errors: the first of them is often the cause, the last one only says that it failed.
+std::string Messages::summary() const {
+  const std::lock_guard lock(mutex_);
+  std::string text;
+  for (size_t i = errors_.size() - std::min<size_t>(3, errors_.size()); i < errors_.size(); ++i)
+    text += (text.empty() ? "" : " | ") + errors_[i];
+  return text.empty() ? "it gave no reason" : text;
+}
+
+double Profile::distance(const Shapes& call) const {
+  double total = 0;
+  for (const auto& [name, ends] : shapes) {
+    const Dims& given = call.at(name);
+    for (size_t axis = 0; axis < given.size() && axis < ends[0].size(); ++axis) {
+      const int64_t nearest = std::clamp(given[axis], ends[0][axis], ends[2][axis]);
+      total += std::abs(std::log(static_cast<double>(given[axis] + 1) / static_cast<double>(nearest + 1)));
+    }
+  }
+  return total;
+}
+
+std::string Profile::shown() const {
+  std::string text;
+  for (const auto& [name, ends] : shapes) {
+    if (tells(name)) text += (text.empty() ? "" : ", ") + name + " " + shown_shape(ends[0]) + " to " + shown_shape(ends[2]);
+  }
+  return text;
+}
+
+Plan::Plan(const fs::path& path, std::string label, const Graph& model, const Opening& opening)
+    : name(std::move(label)), graph(model) {
+  runtime_.reset(nvinfer1::createInferRuntime(messages_));
+  if (!runtime_)
+    throw Error(ANYFLOW_BACKEND, "TensorRT " + version() + " could not start its runtime: " + messages_.summary() + ".");
+  runtime_->setEngineHostCodeAllowed(opening.host_code);  // it was built here, and its hash was compared
+  const std::vector<char> bytes = content(path);
+  engine_.reset(runtime_->deserializeCudaEngine(bytes.data(), bytes.size()));
+  if (!engine_) {
+    throw Error(ANYFLOW_BACKEND, "TensorRT " + version() + " cannot open " + path.string() + ": " + messages_.summary() +
+                                     ". Build it on this machine: anyflow-build … --backend tensorrt --overwrite");
+  }
+  // Before the first context: its scratch memory is part of a context's.
+  if (opening.weight_streaming && !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget()))
+    throw refused("stream its weights");
+  check_tensors(path);
+  if (static_cast<size_t>(engine_->getNbOptimizationProfiles()) != opening.profiles) {
+    throw foreign(path, name,
+                  std::to_string(engine_->getNbOptimizationProfiles()) + " profiles where engine.json lists " +
+                      std::to_string(opening.profiles));
+  }
+  read_profiles();
+}
+
+// A plan of another graph would read past the end of a buffer.
+void Plan::check_tensors(const fs::path& path) const {
+  const size_t known = graph.inputs.size() + graph.outputs.size();
+  if (static_cast<size_t>(engine_->getNbIOTensors()) != known)
+    throw foreign(path, name, std::to_string(engine_->getNbIOTensors()) + " tensors");
+  for (const bool input : {true, false}) {
+    for (const Tensor& tensor : input ? graph.inputs : graph.outputs) {
+      const char* called = tensor.name.c_str();
+      const auto mode = input ? nvinfer1::TensorIOMode::kINPUT : nvinfer1::TensorIOMode::kOUTPUT;
+      const Dims shape = lengths(engine_->getTensorShape(called));
+      bool same = engine_->getTensorIOMode(called) == mode && engine_->getTensorDataType(called) == type_of(tensor.type) &&
+                  shape.size() == tensor.shape.size();
+      for (size_t axis = 0; same && axis < shape.size(); ++axis) {
+        const auto* fixed = std::get_if<int64_t>(&tensor.shape[axis]);
+        same = !fixed || *fixed == shape[axis];
+      }
+      if (!same) throw foreign(path, name, "another tensor " + tensor.name + ", of shape " + shown_shape(shape));
+      if (engine_->getTensorLocation(called) != nvinfer1::TensorLocation::kDEVICE)
+        throw foreign(path, name, "tensor " + tensor.name + " in host memory");
+    }
+  }
+}
+
+void Plan::read_profiles() {
+  using Select = nvinfer1::OptProfileSelector;
+  for (int32_t number = 0; number < engine_->getNbOptimizationProfiles(); ++number) {
+    Profile profile;
+    for (const Tensor& tensor : graph.inputs) {
+      const auto end = [&](Select which) { return lengths(engine_->getProfileShape(tensor.name.c_str(), number, which)); };
+      profile.shapes[tensor.name] = {end(Select::kMIN), end(Select::kOPT), end(Select::kMAX)};
+    }
+    profiles_.push_back(std::move(profile));
+  }
+}
+
+int32_t Plan::chosen(const Shapes& call) const {
+  const Profile* nearest = nullptr;
+  for (const Profile& profile : profiles_) {
+    if (profile.distance(call) == 0) return static_cast<int32_t>(&profile - profiles_.data());
+    if (!nearest || profile.distance(call) < nearest->distance(call)) nearest = &profile;
+  }
+  std::string given;
+  for (const auto& [input, shape] : call) {
+    if (tells(input)) given += (given.empty() ? "" : ", ") + input + " " + shown_shape(shape);
+  }
+  throw Error(ANYFLOW_SHAPE, "no profile of this engine's " + in_quotes(name) + " holds " + given +
+                                 " (latent units); the nearest is " + (nearest ? nearest->shown() : "none") +
+                                 ". Build an engine with --shapes HEIGHTxWIDTHxFRAMES for this size, or change the input.");
+}
+
+Error Plan::refused(const std::string& what) const {
+  return {ANYFLOW_BACKEND,
+          "TensorRT " + version() + ": " + in_quotes(name) + " could not " + what + ": " + messages_.summary() + "."};
+}
+
+}  // namespace af::trt
