@@ -49,7 +49,7 @@ class ProfileOptions(Options):
 
     --compare OLD NEW reads two profiles, prints what changed, and exits with 1 when something became worse by more than a
     threshold and by more than chance. --estimate --target orin computes a bound from a data sheet: nothing is run.
-    The report goes to standard output; with --json - the JSON does, and the report to standard error."""
+    The report goes to standard output; with --json=- the JSON does, and the report to standard error."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -82,7 +82,7 @@ class ProfileOptions(Options):
     time_threshold: float = Field(100 * TIME, ge=0, description="--compare: per cent of a time that are too much more")
     memory_threshold: float = Field(100 * MEMORY, ge=0, description="--compare: the same of memory")
     energy_threshold: float = Field(100 * ENERGY, ge=0, description="--compare: the same of energy")
-    json_file: str | None = Field(None, alias="json", description="write the profile here; - for standard output")
+    json_file: str | None = Field(None, alias="json", description="write the profile here; --json=- for standard output")
     html: Path | None = Field(None, description="write a page with plots here, whole in itself")
     overwrite: bool = Field(False, description="replace --json and --html")
 

@@ -105,7 +105,7 @@ def clip(engine: Watched, video: Video, steps: int, into: ChunkTimes | None) -> 
     def run() -> None:
         row: list[float] = []
         began = clock()
-        with closing(stream(engine, video.latents, video.text, schedule, chunks, window=window)) as made:  # type: ignore[type-var]
+        with closing(stream(engine, video.latents, video.text, schedule, chunks, window=window)) as made:
             for chunk in made:
                 row.append(clock() - began)
                 _finite(chunk.latents)
