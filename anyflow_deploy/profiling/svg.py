@@ -181,7 +181,7 @@ def bars(title: str, rows: Sequence[Bar], text: Text) -> str:
     body = []
     for index, row in enumerate(rows):
         top, left = 6 + index * line, float(label_width)
-        shown = row.label if len(row.label) <= 30 else row.label[:29] + "…"
+        shown = row.label if len(row.label) <= 26 else row.label[:25] + "…"
         body.append(
             f'<text x="{label_width - 8}" y="{top + 13}" text-anchor="end">{escape(shown)}'
             f"<title>{escape(row.label)}</title></text>"
