@@ -304,7 +304,7 @@ def test_every_command_in_the_documentation_runs(tiny_bundle: Bundle, tmp_path: 
         if "--backend" in words:
             continue
         if options.compare is None and not options.estimate:
-            options = parsed(ProfileOptions, [*words, "--rounds=2", "--threads=1"])
+            options = options.model_copy(update={"rounds": 2, "threads": 1, "seconds": 0.5})
         assert profile(options) in ((0, 1) if options.compare else (0,)), line
         ran += 1
     assert ran >= 6

@@ -21,6 +21,10 @@ from anyflow_deploy.profiling.nvml import Gpu
 PACKAGES = ("anyflow-deploy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "torch-tensorrt", "diffusers", "numpy")
 
 
+ASKED_CORES = 16
+"""Cores whose clock is read."""
+
+
 def described(gpu: Gpu | None, root: Path = Path("/")) -> dict[str, Any]:
     """For the record: processor, memory, governor, power mode, GPU, versions."""
     cpuinfo = _text(root / "proc/cpuinfo")
@@ -72,14 +76,17 @@ def jetson(root: Path = Path("/")) -> dict[str, str] | None:
 
 
 def cpu_clock(root: Path = Path("/")) -> Callable[[], float | None]:
-    """Reads the mean clock of all cores, MHz; None where the kernel does not say."""
-    files = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))
+    """Reads the mean clock of the first cores, MHz; None where the kernel does not say.
+
+    Of some only: each answer interrupts the core that is asked, and on a machine with a hundred of them that would be felt."""
+    files = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))[:ASKED_CORES]
+    few = (os.cpu_count() or 1) <= ASKED_CORES
 
     def read() -> float | None:
         try:
             if files:
                 return sum(int(file.read_text()) for file in files) / len(files) / 1000
-            rows = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text(root / "proc/cpuinfo"), re.MULTILINE)
+            rows = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text(root / "proc/cpuinfo"), re.MULTILINE) if few else []
         except (OSError, ValueError):
             return None
         return sum(map(float, rows)) / len(rows) if rows else None
