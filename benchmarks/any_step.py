@@ -24,8 +24,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -41,23 +41,17 @@ COUNTS = (1, 2, 4, 8, 16, 32)
 NAMES = {"teacher": "teacher", "full": "full method", "flow-map": "flow map alone", "consistency": "consistency"}
 SAMPLERS = {"teacher": "ode", "full": "jumps", "flow-map": "jumps", "consistency": "noised"}
 DISTANCES = {"frechet": "Fréchet distance to the data", "sliced_wasserstein": "sliced Wasserstein distance to the data"}
-Job = tuple[str, int]
+Row = tuple[str, int, list[dict[str, float]]]
 
 
-def first_half(job: Job, work: Path, size: Size) -> Any:
-    """What nothing else has to be there for but the teacher."""
-    name, seed = job
-    return measured(name, seed, methods.consistency_run(work, size, seed), work, size) if name == "consistency" else methods.flow_map_run(work, size, seed)
+def distilled(name: str, seed: int, work: Path, size: Size) -> Row:
+    """Train one method with one seed (the teacher is there already), and measure it."""
+    runs = {"full": methods.full_run, "flow-map": methods.flow_map_alone, "consistency": methods.consistency_run}
+    model = runs[name](work, size, seed) if name in runs else work / "teacher" / "model"
+    return measured(name, seed, model, work, size)
 
 
-def second_half(job: Job, work: Path, size: Size) -> Any:
-    """What goes on from the flow map, and the teacher's samples."""
-    name, seed = job
-    run = {"full": methods.full_run, "flow-map": methods.flow_map_alone, "teacher": lambda *_: work / "teacher" / "model"}[name]
-    return measured(name, seed, run(work, size, seed), work, size)
-
-
-def measured(name: str, seed: int, model: Path, work: Path, size: Size) -> tuple[str, int, list[dict[str, float]]]:
+def measured(name: str, seed: int, model: Path, work: Path, size: Size) -> Row:
     """Distances to the data for each of COUNTS."""
     data = shown(work, "data")
     made = (methods.samples(model, SAMPLERS[name], n, data.text, size.shift, seed) for n in COUNTS)
@@ -68,10 +62,11 @@ def shown(work: Path, name: str) -> Shown:
     return Shown(**load_file(work / f"{name}.safetensors"))
 
 
-def in_parallel(processes: int, work: Callable[..., Any], jobs: list[Job], *rest: Any) -> list[Any]:
-    """Jobs by processes of one thread each: matrices this small gain nothing from a second one."""
-    with ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        return [future.result() for future in [pool.submit(work, job, *rest) for job in jobs]]
+def in_parallel(processes: int) -> Executor:
+    """Processes of one thread each: matrices this small gain little from a second one."""
+    if processes == 1:
+        return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
+    return ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))
 
 
 def compared(work: Path, size: Size, processes: int) -> dict[str, Any]:
@@ -79,14 +74,15 @@ def compared(work: Path, size: Size, processes: int) -> dict[str, Any]:
     methods.prepare(work, size)
     methods.teacher_run(work, size)
     seeds = range(size.seeds)
-    jobs = [(name, seed) for seed in seeds for name in ("consistency", "flow-map")]
-    rows = [row for row in in_parallel(processes, first_half, jobs, work, size) if isinstance(row, tuple)]
-    jobs = [(name, seed) for seed in seeds for name in ("full", "flow-map", "teacher")]
-    rows += in_parallel(processes, second_half, jobs, work, size)
+    with in_parallel(processes) as pool:
+        begun = [pool.submit(methods.flow_map_run, work, size, seed) for seed in seeds]
+        rows = [pool.submit(distilled, "consistency", seed, work, size) for seed in seeds]
+        wait(begun)  # what follows goes on from them
+        rows += [pool.submit(distilled, name, seed, work, size) for name in ("full", "flow-map", "teacher") for seed in seeds]
+        found = [row.result() for row in rows]
+    by_name = {name: [one for which, _, one in found if which == name] for name in NAMES}
     table = {
-        distance: {
-            name: [summary([found[i][distance] for n, _, found in rows if n == name]) for i in range(len(COUNTS))] for name in NAMES
-        }
+        distance: {name: [summary([one[i][distance] for one in by_name[name]]) for i in range(len(COUNTS))] for name in NAMES}
         for distance in DISTANCES
     }
     return {"floor": distances(shown(work, "floor"), shown(work, "data")), "distances": table}
@@ -175,7 +171,8 @@ def main() -> None:
     if options.picture is not None:
         draw(options.picture, result)
     show(result)
-    finish("any_step", {"size": dataclasses.asdict(size), "counts": COUNTS, "seconds": round(time.perf_counter() - started), **result})
+    seconds = round(time.perf_counter() - started)
+    finish("any_step", {"size": dataclasses.asdict(size), "counts": COUNTS, "seconds": seconds, **result})
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """How far generated samples are from the data: two distances between sets of latents with captions.
 
 **Fréchet** distance over fixed random features: two layers of convolutions with random weights, averaged over the frame, with
-a random projection of the caption's embedding beside them. So it is a distance of videos *and* captions together: a model
-that ignores the caption is far away however good its videos look. Zero for equal distributions, and above zero for two
-finite sets of the same one: that floor is measured, too.
+a random projection of the caption's embedding beside them, all in units of their standard deviation over the data. So it is a
+distance of videos *and* captions together: a model that ignores the caption is far away however good its videos look. Zero
+for equal distributions, and above zero for two finite sets of the same one: that floor is measured, too.
 
 **Sliced Wasserstein** distance of the latents as they are, captions aside: root mean square over random directions of the
 distance between the sorted projections.
@@ -43,8 +43,10 @@ class Shown:
 
 def distances(made: Shown, data: Shown) -> dict[str, float]:
     """Both, by name; as many of one as of the other."""
-    pairs = (features(made), features(data))
-    return {"frechet": frechet(*pairs), "sliced_wasserstein": sliced_wasserstein(made.latents, data.latents)}
+    found, wanted = features(made), features(data)
+    unit = wanted.std(0)
+    unit = unit.clamp(min=float(unit[: CHANNELS[1]].median()) / 4)  # one that hardly fires must not decide
+    return {"frechet": frechet(found / unit, wanted / unit), "sliced_wasserstein": sliced_wasserstein(made.latents, data.latents)}
 
 
 @torch.no_grad()
@@ -58,7 +60,7 @@ def features(shown: Shown) -> Tensor:
     x = F.pad(F.relu(F.conv2d(x, first, bias)), (1, 1, 1, 1), mode="circular")
     x = F.relu(F.conv2d(x, second)).mean((2, 3))
     words = shown.text.flatten(1) @ normal((shown.text[0].numel(), WORDS), 0, "features", "words")
-    return torch.cat([x * (CHANNELS[1] ** 0.5), words / shown.text[0].numel() ** 0.5], 1).double()
+    return torch.cat([x, words], 1).double()
 
 
 def frechet(first: Tensor, second: Tensor) -> float:
