@@ -91,7 +91,7 @@ class Size:
     teacher_rate: float = 2e-3
     flow_map_rate: float = 5e-4
     on_policy_rate: float = 5e-5
-    consistency_rate: float = 5e-4
+    consistency_rate: float = 0.00015
 
 
 TINY = Size(samples=64, judged=16, batch=4, teacher=4, flow_map=2, on_policy=1, seeds=2)
