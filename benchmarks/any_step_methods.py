@@ -1,0 +1,294 @@
+"""What benchmarks/any_step.py compares: the project's own stages at a tiny size, and consistency distillation beside them.
+
+Everything of AnyFlow goes through `Trainer` as a run from the command line does, with its checkpoints: a benchmark that was
+stopped goes on. Consistency distillation (Song et al., arXiv 2303.01469) is the benchmark's own, on the same network, data,
+optimizer and moving average:
+
+    f(z, t) = z - t/1000 u(z, t, t)       a consistency function: f(z, 0) = z; it starts as the teacher's guess of what is clean
+    z_t -> z_r                            one Euler step of the teacher between neighbours of a grid of 32
+    loss = d(f(z_t, t), sg f(z_r, r))     d is pseudo-Huber, and the target has no average of its own (arXiv 2310.14189)
+
+Its usual sampler jumps to clean, adds fresh noise for the next lower time, and jumps again.
+
+Guidance is off throughout: guided samples are *meant* to differ from the data, so their distance to it would say little.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from any_step_distance import Shown
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from anyflow_deploy.export.checkpoint import open_checkpoint
+from anyflow_deploy.export.random_weights import RandomWeights
+from anyflow_deploy.export.weights import Weights
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.schedule import Schedule
+from anyflow_deploy.training.batch import Batch, Part
+from anyflow_deploy.training.build import frozen_network, trained_network
+from anyflow_deploy.training.chunks import NOTHING, ChunkPlan, velocity
+from anyflow_deploy.training.distributed import World
+from anyflow_deploy.training.finished import save_finished
+from anyflow_deploy.training.initial import network_with, starting_weights
+from anyflow_deploy.training.learner import Learner
+from anyflow_deploy.training.losses import noised, sigma
+from anyflow_deploy.training.network import TrainingTransformer
+from anyflow_deploy.training.recipes import Recipe, overridden, recipe
+from anyflow_deploy.training.request import Request
+from anyflow_deploy.training.rollout import rollout, shortcut
+from anyflow_deploy.training.synthetic import SyntheticLatents
+from anyflow_deploy.training.times import generator, normal
+from anyflow_deploy.training.trainer import Trainer
+
+SHAPE = (2, 3, 8, 8)
+"""(F, C, H, W): two latent frames; the three channels are mean colours."""
+
+TEXT = (6, 32)
+"""Words of a caption, and numbers for each."""
+
+NETWORK = Architecture(
+    num_attention_heads=2, attention_head_dim=32, ffn_dim=192, num_layers=2, text_dim=TEXT[1], freq_dim=64, in_channels=3,
+    out_channels=3, rope_max_seq_len=16,
+)  # fmt: skip
+
+WHOLE = ChunkPlan((SHAPE[0],))
+ALONE = World(0, 1, torch.device("cpu"))
+GRID = 32
+"""Steps between the times of consistency distillation: the most that are sampled with, so it samples where it was trained."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured.
+
+    Attributes:
+        samples: of the data that is trained on.
+        judged: generated, and compared with as many of the data.
+        batch: of every optimizer step.
+        teacher, flow_map, on_policy: optimizer steps. The full method is `flow_map` steps and then `on_policy` steps; the
+            others make as many steps as cost the same.
+        seeds: of the distillations.
+    """
+
+    samples: int = 16384
+    judged: int = 1024
+    batch: int = 32
+    teacher: int = 4000
+    flow_map: int = 2000
+    on_policy: int = 280
+    seeds: int = 3
+    shift: float = 3.0
+    teacher_rate: float = 2e-3
+    flow_map_rate: float = 5e-4
+    on_policy_rate: float = 5e-5
+    consistency_rate: float = 0.00015
+
+
+TINY = Size(samples=64, judged=16, batch=4, teacher=4, flow_map=2, on_policy=1, seeds=2)
+
+
+def passes(chosen: Recipe) -> dict[str, float]:
+    """Forwards of the network for each sample of an optimizer step, on average; a backward counts as two.
+
+    A flow-map step: one with gradient, two without for the half of the batch with r < t. On policy: a roll-out with gradient
+    and one without, three scores, one update of the fake score, and a flow-map step. Consistency distillation: the teacher,
+    the target, and one with gradient.
+    """
+    counts = chosen.flow.rollout_steps
+    shortcuts = [sum(len(shortcut(n, g, 1.0)) for g in range(n)) / n for n in counts]
+    jumps = sum(shortcuts) / len(counts)
+    flow_map = 3 + 2 * 0.5
+    return {"teacher": 3, "flow-map": flow_map, "on-policy": 3 * jumps + 3 + jumps + 3 + flow_map, "consistency": 5}
+
+
+def settings(stage: str, size: Size, seed: int, **values: Any) -> Recipe:
+    """The tiny recipe of a stage at the benchmark's size."""
+    rates = {"teacher": size.teacher_rate, "flow-map": size.flow_map_rate, "on-policy": size.on_policy_rate}
+    steps = {"teacher": size.teacher, "flow-map": size.flow_map, "on-policy": size.on_policy}[stage]
+    shared: dict[str, Any] = {
+        "frames": SHAPE[0], "height": SHAPE[2], "width": SHAPE[3], "text_tokens": TEXT[0], "batch": size.batch,
+        "micro_batch": size.batch, "learning_rate": rates[stage], "steps": steps, "seed": seed, "shift": size.shift,
+        "guidance": 1.0, "real_guidance": 0.0, "text_drop": 0.0, "ema": 0.99 if stage == "on-policy" else 0.998,
+        "ema_start": min(500, steps // 2), "sample_every": 0, "checkpoint_every": 1000, "keep": 1,
+    }  # fmt: skip
+    return overridden(recipe(f"{stage}-tiny"), {**shared, **values})
+
+
+class Shapes:
+    """The synthetic data set's first samples, drawn once and kept in a file: a source."""
+
+    def __init__(self, part: Part, file: Path) -> None:
+        held = load_file(file)
+        self._latents, self._text, self._part, self._position = held["latents"], held["text"], part, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self.next()
+
+    def next(self) -> Batch:
+        rows = torch.arange(self._position, self._position + self._part.batch) % len(self._latents)
+        self._position += self._part.batch
+        names = tuple(f"synthetic-{i}" for i in rows.tolist())
+        return Batch(self._latents[rows], self._text[rows], torch.zeros(1, *TEXT), names)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._position = int(state["samples"])
+
+    def skipped(self) -> list[str]:
+        return []
+
+    def check(self) -> str:
+        return f"{len(self._latents)} moving shapes"
+
+
+def prepare(work: Path, size: Size) -> None:
+    """Data to train on (seed 0), data to compare with (seed 1, and seed 2 for the floor), and random weights to start from."""
+    for name, seed, count in (("train", 0, size.samples), ("data", 1, size.judged), ("floor", 2, size.judged)):
+        file = work / f"{name}.safetensors"
+        if not file.exists():
+            batch = SyntheticLatents(Part(0, 1, 1), SHAPE, TEXT, seed).batch(list(range(count)))
+            save_file({"latents": batch.latents, "text": batch.text}, file)
+    start = RandomWeights(NETWORK, "any-step", 0)
+    (work / "start").mkdir(exist_ok=True)
+    save_file({name: start.read(name) for name in start.shapes()}, work / "start" / "diffusion_pytorch_model.safetensors")
+    (work / "start" / "config.json").write_text(json.dumps(NETWORK.as_config()))
+
+
+def trained(work: Path, output: Path, chosen: Recipe, init: Path, teacher: Path | None = None) -> Path:
+    """A run of the project's trainer; the model's folder, at once where it is there already."""
+
+    def opening(_: str, __: Recipe, ___: Weights, part: Part) -> Shapes:
+        return Shapes(part, work / "train.safetensors")
+
+    request = Request(chosen, output, init, teacher, device="cpu")
+    return finished(output, chosen.optimizing.steps, lambda: Trainer(request, ALONE, opening).run())
+
+
+def finished(output: Path, steps: int, run: Any) -> Path:
+    """The model in a folder, trained so far; `run` makes it where it is not. The seconds that took are kept beside it."""
+    before = done(output)
+    if before["steps"] != steps:
+        started = time.perf_counter()
+        run()
+        now = {"steps": steps, "seconds": round(before["seconds"] + time.perf_counter() - started, 1)}
+        (output / "done.json").write_text(json.dumps(now))
+    return output / "model"
+
+
+def done(output: Path) -> dict[str, float]:
+    """Optimizer steps that a run finished, and the seconds they took."""
+    note = output / "done.json"
+    found: dict[str, float] = json.loads(note.read_text()) if note.exists() else {"steps": 0, "seconds": 0}
+    return found
+
+
+def teacher_run(work: Path, size: Size) -> Path:
+    """Flow matching from random weights."""
+    return trained(work, work / "teacher", settings("teacher", size, 0), work / "start")
+
+
+def flow_map_run(work: Path, size: Size, seed: int) -> Path:
+    """The full method's first part, which is the first part of the flow map alone, too. A copy of the model at this point."""
+    output = work / f"flow-map-{seed}"
+    kept = output / "first"
+    if not kept.exists():
+        model = trained(work, output, settings("flow-map", size, seed), work / "teacher" / "model")
+        shutil.copytree(model, kept)
+    return kept
+
+
+def flow_map_alone(work: Path, size: Size, seed: int) -> Path:
+    """Goes on where `flow_map_run` stopped, for as long as training on policy would cost."""
+    chosen = settings("flow-map", size, seed)
+    cost = passes(chosen)
+    steps = size.flow_map + round(size.on_policy * cost["on-policy"] / cost["flow-map"])
+    longer = settings("flow-map", size, seed, steps=steps, ema_start=chosen.optimizing.ema_start)
+    return trained(work, work / f"flow-map-{seed}", longer, work / "teacher" / "model")
+
+
+def full_run(work: Path, size: Size, seed: int) -> Path:
+    """The full method's second part."""
+    chosen = settings("on-policy", size, seed)
+    return trained(work, work / f"on-policy-{seed}", chosen, work / f"flow-map-{seed}" / "first", work / "teacher" / "model")
+
+
+def consistency_run(work: Path, size: Size, seed: int) -> Path:
+    """Consistency distillation at the full method's cost."""
+    chosen = settings("flow-map", size, seed)
+    cost = passes(chosen)
+    steps = round((size.flow_map * cost["flow-map"] + size.on_policy * cost["on-policy"]) / cost["consistency"])
+    output = work / f"consistency-{seed}"
+    output.mkdir(exist_ok=True)
+    return finished(output, steps, lambda: _consistency(work, output, size, chosen, steps))
+
+
+def _consistency(work: Path, output: Path, size: Size, base: Recipe, steps: int) -> None:
+    chosen = overridden(base, {"learning_rate": size.consistency_rate, "steps": steps})
+    seed, device = chosen.running.seed, ALONE.device
+    weights = starting_weights(work / "teacher" / "model", False, NETWORK)
+    learner = Learner(trained_network(weights, chosen, device, None), chosen.optimizing)
+    teacher = frozen_network(weights, chosen, device, None)
+    times = torch.tensor(Schedule.uniform(GRID, size.shift).timesteps)
+    data = Shapes(Part(0, 1, size.batch), work / "train.safetensors")
+    softness = 0.00054 * math.sqrt(math.prod(SHAPE))
+    for step in range(steps):
+        batch = data.next()
+        index = torch.randint(GRID, (size.batch,), generator=generator(seed, "consistency", step))
+        t, r = times[index], times[index + 1]
+        z = noised(batch.latents, normal(batch.latents.shape, seed, "consistency-noise", step), t)
+        with torch.no_grad():
+            lower = z - (sigma(t) - sigma(r)) * velocity(teacher, z, t, t, batch.text, WHOLE, NOTHING)
+            target = clean_from(learner.network, lower, r, batch.text)
+        error = (clean_from(learner.network, z, t, batch.text) - target).square().flatten(1).sum(1)
+        loss = ((error + softness**2).sqrt() - softness).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if not math.isfinite(learner.gradient_norm()):
+            raise SystemExit(f"consistency distillation: the gradient of step {step} is not finite.")
+        learner.update()
+    with learner.averaged():
+        save_finished(output, learner, ALONE, size.shift, "float32", None)
+
+
+def clean_from(network: TrainingTransformer, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """The consistency function f(z, t), t (B)."""
+    return z - sigma(t) * velocity(network, z, t, t, text, WHOLE, NOTHING)
+
+
+@torch.no_grad()
+def samples(model: Path, how: str, count: int, text: Tensor, shift: float, seed: int) -> Shown:
+    """Samples of `count` steps for these captions.
+
+    Args:
+        how: "ode" follows the instantaneous velocity (the teacher), "jumps" is the flow map's own, "noised" is consistency
+            sampling.
+    """
+    weights = open_checkpoint(model)
+    network = network_with(NETWORK, {name: weights.read(name) for name in weights.shapes()}, frozen=True)
+    pairs = list(Schedule.uniform(count, shift).transitions)
+    made = []
+    for number, words in enumerate(text.split(256)):
+        z = normal((len(words), *SHAPE), seed, "judged", number)
+        if how == "jumps":
+            z = rollout(network, z, words, WHOLE, pairs)
+        for t, r in pairs if how != "jumps" else ():
+            now, after = (torch.full((len(z),), s) for s in (t, r))
+            if how == "ode":
+                z = z - (sigma(now) - sigma(after)) * velocity(network, z, now, now, words, WHOLE, NOTHING)
+            else:
+                clean = clean_from(network, z, now, words)
+                z = noised(clean, normal(z.shape, seed, "again", number, r), after) if r else clean
+        made.append(z)
+    return Shown(torch.cat(made), text)
