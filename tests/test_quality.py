@@ -47,7 +47,7 @@ def decayed(wrong: float, course: Schedule | Quality, steps: list[Step] | None =
 LIMIT = (np.linspace(-1, 1, 64) * math.exp(-1)).astype(np.float32)
 
 
-@given(wrong=st.floats(1e-4, 1), target=st.floats(1, 60), shift=st.floats(0.5, 8))
+@given(wrong=st.floats(1e-4, 1), target=st.floats(1, 54), shift=st.floats(0.5, 8))  # 512 steps reach 55 dB at the worst
 def test_the_estimate_bounds_a_known_error_and_its_cost_is_counted(wrong: float, target: float, shift: float) -> None:
     picks, steps = list[Pick](), list[Step]()
     made = decayed(wrong, Quality(target, shift, most=1000, on_end=picks.append), steps)
