@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as server
+from numpy.typing import NDArray
 
 from anyflow_deploy.bundle import load_bundle
 from anyflow_deploy.engines.cache import cache_plan
@@ -24,7 +25,7 @@ from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.serving.job import Cancelled
 from anyflow_deploy.triton.admission import Admission, FullError, Ticket
-from anyflow_deploy.triton.metrics import Metrics
+from anyflow_deploy.triton.metrics import WIRE, Metrics
 from anyflow_deploy.triton.request import Asked, asked
 from anyflow_deploy.triton.settings import Settings, settings_from
 from anyflow_deploy.triton.studio import Made, Studio
@@ -32,6 +33,44 @@ from anyflow_deploy.triton.tensors import OUTPUTS
 
 _ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TYPES = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}
+
+
+class Answer:
+    """Where the chunks of one request go: Triton's response sender, used by one thread of this process at a time.
+
+    Args:
+        sender: of the request.
+    """
+
+    def __init__(self, sender: Any) -> None:
+        self._sender = sender
+
+    @property
+    def cancelled(self) -> bool:
+        """Nobody waits for it any more."""
+        with WIRE:
+            return bool(self._sender.is_cancelled())
+
+    def send(self, tensors: list[tuple[str, NDArray[Any]]]) -> None:
+        """Send a chunk."""
+        with WIRE:
+            self._sender.send(server.InferenceResponse(output_tensors=[server.Tensor(*tensor) for tensor in tensors]))
+
+    def end(self) -> None:
+        """There are no more chunks."""
+        with WIRE:
+            self._sender.send(flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def fail(self, message: str, code: Any) -> None:
+        """It ends with an error."""
+        with WIRE:
+            response = server.InferenceResponse(output_tensors=[], error=server.TritonError(message, code))
+            self._sender.send(response, flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def refuse(self, error: AnyFlowError) -> None:
+        """It ends with what was wrong with it."""
+        full = isinstance(error, FullError)
+        self.fail(str(error), server.TritonError.UNAVAILABLE if full else server.TritonError.INVALID_ARG)
 
 
 class TritonPythonModel:
@@ -65,27 +104,30 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Take requests; see the module."""
         for request in requests:
-            began, sender = time.perf_counter(), request.get_response_sender()
+            began = time.perf_counter()
+            with WIRE:
+                answer = Answer(request.get_response_sender())
             try:
-                tensors = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
+                with WIRE:
+                    tensors = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
                 wanted = asked(tensors, self._studio.manifest, self._settings, self._name)
                 self._studio.check(wanted)
                 ticket = self._admission.ask(wanted.cache_bytes(self._element))
             except AnyFlowError as error:
-                _refuse(sender, error)
+                answer.refuse(error)
                 self._metrics.ended("refused")
                 continue
             except Exception:  # noqa: BLE001 - this request is lost, the next may do better
-                self._fail(sender)
+                self._fail(answer)
                 continue
-            thread = threading.Thread(target=self._run, args=(wanted, ticket, sender, began), daemon=True)
+            thread = threading.Thread(target=self._run, args=(wanted, ticket, answer, began), daemon=True)
             self._threads.add(thread)
             try:
                 thread.start()
             except RuntimeError:  # no more threads
                 self._threads.discard(thread)
                 self._admission.leave(ticket)
-                self._fail(sender)
+                self._fail(answer)
 
     def finalize(self) -> None:
         """Let running videos finish for a while, then end them before their next transition."""
@@ -97,11 +139,11 @@ class TritonPythonModel:
             thread.join()
         self._engine.close()
 
-    def _run(self, wanted: Asked, ticket: Ticket, sender: Any, began: float) -> None:
+    def _run(self, wanted: Asked, ticket: Ticket, answer: Answer, began: float) -> None:
         """One request."""
 
         def check() -> None:
-            if self._stopping.is_set() or sender.is_cancelled():
+            if self._stopping.is_set() or answer.cancelled:
                 raise Cancelled
 
         try:
@@ -109,28 +151,28 @@ class TritonPythonModel:
                 before = began
                 for made in pieces:
                     now = time.perf_counter()
-                    sender.send(server.InferenceResponse(output_tensors=_tensors(made, wanted, now - began)))
+                    answer.send(_tensors(made, wanted, now - began))
                     self._metrics.chunk(made.index, now - before, made.steps, made.deadline_met)
                     before = now
-            sender.send(flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            answer.end()
             self._metrics.ended("completed")
         except Cancelled:
             stopped = self._stopping.is_set()
             code = server.TritonError.UNAVAILABLE if stopped else server.TritonError.CANCELLED
-            _close(sender, "the server is being stopped; ask again later." if stopped else "cancelled on request.", code)
+            answer.fail("the server is being stopped; ask again later." if stopped else "cancelled on request.", code)
             self._metrics.ended("cancelled")
         except AnyFlowError as error:
-            _refuse(sender, error)
+            answer.refuse(error)
             self._metrics.ended("refused")
         except Exception:  # noqa: BLE001 - the other streams go on
-            self._fail(sender)
+            self._fail(answer)
         finally:
             self._threads.discard(threading.current_thread())
 
-    def _fail(self, sender: Any) -> None:
+    def _fail(self, answer: Answer) -> None:
         """A defect of ours: the log has all of it."""
         server.Logger.log_error(f"{self._name}: {traceback.format_exc()}")
-        _close(sender, "an error of the server; its log has it.", server.TritonError.INTERNAL)
+        answer.fail("an error of the server; its log has it.", server.TritonError.INTERNAL)
         self._metrics.ended("failed")
 
 
@@ -176,7 +218,7 @@ def cache_of(manifest: Manifest, settings: Settings) -> tuple[int, int]:
     return _ELEMENT[stored], settings.cache_bytes or settings.max_streams * plan.bytes(_ELEMENT[stored])
 
 
-def _tensors(made: Made, wanted: Asked, seconds: float) -> list[Any]:
+def _tensors(made: Made, wanted: Asked, seconds: float) -> list[tuple[str, NDArray[Any]]]:
     numbers = {
         "chunk": made.index,
         "first_frame": made.first_frame,
@@ -186,15 +228,5 @@ def _tensors(made: Made, wanted: Asked, seconds: float) -> list[Any]:
         "seed": wanted.order.seed,
     }
     types = {port.name: _TYPES.get(port.type) for port in OUTPUTS}
-    tensors = [server.Tensor(name, np.array([n], dtype=types[name])) for name, n in numbers.items() if n is not None]
-    return [*tensors, server.Tensor(made.output, made.content)]
-
-
-def _refuse(sender: Any, error: AnyFlowError) -> None:
-    full = isinstance(error, FullError)
-    _close(sender, str(error), server.TritonError.UNAVAILABLE if full else server.TritonError.INVALID_ARG)
-
-
-def _close(sender: Any, message: str, code: Any) -> None:
-    response = server.InferenceResponse(output_tensors=[], error=server.TritonError(message, code))
-    sender.send(response, flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    tensors = [(name, np.array([n], dtype=types[name])) for name, n in numbers.items() if n is not None]
+    return [*tensors, (made.output, made.content)]
