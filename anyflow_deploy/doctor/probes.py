@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from anyflow_deploy.doctor import building, gpu, machine, packages
+from anyflow_deploy.doctor import building, cpp, gpu, machine, packages
 from anyflow_deploy.doctor.finding import MISSING, Finding, Findings, Probe
 
 PYTHON, NUMPY, ORT, ORT_CUDA, INT8 = "Python", "numpy", "ONNX Runtime", "ONNX Runtime on CUDA", "int8 on the CPU"
 TORCH, GPU, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT = "PyTorch", "GPU", "TensorRT", "cuda-python", "torch-tensorrt"
-COMPILER, CUDA_HEADERS, TENSORRT_HEADERS = "C++ compiler", "CUDA headers", "TensorRT headers"
+COMPILER, LIBRARY = "C++ compiler", "C++ library"
+CUDA_HEADERS, TENSORRT_HEADERS = "CUDA headers", "TensorRT headers"
 JETSON = "Jetson"
 
 OF_JETPACK = "JetPack brings it: apt-get install nvidia-jetpack, and python3 -m venv --system-site-packages"
@@ -35,9 +36,10 @@ PROBES = (
     Probe(CUDA_PYTHON, packages.cuda_python),
     Probe(TORCH_TENSORRT, packages.torch_tensorrt),
     Probe(COMPILER, building.compiler),
-    Probe("ONNX Runtime headers", building.onnxruntime_headers),
-    Probe(TENSORRT_HEADERS, building.tensorrt_headers),
-    Probe(CUDA_HEADERS, building.cuda_headers),
+    Probe(LIBRARY, cpp.library),
+    Probe("AOTInductor headers", cpp.torch_headers),
+    Probe(TENSORRT_HEADERS, cpp.tensorrt_headers),
+    Probe(CUDA_HEADERS, cpp.cuda_headers),
 )
 
 
