@@ -15,6 +15,11 @@ JETSON = "Jetson"
 
 OF_JETPACK = "JetPack brings it: apt-get install nvidia-jetpack, and python3 -m venv --system-site-packages"
 
+CUDA_OF_JETPACK = (
+    "a Jetson's GPU answers through cuda-python in the version of its CUDA: pip install 'cuda-python==12.6.*' with JetPack 6, "
+    "'cuda-python==13.*' with JetPack 7"
+)
+
 FOR_A_GPU = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS)
 """Useless without one, so nobody is told to install them there."""
 
@@ -46,8 +51,12 @@ PROBES = (
 def advised(found: Findings) -> dict[str, Finding]:
     """The same findings, without advice to install what only a GPU needs where there is none, or what JetPack brings."""
     if JETSON in found:
-        brought = {name for name in (TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS) if name in found and not found[name].works}
-        return {name: dataclasses.replace(f, remedy=OF_JETPACK) if name in brought else f for name, f in found.items()}
+        ways = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), OF_JETPACK)
+        ways |= dict.fromkeys((GPU, CUDA_PYTHON), CUDA_OF_JETPACK)
+        return {
+            name: dataclasses.replace(finding, remedy=ways[name]) if name in ways and not finding.works else finding
+            for name, finding in found.items()
+        }
     if GPU not in found or found[GPU].state != MISSING:
         return dict(found)
     useless = {name for name in FOR_A_GPU if name in found and found[name].state == MISSING}

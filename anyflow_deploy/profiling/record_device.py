@@ -11,21 +11,27 @@ from anyflow_deploy.profiling.record_base import Record
 
 
 class Memory(Record):
-    """Peaks; CPU and GPU apart, never added: on a Jetson they are the same chips.
+    """Peaks; CPU and GPU apart, never added: on a Jetson they are parts of one memory.
 
     Args:
-        cpu_loaded, cpu_peak: resident bytes of this process.
+        cpu_before, cpu_loaded, cpu_peak: resident bytes of this process, before loading, after it, and at most from then on.
+        cpu_loading_peak: the most while it was loaded.
         gpu_peak: bytes on the device; None without one.
-        unified: processor and GPU share one memory, and each counts what both use.
+        unified: processor and GPU share one memory.
+        shared_before, shared_peak: what all processes and the GPU had taken of that, before anything was loaded and at most;
+            their difference is what this engine needs there, whichever side counts it.
         method: how each was read.
     """
 
     cpu_before: int
     cpu_loaded: int
+    cpu_loading_peak: int | None = None
     cpu_peak: int
     gpu_loaded: int | None
     gpu_peak: int | None
     unified: bool
+    shared_before: int | None = None
+    shared_peak: int | None = None
     method: str
 
 
