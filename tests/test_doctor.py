@@ -363,7 +363,7 @@ def test_nobody_without_a_gpu_is_told_to_install_for_one() -> None:
 def test_on_a_jetson_tensorrt_comes_with_jetpack() -> None:
     found = healthy(**{probes.TENSORRT: Finding(MISSING, "no module", "pip install x"), probes.JETSON: works()})
     assert "--system-site-packages" in probes.advised(found)[probes.TENSORRT].remedy
-    assert "12.6.*' with JetPack 6" in probes.advised({**found, probes.GPU: Finding(MISSING, "none")})[probes.GPU].remedy
+    assert "anyflow-deploy[jetpack6]" in probes.advised({**found, probes.GPU: Finding(MISSING, "none")})[probes.GPU].remedy
     del found[probes.JETSON]
     assert probes.advised(found)[probes.TENSORRT].remedy == "pip install x"
 

@@ -16,8 +16,7 @@ JETSON = "Jetson"
 OF_JETPACK = "JetPack brings it: apt-get install nvidia-jetpack, and python3 -m venv --system-site-packages"
 
 CUDA_OF_JETPACK = (
-    "a Jetson's GPU answers through cuda-python in the version of its CUDA: pip install 'cuda-python==12.6.*' with JetPack 6, "
-    "'cuda-python==13.*' with JetPack 7"
+    "a Jetson's GPU answers through cuda-python in the version of its CUDA: pip install 'anyflow-deploy[jetpack6]', or [jetpack7]"
 )
 
 FOR_A_GPU = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS)
