@@ -58,6 +58,9 @@ _GPU = ("fp32", "fp16", "bf16", "int8", "fp8")
 _DESKTOP, _JETSON = GB, 6 * GB
 """CUDA's own memory beside a driver; on a Jetson processor and GPU share one memory, and Linux lives in it too."""
 
+_SMALL_JETSON = 5 * GB // 2
+"""Where there are 8 or 16 GB, nobody runs a desktop beside a model: CUDA, and a Linux without one."""
+
 
 def _tensor(fp32: float, tf32: float, half: float, int8: float, fp8: float | None = None) -> dict[str, float]:
     """Throughputs by type; fp16 and bf16 are equal on all of these."""
@@ -74,6 +77,17 @@ TARGETS = {
         Target(
             "orin", "Jetson AGX Orin 64GB", (8, 7), _AMPERE, 64 * GB, _JETSON, 204.8e9, _tensor(5.3, 21.3, 42.5, 85.0),
             "10.3 (JetPack 6.1 and 6.2), from 11.4.1 on JetPack 7.2.2", "Jetson AGX Orin Series Technical Brief v1.2",
+        ),
+        # The same units, half as many: 32 at 918 MHz. (The data sheet's 100 TOPS are sparse, with the DLAs.)
+        Target(
+            "orin-nx", "Jetson Orin NX 16GB", (8, 7), _AMPERE, 16 * GB, _SMALL_JETSON, 102.4e9, _tensor(1.9, 7.5, 15.0, 30.1),
+            "10.3 (JetPack 6.1 and 6.2), from 11.4.1 on JetPack 7.2.2", "Jetson Orin NX Series Modules Data Sheet",
+        ),
+        # 32 at 1020 MHz, in its MAXN_SUPER mode (JetPack 6.2); without it 625 MHz and 68 GB/s.
+        Target(
+            "orin-nano", "Jetson Orin Nano Super 8GB", (8, 7), _AMPERE, 8 * GB, _SMALL_JETSON, 102.4e9,
+            _tensor(2.1, 8.4, 16.7, 33.4), "10.3 (JetPack 6.1 and 6.2), from 11.4.1 on JetPack 7.2.2",
+            "Jetson Orin Nano Super Developer Kit Datasheet",
         ),
         # 1035 dense FP4 TFLOPS at 1.57 GHz; each wider type is half as fast. Float32: 2560 cores, two operations a clock.
         Target(

@@ -34,6 +34,10 @@ from anyflow_deploy.export.tiny import save_tiny_pipeline
 SHORT = {"prompt": "a red fox", "num_frames": 17, "num_inference_steps": 2, "seed": 0}
 
 
+TENTHS = 10
+"""How often the server's memory is read: whether it grows without end shows in a row of numbers, not in two."""
+
+
 def watched(url: str, client: httpx.Client) -> tuple[float, float, dict[str, Any]]:
     """Seconds to the first chunk and to the end, as the client sees them, and the video as it ended."""
     started, first = time.perf_counter(), 0.0
@@ -66,10 +70,14 @@ def measured(url: str, pid: int, count: int) -> dict[str, Any]:
     with httpx.Client(base_url=f"http://{url}", timeout=600) as client, httpx.Client(base_url=f"http://{url}") as other:
         for _ in range(5):
             watched(url, client)
-        before = resident_mb(pid)
+        resident = [resident_mb(pid)]
         thread = threading.Thread(target=polled, args=(other, polls, stop))
         thread.start()
-        runs = [watched(url, client) for _ in range(count)]
+        runs = []
+        for number in range(1, count + 1):
+            runs.append(watched(url, client))
+            if number * TENTHS // count > (number - 1) * TENTHS // count:
+                resident.append(resident_mb(pid))
         stop.set()
         thread.join()
     overhead = sorted(ended - video["timings"]["total"] for _, ended, video in runs)
@@ -81,7 +89,7 @@ def measured(url: str, pid: int, count: int) -> dict[str, Any]:
         "overhead_ms": {"p50": _ms(overhead, 0.5), "p99": _ms(overhead, 0.99)},
         "first_chunk_later_ms": {"p50": _ms(late, 0.5), "p99": _ms(late, 0.99)},
         "poll_while_working_ms": {"p50": _ms(polls, 0.5), "p99": _ms(polls, 0.99)},
-        "resident_mb": [round(before, 1), round(resident_mb(pid), 1)],
+        "resident_mb": [round(size, 1) for size in resident],
     }
 
 

@@ -47,6 +47,11 @@ def built(settings: TensorRTSettings, bundle: Bundle, writer: EngineWriter, repo
     """
     device = Device(settings.device)
     _check_precision(bundle, device)
+    if settings.weight_streaming and device.integrated:
+        raise BackendError(
+            f"--weight-streaming keeps weights in the processor's memory, and {device.name} has no other. Leave it out; for a "
+            "smaller model in memory, export with --precision int8."
+        )
     _check_graphs(bundle)
     cache = TimingCache(_cache_path(settings, device))
     profiles = settings.profiles(bundle)
@@ -214,9 +219,9 @@ class _Build:
         if any(sign in words for sign in _NO_MEMORY):
             free, total = self._device.memory()
             advice = (
-                f"The GPU ran out of memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free now). Close what else uses it; "
-                "then, in this order: lower --workspace, name fewer or smaller --shapes, lower --optimization-level, "
-                "or build with --weight-streaming."
+                f"The GPU ran out of memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free now). Close what else uses "
+                f"{self._device.memory_words}; then, in this order: lower --workspace, name fewer or smaller --shapes, lower "
+                f"--optimization-level{self._device.streaming_words}."
             )
         elif any(sign in words for sign in _NO_KERNEL):
             advice = "No kernel fits the scratch memory it may use: raise --workspace, or leave it out."

@@ -36,6 +36,9 @@ class Device:
     Args:
         index: as CUDA counts them.
 
+    Attributes:
+        integrated: its memory is the processor's, as on a Jetson.
+
     Raises:
         BackendError: no driver, or no such device.
     """
@@ -50,10 +53,21 @@ class Device:
         name = properties.name
         self.name: str = (name.decode() if isinstance(name, bytes) else str(name)).strip("\x00 ")
         self.compute_capability: tuple[int, int] = (int(properties.major), int(properties.minor))
+        self.integrated = bool(properties.integrated)
 
     def use(self) -> None:
         """Make it the calling thread's device; every thread starts on device 0."""
         _checked(cuda.cudaSetDevice(self.index), f"use device {self.index}")
+
+    @property
+    def memory_words(self) -> str:
+        """Whose memory it is, for advice."""
+        return "the memory (processor and GPU share it; a desktop takes a gigabyte or more)" if self.integrated else "the GPU"
+
+    @property
+    def streaming_words(self) -> str:
+        """The advice that helps only where the host has memory of its own."""
+        return "" if self.integrated else ", or build with --weight-streaming"
 
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all."""
@@ -72,7 +86,7 @@ class Device:
             free, total = self.memory()
             raise OutOfMemoryError(
                 f"{self.name} has no {size / 1e6:,.1f} MB left: {free / 1e6:,.1f} of {total / 1e6:,.1f} MB are free. Close "
-                "what else uses the GPU, make smaller or shorter videos, or build with --weight-streaming."
+                f"what else uses {self.memory_words}, make smaller or shorter videos{self.streaming_words}."
             )
         return Buffer(_checked((code, address), "reserve memory"), size)
 

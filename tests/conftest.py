@@ -134,7 +134,8 @@ def calibration_of(checkpoint: Path) -> Calibration:
 
     def make(path: Path) -> None:
         weights = open_checkpoint(checkpoint)
-        shape = (8, 4, 8, 8) if weights.architecture.causal else (2, 4, 8, 12)
+        frames, height, width = (8, 8, 8) if weights.architecture.causal else (2, 8, 12)
+        shape = (frames, weights.architecture.in_channels, height, width)
         settings = CalibrationSettings(random_text(weights, PROMPTS[:2], 40), shape, steps=(1, 2, 4))
         write_calibration(path, calibrated(weights, settings))
 

@@ -43,7 +43,7 @@ class Cuda(types.ModuleType):
             setattr(self, name, value)
         for name, parameters in surface["functions"].items():
             setattr(self, name, self._function(name, parameters))
-        self.properties = {"name": b"NVIDIA Stand-in", "major": 9, "minor": 0}
+        self.properties = {"name": b"NVIDIA Stand-in", "major": 9, "minor": 0, "integrated": 0}
         self.limit = 4 << 30
         self.devices = 1
         self.calls: list[str] = []

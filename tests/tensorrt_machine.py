@@ -25,8 +25,8 @@ from tests.cuda_standin import Cuda
 from tests.tensorrt_surface import Surface
 from tools import cuda_surface, tensorrt_stubs
 
-RELEASES = {"10.3": "12", "10.16": "12", "11.4": "13"}
-"""TensorRT, and the CUDA its wheels are built for."""
+RELEASES = {"10.3": "12.6", "10.16": "12.9", "11.4": "13"}
+"""TensorRT, and the CUDA beside it; 10.3 and 12.6 are JetPack 6."""
 
 FACING = ("api", "builder", "context", "device", "engine", "monitor", "plan", "profile", "run", "stream", "timing")
 """Our modules that import TensorRT or CUDA."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ class Bare:
         if (top := name.split(".")[0]) in {"torch", "diffusers", "transformers", "huggingface_hub", "av", "matplotlib"}:
             raise ModuleNotFoundError(f"No module named {top!r}", name=top)
 sys.meta_path.insert(0, Bare())
-from anyflow_deploy.cli import export, generate, validate
-{"export": export, "generate": generate, "validate": validate}[sys.argv.pop(1)].main()
+from anyflow_deploy.cli import export, generate, profile, validate
+{"export": export, "generate": generate, "profile": profile, "validate": validate}[sys.argv.pop(1)].main()
 """
 
 
@@ -41,6 +42,15 @@ def test_embeddings_become_latents_without_pytorch(tiny_bundle: Bundle, embeddin
     done = bare("generate", tiny_bundle.path, "--prompt-embeds", embeddings, *size, "--output", output)
     assert done.returncode == 0, done.stderr
     assert load_file(output)["latents"].shape == (2, 2, 16, 4, 4)
+
+
+def test_a_bundle_is_profiled_without_pytorch(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    output = tmp_path / "profile.json"
+    done = bare("profile", tiny_bundle.path, "--shapes", "32x32x5", "--steps", 1, "--rounds", 2, "--seconds", 1, "--json", output)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(output.read_text())
+    assert made["points"][0]["transition"]["count"] == 2 and made["layers"]
+    assert all("pip install 'anyflow-deploy[export]'" in made["absent"][part] for part in ("text encoder", "VAE"))
 
 
 def test_two_prompts_do_not_become_one_video(tiny_bundle: Bundle, embeddings: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from anyflow_deploy import AnyFlowError
 from anyflow_deploy.cli.doctor import doctor
 from anyflow_deploy.cli.doctor_options import DoctorOptions
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.doctor import building, child, gpu, machine, packages, probes
+from anyflow_deploy.doctor import building, child, cpp, gpu, machine, packages, probes
 from anyflow_deploy.doctor.backends import BACKENDS, PRECISIONS, judged, required
 from anyflow_deploy.doctor.finding import FAULT, MISSING, WORKS, Finding, Probe, examined
 from anyflow_deploy.doctor.report import as_json, lines, plain
@@ -240,21 +241,55 @@ def test_a_compiler_that_lacks_openmp(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_headers_and_their_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "include").mkdir()
-    (tmp_path / "include/NvInfer.h").write_text("")
+    (tmp_path / "include/NvInferRuntime.h").write_text("")
     (tmp_path / "include/NvInferVersion.h").write_text(
         "#define TRT_MAJOR_ENTERPRISE 10\n#define TRT_MINOR_ENTERPRISE 13 //!\n#define TRT_PATCH_ENTERPRISE 3\n"
         "#define NV_TENSORRT_MAJOR TRT_MAJOR_ENTERPRISE\n"
     )
     (tmp_path / "include/cuda_runtime_api.h").write_text("")
     (tmp_path / "include/cuda.h").write_text("#define CUDA_VERSION 12060\n")
-    (tmp_path / "include/onnxruntime_cxx_api.h").write_text("")
-    (tmp_path / "include/onnxruntime_c_api.h").write_text("#define ORT_API_VERSION 24\n")
-    for name in ("TENSORRT_ROOT", "CUDA_HOME", "ORT_ROOT"):
+    for name in ("TensorRT_ROOT", "CUDA_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
     folder = tmp_path / "include"
-    assert building.tensorrt_headers().detail == f"10.13.3 in {folder}"
-    assert building.cuda_headers().detail == f"12.6 in {folder}"
-    assert building.onnxruntime_headers().detail == f"API 24 in {folder}"
+    assert cpp.tensorrt_headers().detail == f"10.13.3 in {folder}"
+    assert cpp.cuda_headers().detail == f"12.6 in {folder}"
+
+
+def test_the_headers_looked_for_are_those_the_library_includes() -> None:
+    """And what its CMake files look for; a header that nothing includes is nobody's business."""
+    sources = "".join(path.read_text() for path in (ROOT / "engines/cpp/src").glob("*.?pp"))
+    listed = "".join((ROOT / "engines/cpp" / name).read_text() for name in ("CMakeLists.txt", "cmake/AnyflowDependencies.cmake"))
+    asked = re.findall(r'"([\w/]+\.h(?:pp)?)", (?:folders|include_folders)', Path(cpp.__file__).read_text())
+    assert len(asked) == 4 and not [name for name in asked if f"#include <{name}>" not in sources]
+    assert f"cmake_minimum_required(VERSION {'.'.join(map(str, cpp.OLDEST_CMAKE))})" in listed
+    assert "TensorRT_ROOT" in listed and "CMAKE_CXX_STANDARD 20" in listed
+
+
+def test_what_the_cpp_library_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpp.torch_headers().works
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    monkeypatch.setenv("PATH", str(programs))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(cpp, "find_spec", lambda name: None)
+    monkeypatch.setattr(cpp, "include_folders", lambda *names: [tmp_path / "include"])
+    found = cpp.library()
+    assert found.state == MISSING
+    assert found.detail == "no cmake; neither ninja nor make; none of no-such-compiler is there; no nlohmann/json.hpp"
+    assert all(word in found.remedy for word in ("pip install cmake", "ninja", "g++ (11 or later)", "nlohmann-json3-dev"))
+    for name, answer in {"cmake": "cmake version 3.20.4", "ninja": "1.11", "c20": ""}.items():
+        (programs / name).write_text(f"#!/bin/sh\necho '{answer}'\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("CXX", "c20")
+    (tmp_path / "include/nlohmann").mkdir(parents=True)
+    numbers = zip(("MAJOR", "MINOR", "PATCH"), (3, 10, 5), strict=True)
+    (tmp_path / "include/nlohmann/json.hpp").write_text("".join(f"#define NLOHMANN_JSON_VERSION_{p} {n}\n" for p, n in numbers))
+    found = cpp.library()
+    assert found.state == FAULT and found.detail == "CMake 3.20.4, needed is 3.22 or later"
+    (programs / "cmake").write_text("#!/bin/sh\necho 'cmake version 3.22.1'\n")
+    found = cpp.library()
+    assert found.works and "CMake 3.22.1, ninja, " in found.detail and "nlohmann-json 3.10.5 in " in found.detail
 
 
 # Backends and precisions
@@ -328,6 +363,7 @@ def test_nobody_without_a_gpu_is_told_to_install_for_one() -> None:
 def test_on_a_jetson_tensorrt_comes_with_jetpack() -> None:
     found = healthy(**{probes.TENSORRT: Finding(MISSING, "no module", "pip install x"), probes.JETSON: works()})
     assert "--system-site-packages" in probes.advised(found)[probes.TENSORRT].remedy
+    assert "anyflow-deploy[jetpack6]" in probes.advised({**found, probes.GPU: Finding(MISSING, "none")})[probes.GPU].remedy
     del found[probes.JETSON]
     assert probes.advised(found)[probes.TENSORRT].remedy == "pip install x"
 

@@ -144,6 +144,8 @@ def test_shapes_are_read_and_refused() -> None:
         ("--model 14b --precision fp16 --target l4", 1),
         ("--model far-14b --precision fp32 --target orin", 1),
         ("--model 14b --target l4", 1),
+        ("--model 14b --precision int8 --target orin --memory 32", 0),
+        ("--model 1.3b --precision fp32 --target orin-nano", 1),
     ],
 )
 def test_the_exit_status_is_the_verdict(line: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +188,8 @@ def test_a_window_is_advised_where_the_cache_is_too_large(capsys: pytest.Capture
         ("--model 14b --target mars", "unknown target 'mars'"),
         ("--model 14b --shape x", "HEIGHTxWIDTHxFRAMES"),
         ("--model 14b --window 2", "causal"),
+        ("--model 14b --memory 8", "give its row with --target NAME"),
+        ("--model 14b --target orin --memory 0", "memory"),
         ("--model far-14b --shape 480x848x81", "multiples of 32"),
     ],
 )
@@ -215,6 +219,13 @@ def test_an_export_is_judged_by_its_largest_declared_shape(capsys: pytest.Captur
     assert "at 480x832x81" in shown(a, "h100", {"frames": Range(1, None)}, capsys)
     far = MODELS["far-1.3b"].architecture
     assert "at 480x832x81" in shown(far, "h100", {"frames": Range(1, 3)}, capsys)  # of a chunk
+
+
+def test_another_variant_of_a_device() -> None:
+    """The system's share is that of the row, or a third of little memory."""
+    for line, available in (("orin --memory 32", 26e9), ("orin-nano --memory 4", 4e9 * 2 / 3), ("orin-nano", 5.5e9)):
+        device = parsed(FitOptions, shlex.split(f"--model 1.3b --target {line}")).device
+        assert device is not None and memory_of(device) == pytest.approx(available)
 
 
 def test_memory_of_the_cpu_is_this_machines() -> None:

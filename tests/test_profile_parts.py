@@ -27,6 +27,8 @@ from anyflow_deploy.profiling.record import Conditions, Profile, Series, Warmup
 from anyflow_deploy.profiling.roofline import target_from_gpu
 from anyflow_deploy.profiling.sampler import Sampler
 from anyflow_deploy.profiling.statistics import drift, is_steady, latency_from_samples, median_interval
+from anyflow_deploy.profiling.terminal import latency_words
+from anyflow_deploy.profiling.words import percentile_text
 from anyflow_deploy.progress import Silent
 from tests.profile_sample import sample_layers, sample_point, sample_profile, steady
 
@@ -66,6 +68,12 @@ def test_warm_up_waits_until_it_is_steady_and_gives_up_in_time() -> None:
     growing = iter(range(1, 10**6))
     done = warmed_up(lambda: times.append(2.0 ** next(growing) if time.sleep(0.01) is None else 0), times, Rules(0.1))
     assert not done.steady and done.runs >= 2 and done.seconds < 1
+
+
+def test_percentiles_that_there_are_no_samples_for_are_not_shown() -> None:
+    for share, enough in ((0.9, 10), (0.95, 20), (0.99, 100)):
+        assert percentile_text(1.5, share, enough) == "1.5 s" and percentile_text(1.5, share, enough - 1) == "–"
+    assert latency_words(latency_from_samples(steady(0.1, 21)))[-3:] == ["101 ms", "101 ms", "–"]
 
 
 def test_cases_take_turns() -> None:
@@ -114,11 +122,27 @@ def test_a_jetsons_rails(tmp_path: Path) -> None:
     rows |= {"in3_input": "5000", "curr3_input": "1000", "in7_label": "sum of shunt voltages", "in7_input": "3"}
     write(hwmon / "hwmon3", **rows)
     write(hwmon / "hwmon0", name="tegra-thermal")
-    found = power.ina3221(tmp_path)
+    found = power.rails(tmp_path)
     assert [(rail.name, rail.kind) for rail in found] == [("VDD_GPU_SOC", "gpu"), ("VDD_CPU_CV", "cpu"), ("VIN_SYS_5V0", "board")]
     assert [rail.watts() for rail in found if rail.watts] == pytest.approx([9.5, 3.8, 5.0])
     with pytest.raises(AbsentError, match="Jetsons have them"):
-        power.ina3221(tmp_path / "else")
+        power.rails(tmp_path / "else")
+
+
+def test_the_rails_of_an_orin_nano_and_of_a_thor(tmp_path: Path) -> None:
+    nano = {"name": "ina3221\n", "in1_label": "VDD_IN\n", "in2_label": "VDD_CPU_GPU_CV\n", "in3_label": "VDD_SOC\n"}
+    nano |= {f"in{n}_input": "5000" for n in (1, 2, 3)} | {f"curr{n}_input": "1000" for n in (1, 2, 3)}
+    write(tmp_path / "nano/sys/class/hwmon/hwmon1", **nano)
+    found = power.rails(tmp_path / "nano")
+    assert [(rail.name, rail.kind) for rail in found] == [(n, "board") for n in ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC")]
+    thor = {"name": "ina3221\n", "in1_label": "VDD_GPU\n", "in2_label": "VDD_CPU_SOC_MSS\n", "in3_label": "VIN_SYS_5V0\n"}
+    thor |= {f"in{n}_input": "12000" for n in (1, 2, 3)} | {f"curr{n}_input": "2000" for n in (1, 2, 3)}
+    write(tmp_path / "thor/sys/class/hwmon/hwmon4", **thor)
+    write(tmp_path / "thor/sys/class/hwmon/hwmon5", name="ina238\n", power1_input="61500000\n", in1_input="19000")
+    found = power.rails(tmp_path / "thor")
+    kinds = [("VDD_GPU", "gpu"), ("VDD_CPU_SOC_MSS", "cpu"), ("VIN_SYS_5V0", "board"), ("VIN", "board")]
+    assert [(rail.name, rail.kind) for rail in found] == kinds
+    assert found[-1].watts is not None and found[-1].watts() == pytest.approx(61.5)
 
 
 def test_rapl(tmp_path: Path) -> None:
@@ -214,6 +238,10 @@ def test_a_gpu_through_nvml(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> 
         ("NVIDIA L40S", None),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("Orin", "orin"),
+        ("NVIDIA Jetson AGX Orin Developer Kit", "orin"),
+        ("NVIDIA Jetson Orin NX Engineering Reference Developer Kit", "orin-nx"),
+        ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "orin-nano"),
+        ("NVIDIA Jetson AGX Thor Developer Kit", "thor"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("NVIDIA GeForce GTX 1080", None),
     ],
@@ -254,6 +282,7 @@ RULES: dict[str, Callable[[], Profile]] = {
     "power mode": lambda: sample_profile(machine={"jetson": {"model": "Orin", "power_mode": "30W"}}),
     "launch-bound": lambda: sample_profile(points=[sample_point(enqueue=latency_from_samples(steady(0.09)))]),
     "memory-bound": lambda: with_roof(compute_seconds=0.02, memory_seconds=0.09, efficiency=0.9),
+    "ceiling too low": lambda: with_roof(compute_seconds=0.2, memory_seconds=0.001, efficiency=2.0),
     "far from the ceiling": lambda: with_roof(compute_seconds=0.02, memory_seconds=0.001, efficiency=0.2),
     "many small operators": lambda: sample_profile(layers=[sample_layers(Gemm=0.5, Mul=0.3, Reshape=0.2)]),
     "short tail": lambda: sample_profile(points=[sample_point(transition=latency_from_samples(steady(0.1, 20)))]),

@@ -2,7 +2,7 @@
 
     python tools/cuda_surface.py
 
-cuda-bindings is an ordinary wheel that is imported without a GPU, so its surface is read from the module itself, in a
+cuda-python's bindings are an ordinary wheel that is imported without a GPU, so their surface is read from the module itself, in a
 process of its own since two releases cannot be imported at once. The tests' stand-in is made from it. Kept in .cache.
 """
 
@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-RELEASES = {"12": "12.9.10", "13": "13.5.0"}
-"""Of cuda-bindings, by CUDA's major version."""
+RELEASES = {"12.6": "cuda-python==12.6.2.post1", "12.9": "cuda-bindings==12.9.10", "13": "cuda-bindings==13.5.0"}
+"""By CUDA's version. JetPack 6 has 12.6, from when cuda-python was one package."""
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "cuda"
 
@@ -40,27 +40,27 @@ json.dump(surface, sys.stdout)
 """
 
 
-def surface(major: str) -> dict[str, Any]:
+def surface(cuda: str) -> dict[str, Any]:
     """The surface of a release in `RELEASES`, from .cache or from the package index.
 
     Raises:
         RuntimeError: no package index, or no wheel for this Python.
     """
-    version = RELEASES[major]
-    kept = CACHE / f"{version}-{sys.version_info.major}.{sys.version_info.minor}.json"
+    requirement = RELEASES[cuda]
+    kept = CACHE / f"{requirement.partition('==')[2]}-{sys.version_info.major}.{sys.version_info.minor}.json"
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}")
-        partial.write_text(_read(version))
+        partial.write_text(_read(requirement))
         partial.replace(kept)
     found: dict[str, Any] = json.loads(kept.read_text())
     return found
 
 
-def _read(version: str) -> str:
+def _read(requirement: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         install = [sys.executable, "-m", "pip", "install", "-q", "--only-binary=:all:", "--target", folder]
-        _run([*install, f"cuda-bindings=={version}"], {})
+        _run([*install, requirement], {})
         return _run([sys.executable, "-c", _READ], {"PYTHONPATH": folder})
 
 

@@ -34,12 +34,14 @@ class FitOptions(Options):
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-fit --model 14b",
         "anyflow-fit --model 14b --precision int8 --target orin --shape 480x832x81",
+        "anyflow-fit --model 1.3b --target orin-nx --memory 8",
         "anyflow-fit --model far-14b --precision fp8 --target thor --window 4 --json",
     )
 
     model: str = Field(description=f"one of {', '.join(MODELS)}")
     precision: str | None = Field(None, description=f"one of {', '.join(FIT_PRECISIONS)} (default all)")
     target: str | None = Field(None, description=f"one of {', '.join(TARGETS)} (default all)")
+    memory: float | None = Field(None, gt=0, le=1000, description="GB of --target, in a variant with more or less (as sold)")
     shape: str | None = Field(None, description="HEIGHTxWIDTHxFRAMES in pixels and frames (default the model's own)")
     window: int | None = Field(None, ge=1, description="compressed chunks a causal model keeps (default all)")
     json_output: bool = Field(False, alias="json", description="print the numbers as JSON on standard output")
@@ -56,6 +58,8 @@ class FitOptions(Options):
     def _consistent(self) -> FitOptions:
         try:
             target = get_target(self.target or "cpu")
+            if self.memory is not None and target.memory is None:
+                raise AnyFlowError("--memory is of a variant of a device: give its row with --target NAME (not cpu), too.")
             needed(self.architecture, self.precision or "fp16", target, self.video, self.window)
             if self.target and self.precision:
                 check_precision(target, self.precision)
@@ -67,6 +71,17 @@ class FitOptions(Options):
     def architecture(self) -> Architecture:
         """Of the model."""
         return get_model(self.model).architecture
+
+    @property
+    def device(self) -> Target | None:
+        """The row asked for, with the memory asked for; a small one's system is counted as no more than a third of it."""
+        row = get_target(self.target) if self.target else None
+        if row is None or self.memory is None:
+            return row
+        memory = int(self.memory * GB)
+        return dataclasses.replace(
+            row, memory=memory, reserved=min(row.reserved, memory // 3), device=f"{row.device}, with {self.memory:g} GB"
+        )
 
     @property
     def video(self) -> Shape:
@@ -82,7 +97,7 @@ def default_shape(model: str) -> Shape:
 
 def fit(options: FitOptions) -> int:
     """Do it; returns the exit status."""
-    targets = [get_target(options.target)] if options.target else list(TARGETS.values())
+    targets = [options.device] if options.device else list(TARGETS.values())
     precisions = (options.precision,) if options.precision else FIT_PRECISIONS
     cells = {t.name: {p: _cell(options.architecture, p, t, options.video, options.window) for p in precisions} for t in targets}
     if options.json_output:

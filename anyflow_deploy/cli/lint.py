@@ -17,7 +17,7 @@ from anyflow_deploy.targets import get_target
 if TYPE_CHECKING:
     from anyflow_deploy.engines.tensorrt_lint import Finding
 
-_JETSON_OF_JETPACK_6 = ("orin",)
+_JETSON_OF_JETPACK_6 = ("orin", "orin-nx", "orin-nano")
 _SHOWN = 5
 """Kinds of findings that an export prints; `anyflow-inspect --lint` has them all."""
 

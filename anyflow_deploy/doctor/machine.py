@@ -20,7 +20,7 @@ LEAST_DISK = LEAST_MEMORY = 4e9
 _X86_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
 _ARM_FLAGS = ("asimdhp", "asimddp", "i8mm", "bf16", "sve")
 
-_JETPACK = {"36": "JetPack 6", "35": "JetPack 5", "38": "JetPack 7"}
+_JETPACK = {"36": "JetPack 6", "35": "JetPack 5", "38": "JetPack 7", "39": "JetPack 7"}
 
 
 def python() -> Finding:

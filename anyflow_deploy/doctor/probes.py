@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
-from anyflow_deploy.doctor import building, gpu, machine, packages
+from anyflow_deploy.doctor import building, cpp, gpu, machine, packages
 from anyflow_deploy.doctor.finding import MISSING, Finding, Findings, Probe
 
 PYTHON, NUMPY, ORT, ORT_CUDA, INT8 = "Python", "numpy", "ONNX Runtime", "ONNX Runtime on CUDA", "int8 on the CPU"
 TORCH, GPU, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT = "PyTorch", "GPU", "TensorRT", "cuda-python", "torch-tensorrt"
-COMPILER, CUDA_HEADERS, TENSORRT_HEADERS = "C++ compiler", "CUDA headers", "TensorRT headers"
+COMPILER, LIBRARY = "C++ compiler", "C++ library"
+CUDA_HEADERS, TENSORRT_HEADERS = "CUDA headers", "TensorRT headers"
 JETSON = "Jetson"
 
 OF_JETPACK = "JetPack brings it: apt-get install nvidia-jetpack, and python3 -m venv --system-site-packages"
+
+CUDA_OF_JETPACK = (
+    "a Jetson's GPU answers through cuda-python in the version of its CUDA: pip install 'anyflow-deploy[jetpack6]', or [jetpack7]"
+)
 
 FOR_A_GPU = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS)
 """Useless without one, so nobody is told to install them there."""
@@ -35,17 +40,22 @@ PROBES = (
     Probe(CUDA_PYTHON, packages.cuda_python),
     Probe(TORCH_TENSORRT, packages.torch_tensorrt),
     Probe(COMPILER, building.compiler),
-    Probe("ONNX Runtime headers", building.onnxruntime_headers),
-    Probe(TENSORRT_HEADERS, building.tensorrt_headers),
-    Probe(CUDA_HEADERS, building.cuda_headers),
+    Probe(LIBRARY, cpp.library),
+    Probe("AOTInductor headers", cpp.torch_headers),
+    Probe(TENSORRT_HEADERS, cpp.tensorrt_headers),
+    Probe(CUDA_HEADERS, cpp.cuda_headers),
 )
 
 
 def advised(found: Findings) -> dict[str, Finding]:
     """The same findings, without advice to install what only a GPU needs where there is none, or what JetPack brings."""
     if JETSON in found:
-        brought = {name for name in (TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS) if name in found and not found[name].works}
-        return {name: dataclasses.replace(f, remedy=OF_JETPACK) if name in brought else f for name, f in found.items()}
+        ways = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), OF_JETPACK)
+        ways |= dict.fromkeys((GPU, CUDA_PYTHON), CUDA_OF_JETPACK)
+        return {
+            name: dataclasses.replace(finding, remedy=ways[name]) if name in ways and not finding.works else finding
+            for name, finding in found.items()
+        }
     if GPU not in found or found[GPU].state != MISSING:
         return dict(found)
     useless = {name for name in FOR_A_GPU if name in found and found[name].state == MISSING}

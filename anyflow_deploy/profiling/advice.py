@@ -96,6 +96,9 @@ def _unsteady(profile: Profile) -> Iterator[Advice]:
             )
 
 
+_BLIND = " A virtual machine sees neither its processor's true clock nor its neighbours."
+
+
 def _clocks(profile: Profile) -> Iterator[Advice]:
     worst = max(profile.points, key=lambda point: point.transition.variation)
     variation = worst.transition.variation
@@ -121,7 +124,8 @@ def _clocks(profile: Profile) -> Iterator[Advice]:
     yield Advice(
         kind="times vary",
         weight="hint",
-        text="Times vary and no clock was seen to move: look for other load, and trust the median and its interval.",
+        text="Times vary and no clock was seen to move: look for other load, and trust the median and its interval."
+        + _BLIND * bool(profile.machine.get("virtual")),
         measurement=measured,
     )
 
@@ -140,7 +144,8 @@ def _governor(profile: Profile) -> Iterator[Advice]:
         yield Advice(
             kind="power mode",
             weight="hint",
-            text="The Jetson is held to a power budget. nvpmodel -m 0 takes it away, if the board may take the heat.",
+            text="The Jetson is held to a power budget. sudo nvpmodel -m N takes it away, if the board may take the heat; N "
+            "is the number of MAXN (MAXN_SUPER where there is one) in /etc/nvpmodel.conf.",
             measurement=f"nvpmodel says {mode}",
         )
 
@@ -162,6 +167,14 @@ def _roof(profile: Profile) -> Iterator[Advice]:
         roof = point.roofline
         if roof is None or roof.efficiency is None or profile.ceilings is None:
             continue
+        if not point.chunks and point.transition.minimum < roof.bound:
+            yield Advice(
+                kind="ceiling too low",
+                weight="hint",
+                text="A transition was faster than the ceiling, so it is none: what it was measured with was disturbed, or the "
+                "hardware is not the one of the data sheet (--target). Profile again on a quiet machine.",
+                measurement=f"{point.shape}: {_ms(point.transition.minimum)}; {profile.ceilings.name}: {_ms(roof.bound)}",
+            )
         measured = (
             f"{point.shape}: {_ms(point.transition.median)} where {profile.ceilings.name} allows {_ms(roof.bound)} "
             f"({_ms(roof.compute_seconds)} of products, {_ms(roof.memory_seconds)} of memory traffic)"
@@ -260,7 +273,7 @@ RULES: tuple[Callable[[Profile], Iterator[Advice]], ...] = (
 
 
 def _count(point: Point) -> str:
-    return f"{point.transition.count} transitions"
+    return f"of {point.transition.count} transitions"
 
 
 def _percent(change: float) -> str:

@@ -108,6 +108,8 @@ def _values(profile: Profile) -> Iterator[tuple[str, Value]]:
     yield "engine, peak CPU memory", Value(profile.memory.cpu_peak, "B")
     if profile.memory.gpu_peak is not None:
         yield "engine, peak GPU memory", Value(profile.memory.gpu_peak, "B")
+    if profile.memory.shared_peak is not None and profile.memory.shared_before is not None:
+        yield "engine, shared memory", Value(profile.memory.shared_peak - profile.memory.shared_before, "B")
     yield "loading the engine", Value(profile.subject.load_seconds, "s", (0.0, 2 * profile.subject.load_seconds))
 
 

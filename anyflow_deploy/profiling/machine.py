@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from anyflow_deploy.profiling import jetson
 from anyflow_deploy.profiling.memory import own_cpu_seconds
 from anyflow_deploy.profiling.nvml import Gpu
 
@@ -39,7 +39,7 @@ def described(gpu: Gpu | None, root: Path = Path("/")) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
         "governor": governor(root),
-        "jetson": jetson(root),
+        "jetson": jetson.described(root),
         "gpu": None if gpu is None else gpu.described(),
     }
     return {key: value for key, value in found.items() if value is not None}
@@ -64,15 +64,6 @@ def versions() -> dict[str, str]:
 def governor(root: Path = Path("/")) -> str | None:
     """How the kernel chooses the processor's clock: "performance" keeps it up."""
     return _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None
-
-
-def jetson(root: Path = Path("/")) -> dict[str, str] | None:
-    """Model and power mode of a Jetson (`nvpmodel -q`); None elsewhere."""
-    model = _text(root / "proc/device-tree/model").strip("\0 ")
-    if not re.search(r"jetson|tegra", model, re.IGNORECASE):
-        return None
-    mode = re.search(r"NV Power Mode:\s*(\S+)", _told(["nvpmodel", "-q"]))
-    return {"model": model, "power_mode": mode[1] if mode else "unknown (nvpmodel -q said nothing)"}
 
 
 def cpu_clock(root: Path = Path("/")) -> Callable[[], float | None]:
@@ -144,11 +135,4 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(errors="replace").strip()
     except OSError:
-        return ""
-
-
-def _told(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -1,4 +1,5 @@
-"""Peaks of memory: of this process by the kernel, of the GPU by NVML or CUDA. Apart, and never added up.
+"""Peaks of memory: of this process by the kernel, of the GPU by NVML or CUDA. Apart, and never added up. Where both share one
+memory, a third number says what everything together took of it: that is what has to fit.
 
 Linux keeps a process's highest resident size and forgets it on request (/proc/self/clear_refs), so each stage has a peak of
 its own. Where it does not forget (some containers), the peak is that of the process so far, and the record says so.
@@ -11,6 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from anyflow_deploy.profiling import jetson
 from anyflow_deploy.profiling.nvml import Gpu
 from anyflow_deploy.profiling.record import Memory
 
@@ -31,26 +33,29 @@ class Peak:
 
     Args:
         gpu_used: bytes on the device now, where there is one.
-        unified: processor and GPU share one memory.
+        shared: bytes taken of the memory that processor and GPU share; None where each has its own.
     """
 
-    def __init__(self, gpu_used: Used | None = None, unified: bool = False) -> None:
-        self._used, self._unified = gpu_used, unified
+    def __init__(self, gpu_used: Used | None = None, shared: Used | None = None) -> None:
+        self._used, self._shared = gpu_used, shared
+        self._shared_before = None if shared is None else shared()
         self._before = resident()
         self._gpu_before = self._gpu()
         self._loaded, self._gpu_loaded = self._before, self._gpu_before
+        self._loading_peak: int | None = None
         self._forgotten = _forget()
 
     def loaded(self) -> None:
         """Call it when what is measured is loaded."""
         self._loaded, self._gpu_loaded = resident(), self._gpu()
+        self._loading_peak = resident("VmHWM") if self._forgotten else None  # else it may be of long before
         self._forgotten = _forget()
 
-    def record(self, gpu_peak: float | None = None) -> Memory:
+    def record(self, gpu_peak: float | None = None, shared_peak: float | None = None) -> Memory:
         """What was reached.
 
         Args:
-            gpu_peak: the most that was sampled meanwhile.
+            gpu_peak, shared_peak: the most that was sampled meanwhile.
         """
         now = self._gpu()
         candidates = [value for value in (gpu_peak, now) if value is not None]
@@ -58,10 +63,13 @@ class Peak:
         return Memory(
             cpu_before=self._before,
             cpu_loaded=self._loaded,
+            cpu_loading_peak=self._loading_peak,
             cpu_peak=resident("VmHWM"),
-            gpu_loaded=None if self._gpu_loaded is None else int(self._gpu_loaded),
+            gpu_loaded=_whole(self._gpu_loaded),
             gpu_peak=int(max(candidates)) if candidates else None,
-            unified=self._unified,
+            unified=self._shared is not None,
+            shared_before=_whole(self._shared_before),
+            shared_peak=_whole(shared_peak),
             method=f"CPU: {cpu}; GPU: {'sampled' if self._used is not None else 'none in use'}",
         )
 
@@ -77,8 +85,20 @@ def _forget() -> bool:
     return True
 
 
-def gpu_used(gpu: Gpu | None, device: int) -> Used | None:
-    """How to read the device's memory: this process's share by NVML, else all that is taken, else CUDA's own count."""
+def _whole(size: float | None) -> int | None:
+    return None if size is None else int(size)
+
+
+def gpu_used(gpu: Gpu | None, device: int, unified: bool = False) -> Used | None:
+    """How to read the device's memory: this process's share by NVML, else all that is taken, else CUDA's own count.
+
+    Args:
+        gpu, device: which.
+        unified: it is the processor's memory, too. NVML or the kernel may tell the GPU's part of it; CUDA's count, which takes
+            Linux's file cache for used memory, does not serve.
+    """
+    if unified:
+        return lambda: _first(gpu.memory()[0] if gpu else None, jetson.gpu_memory())
     if gpu is not None and gpu.memory() != (None, None):
         return lambda: next((float(size) for size in gpu.memory() if size is not None), None)
     try:
@@ -94,6 +114,10 @@ def gpu_used(gpu: Gpu | None, device: int) -> Used | None:
         return None if int(code) else float(total - free)
 
     return taken
+
+
+def _first(*sizes: float | None) -> float | None:
+    return next((float(size) for size in sizes if size is not None), None)
 
 
 def own_cpu_seconds() -> float:

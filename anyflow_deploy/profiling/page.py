@@ -10,7 +10,7 @@ from html import escape
 
 from anyflow_deploy.profiling.plots import all_plots
 from anyflow_deploy.profiling.record import Profile
-from anyflow_deploy.profiling.terminal import describe, describe_machine, latency_rows
+from anyflow_deploy.profiling.terminal import describe, describe_machine, latency_rows, latency_words
 from anyflow_deploy.profiling.words import size_text, time_text
 
 ROWS = 40
@@ -95,7 +95,9 @@ def _tiles(profile: Profile) -> str:
     memory = profile.memory
     tiles.append((size_text(memory.cpu_peak), "peak memory, CPU"))
     if memory.gpu_peak is not None:
-        tiles.append((size_text(memory.gpu_peak), "peak memory, GPU" + (" (shared)" if memory.unified else "")))
+        tiles.append((size_text(memory.gpu_peak), "peak memory, GPU" + (" (of the CPU's)" if memory.unified else "")))
+    if memory.shared_peak is not None and memory.shared_before is not None:
+        tiles.append((size_text(memory.shared_peak - memory.shared_before), "of the memory they share, counted once"))
     for name, joules in most.joules.items():
         tiles.append((f"{joules / point.frames:.3g} J", f"a frame, {name}, {most.steps} steps"))
     roof = point.roofline
@@ -117,9 +119,9 @@ def _advice(profile: Profile) -> str:
 def _latencies(profile: Profile) -> str:
     rows = []
     for shape, name, latency in latency_rows(profile):
-        values = (latency.minimum, latency.mean, latency.median, latency.p90, latency.p95, latency.p99, latency.maximum)
         interval = f"{time_text(latency.interval[0])} to {time_text(latency.interval[1])}"
-        rows.append([shape, name, *map(time_text, values), interval, str(latency.count), str(latency.outliers)])
+        most = time_text(latency.maximum)
+        rows.append([shape, name, *latency_words(latency), most, interval, str(latency.count), str(latency.outliers)])
     head = ("shape", "what", "min", "mean", "median", "p90", "p95", "p99", "max", "median lies in (95 %)", "n", "outliers")
     return _table(head, rows, 2)
 

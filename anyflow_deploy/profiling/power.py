@@ -1,4 +1,4 @@
-"""Where power can be read: NVIDIA's library, a Jetson's INA3221 monitors, Intel's and AMD's RAPL counters.
+"""Where power can be read: NVIDIA's library, a Jetson's INA3221 and INA238 monitors, Intel's and AMD's RAPL counters.
 
 A source gives watts, or counts joules. Those that count are read as they are (nothing is missed between two samples); those
 that give watts are integrated by the trapezoidal rule over what the sampling thread saw. Each is listed with what it covers:
@@ -46,7 +46,7 @@ def sources(gpu: Gpu | None, root: Path = Path("/")) -> tuple[list[Source], dict
     absent: dict[str, str] = {}
     ways: dict[str, Callable[[], list[Source]]] = {
         "NVML": lambda: nvml(gpu),
-        "INA3221": lambda: ina3221(root),
+        "Jetson's rails": lambda: rails(root),
         "RAPL": lambda: rapl(root),
     }
     for name, way in ways.items():
@@ -79,15 +79,28 @@ def _given(value: float | None) -> float:
 _GPU_RAILS, _CPU_RAILS, _MEMORY_RAILS = re.compile(r"GPU"), re.compile(r"CPU"), re.compile(r"VDDQ|DDR")
 
 
-def ina3221(root: Path = Path("/")) -> list[Source]:
-    """A Jetson's power rails: `inN_input` in millivolts times `currN_input` in milliamperes, named by `inN_label`."""
-    monitors = [folder for folder in sorted((root / "sys/class/hwmon").glob("hwmon*")) if _text(folder / "name") == "ina3221"]
+def rails(root: Path = Path("/")) -> list[Source]:
+    """A Jetson's power rails.
+
+    An INA3221 has three: `inN_input` in millivolts times `currN_input` in milliamperes, named by `inN_label`. Thor's board also
+    has an INA238, without names, where its power comes in: `power1_input` in microwatts.
+    """
+    names = {folder: _text(folder / "name") for folder in sorted((root / "sys/class/hwmon").glob("hwmon*"))}
+    monitors = [folder for folder, name in names.items() if name in ("ina3221", "ina238")]
     if not monitors:
-        raise AbsentError("no INA3221 power monitor under /sys/class/hwmon (Jetsons have them)")
-    rails = [rail for folder in monitors for rail in _rails(folder)]
-    if not rails:
+        raise AbsentError("no INA3221 or INA238 power monitor under /sys/class/hwmon (Jetsons have them)")
+    ways = {"ina3221": _rails, "ina238": _board_input}
+    found = [rail for folder in monitors for rail in ways[names[folder]](folder)]
+    if not found:
         raise AbsentError(f"{monitors[0]} names no rail that has both voltage and current")
-    return rails
+    return found
+
+
+def _board_input(folder: Path) -> Iterator[Source]:
+    file = folder / "power1_input"
+    if file.is_file():
+        name = _text(folder / "power1_label") or "VIN"
+        yield Source(name, "board", "INA238, sampled and integrated", watts=lambda: int(file.read_text()) * 1e-6)
 
 
 def _rails(folder: Path) -> Iterator[Source]:
@@ -97,7 +110,8 @@ def _rails(folder: Path) -> Iterator[Source]:
         if not (name and volts.is_file() and amperes.is_file()) or name.lower().startswith(("nc", "sum")):
             continue
         patterns: tuple[tuple[Kind, re.Pattern[str]], ...] = (("memory", _MEMORY_RAILS), ("gpu", _GPU_RAILS), ("cpu", _CPU_RAILS))
-        kind: Kind = next((kind for kind, pattern in patterns if pattern.search(name)), "board")
+        kinds = [kind for kind, pattern in patterns if pattern.search(name)]
+        kind: Kind = kinds[0] if len(kinds) == 1 else "board"  # Orin Nano and NX: VDD_CPU_GPU_CV is neither's alone
         yield Source(name, kind, "INA3221 rail, sampled and integrated", watts=lambda v=volts, a=amperes: _rail_watts(v, a))  # type: ignore[misc]
 
 

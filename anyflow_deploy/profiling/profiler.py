@@ -18,7 +18,7 @@ from anyflow_deploy.engine_folder import find_engine
 from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.loading import ON_GPUS_ONLY, EngineOptions, load_engine
 from anyflow_deploy.parameters import counts
-from anyflow_deploy.profiling import layer_pass, machine, stages
+from anyflow_deploy.profiling import jetson, layer_pass, machine, stages
 from anyflow_deploy.profiling.absence import AbsentError
 from anyflow_deploy.profiling.advice import advise
 from anyflow_deploy.profiling.end_to_end import end_to_end
@@ -29,7 +29,7 @@ from anyflow_deploy.profiling.operations import transition_work, types_of
 from anyflow_deploy.profiling.points import measured_point
 from anyflow_deploy.profiling.power import sources
 from anyflow_deploy.profiling.record import Ceilings, Conditions, Layers, Memory, Point, Power, Profile, Stage, Subject
-from anyflow_deploy.profiling.roofline import ceilings_of_target, measured_ceilings, roofline, target_from_gpu
+from anyflow_deploy.profiling.roofline import SECONDS, ceilings_of_target, measured_ceilings, roofline, target_from_gpu
 from anyflow_deploy.profiling.sampler import INTERVAL, Sampler
 from anyflow_deploy.profiling.subject import Video, videos
 from anyflow_deploy.profiling.watch import Watched
@@ -94,7 +94,7 @@ class _Profiler:
         self._request, self._report = request, report
         self._videos = videos(request.bundle.manifest, request.shapes, request.window)
         self._absent: dict[str, str] = dict.fromkeys(request.skip, "left out by --skip")
-        self._gpu = self._found_gpu()
+        self._gpu, self._board = self._found_gpu(), jetson.described()
 
     def profile(self) -> Profile:
         request = self._request
@@ -137,14 +137,16 @@ class _Profiler:
     def _engine_alone(self) -> tuple[Subject, list[Point], Memory, list[Power], Conditions]:
         options = self._request.engine
         on_gpu = options.provider == "cuda"
-        used = gpu_used(self._gpu, options.device) if on_gpu else None
-        peak, began = Peak(used, unified=machine.jetson() is not None), clock()
+        shared = jetson.memory_taken if self._board else None
+        used = gpu_used(self._gpu, options.device, shared is not None) if on_gpu else None
+        peak, began = Peak(used, shared), clock()
         engine = self._opened()
         loading = clock() - began
         peak.loaded()
         powers, absent = sources(self._gpu)
         self._absent |= {f"power: {name}": reason for name, reason in absent.items()}
-        reads = _reads(self._gpu) | ({"GPU memory": used} if used is not None else {})
+        reads = _reads(self._gpu, self._board is not None)
+        reads |= {name: read for name, read in (("GPU memory", used), ("shared memory", shared)) if read is not None}
         throttled_before, load = machine.throttle_counts(), machine.OtherLoad()
         with closing(engine):
             subject = self._subject(engine, loading)
@@ -158,12 +160,13 @@ class _Profiler:
                     for video in self._videos
                 ]
                 end = clock()
-            memory = peak.record(sampler.most("GPU memory"))
+            memory = peak.record(sampler.most("GPU memory"), sampler.most("shared memory"))
         rows = [sampler.power(source.name, (idle_from, begin), (begin, end)) for source in powers]
         throttle = sampler.shares() | {
             name: 1.0 for name, count in machine.throttle_counts().items() if count > throttled_before.get(name, count)
         }
-        conditions = Conditions(other_load=load.cores(), throttle=throttle, series=sampler.series(_UNITS, begin))
+        series = sampler.series({name: _UNITS[name.split()[-1]] for name in reads}, begin)
+        conditions = Conditions(other_load=load.cores(), throttle=throttle, series=series)
         if not conditions.series:
             self._absent["clocks"] = "neither NVML nor the kernel (cpufreq, /proc/cpuinfo) gives any here"
         return subject, points, memory, [row for row in rows if row is not None], conditions
@@ -207,8 +210,9 @@ class _Profiler:
                 return None
             if request.engine.provider == "cpu":
                 with self._report.stage("what this processor can do"):
-                    return measured_ceilings(request.engine.threads, {request.bundle.manifest.precision, "fp32"})
-            name = self._gpu.name if self._gpu is not None else ""
+                    kinds, seconds = {request.bundle.manifest.precision, "fp32"}, min(SECONDS, request.rules.seconds / 10)
+                    return measured_ceilings(request.engine.threads, kinds, seconds)
+            name = self._board["model"] if self._board else self._gpu.name if self._gpu is not None else ""
             found = target_from_gpu(name)
             if found is None:
                 raise AbsentError(f"no row of the target table is called {name or 'like this GPU'!r}; choose one with --target")
@@ -266,15 +270,15 @@ class _Profiler:
         return made
 
 
-_UNITS = {
-    "GPU clock": "MHz", "GPU memory clock": "MHz", "GPU temperature": "°C", "GPU memory": "B", "CPU clock": "MHz",
-    "CPU temperature": "°C",
-}  # fmt: skip
+_UNITS = {"clock": "MHz", "temperature": "°C", "memory": "B"}
+"""Of what is read, by its last word."""
 
 
-def _reads(gpu: Gpu | None) -> dict[str, Any]:
-    """What the sampling thread reads beside power."""
+def _reads(gpu: Gpu | None, on_jetson: bool) -> dict[str, Any]:
+    """What the sampling thread reads beside power. NVML has no clocks on a Jetson, the kernel has."""
     reads: dict[str, Any] = {"CPU clock": machine.cpu_clock()}
+    if on_jetson:
+        gpu, reads["GPU clock"] = None, jetson.gpu_clock()
     temperature = machine.cpu_temperature()
     if temperature is not None:
         reads["CPU temperature"] = temperature

@@ -12,7 +12,7 @@ from rich.table import Table
 from anyflow_deploy.profiling.compare import Comparison, Value
 from anyflow_deploy.profiling.estimate import Estimate
 from anyflow_deploy.profiling.record import Latency, Layers, Point, Profile
-from anyflow_deploy.profiling.words import size_text, steps_text, time_text
+from anyflow_deploy.profiling.words import percentile_text, size_text, steps_text, time_text
 
 SHOWN_LAYERS = 12
 
@@ -79,6 +79,13 @@ def latency_rows(profile: Profile) -> Iterator[tuple[str, str, Latency]]:
             yield "", f"{stage.name}, {name}", latency
 
 
+def latency_words(latency: Latency) -> list[str]:
+    """Minimum, mean, median, and the percentiles that there are samples for."""
+    tail = ((latency.p90, 0.9), (latency.p95, 0.95), (latency.p99, 0.99))
+    shown = [percentile_text(value, share, latency.count) for value, share in tail]
+    return [*map(time_text, (latency.minimum, latency.mean, latency.median)), *shown]
+
+
 def _latencies(point: Point) -> Table:
     names = ("min", "mean", "median", "p90", "p95", "p99", "n")
     table = Table(title=f"{point.shape}, {point.tokens:,} tokens a transition", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -87,8 +94,7 @@ def _latencies(point: Point) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
 
     def add(name: str, latency: Latency, *rest: str) -> None:
-        values = (latency.minimum, latency.mean, latency.median, latency.p90, latency.p95, latency.p99)
-        table.add_row(name, *map(time_text, values), str(latency.count), *rest)
+        table.add_row(name, *latency_words(latency), str(latency.count), *rest)
 
     add("transition", point.transition)
     if point.enqueue is not None:
@@ -108,7 +114,7 @@ def _other(profile: Profile) -> Table:
     table.add_column()
     for stage in profile.stages:
         rest = f"peak {size_text(stage.memory.cpu_peak)}, loaded in {time_text(stage.load_seconds)}"
-        table.add_row(stage.name, f"{time_text(stage.latency.median)} (p99 {time_text(stage.latency.p99)}); {rest}")
+        table.add_row(stage.name, f"{time_text(stage.latency.median)} (at most {time_text(stage.latency.maximum)}); {rest}")
     for row in profile.end_to_end:
         shown = ", ".join(f"{name} {time_text(seconds)}" for name, seconds in row.seconds.items())
         table.add_row(
@@ -116,9 +122,13 @@ def _other(profile: Profile) -> Table:
             f"{time_text(row.total)} ({shown}); first frame after {time_text(row.first_frame)}",
         )
     memory = profile.memory
-    table.add_row("memory, CPU", f"loaded {size_text(memory.cpu_loaded)}, peak {size_text(memory.cpu_peak)}")
+    meanwhile = f" ({size_text(memory.cpu_loading_peak)} on the way)" if memory.cpu_loading_peak else ""
+    table.add_row("memory, CPU", f"loaded {size_text(memory.cpu_loaded)}{meanwhile}, peak {size_text(memory.cpu_peak)}")
     if memory.gpu_peak is not None:
-        table.add_row("memory, GPU", f"peak {size_text(memory.gpu_peak)}" + (" (shared with the CPU)" if memory.unified else ""))
+        table.add_row("memory, GPU", f"peak {size_text(memory.gpu_peak)}" + (" (of the CPU's memory)" if memory.unified else ""))
+    if memory.shared_peak is not None and memory.shared_before is not None:
+        grown = size_text(memory.shared_peak - memory.shared_before)
+        table.add_row("memory, both", f"{grown} more than before, counted once; {size_text(memory.shared_peak)} with all else")
     for power in profile.power:
         idle = f", idle {power.idle_watts:.1f} W" if power.idle_watts is not None else ""
         table.add_row(escape(power.name), f"{power.mean_watts:.1f} W on average, {power.peak_watts:.1f} W at most{idle}")
@@ -135,7 +145,7 @@ def _other(profile: Profile) -> Table:
 
 
 def _layers(layers: Layers) -> Table:
-    title = f"one transition of {layers.graph}, by part ({layers.source}; {100 * layers.overhead:+.0f} % time under it)"
+    title = f"graph {layers.graph}, one run by part ({layers.source}; {100 * layers.overhead:+.0f} % on the times above)"
     table = Table("part", "operator", "time", "share", "calls", "GFLOP/s", title=title)
     for column in table.columns[2:]:
         column.justify = "right"

@@ -17,6 +17,11 @@ def size_text(size: float) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
+def percentile_text(seconds: float, share: float, count: int) -> str:
+    """A percentile, or a dash where so few samples have none: of nine, the 90th is only another name for the slowest."""
+    return time_text(seconds) if count * (1 - share) >= 1 - 1e-9 else "–"
+
+
 def steps_text(count: int) -> str:
     """As words."""
     return "1 step" if count == 1 else f"{count} steps"

@@ -39,7 +39,7 @@ Buffer::Buffer(size_t size) : size_(size) {
     throw Error(ANYFLOW_OUT_OF_MEMORY,
                 "the GPU has no " + megabytes(static_cast<double>(size)) + " left: " + megabytes(static_cast<double>(left)) +
                     " of " + megabytes(static_cast<double>(total)) +
-                    " are free. Close what else uses the GPU, make smaller or shorter videos, or build with --weight-streaming.");
+                    " are free. Close what else uses the GPU, make smaller or shorter videos, or build with --weight-streaming (not on a Jetson).");
   }
   check_cuda(code, "reserve memory");
 }
