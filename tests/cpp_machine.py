@@ -1,8 +1,8 @@
-"""The C++ library's TensorRT backend on a machine that is acted: engines/cpp/tests/standin built against NVIDIA's own headers, the
-library built on it by its own CMake, and the plans' arithmetic once more in numpy.
+"""The C++ library's TensorRT backend on a machine that is acted: engines/cpp/tests/standin built against NVIDIA's own
+headers, the library built on it by its own CMake, and the plans' arithmetic once more in numpy.
 
-NVIDIA's headers are not ours to check in. ANYFLOW_TENSORRT_HEADERS names them (folders with colons between: TensorRT's, CUDA's and,
-where it is apart, the one with crt/), or tools/tensorrt_headers.py has put a release into .cache.
+NVIDIA's headers are not ours to check in. ANYFLOW_TENSORRT_HEADERS names them (folders with colons between: TensorRT's,
+CUDA's and, where it is apart, the one with crt/), or tools/tensorrt_headers.py has put a release into .cache.
 """
 
 from __future__ import annotations
@@ -50,10 +50,9 @@ def v_classes(implementation: str) -> str:
         functions = re.findall(r"virtual\s+([^;]*?)\b(\w+)\(([^)]*)\)\s*(const)?\s*noexcept = 0;", body[1])
         assert len(functions) == body[1].count("= 0;"), f"a function of {name} was not understood"
         made.append(f"class {name}Base : public apiv::{name} {{\n public:")
-        made += [
-            f'  {kind} {function}({" ".join(parameters.split())}) {const} noexcept override {{ violation("{name}::{function} is not acted"); }}'
-            for kind, function, parameters, const in functions
-        ]
+        for kind, function, parameters, const in functions:
+            head = f"  {kind} {function}({' '.join(parameters.split())}) {const} noexcept override"
+            made.append(f'{head} {{ violation("{name}::{function} is not acted"); }}')
         made.append("};")
     return "\n".join([*made, "}  // namespace standin", ""])
 
@@ -84,7 +83,8 @@ class Machine:
             place.mkdir(parents=True, exist_ok=True)
         headers = [(tensorrt / "include", trt), *((toolkit / "include" / h.name, h) for place in cuda for h in place.iterdir())]
         for link, header in headers:
-            if not link.exists():
+            if not link.is_symlink() or link.readlink() != header:  # a folder of another release
+                link.unlink(missing_ok=True)
                 link.symlink_to(header)
         (toolkit / "version.json").write_text('{"cuda": {"version": "12.9.0"}}')
         classes, header = v_classes((trt / "NvInferImpl.h").read_text()), made / "v_classes.hpp"

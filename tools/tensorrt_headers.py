@@ -3,8 +3,8 @@
     python tools/tensorrt_headers.py 10.16            # into .cache/tensorrt-headers; 10.3, 10.16 and 11.1 are known
     python tools/tensorrt_headers.py 10.16 --from URL # a mirror of github.com/NVIDIA/TensorRT
 
-TensorRT's headers come from its open-source repository (Apache-2.0), CUDA's from NVIDIA's wheels of its runtime. Neither is checked
-in. tests/test_cpp_tensorrt.py uses the newest release that is there; where none is, it is skipped and names this file.
+TensorRT's headers come from its open-source repository (Apache-2.0), CUDA's from NVIDIA's wheels of its runtime. Neither is
+checked in. tests/test_cpp_tensorrt.py uses the newest release that is there; where none is, it is skipped and names this file.
 """
 
 from __future__ import annotations

@@ -73,6 +73,8 @@ class Queue {
   // Within the device; the places may overlap.
   void copy(char* to, const char* from, size_t size);
   void wait();
+  // Wait, whatever comes of it: where an error is on its way already, or nobody can be told.
+  void settle() noexcept;
   // What `work` puts on the stream, recorded and not done.
   std::unique_ptr<Captured> captured(const std::function<void()>& work);
 

@@ -34,10 +34,12 @@ void check_compatible(EngineFolder folder, const Gpu& gpu) {
        (wanted->second == "same-capability" && folder.device.compute_capability == here.compute_capability))) {
     folder.device = here;
   }
-  std::string& built = folder.versions["tensorrt"];
-  built = release(built);
-  const bool later = numbers(version())[0] == numbers(built)[0] && numbers(version()) >= numbers(built);
-  if (folder.flag("version_compatible") && later) built = version();
+  if (const auto found = folder.versions.find("tensorrt"); found != folder.versions.end()) {
+    std::string& built = found->second;
+    built = release(built);
+    const bool later = numbers(version())[0] == numbers(built)[0] && numbers(version()) >= numbers(built);
+    if (folder.flag("version_compatible") && later) built = version();
+  }
   check_here(folder, here, {{"tensorrt", version()}});
 }
 
@@ -62,19 +64,27 @@ class TensorRtEngine final : public Engine {
       plans_[name] = std::make_unique<Plan>(folder.file(name + ".plan"), name, graph->second,
                                             Plan::Opening{folder.flag("version_compatible"), streaming, profiles});
     }
+    const char* needed = bundle().manifest.causal() ? "chunk" : "transition";
+    if (!plans_.contains(needed)) {
+      throw Error(ANYFLOW_BUNDLE, folder.path.string() + " was built without " + in_quotes(needed) + ". Build it again.");
+    }
     ranges_ = folder.ranges;
     description_ = "TensorRT " + version() + ", " + gpu_.name() + ", " + bundle().manifest.precision;
   }
 
   const std::string& description() const override { return description_; }
   const Ranges& ranges() const override { return ranges_; }
+  void check_stream(const LatentShape& shape, const TextShape& text, const CachePlan& plan, int64_t given) const override {
+    trt::check_stream(plans_, shape, text, plan, given);
+  }
 
  protected:
   std::unique_ptr<Run> do_start(const Latents& latents, const Text& text) override {
     const Plan& plan = *plans_.at("transition");
     const Dims z(latents.shape.begin(), latents.shape.end()), words(text.shape.begin(), text.shape.end()), times = {z[0], z[1]};
     plan.chosen({{"latents", z}, {"text", words}, {"t", times}, {"r", times}});  // before anything is reserved
-    const std::pair<Dims, Dims> key{z, words};
+    Dims key = z;
+    key.insert(key.end(), words.begin(), words.end());
     auto lane = taken_lane(key);
     const Held held = lane->uploaded(text.data, text.count() * sizeof(float));
     const Others others = [words, held] { return Call{{{"text", words}}, {{"text", held->at()}}}; };
@@ -86,11 +96,14 @@ class TensorRtEngine final : public Engine {
   }
 
   std::unique_ptr<Cache> do_open_cache(const Text& text, const CachePlan& plan) override {
-    return std::make_unique<TensorRtCache>(std::make_shared<Lane>(gpu_, graphs_), plans_, text, plan);
+    Dims key = {text.shape[1], plan.window.value_or(0), plan.full_tokens, plan.compressed_tokens};
+    key.insert(key.end(), plan.chunks.begin(), plan.chunks.end());
+    const auto lane = taken_lane(key);
+    return std::make_unique<TensorRtCache>(lane, plans_, text, plan, [this, key, lane] { leave(key, lane); });
   }
 
  private:
-  using Key = std::pair<Dims, Dims>;
+  using Key = Dims;  // all that a lane's buffers depend on
 
   // The idle lane if it is of the same shapes, else a new one in its place: its buffers, contexts and captured graphs come back.
   std::shared_ptr<Lane> taken_lane(const Key& key) {

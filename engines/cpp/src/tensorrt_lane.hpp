@@ -60,6 +60,8 @@ class Lane {
 
   std::unique_ptr<Bound> bound(const Plan& plan) const;
   void enqueue(const Plan& plan, Bound& bound, const Call& call, int32_t profile);
+  // Run a call once more, in the way that it has earned by now.
+  void again(const Plan& plan, Runner& runner, Known& known, int32_t profile);
   void general(const Plan& plan, Runner& runner, const Call& call, int32_t profile);
   bool capture(const Plan& plan, Known& known, int32_t profile);
   Buffer& activations(size_t size);
