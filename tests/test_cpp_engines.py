@@ -34,8 +34,8 @@ FLOAT32 = 1e-5
 ROOT = SOURCE.parent.parent
 PAGE = (ROOT / "docs" / "cpp.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
-NOT_HERE = ("pip ", "anyflow-", "build/examples/stream")
-"""What the page has besides CMake: installing, which CI does; our own commands, which other tests run; and the causal
+NOT_HERE = ("pip ", "anyflow-", "python ", "make ", "build/examples/stream")
+"""What the page has besides CMake: installing, which CI does; our own commands and tools, which other tests run; and the causal
 example, which needs an engine that takes minutes to build: see the slow test."""
 
 

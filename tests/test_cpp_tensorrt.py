@@ -340,7 +340,7 @@ def test_what_a_stream_cannot_do_is_said_before_it_begins(ask: Conformance, mach
     z, chunks = noise((1, 9, 4, 4, 4), 5), [1] * 9
     for name, how, words in (
         ("without", {"graphs": ["text", "chunk"]}, "was built without 'compress'"),
-        ("short", {"profiles": [{"past": (0, 14)}]}, "no profile of this engine's 'c"),
+        ("short", {"profiles": [{"past": (0, 13)}]}, "no profile of this engine's 'c"),
         ("text", {"profiles": [{"text": (4, 9)}]}, "no profile of this engine's 'text'"),
     ):
         bundle = exported(tmp_path / name, "causal")

@@ -14,7 +14,7 @@ namespace af {
 
 Mapped::Mapped(const fs::path& path) {
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  struct stat about {};
+  struct stat about{};
   void* place = MAP_FAILED;
   if (file >= 0 && fstat(file, &about) == 0) {
     size_ = static_cast<size_t>(about.st_size);

@@ -37,7 +37,9 @@ class Asking final : public Cache {
       } else if (tensor.name.starts_with(text_prefix)) {
         shapes[tensor.name] = {1, plan_.text_tokens, plan_.heads, plan_.channels};
       } else {
-        shapes[tensor.name] = tensor.name == "latents" ? dims(shape) : tensor.name == "positions" ? Dims{shape[1]} : frames(shape);
+        shapes[tensor.name] = tensor.name == "latents"     ? dims(shape)
+                              : tensor.name == "positions" ? Dims{shape[1]}
+                                                           : frames(shape);
       }
     }
     plan.chosen(shapes);
@@ -91,13 +93,13 @@ TensorRtRun::TensorRtRun(std::shared_ptr<Lane> lane, const Plan& plan, const Lat
   const size_t size = floats(latents.count()), times = floats(static_cast<size_t>(latents.shape[0] * latents.shape[1]));
   state_ = lane_->uploaded(latents.data, size), next_ = lane_->take(size), velocity_ = lane_->take(size);
   t_ = lane_->take(times), r_ = lane_->take(times);
+  held_ = {state_, next_, velocity_, t_, r_};
 }
 
 TensorRtRun::~TensorRtRun() {
   try {
     lane_->queue().wait();
-    for (Held& buffer : {std::ref(state_), std::ref(next_), std::ref(velocity_), std::ref(t_), std::ref(r_)})
-      lane_->give(std::move(buffer));
+    lane_->give(held_);
     closed_();
   } catch (const std::exception& error) {
     log(ANYFLOW_LOG_ERROR, std::string("a run could not be ended in order: ") + error.what());
@@ -149,10 +151,11 @@ TensorRtCache::TensorRtCache(std::shared_ptr<Lane> lane, const Plans& plans, con
                                   [&](const Tensor& input) { return input.name == past_prefix + tensor.name; });
     if (!back) continue;
     const auto token = static_cast<size_t>(heads_ * channels_ * element_bytes(tensor.type));
-    if (token_ && token != token_) throw Error(ANYFLOW_BUNDLE, "this bundle caches several types of numbers. Update the library.");
+    if (token_ && token != token_)
+      throw Error(ANYFLOW_BUNDLE, "this bundle caches several types of numbers. Update the library.");
     token_ = token;
-    buffers_[tensor.name] = lane_->take(bytes(cache.capacity() + longest));
-    words_[tensor.name] = lane_->take(bytes(text_tokens_));
+    held_.push_back(buffers_[tensor.name] = lane_->take(bytes(cache.capacity() + longest)));
+    held_.push_back(words_[tensor.name] = lane_->take(bytes(text_tokens_)));
   }
   const Held given = lane_->uploaded(text.data, floats(text.count()));
   Call call{{{"text", Dims(text.shape.begin(), text.shape.end())}}, {{"text", given->at()}}};
@@ -160,15 +163,13 @@ TensorRtCache::TensorRtCache(std::shared_ptr<Lane> lane, const Plans& plans, con
   const Plan& words = plan_of(plans_, "text");
   lane_->run(words, taken_by(words, std::move(call)));
   lane_->queue().wait();
-  lane_->give(given);
+  lane_->give({given});
 }
 
 TensorRtCache::~TensorRtCache() {
   try {
     lane_->queue().wait();
-    for (auto* held : {&buffers_, &words_}) {
-      for (auto& [name, buffer] : *held) lane_->give(std::move(buffer));
-    }
+    lane_->give(held_);
     closed_();
   } catch (const std::exception& error) {
     log(ANYFLOW_LOG_ERROR, std::string("a cache could not be given back in order: ") + error.what());
@@ -186,8 +187,10 @@ std::unique_ptr<Run> TensorRtCache::run(const Latents& noise, const std::vector<
     return call;
   };
   const auto closed = [lane = lane_, beside, where] {
-    lane->give(where);
-    for (const auto& [name, buffer] : beside) lane->give(buffer);
+    std::vector<Held> all;
+    for (const auto& [name, buffer] : beside) all.push_back(buffer);
+    all.push_back(where);
+    lane->give(all);
   };
   return std::make_unique<TensorRtRun>(lane_, chunk, noise, others, closed);
 }
@@ -210,8 +213,9 @@ void TensorRtCache::write(const std::string& graph, const Latents& clean, const 
   lane_->run(written, taken_by(written, std::move(call)));
   for (const auto& [name, buffer] : beside) lane_->queue().copy(buffers_.at(name)->at(bytes(past)), buffer->at(), bytes(tokens));
   lane_->queue().wait();
-  for (const Held& buffer : {z, still, where, z_r, velocity}) lane_->give(buffer);
-  for (const auto& [name, buffer] : beside) lane_->give(buffer);
+  std::vector<Held> all = {z, still, where, z_r, velocity};
+  for (const auto& [name, buffer] : beside) all.push_back(buffer);
+  lane_->give(all);
 }
 
 void TensorRtCache::move(int64_t to, int64_t start, int64_t tokens) {

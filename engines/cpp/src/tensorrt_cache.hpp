@@ -1,4 +1,5 @@
-// A run and a causal cache in TensorRT, on the device; see engines/tensorrt_run.py and tensorrt_stream.py. Never run yet.
+// A run and a causal cache in TensorRT, on the device; see engines/tensorrt_run.py and tensorrt_stream.py. Not run on
+// a GPU yet (docs/cpp.md).
 #pragma once
 
 #include <functional>
@@ -36,6 +37,7 @@ class TensorRtRun final : public Run {
   Others others_;
   std::function<void()> closed_;
   Held state_, next_, velocity_, t_, r_;
+  std::vector<Held> held_;  // all of them, as they were taken
 };
 
 class TensorRtCache final : public Cache {
@@ -62,6 +64,7 @@ class TensorRtCache final : public Cache {
   int64_t heads_, channels_, text_tokens_, full_tokens_;
   size_t token_ = 0;  // bytes of one token's keys
   std::map<std::string, Held> buffers_, words_;
+  std::vector<Held> held_;  // all of them, as they were taken
 };
 
 // The plan of a graph. Throws Error where it was not built.

@@ -1,5 +1,5 @@
 // TensorRT: plans built by `anyflow-build --backend tensorrt`, run with CUDA's runtime; see engines/tensorrt_engine.py.
-// Compiled against the headers of 10.3, 10.16 and 11.1; never run yet (docs/cpp.md).
+// Run against the headers of 10.3, 10.16 and 11.1 on a stand-in, not on a GPU yet (docs/cpp.md).
 #include <mutex>
 #include <utility>
 
@@ -89,7 +89,7 @@ class TensorRtEngine final : public Engine {
     const Held held = lane->uploaded(text.data, text.count() * sizeof(float));
     const Others others = [words, held] { return Call{{{"text", words}}, {{"text", held->at()}}}; };
     const auto closed = [this, key, lane, held] {
-      lane->give(held);
+      lane->give({held});
       leave(key, lane);
     };
     return std::make_unique<TensorRtRun>(std::move(lane), plan, latents, others, closed);

@@ -33,7 +33,8 @@ void Lane::run(const Plan& plan, const Call& call) {
   const int32_t profile = plan.chosen(call.shapes);
   Runner& runner = runners_[&plan];
   std::list<Known> mine;  // held apart until it is done: room for activations may drop everything that is known
-  const auto found = std::find_if(runner.known.begin(), runner.known.end(), [&](const Known& known) { return known.call == call; });
+  const auto found =
+      std::find_if(runner.known.begin(), runner.known.end(), [&](const Known& known) { return known.call == call; });
   if (found == runner.known.end()) {
     mine.push_back({call, 0, nullptr, nullptr});
   } else {
@@ -144,7 +145,9 @@ Held Lane::take(size_t size) {
   return buffer;
 }
 
-void Lane::give(Held buffer) { free_[buffer->size()].push_back(std::move(buffer)); }
+void Lane::give(const std::vector<Held>& buffers) {
+  for (auto buffer = buffers.rbegin(); buffer != buffers.rend(); ++buffer) free_[(*buffer)->size()].push_back(*buffer);
+}
 
 Held Lane::uploaded(const void* data, size_t size) {
   Held buffer = take(size);

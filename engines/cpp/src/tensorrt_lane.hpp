@@ -1,6 +1,6 @@
 // Running a plan: execution contexts, and CUDA graphs of what is run again and again; see engines/tensorrt_context.py, whose
 // rules these are. A call that comes for the third time with the same shapes and addresses gets a context of its own, the fourth
-// time it is captured, and that context is never touched again. Never run yet (docs/cpp.md).
+// time it is captured, and that context is never touched again. Not run on a GPU yet (docs/cpp.md).
 #pragma once
 
 #include <list>
@@ -33,9 +33,10 @@ class Lane {
   Queue& queue() { return *queue_; }
   // Put one run of a plan on the stream.
   void run(const Plan& plan, const Call& call);
-  // A buffer; one that was given back, if it is of this size, so that addresses come back, too.
+  // A buffer; one that was given back, if it is of this size. What was taken and is given back in the same order is taken in that
+  // order again: addresses come back, and with them what was captured.
   Held take(size_t size);
-  void give(Held buffer);
+  void give(const std::vector<Held>& buffers);
   Held uploaded(const void* data, size_t size);
 
  private:

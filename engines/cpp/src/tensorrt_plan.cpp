@@ -1,11 +1,11 @@
 #include "tensorrt_plan.hpp"
 
-#include "mapped.hpp"
-
 #include <algorithm>
 #include <cmath>
 #include <deque>
 #include <utility>
+
+#include "mapped.hpp"
 
 namespace af::trt {
 namespace {
@@ -81,7 +81,8 @@ double Profile::distance(const Shapes& call) const {
   double total = 0;
   for (const auto& [name, ends] : shapes) {
     const auto found = call.find(name);
-    if (found == call.end()) throw Error(ANYFLOW_BUNDLE, "a plan takes " + in_quotes(name) + ", which this library does not know.");
+    if (found == call.end())
+      throw Error(ANYFLOW_BUNDLE, "a plan takes " + in_quotes(name) + ", which this library does not know.");
     const Dims& given = found->second;
     for (size_t axis = 0; axis < given.size() && axis < ends[0].size(); ++axis) {
       const int64_t nearest = std::clamp(given[axis], ends[0][axis], ends[2][axis]);

@@ -1,5 +1,5 @@
-// Questions of the program `conformance` about an engine over its life: several streams and samples on it, at once or one after the
-// other, broken off and begun again, handles closed in every order.
+// Questions of the program `conformance` about an engine over its life: several streams and samples on it, at once or one after
+// the other, broken off and begun again, handles closed in every order.
 #pragma once
 
 #include <nlohmann/json.hpp>

@@ -1,6 +1,6 @@
 // A machine with a GPU, acted, for testing the TensorRT backend where there is none: CUDA's runtime (cuda.cpp) on ordinary memory
-// and TensorRT's (nvinfer.cpp) on plans that are a few lines of text, both behind NVIDIA's own headers. tests/cpp_machine.py builds
-// it and repeats the plans' arithmetic in numpy.
+// and TensorRT's (nvinfer.cpp) on plans that are a few lines of text, both behind NVIDIA's own headers. tests/cpp_machine.py
+// builds it and repeats the plans' arithmetic in numpy.
 //
 // It is stricter than a GPU. Device addresses cannot be read from the host, and none is ever used twice; new memory counts as
 // unknown until something is written; work is done as late as CUDA may do it, when a stream is waited for; whatever CUDA or

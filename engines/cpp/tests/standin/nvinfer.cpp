@@ -196,7 +196,8 @@ class Context final : public IExecutionContext, public VExecutionContextBase {
 
  private:
   void touch(const char* what) const {
-    if (mark_->captured) violation(std::string("a context was given ") + what + " after its run was captured: undefined in TensorRT");
+    if (mark_->captured)
+      violation(std::string("a context was given ") + what + " after its run was captured: undefined in TensorRT");
   }
   bool refused(const std::string& why) const {
     engine_.runtime.error("IExecutionContext: " + why);
