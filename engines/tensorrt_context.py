@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from anyflow_deploy.engines.tensorrt_api import VERSION, trt
@@ -89,7 +90,12 @@ class Lane:
         """
         self.device.use()
         runner = self._runners.setdefault(plan.name, _Runner(plan, self, self._graphs))
-        runner.run(Call(tuple(shapes.items()), tuple(addresses.items())))
+        try:
+            runner.run(Call(tuple(shapes.items()), tuple(addresses.items())))
+        except BaseException:
+            with suppress(BackendError):
+                self.queue.wait()  # what is on its way to the device for this run may go with the error
+            raise
 
     def activations(self, size: int) -> Buffer:
         """Memory for contexts' activations, at least this much. Larger than before, it is another piece, and what was

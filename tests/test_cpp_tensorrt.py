@@ -30,8 +30,10 @@ LIVING = ("runtimes", "engines", "contexts", "streams", "graphs", "allocations")
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    """Built once; in the folder that ANYFLOW_CPP_MACHINE names, where only what has changed is built again."""
-    return Machine(Path(os.environ.get("ANYFLOW_CPP_MACHINE") or tmp_path_factory.mktemp("machine")))
+    """Built once; in the folder that ANYFLOW_CPP_MACHINE names, where only what changed is built again, and with the sanitizers
+    that ANYFLOW_CPP_SANITIZE names (as in "thread")."""
+    folder = os.environ.get("ANYFLOW_CPP_MACHINE") or tmp_path_factory.mktemp("machine")
+    return Machine(Path(folder), os.environ.get("ANYFLOW_CPP_SANITIZE"))
 
 
 @pytest.fixture

@@ -118,8 +118,9 @@ class TensorRtEngine final : public Engine {
   }
 
   void leave(const Key& key, std::shared_ptr<Lane> lane) {
+    std::pair<Key, std::shared_ptr<Lane>> other{key, std::move(lane)};
     const std::lock_guard lock(mutex_);
-    idle_ = {key, std::move(lane)};
+    std::swap(idle_, other);  // `other` goes when the lock is open again: giving memory back takes its time
   }
 
   Gpu gpu_;
