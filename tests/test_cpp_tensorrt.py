@@ -374,6 +374,37 @@ def test_memory_runs_out_at_every_place(machine: Machine, far: Bundle, wan: Bund
     ask.close()
 
 
+def test_a_lane_without_room_is_still_a_lane(machine: Machine, wan: Bundle) -> None:
+    """Where a run had buffers and no room for its activations, the next one of the same shapes begins as it should."""
+    z = noise((1, 2, 4, 8, 8), 1)
+    question = {"bundle": str(wan.path), "backend": "tensorrt", "text": as_json(TEXT), "noises": [as_json(z)] * 3}
+    right = as_json(sample(MachineEngine(wan), z, TEXT, Schedule.uniform(2)))["data"]
+    seen = set()
+    for memory in range(2000, 22_000, 500):
+        ask = other(machine, memory=memory)
+        answer = ask("samples", **question)
+        codes = {made.get("code") if isinstance(made, dict) else made == right for made in answer.get("made", [{"code": 6}])}
+        assert codes in ({6}, {True})
+        seen |= codes
+        nothing_left(ask)
+        ask.close()
+    assert seen == {6, True}
+
+
+def test_a_stream_that_found_no_room_is_asked_again(machine: Machine, far: Bundle) -> None:
+    z, seen = noise((1, 4, 4, 4, 8), 5), set()
+    right = streamed(far, z, [1, 2, 1])
+    for memory in range(50_000, 350_000, 12_000):
+        ask = other(machine, memory=memory)
+        answer = ask("streams", **asked(far, z, chunks=[1, 2, 1]))
+        made = answer["streams"] == [right]
+        assert made or "MB left" in answer["faults"][0], answer
+        seen.add(made)
+        nothing_left(ask)
+        ask.close()
+    assert seen == {True, False}
+
+
 def test_memory_that_runs_out_for_one_sample_is_there_for_the_next(machine: Machine, wan: Bundle) -> None:
     small, large = noise((1, 1, 4, 4, 4), 1), noise((1, 4, 4, 12, 12), 1)
     ask = other(machine, memory=40_000)

@@ -112,9 +112,10 @@ void Lane::enqueue(const Plan& plan, Bound& bound, const Call& call, int32_t pro
   }
   if (changed) bound.needed = bound.context->updateDeviceMemorySizeForShapes();
   const Buffer& memory = activations(bound.needed);
-  if (changed || bound.memory != memory.at()) {
+  const std::pair<const void*, size_t> given{memory.at(), memory.size()};
+  if (changed || bound.memory != given) {
     bound.context->setDeviceMemoryV2(memory.at(), static_cast<int64_t>(memory.size()));
-    bound.memory = memory.at();
+    bound.memory = given;
   }
   if (!bound.context->enqueueV3(queue_->stream())) throw plan.refused("run");
 }
@@ -124,7 +125,7 @@ Buffer& Lane::activations(size_t size) {
   if (size > activations_->size()) {
     queue_->wait();
     forget();
-    activations_.reset();
+    activations_ = std::make_unique<Buffer>(0);  // first, to make room: and if there is none all the same, this is what is left
     activations_ = std::make_unique<Buffer>(size);
   }
   return *activations_;

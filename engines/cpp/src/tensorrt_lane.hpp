@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "tensorrt_device.hpp"
 #include "tensorrt_plan.hpp"
@@ -46,7 +47,7 @@ class Lane {
     Shapes shapes;
     Addresses addresses;
     size_t needed = 0;
-    const void* memory = nullptr;
+    std::pair<const void*, size_t> memory{};  // address and size: a larger piece may come to lie where the last one was
   };
   struct Known {  // a call that came before
     Call call;

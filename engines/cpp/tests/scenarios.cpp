@@ -32,7 +32,13 @@ json whole(anyflow::Engine& engine, const json& request) {
       if (error.code() != ANYFLOW_ABORTED) throw;
     }
     sampling.abort = nullptr;
-    const auto chunk = stream.next(sampling);
+    std::optional<anyflow::Chunk> chunk;
+    try {
+      chunk = stream.next(sampling);
+    } catch (const anyflow::Error& error) {
+      if (error.code() != ANYFLOW_OUT_OF_MEMORY) throw;
+      chunk = stream.next(sampling);  // it may have been given back elsewhere: where not, it says so again
+    }
     going = chunk.has_value() && chunk->index + 1 < static_cast<int64_t>(request.at("chunks").size());
     if (chunk) made.push_back(chunk->latents.data);
   }
