@@ -120,7 +120,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axes, (distance, label) in zip(panels, DISTANCES.items(), strict=True):
@@ -132,6 +132,9 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(COUNTS, map(str, COUNTS))
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set(xlabel="steps", ylabel=label)
         axes.grid(alpha=0.3, which="both")
     panels[0].legend()

@@ -69,13 +69,13 @@ class StreamingDecoder:
     next.
 
     Args:
-        pipeline: folder with vae/, or what `load_vae` gave. A loaded one has one decoder at a time: making the next ends the
-            one before.
+        pipeline: folder with vae/, or what `load_vae` gave. Decoders of one loaded VAE do not disturb each other.
     """
 
     def __init__(self, pipeline: Path | LoadedVae) -> None:
         self._vae = load_vae(pipeline).module if isinstance(pipeline, Path) else pipeline.module
-        self._vae.clear_cache()
+        self._vae.clear_cache()  # makes a list of its own each time
+        self._features: list[Any] = self._vae._feat_map
         self._shape: tuple[int, ...] | None = None
 
     def decode(self, latents: Array) -> NDArray[np.uint8]:
@@ -99,9 +99,8 @@ class StreamingDecoder:
         with torch.no_grad():
             z = vae.post_quant_conv(_unscaled(vae, latents))
             for frame in z.split(1, dim=2):
-                vae._conv_idx = [0]
                 first = self._shape is None
-                pieces.append(vae.decoder(frame, feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=first))
+                pieces.append(vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=first))
                 self._shape = latents.shape[2:]
         return torch.cat(pieces, dim=2).clamp(-1, 1)
 

@@ -54,8 +54,58 @@ def save_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
         partial.unlink(missing_ok=True)
 
 
+class Mp4Pieces:
+    """Makes the bytes of a video that grows: H.264 in fragmented mp4. All pieces, one behind the other, are the file.
+
+    Args:
+        fps: playback rate.
+        size: height and width, both even.
+
+    Attributes:
+        frames: how many were encoded.
+
+    Raises:
+        AnyFlowError: an odd size.
+    """
+
+    def __init__(self, fps: int, size: tuple[int, int]) -> None:
+        if size[0] % 2 or size[1] % 2 or min(size) < 2:
+            raise AnyFlowError(f"a video of {_shown(size)} cannot be encoded as H.264; allowed are even heights and widths.")
+        self.fps, self.size, self.frames = fps, size, 0
+        self._fragments = 0
+
+    def encode(self, frames: NDArray[np.uint8]) -> bytes:
+        """The next piece: the first one with the file's header, the others without.
+
+        Args:
+            frames: uint8 (frames, height, width, 3), at least one.
+
+        Raises:
+            AnyFlowError: frames of another size or type, or an encoder that fails.
+        """
+        import av
+
+        if frames.ndim != 4 or frames.shape[1:] != (*self.size, 3) or not len(frames) or frames.dtype != np.uint8:
+            wanted = f"uint8 (frames, {self.size[0]}, {self.size[1]}, 3)"
+            raise AnyFlowError(f"frames are {frames.dtype} {frames.shape}; this video takes {wanted}, at least one frame.")
+        memory = io.BytesIO()
+        # Without avoid_negative_ts, ffmpeg would shift every piece to time zero.
+        options = {"movflags": _FRAGMENTS, "fragment_index": str(self._fragments + 1), "avoid_negative_ts": "disabled"}
+        try:
+            with av.open(memory, "w", format="mp4", options=options) as container:
+                # Without B-frames decoding order is display order, so that pieces join without overlapping times.
+                _encode(container, frames, self.fps, self.frames, {"bf": "0"})
+        except av.error.FFmpegError as error:
+            raise AnyFlowError(f"frames could not be encoded: {error}.") from None
+        boxes = list(_boxes(memory.getvalue()))
+        header = () if self._fragments else _HEADER_BOXES
+        self._fragments += sum(kind == b"moof" for kind, _ in boxes)
+        self.frames += len(frames)
+        return b"".join(data for kind, data in boxes if kind in header or kind not in _HEADER_BOXES)
+
+
 class VideoWriter:
-    """A video file that grows piece by piece and can be played meanwhile: H.264 in fragmented mp4.
+    """A video file that grows piece by piece and can be played meanwhile, see `Mp4Pieces`.
 
         with VideoWriter(Path("fox.mp4"), fps=16, size=(480, 832)) as writer:
             for piece in pieces:
@@ -68,21 +118,21 @@ class VideoWriter:
         fps: playback rate.
         size: height and width, both even.
 
-    Attributes:
-        frames: how many were appended.
-
     Raises:
         AnyFlowError: another ending, or an odd size.
     """
 
     def __init__(self, path: Path, fps: int, size: tuple[int, int]) -> None:
         check_suffix(path, GROWING_SUFFIXES)
-        if size[0] % 2 or size[1] % 2 or min(size) < 2:
-            raise AnyFlowError(f"a video of {_shown(size)} cannot be encoded as H.264; allowed are even heights and widths.")
-        self.path, self.fps, self.size, self.frames = path, fps, size, 0
+        self.path = path
+        self._pieces = Mp4Pieces(fps, size)
         self._file: BinaryIO | None = None
-        self._fragments = 0
         self._closed = False
+
+    @property
+    def frames(self) -> int:
+        """How many were appended."""
+        return self._pieces.frames
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -104,15 +154,11 @@ class VideoWriter:
         """
         if self._closed:
             raise AnyFlowError(f"the writer of {self.path} is closed; open another for another file.")
-        if frames.ndim != 4 or frames.shape[1:] != (*self.size, 3) or not len(frames) or frames.dtype != np.uint8:
-            wanted = f"uint8 (frames, {self.size[0]}, {self.size[1]}, 3)"
-            raise AnyFlowError(f"frames are {frames.dtype} {frames.shape}; {self.path} takes {wanted}, at least one frame.")
-        piece = self._fragment(frames)
+        piece = self._pieces.encode(frames)
         if self._file is None:
             self._file = self.path.open("wb")
         self._file.write(piece)
         self._file.flush()
-        self.frames += len(frames)
         return len(piece)
 
     def close(self) -> None:
@@ -121,24 +167,6 @@ class VideoWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def _fragment(self, frames: NDArray[np.uint8]) -> bytes:
-        """The bytes that a piece adds: the first one with the header, the others without."""
-        import av
-
-        memory = io.BytesIO()
-        # Without avoid_negative_ts, ffmpeg would shift every piece to time zero.
-        options = {"movflags": _FRAGMENTS, "fragment_index": str(self._fragments + 1), "avoid_negative_ts": "disabled"}
-        try:
-            with av.open(memory, "w", format="mp4", options=options) as container:
-                # Without B-frames decoding order is display order, so that pieces join without overlapping times.
-                _encode(container, frames, self.fps, self.frames, {"bf": "0"})
-        except av.error.FFmpegError as error:
-            raise AnyFlowError(f"{self.path} could not be encoded: {error}.") from None
-        boxes = list(_boxes(memory.getvalue()))
-        header = () if self._fragments else _HEADER_BOXES
-        self._fragments += sum(kind == b"moof" for kind, _ in boxes)
-        return b"".join(data for kind, data in boxes if kind in header or kind not in _HEADER_BOXES)
 
 
 def load_video(path: Path) -> NDArray[np.uint8]:

@@ -8,6 +8,7 @@ make a file that grows.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
@@ -16,16 +17,14 @@ from typing import Protocol
 from anyflow_deploy.cli.course import InTime
 from anyflow_deploy.engines.deadline import Pace
 from anyflow_deploy.engines.engine import Array, BundleEngine
-from anyflow_deploy.engines.sampler import Step, noise, sample, stream
+from anyflow_deploy.engines.sampler import Step
 from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.pipeline.text import PromptEncoder
 from anyflow_deploy.pipeline.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipeline.video import VideoWriter
 from anyflow_deploy.serving.job import Job
+from anyflow_deploy.serving.latents import clean_latents
 from anyflow_deploy.serving.report import Report
-
-PIECE = 3
-"""Latent frames of a bidirectional video that are decoded together."""
 
 REMEMBERED_PROMPTS = 16
 """Whose embeddings are kept (8 MB each with a text encoder of 4096 channels)."""
@@ -106,23 +105,15 @@ class PipelineMaker:
             course.advanced(step, lambda by: way.__setitem__(0, way[0] + by))
             report.step(step, way[0] / amount)
 
-        start = noise((1, *order.shape), order.seed)
-        if order.plan is None:
-            with report.stage("transformer"):
-                latents = sample(self._engine, start, words, course.schedules(0)(0), went)
-            _say(course, report)
-            for first in range(0, latents.shape[1], PIECE):
-                yield latents[:, first : first + PIECE]
-            return
-        schedules, plan = course.schedules(0), order.plan
-        with closing(stream(self._engine, start, words, schedules, plan.chunks, None, plan.window, went)) as chunks:
-            while True:
+        with closing(clean_latents(self._engine, order, words, course, went)) as pieces:
+            for index in itertools.count():
                 with report.stage("transformer"):
-                    chunk = next(chunks, None)
-                if chunk is None:
+                    piece = next(pieces, None)
+                if piece is None:
                     return
-                _say(course, report)
-                yield chunk.latents
+                if order.plan is not None or index == 0:  # a bidirectional video is whole with its first piece
+                    _say(course, report)
+                yield piece
 
 
 def _say(course: object, report: Report) -> None:

@@ -110,7 +110,7 @@ class Order:
         return Fixed(Schedule.uniform(self.steps, self.shift), first)
 
 
-def ordered(request: VideoRequest, manifest: Manifest, limits: Limits, name: str) -> Order:
+def ordered(request: VideoRequest, manifest: Manifest, limits: Limits, name: str, *, embedded: bool = False) -> Order:
     """Check a request.
 
     Args:
@@ -118,17 +118,15 @@ def ordered(request: VideoRequest, manifest: Manifest, limits: Limits, name: str
         manifest: of the bundle.
         limits: of this server.
         name: what the model is called here.
+        embedded: the prompt comes as embeddings, and its text is empty.
 
     Raises:
         RefusedError: naming the field, what was given and what is allowed.
     """
     if request.model not in (None, name):
         raise RefusedError(f"model is {request.model!r}; this server has {name!r}. Give that, or leave model out.", "model")
-    _most("prompt", len(request.prompt), limits.prompt_characters, "characters")
-    if not request.prompt.strip():
-        raise RefusedError("prompt is empty; describe the video in a sentence.", "prompt")
-    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in request.prompt):
-        raise RefusedError("prompt holds a NUL or half a character (a lone surrogate); send text.", "prompt")
+    if not embedded:
+        _check_prompt(request.prompt, limits)
     causal = manifest.kind == "causal"
     for field in ("first_steps", "window"):
         if getattr(request, field) is not None and not causal:
@@ -148,6 +146,14 @@ def ordered(request: VideoRequest, manifest: Manifest, limits: Limits, name: str
     seed = secrets.randbelow(1 << 31) if request.seed is None else request.seed
     shift = request.shift or manifest.schedule.shift
     return Order(request.prompt, seed, shape, frames, height, width, plan, steps, request.first_steps, seconds, shift)
+
+
+def _check_prompt(prompt: str, limits: Limits) -> None:
+    _most("prompt", len(prompt), limits.prompt_characters, "characters")
+    if not prompt.strip():
+        raise RefusedError("prompt is empty; describe the video in a sentence.", "prompt")
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt):
+        raise RefusedError("prompt holds a NUL or half a character (a lone surrogate); send text.", "prompt")
 
 
 def _frames(request: VideoRequest, manifest: Manifest) -> int:

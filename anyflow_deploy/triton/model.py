@@ -1,0 +1,200 @@
+"""Triton's side: the class that its Python backend loads, by the `model.py` of a repository.
+
+Triton calls `execute` from one thread and expects it back at once; every request goes on in a thread of its own and answers
+through its response sender. Closing the sender is what ends a request, so it happens whatever else does.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import traceback
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as server
+
+from anyflow_deploy.bundle import load_bundle
+from anyflow_deploy.engines.cache import cache_plan
+from anyflow_deploy.engines.loading import load_engine
+from anyflow_deploy.errors import AnyFlowError, BackendError
+from anyflow_deploy.manifest import Manifest
+from anyflow_deploy.serving.job import Cancelled
+from anyflow_deploy.triton.admission import Admission, FullError, Ticket
+from anyflow_deploy.triton.metrics import Metrics
+from anyflow_deploy.triton.request import Asked, asked
+from anyflow_deploy.triton.settings import Settings, settings_from
+from anyflow_deploy.triton.studio import Made, Studio
+from anyflow_deploy.triton.tensors import OUTPUTS
+
+_ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2}
+_TYPES = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}
+
+
+class TritonPythonModel:
+    """See the module."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load everything; the server reports the model as not ready until then, and until it is warm."""
+        try:
+            check_arrays()
+            self._open(args)
+        except AnyFlowError as error:
+            raise server.TritonModelException(str(error)) from None
+
+    def _open(self, args: dict[str, str]) -> None:
+        self._name = args["model_name"]
+        self._settings = settings = settings_from(json.loads(args["model_config"])["parameters"])
+        folder = Path(args["model_repository"]) / args["model_version"]
+        gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        bundle = load_bundle(folder / settings.bundle)
+        self._engine = load_engine(
+            bundle, settings.backend, "cpu" if gpu is None else "cuda", settings.threads, device=gpu or 0, engine=settings.engine
+        )
+        self._studio = studio_of(self._engine, folder, settings, "cpu" if gpu is None else f"cuda:{gpu}")
+        self._metrics = Metrics(server, self._name, args["model_instance_name"])
+        self._element, most = cache_of(bundle.manifest, settings)
+        self._admission = Admission(settings.max_streams, most, settings.max_waiting, self._metrics.streams)
+        self._threads: set[threading.Thread] = set()
+        self._stopping = threading.Event()
+        server.Logger.log_info(f"{self._name}: {self._engine.description}, bundle {bundle.digest[:16]}")
+
+    def execute(self, requests: list[Any]) -> None:
+        """Take requests; see the module."""
+        for request in requests:
+            began, sender = time.perf_counter(), request.get_response_sender()
+            try:
+                tensors = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
+                wanted = asked(tensors, self._studio.manifest, self._settings, self._name)
+                self._studio.check(wanted)
+                ticket = self._admission.ask(wanted.cache_bytes(self._element))
+            except AnyFlowError as error:
+                _refuse(sender, error)
+                self._metrics.ended("refused")
+                continue
+            except Exception:  # noqa: BLE001 - this request is lost, the next may do better
+                self._fail(sender)
+                continue
+            thread = threading.Thread(target=self._run, args=(wanted, ticket, sender, began), daemon=True)
+            self._threads.add(thread)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads
+                self._threads.discard(thread)
+                self._admission.leave(ticket)
+                self._fail(sender)
+
+    def finalize(self) -> None:
+        """Let running videos finish for a while, then end them before their next transition."""
+        end = time.monotonic() + self._settings.grace_seconds
+        for thread in list(self._threads):
+            thread.join(max(0.0, end - time.monotonic()))
+        self._stopping.set()
+        for thread in list(self._threads):
+            thread.join()
+        self._engine.close()
+
+    def _run(self, wanted: Asked, ticket: Ticket, sender: Any, began: float) -> None:
+        """One request."""
+
+        def check() -> None:
+            if self._stopping.is_set() or sender.is_cancelled():
+                raise Cancelled
+
+        try:
+            with self._admission.within(ticket, check), closing(self._studio.make(wanted, check)) as pieces:
+                before = began
+                for made in pieces:
+                    now = time.perf_counter()
+                    sender.send(server.InferenceResponse(output_tensors=_tensors(made, wanted, now - began)))
+                    self._metrics.chunk(made.index, now - before, made.steps, made.deadline_met)
+                    before = now
+            sender.send(flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            self._metrics.ended("completed")
+        except Cancelled:
+            stopped = self._stopping.is_set()
+            code = server.TritonError.UNAVAILABLE if stopped else server.TritonError.CANCELLED
+            _close(sender, "the server is being stopped; ask again later." if stopped else "cancelled on request.", code)
+            self._metrics.ended("cancelled")
+        except AnyFlowError as error:
+            _refuse(sender, error)
+            self._metrics.ended("refused")
+        except Exception:  # noqa: BLE001 - the other streams go on
+            self._fail(sender)
+        finally:
+            self._threads.discard(threading.current_thread())
+
+    def _fail(self, sender: Any) -> None:
+        """A defect of ours: the log has all of it."""
+        server.Logger.log_error(f"{self._name}: {traceback.format_exc()}")
+        _close(sender, "an error of the server; its log has it.", server.TritonError.INTERNAL)
+        self._metrics.ended("failed")
+
+
+def check_arrays() -> None:
+    """Refuse a numpy that this server's Python backend cannot read: it would take the whole server down with the first text.
+
+    Raises:
+        BackendError: naming the version, and what to install.
+    """
+    sent = np.arange(6, dtype=np.float32).reshape(2, 3)
+    received = server.Tensor.from_dlpack("received", server.Tensor("sent", sent).to_dlpack()).as_numpy()
+    if not np.array_equal(sent, received):
+        raise BackendError(
+            f"this server's Python backend was built before numpy 2 and cannot read arrays of numpy {np.__version__}. "
+            "Where the server runs: pip install 'numpy<2', or take a newer server."
+        )
+
+
+def studio_of(engine: Any, folder: Path, settings: Settings, device: str) -> Studio:
+    """Load text encoder and VAE, where they are served."""
+    text = vae = None
+    if settings.text or settings.vae:
+        if settings.pipeline is None:
+            raise AnyFlowError("config.pbtxt serves text or vae and names no pipeline. Write it again with anyflow-triton.")
+        from anyflow_deploy.pipeline.text import PromptEncoder
+        from anyflow_deploy.pipeline.vae import load_vae
+
+        pipeline = folder / settings.pipeline
+        text = PromptEncoder(pipeline, device) if settings.text else None
+        vae = load_vae(pipeline, device) if settings.vae else None
+        if text is not None:
+            text.load()
+    return Studio(engine, text, vae)
+
+
+def cache_of(manifest: Manifest, settings: Settings) -> tuple[int, int]:
+    """Bytes of an element of the cache, and of all caches together at most; (0, 0) for a bidirectional model, which has none."""
+    if manifest.kind == "bidirectional":
+        return 0, 0
+    stored = {tensor.name: tensor.dtype for tensor in manifest.graphs["chunk"].outputs}["key.0"]
+    _, _, rows, columns = manifest.latent_shape(None, None, None)
+    plan = cache_plan(manifest.architecture, None, rows, columns, None, manifest.video.text_tokens)
+    return _ELEMENT[stored], settings.cache_bytes or settings.max_streams * plan.bytes(_ELEMENT[stored])
+
+
+def _tensors(made: Made, wanted: Asked, seconds: float) -> list[Any]:
+    numbers = {
+        "chunk": made.index,
+        "first_frame": made.first_frame,
+        "steps": made.steps,
+        "seconds": seconds,
+        "deadline_met": made.deadline_met,
+        "seed": wanted.order.seed,
+    }
+    types = {port.name: _TYPES.get(port.type) for port in OUTPUTS}
+    tensors = [server.Tensor(name, np.array([n], dtype=types[name])) for name, n in numbers.items() if n is not None]
+    return [*tensors, server.Tensor(made.output, made.content)]
+
+
+def _refuse(sender: Any, error: AnyFlowError) -> None:
+    full = isinstance(error, FullError)
+    _close(sender, str(error), server.TritonError.UNAVAILABLE if full else server.TritonError.INVALID_ARG)
+
+
+def _close(sender: Any, message: str, code: Any) -> None:
+    response = server.InferenceResponse(output_tensors=[], error=server.TritonError(message, code))
+    sender.send(response, flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

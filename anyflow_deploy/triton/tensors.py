@@ -1,0 +1,58 @@
+"""The inputs and outputs of the served model: one list, for config.pbtxt, for reading requests, and for the documentation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output.
+
+    Attributes:
+        name: of the tensor.
+        type: Triton's, without `TYPE_`.
+        shape: -1 for any length.
+        about: for people.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    about: str
+
+
+def _number(name: str, kind: str, about: str) -> Port:
+    return Port(name, kind, (1,), about)
+
+
+INPUTS = (
+    Port("prompt", "STRING", (1,), "what to show, UTF-8; this or prompt_embeds"),
+    Port("prompt_embeds", "FP32", (-1, -1), "the text encoder's output for one prompt, (tokens, channels)"),
+    _number("num_inference_steps", "INT32", "transitions of each chunk (causal) or of the video; under a deadline: the most"),
+    _number("deadline_ms", "FP32", "time for the transitions of each chunk, or of the video, waiting for other streams included"),
+    _number("seed", "INT64", "of the noise; random where it is not given, and answered"),
+    _number("num_frames", "INT32", "4n+1"),
+    _number("height", "INT32", "pixels, a multiple of 16"),
+    _number("width", "INT32", "pixels, a multiple of 16"),
+    _number("shift", "FP32", "timestep shift"),
+    _number("first_steps", "INT32", "causal: transitions of the first chunk"),
+    _number("window", "INT32", "causal: compressed chunks that are remembered beside the first"),
+    Port("output_type", "STRING", (1,), "mp4, mp4-base64, frames or latents"),
+)
+"""All optional, but one of the first two."""
+
+OUTPUTS = (
+    _number("chunk", "INT32", "0 for the first"),
+    _number("first_frame", "INT32", "the video's frame that this chunk begins with"),
+    _number("steps", "INT32", "transitions that were made for it (bidirectional: all of them for the first)"),
+    _number("seconds", "FP32", "since the request came"),
+    _number("deadline_met", "BOOL", "only under a deadline"),
+    _number("seed", "INT64", "of the noise"),
+    Port("mp4", "STRING", (1,), "output_type mp4: a piece of fragmented mp4; all pieces, one behind the other, are the file"),
+    Port("frames", "UINT8", (-1, -1, -1, 3), "output_type frames: (frames, height, width, 3)"),
+    Port("latents", "FP32", (-1, -1, -1, -1), "output_type latents: clean, (latent frames, channels, rows, columns)"),
+)
+
+OUTPUT_TYPES = {"mp4": "mp4", "mp4-base64": "mp4", "frames": "frames", "latents": "latents"}
+"""What a request may ask for, and the output that holds it."""
