@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo test test-slow fuzz-cpp lint format bench clean
+.PHONY: demo test test-slow test-cpp-tensorrt fuzz-cpp lint format bench clean
 
 demo: $(READY)
 	@rm -rf $(DEMO) && mkdir $(DEMO)
@@ -39,6 +39,13 @@ fuzz-cpp: $(READY)
 		-DANYFLOW_AOTINDUCTOR=OFF -DANYFLOW_TENSORRT=OFF -DANYFLOW_EXAMPLES=OFF -DANYFLOW_SANITIZE=address,undefined
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz
 	$(BIN)/python -m tests.cpp_fuzz build/fuzz/tests $(FUZZ_ROUNDS)
+
+# The C++ library's TensorRT backend on a machine that is acted, against NVIDIA's headers of three releases (fetched into .cache).
+test-cpp-tensorrt: $(READY)
+	for release in 10.3 10.16 11.1; do \
+		headers=$$($(BIN)/python tools/tensorrt_headers.py $$release) || exit 1; \
+		ANYFLOW_TENSORRT_HEADERS=$$headers/tensorrt:$$headers/cuda $(BIN)/pytest -q tests/test_cpp_tensorrt.py || exit 1; \
+	done
 
 lint: $(READY)
 	$(BIN)/ruff check .

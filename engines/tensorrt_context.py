@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from anyflow_deploy.engines.tensorrt_api import VERSION, trt
@@ -55,7 +56,8 @@ class _Bound:
     shapes: dict[str, Shape] = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
     needed: int = 0
-    memory: int = 0
+    memory: tuple[int, int] = (0, 0)
+    """Address and size: a larger piece may come to lie where the last one was."""
 
 
 class Lane:
@@ -89,7 +91,12 @@ class Lane:
         """
         self.device.use()
         runner = self._runners.setdefault(plan.name, _Runner(plan, self, self._graphs))
-        runner.run(Call(tuple(shapes.items()), tuple(addresses.items())))
+        try:
+            runner.run(Call(tuple(shapes.items()), tuple(addresses.items())))
+        except BaseException:
+            with suppress(BackendError):
+                self.queue.wait()  # what is on its way to the device for this run may go with the error
+            raise
 
     def activations(self, size: int) -> Buffer:
         """Memory for contexts' activations, at least this much. Larger than before, it is another piece, and what was
@@ -98,7 +105,8 @@ class Lane:
             self.queue.wait()
             for runner in self._runners.values():
                 runner.forget()
-            self._activations.close()
+            old, self._activations = self._activations, self.device.buffer(0)
+            old.close()  # first, to make room: and if there is none all the same, the next run begins with nothing
             self._activations = self.device.buffer(size)
         return self._activations
 
@@ -211,9 +219,9 @@ class _Runner:
         if changed:
             bound.needed = context.update_device_memory_size_for_shapes()
         memory = self._lane.activations(bound.needed)
-        if changed or bound.memory != memory.address:
+        if changed or bound.memory != (memory.address, memory.size):
             context.set_device_memory(memory.address, memory.size)
-            bound.memory = memory.address
+            bound.memory = memory.address, memory.size
         if not context.execute_async_v3(queue.handle):
             raise self._refused("run")
 

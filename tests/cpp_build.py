@@ -107,8 +107,8 @@ def corpus() -> dict[str, list[dict[str, Any]]]:
 class Conformance:
     """The program `conformance`, asked one question after the other."""
 
-    def __init__(self, program: Path) -> None:
-        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    def __init__(self, program: Path, **more: str) -> None:
+        environment = {**os.environ, **more, "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
         self._process = subprocess.Popen(
             [str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -234,6 +234,39 @@ def test_no_memory_left(trt_machine: Machine, engine: Any, small: Golden) -> Non
     sample(engine, small["latents"], small["text"], Schedule.uniform(1))
 
 
+def test_a_run_that_found_no_room_goes_on_when_there_is(trt_machine: Machine, engine: Any, small: Golden) -> None:
+    """What the stand-in wants for activations grows with the shapes; here it finds no room for them first."""
+    run = engine.start(small["latents"], small["text"])
+    trt_machine.cuda.limit = trt_machine.cuda.reserved() + 300
+    for _ in range(2):
+        with pytest.raises(BackendError, match="MB left"):
+            run.step(1000.0, 0.0)
+    trt_machine.cuda.limit = 1 << 30
+    run.step(1000.0, 0.0)
+    assert difference(run.read(), small["sample_1"]).relative_l2 < LIMIT
+    run.close()
+
+
+def test_nothing_is_on_its_way_after_a_run_that_failed(
+    trt_machine: Machine, engine: Any, small: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The times of a step are uploaded from arrays that end with it."""
+    run = engine.start(small["latents"], small["text"])
+    monkeypatch.setattr(run._lane, "_runners", {"transition": Refusing()})
+    with pytest.raises(BackendError, match="no run today"):
+        run.step(1000.0, 0.0)
+    assert not any(trt_machine.cuda._streams.values())
+
+
+class Refusing:
+    """A runner whose TensorRT refuses."""
+
+    def run(self, call: object) -> None:
+        raise BackendError("no run today")
+
+    def forget(self) -> None: ...
+
+
 def test_a_closed_engine_and_a_closed_run(engine: Any, small: Golden) -> None:
     run = engine.start(small["latents"], small["text"])
     engine.close()

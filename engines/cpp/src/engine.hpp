@@ -91,6 +91,8 @@ class Engine {
   std::unique_ptr<Cache> open_cache(const Text& text, const CachePlan& plan);
   // Throws Error for text that no stream takes.
   void check_text(const Text& text) const;
+  // Throws Error where some chunk of a stream would be refused; `given`: how many of the first are not made but remembered.
+  virtual void check_stream(const LatentShape&, const TextShape&, const CachePlan&, int64_t /*given*/) const {}
 
  protected:
   virtual std::unique_ptr<Run> do_start(const Latents& latents, const Text& text) = 0;

@@ -96,6 +96,7 @@ Video::Video(std::shared_ptr<Engine> engine, const Latents& noise, const Text& t
                                    std::to_string(a.in_channels) + ".");
   }
   check_context(options);
+  engine_->check_stream(shape_, text_shape_, plan_, given_);
   noise_.assign(noise.data, noise.data + noise.count());
   text_.assign(text.data, text.data + text.count());
 }

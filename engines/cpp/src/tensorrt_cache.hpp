@@ -1,4 +1,5 @@
-// A run and a causal cache in TensorRT, on the device; see engines/tensorrt_run.py and tensorrt_stream.py. Never run yet.
+// A run and a causal cache in TensorRT, on the device; see engines/tensorrt_run.py and tensorrt_stream.py. Not run on
+// a GPU yet (docs/cpp.md).
 #pragma once
 
 #include <functional>
@@ -36,11 +37,14 @@ class TensorRtRun final : public Run {
   Others others_;
   std::function<void()> closed_;
   Held state_, next_, velocity_, t_, r_;
+  std::vector<Held> held_;  // all of them, as they were taken
 };
 
 class TensorRtCache final : public Cache {
  public:
-  TensorRtCache(std::shared_ptr<Lane> lane, const Plans& plans, const Text& text, const CachePlan& plan);
+  // `closed` is called when the cache ends.
+  TensorRtCache(std::shared_ptr<Lane> lane, const Plans& plans, const Text& text, const CachePlan& plan,
+                std::function<void()> closed);
 
   std::unique_ptr<Run> run(const Latents& noise, const std::vector<int64_t>& positions, int64_t past) override;
   void write(const std::string& graph, const Latents& clean, const std::vector<int64_t>& positions, int64_t past,
@@ -49,7 +53,6 @@ class TensorRtCache final : public Cache {
   ~TensorRtCache() override;
 
  private:
-  const Plan& plan(const std::string& graph) const;
   // What the graphs read of the text and the past, and where a chunk's own keys and values are written.
   Call memory(int64_t past, const std::map<std::string, Held>& aside) const;
   std::map<std::string, Held> aside(int64_t past, int64_t tokens);
@@ -57,11 +60,17 @@ class TensorRtCache final : public Cache {
 
   std::shared_ptr<Lane> lane_;
   const Plans& plans_;
+  std::function<void()> closed_;
   int64_t heads_, channels_, text_tokens_, full_tokens_;
   size_t token_ = 0;  // bytes of one token's keys
   std::map<std::string, Held> buffers_, words_;
+  std::vector<Held> held_;  // all of them, as they were taken
 };
 
+// The plan of a graph. Throws Error where it was not built.
+const Plan& plan_of(const Plans& plans, const std::string& graph);
+// Throws Error where a plan is missing, or has no profile for what a stream will ask of it.
+void check_stream(const Plans& plans, const LatentShape& shape, const TextShape& text, const CachePlan& plan, int64_t given);
 // A plan's call with only what it takes. Throws where something it takes is missing.
 Call taken_by(const Plan& plan, Call call);
 

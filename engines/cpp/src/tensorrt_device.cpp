@@ -8,6 +8,7 @@ namespace af::trt {
 
 void check_cuda(cudaError_t code, const char* doing) {
   if (code != cudaSuccess) {
+    cudaGetLastError();  // it is told here; what runs next is not to find it
     throw Error(ANYFLOW_BACKEND,
                 std::string("CUDA could not ") + doing + ": " + cudaGetErrorString(code) + " (" + cudaGetErrorName(code) + ").");
   }
@@ -33,7 +34,7 @@ Device Gpu::record() const { return {"cuda", name_, std::to_string(major_) + "."
 Buffer::Buffer(size_t size) : size_(size) {
   const cudaError_t code = cudaMalloc(&address_, std::max(size, alignment));
   if (code == cudaErrorMemoryAllocation) {
-    cudaGetLastError();  // it is told below; what runs next is not to find it
+    cudaGetLastError();
     size_t left = 0, total = 0;
     check_cuda(cudaMemGetInfo(&left, &total), "ask for the free memory");
     throw Error(ANYFLOW_OUT_OF_MEMORY,
@@ -70,6 +71,10 @@ void Queue::copy(char* to, const char* from, size_t size) {
 
 void Queue::wait() { check_cuda(cudaStreamSynchronize(stream_), "finish the work on the GPU"); }
 
+void Queue::settle() noexcept {
+  if (cudaStreamSynchronize(stream_) != cudaSuccess) cudaGetLastError();
+}
+
 std::unique_ptr<Captured> Queue::captured(const std::function<void()>& work) {
   check_cuda(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal), "capture");
   cudaGraph_t graph = nullptr;
@@ -78,6 +83,7 @@ std::unique_ptr<Captured> Queue::captured(const std::function<void()>& work) {
   } catch (...) {
     cudaStreamEndCapture(stream_, &graph);  // leaves the stream usable; its own error is a consequence
     if (graph) cudaGraphDestroy(graph);
+    cudaGetLastError();
     throw;
   }
   check_cuda(cudaStreamEndCapture(stream_, &graph), "capture a CUDA graph");

@@ -1,4 +1,4 @@
-// One CUDA device: memory, streams, captured graphs; see engines/tensorrt_device.py. Never run yet (docs/cpp.md).
+// One CUDA device: memory, streams, captured graphs; see engines/tensorrt_device.py. Not run on a GPU yet (docs/cpp.md).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -73,6 +73,8 @@ class Queue {
   // Within the device; the places may overlap.
   void copy(char* to, const char* from, size_t size);
   void wait();
+  // Wait, whatever comes of it: where an error is on its way already, or nobody can be told.
+  void settle() noexcept;
   // What `work` puts on the stream, recorded and not done.
   std::unique_ptr<Captured> captured(const std::function<void()>& work);
 

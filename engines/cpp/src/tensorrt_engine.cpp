@@ -1,5 +1,5 @@
 // TensorRT: plans built by `anyflow-build --backend tensorrt`, run with CUDA's runtime; see engines/tensorrt_engine.py.
-// Compiled against the headers of 10.3, 10.16 and 11.1; never run yet (docs/cpp.md).
+// Run against the headers of 10.3, 10.16 and 11.1 on a stand-in, not on a GPU yet (docs/cpp.md).
 #include <mutex>
 #include <utility>
 
@@ -34,10 +34,12 @@ void check_compatible(EngineFolder folder, const Gpu& gpu) {
        (wanted->second == "same-capability" && folder.device.compute_capability == here.compute_capability))) {
     folder.device = here;
   }
-  std::string& built = folder.versions["tensorrt"];
-  built = release(built);
-  const bool later = numbers(version())[0] == numbers(built)[0] && numbers(version()) >= numbers(built);
-  if (folder.flag("version_compatible") && later) built = version();
+  if (const auto found = folder.versions.find("tensorrt"); found != folder.versions.end()) {
+    std::string& built = found->second;
+    built = release(built);
+    const bool later = numbers(version())[0] == numbers(built)[0] && numbers(version()) >= numbers(built);
+    if (folder.flag("version_compatible") && later) built = version();
+  }
   check_here(folder, here, {{"tensorrt", version()}});
 }
 
@@ -62,35 +64,46 @@ class TensorRtEngine final : public Engine {
       plans_[name] = std::make_unique<Plan>(folder.file(name + ".plan"), name, graph->second,
                                             Plan::Opening{folder.flag("version_compatible"), streaming, profiles});
     }
+    const char* needed = bundle().manifest.causal() ? "chunk" : "transition";
+    if (!plans_.contains(needed)) {
+      throw Error(ANYFLOW_BUNDLE, folder.path.string() + " was built without " + in_quotes(needed) + ". Build it again.");
+    }
     ranges_ = folder.ranges;
     description_ = "TensorRT " + version() + ", " + gpu_.name() + ", " + bundle().manifest.precision;
   }
 
   const std::string& description() const override { return description_; }
   const Ranges& ranges() const override { return ranges_; }
+  void check_stream(const LatentShape& shape, const TextShape& text, const CachePlan& plan, int64_t given) const override {
+    trt::check_stream(plans_, shape, text, plan, given);
+  }
 
  protected:
   std::unique_ptr<Run> do_start(const Latents& latents, const Text& text) override {
     const Plan& plan = *plans_.at("transition");
     const Dims z(latents.shape.begin(), latents.shape.end()), words(text.shape.begin(), text.shape.end()), times = {z[0], z[1]};
     plan.chosen({{"latents", z}, {"text", words}, {"t", times}, {"r", times}});  // before anything is reserved
-    const std::pair<Dims, Dims> key{z, words};
+    Dims key = z;
+    key.insert(key.end(), words.begin(), words.end());
     auto lane = taken_lane(key);
     const Held held = lane->uploaded(text.data, text.count() * sizeof(float));
     const Others others = [words, held] { return Call{{{"text", words}}, {{"text", held->at()}}}; };
     const auto closed = [this, key, lane, held] {
-      lane->give(held);
+      lane->give({held});
       leave(key, lane);
     };
     return std::make_unique<TensorRtRun>(std::move(lane), plan, latents, others, closed);
   }
 
   std::unique_ptr<Cache> do_open_cache(const Text& text, const CachePlan& plan) override {
-    return std::make_unique<TensorRtCache>(std::make_shared<Lane>(gpu_, graphs_), plans_, text, plan);
+    Dims key = {text.shape[1], plan.window.value_or(0), plan.full_tokens, plan.compressed_tokens};
+    key.insert(key.end(), plan.chunks.begin(), plan.chunks.end());
+    const auto lane = taken_lane(key);
+    return std::make_unique<TensorRtCache>(lane, plans_, text, plan, [this, key, lane] { leave(key, lane); });
   }
 
  private:
-  using Key = std::pair<Dims, Dims>;
+  using Key = Dims;  // all that a lane's buffers depend on
 
   // The idle lane if it is of the same shapes, else a new one in its place: its buffers, contexts and captured graphs come back.
   std::shared_ptr<Lane> taken_lane(const Key& key) {
@@ -105,8 +118,9 @@ class TensorRtEngine final : public Engine {
   }
 
   void leave(const Key& key, std::shared_ptr<Lane> lane) {
+    std::pair<Key, std::shared_ptr<Lane>> other{key, std::move(lane)};
     const std::lock_guard lock(mutex_);
-    idle_ = {key, std::move(lane)};
+    std::swap(idle_, other);  // `other` goes when the lock is open again: giving memory back takes its time
   }
 
   Gpu gpu_;

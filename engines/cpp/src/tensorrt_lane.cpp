@@ -25,39 +25,48 @@ Lane::Lane(const Gpu& gpu, bool graphs) : gpu_(gpu), graphs_(graphs) {
 }
 
 Lane::~Lane() {
-  cudaStreamSynchronize(queue_->stream());  // whatever came of it: nothing may be freed before
+  queue_->settle();  // nothing may be freed before
 }
 
 void Lane::run(const Plan& plan, const Call& call) {
   gpu_.use();
   const int32_t profile = plan.chosen(call.shapes);
   Runner& runner = runners_[&plan];
-  auto found = std::find_if(runner.known.begin(), runner.known.end(), [&](const Known& known) { return known.call == call; });
-  if (found == runner.known.end()) found = runner.known.insert(runner.known.begin(), Known{call, 0, nullptr, nullptr});
-  runner.known.splice(runner.known.begin(), runner.known, found);
-  const int runs = ++runner.known.front().runs;
-  if (runner.known.front().graph) {
-    runner.known.front().graph->launch(queue_->stream());
-  } else if (!graphs_ || runs <= general_runs) {
-    general(plan, runner, call, profile);
+  std::list<Known> mine;  // held apart until it is done: room for activations may drop everything that is known
+  const auto found =
+      std::find_if(runner.known.begin(), runner.known.end(), [&](const Known& known) { return known.call == call; });
+  if (found == runner.known.end()) {
+    mine.push_back({call, 0, nullptr, nullptr});
   } else {
-    // Room for activations may drop everything that is known, so what is made here is held apart until it is done.
-    Known mine = std::move(runner.known.front());
-    runner.known.pop_front();
-    if (!mine.own) {
-      mine.own = bound(plan);
-      enqueue(plan, *mine.own, call, profile);
-    } else if (capture(plan, mine, profile)) {
-      mine.graph->launch(queue_->stream());
-    } else {
-      mine.own.reset();
-      general(plan, runner, call, profile);
-    }
-    runner.known.push_front(std::move(mine));
+    mine.splice(mine.begin(), runner.known, found);
   }
+  try {
+    again(plan, runner, mine.front(), profile);
+  } catch (...) {
+    queue_->settle();  // what was put on the stream before may use memory that goes with the error
+    throw;
+  }
+  runner.known.splice(runner.known.begin(), mine);
   while (runner.known.size() > kept_graphs) {
     if (runner.known.back().own) queue_->wait();
     runner.known.pop_back();
+  }
+}
+
+void Lane::again(const Plan& plan, Runner& runner, Known& known, int32_t profile) {
+  ++known.runs;
+  if (known.graph) {
+    known.graph->launch(queue_->stream());
+  } else if (!graphs_ || known.runs <= general_runs) {
+    general(plan, runner, known.call, profile);
+  } else if (!known.own) {
+    known.own = bound(plan);
+    enqueue(plan, *known.own, known.call, profile);
+  } else if (capture(plan, known, profile)) {
+    known.graph->launch(queue_->stream());
+  } else {
+    known.own.reset();
+    general(plan, runner, known.call, profile);
   }
 }
 
@@ -79,8 +88,7 @@ bool Lane::capture(const Plan& plan, Known& known, int32_t profile) {
 
 std::unique_ptr<Lane::Bound> Lane::bound(const Plan& plan) const {
   auto made = std::make_unique<Bound>();
-  made->context.reset(plan.engine().createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
-  if (!made->context) throw plan.refused("make an execution context");
+  made->context = plan.context();
   return made;
 }
 
@@ -104,9 +112,10 @@ void Lane::enqueue(const Plan& plan, Bound& bound, const Call& call, int32_t pro
   }
   if (changed) bound.needed = bound.context->updateDeviceMemorySizeForShapes();
   const Buffer& memory = activations(bound.needed);
-  if (changed || bound.memory != memory.at()) {
+  const std::pair<const void*, size_t> given{memory.at(), memory.size()};
+  if (changed || bound.memory != given) {
     bound.context->setDeviceMemoryV2(memory.at(), static_cast<int64_t>(memory.size()));
-    bound.memory = memory.at();
+    bound.memory = given;
   }
   if (!bound.context->enqueueV3(queue_->stream())) throw plan.refused("run");
 }
@@ -116,7 +125,7 @@ Buffer& Lane::activations(size_t size) {
   if (size > activations_->size()) {
     queue_->wait();
     forget();
-    activations_.reset();
+    activations_ = std::make_unique<Buffer>(0);  // first, to make room: and if there is none all the same, this is what is left
     activations_ = std::make_unique<Buffer>(size);
   }
   return *activations_;
@@ -137,7 +146,9 @@ Held Lane::take(size_t size) {
   return buffer;
 }
 
-void Lane::give(Held buffer) { free_[buffer->size()].push_back(std::move(buffer)); }
+void Lane::give(const std::vector<Held>& buffers) {
+  for (auto buffer = buffers.rbegin(); buffer != buffers.rend(); ++buffer) free_[(*buffer)->size()].push_back(*buffer);
+}
 
 Held Lane::uploaded(const void* data, size_t size) {
   Held buffer = take(size);

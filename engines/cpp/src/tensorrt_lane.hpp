@@ -1,12 +1,13 @@
 // Running a plan: execution contexts, and CUDA graphs of what is run again and again; see engines/tensorrt_context.py, whose
 // rules these are. A call that comes for the third time with the same shapes and addresses gets a context of its own, the fourth
-// time it is captured, and that context is never touched again. Never run yet (docs/cpp.md).
+// time it is captured, and that context is never touched again. Not run on a GPU yet (docs/cpp.md).
 #pragma once
 
 #include <list>
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "tensorrt_device.hpp"
 #include "tensorrt_plan.hpp"
@@ -33,9 +34,10 @@ class Lane {
   Queue& queue() { return *queue_; }
   // Put one run of a plan on the stream.
   void run(const Plan& plan, const Call& call);
-  // A buffer; one that was given back, if it is of this size, so that addresses come back, too.
+  // A buffer; one that was given back, if it is of this size. What was taken and is given back in the same order is taken in that
+  // order again: addresses come back, and with them what was captured.
   Held take(size_t size);
-  void give(Held buffer);
+  void give(const std::vector<Held>& buffers);
   Held uploaded(const void* data, size_t size);
 
  private:
@@ -45,7 +47,7 @@ class Lane {
     Shapes shapes;
     Addresses addresses;
     size_t needed = 0;
-    const void* memory = nullptr;
+    std::pair<const void*, size_t> memory{};  // address and size: a larger piece may come to lie where the last one was
   };
   struct Known {  // a call that came before
     Call call;
@@ -60,6 +62,8 @@ class Lane {
 
   std::unique_ptr<Bound> bound(const Plan& plan) const;
   void enqueue(const Plan& plan, Bound& bound, const Call& call, int32_t profile);
+  // Run a call once more, in the way that it has earned by now.
+  void again(const Plan& plan, Runner& runner, Known& known, int32_t profile);
   void general(const Plan& plan, Runner& runner, const Call& call, int32_t profile);
   bool capture(const Plan& plan, Known& known, int32_t profile);
   Buffer& activations(size_t size);

@@ -2,12 +2,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
+#include <deque>
+#include <utility>
+
+#include "mapped.hpp"
 
 namespace af::trt {
 namespace {
 
-constexpr size_t kept_errors = 20;
+constexpr size_t kept_errors = 3;
+thread_local std::deque<std::string> errors;
 
 Dims lengths(const nvinfer1::Dims& dims) { return {dims.d, dims.d + std::max(dims.nbDims, 0)}; }
 
@@ -34,13 +38,9 @@ Error foreign(const fs::path& path, const std::string& name, const std::string& 
           path.string() + " is not a plan of this bundle's " + in_quotes(name) + ": it has " + what + ". Build it again."};
 }
 
-std::vector<char> content(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary | std::ios::ate);
-  std::vector<char> bytes(file ? static_cast<size_t>(file.tellg()) : 0);
-  file.seekg(0);
-  if (!file.read(bytes.data(), static_cast<std::streamsize>(bytes.size())))
-    throw Error(ANYFLOW_BUNDLE, path.string() + " cannot be read.");
-  return bytes;
+// TensorRT logs it as "Cuda Runtime (out of memory)" or "OutOfMemory", and returns nothing.
+bool tells_of_memory(const std::string& reason) {
+  return reason.find("out of memory") != std::string::npos || reason.find("OutOfMemory") != std::string::npos;
 }
 
 }  // namespace
@@ -50,12 +50,16 @@ std::string version() {
          std::to_string(getInferLibPatchVersion());
 }
 
+Messages& Messages::all() {
+  static auto* const only = new Messages;
+  return *only;
+}
+
 void Messages::log(Severity severity, nvinfer1::AsciiChar const* text) noexcept {
   try {
     if (severity <= Severity::kERROR) {
-      const std::lock_guard lock(mutex_);
-      errors_.emplace_back(text);
-      if (errors_.size() > kept_errors) errors_.pop_front();
+      errors.emplace_back(text);
+      if (errors.size() > kept_errors) errors.pop_front();
     }
     const auto level = severity <= Severity::kERROR     ? ANYFLOW_LOG_ERROR
                        : severity == Severity::kWARNING ? ANYFLOW_LOG_WARNING
@@ -66,19 +70,20 @@ void Messages::log(Severity severity, nvinfer1::AsciiChar const* text) noexcept 
   }
 }
 
-// The last errors: the first of them is often the cause, the last one only says that it failed.
-std::string Messages::summary() const {
-  const std::lock_guard lock(mutex_);
+// The first of them is often the cause, the last one only says that it failed.
+std::string Messages::taken() {
   std::string text;
-  for (size_t i = errors_.size() - std::min<size_t>(3, errors_.size()); i < errors_.size(); ++i)
-    text += (text.empty() ? "" : " | ") + errors_[i];
+  for (const std::string& error : std::exchange(errors, {})) text += (text.empty() ? "" : " | ") + error;
   return text.empty() ? "it gave no reason" : text;
 }
 
 double Profile::distance(const Shapes& call) const {
   double total = 0;
   for (const auto& [name, ends] : shapes) {
-    const Dims& given = call.at(name);
+    const auto found = call.find(name);
+    if (found == call.end())
+      throw Error(ANYFLOW_BUNDLE, "a plan takes " + in_quotes(name) + ", which this library does not know.");
+    const Dims& given = found->second;
     for (size_t axis = 0; axis < given.size() && axis < ends[0].size(); ++axis) {
       const int64_t nearest = std::clamp(given[axis], ends[0][axis], ends[2][axis]);
       total += std::abs(std::log(static_cast<double>(given[axis] + 1) / static_cast<double>(nearest + 1)));
@@ -97,16 +102,16 @@ std::string Profile::shown() const {
 
 Plan::Plan(const fs::path& path, std::string label, const Graph& model, const Opening& opening)
     : name(std::move(label)), graph(model) {
-  runtime_.reset(nvinfer1::createInferRuntime(messages_));
+  errors.clear();  // of another plan's, if any
+  runtime_.reset(nvinfer1::createInferRuntime(Messages::all()));
   if (!runtime_)
-    throw Error(ANYFLOW_BACKEND, "TensorRT " + version() + " could not start its runtime: " + messages_.summary() + ".");
+    throw Error(ANYFLOW_BACKEND, "TensorRT " + version() + " could not start its runtime: " + Messages::taken() + ".");
   runtime_->setEngineHostCodeAllowed(opening.host_code);  // it was built here, and its hash was compared
-  const std::vector<char> bytes = content(path);
-  engine_.reset(runtime_->deserializeCudaEngine(bytes.data(), bytes.size()));
-  if (!engine_) {
-    throw Error(ANYFLOW_BACKEND, "TensorRT " + version() + " cannot open " + path.string() + ": " + messages_.summary() +
-                                     ". Build it on this machine: anyflow-build … --backend tensorrt --overwrite");
+  {
+    const Mapped file(path);  // not read into memory: a plan is as large as its weights
+    engine_.reset(runtime_->deserializeCudaEngine(file.data(), file.size()));
   }
+  if (!engine_) throw not_opened(path);
   // Before the first context: its scratch memory is part of a context's.
   if (opening.weight_streaming && !engine_->setWeightStreamingBudgetV2(engine_->getWeightStreamingAutomaticBudget()))
     throw refused("stream its weights");
@@ -170,8 +175,27 @@ int32_t Plan::chosen(const Shapes& call) const {
 }
 
 Error Plan::refused(const std::string& what) const {
-  return {ANYFLOW_BACKEND,
-          "TensorRT " + version() + ": " + in_quotes(name) + " could not " + what + ": " + messages_.summary() + "."};
+  const std::string reason = Messages::taken();
+  return {tells_of_memory(reason) ? ANYFLOW_OUT_OF_MEMORY : ANYFLOW_BACKEND,
+          "TensorRT " + version() + ": " + in_quotes(name) + " could not " + what + ": " + reason + "."};
+}
+
+Error Plan::not_opened(const fs::path& path) const {
+  const std::string reason = Messages::taken();
+  if (tells_of_memory(reason)) {
+    return {ANYFLOW_OUT_OF_MEMORY, path.string() + " does not fit into the GPU's memory: " + reason +
+                                       ". Close what else uses the GPU, or build with --weight-streaming or in 8 bits."};
+  }
+  return {ANYFLOW_BACKEND, "TensorRT " + version() + " cannot open " + path.string() + ": " + reason +
+                               ". Build it on this machine: anyflow-build … --backend tensorrt --overwrite"};
+}
+
+std::unique_ptr<nvinfer1::IExecutionContext> Plan::context() const {
+  const std::lock_guard lock(making_);
+  std::unique_ptr<nvinfer1::IExecutionContext> made(
+      engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+  if (!made) throw refused("make an execution context");
+  return made;
 }
 
 }  // namespace af::trt

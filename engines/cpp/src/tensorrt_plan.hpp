@@ -1,9 +1,8 @@
-// A built plan, opened, and held against the manifest; see engines/tensorrt_plan.py. Never run yet (docs/cpp.md).
+// A built plan, opened, and held against the manifest; see engines/tensorrt_plan.py. Not run on a GPU yet (docs/cpp.md).
 #pragma once
 
 #include <NvInferRuntime.h>
 
-#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -19,15 +18,14 @@ namespace af::trt {
 using Dims = std::vector<int64_t>;
 using Shapes = std::map<std::string, Dims>;
 
-// TensorRT's logger: errors are kept, everything goes to the caller's log.
+// TensorRT's logger: errors are kept, everything goes to the caller's log. One for the process, as TensorRT wants it, and never
+// destroyed: it has to outlive every object of TensorRT's.
 class Messages final : public nvinfer1::ILogger {
  public:
+  static Messages& all();
   void log(Severity severity, nvinfer1::AsciiChar const* text) noexcept override;
-  std::string summary() const;
-
- private:
-  mutable std::mutex mutex_;
-  std::deque<std::string> errors_;
+  // The last errors that this thread was told, which are forgotten then.
+  static std::string taken();
 };
 
 // Smallest, best and largest shape of every input.
@@ -50,19 +48,21 @@ class Plan {
   // The first profile that holds a call. Throws Error where none does; the nearest is named.
   int32_t chosen(const Shapes& call) const;
   Error refused(const std::string& what) const;
+  // Without memory for activations. Several threads may ask; each context is for one at a time.
+  std::unique_ptr<nvinfer1::IExecutionContext> context() const;
 
   const std::string name;
   const Graph graph;
-  nvinfer1::ICudaEngine& engine() const { return *engine_; }
 
  private:
+  Error not_opened(const fs::path& path) const;
   void check_tensors(const fs::path& path) const;
   void read_profiles();
 
-  Messages messages_;  // outlives what logs to it
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
   std::vector<Profile> profiles_;
+  mutable std::mutex making_;  // of contexts: TensorRT promises only that they may run at once
 };
 
 // "10.3.0", of the library that is loaded.

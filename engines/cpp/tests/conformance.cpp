@@ -7,6 +7,7 @@
 #include "anyflow/anyflow.hpp"
 #include "bundle.hpp"
 #include "processor.hpp"
+#include "scenarios.hpp"
 #include "sha256.hpp"
 #include "toy_backend.hpp"
 
@@ -14,29 +15,10 @@ using nlohmann::json;
 
 namespace {
 
-template <typename T>
-T value_or(const json& request, const char* key, T otherwise) {
-  return request.contains(key) && !request[key].is_null() ? request[key].get<T>() : otherwise;
-}
-
-template <size_t Axes>
-anyflow::Array<Axes> array_of(const json& value) {
-  return {value["shape"].get<std::array<int64_t, Axes>>(), value["data"].get<std::vector<float>>()};
-}
-
 anyflow::Bundle opened(const json& request) {
   anyflow_bundle_params params = ANYFLOW_INIT(anyflow_bundle_params);
   params.skip_hashes = value_or(request, "skip_hashes", false);
   return anyflow::Bundle(request.at("bundle").get<std::string>(), &params);
-}
-
-anyflow::Engine engine_of(const json& request) {
-  anyflow::EngineOptions options;
-  options.backend = value_or<std::string>(request, "backend", "toy");
-  options.engine = value_or<std::string>(request, "engine", "");
-  options.provider = value_or<std::string>(request, "provider", "");
-  options.threads = value_or(request, "threads", 0);
-  return anyflow::Engine(opened(request), options);
 }
 
 anyflow::Schedule schedule_of(const json& request) {
@@ -181,10 +163,23 @@ json answered(const json& request) {
   if (question == "hash") return {{"text", af::sha256_of(request.at("text").get<std::string>())}};
   if (question == "instructions")
     return {{"text", af::instructions(request.at("level"), request.at("cpuinfo"))}, {"machine", af::machine()}};
+  if (auto answer = scenarios::answered(question, request)) return *answer;
   throw std::runtime_error("unknown question");
 }
 
 }  // namespace
+
+anyflow::Engine engine_of(const json& request) {
+  anyflow::EngineOptions options;
+  options.backend = value_or<std::string>(request, "backend", "toy");
+  options.engine = value_or<std::string>(request, "engine", "");
+  options.provider = value_or<std::string>(request, "provider", "");
+  options.device = value_or(request, "device", 0);
+  options.cuda_graphs = value_or(request, "cuda_graphs", true);
+  options.skip_hashes = value_or(request, "skip_engine_hashes", false);
+  options.threads = value_or(request, "threads", 0);
+  return anyflow::Engine(opened(request), options);
+}
 
 int main() {
   toy::toy_backend_install();
