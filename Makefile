@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo test test-slow test-cpp-tensorrt fuzz-cpp lint format bench clean
+.PHONY: demo test test-slow test-triton test-cpp-tensorrt fuzz-cpp lint format bench clean
 
 demo: $(READY)
 	@rm -rf $(DEMO) && mkdir $(DEMO)
@@ -26,11 +26,16 @@ demo: $(READY)
 	@echo "With real weights the same commands start from: anyflow-export --model 1.3b"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not slow and not triton"
 
 # What takes minutes of compiling: causal streams and fp8 through AOTInductor.
 test-slow: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/pytest -m slow
+
+# The model repository in the real Triton Inference Server, which comes out of a wheel (Python 3.10 to 3.12); three minutes.
+test-triton: $(READY)
+	$(BIN)/python -m tests.triton_machine .triton
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m triton tests/test_triton_server.py --durations=5
 
 # The C++ library's readers of files under mutated ones, for some minutes. FUZZ_ROUNDS=… for longer.
 FUZZ_ROUNDS ?= 1000000
@@ -73,4 +78,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .triton $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -27,6 +27,7 @@ from anyflow_deploy.cli.precompute import PrecomputeOptions
 from anyflow_deploy.cli.profile import ProfileOptions
 from anyflow_deploy.cli.sensitivity import SensitivityOptions
 from anyflow_deploy.cli.serve import ServeOptions
+from anyflow_deploy.cli.triton import TritonOptions
 from anyflow_deploy.cli.validate import ValidateOptions
 from anyflow_deploy.export import hub
 from anyflow_deploy.export.checkpoint import open_checkpoint
@@ -47,6 +48,7 @@ COMMANDS: dict[str, type[Options]] = {
     "anyflow-profile": ProfileOptions,
     "anyflow-sensitivity": SensitivityOptions,
     "anyflow-serve": ServeOptions,
+    "anyflow-triton": TritonOptions,
     "anyflow-validate": ValidateOptions,
 }
 
@@ -143,7 +145,8 @@ def test_the_readme_commands_run(
     made, looked = ["anyflow-export", "anyflow-generate"], ["anyflow-inspect", "anyflow-validate"]
     eight_bits = ["anyflow-calibrate", "anyflow-sensitivity", made[0]]
     instead_of_steps, compiled = [made[1]] * 2, ["anyflow-build", looked[1], made[1]]
-    assert ran == [made[0], looked[0], *looked, made[1], *eight_bits, *made, made[1], *instead_of_steps, *compiled]
+    served = "anyflow-triton"
+    assert ran == [made[0], looked[0], *looked, made[1], *eight_bits, *made, made[1], served, *instead_of_steps, *compiled]
     for name in ("fox", "fox-stream", "fox-image", "fox-deadline", "fox-quality", "fox-compiled"):
         assert (tmp_path / f"{name}.mp4").stat().st_size > 1000
     assert {path.name for path in (tmp_path / "my-bundle").glob("*.png")} == {"validation.png", "sensitivity.png"}
