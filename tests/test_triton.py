@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import threading
 import time
@@ -155,6 +156,9 @@ def test_the_bare_transition(tiny_bundle: Bundle, far_bundle: Bundle, tmp_path: 
 def test_the_document_lists_every_tensor_parameter_and_metric() -> None:
     for port in (*INPUTS, *OUTPUTS):
         assert f"| `{port.name}` | {port.type}" in DOCUMENT and f"| {port.about} |" in DOCUMENT
+    for line in DOCUMENT.splitlines():
+        if line.startswith("anyflow-triton"):
+            parsed(TritonOptions, shlex.split(line, comments=True)[1:])
     left_out = {"bundle", "pipeline", "text", "vae", "backend", "engine"}  # written by the flags that name them
     assert not [name for name in Settings.model_fields if f"`{name}`" not in DOCUMENT and name not in left_out]
     source = Path(sys.modules["anyflow_deploy.triton"].__file__ or "").parent / "metrics.py"

@@ -88,6 +88,7 @@ class TritonServer:
             "PATH": os.pathsep.join([str(python), os.environ["PATH"]]),
             "LD_LIBRARY_PATH": os.pathsep.join(libraries),
             "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "1",  # or glibc keeps freed memory for each thread, and growth could not be told from it
         }
         with self.log.open("ab") as file:
             self.process = subprocess.Popen(words, env=surroundings, stdout=file, stderr=file, start_new_session=True)
