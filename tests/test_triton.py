@@ -33,6 +33,7 @@ from anyflow_deploy.triton.settings import Settings, settings_from
 from anyflow_deploy.triton.studio import Studio
 from anyflow_deploy.triton.tensors import INPUTS, OUTPUTS
 from anyflow_deploy.triton.turns import Turns
+from tests.conftest import Export
 from tests.serving import eventually, manifest_of
 
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
@@ -85,6 +86,12 @@ def test_parts_that_are_not_served_are_not_there(far_bundle: Bundle, tmp_path: P
     assert not (model / "1" / "pipeline").exists()
     written(far_bundle, tmp_path, "--parts", "vae", "--overwrite")
     assert {path.name for path in (model / "1" / "pipeline").iterdir()} == {"vae"}
+
+
+def test_a_bundle_without_a_pipeline_names_the_way_out(small_bundle: Export, tmp_path: Path) -> None:
+    with pytest.raises(AnyFlowError, match="leave them out with --parts none"):
+        written(small_bundle(), tmp_path)
+    assert not (tmp_path / "anyflow").exists()
 
 
 def test_gpus_become_instances(far_bundle: Bundle, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def _loaded(options: ServeOptions, bundle: Bundle) -> tuple[BundleEngine, Pipeli
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AnyFlowError("--device cuda: PyTorch finds no GPU here (anyflow-doctor says why). Leave it at cpu.")
-    pipeline = pipeline_of(bundle.manifest, options.pipeline, ["tokenizer", "text_encoder", "vae"])
+    pipeline = pipeline_of(bundle.manifest, options.pipeline, ["tokenizer", "text_encoder", "vae"], "")
     text = PromptEncoder(pipeline, options.device)
     text.load()
     vae = load_vae(pipeline, options.device)

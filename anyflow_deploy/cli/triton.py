@@ -128,7 +128,7 @@ def _pipeline(options: TritonOptions, bundle: Bundle) -> Path | None:
         return None
     from anyflow_deploy.pipeline.folder import pipeline_of
 
-    return pipeline_of(bundle.manifest, options.pipeline, parts)
+    return pipeline_of(bundle.manifest, options.pipeline, parts, ", or leave them out with --parts none")
 
 
 def _check_room(repository: Path, bundle: Bundle, pipeline: Path | None) -> None:

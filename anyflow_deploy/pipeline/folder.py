@@ -10,15 +10,17 @@ from anyflow_deploy.export.hub import PIPELINE_FILES, download
 from anyflow_deploy.manifest import Manifest
 
 _ADVICE = "Give --pipeline DIR, a diffusers pipeline on this machine."
+_OTHERWISE = ", or avoid the text encoder with --prompt-embeds FILE and the VAE with --output latents.safetensors"
 
 
-def pipeline_of(manifest: Manifest, given: str | None, parts: list[str]) -> Path:
+def pipeline_of(manifest: Manifest, given: str | None, parts: list[str], otherwise: str = _OTHERWISE) -> Path:
     """The pipeline folder that belongs to a bundle.
 
     Args:
         manifest: says where the weights came from.
         given: a folder or Hub id to use instead.
         parts: subfolders that are needed, such as "vae".
+        otherwise: how to do without, for the message.
 
     Raises:
         CheckpointError: no pipeline is known, or it lacks a part.
@@ -27,9 +29,8 @@ def pipeline_of(manifest: Manifest, given: str | None, parts: list[str]) -> Path
     missing = [part for part in parts if folder is None or not (folder / part).is_dir()]
     if folder is None or missing:
         raise CheckpointError(
-            f"generating needs {' and '.join(parts)} of the model's pipeline, and {folder or manifest.source.location} has "
-            f"{'none' if folder is None else 'no ' + ', '.join(missing)}. Give --pipeline DIR (a diffusers pipeline), or avoid "
-            "the text encoder with --prompt-embeds FILE and the VAE with --output latents.safetensors."
+            f"this needs {' and '.join(parts)} of the model's pipeline, and {folder or manifest.source.location} has "
+            f"{'none' if folder is None else 'no ' + ', '.join(missing)}. Give --pipeline DIR (a diffusers pipeline){otherwise}."
         )
     return folder
 
