@@ -235,8 +235,10 @@ def test_whole_and_streamed_show_the_same(
         for start, end in ((0, 1), (1, 13), (13, 17)):
             writer.append(wanted[start:end])
     assert load_video(tmp_path / "whole.mp4").shape == (17, HEIGHT, WIDTH, 3)
-    np.testing.assert_array_equal(load_video(tmp_path / "whole.mp4"), load_video(tmp_path / "wanted.mp4"))
-    np.testing.assert_array_equal(load_video(tmp_path / "grown.mp4"), load_video(tmp_path / "wanted-grown.mp4"))
+    for made, same in (("whole", "wanted"), ("grown", "wanted-grown")):
+        # x264 on several threads makes other blocks of the same frames now and then: 1 time in 50 here, 0.02 levels in the mean
+        difference = load_video(tmp_path / f"{made}.mp4").astype(int) - load_video(tmp_path / f"{same}.mp4")
+        assert np.abs(difference).mean() < 0.2 < np.abs(np.diff(wanted.astype(int), axis=0)).mean()
 
 
 def test_streaming_puts_a_chunk_on_disk_before_the_next_is_begun(
