@@ -33,7 +33,7 @@ def streaming_config(
         *_ports("input", INPUTS, optional=True),
         *_ports("output", OUTPUTS),
         f"instance_group [ {{ {kind} }} ]",
-        # The server is ready when one video was made: from embeddings, since a text in a warm-up crashes some servers.
+        # The server is ready when one video was made: from embeddings, which are taken with and without a text encoder.
         'model_warmup [ { name: "one video" batch_size: 1 count: 1',
         f'  inputs {{ key: "prompt_embeds" value {{ data_type: TYPE_FP32 dims: {_list(embeds)} zero_data: true }} }}',
         '  inputs { key: "num_inference_steps" value '

@@ -204,7 +204,7 @@ def studio_of(engine: Any, folder: Path, settings: Settings, device: str) -> Stu
         text = PromptEncoder(pipeline, device) if settings.text else None
         vae = load_vae(pipeline, device) if settings.vae else None
         if text is not None:
-            text.load()
+            text.encode(["a red fox"], engine.bundle.manifest.video.text_tokens)  # loads it, and warms it up
     return Studio(engine, text, vae)
 
 
