@@ -15,6 +15,8 @@ from typing import Literal
 
 WIDTH, HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 12, 44
+_HALF_LETTER = 3.6
+"""Of a label's letters, more rather than less."""
 
 Text = Callable[[float], str]
 
@@ -140,10 +142,10 @@ def _frame(across: _Scale, up: _Scale) -> str:
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{escape(up.axis.text(tick))}</text>')
     for tick in across.ticks():
-        place = across.at(tick)
+        place, shown = across.at(tick), across.axis.text(tick)
         parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
         parts.append(
-            f'<text x="{place:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{escape(across.axis.text(tick))}</text>'
+            f'<text x="{_inside(place, shown):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{escape(shown)}</text>'
         )
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(across.axis.label)}</text>')
@@ -151,6 +153,11 @@ def _frame(across: _Scale, up: _Scale) -> str:
     turned = f'transform="translate(13 {centre}) rotate(-90)"'
     parts.append(f'<text class="label" {turned} text-anchor="middle">{escape(up.axis.label)}</text>')
     return "".join(parts)
+
+
+def _inside(place: float, shown: str) -> float:
+    """The middle of a label below `place`, moved so far that the label stays in the picture."""
+    return min(place, WIDTH - _HALF_LETTER * len(shown))
 
 
 def _drawn(mark: Mark, across: _Scale, up: _Scale) -> str:
