@@ -15,9 +15,7 @@ from anyflow_deploy.engine_folder import EngineFolder, find_engine
 from anyflow_deploy.engines.loading import ON_GPUS_ONLY, check_backend
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.triton.repository import check_plan, model_writer, write_plan, write_streaming
-from anyflow_deploy.triton.settings import Settings
-
-PARTS = ("text", "vae")
+from anyflow_deploy.triton.settings import PARTS, Settings
 
 _Gpus = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 
@@ -42,7 +40,7 @@ class TritonOptions(Options):
     name: str = Field("anyflow", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$", description="what clients call the model")
     overwrite: bool = Field(False, description="replace a model of that name")
     transition: bool = Field(False, description="the bare transition as a TensorRT plan, without text, VAE and sampling")
-    parts: Words = Field(PARTS, description="what is served with it: text (prompts), vae (frames and mp4); none: neither")
+    parts: Words = Field(tuple(PARTS), description="what is served with it: text (prompts), vae (frames and mp4); none: neither")
     pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")
     backend: str = Field("onnxruntime", description="backend of the engine")
     engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
@@ -87,7 +85,7 @@ def triton(options: TritonOptions) -> int:
         assert engine is not None
         check_plan(bundle, engine)
     settings = None if options.transition else settings_of(options, bundle, engine)
-    pipeline = None if settings is None else _pipeline(options, bundle)
+    pipeline = None if settings is None or not settings.folders else _pipeline(options, bundle, settings.folders)
     writer = model_writer(options.output, options.name, options.overwrite)
     _check_room(options.output, bundle, pipeline)
     with writer:
@@ -121,14 +119,10 @@ def settings_of(options: TritonOptions, bundle: Bundle, engine: EngineFolder | N
     )
 
 
-def _pipeline(options: TritonOptions, bundle: Bundle) -> Path | None:
-    needed = {"text": ["tokenizer", "text_encoder"], "vae": ["vae"], "none": []}
-    parts = [folder for part in options.parts for folder in needed[part]]
-    if not parts:
-        return None
+def _pipeline(options: TritonOptions, bundle: Bundle, folders: list[str]) -> Path:
     from anyflow_deploy.pipeline.folder import pipeline_of
 
-    return pipeline_of(bundle.manifest, options.pipeline, parts, ", or leave them out with --parts none")
+    return pipeline_of(bundle.manifest, options.pipeline, folders, ", or leave them out with --parts none")
 
 
 def _check_room(repository: Path, bundle: Bundle, pipeline: Path | None) -> None:
@@ -137,7 +131,7 @@ def _check_room(repository: Path, bundle: Bundle, pipeline: Path | None) -> None
     if all(folder.stat().st_dev == repository.stat().st_dev for folder in folders):
         return
     size = sum(file.bytes for file in bundle.manifest.files.values())
-    size += 0 if pipeline is None else sum(_size(pipeline / part) for part in ("tokenizer", "text_encoder", "vae"))
+    size += 0 if pipeline is None else sum(_size(pipeline / name) for part in PARTS.values() for name in part)
     free = shutil.disk_usage(repository).free
     if free < size:
         raise AnyFlowError(

@@ -23,6 +23,7 @@ from anyflow_deploy.engines.cache import cache_plan
 from anyflow_deploy.engines.loading import load_engine
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.manifest import Manifest
+from anyflow_deploy.pipeline.causal_video import element_bytes
 from anyflow_deploy.serving.job import Cancelled
 from anyflow_deploy.triton.admission import Admission, FullError, Ticket
 from anyflow_deploy.triton.metrics import WIRE, Metrics
@@ -31,8 +32,9 @@ from anyflow_deploy.triton.settings import Settings, settings_from
 from anyflow_deploy.triton.studio import Made, Studio
 from anyflow_deploy.triton.tensors import OUTPUTS
 
-_ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2}
-_TYPES = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}
+_NUMPY = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}
+_TYPES: dict[str, Any] = {port.name: _NUMPY[port.type] for port in OUTPUTS if port.type in _NUMPY}
+"""Of the outputs that are sent with every chunk."""
 
 
 class Answer:
@@ -212,10 +214,10 @@ def cache_of(manifest: Manifest, settings: Settings) -> tuple[int, int]:
     """Bytes of an element of the cache, and of all caches together at most; (0, 0) for a bidirectional model, which has none."""
     if manifest.kind == "bidirectional":
         return 0, 0
-    stored = {tensor.name: tensor.dtype for tensor in manifest.graphs["chunk"].outputs}["key.0"]
+    element = element_bytes(manifest)
     _, _, rows, columns = manifest.latent_shape(None, None, None)
     plan = cache_plan(manifest.architecture, None, rows, columns, None, manifest.video.text_tokens)
-    return _ELEMENT[stored], settings.cache_bytes or settings.max_streams * plan.bytes(_ELEMENT[stored])
+    return element, settings.cache_bytes or settings.max_streams * plan.bytes(element)
 
 
 def _tensors(made: Made, wanted: Asked, seconds: float) -> list[tuple[str, NDArray[Any]]]:
@@ -227,6 +229,5 @@ def _tensors(made: Made, wanted: Asked, seconds: float) -> list[tuple[str, NDArr
         "deadline_met": made.deadline_met,
         "seed": wanted.order.seed,
     }
-    types = {port.name: _TYPES.get(port.type) for port in OUTPUTS}
-    tensors = [(name, np.array([n], dtype=types[name])) for name, n in numbers.items() if n is not None]
+    tensors = [(name, np.array([n], dtype=_TYPES[name])) for name, n in numbers.items() if n is not None]
     return [*tensors, (made.output, made.content)]

@@ -64,9 +64,8 @@ def write_streaming(
     if engine is not None:
         _link_all(engine.path, version / settings.bundle / ENGINES / engine.path.name)
     if pipeline is not None and settings.pipeline is not None:
-        parts = [*(["tokenizer", "text_encoder"] if settings.text else []), *(["vae"] if settings.vae else [])]
-        for part in parts:
-            _link_all(pipeline / part, version / settings.pipeline / part)
+        for name in settings.folders:
+            _link_all(pipeline / name, version / settings.pipeline / name)
     (version / "model.py").write_text(_MODEL)
     (writer.folder / "warmup").mkdir()
     (writer.folder / "warmup" / "steps").write_bytes(struct.pack("<i", 1))
@@ -80,13 +79,9 @@ def write_plan(writer: FolderWriter, bundle: Bundle, engine: EngineFolder, gpus:
     Args:
         writer: from `model_writer`, entered.
         bundle: a bidirectional one.
-        engine: a TensorRT engine of it.
+        engine: a TensorRT engine of it, that `check_plan` did not refuse.
         gpus: one instance on each.
-
-    Raises:
-        AnyFlowError: see `check_plan`.
     """
-    check_plan(bundle, engine)
     graph = bundle.manifest.graphs["transition"]
     inputs, outputs = ([_port(tensor) for tensor in tensors] for tensors in (graph.inputs, graph.outputs))
     _link(engine.file("transition.plan"), writer.folder / VERSION / "model.plan")

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.serving.limits import Limits
 
+PARTS = {"text": ("tokenizer", "text_encoder"), "vae": ("vae",)}
+"""What may be served beside the engine, and the folders of a pipeline that it needs."""
+
 
 class Settings(BaseModel):
     """See the module.
@@ -48,6 +51,11 @@ class Settings(BaseModel):
     max_deadline_ms: float = Field(600_000.0, gt=0, allow_inf_nan=False)
     max_prompt: int = Field(4000, ge=1)
     grace_seconds: float = Field(20.0, ge=0, allow_inf_nan=False)
+
+    @property
+    def folders(self) -> list[str]:
+        """Of the pipeline, that are served."""
+        return [folder for part, folders in PARTS.items() if getattr(self, part) for folder in folders]
 
     @property
     def limits(self) -> Limits:
