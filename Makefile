@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo test test-slow test-triton test-cpp-tensorrt fuzz-cpp lint format bench clean
+.PHONY: demo gpu test test-slow test-triton test-cpp-tensorrt fuzz-cpp lint format bench clean
 
 demo: $(READY)
 	@rm -rf $(DEMO) && mkdir $(DEMO)
@@ -79,3 +79,8 @@ $(READY): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) .triton $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache
+
+# What a GPU can do, in eight minutes, with whatever is installed: needs torch 2.11 or newer. GPU="--tiny --device cpu" runs it in small.
+GPU ?=
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_suite.py --output build/gpu/gpu.json $(GPU)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,16 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**20, 1),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in packages if _is_installed(name)},
     }
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _lines(path: str) -> list[str]:
@@ -61,6 +69,15 @@ def child(words: Sequence[str], **options: Any) -> dict[str, Any]:
 def python(code: str, *arguments: str) -> dict[str, Any]:
     """`child` for a piece of Python."""
     return child([sys.executable, "-c", code, *arguments])
+
+
+def gpu_name(device: str) -> str:
+    """What a torch device is called: the GPU's name, or the device itself."""
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 def finish(name: str, result: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch._inductor import aoti_compile_and_package
+from torch._inductor import config as inductor_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow_deploy.bundle import Bundle
@@ -27,12 +28,15 @@ from anyflow_deploy.errors import BackendError
 from anyflow_deploy.export.program import program_from_bundle
 from anyflow_deploy.progress import Report
 
-OPTIONS: dict[str, Any] = {
+_WANTED: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.precompile_headers": False,
     "aot_inductor.enable_line_tables": False,
     "cpp.dynamic_threads": True,
 }
+
+OPTIONS: dict[str, Any] = {name: value for name, value in _WANTED.items() if name in inductor_config.get_config_copy()}
+"""What this release of torch knows of them: line tables came with 2.13, and are off before it."""
 
 _CALL = re.compile(r"aoti_torch_(?:cpu|cuda)_(\w+)\(")
 _ATTENTION = ("flash", "efficient", "cudnn")
