@@ -27,6 +27,7 @@ def use_tensorrt_rtx(current: bool = True) -> str:
     def do_nothing(*_: Any) -> None:
         """There is nothing to time."""
 
+    tensorrt_builder._check_graphs = do_nothing  # type: ignore[assignment]  # its table knows TensorRT's releases alone
     tensorrt_timing.TimingCache.attach = tensorrt_timing.TimingCache.keep = do_nothing  # type: ignore[method-assign]
     configure = tensorrt_builder._Build._configure
 
