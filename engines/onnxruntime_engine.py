@@ -61,11 +61,8 @@ class OnnxRuntimeEngine:
             )
         architecture = bundle.manifest.architecture
         self._channels, self._text_dim = architecture.in_channels, architecture.text_dim
-        if bundle.manifest.precision == "int8" and provider == "cpu" and saturates(self._runtime):
-            raise BackendError(
-                f"{bundle.path} is int8, and this processor has no VNNI: its INT8 products overflow. "
-                "Use provider 'cuda', or export with --precision fp32 or fp16."
-            )
+        int8_on_cpu = bundle.manifest.precision == "int8" and provider == "cpu"
+        self._unsigned_weights = int8_on_cpu and saturates(self._runtime)
         self._sessions = {name: self._opened_session(name, options.threads) for name in bundle.manifest.graphs}
 
     def _session_options(self, name: str, threads: int | None) -> Any:
@@ -81,7 +78,8 @@ class OnnxRuntimeEngine:
 
     def _opened_session(self, name: str, threads: int | None) -> Any:
         options = self._session_options(name, threads)
-        graph = session_graph(self.bundle, name, _attentions_to_fuse(self.bundle.manifest, name), self.provider)
+        attentions = _attentions_to_fuse(self.bundle.manifest, name)
+        graph = session_graph(self.bundle, name, attentions, self.provider, self._unsigned_weights)
         provider = (PROVIDERS[self.provider], _provider_options(self.provider, self._index))
         try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU
             session = self._runtime.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
