@@ -64,6 +64,8 @@ class OnnxRuntimeEngine:
         int8_on_cpu = bundle.manifest.precision == "int8" and provider == "cpu"
         self._unsigned_weights = int8_on_cpu and saturates(self._runtime)
         self._sessions = {name: self._opened_session(name, options.threads) for name in bundle.manifest.graphs}
+        if self._unsigned_weights:
+            _return_freed_memory()
 
     def _session_options(self, name: str, threads: int | None) -> Any:
         options = self._runtime.SessionOptions()
@@ -226,6 +228,15 @@ class OnnxRuntimeRun:
     def _check_open(self) -> None:
         if self._state is None:
             raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
+
+
+def _return_freed_memory() -> None:
+    """Give what glibc's allocator keeps for later back to the system; elsewhere do nothing.
+
+    ONNX Runtime frees each shifted weight once it has packed it for its product. The allocator would keep up to
+    a third of the weights' size of that (measured: 217 MB beside 713, 12 layers at 1.3B width)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _attentions_to_fuse(manifest: Manifest, graph: str) -> int:

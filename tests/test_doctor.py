@@ -292,6 +292,23 @@ def test_what_the_cpp_library_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found.works and "CMake 3.22.1, ninja, " in found.detail and "nlohmann-json 3.10.5 in " in found.detail
 
 
+@pytest.mark.parametrize(
+    ("int8", "uint8", "state", "said"),
+    [
+        (True, True, WORKS, "came out exact"),
+        (False, True, WORKS, "exact with unsigned weights.*no VNNI"),
+        (False, False, FAULT, "overflow, with unsigned weights too"),
+    ],
+)
+def test_int8_on_processors_of_every_kind(int8: bool, uint8: bool, state: str, said: str) -> None:
+    found = packages.int8_finding(int8, uint8)
+    assert found.state == state and re.search(said, found.detail)
+
+
+def test_int8_works_on_this_processor() -> None:
+    assert packages.int8_on_cpu().works
+
+
 # Backends and precisions
 
 
