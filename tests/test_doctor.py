@@ -178,6 +178,13 @@ def test_processors(tmp_path: Path, text: str, words: str) -> None:
     assert ("avx512_vnni" in found.facts["flags"]) == ("avx512_vnni" in text)
 
 
+def test_benchmarks_name_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import common
+
+    assert common.machine()["instructions"] == machine.processor().facts["flags"]
+
+
 # The GPU
 
 

@@ -354,9 +354,7 @@ def layer_of(weight: NDArray[np.int8], folder: Path) -> onnx.ModelProto:
     """One quantized layer as the exporter writes it, scales 1, its weight (rows, depth) in a file of its own."""
     rows, depth = weight.shape
     (folder / "weight").write_bytes(weight.tobytes())
-    held = onnx.TensorProto(
-        name="w", data_type=TensorProto.INT8, dims=weight.shape, data_location=onnx.TensorProto.EXTERNAL
-    )
+    held = onnx.TensorProto(name="w", data_type=TensorProto.INT8, dims=weight.shape, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in (("location", "weight"), ("offset", "0"), ("length", str(weight.nbytes))):
         held.external_data.add(key=key, value=value)
     arrays = {
