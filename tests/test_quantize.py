@@ -242,17 +242,26 @@ def test_every_int8_layer_runs_in_int8(
 
 
 def test_unsigned_activations_change_no_number(quantized: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where u8 x s8 overflows, a graph that is not shifted has no right integers to compare with: ONNX Runtime shifts some of its
+    activations itself. There the same graph is computed in float32 on rounded values, which may round a border the other way."""
     bundle = quantized(SMALL, precision="int8")
     a = bundle.manifest.architecture
     latents, text = noise((1, 2, a.in_channels, 4, 6), 0), noise((1, 5, a.text_dim), 1)
-    made = []
-    # signed by signed is exact on every processor, and signed by unsigned is not fused
-    ways = ((onnxruntime_graph.shift_activations, saturates), (lambda model: 0, lambda runtime: False))
-    for shift, asked in ways:
-        monkeypatch.setattr(onnxruntime_graph, "shift_activations", shift)
-        monkeypatch.setattr(onnxruntime_engine, "saturates", asked)
-        made.append(load_engine(bundle).start(latents, text).velocity(900, 500))
-    assert difference(*made).relative_l2 < 1e-6
+    shifted = load_engine(bundle).start(latents, text).velocity(900, 500)
+    overflows = saturates(onnxruntime)
+    monkeypatch.setattr(onnxruntime_graph, "shift_activations", lambda model: 0)
+    monkeypatch.setattr(onnxruntime_engine, "saturates", lambda runtime: False)
+    genuine = onnxruntime_engine.OnnxRuntimeEngine._session_options
+
+    def unfused(self: Any, name: str, threads: int | None) -> Any:
+        options = genuine(self, name, threads)
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return options
+
+    if overflows:
+        monkeypatch.setattr(onnxruntime_engine.OnnxRuntimeEngine, "_session_options", unfused)
+    plain = load_engine(bundle).start(latents, text).velocity(900, 500)
+    assert difference(shifted, plain).relative_l2 < (AGREES if overflows else 1e-6)
 
 
 @GRAPHS
