@@ -14,9 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from anyflow_deploy.doctor.machine import processor
+
 
 def machine() -> dict[str, Any]:
-    """What identifies a measurement: processor, cores, memory, versions, date."""
+    """What identifies a measurement: processor, its instructions, cores, memory, versions, date."""
     names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
     cpu = next(names, platform.machine())
     memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
@@ -24,6 +26,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu,
+        "instructions": processor().facts["flags"],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**20, 1),
         "python": platform.python_version(),

@@ -4,7 +4,7 @@ The bundle is standard ONNX: attention is two matrix products and a softmax (ops
 literally, both write out the whole table of scores: 51 GB at 480x832 and 81 frames. ONNX Runtime has a kernel that does
 not, `com.microsoft.MultiHeadAttention`, but does not recognise the pattern. So the graph is rewritten in memory, on the
 way into the session; the bundle on disk stays as it is. A test compares both, and counts that none is missed. Activations
-in INT8 are shifted for the CPU, see `onnxruntime_int8`.
+and, where the processor needs it, weights in INT8 are shifted for the CPU, see `onnxruntime_int8`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import onnx
 from onnx import NodeProto, helper
 
 from anyflow_deploy.bundle import Bundle
-from anyflow_deploy.engines.onnxruntime_int8 import shift_activations
+from anyflow_deploy.engines.onnxruntime_int8 import shift_activations, shift_weights
 from anyflow_deploy.errors import BackendError
 
 _DOMAIN = "com.microsoft"
@@ -24,7 +24,7 @@ _HEADS_FIRST = [0, 2, 1, 3]
 _KEYS_LAST = [0, 1, 3, 2]
 
 
-def session_graph(bundle: Bundle, graph: str, attentions: int, provider: str) -> bytes:
+def session_graph(bundle: Bundle, graph: str, attentions: int, provider: str, unsigned_weights: bool = False) -> bytes:
     """The rewritten model, without its weights: they stay in the bundle's file.
 
     Args:
@@ -32,6 +32,7 @@ def session_graph(bundle: Bundle, graph: str, attentions: int, provider: str) ->
         graph: its name in the manifest.
         attentions: how many there have to be.
         provider: "cpu" or "cuda".
+        unsigned_weights: shift int8 weights to uint8 as well, for a CPU that gets u8 x s8 wrong.
 
     Raises:
         BundleError: the graph refers to a file that the manifest does not list.
@@ -49,6 +50,8 @@ def session_graph(bundle: Bundle, graph: str, attentions: int, provider: str) ->
         )
     if provider == "cpu" and bundle.manifest.precision == "int8":
         shift_activations(model)
+        if unsigned_weights:
+            shift_weights(model)
     return bytes(model.SerializeToString())
 
 

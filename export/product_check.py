@@ -25,6 +25,7 @@ from torch import Tensor
 from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import difference
+from anyflow_deploy.engines.onnxruntime_int8 import saturates, shift_activations, shift_weights
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.quantized_layers import OPERANDS
@@ -147,6 +148,10 @@ def _computed(bundle: Bundle, model: ModelProto, node: NodeProto, inputs: list[A
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path.resolve()))
+    if bundle.manifest.precision == "int8":
+        shift_activations(cut)
+        if saturates(onnxruntime):
+            shift_weights(cut)
     if bundle.manifest.precision == "fp8":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])

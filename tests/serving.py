@@ -126,8 +126,8 @@ class Served:
         return found[-1]
 
 
-def eventually(true: Callable[[], object], seconds: float = 60.0) -> None:
-    """Wait until something is true."""
+def eventually(true: Callable[[], object], seconds: float = 300.0) -> None:
+    """Wait until something is true; as long as a busy machine may need, since only a failure waits that long."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not happen"

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,7 +66,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_package_is_a_fault_of_its_own(installed: Callable[[str, str], None], kind: str) -> None:
     installed("fragile", BROKEN[kind][0])
-    found = child.imported("fragile", "import fragile\nfound['detail'] = 'fine'", "pip install fragile", timeout=1)
+    limit = 1 if kind == "hangs" else 60  # a busy machine may need seconds to start a process
+    code = "import fragile\nfound['detail'] = 'fine'"
+    found = child.imported("fragile", code, "pip install fragile", timeout=limit)
     assert found.state == FAULT and BROKEN[kind][1] in found.detail
     assert found.remedy == "pip install --force-reinstall fragile"
 
@@ -176,6 +177,13 @@ def test_processors(tmp_path: Path, text: str, words: str) -> None:
     found = machine.processor(tmp_path / "cpuinfo")
     assert found.works and words in found.detail
     assert ("avx512_vnni" in found.facts["flags"]) == ("avx512_vnni" in text)
+
+
+def test_benchmarks_name_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import common
+
+    assert common.machine()["instructions"] == machine.processor().facts["flags"]
 
 
 # The GPU
@@ -292,6 +300,23 @@ def test_what_the_cpp_library_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found.works and "CMake 3.22.1, ninja, " in found.detail and "nlohmann-json 3.10.5 in " in found.detail
 
 
+@pytest.mark.parametrize(
+    ("int8", "uint8", "state", "said"),
+    [
+        (True, True, WORKS, "came out exact"),
+        (False, True, WORKS, "exact with unsigned weights.*no VNNI"),
+        (False, False, FAULT, "overflow, with unsigned weights too"),
+    ],
+)
+def test_int8_on_processors_of_every_kind(int8: bool, uint8: bool, state: str, said: str) -> None:
+    found = packages.int8_finding(int8, uint8)
+    assert found.state == state and re.search(said, found.detail)
+
+
+def test_int8_works_on_this_processor() -> None:
+    assert packages.int8_on_cpu().works
+
+
 # Backends and precisions
 
 
@@ -402,9 +427,7 @@ def test_where_everything_is_broken_it_still_answers(tmp_path: Path, base: str) 
     heavy = {"torch": "crashes", "onnxruntime": "raises", "modelopt": "kills", "tensorrt": "exits", "pynvml": "leaves"}
     for name, kind in {**heavy, base: "raises"}.items():
         (tmp_path / f"{name}.py").write_text(BROKEN[kind][0])
-    started = time.monotonic()
     done = command(path=f"{tmp_path}{os.pathsep}{ROOT}", cwd=tmp_path)
-    assert time.monotonic() - started < 60
     assert "Traceback" not in done.stderr
     words = " ".join(done.stdout.split())
     assert "PyTorch does not work crashed (SIGSEGV)" in words and "ModelOpt does not work crashed (SIGILL)" in words
@@ -416,12 +439,22 @@ def test_where_everything_is_broken_it_still_answers(tmp_path: Path, base: str) 
 
 
 def test_it_can_be_interrupted() -> None:
+    """While a probe waits: the program says when it has come that far, however long that takes."""
+    program = (
+        "import time\n"
+        "from anyflow_deploy.cli import doctor\n"
+        "def look():\n"
+        "    print('looking', flush=True)\n"
+        "    time.sleep(600)\n"
+        "doctor.looked = look\n"
+        "doctor.main()\n"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", "from anyflow_deploy.cli.doctor import main; main()"],
+        [sys.executable, "-c", program],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )  # fmt: skip
-    time.sleep(1.5)
+    assert process.stdout is not None and process.stdout.readline() == "looking\n"
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "interrupted" in said and "Traceback" not in said

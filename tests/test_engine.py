@@ -172,7 +172,7 @@ def test_bf16_is_refused_on_the_cpu(small_bundle: Export) -> None:
 
 def test_threads_are_the_callers_choice(small_bundle: Export) -> None:
     one, two = (sample(load_engine(small_bundle(), threads=n), LATENTS, TEXT, Schedule.uniform(2)) for n in (1, 2))
-    np.testing.assert_allclose(one, two, atol=1e-6)
+    np.testing.assert_allclose(one, two, atol=1e-5)  # threads split sums, by instructions and sizes of caches
 
 
 GUARD = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import tarfile
@@ -88,7 +89,11 @@ def test_what_is_missing_is_made_again_to_the_same_bytes(clips: Path, tiny_pipel
     assert files(output) == {**files(made), "shard-000002.tar": b"kept: it has its name"}
 
 
-def test_several_workers_make_the_same_bytes(clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path) -> None:
+def test_several_workers_make_the_same_bytes(
+    clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many threads each as `made` had: sums are split by threads."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2 * torch.get_num_threads())
     assert work(options(clips, tiny_pipeline, tmp_path / "shards", workers="2")) == 0
     assert files(tmp_path / "shards") == files(made)
 

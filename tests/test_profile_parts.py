@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,13 @@ import pytest
 from anyflow_deploy import AnyFlowError
 from anyflow_deploy.engines.loading import EngineOptions
 from anyflow_deploy.engines.onnxruntime_profile import timed_from_trace
-from anyflow_deploy.profiling import machine, power
+from anyflow_deploy.profiling import machine, measure, power
+from anyflow_deploy.profiling import sampler as sampler_module
 from anyflow_deploy.profiling.absence import AbsentError
 from anyflow_deploy.profiling.advice import advise
 from anyflow_deploy.profiling.compare import Thresholds, compared
 from anyflow_deploy.profiling.layers import part
-from anyflow_deploy.profiling.measure import Rules, clock, measured, warmed_up
+from anyflow_deploy.profiling.measure import Rules, measured, warmed_up
 from anyflow_deploy.profiling.nvml import Gpu
 from anyflow_deploy.profiling.record import Conditions, Profile, Series, Warmup
 from anyflow_deploy.profiling.roofline import target_from_gpu
@@ -60,14 +62,21 @@ def test_drift_and_steadiness() -> None:
     assert is_steady([9, 1, 1, 1, 1, 1, 1, 1, 1], 4, 0.05) and not is_steady([4, 3, 2, 1], 2, 0.05)
 
 
-def test_warm_up_waits_until_it_is_steady_and_gives_up_in_time() -> None:
+def test_warm_up_waits_until_it_is_steady_and_gives_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(measure, "clock", lambda: now)
     slow = iter([5.0, 4.0, 3.0, 2.0, *[1.0] * 100])
     times: list[float] = []
     done = warmed_up(lambda: times.append(next(slow)), times, Rules(10))
     assert done.steady and done.runs == 11 and times == []
-    growing = iter(range(1, 10**6))
-    done = warmed_up(lambda: times.append(2.0 ** next(growing) if time.sleep(0.01) is None else 0), times, Rules(0.1))
-    assert not done.steady and done.runs >= 2 and done.seconds < 1
+
+    def slower_each_time() -> None:
+        nonlocal now
+        now += 0.01
+        times.append(2.0 ** (100 * now))
+
+    done = warmed_up(slower_each_time, times, Rules(0.1))
+    assert not done.steady and done.runs == 6 and done.seconds == pytest.approx(0.06), "half of the budget, and one run"
 
 
 def test_percentiles_that_there_are_no_samples_for_are_not_shown() -> None:
@@ -86,26 +95,37 @@ def test_cases_take_turns() -> None:
 # Power
 
 
-def sampled(*sources: power.Source, seconds: float = 0.2) -> tuple[Sampler, float, float]:
-    with Sampler(sources, interval=0.005) as sampler:
-        begin = clock()
-        time.sleep(seconds)
-        end = clock()
-    return sampler, begin, end
-
-
-def test_watts_are_integrated_and_counters_subtracted() -> None:
-    began = clock()
+def test_watts_are_integrated_and_counters_subtracted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test: readings every 5 ms, however busy the machine is."""
+    now = 0.0
+    monkeypatch.setattr(sampler_module, "clock", lambda: now)
     steady_watts = power.Source("w", "gpu", "sampled", watts=lambda: 20.0)
-    counter = power.Source("c", "cpu", "counter", joules=lambda: (30 * (clock() - began)) % 1.5, wraps=1.5)
-    sampler, begin, end = sampled(steady_watts, counter)
+    counter = power.Source("c", "cpu", "counter", joules=lambda: (30 * now) % 1.5, wraps=1.5)
+    sampler = Sampler((steady_watts, counter))
+    begin, end = 0.0, 0.2
+    for reading in range(41):
+        now = 0.005 * reading
+        sampler._sample()
     for name, watts in (("w", 20.0), ("c", 30.0)):
         assert sampler.joules(name, [(begin, end)]) == pytest.approx(watts * (end - begin), rel=0.02)
         halves = [(begin, (begin + end) / 2), ((begin + end) / 2, end)]
         assert sampler.joules(name, halves) == pytest.approx(sampler.joules(name, [(begin, end)]))
         row = sampler.power(name, (begin, begin + 0.05), (begin, end))
         assert row is not None and row.mean_watts == pytest.approx(watts, rel=0.05)
-        assert row.idle_watts == pytest.approx(watts, rel=0.2) and len(row.samples) > 10
+        assert row.idle_watts == pytest.approx(watts, rel=0.02) and len(row.samples) > 10
+
+
+def test_the_sampler_reads_while_it_is_open() -> None:
+    readings = threading.Event()
+    values = itertools.count()
+
+    def watts() -> float:
+        if next(values) == 5:
+            readings.set()
+        return 20.0
+
+    with Sampler((power.Source("w", "gpu", "sampled", watts=watts),), interval=0.001):
+        assert readings.wait(60)
 
 
 def write(root: Path, **files: str) -> None:

@@ -87,12 +87,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_kill_9_costs_nothing_but_time(tmp_path: Path, asynchronous: bool) -> None:
     killed = tmp_path / "killed"
     words = command("flow-map-tiny", f"--init={SMALL}", f"--output={killed}", "--steps=100000", f"--asynchronous={asynchronous}")
     process = subprocess.Popen([sys.executable, "-m", *words], env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
-    log, deadline = killed / "losses.jsonl", time.monotonic() + 120
+    log, deadline = killed / "losses.jsonl", time.monotonic() + 600
     while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.02)
@@ -118,7 +119,7 @@ def test_one_process_then_two_then_one(tmp_path: Path) -> None:
     words = ["on-policy-tiny-causal", f"--init={CAUSAL}", f"--teacher={SMALL}", f"--output={two}", "--device=cpu", *flags]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anyflow_deploy.train"]
     done = subprocess.run(
-        [*launcher, *words], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+        [*launcher, *words], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200
     )
     assert done.returncode == 0, done.stderr
     assert "on 2 x cpu" in done.stderr

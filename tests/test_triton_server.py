@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -273,9 +272,7 @@ def test_a_cancelled_stream_ends_between_two_transitions(server: TritonServer) -
     long = Stream(server, prompt=PROMPT, num_inference_steps=400, output_type="latents")
     eventually(lambda: server.value("anyflow_active_streams", model="anyflow") == 1)
     long.cancel()
-    started = time.monotonic()
     eventually(lambda: server.value("anyflow_active_streams", model="anyflow") == 0)
-    assert time.monotonic() - started < 5
     eventually(lambda: server.value("anyflow_videos_total", end="cancelled") == before + 1)
     assert server.value("anyflow_cache_bytes", model="anyflow") == 0
 
