@@ -72,7 +72,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/serve.py
 
 # The versions in constraints.txt are the ones this was tested with.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt anyflow_deploy/_version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,quantize,serve,train,dev]'
 	@touch $@
