@@ -1,9 +1,9 @@
 """A build hook for the sdist: puts the package's symbolic links into it.
 
-In the repository `anyflow_deploy/export`, `engines` and `training` are links to the folders at the top.
-hatchling can store what a link leads to, but not the link. pyproject.toml therefore leaves the three out
-of the sdist, and this hook appends them to the finished archive as links. What is unpacked from it is
-the repository again: it builds the same wheel and runs the tests.
+In the repository `anyflow_deploy/export`, `engines` and `training` are links to the folders at the
+top. hatchling can store what a link leads to, but not the link. pyproject.toml therefore leaves the
+three out of the sdist, and this hook appends them to the finished archive as links. What is unpacked
+from it is the repository again: it builds the same wheel and runs the tests.
 """
 
 from __future__ import annotations
