@@ -69,7 +69,7 @@ lint: $(READY) lint-files
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The files that are neither Python nor C++: the Dockerfile, the workflow, the issue forms, the citation.
+# What is neither Python nor C++: the Dockerfile, the workflow, the issue forms, the citation.
 CHECK := $(BIN)/check-jsonschema --quiet --builtin-schema
 lint-files: $(READY)
 	$(BIN)/hadolint Dockerfile
