@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo gpu test test-slow test-triton test-cpp-tensorrt fuzz-cpp lint format bench clean
+.PHONY: demo gpu test test-slow test-oldest test-triton test-cpp-tensorrt fuzz-cpp lint lint-files format image bench clean
 
 demo: $(READY)
 	@rm -rf $(DEMO) && mkdir $(DEMO)
@@ -32,6 +32,18 @@ test: lint
 test-slow: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/pytest -m slow
 
+# The lowest version of every direct dependency that pyproject.toml allows, in a venv of its own. uv
+# reads its UV_… variables: UV_FIND_LINKS and UV_OVERRIDE can name a torch without CUDA.
+OLDEST := .oldest
+OLDEST_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,bundle calibration checkpoint deadline \
+	diffusers_adapter engine generate golden golden_train models options schedule serve))
+test-oldest:
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct \
+		-e '.[cpu,export,quantize,serve,train,dev]'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(OLDEST_TESTS)
+
 # The model repository in the real Triton Inference Server, which comes out of a wheel (Python 3.10 to 3.12); three minutes.
 test-triton: $(READY)
 	$(BIN)/python -m tests.triton_machine .triton
@@ -52,14 +64,28 @@ test-cpp-tensorrt: $(READY)
 		ANYFLOW_TENSORRT_HEADERS=$$headers/tensorrt:$$headers/cuda $(BIN)/pytest -q tests/test_cpp_tensorrt.py || exit 1; \
 	done
 
-lint: $(READY)
+lint: $(READY) lint-files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What is neither Python nor C++: the Dockerfile, the workflow, the issue forms, the citation.
+CHECK := $(BIN)/check-jsonschema --quiet --builtin-schema
+lint-files: $(READY)
+	$(BIN)/hadolint Dockerfile
+	$(CHECK) vendor.github-workflows .github/workflows/ci.yml
+	$(CHECK) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
+	$(CHECK) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(CHECK) vendor.citation-file-format CITATION.cff
+
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The container of anyflow-serve; RUNTIME=gpu for ONNX Runtime with CUDA.
+RUNTIME ?= cpu
+image:
+	docker build --tag anyflow-serve:$(RUNTIME) --build-arg RUNTIME=$(RUNTIME) .
 
 bench: $(READY)
 	$(BIN)/python benchmarks/step.py
@@ -72,13 +98,13 @@ bench: $(READY)
 	$(BIN)/python benchmarks/serve.py
 
 # The versions in constraints.txt are the ones this was tested with.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt anyflow_deploy/_version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,export,quantize,serve,train,dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .triton $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST) .triton $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache
 
 # What a GPU can do, in eight minutes, with whatever is installed: needs torch 2.11 or newer. GPU="--tiny --device cpu" runs it in small.
 GPU ?=

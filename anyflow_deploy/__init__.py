@@ -12,7 +12,18 @@ A name is imported when it is first asked for, so that `anyflow-doctor` can spea
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from anyflow_deploy._version import __version__ as __version__
+
+for _link in ("engines", "export", "training"):
+    if not (Path(__file__).parent / _link).is_dir():
+        raise ImportError(
+            f"anyflow_deploy/{_link} is not the link to {_link}/ that it has to be: this copy was made "
+            "without symbolic links (as a zip archive or on Windows). Clone the repository with git on "
+            "Linux, or install the wheel."
+        )
 
 if TYPE_CHECKING:
     from anyflow_deploy.bundle import Bundle, load_bundle
@@ -24,8 +35,6 @@ if TYPE_CHECKING:
     from anyflow_deploy.errors import AnyFlowError, BackendError, BundleError, CheckpointError, ShapeError
     from anyflow_deploy.models import MODELS, Architecture, Model
     from anyflow_deploy.schedule import Schedule
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Chunk", "Deadline",

@@ -80,7 +80,7 @@ def manifest_of(kind: str) -> dict[str, Any]:
         "video": {
             "spatial_factor": 8, "temporal_factor": 4, "fps": 16, "text_tokens": 512, "frames": 9, "height": 64, "width": 96,
         },
-        "tools": {"anyflow-deploy": "0.1.0"},
+        "tools": {"anyflow-deploy": "0.2.0"},
         "files": {"weights.bin": {"bytes": 11, "sha256": hashlib.sha256(b"some weight").hexdigest()}},
     }  # fmt: skip
 

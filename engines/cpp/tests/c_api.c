@@ -239,7 +239,7 @@ int main(int count, char **words) {
     if (count != 4) return 99;
     toy_backend_install();
     anyflow_set_log(on_log, &logged);
-    EXPECT(strcmp(anyflow_version(), "0.1.0") == 0);
+    EXPECT(strcmp(anyflow_version(), ANYFLOW_VERSION) == 0);
     backends = anyflow_backends(&names);
     EXPECT(backends >= 1 && strcmp(names[backends - 1], "toy") == 0);
     test_nothing();

@@ -25,6 +25,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "anyflow/version.h" /* ANYFLOW_VERSION_MAJOR, _MINOR, _PATCH, and ANYFLOW_VERSION as text */
+
 #if defined(_WIN32)
 #if defined(ANYFLOW_BUILDING)
 #define ANYFLOW_API __declspec(dllexport)
@@ -38,10 +40,6 @@
 #else
 #define ANYFLOW_API
 #endif
-
-#define ANYFLOW_VERSION_MAJOR 0
-#define ANYFLOW_VERSION_MINOR 1
-#define ANYFLOW_VERSION_PATCH 0
 
 /* A struct with nothing but its size: anyflow_sample_params params = ANYFLOW_INIT(anyflow_sample_params); */
 #ifdef __cplusplus
@@ -60,7 +58,7 @@ inline T anyflow_init() {
 extern "C" {
 #endif
 
-/* The library's version, "0.1.0". Static. */
+/* The version of the library that is loaded, as in ANYFLOW_VERSION. Static. */
 ANYFLOW_API const char *anyflow_version(void);
 
 /* ---- Errors ---------------------------------------------------------------------------------------------------- */
