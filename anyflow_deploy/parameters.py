@@ -1,6 +1,6 @@
 """Every parameter of a model by name and shape, without building the model.
 
-`export/transformer.py` and `export/causal.py` define the parameters and need torch to say how many there are. Here the
+`anyflow_deploy/model/transformer.py` and `anyflow_deploy/model/causal.py` define the parameters and need torch to say how many there are. Here the
 same list follows from the numbers of an `Architecture` alone, so that a device without torch can tell how much memory a
 model takes; a test holds the two lists equal for every model.
 

@@ -20,7 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from anyflow_deploy.export.transformer import Linear
+from anyflow_deploy.model.transformer import Linear
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.quantized_layers import candidates, shared_input
 

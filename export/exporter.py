@@ -37,9 +37,9 @@ from anyflow_deploy.export.quantization_plan import Plan, planned
 from anyflow_deploy.export.quantize import quantize
 from anyflow_deploy.export.safetensors_stream import Entry
 from anyflow_deploy.export.trace import Parameter, traced_graph
-from anyflow_deploy.export.transformer import constants
 from anyflow_deploy.export.weights import Weights, check_names, write_weights
 from anyflow_deploy.manifest import GRAPHS, Achieved, Graph, Manifest, Quantization, ScheduleDefaults, Video, stored_ranges
+from anyflow_deploy.model.transformer import constants
 from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name
 from anyflow_deploy.parameters import parameter_shapes
 from anyflow_deploy.precision import base_precision, get_precision

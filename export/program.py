@@ -16,8 +16,8 @@ from torch.export import ExportedProgram
 from anyflow_deploy.bundle import Bundle
 from anyflow_deploy.export.eight_bits import multiply_in_eight_bits
 from anyflow_deploy.export.trace import MODULES, recorded
-from anyflow_deploy.export.transformer import FlowMapTransformer
 from anyflow_deploy.export.types import TORCH
+from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.ranges import Ranges
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyflow_deploy.export.transformer import Attention, Linear
+from anyflow_deploy.model.transformer import Attention, Linear
 from anyflow_deploy.quantized_layers import OPERANDS
 
 with warnings.catch_warnings():

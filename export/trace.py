@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from anyflow_deploy.export.causal import ChunkTransition, Compression, TextMemory
-from anyflow_deploy.export.transformer import FlowMapTransformer
 from anyflow_deploy.export.types import SAFETENSORS, TORCH
+from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
+from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.ranges import AXES, Range, Ranges

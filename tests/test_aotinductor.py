@@ -52,7 +52,7 @@ from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.program import network_from_bundle, program_from_bundle
 from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.export.reference import TorchEngine
-from anyflow_deploy.export.transformer import FlowMapTransformer
+from anyflow_deploy.model.transformer import FlowMapTransformer
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden
 from tests.test_causal import three_jumps, whole
 

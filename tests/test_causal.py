@@ -19,9 +19,9 @@ from anyflow_deploy import MODELS, AnyFlowError, Chunk, Schedule, ShapeError, lo
 from anyflow_deploy.engines.cache import cache_plan, check_budget
 from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.export.causal import Compression, TextMemory
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.network_engine import NetworkEngine, network_from_weights
+from anyflow_deploy.model.causal import Compression, TextMemory
 from tests.conftest import GOLDEN, SMALL, Export, causal_golden
 from tests.profile_sample import assert_counted
 from tests.test_graph import TENSORRT_10_3

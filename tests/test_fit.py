@@ -33,8 +33,8 @@ def made(a: Architecture) -> dict[str, tuple[int, ...]]:
     """The parameters of the module itself."""
     import torch
 
-    from anyflow_deploy.export.causal import ChunkTransition
-    from anyflow_deploy.export.transformer import FlowMapTransformer
+    from anyflow_deploy.model.causal import ChunkTransition
+    from anyflow_deploy.model.transformer import FlowMapTransformer
 
     with torch.device("meta"):
         network = (ChunkTransition if a.causal else FlowMapTransformer)(a)
@@ -60,8 +60,8 @@ def test_parameters_follow_the_variants_of_the_architecture() -> None:
 def test_kinds_are_the_types_the_network_stores(model: str, precision: str) -> None:
     import torch
 
-    from anyflow_deploy.export.causal import ChunkTransition
-    from anyflow_deploy.export.transformer import FlowMapTransformer
+    from anyflow_deploy.model.causal import ChunkTransition
+    from anyflow_deploy.model.transformer import FlowMapTransformer
 
     a = MODELS[model].architecture
     wanted = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

@@ -15,7 +15,7 @@ from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.validation import THRESHOLDS
 from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.reference import TorchEngine
-from anyflow_deploy.export.transformer import FlowMapTransformer, constants
+from anyflow_deploy.model.transformer import FlowMapTransformer, constants
 from tests.conftest import GOLDEN, Export
 
 Golden = dict[str, NDArray[np.float32]]

@@ -18,7 +18,7 @@ from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.export.reference import TorchEngine
 from anyflow_deploy.export.trace import traced_graph
-from anyflow_deploy.export.transformer import FlowMapTransformer, constants
+from anyflow_deploy.model.transformer import FlowMapTransformer, constants
 from anyflow_deploy.ranges import Range, narrowed, widest
 from tests.conftest import SMALL, Export
 

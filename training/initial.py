@@ -17,9 +17,9 @@ from torch import Tensor
 
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.export.checkpoint import checkpoint_of, open_checkpoint, read_json, transformer_folder
-from anyflow_deploy.export.transformer import constants
 from anyflow_deploy.export.weights import Weights, check_names
 from anyflow_deploy.manifest import Source
+from anyflow_deploy.model.transformer import constants
 from anyflow_deploy.models import BIDIRECTIONAL_CLASS, Architecture, architecture_from_config
 from anyflow_deploy.parameters import parameter_shapes
 from anyflow_deploy.training.network import TrainingTransformer

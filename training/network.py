@@ -1,6 +1,6 @@
 """The module that is trained: export's transformer, with what training needs and inference does not.
 
-The layers, their names and their arithmetic are `export/transformer.py`'s, so a trained checkpoint is exported as it is and
+The layers, their names and their arithmetic are `anyflow_deploy/model/transformer.py`'s, so a trained checkpoint is exported as it is and
 there is one network to test. What is added:
 
 - **types**: a trained weight is float32 and is cast to the compute type (bfloat16 on GPUs) for each product; a frozen one is
@@ -13,7 +13,7 @@ there is one network to test. What is added:
 - **one entrance**: everything goes through `forward` of the whole and of a block, where FSDP gathers the parameters. So
   the text's keys and values are made inside the block, not ahead of it.
 
-Legend: see `export/transformer.py`; M tokens in memory.
+Legend: see `anyflow_deploy/model/transformer.py`; M tokens in memory.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anyflow_deploy.export.rotary import COMPRESSED, rotated
-from anyflow_deploy.export.transformer import (
+from anyflow_deploy.model.rotary import COMPRESSED, rotated
+from anyflow_deploy.model.transformer import (
     Attention,
     Block,
     FlowMapTransformer,

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyflow_deploy.export.rotary import Rotary, rotary_tables, rotated
+from anyflow_deploy.model.rotary import Rotary, rotary_tables, rotated
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
 

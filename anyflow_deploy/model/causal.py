@@ -24,8 +24,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from anyflow_deploy.export.rotary import COMPRESSED
-from anyflow_deploy.export.transformer import Block, FlowMapTransformer, KeyValue
+from anyflow_deploy.model.rotary import COMPRESSED
+from anyflow_deploy.model.transformer import Block, FlowMapTransformer, KeyValue
 from anyflow_deploy.models import Architecture
 
 
