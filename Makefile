@@ -13,7 +13,7 @@ DEMO := demo
 
 demo: $(READY)
 	@rm -rf $(DEMO) && mkdir $(DEMO)
-	$(BIN)/python -m anyflow_deploy.export.tiny $(DEMO)/pipeline
+	$(BIN)/python -m anyflow_deploy.checkpoints.tiny $(DEMO)/pipeline
 	$(BIN)/anyflow-export --checkpoint $(DEMO)/pipeline --output $(DEMO)/bundle --check none
 	$(BIN)/anyflow-inspect $(DEMO)/bundle --verify
 	$(BIN)/anyflow-validate $(DEMO)/bundle

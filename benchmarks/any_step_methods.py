@@ -29,9 +29,9 @@ from any_step_distance import Shown
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anyflow_deploy.export.checkpoint import open_checkpoint
-from anyflow_deploy.export.random_weights import RandomWeights
-from anyflow_deploy.export.weights import Weights
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.schedule import Schedule
 from anyflow_deploy.training.batch import Batch, Part

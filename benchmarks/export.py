@@ -36,7 +36,7 @@ print(time.perf_counter() - started)
 _EXPORT = """
 import contextlib, json, sys, time
 from pathlib import Path
-from anyflow_deploy.export.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 
 class Clock:
@@ -59,9 +59,9 @@ def save_random_checkpoint(folder: Path, name: str) -> int:
     import torch
 
     from anyflow_deploy import MODELS
-    from anyflow_deploy.export.checkpoint import STEM
-    from anyflow_deploy.export.random_weights import RandomWeights
-    from anyflow_deploy.export.safetensors_stream import layout
+    from anyflow_deploy.checkpoints.checkpoint import STEM
+    from anyflow_deploy.checkpoints.random_weights import RandomWeights
+    from anyflow_deploy.checkpoints.safetensors_stream import layout
 
     weights = RandomWeights(MODELS[name].architecture, name)
     shards: list[list[str]] = [[]]

@@ -23,11 +23,11 @@ from common import finish, gpu_name
 from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, sample, stream
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.engines.building import BUILDERS, build_engine, settings_of
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
 from anyflow_deploy.export.calibration_text import PROMPTS, random_text
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"

@@ -28,7 +28,7 @@ from common import finish, gpu_name
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from anyflow_deploy.export.random_weights import RandomWeights
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.chunks import ChunkPlan
 from anyflow_deploy.training.initial import network_with

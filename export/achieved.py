@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
+from anyflow_deploy.checkpoints.safetensors_stream import Entry
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.safetensors_stream import Entry
 from anyflow_deploy.manifest import Achieved, Video
 from anyflow_deploy.models import Architecture
 

@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_deploy.calibration import CALIBRATION, Calibration, TensorRange
+from anyflow_deploy.checkpoints.checkpoint import shift_of
+from anyflow_deploy.checkpoints.weights import Weights, fingerprint
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.sampler import noise
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.calibration_text import PromptText
-from anyflow_deploy.export.checkpoint import shift_of
 from anyflow_deploy.export.partial_ranges import Maxima, PartialRanges
 from anyflow_deploy.export.rollouts import SWEEPS, calibration_schedules, rolled_out, transitions
-from anyflow_deploy.export.weights import Weights, fingerprint
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.quantized_layers import candidates

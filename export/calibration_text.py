@@ -13,12 +13,12 @@ from typing import Literal
 
 import numpy as np
 
+from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.sampler import noise
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.checkpoint import pipeline_folder
-from anyflow_deploy.export.hub import PIPELINE_FILES, download
-from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.models import TEXT_TOKENS
 
 PROMPTS = (

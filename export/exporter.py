@@ -20,10 +20,12 @@ import onnx_ir as ir
 
 from anyflow_deploy.bundle import Bundle, BundleWriter
 from anyflow_deploy.calibration import CALIBRATION, Calibration
+from anyflow_deploy.checkpoints.checkpoint import shift_of
+from anyflow_deploy.checkpoints.safetensors_stream import Entry
+from anyflow_deploy.checkpoints.weights import Weights, check_names, write_weights
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.achieved import achieved
 from anyflow_deploy.export.calibration import check_architecture, check_calibration
-from anyflow_deploy.export.checkpoint import shift_of
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
     OPSETS,
@@ -35,9 +37,7 @@ from anyflow_deploy.export.onnx_graph import (
 )
 from anyflow_deploy.export.quantization_plan import Plan, planned
 from anyflow_deploy.export.quantize import quantize
-from anyflow_deploy.export.safetensors_stream import Entry
 from anyflow_deploy.export.trace import Parameter, traced_graph
-from anyflow_deploy.export.weights import Weights, check_names, write_weights
 from anyflow_deploy.manifest import GRAPHS, Achieved, Graph, Manifest, Quantization, ScheduleDefaults, Video, stored_ranges
 from anyflow_deploy.model.transformer import constants
 from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name

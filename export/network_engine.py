@@ -11,12 +11,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text
 from anyflow_deploy.engines.stream import CacheStream, Positions, memory_names
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.torch_run import TorchRun, on_device
-from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
 from anyflow_deploy.model.transformer import FlowMapTransformer, constants
 from anyflow_deploy.models import Architecture

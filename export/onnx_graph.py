@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 import torch
 
+from anyflow_deploy.checkpoints.dtypes import ONNX
+from anyflow_deploy.checkpoints.safetensors_stream import Entry
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.constant_axes import make_axes_constant
-from anyflow_deploy.export.safetensors_stream import Entry
 from anyflow_deploy.export.trace import Axes, Traced
-from anyflow_deploy.export.types import ONNX
 from anyflow_deploy.manifest import WEIGHTS, Graph, Tensor, TensorType
 
 PRIMITIVE_OPSET = 20

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from anyflow_deploy.calibration import Calibration
+from anyflow_deploy.checkpoints.dtypes import STORED, TORCH
+from anyflow_deploy.checkpoints.weights import Weights, converted
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.trace import Parameter
-from anyflow_deploy.export.types import STORED, TORCH
-from anyflow_deploy.export.weights import Weights, converted
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.progress import Report
 from anyflow_deploy.quantized_layers import (

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from anyflow_deploy.checkpoints.dtypes import ONNX, SAFETENSORS
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.quantization_plan import ZERO_POINT, Plan, weight_scale, zero_points
-from anyflow_deploy.export.types import ONNX, SAFETENSORS
 from anyflow_deploy.quantized_layers import OPERANDS
 
 _WEIGHT = ".weight"

@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from numpy.typing import ArrayLike
 
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint, transformer_folder
+from anyflow_deploy.checkpoints.hub import TRANSFORMER_FILES, download
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Stream, checked_inputs
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.checkpoint import open_checkpoint, transformer_folder
-from anyflow_deploy.export.hub import TRANSFORMER_FILES, download
-from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.export.torch_run import TorchRun, on_device
-from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.ranges import Ranges, widest
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from anyflow_deploy.export.types import SAFETENSORS, TORCH
+from anyflow_deploy.checkpoints.dtypes import SAFETENSORS, TORCH
 from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
 from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.models import Architecture

@@ -33,6 +33,8 @@ from anyflow_deploy import (
     sample,
     stream,
 )
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.validate import ValidateOptions, validate
 from anyflow_deploy.engine_folder import EngineFolder
 from anyflow_deploy.engines import aotinductor_build, torch_device
@@ -46,11 +48,9 @@ from anyflow_deploy.engines.validation import THRESHOLDS
 from anyflow_deploy.export import aotinductor
 from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
 from anyflow_deploy.export.calibration_text import PROMPTS, random_text
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.program import network_from_bundle, program_from_bundle
-from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.export.reference import TorchEngine
 from anyflow_deploy.model.transformer import FlowMapTransformer
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 
 from anyflow_deploy import MODELS, AnyFlowError, Schedule, noise
 from anyflow_deploy.calibration import Calibration, load_calibration
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.cli.calibrate import CalibrateOptions, calibrate
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.export.calibration import (
@@ -26,12 +29,9 @@ from anyflow_deploy.export.calibration import (
     write_calibration,
 )
 from anyflow_deploy.export.calibration_text import PROMPTS, prompt_text, prompts_from_file, random_text
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.modelopt import load_modelopt
 from anyflow_deploy.export.network_engine import NetworkEngine
-from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.export.rollouts import calibration_schedules, chunk_plan, latent_shape, rolled_out
-from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.progress import Advance, Silent
 from anyflow_deploy.quantized_layers import OPERANDS, candidates, input_amax, staying_high
 from tests.conftest import SMALL

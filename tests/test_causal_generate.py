@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from anyflow_deploy import MODELS, AnyFlowError, Bundle, Schedule, load_engine, noise
+from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
 from anyflow_deploy.cli import generate as command
 from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines.sampler import Chunk, stream
-from anyflow_deploy.export.tiny import save_tiny_pipeline
 from anyflow_deploy.pipeline.text import encoded_prompts, save_embeddings
 from anyflow_deploy.pipeline.vae import StreamingDecoder, decoded_video, encoded_video
 from anyflow_deploy.pipeline.video import VideoWriter, load_image, load_video, save_video

@@ -23,10 +23,10 @@ from anyflow_deploy import (
     load_engine,
     noise,
 )
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.export import exporter
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
-from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.ranges import Range
 from tests.conftest import SMALL, Export
 from tests.shared import genuine_translation

@@ -131,7 +131,9 @@ def test_a_video_that_cannot_be_encoded_leaves_nothing(tmp_path: Path) -> None:
 
 def test_the_tiny_pipeline_is_the_same_every_time(tiny_pipeline: Path, tmp_path: Path) -> None:
     """Made by the command, after other random numbers were drawn, in another process."""
-    subprocess.run([sys.executable, "-m", "anyflow_deploy.export.tiny", str(tmp_path / "again")], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "anyflow_deploy.checkpoints.tiny", str(tmp_path / "again")], check=True, capture_output=True
+    )
     names = sorted(p.relative_to(tiny_pipeline) for p in tiny_pipeline.rglob("*") if p.is_file())
     assert len(names) == 10
     for name in names:
@@ -140,7 +142,7 @@ def test_the_tiny_pipeline_is_the_same_every_time(tiny_pipeline: Path, tmp_path:
 
 def test_the_tiny_pipeline_is_never_written_over(tiny_pipeline: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "anyflow_deploy.export.tiny", str(tiny_pipeline)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "anyflow_deploy.checkpoints.tiny", str(tiny_pipeline)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and "is not empty" in done.stderr
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anyflow_deploy.export.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.training.chunks import ChunkPlan, chunk_plan, context
 from anyflow_deploy.training.initial import network_with
 from anyflow_deploy.training.losses import Difference, Pair, Score, balanced, derivative, dmd_gradient, flow_map_losses, noised

@@ -15,10 +15,10 @@ import safetensors.torch
 import torch
 from webdataset import WebDataset
 
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.precompute import PROGRAM, PrecomputeOptions, work
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.pipeline.text import encoded_prompts
 from anyflow_deploy.pipeline.vae import encoded_video
 from anyflow_deploy.pipeline.video import load_video, save_video

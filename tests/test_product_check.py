@@ -11,20 +11,20 @@ import pytest
 
 from anyflow_deploy import AnyFlowError, Bundle, load_bundle, load_engine, noise, stream
 from anyflow_deploy.calibration import Calibration
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array, Engine
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.validation import THRESHOLDS
 from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
 from anyflow_deploy.export.calibration_text import random_text
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.fake_quant import FakeQuant
 from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.product_check import product_differences
 from anyflow_deploy.export.quantization_plan import planned
-from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.export.rollouts import rolled_out
-from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.progress import Silent
 from anyflow_deploy.quantized_layers import candidates
 from anyflow_deploy.schedule import Schedule

@@ -188,7 +188,7 @@ def test_every_environment_variable_is_documented() -> None:
 
 
 def test_the_cache_is_where_the_variable_says(tmp_path: Path) -> None:
-    code = "from anyflow_deploy.export.hub import cache_folder; print(cache_folder())"
+    code = "from anyflow_deploy.checkpoints.hub import cache_folder; print(cache_folder())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"ANYFLOW_CACHE": str(tmp_path), "PATH": "", "PYTHONPATH": str(ROOT)},

@@ -14,6 +14,8 @@ import pytest
 from matplotlib import pyplot
 
 from anyflow_deploy import MODELS, Bundle
+from anyflow_deploy.checkpoints import hub
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.cli.build import BuildOptions
 from anyflow_deploy.cli.calibrate import CalibrateOptions
 from anyflow_deploy.cli.doctor_options import DoctorOptions
@@ -28,8 +30,6 @@ from anyflow_deploy.cli.sensitivity import SensitivityOptions
 from anyflow_deploy.cli.serve import ServeOptions
 from anyflow_deploy.cli.triton import TritonOptions
 from anyflow_deploy.cli.validate import ValidateOptions
-from anyflow_deploy.export import hub
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.manifest import Manifest
 
 ROOT = Path(__file__).parent.parent

@@ -17,17 +17,17 @@ import torch
 
 from anyflow_deploy import AnyFlowError, BackendError, Bundle, load_engine
 from anyflow_deploy.calibration import Calibration, TensorRange, load_calibration
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.dtypes import STORED
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.inspect import InspectOptions, inspect
 from anyflow_deploy.engines.validation import THRESHOLDS, validate
 from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, write_calibration
 from anyflow_deploy.export.calibration_text import PROMPTS, random_text
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
 from anyflow_deploy.export.fake_quant import FakeQuant
 from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.quantization_plan import LARGEST, Plan, planned, smoothing, stored_scale
-from anyflow_deploy.export.random_weights import RandomWeights
-from anyflow_deploy.export.types import STORED
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Silent
 from anyflow_deploy.quantized_layers import OPERANDS, candidates
@@ -260,7 +260,7 @@ def test_settings_that_cannot_be(settings: ExportSettings, architecture: Archite
 
 def own(weights: RandomWeights) -> Calibration:
     """Made-up ranges under the weights' true fingerprint."""
-    from anyflow_deploy.export.weights import fingerprint
+    from anyflow_deploy.checkpoints.weights import fingerprint
 
     return made_up(weights.architecture, weights=fingerprint(weights))
 
@@ -327,9 +327,9 @@ import resource, sys, tempfile
 from pathlib import Path
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.quantization_plan import planned
-from anyflow_deploy.export.random_weights import RandomWeights
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.export.trace import Parameter
-from anyflow_deploy.export.weights import write_weights
+from anyflow_deploy.checkpoints.weights import write_weights
 from anyflow_deploy.bundle import BundleWriter
 from anyflow_deploy.progress import Silent
 from tests.test_quantization_plan import LARGE, made_up

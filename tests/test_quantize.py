@@ -21,6 +21,8 @@ from onnx import TensorProto
 from safetensors.torch import load_file
 
 from anyflow_deploy import Bundle, Schedule, load_engine, noise, stream
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.engines import onnxruntime_engine, onnxruntime_graph
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.onnxruntime_graph import session_graph
@@ -28,12 +30,10 @@ from anyflow_deploy.engines.onnxruntime_int8 import saturates, shift_activations
 from anyflow_deploy.engines.tensorrt_inspect import wanted
 from anyflow_deploy.engines.validation import THRESHOLDS, Validation, validate
 from anyflow_deploy.export import exporter
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.fake_quant import FakeQuant
 from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.quantization_plan import LARGEST, Plan, planned, weight_scale
-from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.progress import Silent
 from anyflow_deploy.quantized_layers import candidates
 from tests.conftest import CAUSAL, SMALL, Export, calibration_of

@@ -10,12 +10,12 @@ import pytest
 
 from anyflow_deploy import AnyFlowError, load_bundle
 from anyflow_deploy.calibration import load_calibration
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.export import ExportOptions, export
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.quantize import layers_kept
 from anyflow_deploy.cli.sensitivity import SensitivityOptions, sensitivity
 from anyflow_deploy.export.calibration import write_calibration
-from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.progress import Silent
 from tests.conftest import SMALL, calibration_of
 from tests.test_quantization_plan import WIDE_HEADS, made_up

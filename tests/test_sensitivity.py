@@ -12,11 +12,12 @@ import torch
 
 from anyflow_deploy import AnyFlowError, Schedule, noise, sample
 from anyflow_deploy.calibration import Calibration
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.sensitivity import SensitivityOptions, sensitivity
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.calibration import calibrated, write_calibration
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.fake_quant import FakeQuant
 from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.sensitivity import (
@@ -29,7 +30,6 @@ from anyflow_deploy.export.sensitivity import (
     measured_sensitivity,
 )
 from anyflow_deploy.export.sensitivity_report import KINDS, draw, grid, tables
-from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.quantized_layers import candidates, input_amax, input_channels
 from tests.conftest import SMALL, Export
 from tests.test_calibration import CAUSAL, Changed, settings

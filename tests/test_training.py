@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
-from anyflow_deploy.export.checkpoint import open_checkpoint
-from anyflow_deploy.export.random_weights import RandomWeights
 from anyflow_deploy.training.batch import Batch, Part
 from anyflow_deploy.training.build import trained_network, trained_parameters
 from anyflow_deploy.training.distributed import World

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from anyflow_deploy.export.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.training import rollout as rollouts
 from anyflow_deploy.training.chunks import NOTHING, ChunkPlan, chunk_plan, context, velocity
 from anyflow_deploy.training.initial import network_with

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
-from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.batch import Batch
 from anyflow_deploy.training.distributed import World

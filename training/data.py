@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.checkpoint import pipeline_folder
-from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.training.batch import Batch, Part
 from anyflow_deploy.training.made import MARKER, read_made
 from anyflow_deploy.training.recipes import Recipe

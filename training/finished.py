@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anyflow_deploy.export.checkpoint import STEM, pipeline_folder, read_json
-from anyflow_deploy.export.safetensors_stream import layout
-from anyflow_deploy.export.types import SAFETENSORS
+from anyflow_deploy.checkpoints.checkpoint import STEM, pipeline_folder, read_json
+from anyflow_deploy.checkpoints.dtypes import SAFETENSORS
+from anyflow_deploy.checkpoints.safetensors_stream import layout
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.build import whole
 from anyflow_deploy.training.distributed import World

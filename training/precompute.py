@@ -25,9 +25,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
-from anyflow_deploy.export.checkpoint import pipeline_folder
-from anyflow_deploy.export.hub import PIPELINE_FILES, download
 from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.training.clips import clip
 from anyflow_deploy.training.data import BROKEN_FREE, BROKEN_SHARE, NEGATIVE

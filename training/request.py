@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.checkpoint import pipeline_folder
-from anyflow_deploy.export.random_weights import RandomWeights
-from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.training.batch import Part, Source
 from anyflow_deploy.training.initial import starting_weights
 from anyflow_deploy.training.recipes import Recipe

@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.cache import fitted_chunks
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.weights import Weights
 from anyflow_deploy.training.batch import Batch, Part
 from anyflow_deploy.training.build import frozen_network, trained_network
 from anyflow_deploy.training.checks import check_batch, check_disk, check_memory, check_packages, check_resumed, quick_fingerprint

@@ -18,7 +18,7 @@ from anyflow_deploy.parameters import parameter_shapes
 from anyflow_deploy.progress import Bars, Report
 
 if TYPE_CHECKING:  # torch, which --help does not need
-    from anyflow_deploy.export.weights import Weights
+    from anyflow_deploy.checkpoints.weights import Weights
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 
@@ -47,8 +47,8 @@ class CalibrateOptions(WeightOptions):
 
 def calibrate(options: CalibrateOptions) -> int:
     """Do it; returns the exit status."""
+    from anyflow_deploy.checkpoints.weights import check_names
     from anyflow_deploy.export.calibration import partial_path, write_calibration
-    from anyflow_deploy.export.weights import check_names
 
     started = time.perf_counter()
     check_output(options.output, options.overwrite)

@@ -22,7 +22,7 @@ from anyflow_deploy.progress import Report
 from anyflow_deploy.quantized_layers import candidates, quantized_attentions, staying_high
 
 if TYPE_CHECKING:  # torch, which --help does not need
-    from anyflow_deploy.export.weights import Weights
+    from anyflow_deploy.checkpoints.weights import Weights
 
 _ONLY = ("calibration", "prompts", "base", "no_smooth", "attention", "keep", "fidelity")
 _CPU_HEIGHT, _CPU_WIDTH = 256, 448

@@ -19,8 +19,8 @@ from anyflow_deploy.progress import Bars, Report, Silent
 from anyflow_deploy.quantized_layers import candidates, quantized_attentions, staying_high
 
 if TYPE_CHECKING:  # torch, which --help does not need
+    from anyflow_deploy.checkpoints.weights import Weights
     from anyflow_deploy.export.sensitivity import Probe
-    from anyflow_deploy.export.weights import Weights
 
 FRAMES, CAUSAL_FRAMES, HEIGHT, WIDTH = 9, 29, 96, 160
 """Of the videos; the causal ones are four chunks of the models' own plan: the first that compress one."""

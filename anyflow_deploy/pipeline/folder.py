@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import CheckpointError
-from anyflow_deploy.export.checkpoint import pipeline_folder
-from anyflow_deploy.export.hub import PIPELINE_FILES, download
 from anyflow_deploy.manifest import Manifest
 
 _ADVICE = "Give --pipeline DIR, a diffusers pipeline on this machine."

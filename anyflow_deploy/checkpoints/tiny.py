@@ -5,7 +5,7 @@ weights, saved exactly as diffusers saves a pipeline. Everything this project do
 a download, and `AnyFlowPipeline.from_pretrained` (of `far-tiny`: `AnyFlowFARPipeline.from_pretrained`) loads it. The two
 differ in nothing but the transformer. What they cannot do is make a picture of anything.
 
-    python -m anyflow_deploy.export.tiny FOLDER [tiny | far-tiny]
+    python -m anyflow_deploy.checkpoints.tiny FOLDER [tiny | far-tiny]
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from anyflow_deploy.checkpoints.random_weights import random_parameter
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.random_weights import random_parameter
 from anyflow_deploy.models import MODELS, Model, get_model
 
 TINY_SEED = 2605
@@ -147,7 +147,7 @@ def main() -> None:
     """Make a tiny pipeline in the folder named on the command line."""
     words = sys.argv[1:]
     if len(words) not in (1, 2) or any(word.startswith("-") for word in words):
-        sys.exit(f"usage: python -m anyflow_deploy.export.tiny FOLDER [{' | '.join(TINY_MODELS)}]")
+        sys.exit(f"usage: python -m anyflow_deploy.checkpoints.tiny FOLDER [{' | '.join(TINY_MODELS)}]")
     try:
         model = get_model(words[1] if len(words) == 2 else "tiny")
         save_tiny_pipeline(model, Path(words[0]))

@@ -45,7 +45,7 @@ def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, Source]:
         CheckpointError: the Hub cannot be reached and the cache does not have it.
     """
     if model.hub_id is None:
-        from anyflow_deploy.export.tiny import TINY_SEED, cached_tiny_pipeline
+        from anyflow_deploy.checkpoints.tiny import TINY_SEED, cached_tiny_pipeline
 
         folder = cached_tiny_pipeline(model, cache_folder())
         return folder, Source(kind="folder", location=str(folder), seed=TINY_SEED)
