@@ -26,7 +26,7 @@ for _link in ("engines", "export", "training"):
         )
 
 if TYPE_CHECKING:
-    from anyflow_deploy.bundle import Bundle, load_bundle
+    from anyflow_deploy.bundle.bundle import Bundle, load_bundle
     from anyflow_deploy.engines.deadline import Deadline, Pace
     from anyflow_deploy.engines.engine import Engine, Run
     from anyflow_deploy.engines.loading import load_engine
@@ -43,7 +43,7 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "bundle": ("Bundle", "load_bundle"),
+    "bundle.bundle": ("Bundle", "load_bundle"),
     "engines.deadline": ("Deadline", "Pace"),
     "engines.engine": ("Engine", "Run"),
     "engines.loading": ("load_engine",),

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.atomic_io import FolderWriter, Kind, check_file
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.manifest import AxisRange, File, stored_ranges
 from anyflow_deploy.errors import BackendError, BundleError
-from anyflow_deploy.manifest import AxisRange, File, stored_ranges
-from anyflow_deploy.ranges import Range, Ranges
-from anyflow_deploy.whole_folder import FolderWriter, Kind, check_file
+from anyflow_deploy.shape_ranges import Range, Ranges
 
 ENGINE = "engine.json"
 ENGINES = "engines"

@@ -27,7 +27,7 @@ started = time.perf_counter()
 from anyflow_deploy import MODELS
 from anyflow_deploy.export.onnx_graph import onnx_from_traced
 from anyflow_deploy.export.trace import traced_graph
-from anyflow_deploy.ranges import widest
+from anyflow_deploy.shape_ranges import widest
 architecture = MODELS["14b"].architecture
 model = onnx_from_traced(traced_graph("transition", architecture, widest(architecture), "fp16", fused=False), 20)
 assert len(model.graph.initializers) > 1000

@@ -1,4 +1,4 @@
-"""What a transition really takes in ONNX Runtime on the CPU, against what `anyflow_deploy/fit.py` says.
+"""What a transition really takes in ONNX Runtime on the CPU, against what `anyflow_deploy/memory/estimate.py` says.
 
     python benchmarks/memory.py [--model 1.3b] [--layers 2] [--precision fp32]
 
@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from common import finish, python
 
 from anyflow_deploy import MODELS
-from anyflow_deploy.calibration import Calibration, TensorRange
-from anyflow_deploy.fit import RUNTIME, Shape, needed
-from anyflow_deploy.quantized_layers import candidates
+from anyflow_deploy.memory.estimate import RUNTIME, Shape, needed
+from anyflow_deploy.quantization.calibration import Calibration, TensorRange
+from anyflow_deploy.quantization.layers import candidates
 from anyflow_deploy.targets import TARGETS
 
 if TYPE_CHECKING:

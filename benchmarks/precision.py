@@ -26,7 +26,6 @@ from common import finish
 from step import SHAPE, TEXT, seconds
 
 from anyflow_deploy import MODELS, Bundle, Schedule, load_engine, noise, sample
-from anyflow_deploy.calibration import Calibration
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights
@@ -42,6 +41,7 @@ from anyflow_deploy.export.quantization_plan import planned
 from anyflow_deploy.export.reference import TorchEngine
 from anyflow_deploy.export.sensitivity import Probe, ProbeSettings, kept_layers, measured_sensitivity
 from anyflow_deploy.progress import Silent
+from anyflow_deploy.quantization.calibration import Calibration
 
 STEPS = (1, 2, 4, 8, 16)
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "bidirectional"

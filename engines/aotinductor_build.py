@@ -11,14 +11,14 @@ import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.manifest import AxisRange
 from anyflow_deploy.engine_folder import EngineWriter, ranges_of
 from anyflow_deploy.engines.building import BuildSettings, Built
 from anyflow_deploy.engines.torch_device import device_here, imported_torch, torch_device, versions_here
 from anyflow_deploy.errors import BackendError
-from anyflow_deploy.manifest import AxisRange
 from anyflow_deploy.progress import Report
-from anyflow_deploy.ranges import Range
+from anyflow_deploy.shape_ranges import Range
 
 _FP8_CAPABILITY = (8, 9)
 """Ada. Hopper is 9.0."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engine_folder import EngineFolder, check_here, find_engine
 from anyflow_deploy.engines.aotinductor_graphs import CompiledGraph, RecordedGraph
 from anyflow_deploy.engines.cache import CachePlan
@@ -30,7 +30,7 @@ from anyflow_deploy.engines.torch_device import device_here, imported_torch, tor
 from anyflow_deploy.engines.torch_weights import TorchWeights
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.ranges import Ranges
+from anyflow_deploy.shape_ranges import Ranges
 
 if TYPE_CHECKING:
     from torch import Tensor

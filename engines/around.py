@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, Engine, Run, Stream
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.ranges import Ranges
+from anyflow_deploy.shape_ranges import Ranges
 
 Work = Literal["open", "step", "remember"]
 """A run or stream is opened (the text's keys and values are made), a transition is made, a chunk enters the cache."""

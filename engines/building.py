@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.manifest import AxisRange
 from anyflow_deploy.engine_folder import ENGINES, Device, EngineFolder, EngineRecord, EngineWriter
 from anyflow_deploy.engines.loading import check_backend, check_provider
 from anyflow_deploy.errors import AnyFlowError, BackendError
-from anyflow_deploy.manifest import AxisRange
 from anyflow_deploy.progress import Report, Silent
 
 BUILDERS: dict[str, str] = {

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.errors import AnyFlowError, ShapeError
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.ranges import Ranges
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
+from anyflow_deploy.shape_ranges import Ranges
 
 Array = NDArray[np.float32]
 

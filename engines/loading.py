@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 

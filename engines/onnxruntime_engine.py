@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text, frame_times
 from anyflow_deploy.engines.loading import EngineOptions
@@ -29,9 +30,8 @@ from anyflow_deploy.engines.onnxruntime_graph import session_graph
 from anyflow_deploy.engines.onnxruntime_int8 import saturates
 from anyflow_deploy.engines.stream import CacheStream
 from anyflow_deploy.errors import AnyFlowError, BackendError, UnavailableError
-from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.ranges import Ranges
+from anyflow_deploy.shape_ranges import Ranges
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

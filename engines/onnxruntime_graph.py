@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import NodeProto, helper
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.onnxruntime_int8 import shift_activations, shift_weights
 from anyflow_deploy.errors import BackendError
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.layer_times import Timed, merged
 from anyflow_deploy.engines.loading import EngineOptions
 from anyflow_deploy.engines.onnxruntime_engine import OnnxRuntimeEngine

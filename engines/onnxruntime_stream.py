@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.onnxruntime_engine import Device, OnnxRuntimeRun
 from anyflow_deploy.engines.stream import Positions, memory_names
 from anyflow_deploy.errors import BackendError
-from anyflow_deploy.manifest import Manifest
 
 _TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
 

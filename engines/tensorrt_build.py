@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engine_folder import EngineWriter
 from anyflow_deploy.engines.building import BuildSettings, Built
 from anyflow_deploy.engines.tensorrt_profiles import Profile, bounded, default_use, profiles, use_from_text

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engine_folder import Device as DeviceRecord
 from anyflow_deploy.engine_folder import EngineWriter, ranges_of
 from anyflow_deploy.engines.building import Built

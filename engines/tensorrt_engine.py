@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 
 from numpy.typing import ArrayLike
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engine_folder import EngineFolder, check_here, find_engine
 from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import checked_inputs, checked_text
@@ -28,7 +28,7 @@ from anyflow_deploy.engines.tensorrt_run import TensorRTRun
 from anyflow_deploy.engines.tensorrt_stream import TensorRTCache
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.ranges import Ranges
+from anyflow_deploy.shape_ranges import Ranges
 
 
 class TensorRTEngine:

@@ -19,7 +19,7 @@ from typing import Any
 import onnx
 from onnx import ModelProto
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines import tensorrt_model_rules as model_rules
 from anyflow_deploy.engines import tensorrt_quantization_rules as quantization
 from anyflow_deploy.engines.onnx_view import View, views

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from anyflow_deploy.bundle.manifest import Graph
 from anyflow_deploy.engines.tensorrt_api import VERSION, Messages, trt
 from anyflow_deploy.engines.tensorrt_profiles import Profile, Shape
 from anyflow_deploy.errors import BackendError
-from anyflow_deploy.manifest import Graph
 
 T = TypeVar("T")
 

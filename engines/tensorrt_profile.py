@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.layer_times import Timed
 from anyflow_deploy.engines.loading import EngineOptions
 from anyflow_deploy.engines.tensorrt_api import trt

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.cache import cache_plan, fitted_chunks
 from anyflow_deploy.engines.engine import Array, Run
 from anyflow_deploy.engines.stream import CacheStream, Positions
 from anyflow_deploy.errors import AnyFlowError, ShapeError
-from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.ranges import Range, latent_frames, latent_side
+from anyflow_deploy.shape_ranges import Range, latent_frames, latent_side
 
 Shape = tuple[int, ...]
 Sides = dict[str, int]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engine_folder import EngineWriter, ranges_of
 from anyflow_deploy.engines.aotinductor_build import check_compiler, check_exporter
 from anyflow_deploy.engines.building import BuildSettings, Built
@@ -17,7 +17,7 @@ from anyflow_deploy.engines.torch_device import device_here, torch_device, versi
 from anyflow_deploy.engines.torch_tensorrt_engine import imported_torch_tensorrt, runtime, versions
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.progress import Report
-from anyflow_deploy.ranges import Range
+from anyflow_deploy.shape_ranges import Range
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.manifest import WEIGHTS
 from anyflow_deploy.errors import BackendError
-from anyflow_deploy.manifest import WEIGHTS
 
 if TYPE_CHECKING:
     from torch import Tensor

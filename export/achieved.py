@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
+from anyflow_deploy.bundle.manifest import Achieved, Video
 from anyflow_deploy.checkpoints.safetensors_stream import Entry
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.manifest import Achieved, Video
 from anyflow_deploy.models import Architecture
 
 _EIGHT_BITS = ("I8", "F8_E4M3")

@@ -21,7 +21,7 @@ from torch._inductor import aoti_compile_and_package
 from torch._inductor import config as inductor_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engine_folder import EngineWriter
 from anyflow_deploy.engines.torch_weights import TorchWeights
 from anyflow_deploy.errors import BackendError

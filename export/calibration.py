@@ -20,7 +20,7 @@ from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
 
-from anyflow_deploy.calibration import CALIBRATION, Calibration, TensorRange
+from anyflow_deploy.bundle.json_records import write_whole
 from anyflow_deploy.checkpoints.checkpoint import shift_of
 from anyflow_deploy.checkpoints.weights import Weights, fingerprint
 from anyflow_deploy.engines.engine import Array
@@ -31,8 +31,8 @@ from anyflow_deploy.export.partial_ranges import Maxima, PartialRanges
 from anyflow_deploy.export.rollouts import SWEEPS, calibration_schedules, rolled_out, transitions
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Report, Silent
-from anyflow_deploy.quantized_layers import candidates
-from anyflow_deploy.records import write_whole
+from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, TensorRange
+from anyflow_deploy.quantization.layers import candidates
 from anyflow_deploy.schedule import Schedule
 
 STEPS = (1, 2, 4, 8)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from anyflow_deploy.model.transformer import Linear
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.quantized_layers import candidates, shared_input
+from anyflow_deploy.quantization.layers import candidates, shared_input
 
 _FP8_LARGEST = 448.0
 

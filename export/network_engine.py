@@ -20,7 +20,7 @@ from anyflow_deploy.export.torch_run import TorchRun, on_device
 from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
 from anyflow_deploy.model.transformer import FlowMapTransformer, constants
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.ranges import Ranges, widest
+from anyflow_deploy.shape_ranges import Ranges, widest
 
 
 def network_from_weights(weights: Weights) -> FlowMapTransformer:

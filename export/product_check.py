@@ -22,13 +22,13 @@ import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 from torch import Tensor
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.onnxruntime_int8 import saturates, shift_activations, shift_weights
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.network_engine import NetworkEngine
-from anyflow_deploy.quantized_layers import OPERANDS
+from anyflow_deploy.quantization.layers import OPERANDS
 
 Seen = dict[str, tuple[Array, Array]]
 """Module -> what it was given and what it made, the last time it ran."""

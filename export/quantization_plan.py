@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from anyflow_deploy.calibration import Calibration
 from anyflow_deploy.checkpoints.dtypes import STORED, TORCH
 from anyflow_deploy.checkpoints.weights import Weights, converted
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.trace import Parameter
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.progress import Report
-from anyflow_deploy.quantized_layers import (
+from anyflow_deploy.quantization.calibration import Calibration
+from anyflow_deploy.quantization.layers import (
     GROUPS,
     attentions_staying_high,
     checked_layers,

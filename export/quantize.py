@@ -21,7 +21,7 @@ import onnx_ir as ir
 from anyflow_deploy.checkpoints.dtypes import ONNX, SAFETENSORS
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.quantization_plan import ZERO_POINT, Plan, weight_scale, zero_points
-from anyflow_deploy.quantized_layers import OPERANDS
+from anyflow_deploy.quantization.layers import OPERANDS
 
 _WEIGHT = ".weight"
 _CHANNELS_OUT = 0  # the axis of a weight (N, K)

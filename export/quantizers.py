@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anyflow_deploy.model.transformer import Attention, Linear
-from anyflow_deploy.quantized_layers import OPERANDS
+from anyflow_deploy.quantization.layers import OPERANDS
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # on import it compares the versions of libraries that are not used here

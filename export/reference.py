@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from numpy.typing import ArrayLike
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint, transformer_folder
 from anyflow_deploy.checkpoints.hub import TRANSFORMER_FILES, download
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
@@ -17,8 +18,7 @@ from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Stream, checked_inputs
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.torch_run import TorchRun, on_device
-from anyflow_deploy.manifest import Manifest
-from anyflow_deploy.ranges import Ranges, widest
+from anyflow_deploy.shape_ranges import Ranges, widest
 
 
 class TorchEngine:

@@ -22,8 +22,8 @@ from anyflow_deploy.engines.sampler import Step, sample, stream
 from anyflow_deploy.engines.validation import PATH
 from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, Architecture, model_name
-from anyflow_deploy.ranges import latent_frames, latent_side, widest
 from anyflow_deploy.schedule import Schedule
+from anyflow_deploy.shape_ranges import latent_frames, latent_side, widest
 
 SWEEPS = (PATH, *(Schedule.from_timesteps((1000, t, 0)) for t in (750, 500, 250, 60)))
 

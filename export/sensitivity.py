@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from anyflow_deploy.calibration import Calibration
+from anyflow_deploy.bundle.json_records import load_record, write_whole
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import Difference, difference
@@ -28,7 +28,7 @@ from anyflow_deploy.export.fake_quant import FakeQuant
 from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.rollouts import rolled_out
 from anyflow_deploy.progress import Report, Silent
-from anyflow_deploy.records import load_record, write_whole
+from anyflow_deploy.quantization.calibration import Calibration
 from anyflow_deploy.schedule import Schedule
 
 SENSITIVITY = "sensitivity.json"

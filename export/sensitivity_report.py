@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from anyflow_deploy.export.sensitivity import Damage, Sensitivity, decibels
-from anyflow_deploy.quantized_layers import GROUPS
+from anyflow_deploy.quantization.layers import GROUPS
 
 KINDS = [name for group in GROUPS for name in group]
 _SHOWN = 10

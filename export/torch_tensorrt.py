@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engine_folder import EngineWriter
 from anyflow_deploy.engines.torch_weights import TorchWeights
 from anyflow_deploy.errors import BackendError
@@ -21,7 +21,7 @@ from anyflow_deploy.export.aotinductor import best_attention
 from anyflow_deploy.export.program import program_from_bundle
 from anyflow_deploy.export.trace import arguments
 from anyflow_deploy.progress import Report
-from anyflow_deploy.ranges import Range, Ranges
+from anyflow_deploy.shape_ranges import Range, Ranges
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 

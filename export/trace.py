@@ -21,7 +21,7 @@ from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
 from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.precision import get_precision
-from anyflow_deploy.ranges import AXES, Range, Ranges
+from anyflow_deploy.shape_ranges import AXES, Range, Ranges
 
 MODULES = {"transition": FlowMapTransformer, "text": TextMemory, "chunk": ChunkTransition, "compress": Compression}
 """What computes each graph of a bundle (`manifest.GRAPHS` says which kind of model has which)."""

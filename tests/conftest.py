@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from anyflow_deploy import MODELS, Bundle, load_bundle
-from anyflow_deploy.calibration import Calibration, load_calibration
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
 from anyflow_deploy.engine_folder import EngineFolder, load_engine_folder
 from anyflow_deploy.export import exporter
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
+from anyflow_deploy.quantization.calibration import Calibration, load_calibration
 from tests.shared import SHARED, shared_translation
 
 SMALL = Path(__file__).parent / "golden" / "bidirectional"

@@ -17,7 +17,7 @@ from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, frame_times
 from anyflow_deploy.engines.stream import CacheStream, Positions
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.ranges import Ranges
+from anyflow_deploy.shape_ranges import Ranges
 
 F = np.float32
 

@@ -18,10 +18,9 @@ import httpx
 import numpy as np
 
 from anyflow_deploy import MODELS, AnyFlowError
+from anyflow_deploy.bundle.manifest import Achieved, Graph, Manifest, ScheduleDefaults, Source, Video, stored_ranges
 from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.manifest import Achieved, Graph, Manifest, ScheduleDefaults, Source, Video, stored_ranges
 from anyflow_deploy.pipeline.video import VideoWriter
-from anyflow_deploy.ranges import widest
 from anyflow_deploy.serving.app import make_app
 from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.limits import Limits
@@ -31,6 +30,7 @@ from anyflow_deploy.serving.report import Report
 from anyflow_deploy.serving.server import Server, configured
 from anyflow_deploy.serving.service import Service
 from anyflow_deploy.serving.shelf import Shelf
+from anyflow_deploy.shape_ranges import widest
 
 
 def manifest_of(name: str) -> Manifest:

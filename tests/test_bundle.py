@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from anyflow_deploy.bundle import Bundle, BundleWriter, load_bundle
-from anyflow_deploy.errors import BundleError
-from anyflow_deploy.manifest import (
+from anyflow_deploy.bundle.atomic_io import file_sha256
+from anyflow_deploy.bundle.bundle import Bundle, BundleWriter, load_bundle
+from anyflow_deploy.bundle.manifest import (
     MANIFEST,
     SCHEMA,
     WEIGHTS,
@@ -30,9 +30,9 @@ from anyflow_deploy.manifest import (
     Video,
     stored_ranges,
 )
+from anyflow_deploy.errors import BundleError
 from anyflow_deploy.models import MODELS
-from anyflow_deploy.ranges import widest
-from anyflow_deploy.whole_folder import file_sha256
+from anyflow_deploy.shape_ranges import widest
 
 GRAPH = "transition.onnx"
 LIVING = os.getppid()
@@ -484,11 +484,11 @@ def test_files_that_came_later_do_not_matter(bundle: Bundle) -> None:
 
 
 def test_verify_false_reads_no_file(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anyflow_deploy.whole_folder.file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr("anyflow_deploy.bundle.atomic_io.file_sha256", lambda path: pytest.fail(f"{path} was read"))
     assert load_bundle(bundle.path, verify=False) == bundle
 
 
 def test_hash_of_a_file_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anyflow_deploy.whole_folder._BLOCK", 10)
+    monkeypatch.setattr("anyflow_deploy.bundle.atomic_io._BLOCK", 10)
     (tmp_path / "file").write_bytes(bytes(range(256)))
     assert file_sha256(tmp_path / "file") == hashlib.sha256(bytes(range(256))).hexdigest()

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyflow_deploy import MODELS, AnyFlowError, Schedule, noise
-from anyflow_deploy.calibration import Calibration, load_calibration
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights
@@ -33,7 +32,8 @@ from anyflow_deploy.export.modelopt import load_modelopt
 from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.rollouts import calibration_schedules, chunk_plan, latent_shape, rolled_out
 from anyflow_deploy.progress import Advance, Silent
-from anyflow_deploy.quantized_layers import OPERANDS, candidates, input_amax, staying_high
+from anyflow_deploy.quantization.calibration import Calibration, load_calibration
+from anyflow_deploy.quantization.layers import OPERANDS, candidates, input_amax, staying_high
 from tests.conftest import SMALL
 
 CAUSAL = SMALL.parent / "causal"

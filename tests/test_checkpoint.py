@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 
+from anyflow_deploy.bundle.manifest import Source
 from anyflow_deploy.checkpoints.checkpoint import STEM, open_checkpoint, pipeline_folder
 from anyflow_deploy.checkpoints.dtypes import SAFETENSORS, TORCH
 from anyflow_deploy.checkpoints.hub import TRANSFORMER_FILES, download, pipeline_from_model
@@ -24,9 +25,8 @@ from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.safetensors_stream import Entry, layout, read_bytes, read_header
 from anyflow_deploy.checkpoints.weights import check_names
 from anyflow_deploy.errors import CheckpointError
-from anyflow_deploy.manifest import Source
+from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.models import MODELS, Architecture
-from anyflow_deploy.parameters import parameter_shapes
 
 TENSORS = {
     "blocks.0.weight": torch.arange(6, dtype=torch.float32).reshape(2, 3),

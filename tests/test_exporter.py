@@ -27,7 +27,7 @@ from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.export import exporter
 from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
-from anyflow_deploy.ranges import Range
+from anyflow_deploy.shape_ranges import Range
 from tests.conftest import SMALL, Export
 from tests.shared import genuine_translation
 

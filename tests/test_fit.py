@@ -13,10 +13,10 @@ from anyflow_deploy import MODELS, Bundle
 from anyflow_deploy.cli.fit import FitOptions, default_shape, fit, show_fit
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.fit import FIT_PRECISIONS, Shape, memory_of, needed, shape_from_pixels, weight_bytes
+from anyflow_deploy.memory.estimate import FIT_PRECISIONS, Shape, memory_of, needed, shape_from_pixels, weight_bytes
+from anyflow_deploy.memory.parameter_shapes import counts, kind, parameter_shapes
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.parameters import counts, kind, parameter_shapes
-from anyflow_deploy.ranges import Range
+from anyflow_deploy.shape_ranges import Range
 from anyflow_deploy.targets import TARGETS
 
 H100, CPU = TARGETS["h100"], TARGETS["cpu"]

@@ -19,7 +19,7 @@ from anyflow_deploy.engines.onnxruntime_graph import fuse_attention
 from anyflow_deploy.export.reference import TorchEngine
 from anyflow_deploy.export.trace import traced_graph
 from anyflow_deploy.model.transformer import FlowMapTransformer, constants
-from anyflow_deploy.ranges import Range, narrowed, widest
+from anyflow_deploy.shape_ranges import Range, narrowed, widest
 from tests.conftest import SMALL, Export
 
 TENSORRT_10_3 = """

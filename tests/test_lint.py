@@ -20,13 +20,13 @@ from onnx import TensorProto as T
 from onnx import helper
 
 from anyflow_deploy import AnyFlowError, Bundle, load_bundle
+from anyflow_deploy.bundle.manifest import GRAPHS
 from anyflow_deploy.cli import lint as shown
 from anyflow_deploy.cli.inspect import InspectOptions, inspect
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines import tensorrt_lint, tensorrt_model_rules, tensorrt_node_rules, tensorrt_quantization_rules
 from anyflow_deploy.engines.tensorrt_lint import Finding, lint, lint_bundle
 from anyflow_deploy.engines.tensorrt_operators import OPERATORS, accepted, first_version, max_opset, version_from_text
-from anyflow_deploy.manifest import GRAPHS
 from tests.conftest import SMALL, Export
 
 F = ["n", 4]

@@ -25,7 +25,7 @@ from anyflow_deploy.cli.inspect import InspectOptions
 from anyflow_deploy.cli.options import Numbers, Options, Steps, help_of, parsed, run
 from anyflow_deploy.cli.validate import ValidateOptions
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.ranges import Range
+from anyflow_deploy.shape_ranges import Range
 
 COMMANDS: list[type[Options]] = [ExportOptions, FitOptions, GenerateOptions, InspectOptions, ValidateOptions]
 

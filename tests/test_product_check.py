@@ -10,7 +10,6 @@ import onnx
 import pytest
 
 from anyflow_deploy import AnyFlowError, Bundle, load_bundle, load_engine, noise, stream
-from anyflow_deploy.calibration import Calibration
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights
@@ -26,7 +25,8 @@ from anyflow_deploy.export.product_check import product_differences
 from anyflow_deploy.export.quantization_plan import planned
 from anyflow_deploy.export.rollouts import rolled_out
 from anyflow_deploy.progress import Silent
-from anyflow_deploy.quantized_layers import candidates
+from anyflow_deploy.quantization.calibration import Calibration
+from anyflow_deploy.quantization.layers import candidates
 from anyflow_deploy.schedule import Schedule
 from tests.conftest import CAUSAL, SMALL, Export, calibration_of
 

@@ -16,7 +16,7 @@ from anyflow_deploy import MODELS, Bundle
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.profile import ProfileOptions, profile
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.fit import Shape
+from anyflow_deploy.memory.estimate import Shape
 from anyflow_deploy.profiling import stages
 from anyflow_deploy.profiling.absence import AbsentError
 from anyflow_deploy.profiling.operations import stream_work, transition_work, types_of

@@ -14,6 +14,7 @@ import pytest
 from matplotlib import pyplot
 
 from anyflow_deploy import MODELS, Bundle
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.checkpoints import hub
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.cli.build import BuildOptions
@@ -30,7 +31,6 @@ from anyflow_deploy.cli.sensitivity import SensitivityOptions
 from anyflow_deploy.cli.serve import ServeOptions
 from anyflow_deploy.cli.triton import TritonOptions
 from anyflow_deploy.cli.validate import ValidateOptions
-from anyflow_deploy.manifest import Manifest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from anyflow_deploy import AnyFlowError, BackendError, Bundle, load_engine
-from anyflow_deploy.calibration import Calibration, TensorRange, load_calibration
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.dtypes import STORED
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
@@ -30,8 +29,9 @@ from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.quantization_plan import LARGEST, Plan, planned, smoothing, stored_scale
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Silent
-from anyflow_deploy.quantized_layers import OPERANDS, candidates
-from anyflow_deploy.ranges import Range
+from anyflow_deploy.quantization.calibration import Calibration, TensorRange, load_calibration
+from anyflow_deploy.quantization.layers import OPERANDS, candidates
+from anyflow_deploy.shape_ranges import Range
 from tests.conftest import CAUSAL, SMALL, calibration_of
 from tests.test_calibration import Changed
 
@@ -330,7 +330,7 @@ from anyflow_deploy.export.quantization_plan import planned
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.export.trace import Parameter
 from anyflow_deploy.checkpoints.weights import write_weights
-from anyflow_deploy.bundle import BundleWriter
+from anyflow_deploy.bundle.bundle import BundleWriter
 from anyflow_deploy.progress import Silent
 from tests.test_quantization_plan import LARGE, made_up
 

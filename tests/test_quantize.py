@@ -35,7 +35,7 @@ from anyflow_deploy.export.fake_quant import FakeQuant
 from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.quantization_plan import LARGEST, Plan, planned, weight_scale
 from anyflow_deploy.progress import Silent
-from anyflow_deploy.quantized_layers import candidates
+from anyflow_deploy.quantization.layers import candidates
 from tests.conftest import CAUSAL, SMALL, Export, calibration_of
 from tests.shared import genuine_translation
 from tests.test_quantization_plan import WIDE_HEADS, own

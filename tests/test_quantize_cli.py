@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from anyflow_deploy import AnyFlowError, load_bundle
-from anyflow_deploy.calibration import load_calibration
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.export import ExportOptions, export
 from anyflow_deploy.cli.options import parsed
@@ -17,6 +16,7 @@ from anyflow_deploy.cli.quantize import layers_kept
 from anyflow_deploy.cli.sensitivity import SensitivityOptions, sensitivity
 from anyflow_deploy.export.calibration import write_calibration
 from anyflow_deploy.progress import Silent
+from anyflow_deploy.quantization.calibration import load_calibration
 from tests.conftest import SMALL, calibration_of
 from tests.test_quantization_plan import WIDE_HEADS, made_up
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from anyflow_deploy.errors import AnyFlowError, ShapeError
 from anyflow_deploy.models import MODELS
-from anyflow_deploy.ranges import AXES, Range, Ranges, latent_frames, latent_side, narrowed, parsed_span, widest
+from anyflow_deploy.shape_ranges import AXES, Range, Ranges, latent_frames, latent_side, narrowed, parsed_span, widest
 
 DECLARED = Ranges(Range(1, 2), Range(1, 21), Range(8, 60, 2), Range(8, 104, 2), Range(512, 512))
 LATENTS, TEXT = (1, 5, 16, 32, 48), (1, 512, 64)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from anyflow_deploy import AnyFlowError, Schedule, noise, sample
-from anyflow_deploy.calibration import Calibration
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.cli.options import parsed
@@ -30,7 +29,8 @@ from anyflow_deploy.export.sensitivity import (
     measured_sensitivity,
 )
 from anyflow_deploy.export.sensitivity_report import KINDS, draw, grid, tables
-from anyflow_deploy.quantized_layers import candidates, input_amax, input_channels
+from anyflow_deploy.quantization.calibration import Calibration
+from anyflow_deploy.quantization.layers import candidates, input_amax, input_channels
 from tests.conftest import SMALL, Export
 from tests.test_calibration import CAUSAL, Changed, settings
 

@@ -9,7 +9,7 @@ import pytest
 from anyflow_deploy.cli.fit import FitOptions
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.errors import AnyFlowError, BackendError
-from anyflow_deploy.fit import FIT_PRECISIONS
+from anyflow_deploy.memory.estimate import FIT_PRECISIONS
 from anyflow_deploy.precision import PRECISIONS
 from anyflow_deploy.targets import TARGETS, Target, check_precision, get_target
 

@@ -252,7 +252,7 @@ def test_a_disk_that_fills_up(trt_machine: Machine, bundle: Bundle, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("anyflow_deploy.whole_folder.HashingFile.write", full)
+    monkeypatch.setattr("anyflow_deploy.bundle.atomic_io.HashingFile.write", full)
     with pytest.raises(OSError, match="No space left"):
         command(bundle)
     assert nothing_left(bundle)

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from anyflow_deploy import BackendError, load_engine
+from anyflow_deploy.bundle.manifest import Quantization
 from anyflow_deploy.engines import torch_device, torch_tensorrt_build, torch_tensorrt_engine
 from anyflow_deploy.engines.building import build_engine
 from anyflow_deploy.engines.torch_tensorrt_build import TorchTensorRTSettings, profile
-from anyflow_deploy.manifest import Quantization
 from anyflow_deploy.progress import Silent
 from tests.conftest import Export
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from anyflow_deploy import AnyFlowError, Bundle, load_engine, noise
+from anyflow_deploy.bundle.atomic_io import file_sha256
 from anyflow_deploy.checkpoints.safetensors_stream import read_header
 from anyflow_deploy.cli.validate import ValidateOptions, validate
 from anyflow_deploy.engines import validation
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.validation_report import draw
-from anyflow_deploy.whole_folder import file_sha256
 from tests.conftest import SMALL, Export
 
 

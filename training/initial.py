@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from anyflow_deploy.bundle.manifest import Source
 from anyflow_deploy.checkpoints.checkpoint import checkpoint_of, open_checkpoint, read_json, transformer_folder
 from anyflow_deploy.checkpoints.weights import Weights, check_names
 from anyflow_deploy.errors import CheckpointError
-from anyflow_deploy.manifest import Source
+from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.model.transformer import constants
 from anyflow_deploy.models import BIDIRECTIONAL_CLASS, Architecture, architecture_from_config
-from anyflow_deploy.parameters import parameter_shapes
 from anyflow_deploy.training.network import TrainingTransformer
 
 WAN_CLASS = "WanTransformer3DModel"

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from anyflow_deploy.bundle.atomic_io import sync
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.whole_folder import sync
 
 if TYPE_CHECKING:
     from anyflow_deploy.training.samples import Shape

@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 
 from anyflow_deploy.engines.cache import fitted_chunks
+from anyflow_deploy.memory.parameter_shapes import counts, parameter_shapes
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.parameters import counts, parameter_shapes
 from anyflow_deploy.training.recipes import Recipe
 
 LAYER_TABLES = 26

@@ -25,6 +25,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from anyflow_deploy.bundle.atomic_io import file_sha256
 from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
 from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
@@ -33,7 +34,6 @@ from anyflow_deploy.training.clips import clip
 from anyflow_deploy.training.data import BROKEN_FREE, BROKEN_SHARE, NEGATIVE
 from anyflow_deploy.training.made import MARKER, Made, read_made, shard_name, write_whole
 from anyflow_deploy.training.samples import CAPTION, TENSORS, VIDEOS, Encoders
-from anyflow_deploy.whole_folder import file_sha256
 
 SKIPPED = "skipped.jsonl"
 

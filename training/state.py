@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
+from anyflow_deploy.bundle.atomic_io import sync
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.training.distributed import World
-from anyflow_deploy.whole_folder import sync
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 """One process is meant to be one process."""

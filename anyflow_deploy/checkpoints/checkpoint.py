@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from anyflow_deploy.bundle.manifest import Source
 from anyflow_deploy.checkpoints.dtypes import TORCH
 from anyflow_deploy.checkpoints.safetensors_stream import Entry, read_bytes, read_header
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
-from anyflow_deploy.manifest import Source
 from anyflow_deploy.models import MODELS, Architecture, architecture_from_config, model_name
 
 STEM = "diffusion_pytorch_model"

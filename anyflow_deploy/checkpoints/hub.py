@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from anyflow_deploy.bundle.manifest import Source
 from anyflow_deploy.errors import CheckpointError
-from anyflow_deploy.manifest import Source
 from anyflow_deploy.models import Model
 
 TRANSFORMER_FILES = ["model_index.json", "transformer/*.json", "transformer/*.safetensors"]

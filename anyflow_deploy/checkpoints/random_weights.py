@@ -11,9 +11,9 @@ import math
 
 import torch
 
-from anyflow_deploy.manifest import Source
+from anyflow_deploy.bundle.manifest import Source
+from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.parameters import parameter_shapes
 
 
 class RandomWeights:

@@ -14,12 +14,12 @@ from typing import Protocol
 
 import torch
 
-from anyflow_deploy.bundle import BundleWriter
+from anyflow_deploy.bundle.bundle import BundleWriter
+from anyflow_deploy.bundle.manifest import WEIGHTS, Source
 from anyflow_deploy.checkpoints.dtypes import SAFETENSORS, TORCH
 from anyflow_deploy.checkpoints.safetensors_stream import TYPE_BYTES, Entry, layout
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.export.trace import Parameter
-from anyflow_deploy.manifest import WEIGHTS, Source
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Report
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from rich.markup import escape
 from rich.table import Table
 
-from anyflow_deploy.bundle import load_bundle
+from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.cli.options import Options, Words, console, run
 from anyflow_deploy.engine_folder import ENGINES, EngineFolder
 from anyflow_deploy.engines.building import BUILDERS, BuildSettings, build_engine, settings_of

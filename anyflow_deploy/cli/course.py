@@ -26,8 +26,8 @@ from anyflow_deploy.progress import Advance
 from anyflow_deploy.schedule import Schedule
 
 if TYPE_CHECKING:
+    from anyflow_deploy.bundle.manifest import ScheduleDefaults
     from anyflow_deploy.cli.generate import GenerateOptions
-    from anyflow_deploy.manifest import ScheduleDefaults
 
 MOST_UNDER_A_DEADLINE, MOST_FOR_A_QUALITY = 50, 32
 """Steps, where --steps does not say."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, PositiveInt
 from rich.markup import escape
 
-from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.course import Course, Seconds, check_course, course_of
 from anyflow_deploy.cli.options import Numbers, Options, console, run
 from anyflow_deploy.cli.sensitivity import Decibels

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.cli.lint import checked_versions, linted, print_findings
 from anyflow_deploy.cli.options import Options, console, run
-from anyflow_deploy.manifest import Manifest
 
 
 class InspectOptions(Options):

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 from rich.markup import escape
 
-from anyflow_deploy.bundle import load_bundle
-from anyflow_deploy.calibration import CALIBRATION, Calibration, load_calibration
+from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.cli.options import Options, Steps, console, run
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.precision import EIGHT_BIT
 from anyflow_deploy.progress import Bars, Report, Silent
-from anyflow_deploy.quantized_layers import candidates, quantized_attentions, staying_high
+from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, load_calibration
+from anyflow_deploy.quantization.layers import candidates, quantized_attentions, staying_high
 
 if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.checkpoints.weights import Weights

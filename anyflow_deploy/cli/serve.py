@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 from rich.markup import escape
 
-from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Options, console, run
 from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.loading import load_engine

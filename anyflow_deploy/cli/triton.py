@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 from rich.markup import escape
 
-from anyflow_deploy.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Options, Words, console, run
 from anyflow_deploy.engine_folder import EngineFolder, find_engine
 from anyflow_deploy.engines.loading import ON_GPUS_ONLY, check_backend

@@ -11,16 +11,16 @@ import numpy as np
 from pydantic import Field
 from rich.markup import escape
 
-from anyflow_deploy.bundle import Bundle, load_bundle
-from anyflow_deploy.calibration import CALIBRATION, load_calibration
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.json_records import write_whole
 from anyflow_deploy.cli.options import Options, Steps, console, run
 from anyflow_deploy.cli.sensitivity import calibrated_text
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.loading import load_engine
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars
-from anyflow_deploy.ranges import latent_frames, latent_side
-from anyflow_deploy.records import write_whole
+from anyflow_deploy.quantization.calibration import CALIBRATION, load_calibration
+from anyflow_deploy.shape_ranges import latent_frames, latent_side
 
 _TEXT_TOKENS = 32
 """Enough words to attend to; validation is about arithmetic, not about prompts."""

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.cache import CachePlan, cache_plan, fitted_chunks
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.pipeline.video import check_size, load_image, load_video
-from anyflow_deploy.ranges import latent_frames
+from anyflow_deploy.shape_ranges import latent_frames
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 

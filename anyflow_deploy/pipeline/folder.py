@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
 from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import CheckpointError
-from anyflow_deploy.manifest import Manifest
 
 _ADVICE = "Give --pipeline DIR, a diffusers pipeline on this machine."
 _OTHERWISE = ", or avoid the text encoder with --prompt-embeds FILE and the VAE with --output latents.safetensors"

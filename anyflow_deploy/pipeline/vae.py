@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError, ShapeError
-from anyflow_deploy.ranges import latent_frames, latent_side
+from anyflow_deploy.shape_ranges import latent_frames, latent_side
 
 
 @dataclass(frozen=True)

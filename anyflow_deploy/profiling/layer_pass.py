@@ -7,7 +7,7 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from anyflow_deploy.bundle import Bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.layer_times import Timed
 from anyflow_deploy.engines.loading import EngineOptions
 from anyflow_deploy.profiling.absence import AbsentError

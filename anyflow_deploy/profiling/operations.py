@@ -14,8 +14,8 @@ import math
 from dataclasses import dataclass
 
 from anyflow_deploy.engines.cache import CachePlan
+from anyflow_deploy.memory.parameter_shapes import counts, quantized_channels
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.parameters import counts, quantized_channels
 from anyflow_deploy.precision import EIGHT_BIT, PRECISIONS
 
 

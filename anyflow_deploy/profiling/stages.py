@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.profiling.absence import AbsentError
 from anyflow_deploy.profiling.measure import Rules, clock, no_garbage_collection
 from anyflow_deploy.profiling.memory import Peak

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.cache import CachePlan, cache_plan, fitted_chunks
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.fit import Shape, shape_from_pixels
-from anyflow_deploy.manifest import Manifest
+from anyflow_deploy.memory.estimate import Shape, shape_from_pixels
 from anyflow_deploy.profiling.measure import clock
 from anyflow_deploy.profiling.watch import Watched
 from anyflow_deploy.schedule import Schedule

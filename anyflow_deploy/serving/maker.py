@@ -14,11 +14,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.cli.course import InTime
 from anyflow_deploy.engines.deadline import Pace
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.pipeline.text import PromptEncoder
 from anyflow_deploy.pipeline.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipeline.video import VideoWriter

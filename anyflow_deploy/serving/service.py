@@ -13,8 +13,8 @@ import threading
 import time
 from collections import deque
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.serving.job import Cancelled, Job, Problem, Video
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.maker import Maker

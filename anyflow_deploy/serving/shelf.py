@@ -19,8 +19,8 @@ from typing import IO
 
 from pydantic import BaseModel, ValidationError
 
+from anyflow_deploy.bundle.json_records import write_whole
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.records import write_whole
 from anyflow_deploy.serving.job import Job, Piece, Video
 
 VIDEO, RECORD, LOCK = "video.mp4", "video.json", ".anyflow-serve.lock"

@@ -7,8 +7,8 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.maker import Maker
 from anyflow_deploy.serving.metrics import Metrics

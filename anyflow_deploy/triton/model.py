@@ -18,11 +18,11 @@ import numpy as np
 import triton_python_backend_utils as server
 from numpy.typing import NDArray
 
-from anyflow_deploy.bundle import load_bundle
+from anyflow_deploy.bundle.bundle import load_bundle
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.cache import cache_plan
 from anyflow_deploy.engines.loading import load_engine
 from anyflow_deploy.errors import AnyFlowError, BackendError
-from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.pipeline.causal_video import element_bytes
 from anyflow_deploy.serving.job import Cancelled
 from anyflow_deploy.triton.admission import Admission, FullError, Ticket

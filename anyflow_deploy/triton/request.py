@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.engine import Array, checked_array
 from anyflow_deploy.errors import ShapeError
-from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.serving.request import Order, RefusedError, VideoRequest, ordered
 from anyflow_deploy.triton.settings import Settings
 from anyflow_deploy.triton.tensors import OUTPUT_TYPES

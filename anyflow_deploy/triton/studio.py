@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.cli.course import InTime
 from anyflow_deploy.engines.around import EngineAround
 from anyflow_deploy.engines.deadline import Pace
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.pipeline.text import PromptEncoder
 from anyflow_deploy.pipeline.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipeline.video import Mp4Pieces

@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, TypeVar
 
+from anyflow_deploy.bundle.manifest import File
 from anyflow_deploy.errors import BundleError
-from anyflow_deploy.manifest import File
 
 _BLOCK = 8 << 20
 W = TypeVar("W", bound="FolderWriter")

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from anyflow_deploy.bundle.atomic_io import FolderWriter, Kind, check_file
+from anyflow_deploy.bundle.manifest import MANIFEST, SCHEMA, Manifest
 from anyflow_deploy.errors import AnyFlowError, BundleError
-from anyflow_deploy.manifest import MANIFEST, SCHEMA, Manifest
-from anyflow_deploy.whole_folder import FolderWriter, Kind, check_file
 
 _KIND = Kind("bundle", MANIFEST, "manifest", "--output", "Copy the bundle again, or export again.")
 

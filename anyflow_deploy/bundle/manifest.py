@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from anyflow_deploy.errors import BundleError
 from anyflow_deploy.models import Architecture, architecture_from_config
-from anyflow_deploy.ranges import AXES, Range, Ranges, latent_frames, latent_side
+from anyflow_deploy.shape_ranges import AXES, Range, Ranges, latent_frames, latent_side
 
 SCHEMA = 1
 """Raised whenever a reader of the old schema would misread a bundle of the new one."""

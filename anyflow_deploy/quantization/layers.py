@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from anyflow_deploy.calibration import Calibration, TensorRange
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.models import Architecture
+from anyflow_deploy.quantization.calibration import Calibration, TensorRange
 
 ALIGNMENT = 16
 """Inputs and outputs of a layer have to be multiples of this for the 8-bit kernels of TensorRT and cuBLAS."""

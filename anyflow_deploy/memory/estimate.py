@@ -2,7 +2,7 @@
 
 What a transition needs is the sum of four things:
 
-- **weights**, by the type each parameter is stored in (`parameters.py`); a causal model has two graphs, and runtimes give
+- **weights**, by the type each parameter is stored in (`parameter_shapes.py`); a causal model has two graphs, and runtimes give
   each its own copy;
 - **activations**: the most that is alive at once, in the attention or in the feed-forward of one block, and the keys and
   values of the text, which runtimes like to compute for all blocks first;
@@ -24,10 +24,10 @@ from dataclasses import dataclass
 
 from anyflow_deploy.engines.cache import CachePlan, cache_plan, fitted_chunks
 from anyflow_deploy.errors import AnyFlowError, suggestion
+from anyflow_deploy.memory.parameter_shapes import counts, quantized_channels
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture
-from anyflow_deploy.parameters import counts, quantized_channels
 from anyflow_deploy.precision import EIGHT_BIT, PRECISIONS
-from anyflow_deploy.ranges import latent_frames, latent_side
+from anyflow_deploy.shape_ranges import latent_frames, latent_side
 from anyflow_deploy.targets import Target
 
 FIT_PRECISIONS = tuple(PRECISIONS)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from anyflow_deploy.records import load_record
+from anyflow_deploy.bundle.json_records import load_record
 
 CALIBRATION = "calibration.json"
 CALIBRATION_SCHEMA = 1
