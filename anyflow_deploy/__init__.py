@@ -6,7 +6,7 @@
     latents = sample(engine, noise((1, 21, 16, 60, 104), seed=0), text, Schedule.uniform(4))
 
 The names below are the whole public interface of the device side; they need numpy and a backend's runtime, no torch.
-Exporting (`anyflow_deploy.export`) and generating from prompts (`anyflow_deploy.pipeline`) need the `export` extra.
+Exporting (`anyflow_deploy.export`) and generating from prompts (`anyflow_deploy.pipelines`) need the `export` extra.
 
 A name is imported when it is first asked for, so that `anyflow-doctor` can speak where numpy cannot be imported.
 """

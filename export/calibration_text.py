@@ -77,7 +77,7 @@ def prompt_text(weights: Weights, prompts: tuple[str, ...] = PROMPTS, tokens: in
         AnyFlowError: no prompt, an empty one, or one that is too long.
         CheckpointError: the Hub does not give the text encoder.
     """
-    from anyflow_deploy.pipeline.text import encoded_prompts
+    from anyflow_deploy.pipelines.text_encoder import encoded_prompts
 
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise AnyFlowError("there is an empty prompt, or none at all; describe each video in a sentence.")

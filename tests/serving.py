@@ -20,7 +20,7 @@ import numpy as np
 from anyflow_deploy import MODELS, AnyFlowError
 from anyflow_deploy.bundle.manifest import Achieved, Graph, Manifest, ScheduleDefaults, Source, Video, stored_ranges
 from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.pipeline.video import VideoWriter
+from anyflow_deploy.pipelines.video_io import VideoWriter
 from anyflow_deploy.serving.app import make_app
 from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.limits import Limits

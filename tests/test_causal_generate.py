@@ -21,9 +21,9 @@ from anyflow_deploy.cli import generate as command
 from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines.sampler import Chunk, stream
-from anyflow_deploy.pipeline.text import encoded_prompts, save_embeddings
-from anyflow_deploy.pipeline.vae import StreamingDecoder, decoded_video, encoded_video
-from anyflow_deploy.pipeline.video import VideoWriter, load_image, load_video, save_video
+from anyflow_deploy.pipelines.text_encoder import encoded_prompts, save_embeddings
+from anyflow_deploy.pipelines.vae import StreamingDecoder, decoded_video, encoded_video
+from anyflow_deploy.pipelines.video_io import VideoWriter, load_image, load_video, save_video
 
 PROMPT = "a red fox runs in the snow"
 CHUNKS = (1, 3, 1)

@@ -11,7 +11,7 @@ import torch
 from diffusers import AnyFlowPipeline
 
 from anyflow_deploy import AnyFlowError, Bundle, ShapeError, load_engine
-from anyflow_deploy.pipeline.diffusers_adapter import EngineTransformer
+from anyflow_deploy.pipelines.diffusers import EngineTransformer
 
 SIZE: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 5, "output_type": "latent"}
 

@@ -14,7 +14,7 @@ import torch
 from diffusers import AnyFlowFARPipeline
 
 from anyflow_deploy import AnyFlowError, load_engine
-from anyflow_deploy.pipeline.diffusers_adapter import EngineFARTransformer
+from anyflow_deploy.pipelines.diffusers import EngineFARTransformer
 from tests.conftest import Export
 
 SIZE: dict[str, Any] = {"height": 256, "width": 256, "num_frames": 29, "chunk_partition": [2, 2, 2, 2], "output_type": "latent"}

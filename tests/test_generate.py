@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, Bundle, CheckpointError, Schedule, load_engine, noise, sample
 from anyflow_deploy.cli.generate import GenerateOptions, generate
-from anyflow_deploy.pipeline.text import PromptEncoder, encoded_prompts, load_embeddings
-from anyflow_deploy.pipeline.vae import decoded_video, load_vae
-from anyflow_deploy.pipeline.video import VideoWriter, save_video
+from anyflow_deploy.pipelines.text_encoder import PromptEncoder, encoded_prompts, load_embeddings
+from anyflow_deploy.pipelines.vae import decoded_video, load_vae
+from anyflow_deploy.pipelines.video_io import VideoWriter, save_video
 from anyflow_deploy.serving.maker import PipelineMaker
 from tests.serving import serving
 

@@ -19,9 +19,9 @@ from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.precompute import PROGRAM, PrecomputeOptions, work
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.pipeline.text import encoded_prompts
-from anyflow_deploy.pipeline.vae import encoded_video
-from anyflow_deploy.pipeline.video import load_video, save_video
+from anyflow_deploy.pipelines.text_encoder import encoded_prompts
+from anyflow_deploy.pipelines.vae import encoded_video
+from anyflow_deploy.pipelines.video_io import load_video, save_video
 from anyflow_deploy.training import precompute as module
 from anyflow_deploy.training.batch import Part
 from anyflow_deploy.training.clips import clip

@@ -22,7 +22,7 @@ from websockets.sync.client import connect
 from anyflow_deploy import AnyFlowError
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.serve import ServeOptions, _token, serve
-from anyflow_deploy.pipeline.video import VideoWriter, piece_frames
+from anyflow_deploy.pipelines.video_io import VideoWriter, piece_frames
 from anyflow_deploy.serving.errors import api_error
 from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.limits import Limits

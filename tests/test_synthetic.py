@@ -75,7 +75,7 @@ def test_embeddings_tell_captions_apart_even_in_few_tokens() -> None:
 
 
 def test_videos_are_written_beside_their_captions(tmp_path: Path) -> None:
-    from anyflow_deploy.pipeline.video import load_video
+    from anyflow_deploy.pipelines.video_io import load_video
 
     save_videos(tmp_path / "clips", 2, (5, 32, 48))
     assert sorted(p.name for p in (tmp_path / "clips").iterdir()) == ["00000.mp4", "00000.txt", "00001.mp4", "00001.txt"]

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from anyflow_deploy.pipeline.text import PromptEncoder
-from anyflow_deploy.pipeline.vae import VideoEncoder
+from anyflow_deploy.pipelines.text_encoder import PromptEncoder
+from anyflow_deploy.pipelines.vae import VideoEncoder
 from anyflow_deploy.training.clips import clip
 from anyflow_deploy.training.shards import Entry
 

@@ -117,7 +117,7 @@ def save_videos(folder: Path, count: int, size: tuple[int, int, int] = TINY_VIDE
     Raises:
         AnyFlowError: the folder has files in it.
     """
-    from anyflow_deploy.pipeline.video import save_video
+    from anyflow_deploy.pipelines.video_io import save_video
 
     if folder.exists() and any(folder.iterdir()):
         raise AnyFlowError(f"{folder} is not empty. Choose another folder.")

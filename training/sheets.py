@@ -64,7 +64,7 @@ def draw_sheet(path: Path, samples: list[Tensor], names: tuple[str, ...], steps:
 
 def _picture(latents: Tensor, pipeline: Path | None) -> NDArray[np.uint8]:
     if pipeline is not None:
-        from anyflow_deploy.pipeline.vae import decoded_video
+        from anyflow_deploy.pipelines.vae import decoded_video
 
         frames: NDArray[np.uint8] = decoded_video(pipeline, latents.numpy())[0]
         middle_frame: NDArray[np.uint8] = frames[len(frames) // 2]

@@ -173,9 +173,9 @@ def _listener(host: str, port: int) -> socket.socket:
 def _loaded(options: ServeOptions, bundle: Bundle) -> tuple[BundleEngine, PipelineMaker]:
     import torch
 
-    from anyflow_deploy.pipeline.folder import pipeline_of
-    from anyflow_deploy.pipeline.text import PromptEncoder
-    from anyflow_deploy.pipeline.vae import load_vae
+    from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
+    from anyflow_deploy.pipelines.text_encoder import PromptEncoder
+    from anyflow_deploy.pipelines.vae import load_vae
     from anyflow_deploy.serving.maker import PipelineMaker
 
     if options.device == "cuda" and not torch.cuda.is_available():

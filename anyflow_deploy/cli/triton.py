@@ -120,7 +120,7 @@ def settings_of(options: TritonOptions, bundle: Bundle, engine: EngineFolder | N
 
 
 def _pipeline(options: TritonOptions, bundle: Bundle, folders: list[str]) -> Path:
-    from anyflow_deploy.pipeline.folder import pipeline_of
+    from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
 
     return pipeline_of(bundle.manifest, options.pipeline, folders, ", or leave them out with --parts none")
 

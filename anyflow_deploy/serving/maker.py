@@ -19,9 +19,9 @@ from anyflow_deploy.cli.course import InTime
 from anyflow_deploy.engines.deadline import Pace
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.pipeline.text import PromptEncoder
-from anyflow_deploy.pipeline.vae import LoadedVae, StreamingDecoder
-from anyflow_deploy.pipeline.video import VideoWriter
+from anyflow_deploy.pipelines.text_encoder import PromptEncoder
+from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
+from anyflow_deploy.pipelines.video_io import VideoWriter
 from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.latents import clean_latents
 from anyflow_deploy.serving.report import Report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from anyflow_deploy.pipeline.video import piece_frames
+from anyflow_deploy.pipelines.video_io import piece_frames
 from anyflow_deploy.serving.job import Piece
 
 _QUALITY = 88

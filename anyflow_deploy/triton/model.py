@@ -23,7 +23,7 @@ from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.cache import cache_plan
 from anyflow_deploy.engines.loading import load_engine
 from anyflow_deploy.errors import AnyFlowError, BackendError
-from anyflow_deploy.pipeline.causal_video import element_bytes
+from anyflow_deploy.pipelines.causal_video import element_bytes
 from anyflow_deploy.serving.job import Cancelled
 from anyflow_deploy.triton.admission import Admission, FullError, Ticket
 from anyflow_deploy.triton.metrics import WIRE, Metrics
@@ -199,8 +199,8 @@ def studio_of(engine: Any, folder: Path, settings: Settings, device: str) -> Stu
     if settings.text or settings.vae:
         if settings.pipeline is None:
             raise AnyFlowError("config.pbtxt serves text or vae and names no pipeline. Write it again with anyflow-triton.")
-        from anyflow_deploy.pipeline.text import PromptEncoder
-        from anyflow_deploy.pipeline.vae import load_vae
+        from anyflow_deploy.pipelines.text_encoder import PromptEncoder
+        from anyflow_deploy.pipelines.vae import load_vae
 
         pipeline = folder / settings.pipeline
         text = PromptEncoder(pipeline, device) if settings.text else None

@@ -21,9 +21,9 @@ from anyflow_deploy.engines.around import EngineAround
 from anyflow_deploy.engines.deadline import Pace
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.pipeline.text import PromptEncoder
-from anyflow_deploy.pipeline.vae import LoadedVae, StreamingDecoder
-from anyflow_deploy.pipeline.video import Mp4Pieces
+from anyflow_deploy.pipelines.text_encoder import PromptEncoder
+from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
+from anyflow_deploy.pipelines.video_io import Mp4Pieces
 from anyflow_deploy.serving.latents import clean_latents
 from anyflow_deploy.triton.request import Asked
 from anyflow_deploy.triton.tensors import OUTPUT_TYPES

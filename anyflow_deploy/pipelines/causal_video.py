@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.cache import CachePlan, cache_plan, fitted_chunks
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.pipeline.video import check_size, load_image, load_video
+from anyflow_deploy.pipelines.video_io import check_size, load_image, load_video
 from anyflow_deploy.shape_ranges import latent_frames
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
