@@ -20,7 +20,7 @@ from anyflow_deploy.profiling.record import (
     Subject,
     Warmup,
 )
-from anyflow_deploy.profiling.statistics import latency_from_samples
+from anyflow_deploy.profiling.summary_statistics import latency_from_samples
 
 
 def steady(median: float, count: int = 120) -> list[float]:

@@ -22,14 +22,14 @@ from anyflow_deploy.bundle.manifest import Achieved, Graph, Manifest, ScheduleDe
 from anyflow_deploy.engines.sampler import Step
 from anyflow_deploy.pipelines.video_io import VideoWriter
 from anyflow_deploy.serving.app import make_app
+from anyflow_deploy.serving.generator import Maker
 from anyflow_deploy.serving.job import Job
+from anyflow_deploy.serving.job_progress import Report
 from anyflow_deploy.serving.limits import Limits
-from anyflow_deploy.serving.maker import Maker
 from anyflow_deploy.serving.metrics import Metrics
-from anyflow_deploy.serving.report import Report
 from anyflow_deploy.serving.server import Server, configured
 from anyflow_deploy.serving.service import Service
-from anyflow_deploy.serving.shelf import Shelf
+from anyflow_deploy.serving.video_store import Shelf
 from anyflow_deploy.shape_ranges import widest
 
 

@@ -320,7 +320,7 @@ def test_the_last_layer_of_compression_computes_keys_and_values_alone(exported: 
 
 def test_a_causal_profile_has_chunks(exported: Export, tmp_path: Path) -> None:
     from anyflow_deploy.cli.options import parsed
-    from anyflow_deploy.cli.profile import ProfileOptions, profile
+    from anyflow_deploy.cli.profile_bundle import ProfileOptions, profile
     from anyflow_deploy.profiling.record import Profile
 
     causal = exported(CAUSAL)

@@ -17,9 +17,9 @@ from anyflow_deploy import AnyFlowError
 from anyflow_deploy.cli.doctor import doctor
 from anyflow_deploy.cli.doctor_options import DoctorOptions
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.doctor import building, child, cpp, gpu, machine, packages, probes
+from anyflow_deploy.doctor import compiler, cpp, gpu, machine, packages, probes, subprocess_probe
 from anyflow_deploy.doctor.backends import BACKENDS, PRECISIONS, judged, required
-from anyflow_deploy.doctor.finding import FAULT, MISSING, WORKS, Finding, Probe, examined
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding, Probe, examined
 from anyflow_deploy.doctor.report import as_json, lines, plain
 from anyflow_deploy.engines import loading
 
@@ -68,26 +68,26 @@ def test_a_broken_package_is_a_fault_of_its_own(installed: Callable[[str, str], 
     installed("fragile", BROKEN[kind][0])
     limit = 1 if kind == "hangs" else 60  # a busy machine may need seconds to start a process
     code = "import fragile\nfound['detail'] = 'fine'"
-    found = child.imported("fragile", code, "pip install fragile", timeout=limit)
+    found = subprocess_probe.imported("fragile", code, "pip install fragile", timeout=limit)
     assert found.state == FAULT and BROKEN[kind][1] in found.detail
     assert found.remedy == "pip install --force-reinstall fragile"
 
 
 def test_a_package_that_is_not_there_is_missing() -> None:
-    found = child.imported("nobody_has_this", "import nobody_has_this", "pip install it")
+    found = subprocess_probe.imported("nobody_has_this", "import nobody_has_this", "pip install it")
     assert found == Finding(MISSING, "no module nobody_has_this", "pip install it")
 
 
 def test_what_a_package_prints_or_breaks_at_the_end_does_not_matter(installed: Callable[[str, str], None]) -> None:
     installed("noisy", "import atexit, os\nprint('{\"error\": 1}')\natexit.register(lambda: os.abort())")
-    assert child.imported("noisy", "import noisy\nfound.update(detail='1.0', n=2)", "") == works("1.0", n=2)
+    assert subprocess_probe.imported("noisy", "import noisy\nfound.update(detail='1.0', n=2)", "") == works("1.0", n=2)
 
 
 def test_no_file_in_the_working_folder_is_taken_for_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fragile.py").write_text("raise RuntimeError")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert child.imported("fragile", "import fragile", "pip install it").state == MISSING
+    assert subprocess_probe.imported("fragile", "import fragile", "pip install it").state == MISSING
 
 
 def test_a_probe_that_fails_is_a_fault_and_the_others_go_on() -> None:
@@ -99,9 +99,9 @@ def test_a_probe_that_fails_is_a_fault_and_the_others_go_on() -> None:
 
 
 def test_a_program_that_is_not_there_tells_nothing() -> None:
-    assert child.told(["no-such-program-here"]) is None
-    assert child.told([sys.executable, "-c", "raise SystemExit(2)"]) is None
-    assert child.told([sys.executable, "-c", "print(3)"]) == "3\n"
+    assert subprocess_probe.told(["no-such-program-here"]) is None
+    assert subprocess_probe.told([sys.executable, "-c", "raise SystemExit(2)"]) is None
+    assert subprocess_probe.told([sys.executable, "-c", "print(3)"]) == "3\n"
 
 
 # Packages
@@ -241,10 +241,10 @@ def test_a_compiler_that_lacks_openmp(tmp_path: Path, monkeypatch: pytest.Monkey
     fake.write_text("#!/bin/sh\necho 'probe.cpp:2:10: fatal error: omp.h: No such file or directory' >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
-    found = building.compiler()
+    found = compiler.compiler()
     assert found.state == FAULT and "omp.h: No such file" in found.detail
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert building.compiler().state == MISSING
+    assert compiler.compiler().state == MISSING
 
 
 def test_headers_and_their_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

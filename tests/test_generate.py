@@ -20,7 +20,7 @@ from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder, encoded_prompts, load_embeddings
 from anyflow_deploy.pipelines.vae import decoded_video, load_vae
 from anyflow_deploy.pipelines.video_io import VideoWriter, save_video
-from anyflow_deploy.serving.maker import PipelineMaker
+from anyflow_deploy.serving.generator import PipelineMaker
 from tests.serving import serving
 
 PROMPT = "a red fox runs in the snow"

@@ -21,9 +21,9 @@ from anyflow_deploy.cli.build import build
 from anyflow_deploy.cli.export import export
 from anyflow_deploy.cli.fit import fit
 from anyflow_deploy.cli.generate import generate
-from anyflow_deploy.cli.inspect import inspect
+from anyflow_deploy.cli.inspect_bundle import inspect
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.cli.profile import profile
+from anyflow_deploy.cli.profile_bundle import profile
 from anyflow_deploy.engine_folder import load_engine_folder
 from anyflow_deploy.engines.building import build_engine
 from anyflow_deploy.engines.tensorrt_build import TensorRTSettings

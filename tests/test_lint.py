@@ -22,7 +22,7 @@ from onnx import helper
 from anyflow_deploy import AnyFlowError, Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import GRAPHS
 from anyflow_deploy.cli import lint as shown
-from anyflow_deploy.cli.inspect import InspectOptions, inspect
+from anyflow_deploy.cli.inspect_bundle import InspectOptions, inspect
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines import tensorrt_lint, tensorrt_model_rules, tensorrt_node_rules, tensorrt_quantization_rules
 from anyflow_deploy.engines.tensorrt_lint import Finding, lint, lint_bundle

@@ -14,13 +14,13 @@ import pytest
 
 from anyflow_deploy import MODELS, Bundle
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.cli.profile import ProfileOptions, profile
+from anyflow_deploy.cli.profile_bundle import ProfileOptions, profile
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.estimate import Shape
 from anyflow_deploy.profiling import stages
-from anyflow_deploy.profiling.absence import AbsentError
+from anyflow_deploy.profiling.errors import AbsentError
+from anyflow_deploy.profiling.html_report import html_from_profile
 from anyflow_deploy.profiling.operations import stream_work, transition_work, types_of
-from anyflow_deploy.profiling.page import html_from_profile
 from anyflow_deploy.profiling.record import Profile
 from anyflow_deploy.targets import TARGETS
 from tests.profile_sample import assert_counted

@@ -17,20 +17,20 @@ import pytest
 from anyflow_deploy import AnyFlowError
 from anyflow_deploy.engines.loading import EngineOptions
 from anyflow_deploy.engines.onnxruntime_profile import timed_from_trace
-from anyflow_deploy.profiling import machine, measure, power
+from anyflow_deploy.profiling import machine, power, timing
 from anyflow_deploy.profiling import sampler as sampler_module
-from anyflow_deploy.profiling.absence import AbsentError
 from anyflow_deploy.profiling.advice import advise
 from anyflow_deploy.profiling.compare import Thresholds, compared
+from anyflow_deploy.profiling.errors import AbsentError
+from anyflow_deploy.profiling.formatting import percentile_text
 from anyflow_deploy.profiling.layers import part
-from anyflow_deploy.profiling.measure import Rules, measured, warmed_up
 from anyflow_deploy.profiling.nvml import Gpu
 from anyflow_deploy.profiling.record import Conditions, Profile, Series, Warmup
 from anyflow_deploy.profiling.roofline import target_from_gpu
 from anyflow_deploy.profiling.sampler import Sampler
-from anyflow_deploy.profiling.statistics import drift, is_steady, latency_from_samples, median_interval
+from anyflow_deploy.profiling.summary_statistics import drift, is_steady, latency_from_samples, median_interval
 from anyflow_deploy.profiling.terminal import latency_words
-from anyflow_deploy.profiling.words import percentile_text
+from anyflow_deploy.profiling.timing import Rules, measured, warmed_up
 from anyflow_deploy.progress import Silent
 from tests.profile_sample import sample_layers, sample_point, sample_profile, steady
 
@@ -64,7 +64,7 @@ def test_drift_and_steadiness() -> None:
 
 def test_warm_up_waits_until_it_is_steady_and_gives_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(measure, "clock", lambda: now)
+    monkeypatch.setattr(timing, "clock", lambda: now)
     slow = iter([5.0, 4.0, 3.0, 2.0, *[1.0] * 100])
     times: list[float] = []
     done = warmed_up(lambda: times.append(next(slow)), times, Rules(10))
@@ -398,18 +398,18 @@ def test_a_trace_is_cut_to_the_runs_that_count() -> None:
 
 
 def test_backends_without_a_profiler_say_so() -> None:
-    from anyflow_deploy.profiling import layer_pass
+    from anyflow_deploy.profiling import layer_profiling
 
     for backend, options, why in (
         ("onnxruntime", EngineOptions("cuda"), "Nsight"),
         ("aotinductor", EngineOptions("cpu"), "no layers left"),
     ):
         with pytest.raises(AbsentError, match=why):
-            layer_pass.watched(None, backend, options, None, sample_point())  # type: ignore[arg-type]
+            layer_profiling.watched(None, backend, options, None, sample_point())  # type: ignore[arg-type]
 
 
 def test_an_engine_that_makes_nan_is_no_measurement() -> None:
-    from anyflow_deploy.profiling.subject import _finite
+    from anyflow_deploy.profiling.workload import _finite
 
     with pytest.raises(AnyFlowError, match="its times mean nothing"):
         _finite(np.array([1.0, np.nan], np.float32))

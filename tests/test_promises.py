@@ -23,13 +23,13 @@ from anyflow_deploy.cli.doctor_options import DoctorOptions
 from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.fit import FitOptions
 from anyflow_deploy.cli.generate import GenerateOptions
-from anyflow_deploy.cli.inspect import InspectOptions
+from anyflow_deploy.cli.inspect_bundle import InspectOptions
 from anyflow_deploy.cli.options import Options, parsed
 from anyflow_deploy.cli.precompute import PrecomputeOptions
-from anyflow_deploy.cli.profile import ProfileOptions
+from anyflow_deploy.cli.profile_bundle import ProfileOptions
 from anyflow_deploy.cli.sensitivity import SensitivityOptions
 from anyflow_deploy.cli.serve import ServeOptions
-from anyflow_deploy.cli.triton import TritonOptions
+from anyflow_deploy.cli.tritonserver import TritonOptions
 from anyflow_deploy.cli.validate import ValidateOptions
 
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,7 @@ from anyflow_deploy import AnyFlowError, BackendError, Bundle, load_engine
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.dtypes import STORED
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
-from anyflow_deploy.cli.inspect import InspectOptions, inspect
+from anyflow_deploy.cli.inspect_bundle import InspectOptions, inspect
 from anyflow_deploy.engines.validation import THRESHOLDS, validate
 from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, write_calibration
 from anyflow_deploy.export.calibration_text import PROMPTS, random_text

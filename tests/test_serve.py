@@ -29,7 +29,7 @@ from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.metrics import Metrics
 from anyflow_deploy.serving.request import VideoRequest, ordered
 from anyflow_deploy.serving.service import Service
-from anyflow_deploy.serving.shelf import Shelf
+from anyflow_deploy.serving.video_store import Shelf
 from anyflow_deploy.serving.warmup import warm_up
 from tests.serving import PacedMaker, Served, eventually, manifest_of, serving
 
@@ -241,7 +241,7 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
         assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
         maker.fault = None
         with monkeypatch.context() as broken:
-            broken.setattr("anyflow_deploy.serving.shelf.write_whole", lambda *_: 1 / 0)
+            broken.setattr("anyflow_deploy.serving.video_store.write_whole", lambda *_: 1 / 0)
             assert server.made(num_frames=1)["error"]["code"] == "server_error"  # type: ignore[index]
         assert server.made(num_frames=1)["status"] == "completed"
         assert len([f for f in tmp_path.iterdir() if f.is_dir()]) == 1

@@ -382,16 +382,16 @@ def test_bundles_are_left_alone(trt_machine: Machine, bundle: Bundle, engine: An
 def test_layers_and_launches_are_profiled(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
     """The profiler sees layers of uncaptured runs, enqueueing is timed on captured ones."""
     from anyflow_deploy.engines.loading import EngineOptions
-    from anyflow_deploy.profiling import layer_pass
-    from anyflow_deploy.profiling.subject import videos
+    from anyflow_deploy.profiling import layer_profiling
+    from anyflow_deploy.profiling.workload import videos
     from tests.profile_sample import sample_point
 
     video = videos(bundle.manifest, ("64x96x5",), None)[0]
     shapes = ("64x96x5", size_of(video.latents, video.text))
     build_engine(bundle, "tensorrt", TensorRTSettings(shapes=shapes), tmp_path / "engine")
     options = EngineOptions("cuda", engine=tmp_path / "engine")
-    layers, enqueue = layer_pass.watched(bundle, "tensorrt", options, video, sample_point())
-    assert enqueue is not None and enqueue.count == layer_pass.ENQUEUES and trt_machine.cuda.launches > 10
+    layers, enqueue = layer_profiling.watched(bundle, "tensorrt", options, video, sample_point())
+    assert enqueue is not None and enqueue.count == layer_profiling.ENQUEUES and trt_machine.cuda.launches > 10
     assert layers.seconds == pytest.approx(0.25e-3 * len(layers.rows)) and {row.operator for row in layers.rows} == {"gemm"}
     assert {"attn1.to_q", "ffn.net.2"} <= {row.name for row in layers.by_part}
     gc.collect()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, noise, stream
 from anyflow_deploy.bundle.manifest import File
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.cli.triton import TritonOptions, triton
+from anyflow_deploy.cli.tritonserver import TritonOptions, triton
 from anyflow_deploy.engine_folder import Device, EngineFolder, EngineRecord
 from anyflow_deploy.engines.cache import fitted_chunks
 from anyflow_deploy.serving.job import Cancelled

@@ -21,7 +21,7 @@ import pytest
 
 from anyflow_deploy import Bundle, Schedule, load_engine, noise, sample, stream
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.cli.triton import TritonOptions, triton
+from anyflow_deploy.cli.tritonserver import TritonOptions, triton
 from anyflow_deploy.pipelines.text_encoder import encoded_prompts
 from anyflow_deploy.pipelines.vae import StreamingDecoder
 from anyflow_deploy.pipelines.video_io import load_video

@@ -21,10 +21,10 @@ from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.loading import load_engine
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.serving.limits import Limits
-from anyflow_deploy.serving.local import is_local
+from anyflow_deploy.serving.loopback import is_local
 
 if TYPE_CHECKING:
-    from anyflow_deploy.serving.maker import PipelineMaker
+    from anyflow_deploy.serving.generator import PipelineMaker
 
 TOKEN_VARIABLE = "ANYFLOW_TOKEN"
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,256}")
@@ -85,7 +85,7 @@ def serve(options: ServeOptions) -> int:
     from anyflow_deploy.serving.metrics import Metrics
     from anyflow_deploy.serving.server import Server, configured
     from anyflow_deploy.serving.service import Service
-    from anyflow_deploy.serving.shelf import Shelf
+    from anyflow_deploy.serving.video_store import Shelf
     from anyflow_deploy.serving.warmup import warm_up
 
     log_to_stderr()
@@ -176,7 +176,7 @@ def _loaded(options: ServeOptions, bundle: Bundle) -> tuple[BundleEngine, Pipeli
     from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
     from anyflow_deploy.pipelines.text_encoder import PromptEncoder
     from anyflow_deploy.pipelines.vae import load_vae
-    from anyflow_deploy.serving.maker import PipelineMaker
+    from anyflow_deploy.serving.generator import PipelineMaker
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AnyFlowError("--device cuda: PyTorch finds no GPU here (anyflow-doctor says why). Leave it at cpu.")

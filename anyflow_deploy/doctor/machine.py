@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from anyflow_deploy.doctor.finding import FAULT, WORKS, Finding
+from anyflow_deploy.doctor.probe import FAULT, WORKS, Finding
 
 OLDEST, NEWEST = (3, 10), (3, 13)
 """Of Python; what pyproject.toml names."""

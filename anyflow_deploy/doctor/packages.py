@@ -6,8 +6,8 @@ import importlib.metadata
 import re
 from collections.abc import Iterable
 
-from anyflow_deploy.doctor.child import asked, imported
-from anyflow_deploy.doctor.finding import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.subprocess_probe import asked, imported
 
 CPU, GPU = "pip install 'anyflow-deploy[cpu]'", "pip install 'anyflow-deploy[gpu]'"
 EXPORT, TENSORRT = "pip install 'anyflow-deploy[export]'", "pip install 'anyflow-deploy[tensorrt]'"

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.profiling.absence import AbsentError
-from anyflow_deploy.profiling.measure import clock
+from anyflow_deploy.profiling.errors import AbsentError
 from anyflow_deploy.profiling.operations import Work
 from anyflow_deploy.profiling.record import Ceilings, Roofline
+from anyflow_deploy.profiling.timing import clock
 from anyflow_deploy.targets import TARGETS, Target
 
 PRODUCT = (2048, 1536, 4096)

@@ -14,12 +14,12 @@ import numpy as np
 
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.profiling.absence import AbsentError
-from anyflow_deploy.profiling.measure import Rules, clock, no_garbage_collection
+from anyflow_deploy.profiling.errors import AbsentError
 from anyflow_deploy.profiling.memory import Peak
 from anyflow_deploy.profiling.record import Stage
-from anyflow_deploy.profiling.statistics import latency_from_samples
-from anyflow_deploy.profiling.subject import Video
+from anyflow_deploy.profiling.summary_statistics import latency_from_samples
+from anyflow_deploy.profiling.timing import Rules, clock, no_garbage_collection
+from anyflow_deploy.profiling.workload import Video
 
 TEXT, VAE = "text encoder", "VAE"
 

@@ -1,6 +1,6 @@
 """bundle -> HTTP: `anyflow-serve`, for those without Triton.
 
-    request ─► request.py ─► service.py ───────► maker.py ─► shelf.py
+    request ─► request.py ─► service.py ───────► generator.py ─► video_store.py
     (routes,    what is       a queue with a      text, steps,  the videos,
      socket)    asked for     bound, one thread   VAE, mp4      bounded on disk
 
@@ -10,5 +10,5 @@ late client costs nothing but its own connection, and nobody's frames are held i
 
 Cancelling happens between two transitions, or between two pieces of the VAE. What was not finished leaves no file.
 
-`service.py`, `job.py` and `shelf.py` know nothing of HTTP, and `maker.py` alone knows the engine. See docs/serving.md.
+`service.py`, `job.py` and `video_store.py` know nothing of HTTP, and `generator.py` alone knows the engine. See docs/serving.md.
 """

@@ -24,7 +24,7 @@ from anyflow_deploy.engines.sampler import Step
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipelines.video_io import Mp4Pieces
-from anyflow_deploy.serving.latents import clean_latents
+from anyflow_deploy.serving.generate import clean_latents
 from anyflow_deploy.triton.request import Asked
 from anyflow_deploy.triton.tensors import OUTPUT_TYPES
 from anyflow_deploy.triton.turns import Turns

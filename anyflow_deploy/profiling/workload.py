@@ -17,8 +17,8 @@ from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.estimate import Shape, shape_from_pixels
-from anyflow_deploy.profiling.measure import clock
-from anyflow_deploy.profiling.watch import Watched
+from anyflow_deploy.profiling.timed_engine import Watched
+from anyflow_deploy.profiling.timing import clock
 from anyflow_deploy.schedule import Schedule
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
+from anyflow_deploy.profiling.formatting import size_text, time_text
 from anyflow_deploy.profiling.plots import all_plots
 from anyflow_deploy.profiling.record import Profile
 from anyflow_deploy.profiling.terminal import describe, describe_machine, latency_rows, latency_words
-from anyflow_deploy.profiling.words import size_text, time_text
 
 ROWS = 40
 """Layers in the page's table; the JSON has them all."""

@@ -25,12 +25,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocketDisconnect
 
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.serving.auth import PROTOCOL
 from anyflow_deploy.serving.errors import ApiError
-from anyflow_deploy.serving.guard import PROTOCOL
 from anyflow_deploy.serving.job import Job, Video
-from anyflow_deploy.serving.picture import jpegs, part
 from anyflow_deploy.serving.routes import finish_now, job_of, news_of
 from anyflow_deploy.serving.service import Service
+from anyflow_deploy.serving.thumbnails import jpegs, part
 
 FORMATS = ("mp4", "jpeg")
 _BROKEN = 1011

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyflow_deploy.profiling.record import Method, Warmup
-from anyflow_deploy.profiling.statistics import is_steady
+from anyflow_deploy.profiling.summary_statistics import is_steady
 from anyflow_deploy.progress import Report
 
 WINDOW, TOLERANCE = 4, 0.05

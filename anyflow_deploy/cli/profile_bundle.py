@@ -26,11 +26,11 @@ from anyflow_deploy.models import get_model
 from anyflow_deploy.precision import base_precision
 from anyflow_deploy.profiling.compare import ENERGY, MEMORY, TIME, Thresholds, compared
 from anyflow_deploy.profiling.estimate import Estimate, estimated
-from anyflow_deploy.profiling.measure import Rules
-from anyflow_deploy.profiling.page import html_from_profile
+from anyflow_deploy.profiling.html_report import html_from_profile
 from anyflow_deploy.profiling.profiler import SKIPPABLE, Request, profiled, provider_of
 from anyflow_deploy.profiling.record import SCHEMA, Profile
 from anyflow_deploy.profiling.terminal import print_comparison, print_estimate, print_profile
+from anyflow_deploy.profiling.timing import Rules
 from anyflow_deploy.progress import Bars
 from anyflow_deploy.targets import get_target
 

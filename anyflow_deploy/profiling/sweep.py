@@ -7,13 +7,13 @@ from statistics import median
 
 import numpy as np
 
-from anyflow_deploy.profiling.measure import Rules, Taken, measured, warmed_up
 from anyflow_deploy.profiling.power import Source
 from anyflow_deploy.profiling.record import Chunks, Clip, Point
 from anyflow_deploy.profiling.sampler import Sampler
-from anyflow_deploy.profiling.statistics import latency_from_samples
-from anyflow_deploy.profiling.subject import ChunkTimes, Video, clip
-from anyflow_deploy.profiling.watch import Watched
+from anyflow_deploy.profiling.summary_statistics import latency_from_samples
+from anyflow_deploy.profiling.timed_engine import Watched
+from anyflow_deploy.profiling.timing import Rules, Taken, measured, warmed_up
+from anyflow_deploy.profiling.workload import ChunkTimes, Video, clip
 from anyflow_deploy.progress import Report
 
 FPS_FACTOR = 4

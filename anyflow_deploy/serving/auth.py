@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from anyflow_deploy.serving.errors import ApiError
 from anyflow_deploy.serving.limits import Limits
-from anyflow_deploy.serving.local import is_local
 from anyflow_deploy.serving.logs import request_id
+from anyflow_deploy.serving.loopback import is_local
 from anyflow_deploy.serving.metrics import Metrics
 
 _log = logging.getLogger("anyflow.serve")

@@ -22,9 +22,9 @@ from anyflow_deploy.engines.sampler import Step
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipelines.video_io import VideoWriter
+from anyflow_deploy.serving.generate import clean_latents
 from anyflow_deploy.serving.job import Job
-from anyflow_deploy.serving.latents import clean_latents
-from anyflow_deploy.serving.report import Report
+from anyflow_deploy.serving.job_progress import Report
 
 REMEMBERED_PROMPTS = 16
 """Whose embeddings are kept (8 MB each with a text encoder of 4096 channels)."""

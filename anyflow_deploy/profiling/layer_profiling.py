@@ -10,12 +10,12 @@ from pathlib import Path
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.layer_times import Timed
 from anyflow_deploy.engines.loading import EngineOptions
-from anyflow_deploy.profiling.absence import AbsentError
+from anyflow_deploy.profiling.errors import AbsentError
 from anyflow_deploy.profiling.layers import by_operator, by_part, rows
 from anyflow_deploy.profiling.record import Latency, Layers, Point
-from anyflow_deploy.profiling.statistics import latency_from_samples
-from anyflow_deploy.profiling.subject import Video, last_chunk
-from anyflow_deploy.profiling.watch import Watched
+from anyflow_deploy.profiling.summary_statistics import latency_from_samples
+from anyflow_deploy.profiling.timed_engine import Watched
+from anyflow_deploy.profiling.workload import Video, last_chunk
 
 WARM, COUNTED = 2, 3
 """Transitions under the profiler that are forgotten, and those that count."""

@@ -8,8 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from anyflow_deploy.doctor.child import asked
-from anyflow_deploy.doctor.finding import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.subprocess_probe import asked
 
 _SOURCE = """
 #include <omp.h>

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from anyflow_deploy.engines.around import EngineAround, Work
 from anyflow_deploy.engines.engine import Engine
-from anyflow_deploy.profiling.measure import clock
+from anyflow_deploy.profiling.timing import clock
 
 
 class Watched(EngineAround):
