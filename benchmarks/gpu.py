@@ -43,9 +43,9 @@ from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.engine_folder import load_engine_folder
 from anyflow_deploy.engines.building import BUILDERS, BuildSettings, build_engine, settings_of
 from anyflow_deploy.engines.engine import Array, Engine
-from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
-from anyflow_deploy.export.calibration_text import random_text
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
+from anyflow_deploy.export.quantization.prompts import random_text
 from anyflow_deploy.export.torch_run import TorchRun
 
 STEPS, CAUSAL_STEPS, FRAMES_PER_LATENT = (1, 2, 4, 8), 4, 4

@@ -26,9 +26,9 @@ from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, sample, 
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.engines.building import BUILDERS, build_engine, settings_of
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
-from anyflow_deploy.export.calibration_text import PROMPTS, random_text
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
+from anyflow_deploy.export.quantization.prompts import PROMPTS, random_text
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 0.15, "fp8": 0.15}

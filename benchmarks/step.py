@@ -131,7 +131,7 @@ def timed(checkpoint: Path, bundle: Path, rounds: int, backends: Sequence[str]) 
     from anyflow_deploy import load_bundle, load_engine, noise
     from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
     from anyflow_deploy.engines.metrics import difference
-    from anyflow_deploy.export.reference import TorchEngine
+    from anyflow_deploy.export.diffusers_engine import TorchEngine
 
     latents, text = noise(SHAPE, 0), noise(TEXT, 1)
     runs = {name: load_engine(bundle, name).start(latents, text) for name in backends}

@@ -24,8 +24,6 @@ from anyflow_deploy.checkpoints.checkpoint import shift_of
 from anyflow_deploy.checkpoints.safetensors_stream import Entry
 from anyflow_deploy.checkpoints.weights import Weights, check_names, write_weights
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.achieved import achieved
-from anyflow_deploy.export.calibration import check_architecture, check_calibration
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
     OPSETS,
@@ -35,8 +33,10 @@ from anyflow_deploy.export.onnx_graph import (
     onnx_from_traced,
     serialized,
 )
-from anyflow_deploy.export.quantization_plan import Plan, planned
-from anyflow_deploy.export.quantize import quantize
+from anyflow_deploy.export.quantization.calibrate import check_architecture, check_calibration
+from anyflow_deploy.export.quantization.plan import Plan, planned
+from anyflow_deploy.export.quantization.precision_report import achieved
+from anyflow_deploy.export.quantization.qdq_pass import quantize
 from anyflow_deploy.export.trace import Parameter, traced_graph
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.model.transformer import constants

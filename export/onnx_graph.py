@@ -20,7 +20,7 @@ from anyflow_deploy.bundle.manifest import WEIGHTS, Graph, Tensor, TensorType
 from anyflow_deploy.checkpoints.dtypes import ONNX
 from anyflow_deploy.checkpoints.safetensors_stream import Entry
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.constant_axes import make_axes_constant
+from anyflow_deploy.export.passes import make_axes_constant
 from anyflow_deploy.export.trace import Axes, Traced
 
 PRIMITIVE_OPSET = 20

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.checkpoints.dtypes import TORCH
-from anyflow_deploy.export.eight_bits import multiply_in_eight_bits
+from anyflow_deploy.export.quantization.quantized_linear import multiply_in_eight_bits
 from anyflow_deploy.export.trace import MODULES, recorded
 from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.precision import get_precision

@@ -140,8 +140,8 @@ def causal_golden(folder: Path = CAUSAL) -> dict[str, NDArray[Any]]:
 @functools.cache
 def calibration_of(checkpoint: Path) -> Calibration:
     """Ranges of a small checkpoint, measured once."""
-    from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, write_calibration
-    from anyflow_deploy.export.calibration_text import PROMPTS, random_text
+    from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated, write_calibration
+    from anyflow_deploy.export.quantization.prompts import PROMPTS, random_text
 
     def make(path: Path) -> None:
         weights = open_checkpoint(checkpoint)

@@ -100,7 +100,7 @@ def assert_counted(bundle: Bundle) -> None:
     """The architecture's operations are those of the exported graph."""
     import onnx_ir
 
-    from anyflow_deploy.export.achieved import product_flops, sizes
+    from anyflow_deploy.export.quantization.precision_report import product_flops, sizes
 
     a, video = bundle.manifest.architecture, bundle.manifest.video
     symbols = sizes(a, video)

@@ -46,12 +46,12 @@ from anyflow_deploy.engines.torch_device import instructions
 from anyflow_deploy.engines.torch_weights import TorchWeights
 from anyflow_deploy.engines.validation import THRESHOLDS
 from anyflow_deploy.export import aotinductor
-from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
-from anyflow_deploy.export.calibration_text import PROMPTS, random_text
+from anyflow_deploy.export.diffusers_engine import TorchEngine
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.network_engine import NetworkEngine
 from anyflow_deploy.export.program import network_from_bundle, program_from_bundle
-from anyflow_deploy.export.reference import TorchEngine
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
+from anyflow_deploy.export.quantization.prompts import PROMPTS, random_text
+from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.model.transformer import FlowMapTransformer
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden
 from tests.test_causal import three_jumps, whole

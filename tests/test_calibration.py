@@ -19,7 +19,7 @@ from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.cli.calibrate import CalibrateOptions, calibrate
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.export.calibration import (
+from anyflow_deploy.export.quantization.calibrate import (
     CalibrationSettings,
     calibrated,
     check_calibration,
@@ -27,10 +27,10 @@ from anyflow_deploy.export.calibration import (
     rounded_up,
     write_calibration,
 )
-from anyflow_deploy.export.calibration_text import PROMPTS, prompt_text, prompts_from_file, random_text
-from anyflow_deploy.export.modelopt import load_modelopt
-from anyflow_deploy.export.network_engine import NetworkEngine
-from anyflow_deploy.export.rollouts import calibration_schedules, chunk_plan, latent_shape, rolled_out
+from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
+from anyflow_deploy.export.quantization.prompts import PROMPTS, prompt_text, prompts_from_file, random_text
+from anyflow_deploy.export.quantization.rollouts import calibration_schedules, chunk_plan, latent_shape, rolled_out
+from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.progress import Advance, Silent
 from anyflow_deploy.quantization.calibration import Calibration, load_calibration
 from anyflow_deploy.quantization.layers import OPERANDS, candidates, input_amax, staying_high

@@ -20,7 +20,7 @@ from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.engines.cache import cache_plan, check_budget
 from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.export.network_engine import NetworkEngine, network_from_weights
+from anyflow_deploy.export.torch_engine import NetworkEngine, network_from_weights
 from anyflow_deploy.model.causal import Compression, TextMemory
 from tests.conftest import GOLDEN, SMALL, Export, causal_golden
 from tests.profile_sample import assert_counted

@@ -14,7 +14,7 @@ from anyflow_deploy import Schedule, load_engine, sample
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.validation import THRESHOLDS
-from anyflow_deploy.export.reference import TorchEngine
+from anyflow_deploy.export.diffusers_engine import TorchEngine
 from anyflow_deploy.model.transformer import FlowMapTransformer, constants
 from tests.conftest import GOLDEN, Export
 

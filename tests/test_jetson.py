@@ -28,7 +28,7 @@ from anyflow_deploy.engine_folder import load_engine_folder
 from anyflow_deploy.engines.building import build_engine
 from anyflow_deploy.engines.tensorrt_build import TensorRTSettings
 from anyflow_deploy.engines.tensorrt_operators import MAX_OPSETS, version_from_text
-from anyflow_deploy.export.calibration import write_calibration
+from anyflow_deploy.export.quantization.calibrate import write_calibration
 from anyflow_deploy.memory.estimate import memory_of, needed, shape_from_pixels
 from anyflow_deploy.profiling import jetson, profiler
 from anyflow_deploy.profiling.memory import Peak, gpu_used

@@ -21,12 +21,12 @@ from anyflow_deploy.checkpoints.dtypes import STORED
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.inspect_bundle import InspectOptions, inspect
 from anyflow_deploy.engines.validation import THRESHOLDS, validate
-from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, write_calibration
-from anyflow_deploy.export.calibration_text import PROMPTS, random_text
 from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
-from anyflow_deploy.export.fake_quant import FakeQuant
-from anyflow_deploy.export.network_engine import NetworkEngine
-from anyflow_deploy.export.quantization_plan import LARGEST, Plan, planned, smoothing, stored_scale
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated, write_calibration
+from anyflow_deploy.export.quantization.fake_quant import FakeQuant
+from anyflow_deploy.export.quantization.plan import LARGEST, Plan, planned, smoothing, stored_scale
+from anyflow_deploy.export.quantization.prompts import PROMPTS, random_text
+from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Silent
 from anyflow_deploy.quantization.calibration import Calibration, TensorRange, load_calibration
@@ -326,7 +326,7 @@ _STREAMING = """
 import resource, sys, tempfile
 from pathlib import Path
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.quantization_plan import planned
+from anyflow_deploy.export.quantization.plan import planned
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.export.trace import Parameter
 from anyflow_deploy.checkpoints.weights import write_weights

@@ -31,9 +31,9 @@ from anyflow_deploy.engines.tensorrt_inspect import wanted
 from anyflow_deploy.engines.validation import THRESHOLDS, Validation, validate
 from anyflow_deploy.export import exporter
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.fake_quant import FakeQuant
-from anyflow_deploy.export.network_engine import NetworkEngine
-from anyflow_deploy.export.quantization_plan import LARGEST, Plan, planned, weight_scale
+from anyflow_deploy.export.quantization.fake_quant import FakeQuant
+from anyflow_deploy.export.quantization.plan import LARGEST, Plan, planned, weight_scale
+from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.progress import Silent
 from anyflow_deploy.quantization.layers import candidates
 from tests.conftest import CAUSAL, SMALL, Export, calibration_of

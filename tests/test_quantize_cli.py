@@ -14,7 +14,7 @@ from anyflow_deploy.cli.export import ExportOptions, export
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.quantize import layers_kept
 from anyflow_deploy.cli.sensitivity import SensitivityOptions, sensitivity
-from anyflow_deploy.export.calibration import write_calibration
+from anyflow_deploy.export.quantization.calibrate import write_calibration
 from anyflow_deploy.progress import Silent
 from anyflow_deploy.quantization.calibration import load_calibration
 from tests.conftest import SMALL, calibration_of

@@ -10,7 +10,7 @@ import pytest
 
 from anyflow_deploy import AnyFlowError
 from anyflow_deploy.bundle.json_records import write_whole
-from anyflow_deploy.export.sensitivity import load_sensitivity
+from anyflow_deploy.export.quantization.sensitivity import load_sensitivity
 from anyflow_deploy.quantization.calibration import load_calibration
 
 LOADERS = pytest.mark.parametrize("load", [load_calibration, load_sensitivity])

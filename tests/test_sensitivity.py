@@ -16,10 +16,9 @@ from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.sensitivity import SensitivityOptions, sensitivity
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.export.calibration import calibrated, write_calibration
-from anyflow_deploy.export.fake_quant import FakeQuant
-from anyflow_deploy.export.network_engine import NetworkEngine
-from anyflow_deploy.export.sensitivity import (
+from anyflow_deploy.export.quantization.calibrate import calibrated, write_calibration
+from anyflow_deploy.export.quantization.fake_quant import FakeQuant
+from anyflow_deploy.export.quantization.sensitivity import (
     Damage,
     Probe,
     ProbeSettings,
@@ -28,7 +27,8 @@ from anyflow_deploy.export.sensitivity import (
     load_sensitivity,
     measured_sensitivity,
 )
-from anyflow_deploy.export.sensitivity_report import KINDS, draw, grid, tables
+from anyflow_deploy.export.quantization.sensitivity_report import KINDS, draw, grid, tables
+from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.quantization.calibration import Calibration
 from anyflow_deploy.quantization.layers import candidates, input_amax, input_channels
 from tests.conftest import SMALL, Export

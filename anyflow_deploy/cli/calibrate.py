@@ -48,7 +48,7 @@ class CalibrateOptions(WeightOptions):
 def calibrate(options: CalibrateOptions) -> int:
     """Do it; returns the exit status."""
     from anyflow_deploy.checkpoints.weights import check_names
-    from anyflow_deploy.export.calibration import partial_path, write_calibration
+    from anyflow_deploy.export.quantization.calibrate import partial_path, write_calibration
 
     started = time.perf_counter()
     check_output(options.output, options.overwrite)
@@ -68,10 +68,10 @@ def calibrate(options: CalibrateOptions) -> int:
 def measured(options: CalibrateOptions, weights: Weights, bars: Report) -> Calibration:
     """The calibration that the options ask for. Its rollouts are kept beside `options.output` (`partial_path`); whoever calls
     removes them once the calibration is on disk."""
-    from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, partial_path
-    from anyflow_deploy.export.calibration_text import PROMPTS, prompt_text, prompts_from_file
-    from anyflow_deploy.export.modelopt import load_modelopt
-    from anyflow_deploy.export.rollouts import latent_shape
+    from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated, partial_path
+    from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
+    from anyflow_deploy.export.quantization.prompts import PROMPTS, prompt_text, prompts_from_file
+    from anyflow_deploy.export.quantization.rollouts import latent_shape
 
     prompts = PROMPTS if options.prompts is None else prompts_from_file(options.prompts)
     shape = latent_shape(weights.architecture, options.frames, options.height, options.width)

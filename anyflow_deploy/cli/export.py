@@ -90,8 +90,8 @@ class ExportOptions(QuantizationOptions):
 
 def export(options: ExportOptions) -> int:
     """Export, then compare the numbers; returns the exit status: 0 for a good bundle, 1 for one with wrong numbers."""
-    from anyflow_deploy.export.calibration import partial_path
     from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
+    from anyflow_deploy.export.quantization.calibrate import partial_path
     from anyflow_deploy.progress import Bars
 
     started = time.perf_counter()

@@ -65,7 +65,7 @@ def calibration_of(options: QuantizationOptions, weights: Weights, output: Path,
     if not PRECISIONS[options.precision].quantized:
         return None
     if options.calibration is not None:
-        from anyflow_deploy.export.calibration import check_calibration
+        from anyflow_deploy.export.quantization.calibrate import check_calibration
 
         found = load_calibration(options.calibration)
         with bars.stage("comparing the weights with the calibration's"):  # now: choosing layers may take hours
@@ -99,8 +99,8 @@ def _small(weights: Weights) -> dict[str, int]:
 
 def layers_kept(options: QuantizationOptions, target: str, weights: Weights, calibration: Calibration, bars: Report) -> list[str]:
     """The layers that --keep or --fidelity choose, by measuring each one."""
-    from anyflow_deploy.export.rollouts import latent_shape
-    from anyflow_deploy.export.sensitivity import check_keep, kept_layers, measured_sensitivity
+    from anyflow_deploy.export.quantization.rollouts import latent_shape
+    from anyflow_deploy.export.quantization.sensitivity import check_keep, kept_layers, measured_sensitivity
 
     if not options.keep and options.fidelity is None:
         return []

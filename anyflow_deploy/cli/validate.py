@@ -52,7 +52,7 @@ class ValidateOptions(Options):
 
 def validate(options: ValidateOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.export.reference import weights_from_manifest
+    from anyflow_deploy.export.diffusers_engine import weights_from_manifest
 
     bundle = load_bundle(options.bundle)
     return validated(bundle, options, weights_from_manifest(bundle.manifest, options.checkpoint))
@@ -61,8 +61,8 @@ def validate(options: ValidateOptions) -> int:
 def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     """Compare a bundle with the weights it came from; prints, writes the report, returns the exit status."""
     from anyflow_deploy.engines import validation
-    from anyflow_deploy.export.network_engine import NetworkEngine
-    from anyflow_deploy.export.reference import TorchEngine
+    from anyflow_deploy.export.diffusers_engine import TorchEngine
+    from anyflow_deploy.export.torch_engine import NetworkEngine
 
     folder = options.output or bundle.path
     if not folder.is_dir() or not os.access(folder, os.W_OK):

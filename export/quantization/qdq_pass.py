@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from anyflow_deploy.checkpoints.dtypes import ONNX, SAFETENSORS
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.quantization_plan import ZERO_POINT, Plan, weight_scale, zero_points
+from anyflow_deploy.export.quantization.plan import ZERO_POINT, Plan, weight_scale, zero_points
 from anyflow_deploy.quantization.layers import OPERANDS
 
 _WEIGHT = ".weight"

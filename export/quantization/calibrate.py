@@ -26,9 +26,9 @@ from anyflow_deploy.checkpoints.weights import Weights, fingerprint
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.sampler import noise
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.calibration_text import PromptText
-from anyflow_deploy.export.partial_ranges import Maxima, PartialRanges
-from anyflow_deploy.export.rollouts import SWEEPS, calibration_schedules, rolled_out, transitions
+from anyflow_deploy.export.quantization.calibration_checkpoint import Maxima, PartialRanges
+from anyflow_deploy.export.quantization.prompts import PromptText
+from anyflow_deploy.export.quantization.rollouts import SWEEPS, calibration_schedules, rolled_out, transitions
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, TensorRange
@@ -161,8 +161,8 @@ class _Watched:
     """A network with quantizers that only look."""
 
     def __init__(self, weights: Weights, device: str) -> None:
-        from anyflow_deploy.export.modelopt import load_modelopt
-        from anyflow_deploy.export.network_engine import NetworkEngine
+        from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
+        from anyflow_deploy.export.torch_engine import NetworkEngine
 
         self._tools = load_modelopt()
         self._engine = NetworkEngine(weights, device)

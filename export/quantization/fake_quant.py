@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.modelopt import load_modelopt
+from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.quantization.calibration import Calibration
 from anyflow_deploy.quantization.layers import candidates, checked_layers, input_amax, input_channels, operand_amax, staying_high

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from anyflow_deploy.export.sensitivity import Damage, Sensitivity, decibels
+from anyflow_deploy.export.quantization.sensitivity import Damage, Sensitivity, decibels
 from anyflow_deploy.quantization.layers import GROUPS
 
 KINDS = [name for group in GROUPS for name in group]

@@ -27,7 +27,7 @@ from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.onnxruntime_int8 import saturates, shift_activations, shift_weights
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.network_engine import NetworkEngine
+from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.quantization.layers import OPERANDS
 
 Seen = dict[str, tuple[Array, Array]]

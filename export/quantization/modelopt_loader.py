@@ -18,6 +18,6 @@ def load_modelopt() -> ModuleType:
         raise BackendError(
             "quantizing needs NVIDIA ModelOpt, which is not installed. Run: pip install 'anyflow-deploy[quantize]'"
         )
-    from anyflow_deploy.export import quantizers
+    from anyflow_deploy.export.quantization import observers
 
-    return quantizers
+    return observers

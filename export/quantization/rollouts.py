@@ -20,7 +20,7 @@ from anyflow_deploy.engines.cache import cache_plan, fitted_chunks
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.sampler import Step, sample, stream
 from anyflow_deploy.engines.validation import PATH
-from anyflow_deploy.export.network_engine import NetworkEngine
+from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, Architecture, model_name
 from anyflow_deploy.schedule import Schedule
 from anyflow_deploy.shape_ranges import latent_frames, latent_side, widest

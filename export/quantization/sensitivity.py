@@ -24,9 +24,9 @@ from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import Difference, difference
 from anyflow_deploy.engines.sampler import noise
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.fake_quant import FakeQuant
-from anyflow_deploy.export.network_engine import NetworkEngine
-from anyflow_deploy.export.rollouts import rolled_out
+from anyflow_deploy.export.quantization.fake_quant import FakeQuant
+from anyflow_deploy.export.quantization.rollouts import rolled_out
+from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.quantization.calibration import Calibration
 from anyflow_deploy.schedule import Schedule
