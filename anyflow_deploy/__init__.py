@@ -27,10 +27,10 @@ for _link in ("engines", "export", "training"):
 
 if TYPE_CHECKING:
     from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+    from anyflow_deploy.engines.adaptive_steps import Pick, Quality
     from anyflow_deploy.engines.deadline import Deadline, Pace
     from anyflow_deploy.engines.engine import Engine, Run
-    from anyflow_deploy.engines.loading import load_engine
-    from anyflow_deploy.engines.quality import Pick, Quality
+    from anyflow_deploy.engines.registry import load_engine
     from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
     from anyflow_deploy.errors import AnyFlowError, BackendError, BundleError, CheckpointError, ShapeError
     from anyflow_deploy.models import MODELS, Architecture, Model
@@ -46,8 +46,8 @@ _HOMES = {
     "bundle.bundle": ("Bundle", "load_bundle"),
     "engines.deadline": ("Deadline", "Pace"),
     "engines.engine": ("Engine", "Run"),
-    "engines.loading": ("load_engine",),
-    "engines.quality": ("Pick", "Quality"),
+    "engines.registry": ("load_engine",),
+    "engines.adaptive_steps": ("Pick", "Quality"),
     "engines.sampler": ("Chunk", "Step", "noise", "sample", "stream"),
     "errors": ("AnyFlowError", "BackendError", "BundleError", "CheckpointError", "ShapeError"),
     "models": ("MODELS", "Architecture", "Model"),

@@ -29,8 +29,8 @@ from common import finish
 
 from anyflow_deploy import MODELS, Schedule, load_engine, noise, stream
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
-from anyflow_deploy.engines.cache import CachePlan, cache_plan
 from anyflow_deploy.engines.engine import BundleEngine
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.exporter import export_bundle
 

@@ -40,9 +40,9 @@ from common import finish
 
 from anyflow_deploy import MODELS, AnyFlowError, Architecture, Bundle, Schedule, load_bundle, load_engine, noise, sample, stream
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
-from anyflow_deploy.engine_folder import load_engine_folder
-from anyflow_deploy.engines.building import BUILDERS, BuildSettings, build_engine, settings_of
+from anyflow_deploy.engines.build import BUILDERS, BuildSettings, build_engine, settings_of
 from anyflow_deploy.engines.engine import Array, Engine
+from anyflow_deploy.engines.engine_folder import load_engine_folder
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
 from anyflow_deploy.export.quantization.prompts import random_text

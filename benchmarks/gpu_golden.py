@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, sample, stream
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
-from anyflow_deploy.engines.building import BUILDERS, build_engine, settings_of
+from anyflow_deploy.engines.build import BUILDERS, build_engine, settings_of
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated

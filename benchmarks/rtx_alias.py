@@ -22,14 +22,14 @@ def use_tensorrt_rtx(current: bool = True) -> str:
     import tensorrt_rtx_bindings as rtx
 
     sys.modules["tensorrt"] = rtx
-    from anyflow_deploy.engines import tensorrt_builder, tensorrt_timing
+    from anyflow_deploy.engines.tensorrt.build import builder, timing_cache
 
     def do_nothing(*_: Any) -> None:
         """There is nothing to time."""
 
-    tensorrt_builder._check_graphs = do_nothing  # type: ignore[assignment]  # its table knows TensorRT's releases alone
-    tensorrt_timing.TimingCache.attach = tensorrt_timing.TimingCache.keep = do_nothing  # type: ignore[method-assign]
-    configure = tensorrt_builder._Build._configure
+    builder._check_graphs = do_nothing  # type: ignore[assignment]  # its table knows TensorRT's releases alone
+    timing_cache.TimingCache.attach = timing_cache.TimingCache.keep = do_nothing  # type: ignore[method-assign]
+    configure = builder._Build._configure
 
     def configure_for_rtx(build: Any, config: Any) -> None:
         configure(build, config)
@@ -37,5 +37,5 @@ def use_tensorrt_rtx(current: bool = True) -> str:
             config.num_compute_capabilities = 1
             config.set_compute_capability(rtx.ComputeCapability.CURRENT, 0)
 
-    tensorrt_builder._Build._configure = configure_for_rtx  # type: ignore[method-assign]
+    builder._Build._configure = configure_for_rtx  # type: ignore[method-assign]
     return str(rtx.__version__)

@@ -25,7 +25,7 @@ from typing import Any
 from common import finish, python
 
 from anyflow_deploy import MODELS
-from anyflow_deploy.engine_folder import load_engine_folder
+from anyflow_deploy.engines.engine_folder import load_engine_folder
 
 SHAPE, TEXT = (1, 5, 16, 30, 52), (1, 512, 4096)
 

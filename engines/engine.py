@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.cache import CachePlan
+from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.errors import AnyFlowError, ShapeError
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anyflow_deploy.engines.cache import CachePlan, cache_plan
+from anyflow_deploy.engines.adaptive_steps import Quality, refined
 from anyflow_deploy.engines.deadline import Deadline, Route
 from anyflow_deploy.engines.engine import Array, Engine, Run, checked_array, checked_text
-from anyflow_deploy.engines.quality import Quality, refined
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan
 from anyflow_deploy.errors import ShapeError
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS, Schedule
 

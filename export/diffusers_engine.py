@@ -14,8 +14,8 @@ from anyflow_deploy.checkpoints.checkpoint import open_checkpoint, transformer_f
 from anyflow_deploy.checkpoints.hub import TRANSFORMER_FILES, download
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights
-from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Stream, checked_inputs
+from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.torch_run import TorchRun, on_device
 from anyflow_deploy.shape_ranges import Ranges, widest

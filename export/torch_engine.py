@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from anyflow_deploy.checkpoints.weights import Weights
-from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text
-from anyflow_deploy.engines.stream import CacheStream, Positions, memory_names
+from anyflow_deploy.engines.kv_cache import CachePlan
+from anyflow_deploy.engines.streaming import CacheStream, Positions, memory_names
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.torch_run import TorchRun, on_device
 from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory

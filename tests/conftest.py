@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from anyflow_deploy import MODELS, Bundle, load_bundle
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
-from anyflow_deploy.engine_folder import EngineFolder, load_engine_folder
+from anyflow_deploy.engines.engine_folder import EngineFolder, load_engine_folder
 from anyflow_deploy.export import exporter
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.quantization.calibration import Calibration, load_calibration
@@ -195,22 +195,22 @@ def far_bundle(far_pipeline: Path, exported: Export) -> Bundle:
 @pytest.fixture(scope="session")
 def quick_options() -> dict[str, Any]:
     """AOTInductor's options, but the wrapper, which decides nothing but how fast operators are called, is not optimized."""
-    from anyflow_deploy.export import aotinductor
+    from anyflow_deploy.engines.aotinductor import compiler
 
-    return {**aotinductor.OPTIONS, "aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
+    return {**compiler.OPTIONS, "aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
 
 
 @pytest.fixture(scope="session")
 def built(quick_options: dict[str, Any]) -> Callable[[Bundle], EngineFolder]:
     """Compiles a bundle with AOTInductor, once for all workers, who only read it."""
-    from anyflow_deploy.engines.aotinductor_build import AotInductorSettings
-    from anyflow_deploy.engines.building import build_engine
-    from anyflow_deploy.export import aotinductor
+    from anyflow_deploy.engines.aotinductor import compiler
+    from anyflow_deploy.engines.aotinductor.build import AotInductorSettings
+    from anyflow_deploy.engines.build import build_engine
 
     def folder(bundle: Bundle) -> EngineFolder:
         def make(path: Path) -> None:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(aotinductor, "OPTIONS", quick_options)
+                patch.setattr(compiler, "OPTIONS", quick_options)
                 build_engine(bundle, "aotinductor", AotInductorSettings(), path)
 
         return load_engine_folder(SHARED.made("engine", bundle.digest, make))

@@ -19,9 +19,9 @@ import pytest
 from numpy.typing import ArrayLike, NDArray
 
 from anyflow_deploy import Bundle, load_bundle
-from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, frame_times
-from anyflow_deploy.engines.stream import CacheStream, Positions, memory_names
+from anyflow_deploy.engines.kv_cache import CachePlan
+from anyflow_deploy.engines.streaming import CacheStream, Positions, memory_names
 from tests.cpp_build import SOURCE, built, compiler, configured, manifest_of, run, sanitizers_work, tool
 from tools import tensorrt_headers
 

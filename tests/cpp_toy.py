@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anyflow_deploy.engines.cache import CachePlan
 from anyflow_deploy.engines.engine import Array, checked_inputs, frame_times
-from anyflow_deploy.engines.stream import CacheStream, Positions
+from anyflow_deploy.engines.kv_cache import CachePlan
+from anyflow_deploy.engines.streaming import CacheStream, Positions
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.shape_ranges import Ranges
 

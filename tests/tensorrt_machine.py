@@ -313,7 +313,7 @@ def _session(path: str) -> Any:
 
 def layers_as_asked(model: onnx.ModelProto) -> list[dict[str, Any]]:
     """Layers as TensorRT's inspector lists them: one a product, and one an attention with the products around it."""
-    from anyflow_deploy.engines.tensorrt_inspect import wanted
+    from anyflow_deploy.engines.tensorrt.build.inspector import wanted
 
     asked = wanted(model)
     inside = {name for nodes in asked.attentions for name in nodes}

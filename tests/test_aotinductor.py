@@ -36,16 +36,16 @@ from anyflow_deploy import (
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.validate import ValidateOptions, validate
-from anyflow_deploy.engine_folder import EngineFolder
-from anyflow_deploy.engines import aotinductor_build, torch_device
-from anyflow_deploy.engines.aotinductor_build import AotInductorSettings
-from anyflow_deploy.engines.aotinductor_graphs import RecordedGraph
-from anyflow_deploy.engines.building import build_engine
+from anyflow_deploy.engines.aotinductor import build, compiler
+from anyflow_deploy.engines.aotinductor.build import AotInductorSettings
+from anyflow_deploy.engines.aotinductor.compiled_graph import RecordedGraph
+from anyflow_deploy.engines.build import build_engine
+from anyflow_deploy.engines.engine_folder import EngineFolder
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.engines.torch_device import instructions
-from anyflow_deploy.engines.torch_weights import TorchWeights
+from anyflow_deploy.engines.torch_common import device
+from anyflow_deploy.engines.torch_common.device import instructions
+from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.engines.validation import THRESHOLDS
-from anyflow_deploy.export import aotinductor
 from anyflow_deploy.export.diffusers_engine import TorchEngine
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.program import network_from_bundle, program_from_bundle
@@ -378,33 +378,33 @@ def test_a_compiler_that_fails_leaves_nothing(
         Path(package_path).write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(aotinductor, "program_from_bundle", lambda *_: None)
-    monkeypatch.setattr(aotinductor, "aoti_compile_and_package", fail)
+    monkeypatch.setattr(compiler, "program_from_bundle", lambda *_: None)
+    monkeypatch.setattr(compiler, "aoti_compile_and_package", fail)
     with pytest.raises(BackendError, match=message):
         build_engine(small_bundle(), "aotinductor", AotInductorSettings(), tmp_path / "engine")
     assert not list(tmp_path.iterdir())
 
 
 def test_attention_that_was_not_fused_is_refused(small_bundle: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aotinductor, "called", lambda _: {"cpu_bmm_out": 12, "_scaled_dot_product_flash_attention_for_cpu": 5})
+    monkeypatch.setattr(compiler, "called", lambda _: {"cpu_bmm_out": 12, "_scaled_dot_product_flash_attention_for_cpu": 5})
     with pytest.raises(BackendError, match="5 of 6 attentions of transition became one operator"):
-        aotinductor.counted(small_bundle(), "transition", Path("transition.pt2"))
+        compiler.counted(small_bundle(), "transition", Path("transition.pt2"))
 
 
 def test_fp8_attention_is_refused(quantized: Export) -> None:
     manifest = SimpleNamespace(quantization=SimpleNamespace(attention="fp8"), precision="fp8")
     with pytest.raises(BackendError, match=r"attention in fp8.*--attention high, or use backend tensorrt or onnxruntime"):
-        aotinductor_build.check_precision(torch, SimpleNamespace(path="bundle", manifest=manifest), "cpu", 0)  # type: ignore[arg-type]
+        build.check_precision(torch, SimpleNamespace(path="bundle", manifest=manifest), "cpu", 0)  # type: ignore[arg-type]
 
 
 def test_fp8_needs_ada_and_int8_needs_rows_on_a_gpu(quantized: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(get_device_capability=lambda _: (8, 0), get_device_name=lambda _: "NVIDIA A100")
     with pytest.raises(BackendError, match=r"NVIDIA A100 \(compute capability 8\.0\) has no FP8 products"):
-        aotinductor_build.check_precision(SimpleNamespace(cuda=gpu), quantized(SMALL, "fp8"), "cuda", 0)
+        build.check_precision(SimpleNamespace(cuda=gpu), quantized(SMALL, "fp8"), "cuda", 0)
     bundle = quantized(SMALL, "int8", kept=KEPT)
-    ranges = aotinductor_build._ranges(bundle, "cuda")
+    ranges = build._ranges(bundle, "cuda")
     assert ranges["text"].minimum == 17 and ranges["height"].minimum * ranges["width"].minimum // 4 >= 17
-    assert aotinductor_build._ranges(bundle, "cpu")["text"].minimum == 1
+    assert build._ranges(bundle, "cpu")["text"].minimum == 1
 
 
 @pytest.mark.parametrize("command", ["build", "generate"])
@@ -426,7 +426,7 @@ def test_instructions_are_compared_not_kernels(tmp_path: Path) -> None:
     assert of("fpu sse2 avx512f hypervisor") == of("avx512f sse2 ibrs_enhanced")
     assert of("sse2 avx512f") != of("sse2 avx2")
     assert of("sse2 avx512f").startswith("AVX512 (2, ")
-    assert torch_device.instructions("DEFAULT", tmp_path / "missing").startswith("DEFAULT (1, ")
+    assert device.instructions("DEFAULT", tmp_path / "missing").startswith("DEFAULT (1, ")
 
 
 # CUDA graphs, with a stand-in for CUDA: what is recorded, where inputs go, and that runs do not mix.

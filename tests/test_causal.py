@@ -17,8 +17,8 @@ from safetensors.numpy import load_file
 
 from anyflow_deploy import MODELS, AnyFlowError, Chunk, Schedule, ShapeError, load_engine, noise, sample, stream
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
-from anyflow_deploy.engines.cache import cache_plan, check_budget
 from anyflow_deploy.engines.engine import BundleEngine
+from anyflow_deploy.engines.kv_cache import cache_plan, check_budget
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.torch_engine import NetworkEngine, network_from_weights
 from anyflow_deploy.model.causal import Compression, TextMemory

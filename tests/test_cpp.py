@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anyflow_deploy import AnyFlowError, Bundle, Deadline, Schedule, __version__, load_bundle, noise, sample, stream
-from anyflow_deploy.engines.cache import cache_plan
 from anyflow_deploy.engines.deadline import Outcome, Pace
-from anyflow_deploy.engines.torch_device import instructions
+from anyflow_deploy.engines.kv_cache import cache_plan
+from anyflow_deploy.engines.torch_common.device import instructions
 from tests.cpp_build import KINDS, Conformance, built, configured, corpus, manifest_of, run, sanitizers_work
 from tests.cpp_toy import ToyEngine, ToyState
 

@@ -25,7 +25,7 @@ from anyflow_deploy import Bundle, Schedule, load_bundle, load_engine, noise, sa
 from anyflow_deploy.cli.build import BuildOptions
 from anyflow_deploy.cli.generate import GenerateOptions
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.engine_folder import EngineFolder
+from anyflow_deploy.engines.engine_folder import EngineFolder
 from anyflow_deploy.engines.metrics import difference
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden
 from tests.cpp_build import SOURCE, Conformance, built, compiler, configured, run, tool

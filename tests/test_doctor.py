@@ -21,7 +21,7 @@ from anyflow_deploy.doctor import compiler, cpp, gpu, machine, packages, probes,
 from anyflow_deploy.doctor.backends import BACKENDS, PRECISIONS, judged, required
 from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding, Probe, examined
 from anyflow_deploy.doctor.report import as_json, lines, plain
-from anyflow_deploy.engines import loading
+from anyflow_deploy.engines import registry
 
 ROOT = Path(__file__).parent.parent
 ALL = {backend.name for backend in BACKENDS}
@@ -376,7 +376,7 @@ def test_a_provider_of_nothing() -> None:
 def test_backends_and_probes_name_each_other() -> None:
     names = {probe.name for probe in probes.PROBES}
     assert {need for backend in BACKENDS for need in backend.needs} | set(probes.FOR_A_GPU) <= names
-    assert set(loading.BACKENDS) <= ALL
+    assert set(registry.BACKENDS) <= ALL
 
 
 def test_nobody_without_a_gpu_is_told_to_install_for_one() -> None:

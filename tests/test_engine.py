@@ -186,7 +186,7 @@ from anyflow_deploy import Schedule, load_bundle, load_engine, noise, sample
 engine = load_engine(load_bundle(sys.argv[1]))
 latents = sample(engine, noise((1, 2, 4, 4, 6), 0), noise((1, 3, 32), 1), Schedule.uniform(2))
 import anyflow_deploy.engines.validation, anyflow_deploy.engines.validation_report, anyflow_deploy.cli.inspect_bundle
-import anyflow_deploy.engines.tensorrt_lint
+import anyflow_deploy.engines.tensorrt.lint.lint
 print(float(abs(latents).mean()))
 """
 

@@ -15,7 +15,7 @@ from anyflow_deploy import MODELS, Bundle, load_engine, noise
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.engines.onnxruntime_graph import fuse_attention
+from anyflow_deploy.engines.onnxruntime.graph_rewrites import fuse_attention
 from anyflow_deploy.export.diffusers_engine import TorchEngine
 from anyflow_deploy.export.trace import traced_graph
 from anyflow_deploy.model.transformer import FlowMapTransformer, constants

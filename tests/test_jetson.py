@@ -24,10 +24,10 @@ from anyflow_deploy.cli.generate import generate
 from anyflow_deploy.cli.inspect_bundle import inspect
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.profile_bundle import profile
-from anyflow_deploy.engine_folder import load_engine_folder
-from anyflow_deploy.engines.building import build_engine
-from anyflow_deploy.engines.tensorrt_build import TensorRTSettings
-from anyflow_deploy.engines.tensorrt_operators import MAX_OPSETS, version_from_text
+from anyflow_deploy.engines.build import build_engine
+from anyflow_deploy.engines.engine_folder import load_engine_folder
+from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
+from anyflow_deploy.engines.tensorrt.lint.operators import MAX_OPSETS, version_from_text
 from anyflow_deploy.export.quantization.calibrate import write_calibration
 from anyflow_deploy.memory.estimate import memory_of, needed, shape_from_pixels
 from anyflow_deploy.profiling import jetson, profiler

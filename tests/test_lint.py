@@ -24,9 +24,10 @@ from anyflow_deploy.bundle.manifest import GRAPHS
 from anyflow_deploy.cli import lint as shown
 from anyflow_deploy.cli.inspect_bundle import InspectOptions, inspect
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.engines import tensorrt_lint, tensorrt_model_rules, tensorrt_node_rules, tensorrt_quantization_rules
-from anyflow_deploy.engines.tensorrt_lint import Finding, lint, lint_bundle
-from anyflow_deploy.engines.tensorrt_operators import OPERATORS, accepted, first_version, max_opset, version_from_text
+from anyflow_deploy.engines.tensorrt.lint import lint as tensorrt_lint
+from anyflow_deploy.engines.tensorrt.lint import model_rules, node_rules, qdq_rules
+from anyflow_deploy.engines.tensorrt.lint.lint import Finding, lint, lint_bundle
+from anyflow_deploy.engines.tensorrt.lint.operators import OPERATORS, accepted, first_version, max_opset, version_from_text
 from tests.conftest import SMALL, Export
 
 F = ["n", 4]
@@ -259,15 +260,15 @@ def test_every_rule_notices_its_model(name: str) -> None:
     assert hits[0].node or case.rule == "opset"
 
 
-NODE_RULES = [*tensorrt_node_rules.RULES, *tensorrt_quantization_rules.RULES]
+NODE_RULES = [*node_rules.RULES, *qdq_rules.RULES]
 
 
 @pytest.mark.parametrize("rule", NODE_RULES, ids=lambda rule: rule.__name__)
 def test_no_rule_for_nodes_is_idle(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: lint(case.model, case.asked) for name, case in CASES.items()}
-    monkeypatch.setattr(tensorrt_lint, "RULES", tuple(r for r in tensorrt_node_rules.RULES if r is not rule))
-    rest = tuple(r for r in tensorrt_quantization_rules.RULES if r is not rule)
-    monkeypatch.setattr(tensorrt_quantization_rules, "RULES", rest)
+    monkeypatch.setattr(tensorrt_lint, "RULES", tuple(r for r in node_rules.RULES if r is not rule))
+    rest = tuple(r for r in qdq_rules.RULES if r is not rule)
+    monkeypatch.setattr(qdq_rules, "RULES", rest)
     assert any(lint(case.model, case.asked) != before[name] for name, case in CASES.items())
 
 
@@ -276,7 +277,7 @@ def test_no_rule_for_nodes_is_idle(rule: Any, monkeypatch: pytest.MonkeyPatch) -
 )
 def test_no_rule_for_graphs_is_idle(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: lint(case.model, case.asked) for name, case in CASES.items()}
-    monkeypatch.setattr(tensorrt_model_rules, rule, lambda *_: iter(()))
+    monkeypatch.setattr(model_rules, rule, lambda *_: iter(()))
     assert any(lint(case.model, case.asked) != before[name] for name, case in CASES.items())
 
 

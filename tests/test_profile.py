@@ -96,7 +96,7 @@ def test_operations_are_those_of_the_graph(tiny_bundle: Bundle) -> None:
 
 
 def test_a_stream_is_the_sum_of_its_chunks() -> None:
-    from anyflow_deploy.engines.cache import cache_plan
+    from anyflow_deploy.engines.kv_cache import cache_plan
 
     a = MODELS["far-1.3b"].architecture
     plan, types = cache_plan(a, None, 60, 104), types_of("fp8", "bf16")

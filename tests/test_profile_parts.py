@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from anyflow_deploy import AnyFlowError
-from anyflow_deploy.engines.loading import EngineOptions
-from anyflow_deploy.engines.onnxruntime_profile import timed_from_trace
+from anyflow_deploy.engines.onnxruntime.profiler import timed_from_trace
+from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.profiling import machine, power, timing
 from anyflow_deploy.profiling import sampler as sampler_module
 from anyflow_deploy.profiling.advice import advise

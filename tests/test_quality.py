@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from anyflow_deploy import AnyFlowError, Quality, Schedule, load_engine, noise, sample, stream
+from anyflow_deploy.engines.adaptive_steps import Pick, first_chunk_decides, refined
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.engines.quality import Pick, first_chunk_decides, refined
 from anyflow_deploy.engines.sampler import Step, _made
 from tests.conftest import SMALL, Export
 

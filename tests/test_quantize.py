@@ -23,11 +23,12 @@ from safetensors.torch import load_file
 from anyflow_deploy import Bundle, Schedule, load_engine, noise, stream
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
-from anyflow_deploy.engines import onnxruntime_engine, onnxruntime_graph
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.engines.onnxruntime_graph import session_graph
-from anyflow_deploy.engines.onnxruntime_int8 import saturates, shift_activations, shift_weights
-from anyflow_deploy.engines.tensorrt_inspect import wanted
+from anyflow_deploy.engines.onnxruntime import engine as onnxruntime_engine
+from anyflow_deploy.engines.onnxruntime import graph_rewrites
+from anyflow_deploy.engines.onnxruntime.graph_rewrites import session_graph
+from anyflow_deploy.engines.onnxruntime.int8 import saturates, shift_activations, shift_weights
+from anyflow_deploy.engines.tensorrt.build.inspector import wanted
 from anyflow_deploy.engines.validation import THRESHOLDS, Validation, validate
 from anyflow_deploy.export import exporter
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
@@ -249,7 +250,7 @@ def test_unsigned_activations_change_no_number(quantized: Export, monkeypatch: p
     latents, text = noise((1, 2, a.in_channels, 4, 6), 0), noise((1, 5, a.text_dim), 1)
     shifted = load_engine(bundle).start(latents, text).velocity(900, 500)
     overflows = saturates(onnxruntime)
-    monkeypatch.setattr(onnxruntime_graph, "shift_activations", lambda model: 0)
+    monkeypatch.setattr(graph_rewrites, "shift_activations", lambda model: 0)
     monkeypatch.setattr(onnxruntime_engine, "saturates", lambda runtime: False)
     genuine = onnxruntime_engine.OnnxRuntimeEngine._session_options
 
@@ -316,8 +317,8 @@ def test_unsigned_weights_change_no_bit(
     bundle = quantized(kind[0], **kind[1])
     ways = [True] if saturates(onnxruntime) else [False, True]
     shifted: list[int] = []
-    genuine = onnxruntime_graph.shift_weights
-    monkeypatch.setattr(onnxruntime_graph, "shift_weights", lambda model: shifted.append(genuine(model)))
+    genuine = graph_rewrites.shift_weights
+    monkeypatch.setattr(graph_rewrites, "shift_weights", lambda model: shifted.append(genuine(model)))
     outputs = []
     for unsigned in ways:
         monkeypatch.setattr(onnxruntime_engine, "saturates", lambda runtime, way=unsigned: way)

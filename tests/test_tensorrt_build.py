@@ -21,9 +21,9 @@ import pytest
 from anyflow_deploy import AnyFlowError, BackendError, Bundle, ShapeError, load_bundle
 from anyflow_deploy.cli.build import BuildOptions, build
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.engine_folder import load_engine_folder
-from anyflow_deploy.engines.building import build_engine
-from anyflow_deploy.engines.tensorrt_build import TensorRTSettings
+from anyflow_deploy.engines.build import build_engine
+from anyflow_deploy.engines.engine_folder import load_engine_folder
+from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
 from anyflow_deploy.progress import Advance
 from tests.conftest import SMALL, Export
 from tests.tensorrt_machine import RELEASES, Machine, layer, layers_as_asked

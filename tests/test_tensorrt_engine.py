@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, BackendError, Bundle, Schedule, ShapeError, load_bundle, load_engine, sample, stream
-from anyflow_deploy.engines.building import build_engine
-from anyflow_deploy.engines.cache import cache_plan
+from anyflow_deploy.engines.build import build_engine
+from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.engines.tensorrt_build import TensorRTSettings
+from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden
 from tests.tensorrt_machine import RELEASES, Machine
 
@@ -331,7 +331,7 @@ def test_plans_of_another_gpu_or_version(
     opened(bundle, tmp_path, "64x96x5", **settings)
     trt_machine.cuda.properties |= properties
     if version:
-        monkeypatch.setattr("anyflow_deploy.engines.tensorrt_engine.VERSION", version)
+        monkeypatch.setattr("anyflow_deploy.engines.tensorrt.engine.VERSION", version)
     reopen = lambda: load_engine(bundle, "tensorrt", "cuda", engine=tmp_path / "engine")  # noqa: E731
     if message is None:
         reopen()
@@ -381,7 +381,7 @@ def test_bundles_are_left_alone(trt_machine: Machine, bundle: Bundle, engine: An
 @EVERY_RELEASE
 def test_layers_and_launches_are_profiled(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
     """The profiler sees layers of uncaptured runs, enqueueing is timed on captured ones."""
-    from anyflow_deploy.engines.loading import EngineOptions
+    from anyflow_deploy.engines.registry import EngineOptions
     from anyflow_deploy.profiling import layer_profiling
     from anyflow_deploy.profiling.workload import videos
     from tests.profile_sample import sample_point

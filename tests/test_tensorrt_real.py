@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from anyflow_deploy import BackendError, Bundle, Schedule, load_engine, sample, stream
-from anyflow_deploy.engines.building import build_engine
+from anyflow_deploy.engines.build import build_engine
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.engines.tensorrt_build import TensorRTSettings
+from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
 from anyflow_deploy.engines.validation import THRESHOLDS
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden
 
@@ -40,7 +40,7 @@ def here() -> None:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed (pip install 'anyflow-deploy[tensorrt]')")
     try:
-        from anyflow_deploy.engines.tensorrt_device import Device
+        from anyflow_deploy.engines.tensorrt.cuda import Device
 
         Device()
     except BackendError as error:
@@ -130,7 +130,7 @@ def test_the_inspector_names_onnx_nodes(exported: Export, small: Golden, tmp_pat
 def test_memory_is_given_back(exported: Export, small: Golden, tmp_path: Path) -> None:
     import gc
 
-    from anyflow_deploy.engines.tensorrt_device import Device
+    from anyflow_deploy.engines.tensorrt.cuda import Device
 
     bundle, size = exported(SMALL), size_of(small["latents"], small["text"])
     opened(bundle, tmp_path, size).close()

@@ -34,7 +34,7 @@ ignore_missing_imports = true
 """
 
 WRONG = """
-from anyflow_deploy.engines.tensorrt_api import trt
+from anyflow_deploy.engines.tensorrt.api import trt
 def wrong(engine: trt.ICudaEngine, config: trt.IBuilderConfig, context: trt.IExecutionContext) -> None:
     trt.Bilder
     config.set_flag(trt.BuilderFlag.FP16)
@@ -116,7 +116,7 @@ def test_a_subclass_that_forgets_its_base_is_found(trt_machine: Machine) -> None
 def test_what_is_missing_says_how_to_install_it(trt_machine: Machine, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(BackendError, match=r"cannot be imported .*pip install 'anyflow-deploy\[tensorrt\]'"):
-        import anyflow_deploy.engines.tensorrt_engine  # noqa: F401
+        import anyflow_deploy.engines.tensorrt.engine  # noqa: F401
 
 
 def test_stubs_that_cannot_be_made_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,10 @@ import torch
 
 from anyflow_deploy import BackendError, load_engine
 from anyflow_deploy.bundle.manifest import Quantization
-from anyflow_deploy.engines import torch_device, torch_tensorrt_build, torch_tensorrt_engine
-from anyflow_deploy.engines.building import build_engine
-from anyflow_deploy.engines.torch_tensorrt_build import TorchTensorRTSettings, profile
+from anyflow_deploy.engines.build import build_engine
+from anyflow_deploy.engines.torch_common import device
+from anyflow_deploy.engines.torch_tensorrt import build, engine
+from anyflow_deploy.engines.torch_tensorrt.build import TorchTensorRTSettings, profile
 from anyflow_deploy.progress import Silent
 from tests.conftest import Export
 
@@ -62,11 +63,11 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     trt = StandIn()
     monkeypatch.setitem(sys.modules, "torch_tensorrt", trt)
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0", __spec__=trt.__spec__))
-    gpu = torch_device.Device(kind="cuda", name="NVIDIA One", compute_capability="9.0")
-    for module in (torch_tensorrt_build, torch_tensorrt_engine):
-        monkeypatch.setattr(module, "runtime" if module is torch_tensorrt_build else "imported_torch", lambda *_: torch)
-    monkeypatch.setattr(torch_tensorrt_build, "device_here", lambda *_: gpu)
-    monkeypatch.setattr(torch_tensorrt_build, "torch_device", lambda *_: "cpu")
+    gpu = device.Device(kind="cuda", name="NVIDIA One", compute_capability="9.0")
+    for module in (build, engine):
+        monkeypatch.setattr(module, "runtime" if module is build else "imported_torch", lambda *_: torch)
+    monkeypatch.setattr(build, "device_here", lambda *_: gpu)
+    monkeypatch.setattr(build, "torch_device", lambda *_: "cpu")
     return trt
 
 
@@ -158,6 +159,6 @@ def test_no_gpu(small_bundle: Export) -> None:
 
 @pytest.mark.skipif(REAL is not None, reason="tests the absence of torch-tensorrt")
 def test_missing(small_bundle: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_tensorrt_build, "runtime", lambda *_: torch)
+    monkeypatch.setattr(build, "runtime", lambda *_: torch)
     with pytest.raises(BackendError, match=r"torch-tensorrt cannot be imported .*pip install 'anyflow-deploy\[torch-tensorrt\]'"):
         build_engine(small_bundle(), "torch-tensorrt", TorchTensorRTSettings())

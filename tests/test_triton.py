@@ -23,8 +23,8 @@ from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, noise, s
 from anyflow_deploy.bundle.manifest import File
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.tritonserver import TritonOptions, triton
-from anyflow_deploy.engine_folder import Device, EngineFolder, EngineRecord
-from anyflow_deploy.engines.cache import fitted_chunks
+from anyflow_deploy.engines.engine_folder import Device, EngineFolder, EngineRecord
+from anyflow_deploy.engines.kv_cache import fitted_chunks
 from anyflow_deploy.serving.job import Cancelled
 from anyflow_deploy.triton.admission import Admission, FullError
 from anyflow_deploy.triton.repository import check_plan, model_writer, write_plan

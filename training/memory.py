@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from anyflow_deploy.engines.cache import fitted_chunks
+from anyflow_deploy.engines.kv_cache import fitted_chunks
 from anyflow_deploy.memory.parameter_shapes import counts, parameter_shapes
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.recipes import Recipe

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyflow_deploy.checkpoints.weights import Weights
-from anyflow_deploy.engines.cache import fitted_chunks
+from anyflow_deploy.engines.kv_cache import fitted_chunks
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.training.batch import Batch, Part
 from anyflow_deploy.training.build import frozen_network, trained_network

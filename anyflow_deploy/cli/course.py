@@ -18,8 +18,8 @@ from pydantic import BeforeValidator, Field
 
 from anyflow_deploy.cli.options import console
 from anyflow_deploy.engines import sampler
+from anyflow_deploy.engines.adaptive_steps import Pick, Quality, first_chunk_decides
 from anyflow_deploy.engines.deadline import Deadline, Outcome, Pace
-from anyflow_deploy.engines.quality import Pick, Quality, first_chunk_decides
 from anyflow_deploy.engines.sampler import Step
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Advance

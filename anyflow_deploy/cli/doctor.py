@@ -20,7 +20,7 @@ from anyflow_deploy.errors import AnyFlowError
 if TYPE_CHECKING:
     from anyflow_deploy.cli.doctor_options import DoctorOptions
 
-_KNOWN = "from anyflow_deploy.engines.loading import BACKENDS\nfound['backends'] = list(BACKENDS)"
+_KNOWN = "from anyflow_deploy.engines.registry import BACKENDS\nfound['backends'] = list(BACKENDS)"
 
 UNMET = 1
 """Exit status where --require names something that does not run here."""

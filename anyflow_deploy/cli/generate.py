@@ -24,9 +24,9 @@ from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.course import Course, Seconds, check_course, course_of
 from anyflow_deploy.cli.options import Numbers, Options, console, run
 from anyflow_deploy.cli.sensitivity import Decibels
-from anyflow_deploy.engines.cache import CachePlan, check_budget
 from anyflow_deploy.engines.engine import Array, BundleEngine
-from anyflow_deploy.engines.loading import load_engine
+from anyflow_deploy.engines.kv_cache import CachePlan, check_budget
+from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.engines.sampler import Chunk, noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars

@@ -19,7 +19,7 @@ from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.bundle.json_records import load_record, write_whole
 from anyflow_deploy.cli.fit import default_shape
 from anyflow_deploy.cli.options import Options, Steps, Words, console, run
-from anyflow_deploy.engines.loading import EngineOptions, check_backend
+from anyflow_deploy.engines.registry import EngineOptions, check_backend
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.memory.estimate import shape_from_pixels
 from anyflow_deploy.models import get_model

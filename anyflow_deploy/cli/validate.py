@@ -16,7 +16,7 @@ from anyflow_deploy.bundle.json_records import write_whole
 from anyflow_deploy.cli.options import Options, Steps, console, run
 from anyflow_deploy.cli.sensitivity import calibrated_text
 from anyflow_deploy.engines.engine import Array
-from anyflow_deploy.engines.loading import load_engine
+from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars
 from anyflow_deploy.quantization.calibration import CALIBRATION, load_calibration

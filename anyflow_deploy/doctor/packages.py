@@ -51,7 +51,7 @@ else:
 
 _INT8 = """
 import numpy, onnxruntime
-from anyflow_deploy.engines.onnxruntime_int8 import is_exact
+from anyflow_deploy.engines.onnxruntime.int8 import is_exact
 for weights in ("int8", "uint8"):
     found[weights] = is_exact(onnxruntime, getattr(numpy, weights))
 """
@@ -117,7 +117,7 @@ def onnxruntime_cuda() -> Finding:
 
 
 def int8_on_cpu() -> Finding:
-    """Whether products of 8 bits are exact, and with which weights; see engines/onnxruntime_int8.py."""
+    """Whether products of 8 bits are exact, and with which weights; see engines/onnxruntime/int8.py."""
     answer = asked(_INT8)
     return Finding(FAULT, answer.error, CPU) if answer.error else int8_finding(**answer.found)
 

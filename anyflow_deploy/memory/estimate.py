@@ -6,7 +6,7 @@ What a transition needs is the sum of four things:
   each its own copy;
 - **activations**: the most that is alive at once, in the attention or in the feed-forward of one block, and the keys and
   values of the text, which runtimes like to compute for all blocks first;
-- **cache**: what a causal model remembers (`engines/cache.py`);
+- **cache**: what a causal model remembers (`engines/kv_cache.py`);
 - **workspace**: the runtime itself, and a margin on the activations.
 
 Activations are counted in *tables*, one number for every token and channel. How many tables are alive was read off the
@@ -22,7 +22,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from anyflow_deploy.engines.cache import CachePlan, cache_plan, fitted_chunks
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fitted_chunks
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.memory.parameter_shapes import counts, quantized_channels
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture
@@ -131,7 +131,7 @@ def needed(a: Architecture, precision: str, target: Target, shape: Shape, window
         precision: one of `FIT_PRECISIONS`; whether the target runs it is `check_precision`'s question.
         target: decides the base type and what is alive at once.
         shape: of the whole video; a causal model makes it chunk by chunk.
-        window: of a causal model's cache, see `engines/cache.py`.
+        window: of a causal model's cache, see `engines/kv_cache.py`.
 
     Raises:
         AnyFlowError: an unknown precision, or a window for a model without a cache.

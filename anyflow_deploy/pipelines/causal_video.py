@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.cache import CachePlan, cache_plan, fitted_chunks
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fitted_chunks
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.pipelines.video_io import check_size, load_image, load_video
 from anyflow_deploy.shape_ranges import latent_frames

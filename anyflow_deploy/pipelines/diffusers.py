@@ -18,8 +18,8 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from anyflow_deploy.engines.cache import cache_plan
 from anyflow_deploy.engines.engine import BundleEngine, Stream
+from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.errors import AnyFlowError
 
 

@@ -8,8 +8,8 @@ from contextlib import closing
 from pathlib import Path
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.layer_times import Timed
-from anyflow_deploy.engines.loading import EngineOptions
+from anyflow_deploy.engines.layer_timing import Timed
+from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.profiling.errors import AbsentError
 from anyflow_deploy.profiling.layers import by_operator, by_part, rows
 from anyflow_deploy.profiling.record import Latency, Layers, Point
@@ -42,7 +42,7 @@ def watched(bundle: Bundle, backend: str, options: EngineOptions, video: Video, 
 
 
 def _onnxruntime(bundle: Bundle, options: EngineOptions, video: Video, point: Point) -> Layers:
-    from anyflow_deploy.engines.onnxruntime_profile import ProfiledEngine
+    from anyflow_deploy.engines.onnxruntime.profiler import ProfiledEngine
 
     graph = graph_of(bundle)
     with tempfile.TemporaryDirectory() as folder, closing(ProfiledEngine(bundle, options, Path(folder))) as engine:
@@ -52,7 +52,7 @@ def _onnxruntime(bundle: Bundle, options: EngineOptions, video: Video, point: Po
 
 
 def _tensorrt(bundle: Bundle, options: EngineOptions, video: Video, point: Point) -> tuple[Layers, Latency]:
-    from anyflow_deploy.engines.tensorrt_profile import ProfiledEngine
+    from anyflow_deploy.engines.tensorrt.profiler import ProfiledEngine
 
     graph = graph_of(bundle)
     with closing(ProfiledEngine(bundle, options, layers=False)) as engine:

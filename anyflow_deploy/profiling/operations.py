@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from anyflow_deploy.engines.cache import CachePlan
+from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.memory.parameter_shapes import counts, quantized_channels
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.precision import EIGHT_BIT, PRECISIONS

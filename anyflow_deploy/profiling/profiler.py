@@ -14,9 +14,9 @@ from typing import Any
 
 from anyflow_deploy import __version__
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engine_folder import find_engine
 from anyflow_deploy.engines.engine import BundleEngine
-from anyflow_deploy.engines.loading import ON_GPUS_ONLY, EngineOptions, load_engine
+from anyflow_deploy.engines.engine_folder import find_engine
+from anyflow_deploy.engines.registry import ON_GPUS_ONLY, EngineOptions, load_engine
 from anyflow_deploy.memory.parameter_shapes import counts
 from anyflow_deploy.profiling import jetson, layer_profiling, machine, stages
 from anyflow_deploy.profiling.advice import advise

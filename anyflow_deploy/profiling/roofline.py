@@ -99,7 +99,7 @@ def measured_ceilings(threads: int | None, kinds: set[str], seconds: float = SEC
         import onnx
         import onnxruntime
 
-        from anyflow_deploy.engines.onnxruntime_int8 import saturates
+        from anyflow_deploy.engines.onnxruntime.int8 import saturates
     except ImportError as error:
         raise AbsentError(
             f"a processor's rates are measured through ONNX Runtime, and {error.name} is not installed "

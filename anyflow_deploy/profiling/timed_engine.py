@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from anyflow_deploy.engines.around import EngineAround, Work
 from anyflow_deploy.engines.engine import Engine
+from anyflow_deploy.engines.wrapper import EngineAround, Work
 from anyflow_deploy.profiling.timing import clock
 
 

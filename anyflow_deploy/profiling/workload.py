@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.cache import CachePlan, cache_plan, fitted_chunks
 from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fitted_chunks
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.estimate import Shape, shape_from_pixels

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.cache import cache_plan
-from anyflow_deploy.engines.loading import load_engine
+from anyflow_deploy.engines.kv_cache import cache_plan
+from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.pipelines.causal_video import element_bytes
 from anyflow_deploy.serving.job import Cancelled

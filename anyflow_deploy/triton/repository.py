@@ -21,7 +21,7 @@ from pathlib import Path
 from anyflow_deploy.bundle.atomic_io import FolderWriter, Kind
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import MANIFEST, Tensor
-from anyflow_deploy.engine_folder import ENGINES, EngineFolder
+from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.triton.config import plan_config, streaming_config
 from anyflow_deploy.triton.settings import Settings

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.cli.course import InTime
-from anyflow_deploy.engines.around import EngineAround
 from anyflow_deploy.engines.deadline import Pace
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.sampler import Step
+from anyflow_deploy.engines.wrapper import EngineAround
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipelines.video_io import Mp4Pieces

@@ -25,7 +25,7 @@ from torch import Tensor
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.engines.onnxruntime_int8 import saturates, shift_activations, shift_weights
+from anyflow_deploy.engines.onnxruntime.int8 import saturates, shift_activations, shift_weights
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.quantization.layers import OPERANDS

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from anyflow_deploy.engines.cache import cache_plan, fitted_chunks
 from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.engines.kv_cache import cache_plan, fitted_chunks
 from anyflow_deploy.engines.sampler import Step, sample, stream
 from anyflow_deploy.engines.validation import PATH
 from anyflow_deploy.export.torch_engine import NetworkEngine
