@@ -25,14 +25,14 @@ from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.tritonserver import TritonOptions, triton
 from anyflow_deploy.engines.engine_folder import Device, EngineFolder, EngineRecord
 from anyflow_deploy.engines.kv_cache import fitted_chunks
+from anyflow_deploy.engines.tritonserver.admission import Admission, FullError
+from anyflow_deploy.engines.tritonserver.fair_lock import Turns
+from anyflow_deploy.engines.tritonserver.generator import Studio
+from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS
+from anyflow_deploy.engines.tritonserver.repository import check_plan, model_writer, write_plan
+from anyflow_deploy.engines.tritonserver.request import asked
+from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from
 from anyflow_deploy.serving.job import Cancelled
-from anyflow_deploy.triton.admission import Admission, FullError
-from anyflow_deploy.triton.repository import check_plan, model_writer, write_plan
-from anyflow_deploy.triton.request import asked
-from anyflow_deploy.triton.settings import Settings, settings_from
-from anyflow_deploy.triton.studio import Studio
-from anyflow_deploy.triton.tensors import INPUTS, OUTPUTS
-from anyflow_deploy.triton.turns import Turns
 from tests.conftest import Export
 from tests.serving import eventually, manifest_of
 
@@ -168,7 +168,7 @@ def test_the_document_lists_every_tensor_parameter_and_metric() -> None:
             parsed(TritonOptions, shlex.split(line, comments=True)[1:])
     left_out = {"bundle", "pipeline", "text", "vae", "backend", "engine"}  # written by the flags that name them
     assert not [name for name in Settings.model_fields if f"`{name}`" not in DOCUMENT and name not in left_out]
-    source = Path(sys.modules["anyflow_deploy.triton"].__file__ or "").parent / "metrics.py"
+    source = Path(sys.modules["anyflow_deploy.engines.tritonserver"].__file__ or "").parent / "metrics.py"
     for line in source.read_text().splitlines():
         if '"anyflow_' in line:
             assert line.split('"')[1] in DOCUMENT
@@ -415,11 +415,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     utils.logged, utils.Logger = logged, SimpleNamespace(log_info=logged.append, log_error=logged.append, log_warn=logged.append)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
     yield utils
-    sys.modules.pop("anyflow_deploy.triton.model", None)
+    sys.modules.pop("anyflow_deploy.engines.tritonserver.model", None)
 
 
 def opened(server: Any, far_bundle: Bundle, tmp_path: Path, *flags: str, **changed: str) -> Any:
-    from anyflow_deploy.triton.model import TritonPythonModel
+    from anyflow_deploy.engines.tritonserver.model import TritonPythonModel
 
     folder = written(far_bundle, tmp_path / "models", "--parts", "none", "--threads", "1", *flags)
     parameters = {name: {"string_value": p.string_value} for name, p in config_of(folder).parameters.items()}
@@ -494,7 +494,7 @@ def test_a_numpy_that_the_server_cannot_read_is_refused(
 
 
 def test_the_cache_budget_is_that_of_the_streams(server: Any, far_bundle: Bundle) -> None:
-    from anyflow_deploy.triton.model import cache_of
+    from anyflow_deploy.engines.tritonserver.model import cache_of
 
     element, total = cache_of(far_bundle.manifest, SETTINGS)
     assert (element, total % SETTINGS.max_streams) == (4, 0)

@@ -84,7 +84,7 @@ class Stream:
 
 def inputs(given: dict[str, Any]) -> list[Any]:
     """Tensors of a request, of the types that the documentation names."""
-    from anyflow_deploy.triton.tensors import INPUTS
+    from anyflow_deploy.engines.tritonserver.io_spec import INPUTS
 
     tensors = []
     for port in INPUTS:

@@ -22,10 +22,10 @@ from anyflow_deploy.bundle.atomic_io import FolderWriter, Kind
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import MANIFEST, Tensor
 from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
+from anyflow_deploy.engines.tritonserver.config import plan_config, streaming_config
+from anyflow_deploy.engines.tritonserver.io_spec import Port
+from anyflow_deploy.engines.tritonserver.settings import Settings
 from anyflow_deploy.errors import AnyFlowError, BackendError
-from anyflow_deploy.triton.config import plan_config, streaming_config
-from anyflow_deploy.triton.settings import Settings
-from anyflow_deploy.triton.tensors import Port
 
 CONFIG = "config.pbtxt"
 VERSION = "1"
@@ -34,7 +34,7 @@ _TYPES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int64": "IN
 _MODEL = '''\
 """Written by anyflow-triton. The model is in the package anyflow_deploy: install it where the server's Python finds it."""
 
-from anyflow_deploy.triton.model import TritonPythonModel
+from anyflow_deploy.engines.tritonserver.model import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.engine import Array, checked_array
+from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
+from anyflow_deploy.engines.tritonserver.settings import Settings
 from anyflow_deploy.errors import ShapeError
 from anyflow_deploy.serving.request import Order, RefusedError, VideoRequest, ordered
-from anyflow_deploy.triton.settings import Settings
-from anyflow_deploy.triton.tensors import OUTPUT_TYPES
 
 _SAME = ("num_inference_steps", "first_steps", "deadline_ms", "shift", "seed", "window", "num_frames")
 """Inputs that are fields of `VideoRequest`."""

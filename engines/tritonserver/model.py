@@ -22,15 +22,15 @@ from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.engines.registry import load_engine
+from anyflow_deploy.engines.tritonserver.admission import Admission, FullError, Ticket
+from anyflow_deploy.engines.tritonserver.generator import Made, Studio
+from anyflow_deploy.engines.tritonserver.io_spec import OUTPUTS
+from anyflow_deploy.engines.tritonserver.metrics import WIRE, Metrics
+from anyflow_deploy.engines.tritonserver.request import Asked, asked
+from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.pipelines.causal_video import element_bytes
 from anyflow_deploy.serving.job import Cancelled
-from anyflow_deploy.triton.admission import Admission, FullError, Ticket
-from anyflow_deploy.triton.metrics import WIRE, Metrics
-from anyflow_deploy.triton.request import Asked, asked
-from anyflow_deploy.triton.settings import Settings, settings_from
-from anyflow_deploy.triton.studio import Made, Studio
-from anyflow_deploy.triton.tensors import OUTPUTS
 
 _NUMPY = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}
 _TYPES: dict[str, Any] = {port.name: _NUMPY[port.type] for port in OUTPUTS if port.type in _NUMPY}

@@ -20,14 +20,14 @@ from anyflow_deploy.cli.course import InTime
 from anyflow_deploy.engines.deadline import Pace
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.sampler import Step
+from anyflow_deploy.engines.tritonserver.fair_lock import Turns
+from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
+from anyflow_deploy.engines.tritonserver.request import Asked
 from anyflow_deploy.engines.wrapper import EngineAround
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipelines.video_io import Mp4Pieces
 from anyflow_deploy.serving.generate import clean_latents
-from anyflow_deploy.triton.request import Asked
-from anyflow_deploy.triton.tensors import OUTPUT_TYPES
-from anyflow_deploy.triton.turns import Turns
 
 REMEMBERED_PROMPTS = 16
 """Whose embeddings are kept (8 MB each with a text encoder of 4096 channels)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from anyflow_deploy.triton.tensors import INPUTS, OUTPUTS, Port
+from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS, Port
 
 _HEAD = """\
 # Written by anyflow-triton. The parameters may be changed here; what they mean: docs/triton.md.
