@@ -31,7 +31,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.chunks import ChunkPlan
-from anyflow_deploy.training.initial import network_with
 from anyflow_deploy.training.losses import (
     Difference,
     Pair,
@@ -42,9 +41,10 @@ from anyflow_deploy.training.losses import (
     flow_map_losses,
     flow_matching_losses,
 )
-from anyflow_deploy.training.network import TrainingTransformer
+from anyflow_deploy.training.model.network import TrainingTransformer
+from anyflow_deploy.training.model.weight_init import network_with
 from anyflow_deploy.training.rollout import rollout, shortcut
-from anyflow_deploy.training.times import time_weight
+from anyflow_deploy.training.timestep_sampling import time_weight
 
 SHAPE = (4, 3, 16, 16, 26)
 GUIDANCE, SHIFT, STEP = 3.0, 5.0, 5.0

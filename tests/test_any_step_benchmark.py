@@ -41,8 +41,8 @@ def test_both_distances_see_what_they_should(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from any_step_distance import Shown, distances
 
-    from anyflow_deploy.training.batch import Part
-    from anyflow_deploy.training.synthetic import SyntheticLatents
+    from anyflow_deploy.training.data.source import Part
+    from anyflow_deploy.training.data.synthetic import SyntheticLatents
 
     def shapes(seed: int) -> Shown:
         batch = SyntheticLatents(Part(0, 1, 1), (2, 3, 8, 8), (6, 32), seed).batch(list(range(256)))

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.training.chunks import ChunkPlan, chunk_plan, context
-from anyflow_deploy.training.initial import network_with
 from anyflow_deploy.training.losses import Difference, Pair, Score, balanced, derivative, dmd_gradient, flow_map_losses, noised
-from anyflow_deploy.training.network import TrainingTransformer
+from anyflow_deploy.training.model.network import TrainingTransformer
+from anyflow_deploy.training.model.weight_init import network_with
 from anyflow_deploy.training.rollout import rollout, shortcut
-from anyflow_deploy.training.times import shifted
+from anyflow_deploy.training.timestep_sampling import shifted
 
 FOLDER = Path(os.environ.get("ANYFLOW_GOLDEN", Path(__file__).parent / "golden"))
 LIMIT = 1e-4

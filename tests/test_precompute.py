@@ -22,13 +22,13 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.pipelines.text_encoder import encoded_prompts
 from anyflow_deploy.pipelines.vae import encoded_video
 from anyflow_deploy.pipelines.video_io import load_video, save_video
-from anyflow_deploy.training import precompute as module
-from anyflow_deploy.training.batch import Part
-from anyflow_deploy.training.clips import clip
-from anyflow_deploy.training.data import open_source
+from anyflow_deploy.training.data import precompute as module
+from anyflow_deploy.training.data.clips import clip
+from anyflow_deploy.training.data.moving_shapes import save_videos
+from anyflow_deploy.training.data.shard_source import open_source
+from anyflow_deploy.training.data.source import Part
 from anyflow_deploy.training.recipes import overridden, recipe
-from anyflow_deploy.training.request import Request
-from anyflow_deploy.training.shapes import save_videos
+from anyflow_deploy.training.run_spec import Request
 from anyflow_deploy.training.trainer import train
 
 COUNT = 5

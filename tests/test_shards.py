@@ -22,11 +22,11 @@ from torch import Tensor
 from webdataset import TarWriter
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.training.batch import Part
-from anyflow_deploy.training.data import NEGATIVE, ShardSource
-from anyflow_deploy.training.samples import Shape
-from anyflow_deploy.training.shards import indexed
-from anyflow_deploy.training.times import normal
+from anyflow_deploy.training.data.samples import Shape
+from anyflow_deploy.training.data.shard_source import NEGATIVE, ShardSource
+from anyflow_deploy.training.data.source import Part
+from anyflow_deploy.training.data.tar_index import indexed
+from anyflow_deploy.training.timestep_sampling import normal
 from anyflow_deploy.training.trainer import train
 from tests.conftest import SMALL
 from tests.test_training import ROOT, command, environment, losses, request

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.training.batch import Part
-from anyflow_deploy.training.shapes import COLOURS, DIRECTIONS, SHAPES, SPEEDS, Scene, drawn, save_videos, scene, video
-from anyflow_deploy.training.synthetic import SyntheticLatents, caption_embedding, shape_latents
+from anyflow_deploy.training.data.moving_shapes import (
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SPEEDS,
+    Scene,
+    drawn,
+    save_videos,
+    scene,
+    video,
+)
+from anyflow_deploy.training.data.source import Part
+from anyflow_deploy.training.data.synthetic import SyntheticLatents, caption_embedding, shape_latents
 
 
 def middle(mass: Tensor) -> tuple[float, float]:

@@ -20,14 +20,14 @@ from torch import Tensor
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
-from anyflow_deploy.training.batch import Batch, Part
-from anyflow_deploy.training.build import trained_network, trained_parameters
+from anyflow_deploy.training.data.source import Batch, Part
+from anyflow_deploy.training.data.synthetic import SyntheticLatents
 from anyflow_deploy.training.distributed import World
-from anyflow_deploy.training.initial import starting_weights
-from anyflow_deploy.training.memory import trained_count
+from anyflow_deploy.training.model.memory import trained_count
+from anyflow_deploy.training.model.model_factory import trained_network, trained_parameters
+from anyflow_deploy.training.model.weight_init import starting_weights
 from anyflow_deploy.training.recipes import Recipe, overridden, recipe
-from anyflow_deploy.training.request import Request
-from anyflow_deploy.training.synthetic import SyntheticLatents
+from anyflow_deploy.training.run_spec import Request
 from anyflow_deploy.training.trainer import Trainer, train
 from tests.conftest import CAUSAL, SMALL
 
@@ -272,7 +272,7 @@ def test_wan_is_completed_so_that_it_is_still_wan(tmp_path: Path) -> None:
     wan.save_pretrained(tmp_path)
     row = recipe("teacher-tiny-causal").architecture
     weights = starting_weights(tmp_path, False, row)
-    from anyflow_deploy.training.initial import network_with
+    from anyflow_deploy.training.model.weight_init import network_with
 
     network = network_with(weights.architecture, {name: weights.read(name) for name in weights.shapes()})
     case = load_file(SMALL / "golden.safetensors")

@@ -15,11 +15,11 @@ import torch
 from anyflow_deploy.cli.options import help_of, parsed
 from anyflow_deploy.cli.train import PROGRAM, full_options, work
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.training import checks
-from anyflow_deploy.training.batch import Batch
+from anyflow_deploy.training import preflight
+from anyflow_deploy.training.data.source import Batch
 from anyflow_deploy.training.distributed import World, join
 from anyflow_deploy.training.recipes import as_dict, fields, names, overridden, recipe, recipe_from_dict
-from anyflow_deploy.training.request import Request
+from anyflow_deploy.training.run_spec import Request
 from anyflow_deploy.training.trainer import train
 from tests.conftest import CAUSAL, SMALL
 
@@ -126,23 +126,23 @@ def test_half_an_environment_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_full_disk_and_a_small_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     large, alone = recipe("flow-map-14b"), World(0, 1, torch.device("cpu"))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     with pytest.raises(AnyFlowError, match=r"4 checkpoints and the model take .* GiB; .* 0.9 GiB free. Lower --keep"):
-        checks.check_disk(large, large.architecture, tmp_path)
-    monkeypatch.setattr(checks.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2**18)
+        preflight.check_disk(large, large.architecture, tmp_path)
+    monkeypatch.setattr(preflight.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2**18)
     with pytest.raises(AnyFlowError, match=r"weights, gradients and optimizer take 4.\.\d GiB a process; there are 1.0 GiB"):
-        checks.check_memory(large, large.architecture, alone)
+        preflight.check_memory(large, large.architecture, alone)
     tiny = recipe("flow-map-tiny")
-    assert "estimated" in checks.check_memory(tiny, tiny.architecture, alone)
+    assert "estimated" in preflight.check_memory(tiny, tiny.architecture, alone)
 
 
 def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(AnyFlowError, match=r"training needs tensorboard\. Run: pip install 'anyflow-deploy\[train\]'"):
         refused(tmp_path)
     with pytest.raises(AnyFlowError, match=r"training needs tensorboard and peft"):
         refused(tmp_path, values={"lora_rank": 4})
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name == "wandb" else name)
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "wandb" else name)
     with pytest.raises(AnyFlowError, match=r"--wandb needs the package wandb"):
         refused(tmp_path, wandb="project")
 
@@ -152,8 +152,8 @@ def test_data_of_another_shape_is_named() -> None:
     a = chosen.architecture
     good = torch.zeros(1, chosen.frames, a.in_channels, chosen.height, chosen.width)
     with pytest.raises(AnyFlowError, match=r"samples clip-7 have latents"):
-        checks.check_batch(
+        preflight.check_batch(
             Batch(good[:, :2], torch.zeros(1, 4, a.text_dim), torch.zeros(1, 4, a.text_dim), ("clip-7",)), chosen, a
         )
     with pytest.raises(AnyFlowError, match=r"samples clip-7 have text"):
-        checks.check_batch(Batch(good, torch.zeros(1, 4, 3), torch.zeros(1, 4, 3), ("clip-7",)), chosen, a)
+        preflight.check_batch(Batch(good, torch.zeros(1, 4, 3), torch.zeros(1, 4, 3), ("clip-7",)), chosen, a)

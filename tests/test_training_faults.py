@@ -13,11 +13,11 @@ from torch import Tensor
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.training import rollout as rollouts
 from anyflow_deploy.training.chunks import NOTHING, ChunkPlan, chunk_plan, context, velocity
-from anyflow_deploy.training.initial import network_with
 from anyflow_deploy.training.losses import Difference, balanced, derivative
-from anyflow_deploy.training.network import TrainingAttention, TrainingTransformer
+from anyflow_deploy.training.model.network import TrainingAttention, TrainingTransformer
+from anyflow_deploy.training.model.weight_init import network_with
 from anyflow_deploy.training.rollout import rollout, shortcut
-from anyflow_deploy.training.times import flow_map_times
+from anyflow_deploy.training.timestep_sampling import flow_map_times
 from tests.conftest import CAUSAL, SMALL
 
 

@@ -42,7 +42,7 @@ class PrecomputeOptions(Options):
 
 def work(chosen: PrecomputeOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.training.precompute import SKIPPED, Work, found_pipeline, precompute
+    from anyflow_deploy.training.data.precompute import SKIPPED, Work, found_pipeline, precompute
 
     job = Work(
         chosen.folder, found_pipeline(chosen.checkpoint), chosen.output, (chosen.frames, chosen.height, chosen.width),

@@ -16,9 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from anyflow_deploy.training.network import CastLinear, TrainingTransformer
-from anyflow_deploy.training.settings import Adapting
-from anyflow_deploy.training.times import generator
+from anyflow_deploy.training.config import Adapting
+from anyflow_deploy.training.model.network import CastLinear, TrainingTransformer
+from anyflow_deploy.training.timestep_sampling import generator
 
 ADAPTER = "default"
 LAYERS = r"blocks\.\d+\.(attn1\.to_[qkv]|attn1\.to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)"

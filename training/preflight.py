@@ -15,9 +15,9 @@ import torch
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.training.batch import Batch
+from anyflow_deploy.training.data.source import Batch
 from anyflow_deploy.training.distributed import World
-from anyflow_deploy.training.memory import checkpoint_bytes, estimated, finished_bytes
+from anyflow_deploy.training.model.memory import checkpoint_bytes, estimated, finished_bytes
 from anyflow_deploy.training.recipes import Recipe, as_dict
 
 CHANGEABLE = {

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from anyflow_deploy.training.build import trained_parameters, whole
-from anyflow_deploy.training.network import TrainingTransformer
-from anyflow_deploy.training.settings import Optimizing
+from anyflow_deploy.training.config import Optimizing
+from anyflow_deploy.training.model.model_factory import trained_parameters, whole
+from anyflow_deploy.training.model.network import TrainingTransformer
 
 
 class Learner:

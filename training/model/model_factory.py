@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from anyflow_deploy.checkpoints.weights import Weights
-from anyflow_deploy.training.initial import fill_constants
-from anyflow_deploy.training.lora import add_lora, base_name, initial_adapter
-from anyflow_deploy.training.network import TrainingTransformer
+from anyflow_deploy.training.model.lora import add_lora, base_name, initial_adapter
+from anyflow_deploy.training.model.network import TrainingTransformer
+from anyflow_deploy.training.model.weight_init import fill_constants
 from anyflow_deploy.training.recipes import Recipe
 
 

@@ -13,7 +13,7 @@ from anyflow_deploy.bundle.atomic_io import sync
 from anyflow_deploy.errors import AnyFlowError
 
 if TYPE_CHECKING:
-    from anyflow_deploy.training.samples import Shape
+    from anyflow_deploy.training.data.samples import Shape
 
 MARKER = "dataset.json"
 

@@ -23,10 +23,10 @@ from anyflow_deploy.checkpoints.checkpoint import STEM, pipeline_folder, read_js
 from anyflow_deploy.checkpoints.dtypes import SAFETENSORS
 from anyflow_deploy.checkpoints.safetensors_stream import layout
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.training.build import whole
 from anyflow_deploy.training.distributed import World
-from anyflow_deploy.training.learner import Learner
-from anyflow_deploy.training.lora import ADAPTER, adapter_name, base_name, lora_layers, scaling
+from anyflow_deploy.training.model.lora import ADAPTER, adapter_name, base_name, lora_layers, scaling
+from anyflow_deploy.training.model.model_factory import whole
+from anyflow_deploy.training.optimizer import Learner
 
 PARTS = ("text_encoder", "tokenizer", "vae")
 

@@ -22,7 +22,7 @@ from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.model.transformer import constants
 from anyflow_deploy.models import BIDIRECTIONAL_CLASS, Architecture, architecture_from_config
-from anyflow_deploy.training.network import TrainingTransformer
+from anyflow_deploy.training.model.network import TrainingTransformer
 
 WAN_CLASS = "WanTransformer3DModel"
 _WAN_ALONE = {"qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None, "pos_embed_seq_len": None}

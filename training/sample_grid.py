@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anyflow_deploy.schedule import Schedule
-from anyflow_deploy.training.batch import Batch
 from anyflow_deploy.training.chunks import ChunkPlan
-from anyflow_deploy.training.network import TrainingTransformer
+from anyflow_deploy.training.data.source import Batch
+from anyflow_deploy.training.model.network import TrainingTransformer
 from anyflow_deploy.training.rollout import rollout
-from anyflow_deploy.training.times import normal
+from anyflow_deploy.training.timestep_sampling import normal
 
 ROWS = 4
 

@@ -11,10 +11,10 @@ from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.training.batch import Part, Source
-from anyflow_deploy.training.initial import starting_weights
+from anyflow_deploy.training.data.source import Part, Source
+from anyflow_deploy.training.data.synthetic import SyntheticLatents
+from anyflow_deploy.training.model.weight_init import starting_weights
 from anyflow_deploy.training.recipes import Recipe
-from anyflow_deploy.training.synthetic import SyntheticLatents
 
 OpenData = Callable[[str, Recipe, Weights, Part], Source]
 
@@ -28,7 +28,7 @@ class Request:
         output: folder of the run; a checkpoint in it is gone on from.
         init: checkpoint to start from; None makes a tiny recipe start from random weights.
         teacher: checkpoint of the score, for the stage on policy.
-        data: "synthetic", or what `anyflow_deploy.training.data` opens.
+        data: "synthetic", or what `anyflow_deploy.training.data.shard_source` opens.
         shard: processes that share one copy of the weights.
         device: "cpu" or "cuda"; None for CUDA where there is any.
         wandb: project to log to.
@@ -81,9 +81,9 @@ def open_data(data: str, recipe: Recipe, weights: Weights, part: Part) -> Source
         shape = (recipe.frames, a.in_channels, recipe.height, recipe.width)
         return SyntheticLatents(part, shape, (recipe.text_tokens, a.text_dim), recipe.running.seed)
     try:
-        opened: Callable[..., Source] = importlib.import_module("anyflow_deploy.training.data").open_source
+        opened: Callable[..., Source] = importlib.import_module("anyflow_deploy.training.data.shard_source").open_source
     except ModuleNotFoundError as error:
-        if error.name != "anyflow_deploy.training.data":
+        if error.name != "anyflow_deploy.training.data.shard_source":
             raise
         raise AnyFlowError(f"--data is {data!r}; this version knows 'synthetic' alone.") from None
     return opened(data, recipe, weights, part)

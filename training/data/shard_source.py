@@ -24,12 +24,20 @@ from torch import Tensor
 from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.training.batch import Batch, Part
-from anyflow_deploy.training.made import MARKER, read_made
+from anyflow_deploy.training.data.manifest import MARKER, read_made
+from anyflow_deploy.training.data.samples import (
+    BrokenSampleError,
+    Encoders,
+    Sample,
+    Shape,
+    precomputed,
+    read_sample,
+    video_ending,
+)
+from anyflow_deploy.training.data.source import Batch, Part
+from anyflow_deploy.training.data.tar_index import Entry, Index, indexed
 from anyflow_deploy.training.recipes import Recipe
-from anyflow_deploy.training.samples import BrokenSampleError, Encoders, Sample, Shape, precomputed, read_sample, video_ending
-from anyflow_deploy.training.shards import Entry, Index, indexed
-from anyflow_deploy.training.times import generator
+from anyflow_deploy.training.timestep_sampling import generator
 
 NEGATIVE = "negative.safetensors"
 """The empty prompt's embedding beside precomputed shards: one tensor `text` (L, D)."""

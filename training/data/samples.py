@@ -30,8 +30,8 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import VideoEncoder
-from anyflow_deploy.training.clips import clip
-from anyflow_deploy.training.shards import Entry
+from anyflow_deploy.training.data.clips import clip
+from anyflow_deploy.training.data.tar_index import Entry
 
 TENSORS = "safetensors"
 LATENTS_NPY, TEXT_NPY, CAPTION = "latents.npy", "text.npy", "txt"

@@ -5,7 +5,7 @@ speed. Its caption names shape, colour, direction and speed; where it starts, ho
 caption says. So samples of one caption differ, and whether a generated video keeps to its caption can be measured.
 Scene i is a function of (seed, i), and can be drawn at any size and at any times.
 
-    python -m anyflow_deploy.training.shapes FOLDER [COUNT]      mp4 files and captions, which anyflow-precompute takes
+    python -m anyflow_deploy.training.data.moving_shapes FOLDER [COUNT]      mp4 files and captions, which anyflow-precompute takes
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import FPS, TINY_VIDEO
-from anyflow_deploy.training.times import generator
+from anyflow_deploy.training.timestep_sampling import generator
 
 SHAPES = ("circle", "square", "triangle", "ring")
 COLOURS = {
@@ -132,7 +132,7 @@ def main() -> None:
     """Write the folder named on the command line."""
     words = sys.argv[1:]
     if len(words) not in (1, 2) or words[0].startswith("-") or not (words[1:] or ["1"])[0].isdecimal():
-        sys.exit("usage: python -m anyflow_deploy.training.shapes FOLDER [COUNT]")
+        sys.exit("usage: python -m anyflow_deploy.training.data.moving_shapes FOLDER [COUNT]")
     try:
         save_videos(Path(words[0]), int(words[1]) if len(words) == 2 else 16)
     except AnyFlowError as error:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import TEMPORAL_FACTOR
-from anyflow_deploy.training.batch import Batch, Part
-from anyflow_deploy.training.shapes import drawn, scene
-from anyflow_deploy.training.times import normal
+from anyflow_deploy.training.data.moving_shapes import drawn, scene
+from anyflow_deploy.training.data.source import Batch, Part
+from anyflow_deploy.training.timestep_sampling import normal
 
 _HAAR = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 4
 _MEAN, _SPREAD = (0.13, 0.0, 0.0, 0.0), (0.18, 0.046, 0.046, 0.02)

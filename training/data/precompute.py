@@ -30,10 +30,10 @@ from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
 from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
 from anyflow_deploy.progress import Report, Silent
-from anyflow_deploy.training.clips import clip
-from anyflow_deploy.training.data import BROKEN_FREE, BROKEN_SHARE, NEGATIVE
-from anyflow_deploy.training.made import MARKER, Made, read_made, shard_name, write_whole
-from anyflow_deploy.training.samples import CAPTION, TENSORS, VIDEOS, Encoders
+from anyflow_deploy.training.data.clips import clip
+from anyflow_deploy.training.data.manifest import MARKER, Made, read_made, shard_name, write_whole
+from anyflow_deploy.training.data.samples import CAPTION, TENSORS, VIDEOS, Encoders
+from anyflow_deploy.training.data.shard_source import BROKEN_FREE, BROKEN_SHARE, NEGATIVE
 
 SKIPPED = "skipped.jsonl"
 
