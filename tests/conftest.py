@@ -1,6 +1,6 @@
 """What the tests share: the golden vectors, tiny pipelines, calibrations, and bundles exported once a session.
 
-Exports take seconds each, so each kind is made once for all workers (see shared.py). A worker has its own copy of each
+Exports take seconds each, so each kind is made once for all workers (see tests/artifact_cache.py). A worker has its own copy of each
 bundle, and tests that damage one copy it first.
 """
 
@@ -28,7 +28,7 @@ from anyflow_deploy.engines.engine_folder import EngineFolder, load_engine_folde
 from anyflow_deploy.export import exporter
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.quantization.calibration import Calibration, load_calibration
-from tests.shared import SHARED, shared_translation
+from tests.artifact_cache import SHARED, shared_translation
 
 SMALL = Path(__file__).parent / "golden" / "bidirectional"
 """The golden model that ships with the tests: a small checkpoint for everything else, too."""
@@ -42,7 +42,7 @@ GOLDEN = Path(os.environ["ANYFLOW_GOLDEN"]) / "bidirectional" if os.environ.get(
 Export = Callable[..., Bundle]
 
 LONGEST = (
-    "test_promises", "test_aotinductor", "test_quantize", "test_training", "test_product_check", "test_exporter", "test_causal",
+    "test_promises", "test_aotinductor", "test_quantize", "test_training", "test_matmul_parity", "test_exporter", "test_causal",
     "test_causal_generate",
 )  # fmt: skip
 """Files that begin first, so that no worker is left with a long one when the others are done; the two at the front record
@@ -80,7 +80,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The folder of shared.py, and exports that read recorded graphs from it."""
+    """The folder of tests/artifact_cache.py, and exports that read recorded graphs from it."""
     own = tmp_path_factory.getbasetemp()
     SHARED.root = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "shared"
     SHARED.root.mkdir(exist_ok=True)
@@ -226,8 +226,8 @@ def small_config() -> dict[str, int]:
 
 @pytest.fixture
 def trt_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """A machine with the TensorRT release `request.param` (11.4 without one) and a GPU, acted: see tensorrt_machine.py."""
-    from tests.tensorrt_machine import Machine, forget, install
+    """A machine with the TensorRT release `request.param` (11.4 without one) and a GPU, acted: see tests/fakes/tensorrt.py."""
+    from tests.fakes.tensorrt import Machine, forget, install
 
     machine = Machine(getattr(request, "param", "11.4"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
