@@ -11,17 +11,15 @@ step is recorded as a CUDA graph for each shape. (Chunks of a stream are not: th
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.aotinductor.compiled_graph import CompiledGraph, RecordedGraph
-from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text, frame_times
+from anyflow_deploy.engines.aotinductor.kv_cache import AotInductorCache
+from anyflow_deploy.engines.aotinductor.run import AotInductorRun
+from anyflow_deploy.engines.engine import checked_inputs, checked_text
 from anyflow_deploy.engines.engine_folder import EngineFolder, check_here, find_engine
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.registry import EngineOptions
@@ -31,9 +29,6 @@ from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.shape_ranges import Ranges
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class AotInductorEngine:
@@ -110,8 +105,6 @@ class AotInductorEngine:
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
         """See `BundleEngine`."""
-        from anyflow_deploy.engines.aotinductor.kv_cache import AotInductorCache
-
         self._check_open()
         if "chunk" not in self._graphs:
             raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
@@ -130,71 +123,3 @@ class AotInductorEngine:
     def _check_open(self) -> None:
         if not self._graphs:
             raise AnyFlowError("this engine is closed; load another with load_engine(bundle).")
-
-
-class AotInductorRun:
-    """See `engine.Run`.
-
-    Args:
-        torch: the module.
-        call: state z_t (B, F, C, H, W) and times t, r (B, F) to z_r and the velocity, first of all outputs.
-        latents: the state to start from.
-        device: torch's name of it.
-    """
-
-    def __init__(
-        self, torch: Any, call: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]], latents: Array, device: str
-    ) -> None:
-        self._torch, self._call, self._device = torch, call, device
-        self._shape = latents.shape
-        self._state: Tensor | None = torch.from_numpy(latents).to(device, copy=True)
-
-    def step(self, t: ArrayLike, r: ArrayLike) -> None:
-        """See `Run`."""
-        self._state = self._outputs(t, r)[0]
-        if self._device != "cpu":
-            self._torch.cuda.current_stream(self._device).synchronize()
-
-    def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
-        """See `Run`."""
-        return _copied(self._outputs(t, r)[1])
-
-    def read(self) -> Array:
-        """See `Run`."""
-        return _copied(self._opened())
-
-    def close(self) -> None:
-        """See `Run`."""
-        self._state = None
-
-    def __enter__(self) -> AotInductorRun:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _outputs(self, t: ArrayLike, r: ArrayLike) -> Sequence[Tensor]:
-        state = self._opened()
-        times = [self._torch.from_numpy(time).to(self._device) for time in frame_times(t, r, self._shape)]
-        with exact_float32(self._torch, self._device):
-            return self._call(state, *times)
-
-    def _opened(self) -> Tensor:
-        if self._state is None:
-            raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
-        return self._state
-
-
-@contextlib.contextmanager
-def exact_float32(torch: Any, device: str) -> Any:
-    """On the right GPU, and without TF32: it is on by default in convolutions, and the patch embedding is one."""
-    if device == "cpu":
-        yield
-        return
-    with torch.cuda.device(device), torch.backends.cudnn.flags(allow_tf32=False):
-        yield
-
-
-def _copied(tensor: Tensor) -> Array:
-    """An array that owns its memory."""
-    return np.array(tensor.cpu().numpy(), dtype=np.float32)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anyflow_deploy.engines.aotinductor.compiled_graph import CompiledGraph
-from anyflow_deploy.engines.aotinductor.engine import AotInductorRun, exact_float32
+from anyflow_deploy.engines.aotinductor.run import AotInductorRun, exact_float32
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.streaming import Positions, memory_names

@@ -14,19 +14,19 @@ import contextlib
 import ctypes
 import importlib.metadata
 import io
-from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text, frame_times
+from anyflow_deploy.engines.engine import checked_inputs, checked_text
 from anyflow_deploy.engines.kv_cache import CachePlan
+from anyflow_deploy.engines.onnxruntime.device import Device
 from anyflow_deploy.engines.onnxruntime.graph_rewrites import session_graph
 from anyflow_deploy.engines.onnxruntime.int8 import saturates
+from anyflow_deploy.engines.onnxruntime.kv_cache import OnnxRuntimeCache
+from anyflow_deploy.engines.onnxruntime.run import OnnxRuntimeRun
 from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.engines.streaming import CacheStream
 from anyflow_deploy.errors import AnyFlowError, BackendError, UnavailableError
@@ -125,8 +125,6 @@ class OnnxRuntimeEngine:
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
         """See `BundleEngine`."""
-        from anyflow_deploy.engines.onnxruntime.kv_cache import OnnxRuntimeCache
-
         self._check_open()
         if "chunk" not in self._sessions:
             raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
@@ -141,98 +139,6 @@ class OnnxRuntimeEngine:
     def _check_open(self) -> None:
         if not self._sessions:
             raise AnyFlowError("this engine is closed; load another with load_engine(bundle).")
-
-
-class Device:
-    """Where a session's buffers lie."""
-
-    def __init__(self, runtime: Any, name: str, index: int = 0) -> None:
-        self._value = runtime.OrtValue
-        self.name = name
-        self.index = index
-
-    def holding(self, array: NDArray[Any]) -> Any:
-        """A buffer with the contents of an array."""
-        return self._value.ortvalue_from_numpy(array, self.name, self.index)
-
-    def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
-        """A buffer of a shape, not initialized."""
-        return self._value.ortvalue_from_shape_and_type(list(shape), dtype, self.name, self.index)
-
-    def move(self, target: Any, to: int, source: Any, start: int, count: int) -> None:
-        """Copy `count` bytes of a buffer into another, or into another place of itself."""
-        if self.name == "cpu":
-            ctypes.memmove(target.data_ptr() + to, source.data_ptr() + start, count)
-            return
-        host = np.array(target.numpy())  # ONNX Runtime's Python interface copies whole buffers only
-        piece = np.array(source.numpy()).view(np.uint8).reshape(-1)[start : start + count]
-        host.view(np.uint8).reshape(-1)[to : to + count] = piece
-        target.update_inplace(host)
-
-
-class OnnxRuntimeRun:
-    """One sample, in two buffers on the provider's device.
-
-    Args:
-        device: where.
-        session: of a graph with inputs `latents`, `t`, `r` and outputs `z_r`, `velocity`.
-        latents: the state to start from.
-        inputs: further inputs, by name, that stay the same for the whole run.
-        bind: adds what cannot be expressed as a whole buffer to each binding.
-    """
-
-    def __init__(
-        self, device: Device, session: Any, latents: Array, inputs: dict[str, Any], bind: Callable[[Any], None] | None = None
-    ) -> None:
-        self._device = device
-        self._session = session
-        self._shape = latents.shape
-        self._state = device.holding(latents)
-        self._next = device.holding(np.empty_like(latents))
-        self._inputs = inputs
-        self._bind = bind
-
-    def step(self, t: ArrayLike, r: ArrayLike) -> None:
-        """See `Run`."""
-        self._run(t, r, "z_r", self._next)
-        self._state, self._next = self._next, self._state
-
-    def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
-        """See `Run`."""
-        self._run(t, r, "velocity", self._next)
-        return _copied(self._next)
-
-    def read(self) -> Array:
-        """See `Run`."""
-        self._check_open()
-        return _copied(self._state)
-
-    def close(self) -> None:
-        """See `Run`."""
-        self._state = self._next = self._bind = None
-        self._inputs = {}
-
-    def __enter__(self) -> OnnxRuntimeRun:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _run(self, t: ArrayLike, r: ArrayLike, output: str, buffer: Any) -> None:
-        self._check_open()
-        source, target = frame_times(t, r, self._shape)
-        times = {"t": self._device.holding(source), "r": self._device.holding(target)}
-        binding = self._session.io_binding()
-        for name, value in {"latents": self._state, **times, **self._inputs}.items():
-            binding.bind_ortvalue_input(name, value)
-        if self._bind is not None:
-            self._bind(binding)
-        binding.bind_ortvalue_output(output, buffer)
-        self._session.run_with_iobinding(binding)
-
-    def _check_open(self) -> None:
-        if self._state is None:
-            raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
 
 
 def _return_freed_memory() -> None:
@@ -258,11 +164,6 @@ def _attentions_to_fuse(manifest: Manifest, graph: str) -> int:
 def _provider_options(provider: str, index: int) -> dict[str, str]:
     """TF32 is on by default in the CUDA provider: float32 products would keep 11 bits of mantissa, and say nothing."""
     return {"device_id": str(index), "use_tf32": "0"} if provider == "cuda" else {}
-
-
-def _copied(value: Any) -> Array:
-    """An array that owns its memory: on the CPU, `numpy()` is a view of the run's buffer."""
-    return np.array(value.numpy(), dtype=np.float32)
 
 
 def _imported(provider: str) -> Any:

@@ -15,7 +15,8 @@ import numpy as np
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import CachePlan
-from anyflow_deploy.engines.onnxruntime.engine import Device, OnnxRuntimeRun
+from anyflow_deploy.engines.onnxruntime.device import Device
+from anyflow_deploy.engines.onnxruntime.run import OnnxRuntimeRun
 from anyflow_deploy.engines.streaming import Positions, memory_names
 from anyflow_deploy.errors import BackendError
 
