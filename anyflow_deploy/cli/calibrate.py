@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import BeforeValidator, Field
 from rich.markup import escape
 
-from anyflow_deploy.cli.options import Steps, console, run
+from anyflow_deploy.cli.options import Steps, run
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
-from anyflow_deploy.progress import Bars, Report
+from anyflow_deploy.progress import Bars, Report, console
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration
 
 if TYPE_CHECKING:  # torch, which --help does not need

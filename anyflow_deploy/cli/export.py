@@ -15,12 +15,13 @@ from rich.markup import escape
 from anyflow_deploy.bundle.bundle import Bundle, BundleWriter
 from anyflow_deploy.cli.fit import show_fit
 from anyflow_deploy.cli.lint import warn_about_tensorrt
-from anyflow_deploy.cli.options import console, run
+from anyflow_deploy.cli.options import run
 from anyflow_deploy.cli.quantize import QuantizationOptions, calibration_of, layers_kept, own_calibration
 from anyflow_deploy.cli.weights import checked_name
 from anyflow_deploy.errors import AnyFlowError, UnavailableError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from anyflow_deploy.precision import base_precision, get_precision
+from anyflow_deploy.progress import console
 from anyflow_deploy.shape_ranges import Range, latent_frames, latent_side, parsed_span
 from anyflow_deploy.targets import CPU_HAS_NO_BF16, check_precision, get_target
 

@@ -21,15 +21,16 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.course import Course, Seconds, check_course, course_of
-from anyflow_deploy.cli.options import Numbers, Options, console, run
+from anyflow_deploy.cli.options import Numbers, Options, run
 from anyflow_deploy.cli.sensitivity import Decibels
+from anyflow_deploy.cli.step_options import Seconds, check_course, course_of
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.kv_cache import CachePlan, check_budget
 from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.engines.sampler import Chunk, noise, sample, stream
+from anyflow_deploy.engines.step_policy import Course
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Bars
+from anyflow_deploy.progress import Bars, console
 
 LATENTS_SUFFIX = ".safetensors"
 

@@ -14,7 +14,8 @@ from rich.table import Table
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.cli.lint import checked_versions, linted, print_findings
-from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.cli.options import Options, run
+from anyflow_deploy.progress import console
 
 
 class InspectOptions(Options):

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.cli.options import console
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.progress import console
 from anyflow_deploy.targets import get_target
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from rich.markup import escape
 
-from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.models import TEXT_TOKENS
-from anyflow_deploy.progress import Bars
+from anyflow_deploy.progress import Bars, console
 
 PROGRAM = "anyflow-precompute"
 

@@ -18,7 +18,7 @@ from rich.markup import escape
 from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.bundle.json_records import load_record, write_whole
 from anyflow_deploy.cli.fit import default_shape
-from anyflow_deploy.cli.options import Options, Steps, Words, console, run
+from anyflow_deploy.cli.options import Options, Steps, Words, run
 from anyflow_deploy.engines.registry import EngineOptions, check_backend
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.memory.estimate import shape_from_pixels
@@ -31,7 +31,7 @@ from anyflow_deploy.profiling.profiler import SKIPPABLE, Request, profiled, prov
 from anyflow_deploy.profiling.record import SCHEMA, Profile
 from anyflow_deploy.profiling.terminal import print_comparison, print_estimate, print_profile
 from anyflow_deploy.profiling.timing import Rules
-from anyflow_deploy.progress import Bars
+from anyflow_deploy.progress import Bars, console
 from anyflow_deploy.targets import get_target
 
 WIDTH = 120

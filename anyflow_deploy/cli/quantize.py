@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 from rich.markup import escape
 
-from anyflow_deploy.cli.options import console
 from anyflow_deploy.cli.sensitivity import CAUSAL_FRAMES, FRAMES, HEIGHT, WIDTH, Decibels, probe_for
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.models import MODELS, model_name
 from anyflow_deploy.precision import BASES, PRECISIONS, base_precision
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Report, console
 from anyflow_deploy.quantization.calibration import Calibration, load_calibration
 from anyflow_deploy.quantization.layers import candidates, quantized_attentions, staying_high
 

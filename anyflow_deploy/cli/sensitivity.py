@@ -10,11 +10,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import load_bundle
-from anyflow_deploy.cli.options import Options, Steps, console, run
+from anyflow_deploy.cli.options import Options, Steps, run
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.precision import EIGHT_BIT
-from anyflow_deploy.progress import Bars, Report, Silent
+from anyflow_deploy.progress import Bars, Report, Silent, console
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, load_calibration
 from anyflow_deploy.quantization.layers import candidates, quantized_attentions, staying_high
 

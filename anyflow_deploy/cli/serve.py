@@ -16,10 +16,11 @@ from pydantic import Field
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.progress import console
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.loopback import is_local
 

@@ -10,12 +10,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.options import Options, Words, console, run
+from anyflow_deploy.cli.options import Options, Words, run
 from anyflow_deploy.engines.engine_folder import EngineFolder, find_engine
 from anyflow_deploy.engines.registry import ON_GPUS_ONLY, check_backend
 from anyflow_deploy.engines.tritonserver.repository import check_plan, model_writer, write_plan, write_streaming
 from anyflow_deploy.engines.tritonserver.settings import PARTS, Settings
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.progress import console
 
 _Gpus = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 

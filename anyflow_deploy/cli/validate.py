@@ -13,12 +13,12 @@ from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.json_records import write_whole
-from anyflow_deploy.cli.options import Options, Steps, console, run
+from anyflow_deploy.cli.options import Options, Steps, run
 from anyflow_deploy.cli.sensitivity import calibrated_text
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Bars
+from anyflow_deploy.progress import Bars, console
 from anyflow_deploy.quantization.calibration import CALIBRATION, load_calibration
 from anyflow_deploy.shape_ranges import latent_frames, latent_side
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import closing
 
-from anyflow_deploy.cli.course import Course
 from anyflow_deploy.engines.engine import Array, Engine
 from anyflow_deploy.engines.sampler import Step, noise, sample, stream
+from anyflow_deploy.engines.step_policy import Course
 from anyflow_deploy.serving.request import Order
 
 PIECE = 3

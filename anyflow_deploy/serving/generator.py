@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.cli.course import InTime
 from anyflow_deploy.engines.deadline import Pace
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.sampler import Step
+from anyflow_deploy.engines.step_policy import InTime
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipelines.video_io import VideoWriter

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.cli.course import InTime
 from anyflow_deploy.engines.deadline import Pace
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.sampler import Step
+from anyflow_deploy.engines.step_policy import InTime
 from anyflow_deploy.engines.tritonserver.fair_lock import Turns
 from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
 from anyflow_deploy.engines.tritonserver.request import Asked

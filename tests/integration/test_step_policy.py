@@ -14,11 +14,11 @@ from safetensors.numpy import load_file, save_file
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, noise, sample
 from anyflow_deploy.cli import generate as command
 from anyflow_deploy.cli import options as reading
-from anyflow_deploy.cli.course import InTime, enough_on_interrupt
 from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines.deadline import Outcome
 from anyflow_deploy.engines.sampler import Step
+from anyflow_deploy.engines.step_policy import InTime, enough_on_interrupt
 from tests.conftest import CAUSAL, Export
 
 WORDS = ["bundle", "--prompt", "fox"]

@@ -1,51 +1,27 @@
 """What decides how many steps a video gets: a number, a deadline, or a quality; and what to say of it afterwards.
 
-One class for each, with the same few methods; `anyflow-generate` knows no more of them than `Course`.
+One class for each, with the same few methods; commands and servers know no more of them than `Course`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import Protocol
 
-from pydantic import BeforeValidator, Field
-
-from anyflow_deploy.cli.options import console
 from anyflow_deploy.engines import sampler
 from anyflow_deploy.engines.adaptive_steps import Pick, Quality, first_chunk_decides
 from anyflow_deploy.engines.deadline import Deadline, Outcome, Pace
 from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Advance
+from anyflow_deploy.progress import Advance, console
 from anyflow_deploy.schedule import Schedule
-
-if TYPE_CHECKING:
-    from anyflow_deploy.bundle.manifest import ScheduleDefaults
-    from anyflow_deploy.cli.generate import GenerateOptions
 
 MOST_UNDER_A_DEADLINE, MOST_FOR_A_QUALITY = 50, 32
 """Steps, where --steps does not say."""
-
-_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0}
-
-
-def _seconds(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|min)\s*", value.lower())
-    if found is None or not float(found[1]) > 0:
-        raise ValueError(f"--deadline is {value!r}; allowed is a positive time with its unit, as 1500ms, 1.5s or 2m.")
-    return float(found[1]) * _UNITS[found[2]]
-
-
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
-"""1500ms, 1.5s or 2m; a bare number only from Python, in seconds."""
 
 
 class Course(Protocol):
@@ -75,41 +51,6 @@ class Course(Protocol):
     def report(self) -> Iterator[str]:
         """Lines for the user, when all is done."""
         ...
-
-
-def course_of(options: GenerateOptions, defaults: ScheduleDefaults) -> Course:
-    """What the flags ask for."""
-    shift = options.shift or defaults.shift
-    first = options.first_steps
-    if options.deadline is not None:
-        return InTime(options.deadline, shift, options.steps or MOST_UNDER_A_DEADLINE, first)
-    if options.target_quality is not None:
-        return ToQuality(Quality(options.target_quality, shift, options.steps or MOST_FOR_A_QUALITY))
-    if options.sigmas is not None:
-        return Fixed(Schedule.from_sigmas(options.sigmas))
-    return Fixed(
-        Schedule.uniform(options.steps or defaults.steps, shift), None if first is None else Schedule.uniform(first, shift)
-    )
-
-
-def check_course(options: GenerateOptions) -> None:
-    """Refuse flags that contradict each other.
-
-    Raises:
-        AnyFlowError: naming which to leave out.
-    """
-    chosen = [name for name in ("sigmas", "deadline", "target_quality") if getattr(options, name) is not None]
-    if len(chosen) > 1:
-        names = " and ".join(f"--{name.replace('_', '-')}" for name in chosen)
-        raise AnyFlowError(f"{names} each decide how many steps there are; give one of them.")
-    if options.sigmas is not None and (options.steps is not None or options.shift is not None):
-        raise AnyFlowError("--sigmas is the whole schedule; leave out --steps and --shift.")
-    if options.sigmas is not None and options.first_steps is not None:
-        raise AnyFlowError("--sigmas is the whole schedule, of every chunk; leave out --first-steps.")
-    if options.target_quality is not None and options.first_steps is not None:
-        raise AnyFlowError("--target-quality is decided on the first chunk, and the others follow; leave out --first-steps.")
-    if options.target_quality is not None and options.steps == 1:
-        raise AnyFlowError("--target-quality compares one step with two, and --steps 1 allows one; allowed are 2 or more.")
 
 
 @dataclass
