@@ -22,7 +22,7 @@ from anyflow_deploy.bundle.bundle import Bundle, BundleWriter
 from anyflow_deploy.bundle.manifest import GRAPHS, Achieved, Graph, Manifest, Quantization, ScheduleDefaults, Video, stored_ranges
 from anyflow_deploy.checkpoints.checkpoint import shift_of
 from anyflow_deploy.checkpoints.safetensors_stream import Entry
-from anyflow_deploy.checkpoints.weights import Weights, check_names, write_weights
+from anyflow_deploy.checkpoints.weights import Parameter, Weights, check_names, write_weights
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
@@ -37,7 +37,7 @@ from anyflow_deploy.export.quantization.calibrate import check_architecture, che
 from anyflow_deploy.export.quantization.plan import Plan, planned
 from anyflow_deploy.export.quantization.precision_report import achieved
 from anyflow_deploy.export.quantization.qdq_pass import quantize
-from anyflow_deploy.export.trace import Parameter, traced_graph
+from anyflow_deploy.export.trace import traced_graph
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.model.transformer import constants
 from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name

@@ -17,6 +17,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from anyflow_deploy.checkpoints.dtypes import SAFETENSORS, TORCH
+from anyflow_deploy.checkpoints.weights import Parameter
 from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
 from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.models import Architecture
@@ -34,14 +35,6 @@ axis for another or for a constant."""
 Axes = tuple[int | str, ...]
 
 _PATCHES = {"height": "rows", "width": "columns"}
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A tensor the graph needs: its safetensors type and shape."""
-
-    type: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import Any
 import onnx_ir as ir
 from filelock import FileLock
 
+from anyflow_deploy.checkpoints.weights import Parameter
 from anyflow_deploy.export import exporter
-from anyflow_deploy.export.trace import Parameter
 
 Translated = tuple[ir.Model, dict[str, Parameter]]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,9 +20,16 @@ from anyflow_deploy.bundle.manifest import WEIGHTS, Source
 from anyflow_deploy.checkpoints.dtypes import SAFETENSORS, TORCH
 from anyflow_deploy.checkpoints.safetensors_stream import TYPE_BYTES, Entry, layout
 from anyflow_deploy.errors import CheckpointError
-from anyflow_deploy.export.trace import Parameter
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import Report
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A tensor the graph needs: its safetensors type and shape."""
+
+    type: str
+    shape: tuple[int, ...]
 
 
 class Weights(Protocol):

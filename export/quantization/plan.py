@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from anyflow_deploy.checkpoints.dtypes import STORED, TORCH
-from anyflow_deploy.checkpoints.weights import Weights, converted
+from anyflow_deploy.checkpoints.weights import Parameter, Weights, converted
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.trace import Parameter
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.progress import Report
 from anyflow_deploy.quantization.calibration import Calibration
