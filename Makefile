@@ -35,8 +35,9 @@ test-slow: $(READY)
 # The lowest version of every direct dependency that pyproject.toml allows, in a venv of its own. uv
 # reads its UV_… variables: UV_FIND_LINKS and UV_OVERRIDE can name a torch without CUDA.
 OLDEST := .oldest
-OLDEST_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,bundle calibration checkpoint deadline \
-	diffusers_adapter engine generate golden golden_train models options schedule serve))
+OLDEST_NAMES := bundle calibration checkpoint deadline diffusers_adapter engine generate golden golden_train models \
+	options schedule serve
+OLDEST_TESTS ?= $(foreach name,$(OLDEST_NAMES),$(wildcard tests/*/test_$(name).py))
 test-oldest:
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check uv

@@ -52,7 +52,7 @@ class EngineRecord(_Record):
     """`engine.json`.
 
     Args:
-        backend: a name in `loading.BACKENDS`.
+        backend: a name in `registry.BACKENDS`.
         bundle: digest of the bundle it was built from.
         device: what it was built on.
         versions: of everything that has to be the same, or is good to know, when it is loaded.
@@ -141,7 +141,7 @@ def find_engine(bundle: Bundle, backend: str, engine: str | Path | None = None, 
 
     Args:
         bundle: an opened bundle.
-        backend: a name in `loading.BACKENDS`.
+        backend: a name in `registry.BACKENDS`.
         engine: a name in the bundle's folder of engines, or a path; None where there is only one of the backend.
         verify: compare every file with its hash.
 

@@ -2,7 +2,7 @@
 
 `BACKENDS` is the whole registry: a name, and the module and class that make the engine. A module is imported only when
 its backend is asked for, so a device needs the runtime of the one it uses and no other. Backends that compile have a
-second entry, in `building.BUILDERS`.
+second entry, in `build.BUILDERS`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Our own torch module as an engine: the reference for causal models, and what calibration and sensitivity run.
 
 Eager PyTorch, float32, no export involved. For bidirectional models validation uses diffusers' class instead
-(`reference`), so that a mistake in our module shows; for causal ones diffusers' class is wrong by percents, and the
+(`diffusers_engine`), so that a mistake in our module shows; for causal ones diffusers' class is wrong by percents, and the
 authors' own results (tests/golden/causal) stand behind this one.
 """
 
@@ -81,7 +81,7 @@ class NetworkEngine:
 
 
 class TorchCache:
-    """See `stream.Cache`: the three modules are one, since they differ in nothing but `forward`."""
+    """See `streaming.Cache`: the three modules are one, since they differ in nothing but `forward`."""
 
     def __init__(self, network: ChunkTransition, device: str, text: Array, plan: CachePlan) -> None:
         self._network, self._device = network, device

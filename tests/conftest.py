@@ -1,6 +1,6 @@
 """What the tests share: the golden vectors, tiny pipelines, calibrations, and bundles exported once a session.
 
-Exports take seconds each, so each kind is made once for all workers (see tests/artifact_cache.py). A worker has its own copy of each
+Exports take seconds each, so each kind is made once for all workers (see artifact_cache.py). A worker has its own copy of each
 bundle, and tests that damage one copy it first.
 """
 

@@ -6,7 +6,7 @@
 
 Tensors are cut as FSDP cut them, and put together again on reading, whatever the number of processes then. A checkpoint is
 filled under a hidden name and renamed when every file is on the disk: what has its name is whole. There is no state of
-random generators: every draw is a function of seed and step (see `times`).
+random generators: every draw is a function of seed and step (see `timestep_sampling`).
 """
 
 from __future__ import annotations

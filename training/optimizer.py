@@ -18,7 +18,7 @@ class Learner:
     """See the module's text.
 
     Args:
-        network: from `build.trained_network`.
+        network: from `model_factory.trained_network`.
         how: rates, clipping, averaging.
         averaged: keep a moving average.
 

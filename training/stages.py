@@ -3,8 +3,8 @@
 The trainer calls `accumulate` for each micro-batch and then updates every learner. A stage keeps no state of its own but
 `reference`, the running mean loss of r = t samples, for the rare step without one.
 
-What is random is drawn for the global batch of the step, by sample number (see `times`): micro-batch m of W processes with b
-samples each holds the samples m W b … (m + 1) W b - 1, this process those from m W b + rank b on.
+What is random is drawn for the global batch of the step, by sample number (`timestep_sampling`): micro-batch m of W
+processes with b samples each holds the samples m W b … (m + 1) W b - 1, this process those from m W b + rank b on.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     train(Request(recipe("flow-map-tiny"), Path("runs/tiny")))
 
-Before the first step everything that can be checked is checked (`checks`). A run that finds a checkpoint of its own goes on
+Before the first step everything that can be checked is checked (`preflight`). A run that finds a checkpoint of its own goes on
 from it, on any number of processes; a run that was killed loses what came after its last checkpoint, and makes the same
 numbers again.
 """

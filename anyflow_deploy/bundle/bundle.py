@@ -1,7 +1,7 @@
 """The bundle: the folder that crosses from export to engines.
 
 Reading is suspicious: the schema must be known, every file must be inside the folder, present, of the right size and of
-the right SHA-256. Writing is all or nothing (`whole_folder`): a bundle that has a manifest was finished.
+the right SHA-256. Writing is all or nothing (`atomic_io`): a bundle that has a manifest was finished.
 
 Reports (`validation.json`) and engines built later (`engines/`) live in the same folder and name the bundle's `digest`,
 but are not listed in the manifest: making them must not change the bundle.

@@ -1,8 +1,8 @@
 """Every parameter of a model by name and shape, without building the model.
 
-`anyflow_deploy/model/transformer.py` and `anyflow_deploy/model/causal.py` define the parameters and need torch to say how many there are. Here the
-same list follows from the numbers of an `Architecture` alone, so that a device without torch can tell how much memory a
-model takes; a test holds the two lists equal for every model.
+`model.transformer` and `model.causal` define the parameters and need torch to say how many there are. Here the same
+list follows from the numbers of an `Architecture` alone, so that a device without torch can tell how much memory a model
+takes; a test holds the two lists equal for every model.
 
 A parameter is stored in one of three ways (`kind`): the large layers of the blocks can be FP8 or INT8; their biases and
 the text projection stay in the base type; everything else is float32 in every precision.

@@ -49,7 +49,7 @@ class Request:
 
     Attributes:
         bundle: an opened bundle.
-        backend: a name in `loading.BACKENDS`.
+        backend: a name in `registry.BACKENDS`.
         engine: how it is to run.
         shapes: as "480x832x81"; empty for the bundle's own.
         steps: numbers of steps.

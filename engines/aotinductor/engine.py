@@ -1,6 +1,6 @@
 """AOTInductor: the network compiled by torch's own compiler, ahead of time, for the device it runs on.
 
-`anyflow-build BUNDLE --backend aotinductor` makes one package for each graph (`aotinductor_build`); this opens them. torch is
+`anyflow-build BUNDLE --backend aotinductor` makes one package for each graph (`build`); this opens them. torch is
 the runtime here, so unlike the other backends this one needs it on the device, though nothing of the exporter.
 
 State, text and cache are tensors on the device from the first step to `read`; only times cross. On a GPU a bidirectional

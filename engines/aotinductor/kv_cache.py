@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class AotInductorCache:
-    """See `stream.Cache`.
+    """See `streaming.Cache`.
 
     Args:
         torch: the module.

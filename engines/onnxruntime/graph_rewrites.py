@@ -4,7 +4,7 @@ The bundle is standard ONNX: attention is two matrix products and a softmax (ops
 literally, both write out the whole table of scores: 51 GB at 480x832 and 81 frames. ONNX Runtime has a kernel that does
 not, `com.microsoft.MultiHeadAttention`, but does not recognise the pattern. So the graph is rewritten in memory, on the
 way into the session; the bundle on disk stays as it is. A test compares both, and counts that none is missed. Activations
-and, where the processor needs it, weights in INT8 are shifted for the CPU, see `onnxruntime_int8`.
+and, where the processor needs it, weights in INT8 are shifted for the CPU, see `int8`.
 """
 
 from __future__ import annotations

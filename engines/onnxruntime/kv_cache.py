@@ -24,7 +24,7 @@ _TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": 
 
 
 class OnnxRuntimeCache:
-    """See `stream.Cache`.
+    """See `streaming.Cache`.
 
     Args:
         device: where the buffers lie.

@@ -1,7 +1,7 @@
 """TensorRT: plans built by `anyflow-build --backend tensorrt`, run with cuda-python and without torch.
 
 A run keeps its state on the device, in two buffers that are exchanged after a step, and runs on a CUDA stream of its own
-(`tensorrt_context.Lane`). The lane of the last closed run is kept for the next one of the same shapes: contexts, buffers
+(`execution.Lane`). The lane of the last closed run is kept for the next one of the same shapes: contexts, buffers
 and captured graphs are then there already.
 """
 

@@ -39,7 +39,7 @@ class Lanes(Protocol):
 
 
 class TensorRTCache:
-    """See `stream.Cache`. For one thread at a time.
+    """See `streaming.Cache`. For one thread at a time.
 
     Args:
         lanes: the engine.

@@ -5,7 +5,7 @@ Every quantized layer rounds its input and its weight to the 8-bit grid and back
 - int8: whole numbers from -127 to 127. Inputs one scale a tensor, weights one scale an output channel; scale = amax / 127.
 - fp8 (E4M3): one scale a tensor for both; scale = amax / 448, the format's largest number.
 
-An input's amax comes from the calibration, a weight's from the weight itself; `quantized_layers` has the rules. Attention
+An input's amax comes from the calibration, a weight's from the weight itself; `layers` has the rules. Attention
 stays high, unless fp8 is asked to round the operands of its two products, too.
 
 Switching layers on and off costs nothing (a flag in each quantizer), which is what sensitivity needs.

@@ -6,7 +6,7 @@ the whole says little about a single wrong scale. Here each product stands alone
 (`fake_quant`) gave a layer is cut out of its run with hooks, the same nodes (Q/DQ, product, bias) are cut out of the
 bundle's graph, and run on it.
 
-The graph's layers see smoothed inputs and make smoothed values (`quantization_plan`); inputs and results are brought to
+The graph's layers see smoothed inputs and make smoothed values (`plan`); inputs and results are brought to
 the same side by the factors s.
 
 Legend: N rows, K channels in, M channels out; B batch, A heads, E channels of a head.

@@ -2,7 +2,7 @@
 
 Candidates are the linear layers of the blocks. A layer's input range comes from the calibration and its weights' ranges
 from the weights, which are read once here, a group of layers with one input at a time; what is kept of them is vectors.
-All graphs of a bundle are rewritten from one plan (`quantize`), and the weights written by it (`weights`).
+All graphs of a bundle are rewritten from one plan (`qdq_pass`), and the weights written by it (`weights`).
 
 SmoothQuant (arXiv 2211.10438, equation 4) divides the input of a layer by a vector s and multiplies its weight's columns
 by it, so that channels with outliers no longer set the scale of all others. Dividing costs nothing where it can be folded

@@ -273,7 +273,7 @@ class MachineRun:
 
 
 class MachineCache:
-    """See `stream.Cache`."""
+    """See `streaming.Cache`."""
 
     def __init__(self, bundle: Bundle, text: Array, plan: CachePlan) -> None:
         self._bundle, self._names, self._plan = bundle, memory_names(plan.layers), plan

@@ -28,8 +28,11 @@ from tools import cuda_surface, tensorrt_stubs
 RELEASES = {"10.3": "12.6", "10.16": "12.9", "11.4": "13"}
 """TensorRT, and the CUDA beside it; 10.3 and 12.6 are JetPack 6."""
 
-FACING = ("api", "builder", "context", "device", "engine", "monitor", "plan", "profile", "run", "stream", "timing")
-"""Our modules that import TensorRT or CUDA."""
+FACING = (
+    "api", "cuda", "engine", "execution", "kv_cache", "plan", "profiler", "run",
+    "build.builder", "build.progress_monitor", "build.timing_cache",
+)  # fmt: skip
+"""Our modules of `anyflow_deploy.engines.tensorrt` that import TensorRT or CUDA."""
 
 _TYPES = {1: ("FLOAT", np.float32), 10: ("HALF", np.float16), 7: ("INT64", np.int64)}
 _SESSIONS: dict[str, Any] = {}
@@ -334,8 +337,6 @@ def layer(name: str, nodes: tuple[str, ...], kernel: str, kind: str) -> dict[str
 
 def install(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make Python find the stand-ins, and import our modules that use them anew."""
-    import anyflow_deploy.engines as package
-
     modules: dict[str, types.ModuleType] = {
         "tensorrt": machine.trt,
         "cuda": types.ModuleType("cuda"),
@@ -347,10 +348,10 @@ def install(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # torch asks for it
         monkeypatch.setitem(sys.modules, name, module)
     for name in FACING:
-        monkeypatch.delitem(sys.modules, f"{package.__name__}.tensorrt_{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"anyflow_deploy.engines.tensorrt.{name}", raising=False)
 
 
 def forget() -> None:
     """Drop our modules that have imported a stand-in."""
     for name in FACING:
-        sys.modules.pop(f"anyflow_deploy.engines.tensorrt_{name}", None)
+        sys.modules.pop(f"anyflow_deploy.engines.tensorrt.{name}", None)

@@ -19,7 +19,7 @@ from tests.fakes.tensorrt import FACING, RELEASES, Machine, stubs_or_skip
 from tools import tensorrt_stubs
 
 ROOT = Path(__file__).parents[2]
-ENGINES = ROOT / "anyflow_deploy" / "engines"
+BACKEND = ROOT / "anyflow_deploy" / "engines" / "tensorrt"
 
 CONFIG = """
 [mypy]
@@ -53,7 +53,7 @@ def test_our_calls_exist_in_every_release(release: str, tmp_path: Path) -> None:
     (tmp_path / "mypy.ini").write_text(CONFIG)
     wrong = tmp_path / "wrong.py"
     wrong.write_text(WRONG)
-    files = [str(ENGINES / f"tensorrt_{name}.py") for name in FACING]
+    files = [str(BACKEND / f"{name.replace('.', '/')}.py") for name in FACING]
     # one cache for all releases: only what sees tensorrt is read again
     kept = ["--cache-dir", str(ROOT / ".cache" / "mypy-tensorrt"), "--config-file", str(tmp_path / "mypy.ini")]
     done = subprocess.run(
@@ -72,14 +72,13 @@ def test_our_calls_exist_in_every_release(release: str, tmp_path: Path) -> None:
 
 
 def test_every_module_that_calls_tensorrt_is_checked() -> None:
+    ours = r"^(?!    ).*(cuda\.bindings|engines\.tensorrt\.(api|cuda|execution|plan|run))\b"
     callers = {
-        path.stem.removeprefix("tensorrt_")
-        for path in ENGINES.glob("tensorrt_*.py")
-        if re.search(
-            r"^(?!    ).*(tensorrt_api|cuda\.bindings|engines\.tensorrt_(context|device|plan|run))\b", path.read_text(), re.M
-        )
+        ".".join(path.relative_to(BACKEND).with_suffix("").parts)
+        for path in BACKEND.rglob("*.py")
+        if re.search(ours, path.read_text(), re.M)
     }
-    assert callers | {"api", "device"} == set(FACING)
+    assert callers | {"api", "cuda"} == set(FACING)
 
 
 @pytest.mark.parametrize("trt_machine", RELEASES, indirect=True)

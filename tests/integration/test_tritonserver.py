@@ -1,4 +1,4 @@
-"""What `anyflow-triton` writes and its model does, without a server; tests/integration/test_tritonserver_real.py asks a real one."""
+"""What `anyflow-triton` writes and its model does, without a server; test_tritonserver_real.py asks a real one."""
 
 from __future__ import annotations
 

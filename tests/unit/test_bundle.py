@@ -272,13 +272,13 @@ def test_a_replacement_that_fails_puts_the_old_bundle_back(bundle: Bundle, monke
 SLOW_WRITER = """
 import runpy, sys, time
 from pathlib import Path
-from anyflow_deploy import bundle, whole_folder
+from anyflow_deploy.bundle import atomic_io, bundle
 destination, stage, tests = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 def wait():
     print("ready", flush=True)
     time.sleep(60)
 if stage == "finishing":
-    whole_folder.sync = lambda folder: wait()  # the manifest is written, the folder not yet renamed
+    atomic_io.sync = lambda folder: wait()  # the manifest is written, the folder not yet renamed
 with bundle.BundleWriter(destination, overwrite=True) as writer:
     file = writer.create("weights.safetensors")
     file.write(b"other")

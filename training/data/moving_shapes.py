@@ -5,7 +5,7 @@ speed. Its caption names shape, colour, direction and speed; where it starts, ho
 caption says. So samples of one caption differ, and whether a generated video keeps to its caption can be measured.
 Scene i is a function of (seed, i), and can be drawn at any size and at any times.
 
-    python -m anyflow_deploy.training.data.moving_shapes FOLDER [COUNT]      mp4 files and captions, which anyflow-precompute takes
+    python -m anyflow_deploy.training.data.moving_shapes FOLDER [COUNT]    mp4 files and captions for anyflow-precompute
 """
 
 from __future__ import annotations

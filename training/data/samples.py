@@ -8,7 +8,7 @@ What a sample holds is told by its endings:
     KEY.txt                     the caption; with latents only for the eye
 
 webdataset's own decoders choose by ending, and `.pyd`, `.pickle` or `.pth` would run a program. They are not used: bytes
-come from `shards`, and the endings above are all that is decoded.
+come from `tar_index`, and the endings above are all that is decoded.
 """
 
 from __future__ import annotations

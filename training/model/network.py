@@ -1,6 +1,6 @@
 """The module that is trained: export's transformer, with what training needs and inference does not.
 
-The layers, their names and their arithmetic are `anyflow_deploy/model/transformer.py`'s, so a trained checkpoint is exported as it is and
+The layers, their names and their arithmetic are `model/transformer.py`'s, so a trained checkpoint is exported as it is and
 there is one network to test. What is added:
 
 - **types**: a trained weight is float32 and is cast to the compute type (bfloat16 on GPUs) for each product; a frozen one is

@@ -234,7 +234,7 @@ def _calls(a: Architecture, frames: int, height: int, width: int) -> dict[str, l
 
 
 class _Recorder:
-    """A `stream.Cache` that notes what is asked of it."""
+    """A `streaming.Cache` that notes what is asked of it."""
 
     def __init__(self) -> None:
         self.calls: dict[str, list[tuple[int, int]]] = {"chunk": [], "compress": []}

@@ -1,4 +1,4 @@
-"""What a TensorRT build can be asked for, checked before TensorRT is even imported. `tensorrt_builder` does the work.
+"""What a TensorRT build can be asked for, checked before TensorRT is even imported. `builder` does the work.
 
     anyflow-build BUNDLE --backend tensorrt --shapes 480x832x81
 
