@@ -69,6 +69,7 @@ lint: $(READY) lint-files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # What is neither Python nor C++: the Dockerfile, the workflow, the issue forms, the citation.
 CHECK := $(BIN)/check-jsonschema --quiet --builtin-schema
