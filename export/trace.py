@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from anyflow_deploy.checkpoints.dtypes import SAFETENSORS, TORCH
 from anyflow_deploy.checkpoints.weights import Parameter
+from anyflow_deploy.engines.torch_common.compat import make_fake_tensor_mode
 from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
 from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.models import Architecture
@@ -75,7 +75,7 @@ def traced_graph(graph: str, a: Architecture, ranges: Ranges, precision: str = "
     """
     compute_type = TORCH[get_precision(precision).tensor_type]
     inputs, outputs = _border(graph, a, compute_type)
-    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+    with make_fake_tensor_mode(ShapeEnv()):
         network = MODULES[graph](a, compute_type, fused).eval()
         example, dynamic = _arguments(inputs, ranges, "cpu")
     program = torch.export.export(network, example, dynamic_shapes=dynamic)

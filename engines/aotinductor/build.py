@@ -7,7 +7,6 @@ model, and a chunk and its compression share one copy in memory.
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import AxisRange
 from anyflow_deploy.engines.build import BuildSettings, Built
 from anyflow_deploy.engines.engine_folder import EngineWriter, ranges_of
+from anyflow_deploy.engines.torch_common.compat import check_packages_open, find_cpp_compiler
 from anyflow_deploy.engines.torch_common.device import device_here, imported_torch, torch_device, versions_here
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.progress import Report
@@ -43,7 +43,7 @@ class AotInductorSettings(BuildSettings):
         torch = imported_torch(self.provider, self.device)
         check_precision(torch, bundle, self.provider, self.device)
         check_exporter()
-        check_compiler(torch)
+        find_cpp_compiler()
 
     def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> Built:
         """See `BuildSettings`."""
@@ -55,6 +55,9 @@ class AotInductorSettings(BuildSettings):
         compiled(bundle, device, writer, self.max_autotune, report)
         for graph in bundle.manifest.graphs:
             achieved[graph] = counted(bundle, graph, writer.folder / f"{graph}.pt2")
+        with report.stage("opening what was compiled"):
+            index = self.device if self.provider == "cuda" else -1
+            check_packages_open([writer.folder / f"{graph}.pt2" for graph in bundle.manifest.graphs], index)
         return Built(
             device_here(torch, self.provider, self.device),
             versions_here(torch, self.provider),
@@ -94,24 +97,6 @@ def check_exporter() -> None:
         import anyflow_deploy.export.trace  # noqa: F401
     except ImportError as error:
         raise BackendError(f"building needs the exporter ({error}). Run: pip install 'anyflow-deploy[export]'") from None
-
-
-def check_compiler(torch: Any) -> None:
-    """A C++ compiler that runs.
-
-    Raises:
-        BackendError: which package has one.
-    """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        subprocess.run([get_cpp_compiler(), "--version"], check=True, capture_output=True)
-    except (InvalidCxxCompiler, OSError, subprocess.CalledProcessError):
-        raise BackendError(
-            "there is no C++ compiler, and AOTInductor writes C++. Install g++ (Debian, Ubuntu: apt install g++; "
-            "Fedora: dnf install gcc-c++), or name another in the environment variable CXX."
-        ) from None
 
 
 def _ranges(bundle: Bundle, provider: str) -> dict[str, AxisRange]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anyflow_deploy.engines.torch_common.compat import open_package
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.errors import AnyFlowError, BackendError
 
@@ -41,7 +42,7 @@ class CompiledGraph:
         self._torch = torch
         self._lock = threading.Lock()
         try:
-            self._loader: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
+            self._loader: Any = open_package(path, index)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise BackendError(f"{path} cannot be opened by torch {torch.__version__}: {reason} Build it again.") from None

@@ -4,6 +4,7 @@ Options that differ from torch's defaults, and why:
 
 - weights stay outside the package (`package_constants_in_so`), see `engines/aotinductor/build.py`;
 - threads are asked for when the package runs (`dynamic_threads`), not fixed at as many as the builder had;
+- a package uses its own copies of the C++ library's templates, not libtorch's (`torch_common/compat.py`);
 - no precompiled headers: they took a minute and 290 MB to make and saved nothing (9.4 s with, 9.4 s without, for one file).
 """
 
@@ -18,25 +19,22 @@ from typing import Any
 
 import torch
 from torch._inductor import aoti_compile_and_package
-from torch._inductor import config as inductor_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.engine_folder import EngineWriter
+from anyflow_deploy.engines.torch_common.compat import find_cpp_compiler, make_symbolic_compiler, select_known_options
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.export.program import program_from_bundle
 from anyflow_deploy.progress import Report
 
-_WANTED: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.precompile_headers": False,
     "aot_inductor.enable_line_tables": False,
     "cpp.dynamic_threads": True,
 }
-
-OPTIONS: dict[str, Any] = {name: value for name, value in _WANTED.items() if name in inductor_config.get_config_copy()}
-"""What this release of torch knows of them: line tables came with 2.13, and are off before it."""
 
 _CALL = re.compile(r"aoti_torch_(?:cpu|cuda)_(\w+)\(")
 _ATTENTION = ("flash", "efficient", "cudnn")
@@ -56,6 +54,8 @@ def compiled(bundle: Bundle, device: str, writer: EngineWriter, max_autotune: bo
     Raises:
         BackendError: the compiler gave up; no space or no memory.
     """
+    compiler = make_symbolic_compiler(find_cpp_compiler())
+    options = select_known_options({**OPTIONS, "cpp.cxx": (None, compiler), "max_autotune": max_autotune})
     with report.stage("reading weights"):
         weights = TorchWeights(torch, bundle, device)
     tensors = weights.some(list(weights))
@@ -65,9 +65,7 @@ def compiled(bundle: Bundle, device: str, writer: EngineWriter, max_autotune: bo
                 program = program_from_bundle(bundle, graph, tensors, device)
             with _explained(bundle), best_attention(device), report.stage(f"compiling {graph}"):
                 path = writer.folder / f"{graph}.pt2"
-                aoti_compile_and_package(
-                    program, package_path=str(path), inductor_configs={**OPTIONS, "max_autotune": max_autotune}
-                )
+                aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
             writer.adopt(path.name)
             del program
     finally:

@@ -20,6 +20,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from anyflow_deploy.engines.torch_common.compat import multiply_fp8, multiply_int8
 from anyflow_deploy.model.transformer import Linear
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.quantization.layers import candidates, shared_input
@@ -85,17 +86,10 @@ class EightBitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rounded, scale = self.operand.rounded(x), self.get_buffer("weight_scale").float()
         if self.weight.dtype == torch.int8:
-            whole = torch._int_mm(rounded, self.weight.t())
+            whole = multiply_int8(rounded, self.weight.t())
             product = (whole.float() * (self.operand.scale * scale)).to(self.input_type)
         else:
-            product = torch._scaled_mm(
-                rounded,
-                self.weight.t(),
-                scale_a=self.operand.scale,
-                scale_b=scale,
-                out_dtype=self.input_type,
-                use_fast_accum=True,
-            )
+            product = multiply_fp8(rounded, self.weight.t(), self.operand.scale, scale, self.input_type)
         return product + self.bias
 
 
