@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.aotinductor.build import check_compiler, check_exporter
+from anyflow_deploy.engines.aotinductor.build import check_exporter
 from anyflow_deploy.engines.build import BuildSettings, Built
 from anyflow_deploy.engines.engine_folder import EngineWriter, ranges_of
+from anyflow_deploy.engines.torch_common.compat import find_cpp_compiler
 from anyflow_deploy.engines.torch_common.device import device_here, torch_device, versions_here
 from anyflow_deploy.engines.torch_tensorrt.engine import imported_torch_tensorrt, runtime, versions
 from anyflow_deploy.errors import BackendError
@@ -43,7 +44,7 @@ class TorchTensorRTSettings(BuildSettings):
         torch = runtime(self.provider, self.device)
         imported_torch_tensorrt()
         check_exporter()
-        check_compiler(torch)
+        find_cpp_compiler()
 
     def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> Built:
         """See `BuildSettings`."""
