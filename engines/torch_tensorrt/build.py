@@ -41,7 +41,7 @@ class TorchTensorRTSettings(BuildSettings):
                 f"{bundle.path} is {bundle.manifest.precision}, and this backend takes fp32, fp16 and bf16. "
                 "Use backend tensorrt, onnxruntime or aotinductor."
             )
-        torch = runtime(self.provider, self.device)
+        runtime(self.provider, self.device)
         imported_torch_tensorrt()
         check_exporter()
         find_cpp_compiler()
