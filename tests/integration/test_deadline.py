@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
@@ -53,6 +53,7 @@ def walked(run: Clockwork, deadline: Deadline) -> None:
     _made(lambda: run, deadline, None, SHAPE)  # type: ignore[arg-type, return-value]
 
 
+@settings(deadline=None)  # the first example also pays for imports
 @given(
     seconds=st.floats(0.1, 100),
     durations=st.lists(st.floats(1.0, 2.0), min_size=1, max_size=30),
@@ -77,6 +78,7 @@ def test_late_by_at_most_one_transition_and_always_clean(
         assert all(t > r for t, r in run.path)
 
 
+@settings(deadline=None)  # the first example also pays for imports
 @given(steps=st.integers(1, 50), shift=st.floats(0.5, 12))
 def test_a_steady_pace_gives_the_uniform_schedule(steps: int, shift: float) -> None:
     run, pace = Clockwork([1.0]), Pace()
