@@ -27,8 +27,8 @@ for _link in ("engines", "export", "training"):
 
 if TYPE_CHECKING:
     from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-    from anyflow_deploy.engines.adaptive_steps import Pick, Quality
-    from anyflow_deploy.engines.deadline import Deadline, Pace
+    from anyflow_deploy.engines.adaptive_steps import AdaptiveResult, AdaptiveSteps
+    from anyflow_deploy.engines.deadline import Deadline, StepTimer
     from anyflow_deploy.engines.engine import Engine, Run
     from anyflow_deploy.engines.registry import load_engine
     from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Chunk", "Deadline",
-    "Engine", "Model", "Pace", "Pick", "Quality", "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine",
+    "Engine", "Model", "StepTimer", "AdaptiveResult", "AdaptiveSteps", "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine",
     "noise", "sample", "stream",
 ]  # fmt: skip
 
 _HOMES = {
     "bundle.bundle": ("Bundle", "load_bundle"),
-    "engines.deadline": ("Deadline", "Pace"),
+    "engines.deadline": ("Deadline", "StepTimer"),
     "engines.engine": ("Engine", "Run"),
     "engines.registry": ("load_engine",),
-    "engines.adaptive_steps": ("Pick", "Quality"),
+    "engines.adaptive_steps": ("AdaptiveResult", "AdaptiveSteps"),
     "engines.sampler": ("Chunk", "Step", "noise", "sample", "stream"),
     "errors": ("AnyFlowError", "BackendError", "BundleError", "CheckpointError", "ShapeError"),
     "models": ("MODELS", "Architecture", "Model"),

@@ -40,7 +40,7 @@ from common import finish
 
 from anyflow_deploy import MODELS, AnyFlowError, Architecture, Bundle, Schedule, load_bundle, load_engine, noise, sample, stream
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
-from anyflow_deploy.engines.build import BUILDERS, BuildSettings, build_engine, settings_of
+from anyflow_deploy.engines.build import BUILDERS, BuildSettings, build_engine, settings_type
 from anyflow_deploy.engines.engine import Array, Engine
 from anyflow_deploy.engines.engine_folder import load_engine_folder
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
@@ -190,7 +190,7 @@ def bundle_of(weights: RandomWeights, precision: str, folder: Path, device: str)
 
 def build_settings(backend: str, provider: str) -> BuildSettings:
     """The defaults; an engine that falls back to wider products is kept, and says so in `achieved`."""
-    settings = settings_of(backend)(provider=provider)
+    settings = settings_type(backend)(provider=provider)
     return dataclasses.replace(settings, allow_fallback=True) if hasattr(settings, "allow_fallback") else settings  # type: ignore[call-arg]
 
 

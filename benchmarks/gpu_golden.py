@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, sample, stream
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
-from anyflow_deploy.engines.build import BUILDERS, build_engine, settings_of
+from anyflow_deploy.engines.build import BUILDERS, build_engine, settings_type
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
@@ -55,7 +55,7 @@ def open_engine(bundle: Bundle, backend: str, provider: str, shapes: tuple[str, 
     """Build an engine where its backend compiles, and open it; also what the build achieved."""
     achieved: dict[str, Any] = {}
     if backend in BUILDERS:
-        settings_class = settings_of(backend)
+        settings_class = settings_type(backend)
         names = {field.name for field in dataclasses.fields(settings_class)}
         extra: dict[str, Any] = {"shapes": shapes} if "shapes" in names else {}
         extra |= {"allow_fallback": True} if "allow_fallback" in names else {}

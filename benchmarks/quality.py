@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from common import finish
 
-from anyflow_deploy import MODELS, Engine, Pick, Quality, Schedule, load_engine, noise, sample, stream
+from anyflow_deploy import MODELS, AdaptiveResult, AdaptiveSteps, Engine, Schedule, load_engine, noise, sample, stream
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
 from anyflow_deploy.engines.engine import Array
@@ -40,7 +40,7 @@ def engines(folder: Path) -> dict[str, Engine]:
     }
 
 
-def chunks(engine: Engine, seed: int, course: Schedule | Quality) -> list[Array]:
+def chunks(engine: Engine, seed: int, course: Schedule | AdaptiveSteps) -> list[Array]:
     """All chunks of a video; a bidirectional model has one."""
     a = engine.architecture
     text = noise((1, 16, a.text_dim), seed + 100)
@@ -73,8 +73,8 @@ def picked(engine: Engine) -> dict[int, list[int]]:
     """Steps that a target picks, and all transitions that took."""
     found = {}
     for target in TARGETS:
-        picks: list[Pick] = []
-        chunks(engine, 0, Quality(target, on_end=picks.append))
+        picks: list[AdaptiveResult] = []
+        chunks(engine, 0, AdaptiveSteps(target, on_end=picks.append))
         found[target] = [picks[0].steps, picks[0].transitions]
     return found
 

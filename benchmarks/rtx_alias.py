@@ -29,7 +29,7 @@ def use_tensorrt_rtx(current: bool = True) -> str:
 
     builder._check_graphs = do_nothing  # type: ignore[assignment]  # its table knows TensorRT's releases alone
     timing_cache.TimingCache.attach = timing_cache.TimingCache.keep = do_nothing  # type: ignore[method-assign]
-    configure = builder._Build._configure
+    configure = builder._GraphBuild._configure
 
     def configure_for_rtx(build: Any, config: Any) -> None:
         configure(build, config)
@@ -37,5 +37,5 @@ def use_tensorrt_rtx(current: bool = True) -> str:
             config.num_compute_capabilities = 1
             config.set_compute_capability(rtx.ComputeCapability.CURRENT, 0)
 
-    builder._Build._configure = configure_for_rtx  # type: ignore[method-assign]
+    builder._GraphBuild._configure = configure_for_rtx  # type: ignore[method-assign]
     return str(rtx.__version__)

@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import AxisRange
-from anyflow_deploy.engines.engine_folder import ENGINES, Device, EngineFolder, EngineRecord, EngineWriter
+from anyflow_deploy.engines.engine_folder import ENGINES, DeviceRecord, EngineFolder, EngineRecord, EngineWriter
 from anyflow_deploy.engines.registry import check_backend, check_provider
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.progress import Report, Silent
@@ -34,10 +34,10 @@ BUILDERS: dict[str, str] = {
 
 
 @dataclass(frozen=True)
-class Built:
+class BuildResult:
     """What a builder answers; see `EngineRecord`."""
 
-    device: Device
+    device: DeviceRecord
     versions: dict[str, str]
     ranges: dict[str, AxisRange]
     profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = dataclasses.field(default_factory=dict)
@@ -64,7 +64,7 @@ class BuildSettings:
         """
         check_provider(self.provider)
 
-    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> Built:
+    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> BuildResult:
         """Put the engine's files into `writer`.
 
         Raises:
@@ -73,7 +73,7 @@ class BuildSettings:
         raise NotImplementedError
 
 
-def settings_of(backend: str) -> type[BuildSettings]:
+def settings_type(backend: str) -> type[BuildSettings]:
     """The class of a backend's settings.
 
     Raises:
@@ -100,7 +100,7 @@ def build_engine(
     Args:
         bundle: an opened bundle.
         backend: a name in `BUILDERS`.
-        settings: of that backend, see `settings_of`.
+        settings: of that backend, see `settings_type`.
         destination: folder to write; None for `BUNDLE/engines/BACKEND-PROVIDER`.
         overwrite: replace an engine that is there.
         report: where progress goes.
@@ -110,26 +110,26 @@ def build_engine(
         AnyFlowError: refused settings, a destination that is taken or cannot be written, a failed build. Nothing is left.
     """
     settings.check(bundle)
-    writer = EngineWriter(_made_parent(bundle, backend, settings, destination), overwrite)
+    writer = EngineWriter(_prepare_destination(bundle, backend, settings, destination), overwrite)
     started = clock()
     with writer:
-        built = settings.build(bundle, writer, report or Silent())
+        result = settings.build(bundle, writer, report or Silent())
         return writer.finish(
             EngineRecord(
                 backend=backend,
                 bundle=bundle.digest,
-                device=built.device,
-                versions={"anyflow-deploy": importlib.metadata.version("anyflow-deploy"), **built.versions},
+                device=result.device,
+                versions={"anyflow-deploy": importlib.metadata.version("anyflow-deploy"), **result.versions},
                 settings=dataclasses.asdict(settings),
-                ranges=built.ranges,
-                profiles=built.profiles,
-                achieved=built.achieved,
+                ranges=result.ranges,
+                profiles=result.profiles,
+                achieved=result.achieved,
                 seconds=round(clock() - started, 3),
             )
         )
 
 
-def _made_parent(bundle: Bundle, backend: str, settings: BuildSettings, destination: Path | None) -> Path:
+def _prepare_destination(bundle: Bundle, backend: str, settings: BuildSettings, destination: Path | None) -> Path:
     """The destination, with the bundle's folder of engines made if it goes there."""
     parent = bundle.path / ENGINES
     if destination is not None and destination.parent != parent:

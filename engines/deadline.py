@@ -5,13 +5,13 @@ chosen beforehand. Before each transition the time that is left, divided by what
 will be; when only one more fits, it goes straight to r = 0. As long as the pace holds, the times passed through are those
 of `Schedule.uniform`.
 
-How long a transition takes is learnt while sampling and kept in a `Pace`, which many requests share. The first request on
+How long a transition takes is learnt while sampling and kept in a `StepTimer`, which many requests share. The first request on
 a new shape, which knows nothing yet, begins with a draft: one jump to r = 0, timed and kept. It is the result when there
 is no time for two better steps.
 
 A deadline is missed by at most one transition, unless one takes more than twice as long as the slowest of the last five.
 
-Whoever waits may also say "enough" at any moment (`Deadline.enough`): the next transition is then the jump to r = 0, so the
+Whoever waits may also say "enough" at any moment (`Deadline.should_stop`): the next transition is then the jump to r = 0, so the
 best sample that can be had now is one transition away. In a stream it holds for every chunk from there on. docs/deadlines.md
 has an example.
 """
@@ -28,10 +28,10 @@ from anyflow_deploy.schedule import MAX_STEPS, TRAIN_TIMESTEPS, time_after
 
 Shape = tuple[int, ...]
 
-_REMEMBERED = 5
+_RECENT_STEPS = 5
 
 
-class Pace:
+class StepTimer:
     """Seconds a transition takes, for each shape of latents; share one between the requests on an engine."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Pace:
 
     def record(self, shape: Shape, seconds: float) -> None:
         """Learn from a transition that was made."""
-        self._recent.setdefault(shape, deque(maxlen=_REMEMBERED)).append(seconds)
+        self._recent.setdefault(shape, deque(maxlen=_RECENT_STEPS)).append(seconds)
 
     def seconds(self, shape: Shape) -> float | None:
         """What to reckon with: the slowest of the last five, since late is worse than idle. None before the first."""
@@ -48,23 +48,23 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DeadlineResult:
     """What came of a deadline, for one sample or one chunk.
 
     Attributes:
         steps: transitions from noise to the sample.
-        draft: one more was made to learn the pace, and thrown away.
+        probe_step: one more was made to learn the pace, and thrown away.
         seconds: from the start to the sample in the caller's hands.
         deadline: seconds that were allowed.
     """
 
     steps: int
-    draft: bool
+    probe_step: bool
     seconds: float
     deadline: float
 
     @property
-    def spare(self) -> float:
+    def slack(self) -> float:
         """Seconds left over; negative where the deadline was missed."""
         return self.deadline - self.seconds
 
@@ -76,68 +76,70 @@ class Deadline:
     Attributes:
         seconds: for the transitions of the sample (of the chunk); text encoder, cache and VAE are not in it.
         shift: of the grid, see `Schedule.uniform`.
-        most: steps are never more than this, however much time there is.
-        pace: what is known of the engine.
-        enough: asked before every transition; true means: finish now, with one jump. `threading.Event().is_set` serves.
+        max_steps: steps are never more than this, however much time there is.
+        step_timer: what is known of the engine.
+        should_stop: asked before every transition; true means: finish now, with one jump. `threading.Event().is_set` serves.
         on_end: told what came of it, after each sample or chunk.
         clock: seconds; for tests.
     """
 
     seconds: float
     shift: float = 5.0
-    most: int = 50
-    pace: Pace = field(default_factory=Pace)
-    enough: Callable[[], bool] = lambda: False
-    on_end: Callable[[Outcome], None] = lambda _: None
+    max_steps: int = 50
+    step_timer: StepTimer = field(default_factory=StepTimer)
+    should_stop: Callable[[], bool] = lambda: False
+    on_end: Callable[[DeadlineResult], None] = lambda _: None
     clock: Callable[[], float] = time.perf_counter
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
             raise AnyFlowError(f"a deadline of {self.seconds} s was given; allowed is any positive number.")
-        if not 1 <= self.most <= MAX_STEPS:
-            raise AnyFlowError(f"at most {self.most} steps were asked for; allowed are 1 to {MAX_STEPS}.")
+        if not 1 <= self.max_steps <= MAX_STEPS:
+            raise AnyFlowError(f"at most {self.max_steps} steps were asked for; allowed are 1 to {MAX_STEPS}.")
 
 
-class Route:
+class DeadlineController:
     """One sample under a deadline: the clock runs from here.
 
     Attributes:
         t: where it stands, in timesteps.
-        made: transitions so far.
-        planned: transitions there will be, as things look.
+        steps_done: transitions so far.
+        steps_planned: transitions there will be, as things look.
     """
 
     def __init__(self, deadline: Deadline, shape: Shape) -> None:
         self._deadline, self._shape = deadline, shape
         self._started = deadline.clock()
         self._end = self._started + deadline.seconds
-        self.t, self.made, self.planned = TRAIN_TIMESTEPS, 0, 0
+        self.t, self.steps_done, self.steps_planned = TRAIN_TIMESTEPS, 0, 0
 
     @property
-    def known(self) -> bool:
+    def is_calibrated(self) -> bool:
         """Whether the pace on this shape has been measured."""
-        return self._deadline.pace.seconds(self._shape) is not None
+        return self._deadline.step_timer.seconds(self._shape) is not None
 
-    def timed(self, transition: Callable[[], None]) -> None:
+    def time_step(self, transition: Callable[[], None]) -> None:
         """Make a transition and learn how long it takes."""
         started = self._deadline.clock()
         transition()
-        self._deadline.pace.record(self._shape, self._deadline.clock() - started)
+        self._deadline.step_timer.record(self._shape, self._deadline.clock() - started)
 
-    def next(self) -> float:
+    def next_time(self) -> float:
         """The time r to go to from `t`: 0 when no two transitions fit any more."""
-        pace = self._deadline.pace.seconds(self._shape)
-        left = self._end - self._deadline.clock()
-        fitting = self._deadline.most if not pace else int(min(left / pace, self._deadline.most))
-        count = 1 if self._deadline.enough() else max(1, min(fitting, self._deadline.most - self.made))
-        self.planned = self.made + count
+        step_seconds = self._deadline.step_timer.seconds(self._shape)
+        seconds_left = self._end - self._deadline.clock()
+        steps_that_fit = (
+            self._deadline.max_steps if not step_seconds else int(min(seconds_left / step_seconds, self._deadline.max_steps))
+        )
+        count = 1 if self._deadline.should_stop() else max(1, min(steps_that_fit, self._deadline.max_steps - self.steps_done))
+        self.steps_planned = self.steps_done + count
         return time_after(self.t, count, self._deadline.shift)
 
-    def went(self, r: float) -> None:
+    def advance_to(self, r: float) -> None:
         """A transition to `r` was made."""
-        self.t, self.made = r, self.made + 1
+        self.t, self.steps_done = r, self.steps_done + 1
 
-    def ended(self, steps: int, draft: bool) -> None:
+    def finish(self, steps: int, probe_step: bool) -> None:
         """The sample is there; say so."""
         seconds = self._deadline.clock() - self._started
-        self._deadline.on_end(Outcome(steps, draft, seconds, self._deadline.seconds))
+        self._deadline.on_end(DeadlineResult(steps, probe_step, seconds, self._deadline.seconds))

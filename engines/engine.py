@@ -113,7 +113,7 @@ class Stream(Protocol):
         """
         ...
 
-    def remember(self, latents: Array) -> None:
+    def append(self, latents: Array) -> None:
         """Enter the next chunk, now clean (or given), into the cache; the one after it becomes the next.
 
         Raises:
@@ -139,35 +139,45 @@ class BundleEngine(Engine, Protocol):
         ...
 
 
-def checked_inputs(ranges: Ranges, channels: int, text_dim: int, latents: ArrayLike, text: ArrayLike) -> tuple[Array, Array]:
+def prepare_inputs(ranges: Ranges, channels: int, text_dim: int, latents: ArrayLike, text: ArrayLike) -> tuple[Array, Array]:
     """Latents and text as contiguous float32 copies.
 
     Raises:
         ShapeError: outside the ranges, or with the wrong number of channels.
         AnyFlowError: not numbers, or not finite.
     """
-    z, words = checked_array("latents", latents), checked_array("text", text)
-    ranges.check(z.shape, words.shape)
-    for name, axis, given, allowed in (("latents", 2, z.shape[2], channels), ("text", 2, words.shape[2], text_dim)):
-        if given != allowed:
-            raise ShapeError(f"{name} has {given} channels on axis {axis}; this model takes {allowed}.")
-    return z, words
+    z, prompt_embeds = prepare_array("latents", latents), prepare_array("text", text)
+    ranges.check(z.shape, prompt_embeds.shape)
+    for name, axis, channels_given, allowed in (
+        ("latents", 2, z.shape[2], channels),
+        ("text", 2, prompt_embeds.shape[2], text_dim),
+    ):
+        if channels_given != allowed:
+            raise ShapeError(f"{name} has {channels_given} channels on axis {axis}; this model takes {allowed}.")
+    return z, prompt_embeds
 
 
-def checked_text(ranges: Ranges, text_dim: int, text: ArrayLike) -> Array:
+def prepare_text(ranges: Ranges, text_dim: int, text: ArrayLike) -> Array:
     """Prompt embeddings of one stream, (1, L, D), as a contiguous float32 copy.
 
     Raises:
         ShapeError: another shape, or outside the ranges.
         AnyFlowError: not numbers, or not finite.
     """
-    words = checked_array("text", text)
-    if words.ndim != 3 or words.shape[0] != 1 or words.shape[1] not in ranges.text or words.shape[2] != text_dim:
-        raise ShapeError(f"text has shape {words.shape}; a stream takes (1, {ranges.text}, {text_dim}): one video at a time.")
-    return words
+    prompt_embeds = prepare_array("text", text)
+    if (
+        prompt_embeds.ndim != 3
+        or prompt_embeds.shape[0] != 1
+        or prompt_embeds.shape[1] not in ranges.text
+        or prompt_embeds.shape[2] != text_dim
+    ):
+        raise ShapeError(
+            f"text has shape {prompt_embeds.shape}; a stream takes (1, {ranges.text}, {text_dim}): one video at a time."
+        )
+    return prompt_embeds
 
 
-def checked_array(name: str, values: ArrayLike) -> Array:
+def prepare_array(name: str, values: ArrayLike) -> Array:
     """A contiguous float32 copy.
 
     Raises:
@@ -191,13 +201,15 @@ def frame_times(t: ArrayLike, r: ArrayLike, shape: tuple[int, ...]) -> tuple[Arr
     Raises:
         AnyFlowError: not 1000 >= t >= r >= 0 in every frame.
     """
-    source, target = (_per_frame(name, time, shape[:2]) for name, time in (("t", t), ("r", r)))
+    source, target = (_broadcast_per_frame(name, time, shape[:2]) for name, time in (("t", t), ("r", r)))
     if not ((source <= TRAIN_TIMESTEPS) & (source >= target) & (target >= 0)).all():
-        raise AnyFlowError(f"t is {_short(source)} and r is {_short(target)}; allowed is 1000 >= t >= r >= 0 in every frame.")
+        raise AnyFlowError(
+            f"t is {_summarize_times(source)} and r is {_summarize_times(target)}; allowed is 1000 >= t >= r >= 0 in every frame."
+        )
     return source, target
 
 
-def _per_frame(name: str, time: ArrayLike, shape: tuple[int, ...]) -> Array:
+def _broadcast_per_frame(name: str, time: ArrayLike, shape: tuple[int, ...]) -> Array:
     values = np.asarray(time, dtype=np.float32)
     try:
         return np.array(np.broadcast_to(values, shape), order="C")
@@ -206,6 +218,6 @@ def _per_frame(name: str, time: ArrayLike, shape: tuple[int, ...]) -> Array:
         raise ShapeError(f"{name} has shape {values.shape}; allowed is {allowed}.") from None
 
 
-def _short(times: Array) -> Any:
+def _summarize_times(times: Array) -> Any:
     values = np.unique(times)
     return float(values[0]) if len(values) == 1 else [round(float(v), 3) for v in values[:6]]

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from anyflow_deploy.bundle.atomic_io import FolderWriter, Kind, check_file
+from anyflow_deploy.bundle.atomic_io import ArtifactKind, FolderWriter, check_file
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import AxisRange, File, stored_ranges
 from anyflow_deploy.errors import BackendError, BundleError
@@ -27,14 +27,14 @@ ENGINES = "engines"
 SCHEMA = 1
 
 _REMEDY = "Build it again with anyflow-build."
-_KIND = Kind("engine", ENGINE, "engine.json", "--name or --output", _REMEDY)
+_KIND = ArtifactKind("engine", ENGINE, "engine.json", "--name or --output", _REMEDY)
 
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
-class Device(_Record):
+class DeviceRecord(_Record):
     """What an engine was built on.
 
     Args:
@@ -68,7 +68,7 @@ class EngineRecord(_Record):
     schema_version: int = Field(default=SCHEMA, alias="schema")
     backend: str
     bundle: str
-    device: Device
+    device: DeviceRecord
     versions: dict[str, str]
     settings: dict[str, Any]
     ranges: dict[str, AxisRange]
@@ -150,20 +150,20 @@ def find_engine(bundle: Bundle, backend: str, engine: str | Path | None = None, 
         BundleError: damaged.
     """
     build = f"anyflow-build {bundle.path} --backend {backend}"
-    found = built_engines(bundle)
+    engines = list_engines(bundle)
     if engine is None:
-        ours = [path for path in found if _backend_of(path) == backend]
-        if not ours:
+        candidates = [path for path in engines if _read_backend(path) == backend]
+        if not candidates:
             raise BackendError(f"{bundle.path} has no {backend} engine yet. Make one on this machine: {build}")
-        if len(ours) > 1:
-            names = ", ".join(path.name for path in ours)
+        if len(candidates) > 1:
+            names = ", ".join(path.name for path in candidates)
             raise BackendError(f"{bundle.path} has several {backend} engines ({names}): choose one with --engine NAME.")
-        path = ours[0]
+        path = candidates[0]
     else:
         inside = bundle.path / ENGINES / engine
         path = inside if (inside / ENGINE).is_file() else Path(engine)
         if not (path / ENGINE).is_file():
-            names = ", ".join(p.name for p in found) or "none"
+            names = ", ".join(p.name for p in engines) or "none"
             raise BackendError(f"there is no engine {str(engine)!r}; {bundle.path} has {names}. Make one: {build}")
     folder = load_engine_folder(path, verify)
     if folder.record.backend != backend:
@@ -176,13 +176,13 @@ def find_engine(bundle: Bundle, backend: str, engine: str | Path | None = None, 
     return folder
 
 
-def built_engines(bundle: Bundle) -> list[Path]:
+def list_engines(bundle: Bundle) -> list[Path]:
     """The folders of engines inside a bundle, by name."""
     folder = bundle.path / ENGINES
     return sorted(path.parent for path in folder.glob(f"*/{ENGINE}") if not path.parent.name.startswith("."))
 
 
-def check_here(folder: EngineFolder, device: Device, versions: Mapping[str, str]) -> None:
+def check_compatible(folder: EngineFolder, device: DeviceRecord, versions: Mapping[str, str]) -> None:
     """Refuse an engine that was built elsewhere.
 
     Args:
@@ -193,13 +193,15 @@ def check_here(folder: EngineFolder, device: Device, versions: Mapping[str, str]
     Raises:
         BackendError: with both names.
     """
-    built, remedy = folder.record.device, f"Build it on this machine: anyflow-build … --backend {folder.record.backend}"
-    if built != device:
-        raise BackendError(f"{folder.path} was built for {_shown(built)}, and this is {_shown(device)}. {remedy}")
+    built_for, remedy = folder.record.device, f"Build it on this machine: anyflow-build … --backend {folder.record.backend}"
+    if built_for != device:
+        raise BackendError(
+            f"{folder.path} was built for {_device_label(built_for)}, and this is {_device_label(device)}. {remedy}"
+        )
     for name, version in versions.items():
         if folder.record.versions.get(name) != version:
-            was = folder.record.versions.get(name, "unknown")
-            raise BackendError(f"{folder.path} was built with {name} {was}, and here is {name} {version}. {remedy}")
+            built_with = folder.record.versions.get(name, "unknown")
+            raise BackendError(f"{folder.path} was built with {name} {built_with}, and here is {name} {version}. {remedy}")
 
 
 class EngineWriter(FolderWriter):
@@ -224,18 +226,18 @@ class EngineWriter(FolderWriter):
         return load_engine_folder(self.path, verify=False)
 
 
-def ranges_of(bundle: Bundle, **narrower: Range) -> dict[str, AxisRange]:
+def narrow_ranges(bundle: Bundle, **narrower: Range) -> dict[str, AxisRange]:
     """A bundle's ranges, some of them narrower, as a record holds them."""
     return stored_ranges(Ranges(**{**vars(bundle.manifest.shape_ranges), **narrower}))
 
 
-def _backend_of(path: Path) -> str | None:
+def _read_backend(path: Path) -> str | None:
     try:
         return str(json.loads((path / ENGINE).read_bytes())["backend"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _shown(device: Device) -> str:
+def _device_label(device: DeviceRecord) -> str:
     capability = f" (compute capability {device.compute_capability})" if device.compute_capability else ""
     return f"{device.name}{capability}"

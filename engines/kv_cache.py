@@ -56,7 +56,7 @@ class CachePlan:
         """Absolute index of a chunk's first latent frame."""
         return sum(self.chunks[:chunk])
 
-    def kept(self, chunk: int) -> list[int]:
+    def kept_chunks(self, chunk: int) -> list[int]:
         """The compressed chunks that chunk number `chunk` finds in the cache, in order."""
         old = list(range(max(0, chunk - self.recent)))
         return old if self.window is None or len(old) <= 1 + self.window else [0, *old[-self.window :]]
@@ -64,7 +64,7 @@ class CachePlan:
     def cached_tokens(self, chunk: int) -> tuple[int, int]:
         """(compressed, full) tokens that chunk number `chunk` finds in the cache."""
         recent = self.chunks[max(0, chunk - self.recent) : chunk]
-        return self.compressed_tokens * sum(self.chunks[c] for c in self.kept(chunk)), self.full_tokens * sum(recent)
+        return self.compressed_tokens * sum(self.chunks[c] for c in self.kept_chunks(chunk)), self.full_tokens * sum(recent)
 
     @property
     def capacity(self) -> int:
@@ -118,15 +118,15 @@ def cache_plan(
         raise AnyFlowError(f"the chunk plan has {sum(plan)} latent frames; the rotary table ends at {a.rope_max_seq_len}.")
     if window is not None and window < 1:
         raise AnyFlowError(f"window is {window}; allowed are whole numbers from 1, or None to keep every chunk.")
-    patch, coarse = a.patch_size[1], a.compressed_patch_size[1]
-    if height % patch or width % patch or height < coarse or width < coarse:
-        raise ShapeError(f"latents of {height} x {width}: a causal model takes multiples of {patch}, from {coarse} on.")
+    patch, compressed_patch = a.patch_size[1], a.compressed_patch_size[1]
+    if height % patch or width % patch or height < compressed_patch or width < compressed_patch:
+        raise ShapeError(f"latents of {height} x {width}: a causal model takes multiples of {patch}, from {compressed_patch} on.")
     return CachePlan(
         chunks=plan,
         recent=a.full_chunk_limit - 1,
         window=window,
         full_tokens=(height // patch) * (width // patch),
-        compressed_tokens=(height // coarse) * (width // coarse),
+        compressed_tokens=(height // compressed_patch) * (width // compressed_patch),
         text_tokens=text_tokens,
         layers=a.num_layers,
         heads=a.num_attention_heads,
@@ -134,14 +134,14 @@ def cache_plan(
     )
 
 
-def fitted_chunks(chunks: Sequence[int], frames: int) -> tuple[int, ...]:
+def fit_chunks(chunks: Sequence[int], frames: int) -> tuple[int, ...]:
     """A plan like `chunks` with so many latent frames: cut short, or its longest chunk repeated."""
     result: list[int] = []
     for length in [*chunks, *[max(chunks)] * frames]:
-        rest = frames - sum(result)
-        if not rest:
+        frames_left = frames - sum(result)
+        if not frames_left:
             break
-        result.append(min(length, rest))
+        result.append(min(length, frames_left))
     return tuple(result)
 
 

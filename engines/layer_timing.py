@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
-class Timed:
+class LayerTiming:
     """What a profiler saw of one layer, over all transitions it watched.
 
     Attributes:
@@ -25,10 +25,10 @@ class Timed:
     module: str = ""
 
 
-def merged(timed: Iterable[Timed]) -> list[Timed]:
+def merge_timings(timings: Iterable[LayerTiming]) -> list[LayerTiming]:
     """Rows of the same layer added up, by name."""
-    found: dict[str, Timed] = {}
-    for row in timed:
-        old = found.get(row.name)
-        found[row.name] = row if old is None else replace(old, seconds=old.seconds + row.seconds, calls=old.calls + row.calls)
-    return list(found.values())
+    merged: dict[str, LayerTiming] = {}
+    for row in timings:
+        old = merged.get(row.name)
+        merged[row.name] = row if old is None else replace(old, seconds=old.seconds + row.seconds, calls=old.calls + row.calls)
+    return list(merged.values())

@@ -25,7 +25,7 @@ BACKENDS = {
 
 PROVIDERS = ("cpu", "cuda")
 
-ON_GPUS_ONLY = ("tensorrt", "torch-tensorrt")
+GPU_ONLY_BACKENDS = ("tensorrt", "torch-tensorrt")
 """Backends whose provider is cuda when nobody says; for all others it is cpu."""
 
 
@@ -83,12 +83,12 @@ def load_engine(
             f"the engine {str(engine)!r} was built by another backend than onnxruntime, which runs the bundle itself: name that, "
             f"one of {', '.join(name for name in BACKENDS if name != backend)}, or leave the engine out."
         )
-    provider = provider or ("cuda" if backend in ON_GPUS_ONLY else "cpu")
+    provider = provider or ("cuda" if backend in GPU_ONLY_BACKENDS else "cpu")
     options = EngineOptions(provider, device, threads, engine, cuda_graphs)
     module, name = BACKENDS[backend].split(":")
-    make = getattr(importlib.import_module(module), name)
-    opened = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    return cast(BundleEngine, make(opened, options))
+    engine_class = getattr(importlib.import_module(module), name)
+    loaded_bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+    return cast(BundleEngine, engine_class(loaded_bundle, options))
 
 
 def check_provider(provider: str) -> None:

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anyflow_deploy.engines.adaptive_steps import Quality, refined
-from anyflow_deploy.engines.deadline import Deadline, Route
-from anyflow_deploy.engines.engine import Array, Engine, Run, checked_array, checked_text
+from anyflow_deploy.engines.adaptive_steps import AdaptiveSteps, sample_adaptively
+from anyflow_deploy.engines.deadline import Deadline, DeadlineController
+from anyflow_deploy.engines.engine import Array, Engine, Run, prepare_array, prepare_text
 from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan
 from anyflow_deploy.errors import ShapeError
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS, Schedule
 
-Course = Schedule | Deadline | Quality
+AnySchedule = Schedule | Deadline | AdaptiveSteps
 """What decides the times a sample passes through: they are given, or follow from the time there is, or from a quality."""
 
 
@@ -49,7 +49,7 @@ def sample(
     engine: Engine,
     latents: ArrayLike,
     text: ArrayLike,
-    schedule: Course,
+    schedule: AnySchedule,
     on_step: Callable[[Step], None] | None = None,
 ) -> Array:
     """Take latents from noise to clean.
@@ -67,16 +67,18 @@ def sample(
     Raises:
         AnyFlowError: inputs outside what the engine declares.
     """
-    return _made(lambda: engine.start(latents, text), schedule, on_step, np.shape(latents))
+    return _sample_run(lambda: engine.start(latents, text), schedule, on_step, np.shape(latents))
 
 
-def _made(start: Callable[[], Run], schedule: Course, on_step: Callable[[Step], None] | None, shape: tuple[int, ...]) -> Array:
+def _sample_run(
+    start: Callable[[], Run], schedule: AnySchedule, on_step: Callable[[Step], None] | None, shape: tuple[int, ...]
+) -> Array:
     """One sample; `start` opens a run at its noise."""
-    if isinstance(schedule, Quality):
-        return refined(lambda steps: _made(start, steps, on_step, shape), schedule)
+    if isinstance(schedule, AdaptiveSteps):
+        return sample_adaptively(lambda steps: _sample_run(start, steps, on_step, shape), schedule)
     with start() as run:
         if isinstance(schedule, Deadline):
-            return _in_time(run, Route(schedule, shape), on_step)
+            return _sample_in_time(run, DeadlineController(schedule, shape), on_step)
         for index, (t, r) in enumerate(schedule.transitions):
             run.step(t, r)
             if on_step is not None:
@@ -84,27 +86,27 @@ def _made(start: Callable[[], Run], schedule: Course, on_step: Callable[[Step], 
         return run.read()
 
 
-def _in_time(run: Run, route: Route, on_step: Callable[[Step], None] | None) -> Array:
+def _sample_in_time(run: Run, controller: DeadlineController, on_step: Callable[[Step], None] | None) -> Array:
     """As many transitions as fit; see `deadline`."""
-    draft = None
-    if not route.known:
+    probe_step = None
+    if not controller.is_calibrated:
         velocity: list[Array] = []
-        route.timed(lambda: velocity.append(run.velocity(TRAIN_TIMESTEPS, 0.0)))
-        draft = velocity[0]
-    while route.t > 0.0:
-        t, r = route.t, route.next()
-        if draft is not None and (route.made, r) == (0, 0.0):  # the draft made this very transition
-            clean: Array = run.read() - draft
-            route.ended(1, draft=False)
+        controller.time_step(lambda: velocity.append(run.velocity(TRAIN_TIMESTEPS, 0.0)))
+        probe_step = velocity[0]
+    while controller.t > 0.0:
+        t, r = controller.t, controller.next_time()
+        if probe_step is not None and (controller.steps_done, r) == (0, 0.0):  # the draft made this very transition
+            clean: Array = run.read() - probe_step
+            controller.finish(1, probe_step=False)
             if on_step is not None:
                 on_step(Step(0, 1, t, r, clean.copy))
             return clean
-        route.timed(lambda: run.step(t, r))  # noqa: B023 - called at once
-        route.went(r)
+        controller.time_step(lambda: run.step(t, r))  # noqa: B023 - called at once
+        controller.advance_to(r)
         if on_step is not None:
-            on_step(Step(route.made - 1, route.planned, t, r, run.read))
+            on_step(Step(controller.steps_done - 1, controller.steps_planned, t, r, run.read))
     clean = run.read()
-    route.ended(route.made, draft is not None)
+    controller.finish(controller.steps_done, probe_step is not None)
     return clean
 
 
@@ -129,7 +131,7 @@ def stream(
     engine: Engine,
     latents: ArrayLike,
     text: ArrayLike,
-    schedule: Course | Callable[[int], Course],
+    schedule: AnySchedule | Callable[[int], AnySchedule],
     chunk_plan: Sequence[int] | None = None,
     context: ArrayLike | None = None,
     window: int | None = None,
@@ -144,7 +146,7 @@ def stream(
         latents: noise of the whole video, (1, F, C, H, W).
         text: prompt embeddings, (1, L, D).
         schedule: one for all chunks, or a function from a chunk's index to its schedule, asked when the chunk begins
-            (`adaptive_steps.first_chunk_decides` makes one).
+            (`adaptive_steps.reuse_first_chunk_steps` makes one).
         chunk_plan: latent frames of each chunk; None for the model's own.
         context: clean latents of the first chunk or chunks, (1, Fc, C, H, W); they are remembered, not made.
         window: keep only the first and this many of the newest compressed chunks; None for all. See `kv_cache`.
@@ -156,63 +158,65 @@ def stream(
     Raises:
         AnyFlowError: a plan that does not sum to F, or a context that does not end where a chunk ends. Raised at once.
     """
-    z = checked_array("latents", latents)
+    z = prepare_array("latents", latents)
     if z.ndim != 5 or z.shape[0] != 1:
         raise ShapeError(f"latents have shape {z.shape}; a stream takes (1, frames, channels, height, width): one video.")
     architecture = engine.architecture
-    words = checked_text(engine.ranges, architecture.text_dim, text)
-    plan = cache_plan(architecture, chunk_plan, z.shape[3], z.shape[4], window, words.shape[1])
+    prompt_embeds = prepare_text(engine.ranges, architecture.text_dim, text)
+    plan = cache_plan(architecture, chunk_plan, z.shape[3], z.shape[4], window, prompt_embeds.shape[1])
     if plan.frames != z.shape[1]:
         raise ShapeError(
             f"the chunk plan {list(plan.chunks)} has {plan.frames} latent frames and latents have {z.shape[1]}; "
             "give a chunk_plan that sums to the frames."
         )
     for frames in sorted(set(plan.chunks)):
-        engine.ranges.check((1, frames, *z.shape[2:]), words.shape)
-    given = _given_chunks(plan, z, context)
-    return _chunks(engine, z, words, schedule if callable(schedule) else lambda _: schedule, plan, given, on_step)
+        engine.ranges.check((1, frames, *z.shape[2:]), prompt_embeds.shape)
+    given = _split_context(plan, z, context)
+    return _generate_chunks(
+        engine, z, prompt_embeds, schedule if callable(schedule) else lambda _: schedule, plan, given, on_step
+    )
 
 
-def _given_chunks(plan: CachePlan, latents: Array, context: ArrayLike | None) -> list[Array]:
+def _split_context(plan: CachePlan, latents: Array, context: ArrayLike | None) -> list[Array]:
     """The context, cut into chunks."""
     if context is None:
         return []
-    clean = checked_array("context", context)
+    clean = prepare_array("context", context)
     if clean.ndim != 5 or clean.shape[0] != 1 or clean.shape[2:] != latents.shape[2:] or clean.shape[1] > plan.frames:
         raise ShapeError(
             f"context has shape {clean.shape} and latents {latents.shape}; only the frames may differ, and be fewer."
         )
-    borders = [plan.first_frame(chunk) for chunk in range(1, len(plan.chunks) + 1)]
-    if clean.shape[1] not in borders:
+    chunk_ends = [plan.first_frame(chunk) for chunk in range(1, len(plan.chunks) + 1)]
+    if clean.shape[1] not in chunk_ends:
         raise ShapeError(
-            f"context has {clean.shape[1]} latent frames, which is not where a chunk ends ({borders}). "
+            f"context has {clean.shape[1]} latent frames, which is not where a chunk ends ({chunk_ends}). "
             "Shorten it, or give a chunk_plan whose first chunks it fills."
         )
-    count = borders.index(clean.shape[1]) + 1
+    count = chunk_ends.index(clean.shape[1]) + 1
     return [clean[:, plan.first_frame(c) : plan.first_frame(c + 1)] for c in range(count)]
 
 
-def _chunks(
+def _generate_chunks(
     engine: Engine,
     latents: Array,
     text: Array,
-    schedule: Callable[[int], Course],
+    schedule: Callable[[int], AnySchedule],
     plan: CachePlan,
     given: list[Array],
     on_step: Callable[[Step], None] | None,
 ) -> Generator[Chunk, None, None]:
-    with contextlib.closing(engine.open_stream(text, plan)) as memory:
+    with contextlib.closing(engine.open_stream(text, plan)) as kv_stream:
         for index in range(len(plan.chunks)):
             first = plan.first_frame(index)
             if index < len(given):
                 clean = np.ascontiguousarray(given[index])
             else:
-                noise_of_chunk = np.ascontiguousarray(latents[:, first : plan.first_frame(index + 1)])
-                start = functools.partial(memory.start, noise_of_chunk)
-                clean = _made(start, schedule(index), on_step, noise_of_chunk.shape)
+                chunk_noise = np.ascontiguousarray(latents[:, first : plan.first_frame(index + 1)])
+                start = functools.partial(kv_stream.start, chunk_noise)
+                clean = _sample_run(start, schedule(index), on_step, chunk_noise.shape)
             yield Chunk(index, first, clean.copy(), index < len(given))
             if index + 1 < len(plan.chunks):
-                memory.remember(clean)
+                kv_stream.append(clean)
 
 
 def noise(shape: Sequence[int], seed: int) -> Array:

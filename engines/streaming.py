@@ -68,33 +68,33 @@ class CacheStream:
         self._capacity = plan.capacity
         self._chunk = self._compressed = 0
         self._recent: deque[tuple[int, Array]] = deque()
-        self._kept: list[int] = []
+        self._kept_compressed: list[int] = []
 
     def start(self, latents: Array) -> Run:
         """See `Stream`."""
-        cache = self._checked(latents)
+        cache = self._check_next_chunk(latents)
         # A copy: a run works in the array it is given (ONNX Runtime does not copy on the CPU), and noise may be asked for again.
         return cache.run(latents.copy(), self._positions(self._chunk), sum(self._plan.cached_tokens(self._chunk)))
 
-    def remember(self, latents: Array) -> None:
+    def append(self, latents: Array) -> None:
         """See `Stream`."""
-        cache = self._checked(latents)
+        cache = self._check_next_chunk(latents)
         if self._chunk + 1 == len(self._plan.chunks):  # no room was planned for it
             raise AnyFlowError(f"chunk {self._chunk} is the last of the plan and nothing would see it; extend() the plan first.")
         self._recent.append((self._chunk, latents))
-        pending = [self._recent[-1]]
+        to_write = [self._recent[-1]]
         if len(self._recent) > self._plan.recent:
             self._compress(cache, *self._recent.popleft())
-            pending = list(self._recent)  # what precedes them has changed
-        filled = self._compressed + sum(self._full_tokens(chunk) for chunk, _ in list(self._recent)[: -len(pending)])
-        for chunk, clean in pending:
+            to_write = list(self._recent)  # what precedes them has changed
+        filled = self._compressed + sum(self._full_tokens(chunk) for chunk, _ in list(self._recent)[: -len(to_write)])
+        for chunk, clean in to_write:
             cache.write("chunk", clean, self._positions(chunk), filled, self._full_tokens(chunk))
             filled += self._full_tokens(chunk)
         self._chunk += 1
 
     def extend(self, plan: CachePlan) -> None:
         """See `Stream`."""
-        cache = self._opened()
+        cache = self._require_open()
         if plan.chunks[: self._chunk] != self._plan.chunks[: self._chunk]:
             raise AnyFlowError(f"the plan {list(plan.chunks)} changes chunks that are made already: {list(self._plan.chunks)}.")
         if plan.capacity > self._capacity:
@@ -111,19 +111,19 @@ class CacheStream:
 
     def _compress(self, cache: Cache, chunk: int, clean: Array) -> None:
         """Append an old chunk to the compressed part, for good; what the window lets go of makes room first."""
-        self._forget(cache, set(self._plan.kept(chunk + 1 + self._plan.recent)))
-        self._kept.append(chunk)
+        self._evict(cache, set(self._plan.kept_chunks(chunk + 1 + self._plan.recent)))
+        self._kept_compressed.append(chunk)
         tokens = self._compressed_tokens(chunk)
         cache.write("compress", clean, self._positions(chunk), self._compressed, tokens)
         self._compressed += tokens
 
-    def _forget(self, cache: Cache, kept: set[int]) -> None:
+    def _evict(self, cache: Cache, kept: set[int]) -> None:
         """Close the gaps of compressed chunks outside the window. Their order does not matter, but their place does."""
-        for chunk in [c for c in self._kept if c not in kept]:
-            before = sum(self._compressed_tokens(c) for c in self._kept[: self._kept.index(chunk)])
+        for chunk in [c for c in self._kept_compressed if c not in kept]:
+            tokens_before = sum(self._compressed_tokens(c) for c in self._kept_compressed[: self._kept_compressed.index(chunk)])
             gap = self._compressed_tokens(chunk)
-            cache.move(before, before + gap, self._compressed - before - gap)
-            self._kept.remove(chunk)
+            cache.move(tokens_before, tokens_before + gap, self._compressed - tokens_before - gap)
+            self._kept_compressed.remove(chunk)
             self._compressed -= gap
 
     def _positions(self, chunk: int) -> Positions:
@@ -136,14 +136,14 @@ class CacheStream:
     def _full_tokens(self, chunk: int) -> int:
         return self._plan.chunks[chunk] * self._plan.full_tokens
 
-    def _opened(self) -> Cache:
+    def _require_open(self) -> Cache:
         if self._cache is None:
             raise AnyFlowError("this stream is closed; open another.")
         return self._cache
 
-    def _checked(self, latents: Array) -> Cache:
+    def _check_next_chunk(self, latents: Array) -> Cache:
         """The cache, if these latents may be the next chunk's."""
-        cache = self._opened()
+        cache = self._require_open()
         if self._chunk >= len(self._plan.chunks):
             raise AnyFlowError(f"all {len(self._plan.chunks)} chunks of the plan are made; open another stream.")
         frames = self._plan.chunks[self._chunk]
@@ -152,6 +152,6 @@ class CacheStream:
         return cache
 
 
-def memory_names(layers: int) -> list[str]:
+def cache_tensor_names(layers: int) -> list[str]:
     """What the graphs call a cached tensor: `key.0`, `value.0`, `key.1`, …"""
     return [f"{part}.{layer}" for layer in range(layers) for part in ("key", "value")]

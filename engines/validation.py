@@ -27,13 +27,13 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Report, Silent
 from anyflow_deploy.schedule import Schedule
 
-PATH = Schedule.from_timesteps((1000, 960, 860, 700, 500, 250, 60, 0))
+REFERENCE_SCHEDULE = Schedule.from_timesteps((1000, 960, 860, 700, 500, 250, 60, 0))
 """The reference's path: transitions are compared at each of its times, from pure noise to nearly clean. (The shifted
 grid of few steps would stay above 500.)"""
 
 ROLLOUT_STEPS = (1, 2, 4, 8)
 
-Start = Callable[[Array], Run]
+RunOpener = Callable[[Array], Run]
 """Opens a run from a state."""
 
 
@@ -110,15 +110,17 @@ class Validation:
     def failures(self) -> list[str]:
         """Every measurement over its threshold, in words; empty when the engine is right."""
         limit = self.threshold
-        found = []
+        failures_found = []
         for item in self.transitions:
             if not item.difference.relative_l2 <= limit.transition:
                 where = f"transition {item.t:.0f} -> {item.r:.0f}{f' of chunk {item.chunk}' if item.chunk else ''}"
-                found.append(f"{where}: {_words(item.difference)}, allowed {limit.transition:g}")
+                failures_found.append(f"{where}: {_describe_difference(item.difference)}, allowed {limit.transition:g}")
         for rollout in self.rollouts:
             if not rollout.difference.relative_l2 <= limit.rollout:
-                found.append(f"rollout of {rollout.steps} steps: {_words(rollout.difference)}, allowed {limit.rollout:g}")
-        return found
+                failures_found.append(
+                    f"rollout of {rollout.steps} steps: {_describe_difference(rollout.difference)}, allowed {limit.rollout:g}"
+                )
+        return failures_found
 
     def as_json(self) -> dict[str, Any]:
         """For validation.json. Infinite and undefined numbers become null."""
@@ -126,7 +128,7 @@ class Validation:
         raw["threshold"] = dataclasses.asdict(self.threshold)
         raw["failures"] = self.failures
         raw["passed"] = not self.failures
-        return {key: _finite(value) for key, value in raw.items()}
+        return {key: _json_safe(value) for key, value in raw.items()}
 
 
 def validate(
@@ -165,16 +167,16 @@ def validate(
     report = report or Silent()
     schedules = [Schedule.uniform(n, shift) for n in steps]
     inputs = Inputs(latents, text, None if chunks is None else tuple(chunks))
-    with report.stage("transitions", PATH.steps * (1 if chunks is None else len({0, len(chunks) - 1}))) as advance:
+    with report.stage("transitions", REFERENCE_SCHEDULE.steps * (1 if chunks is None else len({0, len(chunks) - 1}))) as advance:
         transitions = []
-        for chunk, z, starts in _places(candidate, reference, inputs):
-            for t, r, state in _path(starts[1], z):
-                transitions += [_transition(starts, state, t, *target, chunk) for target in _targets(t, r)]
+        for chunk, z, starts in _comparison_points(candidate, reference, inputs):
+            for t, r, state in _reference_states(starts[1], z):
+                transitions += [_compare_transition(starts, state, t, *target, chunk) for target in _target_times(t, r)]
                 advance(1)
     with report.stage("rollouts", float(sum(steps))) as advance:
         rollouts = []
         for schedule in schedules:
-            pair = [_whole(engine, inputs, schedule) for engine in (candidate, reference)]
+            pair = [_sample_video(engine, inputs, schedule) for engine in (candidate, reference)]
             rollouts.append(Rollout(schedule.steps, difference(pair[0], pair[1])))
             advance(schedule.steps)
     return Validation(
@@ -192,51 +194,55 @@ class Inputs:
     chunks: tuple[int, ...] | None
 
 
-def _whole(engine: Engine, inputs: Inputs, schedule: Schedule) -> Array:
+def _sample_video(engine: Engine, inputs: Inputs, schedule: Schedule) -> Array:
     """A whole sample."""
     if inputs.chunks is None:
         return sample(engine, inputs.latents, inputs.text, schedule)
     return np.concatenate([c.latents for c in stream(engine, inputs.latents, inputs.text, schedule, inputs.chunks)], axis=1)
 
 
-def _places(candidate: Engine, reference: Engine, inputs: Inputs) -> Iterator[tuple[int, Array, tuple[Start, Start]]]:
+def _comparison_points(
+    candidate: Engine, reference: Engine, inputs: Inputs
+) -> Iterator[tuple[int, Array, tuple[RunOpener, RunOpener]]]:
     """Where transitions are compared: chunk, the noise of it, and what opens a run of it on each engine."""
     if inputs.chunks is None:
-        yield 0, inputs.latents, (_opener(candidate, inputs.text), _opener(reference, inputs.text))
+        yield 0, inputs.latents, (_run_opener(candidate, inputs.text), _run_opener(reference, inputs.text))
         return
     height, width = inputs.latents.shape[3:]
     plan = cache_plan(reference.architecture, inputs.chunks, height, width, text_tokens=inputs.text.shape[1])
     clean = stream(reference, inputs.latents, inputs.text, Schedule.uniform(4), inputs.chunks)
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(contextlib.closing(e.open_stream(inputs.text, plan))) for e in (candidate, reference)]
+        streams = [stack.enter_context(contextlib.closing(e.open_stream(inputs.text, plan))) for e in (candidate, reference)]
         for index, chunk in enumerate(clean):
             if index in (0, len(plan.chunks) - 1):
-                yield index, inputs.latents[:, chunk.first_frame :][:, : plan.chunks[index]], (opened[0].start, opened[1].start)
-            for memory in opened[: 2 * (index + 1 < len(plan.chunks))]:
-                memory.remember(chunk.latents)
+                yield index, inputs.latents[:, chunk.first_frame :][:, : plan.chunks[index]], (streams[0].start, streams[1].start)
+            for kv_stream in streams[: 2 * (index + 1 < len(plan.chunks))]:
+                kv_stream.append(chunk.latents)
 
 
-def _opener(engine: Engine, text: Array) -> Start:
+def _run_opener(engine: Engine, text: Array) -> RunOpener:
     return lambda latents: engine.start(latents, text)
 
 
-def _path(start: Start, latents: Array) -> list[tuple[float, float, Array]]:
+def _reference_states(start: RunOpener, latents: Array) -> list[tuple[float, float, Array]]:
     """The states the reference passes through, each with its time and the next."""
     states = []
     with start(np.ascontiguousarray(latents)) as run:
-        for t, r in PATH.transitions:
+        for t, r in REFERENCE_SCHEDULE.transitions:
             states.append((t, r, run.read()))
             run.step(t, r)
     return states
 
 
-def _targets(t: float, r: float) -> list[tuple[float, str]]:
+def _target_times(t: float, r: float) -> list[tuple[float, str]]:
     """Where a state at `t` is sent. The last step of the path goes to clean itself."""
     targets = [(t / 2, "half"), (0.0, "clean"), (t, "same"), (t / 2, "mixed")]
     return targets if r == 0.0 else [(r, "next"), *targets]
 
 
-def _transition(starts: tuple[Start, Start], state: Array, t: float, r: float, kind: str, chunk: int) -> Transition:
+def _compare_transition(
+    starts: tuple[RunOpener, RunOpener], state: Array, t: float, r: float, kind: str, chunk: int
+) -> Transition:
     source, target = np.full(state.shape[:2], t, np.float32), np.full(state.shape[:2], r, np.float32)
     if kind == "mixed":
         source[:, 0] = target[:, 0] = 0.0
@@ -247,13 +253,13 @@ def _transition(starts: tuple[Start, Start], state: Array, t: float, r: float, k
     return Transition(t, r, kind, difference(velocities[0], velocities[1]), chunk)
 
 
-def _words(d: Difference) -> str:
+def _describe_difference(d: Difference) -> str:
     return f"{d.not_finite} elements are NaN or infinite" if d.not_finite else f"relative L2 {d.relative_l2:.2e}"
 
 
-def _finite(value: Any) -> Any:
+def _json_safe(value: Any) -> Any:
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: _json_safe(v) for k, v in value.items()}
+    return [_json_safe(v) for v in value] if isinstance(value, (list, tuple)) else value

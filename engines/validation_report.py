@@ -23,7 +23,7 @@ KINDS = {
 _FLOOR = 1e-9  # what a difference of exactly zero is drawn at: a logarithm has no zero
 
 
-def tables(validation: Validation) -> list[Table]:
+def validation_tables(validation: Validation) -> list[Table]:
     """The worst transition of each kind, and every rollout."""
     numbers = ("relative L2", "cosine", "PSNR", "max abs")
     worst = Table("transition", "worst at t", *numbers, title="velocity, engine against reference")
@@ -44,12 +44,12 @@ def _cells(d: Difference, limit: float) -> tuple[str, ...]:
     return (f"[{colour}]{d.relative_l2:.2e}[/]", f"{d.cosine:.8f}", f"{d.psnr_db:.1f} dB", f"{d.max_abs:.2e}")
 
 
-def can_draw() -> bool:
+def can_plot() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(validation: Validation, path: Path) -> None:
+def plot_validation(validation: Validation, path: Path) -> None:
     """Write the picture, a PNG."""
     import matplotlib
 

@@ -18,22 +18,22 @@ from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.shape_ranges import Ranges
 
-Work = Literal["open", "step", "remember"]
+EngineOperation = Literal["open", "step", "append"]
 """A run or stream is opened (the text's keys and values are made), a transition is made, a chunk enters the cache."""
 
-Around = Callable[[Work], AbstractContextManager[object]]
+OperationHook = Callable[[EngineOperation], AbstractContextManager[object]]
 
 
-class EngineAround:
+class EngineWrapper:
     """See `Engine`.
 
     Args:
         engine: does the work.
-        around: gives the context for each piece of work.
+        hook: gives the context for each piece of work.
     """
 
-    def __init__(self, engine: Engine, around: Around) -> None:
-        self._engine, self._around = engine, around
+    def __init__(self, engine: Engine, hook: OperationHook) -> None:
+        self._engine, self._hook = engine, hook
 
     @property
     def description(self) -> str:
@@ -52,29 +52,29 @@ class EngineAround:
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> Run:
         """See `Engine`."""
-        with self._around("open"):
-            return _RunAround(self._engine.start(latents, text), self._around)
+        with self._hook("open"):
+            return _RunWrapper(self._engine.start(latents, text), self._hook)
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> Stream:
         """See `Engine`."""
-        with self._around("open"):
-            return _StreamAround(self._engine.open_stream(text, plan), self._around)
+        with self._hook("open"):
+            return _StreamWrapper(self._engine.open_stream(text, plan), self._hook)
 
     def close(self) -> None:
         """See `Engine`."""
         self._engine.close()
 
 
-class _RunAround:
-    def __init__(self, run: Run, around: Around) -> None:
-        self._run, self._around = run, around
+class _RunWrapper:
+    def __init__(self, run: Run, hook: OperationHook) -> None:
+        self._run, self._hook = run, hook
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
-        with self._around("step"):
+        with self._hook("step"):
             self._run.step(t, r)
 
     def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
-        with self._around("step"):
+        with self._hook("step"):
             return self._run.velocity(t, r)
 
     def read(self) -> Array:
@@ -83,23 +83,23 @@ class _RunAround:
     def close(self) -> None:
         self._run.close()
 
-    def __enter__(self) -> _RunAround:
+    def __enter__(self) -> _RunWrapper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
 
-class _StreamAround:
-    def __init__(self, stream: Stream, around: Around) -> None:
-        self._stream, self._around = stream, around
+class _StreamWrapper:
+    def __init__(self, stream: Stream, hook: OperationHook) -> None:
+        self._stream, self._hook = stream, hook
 
     def start(self, latents: Array) -> Run:
-        return _RunAround(self._stream.start(latents), self._around)
+        return _RunWrapper(self._stream.start(latents), self._hook)
 
-    def remember(self, latents: Array) -> None:
-        with self._around("remember"):
-            self._stream.remember(latents)
+    def append(self, latents: Array) -> None:
+        with self._hook("append"):
+            self._stream.append(latents)
 
     def extend(self, plan: CachePlan) -> None:
         self._stream.extend(plan)

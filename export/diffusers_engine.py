@@ -14,7 +14,7 @@ from anyflow_deploy.checkpoints.checkpoint import open_checkpoint, transformer_f
 from anyflow_deploy.checkpoints.hub import TRANSFORMER_FILES, download
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights
-from anyflow_deploy.engines.engine import Stream, checked_inputs
+from anyflow_deploy.engines.engine import Stream, prepare_inputs
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.torch_run import TorchRun, on_device
@@ -57,7 +57,7 @@ class TorchEngine:
     def start(self, latents: ArrayLike, text: ArrayLike) -> TorchRun:
         """See `Engine`."""
         a = self.architecture
-        z, words = checked_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
+        z, words = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
         model, given = self._model, torch.from_numpy(words).to(self._device)
         return TorchRun(lambda state, t, r: model(state, t, r, given, return_dict=False)[0], z, self._device)
 

@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from anyflow_deploy.checkpoints.weights import Weights
-from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text
+from anyflow_deploy.engines.engine import Array, prepare_inputs, prepare_text
 from anyflow_deploy.engines.kv_cache import CachePlan
-from anyflow_deploy.engines.streaming import CacheStream, Positions, memory_names
+from anyflow_deploy.engines.streaming import CacheStream, Positions, cache_tensor_names
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.torch_run import TorchRun, on_device
 from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
@@ -64,7 +64,7 @@ class NetworkEngine:
         """See `Engine`."""
         if self.architecture.causal:
             raise AnyFlowError("this is a causal model, which is made chunk by chunk: use stream(), not sample().")
-        z, words = checked_inputs(self.ranges, self.architecture.in_channels, self.architecture.text_dim, latents, text)
+        z, words = prepare_inputs(self.ranges, self.architecture.in_channels, self.architecture.text_dim, latents, text)
         network, given = self.network, torch.from_numpy(words).to(self._device)
         return TorchRun(lambda state, t, r: network(state, t, r, given)[1], z, self._device)
 
@@ -72,7 +72,7 @@ class NetworkEngine:
         """See `Engine`."""
         if not isinstance(self.network, ChunkTransition):
             raise AnyFlowError("this is a bidirectional model: use sample(), not stream().")
-        words = checked_text(self.ranges, self.architecture.text_dim, text)
+        words = prepare_text(self.ranges, self.architecture.text_dim, text)
         return CacheStream(TorchCache(self.network, self._device, words, plan), plan)
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class TorchCache:
         with torch.no_grad():
             self._words = TextMemory.forward(network, torch.from_numpy(text).to(device))  # type: ignore[arg-type]
         self._shape = (plan.heads, plan.channels)
-        self._buffers = [torch.zeros(1, plan.capacity, *self._shape, device=device) for _ in memory_names(plan.layers)]
+        self._buffers = [torch.zeros(1, plan.capacity, *self._shape, device=device) for _ in cache_tensor_names(plan.layers)]
 
     def run(self, latents: Array, positions: Positions, past: int) -> TorchRun:
         """See `Cache`."""

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyflow_deploy.checkpoints.weights import Weights
-from anyflow_deploy.engines.kv_cache import fitted_chunks
+from anyflow_deploy.engines.kv_cache import fit_chunks
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.training.checkpointing import Checkpoints, read_state
 from anyflow_deploy.training.chunks import ChunkPlan, chunk_plan
@@ -93,7 +93,7 @@ class Trainer:
         state = read_state(found) if found else None
         if state is not None and found is not None:
             check_resumed(state, self.recipe, self.base, found)
-        chunks = fitted_chunks(a.chunk_partition, self.recipe.frames) if a.chunk_partition else None
+        chunks = fit_chunks(a.chunk_partition, self.recipe.frames) if a.chunk_partition else None
         self.plan = chunk_plan(a, self.recipe.frames, chunks)
         self.architecture = a
         self.stage = self._stage(weights, teacher)

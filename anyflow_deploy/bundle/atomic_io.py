@@ -24,7 +24,7 @@ W = TypeVar("W", bound="FolderWriter")
 
 
 @dataclass(frozen=True)
-class Kind:
+class ArtifactKind:
     """What is being written, for the messages.
 
     Attributes:
@@ -52,7 +52,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_file(folder: Path, name: str, record: File, verify: bool, kind: Kind) -> None:
+def check_file(folder: Path, name: str, record: File, verify: bool, kind: ArtifactKind) -> None:
     """Compare one file of a folder with what the marker lists.
 
     Raises:
@@ -134,7 +134,7 @@ class FolderWriter:
         BundleError: destination taken, or its parent not writable. Raised by the constructor, before any work.
     """
 
-    def __init__(self, path: Path, kind: Kind, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, kind: ArtifactKind, overwrite: bool = False) -> None:
         self.path = path
         self.kind = kind
         self._overwrite = overwrite

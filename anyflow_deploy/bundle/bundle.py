@@ -16,11 +16,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from anyflow_deploy.bundle.atomic_io import FolderWriter, Kind, check_file
+from anyflow_deploy.bundle.atomic_io import ArtifactKind, FolderWriter, check_file
 from anyflow_deploy.bundle.manifest import MANIFEST, SCHEMA, Manifest
 from anyflow_deploy.errors import AnyFlowError, BundleError
 
-_KIND = Kind("bundle", MANIFEST, "manifest", "--output", "Copy the bundle again, or export again.")
+_KIND = ArtifactKind("bundle", MANIFEST, "manifest", "--output", "Copy the bundle again, or export again.")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.cli.options import Options, Words, run
-from anyflow_deploy.engines.build import BUILDERS, BuildSettings, build_engine, settings_of
+from anyflow_deploy.engines.build import BUILDERS, BuildSettings, build_engine, settings_type
 from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars, console
@@ -71,12 +71,12 @@ def chosen_settings(options: BuildOptions) -> BuildSettings:
     Raises:
         AnyFlowError: an unknown backend, or a flag that another backend has.
     """
-    kind = settings_of(options.backend)
+    kind = settings_type(options.backend)
     fields = {field.name for field in dataclasses.fields(kind)}
     given: dict[str, Any] = {name: getattr(options, name) for name in options.model_fields_set if name not in _COMMON}
     for name in given:
         if name not in fields:
-            able = [b for b in BUILDERS if name in {field.name for field in dataclasses.fields(settings_of(b))}]
+            able = [b for b in BUILDERS if name in {field.name for field in dataclasses.fields(settings_type(b))}]
             raise AnyFlowError(
                 f"--{name.replace('_', '-')} means nothing to backend {options.backend}; it is a flag of {', '.join(able)}."
             )

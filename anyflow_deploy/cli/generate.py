@@ -28,7 +28,7 @@ from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.kv_cache import CachePlan, check_budget
 from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.engines.sampler import Chunk, noise, sample, stream
-from anyflow_deploy.engines.step_policy import Course
+from anyflow_deploy.engines.step_policy import StepPolicy
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Bars, console
 
@@ -119,7 +119,7 @@ class Job:
         given: uint8 (frames, height, width, 3) that the video begins with.
     """
 
-    course: Course
+    course: StepPolicy
     shape: tuple[int, int, int, int]
     plan: CachePlan | None
     given: NDArray[np.uint8] | None
@@ -142,7 +142,7 @@ def generate(options: GenerateOptions) -> int:
         engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
     with closing(engine):
         first_frame = _Work(options, engine, words, job, pipeline, watch).done()
-    for line in job.course.report():
+    for line in job.course.summary_lines():
         console.print(line)
     if job.plan is not None and first_frame is not None:
         console.print(f"first frame made here on disk after {first_frame:.2f} s")
@@ -196,11 +196,11 @@ class _Work:
     def _whole(self, start: Array) -> Array:
         course = self.job.course
         with (
-            self.watch.time(course.stage), Bars(console) as bars, bars.stage("transitions", course.amount(1)) as advance,
-            course.finishing(),
+            self.watch.time(course.stage), Bars(console) as bars, bars.stage("transitions", course.progress_total(1)) as advance,
+            course.interrupt_handler(),
         ):  # fmt: skip
-            schedule = course.schedules(0)(0)
-            return sample(self.engine, start, self.words, schedule, on_step=lambda step: course.advanced(step, advance))
+            schedule = course.chunk_schedules(0)(0)
+            return sample(self.engine, start, self.words, schedule, on_step=lambda step: course.update_progress(step, advance))
 
     def _context(self) -> Array | None:
         from anyflow_deploy.pipelines.vae import encoded_video
@@ -216,16 +216,20 @@ class _Work:
 
         course, count = self.job.course, len(plan.chunks)
         given = chunks_in(plan, 0 if context is None else context.shape[1])
-        with Bars(console) as bars, bars.stage("transitions", course.amount(count - given)) as advance, course.finishing():
+        with (
+            Bars(console) as bars,
+            bars.stage("transitions", course.progress_total(count - given)) as advance,
+            course.interrupt_handler(),
+        ):
             chunks = stream(
                 self.engine,
                 start,
                 self.words,
-                course.schedules(given),
+                course.chunk_schedules(given),
                 plan.chunks,
                 context,
                 plan.window,
-                lambda step: course.advanced(step, advance),
+                lambda step: course.update_progress(step, advance),
             )
             while True:
                 with self.watch.time(f"{count} chunks"):

@@ -145,7 +145,7 @@ def calibrated_text(weights: Weights, calibration: Calibration) -> Array:
 
 def _write(folder: Path, found, chosen: list[str] | None) -> None:  # type: ignore[no-untyped-def]
     """sensitivity.json, sensitivity.png, the tables, and the layers that were chosen."""
-    from anyflow_deploy.engines.validation_report import can_draw
+    from anyflow_deploy.engines.validation_report import can_plot
     from anyflow_deploy.export.quantization import sensitivity_report
     from anyflow_deploy.export.quantization.sensitivity import SENSITIVITY, write_sensitivity
 
@@ -153,7 +153,7 @@ def _write(folder: Path, found, chosen: list[str] | None) -> None:  # type: igno
     write_sensitivity(path, found)
     for table in sensitivity_report.tables(found):
         console.print(table)
-    if can_draw():
+    if can_plot():
         sensitivity_report.draw(found, path.with_suffix(".png"), None if chosen is None else len(chosen))
     if chosen is not None:
         console.print(f"{len(chosen)} of {len(found.layers)} layers stay high: {', '.join(chosen) or 'none has to'}")

@@ -7,8 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator, Field
 
-from anyflow_deploy.engines.adaptive_steps import Quality
-from anyflow_deploy.engines.step_policy import MOST_FOR_A_QUALITY, MOST_UNDER_A_DEADLINE, Course, Fixed, InTime, ToQuality
+from anyflow_deploy.engines.adaptive_steps import AdaptiveSteps
+from anyflow_deploy.engines.step_policy import (
+    MAX_ADAPTIVE_STEPS,
+    MAX_DEADLINE_STEPS,
+    AdaptiveStepsPolicy,
+    DeadlineSteps,
+    FixedSteps,
+    StepPolicy,
+)
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.schedule import Schedule
 
@@ -33,17 +40,17 @@ Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=
 """1500ms, 1.5s or 2m; a bare number only from Python, in seconds."""
 
 
-def course_of(options: GenerateOptions, defaults: ScheduleDefaults) -> Course:
+def course_of(options: GenerateOptions, defaults: ScheduleDefaults) -> StepPolicy:
     """What the flags ask for."""
     shift = options.shift or defaults.shift
     first = options.first_steps
     if options.deadline is not None:
-        return InTime(options.deadline, shift, options.steps or MOST_UNDER_A_DEADLINE, first)
+        return DeadlineSteps(options.deadline, shift, options.steps or MAX_DEADLINE_STEPS, first)
     if options.target_quality is not None:
-        return ToQuality(Quality(options.target_quality, shift, options.steps or MOST_FOR_A_QUALITY))
+        return AdaptiveStepsPolicy(AdaptiveSteps(options.target_quality, shift, options.steps or MAX_ADAPTIVE_STEPS))
     if options.sigmas is not None:
-        return Fixed(Schedule.from_sigmas(options.sigmas))
-    return Fixed(
+        return FixedSteps(Schedule.from_sigmas(options.sigmas))
+    return FixedSteps(
         Schedule.uniform(options.steps or defaults.steps, shift), None if first is None else Schedule.uniform(first, shift)
     )
 

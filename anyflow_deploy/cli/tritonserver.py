@@ -12,7 +12,7 @@ from rich.markup import escape
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Options, Words, run
 from anyflow_deploy.engines.engine_folder import EngineFolder, find_engine
-from anyflow_deploy.engines.registry import ON_GPUS_ONLY, check_backend
+from anyflow_deploy.engines.registry import GPU_ONLY_BACKENDS, check_backend
 from anyflow_deploy.engines.tritonserver.repository import check_plan, model_writer, write_plan, write_streaming
 from anyflow_deploy.engines.tritonserver.settings import PARTS, Settings
 from anyflow_deploy.errors import AnyFlowError
@@ -74,7 +74,7 @@ class TritonOptions(Options):
     @property
     def devices(self) -> tuple[int, ...] | None:
         """GPUs, or None for the CPU."""
-        return self.gpus or ((0,) if self.backend in ON_GPUS_ONLY else None)
+        return self.gpus or ((0,) if self.backend in GPU_ONLY_BACKENDS else None)
 
 
 def triton(options: TritonOptions) -> int:

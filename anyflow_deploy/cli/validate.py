@@ -134,10 +134,10 @@ def _write(folder: Path, bundle: Bundle, result: Any) -> None:
 
     content = {"bundle_sha256": bundle.digest, **result.as_json()}
     write_whole(folder / "validation.json", json.dumps(content, indent=1) + "\n")
-    for table in validation_report.tables(result):
+    for table in validation_report.validation_tables(result):
         console.print(table)
-    if validation_report.can_draw():
-        validation_report.draw(result, folder / "validation.png")
+    if validation_report.can_plot():
+        validation_report.plot_validation(result, folder / "validation.png")
     else:
         console.print("no picture: matplotlib is not installed (it comes with anyflow-deploy[export]).")
 

@@ -22,7 +22,7 @@ import math
 import os
 from dataclasses import dataclass
 
-from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fitted_chunks
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.memory.parameter_shapes import counts, quantized_channels
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture
@@ -187,7 +187,7 @@ def _plan(a: Architecture, shape: Shape, window: int | None) -> CachePlan | None
     """The model's own chunks, as many as the video has."""
     if a.chunk_partition is None:
         return None
-    return cache_plan(a, fitted_chunks(a.chunk_partition, shape.frames), shape.height, shape.width, window)
+    return cache_plan(a, fit_chunks(a.chunk_partition, shape.frames), shape.height, shape.width, window)
 
 
 def _activations(a: Architecture, precision: str, target: Target, shape: Shape, plan: CachePlan | None) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fitted_chunks
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.pipelines.video_io import check_size, load_image, load_video
 from anyflow_deploy.shape_ranges import latent_frames
@@ -41,7 +41,7 @@ def planned(manifest: Manifest, chunks: Sequence[int] | None, shape: Sequence[in
     factor = manifest.video.temporal_factor
     asked = f"{(shape[0] - 1) * factor + 1} frames are {shape[0]} latent frames"
     own = "the model's own chunk plan" if chunks is None else "the chunk plan"
-    fitting = ",".join(map(str, fitted_chunks(plan.chunks, shape[0])))
+    fitting = ",".join(map(str, fit_chunks(plan.chunks, shape[0])))
     raise AnyFlowError(
         f"{own} {_shown(plan.chunks)} has {plan.frames} latent frames, and {asked}. "
         f"Give --frames {(plan.frames - 1) * factor + 1}, or --chunks that sum to {shape[0]}, such as {fitting}."
@@ -98,7 +98,7 @@ def _misfit(flag: str, frames: int, count: int, plan: CachePlan, factor: int) ->
     if count >= plan.frames:
         return f"{given}, and the video asked for has {plan.frames}: nothing would be left to make. Raise --frames."
     borders = [plan.first_frame(chunk) for chunk in range(1, len(plan.chunks))]
-    advice = f"--chunks {count},{','.join(map(str, fitted_chunks(plan.chunks, plan.frames - count)))}"
+    advice = f"--chunks {count},{','.join(map(str, fit_chunks(plan.chunks, plan.frames - count)))}"
     where = f"the first chunks of the plan {_shown(plan.chunks)} end after {', '.join(map(str, borders)) or 'the last frame'}"
     cut = (
         f", or a clip of {' or '.join(str((b - 1) * factor + 1) for b in borders)} frames"

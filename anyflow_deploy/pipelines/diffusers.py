@@ -131,7 +131,7 @@ class EngineFARTransformer(EngineTransformer):
         latents = _array(hidden_states[:, -chunk_partition[-1] :])
         if kv_cache_flag["is_cache_step"]:
             for stream, item in zip(streams, latents, strict=True):
-                stream.remember(np.ascontiguousarray(item[None]))
+                stream.append(np.ascontiguousarray(item[None]))
             return None, kv_cache
         source = _array(timestep)
         target = np.minimum(_array(r_timestep), source)

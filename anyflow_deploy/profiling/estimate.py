@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from anyflow_deploy.engines.kv_cache import cache_plan, fitted_chunks
+from anyflow_deploy.engines.kv_cache import cache_plan, fit_chunks
 from anyflow_deploy.memory.estimate import Shape, memory_of, needed
 from anyflow_deploy.models import FPS, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture
 from anyflow_deploy.profiling.operations import stream_work, transition_work, types_of
@@ -82,7 +82,7 @@ def estimated(
             seconds = roofline(work, ceilings, None).bound * count
             clips.append(ClipBound(steps=count, seconds=seconds, real_time_factor=frames / seconds / FPS))
     else:
-        plan = cache_plan(a, fitted_chunks(a.chunk_partition, shape.frames), *sides, window)
+        plan = cache_plan(a, fit_chunks(a.chunk_partition, shape.frames), *sides, window)
         tokens = plan.full_tokens * max(plan.chunks)
         work = transition_work(a, types, (max(plan.chunks), *sides), TEXT_TOKENS, plan.capacity, with_text=False)
         for count in steps:

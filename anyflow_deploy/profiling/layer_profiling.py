@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.layer_timing import Timed
+from anyflow_deploy.engines.layer_timing import LayerTiming
 from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.profiling.errors import AbsentError
 from anyflow_deploy.profiling.layers import by_operator, by_part, rows
@@ -76,7 +76,7 @@ def _run(engine: Watched, video: Video, profiled: object = None) -> list[float]:
     return engine.steps[-COUNTED:]
 
 
-def _record(source: str, graph: str, timed: list[Timed], seconds: list[float], point: Point) -> Layers:
+def _record(source: str, graph: str, timed: list[LayerTiming], seconds: list[float], point: Point) -> Layers:
     layers = rows(timed, COUNTED)
     return Layers(
         source=source,

@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from anyflow_deploy.engines.layer_timing import Timed
+from anyflow_deploy.engines.layer_timing import LayerTiming
 from anyflow_deploy.profiling.record import Layer
 
 _BLOCK = re.compile(r"^blocks\.\d+\.?")
 
 
-def rows(timed: Iterable[Timed], transitions: int) -> list[Layer]:
+def rows(timed: Iterable[LayerTiming], transitions: int) -> list[Layer]:
     """As the record has them, slowest first: per transition."""
     return _shared(
         Layer(

@@ -112,7 +112,7 @@ def stream_work(a: Architecture, types: Types, plan: CachePlan, sides: tuple[int
 def _remembered(a: Architecture, types: Types, plan: CachePlan, chunk: int) -> Work:
     """What follows a chunk: it enters in full; where one falls out of the recent ones it is compressed, and all of them again."""
     work = Work({}, 0.0)
-    compressed = plan.compressed_tokens * sum(plan.chunks[c] for c in plan.kept(chunk + 1))
+    compressed = plan.compressed_tokens * sum(plan.chunks[c] for c in plan.kept_chunks(chunk + 1))
     if chunk < plan.recent:
         before = plan.full_tokens * sum(plan.chunks[:chunk])
         return remember_work(a, types, plan.full_tokens * plan.chunks[chunk], before, plan.text_tokens)

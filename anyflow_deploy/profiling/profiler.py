@@ -16,7 +16,7 @@ from anyflow_deploy import __version__
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.engine_folder import find_engine
-from anyflow_deploy.engines.registry import ON_GPUS_ONLY, EngineOptions, load_engine
+from anyflow_deploy.engines.registry import GPU_ONLY_BACKENDS, EngineOptions, load_engine
 from anyflow_deploy.memory.parameter_shapes import counts
 from anyflow_deploy.profiling import jetson, layer_profiling, machine, stages
 from anyflow_deploy.profiling.advice import advise
@@ -75,7 +75,7 @@ class Request:
 
 def provider_of(backend: str, provider: str | None) -> str:
     """As `load_engine` chooses it."""
-    return provider or ("cuda" if backend in ON_GPUS_ONLY else "cpu")
+    return provider or ("cuda" if backend in GPU_ONLY_BACKENDS else "cpu")
 
 
 def profiled(request: Request, report: Report) -> Profile:

@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Iterator
 
 from anyflow_deploy.engines.engine import Engine
-from anyflow_deploy.engines.wrapper import EngineAround, Work
+from anyflow_deploy.engines.wrapper import EngineOperation, EngineWrapper
 from anyflow_deploy.profiling.timing import clock
 
 
-class Watched(EngineAround):
-    """See `EngineAround`.
+class Watched(EngineWrapper):
+    """See `EngineWrapper`.
 
     Args:
         engine: does the work.
@@ -27,8 +27,8 @@ class Watched(EngineAround):
         self.remembered: list[float] = []
 
     @contextlib.contextmanager
-    def _timed(self, work: Work) -> Iterator[None]:
+    def _timed(self, operation: EngineOperation) -> Iterator[None]:
         began = clock()
         yield
-        if work != "open":
-            (self.steps if work == "step" else self.remembered).append(clock() - began)
+        if operation != "open":
+            (self.steps if operation == "step" else self.remembered).append(clock() - began)

@@ -13,7 +13,7 @@ import numpy as np
 
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.engine import Array
-from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fitted_chunks
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.estimate import Shape, shape_from_pixels
@@ -76,7 +76,7 @@ def videos(manifest: Manifest, shapes: tuple[str, ...], window: int | None) -> l
         shape = shape_from_pixels(text, a)
         plan = None
         if a.chunk_partition is not None:
-            chunks = fitted_chunks(a.chunk_partition, shape.frames)
+            chunks = fit_chunks(a.chunk_partition, shape.frames)
             plan = cache_plan(a, chunks, shape.height, shape.width, window, video.text_tokens)
         latents = (1, shape.frames, a.in_channels, shape.height, shape.width)
         words = (1, video.text_tokens, a.text_dim)
@@ -137,7 +137,7 @@ def last_chunk(engine: Watched, video: Video, warm: int, count: int, before: Cal
             first = plan.first_frame(index)
             piece = np.ascontiguousarray(video.latents[:, first : first + frames])
             if index + 1 < len(plan.chunks):
-                memory.remember(piece)
+                memory.append(piece)
                 continue
             with memory.start(piece) as run:
                 _steps(run.step, warm, count, before)

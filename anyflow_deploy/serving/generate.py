@@ -7,7 +7,7 @@ from contextlib import closing
 
 from anyflow_deploy.engines.engine import Array, Engine
 from anyflow_deploy.engines.sampler import Step, noise, sample, stream
-from anyflow_deploy.engines.step_policy import Course
+from anyflow_deploy.engines.step_policy import StepPolicy
 from anyflow_deploy.serving.request import Order
 
 PIECE = 3
@@ -15,7 +15,7 @@ PIECE = 3
 
 
 def clean_latents(
-    engine: Engine, order: Order, words: Array, course: Course, on_step: Callable[[Step], None]
+    engine: Engine, order: Order, words: Array, course: StepPolicy, on_step: Callable[[Step], None]
 ) -> Generator[Array, None, None]:
     """A causal model's chunks, each before the next is begun; of a bidirectional model all at once, handed out in pieces.
 
@@ -29,13 +29,13 @@ def clean_latents(
     Returns:
         An iterator over float32 (1, f, C, H, W). Closing it at any moment releases the cache.
     """
-    start, schedules = noise((1, *order.shape), order.seed), course.schedules(0)
+    start, chunk_schedules = noise((1, *order.shape), order.seed), course.chunk_schedules(0)
     if order.plan is None:
-        latents = sample(engine, start, words, schedules(0), on_step)
+        latents = sample(engine, start, words, chunk_schedules(0), on_step)
         for first in range(0, latents.shape[1], PIECE):
             yield latents[:, first : first + PIECE]
         return
     plan = order.plan
-    with closing(stream(engine, start, words, schedules, plan.chunks, None, plan.window, on_step)) as chunks:
+    with closing(stream(engine, start, words, chunk_schedules, plan.chunks, None, plan.window, on_step)) as chunks:
         for chunk in chunks:
             yield chunk.latents

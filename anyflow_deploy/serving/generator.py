@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.deadline import Pace
+from anyflow_deploy.engines.deadline import StepTimer
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.engines.step_policy import InTime
+from anyflow_deploy.engines.step_policy import DeadlineSteps
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipelines.video_io import VideoWriter
@@ -63,7 +63,7 @@ class PipelineMaker:
 
     def __init__(self, engine: BundleEngine, text: PromptEncoder, vae: LoadedVae) -> None:
         self._engine, self._text, self._vae = engine, text, vae
-        self._pace, self._tokens = Pace(), engine.bundle.manifest.video.text_tokens
+        self._step_timer, self._tokens = StepTimer(), engine.bundle.manifest.video.text_tokens
         self._words = functools.lru_cache(REMEMBERED_PROMPTS)(lambda prompt: text.encode([prompt], self._tokens))
 
     @property
@@ -96,14 +96,14 @@ class PipelineMaker:
         """The video's clean latents, piece by piece."""
         order = job.order
         assert order is not None
-        course = order.course(self._pace)
-        if isinstance(course, InTime):
-            course.enough = job.enough
-        way, amount = [0.0], course.amount(order.samples) or 1.0
+        course = order.course(self._step_timer)
+        if isinstance(course, DeadlineSteps):
+            course.stop_event = job.stop_event
+        way, progress_total = [0.0], course.progress_total(order.samples) or 1.0
 
         def went(step: Step) -> None:
-            course.advanced(step, lambda by: way.__setitem__(0, way[0] + by))
-            report.step(step, way[0] / amount)
+            course.update_progress(step, lambda by: way.__setitem__(0, way[0] + by))
+            report.step(step, way[0] / progress_total)
 
         with closing(clean_latents(self._engine, order, words, course, went)) as pieces:
             for index in itertools.count():
@@ -119,5 +119,5 @@ class PipelineMaker:
 def _say(course: object, report: Report) -> None:
     """The transitions of a chunk, or of the whole, are done."""
     report.sampled()
-    if isinstance(course, InTime):
-        report.deadlines(course.outcomes)
+    if isinstance(course, DeadlineSteps):
+        report.deadlines(course.results)

@@ -111,7 +111,7 @@ class Job:
     pieces: list[Piece] = field(default_factory=list)
     created: float = field(default_factory=time.monotonic)
     unwanted: threading.Event = field(default_factory=threading.Event)
-    enough: threading.Event = field(default_factory=threading.Event)
+    stop_event: threading.Event = field(default_factory=threading.Event)
     reason: Problem | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     _listeners: list[Callable[[], None]] = field(default_factory=list)

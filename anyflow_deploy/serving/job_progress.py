@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from anyflow_deploy.engines.deadline import Outcome
+from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.engines.sampler import Step
 from anyflow_deploy.serving.job import Job, Piece
 from anyflow_deploy.serving.metrics import Metrics
@@ -60,12 +60,12 @@ class Report:
         with self.job.lock:
             self.job.video.steps.append(self._made)
 
-    def deadlines(self, outcomes: list[Outcome]) -> None:
+    def deadlines(self, outcomes: list[DeadlineResult]) -> None:
         """What came of the deadlines so far; the last one is new."""
-        self._metrics.deadlines.labels("met" if outcomes[-1].spare >= 0 else "missed").inc()
-        self._metrics.drafts.inc(outcomes[-1].draft)
+        self._metrics.deadlines.labels("met" if outcomes[-1].slack >= 0 else "missed").inc()
+        self._metrics.drafts.inc(outcomes[-1].probe_step)
         with self.job.lock:
-            self.job.video.deadline_met = all(outcome.spare >= 0 for outcome in outcomes)
+            self.job.video.deadline_met = all(outcome.slack >= 0 for outcome in outcomes)
 
     def piece(self, frames: int, size: int) -> None:
         """Frames are in the file.

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.deadline import Pace
-from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fitted_chunks
-from anyflow_deploy.engines.step_policy import MOST_UNDER_A_DEADLINE, Fixed, InTime
+from anyflow_deploy.engines.deadline import StepTimer
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
+from anyflow_deploy.engines.step_policy import MAX_DEADLINE_STEPS, DeadlineSteps, FixedSteps
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.schedule import Schedule
 from anyflow_deploy.serving.limits import Limits
@@ -98,16 +98,16 @@ class Order:
         """How many are made one after the other: chunks, or the whole video."""
         return 1 if self.plan is None else len(self.plan.chunks)
 
-    def course(self, pace: Pace) -> Fixed | InTime:
+    def course(self, step_timer: StepTimer) -> FixedSteps | DeadlineSteps:
         """What decides the steps.
 
         Args:
             pace: what is known of the engine, shared by all requests.
         """
         if self.deadline_seconds is not None:
-            return InTime(self.deadline_seconds, self.shift, self.steps, self.first_steps, pace=pace)
+            return DeadlineSteps(self.deadline_seconds, self.shift, self.steps, self.first_steps, step_timer=step_timer)
         first = None if self.first_steps is None else Schedule.uniform(self.first_steps, self.shift)
-        return Fixed(Schedule.uniform(self.steps, self.shift), first)
+        return FixedSteps(Schedule.uniform(self.steps, self.shift), first)
 
 
 def ordered(request: VideoRequest, manifest: Manifest, limits: Limits, name: str, *, embedded: bool = False) -> Order:
@@ -179,7 +179,7 @@ def _sides(size: str | None, manifest: Manifest) -> tuple[int, int]:
 def _plan(request: VideoRequest, manifest: Manifest, shape: tuple[int, int, int, int]) -> CachePlan:
     """The model's own chunks, cut short or the longest of them repeated."""
     own = manifest.architecture.chunk_partition or (1,)
-    chunks = fitted_chunks(own, shape[0])
+    chunks = fit_chunks(own, shape[0])
     return cache_plan(manifest.architecture, chunks, shape[2], shape[3], request.window, manifest.video.text_tokens)
 
 
@@ -190,7 +190,7 @@ def _steps(request: VideoRequest, manifest: Manifest, limits: Limits) -> tuple[i
     if request.deadline_ms is None:
         return min(request.num_inference_steps or manifest.schedule.steps, limits.steps), None
     _most("deadline_ms", request.deadline_ms, limits.deadline_seconds * 1000, "milliseconds")
-    return request.num_inference_steps or min(MOST_UNDER_A_DEADLINE, limits.steps), request.deadline_ms / 1000
+    return request.num_inference_steps or min(MAX_DEADLINE_STEPS, limits.steps), request.deadline_ms / 1000
 
 
 def _most(field: str, given: float, most: float, unit: str) -> None:

@@ -131,7 +131,7 @@ def finish_now(job: Job) -> None:
         raise RefusedError(
             "this video has a number of steps, not a deadline; only a deadline can be finished early.", "deadline_ms"
         )
-    job.enough.set()
+    job.stop_event.set()
 
 
 def described(service: Service) -> dict[str, Any]:

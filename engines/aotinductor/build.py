@@ -12,10 +12,10 @@ from typing import Any
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import AxisRange
-from anyflow_deploy.engines.build import BuildSettings, Built
-from anyflow_deploy.engines.engine_folder import EngineWriter, ranges_of
+from anyflow_deploy.engines.build import BuildResult, BuildSettings
+from anyflow_deploy.engines.engine_folder import EngineWriter, narrow_ranges
 from anyflow_deploy.engines.torch_common.compat import check_packages_open, find_cpp_compiler
-from anyflow_deploy.engines.torch_common.device import device_here, imported_torch, torch_device, versions_here
+from anyflow_deploy.engines.torch_common.device import describe_device, import_torch, runtime_versions, torch_device
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.progress import Report
 from anyflow_deploy.shape_ranges import Range
@@ -40,28 +40,28 @@ class AotInductorSettings(BuildSettings):
     def check(self, bundle: Bundle) -> None:
         """See `BuildSettings`."""
         super().check(bundle)
-        torch = imported_torch(self.provider, self.device)
+        torch = import_torch(self.provider, self.device)
         check_precision(torch, bundle, self.provider, self.device)
         check_exporter()
         find_cpp_compiler()
 
-    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> Built:
+    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> BuildResult:
         """See `BuildSettings`."""
-        from anyflow_deploy.engines.aotinductor.compiler import compiled, counted
+        from anyflow_deploy.engines.aotinductor.compiler import compile_graphs, summarize_package
 
-        torch = imported_torch(self.provider, self.device)
+        torch = import_torch(self.provider, self.device)
         device = torch_device(self.provider, self.device)
         achieved: dict[str, Any] = {}
-        compiled(bundle, device, writer, self.max_autotune, report)
+        compile_graphs(bundle, device, writer, self.max_autotune, report)
         for graph in bundle.manifest.graphs:
-            achieved[graph] = counted(bundle, graph, writer.folder / f"{graph}.pt2")
+            achieved[graph] = summarize_package(bundle, graph, writer.folder / f"{graph}.pt2")
         with report.stage("opening what was compiled"):
             index = self.device if self.provider == "cuda" else -1
             check_packages_open([writer.folder / f"{graph}.pt2" for graph in bundle.manifest.graphs], index)
-        return Built(
-            device_here(torch, self.provider, self.device),
-            versions_here(torch, self.provider),
-            _ranges(bundle, self.provider),
+        return BuildResult(
+            describe_device(torch, self.provider, self.device),
+            runtime_versions(torch, self.provider),
+            _buildable_ranges(bundle, self.provider),
             achieved=achieved,
         )
 
@@ -99,17 +99,17 @@ def check_exporter() -> None:
         raise BackendError(f"building needs the exporter ({error}). Run: pip install 'anyflow-deploy[export]'") from None
 
 
-def _ranges(bundle: Bundle, provider: str) -> dict[str, AxisRange]:
+def _buildable_ranges(bundle: Bundle, provider: str) -> dict[str, AxisRange]:
     if bundle.manifest.precision != "int8" or provider != "cuda":
-        return ranges_of(bundle)
-    given, patch = bundle.manifest.shape_ranges, bundle.manifest.architecture.patch_size[1]
-    narrower = {"text": _above(given.text, _INT8_ROWS)}
+        return narrow_ranges(bundle)
+    declared, patch = bundle.manifest.shape_ranges, bundle.manifest.architecture.patch_size[1]
+    overrides = {"text": _range_from(declared.text, _INT8_ROWS)}
     side = (bundle.manifest.architecture.compressed_patch_size or (1, patch))[1]
-    narrower |= {axis: _above(getattr(given, axis), 5 * side) for axis in ("height", "width")}
-    return ranges_of(bundle, **narrower)
+    overrides |= {axis: _range_from(getattr(declared, axis), 5 * side) for axis in ("height", "width")}
+    return narrow_ranges(bundle, **overrides)
 
 
-def _above(given: Range, least: int) -> Range:
+def _range_from(declared: Range, minimum: int) -> Range:
     """A range from `least` on, in its own multiples."""
-    low = max(given.minimum, -(-least // given.multiple) * given.multiple)
-    return Range(low, given.maximum, given.multiple)
+    low = max(declared.minimum, -(-minimum // declared.multiple) * declared.multiple)
+    return Range(low, declared.maximum, declared.multiple)

@@ -19,7 +19,7 @@ from anyflow_deploy.errors import AnyFlowError, BackendError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SHAPES = 4
+_MAX_GRAPHS = 4
 """Shapes whose recordings are kept. They share one pool of memory, as large as the largest needs."""
 
 
@@ -48,10 +48,10 @@ class CompiledGraph:
             raise BackendError(f"{path} cannot be opened by torch {torch.__version__}: {reason} Build it again.") from None
         self.weights: list[str] = self._loader.get_constant_fqns()
 
-    def take(self, weights: TorchWeights) -> None:
+    def load_weights(self, weights: TorchWeights) -> None:
         """Lend it its weights; they are not copied."""
-        self._lender = weights  # lives as long as this
-        self._loader.load_constants(weights.lend(self.weights), False, True, True)
+        self._shared_weights = weights  # lives as long as this
+        self._loader.load_constants(weights.share(self.weights), False, True, True)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """Outputs in the graph's order.
@@ -74,7 +74,7 @@ class CompiledGraph:
             self._loader = None
 
 
-class RecordedGraph:
+class CudaGraphRunner:
     """A compiled graph that is recorded as a CUDA graph, once for each shape, and replayed: one launch for all kernels.
 
     The first call of a shape runs as it is, which loads kernels and settles libraries; the second records. Inputs are
@@ -88,42 +88,42 @@ class RecordedGraph:
     def __init__(self, torch: Any, call: Callable[..., Sequence[Tensor]]) -> None:
         self._torch, self._call = torch, call
         self._lock = threading.Lock()
-        self._seen: set[Any] = set()
-        self._recorded: OrderedDict[Any, tuple[Any, list[Tensor], Sequence[Tensor]]] = OrderedDict()
+        self._seen_shapes: set[Any] = set()
+        self._graphs: OrderedDict[Any, tuple[Any, list[Tensor], Sequence[Tensor]]] = OrderedDict()
         self._pool: Any = None
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """See `CompiledGraph`."""
         key = tuple(tuple(tensor.shape) for tensor in inputs)
         with self._lock:
-            if key not in self._recorded:
-                if key not in self._seen:
-                    self._seen.add(key)
+            if key not in self._graphs:
+                if key not in self._seen_shapes:
+                    self._seen_shapes.add(key)
                     return self._call(*inputs)
-                self._record(key, inputs)
-            self._recorded.move_to_end(key)
-            graph, places, outputs = self._recorded[key]
-            for place, given in zip(places, inputs, strict=True):
-                place.copy_(given)
+                self._capture(key, inputs)
+            self._graphs.move_to_end(key)
+            graph, static_inputs, outputs = self._graphs[key]
+            for static_input, tensor in zip(static_inputs, inputs, strict=True):
+                static_input.copy_(tensor)
             graph.replay()
             return [output.clone() for output in outputs]
 
-    def _record(self, key: Any, inputs: Sequence[Tensor]) -> None:
+    def _capture(self, key: Any, inputs: Sequence[Tensor]) -> None:
         cuda = self._torch.cuda
         if self._pool is None:
             self._pool = cuda.graph_pool_handle()
-        if len(self._recorded) == _SHAPES:
-            self._recorded.popitem(last=False)
-        places = [tensor.clone() for tensor in inputs]
+        if len(self._graphs) == _MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        static_inputs = [tensor.clone() for tensor in inputs]
         cuda.synchronize()
         graph = cuda.CUDAGraph()
         with cuda.graph(graph, pool=self._pool):
-            outputs = self._call(*places)
-        self._recorded[key] = (graph, places, outputs)
+            outputs = self._call(*static_inputs)
+        self._graphs[key] = (graph, static_inputs, outputs)
 
     def close(self) -> None:
         """Release the recordings."""
         with self._lock:
-            self._recorded.clear()
-            self._seen.clear()
+            self._graphs.clear()
+            self._seen_shapes.clear()
             self._pool = None

@@ -41,7 +41,7 @@ _ATTENTION = ("flash", "efficient", "cudnn")
 _PRODUCTS = {"fp8": "_scaled_mm", "int8": "_int_mm"}
 
 
-def compiled(bundle: Bundle, device: str, writer: EngineWriter, max_autotune: bool, report: Report) -> None:
+def compile_graphs(bundle: Bundle, device: str, writer: EngineWriter, max_autotune: bool, report: Report) -> None:
     """Put a package for each graph into the folder.
 
     Args:
@@ -58,12 +58,12 @@ def compiled(bundle: Bundle, device: str, writer: EngineWriter, max_autotune: bo
     options = select_known_options({**OPTIONS, "cpp.cxx": (None, compiler), "max_autotune": max_autotune})
     with report.stage("reading weights"):
         weights = TorchWeights(torch, bundle, device)
-    tensors = weights.some(list(weights))
+    tensors = weights.select(list(weights))
     try:
         for graph in bundle.manifest.graphs:
-            with _explained(bundle), best_attention(device), report.stage(f"tracing {graph}"):
+            with _translate_errors(bundle), best_attention(device), report.stage(f"tracing {graph}"):
                 program = program_from_bundle(bundle, graph, tensors, device)
-            with _explained(bundle), best_attention(device), report.stage(f"compiling {graph}"):
+            with _translate_errors(bundle), best_attention(device), report.stage(f"compiling {graph}"):
                 path = writer.folder / f"{graph}.pt2"
                 aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
             writer.adopt(path.name)
@@ -88,7 +88,7 @@ def best_attention(device: str) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(bundle: Bundle) -> Any:
+def _translate_errors(bundle: Bundle) -> Any:
     """Errors of the compiler in a user's words."""
     try:
         yield
@@ -104,27 +104,29 @@ def _explained(bundle: Bundle) -> Any:
         raise BackendError(f"{bundle.path} cannot be compiled ({type(error).__name__}): {reason}") from error
 
 
-def counted(bundle: Bundle, graph: str, package: Path) -> str:
+def summarize_package(bundle: Bundle, graph: str, package: Path) -> str:
     """What a package calls, read back from its code, in words.
 
     Raises:
         BackendError: an attention that writes out its table of scores.
     """
-    calls = called(package)
+    calls = count_calls(package)
     fused = sum(count for name, count in calls.items() if "attention" in name and any(kind in name for kind in _ATTENTION))
     layers = bundle.manifest.architecture.num_layers
-    wanted = 2 * {"text": 0, "compress": layers - 1}.get(graph, layers)
-    if fused != wanted:
+    expected = 2 * {"text": 0, "compress": layers - 1}.get(graph, layers)
+    if fused != expected:
         raise BackendError(
-            f"{fused} of {wanted} attentions of {graph} became one operator; the others would need memory for every pair of "
+            f"{fused} of {expected} attentions of {graph} became one operator; the others would need memory for every pair of "
             f"tokens. Calls: {dict(calls)}. Please report this with the output of python -m torch.utils.collect_env."
         )
-    said = f"{fused} of {wanted} attentions fused"
+    summary = f"{fused} of {expected} attentions fused"
     product = _PRODUCTS.get(bundle.manifest.precision)
-    return said if product is None else f"{said}, {sum(n for name, n in calls.items() if product in name)} calls of {product}"
+    return (
+        summary if product is None else f"{summary}, {sum(n for name, n in calls.items() if product in name)} calls of {product}"
+    )
 
 
-def called(package: Path) -> Counter[str]:
+def count_calls(package: Path) -> Counter[str]:
     """torch's operators that a package's wrapper calls, each as often as it stands there."""
     with zipfile.ZipFile(package) as archive:
         sources = [archive.read(name).decode() for name in archive.namelist() if name.endswith("wrapper.cpp")]

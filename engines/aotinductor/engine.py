@@ -16,15 +16,15 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.aotinductor.compiled_graph import CompiledGraph, RecordedGraph
+from anyflow_deploy.engines.aotinductor.compiled_graph import CompiledGraph, CudaGraphRunner
 from anyflow_deploy.engines.aotinductor.kv_cache import AotInductorCache
 from anyflow_deploy.engines.aotinductor.run import AotInductorRun
-from anyflow_deploy.engines.engine import checked_inputs, checked_text
-from anyflow_deploy.engines.engine_folder import EngineFolder, check_here, find_engine
+from anyflow_deploy.engines.engine import prepare_inputs, prepare_text
+from anyflow_deploy.engines.engine_folder import EngineFolder, check_compatible, find_engine
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.engines.streaming import CacheStream
-from anyflow_deploy.engines.torch_common.device import device_here, imported_torch, torch_device, versions_here
+from anyflow_deploy.engines.torch_common.device import describe_device, import_torch, runtime_versions, torch_device
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import Architecture
@@ -44,34 +44,36 @@ class AotInductorEngine:
 
     BACKEND, TITLE = "aotinductor", "AOTInductor"
 
-    BORROWS = True
+    EXTERNAL_WEIGHTS = True
     """Packages hold no weights, and are recorded as CUDA graphs."""
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         self.bundle = bundle
         self.provider = options.provider
-        self._torch = torch = self._runtime(options)
+        self._torch = torch = self._import_torch(options)
         self._index = options.device if options.provider == "cuda" else -1
         self._device = torch_device(options.provider, options.device)
         self.folder = find_engine(bundle, self.BACKEND, options.engine)
-        check_here(self.folder, device_here(torch, options.provider, options.device), self._versions())
+        check_compatible(self.folder, describe_device(torch, options.provider, options.device), self._required_versions())
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self._graphs = {
             name: CompiledGraph(torch, self._package(self.folder, name), self._index) for name in bundle.manifest.graphs
         }
-        wanted = {name for graph in self._graphs.values() for name in graph.weights} if self.BORROWS else set()
-        self._weights = TorchWeights(torch, bundle, self._device, wanted)
-        for graph in self._graphs.values() if self.BORROWS else ():
-            graph.take(self._weights)
-        recording = self.BORROWS and options.cuda_graphs and options.provider == "cuda" and "transition" in self._graphs
-        self._recorded = RecordedGraph(torch, self._graphs["transition"]) if recording else None
+        weight_names = {name for graph in self._graphs.values() for name in graph.weights} if self.EXTERNAL_WEIGHTS else set()
+        self._weights = TorchWeights(torch, bundle, self._device, weight_names)
+        for graph in self._graphs.values() if self.EXTERNAL_WEIGHTS else ():
+            graph.load_weights(self._weights)
+        use_cuda_graph = (
+            self.EXTERNAL_WEIGHTS and options.cuda_graphs and options.provider == "cuda" and "transition" in self._graphs
+        )
+        self._graph_runner = CudaGraphRunner(torch, self._graphs["transition"]) if use_cuda_graph else None
 
-    def _runtime(self, options: EngineOptions) -> Any:
-        return imported_torch(options.provider, options.device)
+    def _import_torch(self, options: EngineOptions) -> Any:
+        return import_torch(options.provider, options.device)
 
-    def _versions(self) -> dict[str, str]:
-        return versions_here(self._torch, self.provider)
+    def _required_versions(self) -> dict[str, str]:
+        return runtime_versions(self._torch, self.provider)
 
     @staticmethod
     def _package(folder: EngineFolder, graph: str) -> Any:
@@ -99,22 +101,25 @@ class AotInductorEngine:
         if "transition" not in self._graphs:
             raise AnyFlowError(f"{self.bundle.path} is a causal model, which is made chunk by chunk: use stream(), not sample().")
         a = self.architecture
-        z, words = checked_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
-        call, given = self._recorded or self._graphs["transition"], self._torch.from_numpy(words).to(self._device)
-        return AotInductorRun(self._torch, lambda z, t, r: call(z, t, r, given), z, self._device)
+        z, prompt_embeds = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
+        call, text_tensor = (
+            self._graph_runner or self._graphs["transition"],
+            self._torch.from_numpy(prompt_embeds).to(self._device),
+        )
+        return AotInductorRun(self._torch, lambda z, t, r: call(z, t, r, text_tensor), z, self._device)
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
         """See `BundleEngine`."""
         self._check_open()
         if "chunk" not in self._graphs:
             raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
-        words = checked_text(self.ranges, self.architecture.text_dim, text)
-        return CacheStream(AotInductorCache(self._torch, self._graphs, self._device, words, plan), plan)
+        prompt_embeds = prepare_text(self.ranges, self.architecture.text_dim, text)
+        return CacheStream(AotInductorCache(self._torch, self._graphs, self._device, prompt_embeds, plan), plan)
 
     def close(self) -> None:
         """See `Engine`. Runs and streams that are still open can no longer step."""
-        if self._recorded is not None:
-            self._recorded.close()
+        if self._graph_runner is not None:
+            self._graph_runner.close()
         for graph in self._graphs.values():
             graph.close()
         self._graphs = {}

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anyflow_deploy.engines.aotinductor.compiled_graph import CompiledGraph
-from anyflow_deploy.engines.aotinductor.run import AotInductorRun, exact_float32
+from anyflow_deploy.engines.aotinductor.run import AotInductorRun, without_tf32
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import CachePlan
-from anyflow_deploy.engines.streaming import Positions, memory_names
+from anyflow_deploy.engines.streaming import Positions, cache_tensor_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,22 +33,22 @@ class AotInductorCache:
     def __init__(self, torch: Any, graphs: Mapping[str, CompiledGraph], device: str, text: Array, plan: CachePlan) -> None:
         self._torch, self._graphs, self._device = torch, graphs, device
         self._shape = (plan.heads, plan.channels)
-        self._words = self._run("text", torch.from_numpy(text))
-        self._buffers = [self._buffer(plan.capacity) for _ in memory_names(plan.layers)]
+        self._text_kv = self._run("text", torch.from_numpy(text))
+        self._buffers = [self._allocate(plan.capacity) for _ in cache_tensor_names(plan.layers)]
 
     def run(self, latents: Array, positions: Positions, past: int) -> AotInductorRun:
         """See `Cache`."""
-        chunk, memory = self._graphs["chunk"], (self._there(positions), *self._words, *self._past(past))
-        return AotInductorRun(self._torch, lambda z, t, r: chunk(z, t, r, *memory), latents, self._device)
+        chunk, past_kv = self._graphs["chunk"], (self._to_device(positions), *self._text_kv, *self._past(past))
+        return AotInductorRun(self._torch, lambda z, t, r: chunk(z, t, r, *past_kv), latents, self._device)
 
     def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
         """See `Cache`."""
-        z, where, memory = self._there(latents), self._there(positions), self._past(past)
+        z, frame_positions, past_kv = self._to_device(latents), self._to_device(positions), self._past(past)
         if graph == "chunk":
-            still = z.new_zeros(z.shape[:2])
-            present = self._run(graph, z, still, still, where, *self._words, *memory)[2:]
+            zero_times = z.new_zeros(z.shape[:2])
+            present = self._run(graph, z, zero_times, zero_times, frame_positions, *self._text_kv, *past_kv)[2:]
         else:  # its last layer attends to nothing
-            present = self._run(graph, z, where, *self._words[:-2], *memory[:-2])
+            present = self._run(graph, z, frame_positions, *self._text_kv[:-2], *past_kv[:-2])
         for buffer, own in zip(self._buffers, present, strict=True):
             buffer[:, past : past + tokens].copy_(own)
 
@@ -60,24 +60,24 @@ class AotInductorCache:
     def grow(self, capacity: int) -> None:
         """See `Cache`."""
         for index, old in enumerate(self._buffers):
-            larger = self._buffer(capacity)
+            larger = self._allocate(capacity)
             larger[:, : old.shape[1]].copy_(old)
             self._buffers[index] = larger
 
     def close(self) -> None:
         """See `Cache`."""
-        self._buffers, self._words = [], []
+        self._buffers, self._text_kv = [], []
 
     def _run(self, graph: str, *inputs: Tensor) -> Sequence[Tensor]:
-        with exact_float32(self._torch, self._device):
+        with without_tf32(self._torch, self._device):
             return self._graphs[graph](*(tensor.to(self._device) for tensor in inputs))
 
-    def _there(self, array: Any) -> Tensor:
+    def _to_device(self, array: Any) -> Tensor:
         tensor: Tensor = self._torch.from_numpy(array).to(self._device)
         return tensor
 
-    def _buffer(self, tokens: int) -> Tensor:
-        empty: Tensor = self._words[0].new_zeros((1, tokens, *self._shape))
+    def _allocate(self, tokens: int) -> Tensor:
+        empty: Tensor = self._text_kv[0].new_zeros((1, tokens, *self._shape))
         return empty
 
     def _past(self, tokens: int) -> list[Tensor]:

@@ -42,11 +42,11 @@ class AotInductorRun:
 
     def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
         """See `Run`."""
-        return _copied(self._outputs(t, r)[1])
+        return _to_numpy(self._outputs(t, r)[1])
 
     def read(self) -> Array:
         """See `Run`."""
-        return _copied(self._opened())
+        return _to_numpy(self._require_open())
 
     def close(self) -> None:
         """See `Run`."""
@@ -59,19 +59,19 @@ class AotInductorRun:
         self.close()
 
     def _outputs(self, t: ArrayLike, r: ArrayLike) -> Sequence[Tensor]:
-        state = self._opened()
+        state = self._require_open()
         times = [self._torch.from_numpy(time).to(self._device) for time in frame_times(t, r, self._shape)]
-        with exact_float32(self._torch, self._device):
+        with without_tf32(self._torch, self._device):
             return self._call(state, *times)
 
-    def _opened(self) -> Tensor:
+    def _require_open(self) -> Tensor:
         if self._state is None:
             raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
         return self._state
 
 
 @contextlib.contextmanager
-def exact_float32(torch: Any, device: str) -> Any:
+def without_tf32(torch: Any, device: str) -> Any:
     """On the right GPU, and without TF32: it is on by default in convolutions, and the patch embedding is one."""
     if device == "cpu":
         yield
@@ -80,6 +80,6 @@ def exact_float32(torch: Any, device: str) -> Any:
         yield
 
 
-def _copied(tensor: Tensor) -> Array:
+def _to_numpy(tensor: Tensor) -> Array:
     """An array that owns its memory."""
     return np.array(tensor.cpu().numpy(), dtype=np.float32)

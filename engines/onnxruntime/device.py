@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Device:
+class OrtDevice:
     """Where a session's buffers lie."""
 
     def __init__(self, runtime: Any, name: str, index: int = 0) -> None:
@@ -18,7 +18,7 @@ class Device:
         self.name = name
         self.index = index
 
-    def holding(self, array: NDArray[Any]) -> Any:
+    def upload(self, array: NDArray[Any]) -> Any:
         """A buffer with the contents of an array."""
         return self._value.ortvalue_from_numpy(array, self.name, self.index)
 

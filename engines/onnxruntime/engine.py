@@ -20,10 +20,10 @@ from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.engine import checked_inputs, checked_text
+from anyflow_deploy.engines.engine import prepare_inputs, prepare_text
 from anyflow_deploy.engines.kv_cache import CachePlan
-from anyflow_deploy.engines.onnxruntime.device import Device
-from anyflow_deploy.engines.onnxruntime.graph_rewrites import session_graph
+from anyflow_deploy.engines.onnxruntime.device import OrtDevice
+from anyflow_deploy.engines.onnxruntime.graph_rewrites import build_session_graph
 from anyflow_deploy.engines.onnxruntime.int8 import saturates
 from anyflow_deploy.engines.onnxruntime.kv_cache import OnnxRuntimeCache
 from anyflow_deploy.engines.onnxruntime.run import OnnxRuntimeRun
@@ -54,7 +54,7 @@ class OnnxRuntimeEngine:
         self.bundle = bundle
         self.provider = provider = options.provider
         self._index = options.device if provider == "cuda" else 0
-        self._runtime = _imported(provider)
+        self._runtime = _import_runtime(provider)
         if bundle.manifest.base == "bf16" and provider == "cpu":
             raise UnavailableError(
                 f"{bundle.path} is {bundle.manifest.base}, and {CPU_HAS_NO_BF16}. "
@@ -65,7 +65,7 @@ class OnnxRuntimeEngine:
         self._channels, self._text_dim = architecture.in_channels, architecture.text_dim
         int8_on_cpu = bundle.manifest.precision == "int8" and provider == "cpu"
         self._unsigned_weights = int8_on_cpu and saturates(self._runtime)
-        self._sessions = {name: self._opened_session(name, options.threads) for name in bundle.manifest.graphs}
+        self._sessions = {name: self._open_session(name, options.threads) for name in bundle.manifest.graphs}
         if self._unsigned_weights:
             _return_freed_memory()
 
@@ -80,10 +80,10 @@ class OnnxRuntimeEngine:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         return options
 
-    def _opened_session(self, name: str, threads: int | None) -> Any:
+    def _open_session(self, name: str, threads: int | None) -> Any:
         options = self._session_options(name, threads)
-        attentions = _attentions_to_fuse(self.bundle.manifest, name)
-        graph = session_graph(self.bundle, name, attentions, self.provider, self._unsigned_weights)
+        attentions = _count_fusable_attentions(self.bundle.manifest, name)
+        graph = build_session_graph(self.bundle, name, attentions, self.provider, self._unsigned_weights)
         provider = (PROVIDERS[self.provider], _provider_options(self.provider, self._index))
         try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU
             session = self._runtime.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
@@ -119,18 +119,18 @@ class OnnxRuntimeEngine:
         self._check_open()
         if "transition" not in self._sessions:
             raise AnyFlowError(f"{self.bundle.path} is a causal model, which is made chunk by chunk: use stream(), not sample().")
-        z, words = checked_inputs(self.ranges, self._channels, self._text_dim, latents, text)
-        device = Device(self._runtime, self.provider, self._index)
-        return OnnxRuntimeRun(device, self._sessions["transition"], z, {"text": device.holding(words)})
+        z, prompt_embeds = prepare_inputs(self.ranges, self._channels, self._text_dim, latents, text)
+        device = OrtDevice(self._runtime, self.provider, self._index)
+        return OnnxRuntimeRun(device, self._sessions["transition"], z, {"text": device.upload(prompt_embeds)})
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
         """See `BundleEngine`."""
         self._check_open()
         if "chunk" not in self._sessions:
             raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
-        words = checked_text(self.ranges, self._text_dim, text)
-        device = Device(self._runtime, self.provider, self._index)
-        return CacheStream(OnnxRuntimeCache(device, self._sessions, self.bundle.manifest, words, plan), plan)
+        prompt_embeds = prepare_text(self.ranges, self._text_dim, text)
+        device = OrtDevice(self._runtime, self.provider, self._index)
+        return CacheStream(OnnxRuntimeCache(device, self._sessions, self.bundle.manifest, prompt_embeds, plan), plan)
 
     def close(self) -> None:
         """See `Engine`."""
@@ -150,7 +150,7 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _attentions_to_fuse(manifest: Manifest, graph: str) -> int:
+def _count_fusable_attentions(manifest: Manifest, graph: str) -> int:
     """How many attentions of a graph become one operator: one to itself and one to the text in each layer.
 
     Not those in FP8, which round between the products: only TensorRT fuses that, here it is emulated."""
@@ -166,7 +166,7 @@ def _provider_options(provider: str, index: int) -> dict[str, str]:
     return {"device_id": str(index), "use_tf32": "0"} if provider == "cuda" else {}
 
 
-def _imported(provider: str) -> Any:
+def _import_runtime(provider: str) -> Any:
     """The onnxruntime module, having checked that it is there once and has the provider."""
     installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
     if len(installed) == 2:

@@ -24,7 +24,7 @@ _HEADS_FIRST = [0, 2, 1, 3]
 _KEYS_LAST = [0, 1, 3, 2]
 
 
-def session_graph(bundle: Bundle, graph: str, attentions: int, provider: str, unsigned_weights: bool = False) -> bytes:
+def build_session_graph(bundle: Bundle, graph: str, attentions: int, provider: str, unsigned_weights: bool = False) -> bytes:
     """The rewritten model, without its weights: they stay in the bundle's file.
 
     Args:
@@ -43,9 +43,9 @@ def session_graph(bundle: Bundle, graph: str, attentions: int, provider: str, un
         for entry in tensor.external_data:
             if entry.key == "location":
                 bundle.file(entry.value)
-    if (found := fuse_attention(model, bundle.manifest.architecture.num_attention_heads)) != attentions:
+    if (count := fuse_attention(model, bundle.manifest.architecture.num_attention_heads)) != attentions:
         raise BackendError(
-            f"{bundle.path}: {found} of {attentions} attentions were recognised, and the others would need memory for every "
+            f"{bundle.path}: {count} of {attentions} attentions were recognised, and the others would need memory for every "
             "pair of tokens. Export again with the torch and onnxscript of constraints.txt."
         )
     if provider == "cpu" and bundle.manifest.precision == "int8":
@@ -68,48 +68,48 @@ class _Attention:
 
 def fuse_attention(model: onnx.ModelProto, heads: int) -> int:
     """Replace every attention in place; returns how many there were."""
-    found = {id(pattern.last): pattern for pattern in _attentions(model.graph)}
+    patterns = {id(pattern.last): pattern for pattern in _find_attentions(model.graph)}
     nodes: list[NodeProto] = []
     for node in model.graph.node:
-        pattern = found.get(id(node))
-        nodes.extend([node] if pattern is None else _fused(pattern, heads))
+        pattern = patterns.get(id(node))
+        nodes.extend([node] if pattern is None else _fused_attention_nodes(pattern, heads))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     _drop_unused(model.graph)
-    if found:
+    if patterns:
         model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
-    return len(found)
+    return len(patterns)
 
 
-def _attentions(graph: onnx.GraphProto) -> Iterator[_Attention]:
-    maker = {name: node for node in graph.node for name in node.output}
-    users: dict[str, list[NodeProto]] = {}
+def _find_attentions(graph: onnx.GraphProto) -> Iterator[_Attention]:
+    producer = {name: node for node in graph.node for name in node.output}
+    consumers: dict[str, list[NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
-            users.setdefault(name, []).append(node)
+            consumers.setdefault(name, []).append(node)
 
     def before_transpose(name: str, order: list[int]) -> str | None:
-        node = maker.get(name)
+        node = producer.get(name)
         fits = node is not None and node.op_type == "Transpose" and list(node.attribute[0].ints) == order
         return node.input[0] if fits and node is not None else None
 
-    def only_user(name: str) -> NodeProto | None:
-        return users[name][0] if len(users.get(name, ())) == 1 else None
+    def only_consumer(name: str) -> NodeProto | None:
+        return consumers[name][0] if len(consumers.get(name, ())) == 1 else None
 
     for node in graph.node:
-        mixed: NodeProto | None = None
+        weighted_sum: NodeProto | None = None
         names: tuple[str, str, str] | None = None
         if node.op_type == "Attention" and _attribute(node, "scale") == 1.0 and len(node.input) == 3:
-            mixed, names = node, (node.input[0], node.input[1], node.input[2])
+            weighted_sum, names = node, (node.input[0], node.input[1], node.input[2])
         elif node.op_type == "Softmax":
-            scores, mixed = maker.get(node.input[0]), only_user(node.output[0])
+            scores, weighted_sum = producer.get(node.input[0]), only_consumer(node.output[0])
             keys = before_transpose(scores.input[1], _KEYS_LAST) if scores is not None and scores.op_type == "MatMul" else None
-            if keys is not None and scores is not None and mixed is not None and mixed.op_type == "MatMul":
-                names = (scores.input[0], keys, mixed.input[1])
-        if mixed is None or names is None:
+            if keys is not None and scores is not None and weighted_sum is not None and weighted_sum.op_type == "MatMul":
+                names = (scores.input[0], keys, weighted_sum.input[1])
+        if weighted_sum is None or names is None:
             continue
         sources = [before_transpose(name, _HEADS_FIRST) for name in names]
-        last = only_user(mixed.output[0])
+        last = only_consumer(weighted_sum.output[0])
         if last is None or last.op_type != "Transpose" or list(last.attribute[0].ints) != _HEADS_FIRST:
             continue
         query, key, value = sources
@@ -121,7 +121,7 @@ def _attribute(node: NodeProto, name: str) -> object:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
 
 
-def _fused(pattern: _Attention, heads: int) -> Iterator[NodeProto]:
+def _fused_attention_nodes(pattern: _Attention, heads: int) -> Iterator[NodeProto]:
     """Heads into channels, MultiHeadAttention, channels into heads. Queries are scaled already, hence scale 1."""
     stem = pattern.output
     joined, split = f"{stem}_joined", f"{stem}_split"
@@ -131,19 +131,19 @@ def _fused(pattern: _Attention, heads: int) -> Iterator[NodeProto]:
     for role, name in (("query", pattern.query), ("key", pattern.key), ("value", pattern.value)):
         flat.append(f"{stem}_{role}")
         yield helper.make_node("Reshape", [name, joined], [flat[-1]], name=flat[-1])
-    mixed = f"{stem}_mixed"
+    weighted_sum = f"{stem}_mixed"
     name = pattern.last.name.removesuffix("/Transpose") + "/MultiHeadAttention"
-    yield helper.make_node("MultiHeadAttention", flat, [mixed], name=name, domain=_DOMAIN, num_heads=heads, scale=1.0)
-    yield helper.make_node("Reshape", [mixed, split], [pattern.output], name=f"{stem}_heads")
+    yield helper.make_node("MultiHeadAttention", flat, [weighted_sum], name=name, domain=_DOMAIN, num_heads=heads, scale=1.0)
+    yield helper.make_node("Reshape", [weighted_sum, split], [pattern.output], name=f"{stem}_heads")
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
     """Remove nodes whose results nobody reads, back to front."""
     needed = {output.name for output in graph.output}
-    kept = []
+    needed_nodes = []
     for node in reversed(graph.node):
         if needed.intersection(node.output):
-            kept.append(node)
+            needed_nodes.append(node)
             needed.update(node.input)
     del graph.node[:]
-    graph.node.extend(reversed(kept))
+    graph.node.extend(reversed(needed_nodes))

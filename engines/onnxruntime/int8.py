@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-_MIDDLE = "unsigned_zero_point"
+_UNSIGNED_ZERO_POINT = "unsigned_zero_point"
 _SIGN_BIT = "sign_bit"
 
 
@@ -39,11 +39,11 @@ def is_exact(runtime: Any, weights: type[np.int8] | type[np.uint8]) -> bool:
         weights: type of the second factors; the first are uint8.
     """
     count, largest = 64, int(np.iinfo(weights).max)
-    given = helper.make_tensor_value_info("a", TensorProto.UINT8, [1, count])
+    activation = helper.make_tensor_value_info("a", TensorProto.UINT8, [1, count])
     product = helper.make_tensor_value_info("y", TensorProto.INT32, [1, 1])
     weight = numpy_helper.from_array(np.full((count, 1), largest, weights), "b")
     node = helper.make_node("MatMulInteger", ["a", "b"], ["y"])
-    graph = helper.make_graph([node], "probe", [given], [product], [weight])
+    graph = helper.make_graph([node], "probe", [activation], [product], [weight])
     opset = [helper.make_opsetid("", 20)]
     model = helper.make_model(graph, opset_imports=opset, ir_version=9).SerializeToString()
     session = runtime.InferenceSession(model, providers=["CPUExecutionProvider"])
@@ -58,16 +58,16 @@ def shift_activations(model: ModelProto) -> int:
     rounded: set[str] = set()
     for node in graph.node:
         if node.op_type == "QuantizeLinear" and len(node.input) == 3 and node.input[2] in signed:
-            node.input[2] = _MIDDLE
+            node.input[2] = _UNSIGNED_ZERO_POINT
             rounded.add(node.output[0])
     for node in graph.node:
         if node.op_type == "DequantizeLinear" and node.input[0] in rounded:
-            node.input[2] = _MIDDLE
+            node.input[2] = _UNSIGNED_ZERO_POINT
     for value in graph.value_info:
         if value.name in rounded:
             value.type.tensor_type.elem_type = TensorProto.UINT8
     if rounded:
-        graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), _MIDDLE))
+        graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), _UNSIGNED_ZERO_POINT))
     return len(rounded)
 
 

@@ -15,9 +15,9 @@ import numpy as np
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import CachePlan
-from anyflow_deploy.engines.onnxruntime.device import Device
+from anyflow_deploy.engines.onnxruntime.device import OrtDevice
 from anyflow_deploy.engines.onnxruntime.run import OnnxRuntimeRun
-from anyflow_deploy.engines.streaming import Positions, memory_names
+from anyflow_deploy.engines.streaming import Positions, cache_tensor_names
 from anyflow_deploy.errors import BackendError
 
 _TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
@@ -37,70 +37,70 @@ class OnnxRuntimeCache:
         BackendError: the bundle's keys and values are of a type that ONNX Runtime's Python interface has no buffers for.
     """
 
-    def __init__(self, device: Device, sessions: dict[str, Any], manifest: Manifest, text: Array, plan: CachePlan) -> None:
-        stored = {tensor.name: tensor.dtype for tensor in manifest.graphs["chunk"].outputs}["key.0"]
-        if stored not in _TYPES:
-            raise BackendError(f"this backend keeps its cache in {' or '.join(_TYPES)}, not in {stored}. Export in fp16.")
+    def __init__(self, device: OrtDevice, sessions: dict[str, Any], manifest: Manifest, text: Array, plan: CachePlan) -> None:
+        dtype = {tensor.name: tensor.dtype for tensor in manifest.graphs["chunk"].outputs}["key.0"]
+        if dtype not in _TYPES:
+            raise BackendError(f"this backend keeps its cache in {' or '.join(_TYPES)}, not in {dtype}. Export in fp16.")
         self._device, self._sessions = device, sessions
-        self._type = _TYPES[stored]
+        self._type = _TYPES[dtype]
         self._heads = (plan.heads, plan.channels)
-        self._token = plan.heads * plan.channels * self._type.itemsize  # bytes of one token in a buffer
-        self._names = memory_names(plan.layers)
-        self._words = self._of_text(text)
+        self._token_bytes = plan.heads * plan.channels * self._type.itemsize  # bytes of one token in a buffer
+        self._names = cache_tensor_names(plan.layers)
+        self._text_kv = self._encode_text(text)
         self._capacity = plan.capacity
-        self._buffers = {name: self._buffer(plan.capacity) for name in self._names}
-        self._nothing = self._buffer(0)
+        self._buffers = {name: self._allocate(plan.capacity) for name in self._names}
+        self._empty = self._allocate(0)
 
     def run(self, latents: Array, positions: Positions, past: int) -> OnnxRuntimeRun:
         """See `Cache`."""
-        inputs = {**self._words, "positions": self._device.holding(positions)}
+        inputs = {**self._text_kv, "positions": self._device.upload(positions)}
         bind = lambda binding: self._bind_past(binding, self._names, past)  # noqa: E731 - one call, handed on
         return OnnxRuntimeRun(self._device, self._sessions["chunk"], latents, inputs, bind)
 
     def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
         """See `Cache`."""
-        inputs = {"latents": self._device.holding(latents), "positions": self._device.holding(positions)}
+        inputs = {"latents": self._device.upload(latents), "positions": self._device.upload(positions)}
         if graph == "chunk":
-            still = self._device.holding(np.zeros(latents.shape[:2], np.float32))
-            inputs |= {"t": still, "r": still}
-        seen = self._names if graph == "chunk" else self._names[:-2]  # the last layer of compress attends to nothing
+            zero_times = self._device.upload(np.zeros(latents.shape[:2], np.float32))
+            inputs |= {"t": zero_times, "r": zero_times}
+        attended_names = self._names if graph == "chunk" else self._names[:-2]  # the last layer of compress attends to nothing
         binding = self._sessions[graph].io_binding()
-        for name, value in {**inputs, **{f"text_{n}": self._words[f"text_{n}"] for n in seen}}.items():
+        for name, value in {**inputs, **{f"text_{n}": self._text_kv[f"text_{n}"] for n in attended_names}}.items():
             binding.bind_ortvalue_input(name, value)
-        self._bind_past(binding, seen, past)
+        self._bind_past(binding, attended_names, past)
         for name in self._names:
-            address = self._buffers[name].data_ptr() + past * self._token
+            address = self._buffers[name].data_ptr() + past * self._token_bytes
             binding.bind_output(name, self._device.name, self._device.index, self._type, (1, tokens, *self._heads), address)
         self._sessions[graph].run_with_iobinding(binding)
 
     def move(self, to: int, start: int, tokens: int) -> None:
         """See `Cache`."""
         for buffer in self._buffers.values():
-            self._device.move(buffer, to * self._token, buffer, start * self._token, tokens * self._token)
+            self._device.move(buffer, to * self._token_bytes, buffer, start * self._token_bytes, tokens * self._token_bytes)
 
     def grow(self, capacity: int) -> None:
         """See `Cache`."""
         for name, old in self._buffers.items():
-            larger = self._buffer(capacity)
-            self._device.move(larger, 0, old, 0, self._capacity * self._token)
+            larger = self._allocate(capacity)
+            self._device.move(larger, 0, old, 0, self._capacity * self._token_bytes)
             self._buffers[name] = larger
         self._capacity = capacity
 
     def close(self) -> None:
         """See `Cache`."""
-        self._buffers, self._words = {}, {}
+        self._buffers, self._text_kv = {}, {}
 
-    def _of_text(self, text: Array) -> dict[str, Any]:
+    def _encode_text(self, text: Array) -> dict[str, Any]:
         """The text's keys and values in every layer."""
         names = [f"text_{name}" for name in self._names]
         binding = self._sessions["text"].io_binding()
-        binding.bind_ortvalue_input("text", self._device.holding(text))
+        binding.bind_ortvalue_input("text", self._device.upload(text))
         for name in names:
             binding.bind_output(name, self._device.name, self._device.index)
         self._sessions["text"].run_with_iobinding(binding)
         return dict(zip(names, binding.get_outputs(), strict=True))
 
-    def _buffer(self, tokens: int) -> Any:
+    def _allocate(self, tokens: int) -> Any:
         return self._device.empty((1, tokens, *self._heads), self._type)
 
     def _bind_past(self, binding: Any, names: list[str], tokens: int) -> None:
@@ -110,4 +110,4 @@ class OnnxRuntimeCache:
                 address = self._buffers[name].data_ptr()
                 binding.bind_input(f"past_{name}", self._device.name, self._device.index, self._type, shape, address)
             else:
-                binding.bind_ortvalue_input(f"past_{name}", self._nothing)
+                binding.bind_ortvalue_input(f"past_{name}", self._empty)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.layer_timing import Timed, merged
+from anyflow_deploy.engines.layer_timing import LayerTiming, merge_timings
 from anyflow_deploy.engines.onnxruntime.engine import OnnxRuntimeEngine
 from anyflow_deploy.engines.registry import EngineOptions
 
@@ -43,7 +43,7 @@ class ProfiledEngine(OnnxRuntimeEngine):
         options.profile_file_prefix = str(self._folder / name)
         return options
 
-    def layers(self, graph: str, last: int) -> list[Timed]:
+    def layers(self, graph: str, last: int) -> list[LayerTiming]:
         """Stop watching a graph, and say what its last runs were made of.
 
         Args:
@@ -51,41 +51,41 @@ class ProfiledEngine(OnnxRuntimeEngine):
             last: how many runs count, from the end; those before were warm-up.
         """
         trace = Path(self._sessions[graph].end_profiling())
-        return timed_from_trace(json.loads(trace.read_text()), last)
+        return timings_from_trace(json.loads(trace.read_text()), last)
 
 
-def timed_from_trace(events: list[dict[str, Any]], last: int) -> list[Timed]:
+def timings_from_trace(events: list[dict[str, Any]], last: int) -> list[LayerTiming]:
     """The operators of the last runs in a trace, added up by node."""
     runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "Session" and e["name"] == "model_run")
     begin = runs[-last][0]
     nodes = (e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time") and e["ts"] >= begin)
-    return merged(_timed(nodes))
+    return merge_timings(_node_timings(nodes))
 
 
-def _timed(nodes: Iterator[dict[str, Any]]) -> Iterator[Timed]:
+def _node_timings(nodes: Iterator[dict[str, Any]]) -> Iterator[LayerTiming]:
     for event in nodes:
         arguments = event["args"]
         operator = arguments["op_name"]
         inputs, outputs = _shapes(arguments, "input_type_shape"), _shapes(arguments, "output_type_shape")
-        moved = sum(int(arguments.get(key) or 0) for key in ("activation_size", "parameter_size", "output_size"))
-        yield Timed(
+        bytes_moved = sum(int(arguments.get(key) or 0) for key in ("activation_size", "parameter_size", "output_size"))
+        yield LayerTiming(
             name=event["name"].removesuffix("_kernel_time"),
             operator=operator,
             seconds=event["dur"] * 1e-6,
             calls=1,
-            operations=_operations(operator, inputs, outputs),
-            bytes=float(moved + _packed(operator, inputs, outputs)),
+            operations=_count_operations(operator, inputs, outputs),
+            bytes=float(bytes_moved + _packed_weight_bytes(operator, inputs, outputs)),
         )
 
 
 def _shapes(arguments: dict[str, Any], key: str) -> list[tuple[str, list[int]]]:
     """(type, shape) of each tensor."""
-    listed = arguments.get(key) or []
-    listed = json.loads(listed) if isinstance(listed, str) else listed
-    return [next(iter(tensor.items())) for tensor in listed if tensor]
+    tensors = arguments.get(key) or []
+    tensors = json.loads(tensors) if isinstance(tensors, str) else tensors
+    return [next(iter(tensor.items())) for tensor in tensors if tensor]
 
 
-def _operations(operator: str, inputs: list[tuple[str, list[int]]], outputs: list[tuple[str, list[int]]]) -> float:
+def _count_operations(operator: str, inputs: list[tuple[str, list[int]]], outputs: list[tuple[str, list[int]]]) -> float:
     """Two for each multiplication with addition; 0 for what is no product."""
     if not inputs or not outputs:
         return 0.0
@@ -99,7 +99,7 @@ def _operations(operator: str, inputs: list[tuple[str, list[int]]], outputs: lis
     return 0.0
 
 
-def _packed(operator: str, inputs: list[tuple[str, list[int]]], outputs: list[tuple[str, list[int]]]) -> int:
+def _packed_weight_bytes(operator: str, inputs: list[tuple[str, list[int]]], outputs: list[tuple[str, list[int]]]) -> int:
     """Bytes of a product's weight that the trace leaves out."""
     if operator not in _PRODUCTS or not inputs or not outputs or any(len(shape) >= 2 for _, shape in inputs[1:]):
         return 0

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.engines.engine import Array, frame_times
-from anyflow_deploy.engines.onnxruntime.device import Device
+from anyflow_deploy.engines.onnxruntime.device import OrtDevice
 from anyflow_deploy.errors import AnyFlowError
 
 
@@ -26,13 +26,13 @@ class OnnxRuntimeRun:
     """
 
     def __init__(
-        self, device: Device, session: Any, latents: Array, inputs: dict[str, Any], bind: Callable[[Any], None] | None = None
+        self, device: OrtDevice, session: Any, latents: Array, inputs: dict[str, Any], bind: Callable[[Any], None] | None = None
     ) -> None:
         self._device = device
         self._session = session
         self._shape = latents.shape
-        self._state = device.holding(latents)
-        self._next = device.holding(np.empty_like(latents))
+        self._state = device.upload(latents)
+        self._next = device.upload(np.empty_like(latents))
         self._inputs = inputs
         self._bind = bind
 
@@ -44,12 +44,12 @@ class OnnxRuntimeRun:
     def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
         """See `Run`."""
         self._run(t, r, "velocity", self._next)
-        return _copied(self._next)
+        return _to_numpy(self._next)
 
     def read(self) -> Array:
         """See `Run`."""
         self._check_open()
-        return _copied(self._state)
+        return _to_numpy(self._state)
 
     def close(self) -> None:
         """See `Run`."""
@@ -65,7 +65,7 @@ class OnnxRuntimeRun:
     def _run(self, t: ArrayLike, r: ArrayLike, output: str, buffer: Any) -> None:
         self._check_open()
         source, target = frame_times(t, r, self._shape)
-        times = {"t": self._device.holding(source), "r": self._device.holding(target)}
+        times = {"t": self._device.upload(source), "r": self._device.upload(target)}
         binding = self._session.io_binding()
         for name, value in {"latents": self._state, **times, **self._inputs}.items():
             binding.bind_ortvalue_input(name, value)
@@ -79,6 +79,6 @@ class OnnxRuntimeRun:
             raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
 
 
-def _copied(value: Any) -> Array:
+def _to_numpy(value: Any) -> Array:
     """An array that owns its memory: on the CPU, `numpy()` is a view of the run's buffer."""
     return np.array(value.numpy(), dtype=np.float32)

@@ -1,7 +1,7 @@
 """TensorRT, imported in one place, with its messages collected.
 
 Every module that touches TensorRT takes `trt` from here, so a machine without it gets one error with the command that
-installs it. TensorRT reports failure by returning nothing and logging why; `Messages` keeps what it logged, so that an
+installs it. TensorRT reports failure by returning nothing and logging why; `TensorRTLogger` keeps what it logged, so that an
 error of ours can say it. All of it is written for 10.3 (JetPack 6) to 11 alike: only what every release between has is
 called, and mypy holds it against each (docs/tensorrt.md).
 """
@@ -20,16 +20,16 @@ except ImportError as error:
         "--system-site-packages); elsewhere run: pip install 'anyflow-deploy[tensorrt]'"
     ) from None
 
-__all__ = ["VERSION", "Messages", "trt"]
+__all__ = ["VERSION", "TensorRTLogger", "trt"]
 
 VERSION: str = trt.__version__
 """Of the TensorRT on this machine, as in "10.3.0"."""
 
 _log = logging.getLogger("anyflow_deploy.tensorrt")
-_KEPT = 20
+_MAX_ERRORS = 20
 
 
-class Messages(trt.ILogger):
+class TensorRTLogger(trt.ILogger):
     """TensorRT's logger: errors are kept, everything goes to Python's logging as `anyflow_deploy.tensorrt`."""
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class Messages(trt.ILogger):
     def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
         """Called by TensorRT, from any of its threads."""
         if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-            self.errors = [*self.errors[1 - _KEPT :], msg]
+            self.errors = [*self.errors[1 - _MAX_ERRORS :], msg]
             _log.error(msg)
         elif severity == trt.ILogger.Severity.WARNING:
             _log.warning(msg)

@@ -1,6 +1,6 @@
 """A CUDA device through cuda-python: memory, streams, copies, captured graphs. No torch.
 
-Every call of CUDA's runtime answers with an error code; `_checked` turns one that is not success into a `BackendError`.
+Every call of CUDA's runtime answers with an error code; `_check_call` turns one that is not success into a `BackendError`.
 Work is queued on a stream of the caller's own, never on the default one (TensorRT slows down there, and it cannot be
 captured). A host array handed to `upload` has to live until the stream was waited for.
 """
@@ -30,7 +30,7 @@ class OutOfMemoryError(BackendError):
     """The device has no memory left."""
 
 
-class Device:
+class CudaDevice:
     """One GPU.
 
     Args:
@@ -44,12 +44,12 @@ class Device:
     """
 
     def __init__(self, index: int = 0) -> None:
-        count = _checked(cuda.cudaGetDeviceCount(), "find a GPU")
+        count = _check_call(cuda.cudaGetDeviceCount(), "find a GPU")
         if not 0 <= index < count:
             raise BackendError(f"there is no CUDA device {index}: this machine has {count}, counted from 0.")
         self.index = index
         self.use()
-        properties = _checked(cuda.cudaGetDeviceProperties(index), "read the GPU's properties")
+        properties = _check_call(cuda.cudaGetDeviceProperties(index), "read the GPU's properties")
         name = properties.name
         self.name: str = (name.decode() if isinstance(name, bytes) else str(name)).strip("\x00 ")
         self.compute_capability: tuple[int, int] = (int(properties.major), int(properties.minor))
@@ -57,24 +57,24 @@ class Device:
 
     def use(self) -> None:
         """Make it the calling thread's device; every thread starts on device 0."""
-        _checked(cuda.cudaSetDevice(self.index), f"use device {self.index}")
+        _check_call(cuda.cudaSetDevice(self.index), f"use device {self.index}")
 
     @property
-    def memory_words(self) -> str:
+    def memory_name(self) -> str:
         """Whose memory it is, for advice."""
         return "the memory (processor and GPU share it; a desktop takes a gigabyte or more)" if self.integrated else "the GPU"
 
     @property
-    def streaming_words(self) -> str:
+    def streaming_advice(self) -> str:
         """The advice that helps only where the host has memory of its own."""
         return "" if self.integrated else ", or build with --weight-streaming"
 
     def memory(self) -> tuple[int, int]:
         """Bytes free and in all."""
-        free, total = _checked(cuda.cudaMemGetInfo(), "ask for the free memory")
+        free, total = _check_call(cuda.cudaMemGetInfo(), "ask for the free memory")
         return int(free), int(total)
 
-    def buffer(self, size: int) -> Buffer:
+    def buffer(self, size: int) -> DeviceBuffer:
         """Memory of the device, not initialized.
 
         Raises:
@@ -86,17 +86,17 @@ class Device:
             free, total = self.memory()
             raise OutOfMemoryError(
                 f"{self.name} has no {size / 1e6:,.1f} MB left: {free / 1e6:,.1f} of {total / 1e6:,.1f} MB are free. Close "
-                f"what else uses {self.memory_words}, make smaller or shorter videos{self.streaming_words}."
+                f"what else uses {self.memory_name}, make smaller or shorter videos{self.streaming_advice}."
             )
-        return Buffer(_checked((code, address), "reserve memory"), size)
+        return DeviceBuffer(_check_call((code, address), "reserve memory"), size)
 
-    def queue(self) -> Queue:
+    def stream(self) -> CudaStream:
         """A stream of its own."""
         self.use()
-        return Queue(self)
+        return CudaStream(self)
 
 
-class Buffer:
+class DeviceBuffer:
     """A piece of device memory, given back by `close` or when nobody holds it.
 
     Attributes:
@@ -113,16 +113,16 @@ class Buffer:
         self._free()
 
 
-class Queue:
+class CudaStream:
     """A CUDA stream: what is put on it happens in order, some time later.
 
     Attributes:
         handle: the number that TensorRT knows the stream by.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: CudaDevice) -> None:
         self._device = device
-        self._stream = _checked(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking), "make a stream")
+        self._stream = _check_call(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking), "make a stream")
         self.handle = int(self._stream)
         self._free = weakref.finalize(self, cuda.cudaStreamDestroy, self._stream)
 
@@ -145,25 +145,25 @@ class Queue:
 
     def _copy(self, to: int, start: int, size: int, kind: Any) -> None:
         if size and to != start:
-            _checked(cuda.cudaMemcpyAsync(to, start, size, kind, self._stream), "copy")
+            _check_call(cuda.cudaMemcpyAsync(to, start, size, kind, self._stream), "copy")
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
         """Until everything put on the stream has happened."""
-        _checked(cuda.cudaStreamSynchronize(self._stream), "finish the work on the GPU")
+        _check_call(cuda.cudaStreamSynchronize(self._stream), "finish the work on the GPU")
 
-    def captured(self, work: Callable[[], None]) -> Graph:
+    def capture(self, enqueue: Callable[[], None]) -> CudaGraph:
         """Record what `work` puts on the stream, without doing it."""
-        _checked(
+        _check_call(
             cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal), "capture"
         )
         try:
-            work()
+            enqueue()
         except BaseException:
             cuda.cudaStreamEndCapture(self._stream)  # leaves the stream usable; its own error is a consequence
             raise
-        graph = _checked(cuda.cudaStreamEndCapture(self._stream), "capture a CUDA graph")
+        graph = _check_call(cuda.cudaStreamEndCapture(self._stream), "capture a CUDA graph")
         try:
-            return Graph(_checked(cuda.cudaGraphInstantiate(graph, 0), "instantiate a CUDA graph"), self._stream)
+            return CudaGraph(_check_call(cuda.cudaGraphInstantiate(graph, 0), "instantiate a CUDA graph"), self._stream)
         finally:
             cuda.cudaGraphDestroy(graph)
 
@@ -171,15 +171,15 @@ class Queue:
         """Give the stream back."""
         self._free()
 
-    def __enter__(self) -> Queue:
+    def __enter__(self) -> CudaStream:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.wait()
+        self.synchronize()
         self.close()
 
 
-class Graph:
+class CudaGraph:
     """Work that was captured, to be done again by one call."""
 
     def __init__(self, executable: Any, stream: Any) -> None:
@@ -188,27 +188,27 @@ class Graph:
 
     def launch(self) -> None:
         """Put it on its stream once more."""
-        _checked(cuda.cudaGraphLaunch(self._executable, self._stream), "launch a CUDA graph")
+        _check_call(cuda.cudaGraphLaunch(self._executable, self._stream), "launch a CUDA graph")
 
     def close(self) -> None:
         """Release it."""
         self._free()
 
 
-def elements(shape: tuple[int, ...]) -> int:
+def count_elements(shape: tuple[int, ...]) -> int:
     """How many numbers a tensor of this shape holds."""
     return int(np.prod(shape, dtype=np.int64))
 
 
-def _checked(answer: tuple[Any, ...], doing: str) -> Any:
+def _check_call(result: tuple[Any, ...], action: str) -> Any:
     """What a call of CUDA's runtime returned, without its error code.
 
     Raises:
         BackendError: the code is not success.
     """
-    code, *values = answer
+    code, *values = result
     if code != cuda.cudaError_t.cudaSuccess:
         _, text = cuda.cudaGetErrorString(code)
-        words = text.decode() if isinstance(text, bytes) else str(text)
-        raise BackendError(f"CUDA could not {doing}: {words} ({getattr(code, 'name', code)}).")
+        message = text.decode() if isinstance(text, bytes) else str(text)
+        raise BackendError(f"CUDA could not {action}: {message} ({getattr(code, 'name', code)}).")
     return values[0] if len(values) == 1 else tuple(values)

@@ -1,7 +1,7 @@
 """TensorRT: plans built by `anyflow-build --backend tensorrt`, run with cuda-python and without torch.
 
 A run keeps its state on the device, in two buffers that are exchanged after a step, and runs on a CUDA stream of its own
-(`execution.Lane`). The lane of the last closed run is kept for the next one of the same shapes: contexts, buffers
+(`execution.ExecutionSlot`). The slot of the last closed run is kept for the next one of the same shapes: contexts, buffers
 and captured graphs are then there already.
 """
 
@@ -13,18 +13,18 @@ from collections.abc import Callable, Hashable
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.engine import checked_inputs, checked_text
-from anyflow_deploy.engines.engine_folder import EngineFolder, check_here, find_engine
+from anyflow_deploy.engines.engine import prepare_inputs, prepare_text
+from anyflow_deploy.engines.engine_folder import EngineFolder, check_compatible, find_engine
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.engines.streaming import CacheStream
 from anyflow_deploy.engines.tensorrt.api import VERSION
 from anyflow_deploy.engines.tensorrt.build.builder import device_record
-from anyflow_deploy.engines.tensorrt.build.optimization_profiles import chosen
-from anyflow_deploy.engines.tensorrt.cuda import Buffer, Device
-from anyflow_deploy.engines.tensorrt.execution import Lane
+from anyflow_deploy.engines.tensorrt.build.optimization_profiles import select_profile
+from anyflow_deploy.engines.tensorrt.cuda import CudaDevice, DeviceBuffer
+from anyflow_deploy.engines.tensorrt.execution import ExecutionSlot
 from anyflow_deploy.engines.tensorrt.kv_cache import TensorRTCache
-from anyflow_deploy.engines.tensorrt.plan import Opening, Plan
+from anyflow_deploy.engines.tensorrt.plan import LoadedPlan, LoadOptions
 from anyflow_deploy.engines.tensorrt.run import TensorRTRun
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.models import Architecture
@@ -47,25 +47,25 @@ class TensorRTEngine:
             raise BackendError(f"TensorRT runs on NVIDIA GPUs only; provider is {options.provider!r}. Choose provider 'cuda'.")
         self.bundle = bundle
         folder = find_engine(bundle, "tensorrt", options.engine)
-        self.device = Device(options.device)
-        check_compatible(folder, self.device)
+        self.device = CudaDevice(options.device)
+        check_plan_compatible(folder, self.device)
         self._record = folder.record
         streaming = bool(self._record.settings.get("weight_streaming"))
         self._graphs = options.cuda_graphs and not streaming  # a run that waits for weights cannot be captured
-        self.plans = {graph: self._opened(folder, graph, streaming) for graph in self._record.profiles}
-        self._idle: tuple[Hashable, Lane] | None = None
+        self.plans = {graph: self._load_plan(folder, graph, streaming) for graph in self._record.profiles}
+        self._idle: tuple[Hashable, ExecutionSlot] | None = None
         self._lock = threading.Lock()
         self._closed = False
 
-    def _opened(self, folder: EngineFolder, graph: str, streaming: bool) -> Plan:
+    def _load_plan(self, folder: EngineFolder, graph: str, streaming: bool) -> LoadedPlan:
         settings = folder.record.settings
         model = self.bundle.manifest.graphs[graph]
-        opening = Opening(
+        load_options = LoadOptions(
             host_code=bool(settings.get("version_compatible")),
             refit_from=self.bundle.file(model.file) if settings.get("strip") else None,
             weight_streaming=streaming,
         )
-        return Plan(folder.file(f"{graph}.plan"), graph, model, list(folder.record.profiles[graph]), opening)
+        return LoadedPlan(folder.file(f"{graph}.plan"), graph, model, list(folder.record.profiles[graph]), load_options)
 
     @property
     def description(self) -> str:
@@ -88,24 +88,26 @@ class TensorRTEngine:
         if self.bundle.manifest.kind == "causal":
             raise AnyFlowError(f"{self.bundle.path} is a causal model, which is made chunk by chunk: use stream(), not sample().")
         a, plan = self.architecture, self.plans["transition"]
-        z, words = checked_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
-        chosen(plan.profiles, {"latents": z.shape, "text": words.shape, "t": z.shape[:2], "r": z.shape[:2]}, plan.name)
-        key = (z.shape, words.shape)
-        lane = self.lane(key)
+        z, prompt_embeds = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
+        select_profile(
+            plan.profiles, {"latents": z.shape, "text": prompt_embeds.shape, "t": z.shape[:2], "r": z.shape[:2]}, plan.name
+        )
+        key = (z.shape, prompt_embeds.shape)
+        slot = self.acquire_slot(key)
         try:
-            held = lane.take(words.nbytes)
-            lane.queue.upload(held.address, words)
-            inputs = {"text": (words.shape, held.address)}
-            run = TensorRTRun(lane, plan, z, lambda: (inputs, {}), self._returning(lane, key, held))
+            text_buffer = slot.acquire(prompt_embeds.nbytes)
+            slot.stream.upload(text_buffer.address, prompt_embeds)
+            inputs = {"text": (prompt_embeds.shape, text_buffer.address)}
+            run = TensorRTRun(slot, plan, z, lambda: (inputs, {}), self._release_callback(slot, key, text_buffer))
         except BaseException:
-            lane.close()
+            slot.close()
             raise
         return run
 
-    def _returning(self, lane: Lane, key: Hashable, held: Buffer) -> Callable[[], None]:
+    def _release_callback(self, slot: ExecutionSlot, key: Hashable, text_buffer: DeviceBuffer) -> Callable[[], None]:
         def closed() -> None:
-            lane.give(held)
-            self.leave(key, lane)
+            slot.release(text_buffer)
+            self.release_slot(key, slot)
 
         return closed
 
@@ -114,31 +116,31 @@ class TensorRTEngine:
         self._check_open()
         if self.bundle.manifest.kind != "causal":
             raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
-        words = checked_text(self.ranges, self.architecture.text_dim, text)
-        return CacheStream(TensorRTCache(self, self.plans, words, plan), plan)
+        prompt_embeds = prepare_text(self.ranges, self.architecture.text_dim, text)
+        return CacheStream(TensorRTCache(self, self.plans, prompt_embeds, plan), plan)
 
-    def lane(self, key: Hashable) -> Lane:
-        """A lane: the idle one if it is of the same shapes, else a new one in its place."""
+    def acquire_slot(self, key: Hashable) -> ExecutionSlot:
+        """A slot: the idle one if it is of the same shapes, else a new one in its place."""
         with self._lock:
             idle, self._idle = self._idle, None
         if idle is not None:
             if idle[0] == key:
                 return idle[1]
             idle[1].close()  # its memory may be needed
-        return self._new_lane()
+        return self._new_slot()
 
-    def _new_lane(self) -> Lane:
-        return Lane(self.device, self._graphs)
+    def _new_slot(self) -> ExecutionSlot:
+        return ExecutionSlot(self.device, self._graphs)
 
-    def leave(self, key: Hashable, lane: Lane) -> None:
-        """Hand a lane back; it is kept until one of other shapes is asked for."""
+    def release_slot(self, key: Hashable, slot: ExecutionSlot) -> None:
+        """Hand a slot back; it is kept until one of other shapes is asked for."""
         with self._lock:
-            other, self._idle = self._idle, (None if self._closed else (key, lane))
+            other, self._idle = self._idle, (None if self._closed else (key, slot))
             closed = self._closed
         if other is not None:
             other[1].close()
         if closed:
-            lane.close()
+            slot.close()
 
     def close(self) -> None:
         """See `Engine`. Runs that are open go on; what they use is released with them."""
@@ -153,27 +155,27 @@ class TensorRTEngine:
             raise AnyFlowError("this engine is closed; load another with load_engine(bundle).")
 
 
-def check_compatible(folder: EngineFolder, device: Device) -> None:
+def check_plan_compatible(folder: EngineFolder, device: CudaDevice) -> None:
     """Refuse an engine of another GPU or TensorRT, unless it was built to be compatible.
 
     Raises:
         BackendError: with both names.
     """
     record, here = folder.record, device_record(device)
-    same_device = record.device
-    wanted, built_for = record.settings.get("hardware_compatible"), record.device.compute_capability
-    if (wanted == "ampere+" and device.compute_capability >= (8, 0)) or (
-        wanted == "same-capability" and built_for == here.compute_capability
+    expected_device = record.device
+    compatibility, built_for = record.settings.get("hardware_compatible"), record.device.compute_capability
+    if (compatibility == "ampere+" and device.compute_capability >= (8, 0)) or (
+        compatibility == "same-capability" and built_for == here.compute_capability
     ):
-        same_device = here
+        expected_device = here
     built_with = record.versions.get("tensorrt", "")
     versions = {"tensorrt": VERSION}
-    if record.settings.get("version_compatible") and _later_of_the_same(VERSION, built_with):
+    if record.settings.get("version_compatible") and _is_forward_compatible(VERSION, built_with):
         versions = {}
-    check_here(EngineFolder(folder.path, record.model_copy(update={"device": same_device})), here, versions)
+    check_compatible(EngineFolder(folder.path, record.model_copy(update={"device": expected_device})), here, versions)
 
 
-def _later_of_the_same(version: str, built_with: str) -> bool:
+def _is_forward_compatible(version: str, built_with: str) -> bool:
     """Whether a version-compatible plan of `built_with` runs on `version`: the same major release, not an older one."""
     here, there = (tuple(int(n) for n in text.split(".")[:3] if n.isdecimal()) for text in (version, built_with))
     return bool(there) and here[:1] == there[:1] and here >= there

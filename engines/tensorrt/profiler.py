@@ -18,19 +18,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.layer_timing import Timed
+from anyflow_deploy.engines.layer_timing import LayerTiming
 from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.engines.tensorrt.api import trt
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Shape
-from anyflow_deploy.engines.tensorrt.cuda import Device
+from anyflow_deploy.engines.tensorrt.cuda import CudaDevice
 from anyflow_deploy.engines.tensorrt.engine import TensorRTEngine
-from anyflow_deploy.engines.tensorrt.execution import Lane
-from anyflow_deploy.engines.tensorrt.plan import Plan
+from anyflow_deploy.engines.tensorrt.execution import ExecutionSlot
+from anyflow_deploy.engines.tensorrt.plan import LoadedPlan
 
 _NODES = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
-class LayerTimes(trt.IProfiler):
+class LayerTimer(trt.IProfiler):
     """Adds up what TensorRT reports.
 
     Attributes:
@@ -47,15 +47,15 @@ class LayerTimes(trt.IProfiler):
         self.times[layer_name] = (seconds + 1e-3 * float(ms), calls + 1)
 
 
-class WatchedLane(Lane):
-    """A lane that notes how long it takes to put a run on the stream."""
+class ProfiledSlot(ExecutionSlot):
+    """A slot that notes how long it takes to put a run on the stream."""
 
-    def __init__(self, device: Device, graphs: bool, profiler: trt.IProfiler | None, enqueued: list[float]) -> None:
+    def __init__(self, device: CudaDevice, graphs: bool, profiler: trt.IProfiler | None, enqueued: list[float]) -> None:
         super().__init__(device, graphs, profiler)
         self._enqueued = enqueued
 
-    def run(self, plan: Plan, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
-        """See `Lane`."""
+    def run(self, plan: LoadedPlan, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
+        """See `ExecutionSlot`."""
         began = time.perf_counter()
         super().run(plan, shapes, addresses)
         self._enqueued.append(time.perf_counter() - began)
@@ -75,12 +75,12 @@ class ProfiledEngine(TensorRTEngine):
 
     def __init__(self, bundle: Bundle, options: EngineOptions, layers: bool) -> None:
         super().__init__(bundle, options)
-        self._profiler = LayerTimes() if layers else None
+        self._profiler = LayerTimer() if layers else None
         self.enqueued: list[float] = []
 
-    def _new_lane(self) -> Lane:
+    def _new_slot(self) -> ExecutionSlot:
         graphs = self._graphs and self._profiler is None
-        return WatchedLane(self.device, graphs, self._profiler, self.enqueued)
+        return ProfiledSlot(self.device, graphs, self._profiler, self.enqueued)
 
     def forget(self) -> None:
         """Begin anew: what came so far was warm-up."""
@@ -88,12 +88,12 @@ class ProfiledEngine(TensorRTEngine):
         if self._profiler is not None:
             self._profiler.times.clear()
 
-    def layers(self, graph: str) -> list[Timed]:
+    def layers(self, graph: str) -> list[LayerTiming]:
         """Every layer of a graph since `forget`."""
         assert self._profiler is not None, "the engine was opened without layers"
-        known = {layer["Name"]: layer for layer in _listed(self.plans[graph])}
+        known = {layer["Name"]: layer for layer in _inspect_layers(self.plans[graph])}
         return [
-            Timed(
+            LayerTiming(
                 name=name,
                 operator=str(known.get(name, {}).get("LayerType", "unknown")),
                 seconds=seconds,
@@ -104,7 +104,7 @@ class ProfiledEngine(TensorRTEngine):
         ]
 
 
-def _listed(plan: Plan) -> Iterator[dict[str, Any]]:
+def _inspect_layers(plan: LoadedPlan) -> Iterator[dict[str, Any]]:
     """The inspector's list of a plan's layers; without names (less verbose plans list only those), nothing."""
     information = plan.engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     for layer in json.loads(information).get("Layers", []):

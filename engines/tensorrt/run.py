@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from anyflow_deploy.engines.engine import Array, frame_times
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Shape
-from anyflow_deploy.engines.tensorrt.cuda import Buffer
-from anyflow_deploy.engines.tensorrt.execution import Lane
-from anyflow_deploy.engines.tensorrt.plan import Plan
+from anyflow_deploy.engines.tensorrt.cuda import DeviceBuffer
+from anyflow_deploy.engines.tensorrt.execution import ExecutionSlot
+from anyflow_deploy.engines.tensorrt.plan import LoadedPlan
 from anyflow_deploy.errors import AnyFlowError
 
 Inputs = dict[str, tuple[Shape, int]]
@@ -25,28 +25,28 @@ class TensorRTRun:
     """One sample, in two buffers on the device. For one thread at a time.
 
     Args:
-        lane: what it runs in.
+        slot: what it runs in.
         plan: of a graph with inputs `latents`, `t`, `r` and outputs `z_r`, `velocity`.
         latents: the state to start from.
         tensors: every other input, and the address of every other output; asked before each step, since a cache can move.
-        closed: called when the run is.
+        on_close: called when the run is.
     """
 
     def __init__(
         self,
-        lane: Lane,
-        plan: Plan,
+        slot: ExecutionSlot,
+        plan: LoadedPlan,
         latents: Array,
         tensors: Callable[[], tuple[Inputs, dict[str, int]]],
-        closed: Callable[[], None],
+        on_close: Callable[[], None],
     ) -> None:
-        self._lane, self._plan, self._shape = lane, plan, latents.shape
-        self._tensors, self._closed = tensors, closed
-        self._held = [lane.take(latents.nbytes) for _ in range(3)]
-        self._times = [lane.take(4 * latents.shape[0] * latents.shape[1]) for _ in range(2)]
-        self._state, self._next, self._velocity = self._held
+        self._slot, self._plan, self._shape = slot, plan, latents.shape
+        self._tensors, self._on_close = tensors, on_close
+        self._state_buffers = [slot.acquire(latents.nbytes) for _ in range(3)]
+        self._time_buffers = [slot.acquire(4 * latents.shape[0] * latents.shape[1]) for _ in range(2)]
+        self._state, self._next, self._velocity = self._state_buffers
         self._open = True
-        upload(lane, self._state, latents)
+        upload_into(slot, self._state, latents)
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
         """See `Run`."""
@@ -67,9 +67,9 @@ class TensorRTRun:
         """See `Run`."""
         if self._open:
             self._open = False
-            self._lane.queue.wait()
-            self._lane.give(*self._held, *self._times)
-            self._closed()
+            self._slot.stream.synchronize()
+            self._slot.release(*self._state_buffers, *self._time_buffers)
+            self._on_close()
 
     def __enter__(self) -> TensorRTRun:
         return self
@@ -85,19 +85,23 @@ class TensorRTRun:
         """One transition from the state, into the other buffer; it is there when this returns."""
         self._check_open()
         source, target = frame_times(t, r, self._shape)
-        queue = self._lane.queue
-        for buffer, times in zip(self._times, (source, target), strict=True):
-            queue.upload(buffer.address, times)
+        stream = self._slot.stream
+        for buffer, times in zip(self._time_buffers, (source, target), strict=True):
+            stream.upload(buffer.address, times)
         inputs, outputs = self._tensors()
-        mine: Inputs = {"latents": (self._shape, self._state.address)}
-        mine |= {name: (self._shape[:2], buffer.address) for name, buffer in zip(("t", "r"), self._times, strict=True)}
-        run_plan(self._lane, self._plan, mine | inputs, outputs | {"z_r": self._next.address, "velocity": self._velocity.address})
-        queue.wait()
+        own_inputs: Inputs = {"latents": (self._shape, self._state.address)}
+        own_inputs |= {
+            name: (self._shape[:2], buffer.address) for name, buffer in zip(("t", "r"), self._time_buffers, strict=True)
+        }
+        run_plan(
+            self._slot, self._plan, own_inputs | inputs, outputs | {"z_r": self._next.address, "velocity": self._velocity.address}
+        )
+        stream.synchronize()
 
-    def _read(self, buffer: Buffer) -> Array:
+    def _read(self, buffer: DeviceBuffer) -> Array:
         result = np.empty(self._shape, np.float32)
-        self._lane.queue.download(buffer.address, result)
-        self._lane.queue.wait()
+        self._slot.stream.download(buffer.address, result)
+        self._slot.stream.synchronize()
         return result
 
     def _check_open(self) -> None:
@@ -105,22 +109,22 @@ class TensorRTRun:
             raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
 
 
-def run_plan(lane: Lane, plan: Plan, inputs: Inputs, outputs: dict[str, int]) -> None:
-    """Put a run on a lane's stream; inputs that the plan lacks are left out."""
-    taken = {name: inputs[name] for name in plan.inputs}
-    addresses = {name: address for name, (_, address) in taken.items()} | {name: outputs[name] for name in plan.outputs}
-    lane.run(plan, {name: shape for name, (shape, _) in taken.items()}, addresses)
+def run_plan(slot: ExecutionSlot, plan: LoadedPlan, inputs: Inputs, outputs: dict[str, int]) -> None:
+    """Put a run on a slot's stream; inputs that the plan lacks are left out."""
+    plan_inputs = {name: inputs[name] for name in plan.inputs}
+    addresses = {name: address for name, (_, address) in plan_inputs.items()} | {name: outputs[name] for name in plan.outputs}
+    slot.run(plan, {name: shape for name, (shape, _) in plan_inputs.items()}, addresses)
 
 
-def upload(lane: Lane, buffer: Buffer, array: NDArray[Any]) -> None:
+def upload_into(slot: ExecutionSlot, buffer: DeviceBuffer, array: NDArray[Any]) -> None:
     """Copy an array into a buffer; it is there when this returns, and the array may change again."""
     contiguous = np.ascontiguousarray(array)
-    lane.queue.upload(buffer.address, contiguous)
-    lane.queue.wait()
+    slot.stream.upload(buffer.address, contiguous)
+    slot.stream.synchronize()
 
 
-def uploaded(lane: Lane, array: NDArray[Any]) -> Buffer:
-    """A buffer of the lane with an array's contents."""
-    buffer = lane.take(array.nbytes)
-    upload(lane, buffer, array)
+def upload_array(slot: ExecutionSlot, array: NDArray[Any]) -> DeviceBuffer:
+    """A buffer of the slot with an array's contents."""
+    buffer = slot.acquire(array.nbytes)
+    upload_into(slot, buffer, array)
     return buffer

@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from anyflow_deploy.engines.engine_folder import Device
+from anyflow_deploy.engines.engine_folder import DeviceRecord
 from anyflow_deploy.errors import BackendError
 
 _INSTRUCTIONS = re.compile(
@@ -26,7 +26,7 @@ _INSTRUCTIONS = re.compile(
 INSTALL = "pip install 'anyflow-deploy[aotinductor]'"
 
 
-def imported_torch(provider: str, index: int) -> Any:
+def import_torch(provider: str, index: int) -> Any:
     """The torch module, once it is known to have the device.
 
     Raises:
@@ -53,21 +53,24 @@ def torch_device(provider: str, index: int) -> str:
     return f"cuda:{index}" if provider == "cuda" else "cpu"
 
 
-def device_here(torch: Any, provider: str, index: int) -> Device:
+def describe_device(torch: Any, provider: str, index: int) -> DeviceRecord:
     """What runs here, for engine.json."""
     if provider == "cuda":
         major, minor = torch.cuda.get_device_capability(index)
-        return Device(kind="cuda", name=torch.cuda.get_device_name(index), compute_capability=f"{major}.{minor}")
-    return Device(kind="cpu", name=platform.machine())
+        return DeviceRecord(kind="cuda", name=torch.cuda.get_device_name(index), compute_capability=f"{major}.{minor}")
+    return DeviceRecord(kind="cpu", name=platform.machine())
 
 
-def versions_here(torch: Any, provider: str) -> dict[str, str]:
+def runtime_versions(torch: Any, provider: str) -> dict[str, str]:
     """What has to be the same when a package is loaded. The GPU's packages hold code for the processor, too."""
-    versions = {"torch": str(torch.__version__), "processor instructions": instructions(torch.backends.cpu.get_cpu_capability())}
+    versions = {
+        "torch": str(torch.__version__),
+        "processor instructions": instruction_sets(torch.backends.cpu.get_cpu_capability()),
+    }
     return {**versions, "CUDA": str(torch.version.cuda)} if provider == "cuda" else versions
 
 
-def instructions(level: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def instruction_sets(level: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's instruction sets in one word: torch's name of the widest, how many there are, and their hash.
 
     Args:
@@ -78,6 +81,6 @@ def instructions(level: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
         lines = []
-    words = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
-    known = sorted(word for word in words if _INSTRUCTIONS.match(word)) or [platform.processor() or platform.machine()]
-    return f"{level} ({len(known)}, {hashlib.sha256(' '.join(known).encode()).hexdigest()[:8]})"
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    relevant = sorted(flag for flag in flags if _INSTRUCTIONS.match(flag)) or [platform.processor() or platform.machine()]
+    return f"{level} ({len(relevant)}, {hashlib.sha256(' '.join(relevant).encode()).hexdigest()[:8]})"

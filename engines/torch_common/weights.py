@@ -39,13 +39,13 @@ class TorchWeights:
         self._end: weakref.finalize[[dict[str, Any]], TorchWeights] | None = None
         with safe_open(str(bundle.file(WEIGHTS)), "pt") as file:
             stored = set(file.keys())
-            wanted = sorted(stored if names is None else names)
-            if missing := [name for name in wanted if name not in stored]:
+            requested = sorted(stored if names is None else names)
+            if missing := [name for name in requested if name not in stored]:
                 raise BackendError(
                     f"{bundle.path} has no weight {missing[0]!r}, which the engine wants. Build it again with anyflow-build."
                 )
             try:
-                for name in wanted:  # a copy: the file's own pages are let go of with each tensor
+                for name in requested:  # a copy: the file's own pages are let go of with each tensor
                     self._tensors[name] = file.get_tensor(name).to(device, copy=True)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 self.release()
@@ -61,23 +61,23 @@ class TorchWeights:
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
-    def some(self, names: Collection[str]) -> dict[str, Tensor]:
+    def select(self, names: Collection[str]) -> dict[str, Tensor]:
         """Those of a graph."""
         return {name: self._tensors[name] for name in names}
 
-    def lend(self, names: Collection[str]) -> dict[str, Tensor]:
+    def share(self, names: Collection[str]) -> dict[str, Tensor]:
         """Those of a graph, for AOTInductor's runtime: from now on they are released with this object at the latest."""
         if self._end is None:
-            self._end = weakref.finalize(self, _released, self._tensors)
+            self._end = weakref.finalize(self, _free_storage, self._tensors)
             self._end.atexit = False
-        return self.some(names)
+        return self.select(names)
 
     def release(self) -> None:
         """Give the memory back, whoever still holds the tensors."""
-        _released(self._tensors)
+        _free_storage(self._tensors)
 
 
-def _released(tensors: dict[str, Any]) -> None:
+def _free_storage(tensors: dict[str, Any]) -> None:
     for tensor in tensors.values():
         tensor.untyped_storage().resize_(0)
     tensors.clear()

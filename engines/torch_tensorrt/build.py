@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.aotinductor.build import check_exporter
-from anyflow_deploy.engines.build import BuildSettings, Built
-from anyflow_deploy.engines.engine_folder import EngineWriter, ranges_of
+from anyflow_deploy.engines.build import BuildResult, BuildSettings
+from anyflow_deploy.engines.engine_folder import EngineWriter, narrow_ranges
 from anyflow_deploy.engines.torch_common.compat import find_cpp_compiler
-from anyflow_deploy.engines.torch_common.device import device_here, torch_device, versions_here
-from anyflow_deploy.engines.torch_tensorrt.engine import imported_torch_tensorrt, runtime, versions
+from anyflow_deploy.engines.torch_common.device import describe_device, runtime_versions, torch_device
+from anyflow_deploy.engines.torch_tensorrt.engine import import_cuda_torch, import_torch_tensorrt, package_versions
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.progress import Report
 from anyflow_deploy.shape_ranges import Range
@@ -41,23 +41,23 @@ class TorchTensorRTSettings(BuildSettings):
                 f"{bundle.path} is {bundle.manifest.precision}, and this backend takes fp32, fp16 and bf16. "
                 "Use backend tensorrt, onnxruntime or aotinductor."
             )
-        runtime(self.provider, self.device)
-        imported_torch_tensorrt()
+        import_cuda_torch(self.provider, self.device)
+        import_torch_tensorrt()
         check_exporter()
         find_cpp_compiler()
 
-    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> Built:
+    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> BuildResult:
         """See `BuildSettings`."""
-        from anyflow_deploy.engines.torch_tensorrt.compiler import built
+        from anyflow_deploy.engines.torch_tensorrt.compiler import build_package
 
-        torch, device = runtime(self.provider, self.device), torch_device(self.provider, self.device)
-        narrower, shapes = profile_ranges(bundle), profile(bundle)
-        achieved = built(imported_torch_tensorrt(), bundle, device, narrower, shapes, writer, report)
-        return Built(
-            device_here(torch, self.provider, self.device),
-            {**versions_here(torch, self.provider), **versions()},
-            ranges_of(bundle, **narrower),
-            profiles={"transition": {"shapes": {name: [list(shape) for shape in three] for name, three in shapes.items()}}},
+        torch, device = import_cuda_torch(self.provider, self.device), torch_device(self.provider, self.device)
+        axis_ranges, shapes = profile_ranges(bundle), input_profile(bundle)
+        achieved = build_package(import_torch_tensorrt(), bundle, device, axis_ranges, shapes, writer, report)
+        return BuildResult(
+            describe_device(torch, self.provider, self.device),
+            {**runtime_versions(torch, self.provider), **package_versions()},
+            narrow_ranges(bundle, **axis_ranges),
+            profiles={"transition": {"shapes": {name: [list(shape) for shape in bounds] for name, bounds in shapes.items()}}},
             achieved=achieved,
         )
 
@@ -65,7 +65,7 @@ class TorchTensorRTSettings(BuildSettings):
 def profile_ranges(bundle: Bundle) -> dict[str, Range]:
     """Each axis from its least size to that of the bundle's own video."""
     manifest, video = bundle.manifest, bundle.manifest.video
-    most = {
+    largest = {
         "batch": manifest.shape_ranges.batch.nearest(1),
         "frames": (video.frames - 1) // video.temporal_factor + 1,
         "height": video.height // video.spatial_factor,
@@ -73,18 +73,18 @@ def profile_ranges(bundle: Bundle) -> dict[str, Range]:
         "text": video.text_tokens,
     }
     declared = vars(manifest.shape_ranges)
-    return {axis: Range(declared[axis].minimum, size, declared[axis].multiple) for axis, size in most.items()}
+    return {axis: Range(declared[axis].minimum, size, declared[axis].multiple) for axis, size in largest.items()}
 
 
-def profile(bundle: Bundle) -> dict[str, Shapes]:
+def input_profile(bundle: Bundle) -> dict[str, Shapes]:
     """Input name -> its least, usual and largest shape."""
     ranges = profile_ranges(bundle)
     low, high = ({axis: getattr(r, end) for axis, r in ranges.items()} for end in ("minimum", "maximum"))
     return {
-        tensor.name: (_sized(tensor.shape, low), _sized(tensor.shape, high), _sized(tensor.shape, high))
+        tensor.name: (_resolve_shape(tensor.shape, low), _resolve_shape(tensor.shape, high), _resolve_shape(tensor.shape, high))
         for tensor in bundle.manifest.graphs["transition"].inputs
     }
 
 
-def _sized(shape: list[int | str], sizes: dict[str, int]) -> tuple[int, ...]:
+def _resolve_shape(shape: list[int | str], sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in shape)

@@ -26,11 +26,11 @@ from anyflow_deploy.shape_ranges import Range, Ranges
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-def built(
+def build_package(
     trt: Any,
     bundle: Bundle,
     device: str,
-    narrower: Mapping[str, Range],
+    axis_ranges: Mapping[str, Range],
     shapes: Mapping[str, Shapes],
     writer: EngineWriter,
     report: Report,
@@ -41,7 +41,7 @@ def built(
         trt: the torch_tensorrt module.
         bundle: an opened bundle, bidirectional and not quantized.
         device: torch device.
-        narrower: ranges of the axes.
+        axis_ranges: ranges of the axes.
         shapes: least, usual and largest shape of each input, in order.
         writer: of the engine.
         report: where progress goes.
@@ -49,14 +49,14 @@ def built(
     Raises:
         BackendError: torch-tensorrt gave up.
     """
-    ranges = Ranges(**narrower)
+    ranges = Ranges(**axis_ranges)
     weights = TorchWeights(torch, bundle, device)
     try:
         with best_attention(device), report.stage("tracing transition"):
-            program = program_from_bundle(bundle, "transition", weights.some(list(weights)), device, ranges)
+            program = program_from_bundle(bundle, "transition", weights.select(list(weights)), device, ranges)
         with best_attention(device), report.stage("building with TensorRT"):
             _, dynamic = arguments("transition", bundle.manifest.architecture, ranges, bundle.manifest.base, device)
-            counts = compiled(trt, program, shapes, dynamic, device, writer.folder / "transition.pt2")
+            counts = compile_program(trt, program, shapes, dynamic, device, writer.folder / "transition.pt2")
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:600]
         raise BackendError(f"torch-tensorrt cannot build {bundle.path} ({type(error).__name__}): {reason}") from error
@@ -66,7 +66,7 @@ def built(
     return {"transition": counts}
 
 
-def compiled(
+def compile_program(
     trt: Any, program: ExportedProgram, shapes: Mapping[str, Shapes], dynamic: tuple[Any, ...], device: str, path: Path
 ) -> str:
     """Compile and save one program; returns how many engines it became, in words.
@@ -82,8 +82,8 @@ def compiled(
     assert program.example_inputs is not None
     examples = list(program.example_inputs[0])
     inputs = [
-        trt.Input(min_shape=least, opt_shape=usual, max_shape=most, dtype=example.dtype, name=name)
-        for (name, (least, usual, most)), example in zip(shapes.items(), examples, strict=True)
+        trt.Input(min_shape=smallest, opt_shape=typical, max_shape=largest, dtype=example.dtype, name=name)
+        for (name, (smallest, typical, largest)), example in zip(shapes.items(), examples, strict=True)
     ]
     module = trt.dynamo.compile(
         program,

@@ -11,7 +11,7 @@ from typing import Any
 
 from anyflow_deploy.engines.aotinductor.engine import AotInductorEngine
 from anyflow_deploy.engines.registry import EngineOptions
-from anyflow_deploy.engines.torch_common.device import imported_torch
+from anyflow_deploy.engines.torch_common.device import import_torch
 from anyflow_deploy.errors import BackendError
 
 INSTALL = "pip install 'anyflow-deploy[torch-tensorrt]'"
@@ -21,18 +21,18 @@ class TorchTensorRTEngine(AotInductorEngine):
     """See `AotInductorEngine`."""
 
     BACKEND, TITLE = "torch-tensorrt", "torch-tensorrt"
-    BORROWS = False
+    EXTERNAL_WEIGHTS = False
 
-    def _runtime(self, options: EngineOptions) -> Any:
-        torch = runtime(options.provider, options.device)
-        imported_torch_tensorrt()  # registers what runs an engine inside a package
+    def _import_torch(self, options: EngineOptions) -> Any:
+        torch = import_cuda_torch(options.provider, options.device)
+        import_torch_tensorrt()  # registers what runs an engine inside a package
         return torch
 
-    def _versions(self) -> dict[str, str]:
-        return {**super()._versions(), **versions()}
+    def _required_versions(self) -> dict[str, str]:
+        return {**super()._required_versions(), **package_versions()}
 
 
-def runtime(provider: str, index: int) -> Any:
+def import_cuda_torch(provider: str, index: int) -> Any:
     """torch with a GPU.
 
     Raises:
@@ -42,10 +42,10 @@ def runtime(provider: str, index: int) -> Any:
         raise BackendError(
             f"torch-tensorrt runs on NVIDIA GPUs only; provider is {provider!r}. Give cuda, or backend aotinductor."
         )
-    return imported_torch(provider, index)
+    return import_torch(provider, index)
 
 
-def imported_torch_tensorrt() -> Any:
+def import_torch_tensorrt() -> Any:
     """The torch_tensorrt module.
 
     Raises:
@@ -60,8 +60,8 @@ def imported_torch_tensorrt() -> Any:
         ) from None
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of what has to be the same when a package is loaded."""
     import tensorrt  # type: ignore[import-not-found, unused-ignore]  # only where torch-tensorrt is
 
-    return {"torch-tensorrt": str(imported_torch_tensorrt().__version__), "TensorRT": str(tensorrt.__version__)}
+    return {"torch-tensorrt": str(import_torch_tensorrt().__version__), "TensorRT": str(tensorrt.__version__)}

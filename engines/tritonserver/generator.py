@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.deadline import Pace
+from anyflow_deploy.engines.deadline import StepTimer
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.engines.step_policy import InTime
+from anyflow_deploy.engines.step_policy import DeadlineSteps
 from anyflow_deploy.engines.tritonserver.fair_lock import Turns
 from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
 from anyflow_deploy.engines.tritonserver.request import Asked
-from anyflow_deploy.engines.wrapper import EngineAround
+from anyflow_deploy.engines.wrapper import EngineWrapper
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipelines.video_io import Mp4Pieces
@@ -67,9 +67,9 @@ class Studio:
     """
 
     def __init__(self, engine: BundleEngine, text: PromptEncoder | None, vae: LoadedVae | None) -> None:
-        self._turns, self._pace = Turns(), Pace()
+        self._turns, self._step_timer = Turns(), StepTimer()
         self._bundle, self._text, self._vae = engine.bundle, text, vae
-        self._engine = EngineAround(engine, lambda _: self._turns)
+        self._engine = EngineWrapper(engine, lambda _: self._turns)
         self._words = functools.lru_cache(REMEMBERED_PROMPTS)(self._encoded)
 
     @property
@@ -96,7 +96,7 @@ class Studio:
         order = asked.order
         check()
         words = self._words(order.prompt) if asked.embeds is None else asked.embeds
-        course, made = order.course(self._pace), [0]
+        course, made = order.course(self._step_timer), [0]
 
         def went(step: Step) -> None:
             made[0] = step.index + 1
@@ -108,7 +108,7 @@ class Studio:
             for index, latents in enumerate(pieces):
                 check()
                 frames, content = pack(latents)
-                met = course.outcomes[-1].spare >= 0 if isinstance(course, InTime) else None
+                met = course.results[-1].slack >= 0 if isinstance(course, DeadlineSteps) else None
                 yield Made(index, first, made[0], met, output, content)
                 first, made[0] = first + frames, 0
                 check()

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from anyflow_deploy.bundle.atomic_io import FolderWriter, Kind
+from anyflow_deploy.bundle.atomic_io import ArtifactKind, FolderWriter
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import MANIFEST, Tensor
 from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
@@ -29,7 +29,7 @@ from anyflow_deploy.errors import AnyFlowError, BackendError
 
 CONFIG = "config.pbtxt"
 VERSION = "1"
-_KIND = Kind("Triton model", CONFIG, CONFIG, "--name", "Write it again with anyflow-triton.")
+_KIND = ArtifactKind("Triton model", CONFIG, CONFIG, "--name", "Write it again with anyflow-triton.")
 _TYPES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int64": "INT64"}
 _MODEL = '''\
 """Written by anyflow-triton. The model is in the package anyflow_deploy: install it where the server's Python finds it."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.engine import Array, checked_array
+from anyflow_deploy.engines.engine import Array, prepare_array
 from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
 from anyflow_deploy.engines.tritonserver.settings import Settings
 from anyflow_deploy.errors import ShapeError
@@ -78,7 +78,7 @@ def _embeds(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: S
         if not settings.text:
             raise RefusedError("this server has no text encoder; send prompt_embeds in place of prompt.", "prompt")
         return None
-    embeds = checked_array("prompt_embeds", tensors["prompt_embeds"])
+    embeds = prepare_array("prompt_embeds", tensors["prompt_embeds"])
     tokens, channels = manifest.shape_ranges.text, manifest.architecture.text_dim
     if embeds.ndim != 2 or embeds.shape[0] not in tokens or embeds.shape[1] != channels:
         raise ShapeError(f"prompt_embeds has shape {embeds.shape}; allowed is ({tokens}, {channels}): tokens, channels.")

@@ -17,15 +17,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from anyflow_deploy.engines.engine import Array
-from anyflow_deploy.engines.kv_cache import cache_plan, fitted_chunks
+from anyflow_deploy.engines.kv_cache import cache_plan, fit_chunks
 from anyflow_deploy.engines.sampler import Step, sample, stream
-from anyflow_deploy.engines.validation import PATH
+from anyflow_deploy.engines.validation import REFERENCE_SCHEDULE
 from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, Architecture, model_name
 from anyflow_deploy.schedule import Schedule
 from anyflow_deploy.shape_ranges import latent_frames, latent_side, widest
 
-SWEEPS = (PATH, *(Schedule.from_timesteps((1000, t, 0)) for t in (750, 500, 250, 60)))
+SWEEPS = (REFERENCE_SCHEDULE, *(Schedule.from_timesteps((1000, t, 0)) for t in (750, 500, 250, 60)))
 
 
 def calibration_schedules(steps: Sequence[int], shift: float) -> dict[str, Schedule]:
@@ -36,7 +36,7 @@ def calibration_schedules(steps: Sequence[int], shift: float) -> dict[str, Sched
 
 def chunk_plan(a: Architecture, frames: int) -> tuple[int, ...]:
     """A causal model's own chunks, cut or lengthened by more of its longest to so many latent frames; () if bidirectional."""
-    return () if a.chunk_partition is None else fitted_chunks(a.chunk_partition, frames)
+    return () if a.chunk_partition is None else fit_chunks(a.chunk_partition, frames)
 
 
 def transitions(a: Architecture, frames: int, schedule: Schedule) -> int:

@@ -19,9 +19,9 @@ import pytest
 from numpy.typing import ArrayLike, NDArray
 
 from anyflow_deploy import Bundle, load_bundle
-from anyflow_deploy.engines.engine import Array, checked_inputs, frame_times
+from anyflow_deploy.engines.engine import Array, frame_times, prepare_inputs
 from anyflow_deploy.engines.kv_cache import CachePlan
-from anyflow_deploy.engines.streaming import CacheStream, Positions, memory_names
+from anyflow_deploy.engines.streaming import CacheStream, Positions, cache_tensor_names
 from tests.cpp_build import SOURCE, built, compiler, configured, manifest_of, run, sanitizers_work, tool
 from tools import tensorrt_headers
 
@@ -127,7 +127,7 @@ def graphs(config: dict[str, Any], kind: str, cache: str) -> dict[str, Any]:
     about = {"file": "weights.bin", "opset": 20}
     if kind == "bidirectional":
         return {"transition": {**about, "inputs": [latents, *times, words], "outputs": moved}}
-    names = memory_names(config["num_layers"])
+    names = cache_tensor_names(config["num_layers"])
 
     def cached(prefix: str, axis: str, which: list[str] = names) -> list[dict[str, Any]]:
         return [tensor(prefix + name, cache, 1, axis, *heads) for name in which]
@@ -276,7 +276,7 @@ class MachineCache:
     """See `streaming.Cache`."""
 
     def __init__(self, bundle: Bundle, text: Array, plan: CachePlan) -> None:
-        self._bundle, self._names, self._plan = bundle, memory_names(plan.layers), plan
+        self._bundle, self._names, self._plan = bundle, cache_tensor_names(plan.layers), plan
         dtype = next(tensor.dtype for tensor in bundle.manifest.graphs["chunk"].outputs if tensor.name == "key.0")
         self._token = plan.heads * plan.channels * ELEMENT[dtype]
         self._buffers = {name: np.zeros(plan.capacity * self._token, np.uint8) for name in self._names}
@@ -317,7 +317,7 @@ class MachineEngine:
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> MachineRun:
         a = self.architecture
-        z, words = checked_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
+        z, words = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
         return MachineRun(self.bundle, "transition", z, {"text": words})
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:

@@ -316,9 +316,9 @@ def _session(path: str) -> Any:
 
 def layers_as_asked(model: onnx.ModelProto) -> list[dict[str, Any]]:
     """Layers as TensorRT's inspector lists them: one a product, and one an attention with the products around it."""
-    from anyflow_deploy.engines.tensorrt.build.inspector import wanted
+    from anyflow_deploy.engines.tensorrt.build.inspector import expected_precision
 
-    asked = wanted(model)
+    asked = expected_precision(model)
     inside = {name for nodes in asked.attentions for name in nodes}
     rows = [(f"{nodes[0]}_mha", nodes, "_gemm_mha_v2_0x1", "Half") for nodes in asked.attentions]
     for node in model.graph.node:

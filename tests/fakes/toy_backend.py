@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anyflow_deploy.engines.engine import Array, checked_inputs, frame_times
+from anyflow_deploy.engines.engine import Array, frame_times, prepare_inputs
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.streaming import CacheStream, Positions
 from anyflow_deploy.models import Architecture
@@ -101,7 +101,7 @@ class ToyEngine:
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> ToyRun:
         a = self.architecture
-        z, words = checked_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
+        z, words = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
         return ToyRun(self.state, z, words[0, 0, 0])
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:

@@ -38,12 +38,12 @@ from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.validate import ValidateOptions, validate
 from anyflow_deploy.engines.aotinductor import build, compiler
 from anyflow_deploy.engines.aotinductor.build import AotInductorSettings
-from anyflow_deploy.engines.aotinductor.compiled_graph import RecordedGraph
+from anyflow_deploy.engines.aotinductor.compiled_graph import CudaGraphRunner
 from anyflow_deploy.engines.build import build_engine
 from anyflow_deploy.engines.engine_folder import EngineFolder
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.torch_common import device
-from anyflow_deploy.engines.torch_common.device import instructions
+from anyflow_deploy.engines.torch_common.device import instruction_sets
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.engines.validation import THRESHOLDS
 from anyflow_deploy.export.diffusers_engine import TorchEngine
@@ -271,7 +271,7 @@ def eager(
     """The velocity from 900 to 500 of the network that is compiled, not compiled."""
     if weights is None:
         stored = TorchWeights(torch, bundle, "cpu")
-        weights = stored.some(list(stored))
+        weights = stored.select(list(stored))
     network = network_from_bundle(bundle, "transition", weights)
     times = [torch.full(latents.shape[:2], time) for time in (900.0, 500.0)]
     with torch.no_grad():
@@ -307,7 +307,7 @@ def test_eight_bits_are_those_of_the_onnx_graph(quantized: Export, oracle: Array
 def test_an_input_is_rounded_once_for_all_that_read_it(quantized: Export) -> None:
     bundle = quantized(SMALL, "fp8")
     weights = TorchWeights(torch, bundle, "cpu")
-    program = program_from_bundle(bundle, "transition", weights.some(list(weights)), "cpu")
+    program = program_from_bundle(bundle, "transition", weights.select(list(weights)), "cpu")
     targets = [str(node.target) for node in program.graph.nodes]
     products = sum("_scaled_mm" in target for target in targets)
     assert products == 30 and sum("clamp" in target for target in targets) == 19, (
@@ -386,9 +386,9 @@ def test_a_compiler_that_fails_leaves_nothing(
 
 
 def test_attention_that_was_not_fused_is_refused(small_bundle: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "called", lambda _: {"cpu_bmm_out": 12, "_scaled_dot_product_flash_attention_for_cpu": 5})
+    monkeypatch.setattr(compiler, "count_calls", lambda _: {"cpu_bmm_out": 12, "_scaled_dot_product_flash_attention_for_cpu": 5})
     with pytest.raises(BackendError, match="5 of 6 attentions of transition became one operator"):
-        compiler.counted(small_bundle(), "transition", Path("transition.pt2"))
+        compiler.summarize_package(small_bundle(), "transition", Path("transition.pt2"))
 
 
 def test_fp8_attention_is_refused(quantized: Export) -> None:
@@ -402,9 +402,9 @@ def test_fp8_needs_ada_and_int8_needs_rows_on_a_gpu(quantized: Export, monkeypat
     with pytest.raises(BackendError, match=r"NVIDIA A100 \(compute capability 8\.0\) has no FP8 products"):
         build.check_precision(SimpleNamespace(cuda=gpu), quantized(SMALL, "fp8"), "cuda", 0)
     bundle = quantized(SMALL, "int8", kept=KEPT)
-    ranges = build._ranges(bundle, "cuda")
+    ranges = build._buildable_ranges(bundle, "cuda")
     assert ranges["text"].minimum == 17 and ranges["height"].minimum * ranges["width"].minimum // 4 >= 17
-    assert build._ranges(bundle, "cpu")["text"].minimum == 1
+    assert build._buildable_ranges(bundle, "cpu")["text"].minimum == 1
 
 
 @pytest.mark.parametrize("command", ["build", "generate"])
@@ -421,12 +421,12 @@ def test_without_torch(small_bundle: Export, tmp_path: Path, command: str) -> No
 def test_instructions_are_compared_not_kernels(tmp_path: Path) -> None:
     def of(flags: str) -> str:
         (tmp_path / "cpuinfo").write_text(f"model name : X\nflags\t\t: {flags}\n")
-        return instructions("AVX512", tmp_path / "cpuinfo")
+        return instruction_sets("AVX512", tmp_path / "cpuinfo")
 
     assert of("fpu sse2 avx512f hypervisor") == of("avx512f sse2 ibrs_enhanced")
     assert of("sse2 avx512f") != of("sse2 avx2")
     assert of("sse2 avx512f").startswith("AVX512 (2, ")
-    assert device.instructions("DEFAULT", tmp_path / "missing").startswith("DEFAULT (1, ")
+    assert device.instruction_sets("DEFAULT", tmp_path / "missing").startswith("DEFAULT (1, ")
 
 
 # CUDA graphs, with a stand-in for CUDA: what is recorded, where inputs go, and that runs do not mix.
@@ -458,7 +458,7 @@ class Recording:
 
 
 @pytest.fixture
-def recorded() -> tuple[RecordedGraph, list[str]]:
+def recorded() -> tuple[CudaGraphRunner, list[str]]:
     calls: list[str] = []
 
     def double(x: torch.Tensor) -> list[torch.Tensor]:
@@ -476,10 +476,10 @@ def recorded() -> tuple[RecordedGraph, list[str]]:
     cuda = SimpleNamespace(
         CUDAGraph=Tape, graph=Recording, graph_pool_handle=lambda: "pool", synchronize=lambda: calls.append("settled")
     )
-    return RecordedGraph(SimpleNamespace(cuda=cuda), double), calls
+    return CudaGraphRunner(SimpleNamespace(cuda=cuda), double), calls
 
 
-def test_cuda_graphs_are_recorded_at_the_second_call_of_a_shape(recorded: tuple[RecordedGraph, list[str]]) -> None:
+def test_cuda_graphs_are_recorded_at_the_second_call_of_a_shape(recorded: tuple[CudaGraphRunner, list[str]]) -> None:
     graph, calls = recorded
     first, second, third = (graph(torch.full((2,), value))[0] for value in (1.0, 2.0, 3.0))
     assert calls == ["called", "settled", "recorded", "replayed", "replayed"]
@@ -487,7 +487,7 @@ def test_cuda_graphs_are_recorded_at_the_second_call_of_a_shape(recorded: tuple[
     assert float(graph(torch.ones(3))[0][0]) == 2 and calls[-1] == "called", "another shape begins anew"
 
 
-def test_old_recordings_make_room(recorded: tuple[RecordedGraph, list[str]]) -> None:
+def test_old_recordings_make_room(recorded: tuple[CudaGraphRunner, list[str]]) -> None:
     graph, calls = recorded
     for size in range(1, 7):
         for _ in range(2):

@@ -14,20 +14,20 @@ from anyflow_deploy.cli.build import BuildOptions, build, chosen_settings
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines import build as building
 from anyflow_deploy.engines import registry
-from anyflow_deploy.engines.build import BuildSettings, Built, build_engine
+from anyflow_deploy.engines.build import BuildResult, BuildSettings, build_engine
 from anyflow_deploy.engines.engine_folder import (
     ENGINE,
-    Device,
+    DeviceRecord,
     EngineWriter,
-    check_here,
+    check_compatible,
     find_engine,
     load_engine_folder,
-    ranges_of,
+    narrow_ranges,
 )
 from anyflow_deploy.progress import Report
 from tests.conftest import Export
 
-HERE = Device(kind="cuda", name="NVIDIA One", compute_capability="9.0")
+HERE = DeviceRecord(kind="cuda", name="NVIDIA One", compute_capability="9.0")
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Settings(BuildSettings):
     workspace: int | None = None
     fails: bool = False
 
-    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> Built:
+    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> BuildResult:
         writer.write("engine.plan", b"plan")
         (writer.folder / "cache.bin").write_bytes(b"cache")
         writer.adopt("cache.bin")
         if self.fails:
             raise BackendError("the compiler gave up")
-        return Built(HERE, {"maker": "1.2"}, ranges_of(bundle), achieved={"fp8_flops": 0.5})
+        return BuildResult(HERE, {"maker": "1.2"}, narrow_ranges(bundle), achieved={"fp8_flops": 0.5})
 
 
 class MakerOptions(BuildOptions):
@@ -106,7 +106,7 @@ def test_a_failed_build_leaves_nothing(bundle: Bundle) -> None:
 
 
 def test_an_interrupted_build_leaves_nothing(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> Built:
+    def interrupted(*_: object) -> BuildResult:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Settings, "build", interrupted)
@@ -187,8 +187,8 @@ def test_no_engine_yet(bundle: Bundle) -> None:
 def test_another_device_or_version_is_refused_with_both_names(bundle: Bundle) -> None:
     run(bundle)
     folder = find_engine(bundle, "maker")
-    check_here(folder, HERE, {"maker": "1.2"})
+    check_compatible(folder, HERE, {"maker": "1.2"})
     with pytest.raises(BackendError, match=r"built for NVIDIA One \(compute capability 9\.0\), and this is NVIDIA Two"):
-        check_here(folder, HERE.model_copy(update={"name": "NVIDIA Two"}), {})
+        check_compatible(folder, HERE.model_copy(update={"name": "NVIDIA Two"}), {})
     with pytest.raises(BackendError, match=r"built with maker 1\.2, and here is maker 1\.3"):
-        check_here(folder, HERE, {"maker": "1.3"})
+        check_compatible(folder, HERE, {"maker": "1.3"})

@@ -227,9 +227,9 @@ def test_a_chunk_beyond_the_plan_is_refused(oracle: dict[str, Any], engine: Bund
     memory = engine.open_stream(oracle["text"], cache_plan(engine.architecture, (1, 1), 12, 20))
     with pytest.raises(AnyFlowError, match="chunk 0 has 1 latent frames in the plan; 3 were given"):
         memory.start(oracle["latents"][:, :3])
-    memory.remember(oracle["latents"][:, :1])
+    memory.append(oracle["latents"][:, :1])
     with pytest.raises(AnyFlowError, match=r"chunk 1 is the last of the plan .* extend\(\) the plan first"):
-        memory.remember(oracle["latents"][:, :1])
+        memory.append(oracle["latents"][:, :1])
     memory.close()
     with pytest.raises(AnyFlowError, match="this stream is closed"):
         memory.start(oracle["latents"][:, :1])
@@ -262,7 +262,7 @@ def test_a_window_makes_memory_flat() -> None:
     long = (1, *(3,) * 300)
     plans = [cache_plan(architecture, long[:n], 60, 104, window=8) for n in (40, 300)]
     assert plans[0].capacity == plans[1].capacity == 390 * (1 + 8 * 3) + 6 * 1560
-    assert plans[1].kept(299) == [0, *range(289, 297)]
+    assert plans[1].kept_chunks(299) == [0, *range(289, 297)]
     assert cache_plan(architecture, long, 60, 104).capacity > 8 * plans[0].capacity
 
 

@@ -23,9 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from anyflow_deploy import AnyFlowError, Bundle, Deadline, Schedule, __version__, load_bundle, noise, sample, stream
-from anyflow_deploy.engines.deadline import Outcome, Pace
+from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
 from anyflow_deploy.engines.kv_cache import cache_plan
-from anyflow_deploy.engines.torch_common.device import instructions
+from anyflow_deploy.engines.torch_common.device import instruction_sets
 from tests.cpp_build import KINDS, Conformance, built, configured, corpus, manifest_of, run, sanitizers_work
 from tests.fakes.toy_backend import ToyEngine, ToyState
 
@@ -140,7 +140,7 @@ def test_samples_are_the_same_bits(ask: Conformance, bundles: dict[str, Bundle],
 @given(
     seconds=st.floats(0.05, 5),
     costs=st.lists(st.floats(0.01, 0.6), min_size=1, max_size=5),
-    most=st.integers(1, 12),
+    max_steps=st.integers(1, 12),
     shift=st.floats(0.5, 8),
     enough_after=st.none() | st.integers(0, 6),
 )
@@ -149,25 +149,25 @@ def test_deadlines_decide_the_same(
     bundles: dict[str, Bundle],
     seconds: float,
     costs: list[float],
-    most: int,
+    max_steps: int,
     shift: float,
     enough_after: int | None,
 ) -> None:
     bundle = bundles["bidirectional"]
-    wish = {"seconds": seconds, "most": most, "shift": shift, "enough_after": enough_after}
+    wish = {"seconds": seconds, "most": max_steps, "shift": shift, "enough_after": enough_after}
     got = ask("sample", bundle=str(bundle.path), noise=as_json(LATENTS), text=as_json(TEXT), deadline=wish, costs=costs, runs=3)
-    engine, pace = toy(bundle, costs), Pace()
+    engine, step_timer = toy(bundle, costs), StepTimer()
     for again in got["runs"]:
         mine: list[Any] = []
-        outcomes: list[Outcome] = []
+        outcomes: list[DeadlineResult] = []
         asked = itertools.count()
         deadline = Deadline(
-            seconds, shift, most, pace, clock=lambda: engine.state.now, on_end=outcomes.append,
-            enough=lambda asked=asked: enough_after is not None and next(asked) >= enough_after,
+            seconds, shift, max_steps, step_timer, clock=lambda: engine.state.now, on_end=outcomes.append,
+            should_stop=lambda asked=asked: enough_after is not None and next(asked) >= enough_after,
         )  # fmt: skip
         clean = sample(engine, LATENTS, TEXT, deadline, seen(mine))
         assert again["latents"] == as_json(clean)["data"] and again["steps"] == mine
-        assert again["outcomes"] == [[o.steps, o.draft, o.seconds, o.deadline] for o in outcomes]
+        assert again["outcomes"] == [[o.steps, o.probe_step, o.seconds, o.deadline] for o in outcomes]
 
 
 def test_an_abort_and_a_callback_that_throws(ask: Conformance, bundles: dict[str, Bundle]) -> None:
@@ -224,7 +224,7 @@ def test_streams_walk_the_same_way(
     clean = noise(z.shape, 6)[:, : sum(chunks[:context])] if context else None
     how: dict[str, Any] = {"schedule": {"kind": "uniform", "steps": 2, "shift": 5}}
     engine = toy(bundle, costs)
-    outcomes: list[Outcome] = []
+    outcomes: list[DeadlineResult] = []
     course: Any = Schedule.uniform(2)
     if deadline:
         how = {"deadline": {"seconds": 0.9}}
@@ -240,7 +240,7 @@ def test_streams_walk_the_same_way(
     ]
     assert [c["latents"] for c in got["chunks"]] == [as_json(c.latents)["data"] for c in made]
     assert got["steps"] == mine and got["calls"] == engine.state.calls
-    assert got["outcomes"] == [[o.steps, o.draft, o.seconds, o.deadline] for o in outcomes]
+    assert got["outcomes"] == [[o.steps, o.probe_step, o.seconds, o.deadline] for o in outcomes]
 
 
 @MANY
@@ -304,9 +304,9 @@ def test_the_processor_is_named_as_in_engine_json(ask: Conformance, tmp_path: Pa
     for flags in ("fpu sse2 avx512f hypervisor ssse3 pni bf16x", "fma f16c", ""):
         (tmp_path / "cpuinfo").write_text(f"model name : X\nflags\t\t: {flags}\n")
         answer = ask("instructions", level="AVX512", cpuinfo=str(tmp_path / "cpuinfo"))
-        assert answer["text"] == instructions("AVX512", tmp_path / "cpuinfo") or not flags
+        assert answer["text"] == instruction_sets("AVX512", tmp_path / "cpuinfo") or not flags
     answer = ask("instructions", level="AVX2", cpuinfo="/proc/cpuinfo")
-    assert answer == {"text": instructions("AVX2"), "machine": platform.machine()}
+    assert answer == {"text": instruction_sets("AVX2"), "machine": platform.machine()}
 
 
 # Manifests: accepted and refused alike.

@@ -27,7 +27,7 @@ from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines.tensorrt.lint import lint as tensorrt_lint
 from anyflow_deploy.engines.tensorrt.lint import model_rules, node_rules, qdq_rules
 from anyflow_deploy.engines.tensorrt.lint.lint import Finding, lint, lint_bundle
-from anyflow_deploy.engines.tensorrt.lint.operators import OPERATORS, accepted, first_version, max_opset, version_from_text
+from anyflow_deploy.engines.tensorrt.lint.operators import OPERATORS, accepted_types, first_version, max_opset, version_from_text
 from tests.conftest import SMALL, Export
 
 F = ["n", 4]
@@ -340,7 +340,7 @@ def test_linting_changes_nothing() -> None:
 
 def test_the_table_covers_the_operators_it_should() -> None:
     assert len(OPERATORS) == 196 and sum(types is None for types in OPERATORS.values()) == 46
-    assert accepted("Attention", version_from_text("10.13")) is None
+    assert accepted_types("Attention", version_from_text("10.13")) is None
     assert first_version("Attention") == (10, 14) and first_version("Unique") is None
     newest = {"10.3": 20, "10.14.1": 23, "10.16": 24, "11.4": 24, "11.5": 25, "12.0": 25}
     assert {text: max_opset(version_from_text(text)) for text in newest} == newest

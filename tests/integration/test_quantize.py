@@ -26,9 +26,9 @@ from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.onnxruntime import engine as onnxruntime_engine
 from anyflow_deploy.engines.onnxruntime import graph_rewrites
-from anyflow_deploy.engines.onnxruntime.graph_rewrites import session_graph
+from anyflow_deploy.engines.onnxruntime.graph_rewrites import build_session_graph
 from anyflow_deploy.engines.onnxruntime.int8 import saturates, shift_activations, shift_weights
-from anyflow_deploy.engines.tensorrt.build.inspector import wanted
+from anyflow_deploy.engines.tensorrt.build.inspector import expected_precision
 from anyflow_deploy.engines.validation import THRESHOLDS, Validation, validate
 from anyflow_deploy.export import exporter
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
@@ -143,13 +143,13 @@ def test_weights_come_back_within_half_a_step(quantized: Export, kind: tuple[Pat
     top = LARGEST[plan.kind]
     for layer in plan.inputs:
         name = f"{layer}.weight"
-        wanted, scale = plan.factored(name, weights.read(name)), tensors[weight_scale(name)]
+        expected, scale = plan.factored(name, weights.read(name)), tensors[weight_scale(name)]
         scale = scale.unsqueeze(1) if scale.ndim else scale
-        assert bool((wanted.abs() <= scale * top).all()) and bool((scale > 0).all()), name
-        steps = (wanted / scale - tensors[name].float()).abs()
-        grid = torch.full_like(steps, 0.5) if plan.kind == "I8" else ((wanted / scale).abs() / 16).clamp_min(2.0**-10)
+        assert bool((expected.abs() <= scale * top).all()) and bool((scale > 0).all()), name
+        steps = (expected / scale - tensors[name].float()).abs()
+        grid = torch.full_like(steps, 0.5) if plan.kind == "I8" else ((expected / scale).abs() / 16).clamp_min(2.0**-10)
         assert bool((steps <= grid * 1.00001).all()), name
-        assert float((wanted.abs() / scale).max()) == pytest.approx(top, rel=1e-5), name
+        assert float((expected.abs() / scale).max()) == pytest.approx(top, rel=1e-5), name
 
 
 @GRAPHS
@@ -215,7 +215,7 @@ def optimized(bundle: Bundle, name: str, folder: Path, unsigned_weights: bool = 
     options.log_severity_level = 4
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
     options.optimized_model_filepath = str(folder / f"{name}.onnx")
-    data = session_graph(bundle, name, count, "cpu", unsigned_weights)
+    data = build_session_graph(bundle, name, count, "cpu", unsigned_weights)
     onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return onnx.load(options.optimized_model_filepath, load_external_data=False).graph
 
@@ -271,7 +271,7 @@ def test_tensorrt_will_be_asked_about_every_layer(quantized: Export, kind: tuple
     checkpoint, how = kind
     bundle = quantized(checkpoint, **how)
     for graph, record in bundle.manifest.graphs.items():
-        asked = wanted(onnx.load(bundle.file(record.file), load_external_data=False))
+        asked = expected_precision(onnx.load(bundle.file(record.file), load_external_data=False))
         high = bundle.manifest.achieved.kept_high
         layers = {name.removesuffix("/Gemm") for name in asked.eight_bit if name.endswith("/Gemm")}
         assert layers and not layers & set(high), graph

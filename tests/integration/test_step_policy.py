@@ -16,9 +16,9 @@ from anyflow_deploy.cli import generate as command
 from anyflow_deploy.cli import options as reading
 from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.engines.deadline import Outcome
+from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.engines.step_policy import InTime, enough_on_interrupt
+from anyflow_deploy.engines.step_policy import DeadlineSteps, stop_on_interrupt
 from tests.conftest import CAUSAL, Export
 
 WORDS = ["bundle", "--prompt", "fox"]
@@ -94,9 +94,11 @@ def test_every_chunk_has_the_deadline(exported: Export, tmp_path: Path, capsys: 
 
 
 def test_missed_deadlines_of_chunks_are_counted() -> None:
-    course = InTime(1.0, 5.0, 50)
-    course.outcomes.extend([Outcome(4, True, 0.9, 1.0), Outcome(4, False, 1.25, 1.0), Outcome(3, False, 1.1, 1.0)])
-    assert list(course.report()) == [
+    course = DeadlineSteps(1.0, 5.0, 50)
+    course.results.extend(
+        [DeadlineResult(4, True, 0.9, 1.0), DeadlineResult(4, False, 1.25, 1.0), DeadlineResult(3, False, 1.1, 1.0)]
+    )
+    assert list(course.summary_lines()) == [
         "steps by chunk 4, 4, 3, after 1 draft to learn the pace: the deadline of 1 s a chunk was missed by 2 of 3, "
         "by 0.250 s at most."
     ]
@@ -145,7 +147,7 @@ def test_the_second_interrupt_interrupts() -> None:
     enough, before = threading.Event(), signal.getsignal(signal.SIGINT)
 
     def twice() -> None:
-        with enough_on_interrupt(enough):
+        with stop_on_interrupt(enough):
             os.kill(os.getpid(), signal.SIGINT)
             assert enough.wait(60)
             os.kill(os.getpid(), signal.SIGINT)
@@ -158,7 +160,7 @@ def test_the_second_interrupt_interrupts() -> None:
 
 def test_a_thread_leaves_signals_alone() -> None:
     def work() -> None:
-        with enough_on_interrupt(threading.Event()):
+        with stop_on_interrupt(threading.Event()):
             seen.append(signal.getsignal(signal.SIGINT))
 
     seen: list[object] = []

@@ -130,7 +130,7 @@ def test_a_stream_that_grows(trt_machine: Machine, causal: Bundle, oracle: Golde
     results = []
     for grown in (False, True):
         memory = engine.open_stream(oracle["text"], plans[0] if grown else plans[1])
-        memory.remember(oracle["latents"][:, :1])
+        memory.append(oracle["latents"][:, :1])
         with memory.start(oracle["latents"][:, 1:4]) as run:
             if grown:
                 memory.extend(plans[1])
@@ -252,7 +252,7 @@ def test_nothing_is_on_its_way_after_a_run_that_failed(
 ) -> None:
     """The times of a step are uploaded from arrays that end with it."""
     run = engine.start(small["latents"], small["text"])
-    monkeypatch.setattr(run._lane, "_runners", {"transition": Refusing()})
+    monkeypatch.setattr(run._slot, "_runners", {"transition": Refusing()})
     with pytest.raises(BackendError, match="no run today"):
         run.step(1000.0, 0.0)
     assert not any(trt_machine.cuda._streams.values())
@@ -264,7 +264,7 @@ class Refusing:
     def run(self, call: object) -> None:
         raise BackendError("no run today")
 
-    def forget(self) -> None: ...
+    def drop_graphs(self) -> None: ...
 
 
 def test_a_closed_engine_and_a_closed_run(engine: Any, small: Golden) -> None:

@@ -40,9 +40,9 @@ def here() -> None:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed (pip install 'anyflow-deploy[tensorrt]')")
     try:
-        from anyflow_deploy.engines.tensorrt.cuda import Device
+        from anyflow_deploy.engines.tensorrt.cuda import CudaDevice
 
-        Device()
+        CudaDevice()
     except BackendError as error:
         pytest.skip(str(error))
 
@@ -130,16 +130,16 @@ def test_the_inspector_names_onnx_nodes(exported: Export, small: Golden, tmp_pat
 def test_memory_is_given_back(exported: Export, small: Golden, tmp_path: Path) -> None:
     import gc
 
-    from anyflow_deploy.engines.tensorrt.cuda import Device
+    from anyflow_deploy.engines.tensorrt.cuda import CudaDevice
 
     bundle, size = exported(SMALL), size_of(small["latents"], small["text"])
     opened(bundle, tmp_path, size).close()
     gc.collect()
-    free = Device().memory()[0]
+    free = CudaDevice().memory()[0]
     for _ in range(3):
         engine = load_engine(bundle, "tensorrt", "cuda", engine=tmp_path / "engine")
         sample(engine, small["latents"], small["text"], Schedule.uniform(4))
         engine.close()
         del engine
         gc.collect()
-    assert Device().memory()[0] > free - (16 << 20)
+    assert CudaDevice().memory()[0] > free - (16 << 20)

@@ -22,7 +22,7 @@ from anyflow_deploy.bundle.manifest import Quantization
 from anyflow_deploy.engines.build import build_engine
 from anyflow_deploy.engines.torch_common import device
 from anyflow_deploy.engines.torch_tensorrt import build, engine
-from anyflow_deploy.engines.torch_tensorrt.build import TorchTensorRTSettings, profile
+from anyflow_deploy.engines.torch_tensorrt.build import TorchTensorRTSettings, input_profile
 from anyflow_deploy.progress import Silent
 from tests.conftest import Export
 
@@ -63,10 +63,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     trt = StandIn()
     monkeypatch.setitem(sys.modules, "torch_tensorrt", trt)
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4.0", __spec__=trt.__spec__))
-    gpu = device.Device(kind="cuda", name="NVIDIA One", compute_capability="9.0")
+    gpu = device.DeviceRecord(kind="cuda", name="NVIDIA One", compute_capability="9.0")
     for module in (build, engine):
-        monkeypatch.setattr(module, "runtime" if module is build else "imported_torch", lambda *_: torch)
-    monkeypatch.setattr(build, "device_here", lambda *_: gpu)
+        monkeypatch.setattr(module, "import_cuda_torch" if module is build else "import_torch", lambda *_: torch)
+    monkeypatch.setattr(build, "describe_device", lambda *_: gpu)
     monkeypatch.setattr(build, "torch_device", lambda *_: "cpu")
     return trt
 
@@ -87,7 +87,7 @@ def test_a_build_calls_what_it_should(stand_in: StandIn, small_bundle: Export, t
     assert record.achieved == {"transition": "1 TensorRT engines, 0 pieces left to torch"}
     assert record.versions["TensorRT"] == "11.4.0" and record.versions["torch-tensorrt"] == "2.14.0"
     assert record.ranges["batch"].maximum == 1 and record.profiles["transition"]["shapes"].keys() == {"latents", "t", "r", "text"}
-    assert list(profile(bundle)["latents"][2]) == record.profiles["transition"]["shapes"]["latents"][2]
+    assert list(input_profile(bundle)["latents"][2]) == record.profiles["transition"]["shapes"]["latents"][2]
 
 
 def test_a_build_that_fails_leaves_nothing(
@@ -159,6 +159,6 @@ def test_no_gpu(small_bundle: Export) -> None:
 
 @pytest.mark.skipif(REAL is not None, reason="tests the absence of torch-tensorrt")
 def test_missing(small_bundle: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "runtime", lambda *_: torch)
+    monkeypatch.setattr(build, "import_cuda_torch", lambda *_: torch)
     with pytest.raises(BackendError, match=r"torch-tensorrt cannot be imported .*pip install 'anyflow-deploy\[torch-tensorrt\]'"):
         build_engine(small_bundle(), "torch-tensorrt", TorchTensorRTSettings())

@@ -23,8 +23,8 @@ from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, noise, s
 from anyflow_deploy.bundle.manifest import File
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.tritonserver import TritonOptions, triton
-from anyflow_deploy.engines.engine_folder import Device, EngineFolder, EngineRecord
-from anyflow_deploy.engines.kv_cache import fitted_chunks
+from anyflow_deploy.engines.engine_folder import DeviceRecord, EngineFolder, EngineRecord
+from anyflow_deploy.engines.kv_cache import fit_chunks
 from anyflow_deploy.engines.tritonserver.admission import Admission, FullError
 from anyflow_deploy.engines.tritonserver.fair_lock import Turns
 from anyflow_deploy.engines.tritonserver.generator import Studio
@@ -133,7 +133,7 @@ def plan(bundle: Bundle, folder: Path, **settings: Any) -> EngineFolder:
     folder.mkdir()
     (folder / "transition.plan").write_bytes(b"plan")
     record = EngineRecord(
-        backend="tensorrt", bundle=bundle.digest, device=Device(kind="cuda", name="a GPU"), versions={}, settings=settings,
+        backend="tensorrt", bundle=bundle.digest, device=DeviceRecord(kind="cuda", name="a GPU"), versions={}, settings=settings,
         ranges={}, profiles={"transition": {"small": {}, "large": {}}}, seconds=1.0,
         files={"transition.plan": File(bytes=4, sha256="")},
     )  # fmt: skip
@@ -323,7 +323,7 @@ def test_streams_share_a_studio(far_bundle: Bundle) -> None:
     with ThreadPoolExecutor(2) as pool:
         together = list(pool.map(one, (1, 2)))
     shape = manifest.latent_shape(17, None, None)
-    chunks = fitted_chunks(manifest.architecture.chunk_partition or (), shape[0])
+    chunks = fit_chunks(manifest.architecture.chunk_partition or (), shape[0])
     for seed, latents in zip((1, 2), together, strict=True):
         alone = stream(engine, noise((1, *shape), seed), embeds[None], Schedule.uniform(2, manifest.schedule.shift), chunks)
         for got, chunk in zip(latents, alone, strict=True):

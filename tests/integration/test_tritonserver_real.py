@@ -145,9 +145,9 @@ def expected(far_bundle: Bundle, far_pipeline: Path) -> list[np.ndarray[Any, Any
     text = encoded_prompts(far_pipeline, [PROMPT], video.text_tokens)
     engine = load_engine(far_bundle, threads=1)
     shape = far_bundle.manifest.latent_shape(29, None, None)
-    from anyflow_deploy.engines.kv_cache import fitted_chunks
+    from anyflow_deploy.engines.kv_cache import fit_chunks
 
-    plan = fitted_chunks(far_bundle.manifest.architecture.chunk_partition or (), shape[0])
+    plan = fit_chunks(far_bundle.manifest.architecture.chunk_partition or (), shape[0])
     schedule = Schedule.uniform(2, far_bundle.manifest.schedule.shift)
     return [chunk.latents[0] for chunk in stream(engine, noise((1, *shape), 7), text, schedule, plan)]
 

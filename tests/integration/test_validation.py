@@ -16,7 +16,7 @@ from anyflow_deploy.checkpoints.safetensors_stream import read_header
 from anyflow_deploy.cli.validate import ValidateOptions, validate
 from anyflow_deploy.engines import validation
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.engines.validation_report import draw
+from anyflow_deploy.engines.validation_report import plot_validation
 from tests.conftest import SMALL, Export
 
 
@@ -113,7 +113,7 @@ def test_an_engine_agrees_with_itself_exactly_and_is_drawn(tiny_bundle: Bundle, 
     engine = load_engine(tiny_bundle)
     result = validation.validate(engine, engine, "fp32", (1, 2, 16, 4, 4), (1, 2, 64), steps=(1,))
     assert {item.difference.relative_l2 for item in result.transitions} == {0.0} and not result.failures
-    draw(result, tmp_path / "zero.png")
+    plot_validation(result, tmp_path / "zero.png")
     assert (tmp_path / "zero.png").stat().st_size > 1000
 
 

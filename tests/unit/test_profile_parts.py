@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from anyflow_deploy import AnyFlowError
-from anyflow_deploy.engines.onnxruntime.profiler import timed_from_trace
+from anyflow_deploy.engines.onnxruntime.profiler import timings_from_trace
 from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.profiling import machine, power, timing
 from anyflow_deploy.profiling import sampler as sampler_module
@@ -392,7 +392,7 @@ def test_a_trace_is_cut_to_the_runs_that_count() -> None:
     gemm = {"op_name": "Gemm", **shapes, "activation_size": "1280", "parameter_size": "384", "output_size": "1920"}
     events = [event(start, "Session", "model_run") for start in (0, 100, 200)]
     events += [event(start + 1, "Node", "a/Gemm_kernel_time", **gemm) for start in (0, 100, 200)]
-    (row,) = timed_from_trace(events, 2)
+    (row,) = timings_from_trace(events, 2)
     assert (row.name, row.calls, row.operations) == ("a/Gemm", 2, 2 * 5 * 64 * 96) and row.seconds == pytest.approx(20e-6)
     assert row.bytes == 1280 + 384 + 1920 + 4 * 64 * 96, "the packed weight is counted, too"
 

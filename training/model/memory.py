@@ -12,7 +12,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from anyflow_deploy.engines.kv_cache import fitted_chunks
+from anyflow_deploy.engines.kv_cache import fit_chunks
 from anyflow_deploy.memory.parameter_shapes import counts, parameter_shapes
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.recipes import Recipe
@@ -94,7 +94,7 @@ def tokens_at_once(recipe: Recipe, a: Architecture) -> int:
     size = (recipe.height // a.patch_size[1]) * (recipe.width // a.patch_size[2])
     if a.full_chunk_limit is None or a.chunk_partition is None or a.compressed_patch_size is None:
         return recipe.frames * size
-    chunks = fitted_chunks(a.chunk_partition, recipe.frames)
+    chunks = fit_chunks(a.chunk_partition, recipe.frames)
     window = sum(chunks[-a.full_chunk_limit :])
     coarse = (recipe.height // a.compressed_patch_size[1]) * (recipe.width // a.compressed_patch_size[2])
     if recipe.stage == "on-policy":

@@ -28,7 +28,7 @@ _PASSED_THROUGH = ("Transpose", "Reshape", "Identity", "Cast", "Unsqueeze", "Squ
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ExpectedPrecision:
     """What a graph asks for.
 
     Attributes:
@@ -41,7 +41,7 @@ class Wanted:
 
 
 @dataclass
-class Found:
+class PrecisionReport:
     """What the built engines hold; graphs are added up.
 
     Attributes:
@@ -58,11 +58,11 @@ class Found:
 
     def record(self) -> dict[str, Any]:
         """For `EngineRecord.achieved`."""
-        asked = len(self.eight_bit) + len(self.wide) + len(self.unknown)
+        expected = len(self.eight_bit) + len(self.wide) + len(self.unknown)
         values: dict[str, Any] = {}
-        if asked:
-            values["eight_bit_products"] = len(self.eight_bit) / asked
-            values["asked_in_eight_bits"] = asked
+        if expected:
+            values["eight_bit_products"] = len(self.eight_bit) / expected
+            values["asked_in_eight_bits"] = expected
             values["run_wider"] = self.wide
             values["not_found_by_inspector"] = self.unknown
         if self.attentions:
@@ -72,46 +72,50 @@ class Found:
     @property
     def shortfall(self) -> str | None:
         """What was asked for and not achieved, in words."""
-        asked = len(self.eight_bit) + len(self.wide) + len(self.unknown)
+        expected = len(self.eight_bit) + len(self.wide) + len(self.unknown)
         if self.wide:
             some = ", ".join(self.wide[:4]) + (", …" if len(self.wide) > 4 else "")
-            return f"{len(self.wide)} of {asked} eight-bit matrix products run in a wider type ({some})"
-        if asked and not self.eight_bit:
-            return f"none of {asked} eight-bit matrix products could be found in the inspector's list"
+            return f"{len(self.wide)} of {expected} eight-bit matrix products run in a wider type ({some})"
+        if expected and not self.eight_bit:
+            return f"none of {expected} eight-bit matrix products could be found in the inspector's list"
         return None
 
 
-def wanted(model: ModelProto) -> Wanted:
+def expected_precision(model: ModelProto) -> ExpectedPrecision:
     """Read a graph, with or without its weights."""
-    makers = {name: node for node in model.graph.node for name in node.output}
-    users: dict[str, list[NodeProto]] = {}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    consumers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
-            users.setdefault(name, []).append(node)
+            consumers.setdefault(name, []).append(node)
     products = [node for node in model.graph.node if node.op_type in _PRODUCTS]
     eight_bit = [
-        node.name for node in products if all(_behind(makers, name).startswith("DequantizeLinear") for name in node.input[:2])
+        node.name
+        for node in products
+        if all(_producer(producers, name).startswith("DequantizeLinear") for name in node.input[:2])
     ]
     attentions = [(node.name,) for node in model.graph.node if node.op_type == "Attention"]
     for node in model.graph.node:
         if node.op_type == "Softmax":
-            attentions.append((node.name, *_around(node, makers, users)))
-    return Wanted(tuple(eight_bit), tuple(attentions))
+            attentions.append((node.name, *_adjacent_products(node, producers, consumers)))
+    return ExpectedPrecision(tuple(eight_bit), tuple(attentions))
 
 
-def _behind(makers: dict[str, NodeProto], name: str) -> str:
+def _producer(producers: dict[str, NodeProto], name: str) -> str:
     """The operator that made a tensor, looking through those that only move numbers."""
-    node = makers.get(name)
+    node = producers.get(name)
     while node is not None and node.op_type in _PASSED_THROUGH:
-        node = makers.get(node.input[0])
+        node = producers.get(node.input[0])
     return node.op_type if node is not None else ""
 
 
-def _around(softmax: NodeProto, makers: dict[str, NodeProto], users: dict[str, list[NodeProto]]) -> Iterable[str]:
+def _adjacent_products(
+    softmax: NodeProto, producers: dict[str, NodeProto], consumers: dict[str, list[NodeProto]]
+) -> Iterable[str]:
     """The product that a softmax's scores come from, and the one its weights go into: the nearest on each side."""
     waiting, seen = [softmax.input[0]], set[str]()
     while waiting:
-        node = makers.get(waiting.pop(0))
+        node = producers.get(waiting.pop(0))
         if node is None or node.name in seen:
             continue
         seen.add(node.name)
@@ -121,32 +125,34 @@ def _around(softmax: NodeProto, makers: dict[str, NodeProto], users: dict[str, l
         waiting.extend(node.input[:1])
     following = list(softmax.output)
     while following:
-        for node in users.get(following.pop(0), []):
+        for node in consumers.get(following.pop(0), []):
             if node.op_type in _PRODUCTS:
                 yield node.name
                 return
             following.extend(node.output)
 
 
-def add_found(found: Found, information: str, asked: Wanted) -> None:
+def update_report(report: PrecisionReport, information: str, expected: ExpectedPrecision) -> None:
     """Add one graph's layers.
 
     Args:
-        found: what is added to.
+        report: what is added to.
         information: from `EngineInspector.get_engine_information`, as JSON; made with detailed profiling verbosity.
-        asked: from `wanted`.
+        expected: from `expected_precision`.
     """
     layers = [layer for layer in json.loads(information).get("Layers", []) if isinstance(layer, dict)]
     of_node: dict[str, list[dict[str, Any]]] = {}
     for layer in layers:
         for name in _NODES.findall(str(layer.get("Metadata", ""))):
             of_node.setdefault(name, []).append(layer)
-    for name in asked.eight_bit:
-        mine = of_node.get(name, [])
-        place = found.unknown if not mine else found.eight_bit if any(map(_runs_in_eight_bits, mine)) else found.wide
+    for name in expected.eight_bit:
+        node_layers = of_node.get(name, [])
+        place = (
+            report.unknown if not node_layers else report.eight_bit if any(map(_runs_in_eight_bits, node_layers)) else report.wide
+        )
         place.append(name)
-    found.attentions += len(asked.attentions)
-    found.fused += sum(_is_fused(nodes, of_node) for nodes in asked.attentions)
+    report.attentions += len(expected.attentions)
+    report.fused += sum(_is_fused(nodes, of_node) for nodes in expected.attentions)
 
 
 def _runs_in_eight_bits(layer: dict[str, Any]) -> bool:

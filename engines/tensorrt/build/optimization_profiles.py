@@ -21,7 +21,7 @@ import numpy as np
 
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.engine import Array, Run
-from anyflow_deploy.engines.kv_cache import cache_plan, fitted_chunks
+from anyflow_deploy.engines.kv_cache import cache_plan, fit_chunks
 from anyflow_deploy.engines.streaming import CacheStream, Positions
 from anyflow_deploy.errors import AnyFlowError, ShapeError
 from anyflow_deploy.models import Architecture
@@ -31,7 +31,7 @@ Shape = tuple[int, ...]
 Sides = dict[str, int]
 """Length of every named axis."""
 
-_USE = re.compile(r"(\d+)x(\d+)x(\d+)((?::[bt]\d+)*)")
+_VIDEO_SHAPE = re.compile(r"(\d+)x(\d+)x(\d+)((?::[bt]\d+)*)")
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Profile:
         """How far outside a call is: the sum of the ratios, in logarithms, by which axes exceed or fall short."""
         total = 0.0
         for name, (low, _, high) in self.shapes.items():
-            for length, least, most in zip(shapes[name], low, high, strict=True):
-                nearest = min(max(length, least), most)
+            for length, smallest, largest in zip(shapes[name], low, high, strict=True):
+                nearest = min(max(length, smallest), largest)
                 total += abs(float(np.log((length + 1) / (nearest + 1))))
         return total
 
@@ -64,7 +64,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Use:
+class VideoShape:
     """One video size.
 
     Attributes:
@@ -82,24 +82,24 @@ class Use:
     text: int
 
 
-def use_from_text(text: str, manifest: Manifest) -> Use:
+def parse_video_shape(text: str, manifest: Manifest) -> VideoShape:
     """Read `480x832x81`, `480x832x81:b2` or `480x832x81:t64`.
 
     Raises:
         AnyFlowError: another form.
         ShapeError: a size that the VAE has no latents for, or outside the bundle's ranges.
     """
-    found = _USE.fullmatch(text.strip())
-    if not found:
+    match = _VIDEO_SHAPE.fullmatch(text.strip())
+    if not match:
         raise AnyFlowError(
             f"--shapes is {text!r}; allowed is HEIGHTxWIDTHxFRAMES, as in 480x832x81, several with commas between. "
             "A batch is added as :b2, a number of text tokens as :t64."
         )
-    height, width, frames = (int(number) for number in found.groups()[:3])
-    extra = {part[0]: int(part[1:]) for part in found[4].split(":") if part}
+    height, width, frames = (int(number) for number in match.groups()[:3])
+    extra = {part[0]: int(part[1:]) for part in match[4].split(":") if part}
     video, ranges = manifest.video, manifest.shape_ranges
     patch = manifest.architecture.patch_size[1]
-    use = Use(
+    video_shape = VideoShape(
         text.strip(),
         extra.get("b", ranges.batch.minimum),
         latent_frames(frames, video.temporal_factor),
@@ -107,66 +107,75 @@ def use_from_text(text: str, manifest: Manifest) -> Use:
         latent_side(width, video.spatial_factor, patch, "width"),
         extra.get("t", ranges.text.nearest(video.text_tokens)),
     )
-    _check_use(use, manifest)
-    return use
+    _check_video_shape(video_shape, manifest)
+    return video_shape
 
 
-def default_use(manifest: Manifest) -> Use:
+def default_video_shape(manifest: Manifest) -> VideoShape:
     """The bundle's own video size."""
     video = manifest.video
-    return use_from_text(f"{video.height}x{video.width}x{video.frames}", manifest)
+    return parse_video_shape(f"{video.height}x{video.width}x{video.frames}", manifest)
 
 
-def _check_use(use: Use, manifest: Manifest) -> None:
+def _check_video_shape(video_shape: VideoShape, manifest: Manifest) -> None:
     a, ranges = manifest.architecture, manifest.shape_ranges
-    longest = use.frames if a.chunk_partition is None else max(fitted_chunks(a.chunk_partition, use.frames))
+    longest = video_shape.frames if a.chunk_partition is None else max(fit_chunks(a.chunk_partition, video_shape.frames))
     try:
-        ranges.check((use.batch, longest, a.in_channels, use.height, use.width), (use.batch, use.text, a.text_dim))
+        ranges.check(
+            (video_shape.batch, longest, a.in_channels, video_shape.height, video_shape.width),
+            (video_shape.batch, video_shape.text, a.text_dim),
+        )
     except ShapeError as error:
-        raise ShapeError(f"--shapes {use.name}: {error}") from None
+        raise ShapeError(f"--shapes {video_shape.name}: {error}") from None
 
 
-def profiles(manifest: Manifest, uses: Sequence[Use], ranges: bool) -> dict[str, list[Profile]]:
+def profiles(manifest: Manifest, video_shapes: Sequence[VideoShape], ranges: bool) -> dict[str, list[Profile]]:
     """Profiles of every graph, named uses first, since the first that holds a call is taken.
 
     Args:
         manifest: of the bundle.
-        uses: from `use_from_text`.
+        video_shapes: from `parse_video_shape`.
         ranges: whether to cover the declared ranges as well.
 
     Raises:
         AnyFlowError: the ranges have no end on some axis.
     """
-    made: dict[str, list[Profile]] = {graph: [] for graph in manifest.graphs}
-    for use in uses:
+    result: dict[str, list[Profile]] = {graph: [] for graph in manifest.graphs}
+    for video_shape in video_shapes:
         for graph in manifest.graphs:
-            made[graph] += _distinct(made[graph], _profiles_of_use(manifest, graph, use))
+            result[graph] += _without_duplicates(result[graph], _profiles_for_shape(manifest, graph, video_shape))
     if ranges:
         for graph in manifest.graphs:
-            made[graph] += _distinct(made[graph], _profiles_of_ranges(manifest, graph))
-    return made
+            result[graph] += _without_duplicates(result[graph], _profiles_for_ranges(manifest, graph))
+    return result
 
 
-def _distinct(have: list[Profile], more: list[Profile]) -> list[Profile]:
+def _without_duplicates(existing: list[Profile], candidates: list[Profile]) -> list[Profile]:
     """Two uses can ask the same of a small graph: the text's keys and values know no video size."""
-    return [profile for profile in more if all(profile.shapes != other.shapes for other in have)]
+    return [profile for profile in candidates if all(profile.shapes != other.shapes for other in existing)]
 
 
-def bounded(manifest: Manifest) -> bool:
+def is_bounded(manifest: Manifest) -> bool:
     """Whether the declared ranges have an end on every axis."""
     return all(r.maximum is not None for r in vars(manifest.shape_ranges).values())
 
 
-def _profiles_of_use(manifest: Manifest, graph: str, use: Use) -> list[Profile]:
-    sides = {"batch": use.batch, "frames": use.frames, "height": use.height, "width": use.width, "text": use.text}
+def _profiles_for_shape(manifest: Manifest, graph: str, video_shape: VideoShape) -> list[Profile]:
+    sides = {
+        "batch": video_shape.batch,
+        "frames": video_shape.frames,
+        "height": video_shape.height,
+        "width": video_shape.width,
+        "text": video_shape.text,
+    }
     a = manifest.architecture
     if graph not in ("chunk", "compress"):
-        return [_profile(manifest, graph, use.name, sides, sides, sides)]
-    calls = _calls(a, use.frames, use.height, use.width)[graph]
-    return _by_past(manifest, graph, use.name, sides, sides, sides, calls)
+        return [_profile(manifest, graph, video_shape.name, sides, sides, sides)]
+    calls = _trace_calls(a, video_shape.frames, video_shape.height, video_shape.width)[graph]
+    return _profiles_by_past(manifest, graph, video_shape.name, sides, sides, sides, calls)
 
 
-def _profiles_of_ranges(manifest: Manifest, graph: str) -> list[Profile]:
+def _profiles_for_ranges(manifest: Manifest, graph: str) -> list[Profile]:
     """From one end of the declared ranges to the other; kernels are chosen for the bundle's own video size if it is inside."""
     spans: dict[str, Range] = vars(manifest.shape_ranges)
     for axis, span in spans.items():
@@ -175,18 +184,18 @@ def _profiles_of_ranges(manifest: Manifest, graph: str) -> list[Profile]:
                 f"the bundle's {axis} range has no end ({span}), so no profile can cover it. Name video sizes with --shapes, "
                 "or export with ranges (anyflow-export --help lists the flags)."
             )
-    usual = default_use_unchecked(manifest)
+    typical = default_axis_sizes(manifest)
     low = {axis: span.minimum for axis, span in spans.items()}
     high = {axis: span.maximum or span.minimum for axis, span in spans.items()}
-    middle = {axis: span.nearest(usual[axis]) for axis, span in spans.items()}
+    middle = {axis: span.nearest(typical[axis]) for axis, span in spans.items()}
     if graph not in ("chunk", "compress"):
         return [_profile(manifest, graph, "ranges", low, middle, high)]
     a = manifest.architecture
-    calls = _calls(a, usual["video"], high["height"], high["width"])[graph]
-    return _by_past(manifest, graph, "ranges", low, middle, high, calls)
+    calls = _trace_calls(a, typical["video"], high["height"], high["width"])[graph]
+    return _profiles_by_past(manifest, graph, "ranges", low, middle, high, calls)
 
 
-def default_use_unchecked(manifest: Manifest) -> Sides:
+def default_axis_sizes(manifest: Manifest) -> Sides:
     """Lengths of the bundle's own video size, wherever its ranges lie; "video" is all its latent frames."""
     video = manifest.video
     frames = latent_frames(video.frames, video.temporal_factor)
@@ -194,46 +203,48 @@ def default_use_unchecked(manifest: Manifest) -> Sides:
     return {"batch": 1, "frames": frames, "video": frames, "height": height, "width": width, "text": video.text_tokens}
 
 
-def _by_past(
+def _profiles_by_past(
     manifest: Manifest, graph: str, name: str, low: Sides, middle: Sides, high: Sides, calls: list[tuple[int, int]]
 ) -> list[Profile]:
     """One profile of calls without a past, one of those with. Calls are (latent frames, tokens of the past)."""
-    made = []
-    for label, group, least in (
+    result = []
+    for label, group, smallest in (
         (f"{name} first", [c for c in calls if not c[1]], 0),
         (f"{name} later", [c for c in calls if c[1]], 1),
     ):
         if group:
             frames, pasts = [c[0] for c in group], [c[1] for c in group]
-            usual = {"frames": Counter(frames).most_common(1)[0][0], "past": max(pasts)}
-            most = {"frames": max(c[0] for c in calls), "past": max(pasts)}
-            made.append(_profile(manifest, graph, label, low | {"frames": 1, "past": least}, middle | usual, high | most))
-    return made
+            typical = {"frames": Counter(frames).most_common(1)[0][0], "past": max(pasts)}
+            largest = {"frames": max(c[0] for c in calls), "past": max(pasts)}
+            result.append(
+                _profile(manifest, graph, label, low | {"frames": 1, "past": smallest}, middle | typical, high | largest)
+            )
+    return result
 
 
 def _profile(manifest: Manifest, graph: str, name: str, low: Sides, middle: Sides, high: Sides) -> Profile:
     shapes = {}
     for tensor in manifest.graphs[graph].inputs:
-        least, best, most = (tuple(n if isinstance(n, int) else s[n] for n in tensor.shape) for s in (low, middle, high))
-        shapes[tensor.name] = (least, best, most)
+        smallest, optimum, largest = (tuple(n if isinstance(n, int) else s[n] for n in tensor.shape) for s in (low, middle, high))
+        shapes[tensor.name] = (smallest, optimum, largest)
     return Profile(name, shapes)
 
 
-def _calls(a: Architecture, frames: int, height: int, width: int) -> dict[str, list[tuple[int, int]]]:
+def _trace_calls(a: Architecture, frames: int, height: int, width: int) -> dict[str, list[tuple[int, int]]]:
     """What making one video asks of `chunk` and `compress`: (latent frames, tokens of the past), in order."""
     assert a.chunk_partition is not None
-    plan = cache_plan(a, fitted_chunks(a.chunk_partition, frames), height, width)
-    recorder = _Recorder()
+    plan = cache_plan(a, fit_chunks(a.chunk_partition, frames), height, width)
+    recorder = _RecordingCache()
     stream = CacheStream(recorder, plan)
     for number, length in enumerate(plan.chunks):
         latents = np.zeros((1, length, 1, 1, 1), np.float32)
         stream.start(latents)
         if number + 1 < len(plan.chunks):
-            stream.remember(latents)
+            stream.append(latents)
     return recorder.calls
 
 
-class _Recorder:
+class _RecordingCache:
     """A `streaming.Cache` that notes what is asked of it."""
 
     def __init__(self) -> None:
@@ -253,7 +264,7 @@ class _Recorder:
     def close(self) -> None: ...
 
 
-def chosen(available: Sequence[Profile], shapes: dict[str, Shape], graph: str) -> int:
+def select_profile(available: Sequence[Profile], shapes: dict[str, Shape], graph: str) -> int:
     """Number of the first profile that holds a call.
 
     Raises:
@@ -263,13 +274,13 @@ def chosen(available: Sequence[Profile], shapes: dict[str, Shape], graph: str) -
         if profile.holds(shapes):
             return index
     nearest = min(available, key=lambda profile: profile.distance(shapes))
-    given = ", ".join(f"{name} {'x'.join(map(str, shapes[name]))}" for name in _telling(shapes))
+    shapes_text = ", ".join(f"{name} {'x'.join(map(str, shapes[name]))}" for name in _size_inputs(shapes))
     raise ShapeError(
-        f"no profile of this engine's {graph!r} holds {given} (latent units); the nearest is {nearest}. "
+        f"no profile of this engine's {graph!r} holds {shapes_text} (latent units); the nearest is {nearest}. "
         "Build an engine with --shapes HEIGHTxWIDTHxFRAMES for this size, or change the input."
     )
 
 
-def _telling(shapes: Iterable[str]) -> list[str]:
+def _size_inputs(shapes: Iterable[str]) -> list[str]:
     """The inputs that tell a call's size; t, r and the other layers repeat them."""
     return [name for name in shapes if name in ("latents", "text", "text_key.0", "past_key.0")]

@@ -17,7 +17,7 @@ from anyflow_deploy.engines.tensorrt.api import trt
 from anyflow_deploy.progress import Advance, Report
 
 T = TypeVar("T")
-_SHOWN = 2
+_MAX_LEVEL = 2
 """Levels of nested phases that are shown; below are thousands of single kernels."""
 
 
@@ -29,7 +29,7 @@ class _Phase:
     done: int = 0
 
 
-class Monitor(trt.IProgressMonitor):
+class BuildProgressMonitor(trt.IProgressMonitor):
     """Shows TensorRT's phases in a `Report`.
 
     Args:
@@ -51,26 +51,26 @@ class Monitor(trt.IProgressMonitor):
 
     def phase_start(self, phase_name: str, parent_phase: str, num_steps: SupportsInt) -> None:
         """Called by TensorRT."""
-        self._guarded(lambda: self._start(phase_name, parent_phase, int(num_steps)))
+        self._call_safely(lambda: self._start(phase_name, parent_phase, int(num_steps)))
 
     def step_complete(self, phase_name: str, step: SupportsInt) -> bool:
         """Called by TensorRT; False stops the build."""
-        self._guarded(lambda: self._step(phase_name, int(step)))
+        self._call_safely(lambda: self._step(phase_name, int(step)))
         return not self.cancelled.is_set()
 
     def phase_finish(self, phase_name: str) -> None:
         """Called by TensorRT, for stopped phases, too."""
-        self._guarded(lambda: self._finish(phase_name))
+        self._call_safely(lambda: self._finish(phase_name))
 
     def close(self) -> None:
         """End the phases that TensorRT left open."""
         for name in reversed(list(self._phases)):
-            self._guarded(lambda name=name: self._finish(name))  # type: ignore[misc]  # a default binds the loop's name
+            self._call_safely(lambda name=name: self._finish(name))  # type: ignore[misc]  # a default binds the loop's name
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _call_safely(self, action: Callable[[], None]) -> None:
         try:
             with self._lock:
-                work()
+                action()
         except BaseException as error:  # noqa: BLE001 - there is C++ around this; it is raised when the build has ended
             self.error = self.error or error
             self.cancelled.set()
@@ -78,7 +78,7 @@ class Monitor(trt.IProgressMonitor):
     def _start(self, name: str, parent: str | None, steps: int) -> None:
         above = self._phases.get(parent or "")
         level = above.level + 1 if above else 1
-        if level > _SHOWN:
+        if level > _MAX_LEVEL:
             self._phases[name] = _Phase(level, None, lambda amount: None)
             return
         stage = self._report.stage(f"{self._title}: {name}", max(steps, 1))
@@ -96,7 +96,7 @@ class Monitor(trt.IProgressMonitor):
             phase.stage.__exit__(None, None, None)
 
 
-def interruptible(work: Callable[[], T], cancelled: threading.Event) -> T:
+def run_interruptibly(action: Callable[[], T], cancelled: threading.Event) -> T:
     """Do `work` on another thread; Ctrl-C sets `cancelled` and is raised again once `work` has ended."""
     result: list[T] = []
     failure: list[BaseException] = []
@@ -105,7 +105,7 @@ def interruptible(work: Callable[[], T], cancelled: threading.Event) -> T:
 
     def body() -> None:
         try:
-            result.append(work())
+            result.append(action())
         except BaseException as error:  # noqa: BLE001 - it is raised again on the caller's thread
             failure.append(error)
         finally:

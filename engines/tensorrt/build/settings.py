@@ -11,9 +11,15 @@ import shutil
 from dataclasses import dataclass
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.build import BuildSettings, Built
+from anyflow_deploy.engines.build import BuildResult, BuildSettings
 from anyflow_deploy.engines.engine_folder import EngineWriter
-from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Profile, bounded, default_use, profiles, use_from_text
+from anyflow_deploy.engines.tensorrt.build.optimization_profiles import (
+    Profile,
+    default_video_shape,
+    is_bounded,
+    parse_video_shape,
+    profiles,
+)
 from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 from anyflow_deploy.progress import Report
 
@@ -63,10 +69,10 @@ class TensorRTSettings(BuildSettings):
             raise AnyFlowError(f"--optimization-level is {level}; allowed are 0 (fast to build) to 5 (tries most).")
         if self.workspace is not None and self.workspace <= 0:
             raise AnyFlowError(f"--workspace is {self.workspace}; allowed are gigabytes above 0.")
-        wanted = self.hardware_compatible
-        if wanted is not None and wanted not in HARDWARE:
+        compatibility = self.hardware_compatible
+        if compatibility is not None and compatibility not in HARDWARE:
             raise AnyFlowError(
-                f"--hardware-compatible is {wanted!r}; allowed are {', '.join(HARDWARE)}.{suggestion(wanted, HARDWARE)}"
+                f"--hardware-compatible is {compatibility!r}; allowed are {', '.join(HARDWARE)}.{suggestion(compatibility, HARDWARE)}"
             )
         if self.strip and self.weight_streaming:
             raise AnyFlowError("--strip and --weight-streaming exclude each other here: a stripped plan is refitted on the GPU.")
@@ -79,15 +85,15 @@ class TensorRTSettings(BuildSettings):
             AnyFlowError: shapes that are not sizes, or outside the bundle's ranges.
         """
         manifest = bundle.manifest
-        uses = [use_from_text(text, manifest) for text in dict.fromkeys(self.shapes)]
-        ranges = self.range_profile or (not uses and bounded(manifest))
-        if not uses and not ranges:
-            uses = [default_use(manifest)]
-        return profiles(manifest, uses, ranges)
+        video_shapes = [parse_video_shape(text, manifest) for text in dict.fromkeys(self.shapes)]
+        ranges = self.range_profile or (not video_shapes and is_bounded(manifest))
+        if not video_shapes and not ranges:
+            video_shapes = [default_video_shape(manifest)]
+        return profiles(manifest, video_shapes, ranges)
 
-    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> Built:
+    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> BuildResult:
         """See `BuildSettings`."""
-        from anyflow_deploy.engines.tensorrt.build.builder import built
+        from anyflow_deploy.engines.tensorrt.build.builder import build_plans
 
         needed = 0 if self.strip else sum(_weight_bytes(bundle) for _ in bundle.manifest.graphs if _ != "text")
         free = shutil.disk_usage(writer.folder).free
@@ -96,7 +102,7 @@ class TensorRTSettings(BuildSettings):
                 f"{writer.folder.parent} has {free / 1e9:.1f} GB free, and the plans take about {needed / 1e9:.1f} GB. "
                 "Make room, give --output FOLDER, or build without weights in the plan: --strip."
             )
-        return built(self, bundle, writer, report)
+        return build_plans(self, bundle, writer, report)
 
 
 def _weight_bytes(bundle: Bundle) -> int:

@@ -43,7 +43,7 @@ class TimingCache:
             _log.warning("%s is of another device or TensorRT version; its times are not used.", self.path)
             config.set_timing_cache(config.create_timing_cache(b""), False)
 
-    def keep(self, config: trt.IBuilderConfig) -> None:
+    def save(self, config: trt.IBuilderConfig) -> None:
         """Write what a build has measured, finished or not."""
         cache = config.get_timing_cache()
         if cache is None:

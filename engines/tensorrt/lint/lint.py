@@ -22,9 +22,9 @@ from onnx import ModelProto
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.tensorrt.lint import model_rules
 from anyflow_deploy.engines.tensorrt.lint import qdq_rules as quantization
-from anyflow_deploy.engines.tensorrt.lint.model_rules import Located
+from anyflow_deploy.engines.tensorrt.lint.model_rules import LocatedProblem
 from anyflow_deploy.engines.tensorrt.lint.node_rules import RULES, node_problems
-from anyflow_deploy.engines.tensorrt.lint.onnx_graph import View, views
+from anyflow_deploy.engines.tensorrt.lint.onnx_graph import GraphView, graph_views
 from anyflow_deploy.engines.tensorrt.lint.operators import CURRENT, JETPACK_6, Version, version_from_text
 from anyflow_deploy.errors import BundleError
 
@@ -85,21 +85,21 @@ def lint(
     Raises:
         AnyFlowError: a version that is no number, or older than the table.
     """
-    asked = [version_from_text(text) for text in dict.fromkeys(versions)]
-    inferred = _with_types(model)
+    parsed_versions = [version_from_text(text) for text in dict.fromkeys(versions)]
+    inferred = _infer_types(model)
     declared = None if axes is None else frozenset(axes)
-    found: dict[tuple[Any, ...], list[str]] = {}
-    every = list(views(inferred, folder))
-    common = [item for view in every for item in _of_any_version(inferred, view, declared)]
-    for version in asked:
-        for name, operator, problem in [*_of_version(inferred, every, version), *common]:
-            names = found.setdefault((name, operator, problem), [])
+    findings: dict[tuple[Any, ...], list[str]] = {}
+    all_views = list(graph_views(inferred, folder))
+    common = [item for view in all_views for item in _common_problems(inferred, view, declared)]
+    for version in parsed_versions:
+        for name, operator, problem in [*_version_problems(inferred, all_views, version), *common]:
+            names = findings.setdefault((name, operator, problem), [])
             if str(version) not in names:
                 names.append(str(version))
-    return [Finding(p.rule, graph, node, op, p.problem, p.remedy, tuple(v)) for (node, op, p), v in found.items()]
+    return [Finding(p.rule, graph, node, op, p.problem, p.remedy, tuple(v)) for (node, op, p), v in findings.items()]
 
 
-def _with_types(model: ModelProto) -> ModelProto:
+def _infer_types(model: ModelProto) -> ModelProto:
     """The model with the type of every tensor written down, as far as ONNX can tell."""
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
@@ -107,16 +107,16 @@ def _with_types(model: ModelProto) -> ModelProto:
         return model  # a graph this broken has findings of its own; the rule for unknown types says what was not seen
 
 
-def _of_version(model: ModelProto, every: list[View], version: Version) -> Iterator[Located]:
+def _version_problems(model: ModelProto, all_views: list[GraphView], version: Version) -> Iterator[LocatedProblem]:
     yield from model_rules.opset(model, version)
-    for view in every:
+    for view in all_views:
         for node in view.nodes:
             rules = RULES + quantization.RULES if node.op_type in quantization.QUANTIZERS else RULES
             for problem in node_problems(view, node, version, rules):
-                yield Located(node.name or ", ".join(node.output), node.op_type, problem)
+                yield LocatedProblem(node.name or ", ".join(node.output), node.op_type, problem)
 
 
-def _of_any_version(model: ModelProto, view: View, declared: frozenset[str] | None) -> Iterator[Located]:
+def _common_problems(model: ModelProto, view: GraphView, declared: frozenset[str] | None) -> Iterator[LocatedProblem]:
     yield from model_rules.foreign_operators(model, view)
     yield from model_rules.missing_tensors(view)
     yield from model_rules.tensor_types(view)
@@ -132,12 +132,12 @@ def lint_bundle(bundle: Bundle, versions: Sequence[str] = DEFAULT_VERSIONS) -> l
         BundleError: a graph that is not ONNX.
     """
     manifest = bundle.manifest
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for record in manifest.graphs.values():
         path = bundle.file(record.file)
         try:
             model = onnx.load(str(path), load_external_data=False)
         except Exception as error:  # noqa: BLE001 - protobuf's errors have no common name across its versions
             raise BundleError(f"{path} is not an ONNX file ({error}). Export again.") from None
-        found += lint(model, versions, graph=record.file, folder=bundle.path, axes=(*manifest.ranges, *CACHE_AXES))
-    return found
+        findings += lint(model, versions, graph=record.file, folder=bundle.path, axes=(*manifest.ranges, *CACHE_AXES))
+    return findings

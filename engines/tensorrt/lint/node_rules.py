@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from onnx import NodeProto
 
-from anyflow_deploy.engines.tensorrt.lint.onnx_graph import View, attribute, is_standard, operand, subgraphs
-from anyflow_deploy.engines.tensorrt.lint.operators import TENSOR_TYPES, Version, accepted, first_version
+from anyflow_deploy.engines.tensorrt.lint.onnx_graph import GraphView, attribute, is_standard, operand, subgraphs
+from anyflow_deploy.engines.tensorrt.lint.operators import TENSOR_TYPES, Version, accepted_types, first_version
 
 
 class Problem(NamedTuple):
@@ -26,41 +26,43 @@ class Problem(NamedTuple):
     remedy: str
 
 
-Rule = Callable[[View, NodeProto, Version], Iterator[Problem]]
+Rule = Callable[[GraphView, NodeProto, Version], Iterator[Problem]]
 
-SPELLED_OUT = ("Attention", "RMSNormalization", "RotaryEmbedding", "Swish")
+DECOMPOSED_OPERATORS = ("Attention", "RMSNormalization", "RotaryEmbedding", "Swish")
 """Operators that our exporter writes as primitive ones at opset 20."""
 
 _LOCAL = "write it with operators that TensorRT reads"
 _CAST = "cast to float32 before this node"
 
 
-def unsupported_operator(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def unsupported_operator(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: list; later operators from the changelog and the release notes."""
-    if accepted(node.op_type, version) is not None:
+    if accepted_types(node.op_type, version) is not None:
         return
     since = first_version(node.op_type)
     if since is None:
         yield Problem("operator", "no TensorRT known here reads this operator", _LOCAL)
     else:
-        first = "export with --opset 20, which writes it as primitive operators" if node.op_type in SPELLED_OUT else _LOCAL
+        first = (
+            "export with --opset 20, which writes it as primitive operators" if node.op_type in DECOMPOSED_OPERATORS else _LOCAL
+        )
         yield Problem("operator", f"read from TensorRT {since} on", f"{first}, or use TensorRT {since}")
 
 
-def type_of_operands(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def type_of_operands(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: list, column of types. Types that no tensor may have are reported where the tensor is made."""
-    types = accepted(node.op_type, version)
+    types = accepted_types(node.op_type, version)
     if types is None or subgraphs(node):
         return
-    for name in _data(node):
-        found = view.types.get(name)
-        if found in TENSOR_TYPES and found not in types:
-            advice = "keep quantized values between Q and DQ" if found in ("INT8", "FLOAT8E4M3FN", "INT4") else _CAST
+    for name in _data_operands(node):
+        dtype = view.types.get(name)
+        if dtype in TENSOR_TYPES and dtype not in types:
+            advice = "keep quantized values between Q and DQ" if dtype in ("INT8", "FLOAT8E4M3FN", "INT4") else _CAST
             advice = "store it as an initializer, or use TensorRT 10.15" if node.op_type == "Constant" else advice
-            yield Problem("type", f"{name!r} is {found}; allowed are {', '.join(types)}", advice)
+            yield Problem("type", f"{name!r} is {dtype}; allowed are {', '.join(types)}", advice)
 
 
-def _data(node: NodeProto) -> list[str]:
+def _data_operands(node: NodeProto) -> list[str]:
     """The tensors that the list's types are about: neither indices nor shapes nor conditions."""
     if not node.input or node.op_type == "ConstantOfShape":
         return [name for name in node.output if name]
@@ -81,13 +83,13 @@ def _data(node: NodeProto) -> list[str]:
 _FIRST_OUTPUT_ONLY = ("LayerNormalization", "BatchNormalization", "MaxPool")
 
 
-def surplus_outputs(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def surplus_outputs(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: list (LayerNormalization, MaxPool) and parser (BatchNormalization)."""
     if node.op_type in _FIRST_OUTPUT_ONLY and any(node.output[1:]):
         yield Problem("outputs", f"{len(node.output)} outputs; only the first is supported", "remove the others")
 
 
-def attention(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def attention(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: list of 10.15; parser (10.16: three-dimensional operands, `softmax_precision`)."""
     if node.op_type != "Attention":
         return
@@ -105,7 +107,7 @@ def attention(view: View, node: NodeProto, version: Version) -> Iterator[Problem
         yield Problem("attention", "Q, K and V have to have four dimensions", "split the heads with a Reshape before it")
 
 
-def constant_operands(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def constant_operands(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: list ("must be an initializer"); changelog 10.3 (Slice) and 10.4 (Pad); list of 10.15 (Squeeze)."""
     index = {"CumSum": 1, "OneHot": 1, "Squeeze": 1, "Unsqueeze": 1, "Slice": 3, "Pad": 3}.get(node.op_type)
     index = 1 if node.op_type.startswith("Reduce") else index
@@ -119,7 +121,7 @@ def constant_operands(view: View, node: NodeProto, version: Version) -> Iterator
         yield Problem("constant", f"{role} {name!r} is computed while the graph runs", advice)
 
 
-def computed_convolution(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def computed_convolution(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: changelog 10.4, which mends the shape of a kernel that is not a weight (a computed bias leads there too)."""
     if node.op_type != "Conv" or version >= Version(10, 4):
         return
@@ -129,7 +131,7 @@ def computed_convolution(view: View, node: NodeProto, version: Version) -> Itera
             yield Problem("constant", f"{role} {name!r} is computed while the graph runs", f"make the {role} an initializer")
 
 
-def squeeze_without_axes(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def squeeze_without_axes(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: parser 10.1; release notes of 11.5, which lifts it."""
     if node.op_type != "Squeeze" or operand(node, 1) or attribute(node, "axes") is not None or version >= Version(11, 5):
         return
@@ -138,7 +140,7 @@ def squeeze_without_axes(view: View, node: NodeProto, version: Version) -> Itera
         yield Problem("squeeze", "no axes, and the input's shape is not fixed", "give the axes, or use TensorRT 11.5")
 
 
-def attributes(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def attributes(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: list, column of restrictions; parser for BatchNormalization."""
     allowed: dict[tuple[str, str], tuple[object, ...]] = {
         ("ScatterND", "reduction"): ("none",),
@@ -164,7 +166,7 @@ def attributes(view: View, node: NodeProto, version: Version) -> Iterator[Proble
             yield Problem("attribute", f"dilations {list(value)}; allowed is 1 on every axis", _LOCAL)
 
 
-def size_limits(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def size_limits(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: list (K of TopK below 3840, GridSample and TensorScatter 4-D, position_ids INT64); 11.2 for 5-D GridSample."""
     if node.op_type == "TopK" and (k := view.values(operand(node, 1))) is not None and k.size and int(k.max()) >= 3840:
         yield Problem("limit", f"K is {int(k.max())}; allowed is less than 3840", _LOCAL)
@@ -183,18 +185,18 @@ _SHAPE_OPERANDS = {
 }  # fmt: skip
 
 
-def shapes_from_data(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def shapes_from_data(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: guide, "Working with Dynamic Shapes": profiles hold shapes; a shape made of values needs their range too."""
     for index in _SHAPE_OPERANDS.get(node.op_type, ()):
         name = operand(node, index)
-        if name and (behind := view.data_behind(name)) is not None:
+        if name and (source := view.find_data_source(name)) is not None:
             advice = "compute it from Shape, or make it constant"
-            yield Problem("data-dependent", f"its shape {name!r} hangs on the values of {behind}", advice)
+            yield Problem("data-dependent", f"its shape {name!r} hangs on the values of {source}", advice)
     if node.op_type in ("NonZero", "NonMaxSuppression"):
         yield Problem("data-dependent", "the size of its result hangs on values, which no profile can bound", _LOCAL)
 
 
-def loops_and_branches(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def loops_and_branches(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: list, restrictions of Loop and If."""
     bodies = subgraphs(node)
     if node.op_type == "Loop" and bodies:
@@ -207,7 +209,7 @@ def loops_and_branches(view: View, node: NodeProto, version: Version) -> Iterato
             yield Problem("branch", f"the branches give results of ranks {ranks[0]} and {ranks[1]}", "make them equal")
 
 
-def too_large_axes(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def too_large_axes(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Source: parser (axes are 32-bit; other int64 constants, such as the end of a Slice, are read whole since 9.0)."""
     if node.op_type in ("Squeeze", "Unsqueeze") or node.op_type.startswith("Reduce"):
         axes = view.values(operand(node, 1))
@@ -231,7 +233,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def node_problems(view: View, node: NodeProto, version: Version, rules: tuple[Rule, ...] = RULES) -> Iterator[Problem]:
+def node_problems(view: GraphView, node: NodeProto, version: Version, rules: tuple[Rule, ...] = RULES) -> Iterator[Problem]:
     """Everything against one node of ONNX's own operators."""
     if is_standard(node):
         for rule in rules:

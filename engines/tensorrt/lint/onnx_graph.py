@@ -26,7 +26,7 @@ def type_name(number: int) -> str:
     return str(TensorProto.DataType.Name(number))
 
 
-class View:
+class GraphView:
     """A graph and everything its names mean.
 
     Args:
@@ -35,15 +35,15 @@ class View:
         parent: the view of the graph around this one.
     """
 
-    def __init__(self, graph: GraphProto, folder: Path | None = None, parent: View | None = None) -> None:
+    def __init__(self, graph: GraphProto, folder: Path | None = None, parent: GraphView | None = None) -> None:
         self.graph, self.folder, self.parent = graph, folder, parent
         self.nodes: list[NodeProto] = list(graph.node)
-        self.makers: dict[str, NodeProto] = dict(parent.makers) if parent else {}
+        self.producers: dict[str, NodeProto] = dict(parent.producers) if parent else {}
         self.tensors: dict[str, TensorProto] = dict(parent.tensors) if parent else {}
         self.types: dict[str, str] = dict(parent.types) if parent else {}
         self.shapes: dict[str, list[Axis]] = dict(parent.shapes) if parent else {}
         self.inputs = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
-        self.makers.update((name, node) for node in graph.node for name in node.output if name)
+        self.producers.update((name, node) for node in graph.node for name in node.output if name)
         for value in [*graph.input, *graph.value_info, *graph.output]:
             self._add_value(value)
         for tensor in graph.initializer:
@@ -97,12 +97,12 @@ class View:
         """Whether a tensor is a weight or a Constant; with `through`, also what only constants lead to."""
         if name in self.tensors:
             return True
-        node = self.makers.get(name)
+        node = self.producers.get(name)
         if not through or node is None or node.op_type.startswith("Random") or subgraphs(node):
             return False
         return bool(node.input) and all(self.is_constant(source, through) for source in node.input if source)
 
-    def data_behind(self, name: str) -> str | None:
+    def find_data_source(self, name: str) -> str | None:
         """What a tensor's *values* hang on: the first graph input or data-dependent node, or None for shapes and constants."""
         waiting, seen = [name], set[str]()
         while waiting:
@@ -110,7 +110,7 @@ class View:
             if name in seen or name in self.tensors:
                 continue
             seen.add(name)
-            node = self.makers.get(name)
+            node = self.producers.get(name)
             if node is None:
                 if name in self.inputs and self.parent is None:
                     return f"input {name!r}"
@@ -127,13 +127,13 @@ def subgraphs(node: NodeProto) -> list[GraphProto]:
     return found + [g for a in node.attribute if a.type == AttributeProto.GRAPHS for g in a.graphs]
 
 
-def views(model: ModelProto, folder: Path | None = None) -> Iterator[View]:
+def graph_views(model: ModelProto, folder: Path | None = None) -> Iterator[GraphView]:
     """The model's graph and every graph inside it, outermost first."""
-    waiting = [View(model.graph, folder)]
+    waiting = [GraphView(model.graph, folder)]
     while waiting:
         view = waiting.pop()
         yield view
-        waiting.extend(View(graph, folder, view) for node in view.nodes for graph in subgraphs(node))
+        waiting.extend(GraphView(graph, folder, view) for node in view.nodes for graph in subgraphs(node))
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:

@@ -100,7 +100,7 @@ CHANGES: tuple[tuple[Version, str, tuple[str, ...]], ...] = (
 OPERATORS = {name: types for types, names in _BASE for name in names.split()}
 
 
-def accepted(operator: str, version: Version) -> tuple[str, ...] | None:
+def accepted_types(operator: str, version: Version) -> tuple[str, ...] | None:
     """Types that `version` takes for `operator`; None where it does not know or does not support the operator."""
     types = OPERATORS.get(operator)
     for since, names, later in CHANGES:
@@ -112,7 +112,7 @@ def accepted(operator: str, version: Version) -> tuple[str, ...] | None:
 def first_version(operator: str) -> Version | None:
     """The oldest version in the table that reads `operator`; None where none does."""
     versions = [OLDEST, *(since for since, _, _ in CHANGES)]
-    return next((version for version in versions if accepted(operator, version) is not None), None)
+    return next((version for version in versions if accepted_types(operator, version) is not None), None)
 
 
 def max_opset(version: Version) -> int:

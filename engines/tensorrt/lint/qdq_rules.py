@@ -15,13 +15,13 @@ import numpy as np
 from onnx import NodeProto
 
 from anyflow_deploy.engines.tensorrt.lint.node_rules import Problem, Rule
-from anyflow_deploy.engines.tensorrt.lint.onnx_graph import View, attribute, operand, type_name
+from anyflow_deploy.engines.tensorrt.lint.onnx_graph import GraphView, attribute, operand, type_name
 from anyflow_deploy.engines.tensorrt.lint.operators import QUANTIZED_TYPES, Version
 
 _RULE = "quantization"
 
 
-def quantized_type(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def quantized_type(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """INT8, FP8 E4M3, INT4, and FP4 from 10.15 on; nothing unsaid."""
     known = QUANTIZED_TYPES if version >= Version(10, 15) else QUANTIZED_TYPES[:3]
     allowed = ", ".join(known)
@@ -33,7 +33,7 @@ def quantized_type(view: View, node: NodeProto, version: Version) -> Iterator[Pr
         yield Problem(_RULE, f"quantizes to {found}; allowed are {allowed}", "quantize to INT8, or FP8 E4M3 where the GPU has it")
 
 
-def zero_point(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def zero_point(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Symmetric only; as many zero points as scales."""
     point = operand(node, 2)
     if not point:
@@ -46,7 +46,7 @@ def zero_point(view: View, node: NodeProto, version: Version) -> Iterator[Proble
         yield Problem(_RULE, f"{sizes[0]} zero points and {sizes[1]} scales", "give one zero point for each scale")
 
 
-def scale(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def scale(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Known at build time, and positive."""
     name = operand(node, 1)
     if not view.is_constant(name, through=True):
@@ -56,7 +56,7 @@ def scale(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
         yield Problem(_RULE, f"scale {name!r} is not positive everywhere", "calibrate again; use 1 for a channel of zeros")
 
 
-def channels(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def channels(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """One scale, one for each length of one axis, or a block table; per channel only for weights, with the axis written."""
     data, scales = view.shapes.get(operand(node, 0)), view.shapes.get(operand(node, 1))
     if scales is None or _size(view, operand(node, 1)) == 1:
@@ -77,14 +77,14 @@ def channels(view: View, node: NodeProto, version: Version) -> Iterator[Problem]
         yield Problem(_RULE, "an activation has a scale per channel", "use one scale for an activation; channels are for weights")
 
 
-def packing(view: View, node: NodeProto, version: Version) -> Iterator[Problem]:
+def packing(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Two 4-bit numbers share a byte: the last axis has to be even."""
     kind, shape = view.types.get(operand(node, 2)), view.shapes.get(operand(node, 0))
     if kind in ("INT4", "FLOAT4E2M1") and shape and isinstance(shape[-1], int) and shape[-1] % 2:
         yield Problem(_RULE, f"{kind} with an odd last axis ({shape[-1]})", "pad it to an even length, or leave it unquantized")
 
 
-def _size(view: View, name: str) -> int | None:
+def _size(view: GraphView, name: str) -> int | None:
     shape = view.shapes.get(name)
     lengths = [axis for axis in shape if isinstance(axis, int)] if shape is not None else []
     return int(np.prod(lengths)) if shape is not None and len(lengths) == len(shape) else None
