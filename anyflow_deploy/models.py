@@ -127,11 +127,11 @@ def architecture_from_config(config: Mapping[str, Any], where: str = "config.jso
     except ValidationError as error:
         first = error.errors()[0]
         raise CheckpointError(f"{where} has {first['loc'][0]} {first['input']!r}: {first['msg'].lower()}.") from None
-    _check(architecture, where)
+    _check_supported(architecture, where)
     return architecture
 
 
-def _check(a: Architecture, where: str) -> None:
+def _check_supported(a: Architecture, where: str) -> None:
     """Refuse what the traceable module does not compute."""
     problems = []
     if len(a.patch_size) != 3 or a.patch_size[0] != 1 or a.patch_size[1] != a.patch_size[2]:
@@ -170,7 +170,7 @@ class Model:
 TINY_VIDEO = (17, 64, 96)
 
 
-def _far(base: Architecture) -> Architecture:
+def _causal_variant(base: Architecture) -> Architecture:
     """The causal variant: the same backbone, plus chunks and a second, coarser patch embedding."""
     return dataclasses.replace(
         base, compressed_patch_size=(1, 4, 4), full_chunk_limit=3, chunk_partition=(1, 3, 3, 3, 3, 3, 3, 2)
@@ -189,9 +189,9 @@ MODELS = {
         Model("tiny", None, _TINY, video=TINY_VIDEO),
         Model("1.3b", "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", _1_3B),
         Model("14b", "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", _14B),
-        Model("far-tiny", None, _far(_TINY), video=(81, *TINY_VIDEO[1:])),
-        Model("far-1.3b", "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers", _far(_1_3B)),
-        Model("far-14b", "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers", _far(_14B)),
+        Model("far-tiny", None, _causal_variant(_TINY), video=(81, *TINY_VIDEO[1:])),
+        Model("far-1.3b", "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers", _causal_variant(_1_3B)),
+        Model("far-14b", "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers", _causal_variant(_14B)),
     )
 }
 

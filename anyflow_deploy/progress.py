@@ -1,6 +1,6 @@
 """Progress bars for long work.
 
-Functions that take long accept a `Report`: they announce a stage with its amount of work and advance it. The command
+Functions that take long accept a `Progress`: they announce a stage with its amount of work and advance it. The command
 line passes one that draws with rich on standard error; library users get silence unless they pass their own.
 """
 
@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Everything for people goes to standard error; standard output is for what a program may read."""
@@ -20,7 +21,7 @@ console = Console(stderr=True, highlight=False, soft_wrap=True)
 Advance = Callable[[float], None]
 
 
-class Report(Protocol):
+class Progress(Protocol):
     """Where long work announces its stages."""
 
     @contextmanager
@@ -29,16 +30,16 @@ class Report(Protocol):
         ...
 
 
-class Silent:
+class NullProgress:
     """Reports nothing."""
 
     @contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[Advance]:
-        """See `Report`."""
+        """See `Progress`."""
         yield lambda amount: None
 
 
-class Bars:
+class RichProgress:
     """Draws one bar a stage. Use it as a context manager around all the work."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -46,9 +47,9 @@ class Bars:
             SpinnerColumn(finished_text="[green]✓[/]"), TextColumn("{task.description}"), BarColumn(24),
             TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
-        self._progress = Progress(*columns, console=console or Console(stderr=True))
+        self._progress = rich_progress.Progress(*columns, console=console or Console(stderr=True))
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> RichProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,7 +57,7 @@ class Bars:
 
     @contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[Advance]:
-        """See `Report`."""
+        """See `Progress`."""
         self._progress.start()  # not earlier: an error before the first stage should not follow an empty line
         task = self._progress.add_task(name, total=total)
         yield lambda amount: self._progress.advance(task, amount)

@@ -65,7 +65,7 @@ class Schedule:
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
             raise AnyFlowError(f"steps is {steps!r}; allowed are whole numbers from 1 to {MAX_STEPS}.")
         sigmas = [1.0 - i / steps for i in range(steps)] + [0.0]
-        return cls(tuple(TRAIN_TIMESTEPS * s for s in shifted(sigmas, shift)))
+        return cls(tuple(TRAIN_TIMESTEPS * s for s in shift_sigmas(sigmas, shift)))
 
     @classmethod
     def from_sigmas(cls, sigmas: Iterable[float], shift: float = 1.0) -> Schedule:
@@ -74,12 +74,12 @@ class Schedule:
         A closing 0 is added where missing, as diffusers does. Unlike diffusers' scheduler, which applies the model's
         shift on top, the values are used as given unless you ask for a `shift`.
         """
-        return cls(_closed(TRAIN_TIMESTEPS * s for s in shifted(list(sigmas), shift)))
+        return cls(_append_zero(TRAIN_TIMESTEPS * s for s in shift_sigmas(list(sigmas), shift)))
 
     @classmethod
     def from_timesteps(cls, timesteps: Iterable[float]) -> Schedule:
         """Your own timesteps, 1000 (noise) to 0 (clean), used as given; a closing 0 is added where missing."""
-        return cls(_closed(timesteps))
+        return cls(_append_zero(timesteps))
 
     @property
     def steps(self) -> int:
@@ -92,7 +92,7 @@ class Schedule:
         return tuple(itertools.pairwise(self.timesteps))
 
 
-def shifted(sigmas: Sequence[float], shift: float) -> list[float]:
+def shift_sigmas(sigmas: Sequence[float], shift: float) -> list[float]:
     """`shift * s / (1 + (shift - 1) * s)` of each s in [0, 1]: larger shifts spend more steps near the noise.
 
     Written so that 1 stays exactly 1 whatever the rounding of `shift - 1`.
@@ -105,7 +105,7 @@ def shifted(sigmas: Sequence[float], shift: float) -> list[float]:
     return [shift * s / (shift * s + (1.0 - s)) for s in sigmas]
 
 
-def time_after(t: float, steps: int, shift: float = 5.0) -> float:
+def next_timestep(t: float, steps: int, shift: float = 5.0) -> float:
     """Where the first of `steps` transitions from `t` to 0 leads, on the shifted grid; 0 when it is the only one.
 
     `Schedule.uniform` passes through the same times: from each of them, with one step fewer.
@@ -114,9 +114,9 @@ def time_after(t: float, steps: int, shift: float = 5.0) -> float:
         return 0.0
     s = t / TRAIN_TIMESTEPS
     even = s / (s + shift * (1.0 - s)) * (1.0 - 1.0 / steps)
-    return TRAIN_TIMESTEPS * shifted([even], shift)[0]
+    return TRAIN_TIMESTEPS * shift_sigmas([even], shift)[0]
 
 
-def _closed(times: Iterable[float]) -> tuple[float, ...]:
+def _append_zero(times: Iterable[float]) -> tuple[float, ...]:
     values = tuple(float(t) for t in times)
     return values if not values or values[-1] == 0.0 else (*values, 0.0)

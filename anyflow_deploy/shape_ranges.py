@@ -1,6 +1,6 @@
 """Which shapes a bundle accepts.
 
-Every axis of the transition graph that may vary has a `Range`; together they are the bundle's `Ranges`, declared at
+Every axis of the transition graph that may vary has a `Range`; together they are the bundle's `ShapeRanges`, declared at
 export, written into the manifest and checked before anything runs. Units are those of the tensors: latent frames,
 latent rows and columns, text tokens. Helpers turn video frames and pixels into latents with the VAE's factors.
 """
@@ -48,7 +48,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Ranges:
+class ShapeRanges:
     """The declared range of every dynamic axis.
 
     Attributes:
@@ -90,7 +90,7 @@ class Ranges:
                 )
 
 
-def widest(architecture: Architecture) -> Ranges:
+def widest_ranges(architecture: Architecture) -> ShapeRanges:
     """All that patch sizes and rotary table allow; nothing in the model limits batch or text length.
 
     A causal model's frames are those of one chunk. Its sides hold at least one of the coarser patches, and it makes one
@@ -100,25 +100,25 @@ def widest(architecture: Architecture) -> Ranges:
     patch = architecture.patch_size[1]
     smallest = (architecture.compressed_patch_size or architecture.patch_size)[1]
     side = Range(smallest, patch * table, patch)
-    return Ranges(Range(1, 1 if architecture.causal else None), Range(1, table), side, side, Range(1, None))
+    return ShapeRanges(Range(1, 1 if architecture.causal else None), Range(1, table), side, side, Range(1, None))
 
 
-def narrowed(base: Ranges, wanted: dict[str, Range]) -> Ranges:
+def narrow_ranges(base: ShapeRanges, requested: dict[str, Range]) -> ShapeRanges:
     """`base` with some axes replaced by narrower ranges.
 
     Raises:
         AnyFlowError: where a wanted range reaches outside `base`.
     """
-    for axis, range_ in wanted.items():
+    for axis, range_ in requested.items():
         allowed: Range = getattr(base, axis)
         top_fits = allowed.maximum is None or (range_.maximum is not None and range_.maximum in allowed)
         steps_fit = range_.minimum == range_.maximum or range_.multiple % allowed.multiple == 0
         if range_.minimum not in allowed or not top_fits or not steps_fit:
             raise AnyFlowError(f"{axis} {range_} reaches outside what the model allows: {allowed} (latent units).")
-    return Ranges(**{f.name: wanted.get(f.name, getattr(base, f.name)) for f in fields(Ranges)})
+    return ShapeRanges(**{f.name: requested.get(f.name, getattr(base, f.name)) for f in fields(ShapeRanges)})
 
 
-def parsed_span(text: str, flag: str) -> tuple[int, int]:
+def parse_span(text: str, flag: str) -> tuple[int, int]:
     """`"4"` as (4, 4) and `"1:4"` as (1, 4).
 
     Raises:

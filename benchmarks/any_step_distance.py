@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow_deploy.training.timestep_sampling import normal
+from anyflow_deploy.training.timestep_sampling import seeded_normal
 
 CHANNELS = (48, 64)
 """Of the two layers of random features."""
@@ -53,13 +53,13 @@ def distances(made: Shown, data: Shown) -> dict[str, float]:
 def features(shown: Shown) -> Tensor:
     """float64 (N, 80): random, and the same ones always."""
     frames, channels = shown.latents.shape[1:3]
-    first = normal((CHANNELS[0], frames * channels, 3, 3), 0, "features", 1) / (9 * frames * channels) ** 0.5
-    second = normal((CHANNELS[1], CHANNELS[0], 3, 3), 0, "features", 2) / (9 * CHANNELS[0] / 2) ** 0.5
-    bias = normal((CHANNELS[0],), 0, "features", "bias") / 2
+    first = seeded_normal((CHANNELS[0], frames * channels, 3, 3), 0, "features", 1) / (9 * frames * channels) ** 0.5
+    second = seeded_normal((CHANNELS[1], CHANNELS[0], 3, 3), 0, "features", 2) / (9 * CHANNELS[0] / 2) ** 0.5
+    bias = seeded_normal((CHANNELS[0],), 0, "features", "bias") / 2
     x = F.pad(shown.latents.flatten(1, 2), (1, 1, 1, 1), mode="circular")  # the scenes live on a torus
     x = F.pad(F.relu(F.conv2d(x, first, bias)), (1, 1, 1, 1), mode="circular")
     x = F.relu(F.conv2d(x, second)).mean((2, 3))
-    words = shown.text.flatten(1) @ normal((shown.text[0].numel(), WORDS), 0, "features", "words")
+    words = shown.text.flatten(1) @ seeded_normal((shown.text[0].numel(), WORDS), 0, "features", "words")
     return torch.cat([x, words], 1).double()
 
 
@@ -74,6 +74,6 @@ def frechet(first: Tensor, second: Tensor) -> float:
 
 def sliced_wasserstein(first: Tensor, second: Tensor) -> float:
     """Between two sets of as many latents."""
-    directions = F.normalize(normal((first[0].numel(), SLICES), 0, "slices"), dim=0)
+    directions = F.normalize(seeded_normal((first[0].numel(), SLICES), 0, "slices"), dim=0)
     a, b = ((x.flatten(1) @ directions).sort(0).values for x in (first, second))
     return float((a - b).square().mean().sqrt())

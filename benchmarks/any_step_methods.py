@@ -34,20 +34,20 @@ from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.schedule import Schedule
-from anyflow_deploy.training.chunks import NOTHING, ChunkPlan, velocity
-from anyflow_deploy.training.data.source import Batch, Part
+from anyflow_deploy.training.chunks import EMPTY_CONTEXT, ChunkPlan, velocity
+from anyflow_deploy.training.data.source import Batch, DataShard
 from anyflow_deploy.training.data.synthetic import SyntheticLatents
-from anyflow_deploy.training.distributed import World
-from anyflow_deploy.training.losses import noised, sigma
-from anyflow_deploy.training.model.model_factory import frozen_network, trained_network
+from anyflow_deploy.training.distributed import DistributedContext
+from anyflow_deploy.training.losses import add_noise, sigma
+from anyflow_deploy.training.model.model_factory import build_frozen_network, build_trained_network
 from anyflow_deploy.training.model.network import TrainingTransformer
-from anyflow_deploy.training.model.weight_init import network_with, starting_weights
-from anyflow_deploy.training.optimizer import Learner
-from anyflow_deploy.training.recipes import Recipe, overridden, recipe
+from anyflow_deploy.training.model.weight_init import build_network, open_initial_weights
+from anyflow_deploy.training.optimizer import OptimizerState
+from anyflow_deploy.training.recipes import Recipe, get_recipe, override_recipe
 from anyflow_deploy.training.rollout import rollout, shortcut
-from anyflow_deploy.training.run_spec import Request
-from anyflow_deploy.training.save_pretrained import save_finished
-from anyflow_deploy.training.timestep_sampling import generator, normal
+from anyflow_deploy.training.run_spec import RunSpec
+from anyflow_deploy.training.save_pretrained import save_pretrained
+from anyflow_deploy.training.timestep_sampling import seeded_generator, seeded_normal
 from anyflow_deploy.training.trainer import Trainer
 
 SHAPE = (2, 3, 8, 8)
@@ -62,7 +62,7 @@ NETWORK = Architecture(
 )  # fmt: skip
 
 WHOLE = ChunkPlan((SHAPE[0],))
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 GRID = 32
 """Steps between the times of consistency distillation: the most that are sampled with, so it samples where it was trained."""
 
@@ -124,13 +124,13 @@ def settings(stage: str, size: Size, seed: int, **values: Any) -> Recipe:
         "guidance": 1.0, "real_guidance": 0.0, "text_drop": 0.0, "ema": 0.99 if stage == "on-policy" else 0.998,
         "ema_start": min(500, steps // 2), "sample_every": 0, "checkpoint_every": 1000, "keep": 1,
     }  # fmt: skip
-    return overridden(recipe(f"{stage}-tiny"), {**shared, **values})
+    return override_recipe(get_recipe(f"{stage}-tiny"), {**shared, **values})
 
 
 class Shapes:
     """The synthetic data set's first samples, drawn once and kept in a file: a source."""
 
-    def __init__(self, part: Part, file: Path) -> None:
+    def __init__(self, part: DataShard, file: Path) -> None:
         held = load_file(file)
         self._latents, self._text, self._part, self._position = held["latents"], held["text"], part, 0
 
@@ -162,7 +162,7 @@ def prepare(work: Path, size: Size) -> None:
     for name, seed, count in (("train", 0, size.samples), ("data", 1, size.judged), ("floor", 2, size.judged)):
         file = work / f"{name}.safetensors"
         if not file.exists():
-            batch = SyntheticLatents(Part(0, 1, 1), SHAPE, TEXT, seed).batch(list(range(count)))
+            batch = SyntheticLatents(DataShard(0, 1, 1), SHAPE, TEXT, seed).batch(list(range(count)))
             save_file({"latents": batch.latents, "text": batch.text}, file)
     start = RandomWeights(NETWORK, "any-step", 0)
     (work / "start").mkdir(exist_ok=True)
@@ -173,10 +173,10 @@ def prepare(work: Path, size: Size) -> None:
 def trained(work: Path, output: Path, chosen: Recipe, init: Path, teacher: Path | None = None) -> Path:
     """A run of the project's trainer; the model's folder, at once where it is there already."""
 
-    def opening(_: str, __: Recipe, ___: Weights, part: Part) -> Shapes:
+    def opening(_: str, __: Recipe, ___: Weights, part: DataShard) -> Shapes:
         return Shapes(part, work / "train.safetensors")
 
-    request = Request(chosen, output, init, teacher, device="cpu")
+    request = RunSpec(chosen, output, init, teacher, device="cpu")
     return finished(output, chosen.optimizing.steps, lambda: Trainer(request, ALONE, opening).run())
 
 
@@ -239,35 +239,35 @@ def consistency_run(work: Path, size: Size, seed: int) -> Path:
 
 
 def _consistency(work: Path, output: Path, size: Size, base: Recipe, steps: int) -> None:
-    chosen = overridden(base, {"learning_rate": size.consistency_rate, "steps": steps})
+    chosen = override_recipe(base, {"learning_rate": size.consistency_rate, "steps": steps})
     seed, device = chosen.running.seed, ALONE.device
-    weights = starting_weights(work / "teacher" / "model", False, NETWORK)
-    learner = Learner(trained_network(weights, chosen, device, None), chosen.optimizing)
-    teacher = frozen_network(weights, chosen, device, None)
+    weights = open_initial_weights(work / "teacher" / "model", False, NETWORK)
+    optimizer_state = OptimizerState(build_trained_network(weights, chosen, device, None), chosen.optimizing)
+    teacher = build_frozen_network(weights, chosen, device, None)
     times = torch.tensor(Schedule.uniform(GRID, size.shift).timesteps)
-    data = Shapes(Part(0, 1, size.batch), work / "train.safetensors")
+    data = Shapes(DataShard(0, 1, size.batch), work / "train.safetensors")
     softness = 0.00054 * math.sqrt(math.prod(SHAPE))
     for step in range(steps):
         batch = data.next()
-        index = torch.randint(GRID, (size.batch,), generator=generator(seed, "consistency", step))
+        index = torch.randint(GRID, (size.batch,), generator=seeded_generator(seed, "consistency", step))
         t, r = times[index], times[index + 1]
-        z = noised(batch.latents, normal(batch.latents.shape, seed, "consistency-noise", step), t)
+        z = add_noise(batch.latents, seeded_normal(batch.latents.shape, seed, "consistency-noise", step), t)
         with torch.no_grad():
-            lower = z - (sigma(t) - sigma(r)) * velocity(teacher, z, t, t, batch.text, WHOLE, NOTHING)
-            target = clean_from(learner.network, lower, r, batch.text)
-        error = (clean_from(learner.network, z, t, batch.text) - target).square().flatten(1).sum(1)
+            lower = z - (sigma(t) - sigma(r)) * velocity(teacher, z, t, t, batch.text, WHOLE, EMPTY_CONTEXT)
+            target = clean_from(optimizer_state.network, lower, r, batch.text)
+        error = (clean_from(optimizer_state.network, z, t, batch.text) - target).square().flatten(1).sum(1)
         loss = ((error + softness**2).sqrt() - softness).mean()
         loss.backward()  # type: ignore[no-untyped-call]
-        if not math.isfinite(learner.gradient_norm()):
+        if not math.isfinite(optimizer_state.clip_gradients()):
             raise SystemExit(f"consistency distillation: the gradient of step {step} is not finite.")
-        learner.update()
-    with learner.averaged():
-        save_finished(output, learner, ALONE, size.shift, "float32", None)
+        optimizer_state.update()
+    with optimizer_state.use_average():
+        save_pretrained(output, optimizer_state, ALONE, size.shift, "float32", None)
 
 
 def clean_from(network: TrainingTransformer, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """The consistency function f(z, t), t (B)."""
-    return z - sigma(t) * velocity(network, z, t, t, text, WHOLE, NOTHING)
+    return z - sigma(t) * velocity(network, z, t, t, text, WHOLE, EMPTY_CONTEXT)
 
 
 @torch.no_grad()
@@ -279,19 +279,19 @@ def samples(model: Path, how: str, count: int, text: Tensor, shift: float, seed:
             sampling.
     """
     weights = open_checkpoint(model)
-    network = network_with(NETWORK, {name: weights.read(name) for name in weights.shapes()}, frozen=True)
+    network = build_network(NETWORK, {name: weights.read(name) for name in weights.shapes()}, frozen=True)
     pairs = list(Schedule.uniform(count, shift).transitions)
     made = []
     for number, words in enumerate(text.split(256)):
-        z = normal((len(words), *SHAPE), seed, "judged", number)
+        z = seeded_normal((len(words), *SHAPE), seed, "judged", number)
         if how == "jumps":
             z = rollout(network, z, words, WHOLE, pairs)
         for t, r in pairs if how != "jumps" else ():
             now, after = (torch.full((len(z),), s) for s in (t, r))
             if how == "ode":
-                z = z - (sigma(now) - sigma(after)) * velocity(network, z, now, now, words, WHOLE, NOTHING)
+                z = z - (sigma(now) - sigma(after)) * velocity(network, z, now, now, words, WHOLE, EMPTY_CONTEXT)
             else:
                 clean = clean_from(network, z, now, words)
-                z = noised(clean, normal(z.shape, seed, "again", number, r), after) if r else clean
+                z = add_noise(clean, seeded_normal(z.shape, seed, "again", number, r), after) if r else clean
         made.append(z)
     return Shown(torch.cat(made), text)

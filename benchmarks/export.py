@@ -61,7 +61,7 @@ def save_random_checkpoint(folder: Path, name: str) -> int:
     from anyflow_deploy import MODELS
     from anyflow_deploy.checkpoints.checkpoint import STEM
     from anyflow_deploy.checkpoints.random_weights import RandomWeights
-    from anyflow_deploy.checkpoints.safetensors_stream import layout
+    from anyflow_deploy.checkpoints.safetensors_stream import build_header
 
     weights = RandomWeights(MODELS[name].architecture, name)
     shards: list[list[str]] = [[]]
@@ -75,7 +75,7 @@ def save_random_checkpoint(folder: Path, name: str) -> int:
     weight_map = {}
     for index, names in enumerate(shards, 1):
         file_name = f"{STEM}-{index:05d}-of-{len(shards):05d}.safetensors"
-        head, _ = layout({n: ("F32", weights.shapes()[n]) for n in names}, {"format": "pt"})
+        head, _ = build_header({n: ("F32", weights.shapes()[n]) for n in names}, {"format": "pt"})
         with (folder / file_name).open("wb") as file:
             file.write(head)
             for parameter in names:

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from common import finish, python
 
 from anyflow_deploy import MODELS
-from anyflow_deploy.memory.estimate import RUNTIME, Shape, needed
+from anyflow_deploy.memory.estimate import RUNTIME, LatentShape, estimate_memory
 from anyflow_deploy.quantization.calibration import Calibration, TensorRange
-from anyflow_deploy.quantization.layers import candidates
+from anyflow_deploy.quantization.layers import quantizable_layers
 from anyflow_deploy.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 AMAX = 6.0
 """Of every activation: what a range is does not change what its layer takes."""
 
-SHAPES = (Shape(1, 30, 52), Shape(5, 30, 52), Shape(3, 60, 104), Shape(5, 60, 104))
+SHAPES = (LatentShape(1, 30, 52), LatentShape(5, 30, 52), LatentShape(3, 60, 104), LatentShape(5, 60, 104))
 
 _ONE = """
 import json, sys
@@ -70,7 +70,7 @@ def by_hand(weights: Weights) -> Calibration:
         shift=5.0,
         shapes=[[1, 1, a.in_channels, 8, 8]],
         tools={},
-        tensors={f"{name}.input": TensorRange(amax=AMAX, channels=[AMAX] * k) for name, (k, _) in candidates(a).items()},
+        tensors={f"{name}.input": TensorRange(amax=AMAX, channels=[AMAX] * k) for name, (k, _) in quantizable_layers(a).items()},
     )
 
 
@@ -95,7 +95,7 @@ def main() -> None:
         for shape in SHAPES:
             sizes = (shape.frames, shape.height, shape.width)
             seen = json.loads(python(_ONE, str(bundle), *map(str, sizes))["output"])
-            need = needed(a, options.precision, TARGETS["cpu"], shape)
+            need = estimate_memory(a, options.precision, TARGETS["cpu"], shape)
             estimated = need.activations + need.workspace - RUNTIME
             rows.append(
                 {

@@ -40,7 +40,7 @@ from anyflow_deploy.export.quantization.plan import planned
 from anyflow_deploy.export.quantization.prompts import random_text
 from anyflow_deploy.export.quantization.sensitivity import Probe, ProbeSettings, kept_layers, measured_sensitivity
 from anyflow_deploy.export.torch_engine import NetworkEngine
-from anyflow_deploy.progress import Silent
+from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import Calibration
 
 STEPS = (1, 2, 4, 8, 16)
@@ -105,7 +105,7 @@ def agreement(
 ) -> dict[str, float]:
     """How far ONNX Runtime is from the same rounding in PyTorch: the whole, and the worst product alone."""
     assert s.calibration is not None
-    plan = planned(weights, s.calibration, s.precision, "fp32", s.smooth, "high", s.kept, Silent())
+    plan = planned(weights, s.calibration, s.precision, "fp32", s.smooth, "high", s.kept, NullProgress())
     engine = NetworkEngine(weights)
     FakeQuant(engine.network, weights.architecture, s.calibration, s.precision, s.kept, plan.smooth)
     theirs = rolled(engine, latents, text, steps=(4,))

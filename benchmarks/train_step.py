@@ -32,17 +32,17 @@ from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.chunks import ChunkPlan
 from anyflow_deploy.training.losses import (
-    Difference,
-    Pair,
+    DerivativeConfig,
+    NoisePair,
     Score,
-    balanced,
     dmd_gradient,
     dmd_losses,
     flow_map_losses,
     flow_matching_losses,
+    rescale_losses,
 )
 from anyflow_deploy.training.model.network import TrainingTransformer
-from anyflow_deploy.training.model.weight_init import network_with
+from anyflow_deploy.training.model.weight_init import build_network
 from anyflow_deploy.training.rollout import rollout, shortcut
 from anyflow_deploy.training.timestep_sampling import time_weight
 
@@ -65,7 +65,7 @@ class Plain:
         result: Tensor = model(z, t[:, None].expand(-1, frames), r[:, None].expand(-1, frames), text, return_dict=False)[0]
         return result
 
-    def flow_map(self, pair: Pair) -> Tensor:
+    def flow_map(self, pair: NoisePair) -> Tensor:
         t, r = TIMES, TARGETS
         s, far = (t / 1000).view(-1, 1, 1, 1, 1), STEP / 1000
         z, v = (1 - s) * pair.clean + s * pair.noise, pair.noise - pair.clean
@@ -85,7 +85,7 @@ class Plain:
             z = z - (t - r) / 1000 * self.u(self.model, z, torch.full((len(z),), t), torch.full((len(z),), r), text)
         return z
 
-    def on_policy(self, pair: Pair) -> None:
+    def on_policy(self, pair: NoisePair) -> None:
         t, s = TIMES, (TIMES / 1000).view(-1, 1, 1, 1, 1)
         x = self.rolled(pair.noise, pair.text)
         with torch.no_grad():
@@ -110,19 +110,21 @@ class Ours:
         self.plan = ChunkPlan((frames,))
         self.fake, self.real = Score(fake, self.plan), Score(real, self.plan)
 
-    def flow_map(self, pair: Pair) -> Tensor:
-        losses = flow_map_losses(self.model, pair, TIMES, TARGETS, self.plan, GUIDANCE, SHIFT, Difference())
+    def flow_map(self, pair: NoisePair) -> Tensor:
+        losses = flow_map_losses(self.model, pair, TIMES, TARGETS, self.plan, GUIDANCE, SHIFT, DerivativeConfig())
         same = TIMES == TARGETS
-        return balanced(losses, same, losses.detach()[same].mean()).mean()
+        return rescale_losses(losses, same, losses.detach()[same].mean()).mean()
 
-    def on_policy(self, pair: Pair) -> None:
+    def on_policy(self, pair: NoisePair) -> None:
         x = rollout(self.model, pair.noise, pair.text, self.plan, PAIRS)
         given = (x.detach(), pair.noise.flip(0), TIMES, pair)
         dmd_losses(x, dmd_gradient(self.real, self.fake, *given, GUIDANCE), self.plan.window).mean().backward()
         self.flow_map(pair).backward()
         with torch.no_grad():
             x = rollout(self.model, pair.noise.flip(1), pair.text, self.plan, PAIRS)
-        flow_matching_losses(self.fake.network, Pair(x, pair.noise, pair.text, pair.negative), TIMES, self.plan).mean().backward()
+        flow_matching_losses(
+            self.fake.network, NoisePair(x, pair.noise, pair.text, pair.negative), TIMES, self.plan
+        ).mean().backward()
 
 
 @contextmanager
@@ -203,7 +205,7 @@ def main() -> None:
     drawn = [RandomWeights(a, "bench", seed) for seed in (0, 1, 2)]
     tensors = [{name: weights.read(name) for name in weights.shapes()} for weights in drawn]
     compute = getattr(torch, options.compute)
-    ours = [network_with(a, given, compute).to(device) for given in tensors]
+    ours = [build_network(a, given, compute).to(device) for given in tensors]
     plain = plain_networks(a, tensors, device, options.compute)
     for module in (ours[2], plain[2]):
         module.requires_grad_(False)
@@ -211,7 +213,7 @@ def main() -> None:
     draw = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(shape, generator=draw).to(device) for _ in range(2))
     text, negative = (torch.randn(4, 64, a.text_dim, generator=draw).to(device) for _ in range(2))
-    pair = Pair(clean, noise, text, negative)
+    pair = NoisePair(clean, noise, text, negative)
     sides: dict[str, Any] = {"ours": Ours(*ours, frames=shape[1]), "diffusers": Plain(*plain)}
     modules: dict[str, list[nn.Module]] = {"ours": list(ours), "diffusers": list(plain)}
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None

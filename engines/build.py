@@ -23,7 +23,7 @@ from anyflow_deploy.bundle.manifest import AxisRange
 from anyflow_deploy.engines.engine_folder import ENGINES, DeviceRecord, EngineFolder, EngineRecord, EngineWriter
 from anyflow_deploy.engines.registry import check_backend, check_provider
 from anyflow_deploy.errors import AnyFlowError, BackendError
-from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.progress import NullProgress, Progress
 
 BUILDERS: dict[str, str] = {
     "aotinductor": "anyflow_deploy.engines.aotinductor.build:AotInductorSettings",
@@ -64,7 +64,7 @@ class BuildSettings:
         """
         check_provider(self.provider)
 
-    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> BuildResult:
+    def build(self, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
         """Put the engine's files into `writer`.
 
         Raises:
@@ -92,7 +92,7 @@ def build_engine(
     settings: BuildSettings,
     destination: Path | None = None,
     overwrite: bool = False,
-    report: Report | None = None,
+    progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> EngineFolder:
     """Build an engine.
@@ -103,7 +103,7 @@ def build_engine(
         settings: of that backend, see `settings_type`.
         destination: folder to write; None for `BUNDLE/engines/BACKEND-PROVIDER`.
         overwrite: replace an engine that is there.
-        report: where progress goes.
+        progress: where progress goes.
         clock: seconds.
 
     Raises:
@@ -113,7 +113,7 @@ def build_engine(
     writer = EngineWriter(_prepare_destination(bundle, backend, settings, destination), overwrite)
     started = clock()
     with writer:
-        result = settings.build(bundle, writer, report or Silent())
+        result = settings.build(bundle, writer, progress or NullProgress())
         return writer.finish(
             EngineRecord(
                 backend=backend,

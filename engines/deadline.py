@@ -24,7 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.schedule import MAX_STEPS, TRAIN_TIMESTEPS, time_after
+from anyflow_deploy.schedule import MAX_STEPS, TRAIN_TIMESTEPS, next_timestep
 
 Shape = tuple[int, ...]
 
@@ -133,7 +133,7 @@ class DeadlineController:
         )
         count = 1 if self._deadline.should_stop() else max(1, min(steps_that_fit, self._deadline.max_steps - self.steps_done))
         self.steps_planned = self.steps_done + count
-        return time_after(self.t, count, self._deadline.shift)
+        return next_timestep(self.t, count, self._deadline.shift)
 
     def advance_to(self, r: float) -> None:
         """A transition to `r` was made."""

@@ -20,7 +20,7 @@ from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.errors import AnyFlowError, ShapeError
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
-from anyflow_deploy.shape_ranges import Ranges
+from anyflow_deploy.shape_ranges import ShapeRanges
 
 Array = NDArray[np.float32]
 
@@ -69,7 +69,7 @@ class Engine(Protocol):
         ...
 
     @property
-    def ranges(self) -> Ranges:
+    def ranges(self) -> ShapeRanges:
         """The shapes it accepts."""
         ...
 
@@ -139,7 +139,7 @@ class BundleEngine(Engine, Protocol):
         ...
 
 
-def prepare_inputs(ranges: Ranges, channels: int, text_dim: int, latents: ArrayLike, text: ArrayLike) -> tuple[Array, Array]:
+def prepare_inputs(ranges: ShapeRanges, channels: int, text_dim: int, latents: ArrayLike, text: ArrayLike) -> tuple[Array, Array]:
     """Latents and text as contiguous float32 copies.
 
     Raises:
@@ -157,7 +157,7 @@ def prepare_inputs(ranges: Ranges, channels: int, text_dim: int, latents: ArrayL
     return z, prompt_embeds
 
 
-def prepare_text(ranges: Ranges, text_dim: int, text: ArrayLike) -> Array:
+def prepare_text(ranges: ShapeRanges, text_dim: int, text: ArrayLike) -> Array:
     """Prompt embeddings of one stream, (1, L, D), as a contiguous float32 copy.
 
     Raises:

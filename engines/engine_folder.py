@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from anyflow_deploy.bundle.atomic_io import ArtifactKind, FolderWriter, check_file
+from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter, check_file
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.bundle.manifest import AxisRange, File, stored_ranges
+from anyflow_deploy.bundle.manifest import AxisRange, FileRecord, ranges_to_records
 from anyflow_deploy.errors import BackendError, BundleError
-from anyflow_deploy.shape_ranges import Range, Ranges
+from anyflow_deploy.shape_ranges import Range, ShapeRanges
 
 ENGINE = "engine.json"
 ENGINES = "engines"
@@ -75,12 +75,12 @@ class EngineRecord(_Record):
     profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = {}
     achieved: dict[str, Any] = {}
     seconds: float
-    files: dict[str, File] = {}
+    files: dict[str, FileRecord] = {}
 
     @property
-    def shape_ranges(self) -> Ranges:
+    def shape_ranges(self) -> ShapeRanges:
         """The accepted shapes, ready to check with."""
-        return Ranges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
+        return ShapeRanges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ def check_compatible(folder: EngineFolder, device: DeviceRecord, versions: Mappi
             raise BackendError(f"{folder.path} was built with {name} {built_with}, and here is {name} {version}. {remedy}")
 
 
-class EngineWriter(FolderWriter):
-    """Writes an engine folder whole or not at all, see `FolderWriter`.
+class EngineWriter(AtomicFolderWriter):
+    """Writes an engine folder whole or not at all, see `AtomicFolderWriter`.
 
     Args:
         path: the destination.
@@ -216,7 +216,7 @@ class EngineWriter(FolderWriter):
         super().__init__(path, _KIND, overwrite)
 
     def check(self) -> None:
-        """See `FolderWriter`."""
+        """See `AtomicFolderWriter`."""
         load_engine_folder(self.folder, verify=False)
 
     def finish(self, record: EngineRecord) -> EngineFolder:
@@ -228,7 +228,7 @@ class EngineWriter(FolderWriter):
 
 def narrow_ranges(bundle: Bundle, **narrower: Range) -> dict[str, AxisRange]:
     """A bundle's ranges, some of them narrower, as a record holds them."""
-    return stored_ranges(Ranges(**{**vars(bundle.manifest.shape_ranges), **narrower}))
+    return ranges_to_records(ShapeRanges(**{**vars(bundle.manifest.shape_ranges), **narrower}))
 
 
 def _read_backend(path: Path) -> str | None:

@@ -24,7 +24,7 @@ from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.engines.metrics import Difference, difference
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.schedule import Schedule
 
 REFERENCE_SCHEDULE = Schedule.from_timesteps((1000, 960, 860, 700, 500, 250, 60, 0))
@@ -140,7 +140,7 @@ def validate(
     steps: Sequence[int] = ROLLOUT_STEPS,
     shift: float = 5.0,
     seed: int = 0,
-    report: Report | None = None,
+    progress: Progress | None = None,
     chunks: Sequence[int] | None = None,
     text: Array | None = None,
 ) -> Validation:
@@ -154,7 +154,7 @@ def validate(
         steps: step counts of the rollouts.
         shift: of their schedules.
         seed: of the latents and embeddings, standard normal.
-        report: where progress goes.
+        progress: where progress goes.
         chunks: of a causal model: latent frames of each chunk.
         text: prompt embeddings in place of normal ones: a quantized engine is right only within its calibrated ranges.
 
@@ -164,16 +164,18 @@ def validate(
     if precision not in THRESHOLDS:
         raise AnyFlowError(f"no thresholds for precision {precision!r}; there are some for {', '.join(THRESHOLDS)}.")
     latents, text = noise(shape, seed), noise(text_shape, seed + 1) if text is None else text
-    report = report or Silent()
+    progress = progress or NullProgress()
     schedules = [Schedule.uniform(n, shift) for n in steps]
     inputs = Inputs(latents, text, None if chunks is None else tuple(chunks))
-    with report.stage("transitions", REFERENCE_SCHEDULE.steps * (1 if chunks is None else len({0, len(chunks) - 1}))) as advance:
+    with progress.stage(
+        "transitions", REFERENCE_SCHEDULE.steps * (1 if chunks is None else len({0, len(chunks) - 1}))
+    ) as advance:
         transitions = []
         for chunk, z, starts in _comparison_points(candidate, reference, inputs):
             for t, r, state in _reference_states(starts[1], z):
                 transitions += [_compare_transition(starts, state, t, *target, chunk) for target in _target_times(t, r)]
                 advance(1)
-    with report.stage("rollouts", float(sum(steps))) as advance:
+    with progress.stage("rollouts", float(sum(steps))) as advance:
         rollouts = []
         for schedule in schedules:
             pair = [_sample_video(engine, inputs, schedule) for engine in (candidate, reference)]

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from anyflow_deploy.engines.engine import Array, Engine, Run, Stream
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.shape_ranges import Ranges
+from anyflow_deploy.shape_ranges import ShapeRanges
 
 EngineOperation = Literal["open", "step", "append"]
 """A run or stream is opened (the text's keys and values are made), a transition is made, a chunk enters the cache."""
@@ -46,7 +46,7 @@ class EngineWrapper:
         return self._engine.architecture
 
     @property
-    def ranges(self) -> Ranges:
+    def ranges(self) -> ShapeRanges:
         """See `Engine`."""
         return self._engine.ranges
 

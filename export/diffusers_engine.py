@@ -18,7 +18,7 @@ from anyflow_deploy.engines.engine import Stream, prepare_inputs
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.torch_run import TorchRun, on_device
-from anyflow_deploy.shape_ranges import Ranges, widest
+from anyflow_deploy.shape_ranges import ShapeRanges, widest_ranges
 
 
 class TorchEngine:
@@ -50,9 +50,9 @@ class TorchEngine:
         return f"PyTorch {torch.__version__.split('+')[0]} (diffusers), {self._device}, float32"
 
     @property
-    def ranges(self) -> Ranges:
+    def ranges(self) -> ShapeRanges:
         """See `Engine`."""
-        return widest(self.architecture)
+        return widest_ranges(self.architecture)
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> TorchRun:
         """See `Engine`."""

@@ -19,10 +19,19 @@ import onnx
 import onnx_ir as ir
 
 from anyflow_deploy.bundle.bundle import Bundle, BundleWriter
-from anyflow_deploy.bundle.manifest import GRAPHS, Achieved, Graph, Manifest, Quantization, ScheduleDefaults, Video, stored_ranges
-from anyflow_deploy.checkpoints.checkpoint import shift_of
-from anyflow_deploy.checkpoints.safetensors_stream import Entry
-from anyflow_deploy.checkpoints.weights import Parameter, Weights, check_names, write_weights
+from anyflow_deploy.bundle.manifest import (
+    GRAPHS,
+    AchievedPrecision,
+    GraphRecord,
+    Manifest,
+    Quantization,
+    ScheduleDefaults,
+    VideoDefaults,
+    ranges_to_records,
+)
+from anyflow_deploy.checkpoints.checkpoint import schedule_shift
+from anyflow_deploy.checkpoints.safetensors_stream import TensorEntry
+from anyflow_deploy.checkpoints.weights import ParameterSpec, Weights, check_parameters, write_weights
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
@@ -42,10 +51,10 @@ from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.model.transformer import constants
 from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name
 from anyflow_deploy.precision import base_precision, get_precision
-from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration
-from anyflow_deploy.quantization.layers import candidates
-from anyflow_deploy.shape_ranges import Range, Ranges, narrowed, widest
+from anyflow_deploy.quantization.layers import quantizable_layers
+from anyflow_deploy.shape_ranges import Range, ShapeRanges, narrow_ranges, widest_ranges
 from anyflow_deploy.targets import check_precision, get_target
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "diffusers")
@@ -88,36 +97,38 @@ class ExportSettings:
         return base_precision(self.precision, self.base, self.target)
 
 
-def export_bundle(weights: Weights, output: Path, settings: ExportSettings | None = None, report: Report | None = None) -> Bundle:
+def export_bundle(
+    weights: Weights, output: Path, settings: ExportSettings | None = None, progress: Progress | None = None
+) -> Bundle:
     """Export a model.
 
     Args:
         weights: a `Checkpoint` or `RandomWeights`.
         output: folder to create.
         settings: see `ExportSettings`.
-        report: where progress goes.
+        progress: where progress goes.
 
     Raises:
         AnyFlowError: whatever does not fit, before work starts; nothing is left at `output`.
     """
-    settings, report = settings or ExportSettings(), report or Silent()
+    settings, progress = settings or ExportSettings(), progress or NullProgress()
     architecture = weights.architecture
     ranges = checked(weights, settings)
-    schedule = ScheduleDefaults(shift=shift_of(weights), steps=4)
+    schedule = ScheduleDefaults(shift=schedule_shift(weights), steps=4)
     writer = BundleWriter(output, settings.overwrite)
     _check_space(output.parent, architecture, settings)
-    plan = _plan(weights, settings, report)
+    plan = _plan(weights, settings, progress)
     with writer:
         models: dict[str, ir.Model] = {}
-        parameters: dict[str, Parameter] = {}
+        parameters: dict[str, ParameterSpec] = {}
         for name in GRAPHS[_kind(architecture)]:
             # the parameters are the same in every graph
             models[name], parameters = translated_graph(
-                name, architecture, ranges, settings.base_precision, settings.opset, report
+                name, architecture, ranges, settings.base_precision, settings.opset, progress
             )
             if plan is not None:
                 quantize(models[name], plan)
-        entries = _weights_written(writer, weights, parameters, plan, report)
+        entries = _weights_written(writer, weights, parameters, plan, progress)
         if plan is not None and settings.calibration is not None:
             writer.write(CALIBRATION, settings.calibration.model_dump_json(by_alias=True).encode())
         graphs = {name: _written(writer, name, model, entries, settings.opset) for name, model in models.items()}
@@ -127,8 +138,8 @@ def export_bundle(weights: Weights, output: Path, settings: ExportSettings | Non
 
 
 def translated_graph(
-    name: str, architecture: Architecture, ranges: Ranges, precision: str, opset: int, report: Report
-) -> tuple[ir.Model, dict[str, Parameter]]:
+    name: str, architecture: Architecture, ranges: ShapeRanges, precision: str, opset: int, progress: Progress
+) -> tuple[ir.Model, dict[str, ParameterSpec]]:
     """One graph in ONNX, and what the weights must provide for it. Which weights they are makes no difference.
 
     Args:
@@ -136,37 +147,39 @@ def translated_graph(
         architecture, ranges: see `traced_graph`.
         precision: of everything that is not quantized.
         opset: in `OPSETS`.
-        report: where progress goes.
+        progress: where progress goes.
     """
-    with report.stage(f"tracing {name}, {architecture.num_layers} layers"):
+    with progress.stage(f"tracing {name}, {architecture.num_layers} layers"):
         traced = traced_graph(name, architecture, ranges, precision, fused=opset == FUSED_OPSET)
-    with report.stage(f"translating to ONNX opset {opset}"):
+    with progress.stage(f"translating to ONNX opset {opset}"):
         return onnx_from_traced(traced, opset), traced.parameters
 
 
-def _plan(weights: Weights, settings: ExportSettings, report: Report) -> Plan | None:
+def _plan(weights: Weights, settings: ExportSettings, progress: Progress) -> Plan | None:
     """What is quantized, once the calibration is known to be of these weights."""
     calibration = settings.calibration
     if not get_precision(settings.precision).quantized:
         return None
     if calibration is None:
         raise AnyFlowError(f"precision {settings.precision} needs a calibration. Make one: anyflow-calibrate.")
-    with report.stage("comparing the weights with the calibration's"):
+    with progress.stage("comparing the weights with the calibration's"):
         check_calibration(calibration, weights)
     s = settings
-    return planned(weights, calibration, s.precision, s.base_precision, s.smooth, s.attention, s.kept, report)
+    return planned(weights, calibration, s.precision, s.base_precision, s.smooth, s.attention, s.kept, progress)
 
 
 def _weights_written(
-    writer: BundleWriter, weights: Weights, parameters: dict[str, Parameter], plan: Plan | None, report: Report
-) -> dict[str, Entry]:
+    writer: BundleWriter, weights: Weights, parameters: dict[str, ParameterSpec], plan: Plan | None, progress: Progress
+) -> dict[str, TensorEntry]:
     fixed = constants(weights.architecture)
     if plan is None:
-        return write_weights(writer, weights, parameters, fixed, report)
-    return write_weights(writer, weights, plan.parameters(parameters), {**fixed, **plan.constants}, report, plan.converted)
+        return write_weights(writer, weights, parameters, fixed, progress)
+    return write_weights(
+        writer, weights, plan.parameters(parameters), {**fixed, **plan.constants}, progress, plan.convert_parameter
+    )
 
 
-def _written(writer: BundleWriter, name: str, model: ir.Model, entries: dict[str, Entry], opset: int) -> Graph:
+def _written(writer: BundleWriter, name: str, model: ir.Model, entries: dict[str, TensorEntry], opset: int) -> GraphRecord:
     """Write one graph and let ONNX's own checker read it back."""
     file = f"{name}.onnx"
     attach_weights(model, entries)
@@ -175,7 +188,7 @@ def _written(writer: BundleWriter, name: str, model: ir.Model, entries: dict[str
     return described(model, file, opset)
 
 
-def checked(weights: Weights, settings: ExportSettings) -> Ranges:
+def checked(weights: Weights, settings: ExportSettings) -> ShapeRanges:
     """Refuse what cannot be exported, without touching the disk; returns the ranges that will be declared."""
     architecture = weights.architecture
     if settings.opset not in OPSETS:
@@ -183,8 +196,8 @@ def checked(weights: Weights, settings: ExportSettings) -> Ranges:
     for name in (get_precision(settings.precision).name, settings.base_precision):
         check_precision(get_target(settings.target), name)
     _check_quantization(architecture, settings)
-    check_names(weights, parameter_shapes(architecture))
-    return narrowed(widest(architecture), settings.ranges)
+    check_parameters(weights, parameter_shapes(architecture))
+    return narrow_ranges(widest_ranges(architecture), settings.ranges)
 
 
 def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
@@ -210,7 +223,7 @@ def _check_space(folder: Path, architecture: Architecture, settings: ExportSetti
     """The bundle has to fit on the disk beside whatever it replaces."""
     shapes = parameter_shapes(architecture)
     quantized = get_precision(settings.precision).quantized
-    small = {f"{layer}.weight" for layer in candidates(architecture)} if quantized else set()
+    small = {f"{layer}.weight" for layer in quantizable_layers(architecture)} if quantized else set()
     wide, narrow = get_precision(settings.base_precision).bytes, get_precision(settings.precision).bytes
     needed = sum(math.prod(shape) * (narrow if name in small else wide) for name, shape in shapes.items()) * 1.05
     free = shutil.disk_usage(folder).free
@@ -221,11 +234,11 @@ def _check_space(folder: Path, architecture: Architecture, settings: ExportSetti
 def _manifest(
     weights: Weights,
     settings: ExportSettings,
-    ranges: Ranges,
+    ranges: ShapeRanges,
     schedule: ScheduleDefaults,
-    graphs: dict[str, Graph],
-    counted: Achieved,
-    video: Video,
+    graphs: dict[str, GraphRecord],
+    counted: AchievedPrecision,
+    video: VideoDefaults,
 ) -> Manifest:
     architecture = weights.architecture
     name = model_name(architecture)
@@ -239,7 +252,7 @@ def _manifest(
         achieved=counted,
         target=settings.target,
         graphs=graphs,
-        ranges=stored_ranges(ranges),
+        ranges=ranges_to_records(ranges),
         schedule=schedule,
         video=video,
         tools={tool: importlib.metadata.version(tool) for tool in ("anyflow-deploy", *_TOOLS)},
@@ -259,11 +272,11 @@ def _kind(a: Architecture) -> Literal["bidirectional", "causal"]:
     return "causal" if a.causal else "bidirectional"
 
 
-def _video(a: Architecture, ranges: Ranges) -> Video:
+def _video(a: Architecture, ranges: ShapeRanges) -> VideoDefaults:
     """Wan's factors, and the model's default size moved into the ranges; a causal model's length is its chunk plan's."""
     frames, height, width = MODELS.get(model_name(a), MODELS["1.3b"]).video
     latent = sum(a.chunk_partition) if a.chunk_partition else ranges.frames.nearest((frames - 1) // TEMPORAL_FACTOR + 1)
-    return Video(
+    return VideoDefaults(
         spatial_factor=SPATIAL_FACTOR,
         temporal_factor=TEMPORAL_FACTOR,
         fps=FPS,

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 import torch
 
-from anyflow_deploy.bundle.manifest import WEIGHTS, Graph, Tensor, TensorType
-from anyflow_deploy.checkpoints.dtypes import ONNX
-from anyflow_deploy.checkpoints.safetensors_stream import Entry
+from anyflow_deploy.bundle.manifest import WEIGHTS, GraphRecord, GraphTensor, TensorType
+from anyflow_deploy.checkpoints.dtypes import ONNX_DTYPES
+from anyflow_deploy.checkpoints.safetensors_stream import TensorEntry
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.passes import make_axes_constant
 from anyflow_deploy.export.trace import Axes, Traced
@@ -118,7 +118,7 @@ def _forget_this_machine(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def attach_weights(model: ir.Model, entries: Mapping[str, Entry]) -> None:
+def attach_weights(model: ir.Model, entries: Mapping[str, TensorEntry]) -> None:
     """Point every initializer at its place in `weights.safetensors`.
 
     Raises:
@@ -128,10 +128,10 @@ def attach_weights(model: ir.Model, entries: Mapping[str, Entry]) -> None:
         entry = entries.get(name)
         if entry is None:
             raise AnyFlowError(f"the graph needs {name!r}, which is neither a parameter nor a known constant.")
-        if value.dtype != ONNX[entry.type] or value.shape is None or tuple(value.shape) != entry.shape:
+        if value.dtype != ONNX_DTYPES[entry.type] or value.shape is None or tuple(value.shape) != entry.shape:
             raise AnyFlowError(f"{name!r} is {value.dtype} {value.shape} in the graph and {entry.type} {entry.shape} on disk.")
         value.const_value = ir.ExternalTensor(
-            WEIGHTS, entry.offset, entry.bytes, ONNX[entry.type], shape=ir.Shape(entry.shape), name=name
+            WEIGHTS, entry.offset, entry.bytes, ONNX_DTYPES[entry.type], shape=ir.Shape(entry.shape), name=name
         )
 
 
@@ -140,9 +140,9 @@ def serialized(model: ir.Model) -> bytes:
     return bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
 
 
-def described(model: ir.Model, file: str, opset: int) -> Graph:
+def described(model: ir.Model, file: str, opset: int) -> GraphRecord:
     """The graph's border, for the manifest."""
-    return Graph(
+    return GraphRecord(
         file=file,
         opset=opset,
         inputs=[_tensor(v) for v in model.graph.inputs],
@@ -150,7 +150,7 @@ def described(model: ir.Model, file: str, opset: int) -> Graph:
     )
 
 
-def _tensor(value: ir.Value) -> Tensor:
+def _tensor(value: ir.Value) -> GraphTensor:
     assert value.name is not None and value.shape is not None and value.dtype is not None
     shape = [d if isinstance(d, int) else str(d.value) for d in value.shape]
-    return Tensor(name=value.name, dtype=_NAMES[value.dtype], shape=shape)
+    return GraphTensor(name=value.name, dtype=_NAMES[value.dtype], shape=shape)

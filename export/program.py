@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.checkpoints.dtypes import TORCH
+from anyflow_deploy.checkpoints.dtypes import CHECKPOINT_DTYPES
 from anyflow_deploy.export.quantization.quantized_linear import multiply_in_eight_bits
 from anyflow_deploy.export.trace import MODULES, recorded
 from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.precision import get_precision
-from anyflow_deploy.shape_ranges import Ranges
+from anyflow_deploy.shape_ranges import ShapeRanges
 
 
 def network_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor]) -> FlowMapTransformer:
@@ -30,7 +30,7 @@ def network_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor
         graph: a name in `MODULES`.
         weights: all of its weights, on the device it is to run on.
     """
-    compute_type = TORCH[get_precision(bundle.manifest.base).tensor_type]
+    compute_type = CHECKPOINT_DTYPES[get_precision(bundle.manifest.base).tensor_type]
     with torch.device("meta"):
         network = MODULES[graph](bundle.manifest.architecture, compute_type, True)
     network.requires_grad_(False)
@@ -43,7 +43,7 @@ def network_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor
 
 
 def program_from_bundle(
-    bundle: Bundle, graph: str, weights: Mapping[str, Tensor], device: str, ranges: Ranges | None = None
+    bundle: Bundle, graph: str, weights: Mapping[str, Tensor], device: str, ranges: ShapeRanges | None = None
 ) -> ExportedProgram:
     """That module, recorded.
 

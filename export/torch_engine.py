@@ -17,10 +17,10 @@ from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.streaming import CacheStream, Positions, cache_tensor_names
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.torch_run import TorchRun, on_device
-from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
+from anyflow_deploy.model.causal import ChunkCompressor, ChunkTransition, TextKVEncoder
 from anyflow_deploy.model.transformer import FlowMapTransformer, constants
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.shape_ranges import Ranges, widest
+from anyflow_deploy.shape_ranges import ShapeRanges, widest_ranges
 
 
 def network_from_weights(weights: Weights) -> FlowMapTransformer:
@@ -56,9 +56,9 @@ class NetworkEngine:
         return f"PyTorch {torch.__version__.split('+')[0]}, {self._device}, float32"
 
     @property
-    def ranges(self) -> Ranges:
+    def ranges(self) -> ShapeRanges:
         """See `Engine`."""
-        return widest(self.architecture)
+        return widest_ranges(self.architecture)
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> TorchRun:
         """See `Engine`."""
@@ -86,7 +86,7 @@ class TorchCache:
     def __init__(self, network: ChunkTransition, device: str, text: Array, plan: CachePlan) -> None:
         self._network, self._device = network, device
         with torch.no_grad():
-            self._words = TextMemory.forward(network, torch.from_numpy(text).to(device))  # type: ignore[arg-type]
+            self._words = TextKVEncoder.forward(network, torch.from_numpy(text).to(device))  # type: ignore[arg-type]
         self._shape = (plan.heads, plan.channels)
         self._buffers = [torch.zeros(1, plan.capacity, *self._shape, device=device) for _ in cache_tensor_names(plan.layers)]
 
@@ -104,7 +104,7 @@ class TorchCache:
             present = self._network(z, still, still, where, *self._memory(past))[2:]
         else:  # its last layer attends to nothing
             words, seen = self._words[:-2], self._buffers[:-2]
-            present = Compression.forward(self._network, z, where, *words, *(b[:, :past] for b in seen))  # type: ignore[arg-type]
+            present = ChunkCompressor.forward(self._network, z, where, *words, *(b[:, :past] for b in seen))  # type: ignore[arg-type]
         for buffer, own in zip(self._buffers, present, strict=True):
             buffer[:, past : past + tokens] = own
 

@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from anyflow_deploy.checkpoints.dtypes import SAFETENSORS, TORCH
-from anyflow_deploy.checkpoints.weights import Parameter
+from anyflow_deploy.checkpoints.dtypes import CHECKPOINT_DTYPES, SAFETENSORS_NAMES
+from anyflow_deploy.checkpoints.weights import ParameterSpec
 from anyflow_deploy.engines.torch_common.compat import make_fake_tensor_mode
-from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
+from anyflow_deploy.model.causal import ChunkCompressor, ChunkTransition, TextKVEncoder
 from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.precision import get_precision
-from anyflow_deploy.shape_ranges import AXES, Range, Ranges
+from anyflow_deploy.shape_ranges import AXES, Range, ShapeRanges
 
-MODULES = {"transition": FlowMapTransformer, "text": TextMemory, "chunk": ChunkTransition, "compress": Compression}
+MODULES = {"transition": FlowMapTransformer, "text": TextKVEncoder, "chunk": ChunkTransition, "compress": ChunkCompressor}
 """What computes each graph of a bundle (`manifest.GRAPHS` says which kind of model has which)."""
 
 _EXAMPLE = {"batch": 2, "frames": 3, "height": 6, "width": 10, "text": 7, "past": 11}
@@ -49,7 +49,7 @@ class Traced:
     """
 
     program: ExportedProgram
-    parameters: dict[str, Parameter]
+    parameters: dict[str, ParameterSpec]
     symbols: dict[str, str]
     inputs: dict[str, Axes]
     outputs: dict[str, Axes]
@@ -63,7 +63,7 @@ class _Input:
     dtype: torch.dtype = torch.float32
 
 
-def traced_graph(graph: str, a: Architecture, ranges: Ranges, precision: str = "fp32", fused: bool = True) -> Traced:
+def traced_graph(graph: str, a: Architecture, ranges: ShapeRanges, precision: str = "fp32", fused: bool = True) -> Traced:
     """Record one graph of a model.
 
     Args:
@@ -73,19 +73,19 @@ def traced_graph(graph: str, a: Architecture, ranges: Ranges, precision: str = "
         precision: "fp32", "fp16" or "bf16".
         fused: attention and RMS norm as single operators, see `transformer`.
     """
-    compute_type = TORCH[get_precision(precision).tensor_type]
+    compute_type = CHECKPOINT_DTYPES[get_precision(precision).tensor_type]
     inputs, outputs = _border(graph, a, compute_type)
     with make_fake_tensor_mode(ShapeEnv()):
         network = MODULES[graph](a, compute_type, fused).eval()
         example, dynamic = _arguments(inputs, ranges, "cpu")
     program = torch.export.export(network, example, dynamic_shapes=dynamic)
-    parameters = {n: Parameter(SAFETENSORS[p.dtype], tuple(p.shape)) for n, p in network.named_parameters()}
+    parameters = {n: ParameterSpec(SAFETENSORS_NAMES[p.dtype], tuple(p.shape)) for n, p in network.named_parameters()}
     symbols = _symbols(program, inputs)
     return Traced(program, parameters, symbols, {name: i.shape for name, i in inputs.items()}, outputs)
 
 
 def recorded(
-    network: FlowMapTransformer, graph: str, a: Architecture, ranges: Ranges, precision: str, device: str
+    network: FlowMapTransformer, graph: str, a: Architecture, ranges: ShapeRanges, precision: str, device: str
 ) -> ExportedProgram:
     """Record a network that has its weights, on the device they are on.
 
@@ -99,12 +99,12 @@ def recorded(
         return torch.export.export(network, example, dynamic_shapes=dynamic)
 
 
-def arguments(graph: str, a: Architecture, ranges: Ranges, precision: str, device: str) -> tuple[tuple[Tensor, ...], Any]:
+def arguments(graph: str, a: Architecture, ranges: ShapeRanges, precision: str, device: str) -> tuple[tuple[Tensor, ...], Any]:
     """What to call a network with while it is recorded, and torch's description of the axes; see `traced_graph`."""
-    return _arguments(_border(graph, a, TORCH[get_precision(precision).tensor_type])[0], ranges, device)
+    return _arguments(_border(graph, a, CHECKPOINT_DTYPES[get_precision(precision).tensor_type])[0], ranges, device)
 
 
-def _arguments(inputs: dict[str, _Input], ranges: Ranges, device: str) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+def _arguments(inputs: dict[str, _Input], ranges: ShapeRanges, device: str) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """What to call a network with while it is recorded, and torch's description of the axes."""
     axes = {axis: _axis(axis, getattr(ranges, axis)) for axis in AXES}
     axes["past"] = (Dim("past"), _EXAMPLE["past"])

@@ -22,10 +22,10 @@ from typing import Any
 import onnx_ir as ir
 from filelock import FileLock
 
-from anyflow_deploy.checkpoints.weights import Parameter
+from anyflow_deploy.checkpoints.weights import ParameterSpec
 from anyflow_deploy.export import exporter
 
-Translated = tuple[ir.Model, dict[str, Parameter]]
+Translated = tuple[ir.Model, dict[str, ParameterSpec]]
 
 genuine_translation = exporter.translated_graph
 
@@ -79,4 +79,4 @@ def _read(folder: Path) -> Translated:
     for value in model.graph.initializers.values():
         value.const_value = None
     raw = json.loads((folder / "parameters.json").read_text())
-    return model, {name: Parameter(p["type"], tuple(p["shape"])) for name, p in raw.items()}
+    return model, {name: ParameterSpec(p["type"], tuple(p["shape"])) for name, p in raw.items()}

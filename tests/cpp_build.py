@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from anyflow_deploy.bundle.manifest import stored_ranges
+from anyflow_deploy.bundle.manifest import ranges_to_records
 from anyflow_deploy.models import architecture_from_config
-from anyflow_deploy.shape_ranges import widest
+from anyflow_deploy.shape_ranges import widest_ranges
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = {kind: GOLDEN / kind for kind in ("bidirectional", "causal")}
@@ -69,7 +69,7 @@ def manifest_of(kind: str) -> dict[str, Any]:
     graphs: dict[str, Any] = {"transition": graph}
     if kind == "causal":
         graphs = {"text": graph, "chunk": {**graph, "outputs": [tensor, keys]}, "compress": graph}
-    ranges = stored_ranges(widest(architecture_from_config(config)))
+    ranges = ranges_to_records(widest_ranges(architecture_from_config(config)))
     return {
         "schema": 1, "kind": kind, "model": "custom", "config": config,
         "source": {"kind": "folder", "location": "somewhere", "revision": None, "seed": None}, "precision": "fp32",

@@ -26,9 +26,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from anyflow_deploy.bundle.atomic_io import sync
+from anyflow_deploy.bundle.atomic_io import fsync_path
 from anyflow_deploy.errors import CheckpointError
-from anyflow_deploy.training.distributed import World
+from anyflow_deploy.training.distributed import DistributedContext
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 """One process is meant to be one process."""
@@ -38,7 +38,7 @@ VERSION = 1
 
 
 @dataclass
-class Writing:
+class PendingCheckpoint:
     """A checkpoint on its way to the disk."""
 
     partial: Path
@@ -46,7 +46,7 @@ class Writing:
     done: Future[Any] | None
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run.
 
     Args:
@@ -56,16 +56,16 @@ class Checkpoints:
         asynchronous: return from `save` when tensors are copied, and write meanwhile.
     """
 
-    def __init__(self, folder: Path, world: World, keep: int, asynchronous: bool) -> None:
+    def __init__(self, folder: Path, world: DistributedContext, keep: int, asynchronous: bool) -> None:
         self._folder, self._world, self._keep, self._asynchronous = folder, world, keep, asynchronous
-        self._writing: Writing | None = None
-        if world.first:
+        self._pending: PendingCheckpoint | None = None
+        if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for partial in folder.glob(".step-*"):  # of a run that was killed
                 shutil.rmtree(partial, ignore_errors=True)
         world.barrier()
 
-    def newest(self) -> Path | None:
+    def latest(self) -> Path | None:
         """The last whole checkpoint."""
         found = sorted(path for path in self._folder.glob("step-*") if (path / STATE).is_file())
         return found[-1] if found else None
@@ -75,7 +75,7 @@ class Checkpoints:
         self.finish()
         final = self._folder / f"step-{step:08d}"
         partial = self._folder / f".step-{step:08d}.partial"
-        if self._world.first:
+        if self._world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             (partial / STATE).write_text(json.dumps({"version": VERSION, "step": step, **state}, indent=1))
@@ -85,34 +85,34 @@ class Checkpoints:
         if self._asynchronous:
             group = self._world.writers
             done = async_save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
-            self._writing = Writing(partial, final, cast("Future[Any]", done))
+            self._pending = PendingCheckpoint(partial, final, cast("Future[Any]", done))
         else:
             save(dict(tensors), storage_writer=writer, no_dist=alone)
-            self._writing = Writing(partial, final, None)
+            self._pending = PendingCheckpoint(partial, final, None)
             self.finish()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and give it its name."""
-        if self._writing is None:
+        if self._pending is None:
             return
-        writing, self._writing = self._writing, None
-        if writing.done is not None:
-            writing.done.result()
+        pending, self._pending = self._pending, None
+        if pending.done is not None:
+            pending.done.result()
         self._world.barrier()
-        if self._world.first:
-            for path in [*writing.partial.iterdir(), writing.partial]:
-                sync(path)
-            shutil.rmtree(writing.final, ignore_errors=True)
-            writing.partial.rename(writing.final)
-            sync(self._folder)
+        if self._world.is_main:
+            for path in [*pending.partial.iterdir(), pending.partial]:
+                fsync_path(path)
+            shutil.rmtree(pending.final, ignore_errors=True)
+            pending.partial.rename(pending.final)
+            fsync_path(self._folder)
             for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
                 shutil.rmtree(old, ignore_errors=True)
         self._world.barrier()
 
     def poll(self) -> None:
         """Give a finished checkpoint its name; call it now and then, on every process at the same step."""
-        if self._writing is not None and self._writing.done is not None:
-            ready = self._world.sum(_flag(self._world, self._writing.done.done()))
+        if self._pending is not None and self._pending.done is not None:
+            ready = self._world.sum(_flag(self._world, self._pending.done.done()))
             if int(ready) == self._world.size:
                 self.finish()
 
@@ -148,5 +148,5 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _flag(world: World, value: bool) -> Tensor:
+def _flag(world: DistributedContext, value: bool) -> Tensor:
     return torch.tensor(int(value), device=world.device)

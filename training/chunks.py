@@ -9,7 +9,7 @@ A causal model trains on noisy chunks that see clean copies of earlier ones:
 A bidirectional model is the plan with one chunk: nothing old, no copies, everything sees everything. So losses and
 roll-outs below know chunks only.
 
-What is clean does not change with the noise, so its keys and values are made once (`context`) and shared by every forward of
+What is clean does not change with the noise, so its keys and values are made once (`encode_context`) and shared by every forward of
 a loss, those of the finite difference included; their gradient flows through one of them.
 """
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.training.model.network import Memory, Range, Span, TrainingTransformer
+from anyflow_deploy.training.model.network import KVCache, Span, TokenRange, TrainingTransformer
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class ChunkPlan:
         """Number of the window's first chunk."""
         return max(0, len(self.chunks) - self.limit)
 
-    def range(self, chunk: int) -> Range:
+    def frame_range(self, chunk: int) -> TokenRange:
         """Frames of a chunk: first, and one past the last."""
         start = sum(self.chunks[:chunk])
         return start, start + self.chunks[chunk]
 
     @property
-    def window(self) -> Range:
+    def window(self) -> TokenRange:
         """Frames of the window."""
         return sum(self.chunks[: self.first]), self.frames
 
@@ -92,22 +92,22 @@ class Context:
         old: tokens of the old ones among them.
     """
 
-    memory: Memory
+    memory: KVCache
     old: int
 
-    def detached(self) -> Context:
+    def detach(self) -> Context:
         """The same without gradient."""
         return Context([(key.detach(), value.detach()) for key, value in self.memory], self.old)
 
-    def rows(self, chosen: Tensor) -> Context:
+    def rows(self, indices: Tensor) -> Context:
         """The same for some samples of the batch, int64 or bool."""
-        return Context([(key[chosen], value[chosen]) for key, value in self.memory], self.old)
+        return Context([(key[indices], value[indices]) for key, value in self.memory], self.old)
 
 
-NOTHING = Context([], 0)
+EMPTY_CONTEXT = Context([], 0)
 
 
-def context(network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan) -> Context:
+def encode_context(network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan) -> Context:
     """Encode the clean chunks of a plan that its noisy ones look at: the old ones, and all of the window but the last.
 
     Args:
@@ -115,15 +115,15 @@ def context(network: TrainingTransformer, clean: Tensor, text: Tensor, plan: Chu
         text: prompt embeddings (B, L, D).
     """
     if len(plan.chunks) == 1:
-        return NOTHING
-    old = compressed(network, clean, text, plan, range(plan.first), [])
-    memory = recent(network, clean, text, plan, old)
-    return Context(memory, _tokens(old))
+        return EMPTY_CONTEXT
+    old = compress_chunks(network, clean, text, plan, range(plan.first), [])
+    memory = encode_recent(network, clean, text, plan, old)
+    return Context(memory, _cached_tokens(old))
 
 
-def compressed(
-    network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan, chunks: range, before: Memory
-) -> Memory:
+def compress_chunks(
+    network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan, chunks: range, before: KVCache
+) -> KVCache:
     """Compress some chunks that follow each other; each sees those before it. What is `before` stays as it is.
 
     Returns:
@@ -131,38 +131,46 @@ def compressed(
     """
     if not chunks:
         return before
-    patch = network.far_patch
+    patch = network.compressed_patch
     size = (clean.shape[3] // patch) * (clean.shape[4] // patch)
-    return _encoded(network, clean, text, plan, chunks, before, size, coarse=True)
+    return _encode_chunks(network, clean, text, plan, chunks, before, size, compressed=True)
 
 
-def recent(network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan, old: Memory) -> Memory:
+def encode_recent(network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan, old: KVCache) -> KVCache:
     """The old ones' memory, and that of the window's clean chunks behind it, without the last chunk's."""
     chunks = range(plan.first, len(plan.chunks) - 1)
     if not chunks:
         return old
-    return _encoded(network, clean, text, plan, chunks, old, _frame_tokens(network, clean), coarse=False)
+    return _encode_chunks(network, clean, text, plan, chunks, old, _frame_tokens(network, clean), compressed=False)
 
 
-def _encoded(
+def _encode_chunks(
     network: TrainingTransformer,
     clean: Tensor,
     text: Tensor,
     plan: ChunkPlan,
     chunks: range,
-    before: Memory,
+    before: KVCache,
     size: int,
-    coarse: bool,
-) -> Memory:
+    compressed: bool,
+) -> KVCache:
     """Run clean chunks at t = r = 0, each seeing what is before, earlier ones and itself; `size` tokens a frame."""
-    start, stop = plan.range(chunks[0])[0], plan.range(chunks[-1])[1]
-    ends = [(plan.range(c)[0] - start, plan.range(c)[1] - start) for c in chunks]
-    known = _tokens(before)
+    start, stop = plan.frame_range(chunks[0])[0], plan.frame_range(chunks[-1])[1]
+    ends = [(plan.frame_range(c)[0] - start, plan.frame_range(c)[1] - start) for c in chunks]
+    known = _cached_tokens(before)
     spans = [((a * size, b * size), ((0, known + b * size),)) for a, b in ends]
-    still = clean.new_zeros(clean.shape[0], stop - start)
+    zero_times = clean.new_zeros(clean.shape[0], stop - start)
     positions = torch.arange(start, stop, device=clean.device)
     own = network(
-        clean[:, start:stop], still, still, text, positions, before, spans if len(spans) > 1 else None, memory=True, coarse=coarse
+        clean[:, start:stop],
+        zero_times,
+        zero_times,
+        text,
+        positions,
+        before,
+        spans if len(spans) > 1 else None,
+        memory=True,
+        compressed=compressed,
     )
     if not before:
         return list(own)
@@ -170,7 +178,7 @@ def _encoded(
 
 
 def velocity(
-    network: TrainingTransformer, z: Tensor, t: Tensor, r: Tensor, text: Tensor, plan: ChunkPlan, seen: Context
+    network: TrainingTransformer, z: Tensor, t: Tensor, r: Tensor, text: Tensor, plan: ChunkPlan, context: Context
 ) -> Tensor:
     """u(z, t, r) of a plan's window.
 
@@ -178,27 +186,27 @@ def velocity(
         z: noisy latents of the window (B, F, C, H, W).
         t, r: one time for each sample, float32 (B), in timesteps.
         text: prompt embeddings (B, L, D).
-        seen: from `context`.
+        context: from `encode_context`.
     """
     start, stop = plan.window
     positions = torch.arange(start, stop, device=z.device)
     times = [s[:, None].expand(-1, stop - start) for s in (t, r)]
-    spans = _window_spans(plan, _frame_tokens(network, z), seen) if plan.first + 1 < len(plan.chunks) else None
-    result: Tensor = network(z, *times, text, positions, seen.memory, spans)
+    spans = _window_spans(plan, _frame_tokens(network, z), context) if plan.first + 1 < len(plan.chunks) else None
+    result: Tensor = network(z, *times, text, positions, context.memory, spans)
     return result
 
 
-def _window_spans(plan: ChunkPlan, size: int, seen: Context) -> list[Span]:
+def _window_spans(plan: ChunkPlan, size: int, context: Context) -> list[Span]:
     """A noisy chunk sees the old ones, the clean copies of the window's earlier ones, and itself."""
-    start, known = plan.window[0], _tokens(seen.memory)
+    start, known = plan.window[0], _cached_tokens(context.memory)
     spans: list[Span] = []
     for chunk in range(plan.first, len(plan.chunks)):
-        a, b = ((frame - start) * size for frame in plan.range(chunk))
-        spans.append(((a, b), ((0, seen.old + a), (known + a, known + b))))
+        a, b = ((frame - start) * size for frame in plan.frame_range(chunk))
+        spans.append(((a, b), ((0, context.old + a), (known + a, known + b))))
     return spans
 
 
-def _tokens(memory: Memory) -> int:
+def _cached_tokens(memory: KVCache) -> int:
     return memory[0][0].shape[1] if memory else 0
 
 

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Kind = Literal["float32", "bfloat16"]
+UnitFloat = Annotated[float, Field(ge=0, le=1)]
+DType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class Optimizing:
+class OptimizerConfig:
     """AdamW, and how long.
 
     Attributes:
@@ -26,17 +26,17 @@ class Optimizing:
     steps: PositiveInt
     batch: PositiveInt
     learning_rate: PositiveFloat
-    beta1: Share = 0.9
-    beta2: Share = 0.95
+    beta1: UnitFloat = 0.9
+    beta2: UnitFloat = 0.95
     weight_decay: NonNegativeFloat = 0.0
     micro_batch: PositiveInt = 1
     clip: PositiveFloat = 1.0
-    ema: Share = 0.999
+    ema: UnitFloat = 0.999
     ema_start: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
-class Adapting:
+class LoRAConfig:
     """LoRA, without dropout always: it would corrupt the finite difference.
 
     Attributes:
@@ -51,13 +51,13 @@ class Adapting:
 
 
 @dataclass(frozen=True)
-class Flow:
+class FlowMapConfig:
     """The losses' constants.
 
     Attributes:
         shift: of all schedules.
         guidance: g that is fused into the flow map.
-        derivative, epsilon, derivative_type: of du/dt, see `losses.Difference`.
+        derivative, epsilon, derivative_type: of du/dt, see `losses.DerivativeConfig`.
         text_drop: share of samples that are trained without their text (teacher).
         long_context: share of steps in which a causal model sees compressed chunks.
         rollout_steps: numbers of steps that roll-outs simulate.
@@ -69,16 +69,16 @@ class Flow:
     guidance: PositiveFloat = 3.0
     derivative: Literal["central", "jvp"] = "central"
     epsilon: PositiveFloat = 5.0
-    derivative_type: Kind = "float32"
-    text_drop: Share = 0.0
-    long_context: Share = 0.5
+    derivative_type: DType = "float32"
+    text_drop: UnitFloat = 0.0
+    long_context: UnitFloat = 0.5
     rollout_steps: tuple[PositiveInt, ...] = (2, 4, 8, 16, 50)
     real_guidance: NonNegativeFloat = 3.0
     flow_map_weight: NonNegativeFloat = 1.0
 
 
 @dataclass(frozen=True)
-class Running:
+class RunConfig:
     """How it is computed and kept.
 
     Attributes:
@@ -94,7 +94,7 @@ class Running:
     """
 
     seed: NonNegativeInt = 0
-    compute: Kind = "bfloat16"
+    compute: DType = "bfloat16"
     checkpointing: bool = True
     offload: bool = False
     compile: bool = False
@@ -104,4 +104,4 @@ class Running:
     sample_every: NonNegativeInt = 250
     sample_steps: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16)
     spike: NonNegativeFloat = 100.0
-    save_type: Kind = "float32"
+    save_type: DType = "float32"

@@ -21,7 +21,7 @@ from anyflow_deploy.errors import AnyFlowError
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """This process among the others.
 
     Attributes:
@@ -38,7 +38,7 @@ class World:
     writers: dist.ProcessGroup | None = None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that writes logs and folders."""
         return self.rank == 0
 
@@ -54,7 +54,7 @@ class World:
             dist.barrier()
 
 
-def join(shard: int | None = None, device: str | None = None) -> World:
+def init_distributed(shard: int | None = None, device: str | None = None) -> DistributedContext:
     """Join the process group that the environment describes; without one, be alone.
 
     Args:
@@ -70,7 +70,7 @@ def join(shard: int | None = None, device: str | None = None) -> World:
     if not given or os.environ.get("WORLD_SIZE") == "1":
         if shard not in (None, 1):
             raise AnyFlowError(f"--shard is {shard} and there is one process. Start more with torchrun, or leave it out.")
-        return World(0, 1, torch.device(kind))
+        return DistributedContext(0, 1, torch.device(kind))
     if len(given) < len(names):
         missing = ", ".join(sorted(set(names) - set(given)))
         raise AnyFlowError(f"the environment has {', '.join(given)} and lacks {missing}. Start with torchrun.")
@@ -90,10 +90,10 @@ def join(shard: int | None = None, device: str | None = None) -> World:
     else:
         mesh = init_device_mesh(kind, (size // pieces, pieces), mesh_dim_names=("copy", "shard"))
     where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    return World(dist.get_rank(), size, where, mesh, dist.new_group(backend="gloo"))
+    return DistributedContext(dist.get_rank(), size, where, mesh, dist.new_group(backend="gloo"))
 
 
-def leave(world: World) -> None:
+def shutdown_distributed(world: DistributedContext) -> None:
     """End the process group."""
     if world.size > 1:
         dist.destroy_process_group()

@@ -11,7 +11,7 @@ real score take its noised form for.
 
 du/dt is only computed for samples with r < t: half of a batch has r = t, where (t - r) is nothing.
 
-Everything here is float32 except the network's large products; with `Difference.compute = float32` those of du/dt too, since
+Everything here is float32 except the network's large products; with `DerivativeConfig.compute = float32` those of du/dt too, since
 the difference is divided by 0.01, and the rounding of bfloat16 products with it.
 """
 
@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
-from anyflow_deploy.training.chunks import ChunkPlan, Context, context, velocity
-from anyflow_deploy.training.model.lora import base_alone
+from anyflow_deploy.training.chunks import ChunkPlan, Context, encode_context, velocity
+from anyflow_deploy.training.model.lora import disable_adapters
 from anyflow_deploy.training.model.network import TrainingTransformer
 from anyflow_deploy.training.timestep_sampling import time_weight
 
 
 @dataclass(frozen=True)
-class Pair:
+class NoisePair:
     """Clean samples and the noise that is mixed in.
 
     Attributes:
@@ -53,7 +53,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Difference:
+class DerivativeConfig:
     """How du/dt is computed.
 
     Attributes:
@@ -67,7 +67,7 @@ class Difference:
     compute: torch.dtype = torch.float32
 
 
-def noised(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+def add_noise(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """z_t = (1 - s) x + s n; t float32 (B), in timesteps."""
     s = sigma(t)
     return (1 - s) * clean + s * noise
@@ -78,25 +78,27 @@ def sigma(t: Tensor) -> Tensor:
     return (t / TRAIN_TIMESTEPS)[:, None, None, None, None]
 
 
-def flow_matching_losses(network: TrainingTransformer, pair: Pair, t: Tensor, plan: ChunkPlan) -> Tensor:
+def flow_matching_losses(network: TrainingTransformer, pair: NoisePair, t: Tensor, plan: ChunkPlan) -> Tensor:
     """Mean squared error of the instantaneous velocity, for each sample: (B)."""
     clean = pair.target(plan)
-    u = velocity(network, noised(clean, pair.noise, t), t, t, pair.text, plan, context(network, pair.clean, pair.text, plan))
+    u = velocity(
+        network, add_noise(clean, pair.noise, t), t, t, pair.text, plan, encode_context(network, pair.clean, pair.text, plan)
+    )
     return (u - (pair.noise - clean)).square().flatten(1).mean(1)
 
 
 def flow_map_losses(
     network: TrainingTransformer,
-    pair: Pair,
+    pair: NoisePair,
     t: Tensor,
     r: Tensor,
     plan: ChunkPlan,
     guidance: float,
     shift: float,
-    difference: Difference,
+    derivative_config: DerivativeConfig,
     moving: bool | None = None,
 ) -> Tensor:
-    """The weighted flow-map loss of each sample, before `balanced`: (B).
+    """The weighted flow-map loss of each sample, before `rescale_losses`: (B).
 
     Args:
         t, r: float32 (B), timesteps.
@@ -105,20 +107,22 @@ def flow_map_losses(
             None looks at this batch alone.
     """
     clean = pair.target(plan)
-    z, v = noised(clean, pair.noise, t), pair.noise - clean
-    seen = context(network, pair.clean, pair.text, plan)
-    u = velocity(network, z, t, r, pair.text, plan, seen)
+    z, v = add_noise(clean, pair.noise, t), pair.noise - clean
+    context = encode_context(network, pair.clean, pair.text, plan)
+    u = velocity(network, z, t, r, pair.text, plan, context)
     with torch.no_grad():
         rows = r < t
-        change = torch.zeros_like(v)
+        du_dt = torch.zeros_like(v)
         if bool(rows.any()) if moving is None else moving:
-            chosen = rows.nonzero()[:, 0] if bool(rows.any()) else torch.zeros(1, dtype=torch.int64, device=t.device)
-            point = (z[chosen], v[chosen], t[chosen], r[chosen], pair.text[chosen])
-            change[chosen] = derivative(network, *point, plan, seen.detached().rows(chosen), difference)
-        target = v - (sigma(t) - sigma(r)) * change / guidance
+            indices = rows.nonzero()[:, 0] if bool(rows.any()) else torch.zeros(1, dtype=torch.int64, device=t.device)
+            point = (z[indices], v[indices], t[indices], r[indices], pair.text[indices])
+            du_dt[indices] = derivative(network, *point, plan, context.detach().rows(indices), derivative_config)
+        target = v - (sigma(t) - sigma(r)) * du_dt / guidance
         if guidance != 1:
-            without = velocity(network, z, t, r, pair.negative, plan, context(network, pair.clean, pair.negative, plan))
-            target = guidance * target + (1 - guidance) * without
+            unconditional = velocity(
+                network, z, t, r, pair.negative, plan, encode_context(network, pair.clean, pair.negative, plan)
+            )
+            target = guidance * target + (1 - guidance) * unconditional
     # (u + (g - 1) u_uncond) / g - target, written so that the gradient flows through the same division
     error = (u - target) / guidance
     return error.square().flatten(1).mean(1) * time_weight(t, shift)
@@ -132,38 +136,38 @@ def derivative(
     r: Tensor,
     text: Tensor,
     plan: ChunkPlan,
-    seen: Context,
-    how: Difference,
+    context: Context,
+    derivative_config: DerivativeConfig,
 ) -> Tensor:
     """du/ds along the straight path, d(z, s) = (v, 1), at fixed r; without gradient.
 
     Times, states and the difference are float32 whatever the network computes in: t +- 5 in bfloat16 would be 8 apart, not
     10.
     """
-    with torch.no_grad(), network.computing(how.compute):
-        if how.method == "jvp":
-            moved = (v.contiguous(), torch.full_like(t, TRAIN_TIMESTEPS))
+    with torch.no_grad(), network.override_compute_type(derivative_config.compute):
+        if derivative_config.method == "jvp":
+            tangents = (v.contiguous(), torch.full_like(t, TRAIN_TIMESTEPS))
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
                 result: Tensor = torch.func.jvp(
-                    lambda state, time: velocity(network, state, time, r, text, plan, seen), (z, t), moved
+                    lambda state, time: velocity(network, state, time, r, text, plan, context), (z, t), tangents
                 )[1]
             return result
-        step = torch.full_like(t, how.epsilon)
-        far = sigma(step)
-        both = velocity(
+        step = torch.full_like(t, derivative_config.epsilon)
+        half_width = sigma(step)
+        velocities = velocity(
             network,
-            torch.cat((z + far * v, z - far * v)),
+            torch.cat((z + half_width * v, z - half_width * v)),
             torch.cat((t + step, t - step)),
             r.repeat(2),
             text.repeat(2, 1, 1),
             plan,
-            seen.rows(torch.arange(len(t), device=t.device).repeat(2)),
+            context.rows(torch.arange(len(t), device=t.device).repeat(2)),
         )
-        ahead, behind = both.chunk(2)
-        return (ahead - behind) / (2 * far)
+        ahead, behind = velocities.chunk(2)
+        return (ahead - behind) / (2 * half_width)
 
 
-def balanced(losses: Tensor, diffusion: Tensor, reference: Tensor) -> Tensor:
+def rescale_losses(losses: Tensor, diffusion: Tensor, reference: Tensor) -> Tensor:
     """Scale each r != t sample so that its loss is the reference: (B), same gradient direction.
 
     Args:
@@ -191,20 +195,20 @@ class Score:
     plan: ChunkPlan
     without_adapters: bool = False
 
-    def on(self, plan: ChunkPlan) -> Score:
+    def for_plan(self, plan: ChunkPlan) -> Score:
         """The same score for samples of this plan: a bidirectional one sees all their frames as one chunk."""
         own = plan if self.network.architecture.causal else ChunkPlan((plan.frames,))
         return replace(self, plan=own)
 
-    def clean_from(self, z: Tensor, t: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+    def predict_clean(self, z: Tensor, t: Tensor, sample: Tensor, text: Tensor) -> Tensor:
         """What the network takes z_t for, in the plan's window."""
-        with base_alone(self.network) if self.without_adapters else contextlib.nullcontext():
-            seen = context(self.network, sample, text, self.plan)
-            return z - sigma(t) * velocity(self.network, z, t, t, text, self.plan, seen)
+        with disable_adapters(self.network) if self.without_adapters else contextlib.nullcontext():
+            context = encode_context(self.network, sample, text, self.plan)
+            return z - sigma(t) * velocity(self.network, z, t, t, text, self.plan, context)
 
 
 @torch.no_grad()
-def dmd_gradient(real: Score, fake: Score, sample: Tensor, noise: Tensor, t: Tensor, texts: Pair, guidance: float) -> Tensor:
+def dmd_gradient(real: Score, fake: Score, sample: Tensor, noise: Tensor, t: Tensor, texts: NoisePair, guidance: float) -> Tensor:
     """The normalised gradient of distribution matching at generated samples.
 
     `(fake - real) / mean|x - real|`, `real = cond + g (cond - uncond)`, each the clean sample that a score takes z_t for.
@@ -221,11 +225,11 @@ def dmd_gradient(real: Score, fake: Score, sample: Tensor, noise: Tensor, t: Ten
     """
     start, stop = real.plan.window
     x = sample[:, start:stop]
-    z = noised(x, noise, t)
-    conditional = real.clean_from(z, t, sample, texts.text)
-    target = conditional + guidance * (conditional - real.clean_from(z, t, sample, texts.negative))
+    z = add_noise(x, noise, t)
+    conditional = real.predict_clean(z, t, sample, texts.text)
+    target = conditional + guidance * (conditional - real.predict_clean(z, t, sample, texts.negative))
     scale = (x - target).abs().flatten(1).mean(1).clamp(min=1e-8)
-    return (fake.clean_from(z, t, sample, texts.text) - target) / scale[:, None, None, None, None]
+    return (fake.predict_clean(z, t, sample, texts.text) - target) / scale[:, None, None, None, None]
 
 
 def dmd_losses(sample: Tensor, gradient: Tensor, window: tuple[int, int]) -> Tensor:

@@ -18,23 +18,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class Watch:
+class MetricsLogger:
     """Where a run tells how it goes; only the first process has one that shows anything.
 
     Args:
         output: the run's folder.
         name: of the recipe.
         first_step, steps: where it stands, and where it ends.
-        shown: False for the other processes.
+        enabled: False for the other processes.
         wandb: a project of wandb's; None for none.
         settings: of the run, for wandb.
     """
 
     def __init__(
-        self, output: Path, name: str, first_step: int, steps: int, shown: bool, wandb: str | None, settings: dict[str, Any]
+        self, output: Path, name: str, first_step: int, steps: int, enabled: bool, wandb: str | None, settings: dict[str, Any]
     ) -> None:
-        self._shown = shown
-        if not shown:
+        self._enabled = enabled
+        if not enabled:
             return
         from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -58,7 +58,7 @@ class Watch:
 
     def step(self, step: int, values: dict[str, float], samples: int, seconds: float) -> None:
         """One optimizer step was made."""
-        if not self._shown:
+        if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
@@ -70,9 +70,9 @@ class Watch:
         state = f"loss {values['loss']:.4g}  {speed:.3g} samples/s  {memory:.1f} GiB"
         self._progress.update(self._task, completed=step, state=state)
 
-    def picture(self, step: int, path: Path) -> None:
+    def log_image(self, step: int, path: Path) -> None:
         """A sample sheet was drawn."""
-        if not self._shown:
+        if not self._enabled:
             return
         from matplotlib import pyplot
 
@@ -82,14 +82,14 @@ class Watch:
 
             self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line above the progress."""
-        if self._shown:
+        if self._enabled:
             self._progress.console.print(text)
 
     def close(self) -> None:
         """Stop drawing, and write out what is buffered."""
-        if not self._shown:
+        if not self._enabled:
             return
         self._progress.stop()
         self._file.close()

@@ -9,18 +9,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from anyflow_deploy.training.config import Optimizing
-from anyflow_deploy.training.model.model_factory import trained_parameters, whole
+from anyflow_deploy.training.config import OptimizerConfig
+from anyflow_deploy.training.model.model_factory import gather_tensor, trained_parameters
 from anyflow_deploy.training.model.network import TrainingTransformer
 
 
-class Learner:
+class OptimizerState:
     """See the module's text.
 
     Args:
-        network: from `model_factory.trained_network`.
-        how: rates, clipping, averaging.
-        averaged: keep a moving average.
+        network: from `model_factory.build_trained_network`.
+        config: rates, clipping, averaging.
+        use_average: keep a moving average.
 
     Attributes:
         network: that learns.
@@ -29,17 +29,17 @@ class Learner:
         steps: updates made.
     """
 
-    def __init__(self, network: TrainingTransformer, how: Optimizing, averaged: bool = True) -> None:
+    def __init__(self, network: TrainingTransformer, config: OptimizerConfig, use_average: bool = True) -> None:
         self.network = network
-        self.how = how
+        self.config = config
         self.parameters = trained_parameters(network)
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if averaged else {}
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if use_average else {}
         self.steps = 0
         self._optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
-            lr=how.learning_rate,
-            betas=(how.beta1, how.beta2),
-            weight_decay=how.weight_decay,
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            weight_decay=config.weight_decay,
         )
         for parameter in self.parameters.values():  # so that there is something to load into
             self._optimizer.state[parameter] = {
@@ -48,10 +48,10 @@ class Learner:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
 
-    def gradient_norm(self) -> float:
+    def clip_gradients(self) -> float:
         """Of all gradients together; they are clipped to the recipe's largest. Every process has to call it."""
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.how.clip)
-        return float(whole(norm))
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
+        return float(gather_tensor(norm))
 
     def update(self) -> None:
         """One step of the optimizer and of the moving average; gradients are cleared."""
@@ -60,11 +60,11 @@ class Learner:
         self.steps += 1
         if self.average:
             with torch.no_grad():
-                kept = self.how.ema if self.steps > self.how.ema_start else 0.0
+                decay = self.config.ema if self.steps > self.config.ema_start else 0.0
                 for name, parameter in self.parameters.items():
-                    self.average[name].lerp_(parameter.detach(), 1.0 - kept)
+                    self.average[name].lerp_(parameter.detach(), 1.0 - decay)
 
-    def forget_gradients(self) -> None:
+    def clear_gradients(self) -> None:
         """Drop what was accumulated."""
         self._optimizer.zero_grad(set_to_none=True)
 
@@ -85,7 +85,7 @@ class Learner:
         counts = [int(self._optimizer.state[parameter]["step"]) for parameter in self.parameters.values()]
         return {"steps": self.steps, "updates": counts}
 
-    def resumed(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """After `tensors` were loaded: the counts they come from."""
         self.steps = int(state["steps"])
         for parameter, count in zip(self.parameters.values(), state["updates"], strict=True):
@@ -93,13 +93,13 @@ class Learner:
 
     @contextlib.contextmanager
     @torch.no_grad()
-    def averaged(self) -> Iterator[None]:
+    def use_average(self) -> Iterator[None]:
         """Put the moving average into the network meanwhile."""
-        held = {name: parameter.detach().clone() for name, parameter in self.parameters.items()} if self.average else {}
+        saved = {name: parameter.detach().clone() for name, parameter in self.parameters.items()} if self.average else {}
         for name, value in self.average.items():
             self.parameters[name].copy_(value)
         try:
             yield
         finally:
-            for name, value in held.items():
+            for name, value in saved.items():
                 self.parameters[name].copy_(value)

@@ -16,9 +16,9 @@ from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.data.source import Batch
-from anyflow_deploy.training.distributed import World
-from anyflow_deploy.training.model.memory import checkpoint_bytes, estimated, finished_bytes
-from anyflow_deploy.training.recipes import Recipe, as_dict
+from anyflow_deploy.training.distributed import DistributedContext
+from anyflow_deploy.training.model.memory import checkpoint_bytes, estimate_training_memory, model_bytes
+from anyflow_deploy.training.recipes import Recipe, recipe_to_dict
 
 CHANGEABLE = {
     "steps", "micro_batch", "checkpointing", "offload", "compile", "checkpoint_every", "keep", "asynchronous", "sample_every",
@@ -34,35 +34,37 @@ def check_packages(recipe: Recipe, wandb: str | None) -> None:
         AnyFlowError: with the command that installs it.
     """
     needed = {"tensorboard": True, "peft": recipe.adapting.lora_rank > 0}
-    missing = [name for name, wanted in needed.items() if wanted and importlib.util.find_spec(name) is None]
+    missing = [name for name, required in needed.items() if required and importlib.util.find_spec(name) is None]
     if missing:
         raise AnyFlowError(f"training needs {' and '.join(missing)}. Run: pip install 'anyflow-deploy[train]'")
     if wandb is not None and importlib.util.find_spec("wandb") is None:
         raise AnyFlowError("--wandb needs the package wandb. Run: pip install wandb")
 
 
-def check_memory(recipe: Recipe, a: Architecture, world: World) -> str:
+def check_memory(recipe: Recipe, a: Architecture, world: DistributedContext) -> str:
     """A line that tells the estimate.
 
     Raises:
         AnyFlowError: weights and optimizer alone, which are counted and not estimated, do not fit.
     """
     pieces = world.mesh.size(world.mesh.ndim - 1) if world.mesh is not None else 1
-    need = estimated(recipe, a, pieces)
+    need = estimate_training_memory(recipe, a, pieces)
     if world.device.type == "cuda":
-        have = torch.cuda.get_device_properties(world.device).total_memory
+        available = torch.cuda.get_device_properties(world.device).total_memory
     else:
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.size
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.size
     fixed = need.weights + need.training
-    if fixed > have:
+    if fixed > available:
         raise AnyFlowError(
-            f"weights, gradients and optimizer take {fixed / 2**30:.1f} GiB a process; there are {have / 2**30:.1f} GiB. "
+            f"weights, gradients and optimizer take {fixed / 2**30:.1f} GiB a process; there are {available / 2**30:.1f} GiB. "
             "Use more processes, or adapters (--lora-rank 256)."
         )
     parts = f"activations {need.activations / 2**30:.2f}, estimated"
-    line = f"memory {need.total / 2**30:.2f} GiB a process ({parts}) of {have / 2**30:.1f}"
+    line = f"memory {need.total / 2**30:.2f} GiB a process ({parts}) of {available / 2**30:.1f}"
     return (
-        line if need.total <= have else f"{line}: likely too little. Use --micro-batch 1, --checkpointing true, more processes."
+        line
+        if need.total <= available
+        else f"{line}: likely too little. Use --micro-batch 1, --checkpointing true, more processes."
     )
 
 
@@ -75,7 +77,7 @@ def check_disk(recipe: Recipe, a: Architecture, output: Path) -> str:
     output.mkdir(parents=True, exist_ok=True)
     if not os.access(output, os.W_OK):
         raise AnyFlowError(f"{output} cannot be written to. Choose another --output.")
-    need = (recipe.running.keep + 1) * checkpoint_bytes(recipe, a) + finished_bytes(recipe, a)
+    need = (recipe.running.keep + 1) * checkpoint_bytes(recipe, a) + model_bytes(recipe, a)
     free = shutil.disk_usage(output).free
     if need > free:
         raise AnyFlowError(
@@ -91,25 +93,25 @@ def check_batch(batch: Batch, recipe: Recipe, a: Architecture) -> None:
     Raises:
         AnyFlowError: with the names of the samples.
     """
-    wanted = (recipe.frames, a.in_channels, recipe.height, recipe.width)
-    found = tuple(batch.latents.shape[1:])
+    required = (recipe.frames, a.in_channels, recipe.height, recipe.width)
+    actual = tuple(batch.latents.shape[1:])
     named = ", ".join(batch.names[:4])
-    if found != wanted:
+    if actual != required:
         raise AnyFlowError(
-            f"samples {named} have latents (F, C, H, W) {found}; the recipe has {wanted}. "
+            f"samples {named} have latents (F, C, H, W) {actual}; the recipe has {required}. "
             "Give --frames, --height and --width of the data."
         )
     if batch.text.shape[-1] != a.text_dim or batch.text.shape[0] != len(batch.latents):
         raise AnyFlowError(f"samples {named} have text {tuple(batch.text.shape)}; the model takes (B, tokens, {a.text_dim}).")
 
 
-def check_resumed(stored: dict[str, Any], recipe: Recipe, base: str, path: Path) -> None:
+def check_resume(stored: dict[str, Any], recipe: Recipe, base: str, path: Path) -> None:
     """A checkpoint belongs to this run.
 
     Raises:
         CheckpointError: with the settings that differ.
     """
-    old, new = _flat(stored["recipe"]), _flat(as_dict(recipe))
+    old, new = _flatten(stored["recipe"]), _flatten(recipe_to_dict(recipe))
     changed = [
         f"--{n.replace('_', '-')} {old.get(n)} there, {new[n]} here" for n in new if n not in CHANGEABLE and old.get(n) != new[n]
     ]
@@ -123,7 +125,7 @@ def check_resumed(stored: dict[str, Any], recipe: Recipe, base: str, path: Path)
         )
 
 
-def _flat(content: dict[str, Any]) -> dict[str, Any]:
+def _flatten(content: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in content.items():
         result |= value if isinstance(value, dict) else {name: value}

@@ -1,9 +1,9 @@
 """Recipes: everything a run is made of, as frozen values that derive from each other.
 
-    recipe("on-policy-1.3b-causal")         STAGE-SIZE[-causal]; STAGE is teacher, flow-map or on-policy
+    get_recipe("on-policy-1.3b-causal")     STAGE-SIZE[-causal]; STAGE is teacher, flow-map or on-policy
 
 Numbers are the paper's and the authors' code's where docs/training.md says so. A field is also a flag of
-`python -m anyflow_deploy.train`; `overridden` checks it. The recipe is stored with every checkpoint.
+`python -m anyflow_deploy.train`; `override_recipe` checks it. The recipe is stored with every checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEXT_TOKENS, Architecture, Model
 from anyflow_deploy.shape_ranges import latent_frames
-from anyflow_deploy.training.config import Adapting, Flow, Optimizing, Running
+from anyflow_deploy.training.config import FlowMapConfig, LoRAConfig, OptimizerConfig, RunConfig
 
 STAGES = ("teacher", "flow-map", "on-policy")
 SIZES = ("tiny", "1.3b", "14b")
@@ -39,10 +39,10 @@ class Recipe:
     frames: PositiveInt
     height: PositiveInt
     width: PositiveInt
-    optimizing: Optimizing
-    adapting: Adapting = field(default_factory=Adapting)
-    flow: Flow = field(default_factory=Flow)
-    running: Running = field(default_factory=Running)
+    optimizing: OptimizerConfig
+    adapting: LoRAConfig = field(default_factory=LoRAConfig)
+    flow: FlowMapConfig = field(default_factory=FlowMapConfig)
+    running: RunConfig = field(default_factory=RunConfig)
     text_tokens: PositiveInt = TEXT_TOKENS
 
     @property
@@ -64,21 +64,21 @@ class Recipe:
 GROUPS = ("optimizing", "adapting", "flow", "running")
 
 
-def names() -> tuple[str, ...]:
+def recipe_names() -> tuple[str, ...]:
     """Of all recipes."""
     return tuple(f"{stage}-{size}{end}" for stage in STAGES for size in SIZES for end in ("", "-causal"))
 
 
-def recipe(name: str) -> Recipe:
+def get_recipe(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
         AnyFlowError: an unknown name, with the nearest known one.
     """
-    if name not in names():
+    if name not in recipe_names():
         raise AnyFlowError(
             f"unknown recipe {name!r}: known are STAGE-SIZE and STAGE-SIZE-causal, where STAGE is one of {', '.join(STAGES)} "
-            f"and SIZE one of {', '.join(SIZES)}.{suggestion(name, names())}"
+            f"and SIZE one of {', '.join(SIZES)}.{suggestion(name, recipe_names())}"
         )
     stage = next(s for s in STAGES if name.startswith(s))
     size, _, causal = name[len(stage) + 1 :].partition("-")
@@ -91,7 +91,7 @@ def recipe(name: str) -> Recipe:
         frames=latent_frames(frames, 4),
         height=height // SPATIAL_FACTOR,
         width=width // SPATIAL_FACTOR,
-        optimizing=_STAGE[stage](size),
+        optimizing=_STAGE_OPTIMIZERS[stage](size),
     )
     if stage == "teacher":
         base = dataclasses.replace(
@@ -101,29 +101,31 @@ def recipe(name: str) -> Recipe:
         )
     if size == "14b":
         base = dataclasses.replace(base, running=dataclasses.replace(base.running, save_type="bfloat16"))
-    return _tiny(base) if size == "tiny" else base
+    return _shrink_to_tiny(base) if size == "tiny" else base
 
 
-def _teacher(size: str) -> Optimizing:
+def _teacher_optimizer(size: str) -> OptimizerConfig:
     """Flow matching; the number of steps is ours."""
-    return Optimizing(steps=2000, batch=16 if size == "14b" else 32, learning_rate=5e-5)
+    return OptimizerConfig(steps=2000, batch=16 if size == "14b" else 32, learning_rate=5e-5)
 
 
-def _flow_map(size: str) -> Optimizing:
+def _flow_map_optimizer(size: str) -> OptimizerConfig:
     """The reference's stage 1."""
     large = size == "14b"
-    return Optimizing(steps=4000 if large else 6000, batch=16 if large else 32, learning_rate=5e-5, ema_start=1000)
+    return OptimizerConfig(steps=4000 if large else 6000, batch=16 if large else 32, learning_rate=5e-5, ema_start=1000)
 
 
-def _on_policy(size: str) -> Optimizing:
+def _on_policy_optimizer(size: str) -> OptimizerConfig:
     """The reference's stage 2."""
-    return dataclasses.replace(_flow_map(size), steps=1000, learning_rate=2e-6, beta1=0.0, beta2=0.999, ema=0.99, ema_start=0)
+    return dataclasses.replace(
+        _flow_map_optimizer(size), steps=1000, learning_rate=2e-6, beta1=0.0, beta2=0.999, ema=0.99, ema_start=0
+    )
 
 
-_STAGE = {"teacher": _teacher, "flow-map": _flow_map, "on-policy": _on_policy}
+_STAGE_OPTIMIZERS = {"teacher": _teacher_optimizer, "flow-map": _flow_map_optimizer, "on-policy": _on_policy_optimizer}
 
 
-def _tiny(base: Recipe) -> Recipe:
+def _shrink_to_tiny(base: Recipe) -> Recipe:
     """For a CPU: all weights, float32, minutes."""
     rate = 1e-3 if base.stage != "on-policy" else 2e-5
     return dataclasses.replace(
@@ -132,24 +134,29 @@ def _tiny(base: Recipe) -> Recipe:
         optimizing=dataclasses.replace(
             base.optimizing, steps=200, batch=8, micro_batch=8, learning_rate=rate, ema=0.99, ema_start=50
         ),
-        adapting=Adapting(lora_rank=0),
+        adapting=LoRAConfig(lora_rank=0),
         running=dataclasses.replace(
             base.running, compute="float32", checkpointing=False, checkpoint_every=50, sample_every=50, asynchronous=False
         ),
     )
 
 
-def fields(chosen: type[Any] = Recipe) -> Iterator[tuple[str, str | None, dataclasses.Field[Any]]]:
+def recipe_fields(recipe: type[Any] = Recipe) -> Iterator[tuple[str, str | None, dataclasses.Field[Any]]]:
     """Everything that can be overridden: (name, group, field)."""
-    for one in dataclasses.fields(chosen):
+    for one in dataclasses.fields(recipe):
         if one.name not in (*GROUPS, "name", "stage", "model"):
             yield one.name, None, one
-    for group, kind in (("optimizing", Optimizing), ("adapting", Adapting), ("flow", Flow), ("running", Running)):
+    for group, kind in (
+        ("optimizing", OptimizerConfig),
+        ("adapting", LoRAConfig),
+        ("flow", FlowMapConfig),
+        ("running", RunConfig),
+    ):
         for one in dataclasses.fields(kind):
             yield one.name, group, one
 
 
-def overridden(base: Recipe, values: Mapping[str, Any]) -> Recipe:
+def override_recipe(base: Recipe, values: Mapping[str, Any]) -> Recipe:
     """A recipe with other values.
 
     Args:
@@ -159,8 +166,8 @@ def overridden(base: Recipe, values: Mapping[str, Any]) -> Recipe:
     Raises:
         AnyFlowError: an unknown name, a value that is not allowed, or values that do not go together.
     """
-    groups = {name: group for name, group, _ in fields()}
-    content = as_dict(base)
+    groups = {name: group for name, group, _ in recipe_fields()}
+    content = recipe_to_dict(base)
     for name, value in values.items():
         if name not in groups:
             raise AnyFlowError(f"unknown setting {name!r}.{suggestion(name, groups)}")
@@ -169,18 +176,18 @@ def overridden(base: Recipe, values: Mapping[str, Any]) -> Recipe:
         listed = isinstance(target[name], list) and isinstance(value, str)
         target[name] = value.split(",") if listed else value
     result = recipe_from_dict(content)
-    _check(result)
+    _check_consistency(result)
     return result
 
 
-def as_dict(chosen: Recipe) -> dict[str, Any]:
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """For JSON."""
-    content: dict[str, Any] = TypeAdapter(Recipe).dump_python(chosen, mode="json")
+    content: dict[str, Any] = TypeAdapter(Recipe).dump_python(recipe, mode="json")
     return content
 
 
 def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
-    """What `as_dict` made.
+    """What `recipe_to_dict` made.
 
     Raises:
         AnyFlowError: with the field that is wrong.
@@ -193,16 +200,16 @@ def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
         raise AnyFlowError(f"--{flag} is {problem['input']!r}: {problem['msg'].lower()}.") from None
 
 
-def _check(chosen: Recipe) -> None:
+def _check_consistency(recipe: Recipe) -> None:
     """What goes together."""
-    optimizing, a = chosen.optimizing, chosen.architecture
+    optimizing, a = recipe.optimizing, recipe.architecture
     if optimizing.batch % optimizing.micro_batch:
         raise AnyFlowError(f"--batch {optimizing.batch} is not a multiple of --micro-batch {optimizing.micro_batch}. Change one.")
-    coarse = (a.compressed_patch_size or a.patch_size)[1]
-    if chosen.height % a.patch_size[1] or chosen.width % a.patch_size[2] or min(chosen.height, chosen.width) < coarse:
+    compressed_side = (a.compressed_patch_size or a.patch_size)[1]
+    if recipe.height % a.patch_size[1] or recipe.width % a.patch_size[2] or min(recipe.height, recipe.width) < compressed_side:
         raise AnyFlowError(
-            f"latents of {chosen.height} x {chosen.width} do not divide into patches of {a.patch_size[1]} "
-            f"(and at least {coarse}); change --height and --width."
+            f"latents of {recipe.height} x {recipe.width} do not divide into patches of {a.patch_size[1]} "
+            f"(and at least {compressed_side}); change --height and --width."
         )
-    if chosen.frames > a.rope_max_seq_len:
-        raise AnyFlowError(f"--frames is {chosen.frames}; the model's rotary table ends at {a.rope_max_seq_len}.")
+    if recipe.frames > a.rope_max_seq_len:
+        raise AnyFlowError(f"--frames is {recipe.frames}; the model's rotary table ends at {a.rope_max_seq_len}.")

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS, Schedule
-from anyflow_deploy.training.chunks import ChunkPlan, compressed, recent
-from anyflow_deploy.training.model.network import Memory, TrainingTransformer
-from anyflow_deploy.training.timestep_sampling import generator
+from anyflow_deploy.training.chunks import ChunkPlan, compress_chunks, encode_recent
+from anyflow_deploy.training.model.network import KVCache, TrainingTransformer
+from anyflow_deploy.training.timestep_sampling import seeded_generator
 
 Transition = tuple[float, float]
 
@@ -33,9 +33,9 @@ def shortcut(steps: int, index: int, shift: float) -> list[Transition]:
     return [(t, r) for t, r in itertools.pairwise(stops) if t > r]
 
 
-def drawn_shortcut(choices: tuple[int, ...], shift: float, seed: int, step: int | str) -> list[Transition]:
+def sample_shortcut(choices: tuple[int, ...], shift: float, seed: int, step: int | str) -> list[Transition]:
     """`shortcut` of a drawn number of steps and index: the same on all processes."""
-    random = generator(seed, "shortcut", step)
+    random = seeded_generator(seed, "shortcut", step)
     steps = choices[int(torch.randint(len(choices), (), generator=random))]
     return shortcut(steps, int(torch.randint(steps, (), generator=random)), shift)
 
@@ -52,24 +52,24 @@ def rollout(network: TrainingTransformer, noise: Tensor, text: Tensor, plan: Chu
     Returns:
         Clean latents, float32 (B, F, C, H, W), with gradient where the caller has it switched on.
     """
-    made: list[Tensor] = []
-    old: Memory = []
-    memory: Memory = []
+    clean_chunks: list[Tensor] = []
+    compressed: KVCache = []
+    memory: KVCache = []
     for chunk in range(len(plan.chunks)):
-        start, stop = plan.range(chunk)
+        start, stop = plan.frame_range(chunk)
         if chunk:
             head = plan.head(chunk + 1)
             with torch.no_grad():
-                clean = torch.cat(made, dim=1)
-                old = compressed(network, clean, text, plan, range(plan.head(chunk).first, head.first), old)
-                memory = recent(network, clean, text, head, old)
+                clean = torch.cat(clean_chunks, dim=1)
+                compressed = compress_chunks(network, clean, text, plan, range(plan.head(chunk).first, head.first), compressed)
+                memory = encode_recent(network, clean, text, head, compressed)
         positions = torch.arange(start, stop, device=noise.device)
-        made.append(_walked(network, noise[:, start:stop], text, transitions, positions, memory))
-    return torch.cat(made, dim=1)
+        clean_chunks.append(_denoise_chunk(network, noise[:, start:stop], text, transitions, positions, memory))
+    return torch.cat(clean_chunks, dim=1)
 
 
-def _walked(
-    network: TrainingTransformer, z: Tensor, text: Tensor, transitions: list[Transition], positions: Tensor, memory: Memory
+def _denoise_chunk(
+    network: TrainingTransformer, z: Tensor, text: Tensor, transitions: list[Transition], positions: Tensor, memory: KVCache
 ) -> Tensor:
     """One chunk from noise to clean."""
     for t, r in transitions:

@@ -19,23 +19,25 @@ from anyflow_deploy.training.chunks import ChunkPlan
 from anyflow_deploy.training.data.source import Batch
 from anyflow_deploy.training.model.network import TrainingTransformer
 from anyflow_deploy.training.rollout import rollout
-from anyflow_deploy.training.timestep_sampling import normal
+from anyflow_deploy.training.timestep_sampling import seeded_normal
 
 ROWS = 4
 
 
 @torch.no_grad()
-def sheet_samples(
+def generate_grid_samples(
     network: TrainingTransformer, batch: Batch, plan: ChunkPlan, steps: tuple[int, ...], shift: float, seed: int
 ) -> list[Tensor]:
     """For each number of steps, samples (rows, F, C, H, W) of the batch's first prompts. Every process calls it (FSDP)."""
     rows = min(ROWS, len(batch.latents))
-    noise = normal((rows, *batch.latents.shape[1:]), seed, "sheet").to(batch.latents.device)
+    noise = seeded_normal((rows, *batch.latents.shape[1:]), seed, "sheet").to(batch.latents.device)
     text = batch.text[:rows]
     return [rollout(network, noise, text, plan, list(Schedule.uniform(n, shift).transitions)).cpu() for n in steps]
 
 
-def draw_sheet(path: Path, samples: list[Tensor], names: tuple[str, ...], steps: tuple[int, ...], pipeline: Path | None) -> None:
+def draw_sample_grid(
+    path: Path, samples: list[Tensor], names: tuple[str, ...], steps: tuple[int, ...], pipeline: Path | None
+) -> None:
     """Write the sheet as PNG: the middle frame of each sample; `names` or captions stand beside the rows."""
     import matplotlib
 
@@ -44,10 +46,10 @@ def draw_sheet(path: Path, samples: list[Tensor], names: tuple[str, ...], steps:
 
     rows = len(samples[0])
     figure, axes = pyplot.subplots(rows, len(steps), figsize=(2.4 * len(steps), 1.8 * rows), squeeze=False)
-    for column, (made, count) in enumerate(zip(samples, steps, strict=True)):
+    for column, (samples_of_column, count) in enumerate(zip(samples, steps, strict=True)):
         for row in range(rows):
             cell = axes[row][column]
-            cell.imshow(_picture(made[row : row + 1], pipeline))
+            cell.imshow(_decode_middle_frame(samples_of_column[row : row + 1], pipeline))
             cell.set_xticks([])
             cell.set_yticks([])
             if row == 0:
@@ -62,7 +64,7 @@ def draw_sheet(path: Path, samples: list[Tensor], names: tuple[str, ...], steps:
     partial.replace(path)
 
 
-def _picture(latents: Tensor, pipeline: Path | None) -> NDArray[np.uint8]:
+def _decode_middle_frame(latents: Tensor, pipeline: Path | None) -> NDArray[np.uint8]:
     if pipeline is not None:
         from anyflow_deploy.pipelines.vae import decoded_video
 

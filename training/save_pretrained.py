@@ -20,35 +20,41 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyflow_deploy.checkpoints.checkpoint import STEM, pipeline_folder, read_json
-from anyflow_deploy.checkpoints.dtypes import SAFETENSORS
-from anyflow_deploy.checkpoints.safetensors_stream import layout
+from anyflow_deploy.checkpoints.dtypes import SAFETENSORS_NAMES
+from anyflow_deploy.checkpoints.safetensors_stream import build_header
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.training.distributed import World
-from anyflow_deploy.training.model.lora import ADAPTER, adapter_name, base_name, lora_layers, scaling
-from anyflow_deploy.training.model.model_factory import whole
-from anyflow_deploy.training.optimizer import Learner
+from anyflow_deploy.training.distributed import DistributedContext
+from anyflow_deploy.training.model.lora import ADAPTER, adapter_name, base_name, lora_layers, lora_scaling
+from anyflow_deploy.training.model.model_factory import gather_tensor
+from anyflow_deploy.training.optimizer import OptimizerState
 
 PARTS = ("text_encoder", "tokenizer", "vae")
 
 
-def save_finished(output: Path, learner: Learner, world: World, shift: float, save_type: str, start: Path | None) -> Path:
+def save_pretrained(
+    output: Path, optimizer_state: OptimizerState, world: DistributedContext, shift: float, save_type: str, start: Path | None
+) -> Path:
     """Write `model/` and, with adapters, `lora/`; what was there is replaced when the new one is whole.
 
     Args:
-        learner: its moving average is put in by the caller where that is wanted.
+        optimizer_state: its moving average is put in by the caller where that is wanted.
         start: the folder the run started from: its text encoder, tokenizer and VAE are taken over.
 
     Returns:
         The model's folder.
     """
     partial = output / ".model.partial"
-    if world.first:
+    if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "transformer").mkdir(parents=True)
-    _save_transformer(partial / "transformer", learner, world, getattr(torch, save_type))
-    adapters = {name: whole(p.detach()).cpu() for name, p in learner.parameters.items()} if lora_layers(learner.network) else {}
-    if world.first:
-        _write_pipeline(partial, learner.network.architecture, shift, start)
+    _save_transformer(partial / "transformer", optimizer_state, world, getattr(torch, save_type))
+    adapters = (
+        {name: gather_tensor(p.detach()).cpu() for name, p in optimizer_state.parameters.items()}
+        if lora_layers(optimizer_state.network)
+        else {}
+    )
+    if world.is_main:
+        _write_pipeline(partial, optimizer_state.network.architecture, shift, start)
         _replace(partial, output / "model")
         if adapters:
             _save_adapters(output, adapters)
@@ -57,34 +63,35 @@ def save_finished(output: Path, learner: Learner, world: World, shift: float, sa
 
 
 @torch.no_grad()
-def merged(learner: Learner, name: str) -> Tensor:
+def merge_weight(optimizer_state: OptimizerState, name: str) -> Tensor:
     """A parameter of the network, by its name in it, with its adapter's update: float32, whole. Every process calls it."""
-    network = learner.network
-    value = whole(network.get_parameter(name).detach()).float()
+    network = optimizer_state.network
+    value = gather_tensor(network.get_parameter(name).detach()).float()
     module = name.removesuffix(".base_layer.weight")
     if module != name:
         first, second = (network.get_parameter(f"{module}.lora_{half}.{ADAPTER}.weight").detach() for half in "AB")
-        value = value + scaling(network, module) * (whole(second) @ whole(first))
+        value = value + lora_scaling(network, module) * (gather_tensor(second) @ gather_tensor(first))
     return value
 
 
-def _save_transformer(folder: Path, learner: Learner, world: World, kind: torch.dtype) -> None:
-    names = [name for name, _ in learner.network.named_parameters() if ".lora_" not in name]
-    head, _ = layout(
-        {base_name(n): (SAFETENSORS[kind], tuple(learner.network.get_parameter(n).shape)) for n in names}, {"format": "pt"}
+def _save_transformer(folder: Path, optimizer_state: OptimizerState, world: DistributedContext, kind: torch.dtype) -> None:
+    names = [name for name, _ in optimizer_state.network.named_parameters() if ".lora_" not in name]
+    head, _ = build_header(
+        {base_name(n): (SAFETENSORS_NAMES[kind], tuple(optimizer_state.network.get_parameter(n).shape)) for n in names},
+        {"format": "pt"},
     )
     path = folder / f"{STEM}.safetensors"
-    with (path if world.first else Path(os.devnull)).open("wb") as file:
+    with (path if world.is_main else Path(os.devnull)).open("wb") as file:
         file.write(head)
         for name in names:
-            value = merged(learner, name)
-            if world.first:
+            value = merge_weight(optimizer_state, name)
+            if world.is_main:
                 file.write(value.to("cpu", kind).contiguous().view(-1).view(torch.uint8).numpy().data)
         file.flush()
-        if world.first:
+        if world.is_main:
             os.fsync(file.fileno())
-    if world.first:
-        (folder / "config.json").write_text(json.dumps(learner.network.architecture.as_config(), indent=2))
+    if world.is_main:
+        (folder / "config.json").write_text(json.dumps(optimizer_state.network.architecture.as_config(), indent=2))
 
 
 def _write_pipeline(folder: Path, a: Architecture, shift: float, start: Path | None) -> None:
@@ -98,7 +105,7 @@ def _write_pipeline(folder: Path, a: Architecture, shift: float, start: Path | N
     index = {key: value for key, value in read_json(pipeline / "model_index.json").items() if key in PARTS}
     for part in index:
         if (pipeline / part).is_dir():
-            shutil.copytree(pipeline / part, folder / part, copy_function=_linked)
+            shutil.copytree(pipeline / part, folder / part, copy_function=_link_or_copy)
     (folder / "scheduler").mkdir()
     scheduler = {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
@@ -111,7 +118,7 @@ def _write_pipeline(folder: Path, a: Architecture, shift: float, start: Path | N
     (folder / "model_index.json").write_text(json.dumps(content, indent=2))
 
 
-def _linked(source: str, target: str) -> str:
+def _link_or_copy(source: str, target: str) -> str:
     real = os.path.realpath(source)  # a hub's cache is a folder of links
     try:
         os.link(real, target)

@@ -18,74 +18,80 @@ from torch import Tensor
 
 from anyflow_deploy.training.chunks import ChunkPlan
 from anyflow_deploy.training.data.source import Batch
-from anyflow_deploy.training.distributed import World
+from anyflow_deploy.training.distributed import DistributedContext
 from anyflow_deploy.training.losses import (
-    Difference,
-    Pair,
+    DerivativeConfig,
+    NoisePair,
     Score,
-    balanced,
     dmd_gradient,
     dmd_losses,
     flow_map_losses,
     flow_matching_losses,
+    rescale_losses,
 )
-from anyflow_deploy.training.optimizer import Learner
+from anyflow_deploy.training.optimizer import OptimizerState
 from anyflow_deploy.training.recipes import Recipe
-from anyflow_deploy.training.rollout import drawn_shortcut, rollout
-from anyflow_deploy.training.timestep_sampling import flow_map_times, generator, logit_normal_times, normal, uniform_times
+from anyflow_deploy.training.rollout import rollout, sample_shortcut
+from anyflow_deploy.training.timestep_sampling import (
+    sample_flow_map_times,
+    sample_logit_normal_times,
+    sample_uniform_times,
+    seeded_generator,
+    seeded_normal,
+)
 
 Losses = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Micro:
+class MicroBatch:
     """Where a micro-batch stands.
 
     Attributes:
         step: of the optimizer.
-        first: number of the first sample of all processes' micro-batches within the step.
-        own: number of this process's first sample.
+        global_first: number of the first sample of all processes' micro-batches within the step.
+        local_first: number of this process's first sample.
         count: samples of this process.
-        together: samples of all processes.
-        total: samples of the step.
+        global_count: samples of all processes.
+        step_count: samples of the step.
         world: this process among the others.
     """
 
     step: int
-    first: int
-    own: int
+    global_first: int
+    local_first: int
     count: int
-    together: int
-    total: int
-    world: World
+    global_count: int
+    step_count: int
+    world: DistributedContext
 
-    def rows(self, values: Tensor) -> Tensor:
+    def local_rows(self, values: Tensor) -> Tensor:
         """This process's of values for the global batch."""
-        return values[self.own : self.own + self.count].to(self.world.device)
+        return values[self.local_first : self.local_first + self.count].to(self.world.device)
 
-    def noise(self, like: Tensor, seed: int, what: str) -> Tensor:
+    def noise(self, like: Tensor, seed: int, purpose: str) -> Tensor:
         """Standard normal of a tensor's shape (B, …), a sample's own whoever computes it."""
         shape = like.shape[1:]
-        drawn = [normal(shape, seed, what, self.step, self.own + i) for i in range(self.count)]
-        return torch.stack(drawn).to(self.world.device)
+        noise = [seeded_normal(shape, seed, purpose, self.step, self.local_first + i) for i in range(self.count)]
+        return torch.stack(noise).to(self.world.device)
 
     def mean(self, losses: Tensor) -> Tensor:
         """This micro-batch's share of the mean over the global batch (FSDP averages over processes)."""
-        return losses.sum() * self.world.size / self.total
+        return losses.sum() * self.world.size / self.step_count
 
 
 class Stage(Protocol):
     """See the module's text.
 
     Attributes:
-        learners: by name; "model" is what the run is for.
+        optimizer_states: by name; "model" is what the run is for.
         reference: mean loss of r = t samples so far; NaN where none was met or none is needed.
     """
 
-    learners: dict[str, Learner]
+    optimizer_states: dict[str, OptimizerState]
     reference: float
 
-    def accumulate(self, batch: Batch, micro: Micro) -> Losses:
+    def accumulate(self, batch: Batch, micro: MicroBatch) -> Losses:
         """Backpropagate one micro-batch; its shares of the step's mean losses, without gradient."""
         ...
 
@@ -94,10 +100,10 @@ class Stage(Protocol):
         ...
 
 
-def drawn_plan(plan: ChunkPlan, long_context: float, seed: int, step: int) -> ChunkPlan:
+def sample_chunk_plan(plan: ChunkPlan, long_context: float, seed: int, step: int) -> ChunkPlan:
     """The chunks of one step, the same on all processes: the first window, or (long context) a later one."""
     extra = len(plan.chunks) - plan.limit
-    random = generator(seed, "chunks", step)
+    random = seeded_generator(seed, "chunks", step)
     if extra <= 0 or float(torch.rand((), generator=random)) >= long_context:
         return plan.head(min(plan.limit, len(plan.chunks)))
     return plan.head(plan.limit + 1 + int(torch.randint(extra, (), generator=random)))
@@ -109,20 +115,22 @@ class Teacher:
 
     recipe: Recipe
     plan: ChunkPlan
-    learners: dict[str, Learner]
+    optimizer_states: dict[str, OptimizerState]
     reference: float = math.nan
 
-    def accumulate(self, batch: Batch, micro: Micro) -> Losses:
+    def accumulate(self, batch: Batch, micro: MicroBatch) -> Losses:
         """See `Stage`."""
         flow, seed = self.recipe.flow, self.recipe.running.seed
-        plan = drawn_plan(self.plan, flow.long_context, seed, micro.step)
+        plan = sample_chunk_plan(self.plan, flow.long_context, seed, micro.step)
         start, stop = plan.window
-        dropped = micro.rows(torch.rand(micro.total, generator=generator(seed, "drop", micro.step))) < flow.text_drop
+        dropped = (
+            micro.local_rows(torch.rand(micro.step_count, generator=seeded_generator(seed, "drop", micro.step))) < flow.text_drop
+        )
         text = torch.where(dropped[:, None, None], batch.negative_text, batch.text)
         clean = batch.latents[:, : plan.frames]
-        pair = Pair(clean, micro.noise(clean[:, start:stop], seed, "noise"), text, batch.negative_text)
-        t = micro.rows(logit_normal_times(micro.total, flow.shift, seed, "teacher", micro.step))
-        loss = micro.mean(flow_matching_losses(self.learners["model"].network, pair, t, plan))
+        pair = NoisePair(clean, micro.noise(clean[:, start:stop], seed, "noise"), text, batch.negative_text)
+        t = micro.local_rows(sample_logit_normal_times(micro.step_count, flow.shift, seed, "teacher", micro.step))
+        loss = micro.mean(flow_matching_losses(self.optimizer_states["model"].network, pair, t, plan))
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach()}
 
@@ -136,48 +144,48 @@ class FlowMap:
 
     recipe: Recipe
     plan: ChunkPlan
-    learners: dict[str, Learner]
+    optimizer_states: dict[str, OptimizerState]
     reference: float = math.nan
     _sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
-    def accumulate(self, batch: Batch, micro: Micro) -> Losses:
+    def accumulate(self, batch: Batch, micro: MicroBatch) -> Losses:
         """See `Stage`."""
         loss = self.loss(batch, micro)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach()}
 
-    def loss(self, batch: Batch, micro: Micro) -> Tensor:
+    def loss(self, batch: Batch, micro: MicroBatch) -> Tensor:
         """This micro-batch's share of the balanced flow-map loss."""
         flow, seed = self.recipe.flow, self.recipe.running.seed
-        plan = drawn_plan(self.plan, flow.long_context, seed, micro.step)
+        plan = sample_chunk_plan(self.plan, flow.long_context, seed, micro.step)
         start, stop = plan.window
-        times, targets = flow_map_times(micro.total, flow.shift, seed, micro.step)
-        together = slice(micro.first, micro.first + micro.together)
-        moving = times[together] != targets[together]
-        t, r = micro.rows(times), micro.rows(targets)
+        times, targets = sample_flow_map_times(micro.step_count, flow.shift, seed, micro.step)
+        global_slice = slice(micro.global_first, micro.global_first + micro.global_count)
+        moving = times[global_slice] != targets[global_slice]
+        t, r = micro.local_rows(times), micro.local_rows(targets)
         clean = batch.latents[:, : plan.frames]
-        pair = Pair(clean, micro.noise(clean[:, start:stop], seed, "noise"), batch.text, batch.negative_text)
-        how = Difference(flow.derivative, flow.epsilon, getattr(torch, flow.derivative_type))
-        network = self.learners["model"].network
-        losses = flow_map_losses(network, pair, t, r, plan, flow.guidance, flow.shift, how, bool(moving.any()))
+        pair = NoisePair(clean, micro.noise(clean[:, start:stop], seed, "noise"), batch.text, batch.negative_text)
+        derivative_config = DerivativeConfig(flow.derivative, flow.epsilon, getattr(torch, flow.derivative_type))
+        network = self.optimizer_states["model"].network
+        losses = flow_map_losses(network, pair, t, r, plan, flow.guidance, flow.shift, derivative_config, bool(moving.any()))
         diffusion = t == r
         if not bool(moving.all()):
-            self._count(losses.detach()[diffusion], micro.world)
-        return micro.mean(balanced(losses, diffusion, losses.new_tensor(self._mean())))
+            self._add_reference_losses(losses.detach()[diffusion], micro.world)
+        return micro.mean(rescale_losses(losses, diffusion, losses.new_tensor(self._reference_mean())))
 
     def finish(self) -> None:
         """See `Stage`."""
         if self._sums[1]:
-            mean = self._mean()
+            mean = self._reference_mean()
             self.reference = mean if math.isnan(self.reference) else 0.9 * self.reference + 0.1 * mean
         self._sums = [0.0, 0.0]
 
-    def _count(self, losses: Tensor, world: World) -> None:
+    def _add_reference_losses(self, losses: Tensor, world: DistributedContext) -> None:
         """Enter losses of r = t samples, which come first in a step: the others find the mean of all of them."""
         found = world.sum(torch.stack((losses.sum(), losses.new_tensor(float(len(losses))))).double())
         self._sums = [old + float(new) for old, new in zip(self._sums, found, strict=True)]
 
-    def _mean(self) -> float:
+    def _reference_mean(self) -> float:
         return self._sums[0] / self._sums[1] if self._sums[1] else self.reference
 
 
@@ -186,26 +194,26 @@ class OnPolicy:
     """Flow-map backward simulation, distribution matching, and stage 1's loss along with them.
 
     Attributes:
-        learners: "model" and "fake".
+        optimizer_states: "model" and "fake".
         real, fake: the scores; their plan is made for each step.
     """
 
     recipe: Recipe
     plan: ChunkPlan
-    learners: dict[str, Learner]
+    optimizer_states: dict[str, OptimizerState]
     real: Score
     fake: Score
     reference: float = math.nan
 
     def __post_init__(self) -> None:
-        self._flow_map = FlowMap(self.recipe, self.plan, self.learners, self.reference)
+        self._flow_map = FlowMap(self.recipe, self.plan, self.optimizer_states, self.reference)
 
-    def accumulate(self, batch: Batch, micro: Micro) -> Losses:
+    def accumulate(self, batch: Batch, micro: MicroBatch) -> Losses:
         """See `Stage`."""
         self._flow_map.reference = self.reference
         flow, seed = self.recipe.flow, self.recipe.running.seed
-        plan = drawn_plan(self.plan, flow.long_context, seed, micro.step)
-        losses = {"dmd": self._matched(batch, micro, plan), "fake": self._faked(batch, micro, plan)}
+        plan = sample_chunk_plan(self.plan, flow.long_context, seed, micro.step)
+        losses = {"dmd": self._accumulate_dmd(batch, micro, plan), "fake": self._accumulate_fake_score(batch, micro, plan)}
         if flow.flow_map_weight:
             loss = self._flow_map.loss(batch, micro)
             (flow.flow_map_weight * loss).backward()  # type: ignore[no-untyped-call]
@@ -217,35 +225,35 @@ class OnPolicy:
         self._flow_map.finish()
         self.reference = self._flow_map.reference
 
-    def _matched(self, batch: Batch, micro: Micro, plan: ChunkPlan) -> Tensor:
+    def _accumulate_dmd(self, batch: Batch, micro: MicroBatch, plan: ChunkPlan) -> Tensor:
         """DMD on one roll-out."""
         flow, seed = self.recipe.flow, self.recipe.running.seed
-        sample = self._rolled(batch, micro, plan, "generator")
-        scores = [score.on(plan) for score in (self.real, self.fake)]
+        sample = self._sample_rollout(batch, micro, plan, "generator")
+        scores = [score.for_plan(plan) for score in (self.real, self.fake)]
         window = scores[0].plan.window
         noise = micro.noise(sample[:, window[0] : window[1]], seed, "dmd-noise")
-        t = micro.rows(uniform_times(micro.total, flow.shift, seed, micro.step))
-        pair = Pair(sample.detach(), noise, batch.text, batch.negative_text)
+        t = micro.local_rows(sample_uniform_times(micro.step_count, flow.shift, seed, micro.step))
+        pair = NoisePair(sample.detach(), noise, batch.text, batch.negative_text)
         gradient = dmd_gradient(scores[0], scores[1], pair.clean, noise, t, pair, flow.real_guidance)
         loss = micro.mean(dmd_losses(sample, gradient, window))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _faked(self, batch: Batch, micro: Micro, plan: ChunkPlan) -> Tensor:
+    def _accumulate_fake_score(self, batch: Batch, micro: MicroBatch, plan: ChunkPlan) -> Tensor:
         """Flow matching of the fake score on another roll-out."""
         flow, seed = self.recipe.flow, self.recipe.running.seed
         with torch.no_grad():
-            sample = self._rolled(batch, micro, plan, "fake")
-        score = self.fake.on(plan)
+            sample = self._sample_rollout(batch, micro, plan, "fake")
+        score = self.fake.for_plan(plan)
         start, stop = score.plan.window
-        pair = Pair(sample, micro.noise(sample[:, start:stop], seed, "fake-noise"), batch.text, batch.negative_text)
-        t = micro.rows(logit_normal_times(micro.total, flow.shift, seed, "fake", micro.step))
+        pair = NoisePair(sample, micro.noise(sample[:, start:stop], seed, "fake-noise"), batch.text, batch.negative_text)
+        t = micro.local_rows(sample_logit_normal_times(micro.step_count, flow.shift, seed, "fake", micro.step))
         loss = micro.mean(flow_matching_losses(score.network, pair, t, score.plan))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _rolled(self, batch: Batch, micro: Micro, plan: ChunkPlan, what: str) -> Tensor:
+    def _sample_rollout(self, batch: Batch, micro: MicroBatch, plan: ChunkPlan, purpose: str) -> Tensor:
         flow, seed = self.recipe.flow, self.recipe.running.seed
-        noise = micro.noise(batch.latents[:, : plan.frames], seed, f"{what}-start")
-        pairs = drawn_shortcut(flow.rollout_steps, flow.shift, seed, f"{what}-{micro.step}")
-        return rollout(self.learners["model"].network, noise, batch.text, plan, pairs)
+        noise = micro.noise(batch.latents[:, : plan.frames], seed, f"{purpose}-start")
+        pairs = sample_shortcut(flow.rollout_steps, flow.shift, seed, f"{purpose}-{micro.step}")
+        return rollout(self.optimizer_states["model"].network, noise, batch.text, plan, pairs)

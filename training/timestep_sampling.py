@@ -22,23 +22,23 @@ DIFFUSION_SHARE, CLEAN_SHARE = 0.5, 0.25
 """Of the global batch: samples with r = t (plain flow matching), and with r = 0 (straight to the clean sample)."""
 
 
-def generator(seed: int, *words: object) -> torch.Generator:
+def seeded_generator(seed: int, *keys: object) -> torch.Generator:
     """A generator of its own for anything that can be named."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *words))).encode()).digest()
+    digest = hashlib.sha256("/".join(map(str, (seed, *keys))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def normal(shape: Sequence[int], seed: int, *words: object) -> Tensor:
+def seeded_normal(shape: Sequence[int], seed: int, *keys: object) -> Tensor:
     """Standard normal numbers, float32, for anything that can be named."""
-    return torch.randn(tuple(shape), generator=generator(seed, *words))
+    return torch.randn(tuple(shape), generator=seeded_generator(seed, *keys))
 
 
-def shifted(s: Tensor, shift: float) -> Tensor:
-    """`schedule.shifted` for tensors."""
+def shift_times(s: Tensor, shift: float) -> Tensor:
+    """`schedule.shift_sigmas` for tensors."""
     return shift * s / (shift * s + (1 - s))
 
 
-def flow_map_times(count: int, shift: float, seed: int, step: int) -> tuple[Tensor, Tensor]:
+def sample_flow_map_times(count: int, shift: float, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """t and r of every sample of the global batch of one optimizer step.
 
     t and r are the larger and smaller of two uniforms, shifted; then half of the samples get r = t and a quarter r = 0. The
@@ -50,32 +50,32 @@ def flow_map_times(count: int, shift: float, seed: int, step: int) -> tuple[Tens
     Returns:
         float32 (count) twice, in timesteps.
     """
-    random = generator(seed, "flow-map", step)
+    random = seeded_generator(seed, "flow-map", step)
     offset = torch.rand((), generator=random, dtype=torch.float64)
     place = (torch.arange(count, dtype=torch.float64) + offset) / count
     pair = torch.rand(count, 2, generator=random, dtype=torch.float64)
-    t, r = shifted(pair.amax(1), shift), shifted(pair.amin(1), shift)
+    t, r = shift_times(pair.amax(1), shift), shift_times(pair.amin(1), shift)
     r = torch.where(place < DIFFUSION_SHARE, t, r)
     r = torch.where((place >= DIFFUSION_SHARE) & (place < DIFFUSION_SHARE + CLEAN_SHARE), torch.zeros_like(r), r)
     return (TRAIN_TIMESTEPS * t).float(), (TRAIN_TIMESTEPS * r).float()
 
 
-def uniform_times(count: int, shift: float, seed: int, step: int) -> Tensor:
+def sample_uniform_times(count: int, shift: float, seed: int, step: int) -> Tensor:
     """Shifted uniform t, float32 (count): where DMD compares the two scores."""
-    s = torch.rand(count, generator=generator(seed, "uniform", step), dtype=torch.float64)
-    return (TRAIN_TIMESTEPS * shifted(s, shift)).float()
+    s = torch.rand(count, generator=seeded_generator(seed, "uniform", step), dtype=torch.float64)
+    return (TRAIN_TIMESTEPS * shift_times(s, shift)).float()
 
 
-def logit_normal_times(count: int, shift: float, seed: int, what: str, step: int) -> Tensor:
+def sample_logit_normal_times(count: int, shift: float, seed: int, purpose: str, step: int) -> Tensor:
     """Shifted logit-normal t, float32 (count): flow matching of the teacher and of the fake score."""
-    s = torch.randn(count, generator=generator(seed, what, step), dtype=torch.float64).sigmoid()
-    return (TRAIN_TIMESTEPS * shifted(s, shift)).float()
+    s = torch.randn(count, generator=seeded_generator(seed, purpose, step), dtype=torch.float64).sigmoid()
+    return (TRAIN_TIMESTEPS * shift_times(s, shift)).float()
 
 
 @functools.cache
 def _weights(shift: float) -> tuple[Tensor, Tensor]:
     """The 1001 shifted times from 0 to 1, and the weight of each: s sqrt(1 - s), summing to 1000."""
-    grid = shifted(torch.linspace(0, 1, 1001, dtype=torch.float64), shift)
+    grid = shift_times(torch.linspace(0, 1, 1001, dtype=torch.float64), shift)
     weight = grid * (1 - grid).clamp(min=0).sqrt()
     return grid, weight * (TRAIN_TIMESTEPS / weight.sum())
 

@@ -1,6 +1,6 @@
 """Folders that are written whole or not at all: bundles, and the engines built from them.
 
-A `FolderWriter` fills a hidden folder beside the destination, hashes what passes through, makes everything durable and
+An `AtomicFolderWriter` fills a hidden folder beside the destination, hashes what passes through, makes everything durable and
 renames it. The last file written is the marker: a folder that has one is a folder that was finished, and only such a
 folder is ever replaced.
 """
@@ -16,11 +16,11 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, TypeVar
 
-from anyflow_deploy.bundle.manifest import File
+from anyflow_deploy.bundle.manifest import FileRecord
 from anyflow_deploy.errors import BundleError
 
 _BLOCK = 8 << 20
-W = TypeVar("W", bound="FolderWriter")
+W = TypeVar("W", bound="AtomicFolderWriter")
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class ArtifactKind:
     Attributes:
         noun: "bundle" or "engine".
         marker: the file that is written last.
-        list: what the marker is called.
+        listing: what the marker is called.
         flag: what the user chooses another destination with.
         remedy: what to do about a damaged one, as a sentence.
     """
 
     noun: str
     marker: str
-    list: str
+    listing: str
     flag: str
     remedy: str
 
@@ -52,7 +52,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_file(folder: Path, name: str, record: File, verify: bool, kind: ArtifactKind) -> None:
+def check_file(folder: Path, name: str, record: FileRecord, verify: bool, kind: ArtifactKind) -> None:
     """Compare one file of a folder with what the marker lists.
 
     Raises:
@@ -70,12 +70,12 @@ def check_file(folder: Path, name: str, record: File, verify: bool, kind: Artifa
             f"{folder / kind.marker} names {name!r}, which leaves the {kind.noun}'s folder. Do not use this {kind.noun}.{hint}"
         )
     if not present:
-        raise BundleError(f"{folder} lacks {name!r}, which its {kind.list} lists. {kind.remedy}")
+        raise BundleError(f"{folder} lacks {name!r}, which its {kind.listing} lists. {kind.remedy}")
     size = path.stat().st_size
     if size != record.bytes:
-        raise BundleError(f"{path} has {size} bytes; the {kind.list} says {record.bytes}. {kind.remedy}")
+        raise BundleError(f"{path} has {size} bytes; the {kind.listing} says {record.bytes}. {kind.remedy}")
     if verify and (found := file_sha256(path)) != record.sha256:
-        raise BundleError(f"{path} was changed: its SHA-256 is {found}, the {kind.list} says {record.sha256}. {kind.remedy}")
+        raise BundleError(f"{path} was changed: its SHA-256 is {found}, the {kind.listing} says {record.sha256}. {kind.remedy}")
 
 
 class HashingFile:
@@ -99,11 +99,11 @@ class HashingFile:
             view = view[self._file.write(view) :]
         hashed.result()
 
-    def close(self) -> File:
+    def close(self) -> FileRecord:
         """Make the file durable; returns its size and hash."""
         os.fsync(self._file.fileno())
         self.abandon()
-        return File(bytes=self._size, sha256=self._digest.hexdigest())
+        return FileRecord(bytes=self._size, sha256=self._digest.hexdigest())
 
     def abandon(self) -> None:
         """Close without promises, after an error."""
@@ -111,10 +111,10 @@ class HashingFile:
         self._file.close()
 
 
-class FolderWriter:
+class AtomicFolderWriter:
     """Writes a folder whole or not at all.
 
-        with FolderWriter(path, kind) as writer:
+        with AtomicFolderWriter(path, kind) as writer:
             writer.write("transition.onnx", data)
             writer.finish_folder(text_of_the_marker)
 
@@ -142,7 +142,7 @@ class FolderWriter:
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise BundleError(f"{path.parent} is not a folder that can be written to. Choose another {kind.flag}.")
         self.folder = path.parent / f".{path.name}.partial-{os.getpid()}"
-        self.files: dict[str, File] = {}
+        self.files: dict[str, FileRecord] = {}
         self._open: list[HashingFile] = []
 
     def _check_destination(self) -> None:
@@ -170,7 +170,7 @@ class FolderWriter:
         self._open.append(file)
         return file
 
-    def add(self, name: str, record: File) -> None:
+    def add(self, name: str, record: FileRecord) -> None:
         """Enter a finished file into the list."""
         self.files[name] = record
 
@@ -180,12 +180,12 @@ class FolderWriter:
         file.write(data)
         self.add(name, file.close())
 
-    def adopt(self, name: str) -> None:
+    def add_existing(self, name: str) -> None:
         """Enter a file that something else wrote into `folder`, once it is durable."""
         path = self.folder / name
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-        self.add(name, File(bytes=path.stat().st_size, sha256=file_sha256(path)))
+        self.add(name, FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path)))
 
     def check(self) -> None:
         """Look at the whole folder once more, marker included, before it gets its name."""
@@ -196,7 +196,7 @@ class FolderWriter:
         file.write(marker.encode())
         file.close()
         self.check()
-        sync(self.folder)
+        fsync_path(self.folder)
         self._check_destination()  # hours may have passed since the constructor looked
         if self.path.exists():
             replaced = self.path.parent / f".{self.path.name}.replaced-{os.getpid()}"
@@ -209,10 +209,10 @@ class FolderWriter:
             shutil.rmtree(replaced)
         else:
             self.folder.rename(self.path)
-        sync(self.path.parent)
+        fsync_path(self.path.parent)
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Make a folder or file durable: a rename survives a power cut only when the folder that holds the name was synced."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -227,7 +227,7 @@ def _clear_abandoned(path: Path) -> None:
         prefix = f".{path.name}.{kind}-"
         for folder in [f for f in path.parent.iterdir() if f.name.startswith(prefix)]:
             pid = folder.name[len(prefix) :]
-            if pid != str(os.getpid()) and _running(pid):
+            if pid != str(os.getpid()) and _is_running(pid):
                 continue
             if kind == "replaced" and not path.exists():
                 folder.rename(path)
@@ -235,7 +235,7 @@ def _clear_abandoned(path: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _running(pid: str) -> bool:
+def _is_running(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, ValueError, OverflowError):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from anyflow_deploy.bundle.atomic_io import ArtifactKind, FolderWriter, check_file
+from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter, check_file
 from anyflow_deploy.bundle.manifest import MANIFEST, SCHEMA, Manifest
 from anyflow_deploy.errors import AnyFlowError, BundleError
 
@@ -66,7 +66,7 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         raise BundleError(
             f"{folder} is not a bundle: {MANIFEST} cannot be read ({error.strerror}). Make one with anyflow-export."
         ) from None
-    bundle = Bundle(folder, _parsed(text, folder), hashlib.sha256(text).hexdigest())
+    bundle = Bundle(folder, _parse_manifest(text, folder), hashlib.sha256(text).hexdigest())
     for name, record in bundle.manifest.files.items():
         check_file(folder, name, record, verify, _KIND)
     for graph in bundle.manifest.graphs.values():
@@ -78,7 +78,7 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
     return bundle
 
 
-def _parsed(text: bytes, folder: Path) -> Manifest:
+def _parse_manifest(text: bytes, folder: Path) -> Manifest:
     try:
         raw = json.loads(text)
         schema = raw["schema"]
@@ -95,8 +95,8 @@ def _parsed(text: bytes, folder: Path) -> Manifest:
         raise BundleError(f"{folder / MANIFEST} is damaged at {place!r}: {first['msg']}. Export again.") from None
 
 
-class BundleWriter(FolderWriter):
-    """Writes a bundle whole or not at all, see `FolderWriter`.
+class BundleWriter(AtomicFolderWriter):
+    """Writes a bundle whole or not at all, see `AtomicFolderWriter`.
 
         with BundleWriter(path) as writer:
             writer.write("transition.onnx", data)
@@ -111,7 +111,7 @@ class BundleWriter(FolderWriter):
         super().__init__(path, _KIND, overwrite)
 
     def check(self) -> None:
-        """See `FolderWriter`."""
+        """See `AtomicFolderWriter`."""
         load_bundle(self.folder, verify=False)
 
     def finish(self, manifest: Manifest) -> Bundle:

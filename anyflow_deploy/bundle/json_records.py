@@ -19,7 +19,7 @@ from anyflow_deploy.errors import AnyFlowError
 Record = TypeVar("Record", bound=BaseModel)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text_atomically(path: Path, text: str) -> None:
     """Write a file beside its place and rename it there; what cannot be finished leaves nothing."""
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -31,7 +31,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def load_record(path: Path, kind: type[Record], schema: int, make: str) -> Record:
-    """Read a file that `write_whole` wrote.
+    """Read a file that `write_text_atomically` wrote.
 
     Args:
         path: the file.
@@ -42,26 +42,26 @@ def load_record(path: Path, kind: type[Record], schema: int, make: str) -> Recor
     Raises:
         AnyFlowError: not there, not readable, not such a file, or of another schema.
     """
-    what = kind.__name__.lower()
+    noun = kind.__name__.lower()
     try:
         text = path.read_bytes()
     except FileNotFoundError:
         raise AnyFlowError(f"{path} does not exist. Make one: {make}.") from None
     except OSError as error:
         raise AnyFlowError(f"{path} cannot be read: {error.strerror}. Give a file that {make.split()[0]} wrote.") from None
-    found = _schema(text)
+    found = _read_schema(text)
     if found != schema:
         advice = "Update anyflow_deploy" if found > schema else f"Make another: {make}"
-        raise AnyFlowError(f"{path} has {what} schema {found}; this version reads {schema}. {advice}.")
+        raise AnyFlowError(f"{path} has {noun} schema {found}; this version reads {schema}. {advice}.")
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
-        raise AnyFlowError(f"{path} is no usable {what}: {where}: {first['msg'].lower()}. Make another: {make}.") from None
+        raise AnyFlowError(f"{path} is no usable {noun}: {where}: {first['msg'].lower()}. Make another: {make}.") from None
 
 
-def _schema(text: bytes) -> int:
+def _read_schema(text: bytes) -> int:
     """The schema a file says it has: 1 where it says nothing, and the model's own check will find what else is wrong."""
     try:
         found = json.loads(text)["schema"]

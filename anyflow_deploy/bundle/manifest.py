@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from anyflow_deploy.errors import BundleError
 from anyflow_deploy.models import Architecture, architecture_from_config
-from anyflow_deploy.shape_ranges import AXES, Range, Ranges, latent_frames, latent_side
+from anyflow_deploy.shape_ranges import AXES, Range, ShapeRanges, latent_frames, latent_side
 
 SCHEMA = 1
 """Raised whenever a reader of the old schema would misread a bundle of the new one."""
@@ -32,7 +32,7 @@ class _Record(BaseModel):
 TensorType = Literal["float32", "float16", "bfloat16", "int64"]
 
 
-class Tensor(_Record):
+class GraphTensor(_Record):
     """An input or output of a graph. Axes are numbers, or the name of a declared range."""
 
     name: str
@@ -40,16 +40,16 @@ class Tensor(_Record):
     shape: list[int | str]
 
 
-class Graph(_Record):
+class GraphRecord(_Record):
     """One ONNX file."""
 
     file: str
     opset: int
-    inputs: list[Tensor]
-    outputs: list[Tensor]
+    inputs: list[GraphTensor]
+    outputs: list[GraphTensor]
 
 
-class Source(_Record):
+class WeightsSource(_Record):
     """Where the weights came from: a folder, a repository on the Hub, or a seed.
 
     `revision` is the Hub's commit. `location` of a folder is a hint for later commands; they accept another one.
@@ -61,7 +61,7 @@ class Source(_Record):
     seed: int | None = None
 
 
-class Achieved(_Record):
+class AchievedPrecision(_Record):
     """What the files really hold, counted from the finished graphs.
 
     Args:
@@ -94,7 +94,7 @@ class Quantization(_Record):
     weights: str
 
 
-class Video(_Record):
+class VideoDefaults(_Record):
     """How latents relate to pixels.
 
     Args:
@@ -120,7 +120,7 @@ class ScheduleDefaults(_Record):
     steps: int
 
 
-class File(_Record):
+class FileRecord(_Record):
     """Size and SHA-256 (hexadecimal) of one file of the bundle."""
 
     bytes: int
@@ -142,17 +142,17 @@ class Manifest(_Record):
     kind: Literal["bidirectional", "causal"]
     model: str
     config: dict[str, Any]
-    source: Source
+    source: WeightsSource
     precision: str
     quantization: Quantization | None = None
-    achieved: Achieved
+    achieved: AchievedPrecision
     target: str
-    graphs: dict[str, Graph]
+    graphs: dict[str, GraphRecord]
     ranges: dict[str, AxisRange]
     schedule: ScheduleDefaults
-    video: Video
+    video: VideoDefaults
     tools: dict[str, str]
-    files: dict[str, File]
+    files: dict[str, FileRecord]
 
     @property
     def base(self) -> str:
@@ -182,19 +182,19 @@ class Manifest(_Record):
         return count, a.in_channels, rows, columns
 
     @model_validator(mode="after")
-    def _kind_and_graphs_agree(self) -> Manifest:
+    def _check_graphs(self) -> Manifest:
         if set(self.graphs) != set(GRAPHS[self.kind]):
             raise ValueError(f"a {self.kind} bundle holds {', '.join(GRAPHS[self.kind])}, not {', '.join(self.graphs)}")
         return self
 
     @property
-    def shape_ranges(self) -> Ranges:
+    def shape_ranges(self) -> ShapeRanges:
         """The declared ranges, ready to check shapes with."""
         if set(self.ranges) != set(AXES):
             raise BundleError(f"its ranges are of {', '.join(self.ranges)}; expected are {', '.join(AXES)}.")
-        return Ranges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
+        return ShapeRanges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
 
 
-def stored_ranges(ranges: Ranges) -> dict[str, AxisRange]:
-    """`Ranges` in the manifest's form."""
+def ranges_to_records(ranges: ShapeRanges) -> dict[str, AxisRange]:
+    """`ShapeRanges` in the manifest's form."""
     return {axis: AxisRange(minimum=r.minimum, maximum=r.maximum, multiple=r.multiple) for axis, r in vars(ranges).items()}

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from anyflow_deploy.bundle.manifest import Source
-from anyflow_deploy.checkpoints.dtypes import TORCH
-from anyflow_deploy.checkpoints.safetensors_stream import Entry, read_bytes, read_header
+from anyflow_deploy.bundle.manifest import WeightsSource
+from anyflow_deploy.checkpoints.dtypes import CHECKPOINT_DTYPES
+from anyflow_deploy.checkpoints.safetensors_stream import TensorEntry, read_bytes, read_header
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
 from anyflow_deploy.models import MODELS, Architecture, architecture_from_config, model_name
@@ -37,8 +37,8 @@ class Checkpoint:
 
     folder: Path
     architecture: Architecture
-    source: Source
-    tensors: dict[str, tuple[Path, Entry]] = field(repr=False)
+    source: WeightsSource
+    tensors: dict[str, tuple[Path, TensorEntry]] = field(repr=False)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape, from the files' headers."""
@@ -48,10 +48,10 @@ class Checkpoint:
         """One parameter, on the CPU, in the type it is stored in."""
         path, entry = self.tensors[name]
         data = read_bytes(path, entry)
-        return torch.frombuffer(data, dtype=TORCH[entry.type]).reshape(entry.shape)
+        return torch.frombuffer(data, dtype=CHECKPOINT_DTYPES[entry.type]).reshape(entry.shape)
 
 
-def open_checkpoint(path: str | Path, source: Source | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, source: WeightsSource | None = None) -> Checkpoint:
     """Open a pipeline folder or its transformer folder.
 
     Args:
@@ -64,10 +64,10 @@ def open_checkpoint(path: str | Path, source: Source | None = None) -> Checkpoin
     folder = transformer_folder(Path(path))
     config = read_json(folder / "config.json")
     architecture = architecture_from_config(config, str(folder / "config.json"))
-    return checkpoint_of(folder, architecture, source or Source(kind="folder", location=str(Path(path).resolve())))
+    return open_transformer(folder, architecture, source or WeightsSource(kind="folder", location=str(Path(path).resolve())))
 
 
-def checkpoint_of(folder: Path, architecture: Architecture, source: Source) -> Checkpoint:
+def open_transformer(folder: Path, architecture: Architecture, source: WeightsSource) -> Checkpoint:
     """The weights in a transformer folder whose architecture is known.
 
     Raises:
@@ -79,9 +79,9 @@ def checkpoint_of(folder: Path, architecture: Architecture, source: Source) -> C
         raise CheckpointError(
             f"{folder} holds LoRA weights ({lora[0]}, …). Merge them into the base model first (fuse_lora, save_pretrained)."
         )
-    strange = [f"{n} ({e.type})" for n, (_, e) in tensors.items() if e.type not in TORCH]
+    strange = [f"{n} ({e.type})" for n, (_, e) in tensors.items() if e.type not in CHECKPOINT_DTYPES]
     if strange:
-        raise CheckpointError(f"{folder} stores {strange[0]}; allowed types are {', '.join(TORCH)}.")
+        raise CheckpointError(f"{folder} stores {strange[0]}; allowed types are {', '.join(CHECKPOINT_DTYPES)}.")
     return Checkpoint(folder, architecture, source, tensors)
 
 
@@ -147,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def shift_of(weights: Weights) -> float:
+def schedule_shift(weights: Weights) -> float:
     """The schedule's shift: from the pipeline's scheduler where there is one, else the model's row, else the released models'."""
     pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
     path = pipeline / "scheduler" / "scheduler_config.json" if pipeline else None

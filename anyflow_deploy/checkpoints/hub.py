@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from anyflow_deploy.bundle.manifest import Source
+from anyflow_deploy.bundle.manifest import WeightsSource
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.models import Model
 
@@ -34,7 +34,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ANYFLOW_CACHE") or Path.home() / ".cache" / "anyflow_deploy")
 
 
-def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, Source]:
+def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, WeightsSource]:
     """A folder with the wanted files of a known model, downloaded or made where it is not there yet.
 
     Args:
@@ -45,12 +45,12 @@ def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, Source]:
         CheckpointError: the Hub cannot be reached and the cache does not have it.
     """
     if model.hub_id is None:
-        from anyflow_deploy.checkpoints.tiny import TINY_SEED, cached_tiny_pipeline
+        from anyflow_deploy.checkpoints.tiny import TINY_SEED, get_tiny_pipeline
 
-        folder = cached_tiny_pipeline(model, cache_folder())
-        return folder, Source(kind="folder", location=str(folder), seed=TINY_SEED)
+        folder = get_tiny_pipeline(model, cache_folder())
+        return folder, WeightsSource(kind="folder", location=str(folder), seed=TINY_SEED)
     folder = download(model.hub_id, None, files)
-    return folder, Source(kind="hub", location=model.hub_id, revision=folder.name)
+    return folder, WeightsSource(kind="hub", location=model.hub_id, revision=folder.name)
 
 
 def download(hub_id: str, revision: str | None, files: list[str], advice: str = _EXPORT_ADVICE) -> Path:

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from anyflow_deploy.bundle.manifest import Source
+from anyflow_deploy.bundle.manifest import WeightsSource
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.models import Architecture
 
@@ -26,7 +26,7 @@ class RandomWeights:
 
     def __init__(self, architecture: Architecture, name: str, seed: int = 0) -> None:
         self.architecture = architecture
-        self.source = Source(kind="random", location=name, seed=seed)
+        self.source = WeightsSource(kind="random", location=name, seed=seed)
         self._shapes = parameter_shapes(architecture)
         self._seed = seed
 

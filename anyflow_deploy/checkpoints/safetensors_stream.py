@@ -25,7 +25,7 @@ _LARGEST_HEADER = 100_000_000  # the library's own limit
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file.
 
     Attributes:
@@ -44,7 +44,7 @@ class Entry:
         return math.prod(self.shape) * TYPE_BYTES[self.type]
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a .safetensors file, by name, without reading them.
 
     Raises:
@@ -57,24 +57,24 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise CheckpointError(f"{path} is not a safetensors file, or was cut short. Download it again.")
         try:
             raw = json.loads(file.read(length))
-            entries = {n: _entry(e, 8 + length, size) for n, e in raw.items() if n != "__metadata__"}
+            entries = {n: _parse_entry(e, 8 + length, size) for n, e in raw.items() if n != "__metadata__"}
             _check_gapless(entries, 8 + length, size)
             return entries
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} has a damaged safetensors header ({error}). Download it again.") from None
 
 
-def _entry(raw: Mapping[str, Any], start: int, size: int) -> Entry:
+def _parse_entry(raw: Mapping[str, Any], start: int, size: int) -> TensorEntry:
     begin, end = raw["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (begin, end, *raw["shape"])):
         raise ValueError("shapes and offsets are whole numbers from 0")
-    entry = Entry(raw["dtype"], tuple(raw["shape"]), start + begin)
+    entry = TensorEntry(raw["dtype"], tuple(raw["shape"]), start + begin)
     if entry.bytes != end - begin or begin < 0 or start + end > size:
         raise ValueError("a tensor's bytes do not match its shape or lie outside the file")
     return entry
 
 
-def _check_gapless(entries: Mapping[str, Entry], start: int, size: int) -> None:
+def _check_gapless(entries: Mapping[str, TensorEntry], start: int, size: int) -> None:
     """Tensors follow each other without gap or overlap, to the end of the file."""
     for entry in sorted(entries.values(), key=lambda e: (e.offset, e.bytes)):
         if entry.offset != start:
@@ -84,7 +84,7 @@ def _check_gapless(entries: Mapping[str, Entry], start: int, size: int) -> None:
         raise ValueError(f"its tensors end at byte {start} of {size}; they lie outside the file or do not fill it")
 
 
-def read_bytes(path: Path, entry: Entry) -> bytearray:
+def read_bytes(path: Path, entry: TensorEntry) -> bytearray:
     """The data of one tensor, read without mapping the file."""
     data = bytearray(entry.bytes)
     view = memoryview(data)
@@ -98,7 +98,9 @@ def read_bytes(path: Path, entry: Entry) -> bytearray:
     return data
 
 
-def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, Entry]]:
+def build_header(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, TensorEntry]]:
     """Lay out a file before its data exists.
 
     Args:
@@ -118,5 +120,5 @@ def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     start = 8 + len(text)
-    entries = {n: Entry(k, s, start + header[n]["data_offsets"][0]) for n, (k, s) in tensors.items()}
+    entries = {n: TensorEntry(k, s, start + header[n]["data_offsets"][0]) for n, (k, s) in tensors.items()}
     return len(text).to_bytes(8, "little") + text, entries

@@ -56,7 +56,7 @@ _WORDS = [
 ]
 
 
-def cached_tiny_pipeline(model: Model, cache: Path) -> Path:
+def get_tiny_pipeline(model: Model, cache: Path) -> Path:
     """The tiny pipeline in the cache, made first where it is missing."""
     folder = cache / f"{model.name}-{_REVISION}"
     if not (folder / "model_index.json").is_file():
@@ -78,7 +78,7 @@ def save_tiny_pipeline(model: Model, folder: Path) -> None:
         raise AnyFlowError(f"{model.name} cannot be made here; allowed are {' and '.join(map(repr, TINY_MODELS))}.")
     if folder.exists() and any(folder.iterdir()):
         raise AnyFlowError(f"{folder} is not empty. Choose another folder.")
-    pipeline = _pipeline(model)
+    pipeline = _build_pipeline(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     try:
@@ -90,18 +90,18 @@ def save_tiny_pipeline(model: Model, folder: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _pipeline(model: Model) -> Any:
+def _build_pipeline(model: Model) -> Any:
     import diffusers
 
     causal = model.architecture.causal
     transformer = diffusers.AnyFlowFARTransformer3DModel if causal else diffusers.AnyFlowTransformer3DModel
     pipeline = diffusers.AnyFlowFARPipeline if causal else diffusers.AnyFlowPipeline
-    tokenizer = _tokenizer()
+    tokenizer = _build_tokenizer()
     return pipeline(
         tokenizer=tokenizer,
-        text_encoder=_text_encoder(len(tokenizer), model.architecture.text_dim),
-        transformer=_seeded(transformer(**_config(model))),
-        vae=_vae(),
+        text_encoder=_build_text_encoder(len(tokenizer), model.architecture.text_dim),
+        transformer=_seed_parameters(transformer(**_config(model))),
+        vae=_build_vae(),
         scheduler=diffusers.FlowMapEulerDiscreteScheduler(shift=model.shift),
     )
 
@@ -110,7 +110,7 @@ def _config(model: Model) -> dict[str, object]:
     return {k: v for k, v in model.architecture.as_config().items() if not k.startswith("_")}
 
 
-def _seeded(module: torch.nn.Module) -> torch.nn.Module:
+def _seed_parameters(module: torch.nn.Module) -> torch.nn.Module:
     """Give every parameter its own seeded value, whatever torch's global generator did before."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -118,7 +118,7 @@ def _seeded(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def _tokenizer() -> Any:
+def _build_tokenizer() -> Any:
     """A unigram tokenizer of single characters and a few words, in the class that Wan's pipelines load."""
     from transformers import T5Tokenizer
 
@@ -128,19 +128,19 @@ def _tokenizer() -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def _text_encoder(vocabulary: int, width: int) -> torch.nn.Module:
+def _build_text_encoder(vocabulary: int, width: int) -> torch.nn.Module:
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(
         vocab_size=vocabulary, d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
     )
-    return _seeded(UMT5EncoderModel(config))
+    return _seed_parameters(UMT5EncoderModel(config))
 
 
-def _vae() -> torch.nn.Module:
+def _build_vae() -> torch.nn.Module:
     from diffusers import AutoencoderKLWan
 
-    return _seeded(AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1))
+    return _seed_parameters(AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1))
 
 
 def main() -> None:

@@ -16,16 +16,16 @@ from typing import Protocol
 import torch
 
 from anyflow_deploy.bundle.bundle import BundleWriter
-from anyflow_deploy.bundle.manifest import WEIGHTS, Source
-from anyflow_deploy.checkpoints.dtypes import SAFETENSORS, TORCH
-from anyflow_deploy.checkpoints.safetensors_stream import TYPE_BYTES, Entry, layout
+from anyflow_deploy.bundle.manifest import WEIGHTS, WeightsSource
+from anyflow_deploy.checkpoints.dtypes import CHECKPOINT_DTYPES, SAFETENSORS_NAMES
+from anyflow_deploy.checkpoints.safetensors_stream import TYPE_BYTES, TensorEntry, build_header
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Progress
 
 
 @dataclass(frozen=True)
-class Parameter:
+class ParameterSpec:
     """A tensor the graph needs: its safetensors type and shape."""
 
     type: str
@@ -41,7 +41,7 @@ class Weights(Protocol):
         ...
 
     @property
-    def source(self) -> Source:
+    def source(self) -> WeightsSource:
         """Where they came from."""
         ...
 
@@ -54,7 +54,7 @@ class Weights(Protocol):
         ...
 
 
-def check_names(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> None:
+def check_parameters(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Every parameter of the network is there, with its shape, and nothing else is.
 
     Raises:
@@ -62,12 +62,12 @@ def check_names(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> None
     """
     given = weights.shapes()
     problems = []
-    for title, names in (("missing", wanted.keys() - given.keys()), ("unexpected", given.keys() - wanted.keys())):
+    for title, names in (("missing", expected.keys() - given.keys()), ("unexpected", given.keys() - expected.keys())):
         if names:
             problems.append(f"{len(names)} {title}: {', '.join(sorted(names)[:3])}")
-    for name in sorted(wanted.keys() & given.keys()):
-        if given[name] != wanted[name]:
-            problems.append(f"{name} is {given[name]}, config.json makes it {wanted[name]}")
+    for name in sorted(expected.keys() & given.keys()):
+        if given[name] != expected[name]:
+            problems.append(f"{name} is {given[name]}, config.json makes it {expected[name]}")
             break
     if problems:
         raise CheckpointError(
@@ -76,20 +76,20 @@ def check_names(weights: Weights, wanted: Mapping[str, tuple[int, ...]]) -> None
         )
 
 
-def converted(name: str, tensor: torch.Tensor, kind: str) -> torch.Tensor:
+def convert_parameter(name: str, tensor: torch.Tensor, kind: str) -> torch.Tensor:
     """A parameter in a floating-point type.
 
     Raises:
         CheckpointError: a value that is not finite, or too large for the type.
     """
-    result = tensor.to(TORCH[kind])
+    result = tensor.to(CHECKPOINT_DTYPES[kind])
     extremes = torch.aminmax(result)  # NaN comes through, and it is the cheapest pass over the data by far
     if bool(extremes.min.isfinite() & extremes.max.isfinite()):
         return result
     if bool(tensor.isfinite().all()):
         largest = float(tensor.abs().max())
         raise CheckpointError(
-            f"{name} reaches {largest:.3g}, more than {kind} can hold ({torch.finfo(TORCH[kind]).max:.6g}). "
+            f"{name} reaches {largest:.3g}, more than {kind} can hold ({torch.finfo(CHECKPOINT_DTYPES[kind]).max:.6g}). "
             "Export with --precision bf16 (GPU targets) or fp32."
         )
     raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training had failed.")
@@ -98,11 +98,11 @@ def converted(name: str, tensor: torch.Tensor, kind: str) -> torch.Tensor:
 def write_weights(
     writer: BundleWriter,
     weights: Weights,
-    parameters: Mapping[str, Parameter],
+    parameters: Mapping[str, ParameterSpec],
     constants: Mapping[str, torch.Tensor],
-    report: Report,
-    convert: Callable[[str, torch.Tensor, str], torch.Tensor] = converted,
-) -> dict[str, Entry]:
+    progress: Progress,
+    convert: Callable[[str, torch.Tensor, str], torch.Tensor] = convert_parameter,
+) -> dict[str, TensorEntry]:
     """Write `weights.safetensors`.
 
     Args:
@@ -116,18 +116,18 @@ def write_weights(
     Raises:
         CheckpointError: a value that is not finite, or too large for its new type.
     """
-    kinds = {**{n: Parameter(SAFETENSORS[c.dtype], tuple(c.shape)) for n, c in constants.items()}, **parameters}
-    order = sorted(kinds, key=lambda name: -TYPE_BYTES[kinds[name].type])  # stable: wide types first, so all are aligned
-    head, entries = layout({n: (kinds[n].type, kinds[n].shape) for n in order}, {"format": "pt"})
+    specs = {**{n: ParameterSpec(SAFETENSORS_NAMES[c.dtype], tuple(c.shape)) for n, c in constants.items()}, **parameters}
+    order = sorted(specs, key=lambda name: -TYPE_BYTES[specs[name].type])  # stable: wide types first, so all are aligned
+    head, entries = build_header({n: (specs[n].type, specs[n].shape) for n in order}, {"format": "pt"})
     file = writer.create(WEIGHTS)
     total = sum(e.bytes for e in entries.values())
-    with report.stage(f"writing weights ({total / 1e9:.2f} GB)", total) as advance, ThreadPoolExecutor(1) as pen:
-        written = pen.submit(file.write, head)
+    with progress.stage(f"writing weights ({total / 1e9:.2f} GB)", total) as advance, ThreadPoolExecutor(1) as executor:
+        written = executor.submit(file.write, head)
         for name, tensor in _read_ahead(weights, (n for n in order if n not in constants), constants, order):
-            stored = tensor if name in constants else convert(name, tensor, kinds[name].type)
+            stored = tensor if name in constants else convert(name, tensor, specs[name].type)
             data = stored.contiguous().reshape(-1).view(torch.uint8)
             written.result()
-            written = pen.submit(file.write, data.numpy().data)
+            written = executor.submit(file.write, data.numpy().data)
             advance(entries[name].bytes)
         written.result()
     writer.add(WEIGHTS, file.close())
@@ -139,8 +139,8 @@ def _read_ahead(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors in order, the next learned one being read while the last is written."""
     with ThreadPoolExecutor(1) as reader:
-        coming = iter(learned)
-        first = next(coming, None)
+        remaining = iter(learned)
+        first = next(remaining, None)
         pending = None if first is None else reader.submit(weights.read, first)
         for name in order:
             if name in constants:
@@ -148,7 +148,7 @@ def _read_ahead(
                 continue
             assert pending is not None
             tensor = pending.result()
-            following = next(coming, None)
+            following = next(remaining, None)
             pending = None if following is None else reader.submit(weights.read, following)
             yield name, tensor
 
@@ -166,6 +166,6 @@ def fingerprint(weights: Weights) -> str:
     digest = hashlib.sha256()
     for name, shape in sorted(weights.shapes().items()):
         flat = weights.read(name).reshape(-1)
-        some = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16)
-        digest.update(f"{name} {shape}".encode() + some.view(torch.int16).numpy().tobytes())
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to(torch.bfloat16)
+        digest.update(f"{name} {shape}".encode() + sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

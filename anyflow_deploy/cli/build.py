@@ -15,7 +15,7 @@ from anyflow_deploy.cli.options import Options, Words, run
 from anyflow_deploy.engines.build import BUILDERS, BuildSettings, build_engine, settings_type
 from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Bars, console
+from anyflow_deploy.progress import RichProgress, console
 
 _COMMON = ("bundle", "backend", "name", "output", "overwrite")
 """Flags of the command; all others are fields of the backend's settings."""
@@ -58,7 +58,7 @@ def build(options: BuildOptions) -> int:
     """Do it; returns the exit status."""
     settings = chosen_settings(options)
     bundle = load_bundle(options.bundle)
-    with Bars(console) as bars:
+    with RichProgress(console) as bars:
         folder = build_engine(bundle, options.backend, settings, _destination(options), options.overwrite, bars)
     console.print(described(folder))
     console.print(f"[green]wrote[/] [bold]{escape(str(folder.path))}[/] ({folder.record.seconds:.1f} s)")

@@ -14,7 +14,7 @@ from anyflow_deploy.cli.options import Steps, run
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
-from anyflow_deploy.progress import Bars, Report, console
+from anyflow_deploy.progress import Progress, RichProgress, console
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration
 
 if TYPE_CHECKING:  # torch, which --help does not need
@@ -47,14 +47,14 @@ class CalibrateOptions(WeightOptions):
 
 def calibrate(options: CalibrateOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.checkpoints.weights import check_names
+    from anyflow_deploy.checkpoints.weights import check_parameters
     from anyflow_deploy.export.quantization.calibrate import partial_path, write_calibration
 
     started = time.perf_counter()
     check_output(options.output, options.overwrite)
     weights = options.weights()
-    check_names(weights, parameter_shapes(weights.architecture))
-    with Bars(console) as bars:
+    check_parameters(weights, parameter_shapes(weights.architecture))
+    with RichProgress(console) as bars:
         calibration = measured(options, weights, bars)
     write_calibration(options.output, calibration)
     partial_path(options.output).unlink(missing_ok=True)
@@ -65,7 +65,7 @@ def calibrate(options: CalibrateOptions) -> int:
     return 0
 
 
-def measured(options: CalibrateOptions, weights: Weights, bars: Report) -> Calibration:
+def measured(options: CalibrateOptions, weights: Weights, bars: Progress) -> Calibration:
     """The calibration that the options ask for. Its rollouts are kept beside `options.output` (`partial_path`); whoever calls
     removes them once the calibration is on disk."""
     from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated, partial_path

@@ -22,7 +22,7 @@ from anyflow_deploy.errors import AnyFlowError, UnavailableError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from anyflow_deploy.precision import base_precision, get_precision
 from anyflow_deploy.progress import console
-from anyflow_deploy.shape_ranges import Range, latent_frames, latent_side, parsed_span
+from anyflow_deploy.shape_ranges import Range, latent_frames, latent_side, parse_span
 from anyflow_deploy.targets import CPU_HAS_NO_BF16, check_precision, get_target
 
 CHECKS = ("auto", "full", "none")
@@ -78,13 +78,13 @@ class ExportOptions(QuantizationOptions):
         found = {}
         for axis in ("batch", "text"):
             if (text := getattr(self, axis)) is not None:
-                found[axis] = Range(*parsed_span(text, f"--{axis}"))
+                found[axis] = Range(*parse_span(text, f"--{axis}"))
         if self.frames is not None:
-            low, high = (latent_frames(n, TEMPORAL_FACTOR) for n in parsed_span(self.frames, "--frames"))
+            low, high = (latent_frames(n, TEMPORAL_FACTOR) for n in parse_span(self.frames, "--frames"))
             found["frames"] = Range(low, high)
         for axis in ("height", "width"):
             if (text := getattr(self, axis)) is not None:
-                low, high = (latent_side(n, SPATIAL_FACTOR, 2, axis) for n in parsed_span(text, f"--{axis}"))
+                low, high = (latent_side(n, SPATIAL_FACTOR, 2, axis) for n in parse_span(text, f"--{axis}"))
                 found[axis] = Range(low, high, 2)
         return found
 
@@ -93,7 +93,7 @@ def export(options: ExportOptions) -> int:
     """Export, then compare the numbers; returns the exit status: 0 for a good bundle, 1 for one with wrong numbers."""
     from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
     from anyflow_deploy.export.quantization.calibrate import partial_path
-    from anyflow_deploy.progress import Bars
+    from anyflow_deploy.progress import RichProgress
 
     started = time.perf_counter()
     output = options.output or Path(f"{_label(options)}-{options.precision}")
@@ -105,7 +105,7 @@ def export(options: ExportOptions) -> int:
     checked(weights, settings)
     show_fit(weights.architecture, options.precision, options.target, options.ranges())
     BundleWriter(output, options.overwrite)  # refuses a destination that cannot be, before a calibration of hours
-    with Bars(console) as bars:
+    with RichProgress(console) as bars:
         calibration = calibration_of(options, weights, output, bars)
         if calibration is not None:
             kept = layers_kept(options, options.target, weights, calibration, bars)

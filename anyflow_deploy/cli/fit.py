@@ -17,7 +17,14 @@ from rich.table import Table
 
 from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.memory.estimate import FIT_PRECISIONS, Shape, companions, memory_of, needed, shape_from_pixels
+from anyflow_deploy.memory.estimate import (
+    FIT_PRECISIONS,
+    LatentShape,
+    available_memory,
+    companion_weights,
+    estimate_memory,
+    shape_from_pixels,
+)
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, Architecture, get_model, model_name
 from anyflow_deploy.progress import console
 from anyflow_deploy.shape_ranges import Range, latent_frames
@@ -61,7 +68,7 @@ class FitOptions(Options):
             target = get_target(self.target or "cpu")
             if self.memory is not None and target.memory is None:
                 raise AnyFlowError("--memory is of a variant of a device: give its row with --target NAME (not cpu), too.")
-            needed(self.architecture, self.precision or "fp16", target, self.video, self.window)
+            estimate_memory(self.architecture, self.precision or "fp16", target, self.video, self.window)
             if self.target and self.precision:
                 check_precision(target, self.precision)
         except AnyFlowError as error:
@@ -85,15 +92,15 @@ class FitOptions(Options):
         )
 
     @property
-    def video(self) -> Shape:
+    def video(self) -> LatentShape:
         """The shape asked for, or the model's own."""
         return default_shape(self.model) if self.shape is None else shape_from_pixels(self.shape, self.architecture)
 
 
-def default_shape(model: str) -> Shape:
+def default_shape(model: str) -> LatentShape:
     """What a model makes when nothing else is asked for; of a model outside the table, Wan's 81 frames at 480x832."""
     frames, height, width = MODELS[model].video if model in MODELS else MODELS["1.3b"].video
-    return Shape(latent_frames(frames, TEMPORAL_FACTOR), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+    return LatentShape(latent_frames(frames, TEMPORAL_FACTOR), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
 
 
 def fit(options: FitOptions) -> int:
@@ -126,7 +133,7 @@ def show_fit(a: Architecture, precision: str, target: str, ranges: Mapping[str, 
     if a.causal:
         largest.pop("frames", None)  # those are of one chunk
     shape, row = dataclasses.replace(usual, **largest), get_target(target)
-    need, available = needed(a, precision, row, shape), memory_of(row)
+    need, available = estimate_memory(a, precision, row, shape), available_memory(row)
     parts = f"weights {_gb(need.weights)}, activations {_gb(need.activations + need.workspace)}"
     cache = f", cache {_gb(need.cache)}" if need.cache else ""
     console.print(f"needs about {_gb(need.total)} on {target} at {shape} ({parts}{cache}; it has {_gb(available)}).")
@@ -134,11 +141,11 @@ def show_fit(a: Architecture, precision: str, target: str, ranges: Mapping[str, 
         console.print(f"[yellow]warning:[/] that does not fit {row.device}. {_advice(a, precision, row, shape)}")
 
 
-def _cell(a: Architecture, precision: str, target: Target, shape: Shape, window: int | None) -> dict[str, Any]:
+def _cell(a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None) -> dict[str, Any]:
     """One combination: bytes and a verdict, or why it is refused."""
     if precision not in target.precisions:
         return {"fits": False, "refused": f"{target.name} does not run {precision}"}
-    need, available = needed(a, precision, target, shape, window), memory_of(target)
+    need, available = estimate_memory(a, precision, target, shape, window), available_memory(target)
     return {"fits": need.total <= available, "total": need.total, "available": available, **dataclasses.asdict(need)}
 
 
@@ -146,7 +153,7 @@ def _print_overview(options: FitOptions, targets: list[Target], cells: dict[str,
     precisions = list(next(iter(cells.values())))
     table = Table("target", "memory", *precisions, title=f"{options.model} at {options.video}: GB needed, and whether it fits")
     for target in targets:
-        table.add_row(target.name, _gb(memory_of(target)), *(_shown(cells[target.name][p]) for p in precisions))
+        table.add_row(target.name, _gb(available_memory(target)), *(_shown(cells[target.name][p]) for p in precisions))
     Console(highlight=False).print(table)
     console.print(
         "Memory is what the system leaves free; the text encoder and the VAE run apart. Where it goes: --target, --precision."
@@ -160,13 +167,16 @@ def _shown(cell: dict[str, Any]) -> str:
 
 
 def _print_details(options: FitOptions, target: Target, precision: str) -> None:
-    need, available = needed(options.architecture, precision, target, options.video, options.window), memory_of(target)
+    need, available = (
+        estimate_memory(options.architecture, precision, target, options.video, options.window),
+        available_memory(target),
+    )
     table = Table("what", "GB", title=f"{options.model} in {precision} on {target.device} at {options.video}")
     parts = ("weights", "activations", "cache", "workspace")
     for name, size in [*((part, getattr(need, part)) for part in parts), ("needed", need.total), ("available", available)]:
         table.add_row(name, f"{size / GB:.2f}", style="bold" if name in ("needed", "available") else "")
     table.add_section()
-    for name, size in companions(target).items():
+    for name, size in companion_weights(target).items():
         table.add_row(f"[dim]apart: {name}[/]", f"[dim]{size / GB:.2f}[/]")
     table.add_row("[dim]scores, if attention is not fused[/]", f"[dim]{need.score_table / GB:.2f}[/]")
     Console(highlight=False).print(table)
@@ -177,28 +187,32 @@ def _print_details(options: FitOptions, target: Target, precision: str) -> None:
         console.print(f"[red]does not fit[/]: {_gb(need.total - available)} too much. {advice}")
 
 
-def _advice(a: Architecture, precision: str, target: Target, shape: Shape, window: int | None = None) -> str:
+def _advice(a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None = None) -> str:
     """What would fit instead, each with its size; said only of what was computed."""
     found = list(_alternatives(a, precision, target, shape, window))
     return f"These would: {'; '.join(found)}." if found else "Nothing of this model does, at any precision, on any target here."
 
 
-def _alternatives(a: Architecture, precision: str, target: Target, shape: Shape, window: int | None) -> Iterator[str]:
+def _alternatives(a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None) -> Iterator[str]:
     """Another precision, where needed with half the frames; a window; another target."""
     half = dataclasses.replace(shape, frames=(shape.frames + 1) // 2)
     for other in target.precisions:
         for video in (shape, half):
-            size = needed(a, other, target, video, window).total
-            if size <= memory_of(target):
+            size = estimate_memory(a, other, target, video, window).total
+            if size <= available_memory(target):
                 yield f"--precision {other} at {video} ({_gb(size)})"
                 break
     for keep in _WINDOWS if a.causal and window is None else ():
-        size = needed(a, precision, target, shape, keep).total
-        if size <= memory_of(target):
+        size = estimate_memory(a, precision, target, shape, keep).total
+        if size <= available_memory(target):
             yield f"a window of {keep} chunks ({_gb(size)})"
             break
     able = [t.name for t in TARGETS.values() if t.memory and precision in t.precisions]
-    large = [name for name in able if needed(a, precision, TARGETS[name], shape, window).total <= memory_of(TARGETS[name])]
+    large = [
+        name
+        for name in able
+        if estimate_memory(a, precision, TARGETS[name], shape, window).total <= available_memory(TARGETS[name])
+    ]
     if large:
         yield f"--target {' or '.join(large)}"
 

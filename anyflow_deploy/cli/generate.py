@@ -30,7 +30,7 @@ from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.engines.sampler import Chunk, noise, sample, stream
 from anyflow_deploy.engines.step_policy import StepPolicy
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Bars, console
+from anyflow_deploy.progress import RichProgress, console
 
 LATENTS_SUFFIX = ".safetensors"
 
@@ -196,7 +196,7 @@ class _Work:
     def _whole(self, start: Array) -> Array:
         course = self.job.course
         with (
-            self.watch.time(course.stage), Bars(console) as bars, bars.stage("transitions", course.progress_total(1)) as advance,
+            self.watch.time(course.stage), RichProgress(console) as bars, bars.stage("transitions", course.progress_total(1)) as advance,
             course.interrupt_handler(),
         ):  # fmt: skip
             schedule = course.chunk_schedules(0)(0)
@@ -217,7 +217,7 @@ class _Work:
         course, count = self.job.course, len(plan.chunks)
         given = chunks_in(plan, 0 if context is None else context.shape[1])
         with (
-            Bars(console) as bars,
+            RichProgress(console) as bars,
             bars.stage("transitions", course.progress_total(count - given)) as advance,
             course.interrupt_handler(),
         ):

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.models import TEXT_TOKENS
-from anyflow_deploy.progress import Bars, console
+from anyflow_deploy.progress import RichProgress, console
 
 PROGRAM = "anyflow-precompute"
 
@@ -42,13 +42,13 @@ class PrecomputeOptions(Options):
 
 def work(chosen: PrecomputeOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.training.data.precompute import SKIPPED, Work, found_pipeline, precompute
+    from anyflow_deploy.training.data.precompute import SKIPPED, PrecomputeJob, find_pipeline, precompute
 
-    job = Work(
-        chosen.folder, found_pipeline(chosen.checkpoint), chosen.output, (chosen.frames, chosen.height, chosen.width),
+    job = PrecomputeJob(
+        chosen.folder, find_pipeline(chosen.checkpoint), chosen.output, (chosen.frames, chosen.height, chosen.width),
         chosen.text_tokens, chosen.type, chosen.shard_samples, chosen.workers,
     )  # fmt: skip
-    with Bars(console) as bars:
+    with RichProgress(console) as bars:
         count, skipped = precompute(job, bars)
     console.print(f"[green]wrote[/] [bold]{escape(str(chosen.output))}[/] (of {count} videos)")
     if skipped:

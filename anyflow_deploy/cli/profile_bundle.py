@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import load_bundle
-from anyflow_deploy.bundle.json_records import load_record, write_whole
+from anyflow_deploy.bundle.json_records import load_record, write_text_atomically
 from anyflow_deploy.cli.fit import default_shape
 from anyflow_deploy.cli.options import Options, Steps, Words, run
 from anyflow_deploy.engines.registry import EngineOptions, check_backend
@@ -31,7 +31,7 @@ from anyflow_deploy.profiling.profiler import SKIPPABLE, Request, profiled, prov
 from anyflow_deploy.profiling.record import SCHEMA, Profile
 from anyflow_deploy.profiling.terminal import print_comparison, print_estimate, print_profile
 from anyflow_deploy.profiling.timing import Rules
-from anyflow_deploy.progress import Bars, console
+from anyflow_deploy.progress import RichProgress, console
 from anyflow_deploy.targets import get_target
 
 WIDTH = 120
@@ -158,12 +158,12 @@ def profile(options: ProfileOptions) -> int:
         pipeline=options.pipeline,
         skip=options.skip,
     )
-    with Bars(console) as bars:
+    with RichProgress(console) as bars:
         made = profiled(request, bars)
     print_profile(made, _people(options))
     _write(options, made.model_dump_json(by_alias=True, indent=1))
     if options.html is not None:
-        write_whole(options.html, html_from_profile(made))
+        write_text_atomically(options.html, html_from_profile(made))
         console.print(f"[green]wrote[/] [bold]{escape(str(options.html))}[/]")
     return 0
 
@@ -216,7 +216,7 @@ def _write(options: ProfileOptions, text: str) -> None:
     if options.json_file == "-":
         sys.stdout.write(text + "\n")
     elif options.json_file is not None:
-        write_whole(Path(options.json_file), text)
+        write_text_atomically(Path(options.json_file), text)
         console.print(f"[green]wrote[/] [bold]{escape(options.json_file)}[/]")
 
 

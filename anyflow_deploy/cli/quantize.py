@@ -16,9 +16,9 @@ from anyflow_deploy.cli.sensitivity import CAUSAL_FRAMES, FRAMES, HEIGHT, WIDTH,
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.models import MODELS, model_name
 from anyflow_deploy.precision import BASES, PRECISIONS, base_precision
-from anyflow_deploy.progress import Report, console
+from anyflow_deploy.progress import Progress, console
 from anyflow_deploy.quantization.calibration import Calibration, load_calibration
-from anyflow_deploy.quantization.layers import candidates, quantized_attentions, staying_high
+from anyflow_deploy.quantization.layers import quantizable_layers, quantized_attentions, unquantized_layers
 
 if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.checkpoints.weights import Weights
@@ -57,7 +57,7 @@ class QuantizationOptions(WeightOptions):
         return self
 
 
-def calibration_of(options: QuantizationOptions, weights: Weights, output: Path, bars: Report) -> Calibration | None:
+def calibration_of(options: QuantizationOptions, weights: Weights, output: Path, bars: Progress) -> Calibration | None:
     """The calibration an export needs: read, or made here; None where nothing is quantized."""
     from anyflow_deploy.cli.calibrate import CalibrateOptions, measured
 
@@ -96,7 +96,9 @@ def _small(weights: Weights) -> dict[str, int]:
     return {"frames": frames, "height": height, "width": width}
 
 
-def layers_kept(options: QuantizationOptions, target: str, weights: Weights, calibration: Calibration, bars: Report) -> list[str]:
+def layers_kept(
+    options: QuantizationOptions, target: str, weights: Weights, calibration: Calibration, bars: Progress
+) -> list[str]:
     """The layers that --keep or --fidelity choose, by measuring each one."""
     from anyflow_deploy.export.quantization.rollouts import latent_shape
     from anyflow_deploy.export.quantization.sensitivity import check_keep, kept_layers, measured_sensitivity
@@ -104,7 +106,7 @@ def layers_kept(options: QuantizationOptions, target: str, weights: Weights, cal
     if not options.keep and options.fidelity is None:
         return []
     a = weights.architecture
-    check_keep(options.keep, len(candidates(a)) - len(staying_high(a, calibration)))
+    check_keep(options.keep, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
     shape = latent_shape(a, CAUSAL_FRAMES if a.causal else FRAMES, HEIGHT, WIDTH)
     attention = tuple(quantized_attentions(a, calibration)) if options.attention == "fp8" else ()
     base = base_precision(options.precision, options.base, target)

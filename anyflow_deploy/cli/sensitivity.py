@@ -14,9 +14,9 @@ from anyflow_deploy.cli.options import Options, Steps, run
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.precision import EIGHT_BIT
-from anyflow_deploy.progress import Bars, Report, Silent, console
+from anyflow_deploy.progress import NullProgress, Progress, RichProgress, console
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, load_calibration
-from anyflow_deploy.quantization.layers import candidates, quantized_attentions, staying_high
+from anyflow_deploy.quantization.layers import quantizable_layers, quantized_attentions, unquantized_layers
 
 if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.checkpoints.weights import Weights
@@ -85,12 +85,12 @@ def sensitivity(options: SensitivityOptions) -> int:
     weights = weights_from_manifest(bundle.manifest, options.checkpoint)
     own = bundle.manifest.precision
     precision = options.precision or (own if own in EIGHT_BIT else EIGHT_BIT[0])
-    with Bars(console) as bars:
+    with RichProgress(console) as bars:
         with bars.stage("loading ModelOpt"):
             load_modelopt()
         with bars.stage("fingerprint of the weights"):
             check_calibration(calibration, weights)
-        check_keep(options.keep, len(candidates(a)) - len(staying_high(a, calibration)))
+        check_keep(options.keep, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
         how = bundle.manifest.quantization if precision == own else None  # measured as this bundle rounds, or as by default
         attention = tuple(quantized_attentions(a, calibration)) if how is not None and how.attention == "fp8" else ()
         smooth = how is None or how.smooth
@@ -117,17 +117,17 @@ def probe_for(
     steps: tuple[int, ...] = (1, 4),
     seed: int = 0,
     device: str = "cpu",
-    bars: Report | None = None,
+    bars: Progress | None = None,
 ) -> Probe:
     """What measures a model's layers, rounding as an export with the same settings does."""
     from anyflow_deploy.export.quantization.plan import planned
     from anyflow_deploy.export.quantization.sensitivity import Probe, ProbeSettings
 
-    report = bars or Silent()
+    progress = bars or NullProgress()
     factors = {}
     if smooth and precision == "int8":
-        factors = planned(weights, calibration, precision, base, smooth, "high", (), report).smooth
-    with report.stage("the untouched network"):
+        factors = planned(weights, calibration, precision, base, smooth, "high", (), progress).smooth
+    with progress.stage("the untouched network"):
         settings = ProbeSettings(calibrated_text(weights, calibration), shape, steps, seed, device, attention)
         return Probe(weights, calibration, precision, settings, factors)
 

@@ -41,22 +41,23 @@ class TrainOptions(Options):
 
 def full_options() -> type[TrainOptions]:
     """The flags above, and one for each setting of a recipe."""
-    from anyflow_deploy.training.recipes import fields
+    from anyflow_deploy.training.recipes import recipe_fields
 
     settings: dict[str, Any] = {
-        name: (str | None, Field(None, description=f"setting of the recipe ({group or 'data'})")) for name, group, _ in fields()
+        name: (str | None, Field(None, description=f"setting of the recipe ({group or 'data'})"))
+        for name, group, _ in recipe_fields()
     }
     return create_model("FullTrainOptions", __base__=TrainOptions, __doc__=TrainOptions.__doc__, **settings)
 
 
 def work(chosen: TrainOptions) -> int:
     """Resolve the recipe, then show it or train."""
-    from anyflow_deploy.training.recipes import as_dict, fields, overridden, recipe
+    from anyflow_deploy.training.recipes import get_recipe, override_recipe, recipe_fields, recipe_to_dict
 
-    values = {name: getattr(chosen, name) for name, _, _ in fields() if getattr(chosen, name) is not None}
-    resolved = overridden(recipe(chosen.recipe), values)
+    values = {name: getattr(chosen, name) for name, _, _ in recipe_fields() if getattr(chosen, name) is not None}
+    resolved = override_recipe(get_recipe(chosen.recipe), values)
     if chosen.show:
-        sys.stdout.write(json.dumps(as_dict(resolved), indent=2) + "\n")
+        sys.stdout.write(json.dumps(recipe_to_dict(resolved), indent=2) + "\n")
         return 0
     return _train(chosen, resolved)
 
@@ -65,13 +66,13 @@ def _train(chosen: TrainOptions, resolved: Any) -> int:
     from pathlib import Path
 
     from anyflow_deploy.errors import AnyFlowError
-    from anyflow_deploy.training.run_spec import Request
+    from anyflow_deploy.training.run_spec import RunSpec
     from anyflow_deploy.training.trainer import train
 
     if chosen.output is None:
         raise AnyFlowError("--output is missing: the folder of the run.")
     init, teacher = (None if path is None else Path(path) for path in (chosen.init, chosen.teacher))
-    train(Request(resolved, Path(chosen.output), init, teacher, chosen.data, chosen.shard, chosen.device, chosen.wandb))
+    train(RunSpec(resolved, Path(chosen.output), init, teacher, chosen.data, chosen.shard, chosen.device, chosen.wandb))
     return 0
 
 

@@ -12,13 +12,13 @@ from pydantic import Field
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.bundle.json_records import write_whole
+from anyflow_deploy.bundle.json_records import write_text_atomically
 from anyflow_deploy.cli.options import Options, Steps, run
 from anyflow_deploy.cli.sensitivity import calibrated_text
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Bars, console
+from anyflow_deploy.progress import RichProgress, console
 from anyflow_deploy.quantization.calibration import CALIBRATION, load_calibration
 from anyflow_deploy.shape_ranges import latent_frames, latent_side
 
@@ -72,7 +72,7 @@ def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     words = _calibrated_text(bundle, weights, text)
     text = text if words is None else words.shape
     engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
-    with Bars(console) as bars:
+    with RichProgress(console) as bars:
         with bars.stage("loading the reference"):
             reference = (NetworkEngine if chunks else TorchEngine)(weights, options.device)
         shift = bundle.manifest.schedule.shift
@@ -133,7 +133,7 @@ def _write(folder: Path, bundle: Bundle, result: Any) -> None:
     from anyflow_deploy.engines import validation_report
 
     content = {"bundle_sha256": bundle.digest, **result.as_json()}
-    write_whole(folder / "validation.json", json.dumps(content, indent=1) + "\n")
+    write_text_atomically(folder / "validation.json", json.dumps(content, indent=1) + "\n")
     for table in validation_report.validation_tables(result):
         console.print(table)
     if validation_report.can_plot():

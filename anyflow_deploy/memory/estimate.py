@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
 from anyflow_deploy.errors import AnyFlowError, suggestion
-from anyflow_deploy.memory.parameter_shapes import counts, quantized_channels
+from anyflow_deploy.memory.parameter_shapes import count_parameters, count_quantized_channels
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture
 from anyflow_deploy.precision import EIGHT_BIT, PRECISIONS
 from anyflow_deploy.shape_ranges import latent_frames, latent_side
@@ -65,7 +65,7 @@ WAN_VAE_PARAMETERS = 126_892_531
 
 
 @dataclass(frozen=True)
-class Shape:
+class LatentShape:
     """A video, in latent frames, rows and columns."""
 
     frames: int
@@ -82,7 +82,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Bytes, see the module's text.
 
     Attributes:
@@ -101,7 +101,7 @@ class Need:
         return self.weights + self.activations + self.cache + self.workspace
 
 
-def shape_from_pixels(text: str, a: Architecture) -> Shape:
+def shape_from_pixels(text: str, a: Architecture) -> LatentShape:
     """`"480x832x81"` (height, width, frames) in latent units.
 
     Raises:
@@ -113,7 +113,7 @@ def shape_from_pixels(text: str, a: Architecture) -> Shape:
     height, width, frames = map(int, parts)
     patch = (a.compressed_patch_size or a.patch_size)[1]
     sides = (latent_side(n, SPATIAL_FACTOR, patch, axis) for n, axis in ((height, "height"), (width, "width")))
-    return Shape(latent_frames(frames, TEMPORAL_FACTOR), *sides)
+    return LatentShape(latent_frames(frames, TEMPORAL_FACTOR), *sides)
 
 
 def base_type(precision: str, target: Target) -> str:
@@ -123,7 +123,9 @@ def base_type(precision: str, target: Target) -> str:
     return "fp32" if target.compute_capability is None else "fp16"
 
 
-def needed(a: Architecture, precision: str, target: Target, shape: Shape, window: int | None = None) -> Need:
+def estimate_memory(
+    a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None = None
+) -> MemoryEstimate:
     """What one transition takes, batch 1.
 
     Args:
@@ -136,11 +138,11 @@ def needed(a: Architecture, precision: str, target: Target, shape: Shape, window
     Raises:
         AnyFlowError: an unknown precision, or a window for a model without a cache.
     """
-    _check(a, precision, window)
-    plan = _plan(a, shape, window)
-    activations, scores = _activations(a, precision, target, shape, plan)
+    _check_arguments(a, precision, window)
+    plan = _plan_cache(a, shape, window)
+    activations, scores = _activation_bytes(a, precision, target, shape, plan)
     element = 4 if base_type(precision, target) == "fp32" else 2
-    return Need(
+    return MemoryEstimate(
         weights=weight_bytes(a, precision, target),
         activations=activations,
         cache=plan.bytes(element) if plan else 0,
@@ -154,28 +156,28 @@ def weight_bytes(a: Architecture, precision: str, target: Target) -> int:
     base = 4 if base_type(precision, target) == "fp32" else 2
     if target.compute_capability is None and base == 2:
         base = CPU_HALF_BYTES
-    large, scales = (1, 4 * quantized_channels(a)) if precision in EIGHT_BIT else (base, 0)
+    large, scales = (1, 4 * count_quantized_channels(a)) if precision in EIGHT_BIT else (base, 0)
     if target.compute_capability is None and precision == "fp8":
         large = CPU_FP8_BYTES
-    number = counts(a)
+    number = count_parameters(a)
     one = large * number["blocks"] + base * number["base"] + 4 * number["float32"] + scales
     return one * (2 if a.causal else 1)
 
 
-def memory_of(target: Target) -> int:
+def available_memory(target: Target) -> int:
     """Bytes a model may take there: what is built in, less what the system keeps; for the CPU, this machine's memory."""
     if target.memory is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return target.memory - target.reserved
 
 
-def companions(target: Target) -> dict[str, int]:
+def companion_weights(target: Target) -> dict[str, int]:
     """Weights of the models that run before and after, not at the same time: bytes by name."""
     element = 4 if target.compute_capability is None else 2
     return {"text encoder (UMT5-XXL)": element * UMT5_XXL_PARAMETERS, "VAE (Wan)": 4 * WAN_VAE_PARAMETERS}
 
 
-def _check(a: Architecture, precision: str, window: int | None) -> None:
+def _check_arguments(a: Architecture, precision: str, window: int | None) -> None:
     if precision not in FIT_PRECISIONS:
         known = ", ".join(FIT_PRECISIONS)
         raise AnyFlowError(f"unknown precision {precision!r}: known are {known}.{suggestion(precision, FIT_PRECISIONS)}")
@@ -183,16 +185,18 @@ def _check(a: Architecture, precision: str, window: int | None) -> None:
         raise AnyFlowError("a window is kept in the cache of a causal model (far-…); leave --window out.")
 
 
-def _plan(a: Architecture, shape: Shape, window: int | None) -> CachePlan | None:
+def _plan_cache(a: Architecture, shape: LatentShape, window: int | None) -> CachePlan | None:
     """The model's own chunks, as many as the video has."""
     if a.chunk_partition is None:
         return None
     return cache_plan(a, fit_chunks(a.chunk_partition, shape.frames), shape.height, shape.width, window)
 
 
-def _activations(a: Architecture, precision: str, target: Target, shape: Shape, plan: CachePlan | None) -> tuple[int, int]:
+def _activation_bytes(
+    a: Architecture, precision: str, target: Target, shape: LatentShape, plan: CachePlan | None
+) -> tuple[int, int]:
     """Bytes at the peak, and of the table of scores that attention would add if it were written out."""
-    tokens, cached = _tokens(a, shape, plan)
+    tokens, cached = _count_tokens(a, shape, plan)
     on_cpu, d = target.compute_capability is None, a.inner_dim
     size = 4 if on_cpu or precision == "fp32" else 2
     copies = 0 if plan is None else 2 * tokens + 4 * cached  # joined to the cache: keys and values, twice
@@ -206,7 +210,7 @@ def _activations(a: Architecture, precision: str, target: Target, shape: Shape, 
     return max(attention * d, feed_forward) + text + state, scores
 
 
-def _tokens(a: Architecture, shape: Shape, plan: CachePlan | None) -> tuple[int, int]:
+def _count_tokens(a: Architecture, shape: LatentShape, plan: CachePlan | None) -> tuple[int, int]:
     """Tokens of the largest step, and those it finds in the cache."""
     if plan is None:
         return shape.tokens(a), 0

@@ -4,7 +4,7 @@
 list follows from the numbers of an `Architecture` alone, so that a device without torch can tell how much memory a model
 takes; a test holds the two lists equal for every model.
 
-A parameter is stored in one of three ways (`kind`): the large layers of the blocks can be FP8 or INT8; their biases and
+A parameter is stored in one of three ways (`storage_kind`): the large layers of the blocks can be FP8 or INT8; their biases and
 the text projection stay in the base type; everything else is float32 in every precision.
 """
 
@@ -17,7 +17,7 @@ from typing import Literal
 
 from anyflow_deploy.models import Architecture
 
-Kind = Literal["blocks", "base", "float32"]
+StorageKind = Literal["blocks", "base", "float32"]
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 _LARGE = re.compile(r"^blocks\.\d+\.(attn[12]\.to_|ffn\.)")
@@ -27,38 +27,38 @@ _TEXT = "condition_embedder.text_embedder."
 def parameter_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter, named as in the checkpoint."""
     d = a.inner_dim
-    found = dict(_convolution("patch_embedding", a, a.patch_size))
+    shapes = dict(_convolution("patch_embedding", a, a.patch_size))
     if a.compressed_patch_size is not None:
-        found.update(_convolution("far_patch_embedding", a, a.compressed_patch_size))
+        shapes.update(_convolution("far_patch_embedding", a, a.compressed_patch_size))
     for name, inputs in (("time", a.freq_dim), ("delta", a.freq_dim), ("text", a.text_dim)):
-        found.update(_linear(f"condition_embedder.{name}_embedder.linear_1", inputs, d))
-        found.update(_linear(f"condition_embedder.{name}_embedder.linear_2", d, d))
-    found.update(_linear("condition_embedder.time_proj", d, 6 * d))
+        shapes.update(_linear(f"condition_embedder.{name}_embedder.linear_1", inputs, d))
+        shapes.update(_linear(f"condition_embedder.{name}_embedder.linear_2", d, d))
+    shapes.update(_linear("condition_embedder.time_proj", d, 6 * d))
     for index in range(a.num_layers):
-        found.update(_block(f"blocks.{index}", a))
-    found.update(_linear("proj_out", d, a.out_channels * math.prod(a.patch_size)))
-    found["scale_shift_table"] = (1, 2, d)
-    return found
+        shapes.update(_block(f"blocks.{index}", a))
+    shapes.update(_linear("proj_out", d, a.out_channels * math.prod(a.patch_size)))
+    shapes["scale_shift_table"] = (1, 2, d)
+    return shapes
 
 
-def kind(name: str) -> Kind:
+def storage_kind(name: str) -> StorageKind:
     """How the parameter of this name is stored, see the module's text."""
     if _LARGE.match(name):
         return "blocks" if name.endswith(".weight") else "base"
     return "base" if name.startswith(_TEXT) else "float32"
 
 
-def counts(a: Architecture) -> dict[Kind, int]:
+def count_parameters(a: Architecture) -> dict[StorageKind, int]:
     """Numbers in all parameters of a kind."""
-    result: dict[Kind, int] = {"blocks": 0, "base": 0, "float32": 0}
+    result: dict[StorageKind, int] = {"blocks": 0, "base": 0, "float32": 0}
     for name, shape in parameter_shapes(a).items():
-        result[kind(name)] += math.prod(shape)
+        result[storage_kind(name)] += math.prod(shape)
     return result
 
 
-def quantized_channels(a: Architecture) -> int:
+def count_quantized_channels(a: Architecture) -> int:
     """Output channels of the layers that may be quantized: each has a scale of its own."""
-    return sum(shape[0] for name, shape in parameter_shapes(a).items() if kind(name) == "blocks")
+    return sum(shape[0] for name, shape in parameter_shapes(a).items() if storage_kind(name) == "blocks")
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Shapes:

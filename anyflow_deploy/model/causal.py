@@ -3,11 +3,11 @@
 AnyFlow-FAR makes video chunk by chunk; a chunk attends to a cache of what came before, and everything in the cache is
 visible to it, so no mask is needed. Three graphs share one set of weights:
 
-- `TextMemory`: the prompt's keys and values in every layer. They depend on nothing else, so a video needs them once; with
+- `TextKVEncoder`: the prompt's keys and values in every layer. They depend on nothing else, so a video needs them once; with
   them inside the other graphs, 512 text tokens were half the work of a small chunk.
 - `ChunkTransition`: one chunk at times (t, r) on cached keys and values. Denoising is this; at t = r = 0 on a clean chunk,
   its keys and values are what the cache keeps of a recent chunk.
-- `Compression`: a clean chunk through the coarser patch embedding at t = r = 0: what the cache keeps of an old chunk. Only
+- `ChunkCompressor`: a clean chunk through the coarser patch embedding at t = r = 0: what the cache keeps of an old chunk. Only
   keys and values come out, so the last layer computes nothing else.
 
 A compressed chunk sees only older compressed chunks, so its entries never change once written; recent chunks can be run
@@ -35,7 +35,7 @@ class ChunkTransition(FlowMapTransformer):
     def __init__(self, a: Architecture, compute_type: torch.dtype = torch.float32, fused: bool = True) -> None:
         super().__init__(a, compute_type, fused)
         assert a.compressed_patch_size is not None
-        self.far_patch = a.compressed_patch_size[1]
+        self.compressed_patch = a.compressed_patch_size[1]
         self.far_patch_embedding = nn.Conv3d(a.in_channels, a.inner_dim, a.compressed_patch_size, a.compressed_patch_size)
 
     def forward(  # type: ignore[override]  # another graph, other inputs
@@ -53,13 +53,13 @@ class ChunkTransition(FlowMapTransformer):
         """
         _, frames, _, height, width = latents.shape
         rotation = self.rope(frames, height // self.patch, width // self.patch, positions)
-        pairs = _pairs(memory)
-        words, past = pairs[: len(self.blocks)], pairs[len(self.blocks) :]
-        z_r, velocity, present = self.transition(latents, t, r, words, rotation, past)
-        return z_r, velocity, *_tensors(present)
+        pairs = _group_pairs(memory)
+        text_kv, past = pairs[: len(self.blocks)], pairs[len(self.blocks) :]
+        z_r, velocity, present = self.transition(latents, t, r, text_kv, rotation, past)
+        return z_r, velocity, *_flatten_pairs(present)
 
 
-class Compression(ChunkTransition):
+class ChunkCompressor(ChunkTransition):
     """Keys and values of an old chunk, see the module's text."""
 
     def forward(self, latents: Tensor, positions: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -74,30 +74,30 @@ class Compression(ChunkTransition):
             key and value (B, N, A, E) of each layer.
         """
         _, frames, _, height, width = latents.shape
-        rotation = self.rope(frames, height // self.far_patch, width // self.far_patch, positions, COMPRESSED)
+        rotation = self.rope(frames, height // self.compressed_patch, width // self.compressed_patch, positions, COMPRESSED)
         x = self.tokens(self.far_patch_embedding, latents)
         clean = latents.new_zeros(latents.shape[:2])
-        _, modulation = self.conditions(clean, clean)
-        ones, pairs, present = self.get_buffer("ones"), _pairs(memory), []
+        _, modulation = self.embed_conditions(clean, clean)
+        ones, pairs, present = self.get_buffer("ones"), _group_pairs(memory), []
         layers = self.blocks[:-1]
-        for block, words, past in zip(layers, pairs[: len(layers)], pairs[len(layers) :], strict=True):
-            x, own = block(x, words, modulation, rotation, ones, past)
-            present.append(own)
+        for block, text_kv, past in zip(layers, pairs[: len(layers)], pairs[len(layers) :], strict=True):
+            x, present_kv = block(x, text_kv, modulation, rotation, ones, past)
+            present.append(present_kv)
         present.append(cast(Block, self.blocks[-1]).key_value(x, modulation, rotation, ones))
-        return _tensors(present)
+        return _flatten_pairs(present)
 
 
-class TextMemory(ChunkTransition):
+class TextKVEncoder(ChunkTransition):
     """Keys and values of the prompt, see the module's text."""
 
     def forward(self, text: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Prompt embeddings (B, L, text_dim) to key and value (B, L, A, E) of each layer."""
-        return _tensors(list(self.words(text)))
+        return _flatten_pairs(list(self.text_key_values(text)))
 
 
-def _tensors(pairs: list[KeyValue]) -> tuple[Tensor, ...]:
+def _flatten_pairs(pairs: list[KeyValue]) -> tuple[Tensor, ...]:
     return tuple(tensor for pair in pairs for tensor in pair)
 
 
-def _pairs(tensors: tuple[Tensor, ...]) -> list[KeyValue]:
+def _group_pairs(tensors: tuple[Tensor, ...]) -> list[KeyValue]:
     return list(zip(tensors[::2], tensors[1::2], strict=True))

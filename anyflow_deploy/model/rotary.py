@@ -38,16 +38,16 @@ def rotary_tables(architecture: Architecture) -> dict[str, Tensor]:
         frequencies = 1.0 / _THETA ** (torch.arange(0, channels, 2, dtype=torch.float64) / channels)
         angles = torch.outer(positions, frequencies)
         directions = torch.polar(torch.ones_like(angles), angles)
-        tables |= _parts(axis, directions)
+        tables |= _cos_sin_tables(axis, directions)
         if architecture.compressed_patch_size is not None and axis != "frames":
             covered = architecture.compressed_patch_size[1] // architecture.patch_size[1]
-            coarse = len(directions) // covered
-            means = directions[: coarse * covered].view(coarse, covered, -1).mean(1)
-            tables |= _parts(f"{axis}{COMPRESSED}", means / means.abs())
+            compressed = len(directions) // covered
+            means = directions[: compressed * covered].view(compressed, covered, -1).mean(1)
+            tables |= _cos_sin_tables(f"{axis}{COMPRESSED}", means / means.abs())
     return tables
 
 
-def _parts(name: str, directions: Tensor) -> dict[str, Tensor]:
+def _cos_sin_tables(name: str, directions: Tensor) -> dict[str, Tensor]:
     return {f"cos_{name}": directions.real.float(), f"sin_{name}": directions.imag.float()}
 
 
@@ -83,7 +83,7 @@ class Rotary(nn.Module):
         return torch.cat(grid, dim=-1).flatten(0, 2).unsqueeze(1)
 
 
-def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotate each pair of channels of `x` (B, N, A, E)."""
     even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
     return torch.stack((even * cosines - odd * sines, even * sines + odd * cosines), dim=-1).flatten(-2)

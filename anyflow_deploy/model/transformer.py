@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anyflow_deploy.model.rotary import Rotary, rotary_tables, rotated
+from anyflow_deploy.model.rotary import Rotary, apply_rotary, rotary_tables
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
 
@@ -85,22 +85,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, memory: KeyValue, batch: int, rotation: Rotation | None = None) -> Tensor:
         """Queries from `x` (B N, D) on what `key_value` made; float32 (B N, D)."""
-        query = self._heads(self.norm_q(self.to_q(x).float()), batch)
+        query = self._split_heads(self.norm_q(self.to_q(x).float()), batch)
         if rotation is not None:
-            query = rotated(query, *rotation)
+            query = apply_rotary(query, *rotation)
         mixed = self._attend(query, *memory)
         return cast(Tensor, self.to_out[0](mixed.flatten(2).flatten(0, 1))).float()
 
     def key_value(self, context: Tensor, batch: int, rotation: Rotation | None = None) -> KeyValue:
         """Keys (rotated already, so that they can be cached) and values of `context` (B M, D): (B, M, A, E) each."""
         context = context.to(self.to_k.input_type)
-        value = self._heads(self.to_v(context), batch)
-        key = self._heads(self.norm_k(self.to_k(context).float()), batch)
+        value = self._split_heads(self.to_v(context), batch)
+        key = self._split_heads(self.norm_k(self.to_k(context).float()), batch)
         if rotation is not None:
-            key = rotated(key, *rotation)
+            key = apply_rotary(key, *rotation)
         return key.to(value.dtype), value
 
-    def _heads(self, x: Tensor, batch: int) -> Tensor:
+    def _split_heads(self, x: Tensor, batch: int) -> Tensor:
         """(B N, D) to (B, N, A, E)."""
         return x.view(batch, x.shape[0] // batch, self.heads, -1)
 
@@ -147,16 +147,16 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, d))
 
     def forward(
-        self, x: Tensor, words: KeyValue, modulation: Tensor, rotation: Rotation, ones: Tensor, past: KeyValue | None = None
+        self, x: Tensor, text_kv: KeyValue, modulation: Tensor, rotation: Rotation, ones: Tensor, past: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue]:
         """One layer.
 
         Args:
             x: float32 (B, F, S, D).
-            words: keys and values of the text, (B, L, A, E).
+            text_kv: keys and values of the text, (B, L, A, E).
             modulation: float32 (B, F, 6, D).
             rotation: of the tokens of `x`.
-            ones: float32 (D), see `modulated`.
+            ones: float32 (D), see `modulate`.
             past: keys and values of earlier chunks, which come before the own ones.
 
         Returns:
@@ -165,22 +165,22 @@ class Block(nn.Module):
         batch = x.shape[0]
         parts = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
-        h = modulated(x, shift, scale, ones, self.eps).flatten(0, 2).to(self.attn1.to_q.input_type)
-        own = self.attn1.key_value(h, batch, rotation)
-        memory = own if past is None else (torch.cat((past[0], own[0]), 1), torch.cat((past[1], own[1]), 1))
+        h = modulate(x, shift, scale, ones, self.eps).flatten(0, 2).to(self.attn1.to_q.input_type)
+        present_kv = self.attn1.key_value(h, batch, rotation)
+        memory = present_kv if past is None else (torch.cat((past[0], present_kv[0]), 1), torch.cat((past[1], present_kv[1]), 1))
         x = x + self.attn1(h, memory, batch, rotation).view(x.shape) * gate
-        x = x + self.attn2(self.norm2(x).flatten(0, 2), words, batch).view(x.shape)
-        h = modulated(x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
-        return cast(Tensor, x + self.ffn(h).view(x.shape) * ffn_gate), own
+        x = x + self.attn2(self.norm2(x).flatten(0, 2), text_kv, batch).view(x.shape)
+        h = modulate(x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
+        return cast(Tensor, x + self.ffn(h).view(x.shape) * ffn_gate), present_kv
 
     def key_value(self, x: Tensor, modulation: Tensor, rotation: Rotation, ones: Tensor) -> KeyValue:
         """The own keys and values alone: what the last layer is asked for when only the cache is wanted."""
         shift, scale = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)[:2]
-        h = modulated(x, shift, scale, ones, self.eps).flatten(0, 2)
+        h = modulate(x, shift, scale, ones, self.eps).flatten(0, 2)
         return self.attn1.key_value(h, x.shape[0], rotation)
 
 
-def modulated(x: Tensor, shift: Tensor, scale: Tensor, ones: Tensor, eps: float) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, ones: Tensor, eps: float) -> Tensor:
     """Layer norm, then scale and shift by the time: `x` (B, F, S, D), shift and scale (B, F, 1, D).
 
     The norm has no weights of its own, but ONNX wants some: `ones` (D) is one constant for all.
@@ -188,7 +188,7 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor, ones: Tensor, eps: float)
     return F.layer_norm(x, ones.shape, ones, eps=eps) * (1 + scale) + shift
 
 
-class TwoLayers(nn.Module):
+class EmbedderMLP(nn.Module):
     """Linear, activation, linear: the shape of diffusers' time and text embedders."""
 
     def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
@@ -205,24 +205,24 @@ class ConditionEmbedder(nn.Module):
         d = a.inner_dim
         self.gate = a.gate_value
         self.difference = a.deltatime_type == "t-r"
-        self.time_embedder = TwoLayers(a.freq_dim, d, torch.float32)
-        self.delta_embedder = TwoLayers(a.freq_dim, d, torch.float32)
+        self.time_embedder = EmbedderMLP(a.freq_dim, d, torch.float32)
+        self.delta_embedder = EmbedderMLP(a.freq_dim, d, torch.float32)
         self.time_proj = Linear(d, 6 * d)
-        self.text_embedder = TwoLayers(a.text_dim, d, compute_type)
+        self.text_embedder = EmbedderMLP(a.text_dim, d, compute_type)
         self.register_buffer("frequencies", torch.empty(a.freq_dim // 2), persistent=False)
 
-    def times(self, t: Tensor, r: Tensor) -> Tensor:
+    def time_embedding(self, t: Tensor, r: Tensor) -> Tensor:
         """`(1 - g) emb(t) + g emb_delta(r)`: float32 (rows) twice to (rows, D)."""
-        first = self._embedded(self.time_embedder, t)
-        second = self._embedded(self.delta_embedder, t - r if self.difference else r)
+        first = self._embed_time(self.time_embedder, t)
+        second = self._embed_time(self.delta_embedder, t - r if self.difference else r)
         return (1.0 - self.gate) * first + self.gate * second
 
-    def _embedded(self, layers: TwoLayers, time: Tensor) -> Tensor:
+    def _embed_time(self, layers: EmbedderMLP, time: Tensor) -> Tensor:
         angles = time.unsqueeze(-1) * self.get_buffer("frequencies")
         waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
         return cast(Tensor, layers.linear_2(F.silu(layers.linear_1(waves))))
 
-    def text(self, text: Tensor) -> Tensor:
+    def embed_text(self, text: Tensor) -> Tensor:
         """Prompt embeddings (B L, text_dim) to (B L, D), in the compute type."""
         hidden = F.gelu(self.text_embedder.linear_1(text), approximate="tanh")
         return cast(Tensor, self.text_embedder.linear_2(hidden))
@@ -265,11 +265,17 @@ class FlowMapTransformer(nn.Module):
         """
         _, frames, _, height, width = latents.shape
         rotation = self.rope(frames, height // self.patch, width // self.patch)
-        z_r, velocity, _ = self.transition(latents, t, r, self.words(text), rotation)
+        z_r, velocity, _ = self.transition(latents, t, r, self.text_key_values(text), rotation)
         return z_r, velocity
 
     def transition(
-        self, latents: Tensor, t: Tensor, r: Tensor, words: Iterable[KeyValue], rotation: Rotation, past: Sequence[KeyValue] = ()
+        self,
+        latents: Tensor,
+        t: Tensor,
+        r: Tensor,
+        text_kv: Iterable[KeyValue],
+        rotation: Rotation,
+        past: Sequence[KeyValue] = (),
     ) -> tuple[Tensor, Tensor, list[KeyValue]]:
         """`forward`, given the tokens' rotation and, layer by layer, the text's keys and values and what came before.
 
@@ -277,16 +283,16 @@ class FlowMapTransformer(nn.Module):
         """
         batch, frames, _, height, width = latents.shape
         x = self.tokens(self.patch_embedding, latents)
-        times, modulation = self.conditions(t, r)
+        time_embedding, modulation = self.embed_conditions(t, r)
         ones = self.get_buffer("ones")
         present = []
-        for index, (block, text) in enumerate(zip(self.blocks, words, strict=True)):
-            x, own = block(x, text, modulation, rotation, ones, past[index] if past else None)
-            present.append(own)
-        shift, scale = (self.scale_shift_table + times.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
-        x = modulated(x, shift, scale, ones, self.eps)
+        for index, (block, text) in enumerate(zip(self.blocks, text_kv, strict=True)):
+            x, present_kv = block(x, text, modulation, rotation, ones, past[index] if past else None)
+            present.append(present_kv)
+        shift, scale = (self.scale_shift_table + time_embedding.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
+        x = modulate(x, shift, scale, ones, self.eps)
         grid = (height // self.patch, width // self.patch)
-        velocity = self._image(self.proj_out(x.flatten(0, 2)).view(batch, frames, *grid, -1))
+        velocity = self._unpatchify(self.proj_out(x.flatten(0, 2)).view(batch, frames, *grid, -1))
         interval = ((t - r) / TRAIN_TIMESTEPS)[:, :, None, None, None]
         return latents - interval * velocity, velocity, present
 
@@ -295,17 +301,17 @@ class FlowMapTransformer(nn.Module):
         x = embedding(latents.flatten(0, 1).unsqueeze(2))
         return cast(Tensor, x.flatten(2).transpose(1, 2).unflatten(0, latents.shape[:2]))
 
-    def conditions(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_conditions(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Time embedding (B F, D), and the modulation made of it (B, F, 6, D)."""
-        times = self.condition_embedder.times(t.flatten(), r.flatten())
-        return times, self.condition_embedder.time_proj(F.silu(times)).view(*t.shape, 6, -1)
+        time_embedding = self.condition_embedder.time_embedding(t.flatten(), r.flatten())
+        return time_embedding, self.condition_embedder.time_proj(F.silu(time_embedding)).view(*t.shape, 6, -1)
 
-    def words(self, text: Tensor) -> Iterator[KeyValue]:
+    def text_key_values(self, text: Tensor) -> Iterator[KeyValue]:
         """Keys and values (B, L, A, E) of the text (B, L, text_dim) in each layer, made when the layer is reached."""
-        embedded = self.condition_embedder.text(text.flatten(0, 1))
+        embedded = self.condition_embedder.embed_text(text.flatten(0, 1))
         return (cast(Block, block).attn2.key_value(embedded, text.shape[0]) for block in self.blocks)
 
-    def _image(self, x: Tensor) -> Tensor:
+    def _unpatchify(self, x: Tensor) -> Tensor:
         """Patches (B, F, h, w, p p C) back to (B, F, C, H, W)."""
         x = x.view(*x.shape[:-1], self.patch, self.patch, -1)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)

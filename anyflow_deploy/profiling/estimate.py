@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from anyflow_deploy.engines.kv_cache import cache_plan, fit_chunks
-from anyflow_deploy.memory.estimate import Shape, memory_of, needed
+from anyflow_deploy.memory.estimate import LatentShape, available_memory, estimate_memory
 from anyflow_deploy.models import FPS, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture
 from anyflow_deploy.profiling.operations import stream_work, transition_work, types_of
 from anyflow_deploy.profiling.record import Roofline
@@ -53,7 +53,7 @@ class Estimate(BaseModel):
 
 
 def estimated(
-    model: str, a: Architecture, precision: str, base: str, target: Target, shape: Shape, steps: tuple[int, ...],
+    model: str, a: Architecture, precision: str, base: str, target: Target, shape: LatentShape, steps: tuple[int, ...],
     window: int | None = None, attention: str = "high",
 ) -> Estimate:  # fmt: skip
     """The bound on a target.
@@ -97,9 +97,9 @@ def estimated(
                 )
             )
     roof = roofline(work, ceilings, None)
-    need = needed(a, precision, target, shape, window)
+    need = estimate_memory(a, precision, target, shape, window)
     return Estimate(
         model=model, precision=precision, target=target.name, device=target.device, source=ceilings.source, shape=str(shape),
         tokens=tokens, transition=roof, bound_by="memory" if roof.memory_seconds > roof.compute_seconds else "products",
-        clips=clips, memory={"needed": need.total, "available": memory_of(target), "fits": need.total <= memory_of(target)},
+        clips=clips, memory={"needed": need.total, "available": available_memory(target), "fits": need.total <= available_memory(target)},
     )  # fmt: skip

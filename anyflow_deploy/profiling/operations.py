@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from anyflow_deploy.engines.kv_cache import CachePlan
-from anyflow_deploy.memory.parameter_shapes import counts, quantized_channels
+from anyflow_deploy.memory.parameter_shapes import count_parameters, count_quantized_channels
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.precision import EIGHT_BIT, PRECISIONS
 
@@ -129,9 +129,9 @@ def _remembered(a: Architecture, types: Types, plan: CachePlan, chunk: int) -> W
 
 def weight_bytes(a: Architecture, types: Types, with_text: bool = True) -> float:
     """All weights once, in the types they are stored in; without those of the text's keys and values if asked."""
-    number = counts(a)
+    number = count_parameters(a)
     base, large = PRECISIONS[types.base].bytes, PRECISIONS[types.linear].bytes
-    scales = 4 * quantized_channels(a) if types.linear in EIGHT_BIT else 0
+    scales = 4 * count_quantized_channels(a) if types.linear in EIGHT_BIT else 0
     whole = large * number["blocks"] + base * number["base"] + 4 * number["float32"] + scales
     return float(whole if with_text else whole - large * a.num_layers * 2 * a.inner_dim**2 - base * a.text_dim * a.inner_dim)
 

@@ -17,7 +17,7 @@ from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.engine_folder import find_engine
 from anyflow_deploy.engines.registry import GPU_ONLY_BACKENDS, EngineOptions, load_engine
-from anyflow_deploy.memory.parameter_shapes import counts
+from anyflow_deploy.memory.parameter_shapes import count_parameters
 from anyflow_deploy.profiling import jetson, layer_profiling, machine, stages
 from anyflow_deploy.profiling.advice import advise
 from anyflow_deploy.profiling.end_to_end import end_to_end
@@ -33,7 +33,7 @@ from anyflow_deploy.profiling.sweep import measured_point
 from anyflow_deploy.profiling.timed_engine import Watched
 from anyflow_deploy.profiling.timing import Rules, clock, method
 from anyflow_deploy.profiling.workload import Video, videos
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Progress
 from anyflow_deploy.targets import Target
 
 IDLE = 0.5
@@ -78,20 +78,20 @@ def provider_of(backend: str, provider: str | None) -> str:
     return provider or ("cuda" if backend in GPU_ONLY_BACKENDS else "cpu")
 
 
-def profiled(request: Request, report: Report) -> Profile:
+def profiled(request: Request, progress: Progress) -> Profile:
     """Do it.
 
     Raises:
         AnyFlowError: shapes outside the ranges, or an engine that cannot run here; before anything is timed.
     """
-    return _Profiler(request, report).profile()
+    return _Profiler(request, progress).profile()
 
 
 class _Profiler:
     """One profile in the making."""
 
-    def __init__(self, request: Request, report: Report) -> None:
-        self._request, self._report = request, report
+    def __init__(self, request: Request, progress: Progress) -> None:
+        self._request, self._progress = request, progress
         self._videos = videos(request.bundle.manifest, request.shapes, request.window)
         self._absent: dict[str, str] = dict.fromkeys(request.skip, "left out by --skip")
         self._gpu, self._board = self._found_gpu(), jetson.described()
@@ -156,7 +156,7 @@ class _Profiler:
                 begin = clock()
                 watched = Watched(engine)
                 points = [
-                    measured_point(watched, video, self._request.steps, self._request.rules, sampler, powers, self._report)
+                    measured_point(watched, video, self._request.steps, self._request.rules, sampler, powers, self._progress)
                     for video in self._videos
                 ]
                 end = clock()
@@ -192,7 +192,7 @@ class _Profiler:
             precision=manifest.precision,
             base=manifest.base,
             layers=a.num_layers,
-            parameters=sum(counts(a).values()),
+            parameters=sum(count_parameters(a).values()),
             engine=engine.description,
             backend=request.backend,
             provider=request.engine.provider,
@@ -209,7 +209,7 @@ class _Profiler:
             if "ceilings" in request.skip:
                 return None
             if request.engine.provider == "cpu":
-                with self._report.stage("what this processor can do"):
+                with self._progress.stage("what this processor can do"):
                     kinds, seconds = {request.bundle.manifest.precision, "fp32"}, min(SECONDS, request.rules.seconds / 10)
                     return measured_ceilings(request.engine.threads, kinds, seconds)
             name = self._board["model"] if self._board else self._gpu.name if self._gpu is not None else ""
@@ -242,7 +242,7 @@ class _Profiler:
             return []
         request = self._request
         try:
-            with self._report.stage("layers"):
+            with self._progress.stage("layers"):
                 layers, enqueue = layer_profiling.watched(
                     request.bundle, request.backend, request.engine, self._videos[0], points[0]
                 )
@@ -264,7 +264,7 @@ class _Profiler:
             except AbsentError as error:
                 self._absent[part] = str(error)
                 continue
-            with self._report.stage(part):
+            with self._progress.stage(part):
                 if part == stages.TEXT:
                     made.append(stages.text_stage(folder, manifest, request.prompt, request.rules))
                 else:

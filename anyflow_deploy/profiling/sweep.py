@@ -14,14 +14,20 @@ from anyflow_deploy.profiling.summary_statistics import latency_from_samples
 from anyflow_deploy.profiling.timed_engine import Watched
 from anyflow_deploy.profiling.timing import Rules, Taken, measured, warmed_up
 from anyflow_deploy.profiling.workload import ChunkTimes, Video, clip
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Progress
 
 FPS_FACTOR = 4
 """Video frames of a latent frame; the video's first latent frame has one."""
 
 
 def measured_point(
-    engine: Watched, video: Video, steps: Sequence[int], rules: Rules, sampler: Sampler, powers: Sequence[Source], report: Report
+    engine: Watched,
+    video: Video,
+    steps: Sequence[int],
+    rules: Rules,
+    sampler: Sampler,
+    powers: Sequence[Source],
+    progress: Progress,
 ) -> Point:
     """Measure one shape.
 
@@ -31,11 +37,11 @@ def measured_point(
         steps: numbers of steps.
         rules: how long.
         sampler, powers: running meanwhile.
-        report: for progress.
+        progress: for progress.
     """
     counts = sorted(set(steps))
     times = {count: ChunkTimes([], []) for count in counts}
-    with report.stage(f"{video.shape}: warm-up"):
+    with progress.stage(f"{video.shape}: warm-up"):
         warm_up = warmed_up(clip(engine, video, counts[0], None), engine.steps, rules)
         for count in counts[1:]:
             clip(engine, video, count, None)()
@@ -43,7 +49,7 @@ def measured_point(
     engine.remembered.clear()
     last: list[float] = []
     cases = {count: _noting_last(engine, video, count, times[count], last) for count in counts}
-    taken = measured(cases, rules, report, f"{video.shape}: rounds")
+    taken = measured(cases, rules, progress, f"{video.shape}: rounds")
     transitions = list(engine.steps)
     engine.steps.clear()
     return Point(

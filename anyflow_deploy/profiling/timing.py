@@ -21,7 +21,7 @@ from typing import Any
 
 from anyflow_deploy.profiling.record import Method, Warmup
 from anyflow_deploy.profiling.summary_statistics import is_steady
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Progress
 
 WINDOW, TOLERANCE = 4, 0.05
 """Warm-up: so many transitions, against so many before them, and how far apart their medians may be."""
@@ -87,20 +87,20 @@ def warmed_up(run: Callable[[], None], transitions: list[float], rules: Rules) -
     return Warmup(runs=runs, seconds=spent, steady=steady)
 
 
-def measured(cases: Mapping[Any, Callable[[], None]], rules: Rules, report: Report, name: str) -> Taken:
+def measured(cases: Mapping[Any, Callable[[], None]], rules: Rules, progress: Progress, name: str) -> Taken:
     """Run all cases in turn, round after round.
 
     Args:
         cases: what to run, by a key; each has run before.
         rules: how long.
-        report, name: for the progress bar.
+        progress, name: for the progress bar.
     """
     taken = Taken({case: [] for case in cases})
     with no_garbage_collection():
         began = clock()
         _round(cases, taken)
         rounds = rules.rounds_for(clock() - began)
-        with report.stage(name, rounds) as advance:
+        with progress.stage(name, rounds) as advance:
             advance(1)
             for _ in range(rounds - 1):
                 _round(cases, taken)

@@ -16,7 +16,7 @@ from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.memory.estimate import Shape, shape_from_pixels
+from anyflow_deploy.memory.estimate import LatentShape, shape_from_pixels
 from anyflow_deploy.profiling.timed_engine import Watched
 from anyflow_deploy.profiling.timing import clock
 from anyflow_deploy.schedule import Schedule
@@ -36,7 +36,7 @@ class Video:
         shift: of the schedules.
     """
 
-    shape: Shape
+    shape: LatentShape
     latents: Array
     text: Array
     plan: CachePlan | None

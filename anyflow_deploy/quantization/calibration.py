@@ -43,7 +43,7 @@ class Calibration(_Record):
 
     Attributes:
         config: `config.json` of the architecture.
-        weights: fingerprint of the weights, see `export.weights.fingerprint`.
+        weights: fingerprint of the weights, see `checkpoints.weights.fingerprint`.
         prompts, steps, seeds, shift, shapes: the rollouts that were run: latents (B, F, C, H, W) each.
         sweeps: timesteps of further rollouts, which visit times that uniform schedules jump over.
         text: "encoder" when the prompts went through the model's own text encoder, "random" when there was none and

@@ -37,7 +37,7 @@ TEXT = "text"
 """The text's keys and values read one tensor in all layers."""
 
 
-def candidates(a: Architecture) -> dict[str, tuple[int, int]]:
+def quantizable_layers(a: Architecture) -> dict[str, tuple[int, int]]:
     """Layer name -> (inputs, outputs), in the order of the network."""
     shapes = {"ffn.net.0.proj": (a.inner_dim, a.ffn_dim), "ffn.net.2": (a.ffn_dim, a.inner_dim)}
     names = [name for group in GROUPS for name in group]
@@ -50,7 +50,7 @@ def split_layer(layer: str) -> tuple[str, str]:
     return ".".join(parts[:2]), ".".join(parts[2:])
 
 
-def group_of(layer: str) -> list[str]:
+def layer_group(layer: str) -> list[str]:
     """The layers that read the same tensor as this one, itself included."""
     block, name = split_layer(layer)
     return [f"{block}.{other}" for other in next(group for group in GROUPS if name in group)]
@@ -58,7 +58,7 @@ def group_of(layer: str) -> list[str]:
 
 def shared_input(layer: str) -> str:
     """What the input of a layer is called in a bundle: after the first layer that reads it. The text is one for all layers."""
-    first = group_of(layer)[0]
+    first = layer_group(layer)[0]
     return TEXT if first.endswith(".attn2.to_k") else f"{first}.input"
 
 
@@ -68,16 +68,16 @@ def input_amax(calibration: Calibration, layer: str) -> float:
     Raises:
         AnyFlowError: the calibration does not know the layer.
     """
-    return max(_known(calibration, f"{name}.input").amax for name in group_of(layer))
+    return max(_tensor_range(calibration, f"{name}.input").amax for name in layer_group(layer))
 
 
 def input_channels(calibration: Calibration, layer: str) -> list[float]:
     """The same for each input channel."""
-    found = [_known(calibration, f"{name}.input").channels or [] for name in group_of(layer)]
+    found = [_tensor_range(calibration, f"{name}.input").channels or [] for name in layer_group(layer)]
     return [max(values) for values in zip(*found, strict=True)]
 
 
-def _known(calibration: Calibration, tensor: str) -> TensorRange:
+def _tensor_range(calibration: Calibration, tensor: str) -> TensorRange:
     if tensor not in calibration.tensors:
         raise AnyFlowError(f"the calibration has no range of {tensor}. Calibrate this model: anyflow-calibrate.")
     return calibration.tensors[tensor]
@@ -85,10 +85,10 @@ def _known(calibration: Calibration, tensor: str) -> TensorRange:
 
 def operand_amax(calibration: Calibration, attention: str) -> dict[str, float]:
     """The range of each operand of the two products of an attention (`blocks.0.attn1`), by name."""
-    return {name: _known(calibration, name).amax for name in (f"{attention}.{operand}" for operand in OPERANDS)}
+    return {name: _tensor_range(calibration, name).amax for name in (f"{attention}.{operand}" for operand in OPERANDS)}
 
 
-def attentions_staying_high(a: Architecture, calibration: Calibration) -> dict[str, str]:
+def unquantized_attentions(a: Architecture, calibration: Calibration) -> dict[str, str]:
     """Attentions (`blocks.0.attn1`) whose products cannot be quantized -> the reason, in words."""
     found = {}
     for name in (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")):
@@ -101,15 +101,15 @@ def attentions_staying_high(a: Architecture, calibration: Calibration) -> dict[s
 
 def quantized_attentions(a: Architecture, calibration: Calibration) -> list[str]:
     """The others."""
-    high = attentions_staying_high(a, calibration)
+    unquantized = unquantized_attentions(a, calibration)
     names = (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2"))
-    return [name for name in names if name not in high]
+    return [name for name in names if name not in unquantized]
 
 
-def staying_high(a: Architecture, calibration: Calibration) -> dict[str, str]:
+def unquantized_layers(a: Architecture, calibration: Calibration) -> dict[str, str]:
     """Candidates that cannot be quantized -> the reason, in words."""
     found = {}
-    for layer, (inputs, outputs) in candidates(a).items():
+    for layer, (inputs, outputs) in quantizable_layers(a).items():
         if inputs % ALIGNMENT or outputs % ALIGNMENT:
             found[layer] = f"{inputs} to {outputs} channels: not multiples of {ALIGNMENT}"
         elif input_amax(calibration, layer) == 0:
@@ -117,17 +117,17 @@ def staying_high(a: Architecture, calibration: Calibration) -> dict[str, str]:
     return found
 
 
-def checked_layers(a: Architecture, names: Iterable[str]) -> tuple[str, ...]:
+def validate_layers(a: Architecture, names: Iterable[str]) -> tuple[str, ...]:
     """Names of candidates, as given.
 
     Raises:
         AnyFlowError: one that is none, with the nearest that is.
     """
-    allowed, given = candidates(a), tuple(names)
-    for name in given:
+    allowed, requested = quantizable_layers(a), tuple(names)
+    for name in requested:
         if name not in allowed:
             raise AnyFlowError(
                 f"{name!r} is no layer that is quantized; those are blocks.N. attn1 and attn2 to_q, to_k, to_v, to_out.0, "
                 f"ffn.net.0.proj, ffn.net.2.{suggestion(name, allowed)}"
             )
-    return given
+    return requested

@@ -19,7 +19,7 @@ from typing import IO
 
 from pydantic import BaseModel, ValidationError
 
-from anyflow_deploy.bundle.json_records import write_whole
+from anyflow_deploy.bundle.json_records import write_text_atomically
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.serving.job import Job, Piece, Video
 
@@ -76,7 +76,7 @@ class Shelf:
         with self.path(job.id).open("rb") as file:
             os.fsync(file.fileno())
         stored = Stored(video=video, pieces=job.pieces)
-        write_whole(self.folder / job.id / RECORD, stored.model_dump_json(indent=1))
+        write_text_atomically(self.folder / job.id / RECORD, stored.model_dump_json(indent=1))
 
     def remove(self, name: str) -> None:
         """Remove a video, whole or half. Those who have its file open may read on."""

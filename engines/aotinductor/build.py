@@ -17,7 +17,7 @@ from anyflow_deploy.engines.engine_folder import EngineWriter, narrow_ranges
 from anyflow_deploy.engines.torch_common.compat import check_packages_open, find_cpp_compiler
 from anyflow_deploy.engines.torch_common.device import describe_device, import_torch, runtime_versions, torch_device
 from anyflow_deploy.errors import BackendError
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Progress
 from anyflow_deploy.shape_ranges import Range
 
 _FP8_CAPABILITY = (8, 9)
@@ -45,17 +45,17 @@ class AotInductorSettings(BuildSettings):
         check_exporter()
         find_cpp_compiler()
 
-    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> BuildResult:
+    def build(self, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
         """See `BuildSettings`."""
         from anyflow_deploy.engines.aotinductor.compiler import compile_graphs, summarize_package
 
         torch = import_torch(self.provider, self.device)
         device = torch_device(self.provider, self.device)
         achieved: dict[str, Any] = {}
-        compile_graphs(bundle, device, writer, self.max_autotune, report)
+        compile_graphs(bundle, device, writer, self.max_autotune, progress)
         for graph in bundle.manifest.graphs:
             achieved[graph] = summarize_package(bundle, graph, writer.folder / f"{graph}.pt2")
-        with report.stage("opening what was compiled"):
+        with progress.stage("opening what was compiled"):
             index = self.device if self.provider == "cuda" else -1
             check_packages_open([writer.folder / f"{graph}.pt2" for graph in bundle.manifest.graphs], index)
         return BuildResult(

@@ -27,7 +27,7 @@ from anyflow_deploy.engines.torch_common.compat import find_cpp_compiler, make_s
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.export.program import program_from_bundle
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Progress
 
 OPTIONS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
@@ -41,7 +41,7 @@ _ATTENTION = ("flash", "efficient", "cudnn")
 _PRODUCTS = {"fp8": "_scaled_mm", "int8": "_int_mm"}
 
 
-def compile_graphs(bundle: Bundle, device: str, writer: EngineWriter, max_autotune: bool, report: Report) -> None:
+def compile_graphs(bundle: Bundle, device: str, writer: EngineWriter, max_autotune: bool, progress: Progress) -> None:
     """Put a package for each graph into the folder.
 
     Args:
@@ -49,24 +49,24 @@ def compile_graphs(bundle: Bundle, device: str, writer: EngineWriter, max_autotu
         device: torch device.
         writer: of the engine.
         max_autotune: see `AotInductorSettings`.
-        report: where progress goes.
+        progress: where progress goes.
 
     Raises:
         BackendError: the compiler gave up; no space or no memory.
     """
     compiler = make_symbolic_compiler(find_cpp_compiler())
     options = select_known_options({**OPTIONS, "cpp.cxx": (None, compiler), "max_autotune": max_autotune})
-    with report.stage("reading weights"):
+    with progress.stage("reading weights"):
         weights = TorchWeights(torch, bundle, device)
     tensors = weights.select(list(weights))
     try:
         for graph in bundle.manifest.graphs:
-            with _translate_errors(bundle), best_attention(device), report.stage(f"tracing {graph}"):
+            with _translate_errors(bundle), best_attention(device), progress.stage(f"tracing {graph}"):
                 program = program_from_bundle(bundle, graph, tensors, device)
-            with _translate_errors(bundle), best_attention(device), report.stage(f"compiling {graph}"):
+            with _translate_errors(bundle), best_attention(device), progress.stage(f"compiling {graph}"):
                 path = writer.folder / f"{graph}.pt2"
                 aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-            writer.adopt(path.name)
+            writer.add_existing(path.name)
             del program
     finally:
         weights.release()

@@ -28,7 +28,7 @@ from anyflow_deploy.engines.torch_common.device import describe_device, import_t
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.shape_ranges import Ranges
+from anyflow_deploy.shape_ranges import ShapeRanges
 
 
 class AotInductorEngine:
@@ -91,7 +91,7 @@ class AotInductorEngine:
         return self.bundle.manifest.architecture
 
     @property
-    def ranges(self) -> Ranges:
+    def ranges(self) -> ShapeRanges:
         """See `Engine`."""
         return self.folder.record.shape_ranges
 

@@ -31,7 +31,7 @@ from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.engines.streaming import CacheStream
 from anyflow_deploy.errors import AnyFlowError, BackendError, UnavailableError
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.shape_ranges import Ranges
+from anyflow_deploy.shape_ranges import ShapeRanges
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -110,7 +110,7 @@ class OnnxRuntimeEngine:
         return self.bundle.manifest.architecture
 
     @property
-    def ranges(self) -> Ranges:
+    def ranges(self) -> ShapeRanges:
         """See `Engine`."""
         return self.bundle.manifest.shape_ranges
 

@@ -28,7 +28,7 @@ from anyflow_deploy.engines.tensorrt.plan import LoadedPlan, LoadOptions
 from anyflow_deploy.engines.tensorrt.run import TensorRTRun
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.shape_ranges import Ranges
+from anyflow_deploy.shape_ranges import ShapeRanges
 
 
 class TensorRTEngine:
@@ -78,7 +78,7 @@ class TensorRTEngine:
         return self.bundle.manifest.architecture
 
     @property
-    def ranges(self) -> Ranges:
+    def ranges(self) -> ShapeRanges:
         """See `Engine`. A shape inside may still lie in no profile."""
         return self._record.shape_ranges
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from anyflow_deploy.bundle.manifest import Graph
+from anyflow_deploy.bundle.manifest import GraphRecord
 from anyflow_deploy.engines.tensorrt.api import VERSION, TensorRTLogger, trt
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Profile, Shape
 from anyflow_deploy.errors import BackendError
@@ -62,7 +62,7 @@ class LoadedPlan:
         BackendError: TensorRT cannot open it, or it is not of this graph.
     """
 
-    def __init__(self, path: Path, name: str, graph: Graph, names: list[str], options: LoadOptions) -> None:
+    def __init__(self, path: Path, name: str, graph: GraphRecord, names: list[str], options: LoadOptions) -> None:
         self.name, self._path = name, path
         self.logger = TensorRTLogger()
         self._runtime = self._create(lambda: trt.Runtime(self.logger))
@@ -101,7 +101,7 @@ class LoadedPlan:
         if not parser.refit_from_file(str(model.resolve())) or not refitter.refit_cuda_engine():
             raise BackendError(f"the weights of {model} do not fit {self._path}: {self.logger.summary()}. Build it again.")
 
-    def _check_tensors(self, graph: Graph) -> None:
+    def _check_tensors(self, graph: GraphRecord) -> None:
         engine = self.engine
         tensor_names = {engine.get_tensor_name(number) for number in range(engine.num_io_tensors)}
         if tensor_names != set(self.types):

@@ -17,7 +17,7 @@ from anyflow_deploy.engines.torch_common.compat import find_cpp_compiler
 from anyflow_deploy.engines.torch_common.device import describe_device, runtime_versions, torch_device
 from anyflow_deploy.engines.torch_tensorrt.engine import import_cuda_torch, import_torch_tensorrt, package_versions
 from anyflow_deploy.errors import BackendError
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Progress
 from anyflow_deploy.shape_ranges import Range
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
@@ -46,13 +46,13 @@ class TorchTensorRTSettings(BuildSettings):
         check_exporter()
         find_cpp_compiler()
 
-    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> BuildResult:
+    def build(self, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
         """See `BuildSettings`."""
         from anyflow_deploy.engines.torch_tensorrt.compiler import build_package
 
         torch, device = import_cuda_torch(self.provider, self.device), torch_device(self.provider, self.device)
         axis_ranges, shapes = profile_ranges(bundle), input_profile(bundle)
-        achieved = build_package(import_torch_tensorrt(), bundle, device, axis_ranges, shapes, writer, report)
+        achieved = build_package(import_torch_tensorrt(), bundle, device, axis_ranges, shapes, writer, progress)
         return BuildResult(
             describe_device(torch, self.provider, self.device),
             {**runtime_versions(torch, self.provider), **package_versions()},

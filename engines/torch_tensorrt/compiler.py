@@ -20,8 +20,8 @@ from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.export.program import program_from_bundle
 from anyflow_deploy.export.trace import arguments
-from anyflow_deploy.progress import Report
-from anyflow_deploy.shape_ranges import Range, Ranges
+from anyflow_deploy.progress import Progress
+from anyflow_deploy.shape_ranges import Range, ShapeRanges
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -33,7 +33,7 @@ def build_package(
     axis_ranges: Mapping[str, Range],
     shapes: Mapping[str, Shapes],
     writer: EngineWriter,
-    report: Report,
+    progress: Progress,
 ) -> dict[str, str]:
     """Put the package into the folder; returns what was achieved.
 
@@ -44,17 +44,17 @@ def build_package(
         axis_ranges: ranges of the axes.
         shapes: least, usual and largest shape of each input, in order.
         writer: of the engine.
-        report: where progress goes.
+        progress: where progress goes.
 
     Raises:
         BackendError: torch-tensorrt gave up.
     """
-    ranges = Ranges(**axis_ranges)
+    ranges = ShapeRanges(**axis_ranges)
     weights = TorchWeights(torch, bundle, device)
     try:
-        with best_attention(device), report.stage("tracing transition"):
+        with best_attention(device), progress.stage("tracing transition"):
             program = program_from_bundle(bundle, "transition", weights.select(list(weights)), device, ranges)
-        with best_attention(device), report.stage("building with TensorRT"):
+        with best_attention(device), progress.stage("building with TensorRT"):
             _, dynamic = arguments("transition", bundle.manifest.architecture, ranges, bundle.manifest.base, device)
             counts = compile_program(trt, program, shapes, dynamic, device, writer.folder / "transition.pt2")
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -62,7 +62,7 @@ def build_package(
         raise BackendError(f"torch-tensorrt cannot build {bundle.path} ({type(error).__name__}): {reason}") from error
     finally:
         weights.release()
-    writer.adopt("transition.pt2")
+    writer.add_existing("transition.pt2")
     return {"transition": counts}
 
 

@@ -18,9 +18,9 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from anyflow_deploy.bundle.atomic_io import ArtifactKind, FolderWriter
+from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.bundle.manifest import MANIFEST, Tensor
+from anyflow_deploy.bundle.manifest import MANIFEST, GraphTensor
 from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
 from anyflow_deploy.engines.tritonserver.config import plan_config, streaming_config
 from anyflow_deploy.engines.tritonserver.io_spec import Port
@@ -41,7 +41,7 @@ __all__ = ["TritonPythonModel"]
 
 
 def write_streaming(
-    writer: FolderWriter,
+    writer: AtomicFolderWriter,
     bundle: Bundle,
     engine: EngineFolder | None,
     pipeline: Path | None,
@@ -73,7 +73,7 @@ def write_streaming(
     writer.finish_folder(streaming_config(writer.path.name, settings.as_parameters(), gpus, embeds, "steps"))
 
 
-def write_plan(writer: FolderWriter, bundle: Bundle, engine: EngineFolder, gpus: Sequence[int]) -> None:
+def write_plan(writer: AtomicFolderWriter, bundle: Bundle, engine: EngineFolder, gpus: Sequence[int]) -> None:
     """A TensorRT plan of the bare transition, for the server's own `tensorrt` backend.
 
     Args:
@@ -111,17 +111,17 @@ def check_plan(bundle: Bundle, engine: EngineFolder) -> None:
             )
 
 
-def model_writer(repository: Path, name: str, overwrite: bool) -> FolderWriter:
+def model_writer(repository: Path, name: str, overwrite: bool) -> AtomicFolderWriter:
     """For a model's folder; the repository is made where it is missing, and holds other models, too.
 
     Raises:
         BundleError: the model is there already, or the repository cannot be written to.
     """
     repository.mkdir(parents=True, exist_ok=True)
-    return FolderWriter(repository / name, _KIND, overwrite)
+    return AtomicFolderWriter(repository / name, _KIND, overwrite)
 
 
-def _port(tensor: Tensor) -> Port:
+def _port(tensor: GraphTensor) -> Port:
     return Port(tensor.name, _TYPES[tensor.dtype], tuple(-1 if isinstance(n, str) else n for n in tensor.shape), "")
 
 

@@ -20,8 +20,8 @@ from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
 
-from anyflow_deploy.bundle.json_records import write_whole
-from anyflow_deploy.checkpoints.checkpoint import shift_of
+from anyflow_deploy.bundle.json_records import write_text_atomically
+from anyflow_deploy.checkpoints.checkpoint import schedule_shift
 from anyflow_deploy.checkpoints.weights import Weights, fingerprint
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.sampler import noise
@@ -30,9 +30,9 @@ from anyflow_deploy.export.quantization.calibration_checkpoint import Maxima, Pa
 from anyflow_deploy.export.quantization.prompts import PromptText
 from anyflow_deploy.export.quantization.rollouts import SWEEPS, calibration_schedules, rolled_out, transitions
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, TensorRange
-from anyflow_deploy.quantization.layers import candidates
+from anyflow_deploy.quantization.layers import quantizable_layers
 from anyflow_deploy.schedule import Schedule
 
 STEPS = (1, 2, 4, 8)
@@ -72,23 +72,23 @@ class _Rollout:
     schedule: Schedule
 
 
-def calibrated(weights: Weights, settings: CalibrationSettings, report: Report | None = None) -> Calibration:
+def calibrated(weights: Weights, settings: CalibrationSettings, progress: Progress | None = None) -> Calibration:
     """Measure ranges.
 
     Args:
         weights: a checkpoint, or random weights.
         settings: see `CalibrationSettings`.
-        report: where progress goes.
+        progress: where progress goes.
 
     Raises:
         AnyFlowError: a tensor that became infinite or NaN, by name; or ModelOpt is not installed.
         BackendError: torch cannot use the device.
     """
-    report, a, shift = report or Silent(), weights.architecture, shift_of(weights)
-    with report.stage("fingerprint of the weights"):
-        mark = fingerprint(weights)
+    progress, a, shift = progress or NullProgress(), weights.architecture, schedule_shift(weights)
+    with progress.stage("fingerprint of the weights"):
+        weights_fingerprint = fingerprint(weights)
     rollouts = list(_rollouts(settings, shift))
-    partial = PartialRanges(settings.partial, _key(settings, mark, shift))
+    partial = PartialRanges(settings.partial, _key(settings, weights_fingerprint, shift))
     maxima = partial.maxima
     todo = [rollout for rollout in rollouts if rollout.name not in partial.done]
     if partial.note or partial.done:
@@ -96,15 +96,15 @@ def calibrated(weights: Weights, settings: CalibrationSettings, report: Report |
             partial.note or f"going on after {len(rollouts) - len(todo)} of {len(rollouts)} rollouts ({settings.partial})"
         )
     if todo:
-        with report.stage("loading the network"):
+        with progress.stage("loading the network"):
             watched = _Watched(weights, settings.device)
         total = sum(transitions(a, settings.shape[0], rollout.schedule) for rollout in todo)
-        with report.stage(f"{len(todo)} of {len(rollouts)} rollouts", total) as advance:
+        with progress.stage(f"{len(todo)} of {len(rollouts)} rollouts", total) as advance:
             for rollout in todo:
                 latents, text = _own_noise(settings, rollout), settings.text.embeddings[rollout.prompt][None]
                 maxima = watched.rolled_out(latents, text, rollout, advance, maxima)
                 partial.save(rollout.name, maxima)
-    return _record(weights, settings, mark, shift, maxima)
+    return _record(weights, settings, weights_fingerprint, shift, maxima)
 
 
 def check_calibration(calibration: Calibration, weights: Weights) -> None:
@@ -132,7 +132,7 @@ def check_architecture(calibration: Calibration, a: Architecture) -> None:
         differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
         changes = ", ".join(f"{key} {theirs.get(key)!r} against {ours.get(key)!r}" for key in differing[:3])
         raise AnyFlowError(f"the calibration is of another architecture than the weights: {changes}. {_AGAIN}")
-    for layer, (inputs, _) in candidates(a).items():
+    for layer, (inputs, _) in quantizable_layers(a).items():
         found = calibration.tensors.get(f"{layer}.input")
         if found is not None and len(found.channels or ()) != inputs:
             count = len(found.channels or ())
@@ -166,7 +166,7 @@ class _Watched:
 
         self._tools = load_modelopt()
         self._engine = NetworkEngine(weights, device)
-        self._quantizers = self._tools.watching(self._engine.network, candidates(weights.architecture))
+        self._quantizers = self._tools.watching(self._engine.network, quantizable_layers(weights.architecture))
 
     def rolled_out(self, latents: Array, text: Array, rollout: _Rollout, advance: Any, maxima: Maxima) -> Maxima:
         """Run one rollout and raise the maxima by what was seen."""
@@ -186,10 +186,10 @@ class _Watched:
         return {**maxima, **found}
 
 
-def _key(settings: CalibrationSettings, mark: str, shift: float) -> dict[str, Any]:
+def _key(settings: CalibrationSettings, weights_fingerprint: str, shift: float) -> dict[str, Any]:
     """Everything the ranges depend on."""
     return {
-        "weights": mark,
+        "weights": weights_fingerprint,
         "prompts": list(settings.text.prompts),
         "text": settings.text.source,
         "shape": list(settings.shape),
@@ -200,10 +200,12 @@ def _key(settings: CalibrationSettings, mark: str, shift: float) -> dict[str, An
     }
 
 
-def _record(weights: Weights, settings: CalibrationSettings, mark: str, shift: float, maxima: Maxima) -> Calibration:
+def _record(
+    weights: Weights, settings: CalibrationSettings, weights_fingerprint: str, shift: float, maxima: Maxima
+) -> Calibration:
     return Calibration(
         config=weights.architecture.as_config(),
-        weights=mark,
+        weights=weights_fingerprint,
         prompts=list(settings.text.prompts),
         steps=list(settings.steps),
         seeds=list(settings.seeds),
@@ -228,7 +230,7 @@ def rounded_up(value: float) -> float:
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Write a `calibration.json`, whole or not at all."""
-    write_whole(path, calibration.model_dump_json(by_alias=True) + "\n")
+    write_text_atomically(path, calibration.model_dump_json(by_alias=True) + "\n")
 
 
 def partial_path(output: Path) -> Path:

@@ -23,7 +23,14 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.quantization.calibration import Calibration
-from anyflow_deploy.quantization.layers import candidates, checked_layers, input_amax, input_channels, operand_amax, staying_high
+from anyflow_deploy.quantization.layers import (
+    input_amax,
+    input_channels,
+    operand_amax,
+    quantizable_layers,
+    unquantized_layers,
+    validate_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,8 @@ class FakeQuant:
         attention: Collection[str] = (),
     ) -> None:
         grid = checked_grid(precision, attention)
-        self.excluded = staying_high(a, calibration)
-        self.layers = tuple(name for name in candidates(a) if name not in self.excluded)
+        self.excluded = unquantized_layers(a, calibration)
+        self.layers = tuple(name for name in quantizable_layers(a) if name not in self.excluded)
         self._architecture = a
         scales = {name: _scales(calibration, name, (smooth or {}).get(name)) for name in self.layers}
         operands = {name: amax for p in _attentions(a, attention) for name, amax in operand_amax(calibration, p).items() if amax}
@@ -81,12 +88,12 @@ class FakeQuant:
 
     def keep(self, kept: Collection[str]) -> None:
         """Quantize every layer but these."""
-        high = set(checked_layers(self._architecture, kept))
+        high = set(validate_layers(self._architecture, kept))
         self.quantize_only([name for name in self.layers if name not in high])
 
     def quantize_only(self, layers: Collection[str]) -> None:
         """Quantize exactly these layers; every other one computes as if nothing had been converted."""
-        for name in checked_layers(self._architecture, layers):
+        for name in validate_layers(self._architecture, layers):
             if name in self.excluded:
                 raise AnyFlowError(f"{name} cannot be quantized ({self.excluded[name]}). Leave it out.")
         chosen = set(layers)

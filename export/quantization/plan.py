@@ -20,23 +20,23 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from anyflow_deploy.checkpoints.dtypes import STORED, TORCH
-from anyflow_deploy.checkpoints.weights import Parameter, Weights, converted
+from anyflow_deploy.checkpoints.dtypes import BUNDLE_DTYPES, CHECKPOINT_DTYPES
+from anyflow_deploy.checkpoints.weights import ParameterSpec, Weights, convert_parameter
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.precision import get_precision
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Progress
 from anyflow_deploy.quantization.calibration import Calibration
 from anyflow_deploy.quantization.layers import (
     GROUPS,
-    attentions_staying_high,
-    checked_layers,
     input_amax,
     input_channels,
     operand_amax,
     quantized_attentions,
     shared_input,
     split_layer,
-    staying_high,
+    unquantized_attentions,
+    unquantized_layers,
+    validate_layers,
 )
 
 SMOOTH_STRENGTH = 0.5
@@ -81,21 +81,21 @@ class Plan:
     factors: dict[str, list[Tensor]] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
 
-    def parameters(self, parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+    def parameters(self, parameters: dict[str, ParameterSpec]) -> dict[str, ParameterSpec]:
         """The graph's parameters as they will be stored."""
         weights = {f"{layer}.weight" for layer in self.inputs}
-        return {name: Parameter(self.kind, p.shape) if name in weights else p for name, p in parameters.items()}
+        return {name: ParameterSpec(self.kind, p.shape) if name in weights else p for name, p in parameters.items()}
 
-    def converted(self, name: str, tensor: Tensor, kind: str) -> Tensor:
+    def convert_parameter(self, name: str, tensor: Tensor, kind: str) -> Tensor:
         """A parameter as it will be stored."""
         if name in self.factors:
             tensor = self.factored(name, tensor)
         if kind != self.kind:
-            return converted(name, tensor, kind)
+            return convert_parameter(name, tensor, kind)
         scale = self.constants[weight_scale(name)].float()
-        scaled = converted(name, tensor, "F32").div(scale.unsqueeze(1) if scale.ndim else scale)
+        scaled = convert_parameter(name, tensor, "F32").div(scale.unsqueeze(1) if scale.ndim else scale)
         limit = LARGEST[kind]
-        return (scaled.round_() if kind == "I8" else scaled).clamp_(-limit, limit).to(STORED[kind])
+        return (scaled.round_() if kind == "I8" else scaled).clamp_(-limit, limit).to(BUNDLE_DTYPES[kind])
 
     def factored(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter in float32, multiplied by its factors."""
@@ -142,7 +142,7 @@ def planned(
     smooth: bool,
     attention: str,
     kept: Sequence[str],
-    report: Report,
+    progress: Progress,
 ) -> Plan:
     """Decide.
 
@@ -160,9 +160,9 @@ def planned(
     """
     a = weights.architecture
     plan = Plan(get_precision(precision).tensor_type, base)
-    plan.kept.update({**staying_high(a, calibration), **dict.fromkeys(checked_layers(a, kept), "asked for")})
+    plan.kept.update({**unquantized_layers(a, calibration), **dict.fromkeys(validate_layers(a, kept), "asked for")})
     planner = _Planner(plan, weights, calibration, smooth and precision == "int8")
-    with report.stage("measuring weights", float(a.num_layers)) as advance:
+    with progress.stage("measuring weights", float(a.num_layers)) as advance:
         for index in range(a.num_layers):
             for group in _ORDER:
                 planner.group([f"blocks.{index}.{layer}" for layer in group])
@@ -171,7 +171,7 @@ def planned(
         planner.attention()
     if not plan.inputs:
         raise AnyFlowError(f"{precision} would quantize nothing: {_reasons(plan)}. Choose --precision {base}.")
-    plan.constants[ZERO_POINT] = torch.zeros((), dtype=STORED[plan.kind])
+    plan.constants[ZERO_POINT] = torch.zeros((), dtype=BUNDLE_DTYPES[plan.kind])
     return plan
 
 
@@ -179,7 +179,7 @@ class _Planner:
     def __init__(self, plan: Plan, weights: Weights, calibration: Calibration, smooth: bool) -> None:
         self.plan, self.weights, self.calibration, self.smooth = plan, weights, calibration, smooth
         self.shapes = weights.shapes()
-        self.dtype = TORCH[get_precision(plan.base).tensor_type]
+        self.dtype = CHECKPOINT_DTYPES[get_precision(plan.base).tensor_type]
 
     def group(self, names: Sequence[str]) -> None:
         """Plan the layers that share one input."""
@@ -267,7 +267,7 @@ class _Planner:
             AnyFlowError: none of them can be quantized.
         """
         a = self.weights.architecture
-        self.plan.kept.update(attentions_staying_high(a, self.calibration))
+        self.plan.kept.update(unquantized_attentions(a, self.calibration))
         self.plan.attentions.extend(quantized_attentions(a, self.calibration))
         for name in self.plan.attentions:
             for operand, amax in operand_amax(self.calibration, name).items():

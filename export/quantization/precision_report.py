@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from anyflow_deploy.bundle.manifest import Achieved, Video
-from anyflow_deploy.checkpoints.safetensors_stream import Entry
+from anyflow_deploy.bundle.manifest import AchievedPrecision, VideoDefaults
+from anyflow_deploy.checkpoints.safetensors_stream import TensorEntry
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import Architecture
 
@@ -31,8 +31,12 @@ _OPERATIONS: dict[type[ast.operator], Callable[[int, int], int]] = {
 
 
 def achieved(
-    models: Mapping[str, ir.Model], entries: Mapping[str, Entry], a: Architecture, video: Video, kept: Mapping[str, str]
-) -> Achieved:
+    models: Mapping[str, ir.Model],
+    entries: Mapping[str, TensorEntry],
+    a: Architecture,
+    video: VideoDefaults,
+    kept: Mapping[str, str],
+) -> AchievedPrecision:
     """Count.
 
     Args:
@@ -48,7 +52,7 @@ def achieved(
     counts = [product_flops(model, sizes(a, video)) for model in models.values()]
     total, quantized = (sum(values) for values in zip(*counts, strict=True))
     small = sum(found.get(kind, 0) for kind in _EIGHT_BITS)
-    return Achieved(
+    return AchievedPrecision(
         weight_bytes=found,
         quantized_flops=round(quantized / total, 4),
         quantized_weights=round(small / sum(found.values()), 4),
@@ -56,7 +60,7 @@ def achieved(
     )
 
 
-def sizes(a: Architecture, video: Video) -> dict[str, int]:
+def sizes(a: Architecture, video: VideoDefaults) -> dict[str, int]:
     """The symbols of shapes at the default video. Causal: the largest chunk, on a cache full of recent chunks."""
     rows, columns = (side // video.spatial_factor // a.patch_size[1] for side in (video.height, video.width))
     grid = {"batch": 1, "rows": rows, "columns": columns, "text": video.text_tokens}

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from anyflow_deploy.checkpoints.dtypes import ONNX, SAFETENSORS
+from anyflow_deploy.checkpoints.dtypes import ONNX_DTYPES, SAFETENSORS_NAMES
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.quantization.plan import ZERO_POINT, Plan, weight_scale, zero_points
 from anyflow_deploy.quantization.layers import OPERANDS
@@ -64,7 +64,7 @@ class _Rewriter:
         x, weight = node.inputs[0], node.inputs[1]
         assert x is not None and weight is not None
         operand = self._through_pair(x, self.plan.inputs[layer], node)
-        high, weight.type = weight.type, ir.TensorType(ONNX[self.plan.kind])
+        high, weight.type = weight.type, ir.TensorType(ONNX_DTYPES[self.plan.kind])
         scale = self._constant(weight_scale(f"{layer}{_WEIGHT}"))
         inputs, attributes = [weight, scale], []
         if scale.shape is not None and len(scale.shape):
@@ -122,7 +122,7 @@ class _Rewriter:
             stem = scale_name.removesuffix("_scale")
             scale, zero = self._constant(scale_name), self._constant(ZERO_POINT)
             narrow = self._node("QuantizeLinear", [x, scale, zero], f"{stem}/QuantizeLinear", node)
-            narrow.type, narrow.shape = ir.TensorType(ONNX[self.plan.kind]), x.shape
+            narrow.type, narrow.shape = ir.TensorType(ONNX_DTYPES[self.plan.kind]), x.shape
             wide = self._node("DequantizeLinear", [narrow, scale, zero], f"{stem}/DequantizeLinear", node)
             wide.type, wide.shape = x.type, x.shape
             self._pairs[key] = wide
@@ -132,7 +132,9 @@ class _Rewriter:
         """An initializer of the plan, without data."""
         if name not in self.graph.initializers:
             tensor = self.plan.constants[name]
-            value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(ONNX[SAFETENSORS[tensor.dtype]]))
+            value = ir.Value(
+                name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(ONNX_DTYPES[SAFETENSORS_NAMES[tensor.dtype]])
+            )
             self.graph.initializers[name] = value
         return self.graph.initializers[name]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from anyflow_deploy.engines.torch_common.compat import multiply_fp8, multiply_int8
 from anyflow_deploy.model.transformer import Linear
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.quantization.layers import candidates, shared_input
+from anyflow_deploy.quantization.layers import quantizable_layers, shared_input
 
 _FP8_LARGEST = 448.0
 
@@ -113,12 +113,12 @@ def multiply_in_eight_bits(network: nn.Module, a: Architecture, weights: Mapping
         a: its architecture.
         weights: of the bundle, by name.
     """
-    quantized = [layer for layer in candidates(a) if f"{layer}.weight_scale" in weights]
+    quantized = [layer for layer in quantizable_layers(a) if f"{layer}.weight_scale" in weights]
     if not quantized:
         return
     kind = weights[f"{quantized[0]}.weight"].dtype
     operands: dict[str, Operand] = {}
-    for layer in candidates(a):
+    for layer in quantizable_layers(a):
         name = shared_input(layer)
         smooth = f"{name}_smooth" in weights
         if layer not in quantized and not smooth:

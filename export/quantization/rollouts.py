@@ -23,7 +23,7 @@ from anyflow_deploy.engines.validation import REFERENCE_SCHEDULE
 from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, Architecture, model_name
 from anyflow_deploy.schedule import Schedule
-from anyflow_deploy.shape_ranges import latent_frames, latent_side, widest
+from anyflow_deploy.shape_ranges import latent_frames, latent_side, widest_ranges
 
 SWEEPS = (REFERENCE_SCHEDULE, *(Schedule.from_timesteps((1000, t, 0)) for t in (750, 500, 250, 60)))
 
@@ -68,7 +68,7 @@ def latent_shape(a: Architecture, frames: int | None, height: int | None, width:
     high = latent_side(row.video[1] if height is None else height, SPATIAL_FACTOR, patch, "height")
     wide = latent_side(row.video[2] if width is None else width, SPATIAL_FACTOR, patch, "width")
     plan = chunk_plan(a, count)
-    widest(a).check((1, max(plan, default=count), a.in_channels, high, wide), (1, 1, a.text_dim))
+    widest_ranges(a).check((1, max(plan, default=count), a.in_channels, high, wide), (1, 1, a.text_dim))
     if plan:
         cache_plan(a, plan, high, wide)
     return count, a.in_channels, high, wide

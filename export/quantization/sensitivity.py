@@ -18,7 +18,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from anyflow_deploy.bundle.json_records import load_record, write_whole
+from anyflow_deploy.bundle.json_records import load_record, write_text_atomically
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import Difference, difference
@@ -27,7 +27,7 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.quantization.fake_quant import FakeQuant
 from anyflow_deploy.export.quantization.rollouts import rolled_out
 from anyflow_deploy.export.torch_engine import NetworkEngine
-from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.quantization.calibration import Calibration
 from anyflow_deploy.schedule import Schedule
 
@@ -118,7 +118,7 @@ class Probe:
         settings: ProbeSettings,
         smooth: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.settings, self.precision, self.mark = settings, precision, calibration.weights
+        self.settings, self.precision, self.fingerprint = settings, precision, calibration.weights
         self._engine = NetworkEngine(weights, settings.device)
         self._schedules = [Schedule.uniform(steps, calibration.shift) for steps in settings.steps]
         self._noise = noise((1, *settings.shape), settings.seed)
@@ -150,23 +150,23 @@ class Probe:
         return Damage(relative_l2=_finite(worst.relative_l2), psnr_db=_finite(min(d.psnr_db for d in found)))
 
 
-def measured_sensitivity(probe: Probe, report: Report | None = None) -> Sensitivity:
+def measured_sensitivity(probe: Probe, progress: Progress | None = None) -> Sensitivity:
     """Rank the layers, and measure keeping 0, 1, 2, 4, … of the worst."""
-    report, layers = report or Silent(), {}
-    with report.stage(f"{len(probe.layers)} layers, one at a time", len(probe.layers)) as advance:
+    progress, layers = progress or NullProgress(), {}
+    with progress.stage(f"{len(probe.layers)} layers, one at a time", len(probe.layers)) as advance:
         for name in probe.layers:
             layers[name] = probe.alone(name)
             advance(1)
     ranked = sorted(layers, key=lambda name: -_size(layers[name]))
     counts = [0, *(2**power for power in range(len(ranked).bit_length()) if 2**power < len(ranked))]
     kept = {}
-    with report.stage("keeping the worst", len(counts)) as advance:
+    with progress.stage("keeping the worst", len(counts)) as advance:
         for count in counts:
             kept[count] = probe.without(ranked[:count])
             advance(1)
     settings = probe.settings
     return Sensitivity(
-        weights=probe.mark,
+        weights=probe.fingerprint,
         precision=probe.precision,
         steps=list(settings.steps),
         shape=[1, *settings.shape],
@@ -251,7 +251,7 @@ def _finite(value: float) -> float | None:
 
 def write_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
     """Write a `sensitivity.json`, whole or not at all."""
-    write_whole(path, sensitivity.model_dump_json(by_alias=True, indent=1) + "\n")
+    write_text_atomically(path, sensitivity.model_dump_json(by_alias=True, indent=1) + "\n")
 
 
 def load_sensitivity(path: Path) -> Sensitivity:

@@ -18,7 +18,15 @@ import httpx
 import numpy as np
 
 from anyflow_deploy import MODELS, AnyFlowError
-from anyflow_deploy.bundle.manifest import Achieved, Graph, Manifest, ScheduleDefaults, Source, Video, stored_ranges
+from anyflow_deploy.bundle.manifest import (
+    AchievedPrecision,
+    GraphRecord,
+    Manifest,
+    ScheduleDefaults,
+    VideoDefaults,
+    WeightsSource,
+    ranges_to_records,
+)
 from anyflow_deploy.engines.sampler import Step
 from anyflow_deploy.pipelines.video_io import VideoWriter
 from anyflow_deploy.serving.app import make_app
@@ -30,7 +38,7 @@ from anyflow_deploy.serving.metrics import Metrics
 from anyflow_deploy.serving.server import Server, configured
 from anyflow_deploy.serving.service import Service
 from anyflow_deploy.serving.video_store import Shelf
-from anyflow_deploy.shape_ranges import widest
+from anyflow_deploy.shape_ranges import widest_ranges
 
 
 def manifest_of(name: str) -> Manifest:
@@ -41,14 +49,14 @@ def manifest_of(name: str) -> Manifest:
         kind="causal" if a.causal else "bidirectional",
         model=name,
         config=a.as_config(),
-        source=Source(kind="random", location="", seed=0),
+        source=WeightsSource(kind="random", location="", seed=0),
         precision="fp32",
-        achieved=Achieved(weight_bytes={}),
+        achieved=AchievedPrecision(weight_bytes={}),
         target="cpu",
-        graphs={graph: Graph(file=f"{graph}.onnx", opset=20, inputs=[], outputs=[]) for graph in graphs},
-        ranges=stored_ranges(widest(a)),
+        graphs={graph: GraphRecord(file=f"{graph}.onnx", opset=20, inputs=[], outputs=[]) for graph in graphs},
+        ranges=ranges_to_records(widest_ranges(a)),
         schedule=ScheduleDefaults(shift=5.0, steps=4),
-        video=Video(spatial_factor=8, temporal_factor=4, fps=16, text_tokens=512, frames=17, height=32, width=48),
+        video=VideoDefaults(spatial_factor=8, temporal_factor=4, fps=16, text_tokens=512, frames=17, height=32, width=48),
         tools={},
         files={},
     )

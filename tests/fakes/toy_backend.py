@@ -17,7 +17,7 @@ from anyflow_deploy.engines.engine import Array, frame_times, prepare_inputs
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.streaming import CacheStream, Positions
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.shape_ranges import Ranges
+from anyflow_deploy.shape_ranges import ShapeRanges
 
 F = np.float32
 
@@ -96,7 +96,7 @@ class ToyCache:
 class ToyEngine:
     """See `Engine`."""
 
-    def __init__(self, architecture: Architecture, ranges: Ranges, state: ToyState) -> None:
+    def __init__(self, architecture: Architecture, ranges: ShapeRanges, state: ToyState) -> None:
         self.architecture, self.ranges, self.state, self.description = architecture, ranges, state, "toy"
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> ToyRun:

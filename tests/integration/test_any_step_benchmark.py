@@ -41,11 +41,11 @@ def test_both_distances_see_what_they_should(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from any_step_distance import Shown, distances
 
-    from anyflow_deploy.training.data.source import Part
+    from anyflow_deploy.training.data.source import DataShard
     from anyflow_deploy.training.data.synthetic import SyntheticLatents
 
     def shapes(seed: int) -> Shown:
-        batch = SyntheticLatents(Part(0, 1, 1), (2, 3, 8, 8), (6, 32), seed).batch(list(range(256)))
+        batch = SyntheticLatents(DataShard(0, 1, 1), (2, 3, 8, 8), (6, 32), seed).batch(list(range(256)))
         return Shown(batch.latents, batch.text)
 
     data, other = shapes(0), shapes(1)

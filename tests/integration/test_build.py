@@ -24,7 +24,7 @@ from anyflow_deploy.engines.engine_folder import (
     load_engine_folder,
     narrow_ranges,
 )
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Progress
 from tests.conftest import Export
 
 HERE = DeviceRecord(kind="cuda", name="NVIDIA One", compute_capability="9.0")
@@ -35,10 +35,10 @@ class Settings(BuildSettings):
     workspace: int | None = None
     fails: bool = False
 
-    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> BuildResult:
+    def build(self, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
         writer.write("engine.plan", b"plan")
         (writer.folder / "cache.bin").write_bytes(b"cache")
-        writer.adopt("cache.bin")
+        writer.add_existing("cache.bin")
         if self.fails:
             raise BackendError("the compiler gave up")
         return BuildResult(HERE, {"maker": "1.2"}, narrow_ranges(bundle), achieved={"fp8_flops": 0.5})

@@ -31,9 +31,9 @@ from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
 from anyflow_deploy.export.quantization.prompts import PROMPTS, prompt_text, prompts_from_file, random_text
 from anyflow_deploy.export.quantization.rollouts import calibration_schedules, chunk_plan, latent_shape, rolled_out
 from anyflow_deploy.export.torch_engine import NetworkEngine
-from anyflow_deploy.progress import Advance, Silent
+from anyflow_deploy.progress import Advance, NullProgress
 from anyflow_deploy.quantization.calibration import Calibration, load_calibration
-from anyflow_deploy.quantization.layers import OPERANDS, candidates, input_amax, staying_high
+from anyflow_deploy.quantization.layers import OPERANDS, input_amax, quantizable_layers, unquantized_layers
 from tests.conftest import SMALL
 
 CAUSAL = SMALL.parent / "causal"
@@ -74,7 +74,7 @@ def calibration(weights: Weights) -> Calibration:
 def seen(weights: Weights, schedules: list[Schedule], seed: int) -> dict[str, float]:
     """The largest values over some schedules, watched without the code under test."""
     engine = NetworkEngine(weights)
-    watched = load_modelopt().watching(engine.network, candidates(weights.architecture))
+    watched = load_modelopt().watching(engine.network, quantizable_layers(weights.architecture))
     given = settings(weights)
     for schedule in schedules:
         rolled_out(engine, noise((1, *given.shape), seed), given.text.embeddings[:1], schedule)
@@ -85,7 +85,7 @@ def seen(weights: Weights, schedules: list[Schedule], seed: int) -> dict[str, fl
 def test_every_tensor_that_an_8_bit_engine_rounds_has_a_range(checkpoint: Path) -> None:
     weights = open_checkpoint(checkpoint)
     found = calibrated(weights, settings(weights, prompts=1, steps=(1, 2))).tensors
-    shapes = candidates(weights.architecture)
+    shapes = quantizable_layers(weights.architecture)
     attentions = [f"blocks.{n}.{kind}" for n in range(weights.architecture.num_layers) for kind in ("attn1", "attn2")]
     inputs = {f"{layer}.input" for layer in shapes}
     assert found.keys() == inputs | {f"{attention}.{operand}" for attention in attentions for operand in OPERANDS}
@@ -143,7 +143,7 @@ def test_the_file_comes_back_as_it_was(calibration: Calibration, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
 
 
-class Stopping(Silent):
+class Stopping(NullProgress):
     """Interrupts after so many units of work."""
 
     def __init__(self, after: int) -> None:
@@ -207,15 +207,17 @@ def test_zeros_are_a_range(weights: Weights) -> None:
     changed = Changed(weights, {**silent, **partly})
     found = calibrated(changed, settings(changed, prompts=1, steps=(1,)))
     assert found.tensors["blocks.0.attn1.value"].amax == 0
-    assert staying_high(weights.architecture, found) == {"blocks.0.attn1.to_out.0": "its input was zero throughout calibration"}
+    assert unquantized_layers(weights.architecture, found) == {
+        "blocks.0.attn1.to_out.0": "its input was zero throughout calibration"
+    }
     channels = found.tensors["blocks.1.ffn.net.2.input"].channels
     assert channels is not None and channels[:3] == [0, 0, 0] and min(channels[3:]) > 0
 
 
 def test_layers_that_kernels_do_not_fit_stay_high(calibration: Calibration) -> None:
     odd = dataclasses.replace(open_checkpoint(SMALL).architecture, ffn_dim=168)
-    reasons = staying_high(odd, calibration)
-    assert set(reasons) == {name for name in candidates(odd) if ".ffn." in name}
+    reasons = unquantized_layers(odd, calibration)
+    assert set(reasons) == {name for name in quantizable_layers(odd) if ".ffn." in name}
     assert reasons["blocks.0.ffn.net.2"] == "168 to 96 channels: not multiples of 16"
 
 

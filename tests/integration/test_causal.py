@@ -21,7 +21,7 @@ from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.kv_cache import cache_plan, check_budget
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.torch_engine import NetworkEngine, network_from_weights
-from anyflow_deploy.model.causal import Compression, TextMemory
+from anyflow_deploy.model.causal import ChunkCompressor, TextKVEncoder
 from tests.conftest import GOLDEN, SMALL, Export, causal_golden
 from tests.fakes.profile_sample import assert_counted
 from tests.integration.test_graph import TENSORRT_10_3
@@ -114,7 +114,7 @@ def reference(oracle: dict[str, Any], chunks: Sequence[int], latents: NDArray[np
     checkpoint = open_checkpoint(SMALL.parent / "causal")
     chunk = network_from_weights(checkpoint)
     layers, z = checkpoint.architecture.num_layers, torch.from_numpy(latents)
-    words = TextMemory.forward(chunk, torch.from_numpy(oracle["text"]))
+    words = TextKVEncoder.forward(chunk, torch.from_numpy(oracle["text"]))
     nothing = [torch.zeros(1, 0, 4, 24)] * (2 * layers)
     joined = lambda parts: [torch.cat(tensors, 1) for tensors in zip(*([nothing, *parts]), strict=True)]  # noqa: E731
     old: list[Any] = []
@@ -131,7 +131,7 @@ def reference(oracle: dict[str, Any], chunks: Sequence[int], latents: NDArray[np
             item = clean.pop(0)
             if len(old) == 1 + window:
                 del old[1]
-            old.append(list(Compression.forward(chunk, *item, *words[:-2], *joined(old)[:-2])))
+            old.append(list(ChunkCompressor.forward(chunk, *item, *words[:-2], *joined(old)[:-2])))
             recent, todo = [], clean
         else:
             todo = clean[-1:]

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from anyflow_deploy import AnyFlowError, Deadline, Schedule, StepTimer, load_engine, noise, sample, stream
 from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.engines.sampler import Step, _sample_run
-from anyflow_deploy.schedule import time_after
+from anyflow_deploy.schedule import next_timestep
 from tests.conftest import SMALL, Export
 
 SHAPE = (1, 1, 1, 1, 1)
@@ -149,7 +149,7 @@ def test_impossible_deadlines(seconds: float, most: int) -> None:
 def test_time_after_is_the_grid() -> None:
     times = Schedule.uniform(13).timesteps
     for index, t in enumerate(times[:-1]):
-        assert time_after(t, 13 - index) == pytest.approx(times[index + 1], abs=1e-9)
+        assert next_timestep(t, 13 - index) == pytest.approx(times[index + 1], abs=1e-9)
 
 
 def test_on_an_engine(small_bundle: Export) -> None:

@@ -11,12 +11,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
-from anyflow_deploy.training.chunks import ChunkPlan, chunk_plan, context
-from anyflow_deploy.training.losses import Difference, Pair, Score, balanced, derivative, dmd_gradient, flow_map_losses, noised
+from anyflow_deploy.training.chunks import ChunkPlan, chunk_plan, encode_context
+from anyflow_deploy.training.losses import (
+    DerivativeConfig,
+    NoisePair,
+    Score,
+    add_noise,
+    derivative,
+    dmd_gradient,
+    flow_map_losses,
+    rescale_losses,
+)
 from anyflow_deploy.training.model.network import TrainingTransformer
-from anyflow_deploy.training.model.weight_init import network_with
+from anyflow_deploy.training.model.weight_init import build_network
 from anyflow_deploy.training.rollout import rollout, shortcut
-from anyflow_deploy.training.timestep_sampling import shifted
+from anyflow_deploy.training.timestep_sampling import shift_times
 
 FOLDER = Path(os.environ.get("ANYFLOW_GOLDEN", Path(__file__).parents[1] / "golden"))
 LIMIT = 1e-4
@@ -27,7 +36,7 @@ GUIDANCE, SHIFT = 3.0, 5.0
 
 def network(kind: str, tensors: dict[str, Tensor] | None = None) -> TrainingTransformer:
     weights = open_checkpoint(FOLDER / kind)
-    return network_with(weights.architecture, tensors or {name: weights.read(name) for name in weights.shapes()})
+    return build_network(weights.architecture, tensors or {name: weights.read(name) for name in weights.shapes()})
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -39,16 +48,16 @@ def frames_first(x: Tensor) -> Tensor:
 
 
 def flow_map(
-    kind: str, case: dict[str, Tensor], plan: ChunkPlan, noise: Tensor, difference: Difference, checkpointing: bool = False
+    kind: str, case: dict[str, Tensor], plan: ChunkPlan, noise: Tensor, difference: DerivativeConfig, checkpointing: bool = False
 ) -> tuple[Tensor, TrainingTransformer]:
     model = network(kind)
-    model.checkpoint_gradients(checkpointing)
+    model.set_gradient_checkpointing(checkpointing)
     diffusion = case["is_diffusion"].bool()
-    t, r = (1000 * shifted(case[name], SHIFT) for name in ("t_unshifted", "r_unshifted"))
+    t, r = (1000 * shift_times(case[name], SHIFT) for name in ("t_unshifted", "r_unshifted"))
     negative = case["negative_text"].expand_as(case["text"])
-    pair = Pair(frames_first(case["clean_bcthw"])[:, : plan.frames], noise, case["text"], negative)
+    pair = NoisePair(frames_first(case["clean_bcthw"])[:, : plan.frames], noise, case["text"], negative)
     losses = flow_map_losses(model, pair, t, r, plan, GUIDANCE, SHIFT, difference)
-    loss = balanced(losses, diffusion, losses.detach()[diffusion].mean()).mean()
+    loss = rescale_losses(losses, diffusion, losses.detach()[diffusion].mean()).mean()
     loss.backward()  # type: ignore[no-untyped-call]
     return loss, model
 
@@ -56,7 +65,7 @@ def flow_map(
 def test_flow_map_bidirectional() -> None:
     case = load_file(FOLDER / "training_flow_map_bidirectional.safetensors")
     frames = case["clean_bcthw"].shape[2]
-    loss, model = flow_map("bidirectional", case, ChunkPlan((frames,)), case["noise_btchw"], Difference())
+    loss, model = flow_map("bidirectional", case, ChunkPlan((frames,)), case["noise_btchw"], DerivativeConfig())
     assert abs(loss.item() / float(case["loss"]) - 1) < LIMIT
     gradients = {name[5:]: value for name, value in case.items() if name.startswith("grad.")}
     assert len(gradients) >= 4
@@ -75,10 +84,10 @@ def test_jvp_is_the_limit_of_the_central_difference(kind: str) -> None:
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     t, r, text = torch.tensor([600.0, 250.0]), torch.tensor([400.0, 0.0]), case["text"][:2]
     with torch.no_grad():
-        seen = context(model, x, text, plan)
-    exact = derivative(model, x, v, t, r, text, plan, seen, Difference("jvp"))
-    assert distance(derivative(model, x, v, t, r, text, plan, seen, Difference("central", 0.05)), exact) < 2e-3
-    assert distance(derivative(model, x, v, t, r, text, plan, seen, Difference("central", 5.0)), exact) > 2e-2
+        seen = encode_context(model, x, text, plan)
+    exact = derivative(model, x, v, t, r, text, plan, seen, DerivativeConfig("jvp"))
+    assert distance(derivative(model, x, v, t, r, text, plan, seen, DerivativeConfig("central", 0.05)), exact) < 2e-3
+    assert distance(derivative(model, x, v, t, r, text, plan, seen, DerivativeConfig("central", 5.0)), exact) > 2e-2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -88,7 +97,7 @@ def test_flow_map_causal(context: str, checkpointing: bool) -> None:
     lengths = sorted(int(name.split(".")[1]) for name in case if name.startswith("loss."))
     chunks = lengths[0] if context == "short" else lengths[-1]
     plan = chunk_plan(open_checkpoint(FOLDER / "causal").architecture, case["clean_bcthw"].shape[2]).head(chunks)
-    loss, model = flow_map("causal", case, plan, case[f"noise_btchw.{chunks}"], Difference(), checkpointing)
+    loss, model = flow_map("causal", case, plan, case[f"noise_btchw.{chunks}"], DerivativeConfig(), checkpointing)
     assert abs(loss.item() / float(case[f"loss.{chunks}"]) - 1) < LIMIT
     prefix = f"grad.{chunks}."
     gradients = {name[len(prefix) :]: value for name, value in case.items() if name.startswith(prefix)}
@@ -104,8 +113,8 @@ def test_dmd_gradient() -> None:
     plan = ChunkPlan((case["pred_btchw"].shape[1],))
     scores = (Score(network("bidirectional"), plan), Score(network("bidirectional", fake), plan))
     x, noise, t = case["pred_btchw"], case["noise_btchw"], case["timesteps"]
-    assert distance(noised(x, noise, t), case["noisy_btchw"]) < 1e-6
-    pair = Pair(x, noise, case["text"], case["negative_text"].expand_as(case["text"]))
+    assert distance(add_noise(x, noise, t), case["noisy_btchw"]) < 1e-6
+    pair = NoisePair(x, noise, case["text"], case["negative_text"].expand_as(case["text"]))
     assert distance(dmd_gradient(*scores, x, noise, t, pair, GUIDANCE), case["kl_grad"]) < LIMIT
 
 

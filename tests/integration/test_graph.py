@@ -19,7 +19,7 @@ from anyflow_deploy.engines.onnxruntime.graph_rewrites import fuse_attention
 from anyflow_deploy.export.diffusers_engine import TorchEngine
 from anyflow_deploy.export.trace import traced_graph
 from anyflow_deploy.model.transformer import FlowMapTransformer, constants
-from anyflow_deploy.shape_ranges import Range, narrowed, widest
+from anyflow_deploy.shape_ranges import Range, narrow_ranges, widest_ranges
 from tests.conftest import SMALL, Export
 
 TENSORRT_10_3 = """
@@ -137,7 +137,7 @@ def test_variants_of_the_architecture_agree_with_diffusers(changes: dict[str, ob
 def test_tracing_needs_no_memory_for_weights() -> None:
     """The 14B model's shape, two layers of it: 2.6 GB of parameters that are never allocated."""
     architecture = dataclasses.replace(MODELS["14b"].architecture, num_layers=2)
-    ranges = narrowed(widest(architecture), {"batch": Range(1, 1)})
+    ranges = narrow_ranges(widest_ranges(architecture), {"batch": Range(1, 1)})
     traced = traced_graph("transition", architecture, ranges, "fp16")
     assert sum(np.prod(p.shape) for p in traced.parameters.values()) > 8e8
     assert set(traced.symbols.values()) == {"frames", "rows", "columns", "text"}

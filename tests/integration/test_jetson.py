@@ -29,7 +29,7 @@ from anyflow_deploy.engines.engine_folder import load_engine_folder
 from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
 from anyflow_deploy.engines.tensorrt.lint.operators import MAX_OPSETS, version_from_text
 from anyflow_deploy.export.quantization.calibrate import write_calibration
-from anyflow_deploy.memory.estimate import memory_of, needed, shape_from_pixels
+from anyflow_deploy.memory.estimate import available_memory, estimate_memory, shape_from_pixels
 from anyflow_deploy.profiling import jetson, profiler
 from anyflow_deploy.profiling.memory import Peak, gpu_used
 from anyflow_deploy.profiling.record import Profile
@@ -158,16 +158,18 @@ def test_the_table_of_what_fits_is_what_anyflow_fit_says() -> None:
     assert len(rows) == 5
     for model, frames, fp16, int8, smallest in rows:
         a = MODELS[model].architecture
-        sizes = {p: needed(a, p, TARGETS["orin"], shape_from_pixels(f"480x832x{frames}", a)).total for p in ("fp16", "int8")}
+        sizes = {
+            p: estimate_memory(a, p, TARGETS["orin"], shape_from_pixels(f"480x832x{frames}", a)).total for p in ("fp16", "int8")
+        }
         assert [round(size / 1e9, 1) for size in sizes.values()] == [float(fp16), float(int8)], model
         first, _, eight = smallest.partition("; in int8 ")
         precision = "fp16" if eight else "int8"
-        fitting = [board for board in order if sizes[precision] <= memory_of(TARGETS[boards[board]])]
+        fitting = [board for board in order if sizes[precision] <= available_memory(TARGETS[boards[board]])]
         assert first == fitting[0], model
         if eight == "AGX Orin 32GB":  # a row's variant, as the command below the table has it
             assert sizes["int8"] <= 26e9
         elif eight:
-            assert eight == next(board for board in order if sizes["int8"] <= memory_of(TARGETS[boards[board]]))
+            assert eight == next(board for board in order if sizes["int8"] <= available_memory(TARGETS[boards[board]]))
 
 
 # What only a Jetson has

@@ -24,9 +24,9 @@ from anyflow_deploy.export.quantization.plan import planned
 from anyflow_deploy.export.quantization.prompts import random_text
 from anyflow_deploy.export.quantization.rollouts import rolled_out
 from anyflow_deploy.export.torch_engine import NetworkEngine
-from anyflow_deploy.progress import Silent
+from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import Calibration
-from anyflow_deploy.quantization.layers import candidates
+from anyflow_deploy.quantization.layers import quantizable_layers
 from anyflow_deploy.schedule import Schedule
 from tests.conftest import CAUSAL, SMALL, Export, calibration_of
 
@@ -42,7 +42,7 @@ def apart(
     """Relative L2 of every product; `loud` multiplies the noise, beyond what calibration has seen."""
     how, a = bundle.manifest.quantization, weights.architecture
     assert how is not None
-    plan = planned(weights, calibration, bundle.manifest.precision, how.base, how.smooth, how.attention, (), Silent())
+    plan = planned(weights, calibration, bundle.manifest.precision, how.base, how.smooth, how.attention, (), NullProgress())
     reference = NetworkEngine(weights)
     attention = ("attn1", "attn2") if how.attention == "fp8" else ()
     FakeQuant(reference.network, a, calibration, bundle.manifest.precision, smooth=plan.smooth, attention=attention)
@@ -61,7 +61,7 @@ def test_every_layer_alone_agrees(quantized: Export, checkpoint: Path, precision
     weights = open_checkpoint(checkpoint)
     shape = STREAM if checkpoint == CAUSAL else (2, 4, 8, 12)
     found = apart(quantized(checkpoint, precision=precision), weights, calibration_of(checkpoint), shape, loud)
-    assert found.keys() == candidates(weights.architecture).keys()
+    assert found.keys() == quantizable_layers(weights.architecture).keys()
     assert max(found.values()) < ALONE, found
 
 
@@ -98,7 +98,7 @@ def test_causal_attention_in_fp8_agrees_product_by_product(causal_bundle: Bundle
     attentions = {
         f"blocks.{n}.{kind}.{product}" for n in (0, 1) for kind in ("attn1", "attn2") for product in ("scores", "mixed")
     }
-    assert found.keys() == candidates(weights.architecture).keys() | attentions
+    assert found.keys() == quantizable_layers(weights.architecture).keys() | attentions
     assert max(found.values()) < ALONE, found
 
 

@@ -13,8 +13,15 @@ from anyflow_deploy import MODELS, Bundle
 from anyflow_deploy.cli.fit import FitOptions, default_shape, fit, show_fit
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.memory.estimate import FIT_PRECISIONS, Shape, memory_of, needed, shape_from_pixels, weight_bytes
-from anyflow_deploy.memory.parameter_shapes import counts, kind, parameter_shapes
+from anyflow_deploy.memory.estimate import (
+    FIT_PRECISIONS,
+    LatentShape,
+    available_memory,
+    estimate_memory,
+    shape_from_pixels,
+    weight_bytes,
+)
+from anyflow_deploy.memory.parameter_shapes import count_parameters, parameter_shapes, storage_kind
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.shape_ranges import Range
 from anyflow_deploy.targets import TARGETS
@@ -45,7 +52,7 @@ def made(a: Architecture) -> dict[str, tuple[int, ...]]:
 def test_parameters_are_those_of_the_network(model: str) -> None:
     a = MODELS[model].architecture
     assert parameter_shapes(a) == made(a)
-    assert sum(counts(a).values()) == sum(math.prod(s) for s in parameter_shapes(a).values())
+    assert sum(count_parameters(a).values()) == sum(math.prod(s) for s in parameter_shapes(a).values())
 
 
 def test_parameters_follow_the_variants_of_the_architecture() -> None:
@@ -68,7 +75,7 @@ def test_kinds_are_the_types_the_network_stores(model: str, precision: str) -> N
     with torch.device("meta"):
         network = (ChunkTransition if a.causal else FlowMapTransformer)(a, wanted)
     for name, parameter in network.named_parameters():
-        assert parameter.dtype == (torch.float32 if kind(name) == "float32" else wanted), name
+        assert parameter.dtype == (torch.float32 if storage_kind(name) == "float32" else wanted), name
 
 
 def test_weights_are_the_bytes_of_a_bundle(tiny_bundle: Bundle) -> None:
@@ -79,7 +86,7 @@ def test_weights_are_the_bytes_of_a_bundle(tiny_bundle: Bundle) -> None:
 def test_eight_bits_shrink_the_blocks_only() -> None:
     a = MODELS["14b"].architecture
     half, eight = weight_bytes(a, "fp16", H100), weight_bytes(a, "fp8", H100)
-    assert half - eight == pytest.approx(counts(a)["blocks"], rel=0.01)
+    assert half - eight == pytest.approx(count_parameters(a)["blocks"], rel=0.01)
     assert weight_bytes(a, "int8", H100) == eight
     assert weight_bytes(a, "int8", CPU) > weight_bytes(a, "int8", H100)  # the rest is float32 there
 
@@ -90,19 +97,19 @@ def test_eight_bits_shrink_the_blocks_only() -> None:
 @pytest.mark.parametrize(
     ("layers", "ffn", "precision", "shape", "measured"),
     [
-        (2, 8960, "fp32", Shape(5, 30, 52), 341e6),
-        (2, 8960, "fp32", Shape(9, 60, 104), 2268e6),
-        (2, 8960, "fp16", Shape(5, 60, 104), 2627e6),
-        (2, 512, "fp32", Shape(5, 30, 52), 230e6),
-        (6, 512, "fp32", Shape(5, 30, 52), 262e6),
+        (2, 8960, "fp32", LatentShape(5, 30, 52), 341e6),
+        (2, 8960, "fp32", LatentShape(9, 60, 104), 2268e6),
+        (2, 8960, "fp16", LatentShape(5, 60, 104), 2627e6),
+        (2, 512, "fp32", LatentShape(5, 30, 52), 230e6),
+        (6, 512, "fp32", LatentShape(5, 30, 52), 262e6),
     ],
 )
 def test_activations_are_near_what_was_measured_and_not_below(
-    layers: int, ffn: int, precision: str, shape: Shape, measured: float
+    layers: int, ffn: int, precision: str, shape: LatentShape, measured: float
 ) -> None:
     """Peaks of ONNX Runtime at 1.3B width, see docs/fit.md."""
     a = dataclasses.replace(MODELS["1.3b"].architecture, num_layers=layers, ffn_dim=ffn)
-    need = needed(a, precision, CPU, shape)
+    need = estimate_memory(a, precision, CPU, shape)
     assert measured <= need.activations * 1.15 <= 1.25 * measured
 
 
@@ -110,7 +117,7 @@ def test_activations_are_near_what_was_measured_and_not_below(
 @pytest.mark.parametrize("model", ["1.3b", "14b", "far-14b"])
 def test_more_video_needs_more(model: str, precision: str) -> None:
     a = MODELS[model].architecture
-    small, large = (needed(a, precision, H100, Shape(frames, 60, 104)) for frames in (9, 21))
+    small, large = (estimate_memory(a, precision, H100, LatentShape(frames, 60, 104)) for frames in (9, 21))
     assert small.total < large.total
     assert small.weights == large.weights
     assert large.total == large.weights + large.activations + large.cache + large.workspace
@@ -118,16 +125,16 @@ def test_more_video_needs_more(model: str, precision: str) -> None:
 
 
 def test_a_causal_model_counts_its_cache_and_a_window_shrinks_it() -> None:
-    a, shape = MODELS["far-14b"].architecture, Shape(101, 60, 104)
-    whole, window = needed(a, "fp16", H100, shape), needed(a, "fp16", H100, shape, window=2)
+    a, shape = MODELS["far-14b"].architecture, LatentShape(101, 60, 104)
+    whole, window = estimate_memory(a, "fp16", H100, shape), estimate_memory(a, "fp16", H100, shape, window=2)
     assert 0 < window.cache < whole.cache
-    assert needed(MODELS["14b"].architecture, "fp16", H100, shape).cache == 0
+    assert estimate_memory(MODELS["14b"].architecture, "fp16", H100, shape).cache == 0
 
 
 def test_shapes_are_read_and_refused() -> None:
     a = MODELS["14b"].architecture
-    assert shape_from_pixels("480x832x81", a) == Shape(21, 60, 104) == default_shape("14b")
-    assert str(Shape(21, 60, 104)) == "480x832x81"
+    assert shape_from_pixels("480x832x81", a) == LatentShape(21, 60, 104) == default_shape("14b")
+    assert str(LatentShape(21, 60, 104)) == "480x832x81"
     for text, message in (("480x832", "HEIGHTxWIDTHxFRAMES"), ("480x832x80", "nearest is 81"), ("481x832x81", "multiples of 16")):
         with pytest.raises(AnyFlowError, match=message):
             shape_from_pixels(text, a)
@@ -164,7 +171,9 @@ def test_json_holds_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None
     assert run("--model 14b --json") == 0
     report = json.loads(capsys.readouterr().out)
     cell = report["targets"]["h100"]["fp8"]
-    assert cell["fits"] and cell["total"] == needed(MODELS["14b"].architecture, "fp8", H100, Shape(21, 60, 104)).total
+    assert (
+        cell["fits"] and cell["total"] == estimate_memory(MODELS["14b"].architecture, "fp8", H100, LatentShape(21, 60, 104)).total
+    )
     assert report["targets"]["orin"]["fp8"] == {"fits": False, "refused": "orin does not run fp8"}
     assert report["shape"] == "480x832x81"
 
@@ -225,9 +234,9 @@ def test_another_variant_of_a_device() -> None:
     """The system's share is that of the row, or a third of little memory."""
     for line, available in (("orin --memory 32", 26e9), ("orin-nano --memory 4", 4e9 * 2 / 3), ("orin-nano", 5.5e9)):
         device = parsed(FitOptions, shlex.split(f"--model 1.3b --target {line}")).device
-        assert device is not None and memory_of(device) == pytest.approx(available)
+        assert device is not None and available_memory(device) == pytest.approx(available)
 
 
 def test_memory_of_the_cpu_is_this_machines() -> None:
-    assert memory_of(CPU) > 10**9
-    assert memory_of(TARGETS["orin"]) < 64 * 10**9
+    assert available_memory(CPU) > 10**9
+    assert available_memory(TARGETS["orin"]) < 64 * 10**9

@@ -23,17 +23,17 @@ from anyflow_deploy.pipelines.text_encoder import encoded_prompts
 from anyflow_deploy.pipelines.vae import encoded_video
 from anyflow_deploy.pipelines.video_io import load_video, save_video
 from anyflow_deploy.training.data import precompute as module
-from anyflow_deploy.training.data.clips import clip
+from anyflow_deploy.training.data.clips import read_clip
 from anyflow_deploy.training.data.moving_shapes import save_videos
 from anyflow_deploy.training.data.shard_source import open_source
-from anyflow_deploy.training.data.source import Part
-from anyflow_deploy.training.recipes import overridden, recipe
-from anyflow_deploy.training.run_spec import Request
+from anyflow_deploy.training.data.source import DataShard
+from anyflow_deploy.training.recipes import get_recipe, override_recipe
+from anyflow_deploy.training.run_spec import RunSpec
 from anyflow_deploy.training.trainer import train
 
 COUNT = 5
 VALUES = {"frames": 2, "height": 4, "width": 6, "text_tokens": 64, "batch": 2, "micro_batch": 2, "steps": 1, "sample_every": 0}
-CHOSEN = overridden(recipe("flow-map-tiny"), VALUES)
+CHOSEN = override_recipe(get_recipe("flow-map-tiny"), VALUES)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_what_is_missing_is_made_again_to_the_same_bytes(clips: Path, tiny_pipel
     (output / "shard-000002.tar").write_bytes(b"kept: it has its name")
     (output / ".shard-000001.tar.partial-999999999").write_bytes(b"of a run that was killed")
     with pytest.raises(AnyFlowError, match=r"has 2 of 3 shards: anyflow-precompute was stopped. Run it again"):
-        module.read_made(output).check(output, None)  # type: ignore[arg-type]
+        module.read_manifest(output).check(output, None)  # type: ignore[arg-type]
     assert work(options(clips, tiny_pipeline, output)) == 0
     assert files(output) == {**files(made), "shard-000002.tar": b"kept: it has its name"}
 
@@ -101,7 +101,7 @@ def test_several_workers_make_the_same_bytes(
 def test_training_takes_the_shards_and_the_videos_themselves(
     clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path
 ) -> None:
-    model = train(Request(CHOSEN, tmp_path / "run", tiny_pipeline, data=str(made), device="cpu"))
+    model = train(RunSpec(CHOSEN, tmp_path / "run", tiny_pipeline, data=str(made), device="cpu"))
     assert (model / "model_index.json").is_file()
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -109,20 +109,20 @@ def test_training_takes_the_shards_and_the_videos_themselves(
         for path in sorted(clips.iterdir()):
             file.add(path, path.name)
     weights = open_checkpoint(tiny_pipeline)
-    stored, encoded = (open_source(str(f), CHOSEN, weights, Part(0, 1, 5)) for f in (made, raw))
+    stored, encoded = (open_source(str(f), CHOSEN, weights, DataShard(0, 1, 5)) for f in (made, raw))
     assert "5 samples (latents) in 3 shards" in stored.check() and "(videos) in 1 shards" in encoded.check()
     one, other = next(iter(stored)), next(iter(encoded))
     assert [n.partition("/")[2] for n in one.names] == [n.partition("/")[2] for n in other.names]
     assert torch.allclose(one.latents, other.latents, atol=1e-5) and torch.allclose(one.text, other.text, atol=1e-5)
     assert torch.equal(one.negative_text, other.negative_text) and one.negative_text.any()
     with pytest.raises(AnyFlowError, match=r"lacks vae, text_encoder, tokenizer to encode them. Start from a whole pipeline"):
-        open_source(str(raw), CHOSEN, open_checkpoint(Path(__file__).parents[1] / "golden" / "bidirectional"), Part(0, 1, 1))
+        open_source(str(raw), CHOSEN, open_checkpoint(Path(__file__).parents[1] / "golden" / "bidirectional"), DataShard(0, 1, 1))
 
 
 def test_bfloat16_is_half_and_within_its_digits(clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path) -> None:
     assert work(options(clips, tiny_pipeline, tmp_path / "half", type="bfloat16")) == 0
     weights = open_checkpoint(tiny_pipeline)
-    one, half = (next(iter(open_source(str(f), CHOSEN, weights, Part(0, 1, 5)))) for f in (made, tmp_path / "half"))
+    one, half = (next(iter(open_source(str(f), CHOSEN, weights, DataShard(0, 1, 5)))) for f in (made, tmp_path / "half"))
     assert 0 < (one.latents - half.latents).abs().max() / one.latents.abs().max() < 2**-8
 
 
@@ -136,9 +136,9 @@ def test_bfloat16_is_half_and_within_its_digits(clips: Path, tiny_pipeline: Path
 def test_a_recipe_of_another_shape_is_refused(
     tiny_pipeline: Path, made: Path, tmp_path: Path, changed: dict[str, int], message: str
 ) -> None:
-    chosen = overridden(CHOSEN, changed)
+    chosen = override_recipe(CHOSEN, changed)
     with pytest.raises(AnyFlowError, match=message):
-        train(Request(chosen, tmp_path / "run", tiny_pipeline, data=str(made), device="cpu"))
+        train(RunSpec(chosen, tmp_path / "run", tiny_pipeline, data=str(made), device="cpu"))
 
 
 def test_broken_videos_are_skipped_until_they_are_too_many(clips: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_broken_videos_are_skipped_until_they_are_too_many(clips: Path, tiny_pip
     skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
     assert [line[:9] for line in skipped] == ["00001.mp4", "00002.mp4", "00003.mp4"]
     assert "has 0.19 s; 5 frames at 16 a second take 0.31 s" in skipped[1] and "tokens and the model takes 64" in skipped[2]
-    assert "2 samples" in open_source(str(output), CHOSEN, open_checkpoint(tiny_pipeline), Part(0, 1, 1)).check()
+    assert "2 samples" in open_source(str(output), CHOSEN, open_checkpoint(tiny_pipeline), DataShard(0, 1, 1)).check()
     (given / "00000.mp4").write_bytes(b"not a video either")
     with pytest.raises(AnyFlowError, match=r"4 of 4 videos cannot be used, too many"):
         work(options(given, tiny_pipeline, tmp_path / "other"))
@@ -188,15 +188,15 @@ def test_a_clip_plays_as_fast_as_it_was_and_is_cut_in_the_middle(tmp_path: Path)
     frames = np.zeros((12, 32, 96, 3), np.uint8) + (20 * np.arange(12, dtype=np.uint8))[:, None, None, None]
     frames[:, :, :24] = frames[:, :, -24:] = 255
     save_video(tmp_path / "fast.mp4", frames, 32)
-    found = clip(tmp_path / "fast.mp4", "fast", 5, 16, 24)  # every second frame; 48 of 96 columns stay
+    found = read_clip(tmp_path / "fast.mp4", "fast", 5, 16, 24)  # every second frame; 48 of 96 columns stay
     assert found.shape == (5, 16, 24, 3)
     assert np.abs(found.astype(int).mean((1, 2, 3)) - [0, 40, 80, 120, 160]).max() <= 21  # one frame of rounding
     assert found.max() < 190, "the bright sides are cut off"
     save_video(tmp_path / "slow.mp4", frames[:4], 8)
-    slow = clip((tmp_path / "slow.mp4").read_bytes(), "slow", 8, 32, 96)[:, :, 30:60].mean((1, 2, 3))
+    slow = read_clip((tmp_path / "slow.mp4").read_bytes(), "slow", 8, 32, 96)[:, :, 30:60].mean((1, 2, 3))
     assert np.abs(slow[::2] - slow[1::2]).max() < 5 and len(set((slow / 10).astype(int))) >= 3
     with pytest.raises(AnyFlowError, match=r"tiny is 32 x 96, too small for 480 x 832"):
-        clip(tmp_path / "slow.mp4", "tiny", 1, 480, 832)
+        read_clip(tmp_path / "slow.mp4", "tiny", 1, 480, 832)
 
 
 def test_the_examples_parse() -> None:

@@ -16,7 +16,7 @@ from anyflow_deploy import MODELS, Bundle
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.profile_bundle import ProfileOptions, profile
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.memory.estimate import Shape
+from anyflow_deploy.memory.estimate import LatentShape
 from anyflow_deploy.profiling import stages
 from anyflow_deploy.profiling.errors import AbsentError
 from anyflow_deploy.profiling.html_report import html_from_profile
@@ -172,7 +172,7 @@ def test_an_estimate_is_labelled_and_is_a_bound(capsys: pytest.CaptureFixture[st
 def test_faster_hardware_and_narrower_types_have_lower_bounds() -> None:
     from anyflow_deploy.profiling.estimate import estimated
 
-    a, shape = MODELS["far-1.3b"].architecture, Shape(21, 60, 104)
+    a, shape = MODELS["far-1.3b"].architecture, LatentShape(21, 60, 104)
 
     def seconds(precision: str, base: str, target: str) -> float:
         return estimated("far-1.3b", a, precision, base, TARGETS[target], shape, (4,)).clips[0].seconds

@@ -17,7 +17,7 @@ import torch
 
 from anyflow_deploy import AnyFlowError, BackendError, Bundle, load_engine
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
-from anyflow_deploy.checkpoints.dtypes import STORED
+from anyflow_deploy.checkpoints.dtypes import BUNDLE_DTYPES
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.inspect_bundle import InspectOptions, inspect
 from anyflow_deploy.engines.validation import THRESHOLDS, validate
@@ -28,9 +28,9 @@ from anyflow_deploy.export.quantization.plan import LARGEST, Plan, planned, smoo
 from anyflow_deploy.export.quantization.prompts import PROMPTS, random_text
 from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.progress import Silent
+from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import Calibration, TensorRange, load_calibration
-from anyflow_deploy.quantization.layers import OPERANDS, candidates
+from anyflow_deploy.quantization.layers import OPERANDS, quantizable_layers
 from anyflow_deploy.shape_ranges import Range
 from tests.conftest import CAUSAL, SMALL, calibration_of
 from tests.integration.test_calibration import Changed
@@ -48,7 +48,7 @@ RANGES = {
 
 def made_up(a: Architecture, amax: float = 4.0, weights: str = "made up") -> Calibration:
     """Ranges that nobody measured, for what does not depend on them."""
-    inputs = {f"{layer}.input": TensorRange(amax=amax, channels=[amax] * k) for layer, (k, _) in candidates(a).items()}
+    inputs = {f"{layer}.input": TensorRange(amax=amax, channels=[amax] * k) for layer, (k, _) in quantizable_layers(a).items()}
     names = [f"blocks.{n}.{kind}.{o}" for n in range(a.num_layers) for kind in ("attn1", "attn2") for o in OPERANDS]
     return Calibration(
         config=a.as_config(), weights=weights, prompts=["x"], steps=[1], seeds=[0], shift=5.0, shapes=[[1, 1, 4, 8, 8]],
@@ -65,7 +65,7 @@ def changed(calibration: Calibration, **tensors: TensorRange | None) -> Calibrat
 def plan(calibration: Calibration, weights: Any = None, precision: str = "int8", base: str = "fp32", **how: Any) -> Plan:
     given = {"smooth": True, "attention": "high", "kept": (), **how}
     weights = weights or open_checkpoint(SMALL)
-    return planned(weights, calibration, precision, base, report=Silent(), **given)
+    return planned(weights, calibration, precision, base, progress=NullProgress(), **given)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_layers_that_stay_high_are_in_the_manifest(
     assert bundle.manifest.achieved.kept_high == dict.fromkeys(kept, reason)
     held = {t.name: t for t in onnx.load(str(bundle.path / "transition.onnx"), load_external_data=False).graph.initializer}
     assert {n for n, t in held.items() if n.endswith("weight") and t.data_type == onnx.TensorProto.INT8} == {
-        f"{layer}.weight" for layer in candidates(weights.architecture) if layer not in kept
+        f"{layer}.weight" for layer in quantizable_layers(weights.architecture) if layer not in kept
     }
     reference, engine = NetworkEngine(weights), load_engine(bundle)
     factors = plan(calibration, kept=asked).smooth
@@ -188,7 +188,7 @@ def test_silent_channels_are_not_smoothed(tmp_path: Path) -> None:
     s = found.smooth[first]
     assert s[[0, 1, 5]].tolist() == [1, 1, 1] and bool(s.isfinite().all()) and float((s != 1).sum()) > 80
     assert all(bool(value.float().isfinite().all()) for value in found.constants.values())
-    stored = found.converted(f"{first}.weight", weights.read(f"{first}.weight"), "I8")
+    stored = found.convert_parameter(f"{first}.weight", weights.read(f"{first}.weight"), "I8")
     assert not stored[7].any() and not stored[:, 5].any() and stored.abs().max() == 127
 
 
@@ -225,7 +225,7 @@ def test_a_base_of_16_bits_has_scales_of_16_bits() -> None:
         assert {v.dtype for n, v in found.constants.items() if n.endswith("_smooth")} == {torch.float32}
 
 
-WHOLE = tuple(candidates(WIDE_HEADS))
+WHOLE = tuple(quantizable_layers(WIDE_HEADS))
 NARROW = dataclasses.replace(WIDE_HEADS, num_attention_heads=4, attention_head_dim=24)
 SILENT = {f"blocks__0__{kind}__value": TensorRange(amax=0.0) for kind in ("attn1", "attn2")}
 
@@ -319,7 +319,7 @@ def test_targets_without_fp8_are_offered_int8() -> None:
 def test_both_kinds_quantize_the_same_layers() -> None:
     for checkpoint in (SMALL, CAUSAL):
         found = plan(calibration_of(checkpoint), open_checkpoint(checkpoint))
-        assert list(found.inputs) != [] and set(found.inputs) == set(candidates(open_checkpoint(checkpoint).architecture))
+        assert list(found.inputs) != [] and set(found.inputs) == set(quantizable_layers(open_checkpoint(checkpoint).architecture))
 
 
 _STREAMING = """
@@ -328,20 +328,20 @@ from pathlib import Path
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.quantization.plan import planned
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
-from anyflow_deploy.export.trace import Parameter
+from anyflow_deploy.export.trace import ParameterSpec
 from anyflow_deploy.checkpoints.weights import write_weights
 from anyflow_deploy.bundle.bundle import BundleWriter
-from anyflow_deploy.progress import Silent
+from anyflow_deploy.progress import NullProgress
 from tests.integration.test_quantization_plan import LARGE, made_up
 
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 weights = RandomWeights(LARGE, "large")
-calibration, base = made_up(LARGE), {name: Parameter("F32", shape) for name, shape in weights.shapes().items()}
+calibration, base = made_up(LARGE), {name: ParameterSpec("F32", shape) for name, shape in weights.shapes().items()}
 weights.read("blocks.0.ffn.net.2.weight") * 2
 before = peak()
-plan = planned(weights, calibration, "int8", "fp32", True, "high", (), Silent())
+plan = planned(weights, calibration, "int8", "fp32", True, "high", (), NullProgress())
 with tempfile.TemporaryDirectory() as folder, BundleWriter(Path(folder) / "b", False) as writer:
-    write_weights(writer, weights, plan.parameters(base), plan.constants, Silent(), plan.converted)
+    write_weights(writer, weights, plan.parameters(base), plan.constants, NullProgress(), plan.convert_parameter)
 print(peak() - before)
 """
 LARGE = Architecture(num_attention_heads=8, attention_head_dim=128, ffn_dim=4096, num_layers=6, text_dim=64, freq_dim=32)
@@ -357,7 +357,7 @@ def test_quantizing_holds_a_few_matrices_at_a_time() -> None:
 
 
 def test_stored_types_have_a_largest_value() -> None:
-    assert all(float(torch.tensor(top).to(STORED[kind]).float()) == top for kind, top in LARGEST.items())
+    assert all(float(torch.tensor(top).to(BUNDLE_DTYPES[kind]).float()) == top for kind, top in LARGEST.items())
 
 
 def test_a_smoothed_value_keeps_rows_that_a_float16_scale_can_hold() -> None:
@@ -370,7 +370,7 @@ def test_a_smoothed_value_keeps_rows_that_a_float16_scale_can_hold() -> None:
         found = plan(calibration, weights, base=base)
         rows = found.factored(value, weights.read(value)).abs().amax(1)
         assert bool((rows >= 127 * torch.finfo(torch.float16).tiny * 0.999).all()) is held
-        stored = found.converted(value, weights.read(value), "I8")
+        stored = found.convert_parameter(value, weights.read(value), "I8")
         assert bool((stored.abs().amax(1) >= 126).all())
 
 

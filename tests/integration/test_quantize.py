@@ -35,8 +35,8 @@ from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.quantization.fake_quant import FakeQuant
 from anyflow_deploy.export.quantization.plan import LARGEST, Plan, planned, weight_scale
 from anyflow_deploy.export.torch_engine import NetworkEngine
-from anyflow_deploy.progress import Silent
-from anyflow_deploy.quantization.layers import candidates
+from anyflow_deploy.progress import NullProgress
+from anyflow_deploy.quantization.layers import quantizable_layers
 from tests.artifact_cache import genuine_translation
 from tests.conftest import CAUSAL, SMALL, Export, calibration_of
 from tests.integration.test_quantization_plan import WIDE_HEADS, own
@@ -62,7 +62,7 @@ def plan_of(bundle: Bundle, checkpoint: Path) -> Plan:
     how = bundle.manifest.quantization
     assert how is not None
     calibration, weights = calibration_of(checkpoint), open_checkpoint(checkpoint)
-    return planned(weights, calibration, bundle.manifest.precision, how.base, how.smooth, how.attention, (), Silent())
+    return planned(weights, calibration, bundle.manifest.precision, how.base, how.smooth, how.attention, (), NullProgress())
 
 
 def compared(bundle: Bundle, reference: NetworkEngine, checkpoint: Path) -> Validation:
@@ -127,7 +127,7 @@ def test_smoothing_alone_changes_nothing(checkpoint: Path, tmp_path: Path, monke
 def test_names_and_types_on_disk(quantized: Export, checkpoint: Path, how: dict[str, Any]) -> None:
     bundle, weights = quantized(checkpoint, **how), open_checkpoint(checkpoint)
     tensors, narrow = stored(bundle), torch.int8 if how["precision"] == "int8" else torch.float8_e4m3fn
-    eight = {f"{layer}.weight" for layer in candidates(weights.architecture)}
+    eight = {f"{layer}.weight" for layer in quantizable_layers(weights.architecture)}
     for name, shape in weights.shapes().items():
         assert tensors[name].shape == shape and tensors[name].dtype == (narrow if name in eight else torch.float32), name
     assert not any(tensor.float().any() for name, tensor in tensors.items() if name.startswith("zero_point"))
@@ -192,7 +192,7 @@ def test_the_graphs_are_standard_and_symmetric(quantized: Export, checkpoint: Pa
                 assert axes == [0] and [list(held[i].dims) for i in weight.input[1:]] == [[rows], [rows]]
             else:
                 assert len(weight.input) == 2 and not held[weight.input[1]].dims
-    assert seen == set(candidates(bundle.manifest.architecture))
+    assert seen == set(quantizable_layers(bundle.manifest.architecture))
 
 
 @GRAPHS
@@ -323,7 +323,7 @@ def test_unsigned_weights_change_no_bit(
     for unsigned in ways:
         monkeypatch.setattr(onnxruntime_engine, "saturates", lambda runtime, way=unsigned: way)
         outputs.append(outputs_of(bundle))
-    layers = len(candidates(bundle.manifest.architecture))
+    layers = len(quantizable_layers(bundle.manifest.architecture))
     assert sum(shifted) >= layers and len(shifted) == len(bundle.manifest.graphs)
     for one, other in zip(outputs[0], outputs[-1], strict=True):
         np.testing.assert_array_equal(one, other)

@@ -15,7 +15,7 @@ from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.quantize import layers_kept
 from anyflow_deploy.cli.sensitivity import SensitivityOptions, sensitivity
 from anyflow_deploy.export.quantization.calibrate import write_calibration
-from anyflow_deploy.progress import Silent
+from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import load_calibration
 from tests.conftest import SMALL, calibration_of
 from tests.integration.test_quantization_plan import WIDE_HEADS, made_up
@@ -114,7 +114,7 @@ def test_layers_are_chosen_with_attention_as_it_will_be(monkeypatch: pytest.Monk
     for attention, expected in (("fp8", ("blocks.0.attn1", "blocks.0.attn2")), ("high", ())):
         options = parsed(ExportOptions, shlex.split(f"--model tiny --precision fp8 --attention {attention} --fidelity 30dB"))
         with pytest.raises(AnyFlowError, match="far enough"):
-            layers_kept(options, "cpu", weights, made_up(WIDE_HEADS), Silent())
+            layers_kept(options, "cpu", weights, made_up(WIDE_HEADS), NullProgress())
         assert given["attention"] == expected
 
 

@@ -30,7 +30,7 @@ from anyflow_deploy.export.quantization.sensitivity import (
 from anyflow_deploy.export.quantization.sensitivity_report import KINDS, draw, grid, tables
 from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.quantization.calibration import Calibration
-from anyflow_deploy.quantization.layers import candidates, input_amax, input_channels
+from anyflow_deploy.quantization.layers import input_amax, input_channels, quantizable_layers
 from tests.conftest import SMALL, Export
 from tests.integration.test_calibration import CAUSAL, Changed, settings
 
@@ -70,7 +70,7 @@ def test_it_computes_what_quantize_and_dequantize_nodes_do(
     """What is left is float32 sums in another order, and the values they push over a rounding border."""
     by_hand, engine, a = NetworkEngine(weights), NetworkEngine(weights), weights.architecture
     smooth = {}
-    for name in candidates(a):
+    for name in quantizable_layers(a):
         layer = by_hand.network.get_submodule(name)
         s = torch.tensor(input_channels(calibration, name)).sqrt() if smoothed else torch.ones(layer.weight.shape[1])
         smooth[name] = s
@@ -88,7 +88,7 @@ def test_it_computes_what_quantize_and_dequantize_nodes_do(
 
 def test_switched_off_it_changes_no_bit_and_layers_switch_one_by_one(weights: Weights, calibration: Calibration) -> None:
     plain, engine = NetworkEngine(weights), NetworkEngine(weights)
-    fake = FakeQuant(engine.network, weights.architecture, calibration, "int8", candidates(weights.architecture))
+    fake = FakeQuant(engine.network, weights.architecture, calibration, "int8", quantizable_layers(weights.architecture))
     assert (video(engine) == video(plain)).all()
     fake.quantize_only(["blocks.1.ffn.net.2"])
     alone = video(engine)
@@ -96,11 +96,11 @@ def test_switched_off_it_changes_no_bit_and_layers_switch_one_by_one(weights: We
     fake.keep([name for name in fake.layers if name != "blocks.1.ffn.net.2"])
     assert (video(engine) == alone).all()
     again = FakeQuant(engine.network, weights.architecture, calibration, "fp8")
-    assert again.layers == tuple(candidates(weights.architecture)) and again.excluded == {}
+    assert again.layers == tuple(quantizable_layers(weights.architecture)) and again.excluded == {}
 
 
 def test_attention_rounds_its_operands_in_fp8(weights: Weights, calibration: Calibration) -> None:
-    engine, kept = NetworkEngine(weights), tuple(candidates(weights.architecture))
+    engine, kept = NetworkEngine(weights), tuple(quantizable_layers(weights.architecture))
     plain = video(engine)
     FakeQuant(engine.network, weights.architecture, calibration, "fp8", kept, attention=("attn1", "attn2"))
     assert 1e-4 < difference(video(engine), plain).relative_l2 < 2e-2
@@ -163,7 +163,7 @@ def test_the_layer_that_suffers_is_found_and_keeping_it_reaches_the_fidelity(out
     assert next(iter(found.layers)) == "blocks.1.ffn.net.2"
     sizes = [damage.relative_l2 or 0.0 for damage in found.layers.values()]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] > 3 * sizes[1]
-    assert set(found.layers) == set(candidates(outlier[0].architecture)) and list(found.kept) == [0, 1, 2, 4, 8, 16]
+    assert set(found.layers) == set(quantizable_layers(outlier[0].architecture)) and list(found.kept) == [0, 1, 2, 4, 8, 16]
     between = (found.kept[0].psnr_db + found.kept[1].psnr_db) / 2  # type: ignore[operator]
     assert kept_layers(found, fidelity_db=between, psnr=probe.psnr_without) == ["blocks.1.ffn.net.2"]
     assert probe.psnr_without(["blocks.1.ffn.net.2"]) >= between > probe.psnr_without([])

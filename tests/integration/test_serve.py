@@ -241,7 +241,7 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
         assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
         maker.fault = None
         with monkeypatch.context() as broken:
-            broken.setattr("anyflow_deploy.serving.video_store.write_whole", lambda *_: 1 / 0)
+            broken.setattr("anyflow_deploy.serving.video_store.write_text_atomically", lambda *_: 1 / 0)
             assert server.made(num_frames=1)["error"]["code"] == "server_error"  # type: ignore[index]
         assert server.made(num_frames=1)["status"] == "completed"
         assert len([f for f in tmp_path.iterdir() if f.is_dir()]) == 1

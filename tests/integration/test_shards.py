@@ -22,25 +22,28 @@ from torch import Tensor
 from webdataset import TarWriter
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.training.data.samples import Shape
+from anyflow_deploy.training.data.samples import SampleShape
 from anyflow_deploy.training.data.shard_source import NEGATIVE, ShardSource
-from anyflow_deploy.training.data.source import Part
-from anyflow_deploy.training.data.tar_index import indexed
-from anyflow_deploy.training.timestep_sampling import normal
+from anyflow_deploy.training.data.source import DataShard
+from anyflow_deploy.training.data.tar_index import index_shards
+from anyflow_deploy.training.timestep_sampling import seeded_normal
 from anyflow_deploy.training.trainer import train
 from tests.conftest import SMALL
 from tests.integration.test_training import ROOT, command, environment, losses, request
 
-SHAPE = Shape((3, 4, 8, 8), (4, 32))
+SHAPE = SampleShape((3, 4, 8, 8), (4, 32))
 
 
 def sample(number: int) -> dict[str, Any]:
-    tensors = {"latents": normal(SHAPE.latents, 0, "l", number), "text": normal((1 + number % 4, 32), 0, "t", number)}
+    tensors = {
+        "latents": seeded_normal(SHAPE.latents, 0, "l", number),
+        "text": seeded_normal((1 + number % 4, 32), 0, "t", number),
+    }
     return {"__key__": f"clip-{number:02d}", "safetensors": safetensors.torch.save(tensors), "txt": b"a red fox"}
 
 
 def latents_of(number: int) -> Tensor:
-    return normal(SHAPE.latents, 0, "l", number)
+    return seeded_normal(SHAPE.latents, 0, "l", number)
 
 
 def shards(folder: Path, count: int = 10, change: Callable[[dict[str, Any]], Any] = lambda s: None, each: int = 4) -> Path:
@@ -55,15 +58,15 @@ def shards(folder: Path, count: int = 10, change: Callable[[dict[str, Any]], Any
     return folder
 
 
-PAIRS = Part(0, 1, 2)
+PAIRS = DataShard(0, 1, 2)
 
 
-def source(folder: Path, part: Part = PAIRS, seed: int = 0) -> ShardSource:
-    return ShardSource(indexed(folder), part, SHAPE, seed, None)
+def source(folder: Path, part: DataShard = PAIRS, seed: int = 0) -> ShardSource:
+    return ShardSource(index_shards(folder), part, SHAPE, seed, None)
 
 
 def names(folder: Path, world: int, batch: int, steps: int, position: int = 0, seed: int = 0) -> list[str]:
-    sources = [source(folder, Part(rank, world, batch), seed) for rank in range(world)]
+    sources = [source(folder, DataShard(rank, world, batch), seed) for rank in range(world)]
     for one in sources:
         one.load_state_dict({**one.state_dict(), "samples": position})
     streams = [iter(one) for one in sources]
@@ -76,18 +79,18 @@ def test_the_order_is_the_seeds_alone_and_each_epoch_has_all(tmp_path: Path) -> 
     folder = shards(tmp_path / "data")
     one = names(folder, 1, 4, 5)
     assert one == names(folder, 2, 2, 5) == names(folder, 4, 1, 5)
-    assert sorted(one[:10]) == sorted(one[10:]) == [e.name for e in indexed(folder).entries] and one[:10] != one[10:]
+    assert sorted(one[:10]) == sorted(one[10:]) == [e.name for e in index_shards(folder).entries] and one[:10] != one[10:]
     for position in (4, 8, 12):
         assert names(folder, 2, 1, 4, position) == one[position : position + 8]
     assert names(folder, 1, 4, 5, seed=1) != one
 
 
 def test_a_batch_is_what_was_stored(tmp_path: Path) -> None:
-    batch = next(iter(source(shards(tmp_path / "data"), Part(0, 1, 5))))
+    batch = next(iter(source(shards(tmp_path / "data"), DataShard(0, 1, 5))))
     for row, name in enumerate(batch.names):
         number = int(name[-2:])
         assert torch.equal(batch.latents[row], latents_of(number))
-        stored = normal((1 + number % 4, 32), 0, "t", number)
+        stored = seeded_normal((1 + number % 4, 32), 0, "t", number)
         assert torch.equal(batch.text[row, : len(stored)], stored) and not batch.text[row, len(stored) :].any()
     assert batch.captions == ("a red fox",) * 5 and batch.negative_text.shape == (1, 4, 32)
 
@@ -104,7 +107,7 @@ def test_a_broken_sample_is_replaced_and_named_and_others_keep_their_places(tmp_
     assert [a == b for a, b in zip(found, whole, strict=True)] == ["clip-03" not in name for name in whole]
     assert "s-000.tar/clip-03" not in found
     assert found == names(folder, 2, 2, 10) and names(folder, 2, 1, 6, 8) == found[8:20]
-    one = source(folder, Part(0, 1, 10))
+    one = source(folder, DataShard(0, 1, 10))
     stream = iter(one)
     next(stream), next(stream)
     (told,) = one.skipped()
@@ -197,30 +200,30 @@ def test_the_last_sample_is_looked_at_too(tmp_path: Path) -> None:
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AnyFlowError, match=r"which is not a folder. Give 'synthetic', or a folder of shards"):
-        indexed(tmp_path / "nowhere")
+        index_shards(tmp_path / "nowhere")
     (tmp_path / "clip.mp4").touch()
     with pytest.raises(AnyFlowError, match=r"holds no shards \(\*.tar\) but clip.mp4. .*anyflow-precompute"):
-        indexed(tmp_path)
+        index_shards(tmp_path)
     folder = shards(tmp_path / "data")
     (folder / NEGATIVE).rename(tmp_path / NEGATIVE)
     with pytest.raises(AnyFlowError, match=r"need the empty prompt's embedding"):
         source(folder)
     (folder / "x.tar.gz").touch()
     with pytest.raises(AnyFlowError, match=r"holds x.tar.gz: compressed shards"):
-        indexed(folder)
+        index_shards(folder)
     (folder / "x.tar.gz").unlink()
     last = folder / "s-008.tar"
     for length in (0, 700, 3000):
         last.write_bytes(last.read_bytes()[:length] if length else b"")
         with pytest.raises(AnyFlowError, match=r"s-008.tar is damaged \(.*Copy or make it again"):
-            indexed(folder)
+            index_shards(folder)
         shards(tmp_path / f"again-{length}")
         last.write_bytes((tmp_path / f"again-{length}" / "s-008.tar").read_bytes())
     with tarfile.open(folder / "twice.tar", "w") as file:
         for _ in range(2):
             file.addfile(tarfile.TarInfo("clip.txt"))
     with pytest.raises(AnyFlowError, match=r"has clip.txt twice"):
-        indexed(folder)
+        index_shards(folder)
 
 
 def test_a_position_in_other_data_is_refused(tmp_path: Path) -> None:

@@ -145,10 +145,10 @@ class Recorder:
 
 
 def test_progress(trt_machine: Machine, bundle: Bundle) -> None:
-    report = Recorder()
-    build_engine(bundle, "tensorrt", TensorRTSettings(shapes=(SIZE,)), report=report)
-    assert report.stages == {"transition: Building Engine": 2, "transition: Timing": 2, "transition: inspecting": 0}
-    assert not report.open, "deeper levels are not shown, and every stage was ended"
+    progress = Recorder()
+    build_engine(bundle, "tensorrt", TensorRTSettings(shapes=(SIZE,)), progress=progress)
+    assert progress.stages == {"transition: Building Engine": 2, "transition: Timing": 2, "transition: inspecting": 0}
+    assert not progress.open, "deeper levels are not shown, and every stage was ended"
 
 
 def test_a_report_that_fails_stops_the_build(trt_machine: Machine, bundle: Bundle) -> None:
@@ -157,7 +157,7 @@ def test_a_report_that_fails_stops_the_build(trt_machine: Machine, bundle: Bundl
             raise ValueError("no terminal")
 
     with pytest.raises(ValueError, match="no terminal"):
-        build_engine(bundle, "tensorrt", TensorRTSettings(shapes=(SIZE,)), report=Broken())
+        build_engine(bundle, "tensorrt", TensorRTSettings(shapes=(SIZE,)), progress=Broken())
     assert nothing_left(bundle)
 
 

@@ -23,7 +23,7 @@ from anyflow_deploy.engines.build import build_engine
 from anyflow_deploy.engines.torch_common import device
 from anyflow_deploy.engines.torch_tensorrt import build, engine
 from anyflow_deploy.engines.torch_tensorrt.build import TorchTensorRTSettings, input_profile
-from anyflow_deploy.progress import Silent
+from anyflow_deploy.progress import NullProgress
 from tests.conftest import Export
 
 REAL = importlib.util.find_spec("torch_tensorrt")
@@ -98,7 +98,7 @@ def test_a_build_that_fails_leaves_nothing(
 
     monkeypatch.setattr(stand_in, "save", fail)
     with pytest.raises(BackendError, match=r"torch-tensorrt cannot build .*\(RuntimeError\): engine build failed"):
-        build_engine(small_bundle(), "torch-tensorrt", TorchTensorRTSettings(), tmp_path / "engine", report=Silent())
+        build_engine(small_bundle(), "torch-tensorrt", TorchTensorRTSettings(), tmp_path / "engine", progress=NullProgress())
     assert not list(tmp_path.iterdir())
 
 

@@ -20,14 +20,14 @@ from torch import Tensor
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
-from anyflow_deploy.training.data.source import Batch, Part
+from anyflow_deploy.training.data.source import Batch, DataShard
 from anyflow_deploy.training.data.synthetic import SyntheticLatents
-from anyflow_deploy.training.distributed import World
-from anyflow_deploy.training.model.memory import trained_count
-from anyflow_deploy.training.model.model_factory import trained_network, trained_parameters
-from anyflow_deploy.training.model.weight_init import starting_weights
-from anyflow_deploy.training.recipes import Recipe, overridden, recipe
-from anyflow_deploy.training.run_spec import Request
+from anyflow_deploy.training.distributed import DistributedContext
+from anyflow_deploy.training.model.memory import count_trained_parameters
+from anyflow_deploy.training.model.model_factory import build_trained_network, trained_parameters
+from anyflow_deploy.training.model.weight_init import open_initial_weights
+from anyflow_deploy.training.recipes import Recipe, get_recipe, override_recipe
+from anyflow_deploy.training.run_spec import RunSpec
 from anyflow_deploy.training.trainer import Trainer, train
 from tests.conftest import CAUSAL, SMALL
 
@@ -37,17 +37,17 @@ SETTINGS = {
     "sample_every": 0, "ema_start": 1, "rollout_steps": "2,4",
 }  # fmt: skip
 LORA = {"lora_rank": 4, "lora_alpha": 4}
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 def small(name: str = "flow-map-tiny", **values: Any) -> Recipe:
-    return overridden(recipe(name), {**SETTINGS, **values})
+    return override_recipe(get_recipe(name), {**SETTINGS, **values})
 
 
-def request(output: Path, name: str = "flow-map-tiny", **values: Any) -> Request:
+def request(output: Path, name: str = "flow-map-tiny", **values: Any) -> RunSpec:
     chosen = small(name, **values)
     causal = chosen.causal
-    return Request(chosen, output, CAUSAL if causal else SMALL, SMALL if chosen.stage == "on-policy" else None, device="cpu")
+    return RunSpec(chosen, output, CAUSAL if causal else SMALL, SMALL if chosen.stage == "on-policy" else None, device="cpu")
 
 
 def losses(output: Path) -> list[dict[str, float]]:
@@ -172,7 +172,7 @@ def test_a_run_does_not_go_on_with_other_settings_or_weights(tmp_path: Path) -> 
     tensors["proj_out.weight"] *= 1.01
     save_file(tensors, other / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match="started from other weights"):
-        train(Request(small(), tmp_path, other))
+        train(RunSpec(small(), tmp_path, other))
 
 
 def poisoned(latents: Callable[[Tensor], Tensor], step: int) -> Callable[..., Any]:
@@ -197,17 +197,17 @@ def test_a_broken_loss_stops_the_run_before_the_update(
     original = run._check_loss
 
     def spy(*args: Any) -> None:
-        before.update({n: p.detach().clone() for n, p in run.stage.learners["model"].parameters.items()})
+        before.update({n: p.detach().clone() for n, p in run.stage.optimizer_states["model"].parameters.items()})
         original(*args)
 
     monkeypatch.setattr(run, "_check_loss", spy)
     with pytest.raises(AnyFlowError, match=message) as caught:
         run.run()
     assert "step 3" in str(caught.value) and "synthetic-12" in str(caught.value)
-    assert all(torch.equal(p, before[n]) for n, p in run.stage.learners["model"].parameters.items())
+    assert all(torch.equal(p, before[n]) for n, p in run.stage.optimizer_states["model"].parameters.items())
     (saved,) = (tmp_path / "failed").glob("*.safetensors")
     assert set(load_file(saved)) == {"latents.0", "latents.1", "text.0", "text.1"}
-    assert run.checkpoints.newest() == tmp_path / "checkpoints" / "step-00000002"
+    assert run.checkpoints.latest() == tmp_path / "checkpoints" / "step-00000002"
     assert not (tmp_path / "model").exists()
 
 
@@ -219,7 +219,7 @@ def test_sigterm_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     with pytest.raises(AnyFlowError, match=r"stopped at step 3 on request"):
         run.run()
-    assert run.checkpoints.newest() == tmp_path / "checkpoints" / "step-00000003"
+    assert run.checkpoints.latest() == tmp_path / "checkpoints" / "step-00000003"
 
 
 def test_lora_is_diffusers_lora_and_the_model_is_diffusers_model(tmp_path: Path) -> None:
@@ -227,10 +227,10 @@ def test_lora_is_diffusers_lora_and_the_model_is_diffusers_model(tmp_path: Path)
     from diffusers import AnyFlowTransformer3DModel
 
     run = Trainer(request(tmp_path, **LORA, learning_rate=0.05), ALONE)
-    network = run.stage.learners["model"].network
+    network = run.stage.optimizer_states["model"].network
     assert not [m for m in network.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
     run.run()
-    with run.stage.learners["model"].averaged(), torch.no_grad():
+    with run.stage.optimizer_states["model"].use_average(), torch.no_grad():
         case = load_file(SMALL / "golden.safetensors")
         given = [case[n] for n in ("latents", "timestep", "r_timestep", "text")]
         ours = network(*given)
@@ -251,13 +251,13 @@ def test_a_pipeline_comes_out_where_a_pipeline_went_in(tmp_path: Path, tiny_pipe
     from diffusers import AnyFlowFARPipeline, AnyFlowPipeline
 
     sizes = {**SETTINGS, "steps": 1, "sample_every": 1, "frames": 3, "width": 12, "sample_steps": "1,2"}
-    train(Request(overridden(recipe("flow-map-tiny"), sizes), tmp_path / "run", tiny_pipeline, device="cpu"))
+    train(RunSpec(override_recipe(get_recipe("flow-map-tiny"), sizes), tmp_path / "run", tiny_pipeline, device="cpu"))
     pipe = AnyFlowPipeline.from_pretrained(tmp_path / "run" / "model")
     made = pipe("a red fox", num_inference_steps=2, height=64, width=96, num_frames=5, output_type="latent")
     assert torch.isfinite(torch.as_tensor(made.frames)).all()
     assert (tmp_path / "run" / "samples" / "step-00000001.png").stat().st_size > 5000
-    causal = overridden(recipe("flow-map-tiny-causal"), sizes)
-    train(Request(causal, tmp_path / "causal", tmp_path / "run" / "model", device="cpu"))
+    causal = override_recipe(get_recipe("flow-map-tiny-causal"), sizes)
+    train(RunSpec(causal, tmp_path / "causal", tmp_path / "run" / "model", device="cpu"))
     assert AnyFlowFARPipeline.from_pretrained(tmp_path / "causal" / "model").scheduler.config.shift == 5
 
 
@@ -270,30 +270,30 @@ def test_wan_is_completed_so_that_it_is_still_wan(tmp_path: Path) -> None:
         out_channels=4,
     )  # fmt: skip
     wan.save_pretrained(tmp_path)
-    row = recipe("teacher-tiny-causal").architecture
-    weights = starting_weights(tmp_path, False, row)
-    from anyflow_deploy.training.model.weight_init import network_with
+    row = get_recipe("teacher-tiny-causal").architecture
+    weights = open_initial_weights(tmp_path, False, row)
+    from anyflow_deploy.training.model.weight_init import build_network
 
-    network = network_with(weights.architecture, {name: weights.read(name) for name in weights.shapes()})
+    network = build_network(weights.architecture, {name: weights.read(name) for name in weights.shapes()})
     case = load_file(SMALL / "golden.safetensors")
     z, text, t = case["latents"], case["text"], torch.tensor([700.0, 40.0])
     times = t[:, None].expand(-1, 3)
     with torch.no_grad():
         theirs = wan(z.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
         assert distance(network(z, times, times, text), theirs) < 1e-5
-    causal = starting_weights(tmp_path, True, row)
+    causal = open_initial_weights(tmp_path, True, row)
     far, near = causal.read("far_patch_embedding.weight"), causal.read("patch_embedding.weight")
     patch = torch.randn(1, 4, 1, 4, 4)
     coarse = torch.nn.functional.conv3d(patch, far)
     fine = torch.nn.functional.conv3d(patch, near, stride=(1, 2, 2)).mean((3, 4), keepdim=True)
     assert torch.allclose(coarse, fine, atol=1e-5)
     with pytest.raises(CheckpointError, match="is a causal model and the recipe trains a bidirectional one"):
-        starting_weights(CAUSAL, False, row)
+        open_initial_weights(CAUSAL, False, row)
 
 
 def test_the_order_of_samples_is_the_same_on_any_number_of_processes() -> None:
     def names(world: int, batch: int, steps: int, position: int = 0) -> list[str]:
-        sources = [SyntheticLatents(Part(rank, world, batch), (1, 2, 4, 4), (2, 3)) for rank in range(world)]
+        sources = [SyntheticLatents(DataShard(rank, world, batch), (1, 2, 4, 4), (2, 3)) for rank in range(world)]
         for source in sources:
             source.load_state_dict({"samples": position})
         streams = [iter(source) for source in sources]
@@ -309,6 +309,6 @@ def test_the_order_of_samples_is_the_same_on_any_number_of_processes() -> None:
 @pytest.mark.parametrize("name", ["flow-map-tiny", "flow-map-tiny-causal", "teacher-tiny"])
 def test_the_memory_estimate_counts_what_is_trained(name: str, values: dict[str, Any]) -> None:
     chosen = small(name, **values)
-    network = trained_network(RandomWeights(chosen.architecture, "tiny"), chosen, torch.device("cpu"), None)
+    network = build_trained_network(RandomWeights(chosen.architecture, "tiny"), chosen, torch.device("cpu"), None)
     found = sum(p.numel() for p in trained_parameters(network).values())
-    assert trained_count(chosen, chosen.architecture) == found
+    assert count_trained_parameters(chosen, chosen.architecture) == found

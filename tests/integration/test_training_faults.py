@@ -12,18 +12,18 @@ from torch import Tensor
 
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.training import rollout as rollouts
-from anyflow_deploy.training.chunks import NOTHING, ChunkPlan, chunk_plan, context, velocity
-from anyflow_deploy.training.losses import Difference, balanced, derivative
+from anyflow_deploy.training.chunks import EMPTY_CONTEXT, ChunkPlan, chunk_plan, encode_context, velocity
+from anyflow_deploy.training.losses import DerivativeConfig, derivative, rescale_losses
 from anyflow_deploy.training.model.network import TrainingAttention, TrainingTransformer
-from anyflow_deploy.training.model.weight_init import network_with
+from anyflow_deploy.training.model.weight_init import build_network
 from anyflow_deploy.training.rollout import rollout, shortcut
-from anyflow_deploy.training.timestep_sampling import flow_map_times
+from anyflow_deploy.training.timestep_sampling import sample_flow_map_times
 from tests.conftest import CAUSAL, SMALL
 
 
 def network(folder: Path, compute_type: torch.dtype = torch.float32) -> TrainingTransformer:
     weights = open_checkpoint(folder)
-    return network_with(weights.architecture, {name: weights.read(name) for name in weights.shapes()}, compute_type)
+    return build_network(weights.architecture, {name: weights.read(name) for name in weights.shapes()}, compute_type)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,11 @@ def test_1_gradients_of_every_chunk_are_those_without_checkpointing(
     model, noise, text, plan = causal
     found = []
     for on, offload in ((False, False), (True, False), (True, True)):
-        model.checkpoint_gradients(on, offload)
+        model.set_gradient_checkpointing(on, offload)
         made = rollout(model, noise, text, plan, shortcut(4, 1, 5.0))
-        losses = [made[:, a:b].square().mean() for a, b in map(plan.range, range(len(plan.chunks)))]
+        losses = [made[:, a:b].square().mean() for a, b in map(plan.frame_range, range(len(plan.chunks)))]
         found.append([gradients(model, loss, keep=True) for loss in losses])
-    model.checkpoint_gradients(False)
+    model.set_gradient_checkpointing(False)
     for plain, again, offloaded in zip(*found, strict=True):
         assert farthest(again, plain) < 1e-5
         assert farthest(offloaded, plain) < 1e-5
@@ -66,7 +66,7 @@ def test_2_times_and_differences_stay_float32(monkeypatch: pytest.MonkeyPatch) -
     model = network(SMALL, torch.bfloat16)
     case = load_file(SMALL / "golden.safetensors")
     asked: list[tuple[Tensor, Tensor]] = []
-    original = TrainingTransformer.conditions
+    original = TrainingTransformer.embed_conditions
     monkeypatch.setattr(
         TrainingTransformer, "conditions", lambda self, t, r: (asked.append((t, r)), original(self, t, r))[1]
     )  # the place where times enter the network
@@ -74,7 +74,9 @@ def test_2_times_and_differences_stay_float32(monkeypatch: pytest.MonkeyPatch) -
     model.condition_embedder.time_embedder.linear_1.register_forward_hook(lambda _m, x, y: embedded.extend((x[0].dtype, y.dtype)))
     z, text, t = case["latents"], case["text"], torch.tensor([777.0, 513.0])
     for compute in (torch.bfloat16, torch.float32):
-        result = derivative(model, z, z.flip(0), t, t - 300, text, ChunkPlan((3,)), NOTHING, Difference(compute=compute))
+        result = derivative(
+            model, z, z.flip(0), t, t - 300, text, ChunkPlan((3,)), EMPTY_CONTEXT, DerivativeConfig(compute=compute)
+        )
         assert result.dtype == torch.float32
         times, targets = asked.pop()
         assert times.dtype == targets.dtype == torch.float32
@@ -89,7 +91,9 @@ def test_2_float32_products_make_the_difference_exact_in_a_bfloat16_run() -> Non
     z, text, t = case["latents"], case["text"], torch.tensor([777.0, 513.0])
 
     def change(model: TrainingTransformer, compute: torch.dtype) -> Tensor:
-        return derivative(model, z, z.flip(0), t, t - 300, text, ChunkPlan((3,)), NOTHING, Difference(compute=compute))
+        return derivative(
+            model, z, z.flip(0), t, t - 300, text, ChunkPlan((3,)), EMPTY_CONTEXT, DerivativeConfig(compute=compute)
+        )
 
     exact = change(network(SMALL), torch.float32)
     near = change(network(SMALL, torch.bfloat16), torch.float32)
@@ -101,19 +105,19 @@ def test_2_float32_products_make_the_difference_exact_in_a_bfloat16_run() -> Non
 def test_3_a_batch_without_r_equal_t_is_not_divided_by_its_empty_mean() -> None:
     losses = torch.tensor([2.0, 0.5], requires_grad=True)
     none = torch.zeros(2, dtype=torch.bool)
-    assert torch.equal(balanced(losses, none, torch.tensor(float("nan"))), losses)
-    scaled = balanced(losses, none, torch.tensor(3.0))
+    assert torch.equal(rescale_losses(losses, none, torch.tensor(float("nan"))), losses)
+    scaled = rescale_losses(losses, none, torch.tensor(3.0))
     assert torch.equal(scaled, torch.tensor([3.0, 3.0]))
     scaled.sum().backward()
     assert torch.allclose(losses.grad, torch.tensor([1.5, 6.0]))  # type: ignore[arg-type]  # scaled, not replaced
-    assert balanced(torch.zeros(1), none[:1], torch.tensor(3.0)).isfinite().all()
+    assert rescale_losses(torch.zeros(1), none[:1], torch.tensor(3.0)).isfinite().all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 32])
 def test_3_the_buckets_have_their_shares_for_any_global_batch(count: int) -> None:
     same = clean = total = 0
     for step in range(200):
-        t, r = flow_map_times(count, 5.0, 0, step)
+        t, r = sample_flow_map_times(count, 5.0, 0, step)
         assert bool((t >= r).all() and (r >= 0).all() and (t <= 1000).all())
         diffusion = t == r
         assert not bool((diffusion[1:] & ~diffusion[:-1]).any()), "r = t first: the others are scaled to their mean"
@@ -148,7 +152,7 @@ def test_6_every_chunk_walks_the_same_times(
     """A schedule that is shifted inside the loop over chunks is shifted again for each."""
     model, noise, text, plan = causal
     walked: list[tuple[float, float]] = []
-    original = rollouts._walked
+    original = rollouts._denoise_chunk
 
     def spy(*given: object) -> Tensor:
         hook = model.register_forward_pre_hook(lambda _m, x: walked.append((float(x[1][0, 0]), float(x[2][0, 0]))))
@@ -156,7 +160,7 @@ def test_6_every_chunk_walks_the_same_times(
         hook.remove()
         return made
 
-    monkeypatch.setattr(rollouts, "_walked", spy)
+    monkeypatch.setattr(rollouts, "_denoise_chunk", spy)
     pairs = shortcut(4, 1, 5.0)
     with torch.no_grad():
         rollout(model, noise, text, plan, pairs)
@@ -174,7 +178,7 @@ def test_7_causal_attention_has_a_backward_on_the_cpu_and_is_the_masked_one(
     t = torch.tensor([700.0])
 
     def found() -> dict[str, Tensor]:
-        u = velocity(model, x[:, start:stop], t, 0 * t, text, plan, context(model, x, text, plan))
+        u = velocity(model, x[:, start:stop], t, 0 * t, text, plan, encode_context(model, x, text, plan))
         return gradients(model, u.square().mean())
 
     in_runs = found()

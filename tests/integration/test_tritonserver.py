@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, noise, stream
-from anyflow_deploy.bundle.manifest import File
+from anyflow_deploy.bundle.manifest import FileRecord
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.tritonserver import TritonOptions, triton
 from anyflow_deploy.engines.engine_folder import DeviceRecord, EngineFolder, EngineRecord
@@ -135,7 +135,7 @@ def plan(bundle: Bundle, folder: Path, **settings: Any) -> EngineFolder:
     record = EngineRecord(
         backend="tensorrt", bundle=bundle.digest, device=DeviceRecord(kind="cuda", name="a GPU"), versions={}, settings=settings,
         ranges={}, profiles={"transition": {"small": {}, "large": {}}}, seconds=1.0,
-        files={"transition.plan": File(bytes=4, sha256="")},
+        files={"transition.plan": FileRecord(bytes=4, sha256="")},
     )  # fmt: skip
     return EngineFolder(folder, record)
 

@@ -20,19 +20,19 @@ from anyflow_deploy.bundle.manifest import (
     MANIFEST,
     SCHEMA,
     WEIGHTS,
-    Achieved,
-    File,
-    Graph,
+    AchievedPrecision,
+    FileRecord,
+    GraphRecord,
+    GraphTensor,
     Manifest,
     ScheduleDefaults,
-    Source,
-    Tensor,
-    Video,
-    stored_ranges,
+    VideoDefaults,
+    WeightsSource,
+    ranges_to_records,
 )
 from anyflow_deploy.errors import BundleError
 from anyflow_deploy.models import MODELS
-from anyflow_deploy.shape_ranges import widest
+from anyflow_deploy.shape_ranges import widest_ranges
 
 GRAPH = "transition.onnx"
 LIVING = os.getppid()
@@ -40,19 +40,19 @@ LIVING = os.getppid()
 
 def manifest(graph: str = GRAPH) -> Manifest:
     architecture = MODELS["tiny"].architecture
-    latents = Tensor(name="latents", dtype="float32", shape=["batch", "frames", 16, "height", "width"])
+    latents = GraphTensor(name="latents", dtype="float32", shape=["batch", "frames", 16, "height", "width"])
     return Manifest(
         kind="bidirectional",
         model="tiny",
         config=architecture.as_config(),
-        source=Source(kind="random", location="tiny", seed=0),
+        source=WeightsSource(kind="random", location="tiny", seed=0),
         precision="fp32",
-        achieved=Achieved(weight_bytes={"F32": 1000}),
+        achieved=AchievedPrecision(weight_bytes={"F32": 1000}),
         target="cpu",
-        graphs={"transition": Graph(file=graph, opset=20, inputs=[latents], outputs=[latents])},
-        ranges=stored_ranges(widest(architecture)),
+        graphs={"transition": GraphRecord(file=graph, opset=20, inputs=[latents], outputs=[latents])},
+        ranges=ranges_to_records(widest_ranges(architecture)),
         schedule=ScheduleDefaults(shift=5.0, steps=4),
-        video=Video(spatial_factor=8, temporal_factor=4, fps=16, text_tokens=512, frames=17, height=64, width=96),
+        video=VideoDefaults(spatial_factor=8, temporal_factor=4, fps=16, text_tokens=512, frames=17, height=64, width=96),
         tools={"torch": "2.13"},
         files={},
     )
@@ -110,7 +110,7 @@ def test_a_written_bundle_is_the_bundle_read(destination: Path) -> None:
     assert load_bundle(destination) == load_bundle(str(destination)) == written
     assert names(destination) == [MANIFEST, GRAPH, WEIGHTS]
     assert names(destination.parent) == ["bundle"]
-    assert written.manifest.files[GRAPH] == File(bytes=5, sha256=hashlib.sha256(b"graph").hexdigest())
+    assert written.manifest.files[GRAPH] == FileRecord(bytes=5, sha256=hashlib.sha256(b"graph").hexdigest())
     assert written.manifest == manifest().model_copy(update={"files": written.manifest.files})
 
 
@@ -121,7 +121,7 @@ def test_digest_is_the_hash_of_the_manifest(bundle: Bundle) -> None:
 def test_manifest_gives_back_what_was_declared(bundle: Bundle) -> None:
     architecture = MODELS["tiny"].architecture
     assert bundle.manifest.architecture == architecture
-    assert bundle.manifest.shape_ranges == widest(architecture)
+    assert bundle.manifest.shape_ranges == widest_ranges(architecture)
     assert json.loads((bundle.path / MANIFEST).read_text())["schema"] == SCHEMA
 
 
@@ -133,7 +133,7 @@ def test_files_are_hashed_as_they_are_written_in_pieces(destination: Path) -> No
             file.write(piece)
         record = file.close()
         assert (writer.folder / WEIGHTS).read_bytes() == b"".join(pieces)
-        assert record == File(bytes=1016, sha256=file_sha256(writer.folder / WEIGHTS))
+        assert record == FileRecord(bytes=1016, sha256=file_sha256(writer.folder / WEIGHTS))
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])

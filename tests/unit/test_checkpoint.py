@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 
-from anyflow_deploy.bundle.manifest import Source
+from anyflow_deploy.bundle.manifest import WeightsSource
 from anyflow_deploy.checkpoints.checkpoint import STEM, open_checkpoint, pipeline_folder
-from anyflow_deploy.checkpoints.dtypes import SAFETENSORS, TORCH
+from anyflow_deploy.checkpoints.dtypes import CHECKPOINT_DTYPES, SAFETENSORS_NAMES
 from anyflow_deploy.checkpoints.hub import TRANSFORMER_FILES, download, pipeline_from_model
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
-from anyflow_deploy.checkpoints.safetensors_stream import Entry, layout, read_bytes, read_header
-from anyflow_deploy.checkpoints.weights import check_names
+from anyflow_deploy.checkpoints.safetensors_stream import TensorEntry, build_header, read_bytes, read_header
+from anyflow_deploy.checkpoints.weights import check_parameters
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.models import MODELS, Architecture
@@ -73,29 +73,35 @@ def test_reading_agrees_with_the_library(tmp_path: Path) -> None:
     assert header.keys() == TENSORS.keys()
     for name, expected in load_file(path).items():
         entry = header[name]
-        assert (TORCH[entry.type], entry.shape, entry.bytes) == (expected.dtype, tuple(expected.shape), expected.nbytes)
+        assert (CHECKPOINT_DTYPES[entry.type], entry.shape, entry.bytes) == (
+            expected.dtype,
+            tuple(expected.shape),
+            expected.nbytes,
+        )
         assert read_bytes(path, entry) == expected.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(sorted(TORCH)), st.lists(st.integers(0, 4), max_size=3).map(tuple)), max_size=6),
+    st.lists(
+        st.tuples(st.sampled_from(sorted(CHECKPOINT_DTYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)), max_size=6
+    ),
     st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2),
 )
 def test_layout_is_read_by_the_library(tensors: list[tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> None:
-    wide_first = sorted(tensors, key=lambda t: -TORCH[t[0]].itemsize)
-    head, entries = layout({f"tensor {i}": t for i, t in enumerate(wide_first)}, metadata)
+    wide_first = sorted(tensors, key=lambda t: -CHECKPOINT_DTYPES[t[0]].itemsize)
+    head, entries = build_header({f"tensor {i}": t for i, t in enumerate(wide_first)}, metadata)
     data = bytes(i % 64 for i in range(sum(e.bytes for e in entries.values())))
     loaded = load(head + data)
     assert loaded.keys() == entries.keys()
     for name, entry in entries.items():
         start = entry.offset - len(head)
-        assert (SAFETENSORS[loaded[name].dtype], tuple(loaded[name].shape)) == (entry.type, entry.shape)
-        assert entry.offset % TORCH[entry.type].itemsize == 0
+        assert (SAFETENSORS_NAMES[loaded[name].dtype], tuple(loaded[name].shape)) == (entry.type, entry.shape)
+        assert entry.offset % CHECKPOINT_DTYPES[entry.type].itemsize == 0
         assert loaded[name].reshape(-1).view(torch.uint8).numpy().tobytes() == data[start : start + entry.bytes]
 
 
 def test_layout_is_read_by_ourselves(tmp_path: Path) -> None:
-    head, entries = layout({"wide": ("F32", (2, 2)), "narrow": ("BF16", (3,))}, {"format": "pt"})
+    head, entries = build_header({"wide": ("F32", (2, 2)), "narrow": ("BF16", (3,))}, {"format": "pt"})
     (tmp_path / "file").write_bytes(head + bytes(22))
     assert len(head) % 64 == 0
     assert read_header(tmp_path / "file") == entries
@@ -169,7 +175,7 @@ def test_lying_headers_are_refused(tmp_path: Path, lie: str) -> None:
 def test_the_honest_version_of_those_headers_is_read(tmp_path: Path) -> None:
     header = {"__metadata__": {"format": "pt"}, **tensor()}
     path = file_with_header(tmp_path / "file", header)
-    assert read_header(path) == {"x": Entry("F32", (2, 2), path.stat().st_size - 16)}
+    assert read_header(path) == {"x": TensorEntry("F32", (2, 2), path.stat().st_size - 16)}
 
 
 # Folders
@@ -180,14 +186,14 @@ def test_every_layout_gives_the_same_weights(tmp_path: Path, make: Callable[[Pat
     folder = make(tmp_path / "checkpoint")
     checkpoint = open_checkpoint(str(folder))
     assert checkpoint.architecture == MODELS["tiny"].architecture
-    assert checkpoint.source == Source(kind="folder", location=str(folder))
+    assert checkpoint.source == WeightsSource(kind="folder", location=str(folder))
     assert checkpoint.shapes() == {name: tuple(value.shape) for name, value in TENSORS.items()}
     for name, expected in TENSORS.items():
         torch.testing.assert_close(checkpoint.read(name), expected, rtol=0, atol=0)
 
 
 def test_source_can_be_told(tmp_path: Path) -> None:
-    source = Source(kind="hub", location="nvidia/x", revision="abc")
+    source = WeightsSource(kind="hub", location="nvidia/x", revision="abc")
     assert open_checkpoint(transformer(tmp_path / "t"), source).source == source
 
 
@@ -339,7 +345,7 @@ class Shapes:
     """Weights of which only the shapes are asked."""
 
     architecture = MODELS["tiny"].architecture
-    source = Source(kind="folder", location="/somewhere")
+    source = WeightsSource(kind="folder", location="/somewhere")
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -370,11 +376,11 @@ def test_check_names(given_: dict[str, tuple[int, ...]], message: str) -> None:
         rf"^the weights in /somewhere do not fit their config\.json {message}.*\. Give the checkpoint they were saved with\.$"
     )
     with pytest.raises(CheckpointError, match=expected):
-        check_names(Shapes(given_), WANTED)
+        check_parameters(Shapes(given_), WANTED)
 
 
 def test_check_names_accepts_any_order() -> None:
-    check_names(Shapes(dict(reversed(WANTED.items()))), WANTED)
+    check_parameters(Shapes(dict(reversed(WANTED.items()))), WANTED)
 
 
 # The Hub
@@ -410,7 +416,7 @@ def test_a_download_asks_for_what_is_needed_and_remembers_the_commit(monkeypatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     folder, source = pipeline_from_model(MODELS["14b"], TRANSFORMER_FILES)
     assert asked == [MODELS["14b"].hub_id, None, TRANSFORMER_FILES]
-    assert source == Source(kind="hub", location=str(MODELS["14b"].hub_id), revision="c0ffee")
+    assert source == WeightsSource(kind="hub", location=str(MODELS["14b"].hub_id), revision="c0ffee")
     assert folder == download("x/y", "c0ffee", ["*.json"])
     assert asked[3:] == ["x/y", "c0ffee", ["*.json"]]
 
@@ -462,8 +468,8 @@ def test_random_weights_are_float32_whatever_the_default() -> None:
 
 def test_random_weights_fill_every_parameter_with_the_right_scale() -> None:
     weights = RandomWeights(TINY, "tiny", seed=3)
-    assert weights.source == Source(kind="random", location="tiny", seed=3)
-    check_names(weights, parameter_shapes(TINY))
+    assert weights.source == WeightsSource(kind="random", location="tiny", seed=3)
+    check_parameters(weights, parameter_shapes(TINY))
     for name, shape in weights.shapes().items():
         value = weights.read(name)
         assert (tuple(value.shape), value.dtype) == (shape, torch.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from anyflow_deploy import AnyFlowError
-from anyflow_deploy.bundle.json_records import write_whole
+from anyflow_deploy.bundle.json_records import write_text_atomically
 from anyflow_deploy.export.quantization.sensitivity import load_sensitivity
 from anyflow_deploy.quantization.calibration import load_calibration
 
@@ -41,5 +41,5 @@ def test_what_is_refused(load: Callable[[Path], object], content: object, messag
 def test_a_file_that_cannot_be_finished_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file.json").write_text("old")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(tmp_path / "file.json", "\ud800")
+        write_text_atomically(tmp_path / "file.json", "\ud800")
     assert (tmp_path / "file.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1

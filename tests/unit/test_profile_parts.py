@@ -31,7 +31,7 @@ from anyflow_deploy.profiling.sampler import Sampler
 from anyflow_deploy.profiling.summary_statistics import drift, is_steady, latency_from_samples, median_interval
 from anyflow_deploy.profiling.terminal import latency_words
 from anyflow_deploy.profiling.timing import Rules, measured, warmed_up
-from anyflow_deploy.progress import Silent
+from anyflow_deploy.progress import NullProgress
 from tests.fakes.profile_sample import sample_layers, sample_point, sample_profile, steady
 
 # Statistics
@@ -87,7 +87,7 @@ def test_percentiles_that_there_are_no_samples_for_are_not_shown() -> None:
 
 def test_cases_take_turns() -> None:
     order: list[str] = []
-    taken = measured({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, Rules(1, rounds=3), Silent(), "x")
+    taken = measured({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, Rules(1, rounds=3), NullProgress(), "x")
     assert order == ["a", "b"] * 3 and len(taken.seconds("a")) == 3
     assert Rules(10).rounds_for(100) == 3 and Rules(10).rounds_for(1e-9) == 200 and Rules(10).rounds_for(0.5) == 20
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.schedule import Schedule, shifted
+from anyflow_deploy.schedule import Schedule, shift_sigmas
 
 STEPS = st.integers(1, 1000)
 SHIFTS = st.floats(0.05, 50.0)
@@ -75,7 +75,7 @@ def test_from_sigmas_does_not_shift_by_default() -> None:
 
 @given(st.floats(0.0, 1.0), SHIFTS)
 def test_shifts_are_undone_by_their_inverse(s: float, shift: float) -> None:
-    assert shifted(shifted([s], shift), 1 / shift) == pytest.approx([s], abs=1e-9)
+    assert shift_sigmas(shift_sigmas([s], shift), 1 / shift) == pytest.approx([s], abs=1e-9)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, True, False, 4.0, "4", None])

@@ -12,9 +12,18 @@ from hypothesis import strategies as st
 
 from anyflow_deploy.errors import AnyFlowError, ShapeError
 from anyflow_deploy.models import MODELS
-from anyflow_deploy.shape_ranges import AXES, Range, Ranges, latent_frames, latent_side, narrowed, parsed_span, widest
+from anyflow_deploy.shape_ranges import (
+    AXES,
+    Range,
+    ShapeRanges,
+    latent_frames,
+    latent_side,
+    narrow_ranges,
+    parse_span,
+    widest_ranges,
+)
 
-DECLARED = Ranges(Range(1, 2), Range(1, 21), Range(8, 60, 2), Range(8, 104, 2), Range(512, 512))
+DECLARED = ShapeRanges(Range(1, 2), Range(1, 21), Range(8, 60, 2), Range(8, 104, 2), Range(512, 512))
 LATENTS, TEXT = (1, 5, 16, 32, 48), (1, 512, 64)
 
 
@@ -127,7 +136,7 @@ def test_check_refuses_shapes_that_do_not_belong_together(latents: tuple[int, ..
 @pytest.mark.parametrize("model", MODELS)
 def test_widest_is_limited_by_patch_and_rotary_table_alone(model: str) -> None:
     architecture = MODELS[model].architecture
-    base = widest(architecture)
+    base = widest_ranges(architecture)
     table = architecture.rope_max_seq_len
     assert (base.batch, base.text) == (Range(1, 1 if architecture.causal else None), Range(1, None))
     assert base.frames == Range(1, table)
@@ -137,14 +146,14 @@ def test_widest_is_limited_by_patch_and_rotary_table_alone(model: str) -> None:
 
 def test_widest_follows_the_patch() -> None:
     architecture = replace(MODELS["tiny"].architecture, patch_size=(1, 4, 4), rope_max_seq_len=10)
-    assert widest(architecture).height == Range(4, 40, 4)
+    assert widest_ranges(architecture).height == Range(4, 40, 4)
 
 
 def test_narrowed_replaces_only_what_was_asked() -> None:
     wanted = {"batch": Range(1, 1), "frames": Range(3, 21), "height": Range(60, 60, 2), "text": Range(512, None)}
-    base = widest(MODELS["tiny"].architecture)
-    assert narrowed(base, wanted) == replace(base, **wanted)
-    assert narrowed(base, {}) == base
+    base = widest_ranges(MODELS["tiny"].architecture)
+    assert narrow_ranges(base, wanted) == replace(base, **wanted)
+    assert narrow_ranges(base, {}) == base
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -153,7 +162,7 @@ def test_narrowed_refuses_wider(axis: str) -> None:
     wider = Range(allowed.minimum, allowed.maximum + allowed.multiple, allowed.multiple)
     message = rf"^{axis} {re.escape(str(wider))} reaches outside what the model allows: {re.escape(str(allowed))}"
     with pytest.raises(AnyFlowError, match=message):
-        narrowed(DECLARED, {axis: wider})
+        narrow_ranges(DECLARED, {axis: wider})
 
 
 @pytest.mark.parametrize(
@@ -168,12 +177,12 @@ def test_narrowed_refuses_wider(axis: str) -> None:
 )
 def test_narrowed_refuses_what_reaches_outside(axis: str, wanted: Range) -> None:
     with pytest.raises(AnyFlowError, match=rf"^{axis} .*reaches outside"):
-        narrowed(DECLARED, {axis: wanted})
+        narrow_ranges(DECLARED, {axis: wanted})
 
 
 @pytest.mark.parametrize(("text", "span"), [("4", (4, 4)), ("1:4", (1, 4)), (" 1 : 81 ", (1, 81)), ("4:1", (4, 1))])
 def test_parsed_span(text: str, span: tuple[int, int]) -> None:
-    assert parsed_span(text, "--frames") == span
+    assert parse_span(text, "--frames") == span
 
 
 @pytest.mark.parametrize(
@@ -183,7 +192,7 @@ def test_parsed_span(text: str, span: tuple[int, int]) -> None:
 def test_parsed_span_refuses(text: str) -> None:
     message = rf"^--frames is {re.escape(repr(text))}; allowed are one number \(4\) or a range \(1:4\)\.$"
     with pytest.raises(AnyFlowError, match=message):
-        parsed_span(text, "--frames")
+        parse_span(text, "--frames")
 
 
 @given(st.integers(1, 500), st.integers(1, 8))

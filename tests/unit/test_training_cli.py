@@ -17,17 +17,24 @@ from anyflow_deploy.cli.train import PROGRAM, full_options, work
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.training import preflight
 from anyflow_deploy.training.data.source import Batch
-from anyflow_deploy.training.distributed import World, join
-from anyflow_deploy.training.recipes import as_dict, fields, names, overridden, recipe, recipe_from_dict
-from anyflow_deploy.training.run_spec import Request
+from anyflow_deploy.training.distributed import DistributedContext, init_distributed
+from anyflow_deploy.training.recipes import (
+    get_recipe,
+    override_recipe,
+    recipe_fields,
+    recipe_from_dict,
+    recipe_names,
+    recipe_to_dict,
+)
+from anyflow_deploy.training.run_spec import RunSpec
 from anyflow_deploy.training.trainer import train
 from tests.conftest import CAUSAL, SMALL
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_resolves_and_survives_json(name: str) -> None:
-    chosen = recipe(name)
-    assert recipe_from_dict(json.loads(json.dumps(as_dict(chosen)))) == chosen
+    chosen = get_recipe(name)
+    assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(chosen)))) == chosen
     assert chosen.causal == name.endswith("-causal")
     assert chosen.architecture.full_chunk_limit == (3 if chosen.causal else None)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -35,12 +42,12 @@ def test_every_recipe_resolves_and_survives_json(name: str) -> None:
 
 
 def test_the_constants_are_the_papers() -> None:
-    one, two = recipe("flow-map-1.3b"), recipe("on-policy-14b-causal")
+    one, two = get_recipe("flow-map-1.3b"), get_recipe("on-policy-14b-causal")
     assert (one.optimizing.steps, one.optimizing.batch, one.optimizing.learning_rate) == (6000, 32, 5e-5)
     assert (one.optimizing.ema, one.optimizing.ema_start, one.adapting.lora_rank, one.flow.guidance) == (0.999, 1000, 256, 3)
     assert (two.optimizing.learning_rate, two.optimizing.beta1, two.optimizing.beta2) == (2e-6, 0.0, 0.999)
     assert (two.optimizing.ema, two.flow.rollout_steps, two.flow.real_guidance) == (0.99, (2, 4, 8, 16, 50), 3)
-    assert recipe("teacher-1.3b").flow.text_drop == 0.1 and not recipe("teacher-1.3b").adapting.lora_times
+    assert get_recipe("teacher-1.3b").flow.text_drop == 0.1 and not get_recipe("teacher-1.3b").adapting.lora_times
 
 
 @pytest.mark.parametrize(
@@ -59,12 +66,12 @@ def test_the_constants_are_the_papers() -> None:
 )
 def test_settings_that_are_refused(values: dict[str, str], message: str) -> None:
     with pytest.raises(AnyFlowError, match=message):
-        overridden(recipe("flow-map-tiny"), values)
+        override_recipe(get_recipe("flow-map-tiny"), values)
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
     with pytest.raises(AnyFlowError, match=r"unknown recipe 'flowmap-1.3b'.*Did you mean 'flow-map-1.3b'\?"):
-        recipe("flowmap-1.3b")
+        get_recipe("flowmap-1.3b")
 
 
 def test_show_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +84,7 @@ def test_show_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_every_setting_is_a_flag_and_the_examples_parse() -> None:
     options = full_options()
-    assert {name for name, _, _ in fields()} < set(options.model_fields)
+    assert {name for name, _, _ in recipe_fields()} < set(options.model_fields)
     assert help_of(PROGRAM, options)
     for example in options.EXAMPLES:
         words = shlex.split(example)
@@ -91,12 +98,12 @@ def test_the_commands_of_the_documentation_parse() -> None:
     assert len(lines) >= 7
     for line in lines:
         chosen = parsed(full_options(), shlex.split(line))
-        assert chosen.recipe in names()
+        assert chosen.recipe in recipe_names()
 
 
 def refused(tmp_path: Path, name: str = "flow-map-tiny", **given: Any) -> None:
     values = given.pop("values", {})
-    train(Request(overridden(recipe(name), values), tmp_path / "run", device="cpu", **given))
+    train(RunSpec(override_recipe(get_recipe(name), values), tmp_path / "run", device="cpu", **given))
 
 
 def test_checkpoints_that_are_missing_or_of_another_kind(tmp_path: Path) -> None:
@@ -120,11 +127,11 @@ def test_checkpoints_that_are_missing_or_of_another_kind(tmp_path: Path) -> None
 def test_half_an_environment_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AnyFlowError, match=r"has WORLD_SIZE and lacks LOCAL_RANK, MASTER_ADDR, MASTER_PORT, RANK"):
-        join(device="cpu")
+        init_distributed(device="cpu")
 
 
 def test_a_full_disk_and_a_small_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    large, alone = recipe("flow-map-14b"), World(0, 1, torch.device("cpu"))
+    large, alone = get_recipe("flow-map-14b"), DistributedContext(0, 1, torch.device("cpu"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     with pytest.raises(AnyFlowError, match=r"4 checkpoints and the model take .* GiB; .* 0.9 GiB free. Lower --keep"):
@@ -132,7 +139,7 @@ def test_a_full_disk_and_a_small_memory(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(preflight.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2**18)
     with pytest.raises(AnyFlowError, match=r"weights, gradients and optimizer take 4.\.\d GiB a process; there are 1.0 GiB"):
         preflight.check_memory(large, large.architecture, alone)
-    tiny = recipe("flow-map-tiny")
+    tiny = get_recipe("flow-map-tiny")
     assert "estimated" in preflight.check_memory(tiny, tiny.architecture, alone)
 
 
@@ -148,7 +155,7 @@ def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_data_of_another_shape_is_named() -> None:
-    chosen = recipe("flow-map-tiny")
+    chosen = get_recipe("flow-map-tiny")
     a = chosen.architecture
     good = torch.zeros(1, chosen.frames, a.in_channels, chosen.height, chosen.width)
     with pytest.raises(AnyFlowError, match=r"samples clip-7 have latents"):

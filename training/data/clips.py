@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import FPS
 
-_MOST_SCALED = 2.0
+_MAX_UPSCALE = 2.0
 """A smaller video than this many times is not scaled up: it would teach blur."""
 
 
-def clip(source: Path | bytes, name: str, frames: int, height: int, width: int, fps: int = FPS) -> NDArray[np.uint8]:
+def read_clip(source: Path | bytes, name: str, frames: int, height: int, width: int, fps: int = FPS) -> NDArray[np.uint8]:
     """The first frames of a video, uint8 (frames, height, width, 3).
 
     Args:
@@ -33,32 +33,32 @@ def clip(source: Path | bytes, name: str, frames: int, height: int, width: int, 
     """
     import av
 
-    taken: list[NDArray[np.uint8]] = []
-    begun = end = 0.0
+    images: list[NDArray[np.uint8]] = []
+    start_time = end = 0.0
     try:
         with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "r") as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or fps)
             for number, frame in enumerate(container.decode(stream)):
                 start = frame.time if frame.time is not None else number / rate
-                begun = start if number == 0 else begun
-                end = start - begun + 1 / rate
+                start_time = start if number == 0 else start_time
+                end = start - start_time + 1 / rate
                 # Half a frame's tolerance: times are rounded in the file.
-                while len(taken) < frames and (len(taken) + 0.5) / fps < end:
-                    taken.append(_covering(frame, name, height, width))
-                if len(taken) == frames:
-                    return np.stack(taken)
+                while len(images) < frames and (len(images) + 0.5) / fps < end:
+                    images.append(_resize_and_crop(frame, name, height, width))
+                if len(images) == frames:
+                    return np.stack(images)
     except (OSError, IndexError, av.error.FFmpegError) as error:
         raise AnyFlowError(f"{name} cannot be read as a video: {error}.") from None
     raise AnyFlowError(f"{name} has {end:.2f} s; {frames} frames at {fps} a second take {frames / fps:.2f} s.")
 
 
-def _covering(frame: object, name: str, height: int, width: int) -> NDArray[np.uint8]:
+def _resize_and_crop(frame: object, name: str, height: int, width: int) -> NDArray[np.uint8]:
     import av
 
     assert isinstance(frame, av.VideoFrame)
     scale = max(height / frame.height, width / frame.width)
-    if scale > _MOST_SCALED:
+    if scale > _MAX_UPSCALE:
         raise AnyFlowError(f"{name} is {frame.height} x {frame.width}, too small for {height} x {width}.")
     rows, columns = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
     picture = frame.to_ndarray(format="rgb24", width=columns, height=rows, interpolation="BICUBIC")

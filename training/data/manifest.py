@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from anyflow_deploy.bundle.atomic_io import sync
+from anyflow_deploy.bundle.atomic_io import fsync_path
 from anyflow_deploy.errors import AnyFlowError
 
 if TYPE_CHECKING:
-    from anyflow_deploy.training.data.samples import Shape
+    from anyflow_deploy.training.data.samples import SampleShape
 
 MARKER = "dataset.json"
 
 
-class Made(BaseModel):
+class DatasetManifest(BaseModel):
     """The settings of a data set, written before its first shard.
 
     Attributes:
@@ -43,16 +43,16 @@ class Made(BaseModel):
     shards: int
     shard_samples: int
 
-    def check(self, folder: Path, shape: Shape) -> None:
+    def check(self, folder: Path, shape: SampleShape) -> None:
         """All shards are there, and of the recipe's shape.
 
         Raises:
             AnyFlowError: with what differs.
         """
-        there = sum((folder / shard_name(number)).is_file() for number in range(self.shards))
-        if there < self.shards:
+        present = sum((folder / shard_name(number)).is_file() for number in range(self.shards))
+        if present < self.shards:
             raise AnyFlowError(
-                f"{folder} has {there} of {self.shards} shards: anyflow-precompute was stopped. Run it again to go on."
+                f"{folder} has {present} of {self.shards} shards: anyflow-precompute was stopped. Run it again to go on."
             )
         if self.latents != shape.latents:
             f, _, h, w = self.latents
@@ -72,23 +72,23 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def read_made(folder: Path) -> Made:
+def read_manifest(folder: Path) -> DatasetManifest:
     """The folder's dataset.json.
 
     Raises:
         AnyFlowError: it is damaged, or of another version.
     """
     try:
-        made = Made.model_validate(json.loads((folder / MARKER).read_text()))
+        manifest = DatasetManifest.model_validate(json.loads((folder / MARKER).read_text()))
     except (OSError, ValueError, ValidationError) as error:
         cause = str(error).splitlines()[0]
         raise AnyFlowError(f"{folder / MARKER} cannot be read ({cause}). Make the shards anew in another folder.") from None
-    if made.version != 1:
-        raise AnyFlowError(f"{folder / MARKER} has version {made.version}; this anyflow_deploy reads version 1.")
-    return made
+    if manifest.version != 1:
+        raise AnyFlowError(f"{folder / MARKER} has version {manifest.version}; this anyflow_deploy reads version 1.")
+    return manifest
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_bytes_atomically(path: Path, data: bytes) -> None:
     """Write a file durably, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -97,6 +97,6 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.rename(path)
-        sync(path.parent)
+        fsync_path(path.parent)
     finally:
         partial.unlink(missing_ok=True)

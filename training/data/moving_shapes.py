@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import FPS, TINY_VIDEO
-from anyflow_deploy.training.timestep_sampling import generator
+from anyflow_deploy.training.timestep_sampling import seeded_generator
 
 SHAPES = ("circle", "square", "triangle", "ring")
 COLOURS = {
@@ -55,23 +55,23 @@ class Scene:
         return f"a {self.colour} {self.shape} moves {self.speed} {self.direction}"
 
 
-def scene(seed: int, index: int) -> Scene:
+def make_scene(seed: int, index: int) -> Scene:
     """Scene number `index` of the data set of that seed; all combinations of words are equally likely."""
-    random = generator(seed, "scene", index)
+    random = seeded_generator(seed, "scene", index)
 
-    def one(words: tuple[str, ...]) -> str:
+    def choose(words: tuple[str, ...]) -> str:
         return words[int(torch.randint(len(words), (), generator=random))]
 
-    shape, colour, direction, speed = one(SHAPES), one(tuple(COLOURS)), one(tuple(DIRECTIONS)), one(tuple(SPEEDS))
+    shape, colour, direction, speed = choose(SHAPES), choose(tuple(COLOURS)), choose(tuple(DIRECTIONS)), choose(tuple(SPEEDS))
     row, column, size, grey = torch.rand(4, generator=random, dtype=torch.float64).tolist()
     return Scene(shape, colour, direction, speed, (row, column), 0.18 + 0.12 * size, 0.15 * grey)
 
 
-def drawn(what: Scene, times: Tensor, height: int, width: int) -> Tensor:
+def render_scene(scene: Scene, times: Tensor, height: int, width: int) -> Tensor:
     """The scene, with edges one pixel wide.
 
     Args:
-        what: to draw.
+        scene: to draw.
         times: (frames), in frames of a video; any numbers.
         height, width: of the picture.
 
@@ -79,17 +79,17 @@ def drawn(what: Scene, times: Tensor, height: int, width: int) -> Tensor:
         float32 (frames, height, width, 3), 0 to 1.
     """
     side = min(height, width)
-    way = SPEEDS[what.speed] * times.double()
-    far = []
+    way = SPEEDS[scene.speed] * times.double()
+    offsets = []
     for axis, size in enumerate((height, width)):
         length = size / side
-        middle = what.start[axis] * length + DIRECTIONS[what.direction][axis] * way
+        middle = scene.start[axis] * length + DIRECTIONS[scene.direction][axis] * way
         place = (torch.arange(size, dtype=torch.float64) + 0.5) / side
-        far.append((place[None] - middle[:, None] + length / 2) % length - length / 2)  # the nearest way around
-    inside = _distance(what.shape, far[0][:, :, None], far[1][:, None, :], what.radius)
+        offsets.append((place[None] - middle[:, None] + length / 2) % length - length / 2)  # the nearest way around
+    inside = _distance(scene.shape, offsets[0][:, :, None], offsets[1][:, None, :], scene.radius)
     cover = (0.5 - inside * side).clamp(0, 1).float()[..., None]
-    colour = torch.tensor(COLOURS[what.colour])
-    return what.ground * (1 - cover) + colour * cover
+    colour = torch.tensor(COLOURS[scene.colour])
+    return scene.ground * (1 - cover) + colour * cover
 
 
 def _distance(shape: str, rows: Tensor, columns: Tensor, radius: float) -> Tensor:
@@ -102,9 +102,9 @@ def _distance(shape: str, rows: Tensor, columns: Tensor, radius: float) -> Tenso
     return (middle - 0.75 * radius).abs() - 0.25 * radius if shape == "ring" else middle - radius
 
 
-def video(what: Scene, frames: int, height: int, width: int) -> Tensor:
+def render_video(scene: Scene, frames: int, height: int, width: int) -> Tensor:
     """A video of it, uint8 (frames, height, width, 3)."""
-    return (drawn(what, torch.arange(frames), height, width) * 255).round().to(torch.uint8)
+    return (render_scene(scene, torch.arange(frames), height, width) * 255).round().to(torch.uint8)
 
 
 def save_videos(folder: Path, count: int, size: tuple[int, int, int] = TINY_VIDEO, seed: int = 0) -> None:
@@ -123,9 +123,9 @@ def save_videos(folder: Path, count: int, size: tuple[int, int, int] = TINY_VIDE
         raise AnyFlowError(f"{folder} is not empty. Choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
-        shown = scene(seed, index)
-        save_video(folder / f"{index:05d}.mp4", video(shown, *size).numpy(), FPS)
-        (folder / f"{index:05d}.txt").write_text(shown.caption + "\n")
+        scene = make_scene(seed, index)
+        save_video(folder / f"{index:05d}.mp4", render_video(scene, *size).numpy(), FPS)
+        (folder / f"{index:05d}.txt").write_text(scene.caption + "\n")
 
 
 def main() -> None:

@@ -29,9 +29,9 @@ from anyflow_deploy.bundle.atomic_io import file_sha256
 from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
 from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
-from anyflow_deploy.progress import Report, Silent
-from anyflow_deploy.training.data.clips import clip
-from anyflow_deploy.training.data.manifest import MARKER, Made, read_made, shard_name, write_whole
+from anyflow_deploy.progress import NullProgress, Progress
+from anyflow_deploy.training.data.clips import read_clip
+from anyflow_deploy.training.data.manifest import MARKER, DatasetManifest, read_manifest, shard_name, write_bytes_atomically
 from anyflow_deploy.training.data.samples import CAPTION, TENSORS, VIDEOS, Encoders
 from anyflow_deploy.training.data.shard_source import BROKEN_FREE, BROKEN_SHARE, NEGATIVE
 
@@ -39,7 +39,7 @@ SKIPPED = "skipped.jsonl"
 
 
 @dataclass(frozen=True)
-class Work:
+class PrecomputeJob:
     """What is to be made.
 
     Attributes:
@@ -63,7 +63,7 @@ class Work:
     workers: int
 
 
-def found_pipeline(given: str) -> Path:
+def find_pipeline(given: str) -> Path:
     """The folder of a pipeline, given it, its transformer, or a Hub id.
 
     Raises:
@@ -82,7 +82,7 @@ def found_pipeline(given: str) -> Path:
     return folder
 
 
-def precompute(work: Work, report: Report | None = None) -> tuple[int, int]:
+def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[int, int]:
     """Make the shards that are not there yet.
 
     Returns:
@@ -91,34 +91,36 @@ def precompute(work: Work, report: Report | None = None) -> tuple[int, int]:
     Raises:
         AnyFlowError: no videos, missing captions, an output of something else, or too many broken videos.
     """
-    report = report or Silent()
-    clips = videos_of(work.folder)
-    encoders = Encoders(work.pipeline, _device(0))
-    made = Made(
-        latents=encoders.vae.check(*work.size), tokens=work.tokens, width=encoders.prompts.width, type=work.type,
-        encoders=_encoders_digest(work.pipeline), clips=_clips_digest(work.folder, clips), count=len(clips),
-        shards=-(-len(clips) // work.shard_samples), shard_samples=work.shard_samples,
+    progress = progress or NullProgress()
+    clips = find_videos(job.folder)
+    encoders = Encoders(job.pipeline, _device(0))
+    manifest = DatasetManifest(
+        latents=encoders.vae.check(*job.size), tokens=job.tokens, width=encoders.prompts.width, type=job.type,
+        encoders=_encoders_digest(job.pipeline), clips=_clips_digest(job.folder, clips), count=len(clips),
+        shards=-(-len(clips) // job.shard_samples), shard_samples=job.shard_samples,
     )  # fmt: skip
-    _claim(work.output, made)
-    if not (work.output / NEGATIVE).is_file():
-        text = torch.from_numpy(encoders.prompts.nothing(work.tokens)[0])
-        write_whole(work.output / NEGATIVE, safetensors.torch.save({"text": _stored(_trimmed(text), work.type)}))
-    wanted = [n for n in range(made.shards) if not (work.output / shard_name(n)).is_file()]
+    _claim_output(job.output, manifest)
+    if not (job.output / NEGATIVE).is_file():
+        text = torch.from_numpy(encoders.prompts.nothing(job.tokens)[0])
+        write_bytes_atomically(
+            job.output / NEGATIVE, safetensors.torch.save({"text": _to_storage_type(_trim_padding(text), job.type)})
+        )
+    missing_shards = [n for n in range(manifest.shards) if not (job.output / shard_name(n)).is_file()]
     skipped, tried = 0, 0
-    workers = max(1, work.workers or torch.cuda.device_count())
-    with report.stage("videos", len(clips)) as advance, _pool(workers, work, encoders) as pool:
-        parts = {n: clips[n * work.shard_samples : (n + 1) * work.shard_samples] for n in range(made.shards)}
-        advance(sum(len(parts[n]) for n in parts if n not in set(wanted)))
-        futures = {pool.submit(_shard, work, n, parts[n]): n for n in wanted}
+    workers = max(1, job.workers or torch.cuda.device_count())
+    with progress.stage("videos", len(clips)) as advance, _pool(workers, job, encoders) as pool:
+        parts = {n: clips[n * job.shard_samples : (n + 1) * job.shard_samples] for n in range(manifest.shards)}
+        advance(sum(len(parts[n]) for n in parts if n not in set(missing_shards)))
+        futures = {pool.submit(_write_shard, job, n, parts[n]): n for n in missing_shards}
         try:
             for done in as_completed(futures):
-                broken = _result(done)
+                broken = _shard_result(done)
                 skipped, tried = skipped + len(broken), tried + len(parts[futures[done]])
-                _note(work.output, broken)
+                _append_skipped(job.output, broken)
                 if skipped > BROKEN_FREE + BROKEN_SHARE * tried:
                     raise AnyFlowError(
                         f"{skipped} of {tried} videos cannot be used, too many to go on: {broken[-1]}. All are in "
-                        f"{work.output / SKIPPED}. Mend or remove them, and make the shards in another --output."
+                        f"{job.output / SKIPPED}. Mend or remove them, and make the shards in another --output."
                     )
                 advance(len(parts[futures[done]]))
         except BaseException:
@@ -127,7 +129,7 @@ def precompute(work: Work, report: Report | None = None) -> tuple[int, int]:
     return len(clips), skipped
 
 
-def videos_of(folder: Path) -> list[Path]:
+def find_videos(folder: Path) -> list[Path]:
     """The videos of a folder and its subfolders, in the order of their names.
 
     Raises:
@@ -141,11 +143,11 @@ def videos_of(folder: Path) -> list[Path]:
     (key, times), *_ = Counter(_key(folder, path) for path in clips).most_common(1)
     if times > 1:
         raise AnyFlowError(f"{folder} holds {times} videos whose name in a shard would be {key!r}. Rename all but one.")
-    bare = [path for path in clips if not _caption(path)]
-    if bare:
+    uncaptioned = [path for path in clips if not _caption(path)]
+    if uncaptioned:
         raise AnyFlowError(
-            f"{len(bare)} of {len(clips)} videos have no caption, as {bare[0]}. Write what it shows into "
-            f"{bare[0].with_suffix('.txt').name} beside it, or take the video out of the folder."
+            f"{len(uncaptioned)} of {len(clips)} videos have no caption, as {uncaptioned[0]}. Write what it shows into "
+            f"{uncaptioned[0].with_suffix('.txt').name} beside it, or take the video out of the folder."
         )
     return clips
 
@@ -162,24 +164,24 @@ def _caption(path: Path) -> str:
         return ""
 
 
-def _claim(output: Path, made: Made) -> None:
+def _claim_output(output: Path, manifest: DatasetManifest) -> None:
     """The output is new, or of the very same work."""
     if (output / MARKER).exists():
-        old = read_made(output)
-        changed = [name for name in Made.model_fields if getattr(old, name) != getattr(made, name)]
+        old = read_manifest(output)
+        changed = [name for name in DatasetManifest.model_fields if getattr(old, name) != getattr(manifest, name)]
         if changed:
             raise AnyFlowError(f"{output} holds shards of other {', '.join(changed)}. Choose another --output, or the same work.")
         for partial in output.glob(".*.partial-*"):
-            if not _running(partial.name.rpartition("-")[2]):
+            if not _is_running(partial.name.rpartition("-")[2]):
                 partial.unlink(missing_ok=True)
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AnyFlowError(f"{output} exists and holds something else. Choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / MARKER, made.model_dump_json(indent=1).encode())
+    write_bytes_atomically(output / MARKER, manifest.model_dump_json(indent=1).encode())
 
 
-def _running(pid: str) -> bool:
+def _is_running(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
     except (ProcessLookupError, ValueError):
@@ -193,26 +195,26 @@ _ENCODERS: Encoders | None = None
 """Of this worker."""
 
 
-def _pool(workers: int, work: Work, encoders: Encoders) -> Executor:
+def _pool(workers: int, job: PrecomputeJob, encoders: Encoders) -> Executor:
     """One worker is a thread of this process, several are processes: they share neither VAE nor GPU."""
     if workers == 1:
-        return ThreadPoolExecutor(1, initializer=_lend, initargs=(encoders,))
+        return ThreadPoolExecutor(1, initializer=_set_encoders, initargs=(encoders,))
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
     for number in range(workers):
         numbers.put(number)
     threads = max(1, (os.cpu_count() or 1) // workers)
-    return ProcessPoolExecutor(workers, context, _start, (work.pipeline, numbers, threads))
+    return ProcessPoolExecutor(workers, context, _start_worker, (job.pipeline, numbers, threads))
 
 
-def _lend(encoders: Encoders) -> None:
+def _set_encoders(encoders: Encoders) -> None:
     global _ENCODERS
     _ENCODERS = encoders
 
 
-def _start(pipeline: Path, numbers: multiprocessing.Queue[int], threads: int) -> None:
+def _start_worker(pipeline: Path, numbers: multiprocessing.Queue[int], threads: int) -> None:
     torch.set_num_threads(threads)
-    _lend(Encoders(pipeline, _device(numbers.get())))
+    _set_encoders(Encoders(pipeline, _device(numbers.get())))
 
 
 def _device(worker: int) -> str:
@@ -220,7 +222,7 @@ def _device(worker: int) -> str:
     return f"cuda:{worker % count}" if count else "cpu"
 
 
-def _shard(work: Work, number: int, clips: list[Path]) -> list[str]:
+def _write_shard(job: PrecomputeJob, number: int, clips: list[Path]) -> list[str]:
     """Make one shard; returns what was skipped, with reasons."""
     from webdataset import TarWriter
 
@@ -230,35 +232,35 @@ def _shard(work: Work, number: int, clips: list[Path]) -> list[str]:
     with TarWriter(memory, encoder=False, mtime=0.0, format="PAX_FORMAT") as writer:
         for path in clips:
             try:
-                tensors = _tensors(work, path, _ENCODERS)
+                tensors = _encode_clip(job, path, _ENCODERS)
             except (AnyFlowError, OSError, ValueError) as error:
-                broken.append(f"{path.relative_to(work.folder)}: {error}")
+                broken.append(f"{path.relative_to(job.folder)}: {error}")
                 continue
             content = {TENSORS: safetensors.torch.save(tensors), CAPTION: _caption(path).encode()}
-            writer.write({"__key__": _key(work.folder, path), **content})
-    write_whole(work.output / shard_name(number), memory.getvalue())
+            writer.write({"__key__": _key(job.folder, path), **content})
+    write_bytes_atomically(job.output / shard_name(number), memory.getvalue())
     return broken
 
 
-def _tensors(work: Work, path: Path, encoders: Encoders) -> dict[str, torch.Tensor]:
-    text = torch.from_numpy(encoders.prompts.encode([_caption(path)], work.tokens)[0])
-    latents = torch.from_numpy(encoders.vae.encode(clip(path, path.name, *work.size))[0])
+def _encode_clip(job: PrecomputeJob, path: Path, encoders: Encoders) -> dict[str, torch.Tensor]:
+    text = torch.from_numpy(encoders.prompts.encode([_caption(path)], job.tokens)[0])
+    latents = torch.from_numpy(encoders.vae.encode(read_clip(path, path.name, *job.size))[0])
     if not (torch.isfinite(latents).all() and torch.isfinite(text).all()):
         raise ValueError("the encoders made numbers that are not finite")
-    return {"latents": _stored(latents, work.type), "text": _stored(_trimmed(text), work.type)}
+    return {"latents": _to_storage_type(latents, job.type), "text": _to_storage_type(_trim_padding(text), job.type)}
 
 
-def _trimmed(text: torch.Tensor) -> torch.Tensor:
+def _trim_padding(text: torch.Tensor) -> torch.Tensor:
     """Without the zeros that Wan pads with, which training puts back."""
     used = text.abs().amax(1).nonzero()
     return text[: int(used[-1]) + 1 if len(used) else 1]
 
 
-def _stored(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+def _to_storage_type(tensor: torch.Tensor, kind: str) -> torch.Tensor:
     return tensor.to(getattr(torch, kind)).contiguous()
 
 
-def _result(done: Future[list[str]]) -> list[str]:
+def _shard_result(done: Future[list[str]]) -> list[str]:
     from concurrent.futures.process import BrokenProcessPool
 
     try:
@@ -269,7 +271,7 @@ def _result(done: Future[list[str]]) -> list[str]:
         ) from None
 
 
-def _note(output: Path, broken: list[str]) -> None:
+def _append_skipped(output: Path, broken: list[str]) -> None:
     if broken:
         with (output / SKIPPED).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in broken)

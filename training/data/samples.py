@@ -30,8 +30,8 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import VideoEncoder
-from anyflow_deploy.training.data.clips import clip
-from anyflow_deploy.training.data.tar_index import Entry
+from anyflow_deploy.training.data.clips import read_clip
+from anyflow_deploy.training.data.tar_index import SampleEntry
 
 TENSORS = "safetensors"
 LATENTS_NPY, TEXT_NPY, CAPTION = "latents.npy", "text.npy", "txt"
@@ -43,7 +43,7 @@ class BrokenSampleError(Exception):
 
 
 @dataclass(frozen=True)
-class Shape:
+class SampleShape:
     """What the recipe wants: latents (F, C, H, W) and text (L, D), to which shorter texts are padded."""
 
     latents: tuple[int, int, int, int]
@@ -71,17 +71,17 @@ class Encoders:
         self.lock = threading.Lock()
 
 
-def precomputed(entry: Entry) -> bool:
+def is_precomputed(entry: SampleEntry) -> bool:
     """The sample holds latents."""
     return TENSORS in entry.members or LATENTS_NPY in entry.members
 
 
-def video_ending(entry: Entry) -> str | None:
+def video_ending(entry: SampleEntry) -> str | None:
     """The ending of its video."""
     return next((ending for ending in VIDEOS if ending in entry.members), None)
 
 
-def read_sample(entry: Entry, shape: Shape, encoders: Encoders | None) -> Sample:
+def read_sample(entry: SampleEntry, shape: SampleShape, encoders: Encoders | None) -> Sample:
     """Read and check one sample.
 
     Args:
@@ -94,10 +94,10 @@ def read_sample(entry: Entry, shape: Shape, encoders: Encoders | None) -> Sample
     """
     try:
         caption = entry.read(CAPTION).decode().strip() if CAPTION in entry.members else ""
-        if precomputed(entry):
-            latents, text = _tensors(entry)
+        if is_precomputed(entry):
+            latents, text = _read_tensors(entry)
         else:
-            latents, text = _encoded(entry, caption, shape, encoders)
+            latents, text = _encode_sample(entry, caption, shape, encoders)
     except (OSError, ValueError, AnyFlowError, SafetensorError) as error:
         raise BrokenSampleError(f"{entry.name}: {error}") from None
     if tuple(latents.shape) != shape.latents:
@@ -111,7 +111,7 @@ def read_sample(entry: Entry, shape: Shape, encoders: Encoders | None) -> Sample
     return Sample(latents.float(), padded, caption)
 
 
-def _tensors(entry: Entry) -> tuple[Tensor, Tensor]:
+def _read_tensors(entry: SampleEntry) -> tuple[Tensor, Tensor]:
     if TENSORS in entry.members:
         found = safetensors.torch.load(entry.read(TENSORS))
         missing = [name for name in ("latents", "text") if name not in found]
@@ -121,18 +121,18 @@ def _tensors(entry: Entry) -> tuple[Tensor, Tensor]:
     else:
         if TEXT_NPY not in entry.members:
             raise ValueError(f"no {TEXT_NPY}")
-        latents, text = (torch.from_numpy(_array(entry.read(ending))) for ending in (LATENTS_NPY, TEXT_NPY))
+        latents, text = (torch.from_numpy(_read_array(entry.read(ending))) for ending in (LATENTS_NPY, TEXT_NPY))
     strange = [str(t.dtype) for t in (latents, text) if not t.is_floating_point()]
     if strange:
         raise ValueError(f"numbers of type {strange[0]}")
     return latents.float(), text.float()
 
 
-def _array(data: bytes) -> NDArray[Any]:
+def _read_array(data: bytes) -> NDArray[Any]:
     return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
 
 
-def _encoded(entry: Entry, caption: str, shape: Shape, encoders: Encoders | None) -> tuple[Tensor, Tensor]:
+def _encode_sample(entry: SampleEntry, caption: str, shape: SampleShape, encoders: Encoders | None) -> tuple[Tensor, Tensor]:
     ending = video_ending(entry)
     if ending is None or encoders is None:
         raise ValueError(f"neither latents nor a video, but {', '.join(sorted(entry.members))}")
@@ -140,7 +140,7 @@ def _encoded(entry: Entry, caption: str, shape: Shape, encoders: Encoders | None
         raise ValueError(f"no caption (.{CAPTION}), or an empty one")
     frames, _, height, width = shape.latents
     size = (TEMPORAL_FACTOR * (frames - 1) + 1, SPATIAL_FACTOR * height, SPATIAL_FACTOR * width)
-    frames_of_it = clip(entry.read(ending), entry.name, *size)
+    pixels = read_clip(entry.read(ending), entry.name, *size)
     with encoders.lock:
-        latents, text = encoders.vae.encode(frames_of_it)[0], encoders.prompts.encode([caption], shape.text[0])[0]
+        latents, text = encoders.vae.encode(pixels)[0], encoders.prompts.encode([caption], shape.text[0])[0]
     return torch.from_numpy(latents), torch.from_numpy(text)

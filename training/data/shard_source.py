@@ -24,20 +24,20 @@ from torch import Tensor
 from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.training.data.manifest import MARKER, read_made
+from anyflow_deploy.training.data.manifest import MARKER, read_manifest
 from anyflow_deploy.training.data.samples import (
     BrokenSampleError,
     Encoders,
     Sample,
-    Shape,
-    precomputed,
+    SampleShape,
+    is_precomputed,
     read_sample,
     video_ending,
 )
-from anyflow_deploy.training.data.source import Batch, Part
-from anyflow_deploy.training.data.tar_index import Entry, Index, indexed
+from anyflow_deploy.training.data.source import Batch, DataShard
+from anyflow_deploy.training.data.tar_index import SampleEntry, ShardIndex, index_shards
 from anyflow_deploy.training.recipes import Recipe
-from anyflow_deploy.training.timestep_sampling import generator
+from anyflow_deploy.training.timestep_sampling import seeded_generator
 
 NEGATIVE = "negative.safetensors"
 """The empty prompt's embedding beside precomputed shards: one tensor `text` (L, D)."""
@@ -45,13 +45,13 @@ NEGATIVE = "negative.safetensors"
 BROKEN_FREE, BROKEN_SHARE = 3, 0.02
 """A process may meet this many broken samples, and beyond them this share of what it reads."""
 
-_AHEAD = 2
+_PREFETCH = 2
 
 _ATTEMPTS = 50
 """Samples in a row that may be broken."""
 
 
-def open_source(data: str, recipe: Recipe, weights: Weights, part: Part) -> ShardSource:
+def open_source(data: str, recipe: Recipe, weights: Weights, part: DataShard) -> ShardSource:
     """A folder of shards.
 
     Args:
@@ -64,11 +64,11 @@ def open_source(data: str, recipe: Recipe, weights: Weights, part: Part) -> Shar
         AnyFlowError: no shards, a damaged one, or videos without a pipeline to encode them.
     """
     a = weights.architecture
-    index = indexed(Path(data))
-    shape = Shape((recipe.frames, a.in_channels, recipe.height, recipe.width), (recipe.text_tokens, a.text_dim))
+    index = index_shards(Path(data))
+    shape = SampleShape((recipe.frames, a.in_channels, recipe.height, recipe.width), (recipe.text_tokens, a.text_dim))
     encoders = None
-    if not all(precomputed(entry) for entry in index.entries):
-        encoders = _encoders(index, weights)
+    if not all(is_precomputed(entry) for entry in index.entries):
+        encoders = _open_encoders(index, weights)
     return ShardSource(index, part, shape, recipe.running.seed, encoders)
 
 
@@ -83,14 +83,14 @@ class ShardSource:
         encoders: for videos.
     """
 
-    def __init__(self, index: Index, part: Part, shape: Shape, seed: int, encoders: Encoders | None) -> None:
+    def __init__(self, index: ShardIndex, part: DataShard, shape: SampleShape, seed: int, encoders: Encoders | None) -> None:
         self._index, self._part, self._shape, self._seed, self._encoders = index, part, shape, seed, encoders
         self._position = 0
         self._read_count = 0
         self._broken: dict[str, str] = {}
-        self._untold: list[str] = []
+        self._unreported: list[str] = []
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
-        self._negative = self._negative_text()
+        self._negative = self._read_negative_text()
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches, read ahead by one thread (a VAE is not safe for several)."""
@@ -99,19 +99,19 @@ class ShardSource:
             waiting: deque[Future[Batch]] = deque()
             ahead = self._position
             while True:
-                while len(waiting) < _AHEAD:
-                    waiting.append(pool.submit(self._batch, ahead))
+                while len(waiting) < _PREFETCH:
+                    waiting.append(pool.submit(self._read_batch, ahead))
                     ahead += stride
                 batch = waiting.popleft().result()
                 self._position += stride
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Source`."""
+        """See `DataSource`."""
         return {"samples": self._position, "data": self._index.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Source`.
+        """See `DataSource`.
 
         Raises:
             AnyFlowError: the checkpoint is of other data.
@@ -125,16 +125,16 @@ class ShardSource:
         self._position = position
 
     def skipped(self) -> list[str]:
-        """See `Source`."""
-        told, self._untold = self._untold, []
-        return told
+        """See `DataSource`."""
+        reported, self._unreported = self._unreported, []
+        return reported
 
     def check(self) -> str:
-        """See `Source`: everything the headers tell, then the first shard's first sample and the last one's last."""
+        """See `DataSource`: everything the headers tell, then the first shard's first sample and the last one's last."""
         entries, folder = self._index.entries, self._index.folder
         if (folder / MARKER).is_file():
-            read_made(folder).check(folder, self._shape)
-        useless = [e for e in entries if not precomputed(e) and (video_ending(e) is None or "txt" not in e.members)]
+            read_manifest(folder).check(folder, self._shape)
+        useless = [e for e in entries if not is_precomputed(e) and (video_ending(e) is None or "txt" not in e.members)]
         if len(useless) > BROKEN_FREE + BROKEN_SHARE * len(entries):
             raise AnyFlowError(
                 f"{len(useless)} of {len(entries)} samples in {folder} have no video or no caption, as {useless[0].name} "
@@ -152,17 +152,17 @@ class ShardSource:
         return f"{len(entries)} samples ({kind}) in {len({e.shard for e in entries})} shards, first and last read"
 
     def _permutation(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self._index.entries), generator=generator(self._seed, "order", epoch))
+        return torch.randperm(len(self._index.entries), generator=seeded_generator(self._seed, "order", epoch))
 
-    def _batch(self, first: int) -> Batch:
+    def _read_batch(self, first: int) -> Batch:
         part = self._part
         places = range(first + part.rank * part.batch, first + (part.rank + 1) * part.batch)
-        found = [self._usable(place) for place in places]
+        found = [self._read_usable_sample(place) for place in places]
         samples, names = [sample for _, sample in found], tuple(entry.name for entry, _ in found)
         latents, text = torch.stack([s.latents for s in samples]), torch.stack([s.text for s in samples])
         return Batch(latents, text, self._negative, names, tuple(s.caption or n for s, n in zip(samples, names, strict=True)))
 
-    def _usable(self, place: int) -> tuple[Entry, Sample]:
+    def _read_usable_sample(self, place: int) -> tuple[SampleEntry, Sample]:
         """The sample of a place in the stream, or what takes its place."""
         entries = self._index.entries
         epoch, inside = divmod(place, len(entries))
@@ -172,16 +172,16 @@ class ShardSource:
             try:
                 return entries[number], read_sample(entries[number], self._shape, self._encoders)
             except BrokenSampleError as error:
-                self._note(entries[number], str(error))
+                self._record_broken(entries[number], str(error))
             if attempt > _ATTEMPTS:  # a folder of a few samples, all broken: too few names to be too many
                 raise AnyFlowError(f"{attempt} samples in a row from {self._index.folder} are broken. Mend or replace the data.")
-            number = int(torch.randint(len(entries), (), generator=generator(self._seed, "instead", place, attempt)))
+            number = int(torch.randint(len(entries), (), generator=seeded_generator(self._seed, "instead", place, attempt)))
         raise AssertionError("itertools.count ends")
 
-    def _note(self, entry: Entry, reason: str) -> None:
+    def _record_broken(self, entry: SampleEntry, reason: str) -> None:
         if entry.name not in self._broken:
             self._broken[entry.name] = reason
-            self._untold.append(reason)
+            self._unreported.append(reason)
         if len(self._broken) > BROKEN_FREE + BROKEN_SHARE * self._read_count:
             last = "; ".join(list(self._broken.values())[-3:])
             raise AnyFlowError(
@@ -189,7 +189,7 @@ class ShardSource:
                 f"on: {last}. Mend or remove them."
             )
 
-    def _negative_text(self) -> Tensor:
+    def _read_negative_text(self) -> Tensor:
         """(1, L, D)."""
         tokens, width = self._shape.text
         path = self._index.folder / NEGATIVE
@@ -209,7 +209,7 @@ class ShardSource:
         return padded
 
 
-def _encoders(index: Index, weights: Weights) -> Encoders:
+def _open_encoders(index: ShardIndex, weights: Weights) -> Encoders:
     source = weights.source
     pipeline = pipeline_folder(Path(source.location)) if source.kind == "folder" else None
     missing = [part for part in ("vae", "text_encoder", "tokenizer") if pipeline is None or not (pipeline / part).is_dir()]

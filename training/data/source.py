@@ -40,7 +40,7 @@ class Batch:
         return Batch(self.latents.to(device, torch.float32), text, negative, self.names, self.captions)
 
 
-class Source(Protocol):
+class DataSource(Protocol):
     """An endless stream of batches, see the module's text."""
 
     def __iter__(self) -> Iterator[Batch]:
@@ -69,7 +69,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class DataShard:
     """Which part of each step's samples this process takes."""
 
     rank: int
@@ -77,4 +77,4 @@ class Part:
     batch: int
 
 
-OpenSource = Callable[[Part], Source]
+OpenSource = Callable[[DataShard], DataSource]

@@ -19,30 +19,30 @@ from torch import Tensor
 
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import TEMPORAL_FACTOR
-from anyflow_deploy.training.data.moving_shapes import drawn, scene
-from anyflow_deploy.training.data.source import Batch, Part
-from anyflow_deploy.training.timestep_sampling import normal
+from anyflow_deploy.training.data.moving_shapes import make_scene, render_scene
+from anyflow_deploy.training.data.source import Batch, DataShard
+from anyflow_deploy.training.timestep_sampling import seeded_normal
 
 _HAAR = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 4
 _MEAN, _SPREAD = (0.13, 0.0, 0.0, 0.0), (0.18, 0.046, 0.046, 0.02)
 """Of the four Haar bands over many scenes on 8 x 12 cells, rounded."""
 
-_WORDS = 0
+_WORD_SEED = 0
 """Seed of words and mixtures. Not the run's: a flow map with seed 1 has to understand a teacher with seed 0."""
 
 
-def shape_latents(seed: int, index: int, shape: tuple[int, int, int, int]) -> Tensor:
+def scene_latents(seed: int, index: int, shape: tuple[int, int, int, int]) -> Tensor:
     """Latents of scene `index`, float32 (F, C, H, W) = `shape`."""
     frames, channels, height, width = shape
     times = (torch.arange(frames) * TEMPORAL_FACTOR - (TEMPORAL_FACTOR - 1) / 2).clamp(min=0)  # the first stands alone
-    fine = drawn(scene(seed, index), times, 2 * height, 2 * width)
+    fine = render_scene(make_scene(seed, index), times, 2 * height, 2 * width)
     cells = fine.view(frames, height, 2, width, 2, 3).permute(0, 2, 4, 5, 1, 3).reshape(frames, 4, 3, height, width)
     bands = torch.einsum("bp,fpchw->fbchw", _HAAR, cells)
     mean, spread = (torch.tensor(numbers)[:, None, None, None] for numbers in (_MEAN, _SPREAD))
     first = ((bands - mean) / spread).reshape(frames, 12, height, width)
     if channels <= 12:
         return first[:, :channels].contiguous()
-    mixing = normal((channels - 12, 12), _WORDS, "mixing") / 12**0.5
+    mixing = seeded_normal((channels - 12, 12), _WORD_SEED, "mixing") / 12**0.5
     return torch.cat([first, torch.einsum("mk,fkhw->fmhw", mixing, first)], 1)
 
 
@@ -50,7 +50,7 @@ def caption_embedding(caption: str, text: tuple[int, int]) -> Tensor:
     """Embedding of a caption, float32 (L, D) = `text`."""
     result = torch.zeros(text)
     for number, word in enumerate(caption.split()):
-        result[number % text[0]] += normal(text[1:], _WORDS, "word", word)
+        result[number % text[0]] += seeded_normal(text[1:], _WORD_SEED, "word", word)
     return result
 
 
@@ -64,7 +64,7 @@ class SyntheticLatents:
         seed: of the scenes.
     """
 
-    def __init__(self, part: Part, shape: tuple[int, int, int, int], text: tuple[int, int], seed: int = 0) -> None:
+    def __init__(self, part: DataShard, shape: tuple[int, int, int, int], text: tuple[int, int], seed: int = 0) -> None:
         self._part, self._shape, self._text, self._seed = part, shape, text, seed
         self._position = 0
 
@@ -78,17 +78,17 @@ class SyntheticLatents:
 
     def batch(self, indices: list[int]) -> Batch:
         """These samples."""
-        captions = [scene(self._seed, i).caption for i in indices]
-        latents = torch.stack([shape_latents(self._seed, i, self._shape) for i in indices])
+        captions = [make_scene(self._seed, i).caption for i in indices]
+        latents = torch.stack([scene_latents(self._seed, i, self._shape) for i in indices])
         text = torch.stack([caption_embedding(caption, self._text) for caption in captions])
         return Batch(latents, text, torch.zeros(1, *self._text), tuple(f"synthetic-{i}" for i in indices), tuple(captions))
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Source`."""
+        """See `DataSource`."""
         return {"samples": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Source`."""
+        """See `DataSource`."""
         position = state.get("samples")
         if not isinstance(position, int) or position < 0:
             raise AnyFlowError(f"the checkpoint's data position is {state}; synthetic data has {{'samples': number}}.")
@@ -99,5 +99,5 @@ class SyntheticLatents:
         return []
 
     def check(self) -> str:
-        """See `Source`."""
+        """See `DataSource`."""
         return f"moving shapes, latents {self._shape}"

@@ -25,7 +25,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Member:
+class TarMember:
     """One file in a shard: where its bytes begin, and how many there are."""
 
     offset: int
@@ -33,7 +33,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Entry:
+class SampleEntry:
     """One sample.
 
     Attributes:
@@ -44,7 +44,7 @@ class Entry:
 
     shard: Path
     key: str
-    members: dict[str, Member]
+    members: dict[str, TarMember]
 
     @property
     def name(self) -> str:
@@ -68,7 +68,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Index:
+class ShardIndex:
     """All samples of a folder of shards, in the order of names and of the files.
 
     Attributes:
@@ -78,11 +78,11 @@ class Index:
     """
 
     folder: Path
-    entries: list[Entry]
+    entries: list[SampleEntry]
     digest: str
 
 
-def indexed(folder: Path) -> Index:
+def index_shards(folder: Path) -> ShardIndex:
     """Walk the headers of all shards of a folder.
 
     Raises:
@@ -100,18 +100,18 @@ def indexed(folder: Path) -> Index:
             f"{folder} holds no shards (*.tar) but {found}. Videos become shards by: anyflow-precompute {folder} --output DIR"
         )
     with ThreadPoolExecutor(_THREADS) as pool:
-        entries = [entry for found in pool.map(_walked, shards) for entry in found]
+        entries = [entry for found in pool.map(_index_shard, shards) for entry in found]
     if not entries:
         raise AnyFlowError(f"{folder} has {len(shards)} shards and no sample in them. Give other data.")
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(repr((entry.name, sorted((k, m.offset, m.size) for k, m in entry.members.items()))).encode())
-    return Index(folder, entries, digest.hexdigest()[:32])
+    return ShardIndex(folder, entries, digest.hexdigest()[:32])
 
 
-def _walked(shard: Path) -> list[Entry]:
+def _index_shard(shard: Path) -> list[SampleEntry]:
     """The samples of one shard. A key that comes back after another is another sample's, and refused."""
-    samples: dict[str, Entry] = {}
+    samples: dict[str, SampleEntry] = {}
     last = None
     try:
         with tarfile.open(shard, "r:") as file:
@@ -124,7 +124,7 @@ def _walked(shard: Path) -> list[Entry]:
                     raise AnyFlowError(
                         f"{shard} has {info.name} twice, or apart from its sample's other files. Make the shard anew."
                     )
-                samples.setdefault(key, Entry(shard, key, {})).members[ending] = Member(info.offset_data, info.size)
+                samples.setdefault(key, SampleEntry(shard, key, {})).members[ending] = TarMember(info.offset_data, info.size)
                 last = key
     except (tarfile.TarError, OSError, ValueError) as error:
         raise AnyFlowError(f"{shard} is damaged ({error}). Copy or make it again, or take it out of the folder.") from None

@@ -16,26 +16,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from anyflow_deploy.training.config import Adapting
+from anyflow_deploy.training.config import LoRAConfig
 from anyflow_deploy.training.model.network import CastLinear, TrainingTransformer
-from anyflow_deploy.training.timestep_sampling import generator
+from anyflow_deploy.training.timestep_sampling import seeded_generator
 
 ADAPTER = "default"
 LAYERS = r"blocks\.\d+\.(attn1\.to_[qkv]|attn1\.to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)"
 TIMES = r"condition_embedder\.(time|delta)_embedder\.linear_[12]"
-FULLY = ("far_patch_embedding.",)
+FULLY_TRAINED = ("far_patch_embedding.",)
 """Trained themselves beside the adapters, where the network has them."""
 
 
-def add_lora(network: TrainingTransformer, adapting: Adapting) -> None:
-    """Wrap the adapted layers (on the meta device), and let nothing train but adapters and `FULLY`."""
+def add_lora(network: TrainingTransformer, settings: LoRAConfig) -> None:
+    """Wrap the adapted layers (on the meta device), and let nothing train but adapters and `FULLY_TRAINED`."""
     from peft import LoraConfig, inject_adapter_in_model
 
     network.requires_grad_(False)
-    pattern = f"{LAYERS}|{TIMES}" if adapting.lora_times else LAYERS
+    pattern = f"{LAYERS}|{TIMES}" if settings.lora_times else LAYERS
     config = LoraConfig(
-        r=adapting.lora_rank,
-        lora_alpha=adapting.lora_alpha,
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
         lora_dropout=0.0,
         target_modules=f"^({pattern})$",
         init_lora_weights=False,
@@ -44,12 +44,12 @@ def add_lora(network: TrainingTransformer, adapting: Adapting) -> None:
     for layer in lora_layers(network).values():
         layer.cast_input_dtype_enabled = False  # CastLinear casts
         for half in (layer.lora_A, layer.lora_B):
-            half[ADAPTER] = _cast(half[ADAPTER], layer.base_layer)
+            half[ADAPTER] = _to_cast_linear(half[ADAPTER], layer.base_layer)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_("lora_" in name or name.startswith(FULLY))
+        parameter.requires_grad_("lora_" in name or name.startswith(FULLY_TRAINED))
 
 
-def _cast(plain: nn.Linear, base: CastLinear) -> CastLinear:
+def _to_cast_linear(plain: nn.Linear, base: CastLinear) -> CastLinear:
     result = CastLinear(plain.in_features, plain.out_features, bias=False, dtype=torch.float32, device="meta")
     result.compute_type, result.large = base.compute_type, base.large
     return result
@@ -65,7 +65,7 @@ def initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if ".lora_B." in name:
         return torch.zeros(shape)
     bound = 1 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator(seed, "lora", name))
+    return torch.empty(shape).uniform_(-bound, bound, generator=seeded_generator(seed, "lora", name))
 
 
 def base_name(name: str) -> str:
@@ -79,7 +79,7 @@ def adapter_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def base_alone(network: nn.Module) -> Iterator[None]:
+def disable_adapters(network: nn.Module) -> Iterator[None]:
     """Without the adapters: the frozen teacher and the fake score that started from it share one set of large weights.
 
     peft's own switch also turns `requires_grad` off and on, which FSDP may not see change; so its flag is set directly.
@@ -94,6 +94,6 @@ def base_alone(network: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def scaling(network: nn.Module, module: str) -> float:
+def lora_scaling(network: nn.Module, module: str) -> float:
     """alpha / rank of an adapted layer."""
     return cast(float, network.get_submodule(module).scaling[ADAPTER])  # type: ignore[index]

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 
 from anyflow_deploy.engines.kv_cache import fit_chunks
-from anyflow_deploy.memory.parameter_shapes import counts, parameter_shapes
+from anyflow_deploy.memory.parameter_shapes import count_parameters, parameter_shapes
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.recipes import Recipe
 
@@ -26,7 +26,7 @@ LORA_TIMES = r"condition_embedder\.(time|delta)_embedder\.linear_[12]\.weight"
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TrainingMemory:
     """Bytes of one process.
 
     Attributes:
@@ -47,7 +47,7 @@ class Estimate:
         return self.weights + self.training + self.activations + self.gathered
 
 
-def trained_count(recipe: Recipe, a: Architecture) -> int:
+def count_trained_parameters(recipe: Recipe, a: Architecture) -> int:
     """Numbers that one learner trains."""
     shapes = parameter_shapes(a)
     rank = recipe.adapting.lora_rank
@@ -58,30 +58,30 @@ def trained_count(recipe: Recipe, a: Architecture) -> int:
     return adapters + sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("far_patch"))
 
 
-def estimated(recipe: Recipe, a: Architecture, processes: int) -> Estimate:
+def estimate_training_memory(recipe: Recipe, a: Architecture, processes: int) -> TrainingMemory:
     """What one process takes, the weights being cut over `processes` of them."""
-    number, element = counts(a), 2 if recipe.running.compute == "bfloat16" else 4
+    number, element = count_parameters(a), 2 if recipe.running.compute == "bfloat16" else 4
     large, small = number["blocks"] + number["base"], number["float32"]
     adapted = recipe.adapting.lora_rank > 0
-    own = trained_count(recipe, a)
+    own = count_trained_parameters(recipe, a)
     learners = 2 if recipe.stage == "on-policy" else 1
     frozen = element * large + 4 * small
     networks = learners * (frozen + 4 * own if adapted else 4 * own) + (frozen if learners == 2 and not adapted else 0)
     training = learners * 12 * own + 4 * own  # gradient and two moments each; one average
     layer = large // a.num_layers
-    return Estimate(
+    return TrainingMemory(
         weights=networks // processes,
         training=training // processes,
-        activations=_activations(recipe, a, element),
+        activations=_activation_bytes(recipe, a, element),
         gathered=(element if adapted else 4 + element) * layer if processes > 1 else 0,
     )
 
 
-def _activations(recipe: Recipe, a: Architecture, element: int) -> int:
-    whole = tokens_at_once(recipe, a)
-    one = recipe.optimizing.micro_batch * 4 * whole * a.inner_dim
+def _activation_bytes(recipe: Recipe, a: Architecture, element: int) -> int:
+    tokens = tokens_per_forward(recipe, a)
+    one = recipe.optimizing.micro_batch * 4 * tokens * a.inner_dim
     forwards = 3 if recipe.stage == "on-policy" else 1
-    layer = LAYER_TABLES * one + recipe.optimizing.micro_batch * 4 * element * whole * a.ffn_dim
+    layer = LAYER_TABLES * one + recipe.optimizing.micro_batch * 4 * element * tokens * a.ffn_dim
     if recipe.running.checkpointing and recipe.running.offload:
         return one + layer
     if recipe.running.checkpointing:
@@ -89,25 +89,25 @@ def _activations(recipe: Recipe, a: Architecture, element: int) -> int:
     return forwards * a.num_layers * layer
 
 
-def tokens_at_once(recipe: Recipe, a: Architecture) -> int:
+def tokens_per_forward(recipe: Recipe, a: Architecture) -> int:
     """Tokens that keep activations in one forward: a causal model's clean copies and compressed chunks count, too."""
     size = (recipe.height // a.patch_size[1]) * (recipe.width // a.patch_size[2])
     if a.full_chunk_limit is None or a.chunk_partition is None or a.compressed_patch_size is None:
         return recipe.frames * size
     chunks = fit_chunks(a.chunk_partition, recipe.frames)
     window = sum(chunks[-a.full_chunk_limit :])
-    coarse = (recipe.height // a.compressed_patch_size[1]) * (recipe.width // a.compressed_patch_size[2])
+    compressed = (recipe.height // a.compressed_patch_size[1]) * (recipe.width // a.compressed_patch_size[2])
     if recipe.stage == "on-policy":
         return recipe.frames * size  # every chunk's transitions keep theirs
-    return (2 * window - chunks[-1]) * size + (recipe.frames - window) * coarse
+    return (2 * window - chunks[-1]) * size + (recipe.frames - window) * compressed
 
 
 def checkpoint_bytes(recipe: Recipe, a: Architecture) -> int:
     """Of one checkpoint on disk: weights, two moments, and the average of the model."""
     learners = 2 if recipe.stage == "on-policy" else 1
-    return 4 * trained_count(recipe, a) * (3 * learners + 1)
+    return 4 * count_trained_parameters(recipe, a) * (3 * learners + 1)
 
 
-def finished_bytes(recipe: Recipe, a: Architecture) -> int:
+def model_bytes(recipe: Recipe, a: Architecture) -> int:
     """Of the merged transformer."""
     return sum(math.prod(s) for s in parameter_shapes(a).values()) * (2 if recipe.running.save_type == "bfloat16" else 4)

@@ -20,7 +20,7 @@ from anyflow_deploy.training.model.weight_init import fill_constants
 from anyflow_deploy.training.recipes import Recipe
 
 
-def trained_network(weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None) -> TrainingTransformer:
+def build_trained_network(weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None) -> TrainingTransformer:
     """A network whose weights, or whose adapters, are trained.
 
     Args:
@@ -28,15 +28,17 @@ def trained_network(weights: Weights, recipe: Recipe, device: torch.device, mesh
         recipe: says what is trained, in which types.
         mesh: to shard over; None for one process.
     """
-    return _built(weights, recipe, device, mesh, trained=True)
+    return _build_network(weights, recipe, device, mesh, trained=True)
 
 
-def frozen_network(weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None) -> TrainingTransformer:
+def build_frozen_network(weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None) -> TrainingTransformer:
     """A network that is only asked."""
-    return _built(weights, recipe, device, mesh, trained=False)
+    return _build_network(weights, recipe, device, mesh, trained=False)
 
 
-def _built(weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None, trained: bool) -> TrainingTransformer:
+def _build_network(
+    weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None, trained: bool
+) -> TrainingTransformer:
     adapted = trained and recipe.adapting.lora_rank > 0
     compute = getattr(torch, recipe.running.compute)
     with torch.device("meta"):
@@ -44,19 +46,19 @@ def _built(weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceM
     network.requires_grad_(trained)
     if adapted:
         add_lora(network, recipe.adapting)
-    network.checkpoint_gradients(recipe.running.checkpointing and trained, recipe.running.offload)
+    network.set_gradient_checkpointing(recipe.running.checkpointing and trained, recipe.running.offload)
     if recipe.running.compile:
         for block in network.blocks:
             block.compile()
     if mesh is not None:
-        shard(network, mesh)
+        shard_network(network, mesh)
     network.to_empty(device=device)
-    fill(network, weights, recipe.running.seed)
+    load_parameters(network, weights, recipe.running.seed)
     fill_constants(network, device)
     return network
 
 
-def shard(network: TrainingTransformer, mesh: DeviceMesh) -> None:
+def shard_network(network: TrainingTransformer, mesh: DeviceMesh) -> None:
     """FSDP2, block by block: a mesh of two dimensions replicates over the first and shards over the second."""
     from torch.distributed.fsdp import fully_shard
 
@@ -68,15 +70,15 @@ def shard(network: TrainingTransformer, mesh: DeviceMesh) -> None:
 
 
 @torch.no_grad()
-def fill(network: nn.Module, weights: Weights, seed: int) -> None:
+def load_parameters(network: nn.Module, weights: Weights, seed: int) -> None:
     """Give every parameter its value: from the checkpoint, or the start of an adapter."""
     for name, parameter in network.named_parameters():
         start = initial_adapter(name, tuple(parameter.shape), seed) if ".lora_" in name else weights.read(base_name(name))
-        assign(parameter, start)
+        assign_parameter(parameter, start)
 
 
 @torch.no_grad()
-def assign(parameter: Tensor, value: Tensor) -> None:
+def assign_parameter(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter, or this process's piece of it into its piece."""
     value = value.to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):
@@ -86,7 +88,7 @@ def assign(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, on every process (which all have to call)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

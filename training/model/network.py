@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anyflow_deploy.model.rotary import COMPRESSED, rotated
+from anyflow_deploy.model.rotary import COMPRESSED, apply_rotary
 from anyflow_deploy.model.transformer import (
     Attention,
     Block,
@@ -35,15 +35,15 @@ from anyflow_deploy.model.transformer import (
     KeyValue,
     Linear,
     Rotation,
-    modulated,
+    modulate,
 )
 from anyflow_deploy.models import Architecture
 
-Memory = list[KeyValue]
+KVCache = list[KeyValue]
 """Keys (rotated) and values, (B, M, A, E) each, layer by layer."""
 
-Range = tuple[int, int]
-Span = tuple[Range, tuple[Range, ...]]
+TokenRange = tuple[int, int]
+Span = tuple[TokenRange, tuple[TokenRange, ...]]
 """A run of queries, and the runs of keys (memory first, own tokens behind it) that it sees."""
 
 
@@ -60,8 +60,8 @@ class CastLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, inputs) of any type to (rows, outputs) of the compute type."""
-        kind = self.compute_type
-        return F.linear(x.to(kind), self.weight.to(kind), None if self.bias is None else self.bias.to(kind))
+        dtype = self.compute_type
+        return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 class TrainingAttention(Attention):
@@ -69,27 +69,27 @@ class TrainingAttention(Attention):
 
     def key_value(self, context: Tensor, batch: int, rotation: Rotation | None = None) -> KeyValue:
         """See `Attention`; `context` is cast by the layers."""
-        value = self._heads(self.to_v(context), batch)
-        key = self._heads(self.norm_k(self.to_k(context).float()), batch)
+        value = self._split_heads(self.to_v(context), batch)
+        key = self._split_heads(self.norm_k(self.to_k(context).float()), batch)
         if rotation is not None:
-            key = rotated(key, *rotation)
+            key = apply_rotary(key, *rotation)
         return key.to(value.dtype), value
 
     def forward(
         self, x: Tensor, memory: KeyValue, batch: int, rotation: Rotation | None = None, spans: Sequence[Span] | None = None
     ) -> Tensor:
         """See `Attention`; with `spans`, each run of queries on its own keys. They cover all queries, in order."""
-        query = self._heads(self.norm_q(self.to_q(x).float()), batch)
+        query = self._split_heads(self.norm_q(self.to_q(x).float()), batch)
         if rotation is not None:
-            query = rotated(query, *rotation)
+            query = apply_rotary(query, *rotation)
         if spans is None:
             mixed = self._attend(query, *memory)
         else:
-            mixed = torch.cat([self._attend(query[:, a:b], *_seen(memory, keys)) for (a, b), keys in spans], dim=1)
+            mixed = torch.cat([self._attend(query[:, a:b], *_gather_keys(memory, keys)) for (a, b), keys in spans], dim=1)
         return cast(Tensor, self.to_out[0](mixed.flatten(2).flatten(0, 1))).float()
 
 
-def _seen(memory: KeyValue, keys: tuple[Range, ...]) -> KeyValue:
+def _gather_keys(memory: KeyValue, keys: tuple[TokenRange, ...]) -> KeyValue:
     if len(keys) == 1:
         ((a, b),) = keys
         return memory[0][:, a:b], memory[1][:, a:b]
@@ -125,7 +125,7 @@ class TrainingBlock(Block):
         ones: Tensor,
         past: KeyValue | None,
         spans: Sequence[Span] | None,
-        wanted: str,
+        outputs: str,
     ) -> tuple[Tensor | None, KeyValue | None]:
         """One layer.
 
@@ -133,15 +133,17 @@ class TrainingBlock(Block):
             x, modulation, rotation, ones, past: as in `Block`.
             text: embedded (B, L, D).
             spans: see `Span`; None lets every token see everything.
-            wanted: "x", "memory" (the own keys and values) or "both".
+            outputs: "x", "memory" (the own keys and values) or "both".
         """
-        given = (x, text, modulation, rotation, ones, past, spans, wanted)
+        inputs = (x, text, modulation, rotation, ones, past, spans, outputs)
         if self.checkpointing and torch.is_grad_enabled():
-            away = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offloading else contextlib.nullcontext()
-            with away:
-                result = checkpoint(self._layer, *given, use_reentrant=False, preserve_rng_state=False)
+            offload_context = (
+                torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offloading else contextlib.nullcontext()
+            )
+            with offload_context:
+                result = checkpoint(self._layer, *inputs, use_reentrant=False, preserve_rng_state=False)
             return cast("tuple[Tensor | None, KeyValue | None]", result)
-        return self._layer(*given)
+        return self._layer(*inputs)
 
     def _layer(
         self,
@@ -152,34 +154,34 @@ class TrainingBlock(Block):
         ones: Tensor,
         past: KeyValue | None,
         spans: Sequence[Span] | None,
-        wanted: str,
+        outputs: str,
     ) -> tuple[Tensor | None, KeyValue | None]:
-        batch, kind = x.shape[0], compute_type_of(self.attn1.to_q)
+        batch, dtype = x.shape[0], compute_type_of(self.attn1.to_q)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
         h = (
-            self._again(modulated, x, shift, scale, ones, self.eps).flatten(0, 2).to(kind)
+            self._recompute(modulate, x, shift, scale, ones, self.eps).flatten(0, 2).to(dtype)
         )  # cast and kept once for three products
         own = self.attn1.key_value(h, batch, rotation)
-        if wanted == "memory":
+        if outputs == "memory":
             return None, own
         memory = own if past is None else (torch.cat((past[0], own[0]), 1), torch.cat((past[1], own[1]), 1))
         x = torch.addcmul(x, self.attn1(h, memory, batch, rotation, spans).view(x.shape), gate)
-        words = self.attn2.key_value(text.flatten(0, 1), batch)
-        x = x + self.attn2(self.norm2(x).flatten(0, 2), words, batch).view(x.shape)
-        h = self._again(modulated, x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
+        text_kv = self.attn2.key_value(text.flatten(0, 1), batch)
+        x = x + self.attn2(self.norm2(x).flatten(0, 2), text_kv, batch).view(x.shape)
+        h = self._recompute(modulate, x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
         hidden = self.ffn.net[0].get_submodule("proj")(h)
-        x = torch.addcmul(x, self._again(self._down, hidden).float().view(x.shape), ffn_gate)
-        return x, own if wanted == "both" else None
+        x = torch.addcmul(x, self._recompute(self._ffn_down, hidden).float().view(x.shape), ffn_gate)
+        return x, own if outputs == "both" else None
 
-    def _down(self, hidden: Tensor) -> Tensor:
+    def _ffn_down(self, hidden: Tensor) -> Tensor:
         """The feed-forward's second half."""
         return cast(Tensor, self.ffn.net[2](F.gelu(hidden, approximate="tanh")))
 
-    def _again(self, work: Callable[..., Tensor], *given: object) -> Tensor:
+    def _recompute(self, function: Callable[..., Tensor], *inputs: object) -> Tensor:
         """Call, and keep nothing that can be computed again from what is given."""
         if self.checkpointing or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return work(*given)
-        return cast(Tensor, checkpoint(work, *given, use_reentrant=False, preserve_rng_state=False))
+            return function(*inputs)
+        return cast(Tensor, checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False))
 
 
 def compute_type_of(layer: nn.Module) -> torch.dtype:
@@ -187,11 +189,11 @@ def compute_type_of(layer: nn.Module) -> torch.dtype:
     return cast(CastLinear, getattr(layer, "base_layer", layer)).compute_type
 
 
-def _cast_linear(layer: Linear, large: bool, compute_type: torch.dtype, frozen: bool) -> CastLinear:
-    kind = compute_type if large else torch.float32
-    stored = kind if frozen else torch.float32
+def _to_cast_linear(layer: Linear, large: bool, compute_type: torch.dtype, frozen: bool) -> CastLinear:
+    dtype = compute_type if large else torch.float32
+    stored = dtype if frozen else torch.float32
     result = CastLinear(layer.in_features, layer.out_features, layer.bias is not None, dtype=stored)
-    result.compute_type, result.large = kind, large
+    result.compute_type, result.large = dtype, large
     return result
 
 
@@ -207,16 +209,16 @@ class TrainingTransformer(FlowMapTransformer):
     """
 
     def __init__(self, a: Architecture, compute_type: torch.dtype = torch.float32, frozen: bool = False) -> None:
-        marked = torch.bfloat16  # export's layers say by their type which are large
-        super().__init__(a, marked)
+        marker_type = torch.bfloat16  # export's layers say by their type which are large
+        super().__init__(a, marker_type)
         self.architecture = a
-        self.blocks = nn.ModuleList(TrainingBlock(a, marked) for _ in range(a.num_layers))
-        self.far_patch = 0
+        self.blocks = nn.ModuleList(TrainingBlock(a, marker_type) for _ in range(a.num_layers))
+        self.compressed_patch = 0
         if a.compressed_patch_size is not None:
-            self.far_patch = a.compressed_patch_size[1]
+            self.compressed_patch = a.compressed_patch_size[1]
             self.far_patch_embedding = nn.Conv3d(a.in_channels, a.inner_dim, a.compressed_patch_size, a.compressed_patch_size)
         for name, layer in [(n, m) for n, m in self.named_modules() if type(m) is Linear]:
-            self.set_submodule(name, _cast_linear(layer, layer.weight.dtype == marked, compute_type, frozen))
+            self.set_submodule(name, _to_cast_linear(layer, layer.weight.dtype == marker_type, compute_type, frozen))
 
     def forward(  # type: ignore[override]  # velocity or memory, of some frames
         self,
@@ -228,8 +230,8 @@ class TrainingTransformer(FlowMapTransformer):
         past: Sequence[KeyValue] = (),
         spans: Sequence[Span] | None = None,
         memory: bool = False,
-        coarse: bool = False,
-    ) -> Tensor | Memory:
+        compressed: bool = False,
+    ) -> Tensor | KVCache:
         """The velocity of some frames, or what later ones remember of them. Everything float32 at the border.
 
         Args:
@@ -240,41 +242,41 @@ class TrainingTransformer(FlowMapTransformer):
             past: memory of earlier frames, one entry a layer.
             spans: see `Span`.
             memory: return keys and values instead of the velocity; the last layer then computes nothing else.
-            coarse: through the embedding of old chunks (compressed to larger patches).
+            compressed: through the embedding of old chunks (compressed to larger patches).
         """
         batch, frames, _, height, width = latents.shape
-        patch, embedding = (self.far_patch, self.far_patch_embedding) if coarse else (self.patch, self.patch_embedding)
+        patch, embedding = (self.compressed_patch, self.far_patch_embedding) if compressed else (self.patch, self.patch_embedding)
         rows, columns = height // patch, width // patch
-        rotation = self.rope(frames, rows, columns, positions, COMPRESSED if coarse else "")
+        rotation = self.rope(frames, rows, columns, positions, COMPRESSED if compressed else "")
         x: Tensor | None = self.tokens(embedding, latents)
-        times, modulation = self.conditions(t, r)
-        words = self.condition_embedder.text(text.flatten(0, 1)).view(*text.shape[:2], -1)
+        times, modulation = self.embed_conditions(t, r)
+        text_kv = self.condition_embedder.embed_text(text.flatten(0, 1)).view(*text.shape[:2], -1)
         ones, present = self.get_buffer("ones"), []
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
-            wanted = "x" if not memory else "both" if index < last else "memory"
-            x, own = block(x, words, modulation, rotation, ones, past[index] if past else None, spans, wanted)
+            outputs = "x" if not memory else "both" if index < last else "memory"
+            x, own = block(x, text_kv, modulation, rotation, ones, past[index] if past else None, spans, outputs)
             present.append(own)
         if memory:
             return present
         assert x is not None
         shift, scale = (self.scale_shift_table + times.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
-        x = modulated(x, shift, scale, ones, self.eps)
-        return self._image(self.proj_out(x.flatten(0, 2)).view(batch, frames, rows, columns, -1))
+        x = modulate(x, shift, scale, ones, self.eps)
+        return self._unpatchify(self.proj_out(x.flatten(0, 2)).view(batch, frames, rows, columns, -1))
 
-    def checkpoint_gradients(self, on: bool = True, offload: bool = False) -> None:
+    def set_gradient_checkpointing(self, enabled: bool = True, offload: bool = False) -> None:
         """Keep only each layer's input for the backward pass (in main memory, with `offload`), and compute the rest again."""
         for block in self.blocks:
-            cast(TrainingBlock, block).checkpointing = on
+            cast(TrainingBlock, block).checkpointing = enabled
             cast(TrainingBlock, block).offloading = offload
 
     @contextlib.contextmanager
-    def computing(self, kind: torch.dtype) -> Iterator[None]:
+    def override_compute_type(self, dtype: torch.dtype) -> Iterator[None]:
         """Make the large products in another type meanwhile: finite differences ask for float32."""
         layers = [m for m in self.modules() if isinstance(m, CastLinear) and m.large]
         before = [layer.compute_type for layer in layers]
         for layer in layers:
-            layer.compute_type = kind
+            layer.compute_type = dtype
         try:
             yield
         finally:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anyflow_deploy.bundle.manifest import Source
-from anyflow_deploy.checkpoints.checkpoint import checkpoint_of, open_checkpoint, read_json, transformer_folder
-from anyflow_deploy.checkpoints.weights import Weights, check_names
+from anyflow_deploy.bundle.manifest import WeightsSource
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint, open_transformer, read_json, transformer_folder
+from anyflow_deploy.checkpoints.weights import Weights, check_parameters
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.model.transformer import constants
@@ -25,13 +25,13 @@ from anyflow_deploy.models import BIDIRECTIONAL_CLASS, Architecture, architectur
 from anyflow_deploy.training.model.network import TrainingTransformer
 
 WAN_CLASS = "WanTransformer3DModel"
-_WAN_ALONE = {"qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+_WAN_ONLY_KEYS = {"qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None, "pos_embed_seq_len": None}
 """Keys that only Wan's config has, with the one value that AnyFlow's network computes."""
 
 _DELTA, _TIME = "condition_embedder.delta_embedder.", "condition_embedder.time_embedder."
 
 
-class StartingWeights:
+class InitialWeights:
     """Weights of a base, and what it lacks; see the module's text. Stands for a checkpoint (`Weights`).
 
     Args:
@@ -46,11 +46,11 @@ class StartingWeights:
         self.architecture = architecture
         self.source = base.source
         self._base = base
-        self._given = base.shapes()
-        wanted = parameter_shapes(architecture)
-        self.added = tuple(n for n in wanted if n not in self._given and (n.startswith((_DELTA, "far_patch_embedding."))))
-        check_names(base, {name: shape for name, shape in wanted.items() if name not in self.added})
-        self._shapes = wanted
+        self._base_shapes = base.shapes()
+        expected = parameter_shapes(architecture)
+        self.added = tuple(n for n in expected if n not in self._base_shapes and (n.startswith((_DELTA, "far_patch_embedding."))))
+        check_parameters(base, {name: shape for name, shape in expected.items() if name not in self.added})
+        self._shapes = expected
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape."""
@@ -65,13 +65,13 @@ class StartingWeights:
         near = self._base.read(name.removeprefix("far_"))
         if name.endswith("bias"):
             return near.clone()
-        coarse, fine = self.architecture.compressed_patch_size, self.architecture.patch_size
-        assert coarse is not None
-        rows, columns = coarse[1] // fine[1], coarse[2] // fine[2]
+        compressed, fine = self.architecture.compressed_patch_size, self.architecture.patch_size
+        assert compressed is not None
+        rows, columns = compressed[1] // fine[1], compressed[2] // fine[2]
         return near.repeat(1, 1, 1, rows, columns) / (rows * columns)
 
 
-def starting_weights(path: str | Path, causal: bool | None, like: Architecture) -> StartingWeights:
+def open_initial_weights(path: str | Path, causal: bool | None, like: Architecture) -> InitialWeights:
     """Open what a run starts from.
 
     Args:
@@ -84,9 +84,9 @@ def starting_weights(path: str | Path, causal: bool | None, like: Architecture) 
     """
     folder = transformer_folder(Path(path))
     config = read_json(folder / "config.json")
-    source = Source(kind="folder", location=str(Path(path).resolve()))
+    source = WeightsSource(kind="folder", location=str(Path(path).resolve()))
     if config.get("_class_name") == WAN_CLASS:
-        base: Weights = checkpoint_of(folder, architecture_from_wan(config, str(folder / "config.json")), source)
+        base: Weights = open_transformer(folder, architecture_from_wan(config, str(folder / "config.json")), source)
     else:
         base = open_checkpoint(path, source)
     architecture = base.architecture
@@ -99,7 +99,7 @@ def starting_weights(path: str | Path, causal: bool | None, like: Architecture) 
             full_chunk_limit=like.full_chunk_limit,
             chunk_partition=like.chunk_partition,
         )
-    return StartingWeights(base, architecture)
+    return InitialWeights(base, architecture)
 
 
 def architecture_from_wan(config: Mapping[str, Any], where: str) -> Architecture:
@@ -108,21 +108,21 @@ def architecture_from_wan(config: Mapping[str, Any], where: str) -> Architecture
     Raises:
         CheckpointError: a variant of Wan that AnyFlow's network does not compute (image conditioning, other norms).
     """
-    strange = [f"{key} {config[key]!r}" for key, value in _WAN_ALONE.items() if key in config and config[key] != value]
-    if strange:
-        raise CheckpointError(f"{where} has {', '.join(strange)}; AnyFlow starts from Wan2.1 text-to-video models.")
-    rest = {key: value for key, value in config.items() if key not in _WAN_ALONE and not key.startswith("_")}
+    unsupported = [f"{key} {config[key]!r}" for key, value in _WAN_ONLY_KEYS.items() if key in config and config[key] != value]
+    if unsupported:
+        raise CheckpointError(f"{where} has {', '.join(unsupported)}; AnyFlow starts from Wan2.1 text-to-video models.")
+    rest = {key: value for key, value in config.items() if key not in _WAN_ONLY_KEYS and not key.startswith("_")}
     return architecture_from_config({**rest, "_class_name": BIDIRECTIONAL_CLASS}, where)
 
 
-def network_with(
+def build_network(
     a: Architecture, tensors: Mapping[str, Tensor], compute_type: torch.dtype = torch.float32, frozen: bool = False
 ) -> TrainingTransformer:
     """A network on the CPU with copies of these parameters: what tests and small tools need."""
     with torch.device("meta"):
         network = TrainingTransformer(a, compute_type, frozen)
-    wanted = {name: parameter.dtype for name, parameter in network.named_parameters()}
-    network.load_state_dict({name: tensor.to(wanted[name], copy=True) for name, tensor in tensors.items()}, assign=True)
+    expected = {name: parameter.dtype for name, parameter in network.named_parameters()}
+    network.load_state_dict({name: tensor.to(expected[name], copy=True) for name, tensor in tensors.items()}, assign=True)
     fill_constants(network, torch.device("cpu"))
     return network.requires_grad_(not frozen)
 

@@ -27,7 +27,7 @@ from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
 from anyflow_deploy.engines.tensorrt.build.timing_cache import TimingCache, default_path
 from anyflow_deploy.engines.tensorrt.cuda import CudaDevice
 from anyflow_deploy.errors import BackendError
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Progress
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ _NO_MEMORY = ("out of memory", "outofmemory", "could not be allocated", "insuffi
 _NO_KERNEL = ("could not find any implementation", "insufficient workspace", "no implementation")
 
 
-def build_plans(settings: TensorRTSettings, bundle: Bundle, writer: EngineWriter, report: Report) -> BuildResult:
+def build_plans(settings: TensorRTSettings, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
     """Build every graph of a bundle for one GPU.
 
     Raises:
@@ -56,10 +56,10 @@ def build_plans(settings: TensorRTSettings, bundle: Bundle, writer: EngineWriter
     profiles = settings.profiles(bundle)
     precision_report = PrecisionReport()
     for graph in (name for name in bundle.manifest.graphs if profiles[name]):
-        build = _GraphBuild(settings, bundle, graph, device, report)
+        build = _GraphBuild(settings, bundle, graph, device, progress)
         plan = build.plan(profiles[graph], cache)
         writer.write(f"{graph}.plan", plan)
-        with report.stage(f"{graph}: inspecting"):
+        with progress.stage(f"{graph}: inspecting"):
             layers = build.layers(plan)
             writer.write(f"{graph}.layers.json", layers.encode())
             update_report(precision_report, layers, expected_precision(_model(bundle, graph)))
@@ -123,9 +123,9 @@ def _profile_record(profile: Profile) -> dict[str, list[list[int]]]:
 class _GraphBuild:
     """The build of one graph."""
 
-    def __init__(self, settings: TensorRTSettings, bundle: Bundle, graph: str, device: CudaDevice, report: Report) -> None:
+    def __init__(self, settings: TensorRTSettings, bundle: Bundle, graph: str, device: CudaDevice, progress: Progress) -> None:
         self._settings, self._bundle, self._graph = settings, bundle, graph
-        self._device, self._report = device, report
+        self._device, self._progress = device, progress
         self._logger = TensorRTLogger()
 
     def plan(self, profiles: Sequence[Profile], cache: TimingCache) -> memoryview:
@@ -134,7 +134,7 @@ class _GraphBuild:
         Raises:
             KeyboardInterrupt: after Ctrl-C, once TensorRT has stopped; the timing cache is kept.
         """
-        monitor = BuildProgressMonitor(self._report, self._graph)
+        monitor = BuildProgressMonitor(self._progress, self._graph)
         try:
             plan = run_interruptibly(lambda: self._run(profiles, cache, monitor), monitor.cancelled)
         finally:

@@ -132,11 +132,11 @@ def _adjacent_products(
             following.extend(node.output)
 
 
-def update_report(report: PrecisionReport, information: str, expected: ExpectedPrecision) -> None:
+def update_report(progress: PrecisionReport, information: str, expected: ExpectedPrecision) -> None:
     """Add one graph's layers.
 
     Args:
-        report: what is added to.
+        progress: what is added to.
         information: from `EngineInspector.get_engine_information`, as JSON; made with detailed profiling verbosity.
         expected: from `expected_precision`.
     """
@@ -148,11 +148,15 @@ def update_report(report: PrecisionReport, information: str, expected: ExpectedP
     for name in expected.eight_bit:
         node_layers = of_node.get(name, [])
         place = (
-            report.unknown if not node_layers else report.eight_bit if any(map(_runs_in_eight_bits, node_layers)) else report.wide
+            progress.unknown
+            if not node_layers
+            else progress.eight_bit
+            if any(map(_runs_in_eight_bits, node_layers))
+            else progress.wide
         )
         place.append(name)
-    report.attentions += len(expected.attentions)
-    report.fused += sum(_is_fused(nodes, of_node) for nodes in expected.attentions)
+    progress.attentions += len(expected.attentions)
+    progress.fused += sum(_is_fused(nodes, of_node) for nodes in expected.attentions)
 
 
 def _runs_in_eight_bits(layer: dict[str, Any]) -> bool:

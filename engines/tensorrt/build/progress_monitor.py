@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import SupportsInt, TypeVar
 
 from anyflow_deploy.engines.tensorrt.api import trt
-from anyflow_deploy.progress import Advance, Report
+from anyflow_deploy.progress import Advance, Progress
 
 T = TypeVar("T")
 _MAX_LEVEL = 2
@@ -30,10 +30,10 @@ class _Phase:
 
 
 class BuildProgressMonitor(trt.IProgressMonitor):
-    """Shows TensorRT's phases in a `Report`.
+    """Shows TensorRT's phases in a `Progress`.
 
     Args:
-        report: where progress goes.
+        progress: where progress goes.
         title: written before each phase's name.
 
     Attributes:
@@ -41,9 +41,9 @@ class BuildProgressMonitor(trt.IProgressMonitor):
         error: what the report raised, if it did; the build is stopped then.
     """
 
-    def __init__(self, report: Report, title: str) -> None:
+    def __init__(self, progress: Progress, title: str) -> None:
         trt.IProgressMonitor.__init__(self)
-        self._report, self._title = report, title
+        self._progress, self._title = progress, title
         self._phases: dict[str, _Phase] = {}
         self._lock = threading.Lock()
         self.cancelled = threading.Event()
@@ -81,7 +81,7 @@ class BuildProgressMonitor(trt.IProgressMonitor):
         if level > _MAX_LEVEL:
             self._phases[name] = _Phase(level, None, lambda amount: None)
             return
-        stage = self._report.stage(f"{self._title}: {name}", max(steps, 1))
+        stage = self._progress.stage(f"{self._title}: {name}", max(steps, 1))
         self._phases[name] = _Phase(level, stage, stage.__enter__())
 
     def _step(self, name: str, step: int) -> None:

@@ -21,7 +21,7 @@ from anyflow_deploy.engines.tensorrt.build.optimization_profiles import (
     profiles,
 )
 from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
-from anyflow_deploy.progress import Report
+from anyflow_deploy.progress import Progress
 
 HARDWARE = ("ampere+", "same-capability")
 """What a plan can be made compatible with: every GPU from compute capability 8.0 on, or every one of the same capability."""
@@ -91,7 +91,7 @@ class TensorRTSettings(BuildSettings):
             video_shapes = [default_video_shape(manifest)]
         return profiles(manifest, video_shapes, ranges)
 
-    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> BuildResult:
+    def build(self, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
         """See `BuildSettings`."""
         from anyflow_deploy.engines.tensorrt.build.builder import build_plans
 
@@ -102,7 +102,7 @@ class TensorRTSettings(BuildSettings):
                 f"{writer.folder.parent} has {free / 1e9:.1f} GB free, and the plans take about {needed / 1e9:.1f} GB. "
                 "Make room, give --output FOLDER, or build without weights in the plan: --strip."
             )
-        return build_plans(self, bundle, writer, report)
+        return build_plans(self, bundle, writer, progress)
 
 
 def _weight_bytes(bundle: Bundle) -> int:
