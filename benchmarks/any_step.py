@@ -32,9 +32,9 @@ from typing import Any
 
 import any_step_methods as methods
 import torch
-from any_step_distance import Shown, distances
+from any_step_distance import VideoSet, distances
 from any_step_methods import TINY, Size
-from common import finish
+from common import print_result
 from safetensors.torch import load_file
 
 COUNTS = (1, 2, 4, 8, 16, 32)
@@ -44,48 +44,50 @@ DISTANCES = {"frechet": "Fréchet distance to the data", "sliced_wasserstein": "
 Row = tuple[str, int, list[dict[str, float]]]
 
 
-def distilled(name: str, seed: int, work: Path, size: Size) -> Row:
+def distill_and_measure(name: str, seed: int, work: Path, size: Size) -> Row:
     """Train one method with one seed (the teacher is there already), and measure it."""
     runs = {"full": methods.full_run, "flow-map": methods.flow_map_alone, "consistency": methods.consistency_run}
     model = runs[name](work, size, seed) if name in runs else work / "teacher" / "model"
-    return measured(name, seed, model, work, size)
+    return measure_distances(name, seed, model, work, size)
 
 
-def measured(name: str, seed: int, model: Path, work: Path, size: Size) -> Row:
+def measure_distances(name: str, seed: int, model: Path, work: Path, size: Size) -> Row:
     """Distances to the data for each of COUNTS."""
-    data = shown(work, "data")
+    data = load_videos(work, "data")
     made = (methods.samples(model, SAMPLERS[name], n, data.text, size.shift, seed) for n in COUNTS)
     return name, seed, [distances(one, data) for one in made]
 
 
-def shown(work: Path, name: str) -> Shown:
-    return Shown(**load_file(work / f"{name}.safetensors"))
+def load_videos(work: Path, name: str) -> VideoSet:
+    return VideoSet(**load_file(work / f"{name}.safetensors"))
 
 
-def in_parallel(processes: int) -> Executor:
+def make_executor(processes: int) -> Executor:
     """Processes of one thread each: matrices this small gain little from a second one."""
     if processes == 1:
         return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
     return ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))
 
 
-def compared(work: Path, size: Size, processes: int) -> dict[str, Any]:
+def compare_methods(work: Path, size: Size, processes: int) -> dict[str, Any]:
     """Train and measure everything."""
     methods.prepare(work, size)
     methods.teacher_run(work, size)
     seeds = range(size.seeds)
-    with in_parallel(processes) as pool:
+    with make_executor(processes) as pool:
         begun = [pool.submit(methods.flow_map_run, work, size, seed) for seed in seeds]
-        rows = [pool.submit(distilled, "consistency", seed, work, size) for seed in seeds]
+        rows = [pool.submit(distill_and_measure, "consistency", seed, work, size) for seed in seeds]
         wait(begun)  # what follows goes on from them
-        rows += [pool.submit(distilled, name, seed, work, size) for name in ("full", "flow-map", "teacher") for seed in seeds]
+        rows += [
+            pool.submit(distill_and_measure, name, seed, work, size) for name in ("full", "flow-map", "teacher") for seed in seeds
+        ]
         found = [row.result() for row in rows]
     by_name = {name: [one for which, _, one in found if which == name] for name in NAMES}
     table = {
         distance: {name: [summary([one[i][distance] for one in by_name[name]]) for i in range(len(COUNTS))] for name in NAMES}
         for distance in DISTANCES
     }
-    return {"floor": distances(shown(work, "floor"), shown(work, "data")), "distances": table}
+    return {"floor": distances(load_videos(work, "floor"), load_videos(work, "data")), "distances": table}
 
 
 def summary(values: list[float]) -> list[float]:
@@ -111,8 +113,8 @@ def claims(table: dict[str, list[list[float]]]) -> dict[str, Any]:
 
 def costs(work: Path, size: Size) -> dict[str, Any]:
     """Optimizer steps and seconds of every run, and passes a sample of each kind of step."""
-    runs = {path.parent.name: methods.done(path.parent) for path in sorted(work.glob("*/done.json"))}
-    return {"passes_a_step": methods.passes(methods.settings("on-policy", size, 0)), "runs": runs}
+    runs = {path.parent.name: methods.read_progress(path.parent) for path in sorted(work.glob("*/done.json"))}
+    return {"passes_a_step": methods.count_passes(methods.settings("on-policy", size, 0)), "runs": runs}
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
@@ -141,7 +143,7 @@ def draw(path: Path, result: dict[str, Any]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def show(result: dict[str, Any]) -> None:
+def print_table(result: dict[str, Any]) -> None:
     for distance, label in DISTANCES.items():
         print(f"\n{label} (data against data: {result['floor'][distance]:.4f})")
         print(f"  {'steps':16}" + "".join(f"{n:>18}" for n in COUNTS))
@@ -151,7 +153,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def folder(given: Path | None) -> Iterator[Path]:
+def work_folder(given: Path | None) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as made:
         work = given or Path(made)
         work.mkdir(parents=True, exist_ok=True)
@@ -167,15 +169,15 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     size = TINY if options.tiny else Size()
-    with folder(options.work) as work:
-        result = compared(work, size, options.processes)
+    with work_folder(options.work) as work:
+        result = compare_methods(work, size, options.processes)
         result["claims"] = {distance: claims(table) for distance, table in result["distances"].items()}
         result["costs"] = costs(work, size)
     if options.picture is not None:
         draw(options.picture, result)
-    show(result)
+    print_table(result)
     seconds = round(time.perf_counter() - started)
-    finish("any_step", {"size": dataclasses.asdict(size), "counts": COUNTS, "seconds": seconds, **result})
+    print_result("any_step", {"size": dataclasses.asdict(size), "counts": COUNTS, "seconds": seconds, **result})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ SLICES = 256
 
 
 @dataclass(frozen=True)
-class Shown:
+class VideoSet:
     """Some videos.
 
     Attributes:
@@ -41,25 +41,28 @@ class Shown:
     text: Tensor
 
 
-def distances(made: Shown, data: Shown) -> dict[str, float]:
+def distances(generated: VideoSet, data: VideoSet) -> dict[str, float]:
     """Both, by name; as many of one as of the other."""
-    found, wanted = features(made), features(data)
-    unit = wanted.std(0)
+    found, reference = features(generated), features(data)
+    unit = reference.std(0)
     unit = unit.clamp(min=float(unit[: CHANNELS[1]].median()) / 4)  # one that hardly fires must not decide
-    return {"frechet": frechet(found / unit, wanted / unit), "sliced_wasserstein": sliced_wasserstein(made.latents, data.latents)}
+    return {
+        "frechet": frechet(found / unit, reference / unit),
+        "sliced_wasserstein": sliced_wasserstein(generated.latents, data.latents),
+    }
 
 
 @torch.no_grad()
-def features(shown: Shown) -> Tensor:
+def features(videos: VideoSet) -> Tensor:
     """float64 (N, 80): random, and the same ones always."""
-    frames, channels = shown.latents.shape[1:3]
+    frames, channels = videos.latents.shape[1:3]
     first = seeded_normal((CHANNELS[0], frames * channels, 3, 3), 0, "features", 1) / (9 * frames * channels) ** 0.5
     second = seeded_normal((CHANNELS[1], CHANNELS[0], 3, 3), 0, "features", 2) / (9 * CHANNELS[0] / 2) ** 0.5
     bias = seeded_normal((CHANNELS[0],), 0, "features", "bias") / 2
-    x = F.pad(shown.latents.flatten(1, 2), (1, 1, 1, 1), mode="circular")  # the scenes live on a torus
+    x = F.pad(videos.latents.flatten(1, 2), (1, 1, 1, 1), mode="circular")  # the scenes live on a torus
     x = F.pad(F.relu(F.conv2d(x, first, bias)), (1, 1, 1, 1), mode="circular")
     x = F.relu(F.conv2d(x, second)).mean((2, 3))
-    words = shown.text.flatten(1) @ seeded_normal((shown.text[0].numel(), WORDS), 0, "features", "words")
+    words = videos.text.flatten(1) @ seeded_normal((videos.text[0].numel(), WORDS), 0, "features", "words")
     return torch.cat([x, words], 1).double()
 
 

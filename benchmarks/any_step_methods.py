@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from any_step_distance import Shown
+from any_step_distance import VideoSet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -100,14 +100,14 @@ class Size:
 TINY = Size(samples=64, judged=16, batch=4, teacher=4, flow_map=2, on_policy=1, seeds=2)
 
 
-def passes(chosen: Recipe) -> dict[str, float]:
+def count_passes(stage_recipe: Recipe) -> dict[str, float]:
     """Forwards of the network for each sample of an optimizer step, on average; a backward counts as two.
 
     A flow-map step: one with gradient, two without for the half of the batch with r < t. On policy: a roll-out with gradient
     and one without, three scores, one update of the fake score, and a flow-map step. Consistency distillation: the teacher,
     the target, and one with gradient.
     """
-    counts = chosen.flow.rollout_steps
+    counts = stage_recipe.flow.rollout_steps
     shortcuts = [sum(len(shortcut(n, g, 1.0)) for g in range(n)) / n for n in counts]
     jumps = sum(shortcuts) / len(counts)
     flow_map = 3 + 2 * 0.5
@@ -170,19 +170,19 @@ def prepare(work: Path, size: Size) -> None:
     (work / "start" / "config.json").write_text(json.dumps(NETWORK.as_config()))
 
 
-def trained(work: Path, output: Path, chosen: Recipe, init: Path, teacher: Path | None = None) -> Path:
+def train_stage(work: Path, output: Path, stage_recipe: Recipe, init: Path, teacher: Path | None = None) -> Path:
     """A run of the project's trainer; the model's folder, at once where it is there already."""
 
     def opening(_: str, __: Recipe, ___: Weights, part: DataShard) -> Shapes:
         return Shapes(part, work / "train.safetensors")
 
-    request = RunSpec(chosen, output, init, teacher, device="cpu")
-    return finished(output, chosen.optimizing.steps, lambda: Trainer(request, ALONE, opening).run())
+    request = RunSpec(stage_recipe, output, init, teacher, device="cpu")
+    return run_once(output, stage_recipe.optimizing.steps, lambda: Trainer(request, ALONE, opening).run())
 
 
-def finished(output: Path, steps: int, run: Any) -> Path:
+def run_once(output: Path, steps: int, run: Any) -> Path:
     """The model in a folder, trained so far; `run` makes it where it is not. The seconds that took are kept beside it."""
-    before = done(output)
+    before = read_progress(output)
     if before["steps"] != steps:
         started = time.perf_counter()
         run()
@@ -191,7 +191,7 @@ def finished(output: Path, steps: int, run: Any) -> Path:
     return output / "model"
 
 
-def done(output: Path) -> dict[str, float]:
+def read_progress(output: Path) -> dict[str, float]:
     """Optimizer steps that a run finished, and the seconds they took."""
     note = output / "done.json"
     found: dict[str, float] = json.loads(note.read_text()) if note.exists() else {"steps": 0, "seconds": 0}
@@ -200,7 +200,7 @@ def done(output: Path) -> dict[str, float]:
 
 def teacher_run(work: Path, size: Size) -> Path:
     """Flow matching from random weights."""
-    return trained(work, work / "teacher", settings("teacher", size, 0), work / "start")
+    return train_stage(work, work / "teacher", settings("teacher", size, 0), work / "start")
 
 
 def flow_map_run(work: Path, size: Size, seed: int) -> Path:
@@ -208,42 +208,44 @@ def flow_map_run(work: Path, size: Size, seed: int) -> Path:
     output = work / f"flow-map-{seed}"
     kept = output / "first"
     if not kept.exists():
-        model = trained(work, output, settings("flow-map", size, seed), work / "teacher" / "model")
+        model = train_stage(work, output, settings("flow-map", size, seed), work / "teacher" / "model")
         shutil.copytree(model, kept)
     return kept
 
 
 def flow_map_alone(work: Path, size: Size, seed: int) -> Path:
     """Goes on where `flow_map_run` stopped, for as long as training on policy would cost."""
-    chosen = settings("flow-map", size, seed)
-    cost = passes(chosen)
+    stage_recipe = settings("flow-map", size, seed)
+    cost = count_passes(stage_recipe)
     steps = size.flow_map + round(size.on_policy * cost["on-policy"] / cost["flow-map"])
-    longer = settings("flow-map", size, seed, steps=steps, ema_start=chosen.optimizing.ema_start)
-    return trained(work, work / f"flow-map-{seed}", longer, work / "teacher" / "model")
+    longer = settings("flow-map", size, seed, steps=steps, ema_start=stage_recipe.optimizing.ema_start)
+    return train_stage(work, work / f"flow-map-{seed}", longer, work / "teacher" / "model")
 
 
 def full_run(work: Path, size: Size, seed: int) -> Path:
     """The full method's second part."""
-    chosen = settings("on-policy", size, seed)
-    return trained(work, work / f"on-policy-{seed}", chosen, work / f"flow-map-{seed}" / "first", work / "teacher" / "model")
+    stage_recipe = settings("on-policy", size, seed)
+    return train_stage(
+        work, work / f"on-policy-{seed}", stage_recipe, work / f"flow-map-{seed}" / "first", work / "teacher" / "model"
+    )
 
 
 def consistency_run(work: Path, size: Size, seed: int) -> Path:
     """Consistency distillation at the full method's cost."""
-    chosen = settings("flow-map", size, seed)
-    cost = passes(chosen)
+    stage_recipe = settings("flow-map", size, seed)
+    cost = count_passes(stage_recipe)
     steps = round((size.flow_map * cost["flow-map"] + size.on_policy * cost["on-policy"]) / cost["consistency"])
     output = work / f"consistency-{seed}"
     output.mkdir(exist_ok=True)
-    return finished(output, steps, lambda: _consistency(work, output, size, chosen, steps))
+    return run_once(output, steps, lambda: _consistency(work, output, size, stage_recipe, steps))
 
 
 def _consistency(work: Path, output: Path, size: Size, base: Recipe, steps: int) -> None:
-    chosen = override_recipe(base, {"learning_rate": size.consistency_rate, "steps": steps})
-    seed, device = chosen.running.seed, ALONE.device
+    stage_recipe = override_recipe(base, {"learning_rate": size.consistency_rate, "steps": steps})
+    seed, device = stage_recipe.running.seed, ALONE.device
     weights = open_initial_weights(work / "teacher" / "model", False, NETWORK)
-    optimizer_state = OptimizerState(build_trained_network(weights, chosen, device, None), chosen.optimizing)
-    teacher = build_frozen_network(weights, chosen, device, None)
+    optimizer_state = OptimizerState(build_trained_network(weights, stage_recipe, device, None), stage_recipe.optimizing)
+    teacher = build_frozen_network(weights, stage_recipe, device, None)
     times = torch.tensor(Schedule.uniform(GRID, size.shift).timesteps)
     data = Shapes(DataShard(0, 1, size.batch), work / "train.safetensors")
     softness = 0.00054 * math.sqrt(math.prod(SHAPE))
@@ -271,7 +273,7 @@ def clean_from(network: TrainingTransformer, z: Tensor, t: Tensor, text: Tensor)
 
 
 @torch.no_grad()
-def samples(model: Path, how: str, count: int, text: Tensor, shift: float, seed: int) -> Shown:
+def samples(model: Path, sampler: str, count: int, text: Tensor, shift: float, seed: int) -> VideoSet:
     """Samples of `count` steps for these captions.
 
     Args:
@@ -284,14 +286,14 @@ def samples(model: Path, how: str, count: int, text: Tensor, shift: float, seed:
     made = []
     for number, words in enumerate(text.split(256)):
         z = seeded_normal((len(words), *SHAPE), seed, "judged", number)
-        if how == "jumps":
+        if sampler == "jumps":
             z = rollout(network, z, words, WHOLE, pairs)
-        for t, r in pairs if how != "jumps" else ():
+        for t, r in pairs if sampler != "jumps" else ():
             now, after = (torch.full((len(z),), s) for s in (t, r))
-            if how == "ode":
+            if sampler == "ode":
                 z = z - (sigma(now) - sigma(after)) * velocity(network, z, now, now, words, WHOLE, EMPTY_CONTEXT)
             else:
                 clean = clean_from(network, z, now, words)
                 z = add_noise(clean, seeded_normal(z.shape, seed, "again", number, r), after) if r else clean
         made.append(z)
-    return Shown(torch.cat(made), text)
+    return VideoSet(torch.cat(made), text)

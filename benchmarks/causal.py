@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import finish
+from common import print_result
 
 from anyflow_deploy import MODELS, Schedule, load_engine, noise, stream
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
@@ -125,7 +125,7 @@ def main() -> None:
         unlimited, everything = long_video(engine, None, options.rounds)
     apart = [difference(a, b).relative_l2 for a, b in zip(kept, everything, strict=True)]
     plan = cache_plan(MODELS["far-1.3b"].architecture, None, 60, 104)
-    finish("causal", {
+    print_result("causal", {
         "layers": options.layers, "steps": STEPS, "rounds": options.rounds, **result,
         "chunk_40_over_10_windowed": growth(windowed), "chunk_40_over_10_unlimited": growth(unlimited), "window": WINDOW,
         "window_relative_l2_chunk_10_20_40": [round(apart[chunk], 4) for chunk in (10, 20, 40)],

@@ -14,19 +14,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from anyflow_deploy.doctor.machine import processor
+from anyflow_deploy.doctor.describe_machine import probe_processor
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """What identifies a measurement: processor, its instructions, cores, memory, versions, date."""
     names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
-    cpu = next(names, platform.machine())
+    cpu = next(names, platform.describe_machine())
     memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
     packages = ("anyflow-deploy", "torch", "onnx", "onnxruntime", "diffusers")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu,
-        "instructions": processor().facts["flags"],
+        "instructions": probe_processor().facts["flags"],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**20, 1),
         "python": platform.python_version(),
@@ -49,7 +49,7 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def child(words: Sequence[str], **options: Any) -> dict[str, Any]:
+def run_process(words: Sequence[str], **options: Any) -> dict[str, Any]:
     """Run a command; returns its wall seconds, peak resident memory of it and its children (MiB), and standard output.
 
     Raises:
@@ -69,9 +69,9 @@ def child(words: Sequence[str], **options: Any) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "peak_mib": usage.ru_maxrss / 1024, "output": output, "errors": errors[0]}
 
 
-def python(code: str, *arguments: str) -> dict[str, Any]:
-    """`child` for a piece of Python."""
-    return child([sys.executable, "-c", code, *arguments])
+def run_python(code: str, *arguments: str) -> dict[str, Any]:
+    """`run_process` for a piece of Python."""
+    return run_process([sys.executable, "-c", code, *arguments])
 
 
 def gpu_name(device: str) -> str:
@@ -83,6 +83,6 @@ def gpu_name(device: str) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def finish(name: str, result: dict[str, Any]) -> None:
+def print_result(name: str, result: dict[str, Any]) -> None:
     """Print the result as one JSON line, the last."""
-    print(json.dumps({"benchmark": name, "machine": machine(), **result}))
+    print(json.dumps({"benchmark": name, "machine": describe_machine(), **result}))

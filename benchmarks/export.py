@@ -19,17 +19,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import finish, python
+from common import print_result, run_python
 
 _TRACE = """
 import time
 started = time.perf_counter()
 from anyflow_deploy import MODELS
 from anyflow_deploy.export.onnx_graph import onnx_from_traced
-from anyflow_deploy.export.trace import traced_graph
+from anyflow_deploy.export.trace import trace_graph
 from anyflow_deploy.shape_ranges import widest
 architecture = MODELS["14b"].architecture
-model = onnx_from_traced(traced_graph("transition", architecture, widest(architecture), "fp16", fused=False), 20)
+model = onnx_from_traced(trace_graph("transition", architecture, widest(architecture), "fp16", fused=False), 20)
 assert len(model.graph.initializers) > 1000
 print(time.perf_counter() - started)
 """
@@ -110,19 +110,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to put 15 GB for a while")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    trace = python(_TRACE)
+    trace = run_python(_TRACE)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         size = save_random_checkpoint(folder / "checkpoint", "1.3b")
         rounds = []
         for _ in range(options.rounds):
-            export = python(_EXPORT, str(folder / "checkpoint"), str(folder / "bundle"))
+            export = run_python(_EXPORT, str(folder / "checkpoint"), str(folder / "bundle"))
             stages = json.loads(export["output"])
             written = (folder / "bundle" / "weights.safetensors").stat().st_size
             plain = copy_seconds(folder / "checkpoint", written, folder)
             rounds.append((export["seconds"], export["peak_mib"], stages["writing weights"], plain))
         seconds, peaks, writing, copies = zip(*rounds, strict=True)
-    finish("export", {
+    print_result("export", {
         "trace_14b_seconds": round(float(trace["output"]), 1), "trace_14b_peak_mib": round(trace["peak_mib"]),
         "checkpoint_bytes": size, "bundle_bytes": written, "rounds": options.rounds,
         "export_seconds": round(statistics.median(seconds), 1), "export_peak_mib": round(max(peaks)),

@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import finish
+from common import print_result
 
 from anyflow_deploy import MODELS, AnyFlowError, Architecture, Bundle, Schedule, load_bundle, load_engine, noise, sample, stream
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
@@ -44,8 +44,8 @@ from anyflow_deploy.engines.build import BUILDERS, BuildSettings, build_engine, 
 from anyflow_deploy.engines.engine import Array, Engine
 from anyflow_deploy.engines.engine_folder import load_engine_folder
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
-from anyflow_deploy.export.quantization.prompts import random_text
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration
+from anyflow_deploy.export.quantization.prompts import random_prompt_embeds
 from anyflow_deploy.export.torch_run import TorchRun
 
 STEPS, CAUSAL_STEPS, FRAMES_PER_LATENT = (1, 2, 4, 8), 4, 4
@@ -87,7 +87,7 @@ def sizes(tiny: bool, layers: int | None) -> Size:
     return Size(model, causal, video, clip, (1, words, model.text_dim), peak)
 
 
-class Machine:
+class BenchmarkDevice:
     """The device: waits for it, and knows how much of its memory is taken."""
 
     def __init__(self, device: str) -> None:
@@ -99,14 +99,14 @@ class Machine:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def taken(self) -> int:
+    def used_bytes(self) -> int:
         """Bytes in use by anybody; 0 on the CPU, where benchmarks/memory.py measures processes."""
         if not self.cuda:
             return 0
         free, total = torch.cuda.mem_get_info()
         return total - free
 
-    def tidy(self) -> None:
+    def release_memory(self) -> None:
         """Give back what nobody holds."""
         gc.collect()
         if self.cuda:
@@ -120,7 +120,7 @@ class Machine:
         self.wait()
         return time.perf_counter() - started
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Name, driver's and CUDA's versions, clocks' neighbours."""
         if not self.cuda:
             return {"device": "cpu", "threads": torch.get_num_threads()}
@@ -133,7 +133,7 @@ class Machine:
         }
 
 
-def in_bf16(model: torch.nn.Module) -> torch.nn.Module:
+def cast_to_bf16(model: torch.nn.Module) -> torch.nn.Module:
     """As `from_pretrained(torch_dtype=torch.bfloat16)` loads it: some modules stay in float32."""
     stay = set(model._keep_in_fp32_modules or ())
     for name, parameter in model.named_parameters():
@@ -157,7 +157,7 @@ class Diffusers:
             model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.to(device)
         for name, parameter in model.named_parameters():
             parameter.data.copy_(weights.read(name))
-        self._model = in_bf16(model)
+        self._model = cast_to_bf16(model)
         if compiled:
             self._model.compile()
         self._device = device
@@ -177,13 +177,15 @@ class Diffusers:
         self._model = None
 
 
-def bundle_of(weights: RandomWeights, precision: str, folder: Path, device: str) -> Bundle:
+def export_random_bundle(weights: RandomWeights, precision: str, folder: Path, device: str) -> Bundle:
     """A bundle; 8 bits are calibrated here, briefly: speed does not depend on the ranges."""
     settings = ExportSettings(precision, target="cpu" if device == "cpu" and precision != "bf16" else "h100")
     if precision in ("int8", "fp8"):
         a = weights.architecture
         shape = (4 if a.causal else 2, a.in_channels, 16, 16)
-        calibration = calibrated(weights, CalibrationSettings(random_text(weights, ("one",)), shape, steps=(1,), device=device))
+        calibration = run_calibration(
+            weights, CalibrationSettings(random_prompt_embeds(weights, ("one",)), shape, steps=(1,), device=device)
+        )
         settings = dataclasses.replace(settings, calibration=calibration, base="bf16")
     return export_bundle(weights, folder, settings)
 
@@ -194,13 +196,13 @@ def build_settings(backend: str, provider: str) -> BuildSettings:
     return dataclasses.replace(settings, allow_fallback=True) if hasattr(settings, "allow_fallback") else settings  # type: ignore[call-arg]
 
 
-def engine_of(weights: RandomWeights, choice: str, folder: Path, device: str) -> tuple[Engine, dict[str, Any]]:
+def open_contestant(weights: RandomWeights, choice: str, folder: Path, device: str) -> tuple[Engine, dict[str, Any]]:
     """Export, build, load; also what that took."""
     backend, precision = choice.split(":")
     kind = "causal" if weights.architecture.causal else "whole"
     path = folder / f"{kind}-{precision}"
     started = time.perf_counter()
-    bundle = load_bundle(path, verify=False) if path.exists() else bundle_of(weights, precision, path, device)
+    bundle = load_bundle(path, verify=False) if path.exists() else export_random_bundle(weights, precision, path, device)
     exported = time.perf_counter()
     provider = "cuda" if device.startswith("cuda") else "cpu"
     achieved: dict[str, Any] = {}
@@ -217,21 +219,21 @@ def engine_of(weights: RandomWeights, choice: str, folder: Path, device: str) ->
 
 @contextmanager
 def contestants(
-    names: list[str], weights: RandomWeights, size: Size, folder: Path, machine: Machine, inputs: tuple[Array, Array]
+    names: list[str], weights: RandomWeights, size: Size, folder: Path, machine: BenchmarkDevice, inputs: tuple[Array, Array]
 ) -> Iterator[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
     """Everybody who can run here, warmed up; name -> engine, and name -> what is known of it."""
     engines: dict[str, Any] = {}
     known: dict[str, dict[str, Any]] = {}
     for name in names:
-        machine.tidy()
-        before = machine.taken()
+        machine.release_memory()
+        before = machine.used_bytes()
         print(f"  loading {name}", flush=True)
         try:
             facts: dict[str, Any] = {}
             if name.startswith("diffusers"):
                 engine: Any = Diffusers(weights, machine.device, name.endswith("compile"))
             else:
-                engine, facts = engine_of(weights, name, folder, machine.device)
+                engine, facts = open_contestant(weights, name, folder, machine.device)
             with engine.start(*inputs) as run:
                 facts["first_step_seconds"] = round(machine.seconds(lambda: run.step(1000.0, 500.0)), 3)
                 machine.seconds(lambda: [run.step(500.0, 400.0) for _ in range(3)])
@@ -239,17 +241,19 @@ def contestants(
             known[name] = {"not_run": str(error).split("\n")[0][:300]}
             print(f"    {known[name]['not_run']}", flush=True)
             continue
-        known[name] = {**facts, "memory_gib": round((machine.taken() - before) / 2**30, 2)}
+        known[name] = {**facts, "memory_gib": round((machine.used_bytes() - before) / 2**30, 2)}
         engines[name] = engine
     try:
         yield engines, known
     finally:
         for engine in engines.values():
             engine.close()
-        machine.tidy()
+        machine.release_memory()
 
 
-def steps_in_turn(engines: dict[str, Any], inputs: tuple[Array, Array], machine: Machine, rounds: int, repeats: int) -> Any:
+def steps_in_turn(
+    engines: dict[str, Any], inputs: tuple[Array, Array], machine: BenchmarkDevice, rounds: int, repeats: int
+) -> Any:
     """Seconds of a step by contestant, one for each round."""
     times: dict[str, list[float]] = {name: [] for name in engines}
     for index in range(rounds):
@@ -260,7 +264,7 @@ def steps_in_turn(engines: dict[str, Any], inputs: tuple[Array, Array], machine:
     return times
 
 
-def clips_in_turn(engines: dict[str, Any], inputs: tuple[Array, Array], machine: Machine, rounds: int) -> dict[str, Any]:
+def clips_in_turn(engines: dict[str, Any], inputs: tuple[Array, Array], machine: BenchmarkDevice, rounds: int) -> dict[str, Any]:
     """Median milliseconds of a clip by contestant and number of steps."""
     times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in STEPS} for name in engines}
     for _ in range(rounds):
@@ -276,7 +280,7 @@ def milliseconds(values: list[float]) -> float:
     return round(1e3 * statistics.median(values), 3)
 
 
-def floor_seconds(a: Architecture, size: Size, machine: Machine, rounds: int) -> dict[str, float]:
+def floor_seconds(a: Architecture, size: Size, machine: BenchmarkDevice, rounds: int) -> dict[str, float]:
     """The products and attentions of one step with nothing between them, one layer timed and multiplied; and the peaks."""
     from torch.nn.functional import linear, scaled_dot_product_attention
 
@@ -314,7 +318,7 @@ def floor_seconds(a: Architecture, size: Size, machine: Machine, rounds: int) ->
     }
 
 
-def whole(options: argparse.Namespace, size: Size, folder: Path, machine: Machine) -> dict[str, Any]:
+def whole(options: argparse.Namespace, size: Size, folder: Path, machine: BenchmarkDevice) -> dict[str, Any]:
     """The bidirectional part."""
     weights = RandomWeights(size.model, "1.3b")
     inputs = noise(size.latents, 0), noise(size.text, 1)
@@ -334,22 +338,22 @@ def whole(options: argparse.Namespace, size: Size, folder: Path, machine: Machin
     return {"floor": floor, "contestants": known}
 
 
-def causal(options: argparse.Namespace, size: Size, folder: Path, machine: Machine) -> dict[str, Any]:
+def causal(options: argparse.Namespace, size: Size, folder: Path, machine: BenchmarkDevice) -> dict[str, Any]:
     """One clip of the causal model for every engine, and diffusers' pipeline."""
     weights = RandomWeights(size.causal, "far-1.3b")
     latents, text = noise(size.causal_latents, 0), noise(size.text, 1)
     frames = (latents.shape[1] - 1) * FRAMES_PER_LATENT + 1
     result: dict[str, Any] = {}
     for name in options.engines.split(","):
-        machine.tidy()
-        before = machine.taken()
+        machine.release_memory()
+        before = machine.used_bytes()
         print(f"  causal {name}", flush=True)
         try:
-            engine, facts = engine_of(weights, name, folder, machine.device)
+            engine, facts = open_contestant(weights, name, folder, machine.device)
             with closing(engine):
-                streamed(engine, latents, text, machine)
-                first, total = zip(*(streamed(engine, latents, text, machine) for _ in range(options.rounds)), strict=True)
-                facts["memory_gib"] = round((machine.taken() - before) / 2**30, 2)
+                measure_stream(engine, latents, text, machine)
+                first, total = zip(*(measure_stream(engine, latents, text, machine) for _ in range(options.rounds)), strict=True)
+                facts["memory_gib"] = round((machine.used_bytes() - before) / 2**30, 2)
         except (AnyFlowError, ImportError, RuntimeError) as error:
             result[name] = {"not_run": str(error).split("\n")[0][:300]}
             continue
@@ -362,7 +366,7 @@ def causal(options: argparse.Namespace, size: Size, folder: Path, machine: Machi
     return result
 
 
-def streamed(engine: Engine, latents: Array, text: Array, machine: Machine) -> tuple[float, float]:
+def measure_stream(engine: Engine, latents: Array, text: Array, machine: BenchmarkDevice) -> tuple[float, float]:
     """Seconds to the first chunk and to the last."""
     machine.wait()
     started, first = time.perf_counter(), 0.0
@@ -372,12 +376,12 @@ def streamed(engine: Engine, latents: Array, text: Array, machine: Machine) -> t
     return first, time.perf_counter() - started
 
 
-def diffusers_clips(weights: RandomWeights, latents: Array, text: Array, machine: Machine, rounds: int) -> list[float]:
+def diffusers_clips(weights: RandomWeights, latents: Array, text: Array, machine: BenchmarkDevice, rounds: int) -> list[float]:
     """Seconds of a clip of diffusers' pipeline, latents only, bf16."""
     from causal import diffusers_pipeline
 
     pipeline = diffusers_pipeline(weights)
-    pipeline.transformer = in_bf16(pipeline.transformer)
+    pipeline.transformer = cast_to_bf16(pipeline.transformer)
     pipeline.to(machine.device)
     z = torch.from_numpy(latents).permute(0, 2, 1, 3, 4).to(machine.device, torch.bfloat16)
     words = torch.from_numpy(text).to(machine.device, torch.bfloat16)
@@ -390,24 +394,26 @@ def diffusers_clips(weights: RandomWeights, latents: Array, text: Array, machine
     return [machine.seconds(clip) for _ in range(rounds)]
 
 
-def device_ceilings(options: argparse.Namespace, size: Size, folder: Path, machine: Machine) -> dict[str, float]:
+def device_ceilings(options: argparse.Namespace, size: Size, folder: Path, machine: BenchmarkDevice) -> dict[str, float]:
     """The floor of a step and the device's rates, alone."""
     return floor_seconds(size.model, size, machine, options.rounds)
 
 
-def build_ahead(architecture: Architecture, name: str, options: argparse.Namespace, folder: Path, machine: Machine) -> Any:
+def build_ahead(
+    architecture: Architecture, name: str, options: argparse.Namespace, folder: Path, machine: BenchmarkDevice
+) -> Any:
     """Export and build what a later run with the same --folder measures."""
     result: dict[str, Any] = {}
     for choice in options.engines.split(","):
         try:
-            engine, result[choice] = engine_of(RandomWeights(architecture, name), choice, folder, machine.device)
+            engine, result[choice] = open_contestant(RandomWeights(architecture, name), choice, folder, machine.device)
             engine.close()
         except (AnyFlowError, ImportError, RuntimeError) as error:
             result[choice] = {"not_run": str(error).split("\n")[0][:300]}
     return result
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, Size, Path, Machine], Any]] = {
+PARTS: dict[str, Callable[[argparse.Namespace, Size, Path, BenchmarkDevice], Any]] = {
     "whole": whole,
     "causal": causal,
     "ceilings": device_ceilings,
@@ -437,8 +443,8 @@ def main() -> None:
         print(f"TensorRT for RTX {use_tensorrt_rtx(options.rtx == 'current')}", flush=True)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device here. To see that the program works: --tiny --device cpu")
-    machine, size = Machine(options.device), sizes(options.tiny, options.layers)
-    result: dict[str, Any] = {"device": machine.described(), "rounds": options.rounds, "layers": size.model.num_layers}
+    machine, size = BenchmarkDevice(options.device), sizes(options.tiny, options.layers)
+    result: dict[str, Any] = {"device": machine.describe(), "rounds": options.rounds, "layers": size.model.num_layers}
     result["tokens"] = size.latents[1] * (size.latents[3] // 2) * (size.latents[4] // 2)
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         folder = options.folder or Path(temporary)
@@ -446,7 +452,7 @@ def main() -> None:
         for name in [options.part] if options.part else ["whole", "causal"]:
             print(f"{name}:", flush=True)
             result[name] = PARTS[name](options, size, folder, machine)
-    finish("gpu", result)
+    print_result("gpu", result)
 
 
 if __name__ == "__main__":

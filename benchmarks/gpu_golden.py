@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import finish, gpu_name
+from common import gpu_name, print_result
 from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, sample, stream
@@ -27,8 +27,8 @@ from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.engines.build import BUILDERS, build_engine, settings_type
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
-from anyflow_deploy.export.quantization.prompts import PROMPTS, random_text
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration
+from anyflow_deploy.export.quantization.prompts import PROMPTS, random_prompt_embeds
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 0.15, "fp8": 0.15}
@@ -45,8 +45,8 @@ def export_golden(kind: str, precision: str, folder: Path, device: str) -> Bundl
     if precision in QUANTIZED:
         frames, height, width = (8, 8, 8) if kind == "causal" else (2, 8, 12)
         shape = (frames, weights.architecture.in_channels, height, width)
-        text = random_text(weights, PROMPTS[:1], 40)
-        calibration = calibrated(weights, CalibrationSettings(text, shape, steps=(1, 4), device=device))
+        text = random_prompt_embeds(weights, PROMPTS[:1], 40)
+        calibration = run_calibration(weights, CalibrationSettings(text, shape, steps=(1, 4), device=device))
         settings = dataclasses.replace(settings, calibration=calibration)
     return export_bundle(weights, folder, settings)
 
@@ -143,7 +143,7 @@ def main() -> None:
                     found = {"not_run": str(error).split("\n")[0][:600]}
                 print(f"  {found.get('worst', found.get('not_run'))}", flush=True)
                 result.setdefault(choice, {})[kind] = found
-    finish("gpu_golden", {"device": gpu_name(options.device), "engines": result})
+    print_result("gpu_golden", {"device": gpu_name(options.device), "engines": result})
 
 
 if __name__ == "__main__":

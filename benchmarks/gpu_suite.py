@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import machine
+from common import describe_machine
 
 HERE = Path(__file__).parent
 TAIL = 1500
@@ -137,7 +137,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     logs = options.output.parent
     together, alone = list_parts(options, folder)
     parts: dict[str, Any] = {}
-    result = {"benchmark": "gpu_suite", "machine": machine(), "gpu": describe_gpu(), "parts": parts}
+    result = {"benchmark": "gpu_suite", "machine": describe_machine(), "gpu": describe_gpu(), "parts": parts}
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {part.name: pool.submit(run_part, part, left(), logs) for part in together}
         for name, future in futures.items():

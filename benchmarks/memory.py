@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common import finish, python
+from common import print_result, run_python
 
 from anyflow_deploy import MODELS
 from anyflow_deploy.memory.estimate import RUNTIME, LatentShape, estimate_memory
@@ -94,7 +94,7 @@ def main() -> None:
         export_bundle(weights, bundle, ExportSettings(options.precision, calibration=calibration, target="cpu"))
         for shape in SHAPES:
             sizes = (shape.frames, shape.height, shape.width)
-            seen = json.loads(python(_ONE, str(bundle), *map(str, sizes))["output"])
+            seen = json.loads(run_python(_ONE, str(bundle), *map(str, sizes))["output"])
             need = estimate_memory(a, options.precision, TARGETS["cpu"], shape)
             estimated = need.activations + need.workspace - RUNTIME
             rows.append(
@@ -107,7 +107,7 @@ def main() -> None:
                     "deviation": round(estimated / seen["activations"] - 1, 3),
                 }
             )
-    finish("memory", {**vars(options), "rows": rows})
+    print_result("memory", {**vars(options), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import finish
+from common import print_result
 from step import SHAPE, TEXT, seconds
 
 from anyflow_deploy import MODELS, Bundle, Schedule, load_engine, noise, sample
@@ -31,15 +31,20 @@ from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array, Engine
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.export.diffusers_engine import TorchEngine
+from anyflow_deploy.export.diffusers_engine import DiffusersEngine
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration
 from anyflow_deploy.export.quantization.fake_quant import FakeQuant
-from anyflow_deploy.export.quantization.matmul_parity import product_differences
-from anyflow_deploy.export.quantization.plan import planned
-from anyflow_deploy.export.quantization.prompts import random_text
-from anyflow_deploy.export.quantization.sensitivity import Probe, ProbeSettings, kept_layers, measured_sensitivity
-from anyflow_deploy.export.torch_engine import NetworkEngine
+from anyflow_deploy.export.quantization.matmul_parity import compare_products
+from anyflow_deploy.export.quantization.plan import plan_quantization
+from anyflow_deploy.export.quantization.prompts import random_prompt_embeds
+from anyflow_deploy.export.quantization.sensitivity import (
+    SensitivityAnalyzer,
+    SensitivitySettings,
+    measure_sensitivity,
+    select_full_precision_layers,
+)
+from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import Calibration
 
@@ -57,7 +62,7 @@ def weights_of(name: str) -> Weights:
     return RandomWeights(base if name == "tiny" else dataclasses.replace(base, num_layers=2), name)
 
 
-def plain(calibration: Calibration) -> dict[str, ExportSettings]:
+def simple_variants(calibration: Calibration) -> dict[str, ExportSettings]:
     """The rows of the table that need no choice of layers."""
     return {
         "fp32": ExportSettings(),
@@ -70,13 +75,13 @@ def plain(calibration: Calibration) -> dict[str, ExportSettings]:
 
 def variants(weights: Weights, calibration: Calibration, shape: tuple[int, int, int, int]) -> dict[str, ExportSettings]:
     """All rows."""
-    settings = ProbeSettings(random_text(weights, ("probe",)).embeddings, shape, (1, 4))
-    found = measured_sensitivity(Probe(weights, calibration, "fp8", settings))
-    rows, kept = plain(calibration), kept_layers(found, keep=len(found.layers) // 6)
-    return {**rows, "fp8, kept": dataclasses.replace(rows["fp8"], kept=tuple(kept))}
+    settings = SensitivitySettings(random_prompt_embeds(weights, ("probe",)).prompt_embeds, shape, (1, 4))
+    found = measure_sensitivity(SensitivityAnalyzer(weights, calibration, "fp8", settings))
+    rows, full_precision_layers = simple_variants(calibration), select_full_precision_layers(found, keep=len(found.layers) // 6)
+    return {**rows, "fp8, kept": dataclasses.replace(rows["fp8"], full_precision_layers=tuple(full_precision_layers))}
 
 
-def rolled(engine: Engine, latents: Array, text: Array, steps: tuple[int, ...] = STEPS) -> dict[str, Array]:
+def run_rollouts(engine: Engine, latents: Array, text: Array, steps: tuple[int, ...] = STEPS) -> dict[str, Array]:
     """One velocity, and whole samples."""
     with engine.start(latents, text) as run:
         velocity = run.velocity(900, 500)
@@ -85,32 +90,34 @@ def rolled(engine: Engine, latents: Array, text: Array, steps: tuple[int, ...] =
 
 def distances(weights: Weights, calibration: Calibration, shape: tuple[int, int, int, int], folder: Path) -> dict[str, Any]:
     """Every precision of one model against diffusers."""
-    latents, text = noise((1, *shape), 7), random_text(weights, ("measured",)).embeddings
-    expected = rolled(TorchEngine(weights), latents, text)
+    latents, text = noise((1, *shape), 7), random_prompt_embeds(weights, ("measured",)).prompt_embeds
+    expected = run_rollouts(DiffusersEngine(weights), latents, text)
     rows = {}
     for name, settings in variants(weights, calibration, shape).items():
         print(f"  {name}", flush=True)
         bundle = export_bundle(weights, folder / name.replace(", ", "-"), settings)
-        made = rolled(load_engine(bundle), latents, text)
+        made = run_rollouts(load_engine(bundle), latents, text)
         rows[name] = {key: float(f"{difference(made[key], expected[key]).relative_l2:.3g}") for key in expected}
         rows[name]["megabytes"] = round(sum(file.bytes for file in bundle.manifest.files.values()) / 1e6, 2)
         rows[name]["flops_8_bit"] = bundle.manifest.achieved.quantized_flops
         if settings.calibration is not None:
-            rows[name]["agreement"] = agreement(bundle, weights, settings, latents, text, made)
+            rows[name]["agreement"] = measure_agreement(bundle, weights, settings, latents, text, made)
     return rows
 
 
-def agreement(
+def measure_agreement(
     bundle: Bundle, weights: Weights, s: ExportSettings, latents: Array, text: Array, made: dict[str, Array]
 ) -> dict[str, float]:
     """How far ONNX Runtime is from the same rounding in PyTorch: the whole, and the worst product alone."""
     assert s.calibration is not None
-    plan = planned(weights, s.calibration, s.precision, "fp32", s.smooth, "high", s.kept, NullProgress())
-    engine = NetworkEngine(weights)
-    FakeQuant(engine.network, weights.architecture, s.calibration, s.precision, s.kept, plan.smooth)
-    theirs = rolled(engine, latents, text, steps=(4,))
+    plan = plan_quantization(
+        weights, s.calibration, s.precision, "fp32", s.smooth, "high", s.full_precision_layers, NullProgress()
+    )
+    engine = TorchEngine(weights)
+    FakeQuant(engine.network, weights.architecture, s.calibration, s.precision, s.full_precision_layers, plan.smooth)
+    theirs = run_rollouts(engine, latents, text, steps=(4,))
     found = {key: difference(made[key], values).relative_l2 for key, values in theirs.items()}
-    alone = product_differences(bundle, engine, plan.smooth, lambda e: e.start(latents, text).velocity(900, 500))
+    alone = compare_products(bundle, engine, plan.smooth, lambda e: e.start(latents, text).velocity(900, 500))
     return {key: float(f"{value:.3g}") for key, value in {**found, "products": max(alone.values())}.items()}
 
 
@@ -121,7 +128,7 @@ def speed(weights: Weights, settings: ExportSettings, folder: Path, rounds: int)
     """
     latents, text = noise(SHAPE, 0), noise(TEXT, 1)
     engine = load_engine(export_bundle(weights, folder, settings))
-    ours, theirs = engine.start(latents, text), TorchEngine(weights).start(latents, text)
+    ours, theirs = engine.start(latents, text), DiffusersEngine(weights).start(latents, text)
     times: list[tuple[float, float]] = []
     for _ in range(rounds + 2):  # ONNX Runtime's arena settles in two runs
         times.append((seconds(lambda: ours.velocity(900, 500)), seconds(lambda: theirs.velocity(900, 500))))
@@ -146,16 +153,16 @@ def main() -> None:
         weights, (frames, height, width) = weights_of(name), SIZES[name]
         shape = (frames, weights.architecture.in_channels, height, width)
         print(f"{name}: calibration", flush=True)
-        calibration = calibrated(weights, CalibrationSettings(random_text(weights, ("one", "two")), shape))
+        calibration = run_calibration(weights, CalibrationSettings(random_prompt_embeds(weights, ("one", "two")), shape))
         rows = result[name] = {}
         with tempfile.TemporaryDirectory() as folder:
             if options.only != "speed":
                 rows.update(distances(weights, calibration, shape, Path(folder)))
             if options.only != "distances" and name == "wide":
-                for row, settings in plain(calibration).items():
+                for row, settings in simple_variants(calibration).items():
                     print(f"  speed of {row}", flush=True)
                     rows.setdefault(row, {}).update(speed(weights, settings, Path(folder) / f"speed-{row}", options.rounds))
-    finish("precision", {"rounds": options.rounds, "steps": STEPS, "models": result})
+    print_result("precision", {"rounds": options.rounds, "steps": STEPS, "models": result})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import finish
+from common import print_result
 
 from anyflow_deploy import MODELS, AdaptiveResult, AdaptiveSteps, Engine, Schedule, load_engine, noise, sample, stream
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
@@ -49,7 +49,7 @@ def chunks(engine: Engine, seed: int, course: Schedule | AdaptiveSteps) -> list[
     return [c.latents for c in stream(engine, noise((1, sum(CHUNKS), a.in_channels, 8, 8), seed), text, course, CHUNKS)]
 
 
-def tracked(engine: Engine) -> dict[str, Any]:
+def measure_tracking(engine: Engine) -> dict[str, Any]:
     """Estimate and truth by steps (medians), the range of their ratio, and the first chunk against the others."""
     runs = [{n: chunks(engine, seed, Schedule.uniform(n)) for n in (*COUNTS, LIMIT)} for seed in SEEDS]
     rows, ratios, spread = [], [], 0.0
@@ -69,7 +69,7 @@ def tracked(engine: Engine) -> dict[str, Any]:
     return {"rows": rows, "ratio": [round(min(ratios), 2), round(max(ratios), 2)], "first_chunk_off_db": round(spread, 1)}
 
 
-def picked(engine: Engine) -> dict[int, list[int]]:
+def measure_selection(engine: Engine) -> dict[int, list[int]]:
     """Steps that a target picks, and all transitions that took."""
     found = {}
     for target in TARGETS:
@@ -103,7 +103,10 @@ def main() -> None:
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        results = {name: {**tracked(engine), "picked": picked(engine)} for name, engine in engines(Path(folder)).items()}
+        results = {
+            name: {**measure_tracking(engine), "picked": measure_selection(engine)}
+            for name, engine in engines(Path(folder)).items()
+        }
     for name, result in results.items():
         print(f"{name}: estimate {result['ratio'][0]} to {result['ratio'][1]} of the truth")
         for steps, estimate, true, estimate_db, true_db in result["rows"]:
@@ -111,7 +114,7 @@ def main() -> None:
         print("  " + ", ".join(f"{target} dB: {steps} steps, {made} made" for target, (steps, made) in result["picked"].items()))
     if options.picture is not None:
         draw(options.picture, results)
-    finish("quality", {"models": results})
+    print_result("quality", {"models": results})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from common import finish
+from common import print_result
 from websockets.sync.client import connect
 
 from anyflow_deploy import MODELS
@@ -38,7 +38,7 @@ TENTHS = 10
 """How often the server's memory is read: whether it grows without end shows in a row of numbers, not in two."""
 
 
-def watched(url: str, client: httpx.Client) -> tuple[float, float, dict[str, Any]]:
+def watch_video(url: str, client: httpx.Client) -> tuple[float, float, dict[str, Any]]:
     """Seconds to the first chunk and to the end, as the client sees them, and the video as it ended."""
     started, first = time.perf_counter(), 0.0
     name = client.post("/v1/videos", json=SHORT).raise_for_status().json()["id"]
@@ -57,25 +57,25 @@ def resident_mb(pid: int) -> float:
     return int(found[1]) / 1024 if found else 0.0
 
 
-def polled(client: httpx.Client, times: list[float], stop: threading.Event) -> None:
+def poll_list(client: httpx.Client, times: list[float], stop: threading.Event) -> None:
     while not stop.wait(0.05):
         started = time.perf_counter()
         client.get("/v1/videos?limit=1")
         times.append(time.perf_counter() - started)
 
 
-def measured(url: str, pid: int, count: int) -> dict[str, Any]:
+def measure_overhead(url: str, pid: int, count: int) -> dict[str, Any]:
     polls: list[float] = []
     stop = threading.Event()
     with httpx.Client(base_url=f"http://{url}", timeout=600) as client, httpx.Client(base_url=f"http://{url}") as other:
         for _ in range(5):
-            watched(url, client)
+            watch_video(url, client)
         resident = [resident_mb(pid)]
-        thread = threading.Thread(target=polled, args=(other, polls, stop))
+        thread = threading.Thread(target=poll_list, args=(other, polls, stop))
         thread.start()
         runs = []
         for number in range(1, count + 1):
-            runs.append(watched(url, client))
+            runs.append(watch_video(url, client))
             if number * TENTHS // count > (number - 1) * TENTHS // count:
                 resident.append(resident_mb(pid))
         stop.set()
@@ -118,11 +118,11 @@ def main() -> None:
                     sys.exit(log.read_text())
                 time.sleep(0.1)
             time.sleep(1)
-            result = measured(found[1], server.pid, options.videos)
+            result = measure_overhead(found[1], server.pid, options.videos)
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(60)
-    finish("serve", result)
+    print_result("serve", result)
 
 
 if __name__ == "__main__":

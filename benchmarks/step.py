@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import finish, python
+from common import print_result, run_python
 
 from anyflow_deploy import MODELS
 from anyflow_deploy.engines.engine_folder import load_engine_folder
@@ -57,7 +57,7 @@ with torch.no_grad():
 )
 
 
-def prepared(layers: int, folder: Path) -> tuple[Path, Path]:
+def prepare_models(layers: int, folder: Path) -> tuple[Path, Path]:
     """A checkpoint of 1.3B width as diffusers saves it, and the bundle exported from it."""
     import torch
     from diffusers import AnyFlowTransformer3DModel
@@ -109,11 +109,11 @@ def bare_products(layers: int) -> Callable[[], Any]:
     return work
 
 
-def compiled(bundle: Path, max_autotune: bool) -> dict[str, Any]:
+def compile_bundle(bundle: Path, max_autotune: bool) -> dict[str, Any]:
     """The bundle for torch's compiler, and what that took, in a process of its own: a child's peak is at least its parent's
     size when it began."""
     words = [str(bundle), "--backend", "aotinductor", *(["--max-autotune"] if max_autotune else [])]
-    made = python("from anyflow_deploy.cli.build import main; main()", *words)
+    made = run_python("from anyflow_deploy.cli.build import main; main()", *words)
     record = load_engine_folder(bundle / "engines" / "aotinductor-cpu").record
     size = sum(file.bytes for file in record.files.values())
     return {
@@ -123,7 +123,7 @@ def compiled(bundle: Path, max_autotune: bool) -> dict[str, Any]:
     }
 
 
-def timed(checkpoint: Path, bundle: Path, rounds: int, backends: Sequence[str]) -> dict[str, Any]:
+def time_in_turns(checkpoint: Path, bundle: Path, rounds: int, backends: Sequence[str]) -> dict[str, Any]:
     """All in turn; also how far apart their velocities are."""
     import numpy as np
     import torch
@@ -131,11 +131,11 @@ def timed(checkpoint: Path, bundle: Path, rounds: int, backends: Sequence[str]) 
     from anyflow_deploy import load_bundle, load_engine, noise
     from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
     from anyflow_deploy.engines.metrics import difference
-    from anyflow_deploy.export.diffusers_engine import TorchEngine
+    from anyflow_deploy.export.diffusers_engine import DiffusersEngine
 
     latents, text = noise(SHAPE, 0), noise(TEXT, 1)
     runs = {name: load_engine(bundle, name).start(latents, text) for name in backends}
-    runs["diffusers"] = TorchEngine(open_checkpoint(checkpoint)).start(latents, text)
+    runs["diffusers"] = DiffusersEngine(open_checkpoint(checkpoint)).start(latents, text)
     works: dict[str, Callable[[], Any]] = {name: functools.partial(run.velocity, 900, 500) for name, run in runs.items()}
     exact = works["diffusers"]()
     apart = {f"{name}_relative_l2": difference(works[name](), exact).relative_l2 for name in backends}
@@ -167,12 +167,12 @@ def main() -> None:
     options = parser.parse_args()
     backends = ["onnxruntime", *(["aotinductor"] if options.aotinductor else [])]
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint, bundle = prepared(options.layers, Path(folder))
-        built = compiled(bundle, options.max_autotune) if options.aotinductor else {}
-        peaks = {f"{name}_peak_mib": round(python(_ONE_OURS, str(bundle), name)["peak_mib"]) for name in backends}
-        peaks["diffusers_peak_mib"] = round(python(_ONE_DIFFUSERS, str(checkpoint))["peak_mib"])
-        result = timed(checkpoint, bundle, options.rounds, backends)
-    finish("step", {"layers": options.layers, "tokens": 1950, **result, **built, **peaks})
+        checkpoint, bundle = prepare_models(options.layers, Path(folder))
+        built = compile_bundle(bundle, options.max_autotune) if options.aotinductor else {}
+        peaks = {f"{name}_peak_mib": round(run_python(_ONE_OURS, str(bundle), name)["peak_mib"]) for name in backends}
+        peaks["diffusers_peak_mib"] = round(run_python(_ONE_DIFFUSERS, str(checkpoint))["peak_mib"])
+        result = time_in_turns(checkpoint, bundle, options.rounds, backends)
+    print_result("step", {"layers": options.layers, "tokens": 1950, **result, **built, **peaks})
 
 
 if __name__ == "__main__":

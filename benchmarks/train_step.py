@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from common import finish, gpu_name
+from common import gpu_name, print_result
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,7 +53,7 @@ TARGETS = torch.tensor([820.0, 610.0, 0.0, 450.0])
 PAIRS = shortcut(8, 3, SHIFT)
 
 
-class Plain:
+class DiffusersStep:
     """The algorithm on diffusers' AnyFlowTransformer3DModel."""
 
     def __init__(self, model: nn.Module, fake: nn.Module, real: nn.Module) -> None:
@@ -79,7 +79,7 @@ class Plain:
         same = t == r
         return torch.where(same, losses, losses * (losses[same].mean() / losses).detach()).mean()
 
-    def rolled(self, noise: Tensor, text: Tensor) -> Tensor:
+    def roll_out(self, noise: Tensor, text: Tensor) -> Tensor:
         z = noise
         for t, r in PAIRS:
             z = z - (t - r) / 1000 * self.u(self.model, z, torch.full((len(z),), t), torch.full((len(z),), r), text)
@@ -87,7 +87,7 @@ class Plain:
 
     def on_policy(self, pair: NoisePair) -> None:
         t, s = TIMES, (TIMES / 1000).view(-1, 1, 1, 1, 1)
-        x = self.rolled(pair.noise, pair.text)
+        x = self.roll_out(pair.noise, pair.text)
         with torch.no_grad():
             z = (1 - s) * x + s * pair.noise.flip(0)
             cond = z - s * self.u(self.real, z, t, t, pair.text)
@@ -97,12 +97,12 @@ class Plain:
         (x - (x - gradient).detach()).square().mean().backward()
         self.flow_map(pair).backward()
         with torch.no_grad():
-            x = self.rolled(pair.noise.flip(1), pair.text)
+            x = self.roll_out(pair.noise.flip(1), pair.text)
         z = (1 - s) * x + s * pair.noise
         (self.u(self.fake, z, t, t, pair.text) - (pair.noise - x)).square().mean().backward()
 
 
-class Ours:
+class AnyFlowStep:
     """The same step as the trainer makes it."""
 
     def __init__(self, model: TrainingTransformer, fake: TrainingTransformer, real: TrainingTransformer, frames: int) -> None:
@@ -128,7 +128,7 @@ class Ours:
 
 
 @contextmanager
-def kept(parameters: list[nn.Parameter]) -> Iterator[list[int]]:
+def saved_bytes(parameters: list[nn.Parameter]) -> Iterator[list[int]]:
     """Count what autograd keeps meanwhile: the sum comes out as the list's only entry."""
     own = {p.untyped_storage().data_ptr() for p in parameters}
     found: dict[int, int] = {}
@@ -151,7 +151,7 @@ def gradient(module: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for _, p in sorted(module.named_parameters()) if p.grad is not None])
 
 
-def timed(work: Callable[[], Any], modules: list[nn.Module], wait: Callable[[], None]) -> float:
+def time_step(work: Callable[[], Any], modules: list[nn.Module], wait: Callable[[], None]) -> float:
     for module in modules:
         module.zero_grad()
     wait()
@@ -177,7 +177,7 @@ def plain_networks(a: Architecture, drawn: list[dict[str, Tensor]], device: str,
     return modules
 
 
-def counted_products(work: Callable[[], Any]) -> int:
+def count_products(work: Callable[[], Any]) -> int:
     """Multiplications of all matrix products, attention's apart, which are few here; gradients are added to."""
     with FlopCounterMode(display=False) as counter:
         work()
@@ -214,7 +214,7 @@ def main() -> None:
     clean, noise = (torch.randn(shape, generator=draw).to(device) for _ in range(2))
     text, negative = (torch.randn(4, 64, a.text_dim, generator=draw).to(device) for _ in range(2))
     pair = NoisePair(clean, noise, text, negative)
-    sides: dict[str, Any] = {"ours": Ours(*ours, frames=shape[1]), "diffusers": Plain(*plain)}
+    sides: dict[str, Any] = {"ours": AnyFlowStep(*ours, frames=shape[1]), "diffusers": DiffusersStep(*plain)}
     modules: dict[str, list[nn.Module]] = {"ours": list(ours), "diffusers": list(plain)}
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
@@ -227,11 +227,11 @@ def main() -> None:
         seconds: dict[str, list[float]] = {n: [] for n in sides}
         for round_ in range(options.rounds + 1):  # the first warms up
             for n in sides:
-                spent = timed(works[n], modules[n], wait)
+                spent = time_step(works[n], modules[n], wait)
                 if round_:
                     seconds[n].append(spent)
         first, second = (gradient(modules[n][0]) for n in sides)
-        products = {n: counted_products(works[n]) for n in sides}
+        products = {n: count_products(works[n]) for n in sides}
         ratios = [b / x for x, b in zip(seconds["ours"], seconds["diffusers"], strict=True)]
         results[step] = {
             "ours_seconds": statistics.median(seconds["ours"]),
@@ -243,11 +243,14 @@ def main() -> None:
         }
     for name, step in (
         ("flow_map", lambda s: s.flow_map(pair)),
-        ("rollout", lambda s: s.rolled(noise, text) if isinstance(s, Plain) else rollout(s.model, noise, text, s.plan, PAIRS)),
+        (
+            "rollout",
+            lambda s: s.roll_out(noise, text) if isinstance(s, DiffusersStep) else rollout(s.model, noise, text, s.plan, PAIRS),
+        ),
     ):
         sizes = {}
         for n, side in sides.items():
-            with kept([p for m in modules[n] for p in m.parameters()]) as counted:
+            with saved_bytes([p for m in modules[n] for p in m.parameters()]) as counted:
                 step(side)
             sizes[n] = counted[0]
         results[f"{name}_kept"] = {
@@ -257,7 +260,7 @@ def main() -> None:
     for name, values in results.items():
         print(name, {k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()})
     about = {"device": gpu_name(device), "compute": options.compute, "width": options.width, "layers": options.layers}
-    finish("train_step", {**about, "shape": list(shape), **results})
+    print_result("train_step", {**about, "shape": list(shape), **results})
 
 
 if __name__ == "__main__":

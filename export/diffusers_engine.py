@@ -17,11 +17,11 @@ from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Stream, prepare_inputs
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.torch_run import TorchRun, on_device
+from anyflow_deploy.export.torch_run import TorchRun, move_to_device
 from anyflow_deploy.shape_ranges import ShapeRanges, widest_ranges
 
 
-class TorchEngine:
+class DiffusersEngine:
     """diffusers' transformer as an engine.
 
     Args:
@@ -35,14 +35,14 @@ class TorchEngine:
 
         architecture = weights.architecture
         if architecture.causal:
-            raise AnyFlowError("diffusers' causal class is not a safe reference: it attends to padding. Use NetworkEngine.")
+            raise AnyFlowError("diffusers' causal class is not a safe reference: it attends to padding. Use TorchEngine.")
         self.architecture = architecture
         self._device = device
         config = {k: v for k, v in architecture.as_config().items() if not k.startswith("_")}
         with init_empty_weights(include_buffers=False):  # random weights that nobody wants would double time and memory
             model = AnyFlowTransformer3DModel(**config)
         model.load_state_dict({name: weights.read(name).float() for name in weights.shapes()}, assign=True)
-        self._model = on_device(model, device)
+        self._model = move_to_device(model, device)
 
     @property
     def description(self) -> str:
@@ -57,9 +57,9 @@ class TorchEngine:
     def start(self, latents: ArrayLike, text: ArrayLike) -> TorchRun:
         """See `Engine`."""
         a = self.architecture
-        z, words = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
-        model, given = self._model, torch.from_numpy(words).to(self._device)
-        return TorchRun(lambda state, t, r: model(state, t, r, given, return_dict=False)[0], z, self._device)
+        z, prompt_embeds = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
+        model, prompt_tensor = self._model, torch.from_numpy(prompt_embeds).to(self._device)
+        return TorchRun(lambda state, t, r: model(state, t, r, prompt_tensor, return_dict=False)[0], z, self._device)
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> Stream:
         """See `Engine`."""

@@ -38,15 +38,15 @@ from anyflow_deploy.export.onnx_graph import (
     OPSETS,
     PRIMITIVE_OPSET,
     attach_weights,
-    described,
+    describe_graph,
     onnx_from_traced,
-    serialized,
+    serialize_model,
 )
 from anyflow_deploy.export.quantization.calibrate import check_architecture, check_calibration
-from anyflow_deploy.export.quantization.plan import Plan, planned
-from anyflow_deploy.export.quantization.precision_report import achieved
-from anyflow_deploy.export.quantization.qdq_pass import quantize
-from anyflow_deploy.export.trace import traced_graph
+from anyflow_deploy.export.quantization.plan import QuantizationPlan, plan_quantization
+from anyflow_deploy.export.quantization.precision_report import count_precisions
+from anyflow_deploy.export.quantization.qdq_pass import insert_qdq
+from anyflow_deploy.export.trace import trace_graph
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.model.transformer import constants
 from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name
@@ -88,7 +88,7 @@ class ExportSettings:
     base: str | None = None
     calibration: Calibration | None = None
     smooth: bool = True
-    kept: tuple[str, ...] = ()
+    full_precision_layers: tuple[str, ...] = ()
     attention: str = "high"
 
     @property
@@ -113,49 +113,49 @@ def export_bundle(
     """
     settings, progress = settings or ExportSettings(), progress or NullProgress()
     architecture = weights.architecture
-    ranges = checked(weights, settings)
+    ranges = validate_export(weights, settings)
     schedule = ScheduleDefaults(shift=schedule_shift(weights), steps=4)
     writer = BundleWriter(output, settings.overwrite)
     _check_space(output.parent, architecture, settings)
-    plan = _plan(weights, settings, progress)
+    plan = _plan_quantization(weights, settings, progress)
     with writer:
         models: dict[str, ir.Model] = {}
         parameters: dict[str, ParameterSpec] = {}
-        for name in GRAPHS[_kind(architecture)]:
+        for name in GRAPHS[_model_kind(architecture)]:
             # the parameters are the same in every graph
-            models[name], parameters = translated_graph(
+            models[name], parameters = translate_graph(
                 name, architecture, ranges, settings.base_precision, settings.opset, progress
             )
             if plan is not None:
-                quantize(models[name], plan)
-        entries = _weights_written(writer, weights, parameters, plan, progress)
+                insert_qdq(models[name], plan)
+        entries = _write_weights(writer, weights, parameters, plan, progress)
         if plan is not None and settings.calibration is not None:
             writer.write(CALIBRATION, settings.calibration.model_dump_json(by_alias=True).encode())
-        graphs = {name: _written(writer, name, model, entries, settings.opset) for name, model in models.items()}
-        video = _video(architecture, ranges)
-        counted = achieved(models, entries, architecture, video, plan.kept if plan else {})
-        return writer.finish(_manifest(weights, settings, ranges, schedule, graphs, counted, video))
+        graphs = {name: _write_graph(writer, name, model, entries, settings.opset) for name, model in models.items()}
+        video = _default_video(architecture, ranges)
+        precision_report = count_precisions(models, entries, architecture, video, plan.full_precision_layers if plan else {})
+        return writer.finish(_build_manifest(weights, settings, ranges, schedule, graphs, precision_report, video))
 
 
-def translated_graph(
+def translate_graph(
     name: str, architecture: Architecture, ranges: ShapeRanges, precision: str, opset: int, progress: Progress
 ) -> tuple[ir.Model, dict[str, ParameterSpec]]:
     """One graph in ONNX, and what the weights must provide for it. Which weights they are makes no difference.
 
     Args:
         name: a name in `MODULES`.
-        architecture, ranges: see `traced_graph`.
+        architecture, ranges: see `trace_graph`.
         precision: of everything that is not quantized.
         opset: in `OPSETS`.
         progress: where progress goes.
     """
     with progress.stage(f"tracing {name}, {architecture.num_layers} layers"):
-        traced = traced_graph(name, architecture, ranges, precision, fused=opset == FUSED_OPSET)
+        traced = trace_graph(name, architecture, ranges, precision, fused=opset == FUSED_OPSET)
     with progress.stage(f"translating to ONNX opset {opset}"):
         return onnx_from_traced(traced, opset), traced.parameters
 
 
-def _plan(weights: Weights, settings: ExportSettings, progress: Progress) -> Plan | None:
+def _plan_quantization(weights: Weights, settings: ExportSettings, progress: Progress) -> QuantizationPlan | None:
     """What is quantized, once the calibration is known to be of these weights."""
     calibration = settings.calibration
     if not get_precision(settings.precision).quantized:
@@ -165,11 +165,17 @@ def _plan(weights: Weights, settings: ExportSettings, progress: Progress) -> Pla
     with progress.stage("comparing the weights with the calibration's"):
         check_calibration(calibration, weights)
     s = settings
-    return planned(weights, calibration, s.precision, s.base_precision, s.smooth, s.attention, s.kept, progress)
+    return plan_quantization(
+        weights, calibration, s.precision, s.base_precision, s.smooth, s.attention, s.full_precision_layers, progress
+    )
 
 
-def _weights_written(
-    writer: BundleWriter, weights: Weights, parameters: dict[str, ParameterSpec], plan: Plan | None, progress: Progress
+def _write_weights(
+    writer: BundleWriter,
+    weights: Weights,
+    parameters: dict[str, ParameterSpec],
+    plan: QuantizationPlan | None,
+    progress: Progress,
 ) -> dict[str, TensorEntry]:
     fixed = constants(weights.architecture)
     if plan is None:
@@ -179,16 +185,16 @@ def _weights_written(
     )
 
 
-def _written(writer: BundleWriter, name: str, model: ir.Model, entries: dict[str, TensorEntry], opset: int) -> GraphRecord:
+def _write_graph(writer: BundleWriter, name: str, model: ir.Model, entries: dict[str, TensorEntry], opset: int) -> GraphRecord:
     """Write one graph and let ONNX's own checker read it back."""
     file = f"{name}.onnx"
     attach_weights(model, entries)
-    writer.write(file, serialized(model))
+    writer.write(file, serialize_model(model))
     onnx.checker.check_model(str(writer.folder / file))
-    return described(model, file, opset)
+    return describe_graph(model, file, opset)
 
 
-def checked(weights: Weights, settings: ExportSettings) -> ShapeRanges:
+def validate_export(weights: Weights, settings: ExportSettings) -> ShapeRanges:
     """Refuse what cannot be exported, without touching the disk; returns the ranges that will be declared."""
     architecture = weights.architecture
     if settings.opset not in OPSETS:
@@ -203,7 +209,7 @@ def checked(weights: Weights, settings: ExportSettings) -> ShapeRanges:
 def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
     """Refuse settings of quantization that do not go together."""
     if not get_precision(s.precision).quantized:
-        given = [name for name, value in (("calibration", s.calibration), ("kept", s.kept)) if value]
+        given = [name for name, value in (("calibration", s.calibration), ("kept", s.full_precision_layers)) if value]
         if given or s.attention != "high":
             what = " and ".join([*given, *(["attention fp8"] if s.attention != "high" else [])])
             raise AnyFlowError(f"precision {s.precision} quantizes nothing, so {what} would have no effect. Leave it out.")
@@ -231,25 +237,25 @@ def _check_space(folder: Path, architecture: Architecture, settings: ExportSetti
         raise AnyFlowError(f"the bundle takes about {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free. Make room.")
 
 
-def _manifest(
+def _build_manifest(
     weights: Weights,
     settings: ExportSettings,
     ranges: ShapeRanges,
     schedule: ScheduleDefaults,
     graphs: dict[str, GraphRecord],
-    counted: AchievedPrecision,
+    precision_report: AchievedPrecision,
     video: VideoDefaults,
 ) -> Manifest:
     architecture = weights.architecture
     name = model_name(architecture)
     return Manifest(
-        kind=_kind(architecture),
+        kind=_model_kind(architecture),
         model=name,
         config=architecture.as_config(),
         source=weights.source,
         precision=settings.precision,
-        quantization=_quantization(settings),
-        achieved=counted,
+        quantization=_quantization_record(settings),
+        achieved=precision_report,
         target=settings.target,
         graphs=graphs,
         ranges=ranges_to_records(ranges),
@@ -260,7 +266,7 @@ def _manifest(
     )
 
 
-def _quantization(s: ExportSettings) -> Quantization | None:
+def _quantization_record(s: ExportSettings) -> Quantization | None:
     if s.calibration is None:
         return None
     smooth = s.smooth and s.precision == "int8"
@@ -268,11 +274,11 @@ def _quantization(s: ExportSettings) -> Quantization | None:
     return Quantization(base=s.base_precision, smooth=smooth, attention=attention, weights=s.calibration.weights)
 
 
-def _kind(a: Architecture) -> Literal["bidirectional", "causal"]:
+def _model_kind(a: Architecture) -> Literal["bidirectional", "causal"]:
     return "causal" if a.causal else "bidirectional"
 
 
-def _video(a: Architecture, ranges: ShapeRanges) -> VideoDefaults:
+def _default_video(a: Architecture, ranges: ShapeRanges) -> VideoDefaults:
     """Wan's factors, and the model's default size moved into the ranges; a causal model's length is its chunk plan's."""
     frames, height, width = MODELS.get(model_name(a), MODELS["1.3b"]).video
     latent = sum(a.chunk_partition) if a.chunk_partition else ranges.frames.nearest((frames - 1) // TEMPORAL_FACTOR + 1)

@@ -21,7 +21,7 @@ from anyflow_deploy.checkpoints.dtypes import ONNX_DTYPES
 from anyflow_deploy.checkpoints.safetensors_stream import TensorEntry
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.passes import make_axes_constant
-from anyflow_deploy.export.trace import Axes, Traced
+from anyflow_deploy.export.trace import Axes, TracedGraph
 
 PRIMITIVE_OPSET = 20
 """The newest opset that TensorRT 10.3 (JetPack 6) parses: attention and RMS norm are spelled out."""
@@ -40,9 +40,9 @@ _NAMES: dict[ir.DataType, TensorType] = {
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def onnx_from_traced(traced: Traced, opset: int) -> ir.Model:
+def onnx_from_traced(traced: TracedGraph, opset: int) -> ir.Model:
     """Translate a recorded transition; initializers have names, types and shapes, but no data yet."""
-    with _quiet():
+    with _silence_exporter():
         program = torch.onnx.export(
             traced.program, (), dynamo=True, opset_version=opset, optimize=False, verbose=False,
             input_names=list(traced.inputs), output_names=list(traced.outputs),
@@ -54,12 +54,12 @@ def onnx_from_traced(traced: Traced, opset: int) -> ir.Model:
     make_axes_constant(model)
     _name_axes(model, traced.symbols, {**traced.inputs, **traced.outputs})
     _drop_unused_weights(model)
-    _forget_this_machine(model)
+    _strip_machine_details(model)
     return model
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_exporter() -> Iterator[None]:
     """torch's exporter warns about torchvision, which nothing here uses, and about its own internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -83,7 +83,7 @@ def _name_nodes(model: ir.Model) -> None:
         node.name = name if count == 1 else f"{name}_{count}"
 
 
-def _name_axes(model: ir.Model, symbols: Mapping[str, str], border: Mapping[str, Axes]) -> None:
+def _name_axes(model: ir.Model, symbols: Mapping[str, str], io_axes: Mapping[str, Axes]) -> None:
     """Replace torch's symbols by the names of the axes, in every shape."""
     pattern = re.compile("|".join(rf"\b{re.escape(s)}\b" for s in symbols) or r"(?!)")
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
@@ -94,7 +94,7 @@ def _name_axes(model: ir.Model, symbols: Mapping[str, str], border: Mapping[str,
             if isinstance(length, ir.SymbolicDim) and length.value is not None:
                 value.shape[index] = pattern.sub(lambda m: symbols[m.group()], length.value)
     for value in [*model.graph.inputs, *model.graph.outputs]:
-        for index, axis in enumerate(border.get(value.name or "", ())):
+        for index, axis in enumerate(io_axes.get(value.name or "", ())):
             if isinstance(axis, str) and value.shape is not None and isinstance(value.shape[index], ir.SymbolicDim):
                 value.shape[index] = axis
 
@@ -105,7 +105,7 @@ def _drop_unused_weights(model: ir.Model) -> None:
         del model.graph.initializers[name]
 
 
-def _forget_this_machine(model: ir.Model) -> None:
+def _strip_machine_details(model: ir.Model) -> None:
     """Drop stack traces and file names: large, different on every machine, and nobody's business."""
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
@@ -135,22 +135,22 @@ def attach_weights(model: ir.Model, entries: Mapping[str, TensorEntry]) -> None:
         )
 
 
-def serialized(model: ir.Model) -> bytes:
+def serialize_model(model: ir.Model) -> bytes:
     """The .onnx file."""
     return bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
 
 
-def described(model: ir.Model, file: str, opset: int) -> GraphRecord:
+def describe_graph(model: ir.Model, file: str, opset: int) -> GraphRecord:
     """The graph's border, for the manifest."""
     return GraphRecord(
         file=file,
         opset=opset,
-        inputs=[_tensor(v) for v in model.graph.inputs],
-        outputs=[_tensor(v) for v in model.graph.outputs],
+        inputs=[_tensor_record(v) for v in model.graph.inputs],
+        outputs=[_tensor_record(v) for v in model.graph.outputs],
     )
 
 
-def _tensor(value: ir.Value) -> GraphTensor:
+def _tensor_record(value: ir.Value) -> GraphTensor:
     assert value.name is not None and value.shape is not None and value.dtype is not None
     shape = [d if isinstance(d, int) else str(d.value) for d in value.shape]
     return GraphTensor(name=value.name, dtype=_NAMES[value.dtype], shape=shape)

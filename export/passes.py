@@ -22,7 +22,7 @@ def make_axes_constant(model: ir.Model) -> int:
         reshape = node.inputs[1].producer()
         source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
         constant = source.producer() if source is not None else None
-        values = _values(constant) if constant is not None else None
+        values = _constant_values(constant) if constant is not None else None
         if reshape is None or values is None:
             continue
         axes = ir.Node(
@@ -39,7 +39,7 @@ def make_axes_constant(model: ir.Model) -> int:
     return found
 
 
-def _values(node: ir.Node) -> NDArray[np.int64] | None:
+def _constant_values(node: ir.Node) -> NDArray[np.int64] | None:
     """What a Constant holds, as int64; None for any other node."""
     if node.op_type != "Constant":
         return None

@@ -15,8 +15,8 @@ from torch.export import ExportedProgram
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.checkpoints.dtypes import CHECKPOINT_DTYPES
-from anyflow_deploy.export.quantization.quantized_linear import multiply_in_eight_bits
-from anyflow_deploy.export.trace import MODULES, recorded
+from anyflow_deploy.export.quantization.quantized_linear import quantize_linear_layers
+from anyflow_deploy.export.trace import MODULES, record_network
 from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.shape_ranges import ShapeRanges
@@ -34,7 +34,7 @@ def network_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor
     with torch.device("meta"):
         network = MODULES[graph](bundle.manifest.architecture, compute_type, True)
     network.requires_grad_(False)
-    multiply_in_eight_bits(network, bundle.manifest.architecture, weights)
+    quantize_linear_layers(network, bundle.manifest.architecture, weights)
     network.load_state_dict({name: weights[name] for name, _ in network.named_parameters()}, strict=False, assign=True)
     for name, _ in list(network.named_buffers()):
         module, _, buffer = name.rpartition(".")
@@ -54,4 +54,4 @@ def program_from_bundle(
     """
     network = network_from_bundle(bundle, graph, weights)
     manifest = bundle.manifest
-    return recorded(network, graph, manifest.architecture, ranges or manifest.shape_ranges, manifest.base, device)
+    return record_network(network, graph, manifest.architecture, ranges or manifest.shape_ranges, manifest.base, device)

@@ -16,7 +16,7 @@ from anyflow_deploy.engines.engine import Array, prepare_inputs, prepare_text
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.streaming import CacheStream, Positions, cache_tensor_names
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.torch_run import TorchRun, on_device
+from anyflow_deploy.export.torch_run import TorchRun, move_to_device
 from anyflow_deploy.model.causal import ChunkCompressor, ChunkTransition, TextKVEncoder
 from anyflow_deploy.model.transformer import FlowMapTransformer, constants
 from anyflow_deploy.models import Architecture
@@ -34,7 +34,7 @@ def network_from_weights(weights: Weights) -> FlowMapTransformer:
     return network.requires_grad_(False)
 
 
-class NetworkEngine:
+class TorchEngine:
     """See `engine.Engine`.
 
     Args:
@@ -48,7 +48,7 @@ class NetworkEngine:
     def __init__(self, weights: Weights, device: str = "cpu") -> None:
         self.architecture: Architecture = weights.architecture
         self._device = device
-        self.network = on_device(network_from_weights(weights), device)
+        self.network = move_to_device(network_from_weights(weights), device)
 
     @property
     def description(self) -> str:
@@ -64,47 +64,47 @@ class NetworkEngine:
         """See `Engine`."""
         if self.architecture.causal:
             raise AnyFlowError("this is a causal model, which is made chunk by chunk: use stream(), not sample().")
-        z, words = prepare_inputs(self.ranges, self.architecture.in_channels, self.architecture.text_dim, latents, text)
-        network, given = self.network, torch.from_numpy(words).to(self._device)
-        return TorchRun(lambda state, t, r: network(state, t, r, given)[1], z, self._device)
+        z, prompt_embeds = prepare_inputs(self.ranges, self.architecture.in_channels, self.architecture.text_dim, latents, text)
+        network, prompt_tensor = self.network, torch.from_numpy(prompt_embeds).to(self._device)
+        return TorchRun(lambda state, t, r: network(state, t, r, prompt_tensor)[1], z, self._device)
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
         """See `Engine`."""
         if not isinstance(self.network, ChunkTransition):
             raise AnyFlowError("this is a bidirectional model: use sample(), not stream().")
-        words = prepare_text(self.ranges, self.architecture.text_dim, text)
-        return CacheStream(TorchCache(self.network, self._device, words, plan), plan)
+        prompt_embeds = prepare_text(self.ranges, self.architecture.text_dim, text)
+        return CacheStream(TorchKVCache(self.network, self._device, prompt_embeds, plan), plan)
 
     def close(self) -> None:
         """See `Engine`."""
         self.network.to("meta")
 
 
-class TorchCache:
+class TorchKVCache:
     """See `streaming.Cache`: the three modules are one, since they differ in nothing but `forward`."""
 
     def __init__(self, network: ChunkTransition, device: str, text: Array, plan: CachePlan) -> None:
         self._network, self._device = network, device
         with torch.no_grad():
-            self._words = TextKVEncoder.forward(network, torch.from_numpy(text).to(device))  # type: ignore[arg-type]
+            self._text_keys_values = TextKVEncoder.forward(network, torch.from_numpy(text).to(device))  # type: ignore[arg-type]
         self._shape = (plan.heads, plan.channels)
         self._buffers = [torch.zeros(1, plan.capacity, *self._shape, device=device) for _ in cache_tensor_names(plan.layers)]
 
     def run(self, latents: Array, positions: Positions, past: int) -> TorchRun:
         """See `Cache`."""
-        network, where = self._network, torch.from_numpy(positions).to(self._device)
-        return TorchRun(lambda z, t, r: network(z, t, r, where, *self._memory(past))[1], latents, self._device)
+        network, position_ids = self._network, torch.from_numpy(positions).to(self._device)
+        return TorchRun(lambda z, t, r: network(z, t, r, position_ids, *self._attended(past))[1], latents, self._device)
 
     @torch.no_grad()
     def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
         """See `Cache`."""
-        z, where = torch.from_numpy(latents).to(self._device), torch.from_numpy(positions).to(self._device)
+        z, position_ids = torch.from_numpy(latents).to(self._device), torch.from_numpy(positions).to(self._device)
         if graph == "chunk":
-            still = z.new_zeros(z.shape[:2])
-            present = self._network(z, still, still, where, *self._memory(past))[2:]
+            zero_times = z.new_zeros(z.shape[:2])
+            present = self._network(z, zero_times, zero_times, position_ids, *self._attended(past))[2:]
         else:  # its last layer attends to nothing
-            words, seen = self._words[:-2], self._buffers[:-2]
-            present = ChunkCompressor.forward(self._network, z, where, *words, *(b[:, :past] for b in seen))  # type: ignore[arg-type]
+            prompt_embeds, seen = self._text_keys_values[:-2], self._buffers[:-2]
+            present = ChunkCompressor.forward(self._network, z, position_ids, *prompt_embeds, *(b[:, :past] for b in seen))  # type: ignore[arg-type]
         for buffer, own in zip(self._buffers, present, strict=True):
             buffer[:, past : past + tokens] = own
 
@@ -120,7 +120,7 @@ class TorchCache:
 
     def close(self) -> None:
         """See `Cache`."""
-        self._buffers, self._words = [], ()
+        self._buffers, self._text_keys_values = [], ()
 
-    def _memory(self, past: int) -> tuple[Tensor, ...]:
-        return (*self._words, *(buffer[:, :past] for buffer in self._buffers))
+    def _attended(self, past: int) -> tuple[Tensor, ...]:
+        return (*self._text_keys_values, *(buffer[:, :past] for buffer in self._buffers))

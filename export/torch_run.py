@@ -62,7 +62,7 @@ class TorchRun:
             return source, target, self._call(self._state, source, target)
 
 
-def on_device(model: M, device: str) -> M:
+def move_to_device(model: M, device: str) -> M:
     """The model on a device, ready for inference.
 
     Raises:

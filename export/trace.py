@@ -38,7 +38,7 @@ _PATCHES = {"height": "rows", "width": "columns"}
 
 
 @dataclass(frozen=True)
-class Traced:
+class TracedGraph:
     """A recorded graph.
 
     Attributes:
@@ -63,7 +63,7 @@ class _Input:
     dtype: torch.dtype = torch.float32
 
 
-def traced_graph(graph: str, a: Architecture, ranges: ShapeRanges, precision: str = "fp32", fused: bool = True) -> Traced:
+def trace_graph(graph: str, a: Architecture, ranges: ShapeRanges, precision: str = "fp32", fused: bool = True) -> TracedGraph:
     """Record one graph of a model.
 
     Args:
@@ -74,47 +74,49 @@ def traced_graph(graph: str, a: Architecture, ranges: ShapeRanges, precision: st
         fused: attention and RMS norm as single operators, see `transformer`.
     """
     compute_type = CHECKPOINT_DTYPES[get_precision(precision).tensor_type]
-    inputs, outputs = _border(graph, a, compute_type)
+    inputs, outputs = _io_spec(graph, a, compute_type)
     with make_fake_tensor_mode(ShapeEnv()):
         network = MODULES[graph](a, compute_type, fused).eval()
-        example, dynamic = _arguments(inputs, ranges, "cpu")
+        example, dynamic = _example_arguments(inputs, ranges, "cpu")
     program = torch.export.export(network, example, dynamic_shapes=dynamic)
     parameters = {n: ParameterSpec(SAFETENSORS_NAMES[p.dtype], tuple(p.shape)) for n, p in network.named_parameters()}
-    symbols = _symbols(program, inputs)
-    return Traced(program, parameters, symbols, {name: i.shape for name, i in inputs.items()}, outputs)
+    symbols = _name_symbols(program, inputs)
+    return TracedGraph(program, parameters, symbols, {name: i.shape for name, i in inputs.items()}, outputs)
 
 
-def recorded(
+def record_network(
     network: FlowMapTransformer, graph: str, a: Architecture, ranges: ShapeRanges, precision: str, device: str
 ) -> ExportedProgram:
     """Record a network that has its weights, on the device they are on.
 
     Args:
         network: one of `MODULES[graph]`.
-        graph, a, ranges, precision: see `traced_graph`.
+        graph, a, ranges, precision: see `trace_graph`.
         device: torch device.
     """
-    example, dynamic = arguments(graph, a, ranges, precision, device)
+    example, dynamic = example_arguments(graph, a, ranges, precision, device)
     with torch.no_grad():
         return torch.export.export(network, example, dynamic_shapes=dynamic)
 
 
-def arguments(graph: str, a: Architecture, ranges: ShapeRanges, precision: str, device: str) -> tuple[tuple[Tensor, ...], Any]:
-    """What to call a network with while it is recorded, and torch's description of the axes; see `traced_graph`."""
-    return _arguments(_border(graph, a, CHECKPOINT_DTYPES[get_precision(precision).tensor_type])[0], ranges, device)
+def example_arguments(
+    graph: str, a: Architecture, ranges: ShapeRanges, precision: str, device: str
+) -> tuple[tuple[Tensor, ...], Any]:
+    """What to call a network with while it is recorded, and torch's description of the axes; see `trace_graph`."""
+    return _example_arguments(_io_spec(graph, a, CHECKPOINT_DTYPES[get_precision(precision).tensor_type])[0], ranges, device)
 
 
-def _arguments(inputs: dict[str, _Input], ranges: ShapeRanges, device: str) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+def _example_arguments(inputs: dict[str, _Input], ranges: ShapeRanges, device: str) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """What to call a network with while it is recorded, and torch's description of the axes."""
-    axes = {axis: _axis(axis, getattr(ranges, axis)) for axis in AXES}
+    axes = {axis: _dynamic_axis(axis, getattr(ranges, axis)) for axis in AXES}
     axes["past"] = (Dim("past"), _EXAMPLE["past"])
-    example = tuple(torch.zeros([_size(x, axes) for x in i.shape], dtype=i.dtype, device=device) for i in inputs.values())
+    example = tuple(torch.zeros([_axis_size(x, axes) for x in i.shape], dtype=i.dtype, device=device) for i in inputs.values())
     shapes = [{n: axes[x][0] for n, x in enumerate(i.shape) if isinstance(x, str)} for i in inputs.values()]
     named = sum("." not in name for name in inputs)  # the others, one for each layer, are one *argument
     return example, (*shapes[:named], tuple(shapes[named:])) if named < len(shapes) else tuple(shapes)
 
 
-def _border(graph: str, a: Architecture, compute_type: torch.dtype) -> tuple[dict[str, _Input], dict[str, Axes]]:
+def _io_spec(graph: str, a: Architecture, compute_type: torch.dtype) -> tuple[dict[str, _Input], dict[str, Axes]]:
     """Inputs and outputs of a graph."""
     video: Axes = ("batch", "frames", a.in_channels, "height", "width")
     latents = {"latents": _Input(video)}
@@ -136,11 +138,11 @@ def _border(graph: str, a: Architecture, compute_type: torch.dtype) -> tuple[dic
     return {**latents, **times, **positions, **memory}, {"z_r": video, "velocity": video, **present}
 
 
-def _size(axis: int | str, axes: dict[str, tuple[object, int]]) -> int:
+def _axis_size(axis: int | str, axes: dict[str, tuple[object, int]]) -> int:
     return axis if isinstance(axis, int) else axes[axis][1]
 
 
-def _axis(name: str, allowed: Range) -> tuple[object, int]:
+def _dynamic_axis(name: str, allowed: Range) -> tuple[object, int]:
     """torch's description of an axis, and the size to trace it at."""
     if allowed.minimum == allowed.maximum:
         return Dim.STATIC, allowed.minimum
@@ -152,7 +154,7 @@ def _axis(name: str, allowed: Range) -> tuple[object, int]:
     return (unit * symbol if unit > 1 else symbol), unit * example
 
 
-def _symbols(program: ExportedProgram, inputs: dict[str, _Input]) -> dict[str, str]:
+def _name_symbols(program: ExportedProgram, inputs: dict[str, _Input]) -> dict[str, str]:
     """What each symbol counts: torch forgets the names it was given."""
     found: dict[str, str] = {}
     placeholders = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]

@@ -25,17 +25,17 @@ from filelock import FileLock
 from anyflow_deploy.checkpoints.weights import ParameterSpec
 from anyflow_deploy.export import exporter
 
-Translated = tuple[ir.Model, dict[str, ParameterSpec]]
+TranslatedGraph = tuple[ir.Model, dict[str, ParameterSpec]]
 
-genuine_translation = exporter.translated_graph
+translate_uncached = exporter.translate_graph
 
 
-class Shared:
+class ArtifactCache:
     """The folder that all workers of a session share; `root` is set before the first test."""
 
     root: Path
 
-    def made(self, what: str, made_from: object, make: Callable[[Path], object]) -> Path:
+    def cached_path(self, label: str, inputs: object, make: Callable[[Path], object]) -> Path:
         """The path of something that `make(path)` makes where it is missing.
 
         Args:
@@ -43,7 +43,7 @@ class Shared:
             made_from: everything the result depends on, in objects whose repr says all of it.
             make: writes the path, whole or not at all.
         """
-        path = self.root / f"{what}-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]}"
+        path = self.root / f"{label}-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}"
         if not path.exists():
             with FileLock(self.root / f".{path.name}.lock"):
                 if not path.exists():
@@ -51,17 +51,17 @@ class Shared:
         return path
 
 
-SHARED = Shared()
+ARTIFACTS = ArtifactCache()
 
 
-def shared_translation(*made_from: Any) -> Translated:
-    """`exporter.translated_graph`, recorded by the first who asks and read back by the others."""
-    *what, _ = made_from  # the last is where progress goes
-    folder = SHARED.made("graph", what, lambda path: _write(path, genuine_translation(*made_from)))
+def translate_cached(*inputs: Any) -> TranslatedGraph:
+    """`exporter.translate_graph`, recorded by the first who asks and read back by the others."""
+    *label, _ = inputs  # the last is where progress goes
+    folder = ARTIFACTS.cached_path("graph", label, lambda path: _write(path, translate_uncached(*inputs)))
     return _read(folder)
 
 
-def _write(folder: Path, translated: Translated) -> None:
+def _write(folder: Path, translated: TranslatedGraph) -> None:
     model, parameters = translated
     for name, value in model.graph.initializers.items():  # what has no data is not serialized
         assert value.const_value is None or isinstance(value.const_value, ir.TensorProtocol)
@@ -74,7 +74,7 @@ def _write(folder: Path, translated: Translated) -> None:
     partial.rename(folder)
 
 
-def _read(folder: Path) -> Translated:
+def _read(folder: Path) -> TranslatedGraph:
     model = ir.load(folder / "model.onnx")
     for value in model.graph.initializers.values():
         value.const_value = None

@@ -28,7 +28,7 @@ from anyflow_deploy.engines.engine_folder import EngineFolder, load_engine_folde
 from anyflow_deploy.export import exporter
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.quantization.calibration import Calibration, load_calibration
-from tests.artifact_cache import SHARED, shared_translation
+from tests.artifact_cache import ARTIFACTS, translate_cached
 
 SMALL = Path(__file__).parent / "golden" / "bidirectional"
 """The golden model that ships with the tests: a small checkpoint for everything else, too."""
@@ -79,54 +79,54 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def artifact_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The folder of tests/artifact_cache.py, and exports that read recorded graphs from it."""
     own = tmp_path_factory.getbasetemp()
-    SHARED.root = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "shared"
-    SHARED.root.mkdir(exist_ok=True)
+    ARTIFACTS.root = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "shared"
+    ARTIFACTS.root.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "translated_graph", shared_translation)
+        patch.setattr(exporter, "translate_graph", translate_cached)
         yield
 
 
 @pytest.fixture(scope="session")
-def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Export:
+def export_with(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """Exports a checkpoint with given settings; each worker has its own copy."""
 
     @functools.cache
-    def bundle(checkpoint: Path, calibrated: bool, **how: Any) -> Bundle:
+    def bundle(checkpoint: Path, run_calibration: bool, **export_options: Any) -> Bundle:
         def make(path: Path) -> None:
-            settings = ExportSettings(**how, calibration=calibration_of(checkpoint) if calibrated else None)
+            settings = ExportSettings(**export_options, calibration=calibration_of(checkpoint) if run_calibration else None)
             export_bundle(open_checkpoint(checkpoint), path, settings)
 
-        made = SHARED.made("bundle", (checkpoint, calibrated, sorted(how.items())), make)
+        cached_path = ARTIFACTS.cached_path("bundle", (checkpoint, run_calibration, sorted(export_options.items())), make)
         folder = tmp_path_factory.mktemp("exported") / "bundle"
-        shutil.copytree(made, folder)
+        shutil.copytree(cached_path, folder)
         return load_bundle(folder)
 
     return bundle
 
 
 @pytest.fixture(scope="session")
-def exported(bundle_of: Export) -> Export:
+def export_once(export_with: Export) -> Export:
     """Exports a checkpoint with given settings, once for each."""
 
     def bundle(checkpoint: Path, precision: str = "fp32", opset: int = 20, target: str = "cpu") -> Bundle:
-        return bundle_of(checkpoint, False, precision=precision, opset=opset, target=target)
+        return export_with(checkpoint, False, precision=precision, opset=opset, target=target)
 
     return bundle
 
 
 @pytest.fixture(scope="session")
-def golden_bundle(exported: Export) -> Export:
+def golden_bundle(export_once: Export) -> Export:
     """Exports the golden model."""
-    return functools.partial(exported, GOLDEN)
+    return functools.partial(export_once, GOLDEN)
 
 
 @pytest.fixture(scope="session")
-def small_bundle(exported: Export) -> Export:
+def small_bundle(export_once: Export) -> Export:
     """Exports the small model."""
-    return functools.partial(exported, SMALL)
+    return functools.partial(export_once, SMALL)
 
 
 def causal_golden(folder: Path = CAUSAL) -> dict[str, NDArray[Any]]:
@@ -140,32 +140,32 @@ def causal_golden(folder: Path = CAUSAL) -> dict[str, NDArray[Any]]:
 @functools.cache
 def calibration_of(checkpoint: Path) -> Calibration:
     """Ranges of a small checkpoint, measured once."""
-    from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated, write_calibration
-    from anyflow_deploy.export.quantization.prompts import PROMPTS, random_text
+    from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration, write_calibration
+    from anyflow_deploy.export.quantization.prompts import PROMPTS, random_prompt_embeds
 
     def make(path: Path) -> None:
         weights = open_checkpoint(checkpoint)
         frames, height, width = (8, 8, 8) if weights.architecture.causal else (2, 8, 12)
         shape = (frames, weights.architecture.in_channels, height, width)
-        settings = CalibrationSettings(random_text(weights, PROMPTS[:2], 40), shape, steps=(1, 2, 4))
-        write_calibration(path, calibrated(weights, settings))
+        settings = CalibrationSettings(random_prompt_embeds(weights, PROMPTS[:2], 40), shape, steps=(1, 2, 4))
+        write_calibration(path, run_calibration(weights, settings))
 
-    return load_calibration(SHARED.made("calibration", checkpoint, make))
+    return load_calibration(ARTIFACTS.cached_path("calibration", checkpoint, make))
 
 
 @pytest.fixture(scope="session")
-def quantized(bundle_of: Export) -> Export:
+def export_quantized(export_with: Export) -> Export:
     """Exports a small checkpoint in 8 bits, once for each set of settings."""
 
     def bundle(checkpoint: Path, precision: str, **settings: Any) -> Bundle:
-        return bundle_of(checkpoint, True, precision=precision, **settings)
+        return export_with(checkpoint, True, precision=precision, **settings)
 
     return bundle
 
 
 def pipeline_of(model: str) -> Path:
     """A complete tiny pipeline, as diffusers saves it. All workers read the same one."""
-    return SHARED.made("pipeline", model, lambda path: save_tiny_pipeline(MODELS[model], path))
+    return ARTIFACTS.cached_path("pipeline", model, lambda path: save_tiny_pipeline(MODELS[model], path))
 
 
 @pytest.fixture(scope="session")
@@ -181,15 +181,15 @@ def far_pipeline() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_pipeline: Path, exported: Export) -> Bundle:
+def tiny_bundle(tiny_pipeline: Path, export_once: Export) -> Bundle:
     """The tiny pipeline's bundle, float32."""
-    return exported(tiny_pipeline)
+    return export_once(tiny_pipeline)
 
 
 @pytest.fixture(scope="session")
-def far_bundle(far_pipeline: Path, exported: Export) -> Bundle:
+def far_bundle(far_pipeline: Path, export_once: Export) -> Bundle:
     """The causal pipeline's."""
-    return exported(far_pipeline)
+    return export_once(far_pipeline)
 
 
 @pytest.fixture(scope="session")
@@ -201,7 +201,7 @@ def quick_options() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def built(quick_options: dict[str, Any]) -> Callable[[Bundle], EngineFolder]:
+def build_aotinductor(quick_options: dict[str, Any]) -> Callable[[Bundle], EngineFolder]:
     """Compiles a bundle with AOTInductor, once for all workers, who only read it."""
     from anyflow_deploy.engines.aotinductor import compiler
     from anyflow_deploy.engines.aotinductor.build import AotInductorSettings
@@ -213,7 +213,7 @@ def built(quick_options: dict[str, Any]) -> Callable[[Bundle], EngineFolder]:
                 patch.setattr(compiler, "OPTIONS", quick_options)
                 build_engine(bundle, "aotinductor", AotInductorSettings(), path)
 
-        return load_engine_folder(SHARED.made("engine", bundle.digest, make))
+        return load_engine_folder(ARTIFACTS.cached_path("engine", bundle.digest, make))
 
     return folder
 
@@ -225,12 +225,12 @@ def small_config() -> dict[str, int]:
 
 
 @pytest.fixture
-def trt_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+def fake_tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A machine with the TensorRT release `request.param` (11.4 without one) and a GPU, acted: see tests/fakes/tensorrt.py."""
-    from tests.fakes.tensorrt import Machine, forget, install
+    from tests.fakes.tensorrt import FakeTensorRT, install, unload_modules
 
-    machine = Machine(getattr(request, "param", "11.4"))
+    machine = FakeTensorRT(getattr(request, "param", "11.4"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     install(machine, monkeypatch)
     yield machine
-    forget()
+    unload_modules()

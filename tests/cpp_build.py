@@ -23,7 +23,7 @@ KINDS = {kind: GOLDEN / kind for kind in ("bidirectional", "causal")}
 SOURCE = Path(__file__).parent.parent / "engines" / "cpp"
 
 
-def tool(name: str) -> str:
+def find_tool(name: str) -> str:
     """cmake or ninja: of this environment (the dev extra), or the system's."""
     here = Path(sys.executable).parent / name
     found = str(here) if here.exists() else shutil.which(name)
@@ -32,7 +32,7 @@ def tool(name: str) -> str:
     return found
 
 
-def compiler() -> str:
+def find_compiler() -> str:
     """The C++ compiler that CMake will take."""
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if name and shutil.which(name):
@@ -47,20 +47,20 @@ def run(*words: Any, **more: Any) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def configured(folder: Path, *settings: str) -> str:
+def configure(folder: Path, *settings: str) -> str:
     """Configure into `folder`; what CMake said."""
-    compiler()
-    tools = (f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DANYFLOW_PYTHON={sys.executable}")
-    return run(tool("cmake"), "-S", SOURCE, "-B", folder, "-G", "Ninja", *tools, *settings).stdout
+    find_compiler()
+    tools = (f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DANYFLOW_PYTHON={sys.executable}")
+    return run(find_tool("cmake"), "-S", SOURCE, "-B", folder, "-G", "Ninja", *tools, *settings).stdout
 
 
-def built(folder: Path, *targets: str) -> Path:
+def build_targets(folder: Path, *targets: str) -> Path:
     """Build targets in a configured folder."""
-    run(tool("cmake"), "--build", folder, "--parallel", "2", *(["--target", *targets] if targets else []))
+    run(find_tool("cmake"), "--build", folder, "--parallel", "2", *(["--target", *targets] if targets else []))
     return folder
 
 
-def manifest_of(kind: str) -> dict[str, Any]:
+def sample_manifest(kind: str) -> dict[str, Any]:
     """A manifest like the exporter's, of a golden model, that lists one file."""
     config = json.loads((KINDS[kind] / "config.json").read_text())
     tensor = {"name": "latents", "dtype": "float32", "shape": ["batch", "frames", 4, "height", "width"]}
@@ -90,15 +90,15 @@ def engine_record(digest: str) -> dict[str, Any]:
     return {
         "schema": 1, "backend": "toy", "bundle": digest, "device": {"kind": "cpu", "name": "x86_64", "compute_capability": None},
         "versions": {"torch": "2.13.0"}, "settings": {"provider": "cpu", "device": 0, "strip": False},
-        "ranges": manifest_of("bidirectional")["ranges"], "profiles": {"transition": {"any": {"latents": [[1], [2], [3]]}}},
+        "ranges": sample_manifest("bidirectional")["ranges"], "profiles": {"transition": {"any": {"latents": [[1], [2], [3]]}}},
         "achieved": {"transition": "x"}, "seconds": 1.5, "files": {},
     }  # fmt: skip
 
 
-def corpus() -> dict[str, list[dict[str, Any]]]:
+def fuzz_corpus() -> dict[str, list[dict[str, Any]]]:
     """What the fuzzers start from, by target."""
     return {
-        "manifest": [manifest_of(kind) for kind in KINDS],
+        "manifest": [sample_manifest(kind) for kind in KINDS],
         "engine": [engine_record("0" * 64)],
         "safetensors": [{"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, "__metadata__": {"x": "y"}}],
     }
@@ -132,5 +132,5 @@ class Conformance:
 @functools.cache
 def sanitizers_work() -> bool:
     """Whether the compiler can link its address sanitizer."""
-    words = [compiler(), "-x", "c++", "-fsanitize=address,undefined", "-o", os.devnull, "-"]
+    words = [find_compiler(), "-x", "c++", "-fsanitize=address,undefined", "-o", os.devnull, "-"]
     return subprocess.run(words, input="int main() {}", text=True, capture_output=True, check=False).returncode == 0

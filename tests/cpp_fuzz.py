@@ -12,13 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.cpp_build import corpus
+from tests.cpp_build import fuzz_corpus
 
 
 def main() -> None:
     """Run all; a crash ends it, with the seed that makes it again."""
     folder, rounds = Path(sys.argv[1]), sys.argv[2]
-    for target, documents in corpus().items():
+    for target, documents in fuzz_corpus().items():
         seed = str(secrets.randbits(32))
         with tempfile.TemporaryDirectory() as place:
             paths = [Path(place) / str(number) for number in range(len(documents))]

@@ -40,7 +40,7 @@ json.dump(surface, sys.stdout)
 """
 
 
-def surface(cuda: str) -> dict[str, Any]:
+def load_surface(cuda: str) -> dict[str, Any]:
     """The surface of a release in `RELEASES`, from .cache or from the package index.
 
     Raises:
@@ -74,4 +74,4 @@ def _run(command: list[str], more: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     for name in RELEASES:
-        print(name, {kind: len(items) for kind, items in surface(name).items()})  # noqa: T201
+        print(name, {kind: len(items) for kind, items in load_surface(name).items()})  # noqa: T201

@@ -28,13 +28,13 @@ REPOSITORY = "https://github.com/NVIDIA/TensorRT"
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tensorrt-headers"
 
 
-def kept() -> list[Path]:
+def cached_header_folders() -> list[Path]:
     """The folders of the newest release in the cache, TensorRT's first; empty where there is none."""
     there = [release for release in RELEASES if (CACHE / release).is_dir()]
     return [CACHE / there[-1] / part for part in ("tensorrt", "cuda")] if there else []
 
 
-def fetched(release: str, repository: str = REPOSITORY) -> Path:
+def fetch_headers(release: str, repository: str = REPOSITORY) -> Path:
     """Put a release's headers into the cache; the folder.
 
     Raises:
@@ -66,8 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Headers for tests/integration/test_cpp_tensorrt.py.")
     parser.add_argument("release", choices=list(RELEASES))
     parser.add_argument("--from", dest="repository", default=REPOSITORY)
-    asked = parser.parse_args()
-    sys.stdout.write(f"{fetched(asked.release, asked.repository)}\n")
+    options = parser.parse_args()
+    sys.stdout.write(f"{fetch_headers(options.release, options.repository)}\n")
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ class Teacher:
     reference: float = math.nan
 
     def accumulate(self, batch: Batch, micro: MicroBatch) -> Losses:
-        """See `Stage`."""
+        """See `StageTiming`."""
         flow, seed = self.recipe.flow, self.recipe.running.seed
         plan = sample_chunk_plan(self.plan, flow.long_context, seed, micro.step)
         start, stop = plan.window
@@ -135,7 +135,7 @@ class Teacher:
         return {"loss": loss.detach()}
 
     def finish(self) -> None:
-        """See `Stage`."""
+        """See `StageTiming`."""
 
 
 @dataclass
@@ -149,7 +149,7 @@ class FlowMap:
     _sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def accumulate(self, batch: Batch, micro: MicroBatch) -> Losses:
-        """See `Stage`."""
+        """See `StageTiming`."""
         loss = self.loss(batch, micro)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach()}
@@ -174,7 +174,7 @@ class FlowMap:
         return micro.mean(rescale_losses(losses, diffusion, losses.new_tensor(self._reference_mean())))
 
     def finish(self) -> None:
-        """See `Stage`."""
+        """See `StageTiming`."""
         if self._sums[1]:
             mean = self._reference_mean()
             self.reference = mean if math.isnan(self.reference) else 0.9 * self.reference + 0.1 * mean
@@ -209,7 +209,7 @@ class OnPolicy:
         self._flow_map = FlowMap(self.recipe, self.plan, self.optimizer_states, self.reference)
 
     def accumulate(self, batch: Batch, micro: MicroBatch) -> Losses:
-        """See `Stage`."""
+        """See `StageTiming`."""
         self._flow_map.reference = self.reference
         flow, seed = self.recipe.flow, self.recipe.running.seed
         plan = sample_chunk_plan(self.plan, flow.long_context, seed, micro.step)
@@ -221,7 +221,7 @@ class OnPolicy:
         return {"loss": losses["dmd"] + flow.flow_map_weight * losses.get("flow_map", torch.zeros_like(losses["dmd"])), **losses}
 
     def finish(self) -> None:
-        """See `Stage`."""
+        """See `StageTiming`."""
         self._flow_map.finish()
         self.reference = self._flow_map.reference
 

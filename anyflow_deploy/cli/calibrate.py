@@ -48,7 +48,7 @@ class CalibrateOptions(WeightOptions):
 def calibrate(options: CalibrateOptions) -> int:
     """Do it; returns the exit status."""
     from anyflow_deploy.checkpoints.weights import check_parameters
-    from anyflow_deploy.export.quantization.calibrate import partial_path, write_calibration
+    from anyflow_deploy.export.quantization.calibrate import calibration_checkpoint_path, write_calibration
 
     started = time.perf_counter()
     check_output(options.output, options.overwrite)
@@ -57,7 +57,7 @@ def calibrate(options: CalibrateOptions) -> int:
     with RichProgress(console) as bars:
         calibration = measured(options, weights, bars)
     write_calibration(options.output, calibration)
-    partial_path(options.output).unlink(missing_ok=True)
+    calibration_checkpoint_path(options.output).unlink(missing_ok=True)
     seconds = time.perf_counter() - started
     console.print(
         f"[green]calibrated[/] {len(calibration.tensors)} tensors in {seconds:.1f} s: [bold]{escape(str(options.output))}[/]"
@@ -66,27 +66,27 @@ def calibrate(options: CalibrateOptions) -> int:
 
 
 def measured(options: CalibrateOptions, weights: Weights, bars: Progress) -> Calibration:
-    """The calibration that the options ask for. Its rollouts are kept beside `options.output` (`partial_path`); whoever calls
+    """The calibration that the options ask for. Its rollouts are kept beside `options.output` (`calibration_checkpoint_path`); whoever calls
     removes them once the calibration is on disk."""
-    from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated, partial_path
+    from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibration_checkpoint_path, run_calibration
     from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
-    from anyflow_deploy.export.quantization.prompts import PROMPTS, prompt_text, prompts_from_file
+    from anyflow_deploy.export.quantization.prompts import PROMPTS, embed_prompts, read_prompts
     from anyflow_deploy.export.quantization.rollouts import latent_shape
 
-    prompts = PROMPTS if options.prompts is None else prompts_from_file(options.prompts)
+    prompts = PROMPTS if options.prompts is None else read_prompts(options.prompts)
     shape = latent_shape(weights.architecture, options.frames, options.height, options.width)
-    partial = partial_path(options.output)
+    partial = calibration_checkpoint_path(options.output)
     with bars.stage("loading ModelOpt"):
         load_modelopt()
     with bars.stage(f"embedding {len(prompts)} prompts"):
-        text = prompt_text(weights, prompts)
+        text = embed_prompts(weights, prompts)
     if text.source == "random":
         console.print("[yellow]no text encoder[/] with these weights: random embeddings stand in for the prompts.")
     settings = CalibrationSettings(
         text, shape, options.steps, options.seeds, options.device, partial, lambda line: console.print(escape(line))
     )
     try:
-        return calibrated(weights, settings, bars)
+        return run_calibration(weights, settings, bars)
     except KeyboardInterrupt:
         console.print("finished rollouts are kept: the same command goes on from there.")
         raise

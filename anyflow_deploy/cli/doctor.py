@@ -10,11 +10,11 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from anyflow_deploy.doctor.backends import BACKENDS, Verdict, judged, required
-from anyflow_deploy.doctor.probe import FAULT, WORKS, Finding, examined
-from anyflow_deploy.doctor.probes import PROBES, advised
-from anyflow_deploy.doctor.report import as_json, lines, plain
-from anyflow_deploy.doctor.subprocess_probe import asked
+from anyflow_deploy.doctor.backends import BACKENDS, BackendVerdict, check_requirement, judge_backends
+from anyflow_deploy.doctor.probe import FAULT, WORKS, ProbeResult, run_probes
+from anyflow_deploy.doctor.probes import PROBES, adjust_remedies
+from anyflow_deploy.doctor.report import format_plain, report_json, report_rows
+from anyflow_deploy.doctor.subprocess_probe import run_python
 from anyflow_deploy.errors import AnyFlowError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ UNMET = 1
 
 def known_backends() -> list[str]:
     """Backends of this version, asked in a process of its own: the registry stands on numpy and pydantic."""
-    answer = asked(_KNOWN)
+    answer = run_python(_KNOWN)
     return list(answer.found.get("backends", []))
 
 
@@ -36,21 +36,21 @@ def doctor(options: DoctorOptions) -> int:
     """Do it; returns the exit status."""
     wishes = options.require
     for wish in wishes:  # refuse misspelt ones before looking at anything
-        required(wish, options.provider, judged({}, ()))
+        check_requirement(wish, options.provider, judge_backends({}, ()))
     found, verdicts = looked()
-    unmet = {wish: why for wish in wishes if (why := required(wish, options.provider, verdicts))}
+    unmet = {wish: why for wish in wishes if (why := check_requirement(wish, options.provider, verdicts))}
     if options.json_output:
-        print(json.dumps(as_json(found, verdicts, unmet), indent=1))  # noqa: T201
+        print(json.dumps(report_json(found, verdicts, unmet), indent=1))  # noqa: T201
     else:
-        _show(lines(found, verdicts))
+        _show(report_rows(found, verdicts))
     _complain(unmet)
     return UNMET if unmet else 0
 
 
-def looked() -> tuple[dict[str, Finding], list[Verdict]]:
+def looked() -> tuple[dict[str, ProbeResult], list[BackendVerdict]]:
     """Everything that can be said of this machine."""
-    found = advised(examined(PROBES))
-    return found, judged(found, known_backends())
+    found = adjust_remedies(run_probes(PROBES))
+    return found, judge_backends(found, known_backends())
 
 
 def _show(rows: list[tuple[str, str, str, str]]) -> None:
@@ -80,7 +80,7 @@ def _plain(reason: BaseException) -> int:
     """What is left to say where the command's own packages cannot be imported."""
     print(f"the packages that every command needs are broken ({type(reason).__name__}: {reason}).", file=sys.stderr)  # noqa: T201
     print("  ->  pip install --force-reinstall anyflow-deploy\n", file=sys.stderr)  # noqa: T201
-    print(plain(lines(*looked())))  # noqa: T201
+    print(format_plain(report_rows(*looked())))  # noqa: T201
     return 1
 
 

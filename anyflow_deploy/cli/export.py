@@ -91,8 +91,8 @@ class ExportOptions(QuantizationOptions):
 
 def export(options: ExportOptions) -> int:
     """Export, then compare the numbers; returns the exit status: 0 for a good bundle, 1 for one with wrong numbers."""
-    from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
-    from anyflow_deploy.export.quantization.calibrate import partial_path
+    from anyflow_deploy.export.exporter import ExportSettings, export_bundle, validate_export
+    from anyflow_deploy.export.quantization.calibrate import calibration_checkpoint_path
     from anyflow_deploy.progress import RichProgress
 
     started = time.perf_counter()
@@ -102,17 +102,17 @@ def export(options: ExportOptions) -> int:
         options.base, smooth=not options.no_smooth, attention=options.attention,
     )  # fmt: skip
     weights = options.weights()
-    checked(weights, settings)
+    validate_export(weights, settings)
     show_fit(weights.architecture, options.precision, options.target, options.ranges())
     BundleWriter(output, options.overwrite)  # refuses a destination that cannot be, before a calibration of hours
     with RichProgress(console) as bars:
         calibration = calibration_of(options, weights, output, bars)
         if calibration is not None:
-            kept = layers_kept(options, options.target, weights, calibration, bars)
-            settings = dataclasses.replace(settings, calibration=calibration, kept=tuple(kept))
+            full_precision_layers = layers_kept(options, options.target, weights, calibration, bars)
+            settings = dataclasses.replace(settings, calibration=calibration, full_precision_layers=tuple(full_precision_layers))
         bundle = export_bundle(weights, output, settings, bars)
     if calibration is not None and options.calibration is None:
-        partial_path(own_calibration(output)).unlink(missing_ok=True)  # kept until here: it may have taken hours
+        calibration_checkpoint_path(own_calibration(output)).unlink(missing_ok=True)  # kept until here: it may have taken hours
     size = sum(record.bytes for record in bundle.manifest.files.values())
     console.print(
         f"[green]exported[/] {bundle.manifest.model} in {options.precision} to [bold]{escape(str(bundle.path))}[/]: "

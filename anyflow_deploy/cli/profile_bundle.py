@@ -24,13 +24,13 @@ from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.memory.estimate import shape_from_pixels
 from anyflow_deploy.models import get_model
 from anyflow_deploy.precision import base_precision
-from anyflow_deploy.profiling.compare import ENERGY, MEMORY, TIME, Thresholds, compared
-from anyflow_deploy.profiling.estimate import Estimate, estimated
+from anyflow_deploy.profiling.compare import ENERGY, MEMORY, TIME, Thresholds, compare_profiles
+from anyflow_deploy.profiling.estimate import RooflineEstimate, estimate_latency
 from anyflow_deploy.profiling.html_report import html_from_profile
-from anyflow_deploy.profiling.profiler import SKIPPABLE, Request, profiled, provider_of
+from anyflow_deploy.profiling.profiler import SKIPPABLE, ProfileRequest, default_provider, run_profile
 from anyflow_deploy.profiling.record import SCHEMA, Profile
 from anyflow_deploy.profiling.terminal import print_comparison, print_estimate, print_profile
-from anyflow_deploy.profiling.timing import Rules
+from anyflow_deploy.profiling.timing import TimingRules
 from anyflow_deploy.progress import RichProgress, console
 from anyflow_deploy.targets import get_target
 
@@ -145,21 +145,23 @@ def profile(options: ProfileOptions) -> int:
     if options.estimate:
         return _estimate(options)
     bundle = load_bundle(Path(str(options.bundle)))
-    request = Request(
+    request = ProfileRequest(
         bundle=bundle,
         backend=options.backend,
-        engine=EngineOptions(provider_of(options.backend, options.provider), options.device, options.threads, options.engine),
+        engine=EngineOptions(
+            default_provider(options.backend, options.provider), options.device, options.threads, options.engine
+        ),
         shapes=options.shapes,
         steps=options.steps,
         window=options.window,
-        rules=Rules(options.seconds, options.rounds),
+        rules=TimingRules(options.seconds, options.rounds),
         target=get_target(options.target) if options.target else None,
         prompt=options.prompt,
         pipeline=options.pipeline,
         skip=options.skip,
     )
     with RichProgress(console) as bars:
-        made = profiled(request, bars)
+        made = run_profile(request, bars)
     print_profile(made, _people(options))
     _write(options, made.model_dump_json(by_alias=True, indent=1))
     if options.html is not None:
@@ -172,18 +174,19 @@ def _compare(options: ProfileOptions) -> int:
     assert options.compare is not None and options.bundle is not None
     old, new = (load_record(path, Profile, SCHEMA, MAKE) for path in (options.compare, options.bundle))
     thresholds = Thresholds(options.time_threshold / 100, options.memory_threshold / 100, options.energy_threshold / 100)
-    comparison = compared(old, new, thresholds)
+    comparison = compare_profiles(old, new, thresholds)
     print_comparison(comparison, _people(options))
     rows = {row.name: {"change": row.change, "verdict": row.verdict} for row in comparison.rows}
     _write(
-        options, json.dumps({"regressed": comparison.regressed, "rows": rows, "differences": comparison.differences}, indent=1)
+        options,
+        json.dumps({"regressed": comparison.has_regression, "rows": rows, "differences": comparison.differences}, indent=1),
     )
-    return 1 if comparison.regressed else 0
+    return 1 if comparison.has_regression else 0
 
 
 def _estimate(options: ProfileOptions) -> int:
     target = get_target(str(options.target))
-    made: list[Estimate] = []
+    made: list[RooflineEstimate] = []
     if options.model is not None:
         model = get_model(options.model)
         precision = options.precision or "fp16"
@@ -197,7 +200,7 @@ def _estimate(options: ProfileOptions) -> int:
         shapes = options.shapes or (f"{video.height}x{video.width}x{video.frames}",)
     for text in shapes:
         shape = shape_from_pixels(text, a)
-        made.append(estimated(name, a, precision, base, target, shape, options.steps, options.window, attention))
+        made.append(estimate_latency(name, a, precision, base, target, shape, options.steps, options.window, attention))
     for estimate in made:
         print_estimate(estimate, _people(options))
     _write(options, json.dumps([estimate.model_dump() for estimate in made], indent=1))

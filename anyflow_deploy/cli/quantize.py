@@ -101,16 +101,20 @@ def layers_kept(
 ) -> list[str]:
     """The layers that --keep or --fidelity choose, by measuring each one."""
     from anyflow_deploy.export.quantization.rollouts import latent_shape
-    from anyflow_deploy.export.quantization.sensitivity import check_keep, kept_layers, measured_sensitivity
+    from anyflow_deploy.export.quantization.sensitivity import (
+        check_keep_layers,
+        measure_sensitivity,
+        select_full_precision_layers,
+    )
 
     if not options.keep and options.fidelity is None:
         return []
     a = weights.architecture
-    check_keep(options.keep, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
+    check_keep_layers(options.keep, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
     shape = latent_shape(a, CAUSAL_FRAMES if a.causal else FRAMES, HEIGHT, WIDTH)
     attention = tuple(quantized_attentions(a, calibration)) if options.attention == "fp8" else ()
     base = base_precision(options.precision, options.base, target)
     probe = probe_for(weights, calibration, options.precision, base, not options.no_smooth, shape, attention, bars=bars)
-    chosen = kept_layers(measured_sensitivity(probe, bars), options.keep, options.fidelity, probe.psnr_without)
+    chosen = select_full_precision_layers(measure_sensitivity(probe, bars), options.keep, options.fidelity, probe.psnr_all_except)
     console.print(f"{len(chosen)} of {len(probe.layers)} layers stay in {base}: {escape(', '.join(chosen) or 'none has to')}")
     return chosen

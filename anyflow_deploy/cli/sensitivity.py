@@ -20,7 +20,7 @@ from anyflow_deploy.quantization.layers import quantizable_layers, quantized_att
 
 if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.checkpoints.weights import Weights
-    from anyflow_deploy.export.quantization.sensitivity import Probe
+    from anyflow_deploy.export.quantization.sensitivity import SensitivityAnalyzer
 
 FRAMES, CAUSAL_FRAMES, HEIGHT, WIDTH = 9, 29, 96, 160
 """Of the videos; the causal ones are four chunks of the models' own plan: the first that compress one."""
@@ -72,7 +72,11 @@ def sensitivity(options: SensitivityOptions) -> int:
     from anyflow_deploy.export.quantization.calibrate import check_calibration
     from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
     from anyflow_deploy.export.quantization.rollouts import latent_shape
-    from anyflow_deploy.export.quantization.sensitivity import check_keep, kept_layers, measured_sensitivity
+    from anyflow_deploy.export.quantization.sensitivity import (
+        check_keep_layers,
+        measure_sensitivity,
+        select_full_precision_layers,
+    )
 
     bundle = load_bundle(options.bundle)
     folder = options.output or bundle.path
@@ -90,18 +94,18 @@ def sensitivity(options: SensitivityOptions) -> int:
             load_modelopt()
         with bars.stage("fingerprint of the weights"):
             check_calibration(calibration, weights)
-        check_keep(options.keep, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
+        check_keep_layers(options.keep, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
         how = bundle.manifest.quantization if precision == own else None  # measured as this bundle rounds, or as by default
         attention = tuple(quantized_attentions(a, calibration)) if how is not None and how.attention == "fp8" else ()
         smooth = how is None or how.smooth
         probe = probe_for(
             weights, calibration, precision, "fp32", smooth, shape, attention, options.steps, options.seed, options.device, bars
         )
-        found = measured_sensitivity(probe, bars)
+        found = measure_sensitivity(probe, bars)
         chosen = None
         if options.keep is not None or options.fidelity is not None:
             with bars.stage("choosing layers"):
-                chosen = kept_layers(found, options.keep, options.fidelity, probe.psnr_without)
+                chosen = select_full_precision_layers(found, options.keep, options.fidelity, probe.psnr_all_except)
     _write(folder, found, chosen)
     return 0
 
@@ -118,29 +122,29 @@ def probe_for(
     seed: int = 0,
     device: str = "cpu",
     bars: Progress | None = None,
-) -> Probe:
+) -> SensitivityAnalyzer:
     """What measures a model's layers, rounding as an export with the same settings does."""
-    from anyflow_deploy.export.quantization.plan import planned
-    from anyflow_deploy.export.quantization.sensitivity import Probe, ProbeSettings
+    from anyflow_deploy.export.quantization.plan import plan_quantization
+    from anyflow_deploy.export.quantization.sensitivity import SensitivityAnalyzer, SensitivitySettings
 
     progress = bars or NullProgress()
     factors = {}
     if smooth and precision == "int8":
-        factors = planned(weights, calibration, precision, base, smooth, "high", (), progress).smooth
+        factors = plan_quantization(weights, calibration, precision, base, smooth, "high", (), progress).smooth
     with progress.stage("the untouched network"):
-        settings = ProbeSettings(calibrated_text(weights, calibration), shape, steps, seed, device, attention)
-        return Probe(weights, calibration, precision, settings, factors)
+        settings = SensitivitySettings(calibrated_text(weights, calibration), shape, steps, seed, device, attention)
+        return SensitivityAnalyzer(weights, calibration, precision, settings, factors)
 
 
 def calibrated_text(weights: Weights, calibration: Calibration) -> Array:
     """The first prompt of the calibration, embedded as it was there."""
-    from anyflow_deploy.export.quantization.prompts import prompt_text, random_text
+    from anyflow_deploy.export.quantization.prompts import embed_prompts, random_prompt_embeds
 
     prompts = tuple(calibration.prompts[:1])
-    text = prompt_text(weights, prompts) if calibration.text == "encoder" else random_text(weights, prompts)
+    text = embed_prompts(weights, prompts) if calibration.text == "encoder" else random_prompt_embeds(weights, prompts)
     if text.source != calibration.text:
         console.print("[yellow]no text encoder[/] with these weights here: random embeddings stand in for the prompt.")
-    return text.embeddings
+    return text.prompt_embeds
 
 
 def _write(folder: Path, found, chosen: list[str] | None) -> None:  # type: ignore[no-untyped-def]
@@ -151,10 +155,10 @@ def _write(folder: Path, found, chosen: list[str] | None) -> None:  # type: igno
 
     path = folder / SENSITIVITY
     write_sensitivity(path, found)
-    for table in sensitivity_report.tables(found):
+    for table in sensitivity_report.sensitivity_tables(found):
         console.print(table)
     if can_plot():
-        sensitivity_report.draw(found, path.with_suffix(".png"), None if chosen is None else len(chosen))
+        sensitivity_report.draw_sensitivity(found, path.with_suffix(".png"), None if chosen is None else len(chosen))
     if chosen is not None:
         console.print(f"{len(chosen)} of {len(found.layers)} layers stay high: {', '.join(chosen) or 'none has to'}")
     console.print(f"[green]measured[/] {len(found.layers)} layers in {found.precision}: [bold]{escape(str(path))}[/]")

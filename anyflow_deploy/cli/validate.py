@@ -61,8 +61,8 @@ def validate(options: ValidateOptions) -> int:
 def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     """Compare a bundle with the weights it came from; prints, writes the report, returns the exit status."""
     from anyflow_deploy.engines import validation
-    from anyflow_deploy.export.diffusers_engine import TorchEngine
-    from anyflow_deploy.export.torch_engine import NetworkEngine
+    from anyflow_deploy.export.diffusers_engine import DiffusersEngine
+    from anyflow_deploy.export.torch_engine import TorchEngine
 
     folder = options.output or bundle.path
     if not folder.is_dir() or not os.access(folder, os.W_OK):
@@ -74,7 +74,7 @@ def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
     with RichProgress(console) as bars:
         with bars.stage("loading the reference"):
-            reference = (NetworkEngine if chunks else TorchEngine)(weights, options.device)
+            reference = (TorchEngine if chunks else DiffusersEngine)(weights, options.device)
         shift = bundle.manifest.schedule.shift
         result = validation.validate(
             engine, reference, bundle.manifest.precision, shape, text, options.steps, shift, options.seed, bars, chunks, words

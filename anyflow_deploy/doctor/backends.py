@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from anyflow_deploy.doctor import probes
-from anyflow_deploy.doctor.probe import MISSING, Finding, Findings
+from anyflow_deploy.doctor.probe import MISSING, ProbeResult, ProbeResults
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
 
@@ -20,7 +20,7 @@ _OLDEST_FOR_TENSORRT = (7, 5)
 
 
 @dataclass(frozen=True)
-class Backend:
+class BackendRequirements:
     """A backend on a provider.
 
     Attributes:
@@ -38,20 +38,20 @@ class Backend:
 _COMPILING = (probes.COMPILER, probes.CUDA_HEADERS)
 
 BACKENDS = (
-    Backend("onnxruntime", "cpu", (probes.NUMPY, probes.ORT), PRECISIONS),
-    Backend("onnxruntime", "cuda", (probes.NUMPY, probes.GPU, probes.ORT, probes.ORT_CUDA), PRECISIONS),
-    Backend("tensorrt", "cuda", (probes.NUMPY, probes.GPU, probes.TENSORRT, probes.CUDA_PYTHON), PRECISIONS),
-    Backend("aotinductor", "cpu", (probes.NUMPY, probes.TORCH, probes.COMPILER), PRECISIONS),
-    Backend("aotinductor", "cuda", (probes.NUMPY, probes.GPU, probes.TORCH, *_COMPILING), PRECISIONS),
-    Backend("torch-tensorrt", "cuda", (probes.NUMPY, probes.GPU, probes.TORCH, probes.TORCH_TENSORRT), BASES),
+    BackendRequirements("onnxruntime", "cpu", (probes.NUMPY, probes.ORT), PRECISIONS),
+    BackendRequirements("onnxruntime", "cuda", (probes.NUMPY, probes.GPU, probes.ORT, probes.ORT_CUDA), PRECISIONS),
+    BackendRequirements("tensorrt", "cuda", (probes.NUMPY, probes.GPU, probes.TENSORRT, probes.CUDA_PYTHON), PRECISIONS),
+    BackendRequirements("aotinductor", "cpu", (probes.NUMPY, probes.TORCH, probes.COMPILER), PRECISIONS),
+    BackendRequirements("aotinductor", "cuda", (probes.NUMPY, probes.GPU, probes.TORCH, *_COMPILING), PRECISIONS),
+    BackendRequirements("torch-tensorrt", "cuda", (probes.NUMPY, probes.GPU, probes.TORCH, probes.TORCH_TENSORRT), BASES),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Verdict:
+class BackendVerdict:
     """A backend here: each precision with the reason why it does not run, or an empty one where it does."""
 
-    backend: Backend
+    backend: BackendRequirements
     reasons: dict[str, str]
 
     @property
@@ -60,23 +60,23 @@ class Verdict:
         return [name for name, reason in self.reasons.items() if not reason]
 
 
-def judged(found: Findings, known: Collection[str]) -> list[Verdict]:
+def judge_backends(found: ProbeResults, known: Collection[str]) -> list[BackendVerdict]:
     """Judge every backend.
 
     Args:
         found: what the probes said.
         known: backends that this version of anyflow-deploy has.
     """
-    return [Verdict(backend, {p: _reason(backend, p, found, known) for p in PRECISIONS}) for backend in BACKENDS]
+    return [BackendVerdict(backend, {p: _reason(backend, p, found, known) for p in PRECISIONS}) for backend in BACKENDS]
 
 
-def required(wish: str, provider: str | None, verdicts: list[Verdict]) -> str:
+def check_requirement(wish: str, provider: str | None, verdicts: list[BackendVerdict]) -> str:
     """Whether a backend, or one precision of it, runs.
 
     Args:
         wish: `backend` (any precision) or `backend:precision`.
         provider: "cpu" or "cuda"; None: the CPU where the backend has one, else the GPU.
-        verdicts: from `judged`.
+        verdicts: from `judge_backends`.
 
     Returns:
         Why it does not run; empty where it does.
@@ -99,11 +99,11 @@ def required(wish: str, provider: str | None, verdicts: list[Verdict]) -> str:
     return "" if rows[0].running else rows[0].reasons["fp32"]
 
 
-def _reason(backend: Backend, precision: str, found: Findings, known: Collection[str]) -> str:
+def _reason(backend: BackendRequirements, precision: str, found: ProbeResults, known: Collection[str]) -> str:
     if backend.name not in known:
         return "not in this version of anyflow-deploy"
     for name in backend.needs:
-        finding = found.get(name, Finding(MISSING, "not looked at"))
+        finding = found.get(name, ProbeResult(MISSING, "not looked at"))
         if not finding.works:
             return f"{name}: {finding.detail}"
     if precision not in backend.precisions:
@@ -115,16 +115,16 @@ def _reason(backend: Backend, precision: str, found: Findings, known: Collection
     return _on_gpu(backend, precision, tuple(found[probes.GPU].facts["gpus"][0]["compute_capability"]))
 
 
-def _on_cpu(backend: Backend, precision: str, found: Findings) -> str:
+def _on_cpu(backend: BackendRequirements, precision: str, found: ProbeResults) -> str:
     if backend.name != "onnxruntime":
         return ""
     if precision == "bf16":
         return CPU_HAS_NO_BF16
-    exact = found.get(probes.INT8, Finding(MISSING, "not looked at"))
+    exact = found.get(probes.INT8, ProbeResult(MISSING, "not looked at"))
     return f"{probes.INT8}: {exact.detail}" if precision == "int8" and not exact.works else ""
 
 
-def _on_gpu(backend: Backend, precision: str, has: tuple[int, ...]) -> str:
+def _on_gpu(backend: BackendRequirements, precision: str, has: tuple[int, ...]) -> str:
     shown = ".".join(map(str, has))
     if "tensorrt" in backend.name and has < _OLDEST_FOR_TENSORRT:
         return f"TensorRT needs compute capability 7.5, the first GPU has {shown}"

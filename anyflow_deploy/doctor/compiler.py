@@ -8,8 +8,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding
-from anyflow_deploy.doctor.subprocess_probe import asked
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, ProbeResult
+from anyflow_deploy.doctor.subprocess_probe import run_python
 
 _SOURCE = """
 #include <omp.h>
@@ -24,13 +24,13 @@ extern "C" int probe(int count) {
 """
 
 
-def compiler() -> Finding:
+def probe_compiler() -> ProbeResult:
     """A C++ compiler makes a library with OpenMP, as AOTInductor does, and the library runs."""
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     found = next((path for name in wanted if (path := shutil.which(name.split()[0]))), None)
     install = "apt-get install g++ (with clang also libomp-dev)"
     if found is None:
-        return Finding(MISSING, f"none of {', '.join(wanted)} is there", install)
+        return ProbeResult(MISSING, f"none of {', '.join(wanted)} is there", install)
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
         source.write_text(_SOURCE)
@@ -40,9 +40,9 @@ def compiler() -> Finding:
             lines = (
                 [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no reason given"]
             )
-            return Finding(FAULT, f"{found} fails on a small OpenMP program: {lines[0][:200]}", install)
+            return ProbeResult(FAULT, f"{found} fails on a small OpenMP program: {lines[0][:200]}", install)
         code = f"import ctypes\nfound['sum'] = ctypes.CDLL({str(library)!r}).probe(1000)"
-        answer = asked(code)
+        answer = run_python(code)
     if answer.found.get("sum") != 1000:
-        return Finding(FAULT, f"what {found} makes does not run: {answer.error or 'a wrong sum'}", install)
-    return Finding(WORKS, f"{found}, C++17 and OpenMP")
+        return ProbeResult(FAULT, f"what {found} makes does not run: {answer.error or 'a wrong sum'}", install)
+    return ProbeResult(WORKS, f"{found}, C++17 and OpenMP")

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding
-from anyflow_deploy.doctor.subprocess_probe import told
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, ProbeResult
+from anyflow_deploy.doctor.subprocess_probe import run_command
 
 OLDEST_CMAKE = (3, 22)
 """What `engines/cpp/CMakeLists.txt` asks for."""
@@ -28,45 +28,45 @@ _JSON_VERSION = [
 ]
 
 
-def library() -> Finding:
+def probe_library() -> ProbeResult:
     """CMake, something that it writes files for, a compiler of C++20, and nlohmann-json."""
-    parts = [_cmake(), _generator(), _cpp20(), _json()]
+    parts = [_probe_cmake(), _probe_generator(), _probe_cpp20(), _probe_json()]
     lacking = [part for part in parts if not part.works]
     if lacking:
         state = FAULT if any(part.state == FAULT for part in lacking) else MISSING
-        return Finding(state, "; ".join(part.detail for part in lacking), "; ".join(part.remedy for part in lacking))
-    return Finding(WORKS, ", ".join(part.detail for part in parts))
+        return ProbeResult(state, "; ".join(part.detail for part in lacking), "; ".join(part.remedy for part in lacking))
+    return ProbeResult(WORKS, ", ".join(part.detail for part in parts))
 
 
-def torch_headers() -> Finding:
+def probe_torch_headers() -> ProbeResult:
     """For its AOTInductor backend."""
     package = _package("torch")
     folders = [*([package / "include"] if package else []), *include_folders()]
     install = "pip install 'anyflow-deploy[aotinductor]' (torch's wheel has its headers and libraries)"
-    return header_finding("torch/csrc/inductor/aoti_package/model_package_loader.h", folders, [], install)
+    return probe_header("torch/csrc/inductor/aoti_package/model_package_loader.h", folders, [], install)
 
 
-def tensorrt_headers() -> Finding:
+def probe_tensorrt_headers() -> ProbeResult:
     """For its TensorRT backend; libnvinfer itself has to be there, too."""
     parts = [
         ("NvInferVersion.h", rf"#define (?:NV_TENSORRT|TRT)_{part}(?:_ENTERPRISE)? (\d+)") for part in ("MAJOR", "MINOR", "PATCH")
     ]
     install = "apt-get install libnvinfer-dev (NVIDIA's repository), or set TensorRT_ROOT"
-    return header_finding("NvInferRuntime.h", include_folders("TensorRT_ROOT"), parts, install)
+    return probe_header("NvInferRuntime.h", include_folders("TensorRT_ROOT"), parts, install)
 
 
-def cuda_headers() -> Finding:
+def probe_cuda_headers() -> ProbeResult:
     """For the same, and for AOTInductor in Python on a GPU."""
     folders = [*include_folders("CUDA_HOME", "CUDA_PATH"), Path("/usr/local/cuda/include"), Path("/opt/cuda/include")]
     folders += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/include"))
     version = [("cuda.h", r"#define CUDA_VERSION (\d+)")]
     install = "apt-get install cuda-cudart-dev (NVIDIA's repository), or set CUDA_HOME"
-    found = header_finding("cuda_runtime_api.h", folders, version, install)
+    found = probe_header("cuda_runtime_api.h", folders, version, install)
     detail = re.sub(r"^(\d+)0(\d)0 ", r"\1.\2 ", found.detail)  # 12060 is 12.6
-    return Finding(found.state, detail, found.remedy, found.facts)
+    return ProbeResult(found.state, detail, found.remedy, found.facts)
 
 
-def header_finding(name: str, where: Sequence[Path], version: Sequence[tuple[str, str]], install: str) -> Finding:
+def probe_header(name: str, where: Sequence[Path], version: Sequence[tuple[str, str]], install: str) -> ProbeResult:
     """Look for a header.
 
     Args:
@@ -77,13 +77,13 @@ def header_finding(name: str, where: Sequence[Path], version: Sequence[tuple[str
     """
     folder = next((folder for folder in where if (folder / name).is_file()), None)
     if folder is None:
-        return Finding(MISSING, f"no {name}", install)
+        return ProbeResult(MISSING, f"no {name}", install)
     numbers = []
     for file, pattern in version:
         path = (folder / name).parent / file
         found = re.search(pattern, path.read_text(errors="replace"), re.MULTILINE) if path.is_file() else None
         numbers += [found[1]] if found else []
-    return Finding(WORKS, f"{'.'.join(numbers) + ' ' if numbers else ''}in {folder}", facts={"folder": str(folder)})
+    return ProbeResult(WORKS, f"{'.'.join(numbers) + ' ' if numbers else ''}in {folder}", facts={"folder": str(folder)})
 
 
 def include_folders(*variables: str) -> list[Path]:
@@ -95,42 +95,46 @@ def include_folders(*variables: str) -> list[Path]:
     return [*named, *listed, Path("/usr/local/include"), Path("/usr/include"), Path("/usr/include", machine)]
 
 
-def _cmake() -> Finding:
+def _probe_cmake() -> ProbeResult:
     path, wanted = _program("cmake"), ".".join(map(str, OLDEST_CMAKE))
-    found = re.search(r"cmake version (\d+)\.(\d+)\.?\S*", (told([path, "--version"]) or "") if path else "")
+    found = re.search(r"cmake version (\d+)\.(\d+)\.?\S*", (run_command([path, "--version"]) or "") if path else "")
     if found is None:
-        return Finding(MISSING, "no cmake", f"pip install cmake, or apt-get install cmake ({wanted} or later)")
+        return ProbeResult(MISSING, "no cmake", f"pip install cmake, or apt-get install cmake ({wanted} or later)")
     shown = found[0].replace("cmake version", "CMake")
     if (int(found[1]), int(found[2])) < OLDEST_CMAKE:
-        return Finding(FAULT, f"{shown}, needed is {wanted} or later", "pip install cmake")
-    return Finding(WORKS, shown)
+        return ProbeResult(FAULT, f"{shown}, needed is {wanted} or later", "pip install cmake")
+    return ProbeResult(WORKS, shown)
 
 
-def _generator() -> Finding:
+def _probe_generator() -> ProbeResult:
     name = next((name for name in ("ninja", "make") if _program(name)), None)
-    return Finding(WORKS, name) if name else Finding(MISSING, "neither ninja nor make", "pip install ninja")
+    return ProbeResult(WORKS, name) if name else ProbeResult(MISSING, "neither ninja nor make", "pip install ninja")
 
 
-def _cpp20() -> Finding:
+def _probe_cpp20() -> ProbeResult:
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     found = next((path for name in wanted if (path := shutil.which(name.split()[0]))), None)
     install = "apt-get install g++ (11 or later)"
     if found is None:
-        return Finding(MISSING, f"none of {', '.join(wanted)} is there", install)
+        return ProbeResult(MISSING, f"none of {', '.join(wanted)} is there", install)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(_CPP20)
         command = [found, "-std=c++20", "-fsyntax-only", str(source)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
-    return Finding(FAULT, f"{found} does not take C++20", install) if done.returncode else Finding(WORKS, f"{found} with C++20")
+    return (
+        ProbeResult(FAULT, f"{found} does not take C++20", install)
+        if done.returncode
+        else ProbeResult(WORKS, f"{found} with C++20")
+    )
 
 
-def _json() -> Finding:
+def _probe_json() -> ProbeResult:
     package = _package("nlohmann_json")
     folders = [*([package / "include"] if package else []), *include_folders()]
     install = "pip install nlohmann-json, or apt-get install nlohmann-json3-dev"
-    found = header_finding("nlohmann/json.hpp", folders, _JSON_VERSION, install)
-    return Finding(found.state, f"nlohmann-json {found.detail}" if found.works else found.detail, found.remedy)
+    found = probe_header("nlohmann/json.hpp", folders, _JSON_VERSION, install)
+    return ProbeResult(found.state, f"nlohmann-json {found.detail}" if found.works else found.detail, found.remedy)
 
 
 def _program(name: str) -> str | None:

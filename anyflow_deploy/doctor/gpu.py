@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding
-from anyflow_deploy.doctor.subprocess_probe import asked, told
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, ProbeResult
+from anyflow_deploy.doctor.subprocess_probe import run_command, run_python
 
 _NVML = """
 import pynvml as nv
@@ -47,34 +47,36 @@ for index in range(value(runtime.cudaGetDeviceCount())):
     })
 """
 
-Facts = dict[str, Any]
+GpuFacts = dict[str, Any]
 
 
-def gpu(ways: Sequence[Callable[[], Facts | None]] | None = None, root: Path = Path("/")) -> Finding:
+def probe_gpu(ways: Sequence[Callable[[], GpuFacts | None]] | None = None, root: Path = Path("/")) -> ProbeResult:
     """All GPUs, with compute capability, memory, driver and the CUDA version the driver knows."""
     for way in (from_nvml, from_smi, from_cuda_python) if ways is None else ways:
         facts = way()
         if facts is not None and facts["gpus"]:
-            return Finding(WORKS, _words(facts), facts=facts)
+            return ProbeResult(WORKS, _describe_gpus(facts), facts=facts)
     on_bus = [path for path in root.glob("sys/bus/pci/devices/*") if _is_nvidia_gpu(path)]
     if on_bus or (root / "proc/driver/nvidia/version").is_file():
         where = f"an NVIDIA GPU is in the machine ({on_bus[0].name})" if on_bus else "NVIDIA's kernel module is loaded"
-        return Finding(FAULT, f"{where}, and its driver does not answer", "install or repair NVIDIA's driver; then: nvidia-smi")
-    return Finding(MISSING, "no NVIDIA GPU, or none that this container may see", "in a container: docker run --gpus all …")
+        return ProbeResult(
+            FAULT, f"{where}, and its driver does not answer", "install or repair NVIDIA's driver; then: nvidia-smi"
+        )
+    return ProbeResult(MISSING, "no NVIDIA GPU, or none that this container may see", "in a container: docker run --gpus all …")
 
 
-def from_nvml() -> Facts | None:
+def from_nvml() -> GpuFacts | None:
     """By nvidia-ml-py, where it is installed and a driver answers."""
-    return asked(_NVML).found or None
+    return run_python(_NVML).found or None
 
 
-def from_smi() -> Facts | None:
+def from_smi() -> GpuFacts | None:
     """By nvidia-smi. On a Jetson it has no memory to tell."""
-    text = told(_SMI)
-    return None if text is None else facts_from_smi(text, told(["nvidia-smi"]) or "")
+    text = run_command(_SMI)
+    return None if text is None else facts_from_smi(text, run_command(["nvidia-smi"]) or "")
 
 
-def facts_from_smi(rows: str, banner: str) -> Facts | None:
+def facts_from_smi(rows: str, banner: str) -> GpuFacts | None:
     """What nvidia-smi's table says; None where it does not say what is needed."""
     gpus, driver = [], ""
     for line in filter(None, map(str.strip, rows.splitlines())):
@@ -90,16 +92,16 @@ def facts_from_smi(rows: str, banner: str) -> Facts | None:
     return {"driver": driver, "cuda": rest.split()[0] if found and rest.split() else "", "gpus": gpus}
 
 
-def from_cuda_python() -> Facts | None:
+def from_cuda_python() -> GpuFacts | None:
     """By CUDA itself."""
-    return asked(_CUDA).found or None
+    return run_python(_CUDA).found or None
 
 
-def _words(facts: Facts) -> str:
+def _describe_gpus(facts: GpuFacts) -> str:
     gpus = [
-        f"{gpu['name']} (compute capability {'.'.join(map(str, gpu['compute_capability']))}, "
-        f"{gpu['total_bytes'] / 1e9:.1f} GB, {gpu['free_bytes'] / 1e9:.1f} GB free)"
-        for gpu in facts["gpus"]
+        f"{probe_gpu['name']} (compute capability {'.'.join(map(str, probe_gpu['compute_capability']))}, "
+        f"{probe_gpu['total_bytes'] / 1e9:.1f} GB, {probe_gpu['free_bytes'] / 1e9:.1f} GB free)"
+        for probe_gpu in facts["gpus"]
     ]
     driver = f"driver {facts['driver']}" if facts["driver"] else "driver of unknown version"
     return f"{'; '.join(gpus)}; {driver}, CUDA {facts['cuda'] or 'unknown'}"

@@ -9,12 +9,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from anyflow_deploy.doctor.probe import FAULT, WORKS, Finding
+from anyflow_deploy.doctor.probe import FAULT, WORKS, ProbeResult
 
 OLDEST, NEWEST = (3, 10), (3, 13)
 """Of Python; what pyproject.toml names."""
 
-LEAST_DISK = LEAST_MEMORY = 4e9
+MIN_DISK = MIN_MEMORY = 4e9
 """Bytes: a 1.3B bundle in fp16 takes 2.9 GB, on disk and in memory."""
 
 _X86_FLAGS = (
@@ -25,17 +25,17 @@ _ARM_FLAGS = ("asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2")
 _JETPACK = {"36": "JetPack 6", "35": "JetPack 5", "38": "JetPack 7", "39": "JetPack 7"}
 
 
-def python() -> Finding:
+def probe_python() -> ProbeResult:
     """The interpreter."""
     version = sys.version_info[:2]
     where = f"{platform.python_version()}, {platform.system()} {platform.machine()}, {sys.executable}"
     if OLDEST <= version <= NEWEST and sys.maxsize > 2**32:
-        return Finding(WORKS, where)
+        return ProbeResult(WORKS, where)
     allowed = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, 64 bits"
-    return Finding(FAULT, f"{where}; needed is {allowed}", f"make a virtual environment with Python {allowed}")
+    return ProbeResult(FAULT, f"{where}; needed is {allowed}", f"make a virtual environment with Python {allowed}")
 
 
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
+def probe_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> ProbeResult:
     """Name, cores, and the instructions that matter to 8 and 16 bits."""
     text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
     name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", text, re.MULTILINE)
@@ -44,10 +44,10 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Finding:
     useful = [flag for flag in (*_X86_FLAGS, *_ARM_FLAGS) if flag in have]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     detail = f"{name[1].strip() if name else platform.machine()}, {cores} cores, {' '.join(useful) or 'no flags of interest'}"
-    return Finding(WORKS, detail, facts={"cores": cores, "flags": useful})
+    return ProbeResult(WORKS, detail, facts={"cores": cores, "flags": useful})
 
 
-def memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> Finding:
+def probe_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> ProbeResult:
     """Main memory, with the container's limit where there is one."""
     rows: dict[str, str] = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
     total, free = int(rows["MemTotal"]) * 1024, int(rows.get("MemAvailable", rows["MemTotal"])) * 1024
@@ -56,22 +56,22 @@ def memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cg
     capped = f", this container may take {_gb(allowed)}" if allowed < total else ""
     detail = f"{_gb(total)}, {_gb(free)} available{capped}"
     facts = {"total_bytes": total, "available_bytes": free, "allowed_bytes": allowed}
-    if min(free, allowed) < LEAST_MEMORY:
-        return Finding(FAULT, detail, f"free at least {_gb(LEAST_MEMORY)}; anyflow-fit says what a model takes", facts)
-    return Finding(WORKS, detail, facts=facts)
+    if min(free, allowed) < MIN_MEMORY:
+        return ProbeResult(FAULT, detail, f"free at least {_gb(MIN_MEMORY)}; anyflow-fit says what a model takes", facts)
+    return ProbeResult(WORKS, detail, facts=facts)
 
 
-def disk(folder: Path | None = None) -> Finding:
+def probe_disk(folder: Path | None = None) -> ProbeResult:
     """Free space where bundles are written by default."""
     place = folder or Path.cwd()
     free = shutil.disk_usage(place).free
     detail = f"{_gb(free)} free in {place}" + ("" if os.access(place, os.W_OK) else ", which may not be written")
-    if free < LEAST_DISK or not os.access(place, os.W_OK):
-        return Finding(FAULT, detail, f"work in a folder of yours with at least {_gb(LEAST_DISK)}", {"free_bytes": free})
-    return Finding(WORKS, detail, facts={"free_bytes": free})
+    if free < MIN_DISK or not os.access(place, os.W_OK):
+        return ProbeResult(FAULT, detail, f"work in a folder of yours with at least {_gb(MIN_DISK)}", {"free_bytes": free})
+    return ProbeResult(WORKS, detail, facts={"free_bytes": free})
 
 
-def jetson(root: Path = Path("/")) -> Finding | None:
+def probe_jetson(root: Path = Path("/")) -> ProbeResult | None:
     """Model and L4T release of a Jetson; None on anything else."""
     model, release = root / "proc/device-tree/model", root / "etc/nv_tegra_release"
     name = model.read_text(errors="replace").strip("\0 \n") if model.is_file() else ""
@@ -80,12 +80,12 @@ def jetson(root: Path = Path("/")) -> Finding | None:
     if found is None and not re.search("jetson|tegra", name, re.IGNORECASE):
         return None
     if found is None:
-        return Finding(
+        return ProbeResult(
             FAULT, f"{name or 'a Jetson'}, no L4T release in {release}", "flash it with NVIDIA's SDK Manager (JetPack)"
         )
     jetpack = _JETPACK.get(found[1], "an unknown JetPack")
     facts = {"model": name, "l4t": f"{found[1]}.{found[2]}"}
-    return Finding(WORKS, f"{name or 'Jetson'}, L4T {found[1]}.{found[2]} ({jetpack})", facts=facts)
+    return ProbeResult(WORKS, f"{name or 'Jetson'}, L4T {found[1]}.{found[2]} ({jetpack})", facts=facts)
 
 
 def _gb(size: float) -> str:

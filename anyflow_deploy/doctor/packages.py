@@ -6,8 +6,8 @@ import importlib.metadata
 import re
 from collections.abc import Iterable
 
-from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding
-from anyflow_deploy.doctor.subprocess_probe import asked, imported
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, ProbeResult
+from anyflow_deploy.doctor.subprocess_probe import probe_import, run_python
 
 CPU, GPU = "pip install 'anyflow-deploy[cpu]'", "pip install 'anyflow-deploy[gpu]'"
 EXPORT, TENSORRT = "pip install 'anyflow-deploy[export]'", "pip install 'anyflow-deploy[tensorrt]'"
@@ -89,40 +89,40 @@ found["detail"] += f", sees {found['gpus']} GPUs"
 """
 
 
-def numpy() -> Finding:
+def probe_numpy() -> ProbeResult:
     """numpy multiplies."""
-    return imported("numpy", _NUMPY, "pip install numpy")
+    return probe_import("numpy", _NUMPY, "pip install numpy")
 
 
-def onnxruntime(providers: Iterable[str] | None = None) -> Finding:
+def probe_onnxruntime(providers: Iterable[str] | None = None) -> ProbeResult:
     """ONNX Runtime runs a graph on the CPU; and only one of the packages that install it is there."""
-    names = installed_as("onnxruntime") if providers is None else sorted(providers)
+    names = distributions_of("onnxruntime") if providers is None else sorted(providers)
     if len(names) > 1:
         both, keep = " and ".join(names), GPU if "onnxruntime-gpu" in names else CPU
         remedy = f"pip uninstall -y {' '.join(names)} && {keep}"
-        return Finding(FAULT, f"{both} are both installed, and each overwrote files of the other", remedy)
-    found = imported("onnxruntime", _ORT_CPU, GPU if "onnxruntime-gpu" in names else CPU)
-    return Finding(found.state, f"{found.detail} ({names[0]})", found.remedy, found.facts) if names and found.works else found
+        return ProbeResult(FAULT, f"{both} are both installed, and each overwrote files of the other", remedy)
+    found = probe_import("onnxruntime", _ORT_CPU, GPU if "onnxruntime-gpu" in names else CPU)
+    return ProbeResult(found.state, f"{found.detail} ({names[0]})", found.remedy, found.facts) if names and found.works else found
 
 
-def onnxruntime_cuda() -> Finding:
+def probe_onnxruntime_cuda() -> ProbeResult:
     """ONNX Runtime's CUDA provider runs a graph on the GPU."""
     remedy = "pip uninstall -y onnxruntime && pip install 'anyflow-deploy[gpu]' 'onnxruntime-gpu[cuda,cudnn]'"
-    found = imported("onnxruntime", _ORT_CUDA, GPU)
+    found = probe_import("onnxruntime", _ORT_CUDA, GPU)
     if found.state == FAULT:
-        return Finding(FAULT, found.detail, "pip install 'onnxruntime-gpu[cuda,cudnn]'")
+        return ProbeResult(FAULT, found.detail, "pip install 'onnxruntime-gpu[cuda,cudnn]'")
     if not found.works or not found.detail:
-        return Finding(MISSING, found.detail or "this ONNX Runtime was built without CUDA", remedy)
+        return ProbeResult(MISSING, found.detail or "this ONNX Runtime was built without CUDA", remedy)
     return found
 
 
-def int8_on_cpu() -> Finding:
+def probe_int8_on_cpu() -> ProbeResult:
     """Whether products of 8 bits are exact, and with which weights; see engines/onnxruntime/int8.py."""
-    answer = asked(_INT8)
-    return Finding(FAULT, answer.error, CPU) if answer.error else int8_finding(**answer.found)
+    answer = run_python(_INT8)
+    return ProbeResult(FAULT, answer.error, CPU) if answer.error else int8_finding(**answer.found)
 
 
-def int8_finding(int8: bool, uint8: bool) -> Finding:
+def int8_finding(int8: bool, uint8: bool) -> ProbeResult:
     """Say what the processor's products mean for int8 bundles.
 
     Args:
@@ -130,53 +130,53 @@ def int8_finding(int8: bool, uint8: bool) -> Finding:
         uint8: whether uint8 x uint8 is.
     """
     if int8:
-        return Finding(WORKS, "a sum of 64 products came out exact")
+        return ProbeResult(WORKS, "a sum of 64 products came out exact")
     if uint8:
-        return Finding(WORKS, "exact with unsigned weights, which the engine uses here (u8 x s8 overflows: no VNNI)")
-    return Finding(FAULT, "its products overflow, with unsigned weights too", "use fp32 or fp16 on this processor")
+        return ProbeResult(WORKS, "exact with unsigned weights, which the engine uses here (u8 x s8 overflows: no VNNI)")
+    return ProbeResult(FAULT, "its products overflow, with unsigned weights too", "use fp32 or fp16 on this processor")
 
 
-def torch() -> Finding:
+def probe_torch() -> ProbeResult:
     """PyTorch multiplies, on the GPU too where it can."""
-    return imported("torch", _TORCH, EXPORT)
+    return probe_import("torch", _TORCH, EXPORT)
 
 
-def tensorrt() -> Finding:
+def probe_tensorrt() -> ProbeResult:
     """TensorRT loads and gives a builder."""
-    return imported("tensorrt", _TENSORRT, TENSORRT)
+    return probe_import("tensorrt", _TENSORRT, TENSORRT)
 
 
-def cuda_python() -> Finding:
+def probe_cuda_python() -> ProbeResult:
     """cuda-python's bindings load."""
-    return imported("cuda", _CUDA_PYTHON, "pip install cuda-python")
+    return probe_import("cuda", _CUDA_PYTHON, "pip install cuda-python")
 
 
-def torch_tensorrt() -> Finding:
+def probe_torch_tensorrt() -> ProbeResult:
     """torch-tensorrt loads."""
-    return imported(
+    return probe_import(
         "torch_tensorrt",
         "import torch_tensorrt\nfound['detail'] = torch_tensorrt.__version__",
         "pip install torch-tensorrt (on a machine with a GPU, in the version of your torch)",
     )
 
 
-def modelopt() -> Finding:
+def probe_modelopt() -> ProbeResult:
     """ModelOpt loads."""
     code = "import modelopt, modelopt.torch.quantization\nfound['detail'] = modelopt.__version__"
-    return imported("modelopt", code, "pip install 'anyflow-deploy[quantize]'")
+    return probe_import("modelopt", code, "pip install 'anyflow-deploy[quantize]'")
 
 
-def export_packages() -> Finding:
+def probe_export_packages() -> ProbeResult:
     """What `[export]` brings is installed; only looked up, not imported."""
-    names = extra("export")
+    names = packages_of_extra("export")
     missing = [name for name in names if _version(name) is None]
     if missing or not names:
-        return Finding(MISSING, f"not installed: {', '.join(missing) or 'anyflow-deploy itself'}", EXPORT)
+        return ProbeResult(MISSING, f"not installed: {', '.join(missing) or 'anyflow-deploy itself'}", EXPORT)
     shown = ("diffusers", "transformers", "onnxscript", "av")
-    return Finding(WORKS, ", ".join(f"{name} {_version(name)}" for name in shown))
+    return ProbeResult(WORKS, ", ".join(f"{name} {_version(name)}" for name in shown))
 
 
-def extra(name: str) -> list[str]:
+def packages_of_extra(name: str) -> list[str]:
     """The packages that an extra of anyflow-deploy names."""
     try:
         rows = importlib.metadata.requires("anyflow-deploy") or []
@@ -186,7 +186,7 @@ def extra(name: str) -> list[str]:
     return [re.split(r"[ ><=!~;\[]", row, maxsplit=1)[0] for row in found]
 
 
-def installed_as(module: str) -> list[str]:
+def distributions_of(module: str) -> list[str]:
     """Names of the installed packages that bring a module, such as onnxruntime and onnxruntime-gpu."""
     owners = importlib.metadata.packages_distributions().get(module, [])
     return sorted({name.lower().replace("_", "-") for name in owners})

@@ -11,7 +11,7 @@ WORKS, FAULT, MISSING = "works", "does not work", "missing"
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProbeResult:
     """What was found out about one thing.
 
     Attributes:
@@ -32,30 +32,30 @@ class Finding:
         return self.state == WORKS
 
 
-Findings = Mapping[str, Finding]
+ProbeResults = Mapping[str, ProbeResult]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One row of the table: a name, and what looks. `look` answers None for a thing this kind of machine has none of."""
+    """One row of the table: a name, and what looks. `run` returns None for a thing this kind of machine has none of."""
 
     name: str
-    look: Callable[[], Finding | None]
+    run: Callable[[], ProbeResult | None]
 
 
-def examined(probes: Sequence[Probe], workers: int = 4) -> dict[str, Finding]:
+def run_probes(probes: Sequence[Probe], workers: int = 4) -> dict[str, ProbeResult]:
     """Run all probes.
 
     Returns:
         By name, in the order of the table; an exception in a probe is a fault of the thing it looks at.
     """
     with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(lambda probe: _guarded(probe.look), probes))
+        found = list(pool.map(lambda probe: _run_guarded(probe.run), probes))
     return {probe.name: finding for probe, finding in zip(probes, found, strict=True) if finding is not None}
 
 
-def _guarded(look: Callable[[], Finding | None]) -> Finding | None:
+def _run_guarded(run: Callable[[], ProbeResult | None]) -> ProbeResult | None:
     try:
-        return look()
+        return run()
     except Exception as error:  # noqa: BLE001 - a broken machine breaks probes in ways nobody foresees, and that is the answer
-        return Finding(FAULT, f"could not be looked at: {type(error).__name__}: {error}")
+        return ProbeResult(FAULT, f"could not be looked at: {type(error).__name__}: {error}")

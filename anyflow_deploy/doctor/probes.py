@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from anyflow_deploy.doctor import compiler, cpp, gpu, machine, packages
-from anyflow_deploy.doctor.probe import MISSING, Finding, Findings, Probe
+from anyflow_deploy.doctor.probe import MISSING, Probe, ProbeResult, ProbeResults
 
 PYTHON, NUMPY, ORT, ORT_CUDA, INT8 = "Python", "numpy", "ONNX Runtime", "ONNX Runtime on CUDA", "int8 on the CPU"
 TORCH, GPU, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT = "PyTorch", "GPU", "TensorRT", "cuda-python", "torch-tensorrt"
@@ -23,31 +23,31 @@ FOR_A_GPU = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, 
 """Useless without one, so nobody is told to install them there."""
 
 PROBES = (
-    Probe(PYTHON, machine.python),
-    Probe("processor", machine.processor),
-    Probe("memory", machine.memory),
-    Probe("disk", machine.disk),
-    Probe(JETSON, machine.jetson),
-    Probe(GPU, gpu.gpu),
-    Probe(NUMPY, packages.numpy),
-    Probe(ORT, packages.onnxruntime),
-    Probe(ORT_CUDA, packages.onnxruntime_cuda),
-    Probe(INT8, packages.int8_on_cpu),
-    Probe(TORCH, packages.torch),
-    Probe("export packages", packages.export_packages),
-    Probe("ModelOpt", packages.modelopt),
-    Probe(TENSORRT, packages.tensorrt),
-    Probe(CUDA_PYTHON, packages.cuda_python),
-    Probe(TORCH_TENSORRT, packages.torch_tensorrt),
-    Probe(COMPILER, compiler.compiler),
-    Probe(LIBRARY, cpp.library),
-    Probe("AOTInductor headers", cpp.torch_headers),
-    Probe(TENSORRT_HEADERS, cpp.tensorrt_headers),
-    Probe(CUDA_HEADERS, cpp.cuda_headers),
+    Probe(PYTHON, machine.probe_python),
+    Probe("processor", machine.probe_processor),
+    Probe("memory", machine.probe_memory),
+    Probe("disk", machine.probe_disk),
+    Probe(JETSON, machine.probe_jetson),
+    Probe(GPU, gpu.probe_gpu),
+    Probe(NUMPY, packages.probe_numpy),
+    Probe(ORT, packages.probe_onnxruntime),
+    Probe(ORT_CUDA, packages.probe_onnxruntime_cuda),
+    Probe(INT8, packages.probe_int8_on_cpu),
+    Probe(TORCH, packages.probe_torch),
+    Probe("export packages", packages.probe_export_packages),
+    Probe("ModelOpt", packages.probe_modelopt),
+    Probe(TENSORRT, packages.probe_tensorrt),
+    Probe(CUDA_PYTHON, packages.probe_cuda_python),
+    Probe(TORCH_TENSORRT, packages.probe_torch_tensorrt),
+    Probe(COMPILER, compiler.probe_compiler),
+    Probe(LIBRARY, cpp.probe_library),
+    Probe("AOTInductor headers", cpp.probe_torch_headers),
+    Probe(TENSORRT_HEADERS, cpp.probe_tensorrt_headers),
+    Probe(CUDA_HEADERS, cpp.probe_cuda_headers),
 )
 
 
-def advised(found: Findings) -> dict[str, Finding]:
+def adjust_remedies(found: ProbeResults) -> dict[str, ProbeResult]:
     """The same findings, without advice to install what only a GPU needs where there is none, or what JetPack brings."""
     if JETSON in found:
         ways = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), OF_JETPACK)

@@ -7,32 +7,39 @@ import importlib.metadata
 from collections.abc import Iterable
 from typing import Any
 
-from anyflow_deploy.doctor.backends import Verdict
-from anyflow_deploy.doctor.probe import Findings
+from anyflow_deploy.doctor.backends import BackendVerdict
+from anyflow_deploy.doctor.probe import ProbeResults
 
 SCHEMA = 1
 
 NOTES = {("onnxruntime", "cpu", "fp8"): " (emulated: its numbers, not its speed)"}
 
 
-def lines(found: Findings, verdicts: Iterable[Verdict]) -> list[tuple[str, str, str, str]]:
+def report_rows(found: ProbeResults, verdicts: Iterable[BackendVerdict]) -> list[tuple[str, str, str, str]]:
     """Rows of a table: name, state, detail, remedy. Backends come last; their state is the precisions that run."""
     rows = [(name, finding.state, finding.detail, finding.remedy) for name, finding in found.items()]
     for verdict in verdicts:
         backend = verdict.backend
         running = [f"{p}{NOTES.get((backend.name, backend.provider, p), '')}" for p in verdict.running]
-        rows.append((f"{backend.name}, {backend.provider}", "runs" if running else "does not run", _words(verdict, running), ""))
+        rows.append(
+            (
+                f"{backend.name}, {backend.provider}",
+                "runs" if running else "does not run",
+                _describe_verdict(verdict, running),
+                "",
+            )
+        )
     return rows
 
 
-def plain(rows: Iterable[tuple[str, str, str, str]]) -> str:
+def format_plain(rows: Iterable[tuple[str, str, str, str]]) -> str:
     """The table without any library."""
     return "\n".join(
         f"{name:22} {state:14} {detail}{f'  ->  {remedy}' if remedy else ''}" for name, state, detail, remedy in rows
     )
 
 
-def as_json(found: Findings, verdicts: Iterable[Verdict], unmet: dict[str, str]) -> dict[str, Any]:
+def report_json(found: ProbeResults, verdicts: Iterable[BackendVerdict], unmet: dict[str, str]) -> dict[str, Any]:
     """What --json prints; `schema` counts changes that a program would notice."""
     try:
         version = importlib.metadata.version("anyflow-deploy")
@@ -51,7 +58,7 @@ def as_json(found: Findings, verdicts: Iterable[Verdict], unmet: dict[str, str])
     }  # fmt: skip
 
 
-def _words(verdict: Verdict, running: list[str]) -> str:
+def _describe_verdict(verdict: BackendVerdict, running: list[str]) -> str:
     reasons: dict[str, list[str]] = {}
     for precision, reason in verdict.reasons.items():
         if reason:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, ProbeResult
 
 TIMEOUT = 60.0
 """Seconds. The slowest import seen, ModelOpt's on two busy cores, took 20."""
@@ -35,7 +35,7 @@ os._exit(0)  # some libraries crash when they are taken down; that is not the qu
 
 
 @dataclass(frozen=True)
-class Answer:
+class SubprocessResult:
     """What a child said.
 
     Attributes:
@@ -49,7 +49,7 @@ class Answer:
     error: str = ""
 
 
-def asked(code: str, timeout: float = TIMEOUT, python: str = sys.executable) -> Answer:
+def run_python(code: str, timeout: float = TIMEOUT, python: str = sys.executable) -> SubprocessResult:
     """Run Python code that puts what it learns (as JSON can hold it) into the dict `found`."""
     try:
         done = subprocess.run(
@@ -57,19 +57,19 @@ def asked(code: str, timeout: float = TIMEOUT, python: str = sys.executable) -> 
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Answer({}, error=f"gave no answer within {timeout:g} s")
+        return SubprocessResult({}, error=f"gave no answer within {timeout:g} s")
     except OSError as error:
-        return Answer({}, error=f"Python could not be started: {error}")
+        return SubprocessResult({}, error=f"Python could not be started: {error}")
     _, mark, answer = done.stdout.rpartition(_MARK)
     if done.returncode < 0:
-        return Answer({}, error=f"crashed ({_signal_name(-done.returncode)})")
+        return SubprocessResult({}, error=f"crashed ({_signal_name(-done.returncode)})")
     if not mark or done.returncode:
-        return Answer({}, error=_last_line(done.stderr) or f"ended with status {done.returncode} and said nothing")
+        return SubprocessResult({}, error=_last_line(done.stderr) or f"ended with status {done.returncode} and said nothing")
     found = json.loads(answer)
-    return Answer({}, found.get("no module", ""), found["error"]) if "error" in found else Answer(found)
+    return SubprocessResult({}, found.get("no module", ""), found["error"]) if "error" in found else SubprocessResult(found)
 
 
-def told(command: Sequence[str], timeout: float = 20.0) -> str | None:
+def run_command(command: Sequence[str], timeout: float = 20.0) -> str | None:
     """What a program prints; None where there is no such program or it fails."""
     try:
         done = subprocess.run(
@@ -81,7 +81,7 @@ def told(command: Sequence[str], timeout: float = 20.0) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def imported(module: str, code: str, install: str, timeout: float = TIMEOUT) -> Finding:
+def probe_import(module: str, code: str, install: str, timeout: float = TIMEOUT) -> ProbeResult:
     """Look at a package by importing it.
 
     Args:
@@ -90,13 +90,13 @@ def imported(module: str, code: str, install: str, timeout: float = TIMEOUT) -> 
         install: the command that installs it.
         timeout: seconds.
     """
-    answer = asked(code, timeout)
+    answer = run_python(code, timeout)
     if answer.missing == module:
-        return Finding(MISSING, f"no module {module}", install)
+        return ProbeResult(MISSING, f"no module {module}", install)
     if answer.error:
-        return Finding(FAULT, answer.error, f"{install.replace('pip install', 'pip install --force-reinstall')}")
+        return ProbeResult(FAULT, answer.error, f"{install.replace('pip install', 'pip install --force-reinstall')}")
     detail = str(answer.found.pop("detail", ""))
-    return Finding(WORKS, detail, facts=answer.found)
+    return ProbeResult(WORKS, detail, facts=answer.found)
 
 
 def _signal_name(number: int) -> str:

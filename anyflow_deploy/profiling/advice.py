@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from anyflow_deploy.profiling.formatting import steps_text
+from anyflow_deploy.profiling.formatting import format_steps
 from anyflow_deploy.profiling.record import Advice, Point, Profile
 from anyflow_deploy.profiling.summary_statistics import TAIL_SAMPLES
 
@@ -44,7 +44,7 @@ def advise(profile: Profile) -> list[Advice]:
     return sorted(found, key=lambda advice: order[advice.weight])
 
 
-def _throttled(profile: Profile) -> Iterator[Advice]:
+def _check_throttling(profile: Profile) -> Iterator[Advice]:
     for reason, share in profile.conditions.throttle.items():
         yield Advice(
             kind="throttled",
@@ -55,7 +55,7 @@ def _throttled(profile: Profile) -> Iterator[Advice]:
         )
 
 
-def _drifting(profile: Profile) -> Iterator[Advice]:
+def _check_drift(profile: Profile) -> Iterator[Advice]:
     for point in profile.points:
         # Transitions of a causal clip differ by design: there whole clips are held against each other.
         changed = (point.transition if not point.chunks else point.clips[-1].latency).drift
@@ -73,7 +73,7 @@ def _drifting(profile: Profile) -> Iterator[Advice]:
             )
 
 
-def _busy(profile: Profile) -> Iterator[Advice]:
+def _check_other_load(profile: Profile) -> Iterator[Advice]:
     load = profile.conditions.other_load
     if load is not None and load > OTHER_LOAD:
         yield Advice(
@@ -85,7 +85,7 @@ def _busy(profile: Profile) -> Iterator[Advice]:
         )
 
 
-def _unsteady(profile: Profile) -> Iterator[Advice]:
+def _check_variation(profile: Profile) -> Iterator[Advice]:
     for point in profile.points:
         if not point.warm_up.steady:
             yield Advice(
@@ -99,7 +99,7 @@ def _unsteady(profile: Profile) -> Iterator[Advice]:
 _BLIND = " A virtual machine sees neither its processor's true clock nor its neighbours."
 
 
-def _clocks(profile: Profile) -> Iterator[Advice]:
+def _check_clocks(profile: Profile) -> Iterator[Advice]:
     worst = max(profile.points, key=lambda point: point.transition.variation)
     variation = worst.transition.variation
     if profile.subject.kind == "causal" or variation <= VARIATION:  # chunks differ by design
@@ -130,7 +130,7 @@ def _clocks(profile: Profile) -> Iterator[Advice]:
     )
 
 
-def _governor(profile: Profile) -> Iterator[Advice]:
+def _check_governor(profile: Profile) -> Iterator[Advice]:
     governor = profile.machine.get("governor")
     if governor not in (None, "performance") and profile.subject.provider == "cpu":
         yield Advice(
@@ -150,7 +150,7 @@ def _governor(profile: Profile) -> Iterator[Advice]:
         )
 
 
-def _launches(profile: Profile) -> Iterator[Advice]:
+def _check_launches(profile: Profile) -> Iterator[Advice]:
     for point in profile.points:
         if point.enqueue is not None and point.enqueue.median > LAUNCH_SHARE * point.transition.median:
             yield Advice(
@@ -162,7 +162,7 @@ def _launches(profile: Profile) -> Iterator[Advice]:
             )
 
 
-def _roof(profile: Profile) -> Iterator[Advice]:
+def _check_roofline(profile: Profile) -> Iterator[Advice]:
     for point in profile.points:
         roof = point.roofline
         if roof is None or roof.efficiency is None or profile.ceilings is None:
@@ -207,7 +207,7 @@ def _roof(profile: Profile) -> Iterator[Advice]:
 _PRODUCT_WORDS = ("MatMul", "Gemm", "Attention", "Conv", "gemm", "mha", "matmul", "CaskGemm", "kgen_mha")
 
 
-def _small_operators(profile: Profile) -> Iterator[Advice]:
+def _check_small_operators(profile: Profile) -> Iterator[Advice]:
     for layers in profile.layers:
         others = [row for row in layers.by_operator if not any(word in row.operator for word in _PRODUCT_WORDS)]
         share = sum(row.share for row in others)
@@ -222,7 +222,7 @@ def _small_operators(profile: Profile) -> Iterator[Advice]:
             )
 
 
-def _stages(profile: Profile) -> Iterator[Advice]:
+def _check_stages(profile: Profile) -> Iterator[Advice]:
     for row in profile.end_to_end:
         for name, seconds in row.seconds.items():
             if name != "transformer" and seconds > STAGE_SHARE * row.total:
@@ -232,7 +232,7 @@ def _stages(profile: Profile) -> Iterator[Advice]:
                     text="A faster transformer will not help much here: "
                     + ("keep embeddings of prompts that come again (--save-prompt-embeds)." if "text" in name else
                        "decode on the GPU, or smaller; with a causal model, chunk by chunk while the next one is made."),
-                    measurement=f"{row.shape} at {steps_text(row.steps)}: {name} {_ms(seconds)} of {_ms(row.total)}",
+                    measurement=f"{row.shape} at {format_steps(row.steps)}: {name} {_ms(seconds)} of {_ms(row.total)}",
                 )  # fmt: skip
                 break
         else:
@@ -240,21 +240,21 @@ def _stages(profile: Profile) -> Iterator[Advice]:
         return  # once is enough: at the first number of steps it is largest
 
 
-def _real_time(profile: Profile) -> Iterator[Advice]:
+def _check_real_time(profile: Profile) -> Iterator[Advice]:
     for point in profile.points:
         fast = [clip.steps for clip in point.clips if clip.real_time_factor >= 1]
         if point.chunks:
             fast = [chunks.steps for chunks in point.chunks if chunks.worst_real_time_factor >= 1]
-        factors = ", ".join(f"{clip.real_time_factor:.3g} in {steps_text(clip.steps)}" for clip in point.clips)
+        factors = ", ".join(f"{clip.real_time_factor:.3g} in {format_steps(clip.steps)}" for clip in point.clips)
         text = (
-            f"Frames are made faster than they play in up to {steps_text(max(fast))} (latents; the VAE comes on top)."
+            f"Frames are made faster than they play in up to {format_steps(max(fast))} (latents; the VAE comes on top)."
             if fast
             else "Frames are made slower than they play at every number of steps that was tried."
         )
         yield Advice(kind="real time", weight="note", text=text, measurement=f"{point.shape}: real-time factor {factors}")
 
 
-def _tails(profile: Profile) -> Iterator[Advice]:
+def _check_tails(profile: Profile) -> Iterator[Advice]:
     few = [point for point in profile.points if point.transition.count < TAIL_SAMPLES]
     if few:
         counts = ", ".join(f"{point.shape} {_count(point)}" for point in few)
@@ -268,7 +268,7 @@ def _tails(profile: Profile) -> Iterator[Advice]:
 
 
 RULES: tuple[Callable[[Profile], Iterator[Advice]], ...] = (
-    _throttled, _drifting, _busy, _unsteady, _clocks, _governor, _launches, _roof, _small_operators, _stages, _real_time, _tails,
+    _check_throttling, _check_drift, _check_other_load, _check_variation, _check_clocks, _check_governor, _check_launches, _check_roofline, _check_small_operators, _check_stages, _check_real_time, _check_tails,
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.profiling.record import Latency, Point, Profile
 
-Verdict = Literal["regression", "improvement", "within noise", "unchanged", "missing", "new"]
+RegressionVerdict = Literal["regression", "improvement", "within noise", "unchanged", "missing", "new"]
 
 TIME, MEMORY, ENERGY = 0.05, 0.05, 0.10
 """Default thresholds. Energy is sampled, and scatters more."""
@@ -31,7 +31,7 @@ class Thresholds:
 
 
 @dataclass(frozen=True)
-class Value:
+class ComparedValue:
     """One number of a profile, with the interval it lies in where there is one."""
 
     value: float
@@ -40,7 +40,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One number in both.
 
     Attributes:
@@ -48,26 +48,26 @@ class Row:
     """
 
     name: str
-    old: Value | None
-    new: Value | None
+    old: ComparedValue | None
+    new: ComparedValue | None
     change: float | None
-    verdict: Verdict
+    verdict: RegressionVerdict
 
 
 @dataclass(frozen=True)
 class Comparison:
     """All rows, and what else is different: names with both values."""
 
-    rows: list[Row]
+    rows: list[ComparisonRow]
     differences: dict[str, tuple[str, str]]
 
     @property
-    def regressed(self) -> bool:
+    def has_regression(self) -> bool:
         """Whether anything became worse, or vanished."""
         return any(row.verdict in ("regression", "missing") for row in self.rows)
 
 
-def compared(old: Profile, new: Profile, thresholds: Thresholds) -> Comparison:
+def compare_profiles(old: Profile, new: Profile, thresholds: Thresholds) -> Comparison:
     """Compare.
 
     Raises:
@@ -81,54 +81,54 @@ def compared(old: Profile, new: Profile, thresholds: Thresholds) -> Comparison:
             f"{new.subject.model} at {shapes[1]}. Profile the same --shapes and --steps."
         )
     names = [*before, *(name for name in after if name not in before)]
-    rows = [_row(name, before.get(name), after.get(name), thresholds) for name in names]
+    rows = [_compare_values(name, before.get(name), after.get(name), thresholds) for name in names]
     return Comparison(rows, dict(_differences(old, new)))
 
 
-def _row(name: str, old: Value | None, new: Value | None, thresholds: Thresholds) -> Row:
+def _compare_values(name: str, old: ComparedValue | None, new: ComparedValue | None, thresholds: Thresholds) -> ComparisonRow:
     if old is None or new is None:
-        return Row(name, old, new, None, "new" if old is None else "missing")
+        return ComparisonRow(name, old, new, None, "new" if old is None else "missing")
     change = new.value / old.value - 1 if old.value else 0.0
     limit = {"s": thresholds.time, "B": thresholds.memory, "J": thresholds.energy}[new.unit]
     if abs(change) <= limit:
-        verdict: Verdict = "unchanged"
+        verdict: RegressionVerdict = "unchanged"
     elif old.interval and new.interval and old.interval[0] <= new.interval[1] and new.interval[0] <= old.interval[1]:
         verdict = "within noise"
     else:
         verdict = "regression" if change > 0 else "improvement"
-    return Row(name, old, new, change, verdict)
+    return ComparisonRow(name, old, new, change, verdict)
 
 
-def _values(profile: Profile) -> Iterator[tuple[str, Value]]:
+def _values(profile: Profile) -> Iterator[tuple[str, ComparedValue]]:
     for point in profile.points:
-        yield from _of_point(point)
+        yield from _point_values(point)
     for stage in profile.stages:
-        yield stage.name, _latency(stage.latency)
-        yield f"{stage.name}, peak memory", Value(stage.memory.cpu_peak, "B")
-    yield "engine, peak CPU memory", Value(profile.memory.cpu_peak, "B")
+        yield stage.name, _latency_value(stage.latency)
+        yield f"{stage.name}, peak memory", ComparedValue(stage.memory.cpu_peak, "B")
+    yield "engine, peak CPU memory", ComparedValue(profile.memory.cpu_peak, "B")
     if profile.memory.gpu_peak is not None:
-        yield "engine, peak GPU memory", Value(profile.memory.gpu_peak, "B")
+        yield "engine, peak GPU memory", ComparedValue(profile.memory.gpu_peak, "B")
     if profile.memory.shared_peak is not None and profile.memory.shared_before is not None:
-        yield "engine, shared memory", Value(profile.memory.shared_peak - profile.memory.shared_before, "B")
-    yield "loading the engine", Value(profile.subject.load_seconds, "s", (0.0, 2 * profile.subject.load_seconds))
+        yield "engine, shared memory", ComparedValue(profile.memory.shared_peak - profile.memory.shared_before, "B")
+    yield "loading the engine", ComparedValue(profile.subject.load_seconds, "s", (0.0, 2 * profile.subject.load_seconds))
 
 
-def _of_point(point: Point) -> Iterator[tuple[str, Value]]:
-    yield f"{point.shape}, transition", _latency(point.transition)
+def _point_values(point: Point) -> Iterator[tuple[str, ComparedValue]]:
+    yield f"{point.shape}, transition", _latency_value(point.transition)
     if point.enqueue is not None:
-        yield f"{point.shape}, enqueue", _latency(point.enqueue)
+        yield f"{point.shape}, enqueue", _latency_value(point.enqueue)
     for clip in point.clips:
-        yield f"{point.shape}, {clip.steps} steps", _latency(clip.latency)
+        yield f"{point.shape}, {clip.steps} steps", _latency_value(clip.latency)
         for name, joules in clip.joules.items():
-            yield f"{point.shape}, {clip.steps} steps, energy of {name}", Value(joules, "J")
+            yield f"{point.shape}, {clip.steps} steps, energy of {name}", ComparedValue(joules, "J")
     for chunks in point.chunks:
-        yield f"{point.shape}, {chunks.steps} steps, first chunk", _latency(chunks.first)
+        yield f"{point.shape}, {chunks.steps} steps, first chunk", _latency_value(chunks.first)
         if chunks.later is not None:
-            yield f"{point.shape}, {chunks.steps} steps, later chunks", _latency(chunks.later)
+            yield f"{point.shape}, {chunks.steps} steps, later chunks", _latency_value(chunks.later)
 
 
-def _latency(latency: Latency) -> Value:
-    return Value(latency.median, "s", latency.interval)
+def _latency_value(latency: Latency) -> ComparedValue:
+    return ComparedValue(latency.median, "s", latency.interval)
 
 
 def _differences(old: Profile, new: Profile) -> Iterator[tuple[str, tuple[str, str]]]:

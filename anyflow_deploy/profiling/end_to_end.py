@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from anyflow_deploy.profiling.record import EndToEnd, Point, Stage
+from anyflow_deploy.profiling.record import EndToEnd, Point, StageTiming
 from anyflow_deploy.profiling.stages import TEXT, VAE
-from anyflow_deploy.profiling.workload import Video
+from anyflow_deploy.profiling.workload import VideoWorkload
 
 TRANSFORMER = "transformer"
 
 
 def end_to_end(
-    points: Sequence[Point], stages: Sequence[Stage], videos: Sequence[Video], loading: float, fps: int
+    points: Sequence[Point], stages: Sequence[StageTiming], videos: Sequence[VideoWorkload], loading: float, fps: int
 ) -> list[EndToEnd]:
     """For the first shape (the one the VAE was timed on), at every number of steps.
 

@@ -3,5 +3,5 @@
 from __future__ import annotations
 
 
-class AbsentError(Exception):
+class MeasurementUnavailableError(Exception):
     """Not there, not readable or not supported; the text says which, and what would change it."""

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from anyflow_deploy.engines.kv_cache import cache_plan, fit_chunks
 from anyflow_deploy.memory.estimate import LatentShape, available_memory, estimate_memory
 from anyflow_deploy.models import FPS, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture
-from anyflow_deploy.profiling.operations import stream_work, transition_work, types_of
+from anyflow_deploy.profiling.operations import compute_types, stream_costs, transition_cost
 from anyflow_deploy.profiling.record import Roofline
-from anyflow_deploy.profiling.roofline import ceilings_of_target, roofline
+from anyflow_deploy.profiling.roofline import ceilings_from_target, roofline
 from anyflow_deploy.targets import Target, check_precision
 
 LABEL = "a bound computed from a data sheet, not a measurement: nothing was run"
@@ -33,7 +33,7 @@ class ClipBound(BaseModel):
     slowest_chunk: float | None = None
 
 
-class Estimate(BaseModel):
+class RooflineEstimate(BaseModel):
     """The bound of one shape."""
 
     model_config = ConfigDict(frozen=True)
@@ -52,10 +52,10 @@ class Estimate(BaseModel):
     memory: dict[str, Any] = Field(description="bytes needed and available, by anyflow-fit's arithmetic")
 
 
-def estimated(
+def estimate_latency(
     model: str, a: Architecture, precision: str, base: str, target: Target, shape: LatentShape, steps: tuple[int, ...],
     window: int | None = None, attention: str = "high",
-) -> Estimate:  # fmt: skip
+) -> RooflineEstimate:  # fmt: skip
     """The bound on a target.
 
     Args:
@@ -71,22 +71,22 @@ def estimated(
         AnyFlowError: a target without numbers, or one that does not run the precision.
     """
     check_precision(target, precision)
-    ceilings, types = ceilings_of_target(target), types_of(precision, base, attention)
+    ceilings, types = ceilings_from_target(target), compute_types(precision, base, attention)
     sides = (shape.height, shape.width)
     frames = (shape.frames - 1) * TEMPORAL_FACTOR + 1
     clips = []
     if a.chunk_partition is None:
-        work = transition_work(a, types, (shape.frames, *sides), TEXT_TOKENS)
+        cost = transition_cost(a, types, (shape.frames, *sides), TEXT_TOKENS)
         tokens = shape.tokens(a)
         for count in steps:
-            seconds = roofline(work, ceilings, None).bound * count
+            seconds = roofline(cost, ceilings, None).bound * count
             clips.append(ClipBound(steps=count, seconds=seconds, real_time_factor=frames / seconds / FPS))
     else:
         plan = cache_plan(a, fit_chunks(a.chunk_partition, shape.frames), *sides, window)
         tokens = plan.full_tokens * max(plan.chunks)
-        work = transition_work(a, types, (max(plan.chunks), *sides), TEXT_TOKENS, plan.capacity, with_text=False)
+        cost = transition_cost(a, types, (max(plan.chunks), *sides), TEXT_TOKENS, plan.capacity, with_text=False)
         for count in steps:
-            chunks = [roofline(chunk, ceilings, None).bound for chunk in stream_work(a, types, plan, sides, count)]
+            chunks = [roofline(chunk, ceilings, None).bound for chunk in stream_costs(a, types, plan, sides, count)]
             clips.append(
                 ClipBound(
                     steps=count,
@@ -96,9 +96,9 @@ def estimated(
                     slowest_chunk=max(chunks[1:], default=None),
                 )
             )
-    roof = roofline(work, ceilings, None)
+    roof = roofline(cost, ceilings, None)
     need = estimate_memory(a, precision, target, shape, window)
-    return Estimate(
+    return RooflineEstimate(
         model=model, precision=precision, target=target.name, device=target.device, source=ceilings.source, shape=str(shape),
         tokens=tokens, transition=roof, bound_by="memory" if roof.memory_seconds > roof.compute_seconds else "products",
         clips=clips, memory={"needed": need.total, "available": available_memory(target), "fits": need.total <= available_memory(target)},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def time_text(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """With three digits, in the unit that suits it."""
     if not seconds:
         return "0"
@@ -12,16 +12,16 @@ def time_text(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
 
 
-def size_text(size: float) -> str:
+def format_bytes(size: float) -> str:
     """In MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def percentile_text(seconds: float, share: float, count: int) -> str:
+def format_percentile(seconds: float, share: float, count: int) -> str:
     """A percentile, or a dash where so few samples have none: of nine, the 90th is only another name for the slowest."""
-    return time_text(seconds) if count * (1 - share) >= 1 - 1e-9 else "–"
+    return format_seconds(seconds) if count * (1 - share) >= 1 - 1e-9 else "–"
 
 
-def steps_text(count: int) -> str:
+def format_steps(count: int) -> str:
     """As words."""
     return "1 step" if count == 1 else f"{count} steps"

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-from anyflow_deploy.profiling.formatting import size_text, time_text
-from anyflow_deploy.profiling.plots import all_plots
+from anyflow_deploy.profiling.formatting import format_bytes, format_seconds
+from anyflow_deploy.profiling.plots import draw_plots
 from anyflow_deploy.profiling.record import Profile
-from anyflow_deploy.profiling.terminal import describe, describe_machine, latency_rows, latency_words
+from anyflow_deploy.profiling.terminal import describe, describe_machine, format_latency, latency_rows
 
 ROWS = 40
 """Layers in the page's table; the JSON has them all."""
@@ -65,7 +65,7 @@ def html_from_profile(profile: Profile) -> str:
         "<h2>What to do</h2>",
         _advice(profile),
         "<h2>Plots</h2>",
-        f'<div class="plots">{"".join(all_plots(profile))}</div>',
+        f'<div class="plots">{"".join(draw_plots(profile))}</div>',
         "<h2>Every time that was taken</h2>",
         _latencies(profile),
         _layers(profile),
@@ -83,21 +83,21 @@ def _tiles(profile: Profile) -> str:
     point = profile.points[0]
     most = point.clips[-1]
     tiles = [
-        (time_text(point.transition.median), f"a transition at {point.shape} (median of {point.transition.count})"),
-        (time_text(most.latency.median), f"a clip in {most.steps} steps"),
+        (format_seconds(point.transition.median), f"a transition at {point.shape} (median of {point.transition.count})"),
+        (format_seconds(most.latency.median), f"a clip in {most.steps} steps"),
         (f"{most.real_time_factor:.3g} ×", f"real time in {most.steps} steps"),
     ]
     if point.chunks:
-        tiles.append((time_text(point.chunks[-1].first.median), f"to the first chunk, {point.chunks[-1].steps} steps"))
+        tiles.append((format_seconds(point.chunks[-1].first.median), f"to the first chunk, {point.chunks[-1].steps} steps"))
     if profile.end_to_end:
         row = profile.end_to_end[-1]
-        tiles.append((time_text(row.first_frame), f"from prompt to first frame, {row.steps} steps"))
+        tiles.append((format_seconds(row.first_frame), f"from prompt to first frame, {row.steps} steps"))
     memory = profile.memory
-    tiles.append((size_text(memory.cpu_peak), "peak memory, CPU"))
+    tiles.append((format_bytes(memory.cpu_peak), "peak memory, CPU"))
     if memory.gpu_peak is not None:
-        tiles.append((size_text(memory.gpu_peak), "peak memory, GPU" + (" (of the CPU's)" if memory.unified else "")))
+        tiles.append((format_bytes(memory.gpu_peak), "peak memory, GPU" + (" (of the CPU's)" if memory.unified else "")))
     if memory.shared_peak is not None and memory.shared_before is not None:
-        tiles.append((size_text(memory.shared_peak - memory.shared_before), "of the memory they share, counted once"))
+        tiles.append((format_bytes(memory.shared_peak - memory.shared_before), "of the memory they share, counted once"))
     for name, joules in most.joules.items():
         tiles.append((f"{joules / point.frames:.3g} J", f"a frame, {name}, {most.steps} steps"))
     roof = point.roofline
@@ -119,9 +119,9 @@ def _advice(profile: Profile) -> str:
 def _latencies(profile: Profile) -> str:
     rows = []
     for shape, name, latency in latency_rows(profile):
-        interval = f"{time_text(latency.interval[0])} to {time_text(latency.interval[1])}"
-        most = time_text(latency.maximum)
-        rows.append([shape, name, *latency_words(latency), most, interval, str(latency.count), str(latency.outliers)])
+        interval = f"{format_seconds(latency.interval[0])} to {format_seconds(latency.interval[1])}"
+        most = format_seconds(latency.maximum)
+        rows.append([shape, name, *format_latency(latency), most, interval, str(latency.count), str(latency.outliers)])
     head = ("shape", "what", "min", "mean", "median", "p90", "p95", "p99", "max", "median lies in (95 %)", "n", "outliers")
     return _table(head, rows, 2)
 
@@ -133,7 +133,7 @@ def _layers(profile: Profile) -> str:
             [
                 row.name,
                 row.operator,
-                time_text(row.seconds),
+                format_seconds(row.seconds),
                 f"{100 * row.share:.1f} %",
                 str(row.calls),
                 f"{row.operations / row.seconds / 1e9:,.1f}" if row.operations and row.seconds else "",

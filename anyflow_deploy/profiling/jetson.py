@@ -16,12 +16,12 @@ _GPU = re.compile(r"gpu-gpc-\d+|[0-9a-f]+\.(gpu|ga10b|gv11b)")
 """The GPU's folder under /sys/class/devfreq: on Thor, and on older ones (JetPack 6: gpu, JetPack 5: the chip's name)."""
 
 
-def described(root: Path = Path("/")) -> dict[str, str] | None:
+def describe(root: Path = Path("/")) -> dict[str, str] | None:
     """Model, power mode (`nvpmodel -q`) and the range of the GPU's clock (one number under `jetson_clocks`); None elsewhere."""
     model = _text(root / "proc/device-tree/model").strip("\0 ")
     if not re.search(r"jetson|tegra", model, re.IGNORECASE):
         return None
-    mode = re.search(r"NV Power Mode:\s*(\S+)", _told(["nvpmodel", "-q"]))
+    mode = re.search(r"NV Power Mode:\s*(\S+)", _run_command(["nvpmodel", "-q"]))
     found = {"model": model, "power_mode": mode[1] if mode else "unknown (nvpmodel -q said nothing)"}
     folder = _gpu_folder(root)
     least, most = (_megahertz(folder / f"{which}_freq") if folder else None for which in ("min", "max"))
@@ -36,7 +36,7 @@ def gpu_clock(root: Path = Path("/")) -> Callable[[], float | None]:
     return lambda: None if folder is None else _megahertz(folder / "cur_freq")
 
 
-def memory_taken(root: Path = Path("/")) -> float | None:
+def memory_used(root: Path = Path("/")) -> float | None:
     """Bytes of the one memory that all processes and the GPU have together, without what Linux would free of its file cache.
 
     (`cudaMemGetInfo` counts that cache as taken, and the files of a bundle are in it once they were read.)"""
@@ -71,7 +71,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _told(command: list[str]) -> str:
+def _run_command(command: list[str]) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):

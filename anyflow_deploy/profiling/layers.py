@@ -16,9 +16,9 @@ from anyflow_deploy.profiling.record import Layer
 _BLOCK = re.compile(r"^blocks\.\d+\.?")
 
 
-def rows(timed: Iterable[LayerTiming], transitions: int) -> list[Layer]:
+def layer_rows(timed: Iterable[LayerTiming], transitions: int) -> list[Layer]:
     """As the record has them, slowest first: per transition."""
-    return _shared(
+    return _with_shares(
         Layer(
             name=row.name,
             operator=row.operator,
@@ -35,15 +35,15 @@ def rows(timed: Iterable[LayerTiming], transitions: int) -> list[Layer]:
 
 def by_operator(layers: Iterable[Layer]) -> list[Layer]:
     """Added up by operator."""
-    return _grouped(layers, lambda layer: layer.operator)
+    return _group_layers(layers, lambda layer: layer.operator)
 
 
 def by_part(layers: Iterable[Layer]) -> list[Layer]:
     """Added up over the blocks, by the part of the network."""
-    return _grouped(layers, lambda layer: part(layer.module or layer.name))
+    return _group_layers(layers, lambda layer: network_part(layer.module or layer.name))
 
 
-def part(name: str) -> str:
+def network_part(name: str) -> str:
     """`blocks.3.attn1.to_q/Gemm` as `attn1.to_q`; what has no module's name is "other"."""
     stem = name.split(" + ")[0]
     inside = _BLOCK.match(stem)
@@ -56,7 +56,7 @@ def part(name: str) -> str:
     return "other" if module.startswith("_") or module[0].isupper() else module
 
 
-def _grouped(layers: Iterable[Layer], key: Callable[[Layer], str]) -> list[Layer]:
+def _group_layers(layers: Iterable[Layer], key: Callable[[Layer], str]) -> list[Layer]:
     groups: dict[str, Layer] = {}
     for layer in layers:
         name = key(layer)
@@ -74,10 +74,10 @@ def _grouped(layers: Iterable[Layer], key: Callable[[Layer], str]) -> list[Layer
             operations=old.operations + layer.operations,
             bytes=old.bytes + layer.bytes,
         )
-    return _shared(groups.values())
+    return _with_shares(groups.values())
 
 
-def _shared(layers: Iterable[Layer]) -> list[Layer]:
+def _with_shares(layers: Iterable[Layer]) -> list[Layer]:
     """With each one's share, slowest first."""
     found = sorted(layers, key=lambda layer: -layer.seconds)
     total = sum(layer.seconds for layer in found) or 1.0

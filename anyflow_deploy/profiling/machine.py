@@ -16,16 +16,16 @@ from typing import Any
 
 from anyflow_deploy.profiling import jetson
 from anyflow_deploy.profiling.memory import own_cpu_seconds
-from anyflow_deploy.profiling.nvml import Gpu
+from anyflow_deploy.profiling.nvml import NvmlGpu
 
 PACKAGES = ("anyflow-deploy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "torch-tensorrt", "diffusers", "numpy")
 
 
-ASKED_CORES = 16
+SAMPLED_CORES = 16
 """Cores whose clock is read."""
 
 
-def described(gpu: Gpu | None, root: Path = Path("/")) -> dict[str, Any]:
+def describe(gpu: NvmlGpu | None, root: Path = Path("/")) -> dict[str, Any]:
     """For the record: processor, memory, governor, power mode, GPU, versions."""
     cpuinfo = _text(root / "proc/cpuinfo")
     name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
@@ -39,8 +39,8 @@ def described(gpu: Gpu | None, root: Path = Path("/")) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions(),
         "governor": governor(root),
-        "jetson": jetson.described(root),
-        "gpu": None if gpu is None else gpu.described(),
+        "jetson": jetson.describe(root),
+        "gpu": None if gpu is None else gpu.describe(),
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -70,8 +70,8 @@ def cpu_clock(root: Path = Path("/")) -> Callable[[], float | None]:
     """Reads the mean clock of the first cores, MHz; None where the kernel does not say.
 
     Of some only: each answer interrupts the core that is asked, and on a machine with a hundred of them that would be felt."""
-    files = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))[:ASKED_CORES]
-    few = (os.cpu_count() or 1) <= ASKED_CORES
+    files = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))[:SAMPLED_CORES]
+    few = (os.cpu_count() or 1) <= SAMPLED_CORES
 
     def read() -> float | None:
         try:

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from anyflow_deploy.profiling import jetson
-from anyflow_deploy.profiling.nvml import Gpu
-from anyflow_deploy.profiling.record import Memory
+from anyflow_deploy.profiling.nvml import NvmlGpu
+from anyflow_deploy.profiling.record import MemoryUsage
 
-Used = Callable[[], float | None]
+MemoryReader = Callable[[], float | None]
 
 
-def resident(word: str = "VmRSS", status: Path = Path("/proc/self/status")) -> int:
+def resident_bytes(word: str = "VmRSS", status: Path = Path("/proc/self/status")) -> int:
     """Bytes by the kernel's count: "VmRSS" now, "VmHWM" at the peak; 0 where there is no /proc."""
     try:
         found = re.search(rf"^{word}:\s+(\d+) kB", status.read_text(), re.MULTILINE)
@@ -28,7 +28,7 @@ def resident(word: str = "VmRSS", status: Path = Path("/proc/self/status")) -> i
     return int(found[1]) * 1024 if found else 0
 
 
-class Peak:
+class PeakMemory:
     """Memory from now on.
 
     Args:
@@ -36,22 +36,22 @@ class Peak:
         shared: bytes taken of the memory that processor and GPU share; None where each has its own.
     """
 
-    def __init__(self, gpu_used: Used | None = None, shared: Used | None = None) -> None:
-        self._used, self._shared = gpu_used, shared
+    def __init__(self, gpu_memory_reader: MemoryReader | None = None, shared: MemoryReader | None = None) -> None:
+        self._used, self._shared = gpu_memory_reader, shared
         self._shared_before = None if shared is None else shared()
-        self._before = resident()
+        self._before = resident_bytes()
         self._gpu_before = self._gpu()
         self._loaded, self._gpu_loaded = self._before, self._gpu_before
         self._loading_peak: int | None = None
-        self._forgotten = _forget()
+        self._peak_was_reset = _reset_peak()
 
-    def loaded(self) -> None:
+    def mark_loaded(self) -> None:
         """Call it when what is measured is loaded."""
-        self._loaded, self._gpu_loaded = resident(), self._gpu()
-        self._loading_peak = resident("VmHWM") if self._forgotten else None  # else it may be of long before
-        self._forgotten = _forget()
+        self._loaded, self._gpu_loaded = resident_bytes(), self._gpu()
+        self._loading_peak = resident_bytes("VmHWM") if self._peak_was_reset else None  # else it may be of long before
+        self._peak_was_reset = _reset_peak()
 
-    def record(self, gpu_peak: float | None = None, shared_peak: float | None = None) -> Memory:
+    def record(self, gpu_peak: float | None = None, shared_peak: float | None = None) -> MemoryUsage:
         """What was reached.
 
         Args:
@@ -59,17 +59,17 @@ class Peak:
         """
         now = self._gpu()
         candidates = [value for value in (gpu_peak, now) if value is not None]
-        cpu = "VmHWM" if self._forgotten else "VmHWM since the process began (it could not be reset)"
-        return Memory(
+        cpu = "VmHWM" if self._peak_was_reset else "VmHWM since the process began (it could not be reset)"
+        return MemoryUsage(
             cpu_before=self._before,
             cpu_loaded=self._loaded,
             cpu_loading_peak=self._loading_peak,
-            cpu_peak=resident("VmHWM"),
-            gpu_loaded=_whole(self._gpu_loaded),
+            cpu_peak=resident_bytes("VmHWM"),
+            gpu_loaded=_optional_int(self._gpu_loaded),
             gpu_peak=int(max(candidates)) if candidates else None,
             unified=self._shared is not None,
-            shared_before=_whole(self._shared_before),
-            shared_peak=_whole(shared_peak),
+            shared_before=_optional_int(self._shared_before),
+            shared_peak=_optional_int(shared_peak),
             method=f"CPU: {cpu}; GPU: {'sampled' if self._used is not None else 'none in use'}",
         )
 
@@ -77,7 +77,7 @@ class Peak:
         return None if self._used is None else self._used()
 
 
-def _forget() -> bool:
+def _reset_peak() -> bool:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -85,11 +85,11 @@ def _forget() -> bool:
     return True
 
 
-def _whole(size: float | None) -> int | None:
+def _optional_int(size: float | None) -> int | None:
     return None if size is None else int(size)
 
 
-def gpu_used(gpu: Gpu | None, device: int, unified: bool = False) -> Used | None:
+def gpu_memory_reader(gpu: NvmlGpu | None, device: int, unified: bool = False) -> MemoryReader | None:
     """How to read the device's memory: this process's share by NVML, else all that is taken, else CUDA's own count.
 
     Args:
@@ -98,7 +98,7 @@ def gpu_used(gpu: Gpu | None, device: int, unified: bool = False) -> Used | None
             Linux's file cache for used memory, does not serve.
     """
     if unified:
-        return lambda: _first(gpu.memory()[0] if gpu else None, jetson.gpu_memory())
+        return lambda: _first_known(gpu.memory()[0] if gpu else None, jetson.gpu_memory())
     if gpu is not None and gpu.memory() != (None, None):
         return lambda: next((float(size) for size in gpu.memory() if size is not None), None)
     try:
@@ -109,14 +109,14 @@ def gpu_used(gpu: Gpu | None, device: int, unified: bool = False) -> Used | None
     if int(code):
         return None
 
-    def taken() -> float | None:
+    def read_used() -> float | None:
         code, free, total = cuda.cudaMemGetInfo()
         return None if int(code) else float(total - free)
 
-    return taken
+    return read_used
 
 
-def _first(*sizes: float | None) -> float | None:
+def _first_known(*sizes: float | None) -> float | None:
     return next((float(size) for size in sizes if size is not None), None)
 
 

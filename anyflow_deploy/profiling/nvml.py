@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from anyflow_deploy.profiling.errors import AbsentError
+from anyflow_deploy.profiling.errors import MeasurementUnavailableError
 
 THROTTLE = {
     "nvmlClocksEventReasonSwPowerCap": "power cap",
@@ -22,7 +22,7 @@ THROTTLE = {
 """Reasons that mean lost speed, by NVML's names; idling and clocks that someone has set are none."""
 
 
-class Gpu:
+class NvmlGpu:
     """One GPU, as NVML sees it.
 
     Args:
@@ -36,17 +36,19 @@ class Gpu:
         try:
             import pynvml
         except ImportError:
-            raise AbsentError("nvidia-ml-py is not installed. Run: pip install 'anyflow-deploy[profile]'") from None
+            raise MeasurementUnavailableError(
+                "nvidia-ml-py is not installed. Run: pip install 'anyflow-deploy[profile]'"
+            ) from None
         self._nv: Any = pynvml
         try:
             pynvml.nvmlInit()
-            self._handle = self._found(index)
+            self._handle = self._find_handle(index)
         except pynvml.NVMLError as error:
-            raise AbsentError(f"NVML does not answer: {error}") from None
+            raise MeasurementUnavailableError(f"NVML does not answer: {error}") from None
         name = pynvml.nvmlDeviceGetName(self._handle)
         self.name: str = name.decode() if isinstance(name, bytes) else str(name)
 
-    def _found(self, index: int) -> Any:
+    def _find_handle(self, index: int) -> Any:
         """CUDA counts the devices it may see; NVML counts all, in the order of the bus."""
         visible = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
         chosen = visible[index] if index < len(visible) else str(index)
@@ -56,64 +58,64 @@ class Gpu:
 
     def watts(self) -> float | None:
         """Power now."""
-        return _scaled(self._asked(lambda: self._nv.nvmlDeviceGetPowerUsage(self._handle)), 1e-3)
+        return _scale(self._query(lambda: self._nv.nvmlDeviceGetPowerUsage(self._handle)), 1e-3)
 
     def joules(self) -> float | None:
         """Energy since the driver was loaded (from Volta on)."""
-        return _scaled(self._asked(lambda: self._nv.nvmlDeviceGetTotalEnergyConsumption(self._handle)), 1e-3)
+        return _scale(self._query(lambda: self._nv.nvmlDeviceGetTotalEnergyConsumption(self._handle)), 1e-3)
 
     def sm_clock(self) -> float | None:
         """Clock of the multiprocessors now, MHz."""
-        return _scaled(self._asked(lambda: self._nv.nvmlDeviceGetClockInfo(self._handle, self._nv.NVML_CLOCK_SM)))
+        return _scale(self._query(lambda: self._nv.nvmlDeviceGetClockInfo(self._handle, self._nv.NVML_CLOCK_SM)))
 
-    def most_sm_clock(self) -> float | None:
+    def max_sm_clock(self) -> float | None:
         """The highest there is, MHz."""
-        return _scaled(self._asked(lambda: self._nv.nvmlDeviceGetMaxClockInfo(self._handle, self._nv.NVML_CLOCK_SM)))
+        return _scale(self._query(lambda: self._nv.nvmlDeviceGetMaxClockInfo(self._handle, self._nv.NVML_CLOCK_SM)))
 
     def memory_clock(self) -> float | None:
         """Of the memory, MHz."""
-        return _scaled(self._asked(lambda: self._nv.nvmlDeviceGetClockInfo(self._handle, self._nv.NVML_CLOCK_MEM)))
+        return _scale(self._query(lambda: self._nv.nvmlDeviceGetClockInfo(self._handle, self._nv.NVML_CLOCK_MEM)))
 
     def temperature(self) -> float | None:
         """Degrees Celsius."""
-        return _scaled(self._asked(lambda: self._nv.nvmlDeviceGetTemperature(self._handle, self._nv.NVML_TEMPERATURE_GPU)))
+        return _scale(self._query(lambda: self._nv.nvmlDeviceGetTemperature(self._handle, self._nv.NVML_TEMPERATURE_GPU)))
 
     def power_limit(self) -> float | None:
         """Watts it may take."""
-        return _scaled(self._asked(lambda: self._nv.nvmlDeviceGetEnforcedPowerLimit(self._handle)), 1e-3)
+        return _scale(self._query(lambda: self._nv.nvmlDeviceGetEnforcedPowerLimit(self._handle)), 1e-3)
 
-    def throttled(self) -> list[str]:
+    def throttle_reasons(self) -> list[str]:
         """Why it is slower than it could be, now."""
         ask = getattr(self._nv, "nvmlDeviceGetCurrentClocksEventReasons", None) or getattr(
             self._nv, "nvmlDeviceGetCurrentClocksThrottleReasons", None
         )
-        bits = self._asked(lambda: ask(self._handle)) if ask is not None else None
+        bits = self._query(lambda: ask(self._handle)) if ask is not None else None
         return [words for name, words in THROTTLE.items() if bits and int(bits) & int(getattr(self._nv, name, 0))]
 
     def memory(self) -> tuple[int | None, int | None]:
         """Bytes that this process takes (None: NVML does not say, as inside some containers), and that are taken in all."""
-        rows = self._asked(lambda: self._nv.nvmlDeviceGetComputeRunningProcesses(self._handle)) or []
+        rows = self._query(lambda: self._nv.nvmlDeviceGetComputeRunningProcesses(self._handle)) or []
         mine = next((row.usedGpuMemory for row in rows if row.pid == os.getpid()), None)
-        whole = self._asked(lambda: self._nv.nvmlDeviceGetMemoryInfo(self._handle).used)
+        whole = self._query(lambda: self._nv.nvmlDeviceGetMemoryInfo(self._handle).used)
         return (None if mine is None else int(mine)), (None if whole is None else int(whole))
 
-    def described(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What identifies it, for the record."""
-        driver = self._asked(self._nv.nvmlSystemGetDriverVersion)
+        driver = self._query(self._nv.nvmlSystemGetDriverVersion)
         return {
             "name": self.name,
             "driver": driver.decode() if isinstance(driver, bytes) else driver,
-            "most_sm_clock_mhz": self.most_sm_clock(),
+            "most_sm_clock_mhz": self.max_sm_clock(),
             "memory_clock_mhz": self.memory_clock(),
             "power_limit_watts": self.power_limit(),
         }
 
-    def _asked(self, question: Callable[[], Any]) -> Any:
+    def _query(self, question: Callable[[], Any]) -> Any:
         try:
             return question()
         except self._nv.NVMLError:
             return None
 
 
-def _scaled(value: Any, factor: float = 1.0) -> float | None:
+def _scale(value: Any, factor: float = 1.0) -> float | None:
     return None if value is None else float(value) * factor

@@ -20,7 +20,7 @@ from anyflow_deploy.precision import EIGHT_BIT, PRECISIONS
 
 
 @dataclass(frozen=True)
-class Types:
+class ComputeTypes:
     """What a precision computes its products in.
 
     Attributes:
@@ -34,32 +34,32 @@ class Types:
     base: str
 
 
-def types_of(precision: str, base: str, attention: str = "high") -> Types:
+def compute_types(precision: str, base: str, attention: str = "high") -> ComputeTypes:
     """Of a bundle: `attention` is the manifest's, "high" or "fp8"."""
     linear = precision if precision in EIGHT_BIT else base
-    return Types(linear, base if attention == "high" else attention, base)
+    return ComputeTypes(linear, base if attention == "high" else attention, base)
 
 
 @dataclass(frozen=True)
-class Work:
+class ComputeCost:
     """Operations by type, and bytes that have to move."""
 
     operations: dict[str, float]
     bytes: float
 
-    def __add__(self, other: Work) -> Work:
+    def __add__(self, other: ComputeCost) -> ComputeCost:
         kinds = sorted({*self.operations, *other.operations})
         merged = {kind: self.operations.get(kind, 0.0) + other.operations.get(kind, 0.0) for kind in kinds}
-        return Work(merged, self.bytes + other.bytes)
+        return ComputeCost(merged, self.bytes + other.bytes)
 
-    def times(self, count: int) -> Work:
+    def times(self, count: int) -> ComputeCost:
         """The same, so many times."""
-        return Work({kind: count * value for kind, value in self.operations.items()}, count * self.bytes)
+        return ComputeCost({kind: count * value for kind, value in self.operations.items()}, count * self.bytes)
 
 
-def transition_work(
-    a: Architecture, types: Types, shape: tuple[int, int, int], text: int, past: int = 0, with_text: bool = True
-) -> Work:
+def transition_cost(
+    a: Architecture, types: ComputeTypes, shape: tuple[int, int, int], text: int, past: int = 0, with_text: bool = True
+) -> ComputeCost:
     """One transition of one video.
 
     Args:
@@ -68,7 +68,7 @@ def transition_work(
         shape: latent frames, rows, columns of the step.
         text: L.
         past: M, of a causal model.
-        with_text: the text's keys and values are made, too; a causal model makes them once per video (`text_work`).
+        with_text: the text's keys and values are made, too; a causal model makes them once per video (`text_cost`).
     """
     frames, height, width = shape
     tokens, d = _tokens(a, shape), a.inner_dim
@@ -76,58 +76,60 @@ def transition_work(
     attention = 4 * tokens * d * a.num_layers * (tokens + past + text)
     patch, pixels = math.prod(a.patch_size), math.prod(a.patch_size) * a.out_channels
     wide = 2 * tokens * d * (a.in_channels * patch + pixels) + _times_operations(a, frames)
-    work = Work(_added((types.linear, linear), (types.attention, attention), ("fp32", wide)), 0.0)
+    cost = ComputeCost(_sum_by_type((types.linear, linear), (types.attention, attention), ("fp32", wide)), 0.0)
     state = 4 * 3 * a.in_channels * frames * height * width  # z_t in, z_r and the velocity out
     cache = 2 * a.num_layers * past * d * PRECISIONS[types.base].bytes
-    moved = Work({}, weight_bytes(a, types, with_text) + state + cache)
-    return work + moved + (text_work(a, types, text) if with_text else Work({}, 0.0))
+    moved = ComputeCost({}, weight_bytes(a, types, with_text) + state + cache)
+    return cost + moved + (text_cost(a, types, text) if with_text else ComputeCost({}, 0.0))
 
 
-def text_work(a: Architecture, types: Types, text: int) -> Work:
+def text_cost(a: Architecture, types: ComputeTypes, text: int) -> ComputeCost:
     """The text's projection, and its keys and values in every layer."""
     d = a.inner_dim
     projection = 2 * text * (a.text_dim * d + d * d)
-    return Work(_added((types.linear, 2 * text * a.num_layers * 2 * d * d), (types.base, projection)), 4.0 * text * a.text_dim)
+    return ComputeCost(
+        _sum_by_type((types.linear, 2 * text * a.num_layers * 2 * d * d), (types.base, projection)), 4.0 * text * a.text_dim
+    )
 
 
-def remember_work(a: Architecture, types: Types, tokens: int, past: int, text: int) -> Work:
+def append_cost(a: Architecture, types: ComputeTypes, tokens: int, past: int, text: int) -> ComputeCost:
     """Keys and values of a clean chunk in all layers: everything up to the last layer's projections."""
     d, layers = a.inner_dim, a.num_layers - 1
     linear = 2 * tokens * (layers * (6 * d * d + 2 * d * a.ffn_dim) + 2 * d * d)
     attention = 4 * tokens * d * layers * (tokens + past + text)
-    return Work(_added((types.linear, linear), (types.attention, attention)), weight_bytes(a, types, False))
+    return ComputeCost(_sum_by_type((types.linear, linear), (types.attention, attention)), weight_bytes(a, types, False))
 
 
-def stream_work(a: Architecture, types: Types, plan: CachePlan, sides: tuple[int, int], steps: int) -> list[Work]:
+def stream_costs(a: Architecture, types: ComputeTypes, plan: CachePlan, sides: tuple[int, int], steps: int) -> list[ComputeCost]:
     """Every chunk of a causal video: its transitions, and what is remembered of the chunk before it."""
     result = []
     for index, frames in enumerate(plan.chunks):
         past = sum(plan.cached_tokens(index))
-        work = transition_work(a, types, (frames, *sides), plan.text_tokens, past, with_text=False).times(steps)
-        work = work + text_work(a, types, plan.text_tokens) if index == 0 else work + _remembered(a, types, plan, index - 1)
-        result.append(work)
+        cost = transition_cost(a, types, (frames, *sides), plan.text_tokens, past, with_text=False).times(steps)
+        cost = cost + text_cost(a, types, plan.text_tokens) if index == 0 else cost + _append_costs(a, types, plan, index - 1)
+        result.append(cost)
     return result
 
 
-def _remembered(a: Architecture, types: Types, plan: CachePlan, chunk: int) -> Work:
+def _append_costs(a: Architecture, types: ComputeTypes, plan: CachePlan, chunk: int) -> ComputeCost:
     """What follows a chunk: it enters in full; where one falls out of the recent ones it is compressed, and all of them again."""
-    work = Work({}, 0.0)
+    cost = ComputeCost({}, 0.0)
     compressed = plan.compressed_tokens * sum(plan.chunks[c] for c in plan.kept_chunks(chunk + 1))
     if chunk < plan.recent:
         before = plan.full_tokens * sum(plan.chunks[:chunk])
-        return remember_work(a, types, plan.full_tokens * plan.chunks[chunk], before, plan.text_tokens)
+        return append_cost(a, types, plan.full_tokens * plan.chunks[chunk], before, plan.text_tokens)
     old = chunk - plan.recent
     tokens = plan.compressed_tokens * plan.chunks[old]
-    work = work + remember_work(a, types, tokens, compressed - tokens, plan.text_tokens)
+    cost = cost + append_cost(a, types, tokens, compressed - tokens, plan.text_tokens)
     filled = compressed
     for recent in range(old + 1, chunk + 1):
         tokens = plan.full_tokens * plan.chunks[recent]
-        work = work + remember_work(a, types, tokens, filled, plan.text_tokens)
+        cost = cost + append_cost(a, types, tokens, filled, plan.text_tokens)
         filled += tokens
-    return work
+    return cost
 
 
-def weight_bytes(a: Architecture, types: Types, with_text: bool = True) -> float:
+def weight_bytes(a: Architecture, types: ComputeTypes, with_text: bool = True) -> float:
     """All weights once, in the types they are stored in; without those of the text's keys and values if asked."""
     number = count_parameters(a)
     base, large = PRECISIONS[types.base].bytes, PRECISIONS[types.linear].bytes
@@ -146,7 +148,7 @@ def _times_operations(a: Architecture, frames: int) -> int:
     return 2 * frames * (2 * (a.freq_dim * d + d * d) + d * 6 * d)
 
 
-def _added(*rows: tuple[str, float]) -> dict[str, float]:
+def _sum_by_type(*rows: tuple[str, float]) -> dict[str, float]:
     result: dict[str, float] = {}
     for kind, value in rows:
         result[kind] = result.get(kind, 0.0) + value

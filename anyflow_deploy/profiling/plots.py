@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
-from anyflow_deploy.profiling.formatting import steps_text, time_text
+from anyflow_deploy.profiling.formatting import format_seconds, format_steps
 from anyflow_deploy.profiling.record import Profile
-from anyflow_deploy.profiling.svg import Axis, Bar, Mark, bars, plot
+from anyflow_deploy.profiling.svg import Bar, PlotAxis, PlotSeries, bars_svg, plot_svg
 
 LAYERS = 14
 """Rows of the bar chart of parts."""
@@ -16,7 +16,7 @@ _MARKS = 400
 """Most samples that are drawn; of more, every n-th."""
 
 
-def all_plots(profile: Profile) -> list[str]:
+def draw_plots(profile: Profile) -> list[str]:
     """What there is to draw, in the order of the page."""
     return [figure for maker in PLOTS for figure in maker(profile)]
 
@@ -25,15 +25,20 @@ def _clips(profile: Profile) -> Iterator[str]:
     marks = []
     for index, point in enumerate(profile.points):
         rows = [
-            (clip.steps, clip.latency.median, f"{clip.steps} steps: median {time_text(clip.latency.median)}, p99 "
-             f"{time_text(clip.latency.p99)}") for clip in point.clips
+            (clip.steps, clip.latency.median, f"{clip.steps} steps: median {format_seconds(clip.latency.median)}, p99 "
+             f"{format_seconds(clip.latency.p99)}") for clip in point.clips
         ]  # fmt: skip
-        marks.append(Mark(f"{point.shape}, median", rows, "line", _color(index)))
-        marks.append(Mark("", [(clip.steps, clip.latency.p99) for clip in point.clips], "dash", _color(index)))
+        marks.append(PlotSeries(f"{point.shape}, median", rows, "line", _color(index)))
+        marks.append(PlotSeries("", [(clip.steps, clip.latency.p99) for clip in point.clips], "dash", _color(index)))
     steps = tuple(float(clip.steps) for clip in profile.points[0].clips)
-    yield plot("Time of a clip by steps (dashed: p99)", Axis("steps", ticks=steps, least=0), Axis("time", time_text), marks)
+    yield plot_svg(
+        "Time of a clip by steps (dashed: p99)",
+        PlotAxis("steps", ticks=steps, minimum=0),
+        PlotAxis("time", format_seconds),
+        marks,
+    )
     marks = [
-        Mark(
+        PlotSeries(
             point.shape,
             [
                 (clip.steps, clip.frames_per_second, f"{clip.steps} steps: {clip.frames_per_second:.4g} frames/s")
@@ -46,33 +51,35 @@ def _clips(profile: Profile) -> Iterator[str]:
     ]
     clip = profile.points[0].clips[0]
     real = clip.frames_per_second / clip.real_time_factor
-    marks.append(Mark(f"playback, {real:g} frames/s", [(steps[0], real), (steps[-1], real)], "dash", "s3"))
-    logarithmic = Axis("frames per second", lambda value: f"{value:,.4g}", log=True)
-    yield plot("Throughput by steps, against playback", Axis("steps", ticks=steps, least=0), logarithmic, marks)
+    marks.append(PlotSeries(f"playback, {real:g} frames/s", [(steps[0], real), (steps[-1], real)], "dash", "s3"))
+    logarithmic = PlotAxis("frames per second", lambda value: f"{value:,.4g}", log=True)
+    yield plot_svg("Throughput by steps, against playback", PlotAxis("steps", ticks=steps, minimum=0), logarithmic, marks)
 
 
 def _transitions(profile: Profile) -> Iterator[str]:
     for index, point in enumerate(profile.points):
         samples = point.transition.samples
         every = max(1, math.ceil(len(samples) / _MARKS))
-        rows = [(n, value, f"number {n}: {time_text(value)}") for n, value in list(enumerate(samples))[::every]]
+        rows = [(n, value, f"number {n}: {format_seconds(value)}") for n, value in list(enumerate(samples))[::every]]
         median = point.transition.median
         marks = [
-            Mark("transitions", rows, "dots", _color(index)),
-            Mark(f"median {time_text(median)}", [(0, median), (max(len(samples) - 1, 1), median)], "dash", "s3"),
+            PlotSeries("transitions", rows, "dots", _color(index)),
+            PlotSeries(f"median {format_seconds(median)}", [(0, median), (max(len(samples) - 1, 1), median)], "dash", "s3"),
         ]
-        yield plot(f"Every transition in order, {point.shape}", Axis("transition"), Axis("time", time_text), marks)
+        yield plot_svg(
+            f"Every transition in order, {point.shape}", PlotAxis("transition"), PlotAxis("time", format_seconds), marks
+        )
         ordered = sorted(samples)
         shares = [(value, 100 * (n + 1) / len(ordered)) for n, value in enumerate(ordered)]
         lines = [
-            Mark("", shares, "plain", _color(index)),
-            *(Mark(name, [(value, 0), (value, 100)], "dash", color) for name, value, color in (
-                (f"p90 {time_text(point.transition.p90)}", point.transition.p90, "s1"),
-                (f"p99 {time_text(point.transition.p99)}", point.transition.p99, "s3"),
+            PlotSeries("", shares, "plain", _color(index)),
+            *(PlotSeries(name, [(value, 0), (value, 100)], "dash", color) for name, value, color in (
+                (f"p90 {format_seconds(point.transition.p90)}", point.transition.p90, "s1"),
+                (f"p99 {format_seconds(point.transition.p99)}", point.transition.p99, "s3"),
             )),
         ]  # fmt: skip
-        least = Axis("time of a transition", time_text, least=0.98 * ordered[0])
-        yield plot(f"Share of transitions that were faster, {point.shape}", least, Axis("%", most=100), lines)
+        minimum = PlotAxis("time of a transition", format_seconds, minimum=0.98 * ordered[0])
+        yield plot_svg(f"Share of transitions that were faster, {point.shape}", minimum, PlotAxis("%", maximum=100), lines)
 
 
 def _chunks(profile: Profile) -> Iterator[str]:
@@ -80,9 +87,9 @@ def _chunks(profile: Profile) -> Iterator[str]:
         if not point.chunks:
             continue
         marks = [
-            Mark(
-                steps_text(chunks.steps),
-                [(n, seconds, f"chunk {n}: {time_text(seconds)}") for n, seconds in enumerate(chunks.by_index)],
+            PlotSeries(
+                format_steps(chunks.steps),
+                [(n, seconds, f"chunk {n}: {format_seconds(seconds)}") for n, seconds in enumerate(chunks.by_index)],
                 "line",
                 _color(index),
             )
@@ -90,19 +97,24 @@ def _chunks(profile: Profile) -> Iterator[str]:
         ]
         fps = point.clips[0].frames_per_second / point.clips[0].real_time_factor
         frames = point.chunks[0].frames
-        marks.append(Mark("plays for", [(n, count / fps) for n, count in enumerate(frames)], "dash", "s3"))
+        marks.append(PlotSeries("plays for", [(n, count / fps) for n, count in enumerate(frames)], "dash", "s3"))
         ticks = tuple(float(n) for n in range(len(frames)))
-        yield plot(f"Time of each chunk, {point.shape}", Axis("chunk", ticks=ticks), Axis("time", time_text, log=True), marks)
+        yield plot_svg(
+            f"Time of each chunk, {point.shape}",
+            PlotAxis("chunk", ticks=ticks),
+            PlotAxis("time", format_seconds, log=True),
+            marks,
+        )
 
 
 def _end_to_end(profile: Profile) -> Iterator[str]:
     if profile.end_to_end:
         colors = {"text encoder": "s2", "transformer": "s0", "VAE": "s1"}
         rows = [
-            Bar(steps_text(row.steps), [(name, seconds, colors.get(name, "s4")) for name, seconds in row.seconds.items()])
+            Bar(format_steps(row.steps), [(name, seconds, colors.get(name, "s4")) for name, seconds in row.seconds.items()])
             for row in profile.end_to_end
         ]
-        yield bars("From prompt to frames", rows, time_text)
+        yield bars_svg("From prompt to frames", rows, format_seconds)
 
 
 def _roofline(profile: Profile) -> Iterator[str]:
@@ -114,13 +126,13 @@ def _roofline(profile: Profile) -> Iterator[str]:
     total = sum(roof.operations.values())
     peak, bandwidth = total / roof.compute_seconds, ceilings.bandwidth
     dots = [
-        (row.operations / row.bytes, row.operations / row.seconds, f"{row.name} ({row.operator}): {time_text(row.seconds)}")
+        (row.operations / row.bytes, row.operations / row.seconds, f"{row.name} ({row.operator}): {format_seconds(row.seconds)}")
         for layers in profile.layers
         for row in layers.by_part
         if row.operations and row.bytes and row.seconds
     ]
     whole = [
-        (rows.intensity, sum(rows.operations.values()) / median, f"{point.shape}: whole transition, {time_text(median)}")
+        (rows.intensity, sum(rows.operations.values()) / median, f"{point.shape}: whole transition, {format_seconds(median)}")
         for point, rows in roofs
         for median in [point.largest_transition]
     ]
@@ -128,12 +140,12 @@ def _roofline(profile: Profile) -> Iterator[str]:
     ends = [value[0] for value in (*dots, *whole)]
     low, high = min(*ends, ridge) / 3, max(*ends, ridge) * 3
     marks = [
-        Mark(f"ceiling, {ceilings.name}", [(low, low * bandwidth), (ridge, peak), (high, peak)], "plain", "s3"),
-        Mark("layers", dots, "dots", "s0"),
-        Mark("a whole transition (bytes: the least possible)", whole, "dots", "s1"),
+        PlotSeries(f"ceiling, {ceilings.name}", [(low, low * bandwidth), (ridge, peak), (high, peak)], "plain", "s3"),
+        PlotSeries("layers", dots, "dots", "s0"),
+        PlotSeries("a whole transition (bytes: the least possible)", whole, "dots", "s1"),
     ]
-    rate = Axis("operations per second", lambda value: f"{_si(value)}", log=True)
-    yield plot("Roofline", Axis("operations per byte", lambda value: f"{value:g}", log=True), rate, marks)
+    rate = PlotAxis("operations per second", lambda value: f"{_si_text(value)}", log=True)
+    yield plot_svg("Roofline", PlotAxis("operations per byte", lambda value: f"{value:g}", log=True), rate, marks)
 
 
 def _layers(profile: Profile) -> Iterator[str]:
@@ -143,23 +155,27 @@ def _layers(profile: Profile) -> Iterator[str]:
             rest = sum(row.seconds for row in rows[LAYERS:])
             if rest:
                 shown.append(Bar(f"{len(rows) - LAYERS} more", [("", rest, "s4")]))
-            yield bars(f"One transition by {title}, {layers.shape}", shown, time_text)
+            yield bars_svg(f"One transition by {title}, {layers.shape}", shown, format_seconds)
 
 
 def _power(profile: Profile) -> Iterator[str]:
     marks = [
-        Mark(power.name, _thinned(power.samples), "plain", _color(index))
+        PlotSeries(power.name, _thin_out(power.samples), "plain", _color(index))
         for index, power in enumerate(profile.power)
         if len(power.samples) > 1
     ]
     if marks:
-        yield plot("Power", Axis("seconds"), Axis("watts"), marks)
+        yield plot_svg("Power", PlotAxis("seconds"), PlotAxis("watts"), marks)
     for unit in dict.fromkeys(series.unit for series in profile.conditions.series):
         found = [series for series in profile.conditions.series if series.unit == unit and len(series.samples) > 1]
         if found:
-            marks = [Mark(series.name, _thinned(series.samples), "plain", _color(index)) for index, series in enumerate(found)]
+            marks = [
+                PlotSeries(series.name, _thin_out(series.samples), "plain", _color(index)) for index, series in enumerate(found)
+            ]
             name = {"MHz": "Clocks", "°C": "Temperatures", "B": "Memory of the GPU"}.get(unit, unit)
-            yield plot(name, Axis("seconds"), Axis(unit, _si if unit == "B" else lambda value: f"{value:g}"), marks)
+            yield plot_svg(
+                name, PlotAxis("seconds"), PlotAxis(unit, _si_text if unit == "B" else lambda value: f"{value:g}"), marks
+            )
 
 
 PLOTS: tuple[Callable[[Profile], Iterator[str]], ...] = (
@@ -167,7 +183,7 @@ PLOTS: tuple[Callable[[Profile], Iterator[str]], ...] = (
 )  # fmt: skip
 
 
-def _thinned(rows: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thin_out(rows: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return rows[:: max(1, math.ceil(len(rows) / _MARKS))]
 
 
@@ -175,7 +191,7 @@ def _color(index: int) -> str:
     return f"s{(0, 1, 2, 5, 4)[index % 5]}"
 
 
-def _si(value: float) -> str:
+def _si_text(value: float) -> str:
     """With a prefix, as 2.5T."""
     for prefix, power in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= power:

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from anyflow_deploy.profiling.errors import AbsentError
-from anyflow_deploy.profiling.nvml import Gpu
+from anyflow_deploy.profiling.errors import MeasurementUnavailableError
+from anyflow_deploy.profiling.nvml import NvmlGpu
 
-Kind = Literal["gpu", "cpu", "memory", "board"]
+PowerKind = Literal["gpu", "cpu", "memory", "board"]
 
 
 @dataclass(frozen=True)
-class Source:
+class PowerSource:
     """One place where power is read.
 
     Attributes:
@@ -33,43 +33,43 @@ class Source:
     """
 
     name: str
-    kind: Kind
+    kind: PowerKind
     method: str
     watts: Callable[[], float] | None = None
     joules: Callable[[], float] | None = None
     wraps: float | None = None
 
 
-def sources(gpu: Gpu | None, root: Path = Path("/")) -> tuple[list[Source], dict[str, str]]:
+def find_power_sources(gpu: NvmlGpu | None, root: Path = Path("/")) -> tuple[list[PowerSource], dict[str, str]]:
     """All that can be read here, and the reasons why others cannot, by name."""
-    found: list[Source] = []
+    found: list[PowerSource] = []
     absent: dict[str, str] = {}
-    ways: dict[str, Callable[[], list[Source]]] = {
-        "NVML": lambda: nvml(gpu),
-        "Jetson's rails": lambda: rails(root),
-        "RAPL": lambda: rapl(root),
+    ways: dict[str, Callable[[], list[PowerSource]]] = {
+        "NVML": lambda: nvml_sources(gpu),
+        "Jetson's rails": lambda: jetson_sources(root),
+        "RAPL": lambda: rapl_sources(root),
     }
     for name, way in ways.items():
         try:
             found += way()
-        except AbsentError as error:
+        except MeasurementUnavailableError as error:
             absent[name] = str(error)
     return found, absent
 
 
-def nvml(gpu: Gpu | None) -> list[Source]:
+def nvml_sources(gpu: NvmlGpu | None) -> list[PowerSource]:
     """A graphics card as a whole."""
     if gpu is None:
-        raise AbsentError("no GPU that NVML knows is in use")
+        raise MeasurementUnavailableError("no GPU that NVML knows is in use")
     name = f"NVML {gpu.name}"
     if gpu.joules() is not None:
-        return [Source(name, "gpu", "NVML's energy counter", joules=lambda: _given(gpu.joules()))]
+        return [PowerSource(name, "gpu", "NVML's energy counter", joules=lambda: _require_reading(gpu.joules()))]
     if gpu.watts() is not None:
-        return [Source(name, "gpu", "NVML's power, sampled and integrated", watts=lambda: _given(gpu.watts()))]
-    raise AbsentError(f"NVML gives no power for {gpu.name} (a Jetson's is on its INA3221 rails)")
+        return [PowerSource(name, "gpu", "NVML's power, sampled and integrated", watts=lambda: _require_reading(gpu.watts()))]
+    raise MeasurementUnavailableError(f"NVML gives no power for {gpu.name} (a Jetson's is on its INA3221 rails)")
 
 
-def _given(value: float | None) -> float:
+def _require_reading(value: float | None) -> float:
     """A reading, or an error that the sampler passes over."""
     if value is None:
         raise OSError("no reading")
@@ -79,7 +79,7 @@ def _given(value: float | None) -> float:
 _GPU_RAILS, _CPU_RAILS, _MEMORY_RAILS = re.compile(r"GPU"), re.compile(r"CPU"), re.compile(r"VDDQ|DDR")
 
 
-def rails(root: Path = Path("/")) -> list[Source]:
+def jetson_sources(root: Path = Path("/")) -> list[PowerSource]:
     """A Jetson's power rails.
 
     An INA3221 has three: `inN_input` in millivolts times `currN_input` in milliamperes, named by `inN_label`. Thor's board also
@@ -88,44 +88,50 @@ def rails(root: Path = Path("/")) -> list[Source]:
     names = {folder: _text(folder / "name") for folder in sorted((root / "sys/class/hwmon").glob("hwmon*"))}
     monitors = [folder for folder, name in names.items() if name in ("ina3221", "ina238")]
     if not monitors:
-        raise AbsentError("no INA3221 or INA238 power monitor under /sys/class/hwmon (Jetsons have them)")
-    ways = {"ina3221": _rails, "ina238": _board_input}
+        raise MeasurementUnavailableError("no INA3221 or INA238 power monitor under /sys/class/hwmon (Jetsons have them)")
+    ways = {"ina3221": _ina3221_sources, "ina238": _ina238_sources}
     found = [rail for folder in monitors for rail in ways[names[folder]](folder)]
     if not found:
-        raise AbsentError(f"{monitors[0]} names no rail that has both voltage and current")
+        raise MeasurementUnavailableError(f"{monitors[0]} names no rail that has both voltage and current")
     return found
 
 
-def _board_input(folder: Path) -> Iterator[Source]:
+def _ina238_sources(folder: Path) -> Iterator[PowerSource]:
     file = folder / "power1_input"
     if file.is_file():
         name = _text(folder / "power1_label") or "VIN"
-        yield Source(name, "board", "INA238, sampled and integrated", watts=lambda: int(file.read_text()) * 1e-6)
+        yield PowerSource(name, "board", "INA238, sampled and integrated", watts=lambda: int(file.read_text()) * 1e-6)
 
 
-def _rails(folder: Path) -> Iterator[Source]:
+def _ina3221_sources(folder: Path) -> Iterator[PowerSource]:
     for label in sorted(folder.glob("in*_label")):
         number = label.name.removeprefix("in").removesuffix("_label")
         volts, amperes, name = folder / f"in{number}_input", folder / f"curr{number}_input", _text(label)
         if not (name and volts.is_file() and amperes.is_file()) or name.lower().startswith(("nc", "sum")):
             continue
-        patterns: tuple[tuple[Kind, re.Pattern[str]], ...] = (("memory", _MEMORY_RAILS), ("gpu", _GPU_RAILS), ("cpu", _CPU_RAILS))
+        patterns: tuple[tuple[PowerKind, re.Pattern[str]], ...] = (
+            ("memory", _MEMORY_RAILS),
+            ("gpu", _GPU_RAILS),
+            ("cpu", _CPU_RAILS),
+        )
         kinds = [kind for kind, pattern in patterns if pattern.search(name)]
-        kind: Kind = kinds[0] if len(kinds) == 1 else "board"  # Orin Nano and NX: VDD_CPU_GPU_CV is neither's alone
-        yield Source(name, kind, "INA3221 rail, sampled and integrated", watts=lambda v=volts, a=amperes: _rail_watts(v, a))  # type: ignore[misc]
+        kind: PowerKind = kinds[0] if len(kinds) == 1 else "board"  # Orin Nano and NX: VDD_CPU_GPU_CV is neither's alone
+        yield PowerSource(name, kind, "INA3221 rail, sampled and integrated", watts=lambda v=volts, a=amperes: _rail_watts(v, a))  # type: ignore[misc]
 
 
 def _rail_watts(volts: Path, amperes: Path) -> float:
     return int(volts.read_text()) * int(amperes.read_text()) * 1e-6
 
 
-def rapl(root: Path = Path("/")) -> list[Source]:
+def rapl_sources(root: Path = Path("/")) -> list[PowerSource]:
     """Processor packages and their memory, by the kernel's powercap counters (microjoules)."""
     folder = root / "sys/class/powercap"
     zones = [zone for zone in sorted(folder.glob("intel-rapl:*")) if (zone / "name").is_file()]
     if not zones:
-        raise AbsentError("the kernel offers no RAPL counters under /sys/class/powercap (virtual machines have none)")
-    found: list[Source] = []
+        raise MeasurementUnavailableError(
+            "the kernel offers no RAPL counters under /sys/class/powercap (virtual machines have none)"
+        )
+    found: list[PowerSource] = []
     for zone in zones:
         name = _text(zone / "name") or zone.name
         if not re.match(r"package|dram|psys", name):  # cores and uncore are inside the package
@@ -134,14 +140,16 @@ def rapl(root: Path = Path("/")) -> list[Source]:
         try:
             counter.read_text()
         except OSError as error:
-            raise AbsentError(f"{counter} cannot be read ({error.strerror}): only root may, unless its mode is changed") from None
+            raise MeasurementUnavailableError(
+                f"{counter} cannot be read ({error.strerror}): only root may, unless its mode is changed"
+            ) from None
         most = _text(zone / "max_energy_range_uj")
-        kind: Kind = "memory" if name.startswith("dram") else "board" if name.startswith("psys") else "cpu"
+        kind: PowerKind = "memory" if name.startswith("dram") else "board" if name.startswith("psys") else "cpu"
         wraps = int(most) * 1e-6 if most else None
         read = lambda c=counter: int(c.read_text()) * 1e-6  # noqa: E731 - bound to this zone
-        found.append(Source(f"RAPL {name}", kind, "RAPL energy counter", joules=read, wraps=wraps))
+        found.append(PowerSource(f"RAPL {name}", kind, "RAPL energy counter", joules=read, wraps=wraps))
     if not found:
-        raise AbsentError("the kernel's powercap zones hold no package, memory or platform counter")
+        raise MeasurementUnavailableError("the kernel's powercap zones hold no package, memory or platform counter")
     return found
 
 

@@ -21,18 +21,28 @@ from anyflow_deploy.memory.parameter_shapes import count_parameters
 from anyflow_deploy.profiling import jetson, layer_profiling, machine, stages
 from anyflow_deploy.profiling.advice import advise
 from anyflow_deploy.profiling.end_to_end import end_to_end
-from anyflow_deploy.profiling.errors import AbsentError
-from anyflow_deploy.profiling.memory import Peak, gpu_used
-from anyflow_deploy.profiling.nvml import Gpu
-from anyflow_deploy.profiling.operations import transition_work, types_of
-from anyflow_deploy.profiling.power import sources
-from anyflow_deploy.profiling.record import Ceilings, Conditions, Layers, Memory, Point, Power, Profile, Stage, Subject
-from anyflow_deploy.profiling.roofline import SECONDS, ceilings_of_target, measured_ceilings, roofline, target_from_gpu
-from anyflow_deploy.profiling.sampler import INTERVAL, Sampler
-from anyflow_deploy.profiling.sweep import measured_point
-from anyflow_deploy.profiling.timed_engine import Watched
-from anyflow_deploy.profiling.timing import Rules, clock, method
-from anyflow_deploy.profiling.workload import Video, videos
+from anyflow_deploy.profiling.errors import MeasurementUnavailableError
+from anyflow_deploy.profiling.memory import PeakMemory, gpu_memory_reader
+from anyflow_deploy.profiling.nvml import NvmlGpu
+from anyflow_deploy.profiling.operations import compute_types, transition_cost
+from anyflow_deploy.profiling.power import find_power_sources
+from anyflow_deploy.profiling.record import (
+    Ceilings,
+    Conditions,
+    Layers,
+    MemoryUsage,
+    Point,
+    PowerUsage,
+    Profile,
+    StageTiming,
+    Subject,
+)
+from anyflow_deploy.profiling.roofline import SECONDS, ceilings_from_target, measure_ceilings, roofline, target_from_gpu_name
+from anyflow_deploy.profiling.sampler import INTERVAL, ResourceSampler
+from anyflow_deploy.profiling.sweep import measure_point
+from anyflow_deploy.profiling.timed_engine import TimedEngine
+from anyflow_deploy.profiling.timing import TimingRules, clock, describe_method
+from anyflow_deploy.profiling.workload import VideoWorkload, build_workloads
 from anyflow_deploy.progress import Progress
 from anyflow_deploy.targets import Target
 
@@ -44,7 +54,7 @@ SKIPPABLE = ("layers", "ceilings", "text", "vae")
 
 
 @dataclass(frozen=True)
-class Request:
+class ProfileRequest:
     """What to profile.
 
     Attributes:
@@ -66,19 +76,19 @@ class Request:
     shapes: tuple[str, ...] = ()
     steps: tuple[int, ...] = (1, 2, 4, 8)
     window: int | None = None
-    rules: Rules = field(default_factory=Rules)
+    rules: TimingRules = field(default_factory=TimingRules)
     target: Target | None = None
     prompt: str = "a red fox in the snow"
     pipeline: str | None = None
     skip: tuple[str, ...] = ()
 
 
-def provider_of(backend: str, provider: str | None) -> str:
+def default_provider(backend: str, provider: str | None) -> str:
     """As `load_engine` chooses it."""
     return provider or ("cuda" if backend in GPU_ONLY_BACKENDS else "cpu")
 
 
-def profiled(request: Request, progress: Progress) -> Profile:
+def run_profile(request: ProfileRequest, progress: Progress) -> Profile:
     """Do it.
 
     Raises:
@@ -90,30 +100,30 @@ def profiled(request: Request, progress: Progress) -> Profile:
 class _Profiler:
     """One profile in the making."""
 
-    def __init__(self, request: Request, progress: Progress) -> None:
+    def __init__(self, request: ProfileRequest, progress: Progress) -> None:
         self._request, self._progress = request, progress
-        self._videos = videos(request.bundle.manifest, request.shapes, request.window)
+        self._workloads = build_workloads(request.bundle.manifest, request.shapes, request.window)
         self._absent: dict[str, str] = dict.fromkeys(request.skip, "left out by --skip")
-        self._gpu, self._board = self._found_gpu(), jetson.described()
+        self._gpu, self._board = self._find_gpu(), jetson.describe()
 
     def profile(self) -> Profile:
         request = self._request
-        device = machine.described(self._gpu)
-        subject, points, memory, power, conditions = self._engine_alone()
-        ceilings = self._ceilings(points)
-        points = [self._with_roofline(point, video, ceilings) for point, video in zip(points, self._videos, strict=True)]
-        layers = self._layers(points)
-        made = self._stages()
+        device = machine.describe(self._gpu)
+        subject, points, memory, power, conditions = self._measure_engine()
+        ceilings = self._find_ceilings(points)
+        points = [self._add_roofline(point, video, ceilings) for point, video in zip(points, self._workloads, strict=True)]
+        layers = self._profile_layers(points)
+        stage_records = self._measure_stages()
         fps = request.bundle.manifest.video.fps
         profile = Profile(
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             tool=f"anyflow-profile {__version__}",
             subject=subject,
             machine=device,
-            method=method(request.rules, INTERVAL),
+            method=describe_method(request.rules, INTERVAL),
             points=points,
-            stages=made,
-            end_to_end=end_to_end(points, made, self._videos, subject.load_seconds, fps),
+            stages=stage_records,
+            end_to_end=end_to_end(points, stage_records, self._workloads, subject.load_seconds, fps),
             memory=memory,
             power=power,
             conditions=conditions,
@@ -124,45 +134,45 @@ class _Profiler:
         )
         return profile.model_copy(update={"advice": advise(profile)})
 
-    def _found_gpu(self) -> Gpu | None:
+    def _find_gpu(self) -> NvmlGpu | None:
         if self._request.engine.provider != "cuda":
             self._absent["GPU"] = "the engine runs on the processor"
             return None
         try:
-            return Gpu(self._request.engine.device)
-        except AbsentError as error:
+            return NvmlGpu(self._request.engine.device)
+        except MeasurementUnavailableError as error:
             self._absent["GPU clocks and power"] = str(error)
             return None
 
-    def _engine_alone(self) -> tuple[Subject, list[Point], Memory, list[Power], Conditions]:
+    def _measure_engine(self) -> tuple[Subject, list[Point], MemoryUsage, list[PowerUsage], Conditions]:
         options = self._request.engine
         on_gpu = options.provider == "cuda"
-        shared = jetson.memory_taken if self._board else None
-        used = gpu_used(self._gpu, options.device, shared is not None) if on_gpu else None
-        peak, began = Peak(used, shared), clock()
-        engine = self._opened()
+        shared = jetson.memory_used if self._board else None
+        used = gpu_memory_reader(self._gpu, options.device, shared is not None) if on_gpu else None
+        peak, began = PeakMemory(used, shared), clock()
+        engine = self._open_engine()
         loading = clock() - began
-        peak.loaded()
-        powers, absent = sources(self._gpu)
+        peak.mark_loaded()
+        powers, absent = find_power_sources(self._gpu)
         self._absent |= {f"power: {name}": reason for name, reason in absent.items()}
-        reads = _reads(self._gpu, self._board is not None)
+        reads = _build_readers(self._gpu, self._board is not None)
         reads |= {name: read for name, read in (("GPU memory", used), ("shared memory", shared)) if read is not None}
         throttled_before, load = machine.throttle_counts(), machine.OtherLoad()
         with closing(engine):
-            subject = self._subject(engine, loading)
-            with Sampler(powers, reads, self._gpu.throttled if self._gpu else list) as sampler:
+            subject = self._describe_subject(engine, loading)
+            with ResourceSampler(powers, reads, self._gpu.throttle_reasons if self._gpu else list) as sampler:
                 idle_from = clock()
                 time.sleep(IDLE if powers else 0.0)
                 begin = clock()
-                watched = Watched(engine)
+                timed_engine = TimedEngine(engine)
                 points = [
-                    measured_point(watched, video, self._request.steps, self._request.rules, sampler, powers, self._progress)
-                    for video in self._videos
+                    measure_point(timed_engine, video, self._request.steps, self._request.rules, sampler, powers, self._progress)
+                    for video in self._workloads
                 ]
                 end = clock()
-            memory = peak.record(sampler.most("GPU memory"), sampler.most("shared memory"))
+            memory = peak.record(sampler.maximum("GPU memory"), sampler.maximum("shared memory"))
         rows = [sampler.power(source.name, (idle_from, begin), (begin, end)) for source in powers]
-        throttle = sampler.shares() | {
+        throttle = sampler.flag_shares() | {
             name: 1.0 for name, count in machine.throttle_counts().items() if count > throttled_before.get(name, count)
         }
         series = sampler.series({name: _UNITS[name.split()[-1]] for name in reads}, begin)
@@ -171,14 +181,14 @@ class _Profiler:
             self._absent["clocks"] = "neither NVML nor the kernel (cpufreq, /proc/cpuinfo) gives any here"
         return subject, points, memory, [row for row in rows if row is not None], conditions
 
-    def _opened(self) -> BundleEngine:
+    def _open_engine(self) -> BundleEngine:
         request, options = self._request, self._request.engine
         return load_engine(
             request.bundle, request.backend, options.provider, options.threads,
             device=options.device, engine=options.engine, cuda_graphs=options.cuda_graphs,
         )  # fmt: skip
 
-    def _subject(self, engine: BundleEngine, loading: float) -> Subject:
+    def _describe_subject(self, engine: BundleEngine, loading: float) -> Subject:
         request, manifest = self._request, self._request.bundle.manifest
         a = manifest.architecture
         built = None
@@ -201,82 +211,86 @@ class _Profiler:
             build_seconds=built,
         )
 
-    def _ceilings(self, points: list[Point]) -> Ceilings | None:
+    def _find_ceilings(self, points: list[Point]) -> Ceilings | None:
         request = self._request
         try:
             if request.target is not None:
-                return ceilings_of_target(request.target)
+                return ceilings_from_target(request.target)
             if "ceilings" in request.skip:
                 return None
             if request.engine.provider == "cpu":
                 with self._progress.stage("what this processor can do"):
                     kinds, seconds = {request.bundle.manifest.precision, "fp32"}, min(SECONDS, request.rules.seconds / 10)
-                    return measured_ceilings(request.engine.threads, kinds, seconds)
+                    return measure_ceilings(request.engine.threads, kinds, seconds)
             name = self._board["model"] if self._board else self._gpu.name if self._gpu is not None else ""
-            found = target_from_gpu(name)
+            found = target_from_gpu_name(name)
             if found is None:
-                raise AbsentError(f"no row of the target table is called {name or 'like this GPU'!r}; choose one with --target")
-            return ceilings_of_target(found)
-        except AbsentError as error:
+                raise MeasurementUnavailableError(
+                    f"no row of the target table is called {name or 'like this GPU'!r}; choose one with --target"
+                )
+            return ceilings_from_target(found)
+        except MeasurementUnavailableError as error:
             self._absent["ceilings"] = str(error)
             return None
 
-    def _with_roofline(self, point: Point, video: Video, ceilings: Ceilings | None) -> Point:
+    def _add_roofline(self, point: Point, video: VideoWorkload, ceilings: Ceilings | None) -> Point:
         if ceilings is None:
             return point
         manifest = self._request.bundle.manifest
         quantization = manifest.quantization
-        types = types_of(manifest.precision, manifest.base, quantization.attention if quantization else "high")
+        types = compute_types(manifest.precision, manifest.base, quantization.attention if quantization else "high")
         a = manifest.architecture
         # The samples of a causal model are of all chunks; held against the bound is the last chunk, alone.
-        work = transition_work(a, types, video.largest, video.text.shape[1], video.most_cached, with_text=video.plan is None)
+        cost = transition_cost(
+            a, types, video.largest_step, video.text.shape[1], video.max_cached_tokens, with_text=video.plan is None
+        )
         median = point.transition.median if video.plan is None else point.largest_transition
         try:
-            return point.model_copy(update={"roofline": roofline(work, _on_cpu(ceilings), median)})
-        except AbsentError as error:
+            return point.model_copy(update={"roofline": roofline(cost, _fill_cpu_rates(ceilings), median)})
+        except MeasurementUnavailableError as error:
             self._absent["roofline"] = str(error)
             return point
 
-    def _layers(self, points: list[Point]) -> list[Layers]:
+    def _profile_layers(self, points: list[Point]) -> list[Layers]:
         if "layers" in self._request.skip:
             return []
         request = self._request
         try:
             with self._progress.stage("layers"):
-                layers, enqueue = layer_profiling.watched(
-                    request.bundle, request.backend, request.engine, self._videos[0], points[0]
+                layers, enqueue = layer_profiling.profile_layers(
+                    request.bundle, request.backend, request.engine, self._workloads[0], points[0]
                 )
-        except AbsentError as error:
+        except MeasurementUnavailableError as error:
             self._absent["layers"] = str(error)
             return []
         if enqueue is not None:
             points[0] = points[0].model_copy(update={"enqueue": enqueue})
         return [layers]
 
-    def _stages(self) -> list[Stage]:
+    def _measure_stages(self) -> list[StageTiming]:
         request, manifest = self._request, self._request.bundle.manifest
-        made: list[Stage] = []
+        stage_records: list[StageTiming] = []
         for flag, part in (("text", stages.TEXT), ("vae", stages.VAE)):
             if flag in request.skip:
                 continue
             try:
-                folder = stages.pipeline_folder(manifest, request.pipeline, part)
-            except AbsentError as error:
+                folder = stages.find_pipeline_folder(manifest, request.pipeline, part)
+            except MeasurementUnavailableError as error:
                 self._absent[part] = str(error)
                 continue
             with self._progress.stage(part):
                 if part == stages.TEXT:
-                    made.append(stages.text_stage(folder, manifest, request.prompt, request.rules))
+                    stage_records.append(stages.measure_text_encoder(folder, manifest, request.prompt, request.rules))
                 else:
-                    made.append(stages.vae_stage(folder, self._videos[0], request.rules))
-        return made
+                    stage_records.append(stages.measure_vae(folder, self._workloads[0], request.rules))
+        return stage_records
 
 
 _UNITS = {"clock": "MHz", "temperature": "°C", "memory": "B"}
 """Of what is read, by its last word."""
 
 
-def _reads(gpu: Gpu | None, on_jetson: bool) -> dict[str, Any]:
+def _build_readers(gpu: NvmlGpu | None, on_jetson: bool) -> dict[str, Any]:
     """What the sampling thread reads beside power. NVML has no clocks on a Jetson, the kernel has."""
     reads: dict[str, Any] = {"CPU clock": machine.cpu_clock()}
     if on_jetson:
@@ -289,7 +303,7 @@ def _reads(gpu: Gpu | None, on_jetson: bool) -> dict[str, Any]:
     return reads
 
 
-def _on_cpu(ceilings: Ceilings) -> Ceilings:
+def _fill_cpu_rates(ceilings: Ceilings) -> Ceilings:
     """Where rates were measured, a type without its own runs as float32."""
     if not ceilings.measured:
         return ceilings

@@ -13,20 +13,30 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from anyflow_deploy.profiling.record_base import Record
-from anyflow_deploy.profiling.record_device import Conditions, Memory, Power, Series
-from anyflow_deploy.profiling.record_times import Ceilings, Chunks, Clip, Latency, Layer, Layers, Point, Roofline, Warmup
+from anyflow_deploy.profiling.record_base import ProfileRecord
+from anyflow_deploy.profiling.record_device import Conditions, MemoryUsage, PowerUsage, Series
+from anyflow_deploy.profiling.record_times import (
+    Ceilings,
+    ChunkLatencies,
+    ClipLatency,
+    Latency,
+    Layer,
+    Layers,
+    Point,
+    Roofline,
+    Warmup,
+)
 
 __all__ = [
-    "SCHEMA", "Advice", "Ceilings", "Chunks", "Clip", "Conditions", "EndToEnd", "Latency", "Layer", "Layers", "Memory", "Method",
-    "Point", "Power", "Profile", "Roofline", "Series", "Stage", "Subject", "Warmup",
+    "SCHEMA", "Advice", "Ceilings", "ChunkLatencies", "ClipLatency", "Conditions", "EndToEnd", "Latency", "Layer", "Layers", "MemoryUsage", "Method",
+    "Point", "PowerUsage", "Profile", "Roofline", "Series", "StageTiming", "Subject", "Warmup",
 ]  # fmt: skip
 
 SCHEMA = 1
 """Raised whenever a reader of the old schema would misread a new profile."""
 
 
-class Method(Record):
+class Method(ProfileRecord):
     """How it was measured.
 
     Args:
@@ -44,7 +54,7 @@ class Method(Record):
     seconds: float
 
 
-class Subject(Record):
+class Subject(ProfileRecord):
     """What was run."""
 
     bundle: str
@@ -63,7 +73,7 @@ class Subject(Record):
     build_seconds: float | None = None
 
 
-class Stage(Record):
+class StageTiming(ProfileRecord):
     """Text encoder or VAE.
 
     Args:
@@ -75,10 +85,10 @@ class Stage(Record):
     load_seconds: float
     latency: Latency
     parts: dict[str, Latency] = Field(default_factory=dict)
-    memory: Memory
+    memory: MemoryUsage
 
 
-class EndToEnd(Record):
+class EndToEnd(ProfileRecord):
     """A prompt becomes frames, everything loaded: sums of medians.
 
     Args:
@@ -97,7 +107,7 @@ class EndToEnd(Record):
     real_time_factor: float
 
 
-class Advice(Record):
+class Advice(ProfileRecord):
     """What to do, and the measurement it rests on.
 
     Args:
@@ -111,7 +121,7 @@ class Advice(Record):
     measurement: str
 
 
-class Profile(Record):
+class Profile(ProfileRecord):
     """The whole file."""
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
@@ -121,10 +131,10 @@ class Profile(Record):
     machine: dict[str, Any]
     method: Method
     points: list[Point]
-    stages: list[Stage]
+    stages: list[StageTiming]
     end_to_end: list[EndToEnd]
-    memory: Memory
-    power: list[Power]
+    memory: MemoryUsage
+    power: list[PowerUsage]
     conditions: Conditions
     ceilings: Ceilings | None
     layers: list[Layers]

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from anyflow_deploy.profiling.record_base import Record
+from anyflow_deploy.profiling.record_base import ProfileRecord
 
 
-class Memory(Record):
+class MemoryUsage(ProfileRecord):
     """Peaks; CPU and GPU apart, never added: on a Jetson they are parts of one memory.
 
     Args:
@@ -35,7 +35,7 @@ class Memory(Record):
     method: str
 
 
-class Power(Record):
+class PowerUsage(ProfileRecord):
     """One power source over the measured rounds.
 
     Args:
@@ -55,7 +55,7 @@ class Power(Record):
     samples: list[tuple[float, float]]
 
 
-class Series(Record):
+class Series(ProfileRecord):
     """Something read again and again, such as a clock: seconds since the rounds began, value."""
 
     name: str
@@ -63,7 +63,7 @@ class Series(Record):
     samples: list[tuple[float, float]]
 
 
-class Conditions(Record):
+class Conditions(ProfileRecord):
     """What the machine was doing meanwhile.
 
     Args:

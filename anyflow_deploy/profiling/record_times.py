@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from anyflow_deploy.profiling.record_base import Record
+from anyflow_deploy.profiling.record_base import ProfileRecord
 
 
-class Latency(Record):
+class Latency(ProfileRecord):
     """Seconds of one thing that was done `count` times.
 
     Args:
@@ -41,7 +41,7 @@ class Latency(Record):
         return self.deviation / self.mean if self.mean else 0.0
 
 
-class Warmup(Record):
+class Warmup(ProfileRecord):
     """What ran before anything counted."""
 
     runs: int
@@ -49,7 +49,7 @@ class Warmup(Record):
     steady: bool
 
 
-class Clip(Record):
+class ClipLatency(ProfileRecord):
     """A whole video's latents, without text encoder and VAE.
 
     Args:
@@ -65,7 +65,7 @@ class Clip(Record):
     joules: dict[str, float] = Field(default_factory=dict)
 
 
-class Chunks(Record):
+class ChunkLatencies(ProfileRecord):
     """A causal clip chunk by chunk, at one number of steps.
 
     Args:
@@ -88,7 +88,7 @@ class Chunks(Record):
     worst_real_time_factor: float
 
 
-class Ceilings(Record):
+class Ceilings(ProfileRecord):
     """What the hardware can do at most.
 
     Args:
@@ -105,7 +105,7 @@ class Ceilings(Record):
     measured: bool
 
 
-class Roofline(Record):
+class Roofline(ProfileRecord):
     """One transition against the ceilings.
 
     Args:
@@ -132,7 +132,7 @@ class Roofline(Record):
         return sum(self.operations.values()) / self.bytes
 
 
-class Point(Record):
+class Point(ProfileRecord):
     """One shape.
 
     Args:
@@ -154,13 +154,13 @@ class Point(Record):
     transition: Latency
     largest_transition: float
     enqueue: Latency | None
-    clips: list[Clip]
+    clips: list[ClipLatency]
     fixed_seconds: float | None
-    chunks: list[Chunks] = Field(default_factory=list)
+    chunks: list[ChunkLatencies] = Field(default_factory=list)
     roofline: Roofline | None
 
 
-class Layer(Record):
+class Layer(ProfileRecord):
     """One layer (or all of a kind), in one transition.
 
     Args:
@@ -179,7 +179,7 @@ class Layer(Record):
     module: str = ""
 
 
-class Layers(Record):
+class Layers(ProfileRecord):
     """Where a transition's time goes.
 
     Args:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.profiling.errors import AbsentError
-from anyflow_deploy.profiling.operations import Work
+from anyflow_deploy.profiling.errors import MeasurementUnavailableError
+from anyflow_deploy.profiling.operations import ComputeCost
 from anyflow_deploy.profiling.record import Ceilings, Roofline
 from anyflow_deploy.profiling.timing import clock
 from anyflow_deploy.targets import TARGETS, Target
@@ -26,11 +26,11 @@ PRODUCT = (2048, 1536, 4096)
 ARRAY = 16 << 20
 """Elements of each of three arrays, 64 MB in float32: more than a cache holds."""
 
-TRIES, SECONDS = 5, 2.0
+MIN_RUNS, SECONDS = 5, 2.0
 """Tries of each at least, and how long to go on: on a machine with neighbours the best of a moment is no ceiling."""
 
 
-def roofline(work: Work, ceilings: Ceilings, median: float | None) -> Roofline:
+def roofline(cost: ComputeCost, ceilings: Ceilings, median: float | None) -> Roofline:
     """One transition against the ceilings.
 
     Args:
@@ -42,19 +42,19 @@ def roofline(work: Work, ceilings: Ceilings, median: float | None) -> Roofline:
         AbsentError: the ceilings lack a type that the work needs.
     """
     seconds = 0.0
-    for kind, count in work.operations.items():
+    for kind, count in cost.operations.items():
         rate = ceilings.operations.get(kind)
         if not rate:
-            raise AbsentError(f"{ceilings.name} has no rate for {kind} ({ceilings.source})")
+            raise MeasurementUnavailableError(f"{ceilings.name} has no rate for {kind} ({ceilings.source})")
         seconds += count / rate
-    moving = work.bytes / ceilings.bandwidth
+    moving = cost.bytes / ceilings.bandwidth
     efficiency = None if median is None else max(seconds, moving) / median
     return Roofline(
-        operations=work.operations, bytes=work.bytes, compute_seconds=seconds, memory_seconds=moving, efficiency=efficiency
+        operations=cost.operations, bytes=cost.bytes, compute_seconds=seconds, memory_seconds=moving, efficiency=efficiency
     )
 
 
-def ceilings_of_target(target: Target) -> Ceilings:
+def ceilings_from_target(target: Target) -> Ceilings:
     """From the table.
 
     Raises:
@@ -72,7 +72,7 @@ def ceilings_of_target(target: Target) -> Ceilings:
     )
 
 
-def target_from_gpu(name: str) -> Target | None:
+def target_from_gpu_name(name: str) -> Target | None:
     """The table's row for a GPU's name as its driver gives it, such as "NVIDIA H100 80GB HBM3"; None where none fits.
 
     On a Jetson it is the board's name, such as "NVIDIA Jetson Orin Nano Developer Kit": CUDA calls all of them "Orin"."""
@@ -84,7 +84,7 @@ def target_from_gpu(name: str) -> Target | None:
     return None
 
 
-def measured_ceilings(threads: int | None, kinds: set[str], seconds: float = SECONDS) -> Ceilings:
+def measure_ceilings(threads: int | None, kinds: set[str], seconds: float = SECONDS) -> Ceilings:
     """This processor's, through ONNX Runtime.
 
     Args:
@@ -101,11 +101,11 @@ def measured_ceilings(threads: int | None, kinds: set[str], seconds: float = SEC
 
         from anyflow_deploy.engines.onnxruntime.int8 import saturates
     except ImportError as error:
-        raise AbsentError(
+        raise MeasurementUnavailableError(
             f"a processor's rates are measured through ONNX Runtime, and {error.name} is not installed "
             "(pip install 'anyflow-deploy[cpu]'); --target NAME compares with a row of the table instead"
         ) from None
-    runtime = _Runtime(onnx, onnxruntime, threads, seconds)
+    runtime = _OperatorBenchmark(onnx, onnxruntime, threads, seconds)
     float32 = runtime.product("MatMul", np.float32, np.float32)
     rates = dict.fromkeys(kinds | {"fp32"}, float32)
     if "int8" in kinds:
@@ -118,7 +118,7 @@ def measured_ceilings(threads: int | None, kinds: set[str], seconds: float = SEC
     )  # fmt: skip
 
 
-class _Runtime:
+class _OperatorBenchmark:
     """Graphs of one operator, timed."""
 
     def __init__(self, onnx: Any, onnxruntime: Any, threads: int | None, budget: float) -> None:
@@ -161,7 +161,7 @@ class _Runtime:
         session.run_with_iobinding(_with_output(binding))
         binding.bind_ortvalue_output("c", binding.get_outputs()[0])  # written again and again: no new pages are touched
         times: list[float] = []
-        while len(times) < TRIES or sum(times) < self._budget:
+        while len(times) < MIN_RUNS or sum(times) < self._budget:
             began = clock()
             session.run_with_iobinding(binding)
             times.append(clock() - began)

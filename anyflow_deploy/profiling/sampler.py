@@ -13,18 +13,18 @@ from types import TracebackType
 
 import numpy as np
 
-from anyflow_deploy.profiling.power import Source
-from anyflow_deploy.profiling.record import Power, Series
+from anyflow_deploy.profiling.power import PowerSource
+from anyflow_deploy.profiling.record import PowerUsage, Series
 from anyflow_deploy.profiling.timing import clock
 
 INTERVAL = 0.05
 """Seconds between two readings. NVML's own average changes every 25 to 100 ms, an INA3221's conversion takes less."""
 
-Read = Callable[[], float | None]
-Span = tuple[float, float]
+Reader = Callable[[], float | None]
+TimeSpan = tuple[float, float]
 
 
-class Sampler:
+class ResourceSampler:
     """Use it as a context manager around the work.
 
     Args:
@@ -36,8 +36,8 @@ class Sampler:
 
     def __init__(
         self,
-        powers: Sequence[Source] = (),
-        reads: Mapping[str, Read] | None = None,
+        powers: Sequence[PowerSource] = (),
+        reads: Mapping[str, Reader] | None = None,
         flags: Callable[[], list[str]] = list,
         interval: float = INTERVAL,
     ) -> None:
@@ -46,10 +46,10 @@ class Sampler:
         self._thread = threading.Thread(target=self._loop, name="anyflow-profile", daemon=True)
         self._watts: dict[str, list[tuple[float, float]]] = {source.name: [] for source in self._powers}
         self._values: dict[str, list[tuple[float, float]]] = {name: [] for name in self._reads}
-        self._raised: list[list[str]] = []
+        self._flag_rows: list[list[str]] = []
         self.began = clock()
 
-    def __enter__(self) -> Sampler:
+    def __enter__(self) -> ResourceSampler:
         self._sample()
         self._thread.start()
         return self
@@ -75,25 +75,27 @@ class Sampler:
             value = ask()
             if value is not None:
                 self._values[name].append((clock(), value))
-        self._raised.append(self._flags())
+        self._flag_rows.append(self._flags())
 
-    def joules(self, name: str, spans: Sequence[Span]) -> float:
+    def joules(self, name: str, spans: Sequence[TimeSpan]) -> float:
         """Energy of a source in these spans together."""
         source = next(source for source in self._powers if source.name == name)
-        counted = _counter(source, self._watts[name])
-        return sum(_at(counted, end) - _at(counted, begin) for begin, end in spans)
+        cumulative = _cumulative_joules(source, self._watts[name])
+        return sum(_interpolate(cumulative, end) - _interpolate(cumulative, begin) for begin, end in spans)
 
-    def power(self, name: str, idle: Span, busy: Span) -> Power | None:
+    def power(self, name: str, idle: TimeSpan, busy: TimeSpan) -> PowerUsage | None:
         """A source over the whole run; None when it could not be read twice."""
         source = next(source for source in self._powers if source.name == name)
         rows = self._watts[name]
-        counted = _counter(source, rows)
-        if len(counted) < 2:
+        cumulative = _cumulative_joules(source, rows)
+        if len(cumulative) < 2:
             return None
-        watts = [(time, value) for time, value in (rows if source.watts else _slopes(counted)) if busy[0] <= time <= busy[1]]
+        watts = [
+            (time, value) for time, value in (rows if source.watts else _watts_between(cumulative)) if busy[0] <= time <= busy[1]
+        ]
         joules, seconds = self.joules(name, [busy]), busy[1] - busy[0]
         resting = self.joules(name, [idle]) / (idle[1] - idle[0]) if idle[1] > idle[0] else None
-        return Power(
+        return PowerUsage(
             name=name,
             kind=source.kind,
             method=source.method,
@@ -112,17 +114,17 @@ class Sampler:
             if any(t >= start for t, _ in rows)
         ]
 
-    def most(self, name: str) -> float | None:
+    def maximum(self, name: str) -> float | None:
         """The largest value of a reading."""
         return max((value for _, value in self._values.get(name, [])), default=None)
 
-    def shares(self) -> dict[str, float]:
+    def flag_shares(self) -> dict[str, float]:
         """How often each flag was up, as a share of the samples."""
-        words = {word for row in self._raised for word in row}
-        return {word: sum(word in row for row in self._raised) / len(self._raised) for word in sorted(words)}
+        words = {word for row in self._flag_rows for word in row}
+        return {word: sum(word in row for row in self._flag_rows) / len(self._flag_rows) for word in sorted(words)}
 
 
-def _counter(source: Source, rows: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _cumulative_joules(source: PowerSource, rows: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Joules by time, growing: a counter with its wraps undone, or watts integrated."""
     total, result = 0.0, rows[:1] and [(rows[0][0], 0.0)]
     for (before, first), (now, second) in itertools.pairwise(rows):
@@ -136,14 +138,14 @@ def _counter(source: Source, rows: list[tuple[float, float]]) -> list[tuple[floa
     return result
 
 
-def _slopes(counted: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _watts_between(cumulative: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Watts between the readings of a counter."""
-    pairs = itertools.pairwise(counted)
+    pairs = itertools.pairwise(cumulative)
     return [((a + b) / 2, (second - first) / (b - a)) for (a, first), (b, second) in pairs if b > a]
 
 
-def _at(counted: list[tuple[float, float]], moment: float) -> float:
-    if not counted:
+def _interpolate(cumulative: list[tuple[float, float]], moment: float) -> float:
+    if not cumulative:
         return 0.0
-    times, values = zip(*counted, strict=True)
+    times, values = zip(*cumulative, strict=True)
     return float(np.interp(moment, times, values))

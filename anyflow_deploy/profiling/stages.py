@@ -14,22 +14,22 @@ import numpy as np
 
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.profiling.errors import AbsentError
-from anyflow_deploy.profiling.memory import Peak
-from anyflow_deploy.profiling.record import Stage
+from anyflow_deploy.profiling.errors import MeasurementUnavailableError
+from anyflow_deploy.profiling.memory import PeakMemory
+from anyflow_deploy.profiling.record import StageTiming
 from anyflow_deploy.profiling.summary_statistics import latency_from_samples
-from anyflow_deploy.profiling.timing import Rules, clock, no_garbage_collection
-from anyflow_deploy.profiling.workload import Video
+from anyflow_deploy.profiling.timing import TimingRules, clock, pause_garbage_collection
+from anyflow_deploy.profiling.workload import VideoWorkload
 
 TEXT, VAE = "text encoder", "VAE"
 
 SHARE = 0.25
 """Of the budget of a shape that a stage may take."""
 
-LEAST, MOST = 3, 30
+MIN_RUNS, MAX_RUNS = 3, 30
 
 
-def pipeline_folder(manifest: Manifest, given: str | None, part: str) -> Path:
+def find_pipeline_folder(manifest: Manifest, pipeline: str | None, part: str) -> Path:
     """Where text encoder or VAE are.
 
     Raises:
@@ -39,47 +39,47 @@ def pipeline_folder(manifest: Manifest, given: str | None, part: str) -> Path:
         from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
 
         parts = ["tokenizer", "text_encoder"] if part == TEXT else ["vae"]
-        return pipeline_of(manifest, given, parts)
+        return pipeline_of(manifest, pipeline, parts)
     except ImportError as error:
-        raise AbsentError(f"{error.name} is not installed (pip install 'anyflow-deploy[export]')") from None
+        raise MeasurementUnavailableError(f"{error.name} is not installed (pip install 'anyflow-deploy[export]')") from None
     except AnyFlowError as error:
-        if given is not None:
+        if pipeline is not None:
             raise
-        raise AbsentError(f"not at hand: {error}") from None
+        raise MeasurementUnavailableError(f"not at hand: {error}") from None
 
 
-def text_stage(folder: Path, manifest: Manifest, prompt: str, rules: Rules) -> Stage:
+def measure_text_encoder(folder: Path, manifest: Manifest, prompt: str, rules: TimingRules) -> StageTiming:
     """The text encoder on one prompt, padded as always."""
     from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 
     gc.collect()
-    peak, began = Peak(), clock()
+    peak, began = PeakMemory(), clock()
     encoder, tokens = PromptEncoder(folder), manifest.video.text_tokens
     encoder.load()
     loading = clock() - began
-    peak.loaded()
-    times = _repeated(lambda: encoder.encode([prompt], tokens), rules)
-    record = Stage(
+    peak.mark_loaded()
+    times = _time_repeatedly(lambda: encoder.encode([prompt], tokens), rules)
+    record = StageTiming(
         name=TEXT, device="cpu", load_seconds=loading, latency=latency_from_samples(times), memory=peak.record()
     )  # fmt: skip
     return record
 
 
-def vae_stage(folder: Path, video: Video, rules: Rules) -> Stage:
+def measure_vae(folder: Path, video: VideoWorkload, rules: TimingRules) -> StageTiming:
     """The VAE's decoder on the latents of one video: whole, and its first latent frame and first chunk alone."""
     from anyflow_deploy.pipelines.vae import StreamingDecoder, load_vae
 
     gc.collect()
-    peak, began = Peak(), clock()
+    peak, began = PeakMemory(), clock()
     vae = load_vae(folder)
     loading = clock() - began
-    peak.loaded()
+    peak.mark_loaded()
     first = video.plan.chunks[0] if video.plan is not None else video.shape.frames
     cuts = {"first frame": 1, "first chunk": first} if video.plan is not None else {"first frame": 1}
     pieces = {name: np.ascontiguousarray(video.latents[:, :frames]) for name, frames in cuts.items()}
-    whole = _repeated(lambda: StreamingDecoder(vae).decode(video.latents), rules)
-    parts = {name: _repeated(_decoding(StreamingDecoder, vae, piece), rules) for name, piece in pieces.items()}
-    record = Stage(
+    whole = _time_repeatedly(lambda: StreamingDecoder(vae).decode(video.latents), rules)
+    parts = {name: _time_repeatedly(_piece_decoder(StreamingDecoder, vae, piece), rules) for name, piece in pieces.items()}
+    record = StageTiming(
         name=VAE,
         device="cpu",
         load_seconds=loading,
@@ -90,19 +90,19 @@ def vae_stage(folder: Path, video: Video, rules: Rules) -> Stage:
     return record
 
 
-def _decoding(decoder: Any, vae: Any, piece: Any) -> Callable[[], Any]:
+def _piece_decoder(decoder: Any, vae: Any, piece: Any) -> Callable[[], Any]:
     return lambda: decoder(vae).decode(piece)
 
 
-def _repeated(work: Callable[[], Any], rules: Rules) -> list[float]:
+def _time_repeatedly(run: Callable[[], Any], rules: TimingRules) -> list[float]:
     """One run that does not count, then as many as a share of the budget holds."""
-    work()
+    run()
     times: list[float] = []
-    with no_garbage_collection():
-        while len(times) < (rules.rounds or LEAST) or (
-            rules.rounds is None and len(times) < MOST and sum(times) < SHARE * rules.seconds
+    with pause_garbage_collection():
+        while len(times) < (rules.rounds or MIN_RUNS) or (
+            rules.rounds is None and len(times) < MAX_RUNS and sum(times) < SHARE * rules.seconds
         ):
             began = clock()
-            work()
+            run()
             times.append(clock() - began)
     return times

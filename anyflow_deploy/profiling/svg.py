@@ -22,7 +22,7 @@ Text = Callable[[float], str]
 
 
 @dataclass(frozen=True)
-class Axis:
+class PlotAxis:
     """One axis.
 
     Attributes:
@@ -36,13 +36,13 @@ class Axis:
     label: str
     text: Text = lambda value: f"{value:g}"
     log: bool = False
-    least: float | None = None
-    most: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
     ticks: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
-class Mark:
+class PlotSeries:
     """A series.
 
     Attributes:
@@ -70,7 +70,7 @@ class Bar:
 class _Scale:
     """From values to pixels."""
 
-    axis: Axis
+    axis: PlotAxis
     values: list[float]
     start: float
     end: float
@@ -79,11 +79,11 @@ class _Scale:
 
     def __post_init__(self) -> None:
         values = self.values or [1.0]
-        low = self.axis.least if self.axis.least is not None else (min(values) if self.axis.log else min(0.0, *values, 0.0))
-        high = self.axis.most if self.axis.most is not None else max(values)
+        low = self.axis.minimum if self.axis.minimum is not None else (min(values) if self.axis.log else min(0.0, *values, 0.0))
+        high = self.axis.maximum if self.axis.maximum is not None else max(values)
         if self.axis.log:
             low, high = low / 1.3, high * 1.3
-        elif self.axis.most is None:
+        elif self.axis.maximum is None:
             high = high + 0.06 * (high - low) if high > low else low + 1
         self.low, self.high = low, max(high, low + 1e-12)
 
@@ -99,7 +99,7 @@ class _Scale:
             return [tick for tick in self.axis.ticks if self.low <= tick <= self.high]
         if self.axis.log:
             return _log_ticks(self.low, self.high)
-        step = _nice((self.high - self.low) / 5)
+        step = _round_step((self.high - self.low) / 5)
         first = math.ceil(self.low / step - 1e-9)
         return [step * n for n in range(first, first + 20) if step * n <= self.high * (1 + 1e-9)]
 
@@ -111,13 +111,13 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return found[:: max(1, len(found) // 8)]
 
 
-def _nice(step: float) -> float:
+def _round_step(step: float) -> float:
     """The nearest of 1, 2, 2.5 and 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
     return min((power * m for m in (1, 2, 2.5, 5, 10)), key=lambda candidate: abs(candidate - step))
 
 
-def plot(title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
+def plot_svg(title: str, x: PlotAxis, y: PlotAxis, marks: Sequence[PlotSeries]) -> str:
     """A plot of lines and dots.
 
     Args:
@@ -129,7 +129,7 @@ def plot(title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> str:
     up = _Scale(y, [point[1] for mark in marks for point in mark.points], HEIGHT - _BOTTOM, _TOP)
     body = [_frame(across, up)]
     for mark in marks:
-        body.append(_drawn(mark, across, up))
+        body.append(_draw_series(mark, across, up))
     legend = [(mark.name, mark.color) for mark in marks if mark.name]
     return _figure(title, HEIGHT, "".join(body), legend)
 
@@ -145,7 +145,7 @@ def _frame(across: _Scale, up: _Scale) -> str:
         place, shown = across.at(tick), across.axis.text(tick)
         parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
         parts.append(
-            f'<text x="{_inside(place, shown):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{escape(shown)}</text>'
+            f'<text x="{_clip_points(place, shown):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{escape(shown)}</text>'
         )
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(across.axis.label)}</text>')
@@ -155,12 +155,12 @@ def _frame(across: _Scale, up: _Scale) -> str:
     return "".join(parts)
 
 
-def _inside(place: float, shown: str) -> float:
+def _clip_points(place: float, shown: str) -> float:
     """The middle of a label below `place`, moved so far that the label stays in the picture."""
     return min(place, WIDTH - _HALF_LETTER * len(shown))
 
 
-def _drawn(mark: Mark, across: _Scale, up: _Scale) -> str:
+def _draw_series(mark: PlotSeries, across: _Scale, up: _Scale) -> str:
     places = [(across.at(point[0]), up.at(point[1]), point[2] if len(point) > 2 else "") for point in mark.points]
     parts = []
     if mark.kind != "dots" and len(places) > 1:
@@ -174,7 +174,7 @@ def _drawn(mark: Mark, across: _Scale, up: _Scale) -> str:
     return "".join(parts)
 
 
-def bars(title: str, rows: Sequence[Bar], text: Text) -> str:
+def bars_svg(title: str, rows: Sequence[Bar], text: Text) -> str:
     """Horizontal bars, each of one or more parts side by side.
 
     Args:
@@ -183,7 +183,7 @@ def bars(title: str, rows: Sequence[Bar], text: Text) -> str:
         text: how a value is written.
     """
     label_width, line = 190, 24
-    most = max((sum(value for _, value, _ in row.parts) for row in rows), default=1.0) or 1.0
+    maximum = max((sum(value for _, value, _ in row.parts) for row in rows), default=1.0) or 1.0
     room = WIDTH - label_width - 90
     body = []
     for index, row in enumerate(rows):
@@ -194,7 +194,7 @@ def bars(title: str, rows: Sequence[Bar], text: Text) -> str:
             f"<title>{escape(row.label)}</title></text>"
         )
         for name, value, color in row.parts:
-            width = room * value / most
+            width = room * value / maximum
             told = f"{name or row.label}: {text(value)}"
             body.append(
                 f'<rect class="fill {color}" x="{left:.1f}" y="{top}" width="{max(width, 0.5):.1f}" height="{line - 7}">'

@@ -7,26 +7,26 @@ from statistics import median
 
 import numpy as np
 
-from anyflow_deploy.profiling.power import Source
-from anyflow_deploy.profiling.record import Chunks, Clip, Point
-from anyflow_deploy.profiling.sampler import Sampler
+from anyflow_deploy.profiling.power import PowerSource
+from anyflow_deploy.profiling.record import ChunkLatencies, ClipLatency, Point
+from anyflow_deploy.profiling.sampler import ResourceSampler
 from anyflow_deploy.profiling.summary_statistics import latency_from_samples
-from anyflow_deploy.profiling.timed_engine import Watched
-from anyflow_deploy.profiling.timing import Rules, Taken, measured, warmed_up
-from anyflow_deploy.profiling.workload import ChunkTimes, Video, clip
+from anyflow_deploy.profiling.timed_engine import TimedEngine
+from anyflow_deploy.profiling.timing import TimedRuns, TimingRules, measure_cases, run_warm_up
+from anyflow_deploy.profiling.workload import ChunkTimes, VideoWorkload, clip_runner
 from anyflow_deploy.progress import Progress
 
 FPS_FACTOR = 4
 """Video frames of a latent frame; the video's first latent frame has one."""
 
 
-def measured_point(
-    engine: Watched,
-    video: Video,
+def measure_point(
+    engine: TimedEngine,
+    video: VideoWorkload,
     steps: Sequence[int],
-    rules: Rules,
-    sampler: Sampler,
-    powers: Sequence[Source],
+    rules: TimingRules,
+    sampler: ResourceSampler,
+    powers: Sequence[PowerSource],
     progress: Progress,
 ) -> Point:
     """Measure one shape.
@@ -42,45 +42,47 @@ def measured_point(
     counts = sorted(set(steps))
     times = {count: ChunkTimes([], []) for count in counts}
     with progress.stage(f"{video.shape}: warm-up"):
-        warm_up = warmed_up(clip(engine, video, counts[0], None), engine.steps, rules)
+        warm_up = run_warm_up(clip_runner(engine, video, counts[0], None), engine.steps, rules)
         for count in counts[1:]:
-            clip(engine, video, count, None)()
+            clip_runner(engine, video, count, None)()
     engine.steps.clear()
-    engine.remembered.clear()
-    last: list[float] = []
-    cases = {count: _noting_last(engine, video, count, times[count], last) for count in counts}
-    taken = measured(cases, rules, progress, f"{video.shape}: rounds")
+    engine.append_seconds.clear()
+    last_step_seconds: list[float] = []
+    cases = {count: _recording_last_step(engine, video, count, times[count], last_step_seconds) for count in counts}
+    timed_runs = measure_cases(cases, rules, progress, f"{video.shape}: rounds")
     transitions = list(engine.steps)
     engine.steps.clear()
     return Point(
         shape=str(video.shape),
         latents=list(video.latents.shape),
         frames=video.frames,
-        tokens=_tokens(video, engine),
+        tokens=_count_tokens(video, engine),
         text_tokens=video.text.shape[1],
         warm_up=warm_up,
         transition=latency_from_samples(transitions),
-        largest_transition=median(last),
+        largest_transition=median(last_step_seconds),
         enqueue=None,
-        clips=[_clip(video, count, taken, sampler, powers) for count in counts],
-        fixed_seconds=_fixed(taken, counts),
-        chunks=[_chunks(video, count, times[count]) for count in counts] if video.plan is not None else [],
+        clips=[_clip_record(video, count, timed_runs, sampler, powers) for count in counts],
+        fixed_seconds=_fixed_seconds(timed_runs, counts),
+        chunks=[_chunks_record(video, count, times[count]) for count in counts] if video.plan is not None else [],
         roofline=None,
     )
 
 
-def _noting_last(engine: Watched, video: Video, count: int, into: ChunkTimes, last: list[float]) -> Callable[[], None]:
+def _recording_last_step(
+    engine: TimedEngine, video: VideoWorkload, count: int, chunk_times: ChunkTimes, last_step_seconds: list[float]
+) -> Callable[[], None]:
     """A clip, and the time of the transition that had the fullest cache."""
-    run = clip(engine, video, count, into)
+    run = clip_runner(engine, video, count, chunk_times)
 
-    def noted() -> None:
+    def run_and_record() -> None:
         run()
-        last.append(engine.steps[_largest(video, count)])
+        last_step_seconds.append(engine.steps[_largest_step_index(video, count)])
 
-    return noted
+    return run_and_record
 
 
-def _largest(video: Video, steps: int) -> int:
+def _largest_step_index(video: VideoWorkload, steps: int) -> int:
     """Index, from the end, of a transition of the chunk with the most tokens in and before it."""
     if video.plan is None:
         return -1
@@ -89,31 +91,33 @@ def _largest(video: Video, steps: int) -> int:
     return -1 - steps * (len(sizes) - 1 - int(np.argmax(sizes)))
 
 
-def _tokens(video: Video, engine: Watched) -> int:
+def _count_tokens(video: VideoWorkload, engine: TimedEngine) -> int:
     patch = engine.architecture.patch_size[1]
-    frames, height, width = video.largest
+    frames, height, width = video.largest_step
     return frames * (height // patch) * (width // patch)
 
 
-def _clip(video: Video, steps: int, taken: Taken, sampler: Sampler, powers: Sequence[Source]) -> Clip:
-    latency = latency_from_samples(taken.seconds(steps))
+def _clip_record(
+    video: VideoWorkload, steps: int, timed_runs: TimedRuns, sampler: ResourceSampler, powers: Sequence[PowerSource]
+) -> ClipLatency:
+    latency = latency_from_samples(timed_runs.seconds(steps))
     rate = video.frames / latency.median
-    joules = {source.name: sampler.joules(source.name, taken.spans[steps]) / latency.count for source in powers}
-    return Clip(
+    joules = {source.name: sampler.joules(source.name, timed_runs.spans[steps]) / latency.count for source in powers}
+    return ClipLatency(
         steps=steps, latency=latency, frames_per_second=rate, real_time_factor=rate / video.fps,
         joules={name: value for name, value in joules.items() if value > 0},
     )  # fmt: skip
 
 
-def _fixed(taken: Taken, counts: Sequence[int]) -> float | None:
+def _fixed_seconds(timed_runs: TimedRuns, counts: Sequence[int]) -> float | None:
     """The straight line's value at no steps; a flow map's clip is that and a transition for each step."""
     if len(counts) < 2:
         return None
-    medians = [median(taken.seconds(count)) for count in counts]
+    medians = [median(timed_runs.seconds(count)) for count in counts]
     return float(np.polyfit(counts, medians, 1)[1])
 
 
-def _chunks(video: Video, steps: int, times: ChunkTimes) -> Chunks:
+def _chunks_record(video: VideoWorkload, steps: int, times: ChunkTimes) -> ChunkLatencies:
     assert video.plan is not None
     plan, rows = video.plan, times.rows
     by_index = [median(row[index] for row in rows) for index in range(len(plan.chunks))]
@@ -121,12 +125,12 @@ def _chunks(video: Video, steps: int, times: ChunkTimes) -> Chunks:
     frames[0] -= FPS_FACTOR - 1
     later = [seconds for row in rows for seconds in row[1:]]
     factors = [count / seconds / video.fps for count, seconds in zip(frames[1:], by_index[1:], strict=True)]
-    return Chunks(
+    return ChunkLatencies(
         steps=steps,
         first=latency_from_samples([row[0] for row in rows]),
         later=latency_from_samples(later) if later else None,
         by_index=by_index,
-        remember=latency_from_samples(times.remembered) if times.remembered else None,
+        remember=latency_from_samples(times.append_seconds) if times.append_seconds else None,
         frames=frames,
         cached_tokens=[sum(plan.cached_tokens(index)) for index in range(len(plan.chunks))],
         worst_real_time_factor=min(factors, default=frames[0] / by_index[0] / video.fps),

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from anyflow_deploy.profiling.compare import Comparison, Value
-from anyflow_deploy.profiling.estimate import Estimate
-from anyflow_deploy.profiling.formatting import percentile_text, size_text, steps_text, time_text
+from anyflow_deploy.profiling.compare import ComparedValue, Comparison
+from anyflow_deploy.profiling.estimate import RooflineEstimate
+from anyflow_deploy.profiling.formatting import format_bytes, format_percentile, format_seconds, format_steps
 from anyflow_deploy.profiling.record import Latency, Layers, Point, Profile
 
 SHOWN_LAYERS = 12
@@ -30,7 +30,7 @@ def print_profile(profile: Profile, console: Console) -> None:
             if clip.joules:
                 energy = ", ".join(f"{name} {joules:.3g} J" for name, joules in clip.joules.items())
                 console.print(f"{clip.steps} steps take {escape(energy)}; per frame a {point.frames}th of it.")
-    console.print(_other(profile))
+    console.print(_other_rows(profile))
     for layers in profile.layers:
         console.print(_layers(layers))
     console.print(*_advice(profile), sep="\n")
@@ -66,24 +66,24 @@ def latency_rows(profile: Profile) -> Iterator[tuple[str, str, Latency]]:
         if point.enqueue is not None:
             yield point.shape, "of that, launching", point.enqueue
         for clip in point.clips:
-            yield point.shape, f"clip, {steps_text(clip.steps)}", clip.latency
+            yield point.shape, f"clip, {format_steps(clip.steps)}", clip.latency
         for chunks in point.chunks:
-            yield point.shape, f"first chunk, {steps_text(chunks.steps)}", chunks.first
+            yield point.shape, f"first chunk, {format_steps(chunks.steps)}", chunks.first
             if chunks.later is not None:
-                yield point.shape, f"later chunks, {steps_text(chunks.steps)}", chunks.later
+                yield point.shape, f"later chunks, {format_steps(chunks.steps)}", chunks.later
             if chunks.remember is not None:
-                yield point.shape, f"remembering a chunk, {steps_text(chunks.steps)}", chunks.remember
+                yield point.shape, f"remembering a chunk, {format_steps(chunks.steps)}", chunks.remember
     for stage in profile.stages:
         yield "", stage.name, stage.latency
         for name, latency in stage.parts.items():
             yield "", f"{stage.name}, {name}", latency
 
 
-def latency_words(latency: Latency) -> list[str]:
+def format_latency(latency: Latency) -> list[str]:
     """Minimum, mean, median, and the percentiles that there are samples for."""
     tail = ((latency.p90, 0.9), (latency.p95, 0.95), (latency.p99, 0.99))
-    shown = [percentile_text(value, share, latency.count) for value, share in tail]
-    return [*map(time_text, (latency.minimum, latency.mean, latency.median)), *shown]
+    shown = [format_percentile(value, share, latency.count) for value, share in tail]
+    return [*map(format_seconds, (latency.minimum, latency.mean, latency.median)), *shown]
 
 
 def _latencies(point: Point) -> Table:
@@ -94,41 +94,45 @@ def _latencies(point: Point) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
 
     def add(name: str, latency: Latency, *rest: str) -> None:
-        table.add_row(name, *latency_words(latency), str(latency.count), *rest)
+        table.add_row(name, *format_latency(latency), str(latency.count), *rest)
 
     add("transition", point.transition)
     if point.enqueue is not None:
         add("launching one", point.enqueue)
     for clip in point.clips:
-        add(f"clip, {steps_text(clip.steps)}", clip.latency, f"{clip.frames_per_second:.3g}", f"{clip.real_time_factor:.3g}")
+        add(f"clip, {format_steps(clip.steps)}", clip.latency, f"{clip.frames_per_second:.3g}", f"{clip.real_time_factor:.3g}")
     for chunks in point.chunks:
-        add(f"first chunk, {steps_text(chunks.steps)}", chunks.first)
+        add(f"first chunk, {format_steps(chunks.steps)}", chunks.first)
         if chunks.later is not None:
-            add(f"later chunks, {steps_text(chunks.steps)}", chunks.later, "", f"{chunks.worst_real_time_factor:.3g}")
+            add(f"later chunks, {format_steps(chunks.steps)}", chunks.later, "", f"{chunks.worst_real_time_factor:.3g}")
     return table
 
 
-def _other(profile: Profile) -> Table:
+def _other_rows(profile: Profile) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
     table.add_column()
     for stage in profile.stages:
-        rest = f"peak {size_text(stage.memory.cpu_peak)}, loaded in {time_text(stage.load_seconds)}"
-        table.add_row(stage.name, f"{time_text(stage.latency.median)} (at most {time_text(stage.latency.maximum)}); {rest}")
-    for row in profile.end_to_end:
-        shown = ", ".join(f"{name} {time_text(seconds)}" for name, seconds in row.seconds.items())
+        rest = f"peak {format_bytes(stage.memory.cpu_peak)}, loaded in {format_seconds(stage.load_seconds)}"
         table.add_row(
-            f"prompt to video, {steps_text(row.steps)}",
-            f"{time_text(row.total)} ({shown}); first frame after {time_text(row.first_frame)}",
+            stage.name, f"{format_seconds(stage.latency.median)} (at most {format_seconds(stage.latency.maximum)}); {rest}"
+        )
+    for row in profile.end_to_end:
+        shown = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in row.seconds.items())
+        table.add_row(
+            f"prompt to video, {format_steps(row.steps)}",
+            f"{format_seconds(row.total)} ({shown}); first frame after {format_seconds(row.first_frame)}",
         )
     memory = profile.memory
-    meanwhile = f" ({size_text(memory.cpu_loading_peak)} on the way)" if memory.cpu_loading_peak else ""
-    table.add_row("memory, CPU", f"loaded {size_text(memory.cpu_loaded)}{meanwhile}, peak {size_text(memory.cpu_peak)}")
+    meanwhile = f" ({format_bytes(memory.cpu_loading_peak)} on the way)" if memory.cpu_loading_peak else ""
+    table.add_row("memory, CPU", f"loaded {format_bytes(memory.cpu_loaded)}{meanwhile}, peak {format_bytes(memory.cpu_peak)}")
     if memory.gpu_peak is not None:
-        table.add_row("memory, GPU", f"peak {size_text(memory.gpu_peak)}" + (" (of the CPU's memory)" if memory.unified else ""))
+        table.add_row(
+            "memory, GPU", f"peak {format_bytes(memory.gpu_peak)}" + (" (of the CPU's memory)" if memory.unified else "")
+        )
     if memory.shared_peak is not None and memory.shared_before is not None:
-        grown = size_text(memory.shared_peak - memory.shared_before)
-        table.add_row("memory, both", f"{grown} more than before, counted once; {size_text(memory.shared_peak)} with all else")
+        grown = format_bytes(memory.shared_peak - memory.shared_before)
+        table.add_row("memory, both", f"{grown} more than before, counted once; {format_bytes(memory.shared_peak)} with all else")
     for power in profile.power:
         idle = f", idle {power.idle_watts:.1f} W" if power.idle_watts is not None else ""
         table.add_row(escape(power.name), f"{power.mean_watts:.1f} W on average, {power.peak_watts:.1f} W at most{idle}")
@@ -137,8 +141,8 @@ def _other(profile: Profile) -> Table:
         if roof is not None and profile.ceilings is not None:
             table.add_row(
                 f"ceiling, {point.shape}",
-                f"{time_text(roof.bound)} a transition on {profile.ceilings.name} (products {time_text(roof.compute_seconds)}, "
-                f"memory {time_text(roof.memory_seconds)})"
+                f"{format_seconds(roof.bound)} a transition on {profile.ceilings.name} (products {format_seconds(roof.compute_seconds)}, "
+                f"memory {format_seconds(roof.memory_seconds)})"
                 + (f": {100 * roof.efficiency:.0f} % reached" if roof.efficiency is not None else ""),
             )
     return table
@@ -151,7 +155,9 @@ def _layers(layers: Layers) -> Table:
         column.justify = "right"
     for row in layers.by_part[:SHOWN_LAYERS]:
         rate = f"{row.operations / row.seconds / 1e9:,.0f}" if row.operations and row.seconds else ""
-        table.add_row(escape(row.name), row.operator, time_text(row.seconds), f"{100 * row.share:.1f} %", str(row.calls), rate)
+        table.add_row(
+            escape(row.name), row.operator, format_seconds(row.seconds), f"{100 * row.share:.1f} %", str(row.calls), rate
+        )
     return table
 
 
@@ -174,15 +180,15 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     console.print(table)
 
 
-def _value(value: Value | None) -> str:
+def _value(value: ComparedValue | None) -> str:
     if value is None:
         return ""
     if value.unit == "J":
         return f"{value.value:.3g} J"
-    return time_text(value.value) if value.unit == "s" else size_text(value.value)
+    return format_seconds(value.value) if value.unit == "s" else format_bytes(value.value)
 
 
-def print_estimate(estimate: Estimate, console: Console) -> None:
+def print_estimate(estimate: RooflineEstimate, console: Console) -> None:
     """The bound, with its label first."""
     console.print(f"[bold yellow]estimate:[/] {estimate.label}.")
     roof = estimate.transition
@@ -193,14 +199,14 @@ def print_estimate(estimate: Estimate, console: Console) -> None:
         "what", f"{estimate.model} in {estimate.precision} at {estimate.shape}, {estimate.tokens:,} tokens a transition"
     )
     table.add_row("where", f"{estimate.device}; {estimate.source}")
-    detail = f"products {time_text(roof.compute_seconds)}, memory {time_text(roof.memory_seconds)}"
-    table.add_row("a transition", f"at least {time_text(roof.bound)}, limited by {estimate.bound_by} ({detail})")
+    detail = f"products {format_seconds(roof.compute_seconds)}, memory {format_seconds(roof.memory_seconds)}"
+    table.add_row("a transition", f"at least {format_seconds(roof.bound)}, limited by {estimate.bound_by} ({detail})")
     for clip in estimate.clips:
-        chunk = "" if clip.first_chunk is None else f"; first chunk at least {time_text(clip.first_chunk)}"
-        shown = f"at least {time_text(clip.seconds)}, at most {clip.real_time_factor:.3g} × real time{chunk}"
-        table.add_row(f"a clip, {steps_text(clip.steps)}", shown)
+        chunk = "" if clip.first_chunk is None else f"; first chunk at least {format_seconds(clip.first_chunk)}"
+        shown = f"at least {format_seconds(clip.seconds)}, at most {clip.real_time_factor:.3g} × real time{chunk}"
+        table.add_row(f"a clip, {format_steps(clip.steps)}", shown)
     memory = estimate.memory
     fits = "fits" if memory["fits"] else "does not fit"
-    table.add_row("memory", f"about {size_text(memory['needed'])} of {size_text(memory['available'])}: {fits}")
+    table.add_row("memory", f"about {format_bytes(memory['needed'])} of {format_bytes(memory['available'])}: {fits}")
     console.print(table)
     console.print("[dim]Transformer alone: text encoder and VAE come on top. Measured engines stay below such bounds.[/]")

@@ -10,7 +10,7 @@ from anyflow_deploy.engines.wrapper import EngineOperation, EngineWrapper
 from anyflow_deploy.profiling.timing import clock
 
 
-class Watched(EngineWrapper):
+class TimedEngine(EngineWrapper):
     """See `EngineWrapper`.
 
     Args:
@@ -24,11 +24,11 @@ class Watched(EngineWrapper):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, self._timed)
         self.steps: list[float] = []
-        self.remembered: list[float] = []
+        self.append_seconds: list[float] = []
 
     @contextlib.contextmanager
     def _timed(self, operation: EngineOperation) -> Iterator[None]:
         began = clock()
         yield
         if operation != "open":
-            (self.steps if operation == "step" else self.remembered).append(clock() - began)
+            (self.steps if operation == "step" else self.append_seconds).append(clock() - began)

@@ -29,18 +29,18 @@ WINDOW, TOLERANCE = 4, 0.05
 WARM_UP_SHARE = 0.5
 """Of the budget that warm-up may take on top before it is given up as unsteady. (Two runs are always made.)"""
 
-LEAST_ROUNDS, MOST_ROUNDS = 3, 200
+MIN_ROUNDS, MAX_ROUNDS = 3, 200
 
 clock = time.perf_counter
 
 
 @dataclass(frozen=True)
-class Rules:
+class TimingRules:
     """How long to measure.
 
     Attributes:
         seconds: budget of the measured rounds of one shape.
-        rounds: exactly so many; None for as many as the budget holds, within `LEAST_ROUNDS` and `MOST_ROUNDS`.
+        rounds: exactly so many; None for as many as the budget holds, within `MIN_ROUNDS` and `MAX_ROUNDS`.
     """
 
     seconds: float = 20.0
@@ -50,11 +50,11 @@ class Rules:
         """How many rounds to make, when one takes so many seconds."""
         if self.rounds is not None:
             return self.rounds
-        return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(self.seconds / max(one_round, 1e-9))))
+        return max(MIN_ROUNDS, min(MAX_ROUNDS, int(self.seconds / max(one_round, 1e-9))))
 
 
 @dataclass
-class Taken:
+class TimedRuns:
     """What the rounds gave.
 
     Attributes:
@@ -68,7 +68,7 @@ class Taken:
         return [end - begin for begin, end in self.spans[case]]
 
 
-def warmed_up(run: Callable[[], None], transitions: list[float], rules: Rules) -> Warmup:
+def run_warm_up(run: Callable[[], None], transitions: list[float], rules: TimingRules) -> Warmup:
     """Run until it is steady.
 
     Args:
@@ -87,7 +87,7 @@ def warmed_up(run: Callable[[], None], transitions: list[float], rules: Rules) -
     return Warmup(runs=runs, seconds=spent, steady=steady)
 
 
-def measured(cases: Mapping[Any, Callable[[], None]], rules: Rules, progress: Progress, name: str) -> Taken:
+def measure_cases(cases: Mapping[Any, Callable[[], None]], rules: TimingRules, progress: Progress, name: str) -> TimedRuns:
     """Run all cases in turn, round after round.
 
     Args:
@@ -95,28 +95,28 @@ def measured(cases: Mapping[Any, Callable[[], None]], rules: Rules, progress: Pr
         rules: how long.
         progress, name: for the progress bar.
     """
-    taken = Taken({case: [] for case in cases})
-    with no_garbage_collection():
+    timed_runs = TimedRuns({case: [] for case in cases})
+    with pause_garbage_collection():
         began = clock()
-        _round(cases, taken)
+        _run_round(cases, timed_runs)
         rounds = rules.rounds_for(clock() - began)
         with progress.stage(name, rounds) as advance:
             advance(1)
             for _ in range(rounds - 1):
-                _round(cases, taken)
+                _run_round(cases, timed_runs)
                 advance(1)
-    return taken
+    return timed_runs
 
 
-def _round(cases: Mapping[Any, Callable[[], None]], taken: Taken) -> None:
+def _run_round(cases: Mapping[Any, Callable[[], None]], timed_runs: TimedRuns) -> None:
     for case, run in cases.items():
         begin = clock()
         run()
-        taken.spans[case].append((begin, clock()))
+        timed_runs.spans[case].append((begin, clock()))
 
 
 @contextmanager
-def no_garbage_collection() -> Iterator[None]:
+def pause_garbage_collection() -> Iterator[None]:
     """As `timeit`: collected once before, and not during."""
     was_on = gc.isenabled()
     gc.collect()
@@ -128,13 +128,13 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def method(rules: Rules, sample_interval: float) -> Method:
+def describe_method(rules: TimingRules, sample_interval: float) -> Method:
     """The rules in words, for the record."""
     info = time.get_clock_info("perf_counter")
     readings = [clock() for _ in range(1001)]
     step = statistics.median(b - a for a, b in itertools.pairwise(readings))
     facts = {"name": "time.perf_counter", "implementation": info.implementation, "resolution_seconds": info.resolution}
-    limit = f"{rules.rounds} rounds" if rules.rounds else f"as many as {rules.seconds:g} s hold, {LEAST_ROUNDS} to {MOST_ROUNDS}"
+    limit = f"{rules.rounds} rounds" if rules.rounds else f"as many as {rules.seconds:g} s hold, {MIN_ROUNDS} to {MAX_ROUNDS}"
     return Method(
         clock={**facts, "monotonic": info.monotonic, "reading_seconds": step},
         warm_up=f"until the medians of the last {WINDOW} transitions and of the {WINDOW} before are within {100 * TOLERANCE:g} "

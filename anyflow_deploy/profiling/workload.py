@@ -17,13 +17,13 @@ from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.estimate import LatentShape, shape_from_pixels
-from anyflow_deploy.profiling.timed_engine import Watched
+from anyflow_deploy.profiling.timed_engine import TimedEngine
 from anyflow_deploy.profiling.timing import clock
 from anyflow_deploy.schedule import Schedule
 
 
 @dataclass(frozen=True)
-class Video:
+class VideoWorkload:
     """One shape to profile.
 
     Attributes:
@@ -49,18 +49,18 @@ class Video:
         return Schedule.uniform(steps, shift=self.shift)
 
     @property
-    def largest(self) -> tuple[int, int, int]:
+    def largest_step(self) -> tuple[int, int, int]:
         """Latent frames, rows and columns of the largest transition."""
         frames = self.shape.frames if self.plan is None else max(self.plan.chunks)
         return frames, self.shape.height, self.shape.width
 
     @property
-    def most_cached(self) -> int:
+    def max_cached_tokens(self) -> int:
         """Tokens that a chunk finds in the cache at most."""
         return 0 if self.plan is None else self.plan.capacity
 
 
-def videos(manifest: Manifest, shapes: tuple[str, ...], window: int | None) -> list[Video]:
+def build_workloads(manifest: Manifest, shapes: tuple[str, ...], window: int | None) -> list[VideoWorkload]:
     """The shapes asked for, or the bundle's own, checked against its ranges.
 
     Raises:
@@ -70,20 +70,24 @@ def videos(manifest: Manifest, shapes: tuple[str, ...], window: int | None) -> l
     if window is not None and not a.causal:
         raise AnyFlowError(f"--window is kept in the cache of a causal model, and this is {manifest.model}. Leave it out.")
     video = manifest.video
-    asked = shapes or (f"{video.height}x{video.width}x{video.frames}",)
+    shapes_or_default = shapes or (f"{video.height}x{video.width}x{video.frames}",)
     result = []
-    for text in dict.fromkeys(asked):
+    for text in dict.fromkeys(shapes_or_default):
         shape = shape_from_pixels(text, a)
         plan = None
         if a.chunk_partition is not None:
             chunks = fit_chunks(a.chunk_partition, shape.frames)
             plan = cache_plan(a, chunks, shape.height, shape.width, window, video.text_tokens)
         latents = (1, shape.frames, a.in_channels, shape.height, shape.width)
-        words = (1, video.text_tokens, a.text_dim)
+        prompt_embeds_shape = (1, video.text_tokens, a.text_dim)
         for frames in sorted(set(plan.chunks)) if plan else [shape.frames]:
-            manifest.shape_ranges.check((1, frames, *latents[2:]), words)
+            manifest.shape_ranges.check((1, frames, *latents[2:]), prompt_embeds_shape)
         frames = (shape.frames - 1) * video.temporal_factor + 1
-        result.append(Video(shape, noise(latents, 0), noise(words, 1), plan, frames, video.fps, manifest.schedule.shift))
+        result.append(
+            VideoWorkload(
+                shape, noise(latents, 0), noise(prompt_embeds_shape, 1), plan, frames, video.fps, manifest.schedule.shift
+            )
+        )
     return result
 
 
@@ -92,33 +96,33 @@ class ChunkTimes:
     """Seconds from asking for each chunk to having it, a row a clip; and what remembering took."""
 
     rows: list[list[float]]
-    remembered: list[float]
+    append_seconds: list[float]
 
 
-def clip(engine: Watched, video: Video, steps: int, into: ChunkTimes | None) -> Callable[[], None]:
+def clip_runner(engine: TimedEngine, video: VideoWorkload, steps: int, chunk_times: ChunkTimes | None) -> Callable[[], None]:
     """One clip of some steps, as something to run."""
     schedule = video.schedule(steps)
     if video.plan is None:
-        return lambda: _finite(sample(engine, video.latents, video.text, schedule))
+        return lambda: _check_finite(sample(engine, video.latents, video.text, schedule))
     chunks, window = video.plan.chunks, video.plan.window
 
     def run() -> None:
         row: list[float] = []
         began = clock()
-        with closing(stream(engine, video.latents, video.text, schedule, chunks, window=window)) as made:
-            for chunk in made:
+        with closing(stream(engine, video.latents, video.text, schedule, chunks, window=window)) as chunks_made:
+            for chunk in chunks_made:
                 row.append(clock() - began)
-                _finite(chunk.latents)
+                _check_finite(chunk.latents)
                 began = clock()
-        if into is not None:
-            into.rows.append(row)
-            into.remembered += engine.remembered
-        engine.remembered.clear()
+        if chunk_times is not None:
+            chunk_times.rows.append(row)
+            chunk_times.append_seconds += engine.append_seconds
+        engine.append_seconds.clear()
 
     return run
 
 
-def last_chunk(engine: Watched, video: Video, warm: int, count: int, before: Callable[[], None]) -> None:
+def run_last_chunk(engine: TimedEngine, video: VideoWorkload, warm: int, count: int, before: Callable[[], None]) -> None:
     """Some transitions of the last chunk (bidirectional: of the clip), where the cache is fullest.
 
     Args:
@@ -129,7 +133,7 @@ def last_chunk(engine: Watched, video: Video, warm: int, count: int, before: Cal
     """
     if video.plan is None:
         with engine.start(video.latents, video.text) as run:
-            _steps(run.step, warm, count, before)
+            _run_steps(run.step, warm, count, before)
         return
     plan = video.plan
     with closing(engine.open_stream(video.text, plan)) as memory:
@@ -140,10 +144,10 @@ def last_chunk(engine: Watched, video: Video, warm: int, count: int, before: Cal
                 memory.append(piece)
                 continue
             with memory.start(piece) as run:
-                _steps(run.step, warm, count, before)
+                _run_steps(run.step, warm, count, before)
 
 
-def _steps(step: Callable[[float, float], None], warm: int, count: int, before: Callable[[], None]) -> None:
+def _run_steps(step: Callable[[float, float], None], warm: int, count: int, before: Callable[[], None]) -> None:
     times = np.linspace(1000.0, 0.0, warm + count + 1)
     for index in range(warm + count):
         if index == warm:
@@ -151,7 +155,7 @@ def _steps(step: Callable[[float, float], None], warm: int, count: int, before: 
         step(float(times[index]), float(times[index + 1]))
 
 
-def _finite(latents: Array) -> None:
+def _check_finite(latents: Array) -> None:
     """An engine that makes NaN may be fast for that very reason."""
     if not np.isfinite(latents).all():
         raise AnyFlowError(

@@ -1,4 +1,4 @@
-"""torch-tensorrt's compiler on a bundle's program. **Not run yet**: there was no GPU; see `engines/torch_tensorrt/engine.py`.
+"""torch-tensorrt's compiler on a bundle's program. **Not run yet**: there was no GPU; see `engines/probe_torch_tensorrt/engine.py`.
 
 A package in AOTInductor's format is what its documentation recommends for deployment, and the only one of its formats that
 holds no pickle of Python's.
@@ -19,7 +19,7 @@ from anyflow_deploy.engines.engine_folder import EngineWriter
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.export.program import program_from_bundle
-from anyflow_deploy.export.trace import arguments
+from anyflow_deploy.export.trace import example_arguments
 from anyflow_deploy.progress import Progress
 from anyflow_deploy.shape_ranges import Range, ShapeRanges
 
@@ -55,7 +55,7 @@ def build_package(
         with best_attention(device), progress.stage("tracing transition"):
             program = program_from_bundle(bundle, "transition", weights.select(list(weights)), device, ranges)
         with best_attention(device), progress.stage("building with TensorRT"):
-            _, dynamic = arguments("transition", bundle.manifest.architecture, ranges, bundle.manifest.base, device)
+            _, dynamic = example_arguments("transition", bundle.manifest.architecture, ranges, bundle.manifest.base, device)
             counts = compile_program(trt, program, shapes, dynamic, device, writer.folder / "transition.pt2")
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:600]

@@ -26,9 +26,9 @@ from anyflow_deploy.checkpoints.weights import Weights, fingerprint
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.sampler import noise
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.quantization.calibration_checkpoint import Maxima, PartialRanges
-from anyflow_deploy.export.quantization.prompts import PromptText
-from anyflow_deploy.export.quantization.rollouts import SWEEPS, calibration_schedules, rolled_out, transitions
+from anyflow_deploy.export.quantization.calibration_checkpoint import CalibrationCheckpoint, Maxima
+from anyflow_deploy.export.quantization.prompts import CalibrationPrompts
+from anyflow_deploy.export.quantization.rollouts import SWEEPS, calibration_schedules, count_transitions, run_rollout
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, TensorRange
@@ -55,13 +55,13 @@ class CalibrationSettings:
         tell: called with what a user should know: work that is taken up again, or cannot be.
     """
 
-    text: PromptText
+    text: CalibrationPrompts
     shape: tuple[int, int, int, int]
     steps: tuple[int, ...] = STEPS
     seeds: tuple[int, ...] = (0,)
     device: str = "cpu"
     partial: Path | None = None
-    tell: Callable[[str], None] = lambda text: None
+    notify: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Rollout:
     schedule: Schedule
 
 
-def calibrated(weights: Weights, settings: CalibrationSettings, progress: Progress | None = None) -> Calibration:
+def run_calibration(weights: Weights, settings: CalibrationSettings, progress: Progress | None = None) -> Calibration:
     """Measure ranges.
 
     Args:
@@ -87,24 +87,24 @@ def calibrated(weights: Weights, settings: CalibrationSettings, progress: Progre
     progress, a, shift = progress or NullProgress(), weights.architecture, schedule_shift(weights)
     with progress.stage("fingerprint of the weights"):
         weights_fingerprint = fingerprint(weights)
-    rollouts = list(_rollouts(settings, shift))
-    partial = PartialRanges(settings.partial, _key(settings, weights_fingerprint, shift))
+    rollouts = list(_list_rollouts(settings, shift))
+    partial = CalibrationCheckpoint(settings.partial, _checkpoint_key(settings, weights_fingerprint, shift))
     maxima = partial.maxima
-    todo = [rollout for rollout in rollouts if rollout.name not in partial.done]
+    remaining = [rollout for rollout in rollouts if rollout.name not in partial.done]
     if partial.note or partial.done:
-        settings.tell(
-            partial.note or f"going on after {len(rollouts) - len(todo)} of {len(rollouts)} rollouts ({settings.partial})"
+        settings.notify(
+            partial.note or f"going on after {len(rollouts) - len(remaining)} of {len(rollouts)} rollouts ({settings.partial})"
         )
-    if todo:
+    if remaining:
         with progress.stage("loading the network"):
-            watched = _Watched(weights, settings.device)
-        total = sum(transitions(a, settings.shape[0], rollout.schedule) for rollout in todo)
-        with progress.stage(f"{len(todo)} of {len(rollouts)} rollouts", total) as advance:
-            for rollout in todo:
-                latents, text = _own_noise(settings, rollout), settings.text.embeddings[rollout.prompt][None]
-                maxima = watched.rolled_out(latents, text, rollout, advance, maxima)
+            observed_network = _ObservedNetwork(weights, settings.device)
+        total = sum(count_transitions(a, settings.shape[0], rollout.schedule) for rollout in remaining)
+        with progress.stage(f"{len(remaining)} of {len(rollouts)} rollouts", total) as advance:
+            for rollout in remaining:
+                latents, text = _rollout_noise(settings, rollout), settings.text.prompt_embeds[rollout.prompt][None]
+                maxima = observed_network.observe(latents, text, rollout, advance, maxima)
                 partial.save(rollout.name, maxima)
-    return _record(weights, settings, weights_fingerprint, shift, maxima)
+    return _build_calibration(weights, settings, weights_fingerprint, shift, maxima)
 
 
 def check_calibration(calibration: Calibration, weights: Weights) -> None:
@@ -114,10 +114,10 @@ def check_calibration(calibration: Calibration, weights: Weights) -> None:
         AnyFlowError: another architecture, or other weights of the same.
     """
     check_architecture(calibration, weights.architecture)
-    if calibration.weights != (given := fingerprint(weights)):
+    if calibration.weights != (actual := fingerprint(weights)):
         raise AnyFlowError(
-            f"this calibration is of the weights {calibration.weights[:12]}…, and {weights.source.location} holds {given[:12]}…. "
-            f"{_AGAIN}"
+            f"this calibration is of the weights {calibration.weights[:12]}…, and {weights.source.location} holds {actual[:12]}…. "
+            f"{_CALIBRATE_ADVICE}"
         )
 
 
@@ -131,46 +131,48 @@ def check_architecture(calibration: Calibration, a: Architecture) -> None:
     if theirs != ours:
         differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
         changes = ", ".join(f"{key} {theirs.get(key)!r} against {ours.get(key)!r}" for key in differing[:3])
-        raise AnyFlowError(f"the calibration is of another architecture than the weights: {changes}. {_AGAIN}")
+        raise AnyFlowError(f"the calibration is of another architecture than the weights: {changes}. {_CALIBRATE_ADVICE}")
     for layer, (inputs, _) in quantizable_layers(a).items():
         found = calibration.tensors.get(f"{layer}.input")
         if found is not None and len(found.channels or ()) != inputs:
             count = len(found.channels or ())
-            raise AnyFlowError(f"the calibration has ranges of {count} channels for {layer}.input, which has {inputs}. {_AGAIN}")
+            raise AnyFlowError(
+                f"the calibration has ranges of {count} channels for {layer}.input, which has {inputs}. {_CALIBRATE_ADVICE}"
+            )
 
 
-_AGAIN = "Ranges hold for the weights they were measured on: calibrate these with anyflow-calibrate."
+_CALIBRATE_ADVICE = "Ranges hold for the weights they were measured on: calibrate these with anyflow-calibrate."
 
 
-def _rollouts(settings: CalibrationSettings, shift: float) -> Iterator[_Rollout]:
+def _list_rollouts(settings: CalibrationSettings, shift: float) -> Iterator[_Rollout]:
     for prompt in range(len(settings.text.prompts)):
         for seed in settings.seeds:
             for name, schedule in calibration_schedules(settings.steps, shift).items():
                 yield _Rollout(f"prompt {prompt}, seed {seed}, {name}", prompt, seed, schedule)
 
 
-def _own_noise(settings: CalibrationSettings, rollout: _Rollout) -> Array:
+def _rollout_noise(settings: CalibrationSettings, rollout: _Rollout) -> Array:
     """Another start for every prompt, so that eight prompts are eight samples of the noise, too."""
-    return noise((1, *settings.shape), rollout.seed + _PRIME * rollout.prompt)
+    return noise((1, *settings.shape), rollout.seed + _SEED_STRIDE * rollout.prompt)
 
 
-_PRIME = 1_000_003  # keeps `--seeds 0,1,2` and prompts apart
+_SEED_STRIDE = 1_000_003  # keeps `--seeds 0,1,2` and prompts apart
 
 
-class _Watched:
+class _ObservedNetwork:
     """A network with quantizers that only look."""
 
     def __init__(self, weights: Weights, device: str) -> None:
         from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
-        from anyflow_deploy.export.torch_engine import NetworkEngine
+        from anyflow_deploy.export.torch_engine import TorchEngine
 
         self._tools = load_modelopt()
-        self._engine = NetworkEngine(weights, device)
-        self._quantizers = self._tools.watching(self._engine.network, quantizable_layers(weights.architecture))
+        self._engine = TorchEngine(weights, device)
+        self._quantizers = self._tools.insert_observers(self._engine.network, quantizable_layers(weights.architecture))
 
-    def rolled_out(self, latents: Array, text: Array, rollout: _Rollout, advance: Any, maxima: Maxima) -> Maxima:
+    def observe(self, latents: Array, text: Array, rollout: _Rollout, advance: Any, maxima: Maxima) -> Maxima:
         """Run one rollout and raise the maxima by what was seen."""
-        rolled_out(self._engine, latents, text, rollout.schedule, on_step=lambda step: advance(1))
+        run_rollout(self._engine, latents, text, rollout.schedule, on_step=lambda step: advance(1))
         found: Maxima = {}
         for name, quantizer in self._quantizers.items():
             largest = quantizer.compute_amax()
@@ -186,7 +188,7 @@ class _Watched:
         return {**maxima, **found}
 
 
-def _key(settings: CalibrationSettings, weights_fingerprint: str, shift: float) -> dict[str, Any]:
+def _checkpoint_key(settings: CalibrationSettings, weights_fingerprint: str, shift: float) -> dict[str, Any]:
     """Everything the ranges depend on."""
     return {
         "weights": weights_fingerprint,
@@ -200,7 +202,7 @@ def _key(settings: CalibrationSettings, weights_fingerprint: str, shift: float) 
     }
 
 
-def _record(
+def _build_calibration(
     weights: Weights, settings: CalibrationSettings, weights_fingerprint: str, shift: float, maxima: Maxima
 ) -> Calibration:
     return Calibration(
@@ -214,16 +216,16 @@ def _record(
         sweeps=[list(sweep.timesteps) for sweep in SWEEPS],
         text=settings.text.source,
         tools={tool: importlib.metadata.version(tool) for tool in _TOOLS},
-        tensors={name: _range(values.tolist(), name.endswith(".input")) for name, values in sorted(maxima.items())},
+        tensors={name: _tensor_range(values.tolist(), name.endswith(".input")) for name, values in sorted(maxima.items())},
     )
 
 
-def _range(values: list[float], channels: bool) -> TensorRange:
-    rounded = [rounded_up(value) for value in values]
+def _tensor_range(values: list[float], channels: bool) -> TensorRange:
+    rounded = [round_up(value) for value in values]
     return TensorRange(amax=max(rounded), channels=rounded if channels else None)
 
 
-def rounded_up(value: float) -> float:
+def round_up(value: float) -> float:
     """The smallest number of five digits that is not below a value >= 0."""
     return float(_FIVE_DIGITS.plus(Decimal(repr(value))))
 
@@ -233,6 +235,6 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
     write_text_atomically(path, calibration.model_dump_json(by_alias=True) + "\n")
 
 
-def partial_path(output: Path) -> Path:
+def calibration_checkpoint_path(output: Path) -> Path:
     """Where the unfinished work on an output is kept."""
     return output.with_name(f".{output.name or CALIBRATION}.rollouts")

@@ -18,7 +18,7 @@ Maxima = dict[str, torch.Tensor]
 """Tensor name -> largest absolute values, float32: one, or one for each channel."""
 
 
-class PartialRanges:
+class CalibrationCheckpoint:
     """The file of one calibration; without a path nothing is kept.
 
     Attributes:

@@ -34,14 +34,14 @@ from anyflow_deploy.quantization.layers import (
 
 
 @dataclass(frozen=True)
-class Grid:
+class QuantizationGrid:
     """How ModelOpt is told of a precision: bits (exponent and mantissa for floats), and the axis of a weight's scales."""
 
     bits: int | tuple[int, int]
     weight_axis: int | None
 
 
-GRIDS = {"int8": Grid(8, 0), "fp8": Grid((4, 3), None)}
+GRIDS = {"int8": QuantizationGrid(8, 0), "fp8": QuantizationGrid((4, 3), None)}
 
 
 class FakeQuant:
@@ -73,44 +73,46 @@ class FakeQuant:
         a: Architecture,
         calibration: Calibration,
         precision: str,
-        kept: Collection[str] = (),
+        full_precision_layers: Collection[str] = (),
         smooth: Mapping[str, Tensor] | None = None,
         attention: Collection[str] = (),
     ) -> None:
-        grid = checked_grid(precision, attention)
+        grid = get_grid(precision, attention)
         self.excluded = unquantized_layers(a, calibration)
         self.layers = tuple(name for name in quantizable_layers(a) if name not in self.excluded)
         self._architecture = a
-        scales = {name: _scales(calibration, name, (smooth or {}).get(name)) for name in self.layers}
-        operands = {name: amax for p in _attentions(a, attention) for name, amax in operand_amax(calibration, p).items() if amax}
-        self._pairs = load_modelopt().rounding(network, scales, operands, grid.bits, grid.weight_axis)
-        self.keep(kept)
+        scales = {name: _input_range(calibration, name, (smooth or {}).get(name)) for name in self.layers}
+        operands = {
+            name: amax for p in _select_attentions(a, attention) for name, amax in operand_amax(calibration, p).items() if amax
+        }
+        self._pairs = load_modelopt().insert_fake_quant(network, scales, operands, grid.bits, grid.weight_axis)
+        self.keep_layers(full_precision_layers)
 
-    def keep(self, kept: Collection[str]) -> None:
+    def keep_layers(self, full_precision_layers: Collection[str]) -> None:
         """Quantize every layer but these."""
-        high = set(validate_layers(self._architecture, kept))
-        self.quantize_only([name for name in self.layers if name not in high])
+        full_precision = set(validate_layers(self._architecture, full_precision_layers))
+        self.quantize_only([name for name in self.layers if name not in full_precision])
 
     def quantize_only(self, layers: Collection[str]) -> None:
         """Quantize exactly these layers; every other one computes as if nothing had been converted."""
         for name in validate_layers(self._architecture, layers):
             if name in self.excluded:
                 raise AnyFlowError(f"{name} cannot be quantized ({self.excluded[name]}). Leave it out.")
-        chosen = set(layers)
+        selected = set(layers)
         for name, pair in self._pairs.items():
             for quantizer in pair:
-                if name in chosen:
+                if name in selected:
                     quantizer.enable()
                 else:
                     quantizer.disable()
 
 
-def _attentions(a: Architecture, chosen: Collection[str]) -> list[str]:
+def _select_attentions(a: Architecture, selected: Collection[str]) -> list[str]:
     names = (f"blocks.{n}.{kind}" for n in range(a.num_layers) for kind in ("attn1", "attn2"))
-    return [name for name in names if name in chosen or name.rpartition(".")[2] in chosen]
+    return [name for name in names if name in selected or name.rpartition(".")[2] in selected]
 
 
-def checked_grid(precision: str, attention: Collection[str] = ()) -> Grid:
+def get_grid(precision: str, attention: Collection[str] = ()) -> QuantizationGrid:
     """The row of a precision.
 
     Raises:
@@ -123,7 +125,7 @@ def checked_grid(precision: str, attention: Collection[str] = ()) -> Grid:
     return GRIDS[precision]
 
 
-def _scales(calibration: Calibration, layer: str, smooth: Tensor | None) -> tuple[float, Tensor | None]:
+def _input_range(calibration: Calibration, layer: str, smooth: Tensor | None) -> tuple[float, Tensor | None]:
     """The range of a layer's input after smoothing, and the factors."""
     if smooth is None:
         return input_amax(calibration, layer), None

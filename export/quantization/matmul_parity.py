@@ -27,22 +27,22 @@ from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.onnxruntime.int8 import saturates, shift_activations, shift_weights
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.torch_engine import NetworkEngine
+from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.quantization.layers import OPERANDS
 
-Seen = dict[str, tuple[Array, Array]]
+ModuleRecords = dict[str, tuple[Array, Array]]
 """Module -> what it was given and what it made, the last time it ran."""
 
 
-def product_differences(
-    bundle: Bundle, reference: NetworkEngine, smooth: Mapping[str, Tensor], run: Callable[[NetworkEngine], object]
+def compare_products(
+    bundle: Bundle, reference: TorchEngine, smooth: Mapping[str, Tensor], run: Callable[[TorchEngine], object]
 ) -> dict[str, float]:
     """Compare every quantized product.
 
     Args:
         bundle: int8 or fp8, base fp32.
         reference: with `FakeQuant` in it, set up as the bundle was.
-        smooth: SmoothQuant's factors, layer -> s (K); see `Plan.smooth`.
+        smooth: SmoothQuant's factors, layer -> s (K); see `QuantizationPlan.smooth`.
         run: runs the reference once, so that its layers see something.
 
     Returns:
@@ -52,24 +52,24 @@ def product_differences(
     Raises:
         AnyFlowError: the bundle has no product in eight bits, or one whose layer the run did not reach.
     """
-    graphs = {name: _loaded(bundle, name) for name in bundle.manifest.graphs}
-    products = [(name, graph, node) for graph, model in graphs.items() for name, node in _products(model.graph)]
+    graphs = {name: _load_graph(bundle, name) for name in bundle.manifest.graphs}
+    products = [(name, graph, node) for graph, model in graphs.items() for name, node in _iter_products(model.graph)]
     if not products:
         raise AnyFlowError(f"{bundle.path} has no product in eight bits; give an int8 or fp8 bundle.")
-    seen = _watched(reference, run)
+    records = _record_modules(reference, run)
     found: dict[str, float] = {}
     for name, graph, node in products:
-        inputs, expected = _given(name, seen, smooth)
-        result = _computed(bundle, graphs[graph], node, inputs)
+        inputs, expected = _product_inputs(name, records, smooth)
+        result = _run_product(bundle, graphs[graph], node, inputs)
         found[name] = max(found.get(name, 0.0), difference(result, expected).relative_l2)
     return found
 
 
-def _loaded(bundle: Bundle, graph: str) -> ModelProto:
+def _load_graph(bundle: Bundle, graph: str) -> ModelProto:
     return onnx.load(str(bundle.file(bundle.manifest.graphs[graph].file)), load_external_data=False)
 
 
-def _products(graph: GraphProto) -> Iterator[tuple[str, NodeProto]]:
+def _iter_products(graph: GraphProto) -> Iterator[tuple[str, NodeProto]]:
     """Every Gemm and MatMul with two dequantized operands, by the name of its layer."""
     made = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
@@ -83,13 +83,13 @@ def _products(graph: GraphProto) -> Iterator[tuple[str, NodeProto]]:
             yield f"{attention}.{'scores' if operation == 'MatMul' else 'mixed'}", node
 
 
-def _watched(reference: NetworkEngine, run: Callable[[NetworkEngine], object]) -> Seen:
+def _record_modules(reference: TorchEngine, run: Callable[[TorchEngine], object]) -> ModuleRecords:
     """What every module with quantizers, and every attention's quantizer, was given and made."""
-    seen: Seen = {}
+    records: ModuleRecords = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(_: Any, given: tuple[Tensor, ...], made: Tensor) -> None:
-            seen[name] = (_array(given[0]), _array(made))
+            records[name] = (_array(given[0]), _array(made))
 
         return hook
 
@@ -102,28 +102,28 @@ def _watched(reference: NetworkEngine, run: Callable[[NetworkEngine], object]) -
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return records
 
 
 def _array(tensor: Tensor) -> Array:
     return np.array(tensor.detach().cpu().numpy(), dtype=np.float32, order="C")
 
 
-def _given(name: str, seen: Seen, smooth: Mapping[str, Tensor]) -> tuple[list[Array], Array]:
+def _product_inputs(name: str, records: ModuleRecords, smooth: Mapping[str, Tensor]) -> tuple[list[Array], Array]:
     """What the graph's product is to be given, and what it has to make of it."""
     layer, _, kind = name.rpartition(".")
     try:
         if kind == "scores":
-            (query, q), (key, k) = (_heads_first(seen[f"{layer}.{operand}_quantizer"]) for operand in ("query", "key"))
+            (query, q), (key, k) = (_heads_first(records[f"{layer}.{operand}_quantizer"]) for operand in ("query", "key"))
             return [query, key.swapaxes(-1, -2)], q @ k.swapaxes(-1, -2)
         if kind == "mixed":
-            weights, p = seen[f"{layer}.probabilities_quantizer"]
-            value, v = _heads_first(seen[f"{layer}.value_quantizer"])
+            weights, p = records[f"{layer}.probabilities_quantizer"]
+            value, v = _heads_first(records[f"{layer}.value_quantizer"])
             return [weights, value], p @ v
-        x, y = seen[name]
+        x, y = records[name]
     except KeyError:
         raise AnyFlowError(f"{name} did not run in PyTorch; give a run that reaches every layer.") from None
-    return [_divided(x, smooth.get(name))], _divided(y, smooth.get(f"{layer}.to_out.0") if kind == "to_v" else None)
+    return [_divide(x, smooth.get(name))], _divide(y, smooth.get(f"{layer}.to_out.0") if kind == "to_v" else None)
 
 
 def _heads_first(pair: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -131,11 +131,11 @@ def _heads_first(pair: tuple[Array, Array]) -> tuple[Array, Array]:
     return pair[0].swapaxes(1, 2), pair[1].swapaxes(1, 2)
 
 
-def _divided(x: Array, s: Tensor | None) -> Array:
+def _divide(x: Array, s: Tensor | None) -> Array:
     return x if s is None else x * (1 / s).numpy()
 
 
-def _computed(bundle: Bundle, model: ModelProto, node: NodeProto, inputs: list[Array]) -> Array:
+def _run_product(bundle: Bundle, model: ModelProto, node: NodeProto, inputs: list[Array]) -> Array:
     """A product with its Q/DQ and its bias, cut out of the graph and run as the engine runs it."""
     import onnxruntime
 

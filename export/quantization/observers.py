@@ -7,7 +7,7 @@ either watch how large a tensor becomes (calibration) or round it as an 8-bit en
 already), `key`, `value` and the softmax's `probabilities`.
 
 Quantizers belong to modules, not to graphs: whichever graph of a causal model runs a module, the same quantizer sees it.
-Everything is off until `quantized` says otherwise.
+Everything is off until `install_quantizers` says otherwise.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ with warnings.catch_warnings():
     )
     from modelopt.torch.quantization.utils import reduce_amax
 
-_SCORES = 1 << 26
+_MAX_SCORES = 1 << 26
 """Scores held at once, 256 MB in float32: a whole table of them would be 51 GB at 480x832 and 81 frames."""
 
 
@@ -68,7 +68,7 @@ class QuantizedAttention(QuantModule):  # type: ignore[misc]
             return mixed
         query = self.query_quantizer((query * self.scale).to(value.dtype)).transpose(1, 2)
         key, value = self.key_quantizer(key).transpose(1, 2), self.value_quantizer(value).transpose(1, 2)
-        rows = max(1, _SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+        rows = max(1, _MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
         pieces = [
             self.probabilities_quantizer(torch.softmax(piece @ key.transpose(-1, -2), dim=-1)) @ value
             for piece in torch.split(query, rows, dim=2)
@@ -76,7 +76,7 @@ class QuantizedAttention(QuantModule):  # type: ignore[misc]
         return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
-class Maximum(MaxCalibrator):  # type: ignore[misc]
+class MaxObserver(MaxCalibrator):  # type: ignore[misc]
     """The largest absolute value seen. ModelOpt's own stops with an assertion at the first infinity, nameless, and waits for
     the device three times a tensor to find it; this one keeps infinities and NaN, so that the reader can name the tensor."""
 
@@ -91,7 +91,7 @@ class Maximum(MaxCalibrator):  # type: ignore[misc]
         self._calib_amax = largest if self._calib_amax is None else torch.maximum(self._calib_amax, largest)
 
 
-def quantized(network: nn.Module, entries: list[dict[str, Any]]) -> None:
+def install_quantizers(network: nn.Module, entries: list[dict[str, Any]]) -> None:
     """Give a network ModelOpt's quantizers, in place; those that no entry names stay off.
 
     Args:
@@ -103,19 +103,19 @@ def quantized(network: nn.Module, entries: list[dict[str, Any]]) -> None:
         mtq.quantize(network, config)
 
 
-def watching(network: nn.Module, layers: Iterable[str]) -> dict[str, Maximum]:
+def insert_observers(network: nn.Module, layers: Iterable[str]) -> dict[str, MaxObserver]:
     """Let quantizers look, and round nothing.
 
     Args:
-        network: see `quantized`.
+        network: see `install_quantizers`.
         layers: linear layers whose inputs are watched, by channel; every attention's operands are watched, too.
 
     Returns:
         What each tensor's largest values can be read from, by the names of `Calibration.tensors`.
     """
-    by_channel = [_entry(f"{layer}.input_quantizer", calibrator=(Maximum, (-1,))) for layer in layers]
-    operands = [_entry(f"blocks.*.attn?.{name}_quantizer", calibrator=(Maximum, (None,))) for name in OPERANDS]
-    quantized(network, by_channel + operands)
+    by_channel = [_quantizer_config(f"{layer}.input_quantizer", calibrator=(MaxObserver, (-1,))) for layer in layers]
+    operands = [_quantizer_config(f"blocks.*.attn?.{name}_quantizer", calibrator=(MaxObserver, (None,))) for name in OPERANDS]
+    install_quantizers(network, by_channel + operands)
     found = {}
     for name, quantizer in quantizers(network, "*").items():
         if quantizer.is_enabled:
@@ -125,7 +125,7 @@ def watching(network: nn.Module, layers: Iterable[str]) -> dict[str, Maximum]:
     return found
 
 
-def rounding(
+def insert_fake_quant(
     network: nn.Module,
     layers: Mapping[str, tuple[float, Tensor | None]],
     operands: Mapping[str, float],
@@ -135,7 +135,7 @@ def rounding(
     """Let quantizers round.
 
     Args:
-        network: see `quantized`.
+        network: see `install_quantizers`.
         layers: each quantized layer's input: its amax, and SmoothQuant's factors s where there are some.
         operands: amax of the attention operands to be rounded: `blocks.0.attn1.query`.
         bits, weight_axis: ModelOpt's `num_bits`, and the `axis` of a weight's scales.
@@ -143,24 +143,24 @@ def rounding(
     Returns:
         Layer -> the quantizers of its input and of its weight, to be switched on and off.
     """
-    grid = {"num_bits": bits, "backend": GRID}
-    entries = [_entry(f"{layer}.input_quantizer", **grid) for layer in layers]
-    entries += [_entry(f"{layer}.weight_quantizer", axis=weight_axis, **grid) for layer in layers]
-    quantized(network, entries + [_entry(f"{name}_quantizer", **grid) for name in operands])
+    grid = {"num_bits": bits, "backend": GRID_BACKEND}
+    entries = [_quantizer_config(f"{layer}.input_quantizer", **grid) for layer in layers]
+    entries += [_quantizer_config(f"{layer}.weight_quantizer", axis=weight_axis, **grid) for layer in layers]
+    install_quantizers(network, entries + [_quantizer_config(f"{name}_quantizer", **grid) for name in operands])
     for name, amax in operands.items():
-        _fix(network.get_submodule(f"{name}_quantizer"), torch.tensor(amax), None)
+        _set_range(network.get_submodule(f"{name}_quantizer"), torch.tensor(amax), None)
     pairs = {}
     for layer, (amax, smooth) in layers.items():
         module: Any = network.get_submodule(layer)
         weight = module.weight if smooth is None else module.weight * smooth.to(module.weight.device)
         rest = None if weight_axis is None else 1
-        _fix(module.input_quantizer, torch.tensor(amax), None if smooth is None else 1 / smooth)
-        _fix(module.weight_quantizer, reduce_amax(weight, axis=rest, keepdims=True), smooth)
+        _set_range(module.input_quantizer, torch.tensor(amax), None if smooth is None else 1 / smooth)
+        _set_range(module.weight_quantizer, reduce_amax(weight, axis=rest, keepdims=True), smooth)
         pairs[layer] = (module.input_quantizer, module.weight_quantizer)
     return pairs
 
 
-def _fix(quantizer: Any, amax: Tensor, factors: Tensor | None) -> None:
+def _set_range(quantizer: Any, amax: Tensor, factors: Tensor | None) -> None:
     """Round with this range from now on, multiplied by these factors first, whatever was watched before."""
     quantizer.reset_amax()
     quantizer.amax = amax
@@ -172,7 +172,7 @@ def _fix(quantizer: Any, amax: Tensor, factors: Tensor | None) -> None:
     quantizer.enable_quant()
 
 
-def _rounded(x: Tensor, quantizer: Any) -> Tensor:
+def _fake_quantize(x: Tensor, quantizer: Any) -> Tensor:
     """QuantizeLinear and DequantizeLinear as ONNX defines them: dividing by the scale, and saturating at the type's ends.
 
     ModelOpt multiplies by the scale's inverse instead, which now and then rounds to the neighbour (one value moved a layer
@@ -186,11 +186,11 @@ def _rounded(x: Tensor, quantizer: Any) -> Tensor:
     return (x / scale).clamp(-largest, largest).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
-GRID = "anyflow.grid"
-register_quant_backend(GRID, _rounded)
+GRID_BACKEND = "anyflow.grid"
+register_quant_backend(GRID_BACKEND, _fake_quantize)
 
 
-def _entry(pattern: str, **attributes: Any) -> dict[str, Any]:
+def _quantizer_config(pattern: str, **attributes: Any) -> dict[str, Any]:
     return {"quantizer_name": pattern, "cfg": attributes}
 
 

@@ -56,7 +56,7 @@ _UNFOLDED = ("attn2.to_k", "ffn.net.2")
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizationPlan:
     """See the module's text.
 
     Attributes:
@@ -79,7 +79,7 @@ class Plan:
     constants: dict[str, Tensor] = field(default_factory=dict)
     smooth: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, list[Tensor]] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
+    full_precision_layers: dict[str, str] = field(default_factory=dict)
 
     def parameters(self, parameters: dict[str, ParameterSpec]) -> dict[str, ParameterSpec]:
         """The graph's parameters as they will be stored."""
@@ -89,15 +89,15 @@ class Plan:
     def convert_parameter(self, name: str, tensor: Tensor, kind: str) -> Tensor:
         """A parameter as it will be stored."""
         if name in self.factors:
-            tensor = self.factored(name, tensor)
+            tensor = self.apply_factors(name, tensor)
         if kind != self.kind:
             return convert_parameter(name, tensor, kind)
-        scale = self.constants[weight_scale(name)].float()
+        scale = self.constants[weight_scale_name(name)].float()
         scaled = convert_parameter(name, tensor, "F32").div(scale.unsqueeze(1) if scale.ndim else scale)
         limit = LARGEST[kind]
         return (scaled.round_() if kind == "I8" else scaled).clamp_(-limit, limit).to(BUNDLE_DTYPES[kind])
 
-    def factored(self, name: str, tensor: Tensor) -> Tensor:
+    def apply_factors(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter in float32, multiplied by its factors."""
         tensor = tensor.to(torch.float32)
         for factor in self.factors.get(name, ()):
@@ -105,45 +105,45 @@ class Plan:
         return tensor
 
 
-def weight_scale(parameter: str) -> str:
+def weight_scale_name(parameter: str) -> str:
     """Name of the scale of a quantized weight."""
     return f"{parameter}_scale"
 
 
-def zero_points(channels: int) -> str:
+def zero_points_name(channels: int) -> str:
     """Name of the zero points of a weight with a scale per output channel: ONNX Runtime's fusion asks for them."""
     return f"{ZERO_POINT}s.{channels}"
 
 
-def stored_scale(amax: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+def scale_from_amax(amax: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """The scale that maps `amax` onto a type's largest value, in the type it is stored in, never rounded down.
 
     Scales are normal numbers (some hardware flushes others to zero), so that nothing is divided by zero either.
     """
-    wanted = amax.float() / LARGEST[kind]
-    scale = wanted.to(dtype).clamp_min(torch.finfo(dtype).tiny)
+    exact_scale = amax.float() / LARGEST[kind]
+    scale = exact_scale.to(dtype).clamp_min(torch.finfo(dtype).tiny)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
-    above = (scale.view(bits) + 1).view(dtype)  # the next number up, for positive ones
-    return torch.where(scale.float() * LARGEST[kind] < amax.float(), above, scale)
+    next_scale = (scale.view(bits) + 1).view(dtype)  # the next number up, for positive ones
+    return torch.where(scale.float() * LARGEST[kind] < amax.float(), next_scale, scale)
 
 
-def smoothing(inputs: Tensor, weights: Tensor) -> Tensor:
+def smoothquant_factors(inputs: Tensor, weights: Tensor) -> Tensor:
     """SmoothQuant's s, from the largest values of each channel (D) in the input and in the weights' columns."""
     s = inputs.double() ** SMOOTH_STRENGTH / weights.double() ** (1 - SMOOTH_STRENGTH)
     s[(inputs == 0) | (weights == 0)] = 1.0
     return s.clamp(1 / _SMOOTH_LIMIT, _SMOOTH_LIMIT).float()
 
 
-def planned(
+def plan_quantization(
     weights: Weights,
     calibration: Calibration,
     precision: str,
     base: str,
     smooth: bool,
     attention: str,
-    kept: Sequence[str],
+    full_precision_layers: Sequence[str],
     progress: Progress,
-) -> Plan:
+) -> QuantizationPlan:
     """Decide.
 
     Args:
@@ -159,12 +159,14 @@ def planned(
             to quantize.
     """
     a = weights.architecture
-    plan = Plan(get_precision(precision).tensor_type, base)
-    plan.kept.update({**unquantized_layers(a, calibration), **dict.fromkeys(validate_layers(a, kept), "asked for")})
-    planner = _Planner(plan, weights, calibration, smooth and precision == "int8")
+    plan = QuantizationPlan(get_precision(precision).tensor_type, base)
+    plan.full_precision_layers.update(
+        {**unquantized_layers(a, calibration), **dict.fromkeys(validate_layers(a, full_precision_layers), "asked for")}
+    )
+    planner = _QuantizationPlanner(plan, weights, calibration, smooth and precision == "int8")
     with progress.stage("measuring weights", float(a.num_layers)) as advance:
         for index in range(a.num_layers):
-            for group in _ORDER:
+            for group in _GROUP_ORDER:
                 planner.group([f"blocks.{index}.{layer}" for layer in group])
             advance(1)
     if attention == "fp8":
@@ -175,15 +177,15 @@ def planned(
     return plan
 
 
-class _Planner:
-    def __init__(self, plan: Plan, weights: Weights, calibration: Calibration, smooth: bool) -> None:
+class _QuantizationPlanner:
+    def __init__(self, plan: QuantizationPlan, weights: Weights, calibration: Calibration, smooth: bool) -> None:
         self.plan, self.weights, self.calibration, self.smooth = plan, weights, calibration, smooth
         self.shapes = weights.shapes()
         self.dtype = CHECKPOINT_DTYPES[get_precision(plan.base).tensor_type]
 
     def group(self, names: Sequence[str]) -> None:
         """Plan the layers that share one input."""
-        quantized = [name for name in names if name not in self.plan.kept]
+        quantized = [name for name in names if name not in self.plan.full_precision_layers]
         if not quantized:
             return
         smooth = self._can_smooth(names[0])
@@ -191,15 +193,15 @@ class _Planner:
         amax = input_amax(self.calibration, names[0])
         if smooth:
             channels = torch.tensor(input_channels(self.calibration, names[0]))
-            s = smoothing(channels, torch.stack([matrices[name].abs().amax(0) for name in names]).amax(0))
-            s = torch.minimum(s, self._room(names[0]))
+            s = smoothquant_factors(channels, torch.stack([matrices[name].abs().amax(0) for name in names]).amax(0))
+            s = torch.minimum(s, self._max_smoothing(names[0]))
             amax = float((channels / s).max())
             matrices = {name: matrix * s for name, matrix in matrices.items()}
             self._fold(names, s)
         self._quantize(quantized, matrices, f"{shared_input(names[0])}_scale", amax)
 
     def _matrix(self, name: str) -> Tensor:
-        return self.plan.factored(f"{name}.weight", self.weights.read(f"{name}.weight"))
+        return self.plan.apply_factors(f"{name}.weight", self.weights.read(f"{name}.weight"))
 
     def _can_smooth(self, first: str) -> bool:
         block, layer = split_layer(first)
@@ -207,7 +209,7 @@ class _Planner:
             return False
         return layer != "attn2.to_q" or f"{block}.norm2.weight" in self.shapes
 
-    def _room(self, first: str) -> Tensor:
+    def _max_smoothing(self, first: str) -> Tensor:
         """How far smoothing an output may divide the rows of its `to_v`: a row whose scale would not be a normal number any
         more loses levels. Only float16 comes near (a row below 0.0078); 1 where a row is as small by itself."""
         block, layer = split_layer(first)
@@ -249,14 +251,14 @@ class _Planner:
     def _quantize(self, names: Sequence[str], matrices: dict[str, Tensor], scale: str, amax: float) -> None:
         constants, kind = self.plan.constants, self.plan.kind
         self._check_range(f"the input of {names[0]}", amax)
-        own = stored_scale(torch.tensor(amax), kind, self.dtype)
+        own = scale_from_amax(torch.tensor(amax), kind, self.dtype)
         constants[scale] = torch.maximum(constants.get(scale, own), own)  # the text's is the same in all layers
         for name in names:
             self.plan.inputs[name] = scale
             size = matrices[name].abs()
             if kind == "I8":
-                constants[zero_points(len(size))] = torch.zeros(len(size), dtype=torch.int8)
-            constants[weight_scale(f"{name}.weight")] = stored_scale(
+                constants[zero_points_name(len(size))] = torch.zeros(len(size), dtype=torch.int8)
+            constants[weight_scale_name(f"{name}.weight")] = scale_from_amax(
                 size.amax(1) if kind == "I8" else size.max(), kind, self.dtype
             )
 
@@ -267,19 +269,19 @@ class _Planner:
             AnyFlowError: none of them can be quantized.
         """
         a = self.weights.architecture
-        self.plan.kept.update(unquantized_attentions(a, self.calibration))
+        self.plan.full_precision_layers.update(unquantized_attentions(a, self.calibration))
         self.plan.attentions.extend(quantized_attentions(a, self.calibration))
         for name in self.plan.attentions:
             for operand, amax in operand_amax(self.calibration, name).items():
                 self._check_range(operand, amax)
-                self.plan.constants[f"{operand}_scale"] = stored_scale(torch.tensor(amax), "F8_E4M3", self.dtype)
+                self.plan.constants[f"{operand}_scale"] = scale_from_amax(torch.tensor(amax), "F8_E4M3", self.dtype)
         if not self.plan.attentions:
             raise AnyFlowError(f"attention fp8 would quantize nothing: {_reasons(self.plan)}. Choose --attention high.")
 
 
-_ORDER = sorted(GROUPS, key=lambda group: group[0] not in _OUTPUTS)
+_GROUP_ORDER = sorted(GROUPS, key=lambda group: group[0] not in _OUTPUTS)
 """Outputs first: smoothing them changes `to_v`, whose scales are taken later."""
 
 
-def _reasons(plan: Plan) -> str:
-    return "; ".join(sorted(set(plan.kept.values()))) or "the model has no layers"
+def _reasons(plan: QuantizationPlan) -> str:
+    return "; ".join(sorted(set(plan.full_precision_layers.values()))) or "the model has no layers"

@@ -30,12 +30,12 @@ _OPERATIONS: dict[type[ast.operator], Callable[[int, int], int]] = {
 }
 
 
-def achieved(
+def count_precisions(
     models: Mapping[str, ir.Model],
     entries: Mapping[str, TensorEntry],
     a: Architecture,
     video: VideoDefaults,
-    kept: Mapping[str, str],
+    full_precision_layers: Mapping[str, str],
 ) -> AchievedPrecision:
     """Count.
 
@@ -46,21 +46,21 @@ def achieved(
         kept: layers that were kept high -> why.
     """
     names = {name for model in models.values() for name in model.graph.initializers}  # what two graphs share counts once
-    found: dict[str, int] = {}
+    weight_bytes: dict[str, int] = {}
     for entry in (entries[name] for name in sorted(names)):
-        found[entry.type] = found.get(entry.type, 0) + entry.bytes
-    counts = [product_flops(model, sizes(a, video)) for model in models.values()]
+        weight_bytes[entry.type] = weight_bytes.get(entry.type, 0) + entry.bytes
+    counts = [count_product_flops(model, symbol_sizes(a, video)) for model in models.values()]
     total, quantized = (sum(values) for values in zip(*counts, strict=True))
-    small = sum(found.get(kind, 0) for kind in _EIGHT_BITS)
+    small = sum(weight_bytes.get(kind, 0) for kind in _EIGHT_BITS)
     return AchievedPrecision(
-        weight_bytes=found,
+        weight_bytes=weight_bytes,
         quantized_flops=round(quantized / total, 4),
-        quantized_weights=round(small / sum(found.values()), 4),
-        kept_high=dict(kept),
+        quantized_weights=round(small / sum(weight_bytes.values()), 4),
+        kept_high=dict(full_precision_layers),
     )
 
 
-def sizes(a: Architecture, video: VideoDefaults) -> dict[str, int]:
+def symbol_sizes(a: Architecture, video: VideoDefaults) -> dict[str, int]:
     """The symbols of shapes at the default video. Causal: the largest chunk, on a cache full of recent chunks."""
     rows, columns = (side // video.spatial_factor // a.patch_size[1] for side in (video.height, video.width))
     grid = {"batch": 1, "rows": rows, "columns": columns, "text": video.text_tokens}
@@ -70,45 +70,45 @@ def sizes(a: Architecture, video: VideoDefaults) -> dict[str, int]:
     return {**grid, "frames": (video.frames - 1) // video.temporal_factor + 1}
 
 
-def product_flops(model: ir.Model, symbols: Mapping[str, int]) -> tuple[int, int]:
+def count_product_flops(model: ir.Model, symbols: Mapping[str, int]) -> tuple[int, int]:
     """Operations in all products of a graph, and in those whose operands both have eight bits."""
     total = quantized = 0
     for node in model.graph:
         if node.op_type in _PRODUCTS:
-            flops = _flops(node, symbols)
+            flops = _count_flops(node, symbols)
             total += flops
             quantized += flops if _is_quantized(node) else 0
     return total, quantized
 
 
 def _is_quantized(node: ir.Node) -> bool:
-    makers = [value.producer() if value is not None else None for value in node.inputs[:2]]
-    return all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
+    producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
+    return all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)
 
 
-def _flops(node: ir.Node, symbols: Mapping[str, int]) -> int:
+def _count_flops(node: ir.Node, symbols: Mapping[str, int]) -> int:
     """Two for every multiplication with addition."""
-    output = _shape(node.outputs[0], symbols)
+    output = _resolve_shape(node.outputs[0], symbols)
     if node.op_type == "Conv":
-        return 2 * math.prod(output) * math.prod(_shape(node.inputs[1], symbols)[1:])
-    first = _shape(node.inputs[0], symbols)
+        return 2 * math.prod(output) * math.prod(_resolve_shape(node.inputs[1], symbols)[1:])
+    first = _resolve_shape(node.inputs[0], symbols)
     if node.op_type == "Attention":  # (B, A, N, E) on (B, A, M, E): scores, then mixing
-        return 4 * math.prod(first) * _shape(node.inputs[1], symbols)[-2]
+        return 4 * math.prod(first) * _resolve_shape(node.inputs[1], symbols)[-2]
     return 2 * math.prod(output) * first[-1]
 
 
-def _shape(value: ir.Value | None, symbols: Mapping[str, int]) -> list[int]:
+def _resolve_shape(value: ir.Value | None, symbols: Mapping[str, int]) -> list[int]:
     if value is None or value.shape is None:
         raise AnyFlowError(
             f"{value.name if value else 'an operand'} has no shape in the graph, so its operations cannot be counted."
         )
-    return [d if isinstance(d, int) else _evaluated(ast.parse(str(d.value), mode="eval").body, symbols) for d in value.shape]
+    return [d if isinstance(d, int) else _evaluate(ast.parse(str(d.value), mode="eval").body, symbols) for d in value.shape]
 
 
-def _evaluated(expression: ast.expr, symbols: Mapping[str, int]) -> int:
+def _evaluate(expression: ast.expr, symbols: Mapping[str, int]) -> int:
     """A size like `4*frames*rows*columns + past`."""
     if isinstance(expression, ast.BinOp) and type(expression.op) in _OPERATIONS:
-        return _OPERATIONS[type(expression.op)](_evaluated(expression.left, symbols), _evaluated(expression.right, symbols))
+        return _OPERATIONS[type(expression.op)](_evaluate(expression.left, symbols), _evaluate(expression.right, symbols))
     if isinstance(expression, ast.Constant) and isinstance(expression.value, int):
         return expression.value
     if isinstance(expression, ast.Name) and expression.id in symbols:

@@ -38,7 +38,7 @@ _RANDOM_WORDS = 32
 
 
 @dataclass(frozen=True)
-class PromptText:
+class CalibrationPrompts:
     """Prompts and what the network gets of them.
 
     Attributes:
@@ -48,11 +48,11 @@ class PromptText:
     """
 
     prompts: tuple[str, ...]
-    embeddings: Array
+    prompt_embeds: Array
     source: Literal["encoder", "random"]
 
 
-def prompts_from_file(path: Path) -> tuple[str, ...]:
+def read_prompts(path: Path) -> tuple[str, ...]:
     """The prompts of a text file, one a line; empty lines do not count.
 
     Raises:
@@ -70,7 +70,7 @@ def prompts_from_file(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def prompt_text(weights: Weights, prompts: tuple[str, ...] = PROMPTS, tokens: int = TEXT_TOKENS) -> PromptText:
+def embed_prompts(weights: Weights, prompts: tuple[str, ...] = PROMPTS, tokens: int = TEXT_TOKENS) -> CalibrationPrompts:
     """Embed prompts with the text encoder that belongs to the weights, or with random numbers where there is none.
 
     Raises:
@@ -81,22 +81,22 @@ def prompt_text(weights: Weights, prompts: tuple[str, ...] = PROMPTS, tokens: in
 
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise AnyFlowError("there is an empty prompt, or none at all; describe each video in a sentence.")
-    folder = _pipeline(weights)
+    folder = _find_text_encoder(weights)
     if folder is not None:
-        return PromptText(prompts, encoded_prompts(folder, list(prompts), tokens), "encoder")
-    return random_text(weights, prompts, tokens)
+        return CalibrationPrompts(prompts, encoded_prompts(folder, list(prompts), tokens), "encoder")
+    return random_prompt_embeds(weights, prompts, tokens)
 
 
-def random_text(weights: Weights, prompts: tuple[str, ...], tokens: int = TEXT_TOKENS) -> PromptText:
+def random_prompt_embeds(weights: Weights, prompts: tuple[str, ...], tokens: int = TEXT_TOKENS) -> CalibrationPrompts:
     """Seeded standard-normal embeddings, one for each prompt, whatever it says."""
-    embeddings = np.zeros((len(prompts), tokens, weights.architecture.text_dim), np.float32)
+    prompt_embeds = np.zeros((len(prompts), tokens, weights.architecture.text_dim), np.float32)
     for index in range(len(prompts)):
-        words = noise((min(tokens, _RANDOM_WORDS), weights.architecture.text_dim), seed=index)
-        embeddings[index, : len(words)] = words
-    return PromptText(prompts, embeddings, "random")
+        token_embeds = noise((min(tokens, _RANDOM_WORDS), weights.architecture.text_dim), seed=index)
+        prompt_embeds[index, : len(token_embeds)] = token_embeds
+    return CalibrationPrompts(prompts, prompt_embeds, "random")
 
 
-def _pipeline(weights: Weights) -> Path | None:
+def _find_text_encoder(weights: Weights) -> Path | None:
     """The folder with tokenizer and text encoder, downloaded where the weights were; None where there is none."""
     source = weights.source
     if source.kind == "random":

@@ -20,60 +20,60 @@ import onnx_ir as ir
 
 from anyflow_deploy.checkpoints.dtypes import ONNX_DTYPES, SAFETENSORS_NAMES
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.quantization.plan import ZERO_POINT, Plan, weight_scale, zero_points
+from anyflow_deploy.export.quantization.plan import ZERO_POINT, QuantizationPlan, weight_scale_name, zero_points_name
 from anyflow_deploy.quantization.layers import OPERANDS
 
 _WEIGHT = ".weight"
 _CHANNELS_OUT = 0  # the axis of a weight (N, K)
 
 
-def quantize(model: ir.Model, plan: Plan) -> None:
+def insert_qdq(model: ir.Model, plan: QuantizationPlan) -> None:
     """Rewrite a graph in place; scales become initializers without data, like the weights.
 
     Raises:
         AnyFlowError: a planned layer is not made as this pass knows it.
     """
-    rewriter = _Rewriter(model.graph, plan)
-    gemms = [(layer, node) for node in model.graph if (layer := _layer(node)) is not None]
+    rewriter = _QdqRewriter(model.graph, plan)
+    gemms = [(layer, node) for node in model.graph if (layer := _layer_of_gemm(node)) is not None]
     for layer, node in gemms:
         if layer in plan.smoothed:
-            rewriter.smooth(layer, node)
+            rewriter.divide_norm(layer, node)
     for layer, node in gemms:
         if layer in plan.inputs:
-            rewriter.gemm(layer, node)
+            rewriter.quantize_gemm(layer, node)
     for name in plan.attentions:
-        rewriter.attention(name)
+        rewriter.quantize_attention(name)
 
 
-def _layer(node: ir.Node) -> str | None:
+def _layer_of_gemm(node: ir.Node) -> str | None:
     """The layer that a Gemm computes, by its weight's name."""
     if node.op_type != "Gemm" or node.inputs[1] is None or not node.inputs[1].is_initializer():
         return None
     return (node.inputs[1].name or "").removesuffix(_WEIGHT)
 
 
-class _Rewriter:
-    def __init__(self, graph: ir.Graph, plan: Plan) -> None:
+class _QdqRewriter:
+    def __init__(self, graph: ir.Graph, plan: QuantizationPlan) -> None:
         self.graph, self.plan = graph, plan
         self.nodes = {node.name: node for node in graph}
         self._pairs: dict[tuple[int, str], ir.Value] = {}
         self._smoothed: set[int] = set()
 
-    def gemm(self, layer: str, node: ir.Node) -> None:
+    def quantize_gemm(self, layer: str, node: ir.Node) -> None:
         """Quantize the operands of one Gemm and move its bias behind it."""
         x, weight = node.inputs[0], node.inputs[1]
         assert x is not None and weight is not None
-        operand = self._through_pair(x, self.plan.inputs[layer], node)
-        high, weight.type = weight.type, ir.TensorType(ONNX_DTYPES[self.plan.kind])
-        scale = self._constant(weight_scale(f"{layer}{_WEIGHT}"))
+        operand = self._insert_qdq_pair(x, self.plan.inputs[layer], node)
+        base_type, weight.type = weight.type, ir.TensorType(ONNX_DTYPES[self.plan.kind])
+        scale = self._get_constant(weight_scale_name(f"{layer}{_WEIGHT}"))
         inputs, attributes = [weight, scale], []
         if scale.shape is not None and len(scale.shape):
-            inputs.append(self._constant(zero_points(scale.shape.numpy()[0])))
+            inputs.append(self._get_constant(zero_points_name(scale.shape.numpy()[0])))
             attributes.append(ir.AttrInt64("axis", _CHANNELS_OUT))
-        wide = self._node("DequantizeLinear", inputs, f"{layer}/DequantizeLinear", node, attributes)
-        wide.type, wide.shape = high, weight.shape
+        dequantized = self._insert_node("DequantizeLinear", inputs, f"{layer}/DequantizeLinear", node, attributes)
+        dequantized.type, dequantized.shape = base_type, weight.shape
         node.replace_input_with(0, operand)
-        node.replace_input_with(1, wide)
+        node.replace_input_with(1, dequantized)
         if len(node.inputs) > 2 and node.inputs[2] is not None:
             self._add_bias(layer, node, node.inputs[2])
 
@@ -85,50 +85,50 @@ class _Rewriter:
         product.outputs[0].type, product.outputs[0].shape = old.type, old.shape
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], [product, total], [old], [total.outputs[0]])
 
-    def smooth(self, layer: str, node: ir.Node) -> None:
+    def divide_norm(self, layer: str, node: ir.Node) -> None:
         """Divide the modulated norm in front of a layer: its weight becomes 1/s, and the shift is multiplied by 1/s."""
-        total = _before(node.inputs[0], ("Reshape", "Cast", "Identity"))
+        total = _find_producer(node.inputs[0], ("Reshape", "Cast", "Identity"))
         if id(total) in self._smoothed:
             return
-        norm, shift = _modulated(total, layer)
+        norm, shift = _find_modulated_norm(total, layer)
         assert total is not None
-        vector = self._constant(self.plan.smoothed[layer])
+        vector = self._get_constant(self.plan.smoothed[layer])
         norm.replace_input_with(1, vector)
         old = total.inputs[shift]
         assert old is not None
-        divided = self._node("Mul", [old, vector], f"{self.plan.smoothed[layer]}/Mul", total)
+        divided = self._insert_node("Mul", [old, vector], f"{self.plan.smoothed[layer]}/Mul", total)
         divided.type, divided.shape = old.type, old.shape
         total.replace_input_with(shift, divided)
         self._smoothed.add(id(total))
 
-    def attention(self, name: str) -> None:
+    def quantize_attention(self, name: str) -> None:
         """Quantize the operands of both products of an attention, where the graph has it."""
         scores, mixed = self.nodes.get(f"{name}/MatMul"), self.nodes.get(f"{name}/MatMul_2")
         if scores is None and mixed is None:
             return
-        if scores is None or mixed is None or mixed.inputs[0] is None or _maker(mixed.inputs[0]).op_type != "Softmax":
+        if scores is None or mixed is None or mixed.inputs[0] is None or _producer(mixed.inputs[0]).op_type != "Softmax":
             raise AnyFlowError(f"{name} is not made of two products and a softmax. Export with --opset 20, or --attention high.")
         places = {"query": (scores, 0), "key": (scores, 1), "probabilities": (mixed, 0), "value": (mixed, 1)}
         for operand in OPERANDS:
             node, index = places[operand]
             value = node.inputs[index]
             assert value is not None
-            node.replace_input_with(index, self._through_pair(value, f"{name}.{operand}_scale", node))
+            node.replace_input_with(index, self._insert_qdq_pair(value, f"{name}.{operand}_scale", node))
 
-    def _through_pair(self, x: ir.Value, scale_name: str, node: ir.Node) -> ir.Value:
+    def _insert_qdq_pair(self, x: ir.Value, scale_name: str, node: ir.Node) -> ir.Value:
         """`x`, quantized and dequantized in front of `node`; made once for everything that reads it with one scale."""
         key = (id(x), scale_name)
         if key not in self._pairs:
             stem = scale_name.removesuffix("_scale")
-            scale, zero = self._constant(scale_name), self._constant(ZERO_POINT)
-            narrow = self._node("QuantizeLinear", [x, scale, zero], f"{stem}/QuantizeLinear", node)
-            narrow.type, narrow.shape = ir.TensorType(ONNX_DTYPES[self.plan.kind]), x.shape
-            wide = self._node("DequantizeLinear", [narrow, scale, zero], f"{stem}/DequantizeLinear", node)
-            wide.type, wide.shape = x.type, x.shape
-            self._pairs[key] = wide
+            scale, zero = self._get_constant(scale_name), self._get_constant(ZERO_POINT)
+            quantized = self._insert_node("QuantizeLinear", [x, scale, zero], f"{stem}/QuantizeLinear", node)
+            quantized.type, quantized.shape = ir.TensorType(ONNX_DTYPES[self.plan.kind]), x.shape
+            dequantized = self._insert_node("DequantizeLinear", [quantized, scale, zero], f"{stem}/DequantizeLinear", node)
+            dequantized.type, dequantized.shape = x.type, x.shape
+            self._pairs[key] = dequantized
         return self._pairs[key]
 
-    def _constant(self, name: str) -> ir.Value:
+    def _get_constant(self, name: str) -> ir.Value:
         """An initializer of the plan, without data."""
         if name not in self.graph.initializers:
             tensor = self.plan.constants[name]
@@ -138,7 +138,7 @@ class _Rewriter:
             self.graph.initializers[name] = value
         return self.graph.initializers[name]
 
-    def _node(
+    def _insert_node(
         self, op_type: str, inputs: list[ir.Value], name: str, place: ir.Node, attributes: list[ir.Attr] | None = None
     ) -> ir.Value:
         """A new node in front of another; returns its output."""
@@ -148,13 +148,13 @@ class _Rewriter:
         return node.outputs[0]
 
 
-def _maker(value: ir.Value) -> ir.Node:
+def _producer(value: ir.Value) -> ir.Node:
     node = value.producer()
     assert node is not None
     return node
 
 
-def _before(value: ir.Value | None, passing: tuple[str, ...]) -> ir.Node | None:
+def _find_producer(value: ir.Value | None, passing: tuple[str, ...]) -> ir.Node | None:
     """What made a value, looking through nodes that do not compute."""
     node = value.producer() if value is not None else None
     while node is not None and node.op_type in passing:
@@ -162,9 +162,9 @@ def _before(value: ir.Value | None, passing: tuple[str, ...]) -> ir.Node | None:
     return node
 
 
-def _modulated(total: ir.Node | None, layer: str) -> tuple[ir.Node, int]:
+def _find_modulated_norm(total: ir.Node | None, layer: str) -> tuple[ir.Node, int]:
     """The norm in `norm * (1 + scale) + shift`, and which input of the sum the shift is."""
-    for index, norm in _terms(total) if total is not None else ():
+    for index, norm in _iter_factors(total) if total is not None else ():
         if norm.op_type == "LayerNormalization":
             return norm, 1 - index
     raise AnyFlowError(
@@ -172,7 +172,7 @@ def _modulated(total: ir.Node | None, layer: str) -> tuple[ir.Node, int]:
     )
 
 
-def _terms(total: ir.Node) -> Iterator[tuple[int, ir.Node]]:
+def _iter_factors(total: ir.Node) -> Iterator[tuple[int, ir.Node]]:
     """What the products in a sum are made of."""
     for index, value in enumerate(total.inputs):
         product = value.producer() if value is not None else None

@@ -28,7 +28,7 @@ from anyflow_deploy.quantization.layers import quantizable_layers, shared_input
 _FP8_LARGEST = 448.0
 
 
-class Operand:
+class QuantizedInput:
     """What layers share that read one tensor: its scale and factors, and the result of rounding it, made once.
 
     Args:
@@ -40,72 +40,72 @@ class Operand:
 
     def __init__(self, network: nn.Module, name: str, smooth: bool, eight_bits: torch.dtype) -> None:
         self._network, self._name, self._smooth, self._type = network, name, smooth, eight_bits
-        self._smoothed: tuple[Tensor, Tensor] | None = None
-        self._rounded: tuple[Tensor, Tensor] | None = None
+        self._last_smoothed: tuple[Tensor, Tensor] | None = None
+        self._last_quantized: tuple[Tensor, Tensor] | None = None
 
     @property
     def scale(self) -> Tensor:
         """Of the rounded input, float32, one number."""
         return self._network.get_buffer(f"{self._name}_scale").float()
 
-    def smoothed(self, x: Tensor) -> Tensor:
+    def smooth(self, x: Tensor) -> Tensor:
         """The input as SmoothQuant's readers see it, (M, K)."""
         if not self._smooth:
             return x
-        if self._smoothed is None or self._smoothed[0] is not x:
-            self._smoothed = x, x * self._network.get_buffer(f"{self._name}_smooth").to(x.dtype)
-        return self._smoothed[1]
+        if self._last_smoothed is None or self._last_smoothed[0] is not x:
+            self._last_smoothed = x, x * self._network.get_buffer(f"{self._name}_smooth").to(x.dtype)
+        return self._last_smoothed[1]
 
-    def rounded(self, x: Tensor) -> Tensor:
+    def quantize(self, x: Tensor) -> Tensor:
         """The same in eight bits."""
-        if self._rounded is None or self._rounded[0] is not x:
-            scaled = self.smoothed(x).float() / self.scale
+        if self._last_quantized is None or self._last_quantized[0] is not x:
+            scaled = self.smooth(x).float() / self.scale
             low, high = (-128.0, 127.0) if self._type == torch.int8 else (-_FP8_LARGEST, _FP8_LARGEST)
             whole = scaled.round() if self._type == torch.int8 else scaled
-            self._rounded = x, whole.clamp(low, high).to(self._type)
-        return self._rounded[1]
+            self._last_quantized = x, whole.clamp(low, high).to(self._type)
+        return self._last_quantized[1]
 
 
 class EightBitLinear(nn.Module):
-    """A linear layer on an `Operand`, (M, K) to (M, N) in the base's type.
+    """A linear layer on an `QuantizedInput`, (M, K) to (M, N) in the base's type.
 
     Args:
-        high: the layer it replaces.
+        original: the layer it replaces.
         operand: its input.
         weight, scale: as stored: (N, K) in eight bits, and one number or (N).
     """
 
-    def __init__(self, high: Linear, operand: Operand, weight: Tensor, scale: Tensor) -> None:
+    def __init__(self, original: Linear, quantized_input: QuantizedInput, weight: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
         self.register_buffer("weight_scale", torch.empty_like(scale, device="meta"))
-        self.bias = high.bias
-        self.input_type = high.input_type
-        self.operand = operand
+        self.bias = original.bias
+        self.input_type = original.input_type
+        self.quantized_input = quantized_input
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded, scale = self.operand.rounded(x), self.get_buffer("weight_scale").float()
+        rounded, scale = self.quantized_input.quantize(x), self.get_buffer("weight_scale").float()
         if self.weight.dtype == torch.int8:
             whole = multiply_int8(rounded, self.weight.t())
-            product = (whole.float() * (self.operand.scale * scale)).to(self.input_type)
+            product = (whole.float() * (self.quantized_input.scale * scale)).to(self.input_type)
         else:
-            product = multiply_fp8(rounded, self.weight.t(), self.operand.scale, scale, self.input_type)
+            product = multiply_fp8(rounded, self.weight.t(), self.quantized_input.scale, scale, self.input_type)
         return product + self.bias
 
 
 class SmoothedLinear(Linear):
     """A layer kept high whose input SmoothQuant divides."""
 
-    def __init__(self, high: Linear, operand: Operand) -> None:
-        super().__init__(high.in_features, high.out_features, dtype=high.input_type, device="meta")
+    def __init__(self, original: Linear, quantized_input: QuantizedInput) -> None:
+        super().__init__(original.in_features, original.out_features, dtype=original.input_type, device="meta")
         self.requires_grad_(False)
-        self.operand = operand
+        self.quantized_input = quantized_input
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.operand.smoothed(x.to(self.input_type)))
+        return super().forward(self.quantized_input.smooth(x.to(self.input_type)))
 
 
-def multiply_in_eight_bits(network: nn.Module, a: Architecture, weights: Mapping[str, Tensor]) -> None:
+def quantize_linear_layers(network: nn.Module, a: Architecture, weights: Mapping[str, Tensor]) -> None:
     """Replace a network's layers in place by what the bundle's weights ask for; nothing in other precisions.
 
     Args:
@@ -117,20 +117,20 @@ def multiply_in_eight_bits(network: nn.Module, a: Architecture, weights: Mapping
     if not quantized:
         return
     kind = weights[f"{quantized[0]}.weight"].dtype
-    operands: dict[str, Operand] = {}
+    quantized_inputs: dict[str, QuantizedInput] = {}
     for layer in quantizable_layers(a):
         name = shared_input(layer)
         smooth = f"{name}_smooth" in weights
         if layer not in quantized and not smooth:
             continue
-        operand = operands.setdefault(name, Operand(network, name, smooth, kind))
-        high = cast(Linear, network.get_submodule(layer))
-        replacement: nn.Module = SmoothedLinear(high, operand)
+        quantized_input = quantized_inputs.setdefault(name, QuantizedInput(network, name, smooth, kind))
+        original = cast(Linear, network.get_submodule(layer))
+        replacement: nn.Module = SmoothedLinear(original, quantized_input)
         if layer in quantized:
-            replacement = EightBitLinear(high, operand, weights[f"{layer}.weight"], weights[f"{layer}.weight_scale"])
+            replacement = EightBitLinear(original, quantized_input, weights[f"{layer}.weight"], weights[f"{layer}.weight_scale"])
         parent, _, own = layer.rpartition(".")
         setattr(network.get_submodule(parent), own, replacement)
-    for name in (f"{operand}_{what}" for operand in operands for what in ("scale", "smooth")):
+    for name in (f"{quantized_input}_{what}" for quantized_input in quantized_inputs for what in ("scale", "smooth")):
         if name in weights:
             owner, _, buffer = name.rpartition(".")
             network.get_submodule(owner).register_buffer(buffer, torch.empty_like(weights[name], device="meta"))

@@ -20,7 +20,7 @@ from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import cache_plan, fit_chunks
 from anyflow_deploy.engines.sampler import Step, sample, stream
 from anyflow_deploy.engines.validation import REFERENCE_SCHEDULE
-from anyflow_deploy.export.torch_engine import NetworkEngine
+from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, Architecture, model_name
 from anyflow_deploy.schedule import Schedule
 from anyflow_deploy.shape_ranges import latent_frames, latent_side, widest_ranges
@@ -39,13 +39,13 @@ def chunk_plan(a: Architecture, frames: int) -> tuple[int, ...]:
     return () if a.chunk_partition is None else fit_chunks(a.chunk_partition, frames)
 
 
-def transitions(a: Architecture, frames: int, schedule: Schedule) -> int:
+def count_transitions(a: Architecture, frames: int, schedule: Schedule) -> int:
     """How many transitions a rollout makes."""
     return schedule.steps * max(1, len(chunk_plan(a, frames)))
 
 
-def rolled_out(
-    engine: NetworkEngine, latents: Array, text: Array, schedule: Schedule, on_step: Callable[[Step], None] | None = None
+def run_rollout(
+    engine: TorchEngine, latents: Array, text: Array, schedule: Schedule, on_step: Callable[[Step], None] | None = None
 ) -> Array:
     """One video from noise (1, F, C, H, W) and text (1, L, D): clean latents, float32 (1, F, C, H, W)."""
     plan = chunk_plan(engine.architecture, latents.shape[1])

@@ -2,7 +2,7 @@
 
 Each layer is quantized alone, videos are made at a few step counts, and compared with those of the untouched network from
 the same noise: that ranks the layers. Damages do not add up (errors of one layer hide or feed those of another), so how
-many have to stay high is not read off the ranking but measured again: `kept_layers` quantizes all but the n worst, makes
+many have to stay high is not read off the ranking but measured again: `select_full_precision_layers` quantizes all but the n worst, makes
 the videos, and bisects n.
 
 Lists of layers made for another model are worth nothing: they depend on depth, and on the weights.
@@ -25,8 +25,8 @@ from anyflow_deploy.engines.metrics import Difference, difference
 from anyflow_deploy.engines.sampler import noise
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.quantization.fake_quant import FakeQuant
-from anyflow_deploy.export.quantization.rollouts import rolled_out
-from anyflow_deploy.export.torch_engine import NetworkEngine
+from anyflow_deploy.export.quantization.rollouts import run_rollout
+from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.quantization.calibration import Calibration
 from anyflow_deploy.schedule import Schedule
@@ -39,7 +39,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Damage(_Record):
+class QuantizationError(_Record):
     """What quantizing some layers does to a video, at the step count where it is worst.
 
     Attributes:
@@ -69,13 +69,13 @@ class Sensitivity(_Record):
     steps: list[int]
     shape: list[int]
     seed: int
-    layers: dict[str, Damage]
+    layers: dict[str, QuantizationError]
     excluded: dict[str, str]
-    kept: dict[int, Damage] = {}
+    kept: dict[int, QuantizationError] = {}
 
 
 @dataclass(frozen=True)
-class ProbeSettings:
+class SensitivitySettings:
     """The videos that are compared.
 
     Attributes:
@@ -95,14 +95,14 @@ class ProbeSettings:
     attention: tuple[str, ...] = ()
 
 
-class Probe:
+class SensitivityAnalyzer:
     """Makes videos with some layers quantized, and measures them against those of the untouched network.
 
     Args:
         weights: of the model.
         calibration: of the same weights.
         precision: "int8" or "fp8".
-        settings: see `ProbeSettings`.
+        settings: see `SensitivitySettings`.
         smooth: SmoothQuant's factors, see `FakeQuant`.
 
     Attributes:
@@ -115,72 +115,72 @@ class Probe:
         weights: Weights,
         calibration: Calibration,
         precision: str,
-        settings: ProbeSettings,
+        settings: SensitivitySettings,
         smooth: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.settings, self.precision, self.fingerprint = settings, precision, calibration.weights
-        self._engine = NetworkEngine(weights, settings.device)
+        self._engine = TorchEngine(weights, settings.device)
         self._schedules = [Schedule.uniform(steps, calibration.shift) for steps in settings.steps]
         self._noise = noise((1, *settings.shape), settings.seed)
-        self._reference = self._videos()
+        self._reference = self._generate_videos()
         a = weights.architecture
-        self._rounded = FakeQuant(self._engine.network, a, calibration, precision, (), smooth, settings.attention)
-        self.layers, self.excluded = self._rounded.layers, self._rounded.excluded
+        self._fake_quant = FakeQuant(self._engine.network, a, calibration, precision, (), smooth, settings.attention)
+        self.layers, self.excluded = self._fake_quant.layers, self._fake_quant.excluded
 
-    def alone(self, layer: str) -> Damage:
+    def measure_layer(self, layer: str) -> QuantizationError:
         """Quantize one layer."""
-        self._rounded.quantize_only([layer])
-        return self._damage()
+        self._fake_quant.quantize_only([layer])
+        return self._measure_error()
 
-    def without(self, kept: Collection[str]) -> Damage:
+    def measure_all_except(self, kept: Collection[str]) -> QuantizationError:
         """Quantize all layers but these."""
-        self._rounded.keep(kept)
-        return self._damage()
+        self._fake_quant.keep_layers(kept)
+        return self._measure_error()
 
-    def psnr_without(self, kept: Collection[str]) -> float:
+    def psnr_all_except(self, kept: Collection[str]) -> float:
         """The same in decibels: infinite for equal videos, minus infinite for one that is not finite."""
-        return decibels(self.without(kept))
+        return psnr_from_error(self.measure_all_except(kept))
 
-    def _videos(self) -> list[Array]:
-        return [rolled_out(self._engine, self._noise, self.settings.text, schedule) for schedule in self._schedules]
+    def _generate_videos(self) -> list[Array]:
+        return [run_rollout(self._engine, self._noise, self.settings.text, schedule) for schedule in self._schedules]
 
-    def _damage(self) -> Damage:
-        found = [difference(*pair) for pair in zip(self._videos(), self._reference, strict=True)]
+    def _measure_error(self) -> QuantizationError:
+        found = [difference(*pair) for pair in zip(self._generate_videos(), self._reference, strict=True)]
         worst: Difference = max(found, key=lambda d: d.relative_l2)
-        return Damage(relative_l2=_finite(worst.relative_l2), psnr_db=_finite(min(d.psnr_db for d in found)))
+        return QuantizationError(relative_l2=_finite(worst.relative_l2), psnr_db=_finite(min(d.psnr_db for d in found)))
 
 
-def measured_sensitivity(probe: Probe, progress: Progress | None = None) -> Sensitivity:
+def measure_sensitivity(analyzer: SensitivityAnalyzer, progress: Progress | None = None) -> Sensitivity:
     """Rank the layers, and measure keeping 0, 1, 2, 4, … of the worst."""
     progress, layers = progress or NullProgress(), {}
-    with progress.stage(f"{len(probe.layers)} layers, one at a time", len(probe.layers)) as advance:
-        for name in probe.layers:
-            layers[name] = probe.alone(name)
+    with progress.stage(f"{len(analyzer.layers)} layers, one at a time", len(analyzer.layers)) as advance:
+        for name in analyzer.layers:
+            layers[name] = analyzer.measure_layer(name)
             advance(1)
-    ranked = sorted(layers, key=lambda name: -_size(layers[name]))
+    ranked = sorted(layers, key=lambda name: -_relative_l2(layers[name]))
     counts = [0, *(2**power for power in range(len(ranked).bit_length()) if 2**power < len(ranked))]
     kept = {}
     with progress.stage("keeping the worst", len(counts)) as advance:
         for count in counts:
-            kept[count] = probe.without(ranked[:count])
+            kept[count] = analyzer.measure_all_except(ranked[:count])
             advance(1)
-    settings = probe.settings
+    settings = analyzer.settings
     return Sensitivity(
-        weights=probe.fingerprint,
-        precision=probe.precision,
+        weights=analyzer.fingerprint,
+        precision=analyzer.precision,
         steps=list(settings.steps),
         shape=[1, *settings.shape],
         seed=settings.seed,
         layers={name: layers[name] for name in ranked},
-        excluded=probe.excluded,
+        excluded=analyzer.excluded,
         kept=kept,
     )
 
 
-def kept_layers(
+def select_full_precision_layers(
     sensitivity: Sensitivity,
-    keep: int | None = None,
-    fidelity_db: float | None = None,
+    keep_layers: int | None = None,
+    min_psnr_db: float | None = None,
     psnr: Callable[[Collection[str]], float] | None = None,
 ) -> list[str]:
     """Choose the layers that stay high.
@@ -189,7 +189,7 @@ def kept_layers(
         sensitivity: the ranking.
         keep: so many of the worst.
         fidelity_db: as few of the worst as a bisection finds to reach this PSNR with the rest quantized.
-        psnr: measures that, given the layers kept: `Probe.psnr_without`. Needed with `fidelity_db`.
+        psnr: measures that, given the layers kept: `SensitivityAnalyzer.psnr_all_except`. Needed with `min_psnr_db`.
 
     Returns:
         Layer names, the worst first.
@@ -199,50 +199,50 @@ def kept_layers(
             unquantized network has.
     """
     ranked = list(sensitivity.layers)
-    if (keep is None) == (fidelity_db is None):
+    if (keep_layers is None) == (min_psnr_db is None):
         raise AnyFlowError("give one of --keep N and --fidelity DB: a number of layers, or a PSNR to reach.")
-    if keep is not None:
-        check_keep(keep, len(ranked))
-        return ranked[:keep]
-    assert fidelity_db is not None
-    if psnr is None or not math.isfinite(fidelity_db):
-        raise AnyFlowError(f"--fidelity is {fidelity_db}; allowed is a number of decibels, measured with the model's weights.")
-    if psnr([]) >= fidelity_db:
+    if keep_layers is not None:
+        check_keep_layers(keep_layers, len(ranked))
+        return ranked[:keep_layers]
+    assert min_psnr_db is not None
+    if psnr is None or not math.isfinite(min_psnr_db):
+        raise AnyFlowError(f"--fidelity is {min_psnr_db}; allowed is a number of decibels, measured with the model's weights.")
+    if psnr([]) >= min_psnr_db:
         return []
     short, enough = 0, len(ranked)
     while enough - short > 1:
         middle = (short + enough) // 2
-        if psnr(ranked[:middle]) >= fidelity_db:
+        if psnr(ranked[:middle]) >= min_psnr_db:
             enough = middle
         else:
             short = middle
     if enough == len(ranked):
         raise AnyFlowError(
-            f"{fidelity_db:g} dB cannot be reached with any layer in {sensitivity.precision}. Ask for less, or choose fp16."
+            f"{min_psnr_db:g} dB cannot be reached with any layer in {sensitivity.precision}. Ask for less, or choose fp16."
         )
     return ranked[:enough]
 
 
-def check_keep(keep: int | None, layers: int) -> None:
+def check_keep_layers(keep_layers: int | None, layers: int) -> None:
     """Refuse a number of layers that leaves nothing to quantize; cheap, so ask before measuring.
 
     Raises:
         AnyFlowError: `keep` is not from 0 to one less than there are.
     """
-    if keep is not None and not 0 <= keep < layers:
+    if keep_layers is not None and not 0 <= keep_layers < layers:
         allowed = f"0 to {layers - 1}, since {layers} layers can be quantized" if layers else "none: no layer can be quantized"
-        raise AnyFlowError(f"--keep is {keep}; allowed are {allowed}.")
+        raise AnyFlowError(f"--keep is {keep_layers}; allowed are {allowed}.")
 
 
-def decibels(damage: Damage) -> float:
+def psnr_from_error(error: QuantizationError) -> float:
     """PSNR as a number that compares."""
-    if damage.relative_l2 is None:
+    if error.relative_l2 is None:
         return -math.inf
-    return math.inf if damage.psnr_db is None else damage.psnr_db
+    return math.inf if error.psnr_db is None else error.psnr_db
 
 
-def _size(damage: Damage) -> float:
-    return math.inf if damage.relative_l2 is None else damage.relative_l2
+def _relative_l2(error: QuantizationError) -> float:
+    return math.inf if error.relative_l2 is None else error.relative_l2
 
 
 def _finite(value: float) -> float | None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from anyflow_deploy.export.quantization.sensitivity import Damage, Sensitivity, decibels
+from anyflow_deploy.export.quantization.sensitivity import QuantizationError, Sensitivity, psnr_from_error
 from anyflow_deploy.quantization.layers import GROUPS
 
 KINDS = [name for group in GROUPS for name in group]
@@ -22,25 +22,25 @@ _SHOWN = 10
 _FLOOR = 1e-9  # what no damage at all is drawn at: a logarithm has no zero
 
 
-def tables(sensitivity: Sensitivity) -> list[Table]:
+def sensitivity_tables(sensitivity: Sensitivity) -> list[Table]:
     """The worst layers, and what keeping them buys."""
     worst = Table("rank", "layer", "relative L2", "PSNR", title=f"quantized alone to {sensitivity.precision}, the worst first")
-    for rank, (name, damage) in enumerate(list(sensitivity.layers.items())[:_SHOWN], 1):
-        worst.add_row(str(rank), name, *_cells(damage))
+    for rank, (name, error) in enumerate(list(sensitivity.layers.items())[:_SHOWN], 1):
+        worst.add_row(str(rank), name, *_cells(error))
     kept = Table("kept high", "quantized", "relative L2", "PSNR", title="all others quantized")
-    for count, damage in sensitivity.kept.items():
-        kept.add_row(str(count), str(len(sensitivity.layers) - count), *_cells(damage))
+    for count, error in sensitivity.kept.items():
+        kept.add_row(str(count), str(len(sensitivity.layers) - count), *_cells(error))
     return [worst, kept]
 
 
-def _cells(damage: Damage) -> tuple[str, str]:
-    if damage.relative_l2 is None:
+def _cells(error: QuantizationError) -> tuple[str, str]:
+    if error.relative_l2 is None:
         return "[red]not finite[/]", ""
-    return f"{damage.relative_l2:.2e}", "equal" if damage.psnr_db is None else f"{damage.psnr_db:.1f} dB"
+    return f"{error.relative_l2:.2e}", "equal" if error.psnr_db is None else f"{error.psnr_db:.1f} dB"
 
 
-def draw(sensitivity: Sensitivity, path: Path, chosen: int | None = None) -> None:
-    """Write the picture, a PNG; `chosen` marks a number of layers kept."""
+def draw_sensitivity(sensitivity: Sensitivity, path: Path, selected: int | None = None) -> None:
+    """Write the picture, a PNG; `selected` marks a number of layers kept."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -48,7 +48,7 @@ def draw(sensitivity: Sensitivity, path: Path, chosen: int | None = None) -> Non
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(3, 2))
     _draw_layers(figure, left, sensitivity)
-    _draw_kept(right, sensitivity, chosen)
+    _draw_kept(right, sensitivity, selected)
     frames, _, height, width = sensitivity.shape[1:]
     steps = ", ".join(map(str, sensitivity.steps))
     figure.suptitle(
@@ -59,21 +59,21 @@ def draw(sensitivity: Sensitivity, path: Path, chosen: int | None = None) -> Non
     pyplot.close(figure)
 
 
-def grid(sensitivity: Sensitivity) -> NDArray[np.float64]:
+def sensitivity_grid(sensitivity: Sensitivity) -> NDArray[np.float64]:
     """Relative L2 by kind (rows) and block (columns); NaN where a layer is not quantized, infinite where it broke the video."""
     names = [*sensitivity.layers, *sensitivity.excluded]
     blocks = 1 + max(int(name.split(".")[1]) for name in names)
     cells = np.full((len(KINDS), blocks), np.nan)
-    for name, damage in sensitivity.layers.items():
+    for name, error in sensitivity.layers.items():
         _, block, kind = name.split(".", 2)
-        cells[KINDS.index(kind), int(block)] = math.inf if damage.relative_l2 is None else max(damage.relative_l2, _FLOOR)
+        cells[KINDS.index(kind), int(block)] = math.inf if error.relative_l2 is None else max(error.relative_l2, _FLOOR)
     return cells
 
 
 def _draw_layers(figure: Any, axes: Any, sensitivity: Sensitivity) -> None:
     from matplotlib import colors
 
-    cells = grid(sensitivity)
+    cells = sensitivity_grid(sensitivity)
     finite = cells[np.isfinite(cells)]
     norm = colors.LogNorm(finite.min(initial=1.0), finite.max(initial=_FLOOR)) if finite.size else None
     axes.set_facecolor("#dddddd")
@@ -88,12 +88,14 @@ def _draw_layers(figure: Any, axes: Any, sensitivity: Sensitivity) -> None:
     figure.colorbar(image, ax=axes, label="relative L2 of the video", pad=0.02)
 
 
-def _draw_kept(axes: Any, sensitivity: Sensitivity, chosen: int | None) -> None:
-    points = [(count, decibels(damage)) for count, damage in sensitivity.kept.items() if math.isfinite(decibels(damage))]
+def _draw_kept(axes: Any, sensitivity: Sensitivity, selected: int | None) -> None:
+    points = [
+        (count, psnr_from_error(error)) for count, error in sensitivity.kept.items() if math.isfinite(psnr_from_error(error))
+    ]
     axes.plot([p[0] for p in points], [p[1] for p in points], color="#1b6ca8", marker="o", ms=5, lw=1.4)
-    if chosen is not None:
-        axes.axvline(chosen, color="#d1495b", ls="--", lw=1)
-        axes.text(chosen, 0.02, f" {chosen} kept", color="#d1495b", fontsize=8, transform=axes.get_xaxis_transform())
+    if selected is not None:
+        axes.axvline(selected, color="#d1495b", ls="--", lw=1)
+        axes.text(selected, 0.02, f" {selected} kept", color="#d1495b", fontsize=8, transform=axes.get_xaxis_transform())
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xticks([p[0] for p in points], [str(p[0]) for p in points])
     total = len(sensitivity.layers)

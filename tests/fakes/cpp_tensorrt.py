@@ -22,7 +22,7 @@ from anyflow_deploy import Bundle, load_bundle
 from anyflow_deploy.engines.engine import Array, frame_times, prepare_inputs
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.streaming import CacheStream, Positions, cache_tensor_names
-from tests.cpp_build import SOURCE, built, compiler, configured, manifest_of, run, sanitizers_work, tool
+from tests.cpp_build import SOURCE, build_targets, configure, find_compiler, find_tool, run, sample_manifest, sanitizers_work
 from tools import tensorrt_headers
 
 F, Bytes = np.float32, NDArray[np.uint8]
@@ -33,7 +33,7 @@ INTERFACES = ("VRuntime", "VCudaEngine", "VExecutionContext")
 def header_folders() -> list[Path]:
     """Where NVIDIA's headers are, TensorRT's first; skips the test where they are not."""
     named = os.environ.get("ANYFLOW_TENSORRT_HEADERS")
-    folders = [Path(folder) for folder in named.split(":")] if named else tensorrt_headers.kept()
+    folders = [Path(folder) for folder in named.split(":")] if named else tensorrt_headers.cached_header_folders()
     if not folders:
         pytest.skip("no TensorRT headers here: run tools/tensorrt_headers.py, or name folders in ANYFLOW_TENSORRT_HEADERS")
     trt = next((folder for folder in folders if (folder / "NvInferRuntime.h").exists()), None)
@@ -65,7 +65,7 @@ def version_of(trt: Path) -> str:
     return ".".join(defined.get(number, number) for number in numbers)
 
 
-class Machine:
+class FakeTensorRTBuild:
     """Where the stand-in and the library on it were built.
 
     Attributes:
@@ -76,7 +76,7 @@ class Machine:
 
     def __init__(self, folder: Path, sanitize: str | None = None) -> None:
         trt, *cuda = header_folders()
-        compiler()
+        find_compiler()
         self.version = version_of(trt)
         tensorrt, toolkit, made = folder / "tensorrt", folder / "cuda", folder / "made"
         for place in (tensorrt, toolkit / "include", made):
@@ -95,23 +95,23 @@ class Machine:
         flags = f"-fsanitize={sanitize};-fno-sanitize-recover=all;-fno-omit-frame-pointer" if sanitize else ""
         debug = ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -g1 -Werror")
         run(
-            tool("cmake"), "-S", SOURCE / "tests" / "fakes", "-B", folder / "standin", "-G", "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", f"-DTENSORRT={tensorrt}", f"-DCUDA={toolkit}", f"-DV_CLASSES={made}",
+            find_tool("cmake"), "-S", SOURCE / "tests" / "fakes", "-B", folder / "standin", "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DTENSORRT={tensorrt}", f"-DCUDA={toolkit}", f"-DV_CLASSES={made}",
             f"-DSANITIZE={flags}", *debug,
         )  # fmt: skip
-        self.misuse_test = built(folder / "standin") / "misuse_test"
-        said = configured(
+        self.misuse_test = build_targets(folder / "standin") / "misuse_test"
+        said = configure(
             folder / "library", "-DANYFLOW_TENSORRT=ON", f"-DTensorRT_ROOT={tensorrt}", f"-DCUDAToolkit_ROOT={toolkit}",
             "-DANYFLOW_AOTINDUCTOR=OFF", "-DANYFLOW_OPENSSL=OFF", "-DANYFLOW_TESTS=ON", f"-DANYFLOW_SANITIZE={sanitize}", *debug,
         )  # fmt: skip
         assert "TENSORRT is built" in said
-        self.program = built(folder / "library", "conformance") / "tests" / "conformance"
+        self.program = build_targets(folder / "library", "conformance") / "tests" / "conformance"
 
 
 # Bundles and engines.
 
 
-def graphs(config: dict[str, Any], kind: str, cache: str) -> dict[str, Any]:
+def graph_records(config: dict[str, Any], kind: str, cache: str) -> dict[str, Any]:
     """The graphs' tensors, as the exporter names them."""
     channels, text = config["in_channels"], config["text_dim"]
     heads = [config["num_attention_heads"], config["attention_head_dim"]]
@@ -143,10 +143,10 @@ def graphs(config: dict[str, Any], kind: str, cache: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def exported(folder: Path, kind: str, cache: str = "float32") -> Bundle:
+def write_bundle(folder: Path, kind: str, cache: str = "float32") -> Bundle:
     """A bundle of a golden model, with the graphs' tensors and without the graphs."""
-    manifest = manifest_of(kind)
-    manifest["graphs"] = graphs(manifest["config"], kind, cache)
+    manifest = sample_manifest(kind)
+    manifest["graphs"] = graph_records(manifest["config"], kind, cache)
     folder.mkdir(parents=True)
     (folder / "weights.bin").write_bytes(b"some weight")
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -178,7 +178,7 @@ def plan_text(
     return "\n".join([*text, *lines, "end", ""])
 
 
-def build(bundle: Bundle, version: str, name: str = "tensorrt-sm90", **how: Any) -> Path:
+def write_engine(bundle: Bundle, version: str, name: str = "tensorrt-sm90", **how: Any) -> Path:
     """An engine folder inside the bundle.
 
     Args:
@@ -211,14 +211,14 @@ def build(bundle: Bundle, version: str, name: str = "tensorrt-sm90", **how: Any)
 # The plans' arithmetic in numpy.
 
 
-def hashed(content: bytes) -> int:
+def hash_bytes(content: bytes) -> int:
     """See plan.cpp."""
     octets = np.frombuffer(content, np.uint8).astype(np.uint64)
     factors = (np.arange(len(octets), dtype=np.uint64) * 2654435761 + 97) & 0xFFFFFFFF
     return int(((octets + 1) * factors % 2**32).sum()) % 2**32
 
 
-def stored(values: NDArray[np.uint32], dtype: str) -> bytes:
+def bytes_of_type(values: NDArray[np.uint32], dtype: str) -> bytes:
     """0 to 255 in a type."""
     exact = values.astype(np.float32)
     if dtype == "bfloat16":
@@ -226,10 +226,10 @@ def stored(values: NDArray[np.uint32], dtype: str) -> bytes:
     return exact.astype(dtype).tobytes()
 
 
-def computed(bundle: Bundle, graph: str, inputs: dict[str, Any], tokens: int = 0) -> dict[str, Any]:
+def compute_plan(bundle: Bundle, graph: str, inputs: dict[str, Any], tokens: int = 0) -> dict[str, Any]:
     """What a plan computes: arrays of latents, and bytes of keys and values."""
     model = bundle.manifest.graphs[graph]
-    hashes = {tensor.name: hashed(bytes(inputs[tensor.name])) * (i + 1) for i, tensor in enumerate(model.inputs)}
+    hashes = {tensor.name: hash_bytes(bytes(inputs[tensor.name])) * (i + 1) for i, tensor in enumerate(model.inputs)}
     memory = sum(value for name, value in hashes.items() if name not in ("latents", "t", "r")) % 2**32
     total, outputs = sum(hashes.values()) % 2**32, {}
     for ordinal, tensor in enumerate(model.outputs, 1):
@@ -241,38 +241,38 @@ def computed(bundle: Bundle, graph: str, inputs: dict[str, Any], tokens: int = 0
         else:
             count = tokens * int(np.prod([axis for axis in tensor.shape[2:] if isinstance(axis, int)]))
             values = (np.arange(count, dtype=np.uint64) * 7 + ordinal * 31 + total) % 2**32 % 256
-            outputs[tensor.name] = stored(values.astype(np.uint32), tensor.dtype)
+            outputs[tensor.name] = bytes_of_type(values.astype(np.uint32), tensor.dtype)
     return outputs
 
 
-class MachineRun:
+class FakePlanRun:
     """See `engine.Run`."""
 
     def __init__(self, bundle: Bundle, graph: str, latents: Array, others: dict[str, Any]) -> None:
         self._bundle, self._graph, self._z, self._others = bundle, graph, latents.copy(), others
 
-    def _made(self, t: ArrayLike, r: ArrayLike) -> dict[str, Any]:
+    def _compute(self, t: ArrayLike, r: ArrayLike) -> dict[str, Any]:
         source, target = frame_times(t, r, self._z.shape)
-        return computed(self._bundle, self._graph, {"latents": self._z, "t": source, "r": target, **self._others})
+        return compute_plan(self._bundle, self._graph, {"latents": self._z, "t": source, "r": target, **self._others})
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
-        self._z = self._made(t, r)["z_r"]
+        self._z = self._compute(t, r)["z_r"]
 
     def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
-        return np.asarray(self._made(t, r)["velocity"])
+        return np.asarray(self._compute(t, r)["velocity"])
 
     def read(self) -> Array:
         return self._z.copy()
 
     def close(self) -> None: ...
 
-    def __enter__(self) -> MachineRun:
+    def __enter__(self) -> FakePlanRun:
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
 
-class MachineCache:
+class FakePlanCache:
     """See `streaming.Cache`."""
 
     def __init__(self, bundle: Bundle, text: Array, plan: CachePlan) -> None:
@@ -280,19 +280,19 @@ class MachineCache:
         dtype = next(tensor.dtype for tensor in bundle.manifest.graphs["chunk"].outputs if tensor.name == "key.0")
         self._token = plan.heads * plan.channels * ELEMENT[dtype]
         self._buffers = {name: np.zeros(plan.capacity * self._token, np.uint8) for name in self._names}
-        self._words = computed(bundle, "text", {"text": text}, text.shape[1])
+        self._words = compute_plan(bundle, "text", {"text": text}, text.shape[1])
 
     def _inputs(self, positions: Positions, past: int) -> dict[str, Any]:
         seen = {f"past_{name}": self._buffers[name][: past * self._token] for name in self._names}
         return {"positions": positions, **self._words, **seen}
 
-    def run(self, latents: Array, positions: Positions, past: int) -> MachineRun:
-        return MachineRun(self._bundle, "chunk", latents, self._inputs(positions, past))
+    def run(self, latents: Array, positions: Positions, past: int) -> FakePlanRun:
+        return FakePlanRun(self._bundle, "chunk", latents, self._inputs(positions, past))
 
     def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
         still = np.zeros(latents.shape[:2], np.float32)
         inputs = {"latents": latents, "t": still, "r": still, **self._inputs(positions, past)}
-        made = computed(self._bundle, graph, inputs, tokens)
+        made = compute_plan(self._bundle, graph, inputs, tokens)
         for name in self._names:
             begin = past * self._token
             self._buffers[name][begin : begin + tokens * self._token] = np.frombuffer(made[name], np.uint8)
@@ -308,19 +308,19 @@ class MachineCache:
     def close(self) -> None: ...
 
 
-class MachineEngine:
+class FakePlanEngine:
     """See `Engine`."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.description = bundle, "machine"
         self.architecture, self.ranges = bundle.manifest.architecture, bundle.manifest.shape_ranges
 
-    def start(self, latents: ArrayLike, text: ArrayLike) -> MachineRun:
+    def start(self, latents: ArrayLike, text: ArrayLike) -> FakePlanRun:
         a = self.architecture
         z, words = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
-        return MachineRun(self.bundle, "transition", z, {"text": words})
+        return FakePlanRun(self.bundle, "transition", z, {"text": words})
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
-        return CacheStream(MachineCache(self.bundle, np.asarray(text, np.float32), plan), plan)
+        return CacheStream(FakePlanCache(self.bundle, np.asarray(text, np.float32), plan), plan)
 
     def close(self) -> None: ...

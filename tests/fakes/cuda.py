@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-Work = Callable[[], None]
+StreamWork = Callable[[], None]
 
 
 class Handle(int):
     """cudaStream_t and the like: an object that is also a number."""
 
 
-class Cuda(types.ModuleType):
+class FakeCuda(types.ModuleType):
     """`cuda.bindings.runtime`.
 
     Attributes:
@@ -49,9 +49,9 @@ class Cuda(types.ModuleType):
         self.calls: list[str] = []
         self.launches = 0
         self._memory: dict[int, Any] = {}
-        self._streams: dict[int, list[Work]] = {}
-        self._captures: dict[int, list[Work]] = {}
-        self._graphs: dict[int, tuple[int, list[Work]]] = {}
+        self._streams: dict[int, list[StreamWork]] = {}
+        self._captures: dict[int, list[StreamWork]] = {}
+        self._graphs: dict[int, tuple[int, list[StreamWork]]] = {}
         self._next = 16
 
     def _function(self, name: str, parameters: list[str]) -> Callable[..., Any]:
@@ -70,12 +70,12 @@ class Cuda(types.ModuleType):
 
     # memory
 
-    def reserved(self) -> int:
+    def reserved_bytes(self) -> int:
         """Bytes reserved now."""
         return sum(len(memory) for memory in self._memory.values())
 
     def _cudaMalloc(self, size: int) -> Any:  # noqa: N802 - CUDA's names
-        if self.reserved() + size > self.limit:
+        if self.reserved_bytes() + size > self.limit:
             return self.cudaError_t.cudaErrorMemoryAllocation, 0
         raw = np.full(size + 512, 0xFF, np.uint8)
         address = -(-raw.ctypes.data // 256) * 256
@@ -95,7 +95,7 @@ class Cuda(types.ModuleType):
         raise AssertionError(f"{size} bytes at {address:#x} lie outside the memory reserved on the device")
 
     def _cudaMemGetInfo(self) -> Any:  # noqa: N802
-        return self.cudaError_t.cudaSuccess, self.limit - self.reserved(), self.limit
+        return self.cudaError_t.cudaSuccess, self.limit - self.reserved_bytes(), self.limit
 
     def _cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: int) -> Any:  # noqa: N802
         def copy() -> None:
@@ -105,7 +105,7 @@ class Cuda(types.ModuleType):
                 raise AssertionError("a copy within the device overlaps itself")
             ctypes.memmove(dst if to is None else to.ctypes.data, src if start is None else start.ctypes.data, count)
 
-        self.put(stream, copy)
+        self.enqueue(stream, copy)
         return (self.cudaError_t.cudaSuccess,)
 
     # devices
@@ -128,7 +128,7 @@ class Cuda(types.ModuleType):
 
     # streams and graphs
 
-    def put(self, stream: int, work: Work) -> None:
+    def enqueue(self, stream: int, work: StreamWork) -> None:
         """Queue work on a stream, or note it in the graph that is being captured."""
         assert int(stream) in self._streams, "no such stream, or the default one"
         captured = self._captures.get(int(stream))
@@ -184,5 +184,5 @@ class Cuda(types.ModuleType):
     def _cudaGraphLaunch(self, graph: int, stream: int) -> Any:  # noqa: N802
         self.launches += 1
         for work in self._graphs[graph][1]:
-            self.put(stream, work)
+            self.enqueue(stream, work)
         return (self.cudaError_t.cudaSuccess,)

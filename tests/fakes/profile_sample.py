@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from anyflow_deploy import Bundle
-from anyflow_deploy.profiling.operations import transition_work, types_of
+from anyflow_deploy.profiling.operations import compute_types, transition_cost
 from anyflow_deploy.profiling.record import (
     Ceilings,
-    Clip,
+    ClipLatency,
     Conditions,
     Layer,
     Layers,
-    Memory,
+    MemoryUsage,
     Method,
     Point,
     Profile,
@@ -23,7 +23,7 @@ from anyflow_deploy.profiling.record import (
 from anyflow_deploy.profiling.summary_statistics import latency_from_samples
 
 
-def steady(median: float, count: int = 120) -> list[float]:
+def steady_samples(median: float, count: int = 120) -> list[float]:
     """Samples within 1 % of a value."""
     return [median * (1 + 0.01 * ((7 * n) % 11 - 5) / 5) for n in range(count)]
 
@@ -44,7 +44,7 @@ def sample_profile(step: float = 0.1, **changes: Any) -> Profile:
         "points": [sample_point(step)],
         "stages": [],
         "end_to_end": [],
-        "memory": Memory(
+        "memory": MemoryUsage(
             cpu_before=10**8, cpu_loaded=10**9, cpu_peak=2 * 10**9, gpu_loaded=None, gpu_peak=None, unified=False, method="m"
         ),
         "power": [],
@@ -60,8 +60,8 @@ def sample_profile(step: float = 0.1, **changes: Any) -> Profile:
 def sample_point(step: float = 0.1, shape: str = "480x832x81", **changes: Any) -> Point:
     """One shape with clips of 1 and 4 steps."""
     clips = [
-        Clip(
-            steps=steps, latency=latency_from_samples(steady(steps * step, 30)), frames_per_second=81 / steps / step,
+        ClipLatency(
+            steps=steps, latency=latency_from_samples(steady_samples(steps * step, 30)), frames_per_second=81 / steps / step,
             real_time_factor=81 / 16 / steps / step, joules={"RAPL package-0": 5.0 * steps},
         )
         for steps in (1, 4)
@@ -72,8 +72,8 @@ def sample_point(step: float = 0.1, shape: str = "480x832x81", **changes: Any) -
         "frames": 81,
         "tokens": 32760,
         "text_tokens": 512,
-        "warm_up": Warmup(runs=3, seconds=1.0, steady=True),
-        "transition": latency_from_samples(steady(step)),
+        "warm_up": Warmup(runs=3, seconds=1.0, steady_samples=True),
+        "transition": latency_from_samples(steady_samples(step)),
         "largest_transition": step,
         "enqueue": None,
         "clips": clips,
@@ -96,17 +96,17 @@ def sample_layers(**rows: float) -> Layers:
     )  # fmt: skip
 
 
-def assert_counted(bundle: Bundle) -> None:
+def assert_operations_match_graph(bundle: Bundle) -> None:
     """The architecture's operations are those of the exported graph."""
     import onnx_ir
 
-    from anyflow_deploy.export.quantization.precision_report import product_flops, sizes
+    from anyflow_deploy.export.quantization.precision_report import count_product_flops, symbol_sizes
 
     a, video = bundle.manifest.architecture, bundle.manifest.video
-    symbols = sizes(a, video)
+    symbols = symbol_sizes(a, video)
     graph = bundle.manifest.graphs["chunk" if a.causal else "transition"]
-    total, _ = product_flops(onnx_ir.load(bundle.file(graph.file)), symbols)
+    total, _ = count_product_flops(onnx_ir.load(bundle.file(graph.file)), symbols)
     shape = (symbols["frames"], video.height // 8, video.width // 8)
-    types = types_of("fp32", "fp32")
-    work = transition_work(a, types, shape, symbols["text"], symbols.get("past", 0), with_text=not a.causal)
+    types = compute_types("fp32", "fp32")
+    work = transition_cost(a, types, shape, symbols["text"], symbols.get("past", 0), with_text=not a.causal)
     assert sum(work.operations.values()) == total

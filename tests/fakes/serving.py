@@ -1,6 +1,6 @@
 """A real server for the tests: uvicorn on a free port in a thread, before a maker that does what the test says.
 
-`PacedMaker` stands in for text encoder, engine and VAE, which take seconds to export and are tested elsewhere. It makes real
+`PacedGenerator` stands in for text encoder, engine and VAE, which take seconds to export and are tested elsewhere. It makes real
 mp4 pieces of flat colours and waits for a permit before every step, so that a test holds a video wherever it wants to.
 """
 
@@ -41,7 +41,7 @@ from anyflow_deploy.serving.video_store import Shelf
 from anyflow_deploy.shape_ranges import widest_ranges
 
 
-def manifest_of(name: str) -> Manifest:
+def fake_manifest(name: str) -> Manifest:
     """As the exporter writes it, without files."""
     a = MODELS[name].architecture
     graphs = ("text", "chunk", "compress") if a.causal else ("transition",)
@@ -62,7 +62,7 @@ def manifest_of(name: str) -> Manifest:
     )
 
 
-class PacedMaker:
+class PacedGenerator:
     """See the module.
 
     Attributes:
@@ -102,7 +102,7 @@ class PacedMaker:
 
 
 @dataclass
-class Served:
+class RunningServer:
     """A running server."""
 
     url: str
@@ -117,20 +117,20 @@ class Served:
     def create(self, **fields: object) -> httpx.Response:
         return self.client.post("/v1/videos", json={"prompt": "a red fox", **fields})
 
-    def made(self, **fields: object) -> dict[str, object]:
+    def create_and_wait(self, **fields: object) -> dict[str, object]:
         """A video, when it has ended."""
         answer = self.create(**fields)
         assert answer.status_code == 200, answer.text
-        return self.ended(answer.json()["id"])
+        return self.wait_until_ended(answer.json()["id"])
 
-    def ended(self, name: str) -> dict[str, object]:
+    def wait_until_ended(self, name: str) -> dict[str, object]:
         found: list[dict[str, object]] = []
 
-        def ended() -> bool:
+        def has_ended() -> bool:
             found.append(self.client.get(f"/v1/videos/{name}").json())
             return found[-1]["status"] in ("completed", "failed")
 
-        eventually(ended)
+        eventually(has_ended)
         return found[-1]
 
 
@@ -150,9 +150,9 @@ def serving(
     token: str | None = None,
     grace: float = 5.0,
     **limits: object,
-) -> Iterator[Served]:
+) -> Iterator[RunningServer]:
     """A server until the end of the block."""
-    manifest = manifest or manifest_of("far-tiny")
+    manifest = manifest or fake_manifest("far-tiny")
     allowed = replace(Limits(frames=81, pixels=64 * 96), **limits)  # type: ignore[arg-type]
     shelf = Shelf(folder, allowed.disk_bytes, allowed.keep_seconds)
     service = Service(maker, manifest, shelf, allowed, manifest.model, Metrics())
@@ -164,7 +164,7 @@ def serving(
         eventually(lambda: server.started)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-                yield Served(f"127.0.0.1:{port}", service, client, server)
+                yield RunningServer(f"127.0.0.1:{port}", service, client, server)
         finally:
             service.drain(0)
             server.should_exit = True

@@ -1,6 +1,6 @@
 """A machine with TensorRT and a GPU, acted: the real names, and ONNX Runtime where the kernels would be.
 
-`Machine` gives the stand-ins of TensorRT and CUDA the behaviour our flows need. A "plan" is a small JSON file that names
+`FakeTensorRTBuild` gives the stand-ins of TensorRT and CUDA the behaviour our flows need. A "plan" is a small JSON file that names
 the ONNX graph; a context runs that graph in ONNX Runtime on exactly the addresses and shapes it was given, so that what
 comes out is right only if every buffer, address and copy is. It holds our code to TensorRT's rules: an address for every
 tensor, aligned; shapes inside the chosen profile; activation memory of the right size; a captured context never touched.
@@ -21,14 +21,14 @@ import onnx
 import onnxruntime
 import pytest
 
-from tests.fakes.cuda import Cuda
-from tests.fakes.tensorrt_surface import Surface
+from tests.fakes.cuda import FakeCuda
+from tests.fakes.tensorrt_surface import FakeTensorRTModule
 from tools import cuda_surface, tensorrt_stubs
 
 RELEASES = {"10.3": "12.6", "10.16": "12.9", "11.4": "13"}
 """TensorRT, and the CUDA beside it; 10.3 and 12.6 are JetPack 6."""
 
-FACING = (
+TENSORRT_MODULES = (
     "api", "cuda", "engine", "execution", "kv_cache", "plan", "profiler", "run",
     "build.builder", "build.progress_monitor", "build.timing_cache",
 )  # fmt: skip
@@ -46,13 +46,13 @@ def stubs_or_skip(release: str) -> Path:
         pytest.skip(str(error))
 
 
-def host_memory(surface: Surface, content: bytes) -> Any:
+def host_memory(surface: FakeTensorRTModule, content: bytes) -> Any:
     """An IHostMemory, which is a buffer."""
     kind = type("IHostMemory", (surface.IHostMemory, bytes), {})
     return bytes.__new__(kind, content)
 
 
-class Machine:
+class FakeTensorRT:
     """One machine.
 
     Args:
@@ -67,10 +67,10 @@ class Machine:
 
     def __init__(self, release: str) -> None:
         self.release = release
-        self.cuda = Cuda(cuda_surface.surface(RELEASES[release]))
+        self.cuda = FakeCuda(cuda_surface.load_surface(RELEASES[release]))
         self.failure: str | None = None
         self.during_build: Callable[[], None] = lambda: None
-        self.layers: Callable[[onnx.ModelProto], list[dict[str, Any]]] = layers_as_asked
+        self.layers: Callable[[onnx.ModelProto], list[dict[str, Any]]] = requested_layers
         self.released: list[str] = []
         version = {"10.16": "10.16.1.11", "10.3": "10.3.0", "11.4": "11.4.0.106"}[release]
         behaviour = {
@@ -79,10 +79,10 @@ class Machine:
         behaviour |= {"Dims.__len__": lambda dims: len(dims.values), "Dims.__getitem__": lambda dims, i: dims.values[i]}
         behaviour |= {"Dims.__init__": lambda dims, shape=(): dims.__dict__.update(values=tuple(shape))}
         stub = (stubs_or_skip(release) / "tensorrt" / "__init__.pyi").read_text()
-        self.trt = Surface(stub, version, behaviour)
+        self.trt = FakeTensorRTModule(stub, version, behaviour)
 
     def dims(self, values: Any) -> Any:
-        return self.trt.made("Dims", values=tuple(values))
+        return self.trt.make_object("Dims", values=tuple(values))
 
     # builder
 
@@ -91,7 +91,7 @@ class Machine:
 
     def do_Builder__create_network(self, builder: Any, flags: int = 0) -> Any:  # noqa: N802
         assert flags & (1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)), "the network is weakly typed"
-        return self.trt.made("INetworkDefinition", model=None)
+        return self.trt.make_object("INetworkDefinition", model=None)
 
     def do_OnnxParser____init__(self, parser: Any, network: Any, logger: Any) -> None:  # noqa: N802
         parser.__dict__.update(network=network)
@@ -106,7 +106,7 @@ class Machine:
 
     def do_Builder__create_builder_config(self, builder: Any) -> Any:  # noqa: N802
         flags = {"TF32"}
-        return self.trt.made("IBuilderConfig", on=flags, shapes=[], cache=None, limits={})
+        return self.trt.make_object("IBuilderConfig", on=flags, shapes=[], cache=None, limits={})
 
     def do_IBuilderConfig__set_flag(self, config: Any, flag: Any) -> None:  # noqa: N802
         config.on.add(flag.name)
@@ -118,7 +118,7 @@ class Machine:
         config.limits[pool.name] = size
 
     def do_Builder__create_optimization_profile(self, builder: Any) -> Any:  # noqa: N802
-        return self.trt.made("IOptimizationProfile", shapes={})
+        return self.trt.make_object("IOptimizationProfile", shapes={})
 
     def do_IOptimizationProfile__set_shape(self, profile: Any, name: str, least: Any, best: Any, most: Any) -> None:  # noqa: N802
         rows = [list(dims.values) for dims in (least, best, most)]
@@ -131,7 +131,7 @@ class Machine:
         return len(config.shapes) - 1
 
     def do_IBuilderConfig__create_timing_cache(self, config: Any, content: Any) -> Any:  # noqa: N802
-        return self.trt.made("ITimingCache", content=json.loads(bytes(content) or b"{}"))
+        return self.trt.make_object("ITimingCache", content=json.loads(bytes(content) or b"{}"))
 
     def do_IBuilderConfig__set_timing_cache(self, config: Any, cache: Any, ignore_mismatch: bool) -> bool:  # noqa: N802
         if cache.content.get("version", self.trt.__version__) != self.trt.__version__:
@@ -181,7 +181,7 @@ class Machine:
         model = onnx.load(plan["model"], load_external_data=False)
         tensors = {t.name: t.type.tensor_type for t in [*model.graph.input, *model.graph.output]}
         state = {"plan": plan, "model": model, "tensors": tensors, "inputs": len(model.graph.input)}
-        return self.trt.made("ICudaEngine", **state, weights="STRIP_PLAN" not in plan["flags"])
+        return self.trt.make_object("ICudaEngine", **state, weights="STRIP_PLAN" not in plan["flags"])
 
     def do_ICudaEngine__num_io_tensors(self, engine: Any) -> int:  # noqa: N802
         return len(engine.tensors)
@@ -212,7 +212,7 @@ class Machine:
         return 1 << 20
 
     def do_ICudaEngine__create_engine_inspector(self, engine: Any) -> Any:  # noqa: N802
-        return self.trt.made("EngineInspector", engine=engine)
+        return self.trt.make_object("EngineInspector", engine=engine)
 
     def do_EngineInspector__get_engine_information(self, inspector: Any, form: Any) -> str:  # noqa: N802
         assert form == self.trt.LayerInformationFormat.JSON
@@ -238,24 +238,26 @@ class Machine:
     def do_ICudaEngine__create_execution_context(self, engine: Any, strategy: Any = None) -> Any:  # noqa: N802
         assert strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         assert engine.weights, "the plan is stripped, and its weights were not given back"
-        return self.trt.made("IExecutionContext", of=engine, number=-1, shapes={}, addresses={}, memory=None, captured=False)
+        return self.trt.make_object(
+            "IExecutionContext", of=engine, number=-1, shapes={}, addresses={}, memory=None, captured=False
+        )
 
-    def _touch(self, context: Any) -> None:
+    def _assert_not_captured(self, context: Any) -> None:
         assert not context.captured, "a context was changed after its run was captured: undefined in TensorRT"
 
     def do_IExecutionContext__set_optimization_profile_async(self, context: Any, number: int, stream: int) -> bool:  # noqa: N802
-        self._touch(context)
+        self._assert_not_captured(context)
         context.__dict__.update(number=number, shapes={})
         return 0 <= number < len(context.of.plan["profiles"])
 
     def do_IExecutionContext__set_input_shape(self, context: Any, name: str, shape: Any) -> bool:  # noqa: N802
-        self._touch(context)
+        self._assert_not_captured(context)
         least, _, most = context.of.plan["profiles"][context.number][name]
         context.shapes[name] = tuple(shape)
         return all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
 
     def do_IExecutionContext__set_tensor_address(self, context: Any, name: str, address: int) -> bool:  # noqa: N802
-        self._touch(context)
+        self._assert_not_captured(context)
         assert address and address % 256 == 0, f"{name} is at {address:#x}, which is not aligned"
         assert name in context.of.tensors
         context.addresses[name] = address
@@ -269,7 +271,7 @@ class Machine:
         return self._memory_of(context)
 
     def do_IExecutionContext__set_device_memory(self, context: Any, memory: int, size: int) -> None:  # noqa: N802
-        self._touch(context)
+        self._assert_not_captured(context)
         context.__dict__["memory"] = (memory, size)
 
     def do_IExecutionContext__execute_async_v3(self, context: Any, stream: int) -> bool:  # noqa: N802
@@ -297,7 +299,7 @@ class Machine:
                 flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
                 self.cuda.view(addresses[name], len(flat))[:] = flat
 
-        self.cuda.put(stream, run)
+        self.cuda.enqueue(stream, run)
         if (profiler := context.__dict__.get("profiler")) is not None:
             assert not capturing, "a profiled run was captured"
             for row in self.layers(context.of.model):
@@ -314,7 +316,7 @@ def _session(path: str) -> Any:
     return _SESSIONS[path]
 
 
-def layers_as_asked(model: onnx.ModelProto) -> list[dict[str, Any]]:
+def requested_layers(model: onnx.ModelProto) -> list[dict[str, Any]]:
     """Layers as TensorRT's inspector lists them: one a product, and one an attention with the products around it."""
     from anyflow_deploy.engines.tensorrt.build.inspector import expected_precision
 
@@ -335,7 +337,7 @@ def layer(name: str, nodes: tuple[str, ...], kernel: str, kind: str) -> dict[str
     return {"Name": name, "LayerType": "gemm", "Inputs": inputs, "TacticName": kernel, "Metadata": metadata}
 
 
-def install(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def install(machine: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make Python find the stand-ins, and import our modules that use them anew."""
     modules: dict[str, types.ModuleType] = {
         "tensorrt": machine.trt,
@@ -347,11 +349,11 @@ def install(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in modules.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # torch asks for it
         monkeypatch.setitem(sys.modules, name, module)
-    for name in FACING:
+    for name in TENSORRT_MODULES:
         monkeypatch.delitem(sys.modules, f"anyflow_deploy.engines.tensorrt.{name}", raising=False)
 
 
-def forget() -> None:
+def unload_modules() -> None:
     """Drop our modules that have imported a stand-in."""
-    for name in FACING:
+    for name in TENSORRT_MODULES:
         sys.modules.pop(f"anyflow_deploy.engines.tensorrt.{name}", None)

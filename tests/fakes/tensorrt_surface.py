@@ -20,7 +20,7 @@ from typing import Any
 Behaviour = dict[str, Callable[..., Any]]
 
 
-class Surface(types.ModuleType):
+class FakeTensorRTModule(types.ModuleType):
     """The stand-in of one release.
 
     Args:
@@ -34,36 +34,36 @@ class Surface(types.ModuleType):
         self.__version__ = version
         self.behaviour = behaviour
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        for item in _parsed(stub).body:
+        for item in _parse(stub).body:
             if isinstance(item, ast.ClassDef):
-                setattr(self, item.name, _class(self, item, item.name))
+                setattr(self, item.name, _make_class(self, item, item.name))
 
-    def made(self, name: str, **state: Any) -> Any:
+    def make_object(self, name: str, **state: Any) -> Any:
         """An object as TensorRT would hand it out, with private state of the stand-in's own."""
         kind = getattr(self, name)
         made = kind.__new__(kind)
         made.__dict__.update(state, _ready=True)
         return made
 
-    def called(self, name: str) -> list[dict[str, Any]]:
+    def calls_of(self, name: str) -> list[dict[str, Any]]:
         """Arguments of every call of a method, in order."""
         return [arguments for method, arguments in self.calls if method == name]
 
 
-_parsed = functools.cache(ast.parse)
+_parse = functools.cache(ast.parse)
 
 
-def _class(surface: Surface, node: ast.ClassDef, path: str) -> Any:
+def _make_class(surface: FakeTensorRTModule, node: ast.ClassDef, path: str) -> Any:
     names = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
     if "__members__" in names:
         return enum.IntEnum(node.name, [name for name in names if name != "__members__"], start=0)
-    inner = {item.name: _class(surface, item, f"{path}.{item.name}") for item in node.body if isinstance(item, ast.ClassDef)}
+    inner = {item.name: _make_class(surface, item, f"{path}.{item.name}") for item in node.body if isinstance(item, ast.ClassDef)}
     base = getattr(surface, ast.unparse(node.bases[0]), object) if node.bases else object
     body: dict[str, Any] = dict(inner)
     settable: set[str] = set()
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            body[item.target.id] = _attribute(surface, path, item.target.id, item.annotation, inner)
+            body[item.target.id] = _make_attribute(surface, path, item.target.id, item.annotation, inner)
             settable.add(item.target.id)
     methods: dict[str, list[ast.FunctionDef]] = {}
     for item in node.body:
@@ -77,11 +77,11 @@ def _class(surface: Surface, node: ast.ClassDef, path: str) -> Any:
                 methods.setdefault(item.name, []).append(item)
     for name, forms in methods.items():
         if not name.startswith("__") or name == "__init__" or f"{node.name}.{name}" in surface.behaviour:
-            body[name] = _method(surface, path, name, forms)
+            body[name] = _make_method(surface, path, name, forms)
     if "__init__" not in body and base is object:
         body["__init__"] = _no_constructor
     made = type(node.name, (base,), body)
-    made.__setattr__ = _guarded(made, settable | getattr(base, "_settable", set()))  # type: ignore[method-assign, assignment]
+    made.__setattr__ = _make_setattr(made, settable | getattr(base, "_settable", set()))  # type: ignore[method-assign, assignment]
     made._settable = settable  # type: ignore[attr-defined]
     return made
 
@@ -90,7 +90,7 @@ def _no_constructor(self: Any, *_: Any) -> None:
     raise TypeError(f"{type(self).__name__}: No constructor defined!")
 
 
-def _attribute(surface: Surface, path: str, name: str, annotation: ast.expr, inner: dict[str, Any]) -> Any:
+def _make_attribute(surface: FakeTensorRTModule, path: str, name: str, annotation: ast.expr, inner: dict[str, Any]) -> Any:
     """A constant of a nested enum (`Logger.ERROR`), or a plain attribute."""
     text = ast.unparse(annotation)
     if text.startswith("typing.ClassVar"):
@@ -100,7 +100,7 @@ def _attribute(surface: Surface, path: str, name: str, annotation: ast.expr, inn
 
 
 class _Property:
-    def __init__(self, surface: Surface, path: str, name: str) -> None:
+    def __init__(self, surface: FakeTensorRTModule, path: str, name: str) -> None:
         self._surface, self._path, self._name = surface, path, name
 
     def __get__(self, instance: Any, owner: type) -> Any:
@@ -118,7 +118,7 @@ class _Property:
         instance.__dict__[self._name] = value
 
 
-def _guarded(kind: type, settable: set[str]) -> Callable[[Any, str, Any], None]:
+def _make_setattr(kind: type, settable: set[str]) -> Callable[[Any, str, Any], None]:
     """pybind11's classes take no new attributes; Python classes derived from them do."""
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
@@ -147,7 +147,7 @@ def _signature(form: ast.FunctionDef) -> inspect.Signature:
     )
 
 
-def _method(surface: Surface, path: str, name: str, forms: list[ast.FunctionDef]) -> Callable[..., Any]:
+def _make_method(surface: FakeTensorRTModule, path: str, name: str, forms: list[ast.FunctionDef]) -> Callable[..., Any]:
     signatures: list[inspect.Signature] = []  # made at the first call: most of a thousand methods see none
     returns = forms[0].returns
 

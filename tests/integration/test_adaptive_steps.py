@@ -116,8 +116,8 @@ def test_on_the_golden_model(small_bundle: Export) -> None:
     assert counts == sorted(counts) and len(set(counts)) == 4
 
 
-def test_the_first_chunk_decides_for_all(exported: Export) -> None:
-    engine, picks = load_engine(exported(SMALL.parent / "causal")), list[AdaptiveResult]()
+def test_the_first_chunk_decides_for_all(export_once: Export) -> None:
+    engine, picks = load_engine(export_once(SMALL.parent / "causal")), list[AdaptiveResult]()
     a = engine.architecture
     latents, text = noise((1, 7, a.in_channels, 8, 8), 0), noise((1, 4, a.text_dim), 1)
     ask = AdaptiveSteps(37, on_end=picks.append)

@@ -39,22 +39,22 @@ def test_the_any_step_benchmark_runs_in_small_and_goes_on_where_it_stopped(tmp_p
 
 def test_both_distances_see_what_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from any_step_distance import Shown, distances
+    from any_step_distance import VideoSet, distances
 
     from anyflow_deploy.training.data.source import DataShard
     from anyflow_deploy.training.data.synthetic import SyntheticLatents
 
-    def shapes(seed: int) -> Shown:
+    def shapes(seed: int) -> VideoSet:
         batch = SyntheticLatents(DataShard(0, 1, 1), (2, 3, 8, 8), (6, 32), seed).batch(list(range(256)))
-        return Shown(batch.latents, batch.text)
+        return VideoSet(batch.latents, batch.text)
 
     data, other = shapes(0), shapes(1)
     floor = distances(other, data)
     assert all(value < 1e-6 for value in distances(data, data).values())
-    blurred = Shown((other.latents + other.latents.roll(1, -1)) / 2, other.text)
-    frozen = Shown(other.latents[:, :1].expand_as(other.latents), other.text)
-    swapped = Shown(other.latents, other.text.roll(1, 0))
+    blurred = VideoSet((other.latents + other.latents.roll(1, -1)) / 2, other.text)
+    frozen = VideoSet(other.latents[:, :1].expand_as(other.latents), other.text)
+    swapped = VideoSet(other.latents, other.text.roll(1, 0))
     for worse in (blurred, frozen, swapped):
         assert distances(worse, data)["frechet"] > 1.3 * floor["frechet"]
-    assert distances(Shown(other.latents * 1.3, other.text), data)["sliced_wasserstein"] > 1.3 * floor["sliced_wasserstein"]
+    assert distances(VideoSet(other.latents * 1.3, other.text), data)["sliced_wasserstein"] > 1.3 * floor["sliced_wasserstein"]
     assert torch.isfinite(data.latents).all()

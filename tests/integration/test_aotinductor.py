@@ -1,6 +1,6 @@
 """AOTInductor: the authors' own results through compiled packages, in other precisions, and all that is refused.
 
-A package takes half a minute to compile, so each engine is built once a session (`built` in conftest).
+A package takes half a minute to compile, so each engine is built once a session (`build_aotinductor` in conftest).
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from anyflow_deploy.engines.torch_common import device
 from anyflow_deploy.engines.torch_common.device import instruction_sets
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.engines.validation import THRESHOLDS
-from anyflow_deploy.export.diffusers_engine import TorchEngine
+from anyflow_deploy.export.diffusers_engine import DiffusersEngine
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.program import network_from_bundle, program_from_bundle
-from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
-from anyflow_deploy.export.quantization.prompts import PROMPTS, random_text
-from anyflow_deploy.export.torch_engine import NetworkEngine
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration
+from anyflow_deploy.export.quantization.prompts import PROMPTS, random_prompt_embeds
+from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.model.transformer import FlowMapTransformer
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden
 from tests.integration.test_causal import three_jumps, whole
@@ -80,8 +80,8 @@ def oracle() -> Arrays:
 
 
 @pytest.fixture(scope="module")
-def folder(small_bundle: Export, built: Any) -> EngineFolder:
-    return built(small_bundle())
+def folder(small_bundle: Export, build_aotinductor: Any) -> EngineFolder:
+    return build_aotinductor(small_bundle())
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_golden_samples(oracle: Arrays, engine: Any, steps: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_one_engine_takes_any_shape(engine: Any, shape: tuple[int, ...], tokens: int) -> None:
     latents, text = noise(shape, 0), noise((shape[0], tokens, 32), 1)
-    reference = TorchEngine(open_checkpoint(SMALL))
+    reference = DiffusersEngine(open_checkpoint(SMALL))
     made, expected = (sample(e, latents, text, Schedule.uniform(3)) for e in (engine, reference))
     assert difference(made, expected).relative_l2 < FLOAT32
 
@@ -188,10 +188,10 @@ def test_validate_proves_it(small_bundle: Export, folder: EngineFolder, tmp_path
 
 
 @pytest.fixture(scope="module")
-def causal(exported: Export, built: Any) -> tuple[Any, Arrays]:
-    bundle = exported(CAUSAL)
+def causal(export_once: Export, build_aotinductor: Any) -> tuple[Any, Arrays]:
+    bundle = export_once(CAUSAL)
     oracle = causal_golden()
-    return load_engine(bundle, "aotinductor", engine=built(bundle).path), oracle
+    return load_engine(bundle, "aotinductor", engine=build_aotinductor(bundle).path), oracle
 
 
 @pytest.mark.slow
@@ -213,9 +213,9 @@ def test_golden_streams_of_other_kinds(causal: tuple[Any, Arrays]) -> None:
 
 
 @pytest.mark.slow
-def test_a_window_and_a_growing_plan_compute_what_onnx_runtime_does(causal: tuple[Any, Arrays], exported: Export) -> None:
+def test_a_window_and_a_growing_plan_compute_what_onnx_runtime_does(causal: tuple[Any, Arrays], export_once: Export) -> None:
     engine, oracle = causal
-    latents, other = noise((1, 19, 4, 12, 20), 3), load_engine(exported(CAUSAL))
+    latents, other = noise((1, 19, 4, 12, 20), 3), load_engine(export_once(CAUSAL))
     ours, theirs = (
         whole(stream(e, latents, oracle["text"], Schedule.uniform(1), (1, 3, 3, 3, 3, 3, 3), window=2)) for e in (engine, other)
     )
@@ -244,21 +244,26 @@ ONE_LAYER = dataclasses.replace(open_checkpoint(SMALL).architecture, num_layers=
     ],
 )
 def test_every_precision_is_compiled(
-    built: Any, tmp_path_factory: pytest.TempPathFactory, precision: str, base: str | None, achieved: str, least: float
+    build_aotinductor: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+    precision: str,
+    base: str | None,
+    achieved: str,
+    least: float,
 ) -> None:
     """The compiled network against the same one in eager torch, and against float32, from which it has to differ."""
     weights = RandomWeights(ONE_LAYER, "one layer")
-    settings = CalibrationSettings(random_text(weights, PROMPTS[:2], 40), (2, 4, 8, 12), steps=(1, 2))
+    settings = CalibrationSettings(random_prompt_embeds(weights, PROMPTS[:2], 40), (2, 4, 8, 12), steps=(1, 2))
     how = ExportSettings(precision, target="h100")
     if base:
-        how = dataclasses.replace(how, base=base, calibration=calibrated(weights, settings))
+        how = dataclasses.replace(how, base=base, calibration=run_calibration(weights, settings))
     bundle = export_bundle(weights, tmp_path_factory.mktemp("one") / "bundle", how)
-    folder = built(bundle)
+    folder = build_aotinductor(bundle)
     assert folder.record.achieved["transition"].split(", ")[1:] == ([achieved] if achieved else [])
     latents, text = noise((1, 2, 4, 8, 12), 0), noise((1, 40, 32), 1)
     with load_engine(bundle, "aotinductor", engine=folder.path).start(latents, text) as run:
         found = run.velocity(900, 500)
-    with NetworkEngine(weights).start(latents, text) as run:
+    with TorchEngine(weights).start(latents, text) as run:
         exact = run.velocity(900, 500)
     bound = THRESHOLDS["fp16" if precision == "fp16" else "bf16"].transition
     assert difference(found, eager(bundle, latents, text)).relative_l2 < bound
@@ -296,16 +301,18 @@ KEPT = ("blocks.0.attn1.to_q", "blocks.1.attn1.to_k", "blocks.1.ffn.net.0.proj",
 """Their inputs are smoothed, although they are not quantized."""
 
 
-@pytest.mark.parametrize("how", [("int8", {"kept": KEPT}), ("fp8", {})], ids=["int8", "fp8"])
-def test_eight_bits_are_those_of_the_onnx_graph(quantized: Export, oracle: Arrays, how: tuple[str, dict[str, Any]]) -> None:
-    bundle = quantized(SMALL, how[0], **how[1])
+@pytest.mark.parametrize("how", [("int8", {"full_precision_layers": KEPT}), ("fp8", {})], ids=["int8", "fp8"])
+def test_eight_bits_are_those_of_the_onnx_graph(
+    export_quantized: Export, oracle: Arrays, how: tuple[str, dict[str, Any]]
+) -> None:
+    bundle = export_quantized(SMALL, how[0], **how[1])
     with load_engine(bundle).start(oracle["latents"], oracle["text"]) as run:
         expected = run.velocity(900, 500)
     assert difference(eager(bundle, oracle["latents"], oracle["text"]), expected).relative_l2 < AGREES
 
 
-def test_an_input_is_rounded_once_for_all_that_read_it(quantized: Export) -> None:
-    bundle = quantized(SMALL, "fp8")
+def test_an_input_is_rounded_once_for_all_that_read_it(export_quantized: Export) -> None:
+    bundle = export_quantized(SMALL, "fp8")
     weights = TorchWeights(torch, bundle, "cpu")
     program = program_from_bundle(bundle, "transition", weights.select(list(weights)), "cpu")
     targets = [str(node.target) for node in program.graph.nodes]
@@ -391,17 +398,17 @@ def test_attention_that_was_not_fused_is_refused(small_bundle: Export, monkeypat
         compiler.summarize_package(small_bundle(), "transition", Path("transition.pt2"))
 
 
-def test_fp8_attention_is_refused(quantized: Export) -> None:
+def test_fp8_attention_is_refused(export_quantized: Export) -> None:
     manifest = SimpleNamespace(quantization=SimpleNamespace(attention="fp8"), precision="fp8")
     with pytest.raises(BackendError, match=r"attention in fp8.*--attention high, or use backend tensorrt or onnxruntime"):
         build.check_precision(torch, SimpleNamespace(path="bundle", manifest=manifest), "cpu", 0)  # type: ignore[arg-type]
 
 
-def test_fp8_needs_ada_and_int8_needs_rows_on_a_gpu(quantized: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp8_needs_ada_and_int8_needs_rows_on_a_gpu(export_quantized: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = SimpleNamespace(get_device_capability=lambda _: (8, 0), get_device_name=lambda _: "NVIDIA A100")
     with pytest.raises(BackendError, match=r"NVIDIA A100 \(compute capability 8\.0\) has no FP8 products"):
-        build.check_precision(SimpleNamespace(cuda=gpu), quantized(SMALL, "fp8"), "cuda", 0)
-    bundle = quantized(SMALL, "int8", kept=KEPT)
+        build.check_precision(SimpleNamespace(cuda=gpu), export_quantized(SMALL, "fp8"), "cuda", 0)
+    bundle = export_quantized(SMALL, "int8", full_precision_layers=KEPT)
     ranges = build._buildable_ranges(bundle, "cuda")
     assert ranges["text"].minimum == 17 and ranges["height"].minimum * ranges["width"].minimum // 4 >= 17
     assert build._buildable_ranges(bundle, "cpu")["text"].minimum == 1

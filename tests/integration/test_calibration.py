@@ -21,16 +21,16 @@ from anyflow_deploy.cli.calibrate import CalibrateOptions, calibrate
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.export.quantization.calibrate import (
     CalibrationSettings,
-    calibrated,
+    calibration_checkpoint_path,
     check_calibration,
-    partial_path,
-    rounded_up,
+    round_up,
+    run_calibration,
     write_calibration,
 )
 from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
-from anyflow_deploy.export.quantization.prompts import PROMPTS, prompt_text, prompts_from_file, random_text
-from anyflow_deploy.export.quantization.rollouts import calibration_schedules, chunk_plan, latent_shape, rolled_out
-from anyflow_deploy.export.torch_engine import NetworkEngine
+from anyflow_deploy.export.quantization.prompts import PROMPTS, embed_prompts, random_prompt_embeds, read_prompts
+from anyflow_deploy.export.quantization.rollouts import calibration_schedules, chunk_plan, latent_shape, run_rollout
+from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.progress import Advance, NullProgress
 from anyflow_deploy.quantization.calibration import Calibration, load_calibration
 from anyflow_deploy.quantization.layers import OPERANDS, input_amax, quantizable_layers, unquantized_layers
@@ -55,7 +55,7 @@ class Changed:
 
 
 def settings(weights: Weights, prompts: int = 2, **others: object) -> CalibrationSettings:
-    text = random_text(weights, PROMPTS[:prompts], TEXT_TOKENS)
+    text = random_prompt_embeds(weights, PROMPTS[:prompts], TEXT_TOKENS)
     channels = weights.architecture.in_channels
     shape = (2, channels, 8, 12) if not weights.architecture.causal else (8, channels, 8, 8)
     return CalibrationSettings(text, shape, **others)  # type: ignore[arg-type]
@@ -68,23 +68,23 @@ def weights() -> Weights:
 
 @pytest.fixture(scope="module")
 def calibration(weights: Weights) -> Calibration:
-    return calibrated(weights, settings(weights, prompts=len(PROMPTS)))
+    return run_calibration(weights, settings(weights, prompts=len(PROMPTS)))
 
 
 def seen(weights: Weights, schedules: list[Schedule], seed: int) -> dict[str, float]:
     """The largest values over some schedules, watched without the code under test."""
-    engine = NetworkEngine(weights)
+    engine = TorchEngine(weights)
     watched = load_modelopt().watching(engine.network, quantizable_layers(weights.architecture))
     given = settings(weights)
     for schedule in schedules:
-        rolled_out(engine, noise((1, *given.shape), seed), given.text.embeddings[:1], schedule)
+        run_rollout(engine, noise((1, *given.shape), seed), given.text.prompt_embeds[:1], schedule)
     return {name: float(maximum.compute_amax().max()) for name, maximum in watched.items()}
 
 
 @pytest.mark.parametrize("checkpoint", [SMALL, CAUSAL])
 def test_every_tensor_that_an_8_bit_engine_rounds_has_a_range(checkpoint: Path) -> None:
     weights = open_checkpoint(checkpoint)
-    found = calibrated(weights, settings(weights, prompts=1, steps=(1, 2))).tensors
+    found = run_calibration(weights, settings(weights, prompts=1, steps=(1, 2))).tensors
     shapes = quantizable_layers(weights.architecture)
     attentions = [f"blocks.{n}.{kind}" for n in range(weights.architecture.num_layers) for kind in ("attn1", "attn2")]
     inputs = {f"{layer}.input" for layer in shapes}
@@ -131,10 +131,10 @@ def test_ranges_are_the_maxima_of_what_was_seen(weights: Weights, calibration: C
 
 @given(st.floats(1e-30, 1e30))
 def test_rounding_never_goes_below_the_truth(value: float) -> None:
-    rounded = rounded_up(value)
+    rounded = round_up(value)
     assert value <= rounded <= value * 1.00011
     assert len(repr(rounded).replace(".", "").split("e")[0].strip("0")) <= 5
-    assert rounded_up(rounded) == rounded
+    assert round_up(rounded) == rounded
 
 
 def test_the_file_comes_back_as_it_was(calibration: Calibration, tmp_path: Path) -> None:
@@ -163,26 +163,26 @@ class Stopping(NullProgress):
 def test_an_interrupted_calibration_goes_on_to_the_same_result(checkpoint: Path, tmp_path: Path) -> None:
     weights, said = open_checkpoint(checkpoint), []
     plain = settings(weights, prompts=1, steps=(1, 2))
-    kept = dataclasses.replace(plain, partial=tmp_path / "partial", tell=said.append)
+    kept = dataclasses.replace(plain, partial=tmp_path / "partial", notify=said.append)
     for after in (8, 12):
         with pytest.raises(KeyboardInterrupt):
-            calibrated(weights, kept, Stopping(after))
+            run_calibration(weights, kept, Stopping(after))
     assert (tmp_path / "partial").is_file()
-    assert calibrated(weights, kept) == calibrated(weights, plain)
+    assert run_calibration(weights, kept) == run_calibration(weights, plain)
     assert said and all(line.startswith("going on after ") for line in said)
     assert int(said[-1].split()[3]) > 0
 
 
 def test_unfinished_work_of_other_settings_is_not_used(weights: Weights, tmp_path: Path) -> None:
     said: list[str] = []
-    kept = settings(weights, prompts=1, steps=(1,), partial=tmp_path / "partial", tell=said.append)
-    calibrated(weights, kept)
+    kept = settings(weights, prompts=1, steps=(1,), partial=tmp_path / "partial", notify=said.append)
+    run_calibration(weights, kept)
     assert said == []
     other = dataclasses.replace(kept, steps=(2,))
-    assert calibrated(weights, other) == calibrated(weights, dataclasses.replace(other, partial=None))
+    assert run_calibration(weights, other) == run_calibration(weights, dataclasses.replace(other, partial=None))
     assert said[0].endswith("is of other weights, prompts or sizes, and was not used; it will be replaced.")
     (tmp_path / "partial").write_bytes(b"\x09" * 40)
-    calibrated(weights, other)
+    run_calibration(weights, other)
     assert "cannot be read" in said[1] and said[1].endswith("it will be replaced.")
     assert len(said) == 2
 
@@ -192,7 +192,7 @@ def test_an_infinite_activation_is_named(weights: Weights) -> None:
         weights, {"blocks.1.ffn.net.0.proj.bias": lambda b: b + 3e38, "blocks.1.ffn.net.0.proj.weight": lambda w: w * 1e38}
     )
     with pytest.raises(AnyFlowError, match=r"blocks\.1\.ffn\.net\.2\.input became infinite or NaN at prompt 0, seed 0, 1 steps"):
-        calibrated(broken, settings(broken, prompts=1, steps=(1,)))
+        run_calibration(broken, settings(broken, prompts=1, steps=(1,)))
 
 
 def test_zeros_are_a_range(weights: Weights) -> None:
@@ -205,7 +205,7 @@ def test_zeros_are_a_range(weights: Weights) -> None:
     silent = {f"blocks.0.attn1.to_v.{part}": torch.zeros_like for part in ("weight", "bias")}
     partly = {f"blocks.1.ffn.net.0.proj.{part}": quiet for part in ("weight", "bias")}
     changed = Changed(weights, {**silent, **partly})
-    found = calibrated(changed, settings(changed, prompts=1, steps=(1,)))
+    found = run_calibration(changed, settings(changed, prompts=1, steps=(1,)))
     assert found.tensors["blocks.0.attn1.value"].amax == 0
     assert unquantized_layers(weights.architecture, found) == {
         "blocks.0.attn1.to_out.0": "its input was zero throughout calibration"
@@ -243,12 +243,12 @@ def test_a_calibration_of_other_weights_is_refused(weights: Weights, calibration
 
 
 def test_the_text_comes_from_the_pipelines_own_encoder(tiny_pipeline: Path, weights: Weights) -> None:
-    own = prompt_text(open_checkpoint(tiny_pipeline), ("a red fox", "rain in the city"))
-    assert own.source == "encoder" and own.embeddings.shape == (2, 512, 64)
-    assert prompt_text(open_checkpoint(tiny_pipeline / "transformer"), ("a red fox",)).source == "encoder"
-    assert prompt_text(weights, ("a red fox",)).source == "random"
+    own = embed_prompts(open_checkpoint(tiny_pipeline), ("a red fox", "rain in the city"))
+    assert own.source == "encoder" and own.prompt_embeds.shape == (2, 512, 64)
+    assert embed_prompts(open_checkpoint(tiny_pipeline / "transformer"), ("a red fox",)).source == "encoder"
+    assert embed_prompts(weights, ("a red fox",)).source == "random"
     with pytest.raises(AnyFlowError, match="the model takes 512; shorten it"):
-        prompt_text(open_checkpoint(tiny_pipeline), ("a red fox " * 600,))
+        embed_prompts(open_checkpoint(tiny_pipeline), ("a red fox " * 600,))
 
 
 def test_chunks_fit_the_frames() -> None:
@@ -264,10 +264,10 @@ def test_chunks_fit_the_frames() -> None:
 def test_prompts_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("\ufeffa fox\n\n  das Meer bei Nacht: größer  \n", encoding="utf-8")
-    assert prompts_from_file(path) == ("a fox", "das Meer bei Nacht: größer")
+    assert read_prompts(path) == ("a fox", "das Meer bei Nacht: größer")
     path.write_bytes(b"caf\xe9\n")
     with pytest.raises(AnyFlowError, match=r"not UTF-8 text \(byte 3\)"):
-        prompts_from_file(path)
+        read_prompts(path)
 
 
 @pytest.mark.parametrize(
@@ -305,4 +305,4 @@ def test_the_command_says_where_the_text_came_from(tmp_path: Path, capsys: pytes
     assert calibrate(parsed(CalibrateOptions, shlex.split(words))) == 0
     captured = capsys.readouterr()
     assert "no text encoder" in captured.err and captured.out == ""
-    assert load_calibration(output).text == "random" and not partial_path(output).exists()
+    assert load_calibration(output).text == "random" and not calibration_checkpoint_path(output).exists()

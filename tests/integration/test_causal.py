@@ -20,10 +20,10 @@ from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.kv_cache import cache_plan, check_budget
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.export.torch_engine import NetworkEngine, network_from_weights
+from anyflow_deploy.export.torch_engine import TorchEngine, network_from_weights
 from anyflow_deploy.model.causal import ChunkCompressor, TextKVEncoder
 from tests.conftest import GOLDEN, SMALL, Export, causal_golden
-from tests.fakes.profile_sample import assert_counted
+from tests.fakes.profile_sample import assert_operations_match_graph
 from tests.integration.test_graph import TENSORRT_10_3
 
 CAUSAL = GOLDEN.parent / "causal"
@@ -38,15 +38,15 @@ def oracle() -> dict[str, NDArray[np.float32]]:
 
 
 @pytest.fixture(scope="module", params=[("fp32", 20), ("fp32", 23), ("fp16", 20)], ids=lambda p: f"{p[0]}-{p[1]}")
-def any_engine(exported: Export, request: pytest.FixtureRequest) -> tuple[BundleEngine, float]:
+def any_engine(export_once: Export, request: pytest.FixtureRequest) -> tuple[BundleEngine, float]:
     """An engine, and how far it may be from the oracle."""
     precision, opset = request.param
-    return load_engine(exported(CAUSAL, precision, opset)), FLOAT32 if precision == "fp32" else 5e-3
+    return load_engine(export_once(CAUSAL, precision, opset)), FLOAT32 if precision == "fp32" else 5e-3
 
 
 @pytest.fixture(scope="module")
-def engine(exported: Export) -> BundleEngine:
-    return load_engine(exported(SMALL.parent / "causal"))
+def engine(export_once: Export) -> BundleEngine:
+    return load_engine(export_once(SMALL.parent / "causal"))
 
 
 def whole(chunks: Iterator[Chunk]) -> NDArray[np.float32]:
@@ -68,7 +68,7 @@ def test_samples(oracle: dict[str, Any], any_engine: tuple[BundleEngine, float],
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_samples_in_torch(oracle: dict[str, Any], steps: int) -> None:
-    engine = NetworkEngine(open_checkpoint(CAUSAL))
+    engine = TorchEngine(open_checkpoint(CAUSAL))
     made = whole(stream(engine, oracle["latents"], oracle["text"], Schedule.uniform(steps)))
     assert difference(made, oracle[f"sample_{steps}"]).relative_l2 < FLOAT32
 
@@ -283,8 +283,8 @@ def test_sides_that_the_coarse_patches_do_not_divide() -> None:
         cache_plan(MODELS["far-1.3b"].architecture, None, 90, 2)
 
 
-def test_the_bundle_of_a_causal_model(exported: Export) -> None:
-    bundle = exported(SMALL.parent / "causal", "fp16")
+def test_the_bundle_of_a_causal_model(export_once: Export) -> None:
+    bundle = export_once(SMALL.parent / "causal", "fp16")
     assert bundle.manifest.kind == "causal" and list(bundle.manifest.graphs) == ["text", "chunk", "compress"]
     text, chunk, compress = bundle.manifest.graphs.values()
     assert [t.name for t in text.inputs] == ["text"] and text.outputs[1].name == "text_value.0"
@@ -298,17 +298,17 @@ def test_the_bundle_of_a_causal_model(exported: Export) -> None:
 
 
 @pytest.mark.parametrize("graph", ["text", "chunk", "compress"])
-def test_opset_20_is_what_tensorrt_10_3_parses(exported: Export, graph: str) -> None:
+def test_opset_20_is_what_tensorrt_10_3_parses(export_once: Export, graph: str) -> None:
     import onnx
 
-    model = onnx.load(str(exported(SMALL.parent / "causal").path / f"{graph}.onnx"), load_external_data=False)
+    model = onnx.load(str(export_once(SMALL.parent / "causal").path / f"{graph}.onnx"), load_external_data=False)
     assert {node.op_type for node in model.graph.node} <= {*TENSORRT_10_3.split(), "CastLike", "ConstantOfShape", "Gather"}
 
 
-def test_the_last_layer_of_compression_computes_keys_and_values_alone(exported: Export) -> None:
+def test_the_last_layer_of_compression_computes_keys_and_values_alone(export_once: Export) -> None:
     import onnx
 
-    bundle = exported(SMALL.parent / "causal", "fp32")
+    bundle = export_once(SMALL.parent / "causal", "fp32")
     graph = onnx.load(str(Path(bundle.path) / "compress.onnx"), load_external_data=False).graph
     last = {tensor.name for tensor in graph.initializer if tensor.name.startswith("blocks.2.")}
     assert last == {
@@ -318,13 +318,13 @@ def test_the_last_layer_of_compression_computes_keys_and_values_alone(exported: 
     assert not {"proj_out.weight", "patch_embedding.weight"} & {tensor.name for tensor in graph.initializer}
 
 
-def test_a_causal_profile_has_chunks(exported: Export, tmp_path: Path) -> None:
+def test_a_causal_profile_has_chunks(export_once: Export, tmp_path: Path) -> None:
     from anyflow_deploy.cli.options import parsed
     from anyflow_deploy.cli.profile_bundle import ProfileOptions, profile
     from anyflow_deploy.profiling.record import Profile
 
-    causal = exported(CAUSAL)
-    assert_counted(causal)
+    causal = export_once(CAUSAL)
+    assert_operations_match_graph(causal)
     flags = f"--threads 1 --steps 1,2 --shapes 64x64x29 --seconds 0.2 --skip ceilings --json {tmp_path}/p.json"
     words = f"{causal.path} {flags} --html {tmp_path}/p.html".split()
     assert profile(parsed(ProfileOptions, words)) == 0

@@ -26,7 +26,7 @@ from anyflow_deploy import AnyFlowError, Bundle, Deadline, Schedule, __version__
 from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
 from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.engines.torch_common.device import instruction_sets
-from tests.cpp_build import KINDS, Conformance, built, configured, corpus, manifest_of, run, sanitizers_work
+from tests.cpp_build import KINDS, Conformance, build_targets, configure, fuzz_corpus, run, sample_manifest, sanitizers_work
 from tests.fakes.toy_backend import ToyEngine, ToyState
 
 MANY = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -39,13 +39,13 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return Path(os.environ["ANYFLOW_CPP_BUILD"])
     folder = tmp_path_factory.mktemp("cpp") / "core"
     sanitize = "address,undefined" if sanitizers_work() else ""
-    said = configured(
+    said = configure(
         folder, "-DANYFLOW_AOTINDUCTOR=OFF", "-DANYFLOW_TENSORRT=OFF", "-DANYFLOW_OPENSSL=OFF", "-DANYFLOW_TESTS=ON",
         "-DANYFLOW_EXAMPLES=OFF",
         f"-DANYFLOW_SANITIZE={sanitize}", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -g1 -Werror",
     )  # fmt: skip
     assert "AOTINDUCTOR is switched off" in said
-    return built(folder)
+    return build_targets(folder)
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,7 @@ def written(folder: Path, manifest: Any) -> Path:
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     """A bundle of each kind, without graphs to run."""
     folder = tmp_path_factory.mktemp("bundles")
-    return {kind: load_bundle(written(folder / kind, manifest_of(kind))) for kind in KINDS}
+    return {kind: load_bundle(written(folder / kind, sample_manifest(kind))) for kind in KINDS}
 
 
 def python(work: Callable[[], Any]) -> dict[str, Any]:
@@ -332,8 +332,8 @@ def variants(value: Any) -> Iterator[Any]:
 def test_manifests_are_accepted_and_refused_alike(ask: Conformance, tmp_path: Path, kind: str) -> None:
     """Every key left out, every value of another type or size, to both readers; a causal one's graphs are as the other's."""
     accepted = refused = 0
-    bundle = written(tmp_path / "bundle", manifest_of(kind))
-    whole = manifest_of(kind)
+    bundle = written(tmp_path / "bundle", sample_manifest(kind))
+    whole = sample_manifest(kind)
     fixed = {"graphs"} if kind == "causal" else set()
     for part in variants({key: value for key, value in whole.items() if key not in fixed}):
         manifest = {**part, **{key: whole[key] for key in fixed}} if isinstance(part, dict) else part
@@ -372,7 +372,7 @@ def test_what_is_no_manifest(ask: Conformance, tmp_path: Path, text: str, words:
     "name", ["../outside", "/etc/hostname", "a\\b", "link", "", "a\0b", "x" * 5000, "missing", "folder", "loop"]
 )
 def test_files_outside_the_folder(ask: Conformance, tmp_path: Path, name: str) -> None:
-    manifest = manifest_of("bidirectional")
+    manifest = sample_manifest("bidirectional")
     manifest["files"][name] = {"bytes": 1, "sha256": "0" * 64}
     bundle = written(tmp_path / "bundle", manifest)
     (tmp_path / "outside").write_text("x")
@@ -387,7 +387,7 @@ def test_files_outside_the_folder(ask: Conformance, tmp_path: Path, name: str) -
 
 
 def test_changed_files(ask: Conformance, tmp_path: Path) -> None:
-    bundle = written(tmp_path / "bundle", manifest_of("bidirectional"))
+    bundle = written(tmp_path / "bundle", sample_manifest("bidirectional"))
     for content in (b"some Weight", b"some weight and more"):
         (bundle / "weights.bin").write_bytes(content)
         same(ask("bundle", bundle=str(bundle)), "kind", lambda: load_bundle(bundle))
@@ -418,7 +418,7 @@ def test_the_header_in_c(core: Path, bundles: dict[str, Bundle], tmp_path: Path)
 def test_fuzzers(core: Path, tmp_path: Path, target: str) -> None:
     """A short run from a fixed seed; `make fuzz-cpp` is the long one."""
     paths = []
-    for number, document in enumerate(corpus()[target]):
+    for number, document in enumerate(fuzz_corpus()[target]):
         paths.append(tmp_path / f"{number}.json")
         paths[-1].write_text(json.dumps(document))
     said = run(core / "tests" / f"fuzz_{target}", 4000, 1, *paths)
@@ -438,7 +438,7 @@ def test_without_a_compiler_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(pytest.skip.Exception, match=r"no C\+\+ compiler here: apt install g\+\+"):
-        cpp_build.compiler()
+        cpp_build.find_compiler()
 
 
 def test_sanitizers_would_complain(tmp_path: Path) -> None:

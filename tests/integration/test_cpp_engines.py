@@ -28,7 +28,7 @@ from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines.engine_folder import EngineFolder
 from anyflow_deploy.engines.metrics import difference
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden
-from tests.cpp_build import SOURCE, Conformance, built, compiler, configured, run, tool
+from tests.cpp_build import SOURCE, Conformance, build_targets, configure, find_compiler, find_tool, run
 
 FLOAT32 = 1e-5
 ROOT = SOURCE.parent.parent
@@ -51,8 +51,8 @@ def typed(place: Path, command: str) -> str:
     """Run a line of the page; what it said."""
     tools = [
         str(Path(sys.executable).parent),
-        str(Path(tool("cmake")).parent),
-        str(Path(tool("ninja")).parent),
+        str(Path(find_tool("cmake")).parent),
+        str(Path(find_tool("ninja")).parent),
         os.environ["PATH"],
     ]
     more = {"PATH": os.pathsep.join(tools), "CMAKE_BUILD_TYPE": "Debug", "CXXFLAGS": "-O0", "CMAKE_GENERATOR": "Ninja"}
@@ -62,7 +62,7 @@ def typed(place: Path, command: str) -> str:
 @pytest.fixture(scope="module")
 def library(place: Path) -> Path:
     """The library, built and installed by the page's own commands; the build's folder."""
-    compiler()
+    find_compiler()
     build = [line for line in COMMANDS if line.startswith("cmake") and "examples" not in line]
     said = [typed(place, line) for line in build]
     assert "AOTINDUCTOR is built" in said[0]
@@ -70,8 +70,8 @@ def library(place: Path) -> Path:
         "TENSORRT is built" in said[0]
         or "TENSORRT is left out: TensorRT (10.3 or later) or the CUDA toolkit was not found" in said[0]
     )
-    configured(place / "build" / "cpp", "-DANYFLOW_TESTS=ON")
-    return built(place / "build" / "cpp", "conformance")
+    configure(place / "build" / "cpp", "-DANYFLOW_TESTS=ON")
+    return build_targets(place / "build" / "cpp", "conformance")
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +91,14 @@ def ask(library: Path) -> Iterator[Conformance]:
 
 
 @pytest.fixture(scope="module")
-def golden_question(small_bundle: Export, built: Any) -> dict[str, Any]:
+def golden_question(small_bundle: Export, build_aotinductor: Any) -> dict[str, Any]:
     bundle = small_bundle()
-    return {"bundle": str(bundle.path), "skip_hashes": True, "backend": "aotinductor", "engine": str(built(bundle).path)}
+    return {
+        "bundle": str(bundle.path),
+        "skip_hashes": True,
+        "backend": "aotinductor",
+        "engine": str(build_aotinductor(bundle).path),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +129,11 @@ def test_golden_samples(ask: Conformance, golden_question: dict[str, Any], oracl
 
 
 def test_the_same_bits_as_pythons_engine(
-    ask: Conformance, golden_question: dict[str, Any], small_bundle: Export, built: Any
+    ask: Conformance, golden_question: dict[str, Any], small_bundle: Export, build_aotinductor: Any
 ) -> None:
     """One package, two languages, and a shape that no golden vector has."""
     z, text, bundle = noise((2, 3, 4, 6, 10), 8), noise((2, 7, 32), 9), small_bundle()
-    engine = load_engine(bundle, "aotinductor", engine=built(bundle).path, threads=1)
+    engine = load_engine(bundle, "aotinductor", engine=build_aotinductor(bundle).path, threads=1)
     answer = ask(
         "sample",
         **golden_question,
@@ -140,9 +145,11 @@ def test_the_same_bits_as_pythons_engine(
     assert answer["runs"][0]["latents"] == as_json(sample(engine, z, text, Schedule.uniform(3)))["data"]
 
 
-def test_threads_share_an_engine(ask: Conformance, golden_question: dict[str, Any], small_bundle: Export, built: Any) -> None:
+def test_threads_share_an_engine(
+    ask: Conformance, golden_question: dict[str, Any], small_bundle: Export, build_aotinductor: Any
+) -> None:
     text, shape, seeds = noise((1, 3, 32), 1), (1, 2, 4, 4, 6), [5, 6, 7]
-    engine = load_engine(small_bundle(), "aotinductor", engine=built(small_bundle()).path)
+    engine = load_engine(small_bundle(), "aotinductor", engine=build_aotinductor(small_bundle()).path)
     answer = ask("together", **golden_question, text=as_json(text), shape=shape, seeds=seeds)
     for seed, made in zip(seeds, answer["made"], strict=True):
         assert apart(made, sample(engine, noise(shape, seed), text, Schedule.uniform(4))) < FLOAT32
@@ -211,9 +218,9 @@ def small_video(bundle: Bundle, engine: EngineFolder, folder: Path) -> Path:
     return folder
 
 
-def test_the_page(examples: Path, place: Path, small_bundle: Export, built: Any) -> None:
+def test_the_page(examples: Path, place: Path, small_bundle: Export, build_aotinductor: Any) -> None:
     """The commands of docs/cpp.md that use what its others built."""
-    bundle = load_bundle(small_video(small_bundle(), built(small_bundle()), place / "my-bundle"))
+    bundle = load_bundle(small_video(small_bundle(), build_aotinductor(small_bundle()), place / "my-bundle"))
     text = noise((1, 8, 32), 1)
     save_file({"prompt_embeds": text}, place / "fox.safetensors")
     said = {line: typed(place, line) for line in COMMANDS if not line.startswith((*NOT_HERE, "cmake"))}
@@ -267,12 +274,12 @@ def test_an_example_says_what_is_wrong(examples: Path, place: Path, words: list[
 
 
 @pytest.mark.slow
-def test_causal_streams(examples: Path, place: Path, exported: Export, built: Any) -> None:
+def test_causal_streams(examples: Path, place: Path, export_once: Export, build_aotinductor: Any) -> None:
     """The authors' results through the example `stream`, its own noise as Python's, and a window."""
-    oracle, bundle = causal_golden(), exported(CAUSAL)
+    oracle, bundle = causal_golden(), export_once(CAUSAL)
     folder = place / "my-causal"
     shutil.copytree(bundle.path, folder, ignore=shutil.ignore_patterns("engines"))
-    shutil.copytree(built(bundle).path, folder / "engines" / "aotinductor-cpu")
+    shutil.copytree(build_aotinductor(bundle).path, folder / "engines" / "aotinductor-cpu")
     text = oracle["text"]
     save_file({"prompt_embeds": text}, place / "words.safetensors")
     save_file({"latents": oracle["latents"]}, place / "noise.safetensors")
@@ -300,7 +307,7 @@ def test_causal_streams(examples: Path, place: Path, exported: Export, built: An
     ]
     said = run(*example, *options, "--output", "window.safetensors", cwd=place).stdout
     assert len(said.splitlines()) == len(chunks)
-    engine = load_engine(bundle, "aotinductor", engine=built(bundle).path)
+    engine = load_engine(bundle, "aotinductor", engine=build_aotinductor(bundle).path)
     made = list(stream(engine, noise((1, frames, 4, rows, columns), 3), text, Schedule.uniform(2), chunks, window=1))
     whole = np.concatenate([chunk.latents for chunk in made], axis=1)
     assert difference(load_file(place / "window.safetensors")["latents"], whole).relative_l2 < FLOAT32

@@ -164,8 +164,8 @@ def test_on_an_engine(small_bundle: Export) -> None:
     np.testing.assert_allclose(made, sample(engine, latents, text, Schedule.uniform(4)), atol=1e-5)
 
 
-def test_every_chunk_has_its_own(exported: Export) -> None:
-    engine, step_timer = load_engine(exported(SMALL.parent / "causal")), StepTimer()
+def test_every_chunk_has_its_own(export_once: Export) -> None:
+    engine, step_timer = load_engine(export_once(SMALL.parent / "causal")), StepTimer()
     a = engine.architecture
     latents, text = noise((1, 7, a.in_channels, 8, 8), 0), noise((1, 4, a.text_dim), 1)
     made = list(stream(engine, latents, text, Deadline(60, max_steps=2, step_timer=step_timer), chunk_plan=(1, 3, 3)))

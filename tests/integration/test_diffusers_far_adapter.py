@@ -22,10 +22,10 @@ Pair = tuple[AnyFlowFARPipeline, AnyFlowFARPipeline]
 
 
 @pytest.fixture(scope="module")
-def pair(exported: Export, far_pipeline: Path) -> Pair:
+def pair(export_once: Export, far_pipeline: Path) -> Pair:
     """diffusers on its own transformer, and on our engine."""
     theirs, ours = (AnyFlowFARPipeline.from_pretrained(far_pipeline) for _ in range(2))
-    ours.transformer = EngineFARTransformer(load_engine(exported(far_pipeline)))
+    ours.transformer = EngineFARTransformer(load_engine(export_once(far_pipeline)))
     for pipe in (theirs, ours):
         pipe.set_progress_bar_config(disable=True)
     return theirs, ours

@@ -26,9 +26,9 @@ from anyflow_deploy import (
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.export import exporter
-from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
+from anyflow_deploy.export.exporter import ExportSettings, export_bundle, validate_export
 from anyflow_deploy.shape_ranges import Range
-from tests.artifact_cache import genuine_translation
+from tests.artifact_cache import translate_uncached
 from tests.conftest import SMALL, Export
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -93,7 +93,7 @@ def test_a_bf16_checkpoint_is_widened_exactly(tmp_path: Path) -> None:
 )
 def test_impossible_settings_are_refused_before_work(settings: ExportSettings, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        checked(ONE_LAYER, settings)
+        validate_export(ONE_LAYER, settings)
 
 
 def test_a_full_disk_is_noticed_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +106,7 @@ def test_a_full_disk_is_noticed_before_work(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_taken_destination_is_noticed_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bundle").mkdir()
-    monkeypatch.setattr(exporter, "traced_graph", lambda *_, **__: pytest.fail("work had started"))
+    monkeypatch.setattr(exporter, "trace_graph", lambda *_, **__: pytest.fail("work had started"))
     with pytest.raises(BundleError, match="exists"):
         export_bundle(ONE_LAYER, tmp_path / "bundle")
 
@@ -162,7 +162,7 @@ def test_the_shift_comes_from_the_pipelines_scheduler(tiny_pipeline: Path, tmp_p
 def test_two_exports_are_the_same_to_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded once by whichever process was the first to need it (see tests/artifact_cache.py), once here."""
     first = export_bundle(ONE_LAYER, tmp_path / "a")
-    monkeypatch.setattr(exporter, "translated_graph", genuine_translation)
+    monkeypatch.setattr(exporter, "translate_graph", translate_uncached)
     second = export_bundle(ONE_LAYER, tmp_path / "b")
     assert first.manifest.files == second.manifest.files and first.digest == second.digest
 

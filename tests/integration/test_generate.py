@@ -157,7 +157,7 @@ def test_a_served_video_is_decoded_in_pieces_and_is_the_same(
     with closing(load_engine(tiny_bundle)) as engine:
         maker = PipelineMaker(engine, text, load_vae(tiny_pipeline))
         with serving(maker, tmp_path, tiny_bundle.manifest) as server:
-            video = server.made(prompt=PROMPT, num_frames=17, size="96x64", num_inference_steps=2, seed=3)
+            video = server.create_and_wait(prompt=PROMPT, num_frames=17, size="96x64", num_inference_steps=2, seed=3)
         assert (video["status"], video["steps"], video["chunks"]) == ("completed", [2], 2)
         whole = sample(engine, noise((1, 5, 16, 8, 12), 3), text.encode([PROMPT], 512), Schedule.uniform(2))
     np.testing.assert_array_equal(np.concatenate(pieces), decoded_video(tiny_pipeline, whole)[0])

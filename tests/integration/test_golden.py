@@ -14,7 +14,7 @@ from anyflow_deploy import Schedule, load_engine, sample
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.validation import THRESHOLDS
-from anyflow_deploy.export.diffusers_engine import TorchEngine
+from anyflow_deploy.export.diffusers_engine import DiffusersEngine
 from anyflow_deploy.model.transformer import FlowMapTransformer, constants
 from tests.conftest import GOLDEN, Export
 
@@ -69,7 +69,7 @@ def test_the_module_itself(golden: Golden, fused: bool) -> None:
 
 
 def test_the_pytorch_reference(golden: Golden) -> None:
-    engine = TorchEngine(open_checkpoint(GOLDEN))
+    engine = DiffusersEngine(open_checkpoint(GOLDEN))
     with engine.start(golden["latents"], golden["text"]) as run:
         velocity = run.velocity(golden["timestep_per_frame"], golden["r_timestep_per_frame"])
     assert difference(velocity, golden["velocity_per_frame"]).relative_l2 < FLOAT32

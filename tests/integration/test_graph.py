@@ -16,8 +16,8 @@ from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.onnxruntime.graph_rewrites import fuse_attention
-from anyflow_deploy.export.diffusers_engine import TorchEngine
-from anyflow_deploy.export.trace import traced_graph
+from anyflow_deploy.export.diffusers_engine import DiffusersEngine
+from anyflow_deploy.export.trace import trace_graph
 from anyflow_deploy.model.transformer import FlowMapTransformer, constants
 from anyflow_deploy.shape_ranges import Range, narrow_ranges, widest_ranges
 from tests.conftest import SMALL, Export
@@ -110,7 +110,7 @@ def test_every_axis_is_dynamic(
     a = bundle.manifest.architecture
     latents, words = noise((batch, frames, a.in_channels, height, width), 3), noise((batch, text, a.text_dim), 4)
     velocities = []
-    for engine in (load_engine(bundle), TorchEngine(open_checkpoint(SMALL))):
+    for engine in (load_engine(bundle), DiffusersEngine(open_checkpoint(SMALL))):
         with engine.start(latents, words) as run:
             velocities.append(run.velocity(800, 300))
     assert difference(*velocities).relative_l2 < 1e-5
@@ -130,7 +130,7 @@ def test_variants_of_the_architecture_agree_with_diffusers(changes: dict[str, ob
     with torch.no_grad():
         times = torch.full((1, 2), 900.0), torch.full((1, 2), 250.0)
         _, ours = module(torch.from_numpy(latents), *times, torch.from_numpy(text))
-    with TorchEngine(weights).start(latents, text) as run:
+    with DiffusersEngine(weights).start(latents, text) as run:
         assert difference(ours.numpy(), run.velocity(900, 250)).relative_l2 < 1e-5
 
 
@@ -138,6 +138,6 @@ def test_tracing_needs_no_memory_for_weights() -> None:
     """The 14B model's shape, two layers of it: 2.6 GB of parameters that are never allocated."""
     architecture = dataclasses.replace(MODELS["14b"].architecture, num_layers=2)
     ranges = narrow_ranges(widest_ranges(architecture), {"batch": Range(1, 1)})
-    traced = traced_graph("transition", architecture, ranges, "fp16")
+    traced = trace_graph("transition", architecture, ranges, "fp16")
     assert sum(np.prod(p.shape) for p in traced.parameters.values()) > 8e8
     assert set(traced.symbols.values()) == {"frames", "rows", "columns", "text"}

@@ -31,7 +31,7 @@ from anyflow_deploy.engines.tensorrt.lint.operators import MAX_OPSETS, version_f
 from anyflow_deploy.export.quantization.calibrate import write_calibration
 from anyflow_deploy.memory.estimate import available_memory, estimate_memory, shape_from_pixels
 from anyflow_deploy.profiling import jetson, profiler
-from anyflow_deploy.profiling.memory import Peak, gpu_used
+from anyflow_deploy.profiling.memory import PeakMemory, gpu_memory_reader
 from anyflow_deploy.profiling.record import Profile
 from anyflow_deploy.profiling.terminal import print_profile
 from anyflow_deploy.targets import TARGETS, get_target
@@ -52,7 +52,7 @@ WORK: dict[str, Callable[[Any], int]] = {
     "anyflow-profile": profile,
 }
 NANO = {"model": "NVIDIA Jetson Orin Nano Developer Kit", "power_mode": "15W", "gpu_clock": "306 to 1020 MHz"}
-on_an_orin = pytest.mark.parametrize("trt_machine", ["10.3"], indirect=True)
+on_an_orin = pytest.mark.parametrize("fake_tensorrt", ["10.3"], indirect=True)
 
 
 def orin(machine: Any) -> None:
@@ -77,14 +77,14 @@ def test_every_command_of_ours_parses() -> None:
 
 @on_an_orin
 def test_every_command_of_ours_runs(
-    trt_machine: Any, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fake_tensorrt: Any, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In order, in small, but for the doctor, whose probes are processes that see no stand-in."""
-    orin(trt_machine)
+    orin(fake_tensorrt)
     (tmp_path / "my-anyflow").symlink_to(tiny_pipeline)
     write_calibration(tmp_path / "calibration.json", calibration_of(tiny_pipeline))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jetson, "described", lambda root=None: NANO)
+    monkeypatch.setattr(jetson, "describe", lambda root=None: NANO)
     for words in OURS:
         small = [word.replace("480x832x81", "32x48x5") if "tensorrt" in words else word for word in words]
         if words[0] == "anyflow-generate":
@@ -176,37 +176,37 @@ def test_the_table_of_what_fits_is_what_anyflow_fit_says() -> None:
 
 
 def test_a_jetson_is_described_by_its_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert jetson.described(tmp_path) is None and jetson.gpu_clock(tmp_path)() is None
+    assert jetson.describe(tmp_path) is None and jetson.gpu_clock(tmp_path)() is None
     write(tmp_path / "proc/device-tree", model="NVIDIA Jetson AGX Orin Developer Kit\0")
-    monkeypatch.setattr(jetson, "_told", lambda command: "NV Power Mode: MODE_30W\n2\n")
-    assert jetson.described(tmp_path) == {"model": "NVIDIA Jetson AGX Orin Developer Kit", "power_mode": "MODE_30W"}
+    monkeypatch.setattr(jetson, "_run_command", lambda command: "NV Power Mode: MODE_30W\n2\n")
+    assert jetson.describe(tmp_path) == {"model": "NVIDIA Jetson AGX Orin Developer Kit", "power_mode": "MODE_30W"}
     folder = tmp_path / "sys/class/devfreq"
     write(folder / "15340000.vic", cur_freq="729600000", min_freq="1", max_freq="2")
     write(folder / "17000000.gpu", cur_freq="930750000\n", min_freq="306000000\n", max_freq="1300500000\n")
-    assert (jetson.described(tmp_path) or {})["gpu_clock"] == "306 to 1300 MHz"
+    assert (jetson.describe(tmp_path) or {})["gpu_clock"] == "306 to 1300 MHz"
     assert jetson.gpu_clock(tmp_path)() == 930.75
     (folder / "17000000.gpu/min_freq").write_text("1300500000\n")  # as jetson_clocks leaves it
-    assert (jetson.described(tmp_path) or {})["gpu_clock"] == "locked at 1300 MHz"
+    assert (jetson.describe(tmp_path) or {})["gpu_clock"] == "locked at 1300 MHz"
     thor = tmp_path / "thor"
     write(thor / "sys/class/devfreq/gpu-gpc-0", cur_freq="1575000000")
     write(thor / "sys/class/devfreq/gpu-nvd-0", cur_freq="1")
     assert jetson.gpu_clock(thor)() == 1575.0
-    monkeypatch.setattr(jetson, "_told", lambda command: "")
-    assert (jetson.described(tmp_path) or {})["power_mode"].startswith("unknown")
+    monkeypatch.setattr(jetson, "_run_command", lambda command: "")
+    assert (jetson.describe(tmp_path) or {})["power_mode"].startswith("unknown")
 
 
 def test_shared_memory_is_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the file cache, and not what processor and GPU each say, added up."""
     rows = "MemTotal: 64000000 kB\nMemFree: 1000000 kB\nMemAvailable: 50000000 kB\nCached: 49000000 kB\n"
     write(tmp_path / "proc", meminfo=rows)
-    assert jetson.memory_taken(tmp_path) == 14_000_000 * 1024 and jetson.gpu_memory(tmp_path) is None
+    assert jetson.memory_used(tmp_path) == 14_000_000 * 1024 and jetson.gpu_memory(tmp_path) is None
     write(tmp_path / "proc", meminfo=f"{rows}NvMapMemUsed: 5000000 kB\n")
     assert jetson.gpu_memory(tmp_path) == 5_000_000 * 1024
     monkeypatch.setattr("anyflow_deploy.profiling.memory.jetson.gpu_memory", lambda: 3.0e9)
-    read = gpu_used(None, 0, unified=True)
+    read = gpu_memory_reader(None, 0, unified=True)
     assert read is not None and read() == 3.0e9
     taken = iter([4e9, 9e9])
-    record = Peak(read, lambda: next(taken)).record(3.5e9, 11e9)
+    record = PeakMemory(read, lambda: next(taken)).record(3.5e9, 11e9)
     assert (record.shared_before, record.shared_peak, record.gpu_peak, record.unified) == (
         4 * 10**9,
         11 * 10**9,
@@ -229,21 +229,21 @@ def test_what_was_taken_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nvml_is_not_asked_for_clocks_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jetson, "gpu_clock", lambda: lambda: 918.0)
-    reads = profiler._reads(None, on_jetson=True)
+    reads = profiler._build_readers(None, on_jetson=True)
     assert reads["GPU clock"]() == 918.0 and "GPU memory clock" not in reads
-    assert "GPU clock" not in profiler._reads(None, on_jetson=False)
+    assert "GPU clock" not in profiler._build_readers(None, on_jetson=False)
 
 
 @on_an_orin
 def test_weights_are_not_streamed_from_the_same_memory(
-    trt_machine: Any, exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fake_tensorrt: Any, export_once: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle: Bundle = exported(SMALL)
-    orin(trt_machine)
+    bundle: Bundle = export_once(SMALL)
+    orin(fake_tensorrt)
     shapes = ("64x96x5",)
     with pytest.raises(BackendError, match=r"--weight-streaming keeps weights in the processor's memory, and Orin has no other"):
         build_engine(bundle, "tensorrt", TensorRTSettings(shapes=shapes, weight_streaming=True), tmp_path / "engine")
-    trt_machine.failure = "[allocator] out of memory"
+    fake_tensorrt.failure = "[allocator] out of memory"
     with pytest.raises(BackendError, match=r"processor and GPU share it.*lower --workspace") as failed:
         build_engine(bundle, "tensorrt", TensorRTSettings(shapes=shapes), tmp_path / "engine")
     assert "weight-streaming" not in str(failed.value) and not (tmp_path / "engine").exists()

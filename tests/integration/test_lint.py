@@ -365,8 +365,8 @@ def test_what_we_export_is_clean_where_its_opset_is_read(small_bundle: Export, p
 
 
 @pytest.mark.parametrize(("precision", "opset"), [("fp16", 20), ("fp32", 23)])
-def test_causal_exports_are_clean_too(exported: Export, precision: str, opset: int) -> None:
-    bundle = exported(SMALL.parent / "causal", precision, opset)
+def test_causal_exports_are_clean_too(export_once: Export, precision: str, opset: int) -> None:
+    bundle = export_once(SMALL.parent / "causal", precision, opset)
     assert set(bundle.manifest.graphs) == set(GRAPHS["causal"])
     assert lint_bundle(bundle, ["10.15", NEW] if opset == 23 else [OLD, NEW]) == []
 

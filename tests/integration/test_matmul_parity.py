@@ -17,13 +17,13 @@ from anyflow_deploy.engines.engine import Array, Engine
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.validation import THRESHOLDS
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration
 from anyflow_deploy.export.quantization.fake_quant import FakeQuant
-from anyflow_deploy.export.quantization.matmul_parity import product_differences
-from anyflow_deploy.export.quantization.plan import planned
-from anyflow_deploy.export.quantization.prompts import random_text
-from anyflow_deploy.export.quantization.rollouts import rolled_out
-from anyflow_deploy.export.torch_engine import NetworkEngine
+from anyflow_deploy.export.quantization.matmul_parity import compare_products
+from anyflow_deploy.export.quantization.plan import plan_quantization
+from anyflow_deploy.export.quantization.prompts import random_prompt_embeds
+from anyflow_deploy.export.quantization.rollouts import run_rollout
+from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import Calibration
 from anyflow_deploy.quantization.layers import quantizable_layers
@@ -42,25 +42,27 @@ def apart(
     """Relative L2 of every product; `loud` multiplies the noise, beyond what calibration has seen."""
     how, a = bundle.manifest.quantization, weights.architecture
     assert how is not None
-    plan = planned(weights, calibration, bundle.manifest.precision, how.base, how.smooth, how.attention, (), NullProgress())
-    reference = NetworkEngine(weights)
+    plan = plan_quantization(
+        weights, calibration, bundle.manifest.precision, how.base, how.smooth, how.attention, (), NullProgress()
+    )
+    reference = TorchEngine(weights)
     attention = ("attn1", "attn2") if how.attention == "fp8" else ()
     FakeQuant(reference.network, a, calibration, bundle.manifest.precision, smooth=plan.smooth, attention=attention)
-    text = random_text(weights, ("measured",), 40).embeddings * loud
+    text = random_prompt_embeds(weights, ("measured",), 40).prompt_embeds * loud
     latents = (noise((1, *shape), 7) * loud).astype(np.float32)
-    return product_differences(
-        bundle, reference, plan.smooth, lambda engine: rolled_out(engine, latents, text, Schedule.uniform(2))
+    return compare_products(
+        bundle, reference, plan.smooth, lambda engine: run_rollout(engine, latents, text, Schedule.uniform(2))
     )
 
 
 @pytest.mark.parametrize("loud", [1.0, 3.0], ids=["calibrated", "beyond"])
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 @pytest.mark.parametrize("checkpoint", [SMALL, CAUSAL], ids=lambda path: path.name)
-def test_every_layer_alone_agrees(quantized: Export, checkpoint: Path, precision: str, loud: float) -> None:
+def test_every_layer_alone_agrees(export_quantized: Export, checkpoint: Path, precision: str, loud: float) -> None:
     """Also where inputs leave their calibrated range, and saturate."""
     weights = open_checkpoint(checkpoint)
     shape = STREAM if checkpoint == CAUSAL else (2, 4, 8, 12)
-    found = apart(quantized(checkpoint, precision=precision), weights, calibration_of(checkpoint), shape, loud)
+    found = apart(export_quantized(checkpoint, precision=precision), weights, calibration_of(checkpoint), shape, loud)
     assert found.keys() == quantizable_layers(weights.architecture).keys()
     assert max(found.values()) < ALONE, found
 
@@ -71,7 +73,9 @@ def causal() -> tuple[Weights, Calibration]:
     a = open_checkpoint(CAUSAL).architecture
     a = dataclasses.replace(a, num_attention_heads=3, attention_head_dim=32, num_layers=2)
     weights = RandomWeights(a, "causal heads")
-    return weights, calibrated(weights, CalibrationSettings(random_text(weights, ("one", "two"), 40), STREAM, steps=(1, 2)))
+    return weights, run_calibration(
+        weights, CalibrationSettings(random_prompt_embeds(weights, ("one", "two"), 40), STREAM, steps=(1, 2))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +110,9 @@ def test_causal_attention_in_fp8_makes_the_video(causal_bundle: Bundle, causal: 
     """Through the cache, compressed chunks and all: the first chunk as PyTorch rounds it, the whole nearer to that than to
     float32 (what falls to the other side of a border is carried on from chunk to chunk)."""
     weights, calibration = causal
-    latents, text = noise((1, *STREAM), 7), random_text(weights, ("measured",), 40).embeddings
+    latents, text = noise((1, *STREAM), 7), random_prompt_embeds(weights, ("measured",), 40).prompt_embeds
     made = streamed(load_engine(causal_bundle), latents, text)
-    exact, reference = NetworkEngine(weights), NetworkEngine(weights)
+    exact, reference = TorchEngine(weights), TorchEngine(weights)
     FakeQuant(reference.network, weights.architecture, calibration, "fp8", attention=("attn1", "attn2"))
     rounded = streamed(reference, latents, text)
     rounding = difference(made, streamed(exact, latents, text)).relative_l2
@@ -122,9 +126,9 @@ def streamed(engine: Engine, latents: Array, text: Array) -> Array:
 
 
 @pytest.fixture(scope="module")
-def broken(quantized: Export, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def broken(export_quantized: Export, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """One scale of one row, one per cent off."""
-    source, folder = quantized(SMALL, precision="int8").path, tmp_path_factory.mktemp("broken")
+    source, folder = export_quantized(SMALL, precision="int8").path, tmp_path_factory.mktemp("broken")
     for path in source.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return load_bundle(folder)
@@ -144,9 +148,9 @@ def test_a_wrong_scale_is_seen_and_named(broken: Bundle) -> None:
     assert found.pop(layer) > 5e-3 and max(found.values()) < ALONE
 
 
-def test_refusals(quantized: Export, small_bundle: Export) -> None:
-    reference = NetworkEngine(open_checkpoint(SMALL))
+def test_refusals(export_quantized: Export, small_bundle: Export) -> None:
+    reference = TorchEngine(open_checkpoint(SMALL))
     with pytest.raises(AnyFlowError, match="has no product in eight bits"):
-        product_differences(small_bundle(), reference, {}, lambda engine: None)
+        compare_products(small_bundle(), reference, {}, lambda engine: None)
     with pytest.raises(AnyFlowError, match=r"blocks\.0\.attn\d\.to_[qkv] did not run in PyTorch"):
-        product_differences(quantized(SMALL, precision="int8"), reference, {}, lambda engine: None)
+        compare_products(export_quantized(SMALL, precision="int8"), reference, {}, lambda engine: None)

@@ -23,7 +23,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from anyflow_deploy import Bundle, Schedule, __version__, load_engine, noise, sample
-from tests.artifact_cache import SHARED
+from tests.artifact_cache import ARTIFACTS
 
 ROOT = Path(__file__).parents[2]
 LINKS = ("engines", "export", "training")
@@ -46,7 +46,7 @@ def build_once(target: str) -> Path:
         build(target, ROOT, partial)
         partial.rename(folder)
 
-    return next(SHARED.made("distribution", target, make).iterdir())
+    return next(ARTIFACTS.made("distribution", target, make).iterdir())
 
 
 @pytest.fixture(scope="session")

@@ -18,12 +18,12 @@ from anyflow_deploy.cli.profile_bundle import ProfileOptions, profile
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.estimate import LatentShape
 from anyflow_deploy.profiling import stages
-from anyflow_deploy.profiling.errors import AbsentError
+from anyflow_deploy.profiling.errors import MeasurementUnavailableError
 from anyflow_deploy.profiling.html_report import html_from_profile
-from anyflow_deploy.profiling.operations import stream_work, transition_work, types_of
+from anyflow_deploy.profiling.operations import compute_types, stream_costs, transition_cost
 from anyflow_deploy.profiling.record import Profile
 from anyflow_deploy.targets import TARGETS
-from tests.fakes.profile_sample import assert_counted
+from tests.fakes.profile_sample import assert_operations_match_graph
 
 ROOT = Path(__file__).parents[2]
 SMALL_SHAPE = "64x96x5"
@@ -57,8 +57,8 @@ def test_a_profile_says_what_how_and_where(read: Profile, tiny_bundle: Bundle) -
     assert read.absent["text"] == "left out by --skip"
     nowhere = tiny_bundle.manifest.source.model_copy(update={"location": "/nowhere"})
     for part in (stages.TEXT, stages.VAE):
-        with pytest.raises(AbsentError, match="not at hand"):
-            stages.pipeline_folder(tiny_bundle.manifest.model_copy(update={"source": nowhere}), None, part)
+        with pytest.raises(MeasurementUnavailableError, match="not at hand"):
+            stages.find_pipeline_folder(tiny_bundle.manifest.model_copy(update={"source": nowhere}), None, part)
 
 
 def test_times_hang_together(read: Profile) -> None:
@@ -92,19 +92,19 @@ def test_layers_add_up_and_carry_their_work(read: Profile) -> None:
 
 
 def test_operations_are_those_of_the_graph(tiny_bundle: Bundle) -> None:
-    assert_counted(tiny_bundle)
+    assert_operations_match_graph(tiny_bundle)
 
 
 def test_a_stream_is_the_sum_of_its_chunks() -> None:
     from anyflow_deploy.engines.kv_cache import cache_plan
 
     a = MODELS["far-1.3b"].architecture
-    plan, types = cache_plan(a, None, 60, 104), types_of("fp8", "bf16")
-    one, four = (stream_work(a, types, plan, (60, 104), steps) for steps in (1, 4))
+    plan, types = cache_plan(a, None, 60, 104), compute_types("fp8", "bf16")
+    one, four = (stream_costs(a, types, plan, (60, 104), steps) for steps in (1, 4))
     assert len(one) == len(plan.chunks) and all(
         b.operations["fp8"] > a_.operations["fp8"] for a_, b in zip(one, four, strict=True)
     )
-    first = transition_work(a, types, (1, 60, 104), 512, 0, with_text=False)
+    first = transition_cost(a, types, (1, 60, 104), 512, 0, with_text=False)
     assert four[0].operations["bf16"] - one[0].operations["bf16"] == 3 * first.operations["bf16"]
 
 
@@ -170,12 +170,12 @@ def test_an_estimate_is_labelled_and_is_a_bound(capsys: pytest.CaptureFixture[st
 
 
 def test_faster_hardware_and_narrower_types_have_lower_bounds() -> None:
-    from anyflow_deploy.profiling.estimate import estimated
+    from anyflow_deploy.profiling.estimate import estimate_latency
 
     a, shape = MODELS["far-1.3b"].architecture, LatentShape(21, 60, 104)
 
     def seconds(precision: str, base: str, target: str) -> float:
-        return estimated("far-1.3b", a, precision, base, TARGETS[target], shape, (4,)).clips[0].seconds
+        return estimate_latency("far-1.3b", a, precision, base, TARGETS[target], shape, (4,)).clips[0].seconds
 
     assert seconds("fp8", "fp16", "h100") < seconds("fp16", "fp16", "h100") < seconds("fp16", "fp16", "orin")
 

@@ -21,12 +21,18 @@ from anyflow_deploy.checkpoints.dtypes import BUNDLE_DTYPES
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.inspect_bundle import InspectOptions, inspect
 from anyflow_deploy.engines.validation import THRESHOLDS, validate
-from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
-from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated, write_calibration
+from anyflow_deploy.export.exporter import ExportSettings, export_bundle, validate_export
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration, write_calibration
 from anyflow_deploy.export.quantization.fake_quant import FakeQuant
-from anyflow_deploy.export.quantization.plan import LARGEST, Plan, planned, smoothing, stored_scale
-from anyflow_deploy.export.quantization.prompts import PROMPTS, random_text
-from anyflow_deploy.export.torch_engine import NetworkEngine
+from anyflow_deploy.export.quantization.plan import (
+    LARGEST,
+    QuantizationPlan,
+    plan_quantization,
+    scale_from_amax,
+    smoothquant_factors,
+)
+from anyflow_deploy.export.quantization.prompts import PROMPTS, random_prompt_embeds
+from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import Calibration, TensorRange, load_calibration
@@ -62,23 +68,27 @@ def changed(calibration: Calibration, **tensors: TensorRange | None) -> Calibrat
     return calibration.model_copy(update={"tensors": {name: value for name, value in replaced.items() if value is not None}})
 
 
-def plan(calibration: Calibration, weights: Any = None, precision: str = "int8", base: str = "fp32", **how: Any) -> Plan:
-    given = {"smooth": True, "attention": "high", "kept": (), **how}
+def plan(
+    calibration: Calibration, weights: Any = None, precision: str = "int8", base: str = "fp32", **how: Any
+) -> QuantizationPlan:
+    given = {"smooth": True, "attention": "high", "full_precision_layers": (), **how}
     weights = weights or open_checkpoint(SMALL)
-    return planned(weights, calibration, precision, base, progress=NullProgress(), **given)
+    return plan_quantization(weights, calibration, precision, base, progress=NullProgress(), **given)
 
 
 @pytest.fixture(scope="module")
 def wide() -> tuple[RandomWeights, Calibration]:
     weights = RandomWeights(WIDE_HEADS, "heads of 32 channels")
-    text = random_text(weights, PROMPTS[:2], 40)
-    return weights, calibrated(weights, CalibrationSettings(text, (2, 4, 8, 12), steps=(1, 2, 4)))
+    text = random_prompt_embeds(weights, PROMPTS[:2], 40)
+    return weights, run_calibration(weights, CalibrationSettings(text, (2, 4, 8, 12), steps=(1, 2, 4)))
 
 
 @pytest.fixture(scope="module")
 def fp8_attention(wide: tuple[RandomWeights, Calibration], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     weights, calibration = wide
-    how = ExportSettings("fp8", calibration=calibration, attention="fp8", ranges=RANGES, kept=("blocks.0.ffn.net.2",))
+    how = ExportSettings(
+        "fp8", calibration=calibration, attention="fp8", ranges=RANGES, full_precision_layers=("blocks.0.ffn.net.2",)
+    )
     return export_bundle(weights, tmp_path_factory.mktemp("fp8") / "bundle", how)
 
 
@@ -104,7 +114,7 @@ def test_fp8_attention_agrees_with_pytorch(fp8_attention: Bundle, wide: tuple[Ra
     weights, calibration = wide
     found = []
     for quantized in (True, False):
-        reference = NetworkEngine(weights)
+        reference = TorchEngine(weights)
         if quantized:
             FakeQuant(reference.network, WIDE_HEADS, calibration, "fp8", ("blocks.0.ffn.net.2",), attention=("attn1", "attn2"))
         engine: Any = load_engine(fp8_attention)
@@ -155,14 +165,16 @@ def test_layers_that_stay_high_are_in_the_manifest(
     """And compute what the untouched ones do, though smoothing changes the norm that they read through."""
     calibration, weights = changed(calibration_of(SMALL), **tensors), open_checkpoint(SMALL)
     asked = tuple(sorted(kept)) if reason == "asked for" else ()
-    bundle = export_bundle(weights, tmp_path / "bundle", ExportSettings("int8", calibration=calibration, kept=asked))
+    bundle = export_bundle(
+        weights, tmp_path / "bundle", ExportSettings("int8", calibration=calibration, full_precision_layers=asked)
+    )
     assert bundle.manifest.achieved.kept_high == dict.fromkeys(kept, reason)
     held = {t.name: t for t in onnx.load(str(bundle.path / "transition.onnx"), load_external_data=False).graph.initializer}
     assert {n for n, t in held.items() if n.endswith("weight") and t.data_type == onnx.TensorProto.INT8} == {
         f"{layer}.weight" for layer in quantizable_layers(weights.architecture) if layer not in kept
     }
-    reference, engine = NetworkEngine(weights), load_engine(bundle)
-    factors = plan(calibration, kept=asked).smooth
+    reference, engine = TorchEngine(weights), load_engine(bundle)
+    factors = plan(calibration, full_precision_layers=asked).smooth
     FakeQuant(reference.network, weights.architecture, calibration, "int8", asked, smooth=factors)
     found = validate(engine, reference, "int8", (1, 2, 4, 8, 12), (1, 40, 32), steps=(1,))  # type: ignore[arg-type]
     assert max(item.difference.relative_l2 for item in (*found.transitions, *found.rollouts)) < 1e-3
@@ -193,7 +205,7 @@ def test_silent_channels_are_not_smoothed(tmp_path: Path) -> None:
 
 
 def test_smoothing_is_the_papers() -> None:
-    s = smoothing(torch.tensor([16.0, 4.0, 0.0, 1e12, 1e-12]), torch.tensor([1.0, 0.25, 1.0, 1.0, 1.0]))
+    s = smoothquant_factors(torch.tensor([16.0, 4.0, 0.0, 1e12, 1e-12]), torch.tensor([1.0, 0.25, 1.0, 1.0, 1.0]))
     assert s.tolist() == pytest.approx([4.0, 4.0, 1.0, 1e3, 1e-3])
 
 
@@ -201,7 +213,7 @@ def test_smoothing_is_the_papers() -> None:
 @pytest.mark.parametrize("kind", ["I8", "F8_E4M3"])
 def test_scales_never_clip_nor_waste(dtype: torch.dtype, kind: str) -> None:
     amax = torch.cat((torch.logspace(-1, 4, 2000), torch.tensor([0.0, 1e-30])))
-    scale = stored_scale(amax, kind, dtype).float()
+    scale = scale_from_amax(amax, kind, dtype).float()
     assert bool((scale * LARGEST[kind] >= amax).all()) and bool((scale > 0).all())
     smallest, step = torch.finfo(dtype).tiny, torch.finfo(dtype).eps
     assert bool((scale <= torch.maximum(amax / LARGEST[kind] * (1 + 1.5 * step), torch.tensor(smallest))).all())
@@ -210,7 +222,7 @@ def test_scales_never_clip_nor_waste(dtype: torch.dtype, kind: str) -> None:
 def test_layers_of_odd_widths_stay_high() -> None:
     a = dataclasses.replace(WIDE_HEADS, ffn_dim=200)
     found = plan(made_up(a), RandomWeights(a, "odd"))
-    assert found.kept == {
+    assert found.full_precision_layers == {
         "blocks.0.ffn.net.0.proj": "96 to 200 channels: not multiples of 16",
         "blocks.0.ffn.net.2": "200 to 96 channels: not multiples of 16",
     }
@@ -233,9 +245,13 @@ SILENT = {f"blocks__0__{kind}__value": TensorRange(amax=0.0) for kind in ("attn1
 @pytest.mark.parametrize(
     ("settings", "architecture", "message"),
     [
-        (ExportSettings("int8", kept=WHOLE), WIDE_HEADS, "int8 would quantize nothing: asked for. Choose --precision fp32"),
         (
-            ExportSettings("fp8", kept=("blocks.0.attn1.toq",)),
+            ExportSettings("int8", full_precision_layers=WHOLE),
+            WIDE_HEADS,
+            "int8 would quantize nothing: asked for. Choose --precision fp32",
+        ),
+        (
+            ExportSettings("fp8", full_precision_layers=("blocks.0.attn1.toq",)),
             WIDE_HEADS,
             "no layer that is quantized.*mean 'blocks.0.attn1.to_q'",
         ),
@@ -298,7 +314,9 @@ def test_a_silent_attention_stays_high() -> None:
     weights = RandomWeights(WIDE_HEADS, "one block")
     one = changed(own(weights), blocks__0__attn2__value=TensorRange(amax=0.0))
     found = plan(one, weights, "fp8", attention="fp8")
-    assert found.attentions == ["blocks.0.attn1"] and found.kept == {"blocks.0.attn2": "value was zero throughout calibration"}
+    assert found.attentions == ["blocks.0.attn1"] and found.full_precision_layers == {
+        "blocks.0.attn2": "value was zero throughout calibration"
+    }
     with pytest.raises(AnyFlowError, match="attention fp8 would quantize nothing: value was zero"):
         plan(changed(own(weights), **SILENT), weights, "fp8", attention="fp8")
 
@@ -313,7 +331,7 @@ def test_infinite_ranges_in_a_file_are_refused(tmp_path: Path) -> None:
 
 def test_targets_without_fp8_are_offered_int8() -> None:
     with pytest.raises(BackendError, match=r"fp8 does not run on target 'orin' .*Choose --precision int8, or a target that"):
-        checked(open_checkpoint(SMALL), ExportSettings("fp8", target="orin", calibration=calibration_of(SMALL)))
+        validate_export(open_checkpoint(SMALL), ExportSettings("fp8", target="orin", calibration=calibration_of(SMALL)))
 
 
 def test_both_kinds_quantize_the_same_layers() -> None:
@@ -390,4 +408,4 @@ def test_ranges_of_other_channels_are_refused(channels: list[float] | None) -> N
     weights = RandomWeights(WIDE_HEADS, "one block")
     other = changed(own(weights), blocks__0__attn1__to_k__input=TensorRange(amax=4.0, channels=channels))
     with pytest.raises(AnyFlowError, match=rf"has ranges of {len(channels or ())} channels for blocks.0.attn1.to_k.input, which"):
-        checked(weights, ExportSettings("int8", calibration=other))
+        validate_export(weights, ExportSettings("int8", calibration=other))

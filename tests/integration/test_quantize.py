@@ -1,7 +1,7 @@
 """8-bit bundles: the numbers ONNX Runtime gets out of them, what lies on disk, and what the graphs look like.
 
 The yardstick is PyTorch rounding on the same grids (`FakeQuant`), which knows nothing of ONNX. Exports are shared; see
-`quantized` in conftest.
+`export_quantized` in conftest.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from anyflow_deploy.engines.validation import THRESHOLDS, Validation, validate
 from anyflow_deploy.export import exporter
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.quantization.fake_quant import FakeQuant
-from anyflow_deploy.export.quantization.plan import LARGEST, Plan, planned, weight_scale
-from anyflow_deploy.export.torch_engine import NetworkEngine
+from anyflow_deploy.export.quantization.plan import LARGEST, QuantizationPlan, plan_quantization, weight_scale_name
+from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.layers import quantizable_layers
-from tests.artifact_cache import genuine_translation
+from tests.artifact_cache import translate_uncached
 from tests.conftest import CAUSAL, SMALL, Export, calibration_of
 from tests.integration.test_quantization_plan import WIDE_HEADS, own
 
@@ -57,15 +57,17 @@ EVERY = pytest.mark.parametrize(
 GRAPHS = pytest.mark.parametrize("kind", [KINDS[0], KINDS[2], KINDS[3]], ids=["int8", "fp8", "causal"])
 
 
-def plan_of(bundle: Bundle, checkpoint: Path) -> Plan:
+def plan_of(bundle: Bundle, checkpoint: Path) -> QuantizationPlan:
     """The plan a bundle was made by, made again."""
     how = bundle.manifest.quantization
     assert how is not None
     calibration, weights = calibration_of(checkpoint), open_checkpoint(checkpoint)
-    return planned(weights, calibration, bundle.manifest.precision, how.base, how.smooth, how.attention, (), NullProgress())
+    return plan_quantization(
+        weights, calibration, bundle.manifest.precision, how.base, how.smooth, how.attention, (), NullProgress()
+    )
 
 
-def compared(bundle: Bundle, reference: NetworkEngine, checkpoint: Path) -> Validation:
+def compared(bundle: Bundle, reference: TorchEngine, checkpoint: Path) -> Validation:
     """Velocities over the whole path, and rollouts."""
     causal = checkpoint == CAUSAL
     shape, chunks = ((1, 10, 4, 8, 8), (1, 3, 3, 3)) if causal else ((1, 2, 4, 8, 12), None)
@@ -87,9 +89,9 @@ def stored(bundle: Bundle) -> dict[str, torch.Tensor]:
 
 
 @EVERY
-def test_onnx_runtime_rounds_as_pytorch_does(quantized: Export, checkpoint: Path, how: dict[str, Any]) -> None:
-    bundle, weights = quantized(checkpoint, **how), open_checkpoint(checkpoint)
-    reference = NetworkEngine(weights)
+def test_onnx_runtime_rounds_as_pytorch_does(export_quantized: Export, checkpoint: Path, how: dict[str, Any]) -> None:
+    bundle, weights = export_quantized(checkpoint, **how), open_checkpoint(checkpoint)
+    reference = TorchEngine(weights)
     factors = plan_of(bundle, checkpoint).smooth
     assert bool(factors) == (how["precision"] == "int8" and how.get("smooth", True))
     FakeQuant(reference.network, weights.architecture, calibration_of(checkpoint), how["precision"], smooth=factors)
@@ -97,8 +99,8 @@ def test_onnx_runtime_rounds_as_pytorch_does(quantized: Export, checkpoint: Path
 
 
 @EVERY
-def test_eight_bits_stay_near_float32(quantized: Export, checkpoint: Path, how: dict[str, Any]) -> None:
-    found = compared(quantized(checkpoint, **how), NetworkEngine(open_checkpoint(checkpoint)), checkpoint)
+def test_eight_bits_stay_near_float32(export_quantized: Export, checkpoint: Path, how: dict[str, Any]) -> None:
+    found = compared(export_quantized(checkpoint, **how), TorchEngine(open_checkpoint(checkpoint)), checkpoint)
     assert not found.failures
     assert largest(found) > THRESHOLDS["fp32"].rollout, "nothing was rounded"
 
@@ -107,8 +109,8 @@ def test_eight_bits_stay_near_float32(quantized: Export, checkpoint: Path, how: 
 def test_smoothing_alone_changes_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same export, graph rewritten and weights multiplied, with everything of the plan but the rounding."""
 
-    def without_rounding(*arguments: Any) -> Plan:
-        plan = planned(*arguments)
+    def without_rounding(*arguments: Any) -> QuantizationPlan:
+        plan = plan_quantization(*arguments)
         assert (
             len(plan.smooth) == 7 * weights.architecture.num_layers and len(plan.smoothed) == 4 * weights.architecture.num_layers
         )
@@ -116,16 +118,16 @@ def test_smoothing_alone_changes_nothing(checkpoint: Path, tmp_path: Path, monke
         return dataclasses.replace(plan, inputs={})
 
     weights = open_checkpoint(checkpoint)
-    monkeypatch.setattr(exporter, "planned", without_rounding)
+    monkeypatch.setattr(exporter, "plan_quantization", without_rounding)
     bundle = export_bundle(weights, tmp_path / "bundle", ExportSettings("int8", calibration=calibration_of(checkpoint)))
     assert bundle.manifest.achieved.quantized_flops == 0
     assert not torch.equal(stored(bundle)["blocks.0.ffn.net.0.proj.weight"], weights.read("blocks.0.ffn.net.0.proj.weight"))
-    assert largest(compared(bundle, NetworkEngine(weights), checkpoint)) < 1e-5
+    assert largest(compared(bundle, TorchEngine(weights), checkpoint)) < 1e-5
 
 
 @EVERY
-def test_names_and_types_on_disk(quantized: Export, checkpoint: Path, how: dict[str, Any]) -> None:
-    bundle, weights = quantized(checkpoint, **how), open_checkpoint(checkpoint)
+def test_names_and_types_on_disk(export_quantized: Export, checkpoint: Path, how: dict[str, Any]) -> None:
+    bundle, weights = export_quantized(checkpoint, **how), open_checkpoint(checkpoint)
     tensors, narrow = stored(bundle), torch.int8 if how["precision"] == "int8" else torch.float8_e4m3fn
     eight = {f"{layer}.weight" for layer in quantizable_layers(weights.architecture)}
     for name, shape in weights.shapes().items():
@@ -135,15 +137,15 @@ def test_names_and_types_on_disk(quantized: Export, checkpoint: Path, how: dict[
 
 
 @GRAPHS
-def test_weights_come_back_within_half_a_step(quantized: Export, kind: tuple[Path, dict[str, Any]]) -> None:
+def test_weights_come_back_within_half_a_step(export_quantized: Export, kind: tuple[Path, dict[str, Any]]) -> None:
     """Of the smoothed weights; and no scale is so small that anything would be clipped."""
     checkpoint, how = kind
-    bundle, weights = quantized(checkpoint, **how), open_checkpoint(checkpoint)
-    plan, tensors = plan_of(bundle, checkpoint), stored(quantized(checkpoint, **how))
+    bundle, weights = export_quantized(checkpoint, **how), open_checkpoint(checkpoint)
+    plan, tensors = plan_of(bundle, checkpoint), stored(export_quantized(checkpoint, **how))
     top = LARGEST[plan.kind]
     for layer in plan.inputs:
         name = f"{layer}.weight"
-        expected, scale = plan.factored(name, weights.read(name)), tensors[weight_scale(name)]
+        expected, scale = plan.factored(name, weights.read(name)), tensors[weight_scale_name(name)]
         scale = scale.unsqueeze(1) if scale.ndim else scale
         assert bool((expected.abs() <= scale * top).all()) and bool((scale > 0).all()), name
         steps = (expected / scale - tensors[name].float()).abs()
@@ -153,10 +155,10 @@ def test_weights_come_back_within_half_a_step(quantized: Export, kind: tuple[Pat
 
 
 @GRAPHS
-def test_activations_are_not_clipped(quantized: Export, kind: tuple[Path, dict[str, Any]]) -> None:
+def test_activations_are_not_clipped(export_quantized: Export, kind: tuple[Path, dict[str, Any]]) -> None:
     checkpoint, how = kind
-    bundle, ranges = quantized(checkpoint, **how), calibration_of(checkpoint).tensors
-    plan, tensors = plan_of(bundle, checkpoint), stored(quantized(checkpoint, **how))
+    bundle, ranges = export_quantized(checkpoint, **how), calibration_of(checkpoint).tensors
+    plan, tensors = plan_of(bundle, checkpoint), stored(export_quantized(checkpoint, **how))
     for layer, scale in plan.inputs.items():
         channels = torch.tensor(ranges[f"{layer}.input"].channels)
         smoothed = channels / plan.smooth[layer] if layer in plan.smooth else channels
@@ -164,8 +166,8 @@ def test_activations_are_not_clipped(quantized: Export, kind: tuple[Path, dict[s
 
 
 @EVERY
-def test_the_graphs_are_standard_and_symmetric(quantized: Export, checkpoint: Path, how: dict[str, Any]) -> None:
-    bundle = quantized(checkpoint, **how)
+def test_the_graphs_are_standard_and_symmetric(export_quantized: Export, checkpoint: Path, how: dict[str, Any]) -> None:
+    bundle = export_quantized(checkpoint, **how)
     narrow = onnx.TensorProto.INT8 if how["precision"] == "int8" else onnx.TensorProto.FLOAT8E4M3FN
     seen = set()
     for name, graph in bundle.manifest.graphs.items():
@@ -196,8 +198,8 @@ def test_the_graphs_are_standard_and_symmetric(quantized: Export, checkpoint: Pa
 
 
 @GRAPHS
-def test_layers_with_one_input_share_its_rounding(quantized: Export, kind: tuple[Path, dict[str, Any]]) -> None:
-    bundle = quantized(kind[0], **kind[1])
+def test_layers_with_one_input_share_its_rounding(export_quantized: Export, kind: tuple[Path, dict[str, Any]]) -> None:
+    bundle = export_quantized(kind[0], **kind[1])
     graph = model_of(bundle, "chunk" if bundle.manifest.kind == "causal" else "transition").graph
     rounded = {n.output[0]: n.input[0] for n in graph.node if n.op_type == "DequantizeLinear"}
     for block in range(3):
@@ -224,10 +226,10 @@ def optimized(bundle: Bundle, name: str, folder: Path, unsigned_weights: bool = 
 @pytest.mark.parametrize("unsigned_weights", [False, True], ids=["u8s8", "u8u8"])
 @pytest.mark.parametrize("checkpoint", [SMALL, CAUSAL], ids=lambda path: path.name)
 def test_every_int8_layer_runs_in_int8(
-    quantized: Export, checkpoint: Path, unsigned_weights: bool, opset: int, tmp_path: Path
+    export_quantized: Export, checkpoint: Path, unsigned_weights: bool, opset: int, tmp_path: Path
 ) -> None:
     """The speed hangs on ONNX Runtime recognising the pattern; if it does not, it multiplies in float32 and says nothing."""
-    bundle = quantized(checkpoint, precision="int8", **({} if opset == 20 else {"smooth": False, "opset": opset}))
+    bundle = export_quantized(checkpoint, precision="int8", **({} if opset == 20 else {"smooth": False, "opset": opset}))
     for name in bundle.manifest.graphs:
         rounded = sum(n.op_type == "DequantizeLinear" and len(n.attribute) > 0 for n in model_of(bundle, name).graph.node)
         made = optimized(bundle, name, tmp_path, unsigned_weights)
@@ -242,10 +244,10 @@ def test_every_int8_layer_runs_in_int8(
         assert weights == {TensorProto.UINT8 if unsigned_weights else TensorProto.INT8}
 
 
-def test_unsigned_activations_change_no_number(quantized: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsigned_activations_change_no_number(export_quantized: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where u8 x s8 overflows, a graph that is not shifted has no right integers to compare with: ONNX Runtime shifts some of its
     activations itself. There the same graph is computed in float32 on rounded values, which may round a border the other way."""
-    bundle = quantized(SMALL, precision="int8")
+    bundle = export_quantized(SMALL, precision="int8")
     a = bundle.manifest.architecture
     latents, text = noise((1, 2, a.in_channels, 4, 6), 0), noise((1, 5, a.text_dim), 1)
     shifted = load_engine(bundle).start(latents, text).velocity(900, 500)
@@ -266,10 +268,10 @@ def test_unsigned_activations_change_no_number(quantized: Export, monkeypatch: p
 
 
 @GRAPHS
-def test_tensorrt_will_be_asked_about_every_layer(quantized: Export, kind: tuple[Path, dict[str, Any]]) -> None:
+def test_tensorrt_will_be_asked_about_every_layer(export_quantized: Export, kind: tuple[Path, dict[str, Any]]) -> None:
     """The products that the inspector is searched for are those that the bundle says it quantized."""
     checkpoint, how = kind
-    bundle = quantized(checkpoint, **how)
+    bundle = export_quantized(checkpoint, **how)
     for graph, record in bundle.manifest.graphs.items():
         asked = expected_precision(onnx.load(bundle.file(record.file), load_external_data=False))
         high = bundle.manifest.achieved.kept_high
@@ -277,11 +279,11 @@ def test_tensorrt_will_be_asked_about_every_layer(quantized: Export, kind: tuple
         assert layers and not layers & set(high), graph
 
 
-def test_fp8_is_kept_from_the_fusion_that_older_onnx_runtimes_break_it_with(quantized: Export) -> None:
+def test_fp8_is_kept_from_the_fusion_that_older_onnx_runtimes_break_it_with(export_quantized: Export) -> None:
     """1.23.2, which Python 3.10 gets, answers INVALID_GRAPH (seen; microsoft/onnxruntime issue 22269); 1.32 does not."""
     entries = {}
     for precision in ("fp8", "int8"):
-        options = load_engine(quantized(SMALL, precision=precision))._sessions["transition"].get_session_options()  # type: ignore[attr-defined]
+        options = load_engine(export_quantized(SMALL, precision=precision))._sessions["transition"].get_session_options()  # type: ignore[attr-defined]
         try:
             entries[precision] = options.get_session_config_entry("session.disable_quant_qdq")
         except RuntimeError:
@@ -294,7 +296,7 @@ def test_the_same_export_twice_is_the_same_to_the_byte(tmp_path: Path, monkeypat
     weights = RandomWeights(WIDE_HEADS, "one block")
     settings = ExportSettings("int8", calibration=own(weights))
     first = export_bundle(weights, tmp_path / "first", settings)
-    monkeypatch.setattr(exporter, "translated_graph", genuine_translation)
+    monkeypatch.setattr(exporter, "translate_graph", translate_uncached)
     assert export_bundle(weights, tmp_path / "again", settings).manifest.files == first.manifest.files
 
 
@@ -310,11 +312,11 @@ def outputs_of(bundle: Bundle) -> list[NDArray[np.float32]]:
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[1], KINDS[3]], ids=["int8", "opset 23", "causal"])
 def test_unsigned_weights_change_no_bit(
-    quantized: Export, kind: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    export_quantized: Export, kind: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both ways give the same integers. A processor that gets u8 x s8 wrong can only be held to the exact sums of
     `test_products_are_exact_on_this_processor`; the signed way is run for comparison where it is right."""
-    bundle = quantized(kind[0], **kind[1])
+    bundle = export_quantized(kind[0], **kind[1])
     ways = [True] if saturates(onnxruntime) else [False, True]
     shifted: list[int] = []
     genuine = graph_rewrites.shift_weights

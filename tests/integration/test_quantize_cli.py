@@ -21,7 +21,7 @@ from tests.conftest import SMALL, calibration_of
 from tests.integration.test_quantization_plan import WIDE_HEADS, made_up
 
 
-def exported(words: str) -> int:
+def run_export(words: str) -> int:
     return export(parsed(ExportOptions, shlex.split(words)))
 
 
@@ -31,7 +31,7 @@ def test_it_calibrates_by_itself_and_ends_with_valid(
     (tmp_path / "prompts.txt").write_text("a red fox\n")
     monkeypatch.chdir(tmp_path)
     words = f"--checkpoint {tiny_pipeline} --precision int8 --output tiny-int8"
-    assert exported(f"{words} --prompts prompts.txt") == 0
+    assert run_export(f"{words} --prompts prompts.txt") == 0
     said = " ".join(capsys.readouterr().err.split())
     assert "calibrating on the CPU" in said and "valid: ONNX Runtime" in said and "NOT VALID" not in said
     bundle = load_bundle(tmp_path / "tiny-int8", verify=True)
@@ -40,7 +40,7 @@ def test_it_calibrates_by_itself_and_ends_with_valid(
     report = json.loads((bundle.path / "validation.json").read_text())
     assert report["precision"] == "int8" and report["passed"]
     with pytest.raises(AnyFlowError, match="tiny-int8 exists"):
-        exported(words)
+        run_export(words)
 
 
 @pytest.mark.parametrize("choice", ["--keep 2", "--fidelity 30dB"])
@@ -50,7 +50,7 @@ def test_it_chooses_what_stays_high_and_sensitivity_reads_the_bundles_own_ranges
     write_calibration(tmp_path / "c.json", calibration_of(SMALL))
     bundle = tmp_path / "bundle"
     words = f"--checkpoint {SMALL} --precision int8 --calibration {tmp_path / 'c.json'} {choice} --output {bundle}"
-    assert exported(f"{words} --check none") == 0
+    assert run_export(f"{words} --check none") == 0
     said = "".join(capsys.readouterr().err.split())
     kept = load_bundle(bundle).manifest.achieved.kept_high
     assert len(kept) == 2 if choice == "--keep 2" else len(kept) < 30
@@ -95,10 +95,10 @@ def test_choosing_layers_starts_only_with_ranges_of_these_weights_and_a_number_t
     write_calibration(tmp_path / "c.json", calibration)
     words = f"--checkpoint {SMALL} --precision int8 --calibration {tmp_path / 'c.json'} --output {tmp_path / 'b'}"
     with pytest.raises(AnyFlowError, match="--keep is 30; allowed are 0 to 29, since 30 layers can be quantized"):
-        exported(f"{words} --keep 30")
+        run_export(f"{words} --keep 30")
     write_calibration(tmp_path / "c.json", calibration.model_copy(update={"weights": "0" * 64}))
     with pytest.raises(AnyFlowError, match="is of the weights 000000000000…"):
-        exported(f"{words} --keep 2")
+        run_export(f"{words} --keep 2")
 
 
 def test_layers_are_chosen_with_attention_as_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_a_failed_export_keeps_its_own_calibrations_work(tmp_path: Path, monkeyp
     monkeypatch.setattr("anyflow_deploy.export.exporter.export_bundle", full)
     monkeypatch.setattr("anyflow_deploy.cli.quantize._small", lambda weights: {"frames": 1, "height": 16, "width": 16})
     with pytest.raises(AnyFlowError, match="no room"):
-        exported(f"--model tiny --random-weights --precision int8 --output {tmp_path / 'b'}")
+        run_export(f"--model tiny --random-weights --precision int8 --output {tmp_path / 'b'}")
     assert [path.name for path in tmp_path.iterdir()] == [".b-calibration.json.rollouts"]
 
 
@@ -146,5 +146,5 @@ def test_refusals_leave_nothing(words: str, message: str, tmp_path: Path, monkey
     write_calibration(tmp_path / "c.json", calibration_of(SMALL))
     (tmp_path / "taken").mkdir()
     with pytest.raises(AnyFlowError, match=message):
-        exported(f"--model tiny --random-weights {words}")
+        run_export(f"--model tiny --random-weights {words}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "taken"]

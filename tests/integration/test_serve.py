@@ -31,22 +31,22 @@ from anyflow_deploy.serving.request import VideoRequest, ordered
 from anyflow_deploy.serving.service import Service
 from anyflow_deploy.serving.video_store import Shelf
 from anyflow_deploy.serving.warmup import warm_up
-from tests.fakes.serving import PacedMaker, Served, eventually, manifest_of, serving
+from tests.fakes.serving import PacedGenerator, RunningServer, eventually, fake_manifest, serving
 
 TOKEN = "fox-in-the-snow-1234567890"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One that makes every video at once."""
-    with serving(PacedMaker(), tmp_path_factory.mktemp("videos")) as served:
+    with serving(PacedGenerator(), tmp_path_factory.mktemp("videos")) as served:
         yield served
 
 
 @pytest.fixture
-def slow(tmp_path: Path) -> Iterator[tuple[Served, PacedMaker]]:
+def slow(tmp_path: Path) -> Iterator[tuple[RunningServer, PacedGenerator]]:
     """One whose maker waits for permits, with room for two in the queue."""
-    maker = PacedMaker(free=False)
+    maker = PacedGenerator(free=False)
     with serving(maker, tmp_path / "videos", queue=2, streams=2) as served:
         yield served, maker
 
@@ -73,8 +73,8 @@ def messages_of(url: str, path: str, **options: object) -> tuple[list[dict[str, 
 # A video's life
 
 
-def test_create_poll_content_delete(server: Served, tmp_path: Path) -> None:
-    video = server.made(size="48x32", seconds="1", num_inference_steps=2, seed=7, model="far-tiny")
+def test_create_poll_content_delete(server: RunningServer, tmp_path: Path) -> None:
+    video = server.create_and_wait(size="48x32", seconds="1", num_inference_steps=2, seed=7, model="far-tiny")
     expected = {"object": "video", "status": "completed", "progress": 100, "size": "48x32", "num_frames": 17, "seed": 7}
     assert expected.items() <= video.items() and video["error"] is None
     assert video["steps"] == [2, 2, 2] and video["chunks"] == 3 and video["seconds"] == "1.0625"
@@ -94,21 +94,21 @@ def test_create_poll_content_delete(server: Served, tmp_path: Path) -> None:
         assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
 
 
-def test_sync_answers_with_the_file(server: Served, tmp_path: Path) -> None:
+def test_sync_answers_with_the_file(server: RunningServer, tmp_path: Path) -> None:
     answer = server.client.post("/v1/videos/sync", json={"prompt": "fox", "num_frames": 5})
     assert answer.headers["content-type"] == "video/mp4" and frames_in(answer.content, tmp_path) == 5
     assert server.client.get(f"/v1/videos/{answer.headers['x-video-id']}").json()["status"] == "completed"
 
 
-def test_a_form_is_taken_as_openais_client_sends_it(server: Served) -> None:
+def test_a_form_is_taken_as_openais_client_sends_it(server: RunningServer) -> None:
     fields = {name: (None, value) for name, value in {"prompt": "fox", "seconds": "1", "num_inference_steps": "3"}.items()}
     answer = server.client.post("/v1/videos", files=fields)
-    assert answer.status_code == 200 and server.ended(answer.json()["id"])["steps"] == [3, 3, 3]
+    assert answer.status_code == 200 and server.wait_until_ended(answer.json()["id"])["steps"] == [3, 3, 3]
     picture = server.client.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": ("a.png", b"1")})
     assert picture.status_code == 400 and picture.json()["error"]["param"] == "input_reference"
 
 
-def test_openais_own_client(server: Served, tmp_path: Path) -> None:
+def test_openais_own_client(server: RunningServer, tmp_path: Path) -> None:
     openai = pytest.importorskip("openai", reason="the openai package is not installed")
     client = openai.OpenAI(base_url=f"http://{server.url}/v1", api_key="none")
     video = client.videos.create_and_poll(prompt="a red fox", seconds="1", size="48x32", extra_body={"num_inference_steps": 2})
@@ -122,8 +122,8 @@ def test_openais_own_client(server: Served, tmp_path: Path) -> None:
 
 
 def test_pages_of_the_list(tmp_path: Path) -> None:
-    with serving(PacedMaker(), tmp_path) as server:
-        names = [server.made(num_frames=1)["id"] for _ in range(3)]
+    with serving(PacedGenerator(), tmp_path) as server:
+        names = [server.create_and_wait(num_frames=1)["id"] for _ in range(3)]
         first = server.client.get("/v1/videos", params={"limit": 2}).json()
         assert [v["id"] for v in first["data"]] == names[:0:-1] and first["has_more"] and first["last_id"] == names[1]
         rest = server.client.get("/v1/videos", params={"after": names[1]}).json()
@@ -131,7 +131,7 @@ def test_pages_of_the_list(tmp_path: Path) -> None:
         assert [v["id"] for v in server.client.get("/v1/videos?order=asc").json()["data"]] == names
 
 
-def test_the_stream_sends_what_is_there_and_then_what_is_made(slow: tuple[Served, PacedMaker], tmp_path: Path) -> None:
+def test_the_stream_sends_what_is_there_and_then_what_is_made(slow: tuple[RunningServer, PacedGenerator], tmp_path: Path) -> None:
     server, maker = slow
     name = server.create(num_frames=17, num_inference_steps=1).json()["id"]
     maker.permits.release()
@@ -159,7 +159,7 @@ def test_the_stream_sends_what_is_there_and_then_what_is_made(slow: tuple[Served
     assert len(pictures) == 17 and all(picture[:3] == b"\xff\xd8\xff" for picture in pictures)
 
 
-def test_cancel_by_socket_and_by_request(slow: tuple[Served, PacedMaker]) -> None:
+def test_cancel_by_socket_and_by_request(slow: tuple[RunningServer, PacedGenerator]) -> None:
     server, maker = slow
     first, second = (server.create().json()["id"] for _ in range(2))
     assert server.client.get(f"/v1/videos/{second}").json()["queue_position"] == 1
@@ -179,7 +179,7 @@ def test_cancel_by_socket_and_by_request(slow: tuple[Served, PacedMaker]) -> Non
     assert maker.began == ["a red fox"]  # the one that waited was never begun
 
 
-def test_deleting_what_is_being_made_stops_it(slow: tuple[Served, PacedMaker]) -> None:
+def test_deleting_what_is_being_made_stops_it(slow: tuple[RunningServer, PacedGenerator]) -> None:
     server, maker = slow
     name = server.create().json()["id"]
     maker.permits.release()
@@ -188,10 +188,10 @@ def test_deleting_what_is_being_made_stops_it(slow: tuple[Served, PacedMaker]) -
     assert server.client.get(f"/v1/videos/{name}").status_code == 404
     eventually(lambda: not (server.folder / name).exists())
     maker.free.set()
-    assert server.made(num_frames=1)["status"] == "completed"
+    assert server.create_and_wait(num_frames=1)["status"] == "completed"
 
 
-def test_who_leaves_a_sync_request_cancels_it(slow: tuple[Served, PacedMaker]) -> None:
+def test_who_leaves_a_sync_request_cancels_it(slow: tuple[RunningServer, PacedGenerator]) -> None:
     server, _ = slow
     body = b'{"prompt": "fox"}'
     with socket.create_connection(server.url.split(":")) as raw:  # type: ignore[arg-type]
@@ -199,10 +199,10 @@ def test_who_leaves_a_sync_request_cancels_it(slow: tuple[Served, PacedMaker]) -
         raw.sendall(head.encode() + body)
         eventually(lambda: server.client.get("/v1/videos").json()["data"])
     name = server.client.get("/v1/videos").json()["data"][0]["id"]
-    assert server.ended(name)["error"]["code"] == "cancelled"  # type: ignore[index]
+    assert server.wait_until_ended(name)["error"]["code"] == "cancelled"  # type: ignore[index]
 
 
-def test_a_full_queue_says_when_to_come_again(slow: tuple[Served, PacedMaker]) -> None:
+def test_a_full_queue_says_when_to_come_again(slow: tuple[RunningServer, PacedGenerator]) -> None:
     server, maker = slow
     server.create()
     eventually(lambda: maker.began)
@@ -217,7 +217,7 @@ def test_a_full_queue_says_when_to_come_again(slow: tuple[Served, PacedMaker]) -
         assert third.value.response.status_code == 429
     maker.free.set()
     eventually(lambda: not server.service.waiting)
-    assert server.made(num_frames=1)["status"] == "completed"
+    assert server.create_and_wait(num_frames=1)["status"] == "completed"
     metrics = server.client.get("/metrics").text
     assert 'anyflow_refused_total{reason="queue"} 1.0' in metrics and 'anyflow_videos_total{outcome="completed"} 4.0' in metrics
 
@@ -225,7 +225,7 @@ def test_a_full_queue_says_when_to_come_again(slow: tuple[Served, PacedMaker]) -
 def test_a_video_that_fails_says_so_and_the_next_one_is_made(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maker = PacedMaker()
+    maker = PacedGenerator()
     with serving(maker, tmp_path) as server:
         for fault, code, message in (
             (RuntimeError("secret"), "server_error", "its log has it under req_"),
@@ -233,7 +233,7 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
             (OSError(28, "No space left on device"), "server_error", "could not be written: No space left on device."),
         ):
             maker.fault = fault
-            video = server.made(num_frames=1)
+            video = server.create_and_wait(num_frames=1)
             assert (video["status"], video["error"]["code"]) == ("failed", code)  # type: ignore[index]
             assert message in video["error"]["message"] and "secret" not in str(video)  # type: ignore[index]
             assert not (tmp_path / str(video["id"])).exists()
@@ -242,8 +242,8 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
         maker.fault = None
         with monkeypatch.context() as broken:
             broken.setattr("anyflow_deploy.serving.video_store.write_text_atomically", lambda *_: 1 / 0)
-            assert server.made(num_frames=1)["error"]["code"] == "server_error"  # type: ignore[index]
-        assert server.made(num_frames=1)["status"] == "completed"
+            assert server.create_and_wait(num_frames=1)["error"]["code"] == "server_error"  # type: ignore[index]
+        assert server.create_and_wait(num_frames=1)["status"] == "completed"
         assert len([f for f in tmp_path.iterdir() if f.is_dir()]) == 1
     assert "secret" in caplog.text
 
@@ -278,7 +278,9 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
         ({"num_steps": 4}, "num_steps", "unknown field 'num_steps'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_made_is_refused_by_field(server: Served, fields: dict[str, object], param: str, message: str) -> None:
+def test_what_cannot_be_made_is_refused_by_field(
+    server: RunningServer, fields: dict[str, object], param: str, message: str
+) -> None:
     before = len(server.service.all())
     answer = server.create(**fields)
     error = answer.json()["error"]
@@ -310,7 +312,7 @@ def test_what_cannot_be_made_is_refused_by_field(server: Served, fields: dict[st
     ],
 )  # fmt: skip
 def test_other_mistakes_have_openais_shape_too(
-    server: Served, method: str, path: str, options: dict[str, object], status: int, message: str
+    server: RunningServer, method: str, path: str, options: dict[str, object], status: int, message: str
 ) -> None:
     answer = server.client.request(method, path, **options)  # type: ignore[arg-type]
     assert answer.status_code == status and message in answer.json()["error"]["message"]
@@ -335,7 +337,7 @@ def test_whatever_is_asked_becomes_an_order_or_a_refusal(fields: dict[str, objec
     limits = Limits(frames=81, pixels=64 * 96)
     for name in ("far-tiny", "tiny"):
         try:
-            order = ordered(VideoRequest.model_validate({"prompt": "x", **fields}), manifest_of(name), limits, name)
+            order = ordered(VideoRequest.model_validate({"prompt": "x", **fields}), fake_manifest(name), limits, name)
         except (AnyFlowError, ValidationError) as error:
             answer = api_error(error).answer()  # can be sent, too
             assert answer.status_code == 400
@@ -345,25 +347,25 @@ def test_whatever_is_asked_becomes_an_order_or_a_refusal(fields: dict[str, objec
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path) -> None:
-    with serving(PacedMaker(), tmp_path, body_seconds=0.2) as server, socket.create_connection(server.url.split(":")) as raw:  # type: ignore[arg-type]
+    with serving(PacedGenerator(), tmp_path, body_seconds=0.2) as server, socket.create_connection(server.url.split(":")) as raw:  # type: ignore[arg-type]
         raw.sendall(f"POST /v1/videos HTTP/1.1\r\nHost: {server.url}\r\nContent-Length: 10\r\n\r\n{{".encode())
         raw.settimeout(10)
         assert raw.recv(100).startswith(b"HTTP/1.1 408")
 
 
 def test_a_bidirectional_model_has_no_chunks_to_choose(tmp_path: Path) -> None:
-    with serving(PacedMaker(), tmp_path, manifest_of("tiny")) as server:
+    with serving(PacedGenerator(), tmp_path, fake_manifest("tiny")) as server:
         for field in ("first_steps", "window"):
             error = server.create(**{field: 2}).json()["error"]
             assert error["param"] == field and "for causal models" in error["message"]
-        assert server.made()["chunks"] == 1
+        assert server.create_and_wait()["chunks"] == 1
 
 
 # Who may ask
 
 
 def test_a_token_is_needed_for_everything_but_health_and_the_page(tmp_path: Path) -> None:
-    with serving(PacedMaker(), tmp_path, token=TOKEN) as server:
+    with serving(PacedGenerator(), tmp_path, token=TOKEN) as server:
         assert {server.client.get(path).status_code for path in ("/health", "/", "/page.js", "/page.css")} == {200}
         for path in ("/v1/videos", "/metrics", "/v1/models", "/openapi.json"):
             for headers in (
@@ -377,7 +379,7 @@ def test_a_token_is_needed_for_everything_but_health_and_the_page(tmp_path: Path
                 assert answer.json()["error"]["code"] == "invalid_api_key"
             assert server.client.get(path, headers={"Authorization": f"Bearer {TOKEN}", "Host": "fox.example"}).status_code == 200
         server.client.headers["Authorization"] = f"Bearer {TOKEN}"
-        name = server.made(num_frames=1)["id"]
+        name = server.create_and_wait(num_frames=1)["id"]
         path = f"/v1/videos/{name}/stream"
         for options in ({}, {"subprotocols": ["anyflow", "token.wrong"]}):
             with pytest.raises(InvalidStatus) as refused:
@@ -387,7 +389,7 @@ def test_a_token_is_needed_for_everything_but_health_and_the_page(tmp_path: Path
         assert texts[-1]["type"] == "end"
 
 
-def test_without_a_token_other_pages_and_names_are_refused(server: Served) -> None:
+def test_without_a_token_other_pages_and_names_are_refused(server: RunningServer) -> None:
     port = server.url.split(":")[1]
     for headers in ({"Host": f"evil.example:{port}"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "[::"}):
         answer = server.client.post("/v1/videos", json={"prompt": "x"}, headers=headers)
@@ -426,8 +428,8 @@ def test_other_machines_need_a_token(
 
 
 def test_finished_videos_outlive_the_server_and_half_ones_do_not(tmp_path: Path) -> None:
-    with serving(PacedMaker(), tmp_path) as server:
-        video = server.made(num_frames=17)
+    with serving(PacedGenerator(), tmp_path) as server:
+        video = server.create_and_wait(num_frames=17)
         with pytest.raises(AnyFlowError, match="belongs to another anyflow-serve that runs"):
             Shelf(tmp_path, 1, 1)
     half, foreign, newer = tmp_path / f"video_{'0' * 32}", tmp_path / "holidays", tmp_path / f"video_{'1' * 32}"
@@ -435,7 +437,7 @@ def test_finished_videos_outlive_the_server_and_half_ones_do_not(tmp_path: Path)
         folder.mkdir()
         (folder / "video.mp4").write_bytes(b"half")
     (newer / "video.json").write_text('{"schema_version": 9}')
-    with serving(PacedMaker(), tmp_path) as server:
+    with serving(PacedGenerator(), tmp_path) as server:
         assert server.client.get(f"/v1/videos/{video['id']}").json() == video
         assert len(server.client.get(f"/v1/videos/{video['id']}/content").content) == video["bytes"]
         _, parts = messages_of(server.url, f"/v1/videos/{video['id']}/stream")
@@ -445,17 +447,19 @@ def test_finished_videos_outlive_the_server_and_half_ones_do_not(tmp_path: Path)
 
 
 def test_the_shelf_has_a_bound_in_bytes_and_in_age(tmp_path: Path) -> None:
-    with serving(PacedMaker(), tmp_path) as server:
-        size = int(server.made()["bytes"])  # type: ignore[call-overload]
-    with serving(PacedMaker(), tmp_path, disk_bytes=2 * size + size // 2) as server:
-        names = [str(server.made(seed=0)["id"]) for _ in range(3)]  # within a second, so that created_at orders nothing
+    with serving(PacedGenerator(), tmp_path) as server:
+        size = int(server.create_and_wait()["bytes"])  # type: ignore[call-overload]
+    with serving(PacedGenerator(), tmp_path, disk_bytes=2 * size + size // 2) as server:
+        names = [
+            str(server.create_and_wait(seed=0)["id"]) for _ in range(3)
+        ]  # within a second, so that created_at orders nothing
         eventually(lambda: {f.name for f in tmp_path.iterdir() if f.is_dir()} == set(names[1:]))
         stored = float(server.client.get("/metrics").text.split("\nanyflow_stored_bytes ")[1].split()[0])
         assert stored <= 2.5 * size
         jobs = server.service.all()
         assert [job.id for job in server.service.shelf.surplus(jobs, time.time() + 24 * 3601)] == names[1:]
         assert server.service.shelf.surplus(jobs, time.time() + 3600) == []
-    with serving(PacedMaker(), tmp_path, disk_bytes=1) as server:
+    with serving(PacedGenerator(), tmp_path, disk_bytes=1) as server:
         assert [v["id"] for v in server.client.get("/v1/videos").json()["data"]] == names[2:]  # the newest stays
 
 
@@ -463,7 +467,7 @@ def test_the_shelf_has_a_bound_in_bytes_and_in_age(tmp_path: Path) -> None:
 
 
 def test_stopping_lets_the_running_video_finish(tmp_path: Path) -> None:
-    maker = PacedMaker(free=False)
+    maker = PacedGenerator(free=False)
     with serving(maker, tmp_path, grace=30) as server:
         answers: list[int] = []
         waiting = threading.Thread(
@@ -478,7 +482,7 @@ def test_stopping_lets_the_running_video_finish(tmp_path: Path) -> None:
         eventually(lambda: server.client.get("/health").status_code == 503)
         refused = server.create()
         assert refused.status_code == 503 and refused.headers["retry-after"] == "30"
-        assert server.ended(queued)["error"]["code"] == "server_shutdown"  # type: ignore[index]
+        assert server.wait_until_ended(queued)["error"]["code"] == "server_shutdown"  # type: ignore[index]
         maker.free.set()
         waiting.join()
         assert answers == [200]
@@ -488,7 +492,7 @@ def test_stopping_lets_the_running_video_finish(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_video_that_takes_too_long_to_stop_is_cancelled(tmp_path: Path, signals: int) -> None:
-    maker = PacedMaker(free=False)
+    maker = PacedGenerator(free=False)
     with serving(maker, tmp_path, grace=0.3 if signals == 1 else 600) as server:
         name = server.create().json()["id"]
         maker.permits.release(5)
@@ -504,20 +508,20 @@ def test_a_video_that_takes_too_long_to_stop_is_cancelled(tmp_path: Path, signal
 
 
 def test_warming_up_leaves_no_trace_and_fails_loudly(tmp_path: Path) -> None:
-    maker, limits = PacedMaker(), Limits(frames=81, pixels=64 * 96)
-    warm_up(maker, manifest_of("far-tiny"), limits, "far-tiny")
+    maker, limits = PacedGenerator(), Limits(frames=81, pixels=64 * 96)
+    warm_up(maker, fake_manifest("far-tiny"), limits, "far-tiny")
     assert maker.began == ["a red fox"]
     maker.fault = AnyFlowError("no memory for this.")
     with pytest.raises(AnyFlowError, match="the warm-up failed: no memory for this"):
-        warm_up(maker, manifest_of("far-tiny"), limits, "far-tiny")
+        warm_up(maker, fake_manifest("far-tiny"), limits, "far-tiny")
     with pytest.raises(AnyFlowError, match="num_frames asks for 17 frames; this server allows 5"):
-        warm_up(maker, manifest_of("far-tiny"), Limits(frames=5, pixels=64 * 96), "far-tiny")
+        warm_up(maker, fake_manifest("far-tiny"), Limits(frames=5, pixels=64 * 96), "far-tiny")
 
 
 # Watching it
 
 
-def test_ids_of_requests_are_in_answers_and_logs(server: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_ids_of_requests_are_in_answers_and_logs(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "anyflow.serve")
     own = server.client.get("/health").headers["x-request-id"]
     assert own.startswith("req_") and own != server.client.get("/health").headers["x-request-id"]
@@ -525,15 +529,15 @@ def test_ids_of_requests_are_in_answers_and_logs(server: Served, caplog: pytest.
     assert answer.headers["x-request-id"] == "fox-1"
     assert server.client.get("/health", headers={"X-Request-ID": "a b\tc"}).headers["x-request-id"].startswith("req_")
     name = answer.json()["id"]
-    server.ended(name)
+    server.wait_until_ended(name)
     eventually(lambda: "completed after" in caplog.text)
     about = [r for r in caplog.records if getattr(r, "video", "") == name]
     assert {r.request for r in about} == {"fox-1"} and len(about) == 3  # type: ignore[attr-defined]
     assert "secret fox" not in caplog.text
 
 
-def test_metrics_name_routes_by_their_pattern(server: Served) -> None:
-    server.made(deadline_ms=1000, num_inference_steps=2)
+def test_metrics_name_routes_by_their_pattern(server: RunningServer) -> None:
+    server.create_and_wait(deadline_ms=1000, num_inference_steps=2)
     for _ in range(2):
         server.client.get("/v1/videos/video_x")
         server.client.get("/nowhere")
@@ -554,7 +558,7 @@ def test_metrics_name_routes_by_their_pattern(server: Served) -> None:
 
 def test_many_clients_at_once(tmp_path: Path) -> None:
     """Thirty create, watch and fetch at the same time; each gets the video it asked for."""
-    maker = PacedMaker()
+    maker = PacedGenerator()
     with serving(maker, tmp_path, queue=40) as server:
         problems: list[object] = []
 
@@ -601,9 +605,9 @@ def test_a_job_hears_nothing_after_it_let_go() -> None:
 
 def test_failures_are_forgotten_oldest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anyflow_deploy.serving.service.REMEMBERED_FAILURES", 2)
-    maker = PacedMaker()
+    maker = PacedGenerator()
     maker.fault = AnyFlowError("no.")
     with serving(maker, tmp_path) as server:
-        names = [server.made(num_frames=1)["id"] for _ in range(3)]
+        names = [server.create_and_wait(num_frames=1)["id"] for _ in range(3)]
         eventually(lambda: [job.id for job in server.service.all()] == names[1:])
     assert isinstance(server.service, Service) and isinstance(server.service.metrics, Metrics)

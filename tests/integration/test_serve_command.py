@@ -38,12 +38,12 @@ class Command:
     client: httpx.Client
     bundle: Path
 
-    def made(self, **fields: object) -> dict[str, Any]:
+    def create_and_wait(self, **fields: object) -> dict[str, Any]:
         answer = self.client.post("/v1/videos", json={"prompt": PROMPT, **fields})
         assert answer.status_code == 200, answer.text
-        return self.ended(answer.json()["id"])
+        return self.wait_until_ended(answer.json()["id"])
 
-    def ended(self, name: str) -> dict[str, Any]:
+    def wait_until_ended(self, name: str) -> dict[str, Any]:
         eventually(lambda: self.seen(name)["status"] in ("completed", "failed"))
         return self.seen(name)
 
@@ -96,7 +96,7 @@ def frames_of(path: Path) -> int:
 
 
 def test_a_served_video_is_anyflow_generates_byte_for_byte(command: Command, tmp_path: Path) -> None:
-    video = command.made(num_frames=29, size="96x64", num_inference_steps=2, first_steps=3, seed=5)
+    video = command.create_and_wait(num_frames=29, size="96x64", num_inference_steps=2, first_steps=3, seed=5)
     assert video["status"] == "completed" and video["steps"] == [3, 2, 2, 2] and video["timings"]["first_frame"] > 0, video
     output = tmp_path / "fox.mp4"
     chunks = (1, 3, 3, 1)
@@ -110,10 +110,10 @@ def test_a_served_video_is_anyflow_generates_byte_for_byte(command: Command, tmp
 
 def test_deadlines_share_one_pace(command: Command) -> None:
     """The warm-up has learnt it: no draft is made, so two steps are two."""
-    video = command.made(num_frames=13, deadline_ms=60000, num_inference_steps=2)
+    video = command.create_and_wait(num_frames=13, deadline_ms=60000, num_inference_steps=2)
     assert (video["steps"], video["deadline_met"]) == ([2, 2], True)
     assert _metric(command, "anyflow_drafts_total") == 0
-    hasty = command.made(num_frames=13, deadline_ms=0.001)
+    hasty = command.create_and_wait(num_frames=13, deadline_ms=0.001)
     assert (hasty["steps"], hasty["deadline_met"]) == ([1, 1], False)
 
 
@@ -122,9 +122,9 @@ def test_enough_is_enough(command: Command) -> None:
     name = command.client.post("/v1/videos", json=order).json()["id"]
     eventually(lambda: command.seen(name)["progress"] > 0)
     assert command.client.post(f"/v1/videos/{name}/finish").status_code == 200
-    video = command.ended(name)
+    video = command.wait_until_ended(name)
     assert video["status"] == "completed" and video["steps"][-1] == 1 and video["steps"][0] < 400
-    refused = command.client.post(f"/v1/videos/{command.made(num_frames=1)['id']}/finish")
+    refused = command.client.post(f"/v1/videos/{command.create_and_wait(num_frames=1)['id']}/finish")
     assert refused.status_code == 400 and "only a deadline" in refused.json()["error"]["message"]
 
 
@@ -132,9 +132,9 @@ def test_cancelling_in_the_middle_leaves_the_engine_fit(command: Command) -> Non
     name = command.client.post("/v1/videos", json={"prompt": PROMPT, "num_inference_steps": 400}).json()["id"]
     eventually(lambda: command.seen(name)["progress"] > 0)
     command.client.post(f"/v1/videos/{name}/cancel")
-    assert command.ended(name)["error"]["code"] == "cancelled"
+    assert command.wait_until_ended(name)["error"]["code"] == "cancelled"
     assert not (command.folder / "anyflow-videos" / name).exists()
-    assert command.made(num_frames=1)["status"] == "completed"
+    assert command.create_and_wait(num_frames=1)["status"] == "completed"
 
 
 def test_a_prompt_of_too_many_tokens_is_refused_at_once(command: Command) -> None:

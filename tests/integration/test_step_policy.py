@@ -81,8 +81,8 @@ def test_a_deadline_without_time_is_missed_by_one_step_and_says_so(
     np.testing.assert_allclose(load_file(str(small["output"]))["latents"], latents_of(small, 1), atol=1e-5)
 
 
-def test_every_chunk_has_the_deadline(exported: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bundle = exported(CAUSAL)
+def test_every_chunk_has_the_deadline(export_once: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = export_once(CAUSAL)
     save_file({"prompt_embeds": noise((1, 8, bundle.manifest.architecture.text_dim), 1)}, tmp_path / "fox.safetensors")
     common = {"bundle": bundle.path, "prompt_embeds": tmp_path / "fox.safetensors", "output": tmp_path / "z.safetensors"}
     size = {"frames": 25, "height": 64, "width": 64, "chunks": "1,3,3", "overwrite": True}

@@ -26,15 +26,15 @@ from anyflow_deploy.engines.engine_folder import load_engine_folder
 from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
 from anyflow_deploy.progress import Advance
 from tests.conftest import SMALL, Export
-from tests.fakes.tensorrt import RELEASES, Machine, layer, layers_as_asked
+from tests.fakes.tensorrt import RELEASES, FakeTensorRT, layer, requested_layers
 
-EVERY_RELEASE = pytest.mark.parametrize("trt_machine", RELEASES, indirect=True)
+EVERY_RELEASE = pytest.mark.parametrize("fake_tensorrt", RELEASES, indirect=True)
 SIZE = "64x96x5"
 
 
 @pytest.fixture
-def bundle(exported: Export, tmp_path: Path) -> Bundle:
-    return copied(exported(SMALL), tmp_path)
+def bundle(export_once: Export, tmp_path: Path) -> Bundle:
+    return copied(export_once(SMALL), tmp_path)
 
 
 def copied(bundle: Bundle, folder: Path) -> Bundle:
@@ -59,10 +59,10 @@ def nothing_left(bundle: Bundle) -> bool:
 
 
 @EVERY_RELEASE
-def test_the_record(trt_machine: Machine, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_record(fake_tensorrt: FakeTensorRT, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     record = command(bundle, "--shapes 64x96x5,128x96x1:t7")
     assert record["device"] == {"kind": "cuda", "name": "NVIDIA Stand-in", "compute_capability": "9.0"}
-    assert record["versions"]["tensorrt"] == trt_machine.trt.__version__
+    assert record["versions"]["tensorrt"] == fake_tensorrt.trt.__version__
     assert list(record["profiles"]["transition"]) == ["64x96x5", "128x96x1:t7"]
     assert record["profiles"]["transition"]["128x96x1:t7"]["latents"] == [[1, 1, 4, 16, 12]] * 3
     assert record["profiles"]["transition"]["64x96x5"]["text"] == [[1, 512, 32]] * 3
@@ -73,26 +73,26 @@ def test_the_record(trt_machine: Machine, bundle: Bundle, capsys: pytest.Capture
 
 
 @EVERY_RELEASE
-def test_what_the_builder_is_told(trt_machine: Machine, bundle: Bundle) -> None:
+def test_what_the_builder_is_told(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
     command(bundle)
-    trt = trt_machine.trt
+    trt = fake_tensorrt.trt
     assert plan(bundle)["flags"] == [], "TF32 is off, and nothing else is on"
-    assert trt.called("IBuilderConfig.profiling_verbosity") == [{"value": trt.ProfilingVerbosity.DETAILED}]
+    assert trt.calls_of("IBuilderConfig.profiling_verbosity") == [{"value": trt.ProfilingVerbosity.DETAILED}]
     flags = "--workspace 2.5 --optimization-level 5 --version-compatible --hardware-compatible ampere+ --refit --weight-streaming"
     command(bundle, f"--shapes {SIZE} --overwrite {flags}")
     assert plan(bundle)["flags"] == ["REFIT", "VERSION_COMPATIBLE", "WEIGHT_STREAMING"]
-    assert trt.called("IBuilderConfig.set_memory_pool_limit") == [
+    assert trt.calls_of("IBuilderConfig.set_memory_pool_limit") == [
         {"pool": trt.MemoryPoolType.WORKSPACE, "pool_size": 2_500_000_000}
     ]
-    assert trt.called("IBuilderConfig.builder_optimization_level") == [{"value": 5}]
+    assert trt.calls_of("IBuilderConfig.builder_optimization_level") == [{"value": 5}]
     level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    assert trt.called("IBuilderConfig.hardware_compatibility_level") == [{"value": level}]
+    assert trt.calls_of("IBuilderConfig.hardware_compatibility_level") == [{"value": level}]
     command(bundle, f"--shapes {SIZE} --overwrite --strip")
     assert plan(bundle)["flags"] == ["REFIT_IDENTICAL", "STRIP_PLAN"]
 
 
-@pytest.mark.parametrize("trt_machine", ["10.3"], indirect=True)
-def test_a_level_that_this_release_lacks(trt_machine: Machine, bundle: Bundle) -> None:
+@pytest.mark.parametrize("fake_tensorrt", ["10.3"], indirect=True)
+def test_a_level_that_this_release_lacks(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
     with pytest.raises(BackendError, match=r"same-capability is not in TensorRT 10.3.0, which has .*AMPERE_PLUS"):
         command(bundle, f"--shapes {SIZE} --hardware-compatible same-capability")
     assert nothing_left(bundle)
@@ -144,14 +144,14 @@ class Recorder:
         self.open.remove(name)
 
 
-def test_progress(trt_machine: Machine, bundle: Bundle) -> None:
+def test_progress(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
     progress = Recorder()
     build_engine(bundle, "tensorrt", TensorRTSettings(shapes=(SIZE,)), progress=progress)
     assert progress.stages == {"transition: Building Engine": 2, "transition: Timing": 2, "transition: inspecting": 0}
     assert not progress.open, "deeper levels are not shown, and every stage was ended"
 
 
-def test_a_report_that_fails_stops_the_build(trt_machine: Machine, bundle: Bundle) -> None:
+def test_a_report_that_fails_stops_the_build(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
     class Broken(Recorder):
         def stage(self, name: str, total: float | None = None) -> Any:
             raise ValueError("no terminal")
@@ -167,7 +167,7 @@ def cache_file(tmp_path: Path) -> Path:
 
 
 @EVERY_RELEASE
-def test_ctrl_c_stops_the_build_and_keeps_the_timing_cache(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_build_and_keeps_the_timing_cache(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path) -> None:
     ended = threading.Event()
 
     def interrupt() -> None:
@@ -175,34 +175,34 @@ def test_ctrl_c_stops_the_build_and_keeps_the_timing_cache(trt_machine: Machine,
         os.kill(os.getpid(), signal.SIGINT)
         assert not ended.wait(0.5)
 
-    trt_machine.during_build = interrupt
+    fake_tensorrt.during_build = interrupt
     with pytest.raises(KeyboardInterrupt):
         command(bundle)
     ended.set()
     assert nothing_left(bundle)
     assert json.loads(cache_file(tmp_path).read_bytes())["transition"] == 1.0
-    trt_machine.during_build = lambda: None
+    fake_tensorrt.during_build = lambda: None
     command(bundle)
 
 
 @EVERY_RELEASE
-def test_the_timing_cache(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
+def test_the_timing_cache(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path) -> None:
     command(bundle)
     file = cache_file(tmp_path)
-    assert file.name == f"nvidia-stand-in-{trt_machine.trt.__version__}.timing"
-    trt_machine.during_build = lambda: (
-        file.write_text(json.dumps({"version": trt_machine.trt.__version__, "other": 2.0})) and None
+    assert file.name == f"nvidia-stand-in-{fake_tensorrt.trt.__version__}.timing"
+    fake_tensorrt.during_build = lambda: (
+        file.write_text(json.dumps({"version": fake_tensorrt.trt.__version__, "other": 2.0})) and None
     )
     command(bundle, f"--shapes {SIZE} --overwrite")
     assert set(json.loads(file.read_bytes())) == {"version", "transition", "other"}, "what another build wrote meanwhile is kept"
-    given = trt_machine.trt.called("IBuilderConfig.create_timing_cache")
+    given = fake_tensorrt.trt.calls_of("IBuilderConfig.create_timing_cache")
     assert [bytes(call["serialized_timing_cache"])[:1] for call in given][:2] == [b"", b"{"], (
         "the second build started from the first"
     )
 
 
 def test_a_timing_cache_of_elsewhere(
-    trt_machine: Machine, bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     elsewhere = tmp_path / "elsewhere.timing"
     elsewhere.write_text(json.dumps({"version": "9.9"}))
@@ -211,7 +211,7 @@ def test_a_timing_cache_of_elsewhere(
 
 
 def test_a_timing_cache_that_cannot_be_kept(
-    trt_machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     command(bundle, f"--shapes {SIZE} --timing-cache {tmp_path / 'file' / 'x.timing'}")
@@ -229,26 +229,28 @@ def test_a_timing_cache_that_cannot_be_kept(
         ("Internal Error: assertion failed", "log of anyflow_deploy.tensorrt"),
     ],
 )
-def test_a_build_that_fails_says_which_knob(trt_machine: Machine, bundle: Bundle, tmp_path: Path, said: str, advice: str) -> None:
-    trt_machine.failure = said
+def test_a_build_that_fails_says_which_knob(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path, said: str, advice: str
+) -> None:
+    fake_tensorrt.failure = said
     with pytest.raises(BackendError, match=rf"TensorRT 11.* could not build 'transition' on NVIDIA Stand-in: .*{advice}"):
         command(bundle)
     assert nothing_left(bundle)
     assert cache_file(tmp_path).exists(), "what was measured is kept"
 
 
-def test_a_disk_that_is_full(trt_machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full(fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
         BackendError, match=r"GB free, and the plans take about .* --output FOLDER, or build without weights .*--strip"
     ):
         command(bundle)
-    assert not trt_machine.trt.calls, "before TensorRT has begun"
+    assert not fake_tensorrt.trt.calls, "before TensorRT has begun"
     monkeypatch.undo()
 
 
-def test_a_disk_that_fills_up(trt_machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up(fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -273,23 +275,23 @@ def test_a_disk_that_fills_up(trt_machine: Machine, bundle: Bundle, monkeypatch:
         (f"--shapes {SIZE} --provider cpu", BackendError, "TensorRT runs on NVIDIA GPUs only; provider is 'cpu'"),
     ],
 )
-def test_wrong_settings(trt_machine: Machine, bundle: Bundle, words: str, error: type[AnyFlowError], message: str) -> None:
+def test_wrong_settings(fake_tensorrt: FakeTensorRT, bundle: Bundle, words: str, error: type[AnyFlowError], message: str) -> None:
     with pytest.raises(error, match=message):
         command(bundle, words)
-    assert nothing_left(bundle) and not trt_machine.trt.calls
+    assert nothing_left(bundle) and not fake_tensorrt.trt.calls
 
 
-def test_a_precision_that_the_gpu_lacks(trt_machine: Machine, bundle: Bundle) -> None:
-    trt_machine.cuda.properties |= {"major": 8, "minor": 7, "name": b"Orin"}
+def test_a_precision_that_the_gpu_lacks(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
+    fake_tensorrt.cuda.properties |= {"major": 8, "minor": 7, "name": b"Orin"}
     with pytest.raises(
         BackendError, match=r"is fp8, which needs compute capability 8\.9; Orin has 8\.7\. .* fp32, fp16, bf16, int8"
     ):
         command(in_eight_bits(bundle))
 
 
-def test_a_graph_that_the_parser_refuses(trt_machine: Machine, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    trt = trt_machine.trt
-    error = trt.made("ParserError")
+def test_a_graph_that_the_parser_refuses(fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    trt = fake_tensorrt.trt
+    error = trt.make_object("ParserError")
     trt.behaviour |= {
         "OnnxParser.parse_from_file": lambda parser, path: False,
         "OnnxParser.num_errors": lambda parser: 1,
@@ -303,36 +305,36 @@ def test_a_graph_that_the_parser_refuses(trt_machine: Machine, bundle: Bundle, m
     assert nothing_left(bundle)
 
 
-@pytest.mark.parametrize("trt_machine", ["10.3"], indirect=True)
-def test_a_graph_that_the_lint_refuses(trt_machine: Machine, bundle: Bundle) -> None:
+@pytest.mark.parametrize("fake_tensorrt", ["10.3"], indirect=True)
+def test_a_graph_that_the_lint_refuses(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
     path = bundle.path / "transition.onnx"
     model = onnx.load(path, load_external_data=False)
     model.opset_import[0].version = 23
     path.write_bytes(model.SerializeToString())
     with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0 does not take this bundle: transition.onnx.*opset 23"):
         build_engine(load_bundle(bundle.path, verify=False), "tensorrt", TensorRTSettings(shapes=(SIZE,)))
-    assert not trt_machine.trt.calls
+    assert not fake_tensorrt.trt.calls
 
 
-def test_eight_bits_that_were_achieved(trt_machine: Machine, bundle: Bundle) -> None:
+def test_eight_bits_that_were_achieved(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
     in_eight_bits(bundle)
     record = command(bundle)
     assert record["achieved"]["eight_bit_products"] == 1.0 and record["achieved"]["asked_in_eight_bits"] > 20
     assert record["achieved"]["run_wider"] == []
 
 
-def test_eight_bits_that_were_not(trt_machine: Machine, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eight_bits_that_were_not(fake_tensorrt: FakeTensorRT, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     """As Thor builds have done: everything in float32, and no word about it."""
     in_eight_bits(bundle)
 
     def in_float(model: Any) -> list[dict[str, Any]]:
-        rows = layers_as_asked(model)
+        rows = requested_layers(model)
         for row in rows:
             if "blocks.1.ffn" in row["Name"]:
                 row["TacticName"], row["Inputs"] = "sm90_xmma_gemm_f32f32_f32", [{"Format/Datatype": "Float"}]
         return rows
 
-    trt_machine.layers = in_float
+    fake_tensorrt.layers = in_float
     with pytest.raises(
         BackendError, match=r"2 of \d+ eight-bit matrix products run in a wider type \(blocks.1.ffn.*--allow-fallback"
     ):
@@ -344,20 +346,20 @@ def test_eight_bits_that_were_not(trt_machine: Machine, bundle: Bundle, capsys: 
     assert "run wider blocks.1.ffn" in shown and "fused attention 100 %" in shown
 
 
-def test_an_inspector_that_says_nothing_is_not_taken_for_success(trt_machine: Machine, bundle: Bundle) -> None:
-    trt_machine.layers = lambda model: []
+def test_an_inspector_that_says_nothing_is_not_taken_for_success(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
+    fake_tensorrt.layers = lambda model: []
     with pytest.raises(BackendError, match=r"none of \d+ eight-bit matrix products could be found"):
         command(in_eight_bits(bundle))
 
 
-def test_attention_that_was_not_fused(trt_machine: Machine, bundle: Bundle) -> None:
-    trt_machine.layers = lambda model: [
+def test_attention_that_was_not_fused(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
+    fake_tensorrt.layers = lambda model: [
         layer(n.name, (n.name,), "sm90_x", "Half") for n in model.graph.node if n.op_type in ("Gemm", "MatMul", "Softmax")
     ]
     assert command(bundle)["achieved"] == {"fused_attention": 0.0}
 
 
-def test_shapes_by_default(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
+def test_shapes_by_default(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path) -> None:
     assert [made.name for made in TensorRTSettings().profiles(bundle)["transition"]] == ["480x832x81"], "the ranges have no end"
     path = bundle.path / "manifest.json"
     raw = json.loads(path.read_text())

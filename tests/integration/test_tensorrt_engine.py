@@ -19,21 +19,21 @@ from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden
-from tests.fakes.tensorrt import RELEASES, Machine
+from tests.fakes.tensorrt import RELEASES, FakeTensorRT
 
 LIMIT, CAUSAL_LIMIT = 1e-5, 1e-4
-EVERY_RELEASE = pytest.mark.parametrize("trt_machine", RELEASES, indirect=True)
+EVERY_RELEASE = pytest.mark.parametrize("fake_tensorrt", RELEASES, indirect=True)
 Golden = dict[str, NDArray[Any]]
 
 
 @pytest.fixture(scope="module")
-def bundle(exported: Export) -> Bundle:
-    return exported(SMALL)
+def bundle(export_once: Export) -> Bundle:
+    return export_once(SMALL)
 
 
 @pytest.fixture(scope="module")
-def causal(exported: Export) -> Bundle:
-    return exported(CAUSAL)
+def causal(export_once: Export) -> Bundle:
+    return export_once(CAUSAL)
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +57,26 @@ def opened(bundle: Bundle, folder: Path, *shapes: str, cuda_graphs: bool = True,
 
 
 @pytest.fixture
-def engine(trt_machine: Machine, bundle: Bundle, small: Golden, tmp_path: Path) -> Any:
+def engine(fake_tensorrt: FakeTensorRT, bundle: Bundle, small: Golden, tmp_path: Path) -> Any:
     return opened(bundle, tmp_path, size_of(small["latents"], small["text"]))
 
 
 @EVERY_RELEASE
-def test_golden_samples(trt_machine: Machine, engine: Any, small: Golden) -> None:
-    assert engine.description == f"TensorRT {trt_machine.trt.__version__}, NVIDIA Stand-in, fp32"
+def test_golden_samples(fake_tensorrt: FakeTensorRT, engine: Any, small: Golden) -> None:
+    assert engine.description == f"TensorRT {fake_tensorrt.trt.__version__}, NVIDIA Stand-in, fp32"
     for steps in (1, 2, 4, 8, 13):
         latents = sample(engine, small["latents"], small["text"], Schedule.uniform(steps))
         assert difference(latents, small[f"sample_{steps}"]).relative_l2 < LIMIT
-    assert trt_machine.cuda.launches > 10, "the later steps are replayed"
-    assert trt_machine.trt.called("Builder.create_network") == [{"flags": 1 << int(strongly_typed(trt_machine))}]
+    assert fake_tensorrt.cuda.launches > 10, "the later steps are replayed"
+    assert fake_tensorrt.trt.calls_of("Builder.create_network") == [{"flags": 1 << int(strongly_typed(fake_tensorrt))}]
 
 
-def strongly_typed(machine: Machine) -> int:
+def strongly_typed(machine: FakeTensorRT) -> int:
     return int(machine.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
 @EVERY_RELEASE
-def test_golden_streams(trt_machine: Machine, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
+def test_golden_streams(fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
     engine = opened(causal, tmp_path, size_of(oracle["latents"], oracle["text"]).replace(":b1", ""))
     for steps in (1, 2, 8):
         chunks = list(stream(engine, oracle["latents"], oracle["text"], Schedule.uniform(steps)))
@@ -84,13 +84,13 @@ def test_golden_streams(trt_machine: Machine, causal: Bundle, oracle: Golden, tm
         assert difference(made, oracle[f"sample_{steps}"]).relative_l2 < CAUSAL_LIMIT
     given = list(stream(engine, oracle["latents"], oracle["text"], Schedule.uniform(4), context=oracle["context"]))
     assert np.isfinite(np.concatenate([chunk.latents for chunk in given], axis=1)).all()
-    before = trt_machine.cuda.reserved()
+    before = fake_tensorrt.cuda.reserved_bytes()
     engine.close()
     gc.collect()
-    assert trt_machine.cuda.reserved() == 0 < before, "everything is given back"
+    assert fake_tensorrt.cuda.reserved_bytes() == 0 < before, "everything is given back"
 
 
-def test_the_profiles_of_a_causal_bundle(trt_machine: Machine, causal: Bundle, tmp_path: Path) -> None:
+def test_the_profiles_of_a_causal_bundle(fake_tensorrt: FakeTensorRT, causal: Bundle, tmp_path: Path) -> None:
     opened(causal, tmp_path, "96x160x45")
     record = json.loads((tmp_path / "engine" / "engine.json").read_text())
     assert {f"{graph}.plan" for graph in ("text", "chunk", "compress")} <= set(record["files"])
@@ -100,7 +100,9 @@ def test_the_profiles_of_a_causal_bundle(trt_machine: Machine, causal: Bundle, t
     assert [shape[1] for shape in chunk["96x160x45 later"]["latents"]] == [1, 3, 3]
 
 
-def test_streams_equal_onnx_runtime_with_a_window(trt_machine: Machine, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
+def test_streams_equal_onnx_runtime_with_a_window(
+    fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path
+) -> None:
     """Forgotten chunks make the cache move within its own buffers."""
     plan = (1, 1, 1, 1, 1, 1)
     shorter = oracle["latents"][:, :6]
@@ -111,7 +113,7 @@ def test_streams_equal_onnx_runtime_with_a_window(trt_machine: Machine, causal: 
         assert difference(ours_.latents, theirs_.latents).relative_l2 < LIMIT
 
 
-def test_two_streams_do_not_mix(trt_machine: Machine, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
+def test_two_streams_do_not_mix(fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
     engine = opened(causal, tmp_path, size_of(oracle["latents"], oracle["text"]).replace(":b1", ""))
     noises = (oracle["latents"], oracle["latents"][::-1] * 0.5)
     alone = [[c.latents for c in stream(engine, z, oracle["text"], Schedule.uniform(2))] for z in noises]
@@ -121,7 +123,7 @@ def test_two_streams_do_not_mix(trt_machine: Machine, causal: Bundle, oracle: Go
             np.testing.assert_array_equal(pair[which].latents, alone[which][number])
 
 
-def test_a_stream_that_grows(trt_machine: Machine, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
+def test_a_stream_that_grows(fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
     """A run that is open while the cache moves elsewhere reads it where it is now."""
     engine = opened(causal, tmp_path, size_of(oracle["latents"], oracle["text"]).replace(":b1", ""))
     plans = [
@@ -161,50 +163,52 @@ def test_two_runs_do_not_mix(engine: Any, small: Golden) -> None:
             np.testing.assert_array_equal(run.read(), alone.read())
 
 
-def test_the_next_run_of_the_same_shape_reserves_nothing(trt_machine: Machine, engine: Any, small: Golden) -> None:
+def test_the_next_run_of_the_same_shape_reserves_nothing(fake_tensorrt: FakeTensorRT, engine: Any, small: Golden) -> None:
     sample(engine, small["latents"], small["text"], Schedule.uniform(4))
-    trt_machine.cuda.calls.clear()
-    trt_machine.cuda.launches = 0
+    fake_tensorrt.cuda.calls.clear()
+    fake_tensorrt.cuda.launches = 0
     sample(engine, small["latents"], small["text"], Schedule.uniform(4))
     sample(engine, small["latents"], small["text"], Schedule.uniform(4))
-    assert "cudaMalloc" not in trt_machine.cuda.calls
-    assert trt_machine.cuda.launches >= 6, "both ways between the two buffers are captured by now"
-    created = len(trt_machine.trt.called("ICudaEngine.create_execution_context"))
+    assert "cudaMalloc" not in fake_tensorrt.cuda.calls
+    assert fake_tensorrt.cuda.launches >= 6, "both ways between the two buffers are captured by now"
+    created = len(fake_tensorrt.trt.calls_of("ICudaEngine.create_execution_context"))
     assert created == 3, "one for everything, one for each captured way"
 
 
-def test_without_cuda_graphs(trt_machine: Machine, bundle: Bundle, small: Golden, tmp_path: Path) -> None:
+def test_without_cuda_graphs(fake_tensorrt: FakeTensorRT, bundle: Bundle, small: Golden, tmp_path: Path) -> None:
     engine = opened(bundle, tmp_path, size_of(small["latents"], small["text"]), cuda_graphs=False)
     latents = sample(engine, small["latents"], small["text"], Schedule.uniform(13))
     assert difference(latents, small["sample_13"]).relative_l2 < LIMIT
-    assert not trt_machine.cuda.launches
+    assert not fake_tensorrt.cuda.launches
 
 
 def test_a_capture_that_fails_is_said_and_survived(
-    trt_machine: Machine, engine: Any, small: Golden, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fake_tensorrt: FakeTensorRT, engine: Any, small: Golden, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fails = lambda graph, flags: (trt_machine.cuda.cudaError_t.cudaErrorNotSupported, None)  # noqa: E731
-    monkeypatch.setattr(trt_machine.cuda, "_cudaGraphInstantiate", fails, raising=True)
+    fails = lambda graph, flags: (fake_tensorrt.cuda.cudaError_t.cudaErrorNotSupported, None)  # noqa: E731
+    monkeypatch.setattr(fake_tensorrt.cuda, "_cudaGraphInstantiate", fails, raising=True)
     latents = sample(engine, small["latents"], small["text"], Schedule.uniform(13))
     assert difference(latents, small["sample_13"]).relative_l2 < LIMIT
     assert "runs without CUDA graphs" in caplog.text
 
 
 @EVERY_RELEASE
-def test_weight_streaming(trt_machine: Machine, bundle: Bundle, small: Golden, tmp_path: Path) -> None:
+def test_weight_streaming(fake_tensorrt: FakeTensorRT, bundle: Bundle, small: Golden, tmp_path: Path) -> None:
     engine = opened(bundle, tmp_path, size_of(small["latents"], small["text"]), weight_streaming=True)
     latents = sample(engine, small["latents"], small["text"], Schedule.uniform(8))
     assert difference(latents, small["sample_8"]).relative_l2 < LIMIT
-    assert not trt_machine.cuda.launches, "TensorRT cannot capture it"
-    assert trt_machine.trt.called("ICudaEngine.weight_streaming_budget_v2") == [{"value": 1 << 20}]
+    assert not fake_tensorrt.cuda.launches, "TensorRT cannot capture it"
+    assert fake_tensorrt.trt.calls_of("ICudaEngine.weight_streaming_budget_v2") == [{"value": 1 << 20}]
 
 
 @EVERY_RELEASE
-def test_a_stripped_plan_gets_the_bundles_weights(trt_machine: Machine, bundle: Bundle, small: Golden, tmp_path: Path) -> None:
+def test_a_stripped_plan_gets_the_bundles_weights(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, small: Golden, tmp_path: Path
+) -> None:
     engine = opened(bundle, tmp_path, size_of(small["latents"], small["text"]), strip=True)
     latents = sample(engine, small["latents"], small["text"], Schedule.uniform(1))
     assert difference(latents, small["sample_1"]).relative_l2 < LIMIT
-    assert trt_machine.trt.called("Refitter.refit_cuda_engine")
+    assert fake_tensorrt.trt.calls_of("Refitter.refit_cuda_engine")
 
 
 def test_a_shape_outside_every_profile_names_the_nearest(engine: Any, small: Golden) -> None:
@@ -216,46 +220,46 @@ def test_a_shape_outside_every_profile_names_the_nearest(engine: Any, small: Gol
     sample(engine, small["latents"], small["text"], Schedule.uniform(1))
 
 
-def test_longer_streams_than_were_built_for(trt_machine: Machine, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
+def test_longer_streams_than_were_built_for(fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
     engine = opened(causal, tmp_path, "96x160x1:t9")
     chunks = stream(engine, oracle["latents"], oracle["text"], Schedule.uniform(1))
     with pytest.raises(ShapeError, match=r"no profile .* the nearest is '96x160x1:t9 first'"):
         list(chunks)
     gc.collect()
     engine.close()
-    assert trt_machine.cuda.reserved() == 0
+    assert fake_tensorrt.cuda.reserved_bytes() == 0
 
 
-def test_no_memory_left(trt_machine: Machine, engine: Any, small: Golden) -> None:
-    trt_machine.cuda.limit = trt_machine.cuda.reserved() + 5000
+def test_no_memory_left(fake_tensorrt: FakeTensorRT, engine: Any, small: Golden) -> None:
+    fake_tensorrt.cuda.limit = fake_tensorrt.cuda.reserved_bytes() + 5000
     with pytest.raises(BackendError, match=r"NVIDIA Stand-in has no .* MB left: .* are free"):
         engine.start(small["latents"], small["text"])
-    trt_machine.cuda.limit = 1 << 30
+    fake_tensorrt.cuda.limit = 1 << 30
     sample(engine, small["latents"], small["text"], Schedule.uniform(1))
 
 
-def test_a_run_that_found_no_room_goes_on_when_there_is(trt_machine: Machine, engine: Any, small: Golden) -> None:
+def test_a_run_that_found_no_room_goes_on_when_there_is(fake_tensorrt: FakeTensorRT, engine: Any, small: Golden) -> None:
     """What the stand-in wants for activations grows with the shapes; here it finds no room for them first."""
     run = engine.start(small["latents"], small["text"])
-    trt_machine.cuda.limit = trt_machine.cuda.reserved() + 300
+    fake_tensorrt.cuda.limit = fake_tensorrt.cuda.reserved_bytes() + 300
     for _ in range(2):
         with pytest.raises(BackendError, match="MB left"):
             run.step(1000.0, 0.0)
-    trt_machine.cuda.limit = 1 << 30
+    fake_tensorrt.cuda.limit = 1 << 30
     run.step(1000.0, 0.0)
     assert difference(run.read(), small["sample_1"]).relative_l2 < LIMIT
     run.close()
 
 
 def test_nothing_is_on_its_way_after_a_run_that_failed(
-    trt_machine: Machine, engine: Any, small: Golden, monkeypatch: pytest.MonkeyPatch
+    fake_tensorrt: FakeTensorRT, engine: Any, small: Golden, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The times of a step are uploaded from arrays that end with it."""
     run = engine.start(small["latents"], small["text"])
     monkeypatch.setattr(run._slot, "_runners", {"transition": Refusing()})
     with pytest.raises(BackendError, match="no run today"):
         run.step(1000.0, 0.0)
-    assert not any(trt_machine.cuda._streams.values())
+    assert not any(fake_tensorrt.cuda._streams.values())
 
 
 class Refusing:
@@ -289,16 +293,16 @@ def test_each_kind_says_how_it_is_run(engine: Any, causal: Bundle, small: Golden
         far.start(oracle["latents"], oracle["text"])
 
 
-def test_the_cpu_is_refused(trt_machine: Machine, bundle: Bundle) -> None:
+def test_the_cpu_is_refused(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
     with pytest.raises(BackendError, match="runs on NVIDIA GPUs only; provider is 'cpu'. Choose provider 'cuda'"):
         load_engine(bundle, "tensorrt", "cpu")
 
 
-def test_no_gpu(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
-    trt_machine.cuda.devices = 0
+def test_no_gpu(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path) -> None:
+    fake_tensorrt.cuda.devices = 0
     with pytest.raises(BackendError, match=r"CUDA could not find a GPU: .* \(cudaErrorInsufficientDriver\)"):
         opened(bundle, tmp_path, "64x96x5")
-    trt_machine.cuda.devices = 1
+    fake_tensorrt.cuda.devices = 1
     with pytest.raises(BackendError, match="there is no CUDA device 3: this machine has 1"):
         opened(bundle, tmp_path, "64x96x5", device=3)
 
@@ -319,7 +323,7 @@ def test_no_gpu(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
     ],
 )
 def test_plans_of_another_gpu_or_version(
-    trt_machine: Machine,
+    fake_tensorrt: FakeTensorRT,
     bundle: Bundle,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -329,7 +333,7 @@ def test_plans_of_another_gpu_or_version(
     message: str | None,
 ) -> None:
     opened(bundle, tmp_path, "64x96x5", **settings)
-    trt_machine.cuda.properties |= properties
+    fake_tensorrt.cuda.properties |= properties
     if version:
         monkeypatch.setattr("anyflow_deploy.engines.tensorrt.engine.VERSION", version)
     reopen = lambda: load_engine(bundle, "tensorrt", "cuda", engine=tmp_path / "engine")  # noqa: E731
@@ -340,13 +344,13 @@ def test_plans_of_another_gpu_or_version(
             reopen()
 
 
-def test_a_plan_of_another_bundle(trt_machine: Machine, bundle: Bundle, causal: Bundle, tmp_path: Path) -> None:
+def test_a_plan_of_another_bundle(fake_tensorrt: FakeTensorRT, bundle: Bundle, causal: Bundle, tmp_path: Path) -> None:
     opened(bundle, tmp_path, "64x96x5")
     with pytest.raises(BackendError, match=rf"was built from bundle {bundle.digest[:12]}, and .* is {causal.digest[:12]}"):
         load_engine(causal, "tensorrt", "cuda", engine=tmp_path / "engine")
 
 
-def test_a_plan_of_another_graph(trt_machine: Machine, causal: Bundle, tmp_path: Path) -> None:
+def test_a_plan_of_another_graph(fake_tensorrt: FakeTensorRT, causal: Bundle, tmp_path: Path) -> None:
     """Two plans of one folder exchanged, hashes and all."""
     opened(causal, tmp_path, "96x160x45:t9")
     folder = tmp_path / "engine"
@@ -361,7 +365,7 @@ def test_a_plan_of_another_graph(trt_machine: Machine, causal: Bundle, tmp_path:
         load_engine(causal, "tensorrt", "cuda", engine=folder)
 
 
-def test_what_is_no_plan(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
+def test_what_is_no_plan(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path) -> None:
     import hashlib
 
     opened(bundle, tmp_path, "64x96x5")
@@ -374,25 +378,25 @@ def test_what_is_no_plan(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -
         load_engine(bundle, "tensorrt", "cuda", engine=tmp_path / "engine")
 
 
-def test_bundles_are_left_alone(trt_machine: Machine, bundle: Bundle, engine: Any) -> None:
+def test_bundles_are_left_alone(fake_tensorrt: FakeTensorRT, bundle: Bundle, engine: Any) -> None:
     assert load_bundle(bundle.path) == bundle
 
 
 @EVERY_RELEASE
-def test_layers_and_launches_are_profiled(trt_machine: Machine, bundle: Bundle, tmp_path: Path) -> None:
+def test_layers_and_launches_are_profiled(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path) -> None:
     """The profiler sees layers of uncaptured runs, enqueueing is timed on captured ones."""
     from anyflow_deploy.engines.registry import EngineOptions
     from anyflow_deploy.profiling import layer_profiling
-    from anyflow_deploy.profiling.workload import videos
+    from anyflow_deploy.profiling.workload import build_workloads
     from tests.fakes.profile_sample import sample_point
 
-    video = videos(bundle.manifest, ("64x96x5",), None)[0]
+    video = build_workloads(bundle.manifest, ("64x96x5",), None)[0]
     shapes = ("64x96x5", size_of(video.latents, video.text))
     build_engine(bundle, "tensorrt", TensorRTSettings(shapes=shapes), tmp_path / "engine")
     options = EngineOptions("cuda", engine=tmp_path / "engine")
-    layers, enqueue = layer_profiling.watched(bundle, "tensorrt", options, video, sample_point())
-    assert enqueue is not None and enqueue.count == layer_profiling.ENQUEUES and trt_machine.cuda.launches > 10
+    layers, enqueue = layer_profiling.profile_layers(bundle, "tensorrt", options, video, sample_point())
+    assert enqueue is not None and enqueue.count == layer_profiling.ENQUEUES and fake_tensorrt.cuda.launches > 10
     assert layers.seconds == pytest.approx(0.25e-3 * len(layers.rows)) and {row.operator for row in layers.rows} == {"gemm"}
     assert {"attn1.to_q", "ffn.net.2"} <= {row.name for row in layers.by_part}
     gc.collect()
-    assert trt_machine.cuda.reserved() == 0, "everything is given back"
+    assert fake_tensorrt.cuda.reserved_bytes() == 0, "everything is given back"

@@ -69,24 +69,24 @@ def size_of(latents: NDArray[Any], text: NDArray[Any]) -> str:
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", FLOAT32), ("fp16", THRESHOLDS["fp16"].transition)])
-def test_golden_samples(exported: Export, small: Golden, tmp_path: Path, precision: str, limit: float) -> None:
-    engine = opened(exported(SMALL, precision), tmp_path, size_of(small["latents"], small["text"]))
+def test_golden_samples(export_once: Export, small: Golden, tmp_path: Path, precision: str, limit: float) -> None:
+    engine = opened(export_once(SMALL, precision), tmp_path, size_of(small["latents"], small["text"]))
     for steps in (1, 2, 4, 8, 13):
         latents = sample(engine, small["latents"], small["text"], Schedule.uniform(steps))
         assert difference(latents, small[f"sample_{steps}"]).relative_l2 < limit
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", FLOAT32), ("fp16", 5e-3)])
-def test_golden_streams(exported: Export, oracle: Golden, tmp_path: Path, precision: str, limit: float) -> None:
-    engine = opened(exported(CAUSAL, precision), tmp_path, size_of(oracle["latents"], oracle["text"]))
+def test_golden_streams(export_once: Export, oracle: Golden, tmp_path: Path, precision: str, limit: float) -> None:
+    engine = opened(export_once(CAUSAL, precision), tmp_path, size_of(oracle["latents"], oracle["text"]))
     for steps in (1, 2, 8):
         chunks = stream(engine, oracle["latents"], oracle["text"], Schedule.uniform(steps))
         made = np.concatenate([chunk.latents for chunk in chunks], axis=1)
         assert difference(made, oracle[f"sample_{steps}"]).relative_l2 < limit
 
 
-def test_graphs_compute_the_same_bits(exported: Export, small: Golden, tmp_path: Path) -> None:
-    bundle, size = exported(SMALL), size_of(small["latents"], small["text"])
+def test_graphs_compute_the_same_bits(export_once: Export, small: Golden, tmp_path: Path) -> None:
+    bundle, size = export_once(SMALL), size_of(small["latents"], small["text"])
     results = []
     for graphs in (True, False):
         engine = (
@@ -99,15 +99,15 @@ def test_graphs_compute_the_same_bits(exported: Export, small: Golden, tmp_path:
 
 
 @pytest.mark.parametrize("settings", [{"strip": True}, {"refit": True}, {"version_compatible": True}, {"weight_streaming": True}])
-def test_kinds_of_plans(exported: Export, small: Golden, tmp_path: Path, settings: dict[str, bool]) -> None:
-    engine = opened(exported(SMALL), tmp_path, size_of(small["latents"], small["text"]), **settings)
+def test_kinds_of_plans(export_once: Export, small: Golden, tmp_path: Path, settings: dict[str, bool]) -> None:
+    engine = opened(export_once(SMALL), tmp_path, size_of(small["latents"], small["text"]), **settings)
     latents = sample(engine, small["latents"], small["text"], Schedule.uniform(4))
     assert difference(latents, small["sample_4"]).relative_l2 < FLOAT32
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_eight_bits_are_achieved(quantized: Export, small: Golden, tmp_path: Path, precision: str) -> None:
-    bundle = quantized(SMALL, precision)
+def test_eight_bits_are_achieved(export_quantized: Export, small: Golden, tmp_path: Path, precision: str) -> None:
+    bundle = export_quantized(SMALL, precision)
     try:
         engine = opened(bundle, tmp_path, size_of(small["latents"], small["text"]))
     except BackendError as error:
@@ -121,18 +121,18 @@ def test_eight_bits_are_achieved(quantized: Export, small: Golden, tmp_path: Pat
     assert difference(ours, theirs).relative_l2 < THRESHOLDS[precision].transition
 
 
-def test_the_inspector_names_onnx_nodes(exported: Export, small: Golden, tmp_path: Path) -> None:
-    opened(exported(SMALL, "fp16"), tmp_path, size_of(small["latents"], small["text"]))
+def test_the_inspector_names_onnx_nodes(export_once: Export, small: Golden, tmp_path: Path) -> None:
+    opened(export_once(SMALL, "fp16"), tmp_path, size_of(small["latents"], small["text"]))
     layers = json.loads((tmp_path / "engine" / "transition.layers.json").read_text())["Layers"]
     assert any("[ONNX Layer: " in layer.get("Metadata", "") for layer in layers)
 
 
-def test_memory_is_given_back(exported: Export, small: Golden, tmp_path: Path) -> None:
+def test_memory_is_given_back(export_once: Export, small: Golden, tmp_path: Path) -> None:
     import gc
 
     from anyflow_deploy.engines.tensorrt.cuda import CudaDevice
 
-    bundle, size = exported(SMALL), size_of(small["latents"], small["text"])
+    bundle, size = export_once(SMALL), size_of(small["latents"], small["text"])
     opened(bundle, tmp_path, size).close()
     gc.collect()
     free = CudaDevice().memory()[0]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from anyflow_deploy import BackendError
-from tests.fakes.tensorrt import FACING, RELEASES, Machine, stubs_or_skip
+from tests.fakes.tensorrt import RELEASES, TENSORRT_MODULES, FakeTensorRT, stubs_or_skip
 from tools import tensorrt_stubs
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_our_calls_exist_in_every_release(release: str, tmp_path: Path) -> None:
     (tmp_path / "mypy.ini").write_text(CONFIG)
     wrong = tmp_path / "wrong.py"
     wrong.write_text(WRONG)
-    files = [str(BACKEND / f"{name.replace('.', '/')}.py") for name in FACING]
+    files = [str(BACKEND / f"{name.replace('.', '/')}.py") for name in TENSORRT_MODULES]
     # one cache for all releases: only what sees tensorrt is read again
     kept = ["--cache-dir", str(ROOT / ".cache" / "mypy-tensorrt"), "--config-file", str(tmp_path / "mypy.ini")]
     done = subprocess.run(
@@ -78,16 +78,16 @@ def test_every_module_that_calls_tensorrt_is_checked() -> None:
         for path in BACKEND.rglob("*.py")
         if re.search(ours, path.read_text(), re.M)
     }
-    assert callers | {"api", "cuda"} == set(FACING)
+    assert callers | {"api", "cuda"} == set(TENSORRT_MODULES)
 
 
-@pytest.mark.parametrize("trt_machine", RELEASES, indirect=True)
-def test_the_stand_in_has_what_the_release_has(trt_machine: Machine) -> None:
-    trt = trt_machine.trt
-    eleven = trt_machine.release == "11.4"
+@pytest.mark.parametrize("fake_tensorrt", RELEASES, indirect=True)
+def test_the_stand_in_has_what_the_release_has(fake_tensorrt: FakeTensorRT) -> None:
+    trt = fake_tensorrt.trt
+    eleven = fake_tensorrt.release == "11.4"
     assert hasattr(trt.BuilderFlag, "FP16") is not eleven
     assert hasattr(trt.ICudaEngine, "device_memory_size") is not eleven
-    assert hasattr(trt.ICudaEngine, "get_engine_stat") is (trt_machine.release != "10.3")
+    assert hasattr(trt.ICudaEngine, "get_engine_stat") is (fake_tensorrt.release != "10.3")
     for name in ("Bilder", "IAlgorithm" if eleven else "IRuntimeConfig2"):
         with pytest.raises(AttributeError):
             getattr(trt, name)
@@ -102,17 +102,19 @@ def test_the_stand_in_has_what_the_release_has(trt_machine: Machine) -> None:
         trt.ICudaEngine()
 
 
-def test_a_subclass_that_forgets_its_base_is_found(trt_machine: Machine) -> None:
-    class Forgetful(trt_machine.trt.ILogger):  # type: ignore[name-defined, misc]
+def test_a_subclass_that_forgets_its_base_is_found(fake_tensorrt: FakeTensorRT) -> None:
+    class Forgetful(fake_tensorrt.trt.ILogger):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
             pass
 
     with pytest.raises(TypeError, match="must be called when overriding"):
-        trt_machine.trt.Builder(Forgetful())
+        fake_tensorrt.trt.Builder(Forgetful())
 
 
 @pytest.mark.parametrize("missing", ["tensorrt", "cuda.bindings"])
-def test_what_is_missing_says_how_to_install_it(trt_machine: Machine, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+def test_what_is_missing_says_how_to_install_it(
+    fake_tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(BackendError, match=r"cannot be imported .*pip install 'anyflow-deploy\[tensorrt\]'"):
         import anyflow_deploy.engines.tensorrt.engine  # noqa: F401

@@ -34,7 +34,7 @@ from anyflow_deploy.engines.tritonserver.request import asked
 from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from
 from anyflow_deploy.serving.job import Cancelled
 from tests.conftest import Export
-from tests.fakes.serving import eventually, manifest_of
+from tests.fakes.serving import eventually, fake_manifest
 
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
@@ -198,7 +198,7 @@ def test_parameters_come_back() -> None:
 
 
 def test_a_request_is_read() -> None:
-    manifest = manifest_of("far-tiny")
+    manifest = fake_manifest("far-tiny")
     tensors = {
         "prompt": np.array([b"a fox"], dtype=object),
         "num_inference_steps": np.array([3], np.int32),
@@ -214,7 +214,7 @@ def test_a_request_is_read() -> None:
 
 
 def test_what_is_not_served_is_refused() -> None:
-    manifest = manifest_of("far-tiny")
+    manifest = fake_manifest("far-tiny")
     bare = SETTINGS.model_copy(update={"text": False, "vae": False})
     with pytest.raises(AnyFlowError, match="has no text encoder; send prompt_embeds"):
         asked({"prompt": np.array([b"a fox"], dtype=object)}, manifest, bare, "anyflow")

@@ -49,9 +49,9 @@ def test_a_right_engine_is_valid(small_bundle: object, precision: str, tmp_path:
 
 
 def test_a_right_causal_engine_is_valid_and_a_damaged_cache_is_not(
-    exported: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    export_once: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = exported(SMALL.parent / "causal")
+    bundle = export_once(SMALL.parent / "causal")
     assert validate(ValidateOptions(bundle=bundle.path, output=tmp_path, steps=(1, 2), height=64, width=64)) == 0
     report = json.loads((tmp_path / "validation.json").read_text())
     assert report["chunks"] == [1, 3, 3, 3, 2] and {item["chunk"] for item in report["transitions"]} == {0, 4}

@@ -18,9 +18,9 @@ from anyflow_deploy.cli.doctor import doctor
 from anyflow_deploy.cli.doctor_options import DoctorOptions
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.doctor import compiler, cpp, gpu, machine, packages, probes, subprocess_probe
-from anyflow_deploy.doctor.backends import BACKENDS, PRECISIONS, judged, required
-from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding, Probe, examined
-from anyflow_deploy.doctor.report import as_json, lines, plain
+from anyflow_deploy.doctor.backends import BACKENDS, PRECISIONS, check_requirement, judge_backends
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Probe, ProbeResult, run_probes
+from anyflow_deploy.doctor.report import format_plain, report_json, report_rows
 from anyflow_deploy.engines import registry
 
 ROOT = Path(__file__).parents[2]
@@ -36,15 +36,15 @@ BROKEN = {
 }
 
 
-def works(detail: str = "", **facts: object) -> Finding:
-    return Finding(WORKS, detail, facts=facts)
+def works(detail: str = "", **facts: object) -> ProbeResult:
+    return ProbeResult(WORKS, detail, facts=facts)
 
 
-def of_gpu(*capability: int) -> Finding:
+def of_gpu(*capability: int) -> ProbeResult:
     return works("a GPU", gpus=[{"name": "x", "compute_capability": list(capability), "total_bytes": 1, "free_bytes": 1}])
 
 
-def healthy(**changes: Finding) -> dict[str, Finding]:
+def healthy(**changes: ProbeResult) -> dict[str, ProbeResult]:
     found = {probe.name: works() for probe in probes.PROBES if probe.name != probes.JETSON}
     return {**found, probes.GPU: of_gpu(9, 0), probes.TORCH: works(cuda=True), **changes}
 
@@ -68,47 +68,47 @@ def test_a_broken_package_is_a_fault_of_its_own(installed: Callable[[str, str], 
     installed("fragile", BROKEN[kind][0])
     limit = 1 if kind == "hangs" else 60  # a busy machine may need seconds to start a process
     code = "import fragile\nfound['detail'] = 'fine'"
-    found = subprocess_probe.imported("fragile", code, "pip install fragile", timeout=limit)
+    found = subprocess_probe.probe_import("fragile", code, "pip install fragile", timeout=limit)
     assert found.state == FAULT and BROKEN[kind][1] in found.detail
     assert found.remedy == "pip install --force-reinstall fragile"
 
 
 def test_a_package_that_is_not_there_is_missing() -> None:
-    found = subprocess_probe.imported("nobody_has_this", "import nobody_has_this", "pip install it")
-    assert found == Finding(MISSING, "no module nobody_has_this", "pip install it")
+    found = subprocess_probe.probe_import("nobody_has_this", "import nobody_has_this", "pip install it")
+    assert found == ProbeResult(MISSING, "no module nobody_has_this", "pip install it")
 
 
 def test_what_a_package_prints_or_breaks_at_the_end_does_not_matter(installed: Callable[[str, str], None]) -> None:
     installed("noisy", "import atexit, os\nprint('{\"error\": 1}')\natexit.register(lambda: os.abort())")
-    assert subprocess_probe.imported("noisy", "import noisy\nfound.update(detail='1.0', n=2)", "") == works("1.0", n=2)
+    assert subprocess_probe.probe_import("noisy", "import noisy\nfound.update(detail='1.0', n=2)", "") == works("1.0", n=2)
 
 
 def test_no_file_in_the_working_folder_is_taken_for_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fragile.py").write_text("raise RuntimeError")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert subprocess_probe.imported("fragile", "import fragile", "pip install it").state == MISSING
+    assert subprocess_probe.probe_import("fragile", "import fragile", "pip install it").state == MISSING
 
 
 def test_a_probe_that_fails_is_a_fault_and_the_others_go_on() -> None:
-    def fails() -> Finding:
+    def fails() -> ProbeResult:
         raise PermissionError("/proc is closed")
 
-    found = examined([Probe("a", fails), Probe("none", lambda: None), Probe("b", lambda: works("fine"))])
-    assert found == {"a": Finding(FAULT, "could not be looked at: PermissionError: /proc is closed"), "b": works("fine")}
+    found = run_probes([Probe("a", fails), Probe("none", lambda: None), Probe("b", lambda: works("fine"))])
+    assert found == {"a": ProbeResult(FAULT, "could not be looked at: PermissionError: /proc is closed"), "b": works("fine")}
 
 
 def test_a_program_that_is_not_there_tells_nothing() -> None:
-    assert subprocess_probe.told(["no-such-program-here"]) is None
-    assert subprocess_probe.told([sys.executable, "-c", "raise SystemExit(2)"]) is None
-    assert subprocess_probe.told([sys.executable, "-c", "print(3)"]) == "3\n"
+    assert subprocess_probe.run_command(["no-such-program-here"]) is None
+    assert subprocess_probe.run_command([sys.executable, "-c", "raise SystemExit(2)"]) is None
+    assert subprocess_probe.run_command([sys.executable, "-c", "print(3)"]) == "3\n"
 
 
 # Packages
 
 
 def test_two_onnx_runtimes_are_a_fault() -> None:
-    found = packages.onnxruntime(["onnxruntime-gpu", "onnxruntime"])
+    found = packages.probe_onnxruntime(["onnxruntime-gpu", "onnxruntime"])
     assert found.state == FAULT and "onnxruntime and onnxruntime-gpu are both installed" in found.detail
     assert found.remedy == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'anyflow-deploy[gpu]'"
 
@@ -120,7 +120,7 @@ def test_a_cuda_provider_that_does_not_start(installed: Callable[[str, str], Non
         "class InferenceSession:\n    def __init__(self, *a, **k): pass\n"
         "    get_providers = lambda self: ['CPUExecutionProvider']\n",
     )
-    found = packages.onnxruntime_cuda()
+    found = packages.probe_onnxruntime_cuda()
     assert found.state == FAULT and "CUDAExecutionProvider did not start" in found.detail and "[cuda,cudnn]" in found.remedy
 
 
@@ -130,37 +130,39 @@ def test_a_tensorrt_without_a_gpu(installed: Callable[[str, str], None]) -> None
         "__version__ = '10.3.0'\nclass Logger:\n    ERROR = 1\n    def __init__(self, level): pass\n"
         "Builder = lambda logger: None",
     )
-    found = packages.tensorrt()
+    found = packages.probe_tensorrt()
     assert found.state == FAULT and "10.3.0 can be imported, and gives no builder" in found.detail
 
 
 def test_export_packages_are_read_from_the_metadata() -> None:
-    assert {"torch", "diffusers", "onnxscript"} <= set(packages.extra("export")) and packages.extra("nothing") == []
-    assert packages.export_packages().works
+    assert {"torch", "diffusers", "onnxscript"} <= set(packages.packages_of_extra("export")) and packages.packages_of_extra(
+        "nothing"
+    ) == []
+    assert packages.probe_export_packages().works
 
 
 # The machine
 
 
 def test_a_jetson(tmp_path: Path) -> None:
-    assert machine.jetson(tmp_path) is None
+    assert machine.probe_jetson(tmp_path) is None
     (tmp_path / "proc/device-tree").mkdir(parents=True)
     (tmp_path / "proc/device-tree/model").write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\0")
-    assert machine.jetson(tmp_path).state == FAULT  # type: ignore[union-attr]
+    assert machine.probe_jetson(tmp_path).state == FAULT  # type: ignore[union-attr]
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/nv_tegra_release").write_text(
         "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n"
     )
-    found = machine.jetson(tmp_path)
+    found = machine.probe_jetson(tmp_path)
     assert found is not None and found.detail == "NVIDIA Jetson AGX Orin Developer Kit, L4T 36.4.3 (JetPack 6)"
 
 
 def test_memory_counts_the_containers_limit(tmp_path: Path) -> None:
     meminfo, limit = tmp_path / "meminfo", tmp_path / "max"
     meminfo.write_text("MemTotal:       16000000 kB\nMemAvailable:   12000000 kB\n")
-    assert machine.memory(meminfo, limit).works
+    assert machine.probe_memory(meminfo, limit).works
     limit.write_text("2000000000\n")
-    found = machine.memory(meminfo, limit)
+    found = machine.probe_memory(meminfo, limit)
     assert found.state == FAULT and "this container may take 2.0 GB" in found.detail
 
 
@@ -174,7 +176,7 @@ def test_memory_counts_the_containers_limit(tmp_path: Path) -> None:
 )
 def test_processors(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "cpuinfo").write_text(text)
-    found = machine.processor(tmp_path / "cpuinfo")
+    found = machine.probe_processor(tmp_path / "cpuinfo")
     assert found.works and words in found.detail
     assert ("avx512_vnni" in found.facts["flags"]) == ("avx512_vnni" in text)
 
@@ -183,7 +185,7 @@ def test_benchmarks_name_the_instructions(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import common
 
-    assert common.machine()["instructions"] == machine.processor().facts["flags"]
+    assert common.machine()["instructions"] == machine.probe_processor().facts["flags"]
 
 
 # The GPU
@@ -194,7 +196,7 @@ def test_nvidia_smi() -> None:
     facts = gpu.facts_from_smi(rows, "| NVIDIA-SMI 550.54.15  Driver Version: 550.54.15  CUDA Version: 12.4  |\n")
     assert facts is not None and facts["cuda"] == "12.4" and facts["driver"] == "550.54.15"
     assert [g["compute_capability"] for g in facts["gpus"]] == [[9, 0], [8, 9]]
-    found = gpu.gpu([lambda: None, lambda: facts])
+    found = gpu.probe_gpu([lambda: None, lambda: facts])
     assert found.works and "NVIDIA H100 80GB HBM3 (compute capability 9.0, 85.5 GB, 84.9 GB free); NVIDIA L4" in found.detail
     assert found.detail.endswith("driver 550.54.15, CUDA 12.4")
 
@@ -205,12 +207,12 @@ def test_nvidia_smi_that_knows_too_little(rows: str) -> None:
 
 
 def test_a_gpu_whose_driver_does_not_answer(tmp_path: Path) -> None:
-    assert gpu.gpu([lambda: None], tmp_path).state == MISSING
+    assert gpu.probe_gpu([lambda: None], tmp_path).state == MISSING
     card = tmp_path / "sys/bus/pci/devices/0000:01:00.0"
     card.mkdir(parents=True)
     (card / "vendor").write_text("0x10de\n")
     (card / "class").write_text("0x030200\n")
-    found = gpu.gpu([lambda: None], tmp_path)
+    found = gpu.probe_gpu([lambda: None], tmp_path)
     assert found.state == FAULT and "0000:01:00.0" in found.detail and "driver does not answer" in found.detail
 
 
@@ -229,7 +231,7 @@ def test_nvml_as_it_would_answer(installed: Callable[[str, str], None]) -> None:
         "nvmlDeviceGetCount = lambda: 1\nnvmlDeviceGetHandleByIndex = lambda i: i\nnvmlDeviceGetMemoryInfo = lambda g: M\n"
         "nvmlDeviceGetCudaComputeCapability = lambda g: (8, 7)\nnvmlDeviceGetName = lambda g: 'Orin'\n",
     )
-    found = gpu.gpu()
+    found = gpu.probe_gpu()
     assert found.works and found.detail == "Orin (compute capability 8.7, 68.7 GB, 64.4 GB free); driver 560.1, CUDA 12.6"
 
 
@@ -241,10 +243,10 @@ def test_a_compiler_that_lacks_openmp(tmp_path: Path, monkeypatch: pytest.Monkey
     fake.write_text("#!/bin/sh\necho 'probe.cpp:2:10: fatal error: omp.h: No such file or directory' >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
-    found = compiler.compiler()
+    found = compiler.probe_compiler()
     assert found.state == FAULT and "omp.h: No such file" in found.detail
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert compiler.compiler().state == MISSING
+    assert compiler.probe_compiler().state == MISSING
 
 
 def test_headers_and_their_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,8 +261,8 @@ def test_headers_and_their_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for name in ("TensorRT_ROOT", "CUDA_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
     folder = tmp_path / "include"
-    assert cpp.tensorrt_headers().detail == f"10.13.3 in {folder}"
-    assert cpp.cuda_headers().detail == f"12.6 in {folder}"
+    assert cpp.probe_tensorrt_headers().detail == f"10.13.3 in {folder}"
+    assert cpp.probe_cuda_headers().detail == f"12.6 in {folder}"
 
 
 def test_the_headers_looked_for_are_those_the_library_includes() -> None:
@@ -274,7 +276,7 @@ def test_the_headers_looked_for_are_those_the_library_includes() -> None:
 
 
 def test_what_the_cpp_library_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cpp.torch_headers().works
+    assert cpp.probe_torch_headers().works
     programs = tmp_path / "bin"
     programs.mkdir()
     monkeypatch.setattr(sys, "executable", str(programs / "python"))
@@ -282,7 +284,7 @@ def test_what_the_cpp_library_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(cpp, "find_spec", lambda name: None)
     monkeypatch.setattr(cpp, "include_folders", lambda *names: [tmp_path / "include"])
-    found = cpp.library()
+    found = cpp.probe_library()
     assert found.state == MISSING
     assert found.detail == "no cmake; neither ninja nor make; none of no-such-compiler is there; no nlohmann/json.hpp"
     assert all(word in found.remedy for word in ("pip install cmake", "ninja", "g++ (11 or later)", "nlohmann-json3-dev"))
@@ -293,10 +295,10 @@ def test_what_the_cpp_library_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "include/nlohmann").mkdir(parents=True)
     numbers = zip(("MAJOR", "MINOR", "PATCH"), (3, 10, 5), strict=True)
     (tmp_path / "include/nlohmann/json.hpp").write_text("".join(f"#define NLOHMANN_JSON_VERSION_{p} {n}\n" for p, n in numbers))
-    found = cpp.library()
+    found = cpp.probe_library()
     assert found.state == FAULT and found.detail == "CMake 3.20.4, needed is 3.22 or later"
     (programs / "cmake").write_text("#!/bin/sh\necho 'cmake version 3.22.1'\n")
-    found = cpp.library()
+    found = cpp.probe_library()
     assert found.works and "CMake 3.22.1, ninja, " in found.detail and "nlohmann-json 3.10.5 in " in found.detail
 
 
@@ -314,7 +316,7 @@ def test_int8_on_processors_of_every_kind(int8: bool, uint8: bool, state: str, s
 
 
 def test_int8_works_on_this_processor() -> None:
-    assert packages.int8_on_cpu().works
+    assert packages.probe_int8_on_cpu().works
 
 
 # Backends and precisions
@@ -325,7 +327,9 @@ def test_int8_works_on_this_processor() -> None:
     [((8, 7), ["fp32", "fp16", "bf16", "int8"]), ((9, 0), list(PRECISIONS)), ((7, 5), ["fp32", "fp16", "int8"]), ((7, 0), [])],
 )
 def test_precisions_follow_the_gpu(capability: tuple[int, int], running: list[str]) -> None:
-    verdicts = {(v.backend.name, v.backend.provider): v for v in judged(healthy(**{probes.GPU: of_gpu(*capability)}), ALL)}
+    verdicts = {
+        (v.backend.name, v.backend.provider): v for v in judge_backends(healthy(**{probes.GPU: of_gpu(*capability)}), ALL)
+    }
     assert verdicts["tensorrt", "cuda"].running == running
     assert verdicts["aotinductor", "cpu"].running == list(PRECISIONS)
     assert "int8" not in verdicts["torch-tensorrt", "cuda"].running
@@ -337,18 +341,18 @@ def test_precisions_follow_the_gpu(capability: tuple[int, int], running: list[st
     [
         ("onnxruntime:bf16", None, {}, "no bf16 matrix product"),
         ("onnxruntime:bf16", "cuda", {}, ""),
-        ("onnxruntime:int8", None, {probes.INT8: Finding(FAULT, "its products overflow")}, "its products overflow"),
-        ("onnxruntime", None, {probes.INT8: Finding(FAULT, "its products overflow")}, ""),
-        ("onnxruntime", "cuda", {probes.ORT_CUDA: Finding(MISSING, "built without CUDA")}, "built without CUDA"),
-        ("tensorrt", None, {probes.GPU: Finding(MISSING, "no NVIDIA GPU")}, "GPU: no NVIDIA GPU"),
+        ("onnxruntime:int8", None, {probes.INT8: ProbeResult(FAULT, "its products overflow")}, "its products overflow"),
+        ("onnxruntime", None, {probes.INT8: ProbeResult(FAULT, "its products overflow")}, ""),
+        ("onnxruntime", "cuda", {probes.ORT_CUDA: ProbeResult(MISSING, "built without CUDA")}, "built without CUDA"),
+        ("tensorrt", None, {probes.GPU: ProbeResult(MISSING, "no NVIDIA GPU")}, "GPU: no NVIDIA GPU"),
         ("tensorrt:fp8", None, {probes.GPU: of_gpu(8, 7)}, "needs compute capability 8.9, the first GPU has 8.7"),
         ("aotinductor", "cuda", {probes.TORCH: works("2.13, CPU build", cuda=False)}, "PyTorch: 2.13, CPU build"),
-        ("aotinductor", None, {probes.COMPILER: Finding(MISSING, "none of g++")}, "C++ compiler: none of g++"),
+        ("aotinductor", None, {probes.COMPILER: ProbeResult(MISSING, "none of g++")}, "C++ compiler: none of g++"),
         ("torch-tensorrt:int8", None, {}, "no such precision"),
     ],
 )
-def test_what_is_required(wish: str, provider: str | None, changes: dict[str, Finding], why: str) -> None:
-    answer = required(wish, provider, judged(healthy(**changes), ALL))
+def test_what_is_required(wish: str, provider: str | None, changes: dict[str, ProbeResult], why: str) -> None:
+    answer = check_requirement(wish, provider, judge_backends(healthy(**changes), ALL))
     assert why in answer and bool(answer) == bool(why)
 
 
@@ -363,7 +367,7 @@ def test_what_is_required(wish: str, provider: str | None, changes: dict[str, Fi
 )
 def test_misspelt_requirements(wish: str, provider: str | None, message: str) -> None:
     with pytest.raises(AnyFlowError, match=message):
-        required(wish, provider, judged({}, ALL))
+        check_requirement(wish, provider, judge_backends({}, ALL))
     with pytest.raises(AnyFlowError, match=message):
         doctor(DoctorOptions(require=wish, provider=provider))  # type: ignore[arg-type]
 
@@ -380,25 +384,30 @@ def test_backends_and_probes_name_each_other() -> None:
 
 
 def test_nobody_without_a_gpu_is_told_to_install_for_one() -> None:
-    found = healthy(**{probes.GPU: Finding(MISSING, "none"), probes.TENSORRT: Finding(MISSING, "no module", "pip install x")})
-    assert probes.advised(found)[probes.TENSORRT].remedy == "only of use with an NVIDIA GPU"
-    assert probes.advised({**found, probes.GPU: of_gpu(9, 0)})[probes.TENSORRT].remedy == "pip install x"
+    found = healthy(
+        **{probes.GPU: ProbeResult(MISSING, "none"), probes.TENSORRT: ProbeResult(MISSING, "no module", "pip install x")}
+    )
+    assert probes.adjust_remedies(found)[probes.TENSORRT].remedy == "only of use with an NVIDIA GPU"
+    assert probes.adjust_remedies({**found, probes.GPU: of_gpu(9, 0)})[probes.TENSORRT].remedy == "pip install x"
 
 
 def test_on_a_jetson_tensorrt_comes_with_jetpack() -> None:
-    found = healthy(**{probes.TENSORRT: Finding(MISSING, "no module", "pip install x"), probes.JETSON: works()})
-    assert "--system-site-packages" in probes.advised(found)[probes.TENSORRT].remedy
-    assert "anyflow-deploy[jetpack6]" in probes.advised({**found, probes.GPU: Finding(MISSING, "none")})[probes.GPU].remedy
+    found = healthy(**{probes.TENSORRT: ProbeResult(MISSING, "no module", "pip install x"), probes.JETSON: works()})
+    assert "--system-site-packages" in probes.adjust_remedies(found)[probes.TENSORRT].remedy
+    assert (
+        "anyflow-deploy[jetpack6]"
+        in probes.adjust_remedies({**found, probes.GPU: ProbeResult(MISSING, "none")})[probes.GPU].remedy
+    )
     del found[probes.JETSON]
-    assert probes.advised(found)[probes.TENSORRT].remedy == "pip install x"
+    assert probes.adjust_remedies(found)[probes.TENSORRT].remedy == "pip install x"
 
 
 def test_the_report() -> None:
-    found = healthy(**{"disk": Finding(FAULT, "full", "make room")})
-    verdicts = judged(found, {"onnxruntime"})
-    text = plain(lines(found, verdicts))
+    found = healthy(**{"disk": ProbeResult(FAULT, "full", "make room")})
+    verdicts = judge_backends(found, {"onnxruntime"})
+    text = format_plain(report_rows(found, verdicts))
     assert "full  ->  make room" in text and "not in this version of anyflow-deploy" in text
-    assert json.loads(json.dumps(as_json(found, verdicts, {"x": "y"})))["findings"]["disk"]["remedy"] == "make room"
+    assert json.loads(json.dumps(report_json(found, verdicts, {"x": "y"})))["findings"]["disk"]["remedy"] == "make room"
 
 
 # The command

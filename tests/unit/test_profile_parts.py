@@ -20,19 +20,19 @@ from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.profiling import machine, power, timing
 from anyflow_deploy.profiling import sampler as sampler_module
 from anyflow_deploy.profiling.advice import advise
-from anyflow_deploy.profiling.compare import Thresholds, compared
-from anyflow_deploy.profiling.errors import AbsentError
-from anyflow_deploy.profiling.formatting import percentile_text
-from anyflow_deploy.profiling.layers import part
-from anyflow_deploy.profiling.nvml import Gpu
+from anyflow_deploy.profiling.compare import Thresholds, compare_profiles
+from anyflow_deploy.profiling.errors import MeasurementUnavailableError
+from anyflow_deploy.profiling.formatting import format_percentile
+from anyflow_deploy.profiling.layers import network_part
+from anyflow_deploy.profiling.nvml import NvmlGpu
 from anyflow_deploy.profiling.record import Conditions, Profile, Series, Warmup
-from anyflow_deploy.profiling.roofline import target_from_gpu
-from anyflow_deploy.profiling.sampler import Sampler
+from anyflow_deploy.profiling.roofline import target_from_gpu_name
+from anyflow_deploy.profiling.sampler import ResourceSampler
 from anyflow_deploy.profiling.summary_statistics import drift, is_steady, latency_from_samples, median_interval
-from anyflow_deploy.profiling.terminal import latency_words
-from anyflow_deploy.profiling.timing import Rules, measured, warmed_up
+from anyflow_deploy.profiling.terminal import format_latency
+from anyflow_deploy.profiling.timing import TimingRules, measure_cases, run_warm_up
 from anyflow_deploy.progress import NullProgress
-from tests.fakes.profile_sample import sample_layers, sample_point, sample_profile, steady
+from tests.fakes.profile_sample import sample_layers, sample_point, sample_profile, steady_samples
 
 # Statistics
 
@@ -67,7 +67,7 @@ def test_warm_up_waits_until_it_is_steady_and_gives_up_in_time(monkeypatch: pyte
     monkeypatch.setattr(timing, "clock", lambda: now)
     slow = iter([5.0, 4.0, 3.0, 2.0, *[1.0] * 100])
     times: list[float] = []
-    done = warmed_up(lambda: times.append(next(slow)), times, Rules(10))
+    done = run_warm_up(lambda: times.append(next(slow)), times, TimingRules(10))
     assert done.steady and done.runs == 11 and times == []
 
     def slower_each_time() -> None:
@@ -75,21 +75,25 @@ def test_warm_up_waits_until_it_is_steady_and_gives_up_in_time(monkeypatch: pyte
         now += 0.01
         times.append(2.0 ** (100 * now))
 
-    done = warmed_up(slower_each_time, times, Rules(0.1))
+    done = run_warm_up(slower_each_time, times, TimingRules(0.1))
     assert not done.steady and done.runs == 6 and done.seconds == pytest.approx(0.06), "half of the budget, and one run"
 
 
 def test_percentiles_that_there_are_no_samples_for_are_not_shown() -> None:
     for share, enough in ((0.9, 10), (0.95, 20), (0.99, 100)):
-        assert percentile_text(1.5, share, enough) == "1.5 s" and percentile_text(1.5, share, enough - 1) == "–"
-    assert latency_words(latency_from_samples(steady(0.1, 21)))[-3:] == ["101 ms", "101 ms", "–"]
+        assert format_percentile(1.5, share, enough) == "1.5 s" and format_percentile(1.5, share, enough - 1) == "–"
+    assert format_latency(latency_from_samples(steady_samples(0.1, 21)))[-3:] == ["101 ms", "101 ms", "–"]
 
 
 def test_cases_take_turns() -> None:
     order: list[str] = []
-    taken = measured({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, Rules(1, rounds=3), NullProgress(), "x")
+    taken = measure_cases(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, TimingRules(1, rounds=3), NullProgress(), "x"
+    )
     assert order == ["a", "b"] * 3 and len(taken.seconds("a")) == 3
-    assert Rules(10).rounds_for(100) == 3 and Rules(10).rounds_for(1e-9) == 200 and Rules(10).rounds_for(0.5) == 20
+    assert (
+        TimingRules(10).rounds_for(100) == 3 and TimingRules(10).rounds_for(1e-9) == 200 and TimingRules(10).rounds_for(0.5) == 20
+    )
 
 
 # Power
@@ -99,9 +103,9 @@ def test_watts_are_integrated_and_counters_subtracted(monkeypatch: pytest.Monkey
     """By a clock of the test: readings every 5 ms, however busy the machine is."""
     now = 0.0
     monkeypatch.setattr(sampler_module, "clock", lambda: now)
-    steady_watts = power.Source("w", "gpu", "sampled", watts=lambda: 20.0)
-    counter = power.Source("c", "cpu", "counter", joules=lambda: (30 * now) % 1.5, wraps=1.5)
-    sampler = Sampler((steady_watts, counter))
+    steady_watts = power.PowerSource("w", "gpu", "sampled", watts=lambda: 20.0)
+    counter = power.PowerSource("c", "cpu", "counter", joules=lambda: (30 * now) % 1.5, wraps=1.5)
+    sampler = ResourceSampler((steady_watts, counter))
     begin, end = 0.0, 0.2
     for reading in range(41):
         now = 0.005 * reading
@@ -124,7 +128,7 @@ def test_the_sampler_reads_while_it_is_open() -> None:
             readings.set()
         return 20.0
 
-    with Sampler((power.Source("w", "gpu", "sampled", watts=watts),), interval=0.001):
+    with ResourceSampler((power.PowerSource("w", "gpu", "sampled", watts=watts),), interval=0.001):
         assert readings.wait(60)
 
 
@@ -142,24 +146,24 @@ def test_a_jetsons_rails(tmp_path: Path) -> None:
     rows |= {"in3_input": "5000", "curr3_input": "1000", "in7_label": "sum of shunt voltages", "in7_input": "3"}
     write(hwmon / "hwmon3", **rows)
     write(hwmon / "hwmon0", name="tegra-thermal")
-    found = power.rails(tmp_path)
+    found = power.jetson_sources(tmp_path)
     assert [(rail.name, rail.kind) for rail in found] == [("VDD_GPU_SOC", "gpu"), ("VDD_CPU_CV", "cpu"), ("VIN_SYS_5V0", "board")]
     assert [rail.watts() for rail in found if rail.watts] == pytest.approx([9.5, 3.8, 5.0])
-    with pytest.raises(AbsentError, match="Jetsons have them"):
-        power.rails(tmp_path / "else")
+    with pytest.raises(MeasurementUnavailableError, match="Jetsons have them"):
+        power.jetson_sources(tmp_path / "else")
 
 
 def test_the_rails_of_an_orin_nano_and_of_a_thor(tmp_path: Path) -> None:
     nano = {"name": "ina3221\n", "in1_label": "VDD_IN\n", "in2_label": "VDD_CPU_GPU_CV\n", "in3_label": "VDD_SOC\n"}
     nano |= {f"in{n}_input": "5000" for n in (1, 2, 3)} | {f"curr{n}_input": "1000" for n in (1, 2, 3)}
     write(tmp_path / "nano/sys/class/hwmon/hwmon1", **nano)
-    found = power.rails(tmp_path / "nano")
+    found = power.jetson_sources(tmp_path / "nano")
     assert [(rail.name, rail.kind) for rail in found] == [(n, "board") for n in ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC")]
     thor = {"name": "ina3221\n", "in1_label": "VDD_GPU\n", "in2_label": "VDD_CPU_SOC_MSS\n", "in3_label": "VIN_SYS_5V0\n"}
     thor |= {f"in{n}_input": "12000" for n in (1, 2, 3)} | {f"curr{n}_input": "2000" for n in (1, 2, 3)}
     write(tmp_path / "thor/sys/class/hwmon/hwmon4", **thor)
     write(tmp_path / "thor/sys/class/hwmon/hwmon5", name="ina238\n", power1_input="61500000\n", in1_input="19000")
-    found = power.rails(tmp_path / "thor")
+    found = power.jetson_sources(tmp_path / "thor")
     kinds = [("VDD_GPU", "gpu"), ("VDD_CPU_SOC_MSS", "cpu"), ("VIN_SYS_5V0", "board"), ("VIN", "board")]
     assert [(rail.name, rail.kind) for rail in found] == kinds
     assert found[-1].watts is not None and found[-1].watts() == pytest.approx(61.5)
@@ -170,18 +174,18 @@ def test_rapl(tmp_path: Path) -> None:
     write(zones / "intel-rapl:0", name="package-0\n", energy_uj="5000000", max_energy_range_uj="262143328850")
     write(zones / "intel-rapl:0:0", name="core\n", energy_uj="1")
     write(zones / "intel-rapl:0:1", name="dram\n", energy_uj="7000000", max_energy_range_uj="65712999613")
-    found = power.rapl(tmp_path)
+    found = power.rapl_sources(tmp_path)
     assert [(zone.name, zone.kind, zone.joules()) for zone in found if zone.joules] == [
         ("RAPL package-0", "cpu", 5.0),
         ("RAPL dram", "memory", 7.0),
     ]
     assert found[0].wraps == pytest.approx(262143.32885)
-    with pytest.raises(AbsentError, match="virtual machines"):
-        power.rapl(tmp_path / "else")
+    with pytest.raises(MeasurementUnavailableError, match="virtual machines"):
+        power.rapl_sources(tmp_path / "else")
     (zones / "intel-rapl:0/energy_uj").unlink()
     (zones / "intel-rapl:0/energy_uj").mkdir()  # unreadable, even for root
-    with pytest.raises(AbsentError, match="only root may"):
-        power.rapl(tmp_path)
+    with pytest.raises(MeasurementUnavailableError, match="only root may"):
+        power.rapl_sources(tmp_path)
 
 
 class FakeNvml:
@@ -230,24 +234,24 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 
 def test_a_gpu_through_nvml(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = Gpu(0)
+    gpu = NvmlGpu(0)
     assert (gpu.watts(), gpu.joules(), gpu.sm_clock(), gpu.temperature()) == (350.0, 42.0, 1755.0, 61.0)
-    assert gpu.throttled() == ["power cap"] and gpu.memory() == (5 << 30, 6 << 30)
-    assert gpu.described()["power_limit_watts"] == 700.0
-    (source,) = power.nvml(gpu)
+    assert gpu.throttle_reasons() == ["power cap"] and gpu.memory() == (5 << 30, 6 << 30)
+    assert gpu.describe()["power_limit_watts"] == 700.0
+    (source,) = power.nvml_sources(gpu)
     assert source.joules is not None and source.joules() == 42.0
     nvml.refuse = ("nvmlDeviceGetTotalEnergyConsumption",)
-    (source,) = power.nvml(gpu)
+    (source,) = power.nvml_sources(gpu)
     assert source.watts is not None and source.watts() == 350.0
     nvml.refuse += ("nvmlDeviceGetPowerUsage", "nvmlDeviceGetComputeRunningProcesses")
     assert gpu.memory() == (None, 6 << 30)
-    with pytest.raises(AbsentError, match="gives no power"):
-        power.nvml(gpu)
+    with pytest.raises(MeasurementUnavailableError, match="gives no power"):
+        power.nvml_sources(gpu)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    assert Gpu(1) and nvml.index == 1
+    assert NvmlGpu(1) and nvml.index == 1
     nvml.refuse = ("nvmlInit",)
-    with pytest.raises(AbsentError, match="does not answer"):
-        Gpu(0)
+    with pytest.raises(MeasurementUnavailableError, match="does not answer"):
+        NvmlGpu(0)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +271,7 @@ def test_a_gpu_through_nvml(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_the_table_knows_a_gpu_by_its_name(name: str, target: str | None) -> None:
-    found = target_from_gpu(name)
+    found = target_from_gpu_name(name)
     assert (found.name if found else None) == target
 
 
@@ -275,7 +279,7 @@ def test_a_machine_on_paper(tmp_path: Path) -> None:
     stat = "cpu  1000 0 500 9000 0 0 0 100 0 0\n"
     write(tmp_path / "proc", stat=stat, cpuinfo="model name : Test 9000\nflags: hypervisor\ncpu MHz : 2500.0\n", meminfo="")
     write(tmp_path / "sys/devices/system/cpu/cpu0/cpufreq", scaling_governor="schedutil\n")
-    found = machine.described(None, tmp_path)
+    found = machine.describe(None, tmp_path)
     assert found["cpu"] == "Test 9000" and found["virtual"] and found["governor"] == "schedutil" and "gpu" not in found
     assert machine.cpu_clock(tmp_path)() == 2500.0
     load = machine.OtherLoad(tmp_path)
@@ -300,12 +304,12 @@ RULES: dict[str, Callable[[], Profile]] = {
         conditions=Conditions(other_load=0, throttle={}, series=[MOVING]),
     ),
     "power mode": lambda: sample_profile(machine={"jetson": {"model": "Orin", "power_mode": "30W"}}),
-    "launch-bound": lambda: sample_profile(points=[sample_point(enqueue=latency_from_samples(steady(0.09)))]),
+    "launch-bound": lambda: sample_profile(points=[sample_point(enqueue=latency_from_samples(steady_samples(0.09)))]),
     "memory-bound": lambda: with_roof(compute_seconds=0.02, memory_seconds=0.09, efficiency=0.9),
     "ceiling too low": lambda: with_roof(compute_seconds=0.2, memory_seconds=0.001, efficiency=2.0),
     "far from the ceiling": lambda: with_roof(compute_seconds=0.02, memory_seconds=0.001, efficiency=0.2),
     "many small operators": lambda: sample_profile(layers=[sample_layers(Gemm=0.5, Mul=0.3, Reshape=0.2)]),
-    "short tail": lambda: sample_profile(points=[sample_point(transition=latency_from_samples(steady(0.1, 20)))]),
+    "short tail": lambda: sample_profile(points=[sample_point(transition=latency_from_samples(steady_samples(0.1, 20)))]),
 }  # fmt: skip
 
 
@@ -337,26 +341,28 @@ def test_a_governor_that_saves_power_is_named() -> None:
 
 def test_more_than_a_threshold_and_more_than_chance() -> None:
     old = sample_profile(0.1)
-    verdicts = {row.name: row.verdict for row in compared(old, sample_profile(0.12), Thresholds()).rows}
+    verdicts = {row.name: row.verdict for row in compare_profiles(old, sample_profile(0.12), Thresholds()).rows}
     assert verdicts["480x832x81, transition"] == "regression" and verdicts["480x832x81, 1 steps"] == "regression"
     assert verdicts["engine, peak CPU memory"] == "unchanged"
-    faster = compared(old, sample_profile(0.08), Thresholds())
-    assert not faster.regressed and {row.verdict for row in faster.rows} == {"improvement", "unchanged"}
-    assert not compared(old, sample_profile(0.103), Thresholds()).regressed, "3 % is below the threshold"
+    faster = compare_profiles(old, sample_profile(0.08), Thresholds())
+    assert not faster.has_regression and {row.verdict for row in faster.rows} == {"improvement", "unchanged"}
+    assert not compare_profiles(old, sample_profile(0.103), Thresholds()).has_regression, "3 % is below the threshold"
     scattered = [sample_point(transition=latency_from_samples(list(np.linspace(low, 0.3, 20)))) for low in (0.01, 0.05)]
-    noisy = compared(sample_profile(points=scattered[:1]), sample_profile(points=scattered[1:]), Thresholds())
+    noisy = compare_profiles(sample_profile(points=scattered[:1]), sample_profile(points=scattered[1:]), Thresholds())
     assert {row.name: row.verdict for row in noisy.rows}["480x832x81, transition"] == "within noise"
 
 
 def test_what_vanished_is_a_regression_and_what_differs_is_named() -> None:
     old = sample_profile(points=[sample_point(), sample_point(shape="64x64x9")])
     new = sample_profile(machine={"cpu": "another", "cores": 2, "versions": {"onnxruntime": "1.33.0"}})
-    comparison = compared(old, new, Thresholds())
-    assert comparison.regressed and {row.name for row in comparison.rows if row.verdict == "missing"} >= {"64x64x9, transition"}
+    comparison = compare_profiles(old, new, Thresholds())
+    assert comparison.has_regression and {row.name for row in comparison.rows if row.verdict == "missing"} >= {
+        "64x64x9, transition"
+    }
     assert comparison.differences["versions onnxruntime"] == ("1.32.0", "1.33.0") and "cpu" in comparison.differences
     energy = sample_point()
     hungry = [clip.model_copy(update={"joules": {"RAPL package-0": 9.0 * clip.steps}}) for clip in energy.clips]
-    more = compared(sample_profile(), sample_profile(points=[energy.model_copy(update={"clips": hungry})]), Thresholds())
+    more = compare_profiles(sample_profile(), sample_profile(points=[energy.model_copy(update={"clips": hungry})]), Thresholds())
     assert [row.name for row in more.rows if row.verdict == "regression"] == [
         f"480x832x81, {steps} steps, energy of RAPL package-0" for steps in (1, 4)
     ]
@@ -378,7 +384,7 @@ def test_what_vanished_is_a_regression_and_what_differs_is_named() -> None:
     ],
 )
 def test_parts_of_the_network(name: str, wanted: str) -> None:
-    assert part(name) == wanted
+    assert network_part(name) == wanted
 
 
 def test_a_trace_is_cut_to_the_runs_that_count() -> None:
@@ -404,12 +410,12 @@ def test_backends_without_a_profiler_say_so() -> None:
         ("onnxruntime", EngineOptions("cuda"), "Nsight"),
         ("aotinductor", EngineOptions("cpu"), "no layers left"),
     ):
-        with pytest.raises(AbsentError, match=why):
-            layer_profiling.watched(None, backend, options, None, sample_point())  # type: ignore[arg-type]
+        with pytest.raises(MeasurementUnavailableError, match=why):
+            layer_profiling.profile_layers(None, backend, options, None, sample_point())  # type: ignore[arg-type]
 
 
 def test_an_engine_that_makes_nan_is_no_measurement() -> None:
-    from anyflow_deploy.profiling.workload import _finite
+    from anyflow_deploy.profiling.workload import _check_finite
 
     with pytest.raises(AnyFlowError, match="its times mean nothing"):
-        _finite(np.array([1.0, np.nan], np.float32))
+        _check_finite(np.array([1.0, np.nan], np.float32))

@@ -132,7 +132,7 @@ class TrainingBlock(Block):
         Args:
             x, modulation, rotation, ones, past: as in `Block`.
             text: embedded (B, L, D).
-            spans: see `Span`; None lets every token see everything.
+            spans: see `TimeSpan`; None lets every token see everything.
             outputs: "x", "memory" (the own keys and values) or "both".
         """
         inputs = (x, text, modulation, rotation, ones, past, spans, outputs)
@@ -240,7 +240,7 @@ class TrainingTransformer(FlowMapTransformer):
             text: prompt embeddings, (B, L, text_dim).
             positions: int64 (F), absolute frame indices; None for 0, 1, 2, …
             past: memory of earlier frames, one entry a layer.
-            spans: see `Span`.
+            spans: see `TimeSpan`.
             memory: return keys and values instead of the velocity; the last layer then computes nothing else.
             compressed: through the embedding of old chunks (compressed to larger patches).
         """
