@@ -37,9 +37,29 @@ if TYPE_CHECKING:
     from anyflow_deploy.schedule import Schedule
 
 __all__ = [
-    "MODELS", "AnyFlowError", "Architecture", "BackendError", "Bundle", "BundleError", "CheckpointError", "Chunk", "Deadline",
-    "Engine", "Model", "StepTimer", "AdaptiveResult", "AdaptiveSteps", "Run", "Schedule", "ShapeError", "Step", "load_bundle", "load_engine",
-    "noise", "sample", "stream",
+    "MODELS",
+    "AdaptiveResult",
+    "AdaptiveSteps",
+    "AnyFlowError",
+    "Architecture",
+    "BackendError",
+    "Bundle",
+    "BundleError",
+    "CheckpointError",
+    "Chunk",
+    "Deadline",
+    "Engine",
+    "Model",
+    "Run",
+    "Schedule",
+    "ShapeError",
+    "Step",
+    "StepTimer",
+    "load_bundle",
+    "load_engine",
+    "noise",
+    "sample",
+    "stream",
 ]  # fmt: skip
 
 _HOMES = {

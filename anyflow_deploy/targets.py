@@ -80,7 +80,8 @@ TARGETS = {
         ),
         # The same units, half as many: 32 at 918 MHz. (The data sheet's 100 TOPS are sparse, with the DLAs.)
         Target(
-            "orin-nx", "Jetson Orin NX 16GB", (8, 7), _AMPERE, 16 * GB, _SMALL_JETSON, 102.4e9, _throughputs(1.9, 7.5, 15.0, 30.1),
+            "orin-nx", "Jetson Orin NX 16GB", (8, 7), _AMPERE, 16 * GB, _SMALL_JETSON, 102.4e9,
+            _throughputs(1.9, 7.5, 15.0, 30.1),
             "10.3 (JetPack 6.1 and 6.2), from 11.4.1 on JetPack 7.2.2", "Jetson Orin NX Series Modules Data Sheet",
         ),
         # 32 at 1020 MHz, in its MAXN_SUPER mode (JetPack 6.2); without it 625 MHz and 68 GB/s.

@@ -173,7 +173,9 @@ class AdaptiveStepsPolicy:
         for result in self._results:
             candidates = ", ".join(f"{steps} steps {difference.psnr_db:.1f} dB" for steps, difference in result.candidates)
             difference, extra = result.difference, result.transitions - result.steps
-            yield f"against half as many steps: {candidates}; {extra} transitions more than a video of {result.steps} steps needs."
+            yield (
+                f"against half as many steps: {candidates}; {extra} transitions more than a video of {result.steps} steps needs."
+            )
             distance = f"{difference.psnr_db:.1f} dB (relative L2 {difference.relative_l2:.2g})"
             if result.reached:
                 yield f"picked {result.steps} steps: {distance}, and {self.adaptive_steps.psnr_db:g} dB were asked."

@@ -9,8 +9,8 @@ A causal model trains on noisy chunks that see clean copies of earlier ones:
 A bidirectional model is the plan with one chunk: nothing old, no copies, everything sees everything. So losses and
 roll-outs below know chunks only.
 
-What is clean does not change with the noise, so its keys and values are made once (`encode_context`) and shared by every forward of
-a loss, those of the finite difference included; their gradient flows through one of them.
+What is clean does not change with the noise, so its keys and values are made once (`encode_context`) and shared by every
+forward of a loss, those of the finite difference included; their gradient flows through one of them.
 """
 
 from __future__ import annotations

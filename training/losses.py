@@ -11,8 +11,8 @@ real score take its noised form for.
 
 du/dt is only computed for samples with r < t: half of a batch has r = t, where (t - r) is nothing.
 
-Everything here is float32 except the network's large products; with `DerivativeConfig.compute = float32` those of du/dt too, since
-the difference is divided by 0.01, and the rounding of bfloat16 products with it.
+Everything here is float32 except the network's large products; with `DerivativeConfig.compute = float32` those of du/dt too,
+since the difference is divided by 0.01, and the rounding of bfloat16 products with it.
 """
 
 from __future__ import annotations

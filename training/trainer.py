@@ -71,7 +71,8 @@ class Trainer:
         optimizing, processes = self.recipe.optimizing, world.size
         if optimizing.batch % (optimizing.micro_batch * processes):
             raise AnyFlowError(
-                f"--batch {optimizing.batch} does not divide into {processes} processes of --micro-batch {optimizing.micro_batch}. Change one."
+                f"--batch {optimizing.batch} does not divide into {processes} processes of --micro-batch "
+                f"{optimizing.micro_batch}. Change one."
             )
         check_packages(self.recipe, spec.wandb)
         weights, teacher = open_weights(spec)

@@ -66,7 +66,8 @@ def calibrate(options: CalibrateOptions) -> int:
 
 
 def measured(options: CalibrateOptions, weights: Weights, bars: Progress) -> Calibration:
-    """The calibration that the options ask for. Its rollouts are kept beside `options.output` (`calibration_checkpoint_path`); whoever calls
+    """The calibration that the options ask for. Its rollouts are kept beside
+    `options.output` (`calibration_checkpoint_path`); whoever calls
     removes them once the calibration is on disk."""
     from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibration_checkpoint_path, run_calibration
     from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt

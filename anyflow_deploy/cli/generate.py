@@ -196,7 +196,8 @@ class _Work:
     def _whole(self, start: Array) -> Array:
         course = self.job.course
         with (
-            self.watch.time(course.stage), RichProgress(console) as bars, bars.stage("transitions", course.progress_total(1)) as advance,
+            self.watch.time(course.stage), RichProgress(console) as bars,
+            bars.stage("transitions", course.progress_total(1)) as advance,
             course.interrupt_handler(),
         ):  # fmt: skip
             schedule = course.chunk_schedules(0)(0)

@@ -268,7 +268,8 @@ def _check_tails(profile: Profile) -> Iterator[Advice]:
 
 
 RULES: tuple[Callable[[Profile], Iterator[Advice]], ...] = (
-    _check_throttling, _check_drift, _check_other_load, _check_variation, _check_clocks, _check_governor, _check_launches, _check_roofline, _check_small_operators, _check_stages, _check_real_time, _check_tails,
+    _check_throttling, _check_drift, _check_other_load, _check_variation, _check_clocks, _check_governor, _check_launches,
+    _check_roofline, _check_small_operators, _check_stages, _check_real_time, _check_tails,
 )  # fmt: skip
 
 

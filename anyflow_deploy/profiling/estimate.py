@@ -101,5 +101,6 @@ def estimate_latency(
     return RooflineEstimate(
         model=model, precision=precision, target=target.name, device=target.device, source=ceilings.source, shape=str(shape),
         tokens=tokens, transition=roof, bound_by="memory" if roof.memory_seconds > roof.compute_seconds else "products",
-        clips=clips, memory={"needed": need.total, "available": available_memory(target), "fits": need.total <= available_memory(target)},
+        clips=clips,
+        memory={"needed": need.total, "available": available_memory(target), "fits": need.total <= available_memory(target)},
     )  # fmt: skip

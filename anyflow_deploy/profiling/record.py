@@ -28,7 +28,8 @@ from anyflow_deploy.profiling.record_times import (
 )
 
 __all__ = [
-    "SCHEMA", "Advice", "Ceilings", "ChunkLatencies", "ClipLatency", "Conditions", "EndToEnd", "Latency", "Layer", "Layers", "MemoryUsage", "Method",
+    "SCHEMA", "Advice", "Ceilings", "ChunkLatencies", "ClipLatency", "Conditions", "EndToEnd", "Latency", "Layer", "Layers",
+    "MemoryUsage", "Method",
     "Point", "PowerUsage", "Profile", "Roofline", "Series", "StageTiming", "Subject", "Warmup",
 ]  # fmt: skip
 

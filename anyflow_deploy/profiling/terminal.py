@@ -141,7 +141,8 @@ def _other_rows(profile: Profile) -> Table:
         if roof is not None and profile.ceilings is not None:
             table.add_row(
                 f"ceiling, {point.shape}",
-                f"{format_seconds(roof.bound)} a transition on {profile.ceilings.name} (products {format_seconds(roof.compute_seconds)}, "
+                f"{format_seconds(roof.bound)} a transition on {profile.ceilings.name} (products "
+                f"{format_seconds(roof.compute_seconds)}, "
                 f"memory {format_seconds(roof.memory_seconds)})"
                 + (f": {100 * roof.efficiency:.0f} % reached" if roof.efficiency is not None else ""),
             )

@@ -1,6 +1,6 @@
 """One video on its way from request to file.
 
-`VideoWorkload` is what clients see of it, in OpenAI's shape with fields of ours behind; `Job` adds what the server needs: the order, two
+`Video` is what clients see of it, in OpenAI's shape with fields of ours behind; `Job` adds what the server needs: the order, two
 flags that other threads raise, and those who wait for news.
 """
 

@@ -101,7 +101,8 @@ class TensorRTCache:
         scratch = [slot.acquire(latents.nbytes) for _ in ("z_r", "velocity")]
         z, positions_buffer, zero_times = (buffer.address for buffer in uploaded)
         inputs: Inputs = {
-            "latents": (latents.shape, z), "positions": (positions.shape, positions_buffer), "t": (times, zero_times), "r": (times, zero_times),
+            "latents": (latents.shape, z), "positions": (positions.shape, positions_buffer),
+            "t": (times, zero_times), "r": (times, zero_times),
             **self._cache_inputs(past),
         }  # fmt: skip
         staging = self._staging_buffers(past, tokens)

@@ -1,4 +1,4 @@
-"""torch-tensorrt's compiler on a bundle's program. **Not run yet**: there was no GPU; see `engines/probe_torch_tensorrt/engine.py`.
+"""torch-tensorrt's compiler on a bundle's program. **Not run yet**: there was no GPU; see `engines/torch_tensorrt/engine.py`.
 
 A package in AOTInductor's format is what its documentation recommends for deployment, and the only one of its formats that
 holds no pickle of Python's.

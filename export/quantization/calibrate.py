@@ -116,7 +116,8 @@ def check_calibration(calibration: Calibration, weights: Weights) -> None:
     check_architecture(calibration, weights.architecture)
     if calibration.weights != (actual := fingerprint(weights)):
         raise AnyFlowError(
-            f"this calibration is of the weights {calibration.weights[:12]}…, and {weights.source.location} holds {actual[:12]}…. "
+            f"this calibration is of the weights {calibration.weights[:12]}…, and {weights.source.location} holds "
+            f"{actual[:12]}…. "
             f"{_CALIBRATE_ADVICE}"
         )
 

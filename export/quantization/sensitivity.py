@@ -2,8 +2,8 @@
 
 Each layer is quantized alone, videos are made at a few step counts, and compared with those of the untouched network from
 the same noise: that ranks the layers. Damages do not add up (errors of one layer hide or feed those of another), so how
-many have to stay high is not read off the ranking but measured again: `select_full_precision_layers` quantizes all but the n worst, makes
-the videos, and bisects n.
+many have to stay high is not read off the ranking but measured again: `select_full_precision_layers` quantizes all but
+the n worst, makes the videos, and bisects n.
 
 Lists of layers made for another model are worth nothing: they depend on depth, and on the weights.
 """

@@ -1,7 +1,7 @@
 """A machine with TensorRT and a GPU, acted: the real names, and ONNX Runtime where the kernels would be.
 
-`FakeTensorRTBuild` gives the stand-ins of TensorRT and CUDA the behaviour our flows need. A "plan" is a small JSON file that names
-the ONNX graph; a context runs that graph in ONNX Runtime on exactly the addresses and shapes it was given, so that what
+`FakeTensorRTBuild` gives the stand-ins of TensorRT and CUDA the behaviour our flows need. A "plan" is a small JSON file that
+names the ONNX graph; a context runs that graph in ONNX Runtime on exactly the addresses and shapes it was given, so that what
 comes out is right only if every buffer, address and copy is. It holds our code to TensorRT's rules: an address for every
 tensor, aligned; shapes inside the chosen profile; activation memory of the right size; a captured context never touched.
 """

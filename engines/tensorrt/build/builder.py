@@ -65,7 +65,8 @@ def build_plans(settings: TensorRTSettings, bundle: Bundle, writer: EngineWriter
             update_report(precision_report, layers, expected_precision(_model(bundle, graph)))
     if precision_report.shortfall and not settings.allow_fallback:
         raise BackendError(
-            f"TensorRT {VERSION} on {device.name}: {precision_report.shortfall}. Keep such an engine with --allow-fallback, try another "
+            f"TensorRT {VERSION} on {device.name}: {precision_report.shortfall}. Keep such an engine with "
+            "--allow-fallback, try another "
             "TensorRT or --optimization-level 5, or export in a precision without quantization."
         )
     return BuildResult(

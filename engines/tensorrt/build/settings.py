@@ -72,7 +72,8 @@ class TensorRTSettings(BuildSettings):
         compatibility = self.hardware_compatible
         if compatibility is not None and compatibility not in HARDWARE:
             raise AnyFlowError(
-                f"--hardware-compatible is {compatibility!r}; allowed are {', '.join(HARDWARE)}.{suggestion(compatibility, HARDWARE)}"
+                f"--hardware-compatible is {compatibility!r}; allowed are {', '.join(HARDWARE)}."
+                f"{suggestion(compatibility, HARDWARE)}"
             )
         if self.strip and self.weight_streaming:
             raise AnyFlowError("--strip and --weight-streaming exclude each other here: a stripped plan is refitted on the GPU.")
