@@ -9,11 +9,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo test test-slow test-oldest test-triton test-cpp-tensorrt fuzz-cpp lint lint-files format image bench clean
+.PHONY: demo gpu test test-slow test-oldest test-triton test-cpp-tensorrt fuzz-cpp lint lint-files format image bench clean
 
 demo: $(READY)
 	@rm -rf $(DEMO) && mkdir $(DEMO)
-	$(BIN)/python -m anyflow_deploy.export.tiny $(DEMO)/pipeline
+	$(BIN)/python -m anyflow_deploy.checkpoints.tiny $(DEMO)/pipeline
 	$(BIN)/anyflow-export --checkpoint $(DEMO)/pipeline --output $(DEMO)/bundle --check none
 	$(BIN)/anyflow-inspect $(DEMO)/bundle --verify
 	$(BIN)/anyflow-validate $(DEMO)/bundle
@@ -35,8 +35,9 @@ test-slow: $(READY)
 # The lowest version of every direct dependency that pyproject.toml allows, in a venv of its own. uv
 # reads its UV_… variables: UV_FIND_LINKS and UV_OVERRIDE can name a torch without CUDA.
 OLDEST := .oldest
-OLDEST_TESTS ?= $(addprefix tests/test_,$(addsuffix .py,bundle calibration checkpoint deadline \
-	diffusers_adapter engine generate golden golden_train models options schedule serve))
+OLDEST_NAMES := bundle calibration checkpoint deadline diffusers_adapter engine generate golden golden_train models \
+	options schedule serve
+OLDEST_TESTS ?= $(foreach name,$(OLDEST_NAMES),$(wildcard tests/*/test_$(name).py))
 test-oldest:
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check uv
@@ -46,8 +47,8 @@ test-oldest:
 
 # The model repository in the real Triton Inference Server, which comes out of a wheel (Python 3.10 to 3.12); three minutes.
 test-triton: $(READY)
-	$(BIN)/python -m tests.triton_machine .triton
-	OMP_NUM_THREADS=2 $(BIN)/pytest -m triton tests/test_triton_server.py --durations=5
+	$(BIN)/python -m tests.triton_server .triton
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m triton tests/integration/test_tritonserver_real.py --durations=5
 
 # The C++ library's readers of files under mutated ones, for some minutes. FUZZ_ROUNDS=… for longer.
 FUZZ_ROUNDS ?= 1000000
@@ -61,13 +62,14 @@ fuzz-cpp: $(READY)
 test-cpp-tensorrt: $(READY)
 	for release in 10.3 10.16 11.1; do \
 		headers=$$($(BIN)/python tools/tensorrt_headers.py $$release) || exit 1; \
-		ANYFLOW_TENSORRT_HEADERS=$$headers/tensorrt:$$headers/cuda $(BIN)/pytest -q tests/test_cpp_tensorrt.py || exit 1; \
+		ANYFLOW_TENSORRT_HEADERS=$$headers/tensorrt:$$headers/cuda $(BIN)/pytest -q tests/integration/test_cpp_tensorrt.py || exit 1; \
 	done
 
 lint: $(READY) lint-files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 # What is neither Python nor C++: the Dockerfile, the workflow, the issue forms, the citation.
 CHECK := $(BIN)/check-jsonschema --quiet --builtin-schema
@@ -105,3 +107,8 @@ $(READY): pyproject.toml constraints.txt anyflow_deploy/_version.py
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .triton $(DEMO) build dist .mypy_cache .ruff_cache .pytest_cache
+
+# What a GPU can do, in eight minutes, with whatever is installed: needs torch 2.11 or newer. GPU="--tiny --device cpu" runs it in small.
+GPU ?=
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_suite.py --output build/gpu/gpu.json $(GPU)

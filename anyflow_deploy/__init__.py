@@ -6,7 +6,7 @@
     latents = sample(engine, noise((1, 21, 16, 60, 104), seed=0), text, Schedule.uniform(4))
 
 The names below are the whole public interface of the device side; they need numpy and a backend's runtime, no torch.
-Exporting (`anyflow_deploy.export`) and generating from prompts (`anyflow_deploy.pipeline`) need the `export` extra.
+Exporting (`anyflow_deploy.export`) and generating from prompts (`anyflow_deploy.pipelines`) need the `export` extra.
 
 A name is imported when it is first asked for, so that `anyflow-doctor` can speak where numpy cannot be imported.
 """
@@ -26,11 +26,11 @@ for _link in ("engines", "export", "training"):
         )
 
 if TYPE_CHECKING:
-    from anyflow_deploy.bundle import Bundle, load_bundle
+    from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+    from anyflow_deploy.engines.adaptive_steps import Pick, Quality
     from anyflow_deploy.engines.deadline import Deadline, Pace
     from anyflow_deploy.engines.engine import Engine, Run
-    from anyflow_deploy.engines.loading import load_engine
-    from anyflow_deploy.engines.quality import Pick, Quality
+    from anyflow_deploy.engines.registry import load_engine
     from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
     from anyflow_deploy.errors import AnyFlowError, BackendError, BundleError, CheckpointError, ShapeError
     from anyflow_deploy.models import MODELS, Architecture, Model
@@ -43,11 +43,11 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "bundle": ("Bundle", "load_bundle"),
+    "bundle.bundle": ("Bundle", "load_bundle"),
     "engines.deadline": ("Deadline", "Pace"),
     "engines.engine": ("Engine", "Run"),
-    "engines.loading": ("load_engine",),
-    "engines.quality": ("Pick", "Quality"),
+    "engines.registry": ("load_engine",),
+    "engines.adaptive_steps": ("Pick", "Quality"),
     "engines.sampler": ("Chunk", "Step", "noise", "sample", "stream"),
     "errors": ("AnyFlowError", "BackendError", "BundleError", "CheckpointError", "ShapeError"),
     "models": ("MODELS", "Architecture", "Model"),

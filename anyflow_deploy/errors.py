@@ -31,6 +31,20 @@ class BackendError(AnyFlowError):
     """A runtime, provider or precision that is not available where it was asked for."""
 
 
+class UnavailableError(BackendError):
+    """This machine has not what an engine needs: a runtime, a provider, or a kernel for the bundle's types.
+
+    It says nothing against the bundle, which may run on another machine.
+
+    Attributes:
+        flags: what a command is given to run the bundle on a machine that has it, such as "--provider cuda".
+    """
+
+    def __init__(self, message: str, flags: str = "") -> None:
+        super().__init__(message)
+        self.flags = flags
+
+
 def suggestion(given: str, allowed: Iterable[str]) -> str:
     """A sentence naming the nearest allowed word, or nothing when none is near."""
     near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)

@@ -13,6 +13,10 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Everything for people goes to standard error; standard output is for what a program may read."""
+
+
 Advance = Callable[[float], None]
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anyflow_deploy.training.times import normal
+from anyflow_deploy.training.timestep_sampling import normal
 
 CHANNELS = (48, 64)
 """Of the two layers of random features."""

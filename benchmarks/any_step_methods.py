@@ -29,25 +29,25 @@ from any_step_distance import Shown
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from anyflow_deploy.export.checkpoint import open_checkpoint
-from anyflow_deploy.export.random_weights import RandomWeights
-from anyflow_deploy.export.weights import Weights
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.schedule import Schedule
-from anyflow_deploy.training.batch import Batch, Part
-from anyflow_deploy.training.build import frozen_network, trained_network
 from anyflow_deploy.training.chunks import NOTHING, ChunkPlan, velocity
+from anyflow_deploy.training.data.source import Batch, Part
+from anyflow_deploy.training.data.synthetic import SyntheticLatents
 from anyflow_deploy.training.distributed import World
-from anyflow_deploy.training.finished import save_finished
-from anyflow_deploy.training.initial import network_with, starting_weights
-from anyflow_deploy.training.learner import Learner
 from anyflow_deploy.training.losses import noised, sigma
-from anyflow_deploy.training.network import TrainingTransformer
+from anyflow_deploy.training.model.model_factory import frozen_network, trained_network
+from anyflow_deploy.training.model.network import TrainingTransformer
+from anyflow_deploy.training.model.weight_init import network_with, starting_weights
+from anyflow_deploy.training.optimizer import Learner
 from anyflow_deploy.training.recipes import Recipe, overridden, recipe
-from anyflow_deploy.training.request import Request
 from anyflow_deploy.training.rollout import rollout, shortcut
-from anyflow_deploy.training.synthetic import SyntheticLatents
-from anyflow_deploy.training.times import generator, normal
+from anyflow_deploy.training.run_spec import Request
+from anyflow_deploy.training.save_pretrained import save_finished
+from anyflow_deploy.training.timestep_sampling import generator, normal
 from anyflow_deploy.training.trainer import Trainer
 
 SHAPE = (2, 3, 8, 8)

@@ -28,11 +28,11 @@ import numpy as np
 from common import finish
 
 from anyflow_deploy import MODELS, Schedule, load_engine, noise, stream
-from anyflow_deploy.engines.cache import CachePlan, cache_plan
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.engines.engine import BundleEngine
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.exporter import export_bundle
-from anyflow_deploy.export.random_weights import RandomWeights
 
 SIDE, STEPS, WINDOW = 16, 4, 8
 TEXT = (1, 512, 4096)

@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from anyflow_deploy.doctor.machine import processor
+
 
 def machine() -> dict[str, Any]:
-    """What identifies a measurement: processor, cores, memory, versions, date."""
+    """What identifies a measurement: processor, its instructions, cores, memory, versions, date."""
     names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
     cpu = next(names, platform.machine())
     memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
@@ -24,11 +26,20 @@ def machine() -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": cpu,
+        "instructions": processor().facts["flags"],
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(memory / 2**20, 1),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in packages if _is_installed(name)},
     }
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _lines(path: str) -> list[str]:
@@ -61,6 +72,15 @@ def child(words: Sequence[str], **options: Any) -> dict[str, Any]:
 def python(code: str, *arguments: str) -> dict[str, Any]:
     """`child` for a piece of Python."""
     return child([sys.executable, "-c", code, *arguments])
+
+
+def gpu_name(device: str) -> str:
+    """What a torch device is called: the GPU's name, or the device itself."""
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return torch.cuda.get_device_name(device)
 
 
 def finish(name: str, result: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ started = time.perf_counter()
 from anyflow_deploy import MODELS
 from anyflow_deploy.export.onnx_graph import onnx_from_traced
 from anyflow_deploy.export.trace import traced_graph
-from anyflow_deploy.ranges import widest
+from anyflow_deploy.shape_ranges import widest
 architecture = MODELS["14b"].architecture
 model = onnx_from_traced(traced_graph("transition", architecture, widest(architecture), "fp16", fused=False), 20)
 assert len(model.graph.initializers) > 1000
@@ -36,7 +36,7 @@ print(time.perf_counter() - started)
 _EXPORT = """
 import contextlib, json, sys, time
 from pathlib import Path
-from anyflow_deploy.export.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 
 class Clock:
@@ -59,9 +59,9 @@ def save_random_checkpoint(folder: Path, name: str) -> int:
     import torch
 
     from anyflow_deploy import MODELS
-    from anyflow_deploy.export.checkpoint import STEM
-    from anyflow_deploy.export.random_weights import RandomWeights
-    from anyflow_deploy.export.safetensors_stream import layout
+    from anyflow_deploy.checkpoints.checkpoint import STEM
+    from anyflow_deploy.checkpoints.random_weights import RandomWeights
+    from anyflow_deploy.checkpoints.safetensors_stream import layout
 
     weights = RandomWeights(MODELS[name].architecture, name)
     shards: list[list[str]] = [[]]

@@ -39,12 +39,13 @@ import torch
 from common import finish
 
 from anyflow_deploy import MODELS, AnyFlowError, Architecture, Bundle, Schedule, load_bundle, load_engine, noise, sample, stream
-from anyflow_deploy.engines.building import BUILDERS, build_engine, settings_of
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
+from anyflow_deploy.engines.build import BUILDERS, BuildSettings, build_engine, settings_of
 from anyflow_deploy.engines.engine import Array, Engine
-from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
-from anyflow_deploy.export.calibration_text import random_text
+from anyflow_deploy.engines.engine_folder import load_engine_folder
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.random_weights import RandomWeights
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
+from anyflow_deploy.export.quantization.prompts import random_text
 from anyflow_deploy.export.torch_run import TorchRun
 
 STEPS, CAUSAL_STEPS, FRAMES_PER_LATENT = (1, 2, 4, 8), 4, 4
@@ -187,6 +188,12 @@ def bundle_of(weights: RandomWeights, precision: str, folder: Path, device: str)
     return export_bundle(weights, folder, settings)
 
 
+def build_settings(backend: str, provider: str) -> BuildSettings:
+    """The defaults; an engine that falls back to wider products is kept, and says so in `achieved`."""
+    settings = settings_of(backend)(provider=provider)
+    return dataclasses.replace(settings, allow_fallback=True) if hasattr(settings, "allow_fallback") else settings  # type: ignore[call-arg]
+
+
 def engine_of(weights: RandomWeights, choice: str, folder: Path, device: str) -> tuple[Engine, dict[str, Any]]:
     """Export, build, load; also what that took."""
     backend, precision = choice.split(":")
@@ -198,11 +205,14 @@ def engine_of(weights: RandomWeights, choice: str, folder: Path, device: str) ->
     provider = "cuda" if device.startswith("cuda") else "cpu"
     achieved: dict[str, Any] = {}
     if backend in BUILDERS:
-        achieved = build_engine(bundle, backend, settings_of(backend)(provider=provider)).record.achieved
-    built = time.perf_counter()
+        place = path / "engines" / f"{backend}-{provider}"
+        if place.exists():
+            record = load_engine_folder(place, verify=False).record
+        else:
+            record = build_engine(bundle, backend, build_settings(backend, provider)).record
+        achieved = {"build_seconds": record.seconds, "achieved": record.achieved}
     engine = load_engine(bundle, backend, provider)
-    took = {"export_seconds": round(exported - started, 1), "build_seconds": round(built - exported, 1)}
-    return engine, {**took, "engine": engine.description, **({"achieved": achieved} if achieved else {})}
+    return engine, {"export_seconds": round(exported - started, 1), "engine": engine.description, **achieved}
 
 
 @contextmanager
@@ -380,6 +390,32 @@ def diffusers_clips(weights: RandomWeights, latents: Array, text: Array, machine
     return [machine.seconds(clip) for _ in range(rounds)]
 
 
+def device_ceilings(options: argparse.Namespace, size: Size, folder: Path, machine: Machine) -> dict[str, float]:
+    """The floor of a step and the device's rates, alone."""
+    return floor_seconds(size.model, size, machine, options.rounds)
+
+
+def build_ahead(architecture: Architecture, name: str, options: argparse.Namespace, folder: Path, machine: Machine) -> Any:
+    """Export and build what a later run with the same --folder measures."""
+    result: dict[str, Any] = {}
+    for choice in options.engines.split(","):
+        try:
+            engine, result[choice] = engine_of(RandomWeights(architecture, name), choice, folder, machine.device)
+            engine.close()
+        except (AnyFlowError, ImportError, RuntimeError) as error:
+            result[choice] = {"not_run": str(error).split("\n")[0][:300]}
+    return result
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Size, Path, Machine], Any]] = {
+    "whole": whole,
+    "causal": causal,
+    "ceilings": device_ceilings,
+    "build-whole": lambda options, size, folder, machine: build_ahead(size.model, "1.3b", options, folder, machine),
+    "build-causal": lambda options, size, folder, machine: build_ahead(size.causal, "far-1.3b", options, folder, machine),
+}
+
+
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -389,11 +425,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer than the model has, where minutes are short")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2, help="steps between two synchronizations")
-    parser.add_argument("--part", choices=("whole", "causal"), help="only this one")
+    parser.add_argument("--part", choices=tuple(PARTS), help="only this one; build-… fills --folder and measures nothing")
     parser.add_argument("--skip-compile", action="store_true")
     parser.add_argument("--skip-diffusers", action="store_true")
     parser.add_argument("--folder", type=Path, help="keep bundles and engines here, and use those that are there")
+    parser.add_argument("--rtx", choices=("current", "portable"), help="tensorrt is TensorRT for RTX, see rtx_alias.py")
     options = parser.parse_args()
+    if options.rtx:
+        from rtx_alias import use_tensorrt_rtx
+
+        print(f"TensorRT for RTX {use_tensorrt_rtx(options.rtx == 'current')}", flush=True)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device here. To see that the program works: --tiny --device cpu")
     machine, size = Machine(options.device), sizes(options.tiny, options.layers)
@@ -402,10 +443,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         folder = options.folder or Path(temporary)
         folder.mkdir(exist_ok=True, parents=True)
-        for name, part in (("whole", whole), ("causal", causal)):
-            if options.part in (None, name):
-                print(f"{name}:", flush=True)
-                result[name] = part(options, size, folder, machine)
+        for name in [options.part] if options.part else ["whole", "causal"]:
+            print(f"{name}:", flush=True)
+            result[name] = PARTS[name](options, size, folder, machine)
     finish("gpu", result)
 
 

@@ -1,4 +1,4 @@
-"""What a transition really takes in ONNX Runtime on the CPU, against what `anyflow_deploy/fit.py` says.
+"""What a transition really takes in ONNX Runtime on the CPU, against what `anyflow_deploy/memory/estimate.py` says.
 
     python benchmarks/memory.py [--model 1.3b] [--layers 2] [--precision fp32]
 
@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 from common import finish, python
 
 from anyflow_deploy import MODELS
-from anyflow_deploy.calibration import Calibration, TensorRange
-from anyflow_deploy.fit import RUNTIME, Shape, needed
-from anyflow_deploy.quantized_layers import candidates
+from anyflow_deploy.memory.estimate import RUNTIME, Shape, needed
+from anyflow_deploy.quantization.calibration import Calibration, TensorRange
+from anyflow_deploy.quantization.layers import candidates
 from anyflow_deploy.targets import TARGETS
 
 if TYPE_CHECKING:
-    from anyflow_deploy.export.weights import Weights
+    from anyflow_deploy.checkpoints.weights import Weights
 
 AMAX = 6.0
 """Of every activation: what a range is does not change what its layer takes."""
@@ -58,7 +58,7 @@ print(json.dumps({"weights": loaded - empty, "activations": now("VmHWM") - loade
 
 def by_hand(weights: Weights) -> Calibration:
     """The same range for all activations."""
-    from anyflow_deploy.export.weights import fingerprint
+    from anyflow_deploy.checkpoints.weights import fingerprint
 
     a = weights.architecture
     return Calibration(
@@ -81,8 +81,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--precision", default="fp32")
     options = parser.parse_args()
+    from anyflow_deploy.checkpoints.random_weights import RandomWeights
     from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-    from anyflow_deploy.export.random_weights import RandomWeights
     from anyflow_deploy.precision import EIGHT_BIT
 
     a = dataclasses.replace(MODELS[options.model].architecture, num_layers=options.layers)

@@ -26,22 +26,22 @@ from common import finish
 from step import SHAPE, TEXT, seconds
 
 from anyflow_deploy import MODELS, Bundle, Schedule, load_engine, noise, sample
-from anyflow_deploy.calibration import Calibration
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array, Engine
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.export.calibration import CalibrationSettings, calibrated
-from anyflow_deploy.export.calibration_text import random_text
-from anyflow_deploy.export.checkpoint import open_checkpoint
+from anyflow_deploy.export.diffusers_engine import TorchEngine
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.fake_quant import FakeQuant
-from anyflow_deploy.export.network_engine import NetworkEngine
-from anyflow_deploy.export.product_check import product_differences
-from anyflow_deploy.export.quantization_plan import planned
-from anyflow_deploy.export.random_weights import RandomWeights
-from anyflow_deploy.export.reference import TorchEngine
-from anyflow_deploy.export.sensitivity import Probe, ProbeSettings, kept_layers, measured_sensitivity
-from anyflow_deploy.export.weights import Weights
+from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated
+from anyflow_deploy.export.quantization.fake_quant import FakeQuant
+from anyflow_deploy.export.quantization.matmul_parity import product_differences
+from anyflow_deploy.export.quantization.plan import planned
+from anyflow_deploy.export.quantization.prompts import random_text
+from anyflow_deploy.export.quantization.sensitivity import Probe, ProbeSettings, kept_layers, measured_sensitivity
+from anyflow_deploy.export.torch_engine import NetworkEngine
 from anyflow_deploy.progress import Silent
+from anyflow_deploy.quantization.calibration import Calibration
 
 STEPS = (1, 2, 4, 8, 16)
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "bidirectional"

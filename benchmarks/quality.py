@@ -19,11 +19,11 @@ import numpy as np
 from common import finish
 
 from anyflow_deploy import MODELS, Engine, Pick, Quality, Schedule, load_engine, noise, sample, stream
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import export_bundle
-from anyflow_deploy.export.tiny import save_tiny_pipeline
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 COUNTS, LIMIT, SEEDS, TARGETS = (1, 2, 4, 8, 16, 32, 64), 256, (0, 1, 2), (26, 30, 34, 38, 42)

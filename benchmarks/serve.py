@@ -27,9 +27,9 @@ from common import finish
 from websockets.sync.client import connect
 
 from anyflow_deploy import MODELS
-from anyflow_deploy.export.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
 from anyflow_deploy.export.exporter import export_bundle
-from anyflow_deploy.export.tiny import save_tiny_pipeline
 
 SHORT = {"prompt": "a red fox", "num_frames": 17, "num_inference_steps": 2, "seed": 0}
 

@@ -25,7 +25,7 @@ from typing import Any
 from common import finish, python
 
 from anyflow_deploy import MODELS
-from anyflow_deploy.engine_folder import load_engine_folder
+from anyflow_deploy.engines.engine_folder import load_engine_folder
 
 SHAPE, TEXT = (1, 5, 16, 30, 52), (1, 512, 4096)
 
@@ -62,9 +62,9 @@ def prepared(layers: int, folder: Path) -> tuple[Path, Path]:
     import torch
     from diffusers import AnyFlowTransformer3DModel
 
-    from anyflow_deploy.export.checkpoint import open_checkpoint
+    from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+    from anyflow_deploy.checkpoints.random_weights import random_parameter
     from anyflow_deploy.export.exporter import export_bundle
-    from anyflow_deploy.export.random_weights import random_parameter
 
     architecture = dataclasses.replace(MODELS["1.3b"].architecture, num_layers=layers)
     model = AnyFlowTransformer3DModel(**{k: v for k, v in architecture.as_config().items() if not k.startswith("_")})
@@ -129,9 +129,9 @@ def timed(checkpoint: Path, bundle: Path, rounds: int, backends: Sequence[str]) 
     import torch
 
     from anyflow_deploy import load_bundle, load_engine, noise
+    from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
     from anyflow_deploy.engines.metrics import difference
-    from anyflow_deploy.export.checkpoint import open_checkpoint
-    from anyflow_deploy.export.reference import TorchEngine
+    from anyflow_deploy.export.diffusers_engine import TorchEngine
 
     latents, text = noise(SHAPE, 0), noise(TEXT, 1)
     runs = {name: load_engine(bundle, name).start(latents, text) for name in backends}

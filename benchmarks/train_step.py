@@ -1,9 +1,11 @@
 """One training step: ours against a plain transcription of the algorithm on diffusers' modules.
 
     python benchmarks/train_step.py [--layers 4] [--rounds 3]
+    python benchmarks/train_step.py --device cuda --compute bfloat16 --width 1.3b   # on a GPU
 
 The same random weights, data, draws and losses; forward and backward of a flow-map step and of an on-policy step, without
-the optimizer, float32, all weights trained, no gradient checkpointing. The transcription does what a reader of the paper
+the optimizer, float32, all weights trained, no gradient checkpointing. With --compute bfloat16 our large products are
+made in that type, and the transcription runs under torch.autocast. The transcription does what a reader of the paper
 would write: every forward by itself, every sample in every forward, diffusers' per-token modulation. Both live in one
 process and take turns; the ratio is the median of the rounds' ratios. Both gradients are compared: it is one computation.
 
@@ -22,14 +24,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from common import finish
+from common import finish, gpu_name
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from anyflow_deploy.export.random_weights import RandomWeights
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.chunks import ChunkPlan
-from anyflow_deploy.training.initial import network_with
 from anyflow_deploy.training.losses import (
     Difference,
     Pair,
@@ -40,9 +41,10 @@ from anyflow_deploy.training.losses import (
     flow_map_losses,
     flow_matching_losses,
 )
-from anyflow_deploy.training.network import TrainingTransformer
+from anyflow_deploy.training.model.network import TrainingTransformer
+from anyflow_deploy.training.model.weight_init import network_with
 from anyflow_deploy.training.rollout import rollout, shortcut
-from anyflow_deploy.training.times import time_weight
+from anyflow_deploy.training.timestep_sampling import time_weight
 
 SHAPE = (4, 3, 16, 16, 26)
 GUIDANCE, SHIFT, STEP = 3.0, 5.0, 5.0
@@ -103,9 +105,9 @@ class Plain:
 class Ours:
     """The same step as the trainer makes it."""
 
-    def __init__(self, model: TrainingTransformer, fake: TrainingTransformer, real: TrainingTransformer) -> None:
+    def __init__(self, model: TrainingTransformer, fake: TrainingTransformer, real: TrainingTransformer, frames: int) -> None:
         self.model = model
-        self.plan = ChunkPlan((SHAPE[1],))
+        self.plan = ChunkPlan((frames,))
         self.fake, self.real = Score(fake, self.plan), Score(real, self.plan)
 
     def flow_map(self, pair: Pair) -> Tensor:
@@ -147,12 +149,30 @@ def gradient(module: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for _, p in sorted(module.named_parameters()) if p.grad is not None])
 
 
-def timed(work: Callable[[], Any], modules: list[nn.Module]) -> float:
+def timed(work: Callable[[], Any], modules: list[nn.Module], wait: Callable[[], None]) -> float:
     for module in modules:
         module.zero_grad()
+    wait()
     started = time.perf_counter()
     work()
+    wait()
     return time.perf_counter() - started
+
+
+def plain_networks(a: Architecture, drawn: list[dict[str, Tensor]], device: str, compute: str) -> list[nn.Module]:
+    """diffusers' transformers with these parameters, under autocast where `compute` is not float32."""
+    from diffusers import AnyFlowTransformer3DModel
+
+    modules = []
+    for given in drawn:
+        module = AnyFlowTransformer3DModel(**{k: v for k, v in a.as_config().items() if not k.startswith("_")})
+        module.load_state_dict(given)
+        module.train().to(device)
+        if compute != "float32":
+            cast = torch.autocast(device, dtype=getattr(torch, compute))
+            module.forward = cast(module.forward)  # type: ignore[method-assign]
+        modules.append(module)
+    return modules
 
 
 def counted_products(work: Callable[[], Any]) -> int:
@@ -162,30 +182,39 @@ def counted_products(work: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
+WIDTHS: dict[str, dict[str, Any]] = {
+    "half": {"num_attention_heads": 6, "attention_head_dim": 128, "ffn_dim": 4480, "text_dim": 512},
+    "1.3b": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096},
+}
+LATENTS = {"half": SHAPE, "1.3b": (4, 6, 16, 32, 52)}
+
+
 def main() -> None:
+    global TIMES, TARGETS
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--width", choices=tuple(WIDTHS), default="half")
     options = parser.parse_args()
-    a = Architecture(num_attention_heads=6, attention_head_dim=128, ffn_dim=4480, num_layers=options.layers, text_dim=512)
-    from diffusers import AnyFlowTransformer3DModel
-
+    device, shape = options.device, LATENTS[options.width]
+    a = Architecture(num_layers=options.layers, **WIDTHS[options.width])
     drawn = [RandomWeights(a, "bench", seed) for seed in (0, 1, 2)]
     tensors = [{name: weights.read(name) for name in weights.shapes()} for weights in drawn]
-    ours = [network_with(a, given) for given in tensors]
-    plain = []
-    for given in tensors:
-        module = AnyFlowTransformer3DModel(**{k: v for k, v in a.as_config().items() if not k.startswith("_")})
-        module.load_state_dict(given)
-        plain.append(module.train())
+    compute = getattr(torch, options.compute)
+    ours = [network_with(a, given, compute).to(device) for given in tensors]
+    plain = plain_networks(a, tensors, device, options.compute)
     for module in (ours[2], plain[2]):
         module.requires_grad_(False)
+    TIMES, TARGETS = TIMES.to(device), TARGETS.to(device)
     draw = torch.Generator().manual_seed(0)
-    clean, noise = torch.randn(SHAPE, generator=draw), torch.randn(SHAPE, generator=draw)
-    text, negative = (torch.randn(4, 64, 512, generator=draw) for _ in range(2))
+    clean, noise = (torch.randn(shape, generator=draw).to(device) for _ in range(2))
+    text, negative = (torch.randn(4, 64, a.text_dim, generator=draw).to(device) for _ in range(2))
     pair = Pair(clean, noise, text, negative)
-    sides: dict[str, Any] = {"ours": Ours(*ours), "diffusers": Plain(*plain)}
+    sides: dict[str, Any] = {"ours": Ours(*ours, frames=shape[1]), "diffusers": Plain(*plain)}
     modules: dict[str, list[nn.Module]] = {"ours": list(ours), "diffusers": list(plain)}
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     results: dict[str, Any] = {}
     for step in ("flow_map", "on_policy"):
@@ -196,7 +225,7 @@ def main() -> None:
         seconds: dict[str, list[float]] = {n: [] for n in sides}
         for round_ in range(options.rounds + 1):  # the first warms up
             for n in sides:
-                spent = timed(works[n], modules[n])
+                spent = timed(works[n], modules[n], wait)
                 if round_:
                     seconds[n].append(spent)
         first, second = (gradient(modules[n][0]) for n in sides)
@@ -225,7 +254,8 @@ def main() -> None:
         }
     for name, values in results.items():
         print(name, {k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()})
-    finish("train_step", {"layers": options.layers, "shape": list(SHAPE), **results})
+    about = {"device": gpu_name(device), "compute": options.compute, "width": options.width, "layers": options.layers}
+    finish("train_step", {**about, "shape": list(shape), **results})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The split keeps the sampler free of devices. A run owns the state z where its backend wants it (a numpy array, a buffer
 on the GPU), advances it in place, and copies it back only when asked; two runs on one engine do not disturb each other.
-A backend implements these two protocols in one file and is entered in `loading.BACKENDS`.
+A backend implements these two protocols in one file and is entered in `registry.BACKENDS`.
 
 Legend: B batch, F latent frames, C channels, H W latent rows and columns, L text tokens, D text channels.
 """
@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from anyflow_deploy.bundle import Bundle
-from anyflow_deploy.engines.cache import CachePlan
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.errors import AnyFlowError, ShapeError
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.ranges import Ranges
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
+from anyflow_deploy.shape_ranges import Ranges
 
 Array = NDArray[np.float32]
 

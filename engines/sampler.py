@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anyflow_deploy.engines.cache import CachePlan, cache_plan
+from anyflow_deploy.engines.adaptive_steps import Quality, refined
 from anyflow_deploy.engines.deadline import Deadline, Route
 from anyflow_deploy.engines.engine import Array, Engine, Run, checked_array, checked_text
-from anyflow_deploy.engines.quality import Quality, refined
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan
 from anyflow_deploy.errors import ShapeError
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS, Schedule
 
@@ -144,10 +144,10 @@ def stream(
         latents: noise of the whole video, (1, F, C, H, W).
         text: prompt embeddings, (1, L, D).
         schedule: one for all chunks, or a function from a chunk's index to its schedule, asked when the chunk begins
-            (`quality.first_chunk_decides` makes one).
+            (`adaptive_steps.first_chunk_decides` makes one).
         chunk_plan: latent frames of each chunk; None for the model's own.
         context: clean latents of the first chunk or chunks, (1, Fc, C, H, W); they are remembered, not made.
-        window: keep only the first and this many of the newest compressed chunks; None for all. See `cache`.
+        window: keep only the first and this many of the newest compressed chunks; None for all. See `kv_cache`.
         on_step: called after each transition, see `sample`.
 
     Returns:

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from anyflow_deploy.engines.cache import cache_plan
 from anyflow_deploy.engines.engine import Array, Engine, Run
+from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.engines.metrics import Difference, difference
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError

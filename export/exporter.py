@@ -18,12 +18,12 @@ from typing import Literal
 import onnx
 import onnx_ir as ir
 
-from anyflow_deploy.bundle import Bundle, BundleWriter
-from anyflow_deploy.calibration import CALIBRATION, Calibration
+from anyflow_deploy.bundle.bundle import Bundle, BundleWriter
+from anyflow_deploy.bundle.manifest import GRAPHS, Achieved, Graph, Manifest, Quantization, ScheduleDefaults, Video, stored_ranges
+from anyflow_deploy.checkpoints.checkpoint import shift_of
+from anyflow_deploy.checkpoints.safetensors_stream import Entry
+from anyflow_deploy.checkpoints.weights import Parameter, Weights, check_names, write_weights
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.achieved import achieved
-from anyflow_deploy.export.calibration import check_architecture, check_calibration
-from anyflow_deploy.export.checkpoint import shift_of
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
     OPSETS,
@@ -33,19 +33,19 @@ from anyflow_deploy.export.onnx_graph import (
     onnx_from_traced,
     serialized,
 )
-from anyflow_deploy.export.quantization_plan import Plan, planned
-from anyflow_deploy.export.quantize import quantize
-from anyflow_deploy.export.safetensors_stream import Entry
-from anyflow_deploy.export.trace import Parameter, traced_graph
-from anyflow_deploy.export.transformer import constants
-from anyflow_deploy.export.weights import Weights, check_names, write_weights
-from anyflow_deploy.manifest import GRAPHS, Achieved, Graph, Manifest, Quantization, ScheduleDefaults, Video, stored_ranges
+from anyflow_deploy.export.quantization.calibrate import check_architecture, check_calibration
+from anyflow_deploy.export.quantization.plan import Plan, planned
+from anyflow_deploy.export.quantization.precision_report import achieved
+from anyflow_deploy.export.quantization.qdq_pass import quantize
+from anyflow_deploy.export.trace import traced_graph
+from anyflow_deploy.memory.parameter_shapes import parameter_shapes
+from anyflow_deploy.model.transformer import constants
 from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name
-from anyflow_deploy.parameters import parameter_shapes
 from anyflow_deploy.precision import base_precision, get_precision
 from anyflow_deploy.progress import Report, Silent
-from anyflow_deploy.quantized_layers import candidates
-from anyflow_deploy.ranges import Range, Ranges, narrowed, widest
+from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration
+from anyflow_deploy.quantization.layers import candidates
+from anyflow_deploy.shape_ranges import Range, Ranges, narrowed, widest
 from anyflow_deploy.targets import check_precision, get_target
 
 _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "diffusers")

@@ -16,12 +16,12 @@ from collections.abc import Iterator, Mapping
 import onnx_ir as ir
 import torch
 
+from anyflow_deploy.bundle.manifest import WEIGHTS, Graph, Tensor, TensorType
+from anyflow_deploy.checkpoints.dtypes import ONNX
+from anyflow_deploy.checkpoints.safetensors_stream import Entry
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.constant_axes import make_axes_constant
-from anyflow_deploy.export.safetensors_stream import Entry
+from anyflow_deploy.export.passes import make_axes_constant
 from anyflow_deploy.export.trace import Axes, Traced
-from anyflow_deploy.export.types import ONNX
-from anyflow_deploy.manifest import WEIGHTS, Graph, Tensor, TensorType
 
 PRIMITIVE_OPSET = 20
 """The newest opset that TensorRT 10.3 (JetPack 6) parses: attention and RMS norm are spelled out."""

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from anyflow_deploy.bundle import Bundle
-from anyflow_deploy.export.eight_bits import multiply_in_eight_bits
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.checkpoints.dtypes import TORCH
+from anyflow_deploy.export.quantization.quantized_linear import multiply_in_eight_bits
 from anyflow_deploy.export.trace import MODULES, recorded
-from anyflow_deploy.export.transformer import FlowMapTransformer
-from anyflow_deploy.export.types import TORCH
+from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.precision import get_precision
-from anyflow_deploy.ranges import Ranges
+from anyflow_deploy.shape_ranges import Ranges
 
 
 def network_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor]) -> FlowMapTransformer:

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from anyflow_deploy.export.causal import ChunkTransition, Compression, TextMemory
-from anyflow_deploy.export.transformer import FlowMapTransformer
-from anyflow_deploy.export.types import SAFETENSORS, TORCH
+from anyflow_deploy.checkpoints.dtypes import SAFETENSORS, TORCH
+from anyflow_deploy.checkpoints.weights import Parameter
+from anyflow_deploy.engines.torch_common.compat import make_fake_tensor_mode
+from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
+from anyflow_deploy.model.transformer import FlowMapTransformer
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.precision import get_precision
-from anyflow_deploy.ranges import AXES, Range, Ranges
+from anyflow_deploy.shape_ranges import AXES, Range, Ranges
 
 MODULES = {"transition": FlowMapTransformer, "text": TextMemory, "chunk": ChunkTransition, "compress": Compression}
 """What computes each graph of a bundle (`manifest.GRAPHS` says which kind of model has which)."""
@@ -34,14 +35,6 @@ axis for another or for a constant."""
 Axes = tuple[int | str, ...]
 
 _PATCHES = {"height": "rows", "width": "columns"}
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """A tensor the graph needs: its safetensors type and shape."""
-
-    type: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ def traced_graph(graph: str, a: Architecture, ranges: Ranges, precision: str = "
     """
     compute_type = TORCH[get_precision(precision).tensor_type]
     inputs, outputs = _border(graph, a, compute_type)
-    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
+    with make_fake_tensor_mode(ShapeEnv()):
         network = MODULES[graph](a, compute_type, fused).eval()
         example, dynamic = _arguments(inputs, ranges, "cpu")
     program = torch.export.export(network, example, dynamic_shapes=dynamic)

@@ -1,6 +1,6 @@
 """What the tests share: the golden vectors, tiny pipelines, calibrations, and bundles exported once a session.
 
-Exports take seconds each, so each kind is made once for all workers (see shared.py). A worker has its own copy of each
+Exports take seconds each, so each kind is made once for all workers (see artifact_cache.py). A worker has its own copy of each
 bundle, and tests that damage one copy it first.
 """
 
@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from anyflow_deploy import MODELS, Bundle, load_bundle
-from anyflow_deploy.calibration import Calibration, load_calibration
-from anyflow_deploy.engine_folder import EngineFolder, load_engine_folder
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
+from anyflow_deploy.engines.engine_folder import EngineFolder, load_engine_folder
 from anyflow_deploy.export import exporter
-from anyflow_deploy.export.checkpoint import open_checkpoint
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.tiny import save_tiny_pipeline
-from tests.shared import SHARED, shared_translation
+from anyflow_deploy.quantization.calibration import Calibration, load_calibration
+from tests.artifact_cache import SHARED, shared_translation
 
 SMALL = Path(__file__).parent / "golden" / "bidirectional"
 """The golden model that ships with the tests: a small checkpoint for everything else, too."""
@@ -42,7 +42,7 @@ GOLDEN = Path(os.environ["ANYFLOW_GOLDEN"]) / "bidirectional" if os.environ.get(
 Export = Callable[..., Bundle]
 
 LONGEST = (
-    "test_promises", "test_aotinductor", "test_quantize", "test_training", "test_product_check", "test_exporter", "test_causal",
+    "test_promises", "test_aotinductor", "test_quantize", "test_training", "test_matmul_parity", "test_exporter", "test_causal",
     "test_causal_generate",
 )  # fmt: skip
 """Files that begin first, so that no worker is left with a long one when the others are done; the two at the front record
@@ -67,9 +67,20 @@ def interruptible() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Torch computes on one thread, as the processes do that a test compares with bit for bit: sums are split by threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The folder of shared.py, and exports that read recorded graphs from it."""
+    """The folder of tests/artifact_cache.py, and exports that read recorded graphs from it."""
     own = tmp_path_factory.getbasetemp()
     SHARED.root = (own.parent if os.environ.get("PYTEST_XDIST_WORKER") else own) / "shared"
     SHARED.root.mkdir(exist_ok=True)
@@ -129,8 +140,8 @@ def causal_golden(folder: Path = CAUSAL) -> dict[str, NDArray[Any]]:
 @functools.cache
 def calibration_of(checkpoint: Path) -> Calibration:
     """Ranges of a small checkpoint, measured once."""
-    from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, write_calibration
-    from anyflow_deploy.export.calibration_text import PROMPTS, random_text
+    from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated, write_calibration
+    from anyflow_deploy.export.quantization.prompts import PROMPTS, random_text
 
     def make(path: Path) -> None:
         weights = open_checkpoint(checkpoint)
@@ -184,22 +195,22 @@ def far_bundle(far_pipeline: Path, exported: Export) -> Bundle:
 @pytest.fixture(scope="session")
 def quick_options() -> dict[str, Any]:
     """AOTInductor's options, but the wrapper, which decides nothing but how fast operators are called, is not optimized."""
-    from anyflow_deploy.export import aotinductor
+    from anyflow_deploy.engines.aotinductor import compiler
 
-    return {**aotinductor.OPTIONS, "aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
+    return {**compiler.OPTIONS, "aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
 
 
 @pytest.fixture(scope="session")
 def built(quick_options: dict[str, Any]) -> Callable[[Bundle], EngineFolder]:
     """Compiles a bundle with AOTInductor, once for all workers, who only read it."""
-    from anyflow_deploy.engines.aotinductor_build import AotInductorSettings
-    from anyflow_deploy.engines.building import build_engine
-    from anyflow_deploy.export import aotinductor
+    from anyflow_deploy.engines.aotinductor import compiler
+    from anyflow_deploy.engines.aotinductor.build import AotInductorSettings
+    from anyflow_deploy.engines.build import build_engine
 
     def folder(bundle: Bundle) -> EngineFolder:
         def make(path: Path) -> None:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(aotinductor, "OPTIONS", quick_options)
+                patch.setattr(compiler, "OPTIONS", quick_options)
                 build_engine(bundle, "aotinductor", AotInductorSettings(), path)
 
         return load_engine_folder(SHARED.made("engine", bundle.digest, make))
@@ -215,8 +226,8 @@ def small_config() -> dict[str, int]:
 
 @pytest.fixture
 def trt_machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """A machine with the TensorRT release `request.param` (11.4 without one) and a GPU, acted: see tensorrt_machine.py."""
-    from tests.tensorrt_machine import Machine, forget, install
+    """A machine with the TensorRT release `request.param` (11.4 without one) and a GPU, acted: see tests/fakes/tensorrt.py."""
+    from tests.fakes.tensorrt import Machine, forget, install
 
     machine = Machine(getattr(request, "param", "11.4"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from anyflow_deploy.manifest import stored_ranges
+from anyflow_deploy.bundle.manifest import stored_ranges
 from anyflow_deploy.models import architecture_from_config
-from anyflow_deploy.ranges import widest
+from anyflow_deploy.shape_ranges import widest
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = {kind: GOLDEN / kind for kind in ("bidirectional", "causal")}

@@ -4,7 +4,7 @@
     python tools/tensorrt_headers.py 10.16 --from URL # a mirror of github.com/NVIDIA/TensorRT
 
 TensorRT's headers come from its open-source repository (Apache-2.0), CUDA's from NVIDIA's wheels of its runtime. Neither is
-checked in. tests/test_cpp_tensorrt.py uses the newest release that is there; where none is, it is skipped and names this file.
+checked in. test_cpp_tensorrt.py uses the newest release that is there; where none is, it is skipped and names this file.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def fetched(release: str, repository: str = REPOSITORY) -> Path:
 
 def main() -> None:
     """Fetch what was asked for."""
-    parser = argparse.ArgumentParser(description="Headers for tests/test_cpp_tensorrt.py.")
+    parser = argparse.ArgumentParser(description="Headers for tests/integration/test_cpp_tensorrt.py.")
     parser.add_argument("release", choices=list(RELEASES))
     parser.add_argument("--from", dest="repository", default=REPOSITORY)
     asked = parser.parse_args()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.training.network import Memory, Range, Span, TrainingTransformer
+from anyflow_deploy.training.model.network import Memory, Range, Span, TrainingTransformer
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
 from anyflow_deploy.training.chunks import ChunkPlan, Context, context, velocity
-from anyflow_deploy.training.lora import base_alone
-from anyflow_deploy.training.network import TrainingTransformer
-from anyflow_deploy.training.times import time_weight
+from anyflow_deploy.training.model.lora import base_alone
+from anyflow_deploy.training.model.network import TrainingTransformer
+from anyflow_deploy.training.timestep_sampling import time_weight
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from pydantic import PositiveInt, TypeAdapter, ValidationError
 
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEXT_TOKENS, Architecture, Model
-from anyflow_deploy.ranges import latent_frames
-from anyflow_deploy.training.settings import Adapting, Flow, Optimizing, Running
+from anyflow_deploy.shape_ranges import latent_frames
+from anyflow_deploy.training.config import Adapting, Flow, Optimizing, Running
 
 STAGES = ("teacher", "flow-map", "on-policy")
 SIZES = ("tiny", "1.3b", "14b")

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS, Schedule
 from anyflow_deploy.training.chunks import ChunkPlan, compressed, recent
-from anyflow_deploy.training.network import Memory, TrainingTransformer
-from anyflow_deploy.training.times import generator
+from anyflow_deploy.training.model.network import Memory, TrainingTransformer
+from anyflow_deploy.training.timestep_sampling import generator
 
 Transition = tuple[float, float]
 

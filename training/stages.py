@@ -3,8 +3,8 @@
 The trainer calls `accumulate` for each micro-batch and then updates every learner. A stage keeps no state of its own but
 `reference`, the running mean loss of r = t samples, for the rare step without one.
 
-What is random is drawn for the global batch of the step, by sample number (see `times`): micro-batch m of W processes with b
-samples each holds the samples m W b … (m + 1) W b - 1, this process those from m W b + rank b on.
+What is random is drawn for the global batch of the step, by sample number (`timestep_sampling`): micro-batch m of W
+processes with b samples each holds the samples m W b … (m + 1) W b - 1, this process those from m W b + rank b on.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from anyflow_deploy.training.batch import Batch
 from anyflow_deploy.training.chunks import ChunkPlan
+from anyflow_deploy.training.data.source import Batch
 from anyflow_deploy.training.distributed import World
-from anyflow_deploy.training.learner import Learner
 from anyflow_deploy.training.losses import (
     Difference,
     Pair,
@@ -30,9 +29,10 @@ from anyflow_deploy.training.losses import (
     flow_map_losses,
     flow_matching_losses,
 )
+from anyflow_deploy.training.optimizer import Learner
 from anyflow_deploy.training.recipes import Recipe
 from anyflow_deploy.training.rollout import drawn_shortcut, rollout
-from anyflow_deploy.training.times import flow_map_times, generator, logit_normal_times, normal, uniform_times
+from anyflow_deploy.training.timestep_sampling import flow_map_times, generator, logit_normal_times, normal, uniform_times
 
 Losses = dict[str, Tensor]
 

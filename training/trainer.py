@@ -2,7 +2,7 @@
 
     train(Request(recipe("flow-map-tiny"), Path("runs/tiny")))
 
-Before the first step everything that can be checked is checked (`checks`). A run that finds a checkpoint of its own goes on
+Before the first step everything that can be checked is checked (`preflight`). A run that finds a checkpoint of its own goes on
 from it, on any number of processes; a run that was killed loses what came after its last checkpoint, and makes the same
 numbers again.
 """
@@ -21,23 +21,30 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anyflow_deploy.engines.cache import fitted_chunks
+from anyflow_deploy.checkpoints.weights import Weights
+from anyflow_deploy.engines.kv_cache import fitted_chunks
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.weights import Weights
-from anyflow_deploy.training.batch import Batch, Part
-from anyflow_deploy.training.build import frozen_network, trained_network
-from anyflow_deploy.training.checks import check_batch, check_disk, check_memory, check_packages, check_resumed, quick_fingerprint
+from anyflow_deploy.training.checkpointing import Checkpoints, read_state
 from anyflow_deploy.training.chunks import ChunkPlan, chunk_plan
+from anyflow_deploy.training.data.source import Batch, Part
 from anyflow_deploy.training.distributed import World, join, leave
-from anyflow_deploy.training.finished import save_finished
-from anyflow_deploy.training.learner import Learner
 from anyflow_deploy.training.losses import Score
+from anyflow_deploy.training.metrics_logger import Watch, clock
+from anyflow_deploy.training.model.model_factory import frozen_network, trained_network
+from anyflow_deploy.training.optimizer import Learner
+from anyflow_deploy.training.preflight import (
+    check_batch,
+    check_disk,
+    check_memory,
+    check_packages,
+    check_resumed,
+    quick_fingerprint,
+)
 from anyflow_deploy.training.recipes import as_dict
-from anyflow_deploy.training.request import OpenData, Request, open_data, open_weights, vae_of
-from anyflow_deploy.training.sheets import ROWS, draw_sheet, sheet_samples
+from anyflow_deploy.training.run_spec import OpenData, Request, open_data, open_weights, vae_of
+from anyflow_deploy.training.sample_grid import ROWS, draw_sheet, sheet_samples
+from anyflow_deploy.training.save_pretrained import save_finished
 from anyflow_deploy.training.stages import FlowMap, Micro, OnPolicy, Stage, Teacher
-from anyflow_deploy.training.state import Checkpoints, read_state
-from anyflow_deploy.training.watch import Watch, clock
 
 
 def train(request: Request) -> Path:

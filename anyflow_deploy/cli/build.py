@@ -10,12 +10,12 @@ from pydantic import Field
 from rich.markup import escape
 from rich.table import Table
 
-from anyflow_deploy.bundle import load_bundle
-from anyflow_deploy.cli.options import Options, Words, console, run
-from anyflow_deploy.engine_folder import ENGINES, EngineFolder
-from anyflow_deploy.engines.building import BUILDERS, BuildSettings, build_engine, settings_of
+from anyflow_deploy.bundle.bundle import load_bundle
+from anyflow_deploy.cli.options import Options, Words, run
+from anyflow_deploy.engines.build import BUILDERS, BuildSettings, build_engine, settings_of
+from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Bars
+from anyflow_deploy.progress import Bars, console
 
 _COMMON = ("bundle", "backend", "name", "output", "overwrite")
 """Flags of the command; all others are fields of the backend's settings."""

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import BeforeValidator, Field
 from rich.markup import escape
 
-from anyflow_deploy.calibration import CALIBRATION, Calibration
-from anyflow_deploy.cli.options import Steps, console, run
+from anyflow_deploy.cli.options import Steps, run
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.parameters import parameter_shapes
-from anyflow_deploy.progress import Bars, Report
+from anyflow_deploy.memory.parameter_shapes import parameter_shapes
+from anyflow_deploy.progress import Bars, Report, console
+from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration
 
 if TYPE_CHECKING:  # torch, which --help does not need
-    from anyflow_deploy.export.weights import Weights
+    from anyflow_deploy.checkpoints.weights import Weights
 
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 
@@ -47,8 +47,8 @@ class CalibrateOptions(WeightOptions):
 
 def calibrate(options: CalibrateOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.export.calibration import partial_path, write_calibration
-    from anyflow_deploy.export.weights import check_names
+    from anyflow_deploy.checkpoints.weights import check_names
+    from anyflow_deploy.export.quantization.calibrate import partial_path, write_calibration
 
     started = time.perf_counter()
     check_output(options.output, options.overwrite)
@@ -68,10 +68,10 @@ def calibrate(options: CalibrateOptions) -> int:
 def measured(options: CalibrateOptions, weights: Weights, bars: Report) -> Calibration:
     """The calibration that the options ask for. Its rollouts are kept beside `options.output` (`partial_path`); whoever calls
     removes them once the calibration is on disk."""
-    from anyflow_deploy.export.calibration import CalibrationSettings, calibrated, partial_path
-    from anyflow_deploy.export.calibration_text import PROMPTS, prompt_text, prompts_from_file
-    from anyflow_deploy.export.modelopt import load_modelopt
-    from anyflow_deploy.export.rollouts import latent_shape
+    from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibrated, partial_path
+    from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
+    from anyflow_deploy.export.quantization.prompts import PROMPTS, prompt_text, prompts_from_file
+    from anyflow_deploy.export.quantization.rollouts import latent_shape
 
     prompts = PROMPTS if options.prompts is None else prompts_from_file(options.prompts)
     shape = latent_shape(weights.architecture, options.frames, options.height, options.width)

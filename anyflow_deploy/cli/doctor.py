@@ -11,16 +11,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from anyflow_deploy.doctor.backends import BACKENDS, Verdict, judged, required
-from anyflow_deploy.doctor.child import asked
-from anyflow_deploy.doctor.finding import FAULT, WORKS, Finding, examined
+from anyflow_deploy.doctor.probe import FAULT, WORKS, Finding, examined
 from anyflow_deploy.doctor.probes import PROBES, advised
 from anyflow_deploy.doctor.report import as_json, lines, plain
+from anyflow_deploy.doctor.subprocess_probe import asked
 from anyflow_deploy.errors import AnyFlowError
 
 if TYPE_CHECKING:
     from anyflow_deploy.cli.doctor_options import DoctorOptions
 
-_KNOWN = "from anyflow_deploy.engines.loading import BACKENDS\nfound['backends'] = list(BACKENDS)"
+_KNOWN = "from anyflow_deploy.engines.registry import BACKENDS\nfound['backends'] = list(BACKENDS)"
 
 UNMET = 1
 """Exit status where --require names something that does not run here."""

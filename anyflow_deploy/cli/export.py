@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -11,17 +12,18 @@ from typing import ClassVar
 from pydantic import Field, field_validator, model_validator
 from rich.markup import escape
 
-from anyflow_deploy.bundle import Bundle, BundleWriter
+from anyflow_deploy.bundle.bundle import Bundle, BundleWriter
 from anyflow_deploy.cli.fit import show_fit
 from anyflow_deploy.cli.lint import warn_about_tensorrt
-from anyflow_deploy.cli.options import console, run
+from anyflow_deploy.cli.options import run
 from anyflow_deploy.cli.quantize import QuantizationOptions, calibration_of, layers_kept, own_calibration
 from anyflow_deploy.cli.weights import checked_name
-from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.errors import AnyFlowError, UnavailableError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from anyflow_deploy.precision import base_precision, get_precision
-from anyflow_deploy.ranges import Range, latent_frames, latent_side, parsed_span
-from anyflow_deploy.targets import check_precision, get_target
+from anyflow_deploy.progress import console
+from anyflow_deploy.shape_ranges import Range, latent_frames, latent_side, parsed_span
+from anyflow_deploy.targets import CPU_HAS_NO_BF16, check_precision, get_target
 
 CHECKS = ("auto", "full", "none")
 _AUTO_CHECK_BYTES = 2 << 30
@@ -31,7 +33,8 @@ _AUTO_CHECK_BYTES = 2 << 30
 class ExportOptions(QuantizationOptions):
     """Export an AnyFlow checkpoint to a bundle: an ONNX graph, its weights and a manifest, in one folder.
 
-    Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with --random-weights)."""
+    Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with --random-weights).
+    Exit status 0: the bundle is good, as far as this machine can check its numbers; 1: they are wrong."""
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-export --model 1.3b --precision fp16",
@@ -87,9 +90,9 @@ class ExportOptions(QuantizationOptions):
 
 
 def export(options: ExportOptions) -> int:
-    """Do it; returns the exit status."""
-    from anyflow_deploy.export.calibration import partial_path
+    """Export, then compare the numbers; returns the exit status: 0 for a good bundle, 1 for one with wrong numbers."""
     from anyflow_deploy.export.exporter import ExportSettings, checked, export_bundle
+    from anyflow_deploy.export.quantization.calibrate import partial_path
     from anyflow_deploy.progress import Bars
 
     started = time.perf_counter()
@@ -124,21 +127,33 @@ def _label(options: ExportOptions) -> str:
 
 
 def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # type: ignore[no-untyped-def]
-    """Compare the new bundle with PyTorch where that is asked for, or cheap."""
+    """Compare the new bundle with PyTorch where that is asked for, or cheap; returns the exit status.
+
+    The status speaks of the bundle: 1 when it was compared and is wrong. A comparison that this machine cannot make says
+    nothing of the bundle, so it is reported with the command that makes it elsewhere, and the status is 0."""
     from anyflow_deploy.cli.validate import ValidateOptions, validated
 
     needed = 3 * 4 * sum(math.prod(shape) for shape in weights.shapes().values())
-    why = ""
+    on_cpu = bundle.manifest.base in get_target("cpu").precisions
+    flags = "" if on_cpu else "--provider cuda"
     if options.check == "none":
-        why = "--check none"
-    elif bundle.manifest.base not in get_target("cpu").precisions:
-        why = f"{bundle.manifest.base} does not run on this machine's CPU"
-    elif options.check == "auto" and needed > _AUTO_CHECK_BYTES:
-        why = f"it takes about {needed / 2**30:.1f} GiB"
-    if why:
-        console.print(f"numbers not checked ({why}); do so with: anyflow-validate {escape(str(bundle.path))}")
-        return 0
-    return validated(bundle, ValidateOptions(bundle=bundle.path), weights)
+        return _leave_unchecked(bundle, "--check none", flags)
+    if not on_cpu:
+        why = f"{bundle.manifest.base} does not run on this machine's CPU: {CPU_HAS_NO_BF16}"
+        return _leave_unchecked(bundle, why, flags)
+    if options.check == "auto" and needed > _AUTO_CHECK_BYTES:
+        return _leave_unchecked(bundle, f"it takes about {needed / 2**30:.1f} GiB", flags)
+    try:
+        return validated(bundle, ValidateOptions(bundle=bundle.path), weights)
+    except UnavailableError as error:
+        return _leave_unchecked(bundle, str(error), error.flags)
+
+
+def _leave_unchecked(bundle: Bundle, why: str, flags: str) -> int:
+    """Say why the numbers were not checked and which command checks them; returns the exit status 0."""
+    command = " ".join(["anyflow-validate", shlex.quote(str(bundle.path)), *flags.split()])
+    console.print(f"numbers [yellow]not checked[/] ({escape(why)}); check them with: {escape(command)}")
+    return 0
 
 
 def main() -> None:

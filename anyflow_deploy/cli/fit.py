@@ -15,11 +15,12 @@ from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.fit import FIT_PRECISIONS, Shape, companions, memory_of, needed, shape_from_pixels
+from anyflow_deploy.memory.estimate import FIT_PRECISIONS, Shape, companions, memory_of, needed, shape_from_pixels
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, Architecture, get_model, model_name
-from anyflow_deploy.ranges import Range, latent_frames
+from anyflow_deploy.progress import console
+from anyflow_deploy.shape_ranges import Range, latent_frames
 from anyflow_deploy.targets import GB, TARGETS, Target, check_precision, get_target
 
 _WINDOWS = (8, 4, 2, 1)

@@ -20,16 +20,17 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, PositiveInt
 from rich.markup import escape
 
-from anyflow_deploy.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.course import Course, Seconds, check_course, course_of
-from anyflow_deploy.cli.options import Numbers, Options, console, run
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.cli.options import Numbers, Options, run
 from anyflow_deploy.cli.sensitivity import Decibels
-from anyflow_deploy.engines.cache import CachePlan, check_budget
+from anyflow_deploy.cli.step_options import Seconds, check_course, course_of
 from anyflow_deploy.engines.engine import Array, BundleEngine
-from anyflow_deploy.engines.loading import load_engine
+from anyflow_deploy.engines.kv_cache import CachePlan, check_budget
+from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.engines.sampler import Chunk, noise, sample, stream
+from anyflow_deploy.engines.step_policy import Course
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Bars
+from anyflow_deploy.progress import Bars, console
 
 LATENTS_SUFFIX = ".safetensors"
 
@@ -151,20 +152,20 @@ def generate(options: GenerateOptions) -> int:
 
 def _words(options: GenerateOptions, bundle: Bundle, pipeline: Path) -> Array:
     """Prompt embeddings (B, L, D), read or made, and saved if asked."""
-    from anyflow_deploy.pipeline import text
+    from anyflow_deploy.pipelines import text_encoder
 
     if options.prompt_embeds is not None:
-        words, prompts = text.load_embeddings(options.prompt_embeds)
+        words, prompts = text_encoder.load_embeddings(options.prompt_embeds)
     else:
         prompts = [str(options.prompt)]
-        words = text.encoded_prompts(pipeline, prompts, bundle.manifest.video.text_tokens)
+        words = text_encoder.encoded_prompts(pipeline, prompts, bundle.manifest.video.text_tokens)
     if len(words) != 1 and (options.output.suffix != LATENTS_SUFFIX or bundle.manifest.kind == "causal"):
         raise AnyFlowError(
             f"{options.prompt_embeds} holds {len(words)} prompts, and {options.output} takes one video. Give one prompt's "
             "embeddings; a bidirectional bundle makes several videos' latents at once (--output latents.safetensors)."
         )
     if options.save_prompt_embeds is not None:
-        text.save_embeddings(options.save_prompt_embeds, words, prompts)
+        text_encoder.save_embeddings(options.save_prompt_embeds, words, prompts)
     return words
 
 
@@ -202,7 +203,7 @@ class _Work:
             return sample(self.engine, start, self.words, schedule, on_step=lambda step: course.advanced(step, advance))
 
     def _context(self) -> Array | None:
-        from anyflow_deploy.pipeline.vae import encoded_video
+        from anyflow_deploy.pipelines.vae import encoded_video
 
         if self.job.given is None:
             return None
@@ -211,7 +212,7 @@ class _Work:
 
     def _chunks(self, plan: CachePlan, start: Array, context: Array | None) -> Generator[Chunk, None, None]:
         """The chunks of a causal video, timed and shown while they are made."""
-        from anyflow_deploy.pipeline.causal_video import chunks_in
+        from anyflow_deploy.pipelines.causal_video import chunks_in
 
         course, count = self.job.course, len(plan.chunks)
         given = chunks_in(plan, 0 if context is None else context.shape[1])
@@ -235,8 +236,8 @@ class _Work:
 
     def _grown(self, start: Array, context: Array | None) -> float | None:
         """Put each chunk on disk before the next is begun."""
-        from anyflow_deploy.pipeline.vae import StreamingDecoder
-        from anyflow_deploy.pipeline.video import VideoWriter
+        from anyflow_deploy.pipelines.vae import StreamingDecoder
+        from anyflow_deploy.pipelines.video_io import VideoWriter
 
         assert self.job.plan is not None
         video, first_frame = self.engine.bundle.manifest.video, None
@@ -268,25 +269,25 @@ class _Work:
         if self.options.output.suffix == LATENTS_SUFFIX:
             _save_latents(self.options.output, latents)
             return None
-        from anyflow_deploy.pipeline import vae, video
+        from anyflow_deploy.pipelines import vae, video_io
 
         with self.watch.time("VAE"):
             frames = vae.decoded_video(self.pipeline, latents)
         with self.watch.time("mp4"):
-            video.save_video(self.options.output, frames[0], self.engine.bundle.manifest.video.fps)
+            video_io.save_video(self.options.output, frames[0], self.engine.bundle.manifest.video.fps)
         return time.perf_counter() - started
 
 
 def _pipeline(options: GenerateOptions, bundle: Bundle, parts: list[str]) -> Path:
     """The folder with text encoder and VAE; looking for it needs the export side, a device without them does not."""
-    from anyflow_deploy.pipeline.folder import pipeline_of
+    from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
 
     return pipeline_of(bundle.manifest, options.pipeline, parts)
 
 
 def _check(options: GenerateOptions) -> None:
     """What can be refused without opening the bundle."""
-    from anyflow_deploy.pipeline.video import GROWING_SUFFIXES, check_suffix
+    from anyflow_deploy.pipelines.video_io import GROWING_SUFFIXES, check_suffix
 
     if (options.prompt is None) == (options.prompt_embeds is None):
         raise AnyFlowError("give one of --prompt TEXT and --prompt-embeds FILE.")
@@ -333,7 +334,7 @@ def _job(options: GenerateOptions, bundle: Bundle) -> Job:
 def _given(
     options: GenerateOptions, bundle: Bundle, plan: CachePlan, shape: tuple[int, int, int, int]
 ) -> NDArray[np.uint8] | None:
-    from anyflow_deploy.pipeline.causal_video import given_frames
+    from anyflow_deploy.pipelines.causal_video import given_frames
 
     factor = bundle.manifest.video.spatial_factor
     return given_frames(options.image, options.video, plan, bundle.manifest, shape[2] * factor, shape[3] * factor)
@@ -341,7 +342,7 @@ def _given(
 
 def _plan(options: GenerateOptions, bundle: Bundle, shape: tuple[int, int, int, int]) -> CachePlan:
     """The chunks and their cache, printed, and refused where it does not fit the budget."""
-    from anyflow_deploy.pipeline.causal_video import element_bytes, plan_line, planned
+    from anyflow_deploy.pipelines.causal_video import element_bytes, plan_line, planned
 
     plan, size = planned(bundle.manifest, options.chunks, shape, options.window), element_bytes(bundle.manifest)
     if options.cache_budget is not None:

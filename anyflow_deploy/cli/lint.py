@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from anyflow_deploy.bundle import Bundle
-from anyflow_deploy.cli.options import console
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.progress import console
 from anyflow_deploy.targets import get_target
 
 if TYPE_CHECKING:
-    from anyflow_deploy.engines.tensorrt_lint import Finding
+    from anyflow_deploy.engines.tensorrt.lint.lint import Finding
 
 _JETSON_OF_JETPACK_6 = ("orin", "orin-nx", "orin-nano")
 _SHOWN = 5
@@ -24,7 +24,7 @@ _SHOWN = 5
 
 def checked_versions(versions: Sequence[str]) -> None:
     """Refuse what is no TensorRT version, as an error that pydantic passes on."""
-    from anyflow_deploy.engines.tensorrt_operators import version_from_text
+    from anyflow_deploy.engines.tensorrt.lint.operators import version_from_text
 
     for text in versions:
         try:
@@ -35,7 +35,7 @@ def checked_versions(versions: Sequence[str]) -> None:
 
 def linted(bundle: Bundle, versions: Sequence[str] | None) -> tuple[Sequence[str], list[Finding]]:
     """The versions asked about, or the usual ones, and what was found. Needs onnx, which reading a manifest does not."""
-    from anyflow_deploy.engines.tensorrt_lint import DEFAULT_VERSIONS, lint_bundle
+    from anyflow_deploy.engines.tensorrt.lint.lint import DEFAULT_VERSIONS, lint_bundle
 
     versions = versions or DEFAULT_VERSIONS
     return versions, lint_bundle(bundle, versions)
@@ -70,7 +70,7 @@ def grouped(findings: Sequence[Finding]) -> list[list[Finding]]:
 
 def warn_about_tensorrt(bundle: Bundle) -> None:
     """Lint a new bundle for a GPU with the TensorRT of its target, and print what was found. Never fails an export."""
-    from anyflow_deploy.engines.tensorrt_lint import DEFAULT_VERSIONS, lint_bundle
+    from anyflow_deploy.engines.tensorrt.lint.lint import DEFAULT_VERSIONS, lint_bundle
 
     target = get_target(bundle.manifest.target)
     if target.compute_capability is None:

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from anyflow_deploy.errors import AnyFlowError, suggestion
+from anyflow_deploy.progress import console
 
 USAGE_ERROR, WORK_ERROR, INTERRUPTED = 2, 1, 130
 
@@ -29,9 +30,6 @@ StepCount = Annotated[int, Field(ge=1, le=1000)]
 Steps = Annotated[tuple[StepCount, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
 Words = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
 Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
-
-console = Console(stderr=True, highlight=False, soft_wrap=True)
-"""Everything for people goes to standard error; standard output is for what a program may read."""
 
 
 class Options(BaseModel):

@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from rich.markup import escape
 
-from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.models import TEXT_TOKENS
-from anyflow_deploy.progress import Bars
+from anyflow_deploy.progress import Bars, console
 
 PROGRAM = "anyflow-precompute"
 
@@ -42,7 +42,7 @@ class PrecomputeOptions(Options):
 
 def work(chosen: PrecomputeOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.training.precompute import SKIPPED, Work, found_pipeline, precompute
+    from anyflow_deploy.training.data.precompute import SKIPPED, Work, found_pipeline, precompute
 
     job = Work(
         chosen.folder, found_pipeline(chosen.checkpoint), chosen.output, (chosen.frames, chosen.height, chosen.width),

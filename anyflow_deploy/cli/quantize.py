@@ -12,17 +12,16 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 from rich.markup import escape
 
-from anyflow_deploy.calibration import Calibration, load_calibration
-from anyflow_deploy.cli.options import console
 from anyflow_deploy.cli.sensitivity import CAUSAL_FRAMES, FRAMES, HEIGHT, WIDTH, Decibels, probe_for
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.models import MODELS, model_name
 from anyflow_deploy.precision import BASES, PRECISIONS, base_precision
-from anyflow_deploy.progress import Report
-from anyflow_deploy.quantized_layers import candidates, quantized_attentions, staying_high
+from anyflow_deploy.progress import Report, console
+from anyflow_deploy.quantization.calibration import Calibration, load_calibration
+from anyflow_deploy.quantization.layers import candidates, quantized_attentions, staying_high
 
 if TYPE_CHECKING:  # torch, which --help does not need
-    from anyflow_deploy.export.weights import Weights
+    from anyflow_deploy.checkpoints.weights import Weights
 
 _ONLY = ("calibration", "prompts", "base", "no_smooth", "attention", "keep", "fidelity")
 _CPU_HEIGHT, _CPU_WIDTH = 256, 448
@@ -65,7 +64,7 @@ def calibration_of(options: QuantizationOptions, weights: Weights, output: Path,
     if not PRECISIONS[options.precision].quantized:
         return None
     if options.calibration is not None:
-        from anyflow_deploy.export.calibration import check_calibration
+        from anyflow_deploy.export.quantization.calibrate import check_calibration
 
         found = load_calibration(options.calibration)
         with bars.stage("comparing the weights with the calibration's"):  # now: choosing layers may take hours
@@ -99,8 +98,8 @@ def _small(weights: Weights) -> dict[str, int]:
 
 def layers_kept(options: QuantizationOptions, target: str, weights: Weights, calibration: Calibration, bars: Report) -> list[str]:
     """The layers that --keep or --fidelity choose, by measuring each one."""
-    from anyflow_deploy.export.rollouts import latent_shape
-    from anyflow_deploy.export.sensitivity import check_keep, kept_layers, measured_sensitivity
+    from anyflow_deploy.export.quantization.rollouts import latent_shape
+    from anyflow_deploy.export.quantization.sensitivity import check_keep, kept_layers, measured_sensitivity
 
     if not options.keep and options.fidelity is None:
         return []

@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 from rich.markup import escape
 
-from anyflow_deploy.bundle import load_bundle
-from anyflow_deploy.calibration import CALIBRATION, Calibration, load_calibration
-from anyflow_deploy.cli.options import Options, Steps, console, run
+from anyflow_deploy.bundle.bundle import load_bundle
+from anyflow_deploy.cli.options import Options, Steps, run
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.precision import EIGHT_BIT
-from anyflow_deploy.progress import Bars, Report, Silent
-from anyflow_deploy.quantized_layers import candidates, quantized_attentions, staying_high
+from anyflow_deploy.progress import Bars, Report, Silent, console
+from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, load_calibration
+from anyflow_deploy.quantization.layers import candidates, quantized_attentions, staying_high
 
 if TYPE_CHECKING:  # torch, which --help does not need
-    from anyflow_deploy.export.sensitivity import Probe
-    from anyflow_deploy.export.weights import Weights
+    from anyflow_deploy.checkpoints.weights import Weights
+    from anyflow_deploy.export.quantization.sensitivity import Probe
 
 FRAMES, CAUSAL_FRAMES, HEIGHT, WIDTH = 9, 29, 96, 160
 """Of the videos; the causal ones are four chunks of the models' own plan: the first that compress one."""
@@ -68,11 +68,11 @@ class SensitivityOptions(Options):
 
 def sensitivity(options: SensitivityOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.export.calibration import check_calibration
-    from anyflow_deploy.export.modelopt import load_modelopt
-    from anyflow_deploy.export.reference import weights_from_manifest
-    from anyflow_deploy.export.rollouts import latent_shape
-    from anyflow_deploy.export.sensitivity import check_keep, kept_layers, measured_sensitivity
+    from anyflow_deploy.export.diffusers_engine import weights_from_manifest
+    from anyflow_deploy.export.quantization.calibrate import check_calibration
+    from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
+    from anyflow_deploy.export.quantization.rollouts import latent_shape
+    from anyflow_deploy.export.quantization.sensitivity import check_keep, kept_layers, measured_sensitivity
 
     bundle = load_bundle(options.bundle)
     folder = options.output or bundle.path
@@ -120,8 +120,8 @@ def probe_for(
     bars: Report | None = None,
 ) -> Probe:
     """What measures a model's layers, rounding as an export with the same settings does."""
-    from anyflow_deploy.export.quantization_plan import planned
-    from anyflow_deploy.export.sensitivity import Probe, ProbeSettings
+    from anyflow_deploy.export.quantization.plan import planned
+    from anyflow_deploy.export.quantization.sensitivity import Probe, ProbeSettings
 
     report = bars or Silent()
     factors = {}
@@ -134,7 +134,7 @@ def probe_for(
 
 def calibrated_text(weights: Weights, calibration: Calibration) -> Array:
     """The first prompt of the calibration, embedded as it was there."""
-    from anyflow_deploy.export.calibration_text import prompt_text, random_text
+    from anyflow_deploy.export.quantization.prompts import prompt_text, random_text
 
     prompts = tuple(calibration.prompts[:1])
     text = prompt_text(weights, prompts) if calibration.text == "encoder" else random_text(weights, prompts)
@@ -146,8 +146,8 @@ def calibrated_text(weights: Weights, calibration: Calibration) -> Array:
 def _write(folder: Path, found, chosen: list[str] | None) -> None:  # type: ignore[no-untyped-def]
     """sensitivity.json, sensitivity.png, the tables, and the layers that were chosen."""
     from anyflow_deploy.engines.validation_report import can_draw
-    from anyflow_deploy.export import sensitivity_report
-    from anyflow_deploy.export.sensitivity import SENSITIVITY, write_sensitivity
+    from anyflow_deploy.export.quantization import sensitivity_report
+    from anyflow_deploy.export.quantization.sensitivity import SENSITIVITY, write_sensitivity
 
     path = folder / SENSITIVITY
     write_sensitivity(path, found)

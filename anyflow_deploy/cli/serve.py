@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 from rich.markup import escape
 
-from anyflow_deploy.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.options import Options, console, run
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.engines.engine import BundleEngine
-from anyflow_deploy.engines.loading import load_engine
+from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.progress import console
 from anyflow_deploy.serving.limits import Limits
-from anyflow_deploy.serving.local import is_local
+from anyflow_deploy.serving.loopback import is_local
 
 if TYPE_CHECKING:
-    from anyflow_deploy.serving.maker import PipelineMaker
+    from anyflow_deploy.serving.generator import PipelineMaker
 
 TOKEN_VARIABLE = "ANYFLOW_TOKEN"
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,256}")
@@ -85,7 +86,7 @@ def serve(options: ServeOptions) -> int:
     from anyflow_deploy.serving.metrics import Metrics
     from anyflow_deploy.serving.server import Server, configured
     from anyflow_deploy.serving.service import Service
-    from anyflow_deploy.serving.shelf import Shelf
+    from anyflow_deploy.serving.video_store import Shelf
     from anyflow_deploy.serving.warmup import warm_up
 
     log_to_stderr()
@@ -173,10 +174,10 @@ def _listener(host: str, port: int) -> socket.socket:
 def _loaded(options: ServeOptions, bundle: Bundle) -> tuple[BundleEngine, PipelineMaker]:
     import torch
 
-    from anyflow_deploy.pipeline.folder import pipeline_of
-    from anyflow_deploy.pipeline.text import PromptEncoder
-    from anyflow_deploy.pipeline.vae import load_vae
-    from anyflow_deploy.serving.maker import PipelineMaker
+    from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
+    from anyflow_deploy.pipelines.text_encoder import PromptEncoder
+    from anyflow_deploy.pipelines.vae import load_vae
+    from anyflow_deploy.serving.generator import PipelineMaker
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AnyFlowError("--device cuda: PyTorch finds no GPU here (anyflow-doctor says why). Leave it at cpu.")

@@ -65,7 +65,7 @@ def _train(chosen: TrainOptions, resolved: Any) -> int:
     from pathlib import Path
 
     from anyflow_deploy.errors import AnyFlowError
-    from anyflow_deploy.training.request import Request
+    from anyflow_deploy.training.run_spec import Request
     from anyflow_deploy.training.trainer import train
 
     if chosen.output is None:

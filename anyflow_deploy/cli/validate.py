@@ -11,16 +11,16 @@ import numpy as np
 from pydantic import Field
 from rich.markup import escape
 
-from anyflow_deploy.bundle import Bundle, load_bundle
-from anyflow_deploy.calibration import CALIBRATION, load_calibration
-from anyflow_deploy.cli.options import Options, Steps, console, run
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.json_records import write_whole
+from anyflow_deploy.cli.options import Options, Steps, run
 from anyflow_deploy.cli.sensitivity import calibrated_text
 from anyflow_deploy.engines.engine import Array
-from anyflow_deploy.engines.loading import load_engine
+from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.progress import Bars
-from anyflow_deploy.ranges import latent_frames, latent_side
-from anyflow_deploy.records import write_whole
+from anyflow_deploy.progress import Bars, console
+from anyflow_deploy.quantization.calibration import CALIBRATION, load_calibration
+from anyflow_deploy.shape_ranges import latent_frames, latent_side
 
 _TEXT_TOKENS = 32
 """Enough words to attend to; validation is about arithmetic, not about prompts."""
@@ -52,7 +52,7 @@ class ValidateOptions(Options):
 
 def validate(options: ValidateOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.export.reference import weights_from_manifest
+    from anyflow_deploy.export.diffusers_engine import weights_from_manifest
 
     bundle = load_bundle(options.bundle)
     return validated(bundle, options, weights_from_manifest(bundle.manifest, options.checkpoint))
@@ -61,8 +61,8 @@ def validate(options: ValidateOptions) -> int:
 def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     """Compare a bundle with the weights it came from; prints, writes the report, returns the exit status."""
     from anyflow_deploy.engines import validation
-    from anyflow_deploy.export.network_engine import NetworkEngine
-    from anyflow_deploy.export.reference import TorchEngine
+    from anyflow_deploy.export.diffusers_engine import TorchEngine
+    from anyflow_deploy.export.torch_engine import NetworkEngine
 
     folder = options.output or bundle.path
     if not folder.is_dir() or not os.access(folder, os.W_OK):

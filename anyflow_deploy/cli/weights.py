@@ -12,7 +12,7 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import MODELS, get_model
 
 if TYPE_CHECKING:  # it needs torch, and --help does not
-    from anyflow_deploy.export.weights import Weights
+    from anyflow_deploy.checkpoints.weights import Weights
 
 
 class WeightOptions(Options):
@@ -43,9 +43,9 @@ class WeightOptions(Options):
             CheckpointError: they are not there, or not AnyFlow's.
             AnyFlowError: --checkpoint is not a --model.
         """
-        from anyflow_deploy.export.checkpoint import open_checkpoint
-        from anyflow_deploy.export.hub import TRANSFORMER_FILES, pipeline_from_model
-        from anyflow_deploy.export.random_weights import RandomWeights
+        from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+        from anyflow_deploy.checkpoints.hub import TRANSFORMER_FILES, pipeline_from_model
+        from anyflow_deploy.checkpoints.random_weights import RandomWeights
 
         if self.random_weights:
             model = get_model(str(self.model))

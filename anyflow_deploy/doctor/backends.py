@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from anyflow_deploy.doctor import probes
-from anyflow_deploy.doctor.finding import MISSING, Finding, Findings
+from anyflow_deploy.doctor.probe import MISSING, Finding, Findings
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from anyflow_deploy.doctor.child import told
-from anyflow_deploy.doctor.finding import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.subprocess_probe import told
 
 OLDEST_CMAKE = (3, 22)
 """What `engines/cpp/CMakeLists.txt` asks for."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from anyflow_deploy.doctor.child import asked, told
-from anyflow_deploy.doctor.finding import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.subprocess_probe import asked, told
 
 _NVML = """
 import pynvml as nv

@@ -9,7 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from anyflow_deploy.doctor.finding import FAULT, WORKS, Finding
+from anyflow_deploy.doctor.probe import FAULT, WORKS, Finding
 
 OLDEST, NEWEST = (3, 10), (3, 13)
 """Of Python; what pyproject.toml names."""
@@ -17,8 +17,10 @@ OLDEST, NEWEST = (3, 10), (3, 13)
 LEAST_DISK = LEAST_MEMORY = 4e9
 """Bytes: a 1.3B bundle in fp16 takes 2.9 GB, on disk and in memory."""
 
-_X86_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
-_ARM_FLAGS = ("asimdhp", "asimddp", "i8mm", "bf16", "sve")
+_X86_FLAGS = (
+    "avx2", "f16c", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+)  # fmt: skip
+_ARM_FLAGS = ("asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2")
 
 _JETPACK = {"36": "JetPack 6", "35": "JetPack 5", "38": "JetPack 7", "39": "JetPack 7"}
 

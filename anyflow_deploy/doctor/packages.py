@@ -6,8 +6,8 @@ import importlib.metadata
 import re
 from collections.abc import Iterable
 
-from anyflow_deploy.doctor.child import asked, imported
-from anyflow_deploy.doctor.finding import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.subprocess_probe import asked, imported
 
 CPU, GPU = "pip install 'anyflow-deploy[cpu]'", "pip install 'anyflow-deploy[gpu]'"
 EXPORT, TENSORRT = "pip install 'anyflow-deploy[export]'", "pip install 'anyflow-deploy[tensorrt]'"
@@ -50,9 +50,10 @@ else:
 """
 
 _INT8 = """
-import onnxruntime
-from anyflow_deploy.engines.onnxruntime_int8 import saturates
-found["exact"] = not saturates(onnxruntime)
+import numpy, onnxruntime
+from anyflow_deploy.engines.onnxruntime.int8 import is_exact
+for weights in ("int8", "uint8"):
+    found[weights] = is_exact(onnxruntime, getattr(numpy, weights))
 """
 
 _TORCH = """
@@ -116,13 +117,23 @@ def onnxruntime_cuda() -> Finding:
 
 
 def int8_on_cpu() -> Finding:
-    """Whether products of INT8 are exact; see engines/onnxruntime_int8.py."""
+    """Whether products of 8 bits are exact, and with which weights; see engines/onnxruntime/int8.py."""
     answer = asked(_INT8)
-    if answer.error:
-        return Finding(FAULT, answer.error, CPU)
-    if answer.found["exact"]:
+    return Finding(FAULT, answer.error, CPU) if answer.error else int8_finding(**answer.found)
+
+
+def int8_finding(int8: bool, uint8: bool) -> Finding:
+    """Say what the processor's products mean for int8 bundles.
+
+    Args:
+        int8: whether uint8 x int8 is exact.
+        uint8: whether uint8 x uint8 is.
+    """
+    if int8:
         return Finding(WORKS, "a sum of 64 products came out exact")
-    return Finding(FAULT, "its products overflow (no VNNI), so int8 is refused here", "use fp32 or fp16 on this processor")
+    if uint8:
+        return Finding(WORKS, "exact with unsigned weights, which the engine uses here (u8 x s8 overflows: no VNNI)")
+    return Finding(FAULT, "its products overflow, with unsigned weights too", "use fp32 or fp16 on this processor")
 
 
 def torch() -> Finding:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from anyflow_deploy.doctor import building, cpp, gpu, machine, packages
-from anyflow_deploy.doctor.finding import MISSING, Finding, Findings, Probe
+from anyflow_deploy.doctor import compiler, cpp, gpu, machine, packages
+from anyflow_deploy.doctor.probe import MISSING, Finding, Findings, Probe
 
 PYTHON, NUMPY, ORT, ORT_CUDA, INT8 = "Python", "numpy", "ONNX Runtime", "ONNX Runtime on CUDA", "int8 on the CPU"
 TORCH, GPU, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT = "PyTorch", "GPU", "TensorRT", "cuda-python", "torch-tensorrt"
@@ -39,7 +39,7 @@ PROBES = (
     Probe(TENSORRT, packages.tensorrt),
     Probe(CUDA_PYTHON, packages.cuda_python),
     Probe(TORCH_TENSORRT, packages.torch_tensorrt),
-    Probe(COMPILER, building.compiler),
+    Probe(COMPILER, compiler.compiler),
     Probe(LIBRARY, cpp.library),
     Probe("AOTInductor headers", cpp.torch_headers),
     Probe(TENSORRT_HEADERS, cpp.tensorrt_headers),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from anyflow_deploy.doctor.backends import Verdict
-from anyflow_deploy.doctor.finding import Findings
+from anyflow_deploy.doctor.probe import Findings
 
 SCHEMA = 1
 

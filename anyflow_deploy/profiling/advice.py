@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from anyflow_deploy.profiling.formatting import steps_text
 from anyflow_deploy.profiling.record import Advice, Point, Profile
-from anyflow_deploy.profiling.statistics import TAIL_SAMPLES
-from anyflow_deploy.profiling.words import steps_text
+from anyflow_deploy.profiling.summary_statistics import TAIL_SAMPLES
 
 LAUNCH_SHARE = 0.8
 """Of a transition that handing it to the GPU may take; above, trtexec calls an engine enqueue-bound, and so do we."""

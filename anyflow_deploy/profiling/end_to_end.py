@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from anyflow_deploy.profiling.record import EndToEnd, Point, Stage
 from anyflow_deploy.profiling.stages import TEXT, VAE
-from anyflow_deploy.profiling.subject import Video
+from anyflow_deploy.profiling.workload import Video
 
 TRANSFORMER = "transformer"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from anyflow_deploy.engines.cache import cache_plan, fitted_chunks
-from anyflow_deploy.fit import Shape, memory_of, needed
+from anyflow_deploy.engines.kv_cache import cache_plan, fitted_chunks
+from anyflow_deploy.memory.estimate import Shape, memory_of, needed
 from anyflow_deploy.models import FPS, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture
 from anyflow_deploy.profiling.operations import stream_work, transition_work, types_of
 from anyflow_deploy.profiling.record import Roofline

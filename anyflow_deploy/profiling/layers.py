@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 
-from anyflow_deploy.engines.layer_times import Timed
+from anyflow_deploy.engines.layer_timing import Timed
 from anyflow_deploy.profiling.record import Layer
 
 _BLOCK = re.compile(r"^blocks\.\d+\.?")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from anyflow_deploy.profiling.absence import AbsentError
+from anyflow_deploy.profiling.errors import AbsentError
 
 THROTTLE = {
     "nvmlClocksEventReasonSwPowerCap": "power cap",

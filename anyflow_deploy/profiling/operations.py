@@ -1,7 +1,7 @@
 """How much a transition computes and reads, from the architecture alone: the numerators of a roofline.
 
 Counted are the matrix products, two operations for each multiplication with addition, since nothing else costs a processor
-with matrix units as much; `tests/test_profile.py` holds the count equal to the one in the exported graphs. Bytes are those that
+with matrix units as much; a test holds the count equal to the one in the exported graphs. Bytes are those that
 no engine can avoid: every weight once, the cache once, the state in and out. Activations may stay on the chip, so they are
 not among them, and the bound stays a bound.
 
@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from anyflow_deploy.engines.cache import CachePlan
+from anyflow_deploy.engines.kv_cache import CachePlan
+from anyflow_deploy.memory.parameter_shapes import counts, quantized_channels
 from anyflow_deploy.models import Architecture
-from anyflow_deploy.parameters import counts, quantized_channels
 from anyflow_deploy.precision import EIGHT_BIT, PRECISIONS
 
 

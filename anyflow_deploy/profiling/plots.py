@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from anyflow_deploy.profiling.formatting import steps_text, time_text
 from anyflow_deploy.profiling.record import Profile
 from anyflow_deploy.profiling.svg import Axis, Bar, Mark, bars, plot
-from anyflow_deploy.profiling.words import steps_text, time_text
 
 LAYERS = 14
 """Rows of the bar chart of parts."""

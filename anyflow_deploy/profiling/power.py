@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from anyflow_deploy.profiling.absence import AbsentError
+from anyflow_deploy.profiling.errors import AbsentError
 from anyflow_deploy.profiling.nvml import Gpu
 
 Kind = Literal["gpu", "cpu", "memory", "board"]

@@ -13,26 +13,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from anyflow_deploy import __version__
-from anyflow_deploy.bundle import Bundle
-from anyflow_deploy.engine_folder import find_engine
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.engine import BundleEngine
-from anyflow_deploy.engines.loading import ON_GPUS_ONLY, EngineOptions, load_engine
-from anyflow_deploy.parameters import counts
-from anyflow_deploy.profiling import jetson, layer_pass, machine, stages
-from anyflow_deploy.profiling.absence import AbsentError
+from anyflow_deploy.engines.engine_folder import find_engine
+from anyflow_deploy.engines.registry import ON_GPUS_ONLY, EngineOptions, load_engine
+from anyflow_deploy.memory.parameter_shapes import counts
+from anyflow_deploy.profiling import jetson, layer_profiling, machine, stages
 from anyflow_deploy.profiling.advice import advise
 from anyflow_deploy.profiling.end_to_end import end_to_end
-from anyflow_deploy.profiling.measure import Rules, clock, method
+from anyflow_deploy.profiling.errors import AbsentError
 from anyflow_deploy.profiling.memory import Peak, gpu_used
 from anyflow_deploy.profiling.nvml import Gpu
 from anyflow_deploy.profiling.operations import transition_work, types_of
-from anyflow_deploy.profiling.points import measured_point
 from anyflow_deploy.profiling.power import sources
 from anyflow_deploy.profiling.record import Ceilings, Conditions, Layers, Memory, Point, Power, Profile, Stage, Subject
 from anyflow_deploy.profiling.roofline import SECONDS, ceilings_of_target, measured_ceilings, roofline, target_from_gpu
 from anyflow_deploy.profiling.sampler import INTERVAL, Sampler
-from anyflow_deploy.profiling.subject import Video, videos
-from anyflow_deploy.profiling.watch import Watched
+from anyflow_deploy.profiling.sweep import measured_point
+from anyflow_deploy.profiling.timed_engine import Watched
+from anyflow_deploy.profiling.timing import Rules, clock, method
+from anyflow_deploy.profiling.workload import Video, videos
 from anyflow_deploy.progress import Report
 from anyflow_deploy.targets import Target
 
@@ -49,7 +49,7 @@ class Request:
 
     Attributes:
         bundle: an opened bundle.
-        backend: a name in `loading.BACKENDS`.
+        backend: a name in `registry.BACKENDS`.
         engine: how it is to run.
         shapes: as "480x832x81"; empty for the bundle's own.
         steps: numbers of steps.
@@ -243,7 +243,9 @@ class _Profiler:
         request = self._request
         try:
             with self._report.stage("layers"):
-                layers, enqueue = layer_pass.watched(request.bundle, request.backend, request.engine, self._videos[0], points[0])
+                layers, enqueue = layer_profiling.watched(
+                    request.bundle, request.backend, request.engine, self._videos[0], points[0]
+                )
         except AbsentError as error:
             self._absent["layers"] = str(error)
             return []

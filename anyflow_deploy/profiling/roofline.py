@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.profiling.absence import AbsentError
-from anyflow_deploy.profiling.measure import clock
+from anyflow_deploy.profiling.errors import AbsentError
 from anyflow_deploy.profiling.operations import Work
 from anyflow_deploy.profiling.record import Ceilings, Roofline
+from anyflow_deploy.profiling.timing import clock
 from anyflow_deploy.targets import TARGETS, Target
 
 PRODUCT = (2048, 1536, 4096)
@@ -98,6 +98,8 @@ def measured_ceilings(threads: int | None, kinds: set[str], seconds: float = SEC
     try:
         import onnx
         import onnxruntime
+
+        from anyflow_deploy.engines.onnxruntime.int8 import saturates
     except ImportError as error:
         raise AbsentError(
             f"a processor's rates are measured through ONNX Runtime, and {error.name} is not installed "
@@ -107,7 +109,8 @@ def measured_ceilings(threads: int | None, kinds: set[str], seconds: float = SEC
     float32 = runtime.product("MatMul", np.float32, np.float32)
     rates = dict.fromkeys(kinds | {"fp32"}, float32)
     if "int8" in kinds:
-        rates["int8"] = runtime.product("MatMulInteger", np.uint8, np.int8)
+        weights = np.uint8 if saturates(onnxruntime) else np.int8  # as the engine multiplies here
+        rates["int8"] = runtime.product("MatMulInteger", np.uint8, weights)
     return Ceilings(
         name="this processor", operations=rates, bandwidth=runtime.addition(), measured=True,
         source=f"measured through ONNX Runtime {onnxruntime.__version__}: the best of {seconds:g} s of a product of "

@@ -13,9 +13,9 @@ from types import TracebackType
 
 import numpy as np
 
-from anyflow_deploy.profiling.measure import clock
 from anyflow_deploy.profiling.power import Source
 from anyflow_deploy.profiling.record import Power, Series
+from anyflow_deploy.profiling.timing import clock
 
 INTERVAL = 0.05
 """Seconds between two readings. NVML's own average changes every 25 to 100 ms, an INA3221's conversion takes less."""

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.manifest import Manifest
-from anyflow_deploy.profiling.absence import AbsentError
-from anyflow_deploy.profiling.measure import Rules, clock, no_garbage_collection
+from anyflow_deploy.profiling.errors import AbsentError
 from anyflow_deploy.profiling.memory import Peak
 from anyflow_deploy.profiling.record import Stage
-from anyflow_deploy.profiling.statistics import latency_from_samples
-from anyflow_deploy.profiling.subject import Video
+from anyflow_deploy.profiling.summary_statistics import latency_from_samples
+from anyflow_deploy.profiling.timing import Rules, clock, no_garbage_collection
+from anyflow_deploy.profiling.workload import Video
 
 TEXT, VAE = "text encoder", "VAE"
 
@@ -36,7 +36,7 @@ def pipeline_folder(manifest: Manifest, given: str | None, part: str) -> Path:
         AbsentError: they are not at hand, or the packages that run them are not.
     """
     try:
-        from anyflow_deploy.pipeline.folder import pipeline_of
+        from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
 
         parts = ["tokenizer", "text_encoder"] if part == TEXT else ["vae"]
         return pipeline_of(manifest, given, parts)
@@ -50,7 +50,7 @@ def pipeline_folder(manifest: Manifest, given: str | None, part: str) -> Path:
 
 def text_stage(folder: Path, manifest: Manifest, prompt: str, rules: Rules) -> Stage:
     """The text encoder on one prompt, padded as always."""
-    from anyflow_deploy.pipeline.text import PromptEncoder
+    from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 
     gc.collect()
     peak, began = Peak(), clock()
@@ -67,7 +67,7 @@ def text_stage(folder: Path, manifest: Manifest, prompt: str, rules: Rules) -> S
 
 def vae_stage(folder: Path, video: Video, rules: Rules) -> Stage:
     """The VAE's decoder on the latents of one video: whole, and its first latent frame and first chunk alone."""
-    from anyflow_deploy.pipeline.vae import StreamingDecoder, load_vae
+    from anyflow_deploy.pipelines.vae import StreamingDecoder, load_vae
 
     gc.collect()
     peak, began = Peak(), clock()

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from anyflow_deploy.profiling.compare import Comparison, Value
 from anyflow_deploy.profiling.estimate import Estimate
+from anyflow_deploy.profiling.formatting import percentile_text, size_text, steps_text, time_text
 from anyflow_deploy.profiling.record import Latency, Layers, Point, Profile
-from anyflow_deploy.profiling.words import percentile_text, size_text, steps_text, time_text
 
 SHOWN_LAYERS = 12
 

@@ -9,11 +9,11 @@ from fastapi import FastAPI
 from starlette.responses import FileResponse
 from starlette.types import ASGIApp
 
+from anyflow_deploy.serving.auth import Guard
 from anyflow_deploy.serving.errors import answer_in_shape
-from anyflow_deploy.serving.guard import Guard
 from anyflow_deploy.serving.routes import routes
 from anyflow_deploy.serving.service import Service
-from anyflow_deploy.serving.socket import sockets
+from anyflow_deploy.serving.websocket import sockets
 
 _PAGE = Path(__file__).parent / "page"
 _FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from anyflow_deploy.cli.course import MOST_UNDER_A_DEADLINE, Fixed, InTime
-from anyflow_deploy.engines.cache import CachePlan, cache_plan, fitted_chunks
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.deadline import Pace
+from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fitted_chunks
+from anyflow_deploy.engines.step_policy import MOST_UNDER_A_DEADLINE, Fixed, InTime
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.manifest import Manifest
 from anyflow_deploy.schedule import Schedule
 from anyflow_deploy.serving.limits import Limits
 

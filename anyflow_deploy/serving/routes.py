@@ -28,9 +28,9 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.serving.errors import ApiError
 from anyflow_deploy.serving.job import Job, Video
 from anyflow_deploy.serving.logs import request_id
-from anyflow_deploy.serving.picture import thumbnail
 from anyflow_deploy.serving.request import RefusedError, VideoRequest
 from anyflow_deploy.serving.service import Service
+from anyflow_deploy.serving.thumbnails import thumbnail
 
 _POLL = {"openai-poll-after-ms": "500"}
 _FAILURES = {"cancelled": 409, "server_shutdown": 503, "invalid_request": 400}

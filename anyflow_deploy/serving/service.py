@@ -13,15 +13,15 @@ import threading
 import time
 from collections import deque
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.manifest import Manifest
+from anyflow_deploy.serving.generator import Maker
 from anyflow_deploy.serving.job import Cancelled, Job, Problem, Video
+from anyflow_deploy.serving.job_progress import Report
 from anyflow_deploy.serving.limits import Limits
-from anyflow_deploy.serving.maker import Maker
 from anyflow_deploy.serving.metrics import Metrics
-from anyflow_deploy.serving.report import Report
 from anyflow_deploy.serving.request import Order, VideoRequest, ordered
-from anyflow_deploy.serving.shelf import Shelf
+from anyflow_deploy.serving.video_store import Shelf
 
 _log = logging.getLogger("anyflow.serve")
 

@@ -7,14 +7,14 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.manifest import Manifest
+from anyflow_deploy.serving.generator import Maker
 from anyflow_deploy.serving.limits import Limits
-from anyflow_deploy.serving.maker import Maker
 from anyflow_deploy.serving.metrics import Metrics
 from anyflow_deploy.serving.request import VideoRequest
 from anyflow_deploy.serving.service import Service
-from anyflow_deploy.serving.shelf import Shelf
+from anyflow_deploy.serving.video_store import Shelf
 
 
 def warm_up(maker: Maker, manifest: Manifest, limits: Limits, name: str) -> None:

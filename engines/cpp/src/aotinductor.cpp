@@ -1,5 +1,5 @@
 // AOTInductor on the CPU: the packages that `anyflow-build --backend aotinductor` makes, opened by torch's own loader, with the
-// bundle's weights lent to them; see engines/aotinductor_engine.py. The only file that includes torch.
+// bundle's weights lent to them; see engines/aotinductor/engine.py. The only file that includes torch.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>

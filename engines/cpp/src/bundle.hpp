@@ -1,4 +1,4 @@
-// Bundles and the engine folders built from them, opened suspiciously; see anyflow_deploy/bundle.py, engine_folder.py.
+// Bundles and the engine folders built from them, opened suspiciously; see anyflow_deploy/bundle/bundle.py, engine_folder.py.
 #pragma once
 
 #include <filesystem>

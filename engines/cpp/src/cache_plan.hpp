@@ -1,4 +1,4 @@
-// How much a causal model remembers, computed before anything runs; see engines/cache.py, whose picture of a buffer is:
+// How much a causal model remembers, computed before anything runs; see engines/kv_cache.py, whose picture of a buffer is:
 //
 //     [ chunk 0 | chunk 1 | … | chunk k-3 ][ chunk k-2 | chunk k-1 ]   while chunk k is made
 //       compressed, written once             full, written again whenever what precedes them changed

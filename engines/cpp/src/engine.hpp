@@ -51,7 +51,7 @@ class Run {
   LatentShape shape_;
 };
 
-// A backend's buffers of one stream, counted in tokens from the start, and its graphs on them; see engines/stream.py.
+// A backend's buffers of one stream, counted in tokens from the start, and its graphs on them; see engines/streaming.py.
 class Cache {
  public:
   Cache() = default;

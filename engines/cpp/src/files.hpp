@@ -1,4 +1,4 @@
-// Files of a folder, compared with what its marker lists; see anyflow_deploy/whole_folder.py.
+// Files of a folder, compared with what its marker lists; see anyflow_deploy/bundle/atomic_io.py.
 #pragma once
 
 #include <string>

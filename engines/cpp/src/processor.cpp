@@ -12,7 +12,7 @@
 namespace af {
 namespace {
 
-// Names in /proc/cpuinfo of what a compiler may use. The same expression as in engines/torch_device.py; a test compares.
+// Names in /proc/cpuinfo of what a compiler may use. The same expression as in engines/torch_common/device.py; a test compares.
 const std::regex& known_instructions() {
   static const std::regex known(
       "sse|ssse|pni$|avx|fma$|f16c$|bmi|abm$|popcnt$|movbe$|gfni$|vaes$|vpclmul|amx|adx$|clwb$|cldemote$|"

@@ -1,4 +1,4 @@
-// The processor's instruction sets in one word, as engine.json has them; see engines/torch_device.py.
+// The processor's instruction sets in one word, as engine.json has them; see engines/torch_common/device.py.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// Which shapes a bundle accepts; see anyflow_deploy/ranges.py.
+// Which shapes a bundle accepts; see anyflow_deploy/shape_ranges.py.
 #pragma once
 
 #include <array>

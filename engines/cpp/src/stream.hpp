@@ -1,4 +1,4 @@
-// A causal stream: what belongs where in the cache, and when it has to be written; the same order as engines/stream.py.
+// A causal stream: what belongs where in the cache, and when it has to be written; the same order as engines/streaming.py.
 #pragma once
 
 #include <deque>

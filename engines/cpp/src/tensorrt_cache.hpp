@@ -1,4 +1,4 @@
-// A run and a causal cache in TensorRT, on the device; see engines/tensorrt_run.py and tensorrt_stream.py. Not run on
+// A run and a causal cache in TensorRT, on the device; see engines/tensorrt/run.py and engines/tensorrt/kv_cache.py. Not run on
 // a GPU yet (docs/cpp.md).
 #pragma once
 

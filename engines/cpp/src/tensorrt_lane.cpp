@@ -5,7 +5,7 @@
 namespace af::trt {
 namespace {
 
-// As in engines/tensorrt_context.py.
+// As in engines/tensorrt/execution.py.
 constexpr int general_runs = 2;
 constexpr size_t kept_graphs = 16;
 

@@ -1,4 +1,4 @@
-// Answers questions about the library, one JSON document a line, so that tests/test_cpp.py can put the same ones to Python.
+// Answers questions about the library, one JSON document a line, so that tests/integration/test_cpp.py can put the same ones to Python.
 // Everything goes through the public header.
 #include <iostream>
 #include <nlohmann/json.hpp>

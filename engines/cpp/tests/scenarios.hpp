@@ -23,7 +23,7 @@ anyflow::Engine engine_of(const nlohmann::json& request);
 
 namespace scenarios {
 
-// What the acted machine says of itself (standin/machine.hpp); null where there is none.
+// What the acted machine says of itself (fakes/machine.hpp); null where there is none.
 nlohmann::json report();
 // Nothing where the question is none of these.
 std::optional<nlohmann::json> answered(const std::string& question, const nlohmann::json& request);

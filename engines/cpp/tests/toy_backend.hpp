@@ -1,4 +1,4 @@
-// A backend for tests, with arithmetic that numpy repeats bit for bit (tests/cpp_toy.py), a clock of its own and a log of what
+// A backend for tests, with arithmetic that numpy repeats bit for bit (tests/fakes/toy_backend.py), a clock of its own and a log of what
 // the cache was told.
 #pragma once
 

@@ -1,0 +1,122 @@
+"""The bundle: the folder that crosses from export to engines.
+
+Reading is suspicious: the schema must be known, every file must be inside the folder, present, of the right size and of
+the right SHA-256. Writing is all or nothing (`atomic_io`): a bundle that has a manifest was finished.
+
+Reports (`validation.json`) and engines built later (`engines/`) live in the same folder and name the bundle's `digest`,
+but are not listed in the manifest: making them must not change the bundle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from anyflow_deploy.bundle.atomic_io import FolderWriter, Kind, check_file
+from anyflow_deploy.bundle.manifest import MANIFEST, SCHEMA, Manifest
+from anyflow_deploy.errors import AnyFlowError, BundleError
+
+_KIND = Kind("bundle", MANIFEST, "manifest", "--output", "Copy the bundle again, or export again.")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest was read.
+
+    Attributes:
+        path: the folder.
+        manifest: its contents.
+        digest: SHA-256 of manifest.json, which names the hash of every other file: one word for the whole bundle.
+    """
+
+    path: Path
+    manifest: Manifest
+    digest: str
+
+    def file(self, name: str) -> Path:
+        """Path of a file that the manifest lists.
+
+        Raises:
+            BundleError: when it does not.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path} has no file {name!r}; its manifest lists {', '.join(self.manifest.files)}.")
+        return self.path / name
+
+
+def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
+    """Open a bundle.
+
+    Args:
+        path: the folder that holds manifest.json.
+        verify: compare every file with its hash (reads the whole bundle once). Pass False only where that was done
+            before, on storage that cannot have changed since; sizes and paths are checked even then.
+
+    Raises:
+        BundleError: no manifest, a newer schema, an unknown key, a missing or changed file, a path out of the folder.
+    """
+    folder = Path(path)
+    try:
+        text = (folder / MANIFEST).read_bytes()
+    except OSError as error:
+        raise BundleError(
+            f"{folder} is not a bundle: {MANIFEST} cannot be read ({error.strerror}). Make one with anyflow-export."
+        ) from None
+    bundle = Bundle(folder, _parsed(text, folder), hashlib.sha256(text).hexdigest())
+    for name, record in bundle.manifest.files.items():
+        check_file(folder, name, record, verify, _KIND)
+    for graph in bundle.manifest.graphs.values():
+        bundle.file(graph.file)
+    try:
+        bundle.manifest.architecture, bundle.manifest.shape_ranges  # noqa: B018 - both check what they read
+    except AnyFlowError as error:
+        raise BundleError(f"{folder / MANIFEST} is damaged: {error} Export again.") from None
+    return bundle
+
+
+def _parsed(text: bytes, folder: Path) -> Manifest:
+    try:
+        raw = json.loads(text)
+        schema = raw["schema"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BundleError(f"{folder / MANIFEST} is not a manifest: no JSON object with a 'schema'. Export again.") from None
+    if schema != SCHEMA:
+        advice = "Update anyflow_deploy" if isinstance(schema, int) and schema > SCHEMA else "Export again"
+        raise BundleError(f"{folder} has manifest schema {schema!r}; this version reads {SCHEMA}. {advice}.")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "graphs"  # what no single key is wrong in
+        raise BundleError(f"{folder / MANIFEST} is damaged at {place!r}: {first['msg']}. Export again.") from None
+
+
+class BundleWriter(FolderWriter):
+    """Writes a bundle whole or not at all, see `FolderWriter`.
+
+        with BundleWriter(path) as writer:
+            writer.write("transition.onnx", data)
+            writer.finish(manifest)
+
+    Args:
+        path: the destination; its parent must exist.
+        overwrite: replace a bundle that is there.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        super().__init__(path, _KIND, overwrite)
+
+    def check(self) -> None:
+        """See `FolderWriter`."""
+        load_bundle(self.folder, verify=False)
+
+    def finish(self, manifest: Manifest) -> Bundle:
+        """Write the manifest with the list of files, and give the bundle its name."""
+        self.finish_folder(
+            manifest.model_copy(update={"files": dict(self.files)}).model_dump_json(indent=1, by_alias=True) + "\n"
+        )
+        return load_bundle(self.path, verify=False)

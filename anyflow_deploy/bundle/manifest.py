@@ -1,0 +1,200 @@
+"""`manifest.json`: everything a runtime must know about a bundle, typed.
+
+Tensor names, shapes and types are written here once, by the exporter; Python, C++ and Triton read them from here.
+The classes are pydantic models because a manifest crosses machines and versions: unknown keys, wrong types and newer
+schemas are refused by name instead of being half understood. See docs/bundle.md for the format in prose.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from anyflow_deploy.errors import BundleError
+from anyflow_deploy.models import Architecture, architecture_from_config
+from anyflow_deploy.shape_ranges import AXES, Range, Ranges, latent_frames, latent_side
+
+SCHEMA = 1
+"""Raised whenever a reader of the old schema would misread a bundle of the new one."""
+
+GRAPHS = {"bidirectional": ("transition",), "causal": ("text", "chunk", "compress")}
+"""Which graphs a bundle of each kind holds."""
+
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+TensorType = Literal["float32", "float16", "bfloat16", "int64"]
+
+
+class Tensor(_Record):
+    """An input or output of a graph. Axes are numbers, or the name of a declared range."""
+
+    name: str
+    dtype: TensorType
+    shape: list[int | str]
+
+
+class Graph(_Record):
+    """One ONNX file."""
+
+    file: str
+    opset: int
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class Source(_Record):
+    """Where the weights came from: a folder, a repository on the Hub, or a seed.
+
+    `revision` is the Hub's commit. `location` of a folder is a hint for later commands; they accept another one.
+    """
+
+    kind: Literal["folder", "hub", "random"]
+    location: str
+    revision: str | None = None
+    seed: int | None = None
+
+
+class Achieved(_Record):
+    """What the files really hold, counted from the finished graphs.
+
+    Args:
+        weight_bytes: bytes of weights by type.
+        quantized_flops: share of the operations in matrix products, at the default video size, that take both operands
+            in eight bits.
+        quantized_weights: share of the bytes of weights that are in eight bits.
+        kept_high: layers that a quantized precision left in the base's type, and why.
+    """
+
+    weight_bytes: dict[str, int]
+    quantized_flops: float = 0.0
+    quantized_weights: float = 0.0
+    kept_high: dict[str, str] = {}
+
+
+class Quantization(_Record):
+    """How a quantized bundle was made.
+
+    Args:
+        base: precision of everything that is not quantized.
+        smooth: whether SmoothQuant moved outliers from activations into weights.
+        attention: "high" (the base) or "fp8".
+        weights: fingerprint of the weights that the calibration was made on.
+    """
+
+    base: str
+    smooth: bool
+    attention: Literal["high", "fp8"]
+    weights: str
+
+
+class Video(_Record):
+    """How latents relate to pixels.
+
+    Args:
+        spatial_factor, temporal_factor: pixels per latent side, and video frames per latent frame after the first.
+        fps: playback rate the model was trained for.
+        text_tokens: length that prompt embeddings are padded to, with zeros, as in training.
+        frames, height, width: size of a video when nothing else is asked for, in frames and pixels.
+    """
+
+    spatial_factor: PositiveInt
+    temporal_factor: PositiveInt
+    fps: int
+    text_tokens: int
+    frames: int
+    height: int
+    width: int
+
+
+class ScheduleDefaults(_Record):
+    """What the model was distilled with; every call may choose otherwise."""
+
+    shift: float
+    steps: int
+
+
+class File(_Record):
+    """Size and SHA-256 (hexadecimal) of one file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+class AxisRange(_Record):
+    """`Range` as stored; `maximum` null means no limit."""
+
+    minimum: int
+    maximum: int | None
+    multiple: int
+
+
+class Manifest(_Record):
+    """The whole file. `files` lists every file of the bundle but the manifest itself."""
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    kind: Literal["bidirectional", "causal"]
+    model: str
+    config: dict[str, Any]
+    source: Source
+    precision: str
+    quantization: Quantization | None = None
+    achieved: Achieved
+    target: str
+    graphs: dict[str, Graph]
+    ranges: dict[str, AxisRange]
+    schedule: ScheduleDefaults
+    video: Video
+    tools: dict[str, str]
+    files: dict[str, File]
+
+    @property
+    def base(self) -> str:
+        """The precision of everything that is not quantized."""
+        return self.quantization.base if self.quantization else self.precision
+
+    @property
+    def architecture(self) -> Architecture:
+        """The transformer's numbers."""
+        return architecture_from_config(self.config, MANIFEST)
+
+    def latent_shape(self, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """(F, C, H, W) of the latents of a video, by the rules of VAE and patches; None for the default size.
+
+        Args:
+            frames: 4n+1.
+            height, width: pixels, multiples of 16.
+
+        Raises:
+            ShapeError: naming the nearest size that is allowed.
+        """
+        video, a = self.video, self.architecture
+        patch = a.patch_size[1]
+        count = latent_frames(frames or video.frames, video.temporal_factor)
+        rows = latent_side(height or video.height, video.spatial_factor, patch, "height")
+        columns = latent_side(width or video.width, video.spatial_factor, patch, "width")
+        return count, a.in_channels, rows, columns
+
+    @model_validator(mode="after")
+    def _kind_and_graphs_agree(self) -> Manifest:
+        if set(self.graphs) != set(GRAPHS[self.kind]):
+            raise ValueError(f"a {self.kind} bundle holds {', '.join(GRAPHS[self.kind])}, not {', '.join(self.graphs)}")
+        return self
+
+    @property
+    def shape_ranges(self) -> Ranges:
+        """The declared ranges, ready to check shapes with."""
+        if set(self.ranges) != set(AXES):
+            raise BundleError(f"its ranges are of {', '.join(self.ranges)}; expected are {', '.join(AXES)}.")
+        return Ranges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
+
+
+def stored_ranges(ranges: Ranges) -> dict[str, AxisRange]:
+    """`Ranges` in the manifest's form."""
+    return {axis: AxisRange(minimum=r.minimum, maximum=r.maximum, multiple=r.multiple) for axis, r in vars(ranges).items()}

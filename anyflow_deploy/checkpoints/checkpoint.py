@@ -1,0 +1,159 @@
+"""Find a checkpoint, and read its weights one tensor at a time.
+
+A checkpoint is a folder in diffusers' layout: either a whole pipeline (`model_index.json`, `transformer/`, …) or just
+the transformer (`config.json` and `diffusion_pytorch_model.safetensors`, possibly in shards with an index). Only
+safetensors are read: `.bin` and `.pt` files are pickles, and loading a pickle runs whatever program is inside.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from anyflow_deploy.bundle.manifest import Source
+from anyflow_deploy.checkpoints.dtypes import TORCH
+from anyflow_deploy.checkpoints.safetensors_stream import Entry, read_bytes, read_header
+from anyflow_deploy.checkpoints.weights import Weights
+from anyflow_deploy.errors import AnyFlowError, CheckpointError
+from anyflow_deploy.models import MODELS, Architecture, architecture_from_config, model_name
+
+STEM = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights on disk, with the architecture they belong to.
+
+    Attributes:
+        folder: holds config.json and the weights.
+        architecture: from config.json.
+        source: for the manifest.
+        tensors: parameter name -> the file it is in and its place there.
+    """
+
+    folder: Path
+    architecture: Architecture
+    source: Source
+    tensors: dict[str, tuple[Path, Entry]] = field(repr=False)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape, from the files' headers."""
+        return {name: entry.shape for name, (_, entry) in self.tensors.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter, on the CPU, in the type it is stored in."""
+        path, entry = self.tensors[name]
+        data = read_bytes(path, entry)
+        return torch.frombuffer(data, dtype=TORCH[entry.type]).reshape(entry.shape)
+
+
+def open_checkpoint(path: str | Path, source: Source | None = None) -> Checkpoint:
+    """Open a pipeline folder or its transformer folder.
+
+    Args:
+        path: the folder.
+        source: where it came from, when that is not the folder itself.
+
+    Raises:
+        CheckpointError: no AnyFlow transformer there, pickled weights, LoRA weights, or broken shards.
+    """
+    folder = transformer_folder(Path(path))
+    config = read_json(folder / "config.json")
+    architecture = architecture_from_config(config, str(folder / "config.json"))
+    return checkpoint_of(folder, architecture, source or Source(kind="folder", location=str(Path(path).resolve())))
+
+
+def checkpoint_of(folder: Path, architecture: Architecture, source: Source) -> Checkpoint:
+    """The weights in a transformer folder whose architecture is known.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
+    tensors = {name: (file, entry) for file in _weight_files(folder) for name, entry in read_header(file).items()}
+    lora = [name for name in tensors if "lora" in name.lower()]
+    if lora:
+        raise CheckpointError(
+            f"{folder} holds LoRA weights ({lora[0]}, …). Merge them into the base model first (fuse_lora, save_pretrained)."
+        )
+    strange = [f"{n} ({e.type})" for n, (_, e) in tensors.items() if e.type not in TORCH]
+    if strange:
+        raise CheckpointError(f"{folder} stores {strange[0]}; allowed types are {', '.join(TORCH)}.")
+    return Checkpoint(folder, architecture, source, tensors)
+
+
+def transformer_folder(path: Path) -> Path:
+    """The folder with the transformer's config.json, given it or the pipeline around it."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a folder. Give a diffusers pipeline folder, or its transformer/ folder.")
+    if (path / "model_index.json").is_file():
+        return path / "transformer"
+    if (path / "config.json").is_file():
+        return path
+    raise CheckpointError(
+        f"{path} has neither model_index.json (a pipeline) nor config.json (a transformer). "
+        f"It holds: {', '.join(sorted(p.name for p in path.iterdir())[:8]) or 'nothing'}."
+    )
+
+
+def pipeline_folder(path: Path) -> Path | None:
+    """The pipeline around a checkpoint path, or None when there is only the transformer."""
+    return next((p for p in (path, path.parent) if (p / "model_index.json").is_file()), None)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / f"{STEM}.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+            raise CheckpointError(f"{index} is damaged: weight_map has to map parameters to file names. Download it again.")
+        names = sorted(set(weight_map.values()))
+        leaving = [n for n in names if len(PurePosixPath(n).parts) != 1]
+        if leaving or not names:
+            raise CheckpointError(f"{index} names {leaving[0] if leaving else 'no shards'}; shards lie beside their index.")
+        missing = [n for n in names if not (folder / n).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}. Download them.")
+        return [folder / n for n in names]
+    single = folder / f"{STEM}.safetensors"
+    if single.is_file():
+        return [single]
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    if pickles:
+        raise CheckpointError(
+            f"{folder} has only pickled weights ({', '.join(pickles)}), which are never loaded: a pickle is a program. "
+            "Convert them where you trust them: pipe.save_pretrained(DIR, safe_serialization=True)."
+        )
+    raise CheckpointError(f"{folder} has no {single.name} (nor an index of shards). Download the weights.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a JSON object.")
+    return content
+
+
+def shift_of(weights: Weights) -> float:
+    """The schedule's shift: from the pipeline's scheduler where there is one, else the model's row, else the released models'."""
+    pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
+    path = pipeline / "scheduler" / "scheduler_config.json" if pipeline else None
+    row = MODELS.get(model_name(weights.architecture))
+    default = row.shift if row else 5.0
+    shift = read_json(path).get("shift", default) if path and path.is_file() else default
+    if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not shift > 0:
+        raise AnyFlowError(f"{path} has shift {shift!r}; allowed is any positive number (the released models use 5).")
+    return float(shift)

@@ -1,0 +1,74 @@
+"""From a model's name to a checkpoint folder: the Hugging Face Hub, or, for the tiny models, this machine.
+
+Nothing is downloaded that is not needed: an export asks for the transformer alone, generation for the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from anyflow_deploy.bundle.manifest import Source
+from anyflow_deploy.errors import CheckpointError
+from anyflow_deploy.models import Model
+
+TRANSFORMER_FILES = ["model_index.json", "transformer/*.json", "transformer/*.safetensors"]
+PIPELINE_FILES = [
+    "model_index.json",
+    "scheduler/*",
+    "tokenizer/*",
+    "text_encoder/*.json",
+    "text_encoder/*.safetensors",
+    "vae/*.json",
+    "vae/*.safetensors",
+]
+
+_EXPORT_ADVICE = (
+    "Without the network, give --checkpoint DIR (a pipeline folder or its transformer/), or --random-weights to export the "
+    "architecture alone."
+)
+
+
+def cache_folder() -> Path:
+    """Where this project keeps what it makes for itself: `$ANYFLOW_CACHE`, or `~/.cache/anyflow_deploy`."""
+    return Path(os.environ.get("ANYFLOW_CACHE") or Path.home() / ".cache" / "anyflow_deploy")
+
+
+def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, Source]:
+    """A folder with the wanted files of a known model, downloaded or made where it is not there yet.
+
+    Args:
+        model: a row of the table.
+        files: patterns, `TRANSFORMER_FILES` or `PIPELINE_FILES`.
+
+    Raises:
+        CheckpointError: the Hub cannot be reached and the cache does not have it.
+    """
+    if model.hub_id is None:
+        from anyflow_deploy.checkpoints.tiny import TINY_SEED, cached_tiny_pipeline
+
+        folder = cached_tiny_pipeline(model, cache_folder())
+        return folder, Source(kind="folder", location=str(folder), seed=TINY_SEED)
+    folder = download(model.hub_id, None, files)
+    return folder, Source(kind="hub", location=model.hub_id, revision=folder.name)
+
+
+def download(hub_id: str, revision: str | None, files: list[str], advice: str = _EXPORT_ADVICE) -> Path:
+    """Snapshot of a Hub repository, from the cache where it is complete there.
+
+    The folder is named after the commit, which is how the Hub's cache is laid out. `advice` ends the error's text: what
+    the command that asked can do instead.
+
+    Raises:
+        CheckpointError: with what was tried and the ways to go on without the network.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
+    except Exception as error:  # noqa: BLE001 - the Hub's client raises errors of three libraries; all mean "not to be had"
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"tried to download {hub_id!r} from the Hugging Face Hub and looked in its local cache; neither has it "
+            f"({type(error).__name__}: {reason}). {advice}"
+        ) from None

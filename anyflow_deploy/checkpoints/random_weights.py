@@ -1,0 +1,51 @@
+"""Weights from a seed, for an architecture whose checkpoint is not at hand.
+
+`--random-weights` measures, profiles and tests everything but the picture. Values are drawn per parameter from a
+generator seeded with the seed and the parameter's name, so any one of them can be made without the others, twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from anyflow_deploy.bundle.manifest import Source
+from anyflow_deploy.memory.parameter_shapes import parameter_shapes
+from anyflow_deploy.models import Architecture
+
+
+class RandomWeights:
+    """Stands in for a `Checkpoint`.
+
+    Attributes:
+        architecture: what was asked for.
+        source: says that the weights are random.
+    """
+
+    def __init__(self, architecture: Architecture, name: str, seed: int = 0) -> None:
+        self.architecture = architecture
+        self.source = Source(kind="random", location=name, seed=seed)
+        self._shapes = parameter_shapes(architecture)
+        self._seed = seed
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape."""
+        return dict(self._shapes)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One parameter, float32: scaled normals, so that activations neither die nor explode."""
+        return random_parameter(name, self._shapes[name], self._seed)
+
+
+def random_parameter(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """A seeded value for a parameter: ones and a little noise for norms, 1/sqrt(inputs) normals for the rest."""
+    word = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+    generator = torch.Generator().manual_seed(int.from_bytes(word, "little"))
+    values = torch.empty(shape, dtype=torch.float32).normal_(generator=generator)
+    if "norm" in name and name.endswith("weight"):
+        return 1.0 + 0.1 * values
+    if len(shape) == 1:
+        return 0.02 * values
+    return values / math.sqrt(math.prod(shape[1:]) if "table" not in name else shape[-1])

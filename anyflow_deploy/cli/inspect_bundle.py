@@ -1,0 +1,135 @@
+"""`anyflow-inspect`: what is in a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, model_validator
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.manifest import Manifest
+from anyflow_deploy.cli.lint import checked_versions, linted, print_findings
+from anyflow_deploy.cli.options import Options, run
+from anyflow_deploy.progress import console
+
+
+class InspectOptions(Options):
+    """Show what a bundle holds: model, precision, shapes, sizes, hashes; with --lint, what TensorRT would refuse of it.
+
+    Exit status: 0, or 1 where --lint found something."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "anyflow-inspect tiny-fp32 --verify",
+        "anyflow-inspect tiny-fp32 --json",
+        "anyflow-inspect tiny-fp32 --lint --tensorrt 10.3,11.4",
+    )
+
+    bundle: Path = Field(description="the bundle's folder")
+    verify: bool = Field(False, description="read every file and compare its SHA-256")
+    json_output: bool = Field(False, alias="json", description="print the manifest and digest as JSON on standard output")
+    lint: bool = Field(False, description="check every graph against what TensorRT's ONNX parser takes")
+    tensorrt: Annotated[tuple[str, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)] | None = Field(
+        None, description="versions to lint for (default 10.3,11.4: JetPack 6, and the current one)"
+    )
+
+    @model_validator(mode="after")
+    def _versions_are_known(self) -> InspectOptions:
+        if self.tensorrt is not None:
+            if not self.lint:
+                raise ValueError("--tensorrt names the versions that --lint is for: give both, or neither.")
+            checked_versions(self.tensorrt)
+        return self
+
+
+def inspect(options: InspectOptions) -> int:
+    """Do it; returns the exit status."""
+    bundle = load_bundle(options.bundle, verify=options.verify)
+    out = Console(highlight=False)
+    versions, findings = linted(bundle, options.tensorrt) if options.lint else ((), [])
+    if options.json_output:
+        shown: dict[str, Any] = {"digest": bundle.digest, **bundle.manifest.model_dump(by_alias=True)}
+        if options.lint:
+            shown["findings"] = [finding.as_json() for finding in findings]
+        print(json.dumps(shown, indent=1))  # noqa: T201
+    else:
+        out.print(*_tables(bundle), sep="\n")
+        if options.lint:
+            print_findings(out, findings, versions)
+    hashes = "every SHA-256 agrees" if options.verify else "sizes agree; --verify compares every SHA-256"
+    console.print(f"[green]{escape(str(bundle.path))} is complete[/] ({hashes}).")
+    return 1 if findings else 0
+
+
+def _tables(bundle: Bundle) -> list[Table]:
+    manifest = bundle.manifest
+    facts = Table(title=f"bundle {escape(bundle.path.name)}", show_header=False)
+    for name, value in _facts(manifest):
+        facts.add_row(name, escape(value))
+    facts.add_row("digest", bundle.digest)
+    border = Table("graph", "tensor", "type", "shape", title="graphs")
+    for graph in manifest.graphs.values():
+        for role, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
+            for tensor in tensors:
+                layer = tensor.name.rpartition(".")[2]
+                if layer.isdigit() and layer != "0":  # the cache is alike in every layer
+                    continue
+                name = tensor.name if not layer.isdigit() else f"{tensor.name[:-1]}N"
+                border.add_row(graph.file, f"{role} {name}", tensor.dtype, " x ".join(map(str, tensor.shape)))
+    ranges = Table("axis", "allowed (latent units)", title="declared ranges")
+    for axis, allowed in vars(manifest.shape_ranges).items():
+        ranges.add_row(axis, str(allowed))
+    files = Table("file", "bytes", "SHA-256", title="files")
+    for name, record in manifest.files.items():
+        files.add_row(name, f"{record.bytes:,}", record.sha256)
+    return [facts, border, ranges, *_kept_high(manifest), files]
+
+
+def _facts(manifest: Manifest) -> list[tuple[str, str]]:
+    a, video = manifest.architecture, manifest.video
+    weights = ", ".join(f"{size / 1e6:,.1f} MB {kind}" for kind, size in manifest.achieved.weight_bytes.items())
+    revision = f" at {manifest.source.revision}" if manifest.source.revision else ""
+    seed = f", seed {manifest.source.seed}" if manifest.source.seed is not None else ""
+    return [
+        ("model", f"{manifest.model} ({manifest.kind})"),
+        ("weights from", f"{manifest.source.kind}: {manifest.source.location}{revision}{seed}"),
+        ("architecture", f"{a.num_layers} layers, {a.num_attention_heads} heads x {a.attention_head_dim}, ffn {a.ffn_dim}"),
+        ("precision", f"{manifest.precision}; stored: {weights}"),
+        *_quantized(manifest),
+        ("target", manifest.target),
+        ("opset", ", ".join(str(graph.opset) for graph in manifest.graphs.values())),
+        ("default schedule", f"{manifest.schedule.steps} steps, shift {manifest.schedule.shift:g}"),
+        ("default video", f"{video.frames} frames, {video.height} x {video.width} pixels, {video.fps} per second"),
+        ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
+    ]
+
+
+def _quantized(manifest: Manifest) -> list[tuple[str, str]]:
+    """What an 8-bit bundle really has in eight bits."""
+    how, got = manifest.quantization, manifest.achieved
+    if how is None:
+        return []
+    smooth = ", SmoothQuant" if how.smooth else ""
+    return [
+        ("8-bit share", f"{got.quantized_flops:.1%} of the products' operations, {got.quantized_weights:.1%} of the weights"),
+        ("the rest", f"{how.base}; attention {how.base if how.attention == 'high' else how.attention}{smooth}"),
+        ("calibrated on", f"weights {how.weights[:12]}…"),
+    ]
+
+
+def _kept_high(manifest: Manifest) -> list[Table]:
+    """Layers that an 8-bit precision left in the base's type."""
+    table = Table("layer", "reason", title=f"kept in {manifest.base}")
+    for layer, reason in manifest.achieved.kept_high.items():
+        table.add_row(layer, escape(reason))
+    return [table] if manifest.achieved.kept_high else []
+
+
+def main() -> None:
+    """Entry point."""
+    run("anyflow-inspect", InspectOptions, inspect)

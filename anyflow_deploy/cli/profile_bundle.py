@@ -1,0 +1,236 @@
+"""`anyflow-profile`: what an engineer needs to know to decide: times, memory, energy, layers, ceilings, and what to do.
+
+Three commands in one, by what is given: a bundle is profiled; with --compare two profiles are; with --estimate a bound is
+computed for hardware that is not here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.markup import escape
+
+from anyflow_deploy.bundle.bundle import load_bundle
+from anyflow_deploy.bundle.json_records import load_record, write_whole
+from anyflow_deploy.cli.fit import default_shape
+from anyflow_deploy.cli.options import Options, Steps, Words, run
+from anyflow_deploy.engines.registry import EngineOptions, check_backend
+from anyflow_deploy.errors import AnyFlowError, suggestion
+from anyflow_deploy.memory.estimate import shape_from_pixels
+from anyflow_deploy.models import get_model
+from anyflow_deploy.precision import base_precision
+from anyflow_deploy.profiling.compare import ENERGY, MEMORY, TIME, Thresholds, compared
+from anyflow_deploy.profiling.estimate import Estimate, estimated
+from anyflow_deploy.profiling.html_report import html_from_profile
+from anyflow_deploy.profiling.profiler import SKIPPABLE, Request, profiled, provider_of
+from anyflow_deploy.profiling.record import SCHEMA, Profile
+from anyflow_deploy.profiling.terminal import print_comparison, print_estimate, print_profile
+from anyflow_deploy.profiling.timing import Rules
+from anyflow_deploy.progress import Bars, console
+from anyflow_deploy.targets import get_target
+
+WIDTH = 120
+"""Columns of a report that goes into a file or a pipe."""
+
+MAKE = "anyflow-profile BUNDLE --json FILE"
+
+_ONLY_ESTIMATE = ("model", "precision")
+_ONLY_COMPARE = ("time_threshold", "memory_threshold", "energy_threshold")
+
+
+class ProfileOptions(Options):
+    """Measure a bundle on this machine: transitions and clips in each number of steps, first frame and chunks, text encoder
+    and VAE where they are at hand, memory, energy, layers, and the hardware's ceilings; then say what to do.
+
+    --compare OLD NEW reads two profiles, prints what changed, and exits with 1 when something became worse by more than a
+    threshold and by more than chance. --estimate --target orin computes a bound from a data sheet: nothing is run.
+    The report goes to standard output; with --json=- the JSON does, and the report to standard error."""
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "anyflow-profile bundle --steps 1,2,4,8 --json profile.json --html profile.html",
+        "anyflow-profile bundle --backend tensorrt --shapes 480x832x81,480x832x17 --seconds 60",
+        "anyflow-profile --compare old.json new.json",
+        "anyflow-profile bundle --estimate --target orin",
+        "anyflow-profile --estimate --model 14b --precision int8 --target thor --shapes 480x832x81",
+    )
+
+    bundle: Path | None = Field(None, description="the bundle's folder; with --compare the newer profile")
+    backend: str = Field("onnxruntime", description="backend of the engine")
+    provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
+    device: int = Field(0, ge=0, description="which GPU, counted from 0")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
+    engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
+    steps: Steps = Field((1, 2, 4, 8), description="numbers of steps, in turn")
+    shapes: Words = Field((), description="video sizes, 480x832x81, several with commas between (default: the bundle's own)")
+    window: int | None = Field(None, ge=1, description="causal: remember the first and this many of the newest old chunks only")
+    seconds: float = Field(20.0, gt=0, le=3600, description="budget of the measured rounds of each shape")
+    rounds: int | None = Field(None, ge=1, le=100_000, description="exactly so many rounds, in place of --seconds")
+    prompt: str = Field("a red fox in the snow", description="what the text encoder is timed with")
+    pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")
+    skip: Words = Field((), description=f"leave out: {', '.join(SKIPPABLE)}")
+    target: str | None = Field(None, description="hardware to compare with (default: what is found here), or to estimate for")
+    estimate: bool = Field(False, description="a bound for --target, from its data sheet; nothing is run")
+    model: str | None = Field(None, description="--estimate: a model of the table, in place of a bundle")
+    precision: str | None = Field(None, description="--estimate: of --model (default fp16)")
+    compare: Path | None = Field(None, description="the older profile; the newer one follows")
+    time_threshold: float = Field(100 * TIME, ge=0, description="--compare: per cent of a time that are too much more")
+    memory_threshold: float = Field(100 * MEMORY, ge=0, description="--compare: the same of memory")
+    energy_threshold: float = Field(100 * ENERGY, ge=0, description="--compare: the same of energy")
+    json_file: str | None = Field(None, alias="json", description="write the profile here; --json=- for standard output")
+    html: Path | None = Field(None, description="write a page with plots here, whole in itself")
+    overwrite: bool = Field(False, description="replace --json and --html")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ProfileOptions:
+        try:
+            _check(self)
+        except AnyFlowError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+def _check(options: ProfileOptions) -> None:
+    """What can be refused without opening anything."""
+    if options.estimate and options.compare is not None:
+        raise AnyFlowError("give one of --estimate and --compare.")
+    given = options.model_fields_set
+    for names, wanted, flag in ((_ONLY_ESTIMATE, options.estimate, "estimate"), (_ONLY_COMPARE, options.compare, "compare")):
+        wrong = [name for name in names if name in given]
+        if wrong and not wanted:
+            raise AnyFlowError(f"--{wrong[0].replace('_', '-')} belongs to --{flag}; give both or neither.")
+    if options.compare is not None:
+        surplus = given - {"compare", "bundle", "json_file", "overwrite", *_ONLY_COMPARE}
+        if surplus:
+            raise AnyFlowError(f"--{sorted(surplus)[0].replace('_', '-')} means nothing to --compare OLD NEW; leave it out.")
+        if options.bundle is None:
+            raise AnyFlowError("--compare takes two profiles: anyflow-profile --compare OLD.json NEW.json.")
+        return
+    if options.target is not None:
+        get_target(options.target)
+    if options.estimate:
+        _check_estimate(options)
+        return
+    if options.bundle is None:
+        raise AnyFlowError("bundle is missing: the bundle's folder. (--compare and --estimate --model do without.)")
+    check_backend(options.backend)
+    for name in options.skip:
+        if name not in SKIPPABLE:
+            raise AnyFlowError(f"--skip is {name!r}; allowed are {', '.join(SKIPPABLE)}.{suggestion(name, SKIPPABLE)}")
+
+
+def _check_estimate(options: ProfileOptions) -> None:
+    if options.target is None:
+        raise AnyFlowError("--estimate needs --target NAME, the hardware to estimate for.")
+    if (options.model is None) == (options.bundle is None):
+        raise AnyFlowError("--estimate takes one of a bundle and --model NAME.")
+    if options.precision is not None and options.model is None:
+        raise AnyFlowError("--precision belongs to --model; a bundle has its own.")
+    if options.html is not None:
+        raise AnyFlowError("--html shows measurements; an estimate has none. Use --json.")
+    if options.model is not None:
+        get_model(options.model)
+
+
+def profile(options: ProfileOptions) -> int:
+    """Do it; returns the exit status."""
+    _check_outputs(options)
+    if options.compare is not None:
+        return _compare(options)
+    if options.estimate:
+        return _estimate(options)
+    bundle = load_bundle(Path(str(options.bundle)))
+    request = Request(
+        bundle=bundle,
+        backend=options.backend,
+        engine=EngineOptions(provider_of(options.backend, options.provider), options.device, options.threads, options.engine),
+        shapes=options.shapes,
+        steps=options.steps,
+        window=options.window,
+        rules=Rules(options.seconds, options.rounds),
+        target=get_target(options.target) if options.target else None,
+        prompt=options.prompt,
+        pipeline=options.pipeline,
+        skip=options.skip,
+    )
+    with Bars(console) as bars:
+        made = profiled(request, bars)
+    print_profile(made, _people(options))
+    _write(options, made.model_dump_json(by_alias=True, indent=1))
+    if options.html is not None:
+        write_whole(options.html, html_from_profile(made))
+        console.print(f"[green]wrote[/] [bold]{escape(str(options.html))}[/]")
+    return 0
+
+
+def _compare(options: ProfileOptions) -> int:
+    assert options.compare is not None and options.bundle is not None
+    old, new = (load_record(path, Profile, SCHEMA, MAKE) for path in (options.compare, options.bundle))
+    thresholds = Thresholds(options.time_threshold / 100, options.memory_threshold / 100, options.energy_threshold / 100)
+    comparison = compared(old, new, thresholds)
+    print_comparison(comparison, _people(options))
+    rows = {row.name: {"change": row.change, "verdict": row.verdict} for row in comparison.rows}
+    _write(
+        options, json.dumps({"regressed": comparison.regressed, "rows": rows, "differences": comparison.differences}, indent=1)
+    )
+    return 1 if comparison.regressed else 0
+
+
+def _estimate(options: ProfileOptions) -> int:
+    target = get_target(str(options.target))
+    made: list[Estimate] = []
+    if options.model is not None:
+        model = get_model(options.model)
+        precision = options.precision or "fp16"
+        name, a, base, attention = model.name, model.architecture, base_precision(precision, None, target.name), "high"
+        shapes = options.shapes or (str(default_shape(model.name)),)
+    else:
+        manifest = load_bundle(Path(str(options.bundle)), verify=False).manifest
+        video, quantization = manifest.video, manifest.quantization
+        name, a, precision, base = manifest.model, manifest.architecture, manifest.precision, manifest.base
+        attention = quantization.attention if quantization else "high"
+        shapes = options.shapes or (f"{video.height}x{video.width}x{video.frames}",)
+    for text in shapes:
+        shape = shape_from_pixels(text, a)
+        made.append(estimated(name, a, precision, base, target, shape, options.steps, options.window, attention))
+    for estimate in made:
+        print_estimate(estimate, _people(options))
+    _write(options, json.dumps([estimate.model_dump() for estimate in made], indent=1))
+    return 0
+
+
+def _people(options: ProfileOptions) -> Console:
+    """Where the report goes."""
+    if options.json_file == "-":
+        return console
+    plain = Console(highlight=False)
+    return plain if plain.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def _write(options: ProfileOptions, text: str) -> None:
+    if options.json_file == "-":
+        sys.stdout.write(text + "\n")
+    elif options.json_file is not None:
+        write_whole(Path(options.json_file), text)
+        console.print(f"[green]wrote[/] [bold]{escape(options.json_file)}[/]")
+
+
+def _check_outputs(options: ProfileOptions) -> None:
+    """Refuse what could not be written, before minutes of measuring."""
+    for path in (options.html, None if options.json_file in (None, "-") else Path(str(options.json_file))):
+        if path is None:
+            continue
+        if path.exists() and not options.overwrite:
+            raise AnyFlowError(f"{path} exists. Choose another name, or replace it with --overwrite.")
+        if not path.parent.is_dir() or path.is_dir():
+            raise AnyFlowError(f"{path} cannot be written: {path.parent} is no folder, or it is one itself. Choose another name.")
+
+
+def main() -> None:
+    """Entry point."""
+    run("anyflow-profile", ProfileOptions, profile)

@@ -1,0 +1,48 @@
+"""What compiling an engine needs: a C++ compiler that works, with OpenMP. (`cpp.py` has what the C++ library needs.)"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Finding
+from anyflow_deploy.doctor.subprocess_probe import asked
+
+_SOURCE = """
+#include <omp.h>
+#include <vector>
+extern "C" int probe(int count) {
+    std::vector<int> ones(count, 1);
+    int sum = 0;
+#pragma omp parallel for reduction(+ : sum)
+    for (int i = 0; i < count; ++i) sum += ones[i];
+    return sum;
+}
+"""
+
+
+def compiler() -> Finding:
+    """A C++ compiler makes a library with OpenMP, as AOTInductor does, and the library runs."""
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    found = next((path for name in wanted if (path := shutil.which(name.split()[0]))), None)
+    install = "apt-get install g++ (with clang also libomp-dev)"
+    if found is None:
+        return Finding(MISSING, f"none of {', '.join(wanted)} is there", install)
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source.write_text(_SOURCE)
+        command = [found, "-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp", str(source), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=False)
+        if done.returncode:
+            lines = (
+                [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no reason given"]
+            )
+            return Finding(FAULT, f"{found} fails on a small OpenMP program: {lines[0][:200]}", install)
+        code = f"import ctypes\nfound['sum'] = ctypes.CDLL({str(library)!r}).probe(1000)"
+        answer = asked(code)
+    if answer.found.get("sum") != 1000:
+        return Finding(FAULT, f"what {found} makes does not run: {answer.error or 'a wrong sum'}", install)
+    return Finding(WORKS, f"{found}, C++17 and OpenMP")

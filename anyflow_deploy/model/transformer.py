@@ -1,0 +1,319 @@
+"""The flow-map transformer as one traceable module: `(z_t, t, r, text) -> z_r`.
+
+The same network as diffusers' AnyFlowTransformer3DModel, with the same parameter names, written for compilers:
+
+- the Euler step `z_r = z_t - (t - r)/1000 * u` is inside, so a runtime needs no arithmetic of its own;
+- modulation stays per frame and broadcasts, where diffusers expands it to every token (1.2 GB at 1.3B and 480p);
+- rotary is real float32 (see `rotary`), and no shape is baked in but the channels;
+- every linear layer works on rows of tokens, which ONNX expresses as one Gemm that reads the weight as stored.
+
+Precision is decided here and nowhere else: a parameter has the type it is stored and computed in. The large layers take
+`compute_type`; residual stream, norms, modulation, time path, patch embedding and output projection are float32.
+
+Attention and RMS norm exist in two forms that compute the same: `fused=True` calls torch's own operators, which become
+`Attention` and `RMSNormalization` in ONNX opset 23 and flash attention under a compiler; `fused=False` spells them out
+in operators that TensorRT 10.3 reads (opset 20).
+
+Legend: B batch, F latent frames, C latent channels, H W latent rows and columns, h w the same in patches, p patch side,
+S = h w tokens per frame, N = F S tokens, L text tokens, D channels of the residual stream, A heads, E channels of a head.
+Two letters side by side, as in (B N, D), are one dimension. Source: arXiv 2605.13724.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anyflow_deploy.model.rotary import Rotary, rotary_tables, rotated
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.schedule import TRAIN_TIMESTEPS
+
+Rotation = tuple[Tensor, Tensor]
+KeyValue = tuple[Tensor, Tensor]
+
+
+class Linear(nn.Linear):
+    """A linear layer that takes its input in any type and answers in its own.
+
+    Inputs are (rows, channels): two dimensions make one Gemm in ONNX, where three would need the weight transposed.
+    """
+
+    @property
+    def input_type(self) -> torch.dtype:
+        """What it turns its input into, and answers in."""
+        return self.weight.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.to(self.input_type), self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight` over all heads at once, as Wan was trained."""
+
+    def __init__(self, channels: int, eps: float, fused: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.eps = eps
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normed queries and keys; rotary where a rotation is given."""
+
+    def __init__(self, a: Architecture, compute_type: torch.dtype, fused: bool) -> None:
+        super().__init__()
+        d = a.inner_dim
+        self.heads = a.num_attention_heads
+        self.scale = 1.0 / math.sqrt(a.attention_head_dim)
+        self.fused = fused
+        self.to_q = Linear(d, d, dtype=compute_type)
+        self.to_k = Linear(d, d, dtype=compute_type)
+        self.to_v = Linear(d, d, dtype=compute_type)
+        self.to_out = nn.ModuleList([Linear(d, d, dtype=compute_type)])
+        self.norm_q = RMSNorm(d, a.eps, fused)
+        self.norm_k = RMSNorm(d, a.eps, fused)
+
+    def forward(self, x: Tensor, memory: KeyValue, batch: int, rotation: Rotation | None = None) -> Tensor:
+        """Queries from `x` (B N, D) on what `key_value` made; float32 (B N, D)."""
+        query = self._heads(self.norm_q(self.to_q(x).float()), batch)
+        if rotation is not None:
+            query = rotated(query, *rotation)
+        mixed = self._attend(query, *memory)
+        return cast(Tensor, self.to_out[0](mixed.flatten(2).flatten(0, 1))).float()
+
+    def key_value(self, context: Tensor, batch: int, rotation: Rotation | None = None) -> KeyValue:
+        """Keys (rotated already, so that they can be cached) and values of `context` (B M, D): (B, M, A, E) each."""
+        context = context.to(self.to_k.input_type)
+        value = self._heads(self.to_v(context), batch)
+        key = self._heads(self.norm_k(self.to_k(context).float()), batch)
+        if rotation is not None:
+            key = rotated(key, *rotation)
+        return key.to(value.dtype), value
+
+    def _heads(self, x: Tensor, batch: int) -> Tensor:
+        """(B N, D) to (B, N, A, E)."""
+        return x.view(batch, x.shape[0] // batch, self.heads, -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Softmax attention over (B, N, A, E), in the type of `value`.
+
+        The scale goes onto the queries in float32: scores in fp16 would come close to its largest number otherwise.
+        """
+        query = (query * self.scale).to(value.dtype)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        else:
+            mixed = torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value
+        return mixed.transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh form), linear; named as diffusers' FeedForward."""
+
+    def __init__(self, channels: int, hidden: int, compute_type: torch.dtype) -> None:
+        super().__init__()
+        first = nn.Module()
+        first.add_module("proj", Linear(channels, hidden, dtype=compute_type))
+        self.net = nn.ModuleList([first, nn.Identity(), Linear(hidden, channels, dtype=compute_type)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        proj = cast(Linear, self.net[0].get_submodule("proj"))
+        hidden = F.gelu(proj(x), approximate="tanh")
+        return cast(Tensor, self.net[2](hidden)).float()
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text and feed-forward, modulated by the time embedding of each frame."""
+
+    def __init__(self, a: Architecture, compute_type: torch.dtype, fused: bool) -> None:
+        super().__init__()
+        d = a.inner_dim
+        self.eps = a.eps
+        self.attn1 = Attention(a, compute_type, fused)
+        self.attn2 = Attention(a, compute_type, fused)
+        self.norm2 = nn.LayerNorm(d, a.eps) if a.cross_attn_norm else nn.Identity()
+        self.ffn = FeedForward(d, a.ffn_dim, compute_type)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, d))
+
+    def forward(
+        self, x: Tensor, words: KeyValue, modulation: Tensor, rotation: Rotation, ones: Tensor, past: KeyValue | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """One layer.
+
+        Args:
+            x: float32 (B, F, S, D).
+            words: keys and values of the text, (B, L, A, E).
+            modulation: float32 (B, F, 6, D).
+            rotation: of the tokens of `x`.
+            ones: float32 (D), see `modulated`.
+            past: keys and values of earlier chunks, which come before the own ones.
+
+        Returns:
+            float32 (B, F, S, D), and the own keys and values.
+        """
+        batch = x.shape[0]
+        parts = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
+        h = modulated(x, shift, scale, ones, self.eps).flatten(0, 2).to(self.attn1.to_q.input_type)
+        own = self.attn1.key_value(h, batch, rotation)
+        memory = own if past is None else (torch.cat((past[0], own[0]), 1), torch.cat((past[1], own[1]), 1))
+        x = x + self.attn1(h, memory, batch, rotation).view(x.shape) * gate
+        x = x + self.attn2(self.norm2(x).flatten(0, 2), words, batch).view(x.shape)
+        h = modulated(x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
+        return cast(Tensor, x + self.ffn(h).view(x.shape) * ffn_gate), own
+
+    def key_value(self, x: Tensor, modulation: Tensor, rotation: Rotation, ones: Tensor) -> KeyValue:
+        """The own keys and values alone: what the last layer is asked for when only the cache is wanted."""
+        shift, scale = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)[:2]
+        h = modulated(x, shift, scale, ones, self.eps).flatten(0, 2)
+        return self.attn1.key_value(h, x.shape[0], rotation)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, ones: Tensor, eps: float) -> Tensor:
+    """Layer norm, then scale and shift by the time: `x` (B, F, S, D), shift and scale (B, F, 1, D).
+
+    The norm has no weights of its own, but ONNX wants some: `ones` (D) is one constant for all.
+    """
+    return F.layer_norm(x, ones.shape, ones, eps=eps) * (1 + scale) + shift
+
+
+class TwoLayers(nn.Module):
+    """Linear, activation, linear: the shape of diffusers' time and text embedders."""
+
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear_1 = Linear(inputs, outputs, dtype=dtype)
+        self.linear_2 = Linear(outputs, outputs, dtype=dtype)
+
+
+class ConditionEmbedder(nn.Module):
+    """Embeds the two times of every frame, and the text."""
+
+    def __init__(self, a: Architecture, compute_type: torch.dtype) -> None:
+        super().__init__()
+        d = a.inner_dim
+        self.gate = a.gate_value
+        self.difference = a.deltatime_type == "t-r"
+        self.time_embedder = TwoLayers(a.freq_dim, d, torch.float32)
+        self.delta_embedder = TwoLayers(a.freq_dim, d, torch.float32)
+        self.time_proj = Linear(d, 6 * d)
+        self.text_embedder = TwoLayers(a.text_dim, d, compute_type)
+        self.register_buffer("frequencies", torch.empty(a.freq_dim // 2), persistent=False)
+
+    def times(self, t: Tensor, r: Tensor) -> Tensor:
+        """`(1 - g) emb(t) + g emb_delta(r)`: float32 (rows) twice to (rows, D)."""
+        first = self._embedded(self.time_embedder, t)
+        second = self._embedded(self.delta_embedder, t - r if self.difference else r)
+        return (1.0 - self.gate) * first + self.gate * second
+
+    def _embedded(self, layers: TwoLayers, time: Tensor) -> Tensor:
+        angles = time.unsqueeze(-1) * self.get_buffer("frequencies")
+        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        return cast(Tensor, layers.linear_2(F.silu(layers.linear_1(waves))))
+
+    def text(self, text: Tensor) -> Tensor:
+        """Prompt embeddings (B L, text_dim) to (B L, D), in the compute type."""
+        hidden = F.gelu(self.text_embedder.linear_1(text), approximate="tanh")
+        return cast(Tensor, self.text_embedder.linear_2(hidden))
+
+
+class FlowMapTransformer(nn.Module):
+    """The transition of a flow map.
+
+    Args:
+        a: the architecture.
+        compute_type: type of the large layers' weights and products.
+        fused: see the module's text.
+
+    Build it under `torch.device("meta")` or a fake mode, or load parameters (diffusers' names) and `constants`.
+    """
+
+    def __init__(self, a: Architecture, compute_type: torch.dtype = torch.float32, fused: bool = True) -> None:
+        super().__init__()
+        d = a.inner_dim
+        self.patch = a.patch_size[1]
+        self.eps = a.eps
+        self.rope = Rotary(a)
+        self.patch_embedding = nn.Conv3d(a.in_channels, d, a.patch_size, a.patch_size)
+        self.condition_embedder = ConditionEmbedder(a, compute_type)
+        self.blocks = nn.ModuleList(Block(a, compute_type, fused) for _ in range(a.num_layers))
+        self.proj_out = Linear(d, a.out_channels * math.prod(a.patch_size))
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, d))
+        self.register_buffer("ones", torch.empty(d), persistent=False)
+
+    def forward(self, latents: Tensor, t: Tensor, r: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """One transition. Everything float32 at the border.
+
+        Args:
+            latents: z_t, (B, F, C, H, W).
+            t, r: source and target time of every frame, (B, F), in timesteps 0 to 1000.
+            text: prompt embeddings, (B, L, text_dim), padded as in training (Wan: 512 tokens, zeros behind the prompt).
+
+        Returns:
+            z_r (B, F, C, H, W), and the average velocity u from t to r that led there, of the same shape.
+        """
+        _, frames, _, height, width = latents.shape
+        rotation = self.rope(frames, height // self.patch, width // self.patch)
+        z_r, velocity, _ = self.transition(latents, t, r, self.words(text), rotation)
+        return z_r, velocity
+
+    def transition(
+        self, latents: Tensor, t: Tensor, r: Tensor, words: Iterable[KeyValue], rotation: Rotation, past: Sequence[KeyValue] = ()
+    ) -> tuple[Tensor, Tensor, list[KeyValue]]:
+        """`forward`, given the tokens' rotation and, layer by layer, the text's keys and values and what came before.
+
+        Also returns the own keys and values.
+        """
+        batch, frames, _, height, width = latents.shape
+        x = self.tokens(self.patch_embedding, latents)
+        times, modulation = self.conditions(t, r)
+        ones = self.get_buffer("ones")
+        present = []
+        for index, (block, text) in enumerate(zip(self.blocks, words, strict=True)):
+            x, own = block(x, text, modulation, rotation, ones, past[index] if past else None)
+            present.append(own)
+        shift, scale = (self.scale_shift_table + times.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
+        x = modulated(x, shift, scale, ones, self.eps)
+        grid = (height // self.patch, width // self.patch)
+        velocity = self._image(self.proj_out(x.flatten(0, 2)).view(batch, frames, *grid, -1))
+        interval = ((t - r) / TRAIN_TIMESTEPS)[:, :, None, None, None]
+        return latents - interval * velocity, velocity, present
+
+    def tokens(self, embedding: nn.Module, latents: Tensor) -> Tensor:
+        """Latents (B, F, C, H, W) to tokens (B, F, S, D)."""
+        x = embedding(latents.flatten(0, 1).unsqueeze(2))
+        return cast(Tensor, x.flatten(2).transpose(1, 2).unflatten(0, latents.shape[:2]))
+
+    def conditions(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Time embedding (B F, D), and the modulation made of it (B, F, 6, D)."""
+        times = self.condition_embedder.times(t.flatten(), r.flatten())
+        return times, self.condition_embedder.time_proj(F.silu(times)).view(*t.shape, 6, -1)
+
+    def words(self, text: Tensor) -> Iterator[KeyValue]:
+        """Keys and values (B, L, A, E) of the text (B, L, text_dim) in each layer, made when the layer is reached."""
+        embedded = self.condition_embedder.text(text.flatten(0, 1))
+        return (cast(Block, block).attn2.key_value(embedded, text.shape[0]) for block in self.blocks)
+
+    def _image(self, x: Tensor) -> Tensor:
+        """Patches (B, F, h, w, p p C) back to (B, F, C, H, W)."""
+        x = x.view(*x.shape[:-1], self.patch, self.patch, -1)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+
+def constants(a: Architecture) -> dict[str, Tensor]:
+    """The tensors of `FlowMapTransformer` that are computed, not learned, by their names in it."""
+    half = a.freq_dim // 2
+    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
+    tables = {f"rope.{name}": table for name, table in rotary_tables(a).items()}
+    return {**tables, "condition_embedder.frequencies": frequencies, "ones": torch.ones(a.inner_dim)}

@@ -1,0 +1,158 @@
+"""An engine where diffusers expects its transformer.
+
+    pipe = AnyFlowPipeline.from_pretrained("checkpoint", transformer=None)
+    pipe.transformer = EngineTransformer(load_engine("bundle"))
+    video = pipe("a red fox in the snow", num_inference_steps=4).frames[0]
+
+diffusers' pipeline keeps its own loop, scheduler, callbacks and guidance and asks the transformer for velocities; the
+engine's graph gives the velocity beside z_r, so nothing is computed back from a difference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from anyflow_deploy.engines.engine import BundleEngine, Stream
+from anyflow_deploy.engines.kv_cache import cache_plan
+from anyflow_deploy.errors import AnyFlowError
+
+
+class EngineTransformer(nn.Module):
+    """Looks like `AnyFlowTransformer3DModel` to a pipeline and runs on an engine.
+
+    It has no parameters: moving or casting it does nothing, LoRA cannot be loaded into it, and its results come back on
+    the device and in the type of `hidden_states`.
+
+    Args:
+        engine: from `load_engine`.
+    """
+
+    def __init__(self, engine: BundleEngine) -> None:
+        super().__init__()
+        self.engine = engine
+        self.config = FrozenDict(engine.bundle.manifest.architecture.as_config())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type pipelines give their latents: float32, whatever the engine's precision."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where pipelines keep their latents."""
+        return torch.device("cpu")
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        r_timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The average velocity, with diffusers' arguments.
+
+        diffusers' pipeline sets t of conditioning frames to 0 and leaves their r at the step's target; a flow map is
+        defined for r <= t, so r is limited by t here. Those frames' velocity is not used.
+
+        Args:
+            hidden_states: z_t, (B, F, C, H, W).
+            timestep, r_timestep: (B, F), 0 to 1000.
+            encoder_hidden_states: prompt embeddings (B, L, D).
+            encoder_hidden_states_image, attention_kwargs: must be empty.
+
+        Raises:
+            AnyFlowError: an argument the exported graph has no input for.
+            ShapeError: shapes outside the bundle's ranges.
+        """
+        if encoder_hidden_states_image is not None or attention_kwargs:
+            raise AnyFlowError("an engine takes no image embeddings and no attention_kwargs (LoRA): export a merged model.")
+        latents, text = _array(hidden_states), _array(encoder_hidden_states)
+        source = _array(timestep)
+        with self.engine.start(latents, text) as run:
+            velocity = run.velocity(source, np.minimum(_array(r_timestep), source))
+        output = torch.from_numpy(velocity).to(hidden_states)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+class EngineFARTransformer(EngineTransformer):
+    """Looks like `AnyFlowFARTransformer3DModel` to diffusers' `AnyFlowFARPipeline` and runs on a causal engine.
+
+        pipe = AnyFlowFARPipeline.from_pretrained("checkpoint", transformer=None)
+        pipe.transformer = EngineFARTransformer(load_engine("bundle"))
+
+    The pipeline allocates a cache of its own and never looks into it; ours travels along inside that dictionary, one
+    stream a batch item, and ends with it. Results differ from diffusers' own class where the tokens of a step are not a
+    multiple of 128: there diffusers attends to padding, and is wrong (see docs/streaming.md).
+    """
+
+    def build_attention_mask(self, **_: Any) -> None:
+        """No mask is needed."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        r_timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        chunk_partition: list[int],
+        kv_cache: dict[Any, Any] | None = None,
+        kv_cache_flag: dict[str, Any] | None = None,
+        attention_mask: None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+        return_dict: bool = False,
+    ) -> tuple[Tensor | None, dict[Any, Any]]:
+        """Denoise one chunk, or enter it into the cache; diffusers' arguments.
+
+        Args:
+            hidden_states: z_t of the chunk (B, F, C, H, W); for a cache step, all latents made so far.
+            timestep, r_timestep: (B, F).
+            encoder_hidden_states: prompt embeddings (B, L, D).
+            chunk_partition: latent frames of every chunk up to this one.
+            kv_cache, kv_cache_flag: of the pipeline.
+
+        Raises:
+            AnyFlowError: `use_kv_cache=False`, attention_kwargs, or shapes outside the bundle's ranges.
+        """
+        if kv_cache is None or kv_cache_flag is None:
+            raise AnyFlowError("a causal engine always caches; leave use_kv_cache=True.")
+        if attention_kwargs:
+            raise AnyFlowError("an engine takes no attention_kwargs (LoRA): export a merged model.")
+        later = [1] if kv_cache_flag["is_cache_step"] else []  # what is remembered is for a chunk that is not named yet
+        streams = self._streams(kv_cache, encoder_hidden_states, [*chunk_partition, *later], hidden_states.shape[3:])
+        latents = _array(hidden_states[:, -chunk_partition[-1] :])
+        if kv_cache_flag["is_cache_step"]:
+            for stream, item in zip(streams, latents, strict=True):
+                stream.remember(np.ascontiguousarray(item[None]))
+            return None, kv_cache
+        source = _array(timestep)
+        target = np.minimum(_array(r_timestep), source)
+        velocities = []
+        for index, stream in enumerate(streams):
+            with stream.start(np.ascontiguousarray(latents[index : index + 1])) as run:
+                velocities.append(run.velocity(source[index : index + 1], target[index : index + 1]))
+        return torch.from_numpy(np.concatenate(velocities)).to(hidden_states), kv_cache
+
+    def _streams(self, kv_cache: dict[Any, Any], text: Tensor, chunks: list[int], size: torch.Size) -> list[Stream]:
+        """The streams of a pipeline call, opened at its first step; they learn of later chunks as these come."""
+        height, width = size
+        plan = cache_plan(self.engine.architecture, chunks, height, width, text_tokens=text.shape[1])
+        if "engine_streams" not in kv_cache:
+            words = _array(text)
+            kv_cache["engine_streams"] = [self.engine.open_stream(words[i : i + 1], plan) for i in range(len(words))]
+        streams: list[Stream] = kv_cache["engine_streams"]
+        for stream in streams:
+            stream.extend(plan)
+        return streams
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().to("cpu", torch.float32).numpy()

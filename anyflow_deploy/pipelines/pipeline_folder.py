@@ -1,0 +1,44 @@
+"""Where the text encoder and the VAE of a bundle's model are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anyflow_deploy.bundle.manifest import Manifest
+from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
+from anyflow_deploy.errors import CheckpointError
+
+_ADVICE = "Give --pipeline DIR, a diffusers pipeline on this machine."
+_OTHERWISE = ", or avoid the text encoder with --prompt-embeds FILE and the VAE with --output latents.safetensors"
+
+
+def pipeline_of(manifest: Manifest, given: str | None, parts: list[str], otherwise: str = _OTHERWISE) -> Path:
+    """The pipeline folder that belongs to a bundle.
+
+    Args:
+        manifest: says where the weights came from.
+        given: a folder or Hub id to use instead.
+        parts: subfolders that are needed, such as "vae".
+        otherwise: how to do without, for the message.
+
+    Raises:
+        CheckpointError: no pipeline is known, or it lacks a part.
+    """
+    folder = _found(manifest, given)
+    missing = [part for part in parts if folder is None or not (folder / part).is_dir()]
+    if folder is None or missing:
+        raise CheckpointError(
+            f"this needs {' and '.join(parts)} of the model's pipeline, and {folder or manifest.source.location} has "
+            f"{'none' if folder is None else 'no ' + ', '.join(missing)}. Give --pipeline DIR (a diffusers pipeline){otherwise}."
+        )
+    return folder
+
+
+def _found(manifest: Manifest, given: str | None) -> Path | None:
+    if given is not None:
+        path = Path(given)
+        return path if path.is_dir() else download(given, None, PIPELINE_FILES, _ADVICE)
+    if manifest.source.kind == "hub":
+        return download(manifest.source.location, manifest.source.revision, PIPELINE_FILES, _ADVICE)
+    return pipeline_folder(Path(manifest.source.location)) if manifest.source.kind == "folder" else None

@@ -1,0 +1,148 @@
+"""The clock, the warm-up and the rounds.
+
+Everything is timed by `time.perf_counter` (monotonic, with the best resolution there is) around work that has finished when it
+returns: engines wait for their device. Python's garbage collector rests meanwhile, as in `timeit`.
+
+Warm-up ends when the last few transitions take as long as the few before them: first runs allocate, autotune, capture CUDA
+graphs and raise clocks. Then the cases run in turn, round after round, so that whatever drifts (heat, a neighbour's work)
+meets all of them alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from anyflow_deploy.profiling.record import Method, Warmup
+from anyflow_deploy.profiling.summary_statistics import is_steady
+from anyflow_deploy.progress import Report
+
+WINDOW, TOLERANCE = 4, 0.05
+"""Warm-up: so many transitions, against so many before them, and how far apart their medians may be."""
+
+WARM_UP_SHARE = 0.5
+"""Of the budget that warm-up may take on top before it is given up as unsteady. (Two runs are always made.)"""
+
+LEAST_ROUNDS, MOST_ROUNDS = 3, 200
+
+clock = time.perf_counter
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How long to measure.
+
+    Attributes:
+        seconds: budget of the measured rounds of one shape.
+        rounds: exactly so many; None for as many as the budget holds, within `LEAST_ROUNDS` and `MOST_ROUNDS`.
+    """
+
+    seconds: float = 20.0
+    rounds: int | None = None
+
+    def rounds_for(self, one_round: float) -> int:
+        """How many rounds to make, when one takes so many seconds."""
+        if self.rounds is not None:
+            return self.rounds
+        return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(self.seconds / max(one_round, 1e-9))))
+
+
+@dataclass
+class Taken:
+    """What the rounds gave.
+
+    Attributes:
+        spans: (begin, end) of every run of each case, by the clock.
+    """
+
+    spans: dict[Any, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def seconds(self, case: Any) -> list[float]:
+        """Durations of a case, in order."""
+        return [end - begin for begin, end in self.spans[case]]
+
+
+def warmed_up(run: Callable[[], None], transitions: list[float], rules: Rules) -> Warmup:
+    """Run until it is steady.
+
+    Args:
+        run: one run; adds its transitions' seconds to `transitions`.
+        transitions: emptied when this returns.
+        rules: the budget.
+    """
+    started, runs = clock(), 0
+    while True:
+        run()
+        runs += 1
+        steady, spent = is_steady(transitions, WINDOW, TOLERANCE), clock() - started
+        if steady or (runs >= 2 and spent > WARM_UP_SHARE * rules.seconds):
+            break
+    transitions.clear()
+    return Warmup(runs=runs, seconds=spent, steady=steady)
+
+
+def measured(cases: Mapping[Any, Callable[[], None]], rules: Rules, report: Report, name: str) -> Taken:
+    """Run all cases in turn, round after round.
+
+    Args:
+        cases: what to run, by a key; each has run before.
+        rules: how long.
+        report, name: for the progress bar.
+    """
+    taken = Taken({case: [] for case in cases})
+    with no_garbage_collection():
+        began = clock()
+        _round(cases, taken)
+        rounds = rules.rounds_for(clock() - began)
+        with report.stage(name, rounds) as advance:
+            advance(1)
+            for _ in range(rounds - 1):
+                _round(cases, taken)
+                advance(1)
+    return taken
+
+
+def _round(cases: Mapping[Any, Callable[[], None]], taken: Taken) -> None:
+    for case, run in cases.items():
+        begin = clock()
+        run()
+        taken.spans[case].append((begin, clock()))
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """As `timeit`: collected once before, and not during."""
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def method(rules: Rules, sample_interval: float) -> Method:
+    """The rules in words, for the record."""
+    info = time.get_clock_info("perf_counter")
+    readings = [clock() for _ in range(1001)]
+    step = statistics.median(b - a for a, b in itertools.pairwise(readings))
+    facts = {"name": "time.perf_counter", "implementation": info.implementation, "resolution_seconds": info.resolution}
+    limit = f"{rules.rounds} rounds" if rules.rounds else f"as many as {rules.seconds:g} s hold, {LEAST_ROUNDS} to {MOST_ROUNDS}"
+    return Method(
+        clock={**facts, "monotonic": info.monotonic, "reading_seconds": step},
+        warm_up=f"until the medians of the last {WINDOW} transitions and of the {WINDOW} before are within {100 * TOLERANCE:g} "
+        f"%, for at most {100 * WARM_UP_SHARE:g} % of the budget and two runs at least",
+        rounds=f"all numbers of steps in turn within a round; {limit}; garbage collection off; clocks and power are read by a "
+        f"thread every {sample_interval:g} s",
+        outliers="none removed; counted where above the third quartile by three interquartile ranges",
+        percentiles="linear between order statistics; the interval of the median is that of order statistics at 95 %",
+        synchronization="every transition has finished on its device before the clock is read",
+        seconds=rules.seconds,
+    )

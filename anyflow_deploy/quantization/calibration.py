@@ -1,0 +1,76 @@
+"""`calibration.json`: how large the inputs of every quantized layer become, over any step.
+
+Ranges are measured once (`anyflow-calibrate`, on a GPU where one is at hand) and used wherever the same weights are
+exported; the fingerprint of the weights is stored, and a calibration of other weights is refused. See
+docs/quantization.md for the format in prose.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from anyflow_deploy.bundle.json_records import load_record
+
+CALIBRATION = "calibration.json"
+CALIBRATION_SCHEMA = 1
+
+_Amax = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TensorRange(_Record):
+    """The largest absolute values a tensor took.
+
+    Attributes:
+        amax: over everything.
+        channels: over each input channel, for SmoothQuant; None where it is not needed (attention).
+    """
+
+    amax: _Amax
+    channels: list[_Amax] | None = None
+
+
+class Calibration(_Record):
+    """The whole file.
+
+    Attributes:
+        config: `config.json` of the architecture.
+        weights: fingerprint of the weights, see `export.weights.fingerprint`.
+        prompts, steps, seeds, shift, shapes: the rollouts that were run: latents (B, F, C, H, W) each.
+        sweeps: timesteps of further rollouts, which visit times that uniform schedules jump over.
+        text: "encoder" when the prompts went through the model's own text encoder, "random" when there was none and
+            seeded standard-normal embeddings stood in.
+        tools: name -> version.
+        tensors: ranges by name: `blocks.0.attn1.to_q.input` is the input of a linear layer;
+            `blocks.0.attn1.query`, `.key`, `.value` and `.probabilities` are the operands of the two attention products.
+    """
+
+    schema_version: int = Field(default=CALIBRATION_SCHEMA, alias="schema")
+    config: dict[str, Any]
+    weights: str
+    prompts: list[str]
+    steps: list[int]
+    seeds: list[int]
+    shift: float
+    shapes: list[list[int]]
+    sweeps: list[list[float]] = []
+    text: Literal["encoder", "random"] = "encoder"
+    tools: dict[str, str]
+    tensors: dict[str, TensorRange]
+
+
+def load_calibration(path: Path) -> Calibration:
+    """Read a `calibration.json`.
+
+    Raises:
+        AnyFlowError: not there, not such a file, of another schema, or with ranges that are infinite or not numbers.
+    """
+    return load_record(path, Calibration, CALIBRATION_SCHEMA, f"anyflow-calibrate --model … --output {path}")

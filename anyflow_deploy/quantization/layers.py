@@ -1,0 +1,133 @@
+"""Which layers 8-bit precisions touch, and with what scale: the rules that PyTorch and the ONNX pass share.
+
+Candidates are the large matrix products of the blocks: queries, keys, values and outputs of both attentions, and the two
+layers of the feed-forward. Everything else is small and matters much (times, text embedding, patches, output). A
+candidate stays high where 8-bit kernels do not fit it, or where calibration saw nothing but zeros.
+
+This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from anyflow_deploy.errors import AnyFlowError, suggestion
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.quantization.calibration import Calibration, TensorRange
+
+ALIGNMENT = 16
+"""Inputs and outputs of a layer have to be multiples of this for the 8-bit kernels of TensorRT and cuBLAS."""
+
+OPERANDS = ("query", "key", "value", "probabilities")
+"""What the two products of an attention multiply; calibrated by these names behind `blocks.N.attn1.`"""
+
+GROUPS = (
+    ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    ("attn1.to_out.0",),
+    ("attn2.to_q",),
+    ("attn2.to_k", "attn2.to_v"),
+    ("attn2.to_out.0",),
+    ("ffn.net.0.proj",),
+    ("ffn.net.2",),
+)
+"""The candidates of a block in the network's order; those in one group read the same tensor, and share its scale."""
+
+
+TEXT = "text"
+"""The text's keys and values read one tensor in all layers."""
+
+
+def candidates(a: Architecture) -> dict[str, tuple[int, int]]:
+    """Layer name -> (inputs, outputs), in the order of the network."""
+    shapes = {"ffn.net.0.proj": (a.inner_dim, a.ffn_dim), "ffn.net.2": (a.ffn_dim, a.inner_dim)}
+    names = [name for group in GROUPS for name in group]
+    return {f"blocks.{n}.{name}": shapes.get(name, (a.inner_dim, a.inner_dim)) for n in range(a.num_layers) for name in names}
+
+
+def split_layer(layer: str) -> tuple[str, str]:
+    """`blocks.0.attn1.to_q` as `blocks.0` and `attn1.to_q`."""
+    parts = layer.split(".")
+    return ".".join(parts[:2]), ".".join(parts[2:])
+
+
+def group_of(layer: str) -> list[str]:
+    """The layers that read the same tensor as this one, itself included."""
+    block, name = split_layer(layer)
+    return [f"{block}.{other}" for other in next(group for group in GROUPS if name in group)]
+
+
+def shared_input(layer: str) -> str:
+    """What the input of a layer is called in a bundle: after the first layer that reads it. The text is one for all layers."""
+    first = group_of(layer)[0]
+    return TEXT if first.endswith(".attn2.to_k") else f"{first}.input"
+
+
+def input_amax(calibration: Calibration, layer: str) -> float:
+    """The range that a layer's input is quantized with: the largest of its group.
+
+    Raises:
+        AnyFlowError: the calibration does not know the layer.
+    """
+    return max(_known(calibration, f"{name}.input").amax for name in group_of(layer))
+
+
+def input_channels(calibration: Calibration, layer: str) -> list[float]:
+    """The same for each input channel."""
+    found = [_known(calibration, f"{name}.input").channels or [] for name in group_of(layer)]
+    return [max(values) for values in zip(*found, strict=True)]
+
+
+def _known(calibration: Calibration, tensor: str) -> TensorRange:
+    if tensor not in calibration.tensors:
+        raise AnyFlowError(f"the calibration has no range of {tensor}. Calibrate this model: anyflow-calibrate.")
+    return calibration.tensors[tensor]
+
+
+def operand_amax(calibration: Calibration, attention: str) -> dict[str, float]:
+    """The range of each operand of the two products of an attention (`blocks.0.attn1`), by name."""
+    return {name: _known(calibration, name).amax for name in (f"{attention}.{operand}" for operand in OPERANDS)}
+
+
+def attentions_staying_high(a: Architecture, calibration: Calibration) -> dict[str, str]:
+    """Attentions (`blocks.0.attn1`) whose products cannot be quantized -> the reason, in words."""
+    found = {}
+    for name in (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")):
+        if a.attention_head_dim % ALIGNMENT:
+            found[name] = f"heads of {a.attention_head_dim} channels: not a multiple of {ALIGNMENT}"
+        elif silent := [operand for operand, amax in operand_amax(calibration, name).items() if amax == 0]:
+            found[name] = f"{silent[0].rpartition('.')[2]} was zero throughout calibration"
+    return found
+
+
+def quantized_attentions(a: Architecture, calibration: Calibration) -> list[str]:
+    """The others."""
+    high = attentions_staying_high(a, calibration)
+    names = (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2"))
+    return [name for name in names if name not in high]
+
+
+def staying_high(a: Architecture, calibration: Calibration) -> dict[str, str]:
+    """Candidates that cannot be quantized -> the reason, in words."""
+    found = {}
+    for layer, (inputs, outputs) in candidates(a).items():
+        if inputs % ALIGNMENT or outputs % ALIGNMENT:
+            found[layer] = f"{inputs} to {outputs} channels: not multiples of {ALIGNMENT}"
+        elif input_amax(calibration, layer) == 0:
+            found[layer] = "its input was zero throughout calibration"
+    return found
+
+
+def checked_layers(a: Architecture, names: Iterable[str]) -> tuple[str, ...]:
+    """Names of candidates, as given.
+
+    Raises:
+        AnyFlowError: one that is none, with the nearest that is.
+    """
+    allowed, given = candidates(a), tuple(names)
+    for name in given:
+        if name not in allowed:
+            raise AnyFlowError(
+                f"{name!r} is no layer that is quantized; those are blocks.N. attn1 and attn2 to_q, to_k, to_v, to_out.0, "
+                f"ffn.net.0.proj, ffn.net.2.{suggestion(name, allowed)}"
+            )
+    return given

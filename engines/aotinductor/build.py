@@ -1,0 +1,115 @@
+"""Building for AOTInductor: one `.pt2` package for each graph of a bundle.
+
+The network is rebuilt from the bundle (`export/program.py`), recorded with every declared axis symbolic, and compiled for
+this device. The weights stay in the bundle, where all packages read them: a package is native code, a few MB whatever the
+model, and a chunk and its compression share one copy in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.manifest import AxisRange
+from anyflow_deploy.engines.build import BuildSettings, Built
+from anyflow_deploy.engines.engine_folder import EngineWriter, ranges_of
+from anyflow_deploy.engines.torch_common.compat import check_packages_open, find_cpp_compiler
+from anyflow_deploy.engines.torch_common.device import device_here, imported_torch, torch_device, versions_here
+from anyflow_deploy.errors import BackendError
+from anyflow_deploy.progress import Report
+from anyflow_deploy.shape_ranges import Range
+
+_FP8_CAPABILITY = (8, 9)
+"""Ada. Hopper is 9.0."""
+
+_INT8_ROWS = 17
+"""cuBLAS takes no integer product of fewer rows."""
+
+
+@dataclass(frozen=True)
+class AotInductorSettings(BuildSettings):
+    """See `BuildSettings`.
+
+    Attributes:
+        max_autotune: time several kernels for each product and keep the fastest; builds take many times as long.
+    """
+
+    max_autotune: bool = False
+
+    def check(self, bundle: Bundle) -> None:
+        """See `BuildSettings`."""
+        super().check(bundle)
+        torch = imported_torch(self.provider, self.device)
+        check_precision(torch, bundle, self.provider, self.device)
+        check_exporter()
+        find_cpp_compiler()
+
+    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> Built:
+        """See `BuildSettings`."""
+        from anyflow_deploy.engines.aotinductor.compiler import compiled, counted
+
+        torch = imported_torch(self.provider, self.device)
+        device = torch_device(self.provider, self.device)
+        achieved: dict[str, Any] = {}
+        compiled(bundle, device, writer, self.max_autotune, report)
+        for graph in bundle.manifest.graphs:
+            achieved[graph] = counted(bundle, graph, writer.folder / f"{graph}.pt2")
+        with report.stage("opening what was compiled"):
+            index = self.device if self.provider == "cuda" else -1
+            check_packages_open([writer.folder / f"{graph}.pt2" for graph in bundle.manifest.graphs], index)
+        return Built(
+            device_here(torch, self.provider, self.device),
+            versions_here(torch, self.provider),
+            _ranges(bundle, self.provider),
+            achieved=achieved,
+        )
+
+
+def check_precision(torch: Any, bundle: Bundle, provider: str, index: int) -> None:
+    """Refuse what the device cannot multiply.
+
+    Raises:
+        BackendError: with what to do instead.
+    """
+    manifest = bundle.manifest
+    if manifest.quantization is not None and manifest.quantization.attention == "fp8":
+        raise BackendError(
+            f"{bundle.path} has attention in fp8, and torch's fused attention takes 16 bits and more. "
+            "Export with --attention high, or use backend tensorrt or onnxruntime."
+        )
+    if provider == "cuda" and manifest.precision == "fp8":
+        capability = torch.cuda.get_device_capability(index)
+        if capability < _FP8_CAPABILITY:
+            raise BackendError(
+                f"{bundle.path} is fp8, and {torch.cuda.get_device_name(index)} (compute capability "
+                f"{capability[0]}.{capability[1]}) has no FP8 products: those begin with 8.9 (Ada, Hopper). Export int8 or bf16."
+            )
+
+
+def check_exporter() -> None:
+    """The network is rebuilt by the exporter's modules.
+
+    Raises:
+        BackendError: they are not installed.
+    """
+    try:
+        import anyflow_deploy.export.trace  # noqa: F401
+    except ImportError as error:
+        raise BackendError(f"building needs the exporter ({error}). Run: pip install 'anyflow-deploy[export]'") from None
+
+
+def _ranges(bundle: Bundle, provider: str) -> dict[str, AxisRange]:
+    if bundle.manifest.precision != "int8" or provider != "cuda":
+        return ranges_of(bundle)
+    given, patch = bundle.manifest.shape_ranges, bundle.manifest.architecture.patch_size[1]
+    narrower = {"text": _above(given.text, _INT8_ROWS)}
+    side = (bundle.manifest.architecture.compressed_patch_size or (1, patch))[1]
+    narrower |= {axis: _above(getattr(given, axis), 5 * side) for axis in ("height", "width")}
+    return ranges_of(bundle, **narrower)
+
+
+def _above(given: Range, least: int) -> Range:
+    """A range from `least` on, in its own multiples."""
+    low = max(given.minimum, -(-least // given.multiple) * given.multiple)
+    return Range(low, given.maximum, given.multiple)

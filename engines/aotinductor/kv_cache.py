@@ -1,0 +1,86 @@
+"""The causal cache for compiled torch graphs: one buffer per layer for keys and one for values, made once.
+
+Graphs read the piece from the start, without a copy, and a finished chunk's own keys and values are written right behind
+it. The text's are made once, when the stream opens. Everything stays on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from anyflow_deploy.engines.aotinductor.compiled_graph import CompiledGraph
+from anyflow_deploy.engines.aotinductor.run import AotInductorRun, exact_float32
+from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.engines.kv_cache import CachePlan
+from anyflow_deploy.engines.streaming import Positions, memory_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class AotInductorCache:
+    """See `streaming.Cache`.
+
+    Args:
+        torch: the module.
+        graphs: `text`, `chunk` and `compress`.
+        device: torch's name of it.
+        text: prompt embeddings, float32 (1, L, D).
+        plan: how much has to fit.
+    """
+
+    def __init__(self, torch: Any, graphs: Mapping[str, CompiledGraph], device: str, text: Array, plan: CachePlan) -> None:
+        self._torch, self._graphs, self._device = torch, graphs, device
+        self._shape = (plan.heads, plan.channels)
+        self._words = self._run("text", torch.from_numpy(text))
+        self._buffers = [self._buffer(plan.capacity) for _ in memory_names(plan.layers)]
+
+    def run(self, latents: Array, positions: Positions, past: int) -> AotInductorRun:
+        """See `Cache`."""
+        chunk, memory = self._graphs["chunk"], (self._there(positions), *self._words, *self._past(past))
+        return AotInductorRun(self._torch, lambda z, t, r: chunk(z, t, r, *memory), latents, self._device)
+
+    def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
+        """See `Cache`."""
+        z, where, memory = self._there(latents), self._there(positions), self._past(past)
+        if graph == "chunk":
+            still = z.new_zeros(z.shape[:2])
+            present = self._run(graph, z, still, still, where, *self._words, *memory)[2:]
+        else:  # its last layer attends to nothing
+            present = self._run(graph, z, where, *self._words[:-2], *memory[:-2])
+        for buffer, own in zip(self._buffers, present, strict=True):
+            buffer[:, past : past + tokens].copy_(own)
+
+    def move(self, to: int, start: int, tokens: int) -> None:
+        """See `Cache`. The places may overlap, so each buffer's piece is copied aside."""
+        for buffer in self._buffers:
+            buffer[:, to : to + tokens].copy_(buffer[:, start : start + tokens].clone())
+
+    def grow(self, capacity: int) -> None:
+        """See `Cache`."""
+        for index, old in enumerate(self._buffers):
+            larger = self._buffer(capacity)
+            larger[:, : old.shape[1]].copy_(old)
+            self._buffers[index] = larger
+
+    def close(self) -> None:
+        """See `Cache`."""
+        self._buffers, self._words = [], []
+
+    def _run(self, graph: str, *inputs: Tensor) -> Sequence[Tensor]:
+        with exact_float32(self._torch, self._device):
+            return self._graphs[graph](*(tensor.to(self._device) for tensor in inputs))
+
+    def _there(self, array: Any) -> Tensor:
+        tensor: Tensor = self._torch.from_numpy(array).to(self._device)
+        return tensor
+
+    def _buffer(self, tokens: int) -> Tensor:
+        empty: Tensor = self._words[0].new_zeros((1, tokens, *self._shape))
+        return empty
+
+    def _past(self, tokens: int) -> list[Tensor]:
+        """The first tokens of each buffer, in place."""
+        heads, channels = self._shape
+        return [buffer.view(-1)[: tokens * heads * channels].view(1, tokens, heads, channels) for buffer in self._buffers]

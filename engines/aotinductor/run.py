@@ -1,0 +1,85 @@
+"""One sample on its way through compiled torch graphs; its state stays on the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from anyflow_deploy.engines.engine import Array, frame_times
+from anyflow_deploy.errors import AnyFlowError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class AotInductorRun:
+    """See `engine.Run`.
+
+    Args:
+        torch: the module.
+        call: state z_t (B, F, C, H, W) and times t, r (B, F) to z_r and the velocity, first of all outputs.
+        latents: the state to start from.
+        device: torch's name of it.
+    """
+
+    def __init__(
+        self, torch: Any, call: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]], latents: Array, device: str
+    ) -> None:
+        self._torch, self._call, self._device = torch, call, device
+        self._shape = latents.shape
+        self._state: Tensor | None = torch.from_numpy(latents).to(device, copy=True)
+
+    def step(self, t: ArrayLike, r: ArrayLike) -> None:
+        """See `Run`."""
+        self._state = self._outputs(t, r)[0]
+        if self._device != "cpu":
+            self._torch.cuda.current_stream(self._device).synchronize()
+
+    def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
+        """See `Run`."""
+        return _copied(self._outputs(t, r)[1])
+
+    def read(self) -> Array:
+        """See `Run`."""
+        return _copied(self._opened())
+
+    def close(self) -> None:
+        """See `Run`."""
+        self._state = None
+
+    def __enter__(self) -> AotInductorRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _outputs(self, t: ArrayLike, r: ArrayLike) -> Sequence[Tensor]:
+        state = self._opened()
+        times = [self._torch.from_numpy(time).to(self._device) for time in frame_times(t, r, self._shape)]
+        with exact_float32(self._torch, self._device):
+            return self._call(state, *times)
+
+    def _opened(self) -> Tensor:
+        if self._state is None:
+            raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
+        return self._state
+
+
+@contextlib.contextmanager
+def exact_float32(torch: Any, device: str) -> Any:
+    """On the right GPU, and without TF32: it is on by default in convolutions, and the patch embedding is one."""
+    if device == "cpu":
+        yield
+        return
+    with torch.cuda.device(device), torch.backends.cudnn.flags(allow_tf32=False):
+        yield
+
+
+def _copied(tensor: Tensor) -> Array:
+    """An array that owns its memory."""
+    return np.array(tensor.cpu().numpy(), dtype=np.float32)

@@ -1,0 +1,145 @@
+"""Compile a bundle for the device this runs on.
+
+    folder = build_engine(load_bundle("bundle"), "aotinductor", Settings(provider="cuda"))
+
+A backend that compiles enters one function in `BUILDERS`. It fills a folder that is written whole or not at all, and
+says what came of it; everything that all builds share is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.manifest import AxisRange
+from anyflow_deploy.engines.engine_folder import ENGINES, Device, EngineFolder, EngineRecord, EngineWriter
+from anyflow_deploy.engines.registry import check_backend, check_provider
+from anyflow_deploy.errors import AnyFlowError, BackendError
+from anyflow_deploy.progress import Report, Silent
+
+BUILDERS: dict[str, str] = {
+    "aotinductor": "anyflow_deploy.engines.aotinductor.build:AotInductorSettings",
+    "torch-tensorrt": "anyflow_deploy.engines.torch_tensorrt.build:TorchTensorRTSettings",
+    "tensorrt": "anyflow_deploy.engines.tensorrt.build.settings:TensorRTSettings",
+}
+"""Backend -> module:class of its `BuildSettings`, whose `build` does the work."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a builder answers; see `EngineRecord`."""
+
+    device: Device
+    versions: dict[str, str]
+    ranges: dict[str, AxisRange]
+    profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = dataclasses.field(default_factory=dict)
+    achieved: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What every build can be asked for; a backend adds fields of its own, each of which is a flag of `anyflow-build`.
+
+    Attributes:
+        provider: "cpu" or "cuda".
+        device: which GPU, counted from 0.
+    """
+
+    provider: str = "cpu"
+    device: int = 0
+
+    def check(self, bundle: Bundle) -> None:
+        """Refuse what cannot be built, before any work.
+
+        Raises:
+            AnyFlowError: with the reason.
+        """
+        check_provider(self.provider)
+
+    def build(self, bundle: Bundle, writer: EngineWriter, report: Report) -> Built:
+        """Put the engine's files into `writer`.
+
+        Raises:
+            BackendError: the device, or the compiler, refuses.
+        """
+        raise NotImplementedError
+
+
+def settings_of(backend: str) -> type[BuildSettings]:
+    """The class of a backend's settings.
+
+    Raises:
+        AnyFlowError: an unknown backend, or one that needs no building.
+    """
+    check_backend(backend)
+    if backend not in BUILDERS:
+        raise AnyFlowError(f"backend {backend!r} runs the bundle as it is; nothing has to be built.")
+    module, name = BUILDERS[backend].split(":")
+    return cast(type[BuildSettings], getattr(importlib.import_module(module), name))
+
+
+def build_engine(
+    bundle: Bundle,
+    backend: str,
+    settings: BuildSettings,
+    destination: Path | None = None,
+    overwrite: bool = False,
+    report: Report | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> EngineFolder:
+    """Build an engine.
+
+    Args:
+        bundle: an opened bundle.
+        backend: a name in `BUILDERS`.
+        settings: of that backend, see `settings_of`.
+        destination: folder to write; None for `BUNDLE/engines/BACKEND-PROVIDER`.
+        overwrite: replace an engine that is there.
+        report: where progress goes.
+        clock: seconds.
+
+    Raises:
+        AnyFlowError: refused settings, a destination that is taken or cannot be written, a failed build. Nothing is left.
+    """
+    settings.check(bundle)
+    writer = EngineWriter(_made_parent(bundle, backend, settings, destination), overwrite)
+    started = clock()
+    with writer:
+        built = settings.build(bundle, writer, report or Silent())
+        return writer.finish(
+            EngineRecord(
+                backend=backend,
+                bundle=bundle.digest,
+                device=built.device,
+                versions={"anyflow-deploy": importlib.metadata.version("anyflow-deploy"), **built.versions},
+                settings=dataclasses.asdict(settings),
+                ranges=built.ranges,
+                profiles=built.profiles,
+                achieved=built.achieved,
+                seconds=round(clock() - started, 3),
+            )
+        )
+
+
+def _made_parent(bundle: Bundle, backend: str, settings: BuildSettings, destination: Path | None) -> Path:
+    """The destination, with the bundle's folder of engines made if it goes there."""
+    parent = bundle.path / ENGINES
+    if destination is not None and destination.parent != parent:
+        return destination
+    try:
+        parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise BackendError(
+            f"{parent} cannot be made ({error.strerror}). Copy the bundle to where you may write, or give --output FOLDER."
+        ) from None
+    if not os.access(parent, os.W_OK):
+        raise BackendError(f"{parent} cannot be written to. Copy the bundle to where you may write, or give --output FOLDER.")
+    return destination or parent / f"{backend}-{settings.provider}"

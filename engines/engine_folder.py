@@ -1,0 +1,241 @@
+"""Engine folders: what `anyflow-build` makes of a bundle for one device, and `load_engine` opens.
+
+    BUNDLE/engines/NAME/   engine.json and the backend's own files
+
+`engine.json` names the bundle by its digest, the device and the versions it was built with. An engine is not portable:
+whatever does not match is refused with both names, since a plan of another GPU may load and then fail, or be slow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from anyflow_deploy.bundle.atomic_io import FolderWriter, Kind, check_file
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.manifest import AxisRange, File, stored_ranges
+from anyflow_deploy.errors import BackendError, BundleError
+from anyflow_deploy.shape_ranges import Range, Ranges
+
+ENGINE = "engine.json"
+ENGINES = "engines"
+SCHEMA = 1
+
+_REMEDY = "Build it again with anyflow-build."
+_KIND = Kind("engine", ENGINE, "engine.json", "--name or --output", _REMEDY)
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class Device(_Record):
+    """What an engine was built on.
+
+    Args:
+        kind: "cpu" or "cuda".
+        name: as the driver or the processor calls itself.
+        compute_capability: of a GPU, as "9.0".
+    """
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    compute_capability: str | None = None
+
+
+class EngineRecord(_Record):
+    """`engine.json`.
+
+    Args:
+        backend: a name in `registry.BACKENDS`.
+        bundle: digest of the bundle it was built from.
+        device: what it was built on.
+        versions: of everything that has to be the same, or is good to know, when it is loaded.
+        settings: what the build was asked for.
+        ranges: shapes it accepts, within the bundle's.
+        profiles: optimization profiles, where the backend has them: graph -> profile, in order ->
+            tensor -> (least, best, most).
+        achieved: what the built engine really holds, read back from it.
+        seconds: the build took.
+        files: size and SHA-256 of every other file.
+    """
+
+    schema_version: int = Field(default=SCHEMA, alias="schema")
+    backend: str
+    bundle: str
+    device: Device
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    ranges: dict[str, AxisRange]
+    profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = {}
+    achieved: dict[str, Any] = {}
+    seconds: float
+    files: dict[str, File] = {}
+
+    @property
+    def shape_ranges(self) -> Ranges:
+        """The accepted shapes, ready to check with."""
+        return Ranges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
+
+
+@dataclass(frozen=True)
+class EngineFolder:
+    """An engine on disk whose record was read.
+
+    Attributes:
+        path: the folder.
+        record: its contents.
+    """
+
+    path: Path
+    record: EngineRecord
+
+    def file(self, name: str) -> Path:
+        """Path of a file that the record lists.
+
+        Raises:
+            BundleError: when it does not.
+        """
+        if name not in self.record.files:
+            raise BundleError(f"{self.path} has no file {name!r}; it lists {', '.join(self.record.files)}. {_REMEDY}")
+        return self.path / name
+
+
+def load_engine_folder(path: Path, verify: bool = True) -> EngineFolder:
+    """Open an engine folder.
+
+    Args:
+        path: the folder that holds engine.json.
+        verify: compare every file with its hash.
+
+    Raises:
+        BundleError: no record, another schema, an unknown key, a missing or changed file.
+    """
+    try:
+        raw = json.loads((path / ENGINE).read_bytes())
+        schema = raw["schema"]
+    except OSError as error:
+        raise BundleError(f"{path} is not an engine: {ENGINE} cannot be read ({error.strerror}). {_REMEDY}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BundleError(f"{path / ENGINE} is damaged: no JSON object with a 'schema'. {_REMEDY}") from None
+    if schema != SCHEMA:
+        raise BundleError(f"{path} has engine schema {schema!r}; this version reads {SCHEMA}. {_REMEDY}")
+    try:
+        record = EngineRecord.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path / ENGINE} is damaged at {place!r}: {first['msg']}. {_REMEDY}") from None
+    for name, file in record.files.items():
+        check_file(path, name, file, verify, _KIND)
+    return EngineFolder(path, record)
+
+
+def find_engine(bundle: Bundle, backend: str, engine: str | Path | None = None, verify: bool = True) -> EngineFolder:
+    """The engine of a backend that was built from a bundle.
+
+    Args:
+        bundle: an opened bundle.
+        backend: a name in `registry.BACKENDS`.
+        engine: a name in the bundle's folder of engines, or a path; None where there is only one of the backend.
+        verify: compare every file with its hash.
+
+    Raises:
+        BackendError: none, or several, or one of another bundle or backend.
+        BundleError: damaged.
+    """
+    build = f"anyflow-build {bundle.path} --backend {backend}"
+    found = built_engines(bundle)
+    if engine is None:
+        ours = [path for path in found if _backend_of(path) == backend]
+        if not ours:
+            raise BackendError(f"{bundle.path} has no {backend} engine yet. Make one on this machine: {build}")
+        if len(ours) > 1:
+            names = ", ".join(path.name for path in ours)
+            raise BackendError(f"{bundle.path} has several {backend} engines ({names}): choose one with --engine NAME.")
+        path = ours[0]
+    else:
+        inside = bundle.path / ENGINES / engine
+        path = inside if (inside / ENGINE).is_file() else Path(engine)
+        if not (path / ENGINE).is_file():
+            names = ", ".join(p.name for p in found) or "none"
+            raise BackendError(f"there is no engine {str(engine)!r}; {bundle.path} has {names}. Make one: {build}")
+    folder = load_engine_folder(path, verify)
+    if folder.record.backend != backend:
+        raise BackendError(f"{path} is an engine of backend {folder.record.backend}, and {backend} was asked for.")
+    if folder.record.bundle != bundle.digest:
+        raise BackendError(
+            f"{path} was built from bundle {folder.record.bundle[:12]}, and {bundle.path} is {bundle.digest[:12]}. "
+            f"Build it again: {build} --overwrite"
+        )
+    return folder
+
+
+def built_engines(bundle: Bundle) -> list[Path]:
+    """The folders of engines inside a bundle, by name."""
+    folder = bundle.path / ENGINES
+    return sorted(path.parent for path in folder.glob(f"*/{ENGINE}") if not path.parent.name.startswith("."))
+
+
+def check_here(folder: EngineFolder, device: Device, versions: Mapping[str, str]) -> None:
+    """Refuse an engine that was built elsewhere.
+
+    Args:
+        folder: from `find_engine`.
+        device: what it would run on.
+        versions: what is installed here, of those that have to be the same.
+
+    Raises:
+        BackendError: with both names.
+    """
+    built, remedy = folder.record.device, f"Build it on this machine: anyflow-build … --backend {folder.record.backend}"
+    if built != device:
+        raise BackendError(f"{folder.path} was built for {_shown(built)}, and this is {_shown(device)}. {remedy}")
+    for name, version in versions.items():
+        if folder.record.versions.get(name) != version:
+            was = folder.record.versions.get(name, "unknown")
+            raise BackendError(f"{folder.path} was built with {name} {was}, and here is {name} {version}. {remedy}")
+
+
+class EngineWriter(FolderWriter):
+    """Writes an engine folder whole or not at all, see `FolderWriter`.
+
+    Args:
+        path: the destination.
+        overwrite: replace an engine that is there.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        super().__init__(path, _KIND, overwrite)
+
+    def check(self) -> None:
+        """See `FolderWriter`."""
+        load_engine_folder(self.folder, verify=False)
+
+    def finish(self, record: EngineRecord) -> EngineFolder:
+        """Write the record with the list of files, and give the engine its name."""
+        full = record.model_copy(update={"files": dict(self.files)})
+        self.finish_folder(full.model_dump_json(indent=1, by_alias=True) + "\n")
+        return load_engine_folder(self.path, verify=False)
+
+
+def ranges_of(bundle: Bundle, **narrower: Range) -> dict[str, AxisRange]:
+    """A bundle's ranges, some of them narrower, as a record holds them."""
+    return stored_ranges(Ranges(**{**vars(bundle.manifest.shape_ranges), **narrower}))
+
+
+def _backend_of(path: Path) -> str | None:
+    try:
+        return str(json.loads((path / ENGINE).read_bytes())["backend"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _shown(device: Device) -> str:
+    capability = f" (compute capability {device.compute_capability})" if device.compute_capability else ""
+    return f"{device.name}{capability}"

@@ -1,0 +1,198 @@
+"""ONNX Runtime: the backend that works everywhere.
+
+One session serves every run. A run keeps its buffers on the provider's device (`IOBinding`): a step writes z_r into a
+second buffer and the two are exchanged, so nothing crosses to the device but two small arrays of times. The CPU and
+CUDA providers share this code; CUDA has not been run by us yet (see the README's table).
+
+The provider is the caller's choice and is never replaced by another: ONNX Runtime itself falls back to the CPU with a
+warning, which on a server means a hundred times slower and nobody notices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import io
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.manifest import Manifest
+from anyflow_deploy.engines.engine import checked_inputs, checked_text
+from anyflow_deploy.engines.kv_cache import CachePlan
+from anyflow_deploy.engines.onnxruntime.device import Device
+from anyflow_deploy.engines.onnxruntime.graph_rewrites import session_graph
+from anyflow_deploy.engines.onnxruntime.int8 import saturates
+from anyflow_deploy.engines.onnxruntime.kv_cache import OnnxRuntimeCache
+from anyflow_deploy.engines.onnxruntime.run import OnnxRuntimeRun
+from anyflow_deploy.engines.registry import EngineOptions
+from anyflow_deploy.engines.streaming import CacheStream
+from anyflow_deploy.errors import AnyFlowError, BackendError, UnavailableError
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.shape_ranges import Ranges
+from anyflow_deploy.targets import CPU_HAS_NO_BF16
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_PACKAGES = {"cpu": "anyflow-deploy[cpu]", "cuda": "anyflow-deploy[gpu]"}
+
+
+class OnnxRuntimeEngine:
+    """A bundle's transition in an ONNX Runtime session.
+
+    Args:
+        bundle: an opened bundle.
+        options: provider, device and threads.
+
+    Raises:
+        UnavailableError: ONNX Runtime or the provider is missing, or has no kernels for the bundle's precision.
+        BackendError: ONNX Runtime refuses the bundle.
+    """
+
+    def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        self.bundle = bundle
+        self.provider = provider = options.provider
+        self._index = options.device if provider == "cuda" else 0
+        self._runtime = _imported(provider)
+        if bundle.manifest.base == "bf16" and provider == "cpu":
+            raise UnavailableError(
+                f"{bundle.path} is {bundle.manifest.base}, and {CPU_HAS_NO_BF16}. "
+                "Use provider 'cuda', or export with --precision fp32 or fp16.",
+                "--provider cuda",
+            )
+        architecture = bundle.manifest.architecture
+        self._channels, self._text_dim = architecture.in_channels, architecture.text_dim
+        int8_on_cpu = bundle.manifest.precision == "int8" and provider == "cpu"
+        self._unsigned_weights = int8_on_cpu and saturates(self._runtime)
+        self._sessions = {name: self._opened_session(name, options.threads) for name in bundle.manifest.graphs}
+        if self._unsigned_weights:
+            _return_freed_memory()
+
+    def _session_options(self, name: str, threads: int | None) -> Any:
+        options = self._runtime.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # a second plan of the same memory: twice the activations, no faster
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
+        if self.bundle.manifest.precision == "fp8":  # up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
+        return options
+
+    def _opened_session(self, name: str, threads: int | None) -> Any:
+        options = self._session_options(name, threads)
+        attentions = _attentions_to_fuse(self.bundle.manifest, name)
+        graph = session_graph(self.bundle, name, attentions, self.provider, self._unsigned_weights)
+        provider = (PROVIDERS[self.provider], _provider_options(self.provider, self._index))
+        try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU
+            session = self._runtime.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
+        except Exception as error:  # ONNX Runtime's own exceptions have no common base
+            message = f"ONNX Runtime could not open {self.bundle.path} on {provider[0]}: {error}"
+            if type(error).__name__ == "NotImplemented":  # a valid graph, an operator without a kernel for its types
+                raise UnavailableError(message, "--provider cuda" if self.provider == "cpu" else "") from error
+            raise BackendError(message) from error
+        if session.get_providers()[0] != PROVIDERS[self.provider]:
+            raise UnavailableError(
+                f"ONNX Runtime could not start {PROVIDERS[self.provider]} and fell back to {session.get_providers()[0]}. "
+                "Install the CUDA and cuDNN it was built for (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use provider 'cpu'."
+            )
+        return session
+
+    @property
+    def description(self) -> str:
+        """See `Engine`."""
+        return f"ONNX Runtime {self._runtime.__version__}, {self.provider}, {self.bundle.manifest.precision}"
+
+    @property
+    def architecture(self) -> Architecture:
+        """See `Engine`."""
+        return self.bundle.manifest.architecture
+
+    @property
+    def ranges(self) -> Ranges:
+        """See `Engine`."""
+        return self.bundle.manifest.shape_ranges
+
+    def start(self, latents: ArrayLike, text: ArrayLike) -> OnnxRuntimeRun:
+        """See `Engine`."""
+        self._check_open()
+        if "transition" not in self._sessions:
+            raise AnyFlowError(f"{self.bundle.path} is a causal model, which is made chunk by chunk: use stream(), not sample().")
+        z, words = checked_inputs(self.ranges, self._channels, self._text_dim, latents, text)
+        device = Device(self._runtime, self.provider, self._index)
+        return OnnxRuntimeRun(device, self._sessions["transition"], z, {"text": device.holding(words)})
+
+    def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
+        """See `BundleEngine`."""
+        self._check_open()
+        if "chunk" not in self._sessions:
+            raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
+        words = checked_text(self.ranges, self._text_dim, text)
+        device = Device(self._runtime, self.provider, self._index)
+        return CacheStream(OnnxRuntimeCache(device, self._sessions, self.bundle.manifest, words, plan), plan)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._sessions.clear()
+
+    def _check_open(self) -> None:
+        if not self._sessions:
+            raise AnyFlowError("this engine is closed; load another with load_engine(bundle).")
+
+
+def _return_freed_memory() -> None:
+    """Give what glibc's allocator keeps for later back to the system; elsewhere do nothing.
+
+    ONNX Runtime frees each shifted weight once it has packed it for its product. The allocator would keep up to
+    a third of the weights' size of that (measured: 217 MB beside 713, 12 layers at 1.3B width)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _attentions_to_fuse(manifest: Manifest, graph: str) -> int:
+    """How many attentions of a graph become one operator: one to itself and one to the text in each layer.
+
+    Not those in FP8, which round between the products: only TensorRT fuses that, here it is emulated."""
+    layers = manifest.architecture.num_layers
+    count = {"text": 0, "compress": layers - 1}.get(graph, layers)
+    if manifest.quantization is None or manifest.quantization.attention == "high":
+        return 2 * count
+    return sum(f"blocks.{n}.{kind}" in manifest.achieved.kept_high for n in range(count) for kind in ("attn1", "attn2"))
+
+
+def _provider_options(provider: str, index: int) -> dict[str, str]:
+    """TF32 is on by default in the CUDA provider: float32 products would keep 11 bits of mantissa, and say nothing."""
+    return {"device_id": str(index), "use_tf32": "0"} if provider == "cuda" else {}
+
+
+def _imported(provider: str) -> Any:
+    """The onnxruntime module, having checked that it is there once and has the provider."""
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(installed) == 2:
+        raise UnavailableError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. "
+            "Uninstall both, then install anyflow-deploy[cpu] or anyflow-deploy[gpu]."
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UnavailableError(f"ONNX Runtime cannot be imported ({error}). Run: pip install '{_PACKAGES[provider]}'") from None
+    available = onnxruntime.get_available_providers()
+    if PROVIDERS[provider] not in available:
+        raise UnavailableError(
+            f"provider {provider!r} is not in this ONNX Runtime {onnxruntime.__version__}, which has {', '.join(available)}. "
+            f"Run: pip uninstall onnxruntime onnxruntime-gpu && pip install '{_PACKAGES[provider]}'"
+        )
+    if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        with contextlib.redirect_stdout(io.StringIO()):  # finds CUDA where pip put it; prints what it does not find
+            onnxruntime.preload_dlls()
+    return onnxruntime
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

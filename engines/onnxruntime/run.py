@@ -1,0 +1,84 @@
+"""One sample on its way in ONNX Runtime, in two buffers on the provider's device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from anyflow_deploy.engines.engine import Array, frame_times
+from anyflow_deploy.engines.onnxruntime.device import Device
+from anyflow_deploy.errors import AnyFlowError
+
+
+class OnnxRuntimeRun:
+    """One sample, in two buffers on the provider's device.
+
+    Args:
+        device: where.
+        session: of a graph with inputs `latents`, `t`, `r` and outputs `z_r`, `velocity`.
+        latents: the state to start from.
+        inputs: further inputs, by name, that stay the same for the whole run.
+        bind: adds what cannot be expressed as a whole buffer to each binding.
+    """
+
+    def __init__(
+        self, device: Device, session: Any, latents: Array, inputs: dict[str, Any], bind: Callable[[Any], None] | None = None
+    ) -> None:
+        self._device = device
+        self._session = session
+        self._shape = latents.shape
+        self._state = device.holding(latents)
+        self._next = device.holding(np.empty_like(latents))
+        self._inputs = inputs
+        self._bind = bind
+
+    def step(self, t: ArrayLike, r: ArrayLike) -> None:
+        """See `Run`."""
+        self._run(t, r, "z_r", self._next)
+        self._state, self._next = self._next, self._state
+
+    def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
+        """See `Run`."""
+        self._run(t, r, "velocity", self._next)
+        return _copied(self._next)
+
+    def read(self) -> Array:
+        """See `Run`."""
+        self._check_open()
+        return _copied(self._state)
+
+    def close(self) -> None:
+        """See `Run`."""
+        self._state = self._next = self._bind = None
+        self._inputs = {}
+
+    def __enter__(self) -> OnnxRuntimeRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self, t: ArrayLike, r: ArrayLike, output: str, buffer: Any) -> None:
+        self._check_open()
+        source, target = frame_times(t, r, self._shape)
+        times = {"t": self._device.holding(source), "r": self._device.holding(target)}
+        binding = self._session.io_binding()
+        for name, value in {"latents": self._state, **times, **self._inputs}.items():
+            binding.bind_ortvalue_input(name, value)
+        if self._bind is not None:
+            self._bind(binding)
+        binding.bind_ortvalue_output(output, buffer)
+        self._session.run_with_iobinding(binding)
+
+    def _check_open(self) -> None:
+        if self._state is None:
+            raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
+
+
+def _copied(value: Any) -> Array:
+    """An array that owns its memory: on the CPU, `numpy()` is a view of the run's buffer."""
+    return np.array(value.numpy(), dtype=np.float32)

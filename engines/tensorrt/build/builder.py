@@ -1,0 +1,236 @@
+"""Bundle -> TensorRT plans, with the builder's own API.
+
+Each graph is parsed from its ONNX file (the weights lie beside it and are read by the parser), built as a strongly typed
+network, so that the graph's own types and Q/DQ nodes decide and nothing else, and inspected afterwards. TF32 is switched
+off: float32 means float32 here.
+
+Polygraphy's loaders are not used: they keep the timing cache only of builds that succeed, log in a way of their own where
+an error of ours has to say why, and have no types, so the stubs of TensorRT's releases could not check the calls behind
+them. What they save is the hundred lines below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.engines.build import Built
+from anyflow_deploy.engines.engine_folder import Device as DeviceRecord
+from anyflow_deploy.engines.engine_folder import EngineWriter, ranges_of
+from anyflow_deploy.engines.tensorrt.api import VERSION, Messages, trt
+from anyflow_deploy.engines.tensorrt.build.inspector import Found, add_found, wanted
+from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Profile
+from anyflow_deploy.engines.tensorrt.build.progress_monitor import Monitor, interruptible
+from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
+from anyflow_deploy.engines.tensorrt.build.timing_cache import TimingCache, default_path
+from anyflow_deploy.engines.tensorrt.cuda import Device
+from anyflow_deploy.errors import BackendError
+from anyflow_deploy.progress import Report
+
+T = TypeVar("T")
+
+_NEEDS = {"bf16": (8, 0), "int8": (7, 5), "fp8": (8, 9)}
+"""Compute capability from which tensor cores have a type; NVIDIA's support matrix."""
+
+_NO_MEMORY = ("out of memory", "outofmemory", "could not be allocated", "insufficient memory", "cudaerrormemoryallocation")
+_NO_KERNEL = ("could not find any implementation", "insufficient workspace", "no implementation")
+
+
+def built(settings: TensorRTSettings, bundle: Bundle, writer: EngineWriter, report: Report) -> Built:
+    """Build every graph of a bundle for one GPU.
+
+    Raises:
+        BackendError: the GPU lacks the precision, the parser or the builder refuses, or a precision was not achieved.
+    """
+    device = Device(settings.device)
+    _check_precision(bundle, device)
+    if settings.weight_streaming and device.integrated:
+        raise BackendError(
+            f"--weight-streaming keeps weights in the processor's memory, and {device.name} has no other. Leave it out; for a "
+            "smaller model in memory, export with --precision int8."
+        )
+    _check_graphs(bundle)
+    cache = TimingCache(_cache_path(settings, device))
+    profiles = settings.profiles(bundle)
+    found = Found()
+    for graph in (name for name in bundle.manifest.graphs if profiles[name]):
+        build = _Build(settings, bundle, graph, device, report)
+        plan = build.plan(profiles[graph], cache)
+        writer.write(f"{graph}.plan", plan)
+        with report.stage(f"{graph}: inspecting"):
+            layers = build.layers(plan)
+            writer.write(f"{graph}.layers.json", layers.encode())
+            add_found(found, layers, wanted(_model(bundle, graph)))
+    if found.shortfall and not settings.allow_fallback:
+        raise BackendError(
+            f"TensorRT {VERSION} on {device.name}: {found.shortfall}. Keep such an engine with --allow-fallback, try another "
+            "TensorRT or --optimization-level 5, or export in a precision without quantization."
+        )
+    return Built(
+        device=device_record(device),
+        versions={"tensorrt": VERSION},
+        ranges=ranges_of(bundle),
+        profiles={graph: {p.name: _stored(p) for p in made} for graph, made in profiles.items() if made},
+        achieved=found.record(),
+    )
+
+
+def device_record(device: Device) -> DeviceRecord:
+    """A GPU as engine.json names it."""
+    return DeviceRecord(kind="cuda", name=device.name, compute_capability="{}.{}".format(*device.compute_capability))
+
+
+def _cache_path(settings: TensorRTSettings, device: Device) -> Path:
+    return Path(settings.timing_cache) if settings.timing_cache else default_path(device.name)
+
+
+def _check_precision(bundle: Bundle, device: Device) -> None:
+    for precision in {bundle.manifest.precision, bundle.manifest.base}:
+        needed = _NEEDS.get(precision, (0, 0))
+        if device.compute_capability < needed:
+            has, wants = (".".join(map(str, pair)) for pair in (device.compute_capability, needed))
+            able = ", ".join(["fp32", "fp16", *(name for name, least in _NEEDS.items() if device.compute_capability >= least)])
+            raise BackendError(
+                f"{bundle.path} is {precision}, which needs compute capability {wants}; {device.name} has {has}. "
+                f"Export with --precision one of {able}."
+            )
+
+
+def _check_graphs(bundle: Bundle) -> None:
+    """Ask the lint first: the parser's own errors name a node and a source line of its C++."""
+    from anyflow_deploy.engines.tensorrt.lint.lint import lint_bundle
+
+    findings = lint_bundle(bundle, [".".join(VERSION.split(".")[:2])])
+    if findings:
+        more = f" And {len(findings) - 1} more: anyflow-inspect {bundle.path} --lint" if len(findings) > 1 else ""
+        raise BackendError(f"TensorRT {VERSION} does not take this bundle: {findings[0]}{more}")
+
+
+def _model(bundle: Bundle, graph: str) -> Any:
+    import onnx
+
+    return onnx.load(str(bundle.file(bundle.manifest.graphs[graph].file)), load_external_data=False)
+
+
+def _stored(profile: Profile) -> dict[str, list[list[int]]]:
+    return {name: [list(shape) for shape in shapes] for name, shapes in profile.shapes.items()}
+
+
+class _Build:
+    """The build of one graph."""
+
+    def __init__(self, settings: TensorRTSettings, bundle: Bundle, graph: str, device: Device, report: Report) -> None:
+        self._settings, self._bundle, self._graph = settings, bundle, graph
+        self._device, self._report = device, report
+        self._messages = Messages()
+
+    def plan(self, profiles: Sequence[Profile], cache: TimingCache) -> memoryview:
+        """The serialized engine.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, once TensorRT has stopped; the timing cache is kept.
+        """
+        monitor = Monitor(self._report, self._graph)
+        try:
+            plan = interruptible(lambda: self._run(profiles, cache, monitor), monitor.cancelled)
+        finally:
+            monitor.close()
+        if monitor.error is not None:
+            raise monitor.error
+        if plan is None:
+            raise self._failure()
+        return memoryview(cast(Any, plan))  # IHostMemory is a buffer, which its stub does not say
+
+    def _run(self, profiles: Sequence[Profile], cache: TimingCache, monitor: Monitor) -> trt.IHostMemory | None:
+        """Parse, configure, build; on the build's thread, which has to choose the device for itself."""
+        self._device.use()
+        builder = self._made(lambda: trt.Builder(self._messages), "start its builder")
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, self._messages)  # its weights have to outlive the build
+        self._parse(parser)
+        config = builder.create_builder_config()
+        self._configure(config)
+        for profile in profiles:
+            self._add_profile(builder, config, profile)
+        config.progress_monitor = monitor
+        cache.attach(config)
+        try:
+            return builder.build_serialized_network(network, config)
+        finally:
+            cache.keep(config)
+            del parser
+
+    def _parse(self, parser: trt.OnnxParser) -> None:
+        path = self._bundle.file(self._bundle.manifest.graphs[self._graph].file).resolve()
+        if not parser.parse_from_file(str(path)):
+            errors = [parser.get_error(number) for number in range(parser.num_errors)]
+            said = "; ".join(f"{e.node_name() or 'graph'} ({e.node_operator()}): {e.desc()}" for e in errors[:3])
+            raise BackendError(f"TensorRT {VERSION} cannot parse {path}: {said or self._messages.summary()}.")
+
+    def _configure(self, config: trt.IBuilderConfig) -> None:
+        asked = self._settings
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default: float32 products would keep 11 bits, and say nothing
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can tell afterwards
+        if asked.workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(asked.workspace * 1e9))
+        if asked.optimization_level is not None:
+            config.builder_optimization_level = asked.optimization_level
+        for wanted_flag, flag in (
+            (asked.version_compatible, trt.BuilderFlag.VERSION_COMPATIBLE),
+            (asked.refit, trt.BuilderFlag.REFIT),
+            (asked.strip, trt.BuilderFlag.STRIP_PLAN),
+            (asked.strip and not asked.refit, trt.BuilderFlag.REFIT_IDENTICAL),
+            (asked.weight_streaming, trt.BuilderFlag.WEIGHT_STREAMING),
+        ):
+            if wanted_flag:
+                config.set_flag(flag)
+        if asked.hardware_compatible is not None:
+            config.hardware_compatibility_level = _hardware_level(asked.hardware_compatible)
+
+    def _add_profile(self, builder: trt.Builder, config: trt.IBuilderConfig, profile: Profile) -> None:
+        made = builder.create_optimization_profile()
+        for name, (least, best, most) in profile.shapes.items():
+            made.set_shape(name, trt.Dims(list(least)), trt.Dims(list(best)), trt.Dims(list(most)))
+        if config.add_optimization_profile(made) < 0:
+            raise BackendError(f"TensorRT {VERSION} refuses profile {profile}: {self._messages.summary()}.")
+
+    def layers(self, plan: memoryview) -> str:
+        """What the inspector says of the built engine, as JSON."""
+        self._device.use()
+        runtime = self._made(lambda: trt.Runtime(self._messages), "start its runtime")
+        runtime.engine_host_code_allowed = self._settings.version_compatible
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BackendError(f"TensorRT {VERSION} cannot open the plan that it has just built: {self._messages.summary()}.")
+        return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+
+    def _made(self, make: Callable[[], T], what: str) -> T:
+        with suppress(TypeError):  # pybind11's word for a factory that returned nothing
+            return make()
+        raise BackendError(f"TensorRT {VERSION} could not {what} on {self._device.name}: {self._messages.summary()}.")
+
+    def _failure(self) -> BackendError:
+        said = self._messages.summary()
+        words = said.lower()
+        advice = "The log of anyflow_deploy.tensorrt has the rest."
+        if any(sign in words for sign in _NO_MEMORY):
+            free, total = self._device.memory()
+            advice = (
+                f"The GPU ran out of memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free now). Close what else uses "
+                f"{self._device.memory_words}; then, in this order: lower --workspace, name fewer or smaller --shapes, lower "
+                f"--optimization-level{self._device.streaming_words}."
+            )
+        elif any(sign in words for sign in _NO_KERNEL):
+            advice = "No kernel fits the scratch memory it may use: raise --workspace, or leave it out."
+        return BackendError(f"TensorRT {VERSION} could not build {self._graph!r} on {self._device.name}: {said}. {advice}")
+
+
+def _hardware_level(wanted_level: str) -> trt.HardwareCompatibilityLevel:
+    name = {"ampere+": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}[wanted_level]
+    levels: dict[str, trt.HardwareCompatibilityLevel] = trt.HardwareCompatibilityLevel.__members__
+    if name not in levels:
+        raise BackendError(f"--hardware-compatible {wanted_level} is not in TensorRT {VERSION}, which has {', '.join(levels)}.")
+    return levels[name]

@@ -1,0 +1,1 @@
+"""What TensorRT's ONNX parser would refuse, found without TensorRT: a table of operators and small rules."""

@@ -1,0 +1,83 @@
+"""Where a compiled torch package runs: the device, the versions, and the processor's instructions.
+
+The only backends of `engines/` that use torch are those whose runtime it is, and they import it here, when they are asked
+for. A package is native code: made for one kind of GPU, for one release of torch, and (since compilers are told to use all
+that the processor has) for its instructions. All three are recorded by the builder and compared before anything is loaded:
+code with an instruction that is not there ends the process, without a message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+from anyflow_deploy.engines.engine_folder import Device
+from anyflow_deploy.errors import BackendError
+
+_INSTRUCTIONS = re.compile(
+    r"sse|ssse|pni$|avx|fma$|f16c$|bmi|abm$|popcnt$|movbe$|gfni$|vaes$|vpclmul|amx|adx$|clwb$|cldemote$|"
+    r"asimd|sve|sme|fp16|fphp|bf16|i8mm|atomics$|dcpop$|fcma$|jscvt$|lrcpc"
+)
+"""Names in /proc/cpuinfo of what a compiler may use; the kernel lists much else, which changes with its version."""
+
+INSTALL = "pip install 'anyflow-deploy[aotinductor]'"
+
+
+def imported_torch(provider: str, index: int) -> Any:
+    """The torch module, once it is known to have the device.
+
+    Raises:
+        BackendError: torch is missing, or has no such device.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise BackendError(f"PyTorch cannot be imported ({error}); it is this backend's runtime. Run: {INSTALL}") from None
+    if provider == "cuda":
+        if not torch.cuda.is_available():
+            build = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
+            raise BackendError(
+                f"provider is 'cuda', and PyTorch {torch.__version__} finds no GPU (it {build}). "
+                "Install the driver and a PyTorch with CUDA, or use provider 'cpu'."
+            )
+        if index >= torch.cuda.device_count():
+            raise BackendError(f"device is {index}; this machine has {torch.cuda.device_count()} GPUs, counted from 0.")
+    return torch
+
+
+def torch_device(provider: str, index: int) -> str:
+    """What torch calls the device."""
+    return f"cuda:{index}" if provider == "cuda" else "cpu"
+
+
+def device_here(torch: Any, provider: str, index: int) -> Device:
+    """What runs here, for engine.json."""
+    if provider == "cuda":
+        major, minor = torch.cuda.get_device_capability(index)
+        return Device(kind="cuda", name=torch.cuda.get_device_name(index), compute_capability=f"{major}.{minor}")
+    return Device(kind="cpu", name=platform.machine())
+
+
+def versions_here(torch: Any, provider: str) -> dict[str, str]:
+    """What has to be the same when a package is loaded. The GPU's packages hold code for the processor, too."""
+    versions = {"torch": str(torch.__version__), "processor instructions": instructions(torch.backends.cpu.get_cpu_capability())}
+    return {**versions, "CUDA": str(torch.version.cuda)} if provider == "cuda" else versions
+
+
+def instructions(level: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's instruction sets in one word: torch's name of the widest, how many there are, and their hash.
+
+    Args:
+        level: as torch calls it: "AVX512", "AVX2", "DEFAULT", …
+        cpuinfo: the kernel's list. Where there is none (not Linux), the processor's name is hashed.
+    """
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        lines = []
+    words = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    known = sorted(word for word in words if _INSTRUCTIONS.match(word)) or [platform.processor() or platform.machine()]
+    return f"{level} ({len(known)}, {hashlib.sha256(' '.join(known).encode()).hexdigest()[:8]})"

@@ -1,0 +1,67 @@
+"""torch-tensorrt: the same program, with TensorRT for what TensorRT takes and AOTInductor around it.
+
+The result is a `.pt2` package like AOTInductor's and runs in the same class; TensorRT's engines, weights included, lie in it.
+NVIDIA GPUs only. **Not run yet**: it is written against torch-tensorrt 2.14, whose signatures a test compares.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from anyflow_deploy.engines.aotinductor.engine import AotInductorEngine
+from anyflow_deploy.engines.registry import EngineOptions
+from anyflow_deploy.engines.torch_common.device import imported_torch
+from anyflow_deploy.errors import BackendError
+
+INSTALL = "pip install 'anyflow-deploy[torch-tensorrt]'"
+
+
+class TorchTensorRTEngine(AotInductorEngine):
+    """See `AotInductorEngine`."""
+
+    BACKEND, TITLE = "torch-tensorrt", "torch-tensorrt"
+    BORROWS = False
+
+    def _runtime(self, options: EngineOptions) -> Any:
+        torch = runtime(options.provider, options.device)
+        imported_torch_tensorrt()  # registers what runs an engine inside a package
+        return torch
+
+    def _versions(self) -> dict[str, str]:
+        return {**super()._versions(), **versions()}
+
+
+def runtime(provider: str, index: int) -> Any:
+    """torch with a GPU.
+
+    Raises:
+        BackendError: another provider, no torch, no GPU.
+    """
+    if provider != "cuda":
+        raise BackendError(
+            f"torch-tensorrt runs on NVIDIA GPUs only; provider is {provider!r}. Give cuda, or backend aotinductor."
+        )
+    return imported_torch(provider, index)
+
+
+def imported_torch_tensorrt() -> Any:
+    """The torch_tensorrt module.
+
+    Raises:
+        BackendError: it, or TensorRT, is missing, or was built for another torch.
+    """
+    try:
+        return importlib.import_module("torch_tensorrt")
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a library of another CUDA or torch, too
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BackendError(
+            f"torch-tensorrt cannot be imported ({reason}). It has to be of the same release as torch. Run: {INSTALL}"
+        ) from None
+
+
+def versions() -> dict[str, str]:
+    """Of what has to be the same when a package is loaded."""
+    import tensorrt  # type: ignore[import-not-found, unused-ignore]  # only where torch-tensorrt is
+
+    return {"torch-tensorrt": str(imported_torch_tensorrt().__version__), "TensorRT": str(tensorrt.__version__)}

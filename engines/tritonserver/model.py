@@ -1,0 +1,233 @@
+"""Triton's side: the class that its Python backend loads, by the `model.py` of a repository.
+
+Triton calls `execute` from one thread and expects it back at once; every request goes on in a thread of its own and answers
+through its response sender. Closing the sender is what ends a request, so it happens whatever else does.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import traceback
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as server
+from numpy.typing import NDArray
+
+from anyflow_deploy.bundle.bundle import load_bundle
+from anyflow_deploy.bundle.manifest import Manifest
+from anyflow_deploy.engines.kv_cache import cache_plan
+from anyflow_deploy.engines.registry import load_engine
+from anyflow_deploy.engines.tritonserver.admission import Admission, FullError, Ticket
+from anyflow_deploy.engines.tritonserver.generator import Made, Studio
+from anyflow_deploy.engines.tritonserver.io_spec import OUTPUTS
+from anyflow_deploy.engines.tritonserver.metrics import WIRE, Metrics
+from anyflow_deploy.engines.tritonserver.request import Asked, asked
+from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from
+from anyflow_deploy.errors import AnyFlowError, BackendError
+from anyflow_deploy.pipelines.causal_video import element_bytes
+from anyflow_deploy.serving.job import Cancelled
+
+_NUMPY = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}
+_TYPES: dict[str, Any] = {port.name: _NUMPY[port.type] for port in OUTPUTS if port.type in _NUMPY}
+"""Of the outputs that are sent with every chunk."""
+
+
+class Answer:
+    """Where the chunks of one request go: Triton's response sender, used by one thread of this process at a time.
+
+    Args:
+        sender: of the request.
+    """
+
+    def __init__(self, sender: Any) -> None:
+        self._sender = sender
+
+    @property
+    def cancelled(self) -> bool:
+        """Nobody waits for it any more."""
+        with WIRE:
+            return bool(self._sender.is_cancelled())
+
+    def send(self, tensors: list[tuple[str, NDArray[Any]]]) -> None:
+        """Send a chunk."""
+        with WIRE:
+            self._sender.send(server.InferenceResponse(output_tensors=[server.Tensor(*tensor) for tensor in tensors]))
+
+    def end(self) -> None:
+        """There are no more chunks."""
+        with WIRE:
+            self._sender.send(flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def fail(self, message: str, code: Any) -> None:
+        """It ends with an error."""
+        with WIRE:
+            response = server.InferenceResponse(output_tensors=[], error=server.TritonError(message, code))
+            self._sender.send(response, flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def refuse(self, error: AnyFlowError) -> None:
+        """It ends with what was wrong with it."""
+        full = isinstance(error, FullError)
+        self.fail(str(error), server.TritonError.UNAVAILABLE if full else server.TritonError.INVALID_ARG)
+
+
+class TritonPythonModel:
+    """See the module."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load everything; the server reports the model as not ready until then, and until it is warm."""
+        try:
+            check_arrays()
+            self._open(args)
+        except AnyFlowError as error:
+            raise server.TritonModelException(str(error)) from None
+
+    def _open(self, args: dict[str, str]) -> None:
+        self._name = args["model_name"]
+        self._settings = settings = settings_from(json.loads(args["model_config"])["parameters"])
+        folder = Path(args["model_repository"]) / args["model_version"]
+        gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        bundle = load_bundle(folder / settings.bundle)
+        self._engine = load_engine(
+            bundle, settings.backend, "cpu" if gpu is None else "cuda", settings.threads, device=gpu or 0, engine=settings.engine
+        )
+        self._studio = studio_of(self._engine, folder, settings, "cpu" if gpu is None else f"cuda:{gpu}")
+        self._metrics = Metrics(server, self._name, args["model_instance_name"])
+        self._element, most = cache_of(bundle.manifest, settings)
+        self._admission = Admission(settings.max_streams, most, settings.max_waiting, self._metrics.streams)
+        self._threads: set[threading.Thread] = set()
+        self._stopping = threading.Event()
+        server.Logger.log_info(f"{self._name}: {self._engine.description}, bundle {bundle.digest[:16]}")
+
+    def execute(self, requests: list[Any]) -> None:
+        """Take requests; see the module."""
+        for request in requests:
+            began = time.perf_counter()
+            with WIRE:
+                answer = Answer(request.get_response_sender())
+            try:
+                with WIRE:
+                    tensors = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
+                wanted = asked(tensors, self._studio.manifest, self._settings, self._name)
+                self._studio.check(wanted)
+                ticket = self._admission.ask(wanted.cache_bytes(self._element))
+            except AnyFlowError as error:
+                answer.refuse(error)
+                self._metrics.ended("refused")
+                continue
+            except Exception:  # noqa: BLE001 - this request is lost, the next may do better
+                self._fail(answer)
+                continue
+            thread = threading.Thread(target=self._run, args=(wanted, ticket, answer, began), daemon=True)
+            self._threads.add(thread)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads
+                self._threads.discard(thread)
+                self._admission.leave(ticket)
+                self._fail(answer)
+
+    def finalize(self) -> None:
+        """Let running videos finish for a while, then end them before their next transition."""
+        end = time.monotonic() + self._settings.grace_seconds
+        for thread in list(self._threads):
+            thread.join(max(0.0, end - time.monotonic()))
+        self._stopping.set()
+        for thread in list(self._threads):
+            thread.join()
+        self._engine.close()
+
+    def _run(self, wanted: Asked, ticket: Ticket, answer: Answer, began: float) -> None:
+        """One request."""
+
+        def check() -> None:
+            if self._stopping.is_set() or answer.cancelled:
+                raise Cancelled
+
+        try:
+            with self._admission.within(ticket, check), closing(self._studio.make(wanted, check)) as pieces:
+                before = began
+                for made in pieces:
+                    now = time.perf_counter()
+                    answer.send(_tensors(made, wanted, now - began))
+                    self._metrics.chunk(made.index, now - before, made.steps, made.deadline_met)
+                    before = now
+            answer.end()
+            self._metrics.ended("completed")
+        except Cancelled:
+            stopped = self._stopping.is_set()
+            code = server.TritonError.UNAVAILABLE if stopped else server.TritonError.CANCELLED
+            answer.fail("the server is being stopped; ask again later." if stopped else "cancelled on request.", code)
+            self._metrics.ended("cancelled")
+        except AnyFlowError as error:
+            answer.refuse(error)
+            self._metrics.ended("refused")
+        except Exception:  # noqa: BLE001 - the other streams go on
+            self._fail(answer)
+        finally:
+            self._threads.discard(threading.current_thread())
+
+    def _fail(self, answer: Answer) -> None:
+        """A defect of ours: the log has all of it."""
+        server.Logger.log_error(f"{self._name}: {traceback.format_exc()}")
+        answer.fail("an error of the server; its log has it.", server.TritonError.INTERNAL)
+        self._metrics.ended("failed")
+
+
+def check_arrays() -> None:
+    """Refuse a numpy that this server's Python backend cannot read: it would take the whole server down with the first text.
+
+    Raises:
+        BackendError: naming the version, and what to install.
+    """
+    sent = np.arange(6, dtype=np.float32).reshape(2, 3)
+    received = server.Tensor.from_dlpack("received", server.Tensor("sent", sent).to_dlpack()).as_numpy()
+    if not np.array_equal(sent, received):
+        raise BackendError(
+            f"this server's Python backend was built before numpy 2 and cannot read arrays of numpy {np.__version__}. "
+            "Where the server runs: pip install 'numpy<2', or take a newer server."
+        )
+
+
+def studio_of(engine: Any, folder: Path, settings: Settings, device: str) -> Studio:
+    """Load text encoder and VAE, where they are served."""
+    text = vae = None
+    if settings.text or settings.vae:
+        if settings.pipeline is None:
+            raise AnyFlowError("config.pbtxt serves text or vae and names no pipeline. Write it again with anyflow-triton.")
+        from anyflow_deploy.pipelines.text_encoder import PromptEncoder
+        from anyflow_deploy.pipelines.vae import load_vae
+
+        pipeline = folder / settings.pipeline
+        text = PromptEncoder(pipeline, device) if settings.text else None
+        vae = load_vae(pipeline, device) if settings.vae else None
+        if text is not None:
+            text.encode(["a red fox"], engine.bundle.manifest.video.text_tokens)  # loads it, and warms it up
+    return Studio(engine, text, vae)
+
+
+def cache_of(manifest: Manifest, settings: Settings) -> tuple[int, int]:
+    """Bytes of an element of the cache, and of all caches together at most; (0, 0) for a bidirectional model, which has none."""
+    if manifest.kind == "bidirectional":
+        return 0, 0
+    element = element_bytes(manifest)
+    _, _, rows, columns = manifest.latent_shape(None, None, None)
+    plan = cache_plan(manifest.architecture, None, rows, columns, None, manifest.video.text_tokens)
+    return element, settings.cache_bytes or settings.max_streams * plan.bytes(element)
+
+
+def _tensors(made: Made, wanted: Asked, seconds: float) -> list[tuple[str, NDArray[Any]]]:
+    numbers = {
+        "chunk": made.index,
+        "first_frame": made.first_frame,
+        "steps": made.steps,
+        "seconds": seconds,
+        "deadline_met": made.deadline_met,
+        "seed": wanted.order.seed,
+    }
+    tensors = [(name, np.array([n], dtype=_TYPES[name])) for name, n in numbers.items() if n is not None]
+    return [*tensors, (made.output, made.content)]

@@ -1,0 +1,113 @@
+"""A request's tensors become an order, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from anyflow_deploy.bundle.manifest import Manifest
+from anyflow_deploy.engines.engine import Array, checked_array
+from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
+from anyflow_deploy.engines.tritonserver.settings import Settings
+from anyflow_deploy.errors import ShapeError
+from anyflow_deploy.serving.request import Order, RefusedError, VideoRequest, ordered
+
+_SAME = ("num_inference_steps", "first_steps", "deadline_ms", "shift", "seed", "window", "num_frames")
+"""Inputs that are fields of `VideoRequest`."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request that can be carried out.
+
+    Attributes:
+        order: what to make.
+        embeds: the prompt's embeddings, float32 (1, L, D); None where the prompt is text.
+        output_type: one of `OUTPUT_TYPES`.
+    """
+
+    order: Order
+    embeds: Array | None
+    output_type: str
+
+    def cache_bytes(self, element: int) -> int:
+        """Keys and values that the stream will hold, with elements of this size; 0 for a bidirectional model."""
+        return 0 if self.order.plan is None else self.order.plan.bytes(element)
+
+
+def asked(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings, name: str) -> Asked:
+    """Read a request.
+
+    Args:
+        tensors: by name, as `INPUTS` lists them.
+        manifest: of the bundle.
+        settings: of the model.
+        name: of the model.
+
+    Raises:
+        AnyFlowError: naming the tensor, what was given and what is allowed.
+    """
+    embeds = _embeds(tensors, manifest, settings)
+    fields: dict[str, Any] = {field: _single(tensors, field) for field in _SAME if field in tensors}
+    height, width = _single(tensors, "height"), _single(tensors, "width")
+    if height is not None or width is not None:
+        video = manifest.video
+        fields["size"] = f"{video.width if width is None else width}x{video.height if height is None else height}"
+    prompt = "" if embeds is not None else _text(tensors, "prompt")
+    try:
+        request = VideoRequest(prompt=prompt or "", **fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        raise RefusedError(f"{field} is {first['input']!r}: {first['msg'].lower()}.", field) from None
+    order = ordered(request, manifest, settings.limits, name, embedded=embeds is not None)
+    return Asked(order, embeds, _output_type(tensors, settings))
+
+
+def _embeds(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings) -> Array | None:
+    given = [field for field in ("prompt", "prompt_embeds") if field in tensors]
+    if len(given) != 1:
+        what = "both" if given else "neither"
+        raise RefusedError(f"prompt and prompt_embeds say what to show, and {what} came; send one of them.")
+    if "prompt" in tensors:
+        if not settings.text:
+            raise RefusedError("this server has no text encoder; send prompt_embeds in place of prompt.", "prompt")
+        return None
+    embeds = checked_array("prompt_embeds", tensors["prompt_embeds"])
+    tokens, channels = manifest.shape_ranges.text, manifest.architecture.text_dim
+    if embeds.ndim != 2 or embeds.shape[0] not in tokens or embeds.shape[1] != channels:
+        raise ShapeError(f"prompt_embeds has shape {embeds.shape}; allowed is ({tokens}, {channels}): tokens, channels.")
+    return embeds[None]
+
+
+def _output_type(tensors: Mapping[str, NDArray[Any]], settings: Settings) -> str:
+    given = _text(tensors, "output_type")
+    if given is None:
+        return "mp4" if settings.vae else "latents"
+    allowed = [name for name in OUTPUT_TYPES if settings.vae or name == "latents"]
+    if given not in allowed:
+        why = "" if settings.vae else " (this server has no VAE)"
+        raise RefusedError(f"output_type is {given[:40]!r}; allowed are {', '.join(allowed)}{why}.", "output_type")
+    return given
+
+
+def _single(tensors: Mapping[str, NDArray[Any]], name: str) -> Any:
+    """A number; None where it was not sent."""
+    if name not in tensors:
+        return None
+    if np.size(tensors[name]) != 1:
+        raise RefusedError(f"{name} has {np.size(tensors[name])} values; allowed is one.", name)
+    return tensors[name].reshape(-1).tolist()[0]
+
+
+def _text(tensors: Mapping[str, NDArray[Any]], name: str) -> str | None:
+    value = _single(tensors, name)
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); send text.", name) from None

@@ -1,0 +1,236 @@
+"""How large the inputs of every quantized layer become, at any number of steps.
+
+8-bit engines round activations on a fixed grid, whose width has to be known beforehand. The time embedding scales every
+block's input, so ranges seen at one schedule are not those of another; here ModelOpt's quantizers watch whole rollouts of
+many schedules (see `rollouts`), prompts and seeds, in float32. What is kept is maxima: per tensor, and per input channel
+of linear layers, which SmoothQuant needs.
+
+Maxima can be merged in any order, so an interrupted calibration goes on where it was: after each rollout they are saved in
+a partial file beside the output, with the settings they belong to.
+
+Legend: F latent frames, C channels, H W latent rows and columns, L text tokens, D text channels.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context, Decimal
+from pathlib import Path
+from typing import Any
+
+from anyflow_deploy.bundle.json_records import write_whole
+from anyflow_deploy.checkpoints.checkpoint import shift_of
+from anyflow_deploy.checkpoints.weights import Weights, fingerprint
+from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.engines.sampler import noise
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.export.quantization.calibration_checkpoint import Maxima, PartialRanges
+from anyflow_deploy.export.quantization.prompts import PromptText
+from anyflow_deploy.export.quantization.rollouts import SWEEPS, calibration_schedules, rolled_out, transitions
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, TensorRange
+from anyflow_deploy.quantization.layers import candidates
+from anyflow_deploy.schedule import Schedule
+
+STEPS = (1, 2, 4, 8)
+_TOOLS = ("anyflow-deploy", "torch", "nvidia-modelopt")
+_FIVE_DIGITS = Context(prec=5, rounding=ROUND_CEILING)
+"""What is kept of a range in the file: 14B has 2.4 million of them."""
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What is run.
+
+    Attributes:
+        text: prompts and their embeddings.
+        shape: (F, C, H, W) of the latents.
+        steps: step counts of the uniform schedules; the sweeps come on top.
+        seeds: of the noise, which every prompt has its own of.
+        device: torch device.
+        partial: where unfinished work is kept; None for nowhere.
+        tell: called with what a user should know: work that is taken up again, or cannot be.
+    """
+
+    text: PromptText
+    shape: tuple[int, int, int, int]
+    steps: tuple[int, ...] = STEPS
+    seeds: tuple[int, ...] = (0,)
+    device: str = "cpu"
+    partial: Path | None = None
+    tell: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    name: str
+    prompt: int
+    seed: int
+    schedule: Schedule
+
+
+def calibrated(weights: Weights, settings: CalibrationSettings, report: Report | None = None) -> Calibration:
+    """Measure ranges.
+
+    Args:
+        weights: a checkpoint, or random weights.
+        settings: see `CalibrationSettings`.
+        report: where progress goes.
+
+    Raises:
+        AnyFlowError: a tensor that became infinite or NaN, by name; or ModelOpt is not installed.
+        BackendError: torch cannot use the device.
+    """
+    report, a, shift = report or Silent(), weights.architecture, shift_of(weights)
+    with report.stage("fingerprint of the weights"):
+        mark = fingerprint(weights)
+    rollouts = list(_rollouts(settings, shift))
+    partial = PartialRanges(settings.partial, _key(settings, mark, shift))
+    maxima = partial.maxima
+    todo = [rollout for rollout in rollouts if rollout.name not in partial.done]
+    if partial.note or partial.done:
+        settings.tell(
+            partial.note or f"going on after {len(rollouts) - len(todo)} of {len(rollouts)} rollouts ({settings.partial})"
+        )
+    if todo:
+        with report.stage("loading the network"):
+            watched = _Watched(weights, settings.device)
+        total = sum(transitions(a, settings.shape[0], rollout.schedule) for rollout in todo)
+        with report.stage(f"{len(todo)} of {len(rollouts)} rollouts", total) as advance:
+            for rollout in todo:
+                latents, text = _own_noise(settings, rollout), settings.text.embeddings[rollout.prompt][None]
+                maxima = watched.rolled_out(latents, text, rollout, advance, maxima)
+                partial.save(rollout.name, maxima)
+    return _record(weights, settings, mark, shift, maxima)
+
+
+def check_calibration(calibration: Calibration, weights: Weights) -> None:
+    """Refuse a calibration of other weights.
+
+    Raises:
+        AnyFlowError: another architecture, or other weights of the same.
+    """
+    check_architecture(calibration, weights.architecture)
+    if calibration.weights != (given := fingerprint(weights)):
+        raise AnyFlowError(
+            f"this calibration is of the weights {calibration.weights[:12]}…, and {weights.source.location} holds {given[:12]}…. "
+            f"{_AGAIN}"
+        )
+
+
+def check_architecture(calibration: Calibration, a: Architecture) -> None:
+    """The part of `check_calibration` that reads no weights.
+
+    Raises:
+        AnyFlowError: another architecture, or ranges of as many channels as no layer of this one has.
+    """
+    theirs, ours = calibration.config, a.as_config()
+    if theirs != ours:
+        differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+        changes = ", ".join(f"{key} {theirs.get(key)!r} against {ours.get(key)!r}" for key in differing[:3])
+        raise AnyFlowError(f"the calibration is of another architecture than the weights: {changes}. {_AGAIN}")
+    for layer, (inputs, _) in candidates(a).items():
+        found = calibration.tensors.get(f"{layer}.input")
+        if found is not None and len(found.channels or ()) != inputs:
+            count = len(found.channels or ())
+            raise AnyFlowError(f"the calibration has ranges of {count} channels for {layer}.input, which has {inputs}. {_AGAIN}")
+
+
+_AGAIN = "Ranges hold for the weights they were measured on: calibrate these with anyflow-calibrate."
+
+
+def _rollouts(settings: CalibrationSettings, shift: float) -> Iterator[_Rollout]:
+    for prompt in range(len(settings.text.prompts)):
+        for seed in settings.seeds:
+            for name, schedule in calibration_schedules(settings.steps, shift).items():
+                yield _Rollout(f"prompt {prompt}, seed {seed}, {name}", prompt, seed, schedule)
+
+
+def _own_noise(settings: CalibrationSettings, rollout: _Rollout) -> Array:
+    """Another start for every prompt, so that eight prompts are eight samples of the noise, too."""
+    return noise((1, *settings.shape), rollout.seed + _PRIME * rollout.prompt)
+
+
+_PRIME = 1_000_003  # keeps `--seeds 0,1,2` and prompts apart
+
+
+class _Watched:
+    """A network with quantizers that only look."""
+
+    def __init__(self, weights: Weights, device: str) -> None:
+        from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
+        from anyflow_deploy.export.torch_engine import NetworkEngine
+
+        self._tools = load_modelopt()
+        self._engine = NetworkEngine(weights, device)
+        self._quantizers = self._tools.watching(self._engine.network, candidates(weights.architecture))
+
+    def rolled_out(self, latents: Array, text: Array, rollout: _Rollout, advance: Any, maxima: Maxima) -> Maxima:
+        """Run one rollout and raise the maxima by what was seen."""
+        rolled_out(self._engine, latents, text, rollout.schedule, on_step=lambda step: advance(1))
+        found: Maxima = {}
+        for name, quantizer in self._quantizers.items():
+            largest = quantizer.compute_amax()
+            if largest is None:
+                continue
+            values = largest.float().cpu()
+            if not bool(values.isfinite().all()):
+                raise AnyFlowError(
+                    f"{name} became infinite or NaN at {rollout.name}: no 8-bit grid can hold that. "
+                    "Look at the checkpoint with anyflow-validate, or calibrate a smaller video."
+                )
+            found[name] = values if name not in maxima else values.maximum(maxima[name])
+        return {**maxima, **found}
+
+
+def _key(settings: CalibrationSettings, mark: str, shift: float) -> dict[str, Any]:
+    """Everything the ranges depend on."""
+    return {
+        "weights": mark,
+        "prompts": list(settings.text.prompts),
+        "text": settings.text.source,
+        "shape": list(settings.shape),
+        "steps": list(settings.steps),
+        "seeds": list(settings.seeds),
+        "shift": shift,
+        "sweeps": [list(sweep.timesteps) for sweep in SWEEPS],
+    }
+
+
+def _record(weights: Weights, settings: CalibrationSettings, mark: str, shift: float, maxima: Maxima) -> Calibration:
+    return Calibration(
+        config=weights.architecture.as_config(),
+        weights=mark,
+        prompts=list(settings.text.prompts),
+        steps=list(settings.steps),
+        seeds=list(settings.seeds),
+        shift=shift,
+        shapes=[[1, *settings.shape]],
+        sweeps=[list(sweep.timesteps) for sweep in SWEEPS],
+        text=settings.text.source,
+        tools={tool: importlib.metadata.version(tool) for tool in _TOOLS},
+        tensors={name: _range(values.tolist(), name.endswith(".input")) for name, values in sorted(maxima.items())},
+    )
+
+
+def _range(values: list[float], channels: bool) -> TensorRange:
+    rounded = [rounded_up(value) for value in values]
+    return TensorRange(amax=max(rounded), channels=rounded if channels else None)
+
+
+def rounded_up(value: float) -> float:
+    """The smallest number of five digits that is not below a value >= 0."""
+    return float(_FIVE_DIGITS.plus(Decimal(repr(value))))
+
+
+def write_calibration(path: Path, calibration: Calibration) -> None:
+    """Write a `calibration.json`, whole or not at all."""
+    write_whole(path, calibration.model_dump_json(by_alias=True) + "\n")
+
+
+def partial_path(output: Path) -> Path:
+    """Where the unfinished work on an output is kept."""
+    return output.with_name(f".{output.name or CALIBRATION}.rollouts")

@@ -1,0 +1,123 @@
+"""8-bit arithmetic in PyTorch: what an engine with Q/DQ nodes would compute, without making one.
+
+Every quantized layer rounds its input and its weight to the 8-bit grid and back, and multiplies in float32. The grids:
+
+- int8: whole numbers from -127 to 127. Inputs one scale a tensor, weights one scale an output channel; scale = amax / 127.
+- fp8 (E4M3): one scale a tensor for both; scale = amax / 448, the format's largest number.
+
+An input's amax comes from the calibration, a weight's from the weight itself; `layers` has the rules. Attention
+stays high, unless fp8 is asked to round the operands of its two products, too.
+
+Switching layers on and off costs nothing (a flag in each quantizer), which is what sensitivity needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.quantization.calibration import Calibration
+from anyflow_deploy.quantization.layers import candidates, checked_layers, input_amax, input_channels, operand_amax, staying_high
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How ModelOpt is told of a precision: bits (exponent and mantissa for floats), and the axis of a weight's scales."""
+
+    bits: int | tuple[int, int]
+    weight_axis: int | None
+
+
+GRIDS = {"int8": Grid(8, 0), "fp8": Grid((4, 3), None)}
+
+
+class FakeQuant:
+    """A network whose layers round as an 8-bit engine's do; converts the network in place.
+
+    Args:
+        network: `FlowMapTransformer`, or `ChunkTransition` for a causal model.
+        a: its architecture.
+        calibration: of its weights.
+        precision: "int8" or "fp8".
+        kept: layers that stay high.
+        smooth: SmoothQuant's factors: layer -> s (K), one for each input channel. The input is divided by s before it is
+            rounded, and the weight's columns multiplied. Layers of one group need the same.
+        attention: attentions whose products round their operands, fp8 only: by name (`blocks.0.attn1`, see
+            `quantized_attentions`), or "attn1" and "attn2" for those of all blocks.
+
+    Attributes:
+        layers: those that can be quantized, in the network's order.
+        excluded: candidates that cannot -> why.
+
+    Raises:
+        AnyFlowError: another precision, an unknown layer in `kept`, or a calibration that lacks a tensor.
+        BackendError: ModelOpt is not installed.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        a: Architecture,
+        calibration: Calibration,
+        precision: str,
+        kept: Collection[str] = (),
+        smooth: Mapping[str, Tensor] | None = None,
+        attention: Collection[str] = (),
+    ) -> None:
+        grid = checked_grid(precision, attention)
+        self.excluded = staying_high(a, calibration)
+        self.layers = tuple(name for name in candidates(a) if name not in self.excluded)
+        self._architecture = a
+        scales = {name: _scales(calibration, name, (smooth or {}).get(name)) for name in self.layers}
+        operands = {name: amax for p in _attentions(a, attention) for name, amax in operand_amax(calibration, p).items() if amax}
+        self._pairs = load_modelopt().rounding(network, scales, operands, grid.bits, grid.weight_axis)
+        self.keep(kept)
+
+    def keep(self, kept: Collection[str]) -> None:
+        """Quantize every layer but these."""
+        high = set(checked_layers(self._architecture, kept))
+        self.quantize_only([name for name in self.layers if name not in high])
+
+    def quantize_only(self, layers: Collection[str]) -> None:
+        """Quantize exactly these layers; every other one computes as if nothing had been converted."""
+        for name in checked_layers(self._architecture, layers):
+            if name in self.excluded:
+                raise AnyFlowError(f"{name} cannot be quantized ({self.excluded[name]}). Leave it out.")
+        chosen = set(layers)
+        for name, pair in self._pairs.items():
+            for quantizer in pair:
+                if name in chosen:
+                    quantizer.enable()
+                else:
+                    quantizer.disable()
+
+
+def _attentions(a: Architecture, chosen: Collection[str]) -> list[str]:
+    names = (f"blocks.{n}.{kind}" for n in range(a.num_layers) for kind in ("attn1", "attn2"))
+    return [name for name in names if name in chosen or name.rpartition(".")[2] in chosen]
+
+
+def checked_grid(precision: str, attention: Collection[str] = ()) -> Grid:
+    """The row of a precision.
+
+    Raises:
+        AnyFlowError: there is none, or it does not go with quantized attention.
+    """
+    if precision not in GRIDS:
+        raise AnyFlowError(f"precision is {precision!r}; those that round layers to 8 bits are {' and '.join(GRIDS)}.")
+    if attention and precision != "fp8":
+        raise AnyFlowError(f"{precision} attention does not exist beyond 512 tokens; quantized attention goes with fp8 only.")
+    return GRIDS[precision]
+
+
+def _scales(calibration: Calibration, layer: str, smooth: Tensor | None) -> tuple[float, Tensor | None]:
+    """The range of a layer's input after smoothing, and the factors."""
+    if smooth is None:
+        return input_amax(calibration, layer), None
+    return float((torch.tensor(input_channels(calibration, layer)) / smooth.cpu()).max()), smooth

@@ -1,0 +1,159 @@
+"""Every 8-bit product of a bundle alone: ONNX Runtime against PyTorch, both given the same input.
+
+Two programs that round on the same grid drift apart over a whole network though neither is wrong: sums in another order
+differ by 1e-7, a value on a rounding border falls to the other side, and the next grid spreads that step over a row. So
+the whole says little about a single wrong scale. Here each product stands alone: what PyTorch's fake quantization
+(`fake_quant`) gave a layer is cut out of its run with hooks, the same nodes (Q/DQ, product, bias) are cut out of the
+bundle's graph, and run on it.
+
+The graph's layers see smoothed inputs and make smoothed values (`plan`); inputs and results are brought to
+the same side by the factors s.
+
+Legend: N rows, K channels in, M channels out; B batch, A heads, E channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto
+from torch import Tensor
+
+from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.engines.metrics import difference
+from anyflow_deploy.engines.onnxruntime.int8 import saturates, shift_activations, shift_weights
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.export.torch_engine import NetworkEngine
+from anyflow_deploy.quantization.layers import OPERANDS
+
+Seen = dict[str, tuple[Array, Array]]
+"""Module -> what it was given and what it made, the last time it ran."""
+
+
+def product_differences(
+    bundle: Bundle, reference: NetworkEngine, smooth: Mapping[str, Tensor], run: Callable[[NetworkEngine], object]
+) -> dict[str, float]:
+    """Compare every quantized product.
+
+    Args:
+        bundle: int8 or fp8, base fp32.
+        reference: with `FakeQuant` in it, set up as the bundle was.
+        smooth: SmoothQuant's factors, layer -> s (K); see `Plan.smooth`.
+        run: runs the reference once, so that its layers see something.
+
+    Returns:
+        Product -> relative L2 distance, the worst of its graphs. Layers by their names; the products of an attention in FP8 are
+        `blocks.0.attn1.scores` and `blocks.0.attn1.mixed`.
+
+    Raises:
+        AnyFlowError: the bundle has no product in eight bits, or one whose layer the run did not reach.
+    """
+    graphs = {name: _loaded(bundle, name) for name in bundle.manifest.graphs}
+    products = [(name, graph, node) for graph, model in graphs.items() for name, node in _products(model.graph)]
+    if not products:
+        raise AnyFlowError(f"{bundle.path} has no product in eight bits; give an int8 or fp8 bundle.")
+    seen = _watched(reference, run)
+    found: dict[str, float] = {}
+    for name, graph, node in products:
+        inputs, expected = _given(name, seen, smooth)
+        result = _computed(bundle, graphs[graph], node, inputs)
+        found[name] = max(found.get(name, 0.0), difference(result, expected).relative_l2)
+    return found
+
+
+def _loaded(bundle: Bundle, graph: str) -> ModelProto:
+    return onnx.load(str(bundle.file(bundle.manifest.graphs[graph].file)), load_external_data=False)
+
+
+def _products(graph: GraphProto) -> Iterator[tuple[str, NodeProto]]:
+    """Every Gemm and MatMul with two dequantized operands, by the name of its layer."""
+    made = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        makers = [made.get(name) for name in node.input[:2]]
+        if node.op_type not in ("Gemm", "MatMul") or any(m is None or m.op_type != "DequantizeLinear" for m in makers):
+            continue
+        if node.op_type == "Gemm":
+            yield node.name.removesuffix("/Gemm"), node
+        else:
+            attention, _, operation = node.name.rpartition("/")
+            yield f"{attention}.{'scores' if operation == 'MatMul' else 'mixed'}", node
+
+
+def _watched(reference: NetworkEngine, run: Callable[[NetworkEngine], object]) -> Seen:
+    """What every module with quantizers, and every attention's quantizer, was given and made."""
+    seen: Seen = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: Any, given: tuple[Tensor, ...], made: Tensor) -> None:
+            seen[name] = (_array(given[0]), _array(made))
+
+        return hook
+
+    modules = dict(reference.network.named_modules())
+    operands = [f"{name}_quantizer" for name in OPERANDS]
+    chosen = [n for n, m in modules.items() if hasattr(m, "input_quantizer") or n.rpartition(".")[2] in operands]
+    hooks = [modules[name].register_forward_hook(note(name)) for name in chosen]
+    try:
+        run(reference)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+def _array(tensor: Tensor) -> Array:
+    return np.array(tensor.detach().cpu().numpy(), dtype=np.float32, order="C")
+
+
+def _given(name: str, seen: Seen, smooth: Mapping[str, Tensor]) -> tuple[list[Array], Array]:
+    """What the graph's product is to be given, and what it has to make of it."""
+    layer, _, kind = name.rpartition(".")
+    try:
+        if kind == "scores":
+            (query, q), (key, k) = (_heads_first(seen[f"{layer}.{operand}_quantizer"]) for operand in ("query", "key"))
+            return [query, key.swapaxes(-1, -2)], q @ k.swapaxes(-1, -2)
+        if kind == "mixed":
+            weights, p = seen[f"{layer}.probabilities_quantizer"]
+            value, v = _heads_first(seen[f"{layer}.value_quantizer"])
+            return [weights, value], p @ v
+        x, y = seen[name]
+    except KeyError:
+        raise AnyFlowError(f"{name} did not run in PyTorch; give a run that reaches every layer.") from None
+    return [_divided(x, smooth.get(name))], _divided(y, smooth.get(f"{layer}.to_out.0") if kind == "to_v" else None)
+
+
+def _heads_first(pair: tuple[Array, Array]) -> tuple[Array, Array]:
+    """(B, N, A, E) to (B, A, N, E)."""
+    return pair[0].swapaxes(1, 2), pair[1].swapaxes(1, 2)
+
+
+def _divided(x: Array, s: Tensor | None) -> Array:
+    return x if s is None else x * (1 / s).numpy()
+
+
+def _computed(bundle: Bundle, model: ModelProto, node: NodeProto, inputs: list[Array]) -> Array:
+    """A product with its Q/DQ and its bias, cut out of the graph and run as the engine runs it."""
+    import onnxruntime
+
+    made = {name: other for other in model.graph.node for name in other.output}
+    sources = [made[name] for name in node.input[: len(inputs)]]
+    names = [made[source.input[0]].input[0] for source in sources]
+    following = next((n for n in model.graph.node if n.op_type == "Add" and node.output[0] in n.input), None)
+    end = following if node.op_type == "Gemm" and following is not None else node
+    cut = onnx.utils.Extractor(model).extract_model(names, [end.output[0]])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path.resolve()))
+    if bundle.manifest.precision == "int8":
+        shift_activations(cut)
+        if saturates(onnxruntime):
+            shift_weights(cut)
+    if bundle.manifest.precision == "fp8":
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = onnxruntime.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {name: np.ascontiguousarray(x) for name, x in zip(names, inputs, strict=True)})
+    return np.asarray(result, dtype=np.float32)

@@ -1,0 +1,285 @@
+"""What is quantized, with which scales: decided once, before any graph is traced.
+
+Candidates are the linear layers of the blocks. A layer's input range comes from the calibration and its weights' ranges
+from the weights, which are read once here, a group of layers with one input at a time; what is kept of them is vectors.
+All graphs of a bundle are rewritten from one plan (`qdq_pass`), and the weights written by it (`weights`).
+
+SmoothQuant (arXiv 2211.10438, equation 4) divides the input of a layer by a vector s and multiplies its weight's columns
+by it, so that channels with outliers no longer set the scale of all others. Dividing costs nothing where it can be folded
+into what makes the input: a norm, or the rows of `to_v` (attention mixes tokens, never channels). It is skipped for the
+text, which all layers share, and for the input of `ffn.net.2`, which comes out of a GELU.
+
+Legend: D channels in, N channels out of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from anyflow_deploy.checkpoints.dtypes import STORED, TORCH
+from anyflow_deploy.checkpoints.weights import Parameter, Weights, converted
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.precision import get_precision
+from anyflow_deploy.progress import Report
+from anyflow_deploy.quantization.calibration import Calibration
+from anyflow_deploy.quantization.layers import (
+    GROUPS,
+    attentions_staying_high,
+    checked_layers,
+    input_amax,
+    input_channels,
+    operand_amax,
+    quantized_attentions,
+    shared_input,
+    split_layer,
+    staying_high,
+)
+
+SMOOTH_STRENGTH = 0.5
+"""alpha of SmoothQuant: how much of the difficulty moves into the weights. The paper's value for most models."""
+
+_SMOOTH_LIMIT = 1e3
+"""Factors stay within 1/this and this: a channel that calibration saw nearly silent must not be amplified without end."""
+
+ZERO_POINT = "zero_point"
+
+LARGEST = {"I8": 127.0, "F8_E4M3": 448.0}
+"""The value that a range is mapped onto (INT8 also has -128, which only inputs beyond their range reach)."""
+
+_OUTPUTS = ("attn1.to_out.0", "attn2.to_out.0")
+_UNFOLDED = ("attn2.to_k", "ffn.net.2")
+"""The first layers of groups whose input cannot be divided for nothing: see the module's text."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module's text.
+
+    Attributes:
+        kind: safetensors type of the quantized weights.
+        base: precision of everything else.
+        inputs: quantized layer -> name of the scale of its input; layers with one input have one scale.
+        smoothed: layer -> name of the vector 1/s that the norm in front of it takes as its weight.
+        attentions: attentions whose products are quantized.
+        constants: scales, vectors and the zero point, by initializer name, in the type they are stored in.
+        smooth: layer -> SmoothQuant's s (K), what its input is divided by.
+        factors: parameter -> what it is multiplied by before anything else, each broadcasting to it.
+        kept: candidates that are not quantized -> why.
+    """
+
+    kind: str
+    base: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    smoothed: dict[str, str] = field(default_factory=dict)
+    attentions: list[str] = field(default_factory=list)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    smooth: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, list[Tensor]] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def parameters(self, parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+        """The graph's parameters as they will be stored."""
+        weights = {f"{layer}.weight" for layer in self.inputs}
+        return {name: Parameter(self.kind, p.shape) if name in weights else p for name, p in parameters.items()}
+
+    def converted(self, name: str, tensor: Tensor, kind: str) -> Tensor:
+        """A parameter as it will be stored."""
+        if name in self.factors:
+            tensor = self.factored(name, tensor)
+        if kind != self.kind:
+            return converted(name, tensor, kind)
+        scale = self.constants[weight_scale(name)].float()
+        scaled = converted(name, tensor, "F32").div(scale.unsqueeze(1) if scale.ndim else scale)
+        limit = LARGEST[kind]
+        return (scaled.round_() if kind == "I8" else scaled).clamp_(-limit, limit).to(STORED[kind])
+
+    def factored(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter in float32, multiplied by its factors."""
+        tensor = tensor.to(torch.float32)
+        for factor in self.factors.get(name, ()):
+            tensor = tensor * factor
+        return tensor
+
+
+def weight_scale(parameter: str) -> str:
+    """Name of the scale of a quantized weight."""
+    return f"{parameter}_scale"
+
+
+def zero_points(channels: int) -> str:
+    """Name of the zero points of a weight with a scale per output channel: ONNX Runtime's fusion asks for them."""
+    return f"{ZERO_POINT}s.{channels}"
+
+
+def stored_scale(amax: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """The scale that maps `amax` onto a type's largest value, in the type it is stored in, never rounded down.
+
+    Scales are normal numbers (some hardware flushes others to zero), so that nothing is divided by zero either.
+    """
+    wanted = amax.float() / LARGEST[kind]
+    scale = wanted.to(dtype).clamp_min(torch.finfo(dtype).tiny)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    above = (scale.view(bits) + 1).view(dtype)  # the next number up, for positive ones
+    return torch.where(scale.float() * LARGEST[kind] < amax.float(), above, scale)
+
+
+def smoothing(inputs: Tensor, weights: Tensor) -> Tensor:
+    """SmoothQuant's s, from the largest values of each channel (D) in the input and in the weights' columns."""
+    s = inputs.double() ** SMOOTH_STRENGTH / weights.double() ** (1 - SMOOTH_STRENGTH)
+    s[(inputs == 0) | (weights == 0)] = 1.0
+    return s.clamp(1 / _SMOOTH_LIMIT, _SMOOTH_LIMIT).float()
+
+
+def planned(
+    weights: Weights,
+    calibration: Calibration,
+    precision: str,
+    base: str,
+    smooth: bool,
+    attention: str,
+    kept: Sequence[str],
+    report: Report,
+) -> Plan:
+    """Decide.
+
+    Args:
+        weights, calibration: of one model.
+        precision: "int8" or "fp8".
+        base: precision of the rest.
+        smooth: SmoothQuant, for int8 (fp8 has range enough for outliers).
+        attention: "high" or "fp8".
+        kept: names of layers to keep high.
+
+    Raises:
+        AnyFlowError: a layer that the calibration knows nothing of, a name in `kept` that fits no layer, or nothing left
+            to quantize.
+    """
+    a = weights.architecture
+    plan = Plan(get_precision(precision).tensor_type, base)
+    plan.kept.update({**staying_high(a, calibration), **dict.fromkeys(checked_layers(a, kept), "asked for")})
+    planner = _Planner(plan, weights, calibration, smooth and precision == "int8")
+    with report.stage("measuring weights", float(a.num_layers)) as advance:
+        for index in range(a.num_layers):
+            for group in _ORDER:
+                planner.group([f"blocks.{index}.{layer}" for layer in group])
+            advance(1)
+    if attention == "fp8":
+        planner.attention()
+    if not plan.inputs:
+        raise AnyFlowError(f"{precision} would quantize nothing: {_reasons(plan)}. Choose --precision {base}.")
+    plan.constants[ZERO_POINT] = torch.zeros((), dtype=STORED[plan.kind])
+    return plan
+
+
+class _Planner:
+    def __init__(self, plan: Plan, weights: Weights, calibration: Calibration, smooth: bool) -> None:
+        self.plan, self.weights, self.calibration, self.smooth = plan, weights, calibration, smooth
+        self.shapes = weights.shapes()
+        self.dtype = TORCH[get_precision(plan.base).tensor_type]
+
+    def group(self, names: Sequence[str]) -> None:
+        """Plan the layers that share one input."""
+        quantized = [name for name in names if name not in self.plan.kept]
+        if not quantized:
+            return
+        smooth = self._can_smooth(names[0])
+        matrices = {name: self._matrix(name) for name in (names if smooth else quantized)}
+        amax = input_amax(self.calibration, names[0])
+        if smooth:
+            channels = torch.tensor(input_channels(self.calibration, names[0]))
+            s = smoothing(channels, torch.stack([matrices[name].abs().amax(0) for name in names]).amax(0))
+            s = torch.minimum(s, self._room(names[0]))
+            amax = float((channels / s).max())
+            matrices = {name: matrix * s for name, matrix in matrices.items()}
+            self._fold(names, s)
+        self._quantize(quantized, matrices, f"{shared_input(names[0])}_scale", amax)
+
+    def _matrix(self, name: str) -> Tensor:
+        return self.plan.factored(f"{name}.weight", self.weights.read(f"{name}.weight"))
+
+    def _can_smooth(self, first: str) -> bool:
+        block, layer = split_layer(first)
+        if not self.smooth or layer in _UNFOLDED or not input_channels(self.calibration, first):
+            return False
+        return layer != "attn2.to_q" or f"{block}.norm2.weight" in self.shapes
+
+    def _room(self, first: str) -> Tensor:
+        """How far smoothing an output may divide the rows of its `to_v`: a row whose scale would not be a normal number any
+        more loses levels. Only float16 comes near (a row below 0.0078); 1 where a row is as small by itself."""
+        block, layer = split_layer(first)
+        if layer not in _OUTPUTS:
+            return torch.tensor(torch.inf)
+        rows = self._matrix(f"{block}.{layer.removesuffix('.to_out.0')}.to_v").abs().amax(1)
+        return (rows / (LARGEST[self.plan.kind] * torch.finfo(self.dtype).tiny)).clamp_min(1.0)
+
+    def _check_range(self, name: str, amax: float) -> None:
+        """A tensor that overflows the base reaches its quantizer as infinity."""
+        top = torch.finfo(self.dtype).max
+        if amax > top:
+            raise AnyFlowError(
+                f"{name} reached {amax:.3g} in calibration, more than {self.plan.base} holds ({top:.6g}). "
+                "Choose --base bf16 or fp32, or keep that layer high."
+            )
+
+    def _fold(self, names: Sequence[str], s: Tensor) -> None:
+        """Multiply columns by s, those of layers kept high as well, and divide whatever makes the input."""
+        block, first = split_layer(names[0])
+        self.plan.smooth.update(dict.fromkeys(names, s))
+        for name in names:
+            self._factor(f"{name}.weight", s)
+        if first in _OUTPUTS:
+            value = f"{block}.{first.removesuffix('.to_out.0')}.to_v"
+            self._factor(f"{value}.weight", 1 / s.unsqueeze(1))
+            self._factor(f"{value}.bias", 1 / s)
+        elif first == "attn2.to_q":
+            for part in ("weight", "bias"):
+                self._factor(f"{block}.norm2.{part}", 1 / s)
+        else:
+            vector = f"{shared_input(names[0])}_smooth"
+            self.plan.constants[vector] = 1 / s
+            self.plan.smoothed.update(dict.fromkeys(names, vector))
+
+    def _factor(self, parameter: str, factor: Tensor) -> None:
+        self.plan.factors.setdefault(parameter, []).append(factor)
+
+    def _quantize(self, names: Sequence[str], matrices: dict[str, Tensor], scale: str, amax: float) -> None:
+        constants, kind = self.plan.constants, self.plan.kind
+        self._check_range(f"the input of {names[0]}", amax)
+        own = stored_scale(torch.tensor(amax), kind, self.dtype)
+        constants[scale] = torch.maximum(constants.get(scale, own), own)  # the text's is the same in all layers
+        for name in names:
+            self.plan.inputs[name] = scale
+            size = matrices[name].abs()
+            if kind == "I8":
+                constants[zero_points(len(size))] = torch.zeros(len(size), dtype=torch.int8)
+            constants[weight_scale(f"{name}.weight")] = stored_scale(
+                size.amax(1) if kind == "I8" else size.max(), kind, self.dtype
+            )
+
+    def attention(self) -> None:
+        """Plan the products of every attention.
+
+        Raises:
+            AnyFlowError: none of them can be quantized.
+        """
+        a = self.weights.architecture
+        self.plan.kept.update(attentions_staying_high(a, self.calibration))
+        self.plan.attentions.extend(quantized_attentions(a, self.calibration))
+        for name in self.plan.attentions:
+            for operand, amax in operand_amax(self.calibration, name).items():
+                self._check_range(operand, amax)
+                self.plan.constants[f"{operand}_scale"] = stored_scale(torch.tensor(amax), "F8_E4M3", self.dtype)
+        if not self.plan.attentions:
+            raise AnyFlowError(f"attention fp8 would quantize nothing: {_reasons(self.plan)}. Choose --attention high.")
+
+
+_ORDER = sorted(GROUPS, key=lambda group: group[0] not in _OUTPUTS)
+"""Outputs first: smoothing them changes `to_v`, whose scales are taken later."""
+
+
+def _reasons(plan: Plan) -> str:
+    return "; ".join(sorted(set(plan.kept.values()))) or "the model has no layers"

@@ -1,0 +1,112 @@
+"""What a bundle's graphs really compute in eight bits, counted from the finished graphs.
+
+An exporter may intend anything; a product counts as quantized here only when both of its operands come out of a
+DequantizeLinear. Operations are counted for all Gemm, MatMul, Attention and Conv at the bundle's default video, from
+the graph's own shapes, whose symbols are given their sizes.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from anyflow_deploy.bundle.manifest import Achieved, Video
+from anyflow_deploy.checkpoints.safetensors_stream import Entry
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.models import Architecture
+
+_EIGHT_BITS = ("I8", "F8_E4M3")
+_PRODUCTS = ("Gemm", "MatMul", "Attention", "Conv")
+_OPERATIONS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Pow: operator.pow,
+}
+
+
+def achieved(
+    models: Mapping[str, ir.Model], entries: Mapping[str, Entry], a: Architecture, video: Video, kept: Mapping[str, str]
+) -> Achieved:
+    """Count.
+
+    Args:
+        models: the finished graphs, by name; each is counted once.
+        entries: the weights' types and sizes.
+        a, video: give sizes to the symbols in shapes.
+        kept: layers that were kept high -> why.
+    """
+    names = {name for model in models.values() for name in model.graph.initializers}  # what two graphs share counts once
+    found: dict[str, int] = {}
+    for entry in (entries[name] for name in sorted(names)):
+        found[entry.type] = found.get(entry.type, 0) + entry.bytes
+    counts = [product_flops(model, sizes(a, video)) for model in models.values()]
+    total, quantized = (sum(values) for values in zip(*counts, strict=True))
+    small = sum(found.get(kind, 0) for kind in _EIGHT_BITS)
+    return Achieved(
+        weight_bytes=found,
+        quantized_flops=round(quantized / total, 4),
+        quantized_weights=round(small / sum(found.values()), 4),
+        kept_high=dict(kept),
+    )
+
+
+def sizes(a: Architecture, video: Video) -> dict[str, int]:
+    """The symbols of shapes at the default video. Causal: the largest chunk, on a cache full of recent chunks."""
+    rows, columns = (side // video.spatial_factor // a.patch_size[1] for side in (video.height, video.width))
+    grid = {"batch": 1, "rows": rows, "columns": columns, "text": video.text_tokens}
+    if a.chunk_partition is not None and a.full_chunk_limit is not None:
+        chunk = max(a.chunk_partition)
+        return {**grid, "frames": chunk, "past": (a.full_chunk_limit - 1) * chunk * rows * columns}
+    return {**grid, "frames": (video.frames - 1) // video.temporal_factor + 1}
+
+
+def product_flops(model: ir.Model, symbols: Mapping[str, int]) -> tuple[int, int]:
+    """Operations in all products of a graph, and in those whose operands both have eight bits."""
+    total = quantized = 0
+    for node in model.graph:
+        if node.op_type in _PRODUCTS:
+            flops = _flops(node, symbols)
+            total += flops
+            quantized += flops if _is_quantized(node) else 0
+    return total, quantized
+
+
+def _is_quantized(node: ir.Node) -> bool:
+    makers = [value.producer() if value is not None else None for value in node.inputs[:2]]
+    return all(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
+
+
+def _flops(node: ir.Node, symbols: Mapping[str, int]) -> int:
+    """Two for every multiplication with addition."""
+    output = _shape(node.outputs[0], symbols)
+    if node.op_type == "Conv":
+        return 2 * math.prod(output) * math.prod(_shape(node.inputs[1], symbols)[1:])
+    first = _shape(node.inputs[0], symbols)
+    if node.op_type == "Attention":  # (B, A, N, E) on (B, A, M, E): scores, then mixing
+        return 4 * math.prod(first) * _shape(node.inputs[1], symbols)[-2]
+    return 2 * math.prod(output) * first[-1]
+
+
+def _shape(value: ir.Value | None, symbols: Mapping[str, int]) -> list[int]:
+    if value is None or value.shape is None:
+        raise AnyFlowError(
+            f"{value.name if value else 'an operand'} has no shape in the graph, so its operations cannot be counted."
+        )
+    return [d if isinstance(d, int) else _evaluated(ast.parse(str(d.value), mode="eval").body, symbols) for d in value.shape]
+
+
+def _evaluated(expression: ast.expr, symbols: Mapping[str, int]) -> int:
+    """A size like `4*frames*rows*columns + past`."""
+    if isinstance(expression, ast.BinOp) and type(expression.op) in _OPERATIONS:
+        return _OPERATIONS[type(expression.op)](_evaluated(expression.left, symbols), _evaluated(expression.right, symbols))
+    if isinstance(expression, ast.Constant) and isinstance(expression.value, int):
+        return expression.value
+    if isinstance(expression, ast.Name) and expression.id in symbols:
+        return symbols[expression.id]
+    raise AnyFlowError(f"a shape in the graph is {ast.unparse(expression)!r}; known are {', '.join(symbols)}.")

@@ -1,0 +1,109 @@
+"""What calibration shows the network: prompts, as embeddings.
+
+Where the checkpoint is a pipeline, its own text encoder reads them. Where there is none (random weights, a bare transformer
+folder), seeded standard-normal numbers stand in, in the layout that the network knows: words first, zeros behind.
+Activations of real text are not like that, so a calibration says which of the two it had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
+from anyflow_deploy.checkpoints.weights import Weights
+from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.engines.sampler import noise
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.models import TEXT_TOKENS
+
+PROMPTS = (
+    "a red fox trots through fresh snow at dawn",
+    "waves break on black rocks, seen from a drone",
+    "close-up of an old fisherman laughing, handheld camera",
+    "neon signs mirrored in a wet street, people with umbrellas",
+    "a cartoon robot waters tomatoes on a balcony",
+    "ink drops unfold in clear water, slow motion, white background",
+    "a crowded market in bright sun, the camera pans left",
+    "the night sky turns above a lone tree",
+)
+"""Animals, people, cities, drawings, textures; bright and dark, still and moving. Ranges depend on them little."""
+
+_PARTS = ("tokenizer", "text_encoder")
+_RANDOM_WORDS = 32
+
+
+@dataclass(frozen=True)
+class PromptText:
+    """Prompts and what the network gets of them.
+
+    Attributes:
+        prompts: in words.
+        embeddings: float32 (prompts, L, D).
+        source: "encoder", or "random" where there was no text encoder.
+    """
+
+    prompts: tuple[str, ...]
+    embeddings: Array
+    source: Literal["encoder", "random"]
+
+
+def prompts_from_file(path: Path) -> tuple[str, ...]:
+    """The prompts of a text file, one a line; empty lines do not count.
+
+    Raises:
+        AnyFlowError: no such file, not UTF-8, or no prompt in it.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise AnyFlowError(f"{path} cannot be read: {error.strerror}. Give --prompts a text file, one prompt a line.") from None
+    except UnicodeDecodeError as error:
+        raise AnyFlowError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8, one prompt a line.") from None
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise AnyFlowError(f"{path} holds no prompt. Write one a line, or leave out --prompts for the built-in ones.")
+    return prompts
+
+
+def prompt_text(weights: Weights, prompts: tuple[str, ...] = PROMPTS, tokens: int = TEXT_TOKENS) -> PromptText:
+    """Embed prompts with the text encoder that belongs to the weights, or with random numbers where there is none.
+
+    Raises:
+        AnyFlowError: no prompt, an empty one, or one that is too long.
+        CheckpointError: the Hub does not give the text encoder.
+    """
+    from anyflow_deploy.pipelines.text_encoder import encoded_prompts
+
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise AnyFlowError("there is an empty prompt, or none at all; describe each video in a sentence.")
+    folder = _pipeline(weights)
+    if folder is not None:
+        return PromptText(prompts, encoded_prompts(folder, list(prompts), tokens), "encoder")
+    return random_text(weights, prompts, tokens)
+
+
+def random_text(weights: Weights, prompts: tuple[str, ...], tokens: int = TEXT_TOKENS) -> PromptText:
+    """Seeded standard-normal embeddings, one for each prompt, whatever it says."""
+    embeddings = np.zeros((len(prompts), tokens, weights.architecture.text_dim), np.float32)
+    for index in range(len(prompts)):
+        words = noise((min(tokens, _RANDOM_WORDS), weights.architecture.text_dim), seed=index)
+        embeddings[index, : len(words)] = words
+    return PromptText(prompts, embeddings, "random")
+
+
+def _pipeline(weights: Weights) -> Path | None:
+    """The folder with tokenizer and text encoder, downloaded where the weights were; None where there is none."""
+    source = weights.source
+    if source.kind == "random":
+        return None
+    if source.kind == "hub":
+        files = [pattern for pattern in PIPELINE_FILES if pattern.partition("/")[0] in (*_PARTS, "model_index.json")]
+        advice = "Give --checkpoint DIR, a whole pipeline, or its transformer/ alone to calibrate on random embeddings."
+        return download(source.location, source.revision, files, advice)
+    folder = pipeline_folder(Path(source.location))
+    return folder if folder is not None and all((folder / part).is_dir() for part in _PARTS) else None

@@ -1,0 +1,180 @@
+"""Standard Q/DQ in a traced graph, by a plan.
+
+Every planned Gemm is found by the name of its weight, so that all graphs of a bundle are treated alike:
+
+    x -> QuantizeLinear -> DequantizeLinear -+
+    weight (eight bits) -> DequantizeLinear -+-> Gemm -> Add(bias)
+
+Layers that read one tensor share its QuantizeLinear. The bias leaves the Gemm, because ONNX Runtime's own fusion takes
+only a Gemm without one (3 times as fast as with it, measured), and TensorRT adds it in the product's epilogue either way.
+That fusion also wants every zero point written out (in 1.32 nothing was fused without), so the INT8 weights have theirs;
+FP8 weights need none.
+Everything here is in opset 20, and valid in 23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from anyflow_deploy.checkpoints.dtypes import ONNX, SAFETENSORS
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.export.quantization.plan import ZERO_POINT, Plan, weight_scale, zero_points
+from anyflow_deploy.quantization.layers import OPERANDS
+
+_WEIGHT = ".weight"
+_CHANNELS_OUT = 0  # the axis of a weight (N, K)
+
+
+def quantize(model: ir.Model, plan: Plan) -> None:
+    """Rewrite a graph in place; scales become initializers without data, like the weights.
+
+    Raises:
+        AnyFlowError: a planned layer is not made as this pass knows it.
+    """
+    rewriter = _Rewriter(model.graph, plan)
+    gemms = [(layer, node) for node in model.graph if (layer := _layer(node)) is not None]
+    for layer, node in gemms:
+        if layer in plan.smoothed:
+            rewriter.smooth(layer, node)
+    for layer, node in gemms:
+        if layer in plan.inputs:
+            rewriter.gemm(layer, node)
+    for name in plan.attentions:
+        rewriter.attention(name)
+
+
+def _layer(node: ir.Node) -> str | None:
+    """The layer that a Gemm computes, by its weight's name."""
+    if node.op_type != "Gemm" or node.inputs[1] is None or not node.inputs[1].is_initializer():
+        return None
+    return (node.inputs[1].name or "").removesuffix(_WEIGHT)
+
+
+class _Rewriter:
+    def __init__(self, graph: ir.Graph, plan: Plan) -> None:
+        self.graph, self.plan = graph, plan
+        self.nodes = {node.name: node for node in graph}
+        self._pairs: dict[tuple[int, str], ir.Value] = {}
+        self._smoothed: set[int] = set()
+
+    def gemm(self, layer: str, node: ir.Node) -> None:
+        """Quantize the operands of one Gemm and move its bias behind it."""
+        x, weight = node.inputs[0], node.inputs[1]
+        assert x is not None and weight is not None
+        operand = self._through_pair(x, self.plan.inputs[layer], node)
+        high, weight.type = weight.type, ir.TensorType(ONNX[self.plan.kind])
+        scale = self._constant(weight_scale(f"{layer}{_WEIGHT}"))
+        inputs, attributes = [weight, scale], []
+        if scale.shape is not None and len(scale.shape):
+            inputs.append(self._constant(zero_points(scale.shape.numpy()[0])))
+            attributes.append(ir.AttrInt64("axis", _CHANNELS_OUT))
+        wide = self._node("DequantizeLinear", inputs, f"{layer}/DequantizeLinear", node, attributes)
+        wide.type, wide.shape = high, weight.shape
+        node.replace_input_with(0, operand)
+        node.replace_input_with(1, wide)
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            self._add_bias(layer, node, node.inputs[2])
+
+    def _add_bias(self, layer: str, node: ir.Node, bias: ir.Value) -> None:
+        old = node.outputs[0]
+        product = ir.Node("", "Gemm", list(node.inputs[:2]), node.attributes.values(), name=node.name)
+        total = ir.Node("", "Add", [product.outputs[0], bias], name=f"{layer}/Add")
+        product.outputs[0].name = f"{layer}_product"
+        product.outputs[0].type, product.outputs[0].shape = old.type, old.shape
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], [product, total], [old], [total.outputs[0]])
+
+    def smooth(self, layer: str, node: ir.Node) -> None:
+        """Divide the modulated norm in front of a layer: its weight becomes 1/s, and the shift is multiplied by 1/s."""
+        total = _before(node.inputs[0], ("Reshape", "Cast", "Identity"))
+        if id(total) in self._smoothed:
+            return
+        norm, shift = _modulated(total, layer)
+        assert total is not None
+        vector = self._constant(self.plan.smoothed[layer])
+        norm.replace_input_with(1, vector)
+        old = total.inputs[shift]
+        assert old is not None
+        divided = self._node("Mul", [old, vector], f"{self.plan.smoothed[layer]}/Mul", total)
+        divided.type, divided.shape = old.type, old.shape
+        total.replace_input_with(shift, divided)
+        self._smoothed.add(id(total))
+
+    def attention(self, name: str) -> None:
+        """Quantize the operands of both products of an attention, where the graph has it."""
+        scores, mixed = self.nodes.get(f"{name}/MatMul"), self.nodes.get(f"{name}/MatMul_2")
+        if scores is None and mixed is None:
+            return
+        if scores is None or mixed is None or mixed.inputs[0] is None or _maker(mixed.inputs[0]).op_type != "Softmax":
+            raise AnyFlowError(f"{name} is not made of two products and a softmax. Export with --opset 20, or --attention high.")
+        places = {"query": (scores, 0), "key": (scores, 1), "probabilities": (mixed, 0), "value": (mixed, 1)}
+        for operand in OPERANDS:
+            node, index = places[operand]
+            value = node.inputs[index]
+            assert value is not None
+            node.replace_input_with(index, self._through_pair(value, f"{name}.{operand}_scale", node))
+
+    def _through_pair(self, x: ir.Value, scale_name: str, node: ir.Node) -> ir.Value:
+        """`x`, quantized and dequantized in front of `node`; made once for everything that reads it with one scale."""
+        key = (id(x), scale_name)
+        if key not in self._pairs:
+            stem = scale_name.removesuffix("_scale")
+            scale, zero = self._constant(scale_name), self._constant(ZERO_POINT)
+            narrow = self._node("QuantizeLinear", [x, scale, zero], f"{stem}/QuantizeLinear", node)
+            narrow.type, narrow.shape = ir.TensorType(ONNX[self.plan.kind]), x.shape
+            wide = self._node("DequantizeLinear", [narrow, scale, zero], f"{stem}/DequantizeLinear", node)
+            wide.type, wide.shape = x.type, x.shape
+            self._pairs[key] = wide
+        return self._pairs[key]
+
+    def _constant(self, name: str) -> ir.Value:
+        """An initializer of the plan, without data."""
+        if name not in self.graph.initializers:
+            tensor = self.plan.constants[name]
+            value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(ONNX[SAFETENSORS[tensor.dtype]]))
+            self.graph.initializers[name] = value
+        return self.graph.initializers[name]
+
+    def _node(
+        self, op_type: str, inputs: list[ir.Value], name: str, place: ir.Node, attributes: list[ir.Attr] | None = None
+    ) -> ir.Value:
+        """A new node in front of another; returns its output."""
+        node = ir.Node("", op_type, inputs, attributes or [], name=name)
+        node.outputs[0].name = name.replace("/", "_")
+        self.graph.insert_before(place, node)
+        return node.outputs[0]
+
+
+def _maker(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    assert node is not None
+    return node
+
+
+def _before(value: ir.Value | None, passing: tuple[str, ...]) -> ir.Node | None:
+    """What made a value, looking through nodes that do not compute."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in passing:
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node
+
+
+def _modulated(total: ir.Node | None, layer: str) -> tuple[ir.Node, int]:
+    """The norm in `norm * (1 + scale) + shift`, and which input of the sum the shift is."""
+    for index, norm in _terms(total) if total is not None else ():
+        if norm.op_type == "LayerNormalization":
+            return norm, 1 - index
+    raise AnyFlowError(
+        f"the input of {layer} is not a modulated norm: this pass has to learn the new form. Export with smooth off."
+    )
+
+
+def _terms(total: ir.Node) -> Iterator[tuple[int, ir.Node]]:
+    """What the products in a sum are made of."""
+    for index, value in enumerate(total.inputs):
+        product = value.producer() if value is not None else None
+        if total.op_type == "Add" and product is not None and product.op_type == "Mul":
+            for factor in product.inputs:
+                if factor is not None and (node := factor.producer()) is not None:
+                    yield index, node

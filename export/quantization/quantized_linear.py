@@ -1,0 +1,136 @@
+"""Eight-bit linear layers in torch, from a quantized bundle: the same grids and scales as its ONNX graphs.
+
+A layer whose weight has a scale in the bundle rounds its input to eight bits and multiplies with torch's own operator:
+
+- fp8: `torch._scaled_mm`, one scale on either side; tensor cores of compute capability 8.9 and up, oneDNN on a CPU. Sums
+  take the tensor cores' fast way (14 bits on Hopper), as torchao's inference does.
+- int8: `torch._int_mm` into 32 bits, then the scale of the input times one scale for each output channel.
+
+Layers that read one tensor round it once. Where SmoothQuant divided an input, all readers of it see the divided one,
+those kept high included, since their weights were multiplied. Scales and factors keep their names in the bundle.
+
+Legend: M rows of tokens, K channels in, N channels out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from anyflow_deploy.engines.torch_common.compat import multiply_fp8, multiply_int8
+from anyflow_deploy.model.transformer import Linear
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.quantization.layers import candidates, shared_input
+
+_FP8_LARGEST = 448.0
+
+
+class Operand:
+    """What layers share that read one tensor: its scale and factors, and the result of rounding it, made once.
+
+    Args:
+        network: holds scale and factors as buffers.
+        name: what they are called in it, before `_scale` and `_smooth`.
+        smooth: whether there are factors.
+        eight_bits: torch's type.
+    """
+
+    def __init__(self, network: nn.Module, name: str, smooth: bool, eight_bits: torch.dtype) -> None:
+        self._network, self._name, self._smooth, self._type = network, name, smooth, eight_bits
+        self._smoothed: tuple[Tensor, Tensor] | None = None
+        self._rounded: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def scale(self) -> Tensor:
+        """Of the rounded input, float32, one number."""
+        return self._network.get_buffer(f"{self._name}_scale").float()
+
+    def smoothed(self, x: Tensor) -> Tensor:
+        """The input as SmoothQuant's readers see it, (M, K)."""
+        if not self._smooth:
+            return x
+        if self._smoothed is None or self._smoothed[0] is not x:
+            self._smoothed = x, x * self._network.get_buffer(f"{self._name}_smooth").to(x.dtype)
+        return self._smoothed[1]
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The same in eight bits."""
+        if self._rounded is None or self._rounded[0] is not x:
+            scaled = self.smoothed(x).float() / self.scale
+            low, high = (-128.0, 127.0) if self._type == torch.int8 else (-_FP8_LARGEST, _FP8_LARGEST)
+            whole = scaled.round() if self._type == torch.int8 else scaled
+            self._rounded = x, whole.clamp(low, high).to(self._type)
+        return self._rounded[1]
+
+
+class EightBitLinear(nn.Module):
+    """A linear layer on an `Operand`, (M, K) to (M, N) in the base's type.
+
+    Args:
+        high: the layer it replaces.
+        operand: its input.
+        weight, scale: as stored: (N, K) in eight bits, and one number or (N).
+    """
+
+    def __init__(self, high: Linear, operand: Operand, weight: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
+        self.register_buffer("weight_scale", torch.empty_like(scale, device="meta"))
+        self.bias = high.bias
+        self.input_type = high.input_type
+        self.operand = operand
+
+    def forward(self, x: Tensor) -> Tensor:
+        rounded, scale = self.operand.rounded(x), self.get_buffer("weight_scale").float()
+        if self.weight.dtype == torch.int8:
+            whole = multiply_int8(rounded, self.weight.t())
+            product = (whole.float() * (self.operand.scale * scale)).to(self.input_type)
+        else:
+            product = multiply_fp8(rounded, self.weight.t(), self.operand.scale, scale, self.input_type)
+        return product + self.bias
+
+
+class SmoothedLinear(Linear):
+    """A layer kept high whose input SmoothQuant divides."""
+
+    def __init__(self, high: Linear, operand: Operand) -> None:
+        super().__init__(high.in_features, high.out_features, dtype=high.input_type, device="meta")
+        self.requires_grad_(False)
+        self.operand = operand
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.operand.smoothed(x.to(self.input_type)))
+
+
+def multiply_in_eight_bits(network: nn.Module, a: Architecture, weights: Mapping[str, Tensor]) -> None:
+    """Replace a network's layers in place by what the bundle's weights ask for; nothing in other precisions.
+
+    Args:
+        network: on the meta device.
+        a: its architecture.
+        weights: of the bundle, by name.
+    """
+    quantized = [layer for layer in candidates(a) if f"{layer}.weight_scale" in weights]
+    if not quantized:
+        return
+    kind = weights[f"{quantized[0]}.weight"].dtype
+    operands: dict[str, Operand] = {}
+    for layer in candidates(a):
+        name = shared_input(layer)
+        smooth = f"{name}_smooth" in weights
+        if layer not in quantized and not smooth:
+            continue
+        operand = operands.setdefault(name, Operand(network, name, smooth, kind))
+        high = cast(Linear, network.get_submodule(layer))
+        replacement: nn.Module = SmoothedLinear(high, operand)
+        if layer in quantized:
+            replacement = EightBitLinear(high, operand, weights[f"{layer}.weight"], weights[f"{layer}.weight_scale"])
+        parent, _, own = layer.rpartition(".")
+        setattr(network.get_submodule(parent), own, replacement)
+    for name in (f"{operand}_{what}" for operand in operands for what in ("scale", "smooth")):
+        if name in weights:
+            owner, _, buffer = name.rpartition(".")
+            network.get_submodule(owner).register_buffer(buffer, torch.empty_like(weights[name], device="meta"))

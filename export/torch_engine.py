@@ -1,0 +1,126 @@
+"""Our own torch module as an engine: the reference for causal models, and what calibration and sensitivity run.
+
+Eager PyTorch, float32, no export involved. For bidirectional models validation uses diffusers' class instead
+(`diffusers_engine`), so that a mistake in our module shows; for causal ones diffusers' class is wrong by percents, and the
+authors' own results (tests/golden/causal) stand behind this one.
+"""
+
+from __future__ import annotations
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from anyflow_deploy.checkpoints.weights import Weights
+from anyflow_deploy.engines.engine import Array, checked_inputs, checked_text
+from anyflow_deploy.engines.kv_cache import CachePlan
+from anyflow_deploy.engines.streaming import CacheStream, Positions, memory_names
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.export.torch_run import TorchRun, on_device
+from anyflow_deploy.model.causal import ChunkTransition, Compression, TextMemory
+from anyflow_deploy.model.transformer import FlowMapTransformer, constants
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.shape_ranges import Ranges, widest
+
+
+def network_from_weights(weights: Weights) -> FlowMapTransformer:
+    """The torch module of a model with its weights, float32: `ChunkTransition` when it is causal."""
+    with torch.device("meta"):
+        network = (ChunkTransition if weights.architecture.causal else FlowMapTransformer)(weights.architecture)
+    network.load_state_dict({name: weights.read(name).float() for name in weights.shapes()}, assign=True)
+    for name, value in constants(weights.architecture).items():
+        module, _, buffer = name.rpartition(".")
+        setattr(network.get_submodule(module), buffer, value)
+    return network.requires_grad_(False)
+
+
+class NetworkEngine:
+    """See `engine.Engine`.
+
+    Args:
+        weights: a checkpoint, or random weights.
+        device: torch device.
+
+    Attributes:
+        network: the module; changing its weights in place changes what the engine computes.
+    """
+
+    def __init__(self, weights: Weights, device: str = "cpu") -> None:
+        self.architecture: Architecture = weights.architecture
+        self._device = device
+        self.network = on_device(network_from_weights(weights), device)
+
+    @property
+    def description(self) -> str:
+        """See `Engine`."""
+        return f"PyTorch {torch.__version__.split('+')[0]}, {self._device}, float32"
+
+    @property
+    def ranges(self) -> Ranges:
+        """See `Engine`."""
+        return widest(self.architecture)
+
+    def start(self, latents: ArrayLike, text: ArrayLike) -> TorchRun:
+        """See `Engine`."""
+        if self.architecture.causal:
+            raise AnyFlowError("this is a causal model, which is made chunk by chunk: use stream(), not sample().")
+        z, words = checked_inputs(self.ranges, self.architecture.in_channels, self.architecture.text_dim, latents, text)
+        network, given = self.network, torch.from_numpy(words).to(self._device)
+        return TorchRun(lambda state, t, r: network(state, t, r, given)[1], z, self._device)
+
+    def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
+        """See `Engine`."""
+        if not isinstance(self.network, ChunkTransition):
+            raise AnyFlowError("this is a bidirectional model: use sample(), not stream().")
+        words = checked_text(self.ranges, self.architecture.text_dim, text)
+        return CacheStream(TorchCache(self.network, self._device, words, plan), plan)
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self.network.to("meta")
+
+
+class TorchCache:
+    """See `streaming.Cache`: the three modules are one, since they differ in nothing but `forward`."""
+
+    def __init__(self, network: ChunkTransition, device: str, text: Array, plan: CachePlan) -> None:
+        self._network, self._device = network, device
+        with torch.no_grad():
+            self._words = TextMemory.forward(network, torch.from_numpy(text).to(device))  # type: ignore[arg-type]
+        self._shape = (plan.heads, plan.channels)
+        self._buffers = [torch.zeros(1, plan.capacity, *self._shape, device=device) for _ in memory_names(plan.layers)]
+
+    def run(self, latents: Array, positions: Positions, past: int) -> TorchRun:
+        """See `Cache`."""
+        network, where = self._network, torch.from_numpy(positions).to(self._device)
+        return TorchRun(lambda z, t, r: network(z, t, r, where, *self._memory(past))[1], latents, self._device)
+
+    @torch.no_grad()
+    def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
+        """See `Cache`."""
+        z, where = torch.from_numpy(latents).to(self._device), torch.from_numpy(positions).to(self._device)
+        if graph == "chunk":
+            still = z.new_zeros(z.shape[:2])
+            present = self._network(z, still, still, where, *self._memory(past))[2:]
+        else:  # its last layer attends to nothing
+            words, seen = self._words[:-2], self._buffers[:-2]
+            present = Compression.forward(self._network, z, where, *words, *(b[:, :past] for b in seen))  # type: ignore[arg-type]
+        for buffer, own in zip(self._buffers, present, strict=True):
+            buffer[:, past : past + tokens] = own
+
+    def move(self, to: int, start: int, tokens: int) -> None:
+        """See `Cache`."""
+        for buffer in self._buffers:
+            buffer[:, to : to + tokens] = buffer[:, start : start + tokens].clone()
+
+    def grow(self, capacity: int) -> None:
+        """See `Cache`."""
+        added = capacity - self._buffers[0].shape[1]
+        self._buffers = [torch.cat((b, b.new_zeros(1, added, *self._shape)), 1) for b in self._buffers]
+
+    def close(self) -> None:
+        """See `Cache`."""
+        self._buffers, self._words = [], ()
+
+    def _memory(self, past: int) -> tuple[Tensor, ...]:
+        return (*self._words, *(buffer[:, :past] for buffer in self._buffers))

@@ -1,0 +1,138 @@
+"""Our calls of TensorRT, held by mypy against the real bindings of three releases; and the stand-in, which is made of them.
+
+The stubs are made once and kept in .cache (tools/tensorrt_stubs.py): that needs the package index, gcc and
+pybind11-stubgen.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anyflow_deploy import BackendError
+from tests.fakes.tensorrt import FACING, RELEASES, Machine, stubs_or_skip
+from tools import tensorrt_stubs
+
+ROOT = Path(__file__).parents[2]
+BACKEND = ROOT / "anyflow_deploy" / "engines" / "tensorrt"
+
+CONFIG = """
+[mypy]
+strict = true
+explicit_package_bases = true
+follow_imports = silent
+disable_error_code = unused-ignore
+[mypy-tensorrt.*]
+ignore_errors = true
+[mypy-cuda.*,onnx.*,onnxruntime.*,safetensors.*]
+ignore_missing_imports = true
+"""
+
+WRONG = """
+from anyflow_deploy.engines.tensorrt.api import trt
+def wrong(engine: trt.ICudaEngine, config: trt.IBuilderConfig, context: trt.IExecutionContext) -> None:
+    trt.Bilder
+    config.set_flag(trt.BuilderFlag.FP16)
+    engine.device_memory_size
+    engine.get_aliased_input_tensor("x")
+    context.set_tensor_address("x", "y")
+    config.progress_monitor = 3
+"""
+ALWAYS_WRONG, GONE_IN_11, NOT_YET_IN_10_3 = {4, 8, 9}, {5, 6}, {7}
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_our_calls_exist_in_every_release(release: str, tmp_path: Path) -> None:
+    """Strictly, and with a file that is wrong, so that a check that sees nothing would be seen."""
+    stubs = stubs_or_skip(release)
+    (tmp_path / "mypy.ini").write_text(CONFIG)
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(WRONG)
+    files = [str(BACKEND / f"{name.replace('.', '/')}.py") for name in FACING]
+    # one cache for all releases: only what sees tensorrt is read again
+    kept = ["--cache-dir", str(ROOT / ".cache" / "mypy-tensorrt"), "--config-file", str(tmp_path / "mypy.ini")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *kept, "--no-error-summary", *files, str(wrong)],
+        env={**os.environ, "MYPYPATH": f"{stubs}:{ROOT}"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
+    ours = [line for line in errors if "wrong.py" not in line]
+    assert not ours and not done.stderr, "\n".join([*ours, done.stderr])
+    lines = {int(found[1]) for line in errors if (found := re.search(r"wrong\.py:(\d+):", line))}
+    assert lines == ALWAYS_WRONG | {"11.4": GONE_IN_11, "10.3": NOT_YET_IN_10_3}.get(release, set())
+
+
+def test_every_module_that_calls_tensorrt_is_checked() -> None:
+    ours = r"^(?!    ).*(cuda\.bindings|engines\.tensorrt\.(api|cuda|execution|plan|run))\b"
+    callers = {
+        ".".join(path.relative_to(BACKEND).with_suffix("").parts)
+        for path in BACKEND.rglob("*.py")
+        if re.search(ours, path.read_text(), re.M)
+    }
+    assert callers | {"api", "cuda"} == set(FACING)
+
+
+@pytest.mark.parametrize("trt_machine", RELEASES, indirect=True)
+def test_the_stand_in_has_what_the_release_has(trt_machine: Machine) -> None:
+    trt = trt_machine.trt
+    eleven = trt_machine.release == "11.4"
+    assert hasattr(trt.BuilderFlag, "FP16") is not eleven
+    assert hasattr(trt.ICudaEngine, "device_memory_size") is not eleven
+    assert hasattr(trt.ICudaEngine, "get_engine_stat") is (trt_machine.release != "10.3")
+    for name in ("Bilder", "IAlgorithm" if eleven else "IRuntimeConfig2"):
+        with pytest.raises(AttributeError):
+            getattr(trt, name)
+    builder = trt.Builder(trt.Logger())
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        builder.create_network(1, 2)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        builder.create_network(flag=1)
+    with pytest.raises(AttributeError, match="cannot|can be set"):
+        builder.max_workspace_size = 1
+    with pytest.raises(TypeError, match="No constructor defined"):
+        trt.ICudaEngine()
+
+
+def test_a_subclass_that_forgets_its_base_is_found(trt_machine: Machine) -> None:
+    class Forgetful(trt_machine.trt.ILogger):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            pass
+
+    with pytest.raises(TypeError, match="must be called when overriding"):
+        trt_machine.trt.Builder(Forgetful())
+
+
+@pytest.mark.parametrize("missing", ["tensorrt", "cuda.bindings"])
+def test_what_is_missing_says_how_to_install_it(trt_machine: Machine, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(BackendError, match=r"cannot be imported .*pip install 'anyflow-deploy\[tensorrt\]'"):
+        import anyflow_deploy.engines.tensorrt.engine  # noqa: F401
+
+
+def test_stubs_that_cannot_be_made_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_stubs, "CACHE", tmp_path)
+    monkeypatch.setitem(tensorrt_stubs.RELEASES, "0.1", ("anyflow-deploy-no-such-package", "0.1"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(tensorrt_stubs.StubsError, match="needs the package index"):
+        tensorrt_stubs.stubs("0.1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_cleaner_mends() -> None:
+    head = 'class A:\n    """Text."""\n    x: bool\n'
+    source = head + '    def f(self, in: int = 1, b: ...) -> bool:\n        """\n        More.\n        """\n'
+    cleaned = tensorrt_stubs.cleaned(source)
+    assert "x: builtins.bool" in cleaned
+    assert "def f(self, in_: int=..., b: typing.Any=...) -> builtins.bool:" in cleaned
+    assert "Text" not in cleaned and "More" not in cleaned
+    with pytest.raises(tensorrt_stubs.StubsError, match="wrote a line that is not Python"):
+        tensorrt_stubs.cleaned("class :")

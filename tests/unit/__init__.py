@@ -1,0 +1,1 @@
+"""Tests that run in seconds: nothing is exported, compiled or served."""

@@ -1,0 +1,152 @@
+"""Checkpoints of a run: written whole or not at all, read on any number of processes, without a pickle.
+
+    OUTPUT/checkpoints/step-00000250/
+        *.safetensors      weights, optimizer and averages: torch.distributed.checkpoint as safetensors, a file per process
+        state.json         step, recipe, data position, running means; what else a run is made of
+
+Tensors are cut as FSDP cut them, and put together again on reading, whatever the number of processes then. A checkpoint is
+filled under a hidden name and renamed when every file is on the disk: what has its name is whole. There is no state of
+random generators: every draw is a function of seed and step (see `timestep_sampling`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+from anyflow_deploy.bundle.atomic_io import sync
+from anyflow_deploy.errors import CheckpointError
+from anyflow_deploy.training.distributed import World
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+"""One process is meant to be one process."""
+
+STATE = "state.json"
+VERSION = 1
+
+
+@dataclass
+class Writing:
+    """A checkpoint on its way to the disk."""
+
+    partial: Path
+    final: Path
+    done: Future[Any] | None
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: `OUTPUT/checkpoints`; made where missing.
+        world: the processes that write together.
+        keep: how many to keep; the oldest go first.
+        asynchronous: return from `save` when tensors are copied, and write meanwhile.
+    """
+
+    def __init__(self, folder: Path, world: World, keep: int, asynchronous: bool) -> None:
+        self._folder, self._world, self._keep, self._asynchronous = folder, world, keep, asynchronous
+        self._writing: Writing | None = None
+        if world.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            for partial in folder.glob(".step-*"):  # of a run that was killed
+                shutil.rmtree(partial, ignore_errors=True)
+        world.barrier()
+
+    def newest(self) -> Path | None:
+        """The last whole checkpoint."""
+        found = sorted(path for path in self._folder.glob("step-*") if (path / STATE).is_file())
+        return found[-1] if found else None
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Write a checkpoint; every process calls it with its pieces, and the same state."""
+        self.finish()
+        final = self._folder / f"step-{step:08d}"
+        partial = self._folder / f".step-{step:08d}.partial"
+        if self._world.first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            (partial / STATE).write_text(json.dumps({"version": VERSION, "step": step, **state}, indent=1))
+        self._world.barrier()
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        alone = self._world.size == 1
+        if self._asynchronous:
+            group = self._world.writers
+            done = async_save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
+            self._writing = Writing(partial, final, cast("Future[Any]", done))
+        else:
+            save(dict(tensors), storage_writer=writer, no_dist=alone)
+            self._writing = Writing(partial, final, None)
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and give it its name."""
+        if self._writing is None:
+            return
+        writing, self._writing = self._writing, None
+        if writing.done is not None:
+            writing.done.result()
+        self._world.barrier()
+        if self._world.first:
+            for path in [*writing.partial.iterdir(), writing.partial]:
+                sync(path)
+            shutil.rmtree(writing.final, ignore_errors=True)
+            writing.partial.rename(writing.final)
+            sync(self._folder)
+            for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        self._world.barrier()
+
+    def poll(self) -> None:
+        """Give a finished checkpoint its name; call it now and then, on every process at the same step."""
+        if self._writing is not None and self._writing.done is not None:
+            ready = self._world.sum(_flag(self._world, self._writing.done.done()))
+            if int(ready) == self._world.size:
+                self.finish()
+
+    def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Read into these tensors, in place.
+
+        Raises:
+            CheckpointError: files are missing or damaged, or hold other tensors.
+        """
+        reader = HuggingFaceStorageReader(str(path))
+        try:
+            load(dict(tensors), storage_reader=reader, no_dist=self._world.size == 1)
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - whatever a damaged file makes the reader raise
+            cause = str(error).strip().splitlines()
+            raise CheckpointError(
+                f"{path} cannot be read into this run ({cause[-1] if cause else type(error).__name__}). "
+                "It is damaged or of another recipe: remove it to go on from the one before."
+            ) from None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state.json of a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, or of another version.
+    """
+    try:
+        state = json.loads((path / STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / STATE} cannot be read: {error}. Remove {path} to go on from the one before.") from None
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise CheckpointError(f"{path} was written by another version of anyflow_deploy. Go on with that one.")
+    return state
+
+
+def _flag(world: World, value: bool) -> Tensor:
+    return torch.tensor(int(value), device=world.device)

@@ -1,0 +1,102 @@
+"""`dataset.json`: what precomputed shards were made of, and whether all of them are there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from anyflow_deploy.bundle.atomic_io import sync
+from anyflow_deploy.errors import AnyFlowError
+
+if TYPE_CHECKING:
+    from anyflow_deploy.training.data.samples import Shape
+
+MARKER = "dataset.json"
+
+
+class Made(BaseModel):
+    """The settings of a data set, written before its first shard.
+
+    Attributes:
+        latents: (F, C, H, W).
+        tokens, width: text embeddings are (at most tokens, width).
+        type: of the stored numbers.
+        encoders: digest of the VAE and the text encoder.
+        clips: digest of names, sizes and captions of the videos.
+        count, shards, shard_samples: videos, shards, and videos of a shard.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = 1
+    latents: tuple[int, int, int, int]
+    tokens: int
+    width: int
+    type: str
+    encoders: str
+    clips: str
+    count: int
+    shards: int
+    shard_samples: int
+
+    def check(self, folder: Path, shape: Shape) -> None:
+        """All shards are there, and of the recipe's shape.
+
+        Raises:
+            AnyFlowError: with what differs.
+        """
+        there = sum((folder / shard_name(number)).is_file() for number in range(self.shards))
+        if there < self.shards:
+            raise AnyFlowError(
+                f"{folder} has {there} of {self.shards} shards: anyflow-precompute was stopped. Run it again to go on."
+            )
+        if self.latents != shape.latents:
+            f, _, h, w = self.latents
+            raise AnyFlowError(
+                f"{folder} was made with latents (F, C, H, W) {self.latents}; the recipe has {shape.latents}. Give "
+                f"--frames {f} --height {h} --width {w}, or make other shards."
+            )
+        if self.width != shape.text[1] or self.tokens > shape.text[0]:
+            raise AnyFlowError(
+                f"{folder} was made with text ({self.tokens}, {self.width}) (tokens, channels); the model takes at most "
+                f"{shape.text}. Give --text-tokens {self.tokens}, or make shards with the text encoder of this model."
+            )
+
+
+def shard_name(number: int) -> str:
+    """Of a precomputed shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def read_made(folder: Path) -> Made:
+    """The folder's dataset.json.
+
+    Raises:
+        AnyFlowError: it is damaged, or of another version.
+    """
+    try:
+        made = Made.model_validate(json.loads((folder / MARKER).read_text()))
+    except (OSError, ValueError, ValidationError) as error:
+        cause = str(error).splitlines()[0]
+        raise AnyFlowError(f"{folder / MARKER} cannot be read ({cause}). Make the shards anew in another folder.") from None
+    if made.version != 1:
+        raise AnyFlowError(f"{folder / MARKER} has version {made.version}; this anyflow_deploy reads version 1.")
+    return made
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file durably, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""Moving shapes with captions: videos of which every one is known in full, for trying and testing training without a download.
+
+A scene is one shape of one colour that crosses a dark torus (what leaves on one side comes in on the other) at a constant
+speed. Its caption names shape, colour, direction and speed; where it starts, how large it is and how dark the ground, no
+caption says. So samples of one caption differ, and whether a generated video keeps to its caption can be measured.
+Scene i is a function of (seed, i), and can be drawn at any size and at any times.
+
+    python -m anyflow_deploy.training.data.moving_shapes FOLDER [COUNT]    mp4 files and captions for anyflow-precompute
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.models import FPS, TINY_VIDEO
+from anyflow_deploy.training.timestep_sampling import generator
+
+SHAPES = ("circle", "square", "triangle", "ring")
+COLOURS = {
+    "red": (1.0, 0.1, 0.1), "green": (0.1, 0.9, 0.2), "blue": (0.15, 0.3, 1.0),
+    "yellow": (1.0, 0.9, 0.1), "purple": (0.7, 0.2, 0.9), "white": (1.0, 1.0, 1.0),
+}  # fmt: skip
+DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0)}
+SPEEDS = {"slowly": 0.02, "quickly": 0.06}
+"""Way in a frame of a video, in units of the picture's shorter side."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one video shows; lengths are in units of the picture's shorter side.
+
+    Attributes:
+        start: row and column of the middle at time 0, as shares of height and width.
+        radius: of the shape.
+        ground: grey level behind it, 0 to 1.
+    """
+
+    shape: str
+    colour: str
+    direction: str
+    speed: str
+    start: tuple[float, float]
+    radius: float
+    ground: float
+
+    @property
+    def caption(self) -> str:
+        """All that a model is told."""
+        return f"a {self.colour} {self.shape} moves {self.speed} {self.direction}"
+
+
+def scene(seed: int, index: int) -> Scene:
+    """Scene number `index` of the data set of that seed; all combinations of words are equally likely."""
+    random = generator(seed, "scene", index)
+
+    def one(words: tuple[str, ...]) -> str:
+        return words[int(torch.randint(len(words), (), generator=random))]
+
+    shape, colour, direction, speed = one(SHAPES), one(tuple(COLOURS)), one(tuple(DIRECTIONS)), one(tuple(SPEEDS))
+    row, column, size, grey = torch.rand(4, generator=random, dtype=torch.float64).tolist()
+    return Scene(shape, colour, direction, speed, (row, column), 0.18 + 0.12 * size, 0.15 * grey)
+
+
+def drawn(what: Scene, times: Tensor, height: int, width: int) -> Tensor:
+    """The scene, with edges one pixel wide.
+
+    Args:
+        what: to draw.
+        times: (frames), in frames of a video; any numbers.
+        height, width: of the picture.
+
+    Returns:
+        float32 (frames, height, width, 3), 0 to 1.
+    """
+    side = min(height, width)
+    way = SPEEDS[what.speed] * times.double()
+    far = []
+    for axis, size in enumerate((height, width)):
+        length = size / side
+        middle = what.start[axis] * length + DIRECTIONS[what.direction][axis] * way
+        place = (torch.arange(size, dtype=torch.float64) + 0.5) / side
+        far.append((place[None] - middle[:, None] + length / 2) % length - length / 2)  # the nearest way around
+    inside = _distance(what.shape, far[0][:, :, None], far[1][:, None, :], what.radius)
+    cover = (0.5 - inside * side).clamp(0, 1).float()[..., None]
+    colour = torch.tensor(COLOURS[what.colour])
+    return what.ground * (1 - cover) + colour * cover
+
+
+def _distance(shape: str, rows: Tensor, columns: Tensor, radius: float) -> Tensor:
+    """Distance to the edge, negative inside."""
+    if shape == "square":
+        return torch.maximum(rows.abs(), columns.abs()) - 0.85 * radius
+    if shape == "triangle":  # on its base
+        return torch.maximum(rows - 0.5 * radius, 0.866 * columns.abs() - 0.5 * rows - 0.5 * radius)
+    middle = (rows.square() + columns.square()).sqrt()
+    return (middle - 0.75 * radius).abs() - 0.25 * radius if shape == "ring" else middle - radius
+
+
+def video(what: Scene, frames: int, height: int, width: int) -> Tensor:
+    """A video of it, uint8 (frames, height, width, 3)."""
+    return (drawn(what, torch.arange(frames), height, width) * 255).round().to(torch.uint8)
+
+
+def save_videos(folder: Path, count: int, size: tuple[int, int, int] = TINY_VIDEO, seed: int = 0) -> None:
+    """Write scenes 0 to count - 1 as 00000.mp4 and 00000.txt, …
+
+    Args:
+        folder: made where missing.
+        size: frames, height and width.
+
+    Raises:
+        AnyFlowError: the folder has files in it.
+    """
+    from anyflow_deploy.pipelines.video_io import save_video
+
+    if folder.exists() and any(folder.iterdir()):
+        raise AnyFlowError(f"{folder} is not empty. Choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        shown = scene(seed, index)
+        save_video(folder / f"{index:05d}.mp4", video(shown, *size).numpy(), FPS)
+        (folder / f"{index:05d}.txt").write_text(shown.caption + "\n")
+
+
+def main() -> None:
+    """Write the folder named on the command line."""
+    words = sys.argv[1:]
+    if len(words) not in (1, 2) or words[0].startswith("-") or not (words[1:] or ["1"])[0].isdecimal():
+        sys.exit("usage: python -m anyflow_deploy.training.data.moving_shapes FOLDER [COUNT]")
+    try:
+        save_videos(Path(words[0]), int(words[1]) if len(words) == 2 else 16)
+    except AnyFlowError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

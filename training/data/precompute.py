@@ -1,0 +1,292 @@
+"""A folder of videos and captions becomes shards of latents and embeddings: `anyflow-precompute`.
+
+    OUTPUT/dataset.json            what they are made of, written first
+    OUTPUT/negative.safetensors    the empty prompt's embedding
+    OUTPUT/shard-000000.tar        KEY.safetensors (latents, text) and KEY.txt for each video, in the order of names
+    OUTPUT/skipped.jsonl           videos that could not be used, and why
+
+Which videos a shard holds follows from the list of names alone. A shard gets its name when it is whole and on the disk;
+going on means making those that have none yet, whichever process made the others. Shards are the unit of work: each
+worker has a VAE and a text encoder of its own, on a GPU of its own where there are several.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+from collections import Counter
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from anyflow_deploy.bundle.atomic_io import file_sha256
+from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
+from anyflow_deploy.errors import AnyFlowError, CheckpointError
+from anyflow_deploy.progress import Report, Silent
+from anyflow_deploy.training.data.clips import clip
+from anyflow_deploy.training.data.manifest import MARKER, Made, read_made, shard_name, write_whole
+from anyflow_deploy.training.data.samples import CAPTION, TENSORS, VIDEOS, Encoders
+from anyflow_deploy.training.data.shard_source import BROKEN_FREE, BROKEN_SHARE, NEGATIVE
+
+SKIPPED = "skipped.jsonl"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be made.
+
+    Attributes:
+        folder: of the videos; NAME.txt beside NAME.mp4 is its caption.
+        pipeline: folder with vae/, text_encoder/ and tokenizer/.
+        output: folder of the shards.
+        size: frames, height and width, in frames and pixels.
+        tokens: longest caption.
+        type: that numbers are stored in, "float32" or "bfloat16".
+        shard_samples: videos of a shard.
+        workers: processes; 0 for one a GPU.
+    """
+
+    folder: Path
+    pipeline: Path
+    output: Path
+    size: tuple[int, int, int]
+    tokens: int
+    type: str
+    shard_samples: int
+    workers: int
+
+
+def found_pipeline(given: str) -> Path:
+    """The folder of a pipeline, given it, its transformer, or a Hub id.
+
+    Raises:
+        CheckpointError: there is none, or it cannot encode.
+    """
+    path = Path(given)
+    if path.is_dir():
+        folder = pipeline_folder(path)
+    else:
+        folder = download(given, None, PIPELINE_FILES, "Give --checkpoint DIR, a pipeline folder on this machine.")
+    missing = [part for part in ("vae", "text_encoder", "tokenizer") if folder is None or not (folder / part).is_dir()]
+    if folder is None or missing:
+        raise CheckpointError(
+            f"{given} lacks {', '.join(missing)}. Give the whole pipeline of Wan2.1 or AnyFlow in diffusers' layout."
+        )
+    return folder
+
+
+def precompute(work: Work, report: Report | None = None) -> tuple[int, int]:
+    """Make the shards that are not there yet.
+
+    Returns:
+        How many videos the folder has, and how many of those encoded now were skipped.
+
+    Raises:
+        AnyFlowError: no videos, missing captions, an output of something else, or too many broken videos.
+    """
+    report = report or Silent()
+    clips = videos_of(work.folder)
+    encoders = Encoders(work.pipeline, _device(0))
+    made = Made(
+        latents=encoders.vae.check(*work.size), tokens=work.tokens, width=encoders.prompts.width, type=work.type,
+        encoders=_encoders_digest(work.pipeline), clips=_clips_digest(work.folder, clips), count=len(clips),
+        shards=-(-len(clips) // work.shard_samples), shard_samples=work.shard_samples,
+    )  # fmt: skip
+    _claim(work.output, made)
+    if not (work.output / NEGATIVE).is_file():
+        text = torch.from_numpy(encoders.prompts.nothing(work.tokens)[0])
+        write_whole(work.output / NEGATIVE, safetensors.torch.save({"text": _stored(_trimmed(text), work.type)}))
+    wanted = [n for n in range(made.shards) if not (work.output / shard_name(n)).is_file()]
+    skipped, tried = 0, 0
+    workers = max(1, work.workers or torch.cuda.device_count())
+    with report.stage("videos", len(clips)) as advance, _pool(workers, work, encoders) as pool:
+        parts = {n: clips[n * work.shard_samples : (n + 1) * work.shard_samples] for n in range(made.shards)}
+        advance(sum(len(parts[n]) for n in parts if n not in set(wanted)))
+        futures = {pool.submit(_shard, work, n, parts[n]): n for n in wanted}
+        try:
+            for done in as_completed(futures):
+                broken = _result(done)
+                skipped, tried = skipped + len(broken), tried + len(parts[futures[done]])
+                _note(work.output, broken)
+                if skipped > BROKEN_FREE + BROKEN_SHARE * tried:
+                    raise AnyFlowError(
+                        f"{skipped} of {tried} videos cannot be used, too many to go on: {broken[-1]}. All are in "
+                        f"{work.output / SKIPPED}. Mend or remove them, and make the shards in another --output."
+                    )
+                advance(len(parts[futures[done]]))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return len(clips), skipped
+
+
+def videos_of(folder: Path) -> list[Path]:
+    """The videos of a folder and its subfolders, in the order of their names.
+
+    Raises:
+        AnyFlowError: none, two of one name, or one without a caption.
+    """
+    if not folder.is_dir():
+        raise AnyFlowError(f"{folder} is not a folder. Give a folder of videos ({', '.join(VIDEOS)}) with captions (.txt).")
+    clips = sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in VIDEOS and not p.name.startswith("."))
+    if not clips:
+        raise AnyFlowError(f"{folder} holds no videos ({', '.join('.' + v for v in VIDEOS)}). Give the folder they are in.")
+    (key, times), *_ = Counter(_key(folder, path) for path in clips).most_common(1)
+    if times > 1:
+        raise AnyFlowError(f"{folder} holds {times} videos whose name in a shard would be {key!r}. Rename all but one.")
+    bare = [path for path in clips if not _caption(path)]
+    if bare:
+        raise AnyFlowError(
+            f"{len(bare)} of {len(clips)} videos have no caption, as {bare[0]}. Write what it shows into "
+            f"{bare[0].with_suffix('.txt').name} beside it, or take the video out of the folder."
+        )
+    return clips
+
+
+def _key(folder: Path, path: Path) -> str:
+    """Name of a sample: the path without its ending; webdataset ends a name at its first dot, and drops `__…`."""
+    return str(path.relative_to(folder).with_suffix("")).replace(".", "_").replace("/", "_").lstrip("_") or "video"
+
+
+def _caption(path: Path) -> str:
+    try:
+        return path.with_suffix(f".{CAPTION}").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _claim(output: Path, made: Made) -> None:
+    """The output is new, or of the very same work."""
+    if (output / MARKER).exists():
+        old = read_made(output)
+        changed = [name for name in Made.model_fields if getattr(old, name) != getattr(made, name)]
+        if changed:
+            raise AnyFlowError(f"{output} holds shards of other {', '.join(changed)}. Choose another --output, or the same work.")
+        for partial in output.glob(".*.partial-*"):
+            if not _running(partial.name.rpartition("-")[2]):
+                partial.unlink(missing_ok=True)
+        return
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise AnyFlowError(f"{output} exists and holds something else. Choose another --output.")
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / MARKER, made.model_dump_json(indent=1).encode())
+
+
+def _running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+_ENCODERS: Encoders | None = None
+"""Of this worker."""
+
+
+def _pool(workers: int, work: Work, encoders: Encoders) -> Executor:
+    """One worker is a thread of this process, several are processes: they share neither VAE nor GPU."""
+    if workers == 1:
+        return ThreadPoolExecutor(1, initializer=_lend, initargs=(encoders,))
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(workers):
+        numbers.put(number)
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    return ProcessPoolExecutor(workers, context, _start, (work.pipeline, numbers, threads))
+
+
+def _lend(encoders: Encoders) -> None:
+    global _ENCODERS
+    _ENCODERS = encoders
+
+
+def _start(pipeline: Path, numbers: multiprocessing.Queue[int], threads: int) -> None:
+    torch.set_num_threads(threads)
+    _lend(Encoders(pipeline, _device(numbers.get())))
+
+
+def _device(worker: int) -> str:
+    count = torch.cuda.device_count()
+    return f"cuda:{worker % count}" if count else "cpu"
+
+
+def _shard(work: Work, number: int, clips: list[Path]) -> list[str]:
+    """Make one shard; returns what was skipped, with reasons."""
+    from webdataset import TarWriter
+
+    assert _ENCODERS is not None
+    broken: list[str] = []
+    memory = io.BytesIO()
+    with TarWriter(memory, encoder=False, mtime=0.0, format="PAX_FORMAT") as writer:
+        for path in clips:
+            try:
+                tensors = _tensors(work, path, _ENCODERS)
+            except (AnyFlowError, OSError, ValueError) as error:
+                broken.append(f"{path.relative_to(work.folder)}: {error}")
+                continue
+            content = {TENSORS: safetensors.torch.save(tensors), CAPTION: _caption(path).encode()}
+            writer.write({"__key__": _key(work.folder, path), **content})
+    write_whole(work.output / shard_name(number), memory.getvalue())
+    return broken
+
+
+def _tensors(work: Work, path: Path, encoders: Encoders) -> dict[str, torch.Tensor]:
+    text = torch.from_numpy(encoders.prompts.encode([_caption(path)], work.tokens)[0])
+    latents = torch.from_numpy(encoders.vae.encode(clip(path, path.name, *work.size))[0])
+    if not (torch.isfinite(latents).all() and torch.isfinite(text).all()):
+        raise ValueError("the encoders made numbers that are not finite")
+    return {"latents": _stored(latents, work.type), "text": _stored(_trimmed(text), work.type)}
+
+
+def _trimmed(text: torch.Tensor) -> torch.Tensor:
+    """Without the zeros that Wan pads with, which training puts back."""
+    used = text.abs().amax(1).nonzero()
+    return text[: int(used[-1]) + 1 if len(used) else 1]
+
+
+def _stored(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    return tensor.to(getattr(torch, kind)).contiguous()
+
+
+def _result(done: Future[list[str]]) -> list[str]:
+    from concurrent.futures.process import BrokenProcessPool
+
+    try:
+        return done.result()
+    except BrokenProcessPool:
+        raise AnyFlowError(
+            "a worker was ended by the system, most likely for want of memory. Give fewer --workers; the same command goes on."
+        ) from None
+
+
+def _note(output: Path, broken: list[str]) -> None:
+    if broken:
+        with (output / SKIPPED).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in broken)
+
+
+def _clips_digest(folder: Path, clips: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in clips:
+        digest.update(repr((_key(folder, path), path.stat().st_size, _caption(path))).encode())
+    return digest.hexdigest()[:32]
+
+
+def _encoders_digest(pipeline: Path) -> str:
+    """Of the VAE's and text encoder's files: whole small ones, names and sizes of large ones."""
+    digest = hashlib.sha256()
+    for part in ("vae", "text_encoder", "tokenizer"):
+        for path in sorted((pipeline / part).iterdir()):
+            size = path.stat().st_size
+            digest.update(repr((part, path.name, size, file_sha256(path) if size < 64 << 20 else "")).encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,146 @@
+"""One sample out of a shard: latents and an embedding, or a video and a caption. No pickle is ever loaded.
+
+What a sample holds is told by its endings:
+
+    KEY.safetensors             tensors `latents` (F, C, H, W) and `text` (L, D), scaled and encoded as for training
+    KEY.latents.npy, KEY.text.npy    the same as numpy writes them; arrays of objects, which are pickles, are refused
+    KEY.mp4 (.mkv, .mov)        a video, encoded while training by the pipeline that is trained
+    KEY.txt                     the caption; with latents only for the eye
+
+webdataset's own decoders choose by ending, and `.pyd`, `.pickle` or `.pth` would run a program. They are not used: bytes
+come from `tar_index`, and the endings above are all that is decoded.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from torch import Tensor
+
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from anyflow_deploy.pipelines.text_encoder import PromptEncoder
+from anyflow_deploy.pipelines.vae import VideoEncoder
+from anyflow_deploy.training.data.clips import clip
+from anyflow_deploy.training.data.tar_index import Entry
+
+TENSORS = "safetensors"
+LATENTS_NPY, TEXT_NPY, CAPTION = "latents.npy", "text.npy", "txt"
+VIDEOS = ("mp4", "mkv", "mov")
+
+
+class BrokenSampleError(Exception):
+    """One sample cannot be used; others may."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the recipe wants: latents (F, C, H, W) and text (L, D), to which shorter texts are padded."""
+
+    latents: tuple[int, int, int, int]
+    text: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Latents float32 (F, C, H, W), text float32 (L, D)."""
+
+    latents: Tensor
+    text: Tensor
+    caption: str
+
+
+class Encoders:
+    """VAE and text encoder of a pipeline, for data that is still pixels and words.
+
+    Attributes:
+        lock: held while one of them works: the VAE keeps features between frames.
+    """
+
+    def __init__(self, pipeline: Path, device: str) -> None:
+        self.vae, self.prompts = VideoEncoder(pipeline, device), PromptEncoder(pipeline, device)
+        self.lock = threading.Lock()
+
+
+def precomputed(entry: Entry) -> bool:
+    """The sample holds latents."""
+    return TENSORS in entry.members or LATENTS_NPY in entry.members
+
+
+def video_ending(entry: Entry) -> str | None:
+    """The ending of its video."""
+    return next((ending for ending in VIDEOS if ending in entry.members), None)
+
+
+def read_sample(entry: Entry, shape: Shape, encoders: Encoders | None) -> Sample:
+    """Read and check one sample.
+
+    Args:
+        entry: where it is.
+        shape: that it has to have.
+        encoders: for videos; None where there are none.
+
+    Raises:
+        BrokenSampleError: it lacks something, cannot be decoded, has another shape, or a number that is not finite.
+    """
+    try:
+        caption = entry.read(CAPTION).decode().strip() if CAPTION in entry.members else ""
+        if precomputed(entry):
+            latents, text = _tensors(entry)
+        else:
+            latents, text = _encoded(entry, caption, shape, encoders)
+    except (OSError, ValueError, AnyFlowError, SafetensorError) as error:
+        raise BrokenSampleError(f"{entry.name}: {error}") from None
+    if tuple(latents.shape) != shape.latents:
+        raise BrokenSampleError(f"{entry.name}: latents (F, C, H, W) {tuple(latents.shape)}, the recipe has {shape.latents}")
+    if text.ndim != 2 or text.shape[1] != shape.text[1] or not 1 <= len(text) <= shape.text[0]:
+        raise BrokenSampleError(f"{entry.name}: text (tokens, channels) {tuple(text.shape)}, the recipe has at most {shape.text}")
+    if not (torch.isfinite(latents).all() and torch.isfinite(text).all()):
+        raise BrokenSampleError(f"{entry.name}: numbers that are not finite")
+    padded = torch.zeros(shape.text)
+    padded[: len(text)] = text
+    return Sample(latents.float(), padded, caption)
+
+
+def _tensors(entry: Entry) -> tuple[Tensor, Tensor]:
+    if TENSORS in entry.members:
+        found = safetensors.torch.load(entry.read(TENSORS))
+        missing = [name for name in ("latents", "text") if name not in found]
+        if missing:
+            raise ValueError(f"no tensor {' and no '.join(missing)}")
+        latents, text = found["latents"], found["text"]
+    else:
+        if TEXT_NPY not in entry.members:
+            raise ValueError(f"no {TEXT_NPY}")
+        latents, text = (torch.from_numpy(_array(entry.read(ending))) for ending in (LATENTS_NPY, TEXT_NPY))
+    strange = [str(t.dtype) for t in (latents, text) if not t.is_floating_point()]
+    if strange:
+        raise ValueError(f"numbers of type {strange[0]}")
+    return latents.float(), text.float()
+
+
+def _array(data: bytes) -> NDArray[Any]:
+    return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
+
+
+def _encoded(entry: Entry, caption: str, shape: Shape, encoders: Encoders | None) -> tuple[Tensor, Tensor]:
+    ending = video_ending(entry)
+    if ending is None or encoders is None:
+        raise ValueError(f"neither latents nor a video, but {', '.join(sorted(entry.members))}")
+    if not caption:
+        raise ValueError(f"no caption (.{CAPTION}), or an empty one")
+    frames, _, height, width = shape.latents
+    size = (TEMPORAL_FACTOR * (frames - 1) + 1, SPATIAL_FACTOR * height, SPATIAL_FACTOR * width)
+    frames_of_it = clip(entry.read(ending), entry.name, *size)
+    with encoders.lock:
+        latents, text = encoders.vae.encode(frames_of_it)[0], encoders.prompts.encode([caption], shape.text[0])[0]
+    return torch.from_numpy(latents), torch.from_numpy(text)

@@ -1,0 +1,103 @@
+"""The built-in data: moving shapes as latents, with embeddings of their captions; no VAE and no text encoder take part.
+
+What Wan's VAE does in the large is done in small by a fixed linear map. A latent frame is the scene at the middle of the
+video frames it stands for. Each of its cells is drawn as 2 x 2 pixels; their mean and their differences down, across and
+both (a Haar transform), each in three colours, are the first twelve channels, and further ones are fixed mixtures of
+these. Scaled to about unit spread, as the VAE's latents are.
+
+A caption's embedding has one row for each word, the same at any seed, and zeros behind; where there are fewer rows than
+words, several words add up in one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.models import TEMPORAL_FACTOR
+from anyflow_deploy.training.data.moving_shapes import drawn, scene
+from anyflow_deploy.training.data.source import Batch, Part
+from anyflow_deploy.training.timestep_sampling import normal
+
+_HAAR = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 4
+_MEAN, _SPREAD = (0.13, 0.0, 0.0, 0.0), (0.18, 0.046, 0.046, 0.02)
+"""Of the four Haar bands over many scenes on 8 x 12 cells, rounded."""
+
+_WORDS = 0
+"""Seed of words and mixtures. Not the run's: a flow map with seed 1 has to understand a teacher with seed 0."""
+
+
+def shape_latents(seed: int, index: int, shape: tuple[int, int, int, int]) -> Tensor:
+    """Latents of scene `index`, float32 (F, C, H, W) = `shape`."""
+    frames, channels, height, width = shape
+    times = (torch.arange(frames) * TEMPORAL_FACTOR - (TEMPORAL_FACTOR - 1) / 2).clamp(min=0)  # the first stands alone
+    fine = drawn(scene(seed, index), times, 2 * height, 2 * width)
+    cells = fine.view(frames, height, 2, width, 2, 3).permute(0, 2, 4, 5, 1, 3).reshape(frames, 4, 3, height, width)
+    bands = torch.einsum("bp,fpchw->fbchw", _HAAR, cells)
+    mean, spread = (torch.tensor(numbers)[:, None, None, None] for numbers in (_MEAN, _SPREAD))
+    first = ((bands - mean) / spread).reshape(frames, 12, height, width)
+    if channels <= 12:
+        return first[:, :channels].contiguous()
+    mixing = normal((channels - 12, 12), _WORDS, "mixing") / 12**0.5
+    return torch.cat([first, torch.einsum("mk,fkhw->fmhw", mixing, first)], 1)
+
+
+def caption_embedding(caption: str, text: tuple[int, int]) -> Tensor:
+    """Embedding of a caption, float32 (L, D) = `text`."""
+    result = torch.zeros(text)
+    for number, word in enumerate(caption.split()):
+        result[number % text[0]] += normal(text[1:], _WORDS, "word", word)
+    return result
+
+
+class SyntheticLatents:
+    """The data set as a source; sample i is a function of (seed, i), and there is no end.
+
+    Args:
+        part: of this process.
+        shape: (F, C, H, W) of the latents.
+        text: (L, D) of the prompt embeddings.
+        seed: of the scenes.
+    """
+
+    def __init__(self, part: Part, shape: tuple[int, int, int, int], text: tuple[int, int], seed: int = 0) -> None:
+        self._part, self._shape, self._text, self._seed = part, shape, text, seed
+        self._position = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            part = self._part
+            first = self._position + part.rank * part.batch
+            numbers = range(first, first + part.batch)
+            self._position += part.world * part.batch
+            yield self.batch(list(numbers))
+
+    def batch(self, indices: list[int]) -> Batch:
+        """These samples."""
+        captions = [scene(self._seed, i).caption for i in indices]
+        latents = torch.stack([shape_latents(self._seed, i, self._shape) for i in indices])
+        text = torch.stack([caption_embedding(caption, self._text) for caption in captions])
+        return Batch(latents, text, torch.zeros(1, *self._text), tuple(f"synthetic-{i}" for i in indices), tuple(captions))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Source`."""
+        return {"samples": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Source`."""
+        position = state.get("samples")
+        if not isinstance(position, int) or position < 0:
+            raise AnyFlowError(f"the checkpoint's data position is {state}; synthetic data has {{'samples': number}}.")
+        self._position = position
+
+    def skipped(self) -> list[str]:
+        """None is broken."""
+        return []
+
+    def check(self) -> str:
+        """See `Source`."""
+        return f"moving shapes, latents {self._shape}"

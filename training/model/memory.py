@@ -1,0 +1,113 @@
+"""What a process of a run needs, estimated before anything is loaded.
+
+Weights, gradients, optimizer and averages are counted exactly; activations are an estimate that has not been measured on a
+GPU: with gradient checkpointing the residual stream of every layer (float32) and one layer's worth of intermediate tensors.
+
+Legend: N tokens that go through the network at once, D channels of the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from anyflow_deploy.engines.kv_cache import fitted_chunks
+from anyflow_deploy.memory.parameter_shapes import counts, parameter_shapes
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.training.recipes import Recipe
+
+LAYER_TABLES = 26
+"""Tensors of N x D in float32 that one layer keeps for its backward pass, or makes in it: modulated inputs, queries, keys,
+values before and after norm and rotation, results, and their gradients. Counted, not measured."""
+
+LORA_LAYERS = r"blocks\.\d+\.(attn1\.to_[qkv]|attn1\.to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)\.weight"
+LORA_TIMES = r"condition_embedder\.(time|delta)_embedder\.linear_[12]\.weight"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one process.
+
+    Attributes:
+        weights: of all networks, frozen ones included.
+        training: gradients, optimizer and moving averages.
+        activations: of one micro-batch; see the module's text.
+        gathered: one layer's weights, whole, while it is computed.
+    """
+
+    weights: int
+    training: int
+    activations: int
+    gathered: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.training + self.activations + self.gathered
+
+
+def trained_count(recipe: Recipe, a: Architecture) -> int:
+    """Numbers that one learner trains."""
+    shapes = parameter_shapes(a)
+    rank = recipe.adapting.lora_rank
+    if not rank:
+        return sum(math.prod(shape) for shape in shapes.values())
+    pattern = re.compile(f"{LORA_LAYERS}|{LORA_TIMES}" if recipe.adapting.lora_times else LORA_LAYERS)
+    adapters = sum(rank * sum(shape[:2]) for name, shape in shapes.items() if pattern.fullmatch(name))
+    return adapters + sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("far_patch"))
+
+
+def estimated(recipe: Recipe, a: Architecture, processes: int) -> Estimate:
+    """What one process takes, the weights being cut over `processes` of them."""
+    number, element = counts(a), 2 if recipe.running.compute == "bfloat16" else 4
+    large, small = number["blocks"] + number["base"], number["float32"]
+    adapted = recipe.adapting.lora_rank > 0
+    own = trained_count(recipe, a)
+    learners = 2 if recipe.stage == "on-policy" else 1
+    frozen = element * large + 4 * small
+    networks = learners * (frozen + 4 * own if adapted else 4 * own) + (frozen if learners == 2 and not adapted else 0)
+    training = learners * 12 * own + 4 * own  # gradient and two moments each; one average
+    layer = large // a.num_layers
+    return Estimate(
+        weights=networks // processes,
+        training=training // processes,
+        activations=_activations(recipe, a, element),
+        gathered=(element if adapted else 4 + element) * layer if processes > 1 else 0,
+    )
+
+
+def _activations(recipe: Recipe, a: Architecture, element: int) -> int:
+    whole = tokens_at_once(recipe, a)
+    one = recipe.optimizing.micro_batch * 4 * whole * a.inner_dim
+    forwards = 3 if recipe.stage == "on-policy" else 1
+    layer = LAYER_TABLES * one + recipe.optimizing.micro_batch * 4 * element * whole * a.ffn_dim
+    if recipe.running.checkpointing and recipe.running.offload:
+        return one + layer
+    if recipe.running.checkpointing:
+        return forwards * a.num_layers * one + layer
+    return forwards * a.num_layers * layer
+
+
+def tokens_at_once(recipe: Recipe, a: Architecture) -> int:
+    """Tokens that keep activations in one forward: a causal model's clean copies and compressed chunks count, too."""
+    size = (recipe.height // a.patch_size[1]) * (recipe.width // a.patch_size[2])
+    if a.full_chunk_limit is None or a.chunk_partition is None or a.compressed_patch_size is None:
+        return recipe.frames * size
+    chunks = fitted_chunks(a.chunk_partition, recipe.frames)
+    window = sum(chunks[-a.full_chunk_limit :])
+    coarse = (recipe.height // a.compressed_patch_size[1]) * (recipe.width // a.compressed_patch_size[2])
+    if recipe.stage == "on-policy":
+        return recipe.frames * size  # every chunk's transitions keep theirs
+    return (2 * window - chunks[-1]) * size + (recipe.frames - window) * coarse
+
+
+def checkpoint_bytes(recipe: Recipe, a: Architecture) -> int:
+    """Of one checkpoint on disk: weights, two moments, and the average of the model."""
+    learners = 2 if recipe.stage == "on-policy" else 1
+    return 4 * trained_count(recipe, a) * (3 * learners + 1)
+
+
+def finished_bytes(recipe: Recipe, a: Architecture) -> int:
+    """Of the merged transformer."""
+    return sum(math.prod(s) for s in parameter_shapes(a).values()) * (2 if recipe.running.save_type == "bfloat16" else 4)

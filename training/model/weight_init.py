@@ -1,0 +1,134 @@
+"""Where training starts: the weights of a Wan2.1 or AnyFlow checkpoint, or of a seed, completed to what is trained.
+
+Wan2.1 has neither a second time embedder nor an embedding of compressed chunks. The first starts as a copy of the time
+embedder, so that at r = t the network is Wan; the second as the first embedding spread over the larger patch, so that a
+coarse token starts as the mean of the fine ones it replaces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anyflow_deploy.bundle.manifest import Source
+from anyflow_deploy.checkpoints.checkpoint import checkpoint_of, open_checkpoint, read_json, transformer_folder
+from anyflow_deploy.checkpoints.weights import Weights, check_names
+from anyflow_deploy.errors import CheckpointError
+from anyflow_deploy.memory.parameter_shapes import parameter_shapes
+from anyflow_deploy.model.transformer import constants
+from anyflow_deploy.models import BIDIRECTIONAL_CLASS, Architecture, architecture_from_config
+from anyflow_deploy.training.model.network import TrainingTransformer
+
+WAN_CLASS = "WanTransformer3DModel"
+_WAN_ALONE = {"qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+"""Keys that only Wan's config has, with the one value that AnyFlow's network computes."""
+
+_DELTA, _TIME = "condition_embedder.delta_embedder.", "condition_embedder.time_embedder."
+
+
+class StartingWeights:
+    """Weights of a base, and what it lacks; see the module's text. Stands for a checkpoint (`Weights`).
+
+    Args:
+        base: a checkpoint or random weights.
+        architecture: what is trained.
+
+    Raises:
+        CheckpointError: the base lacks more than the two additions, or has other shapes.
+    """
+
+    def __init__(self, base: Weights, architecture: Architecture) -> None:
+        self.architecture = architecture
+        self.source = base.source
+        self._base = base
+        self._given = base.shapes()
+        wanted = parameter_shapes(architecture)
+        self.added = tuple(n for n in wanted if n not in self._given and (n.startswith((_DELTA, "far_patch_embedding."))))
+        check_names(base, {name: shape for name, shape in wanted.items() if name not in self.added})
+        self._shapes = wanted
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape."""
+        return dict(self._shapes)
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, on the CPU."""
+        if name not in self.added:
+            return self._base.read(name)
+        if name.startswith(_DELTA):
+            return self._base.read(_TIME + name[len(_DELTA) :]).clone()
+        near = self._base.read(name.removeprefix("far_"))
+        if name.endswith("bias"):
+            return near.clone()
+        coarse, fine = self.architecture.compressed_patch_size, self.architecture.patch_size
+        assert coarse is not None
+        rows, columns = coarse[1] // fine[1], coarse[2] // fine[2]
+        return near.repeat(1, 1, 1, rows, columns) / (rows * columns)
+
+
+def starting_weights(path: str | Path, causal: bool | None, like: Architecture) -> StartingWeights:
+    """Open what a run starts from.
+
+    Args:
+        path: a pipeline or transformer folder, of Wan2.1 or AnyFlow.
+        causal: train a causal model: a bidirectional checkpoint is completed. None takes it as it is.
+        like: gives the chunks where the checkpoint has none.
+
+    Raises:
+        CheckpointError: another kind of model, or a causal checkpoint for a bidirectional run.
+    """
+    folder = transformer_folder(Path(path))
+    config = read_json(folder / "config.json")
+    source = Source(kind="folder", location=str(Path(path).resolve()))
+    if config.get("_class_name") == WAN_CLASS:
+        base: Weights = checkpoint_of(folder, architecture_from_wan(config, str(folder / "config.json")), source)
+    else:
+        base = open_checkpoint(path, source)
+    architecture = base.architecture
+    if architecture.causal and causal is False:
+        raise CheckpointError(f"{path} is a causal model and the recipe trains a bidirectional one. Add -causal to the recipe.")
+    if causal and not architecture.causal:
+        architecture = dataclasses.replace(
+            architecture,
+            compressed_patch_size=like.compressed_patch_size,
+            full_chunk_limit=like.full_chunk_limit,
+            chunk_partition=like.chunk_partition,
+        )
+    return StartingWeights(base, architecture)
+
+
+def architecture_from_wan(config: Mapping[str, Any], where: str) -> Architecture:
+    """The AnyFlow architecture that a Wan2.1 transformer's config.json becomes.
+
+    Raises:
+        CheckpointError: a variant of Wan that AnyFlow's network does not compute (image conditioning, other norms).
+    """
+    strange = [f"{key} {config[key]!r}" for key, value in _WAN_ALONE.items() if key in config and config[key] != value]
+    if strange:
+        raise CheckpointError(f"{where} has {', '.join(strange)}; AnyFlow starts from Wan2.1 text-to-video models.")
+    rest = {key: value for key, value in config.items() if key not in _WAN_ALONE and not key.startswith("_")}
+    return architecture_from_config({**rest, "_class_name": BIDIRECTIONAL_CLASS}, where)
+
+
+def network_with(
+    a: Architecture, tensors: Mapping[str, Tensor], compute_type: torch.dtype = torch.float32, frozen: bool = False
+) -> TrainingTransformer:
+    """A network on the CPU with copies of these parameters: what tests and small tools need."""
+    with torch.device("meta"):
+        network = TrainingTransformer(a, compute_type, frozen)
+    wanted = {name: parameter.dtype for name, parameter in network.named_parameters()}
+    network.load_state_dict({name: tensor.to(wanted[name], copy=True) for name, tensor in tensors.items()}, assign=True)
+    fill_constants(network, torch.device("cpu"))
+    return network.requires_grad_(not frozen)
+
+
+def fill_constants(network: TrainingTransformer, device: torch.device) -> None:
+    """Give the computed buffers (rotary tables, frequencies) their values."""
+    for name, value in constants(network.architecture).items():
+        module, _, buffer = name.rpartition(".")
+        setattr(network.get_submodule(module), buffer, value.to(device))

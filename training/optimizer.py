@@ -1,0 +1,105 @@
+"""A network that learns: its optimizer, the clipping of its gradient, and the moving average of what it learned."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from anyflow_deploy.training.config import Optimizing
+from anyflow_deploy.training.model.model_factory import trained_parameters, whole
+from anyflow_deploy.training.model.network import TrainingTransformer
+
+
+class Learner:
+    """See the module's text.
+
+    Args:
+        network: from `model_factory.trained_network`.
+        how: rates, clipping, averaging.
+        averaged: keep a moving average.
+
+    Attributes:
+        network: that learns.
+        parameters: trained ones, by name.
+        average: their moving average, empty without one.
+        steps: updates made.
+    """
+
+    def __init__(self, network: TrainingTransformer, how: Optimizing, averaged: bool = True) -> None:
+        self.network = network
+        self.how = how
+        self.parameters = trained_parameters(network)
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if averaged else {}
+        self.steps = 0
+        self._optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=how.learning_rate,
+            betas=(how.beta1, how.beta2),
+            weight_decay=how.weight_decay,
+        )
+        for parameter in self.parameters.values():  # so that there is something to load into
+            self._optimizer.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def gradient_norm(self) -> float:
+        """Of all gradients together; they are clipped to the recipe's largest. Every process has to call it."""
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.how.clip)
+        return float(whole(norm))
+
+    def update(self) -> None:
+        """One step of the optimizer and of the moving average; gradients are cleared."""
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        if self.average:
+            with torch.no_grad():
+                kept = self.how.ema if self.steps > self.how.ema_start else 0.0
+                for name, parameter in self.parameters.items():
+                    self.average[name].lerp_(parameter.detach(), 1.0 - kept)
+
+    def forget_gradients(self) -> None:
+        """Drop what was accumulated."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that has to survive, by name; loading writes into the same tensors."""
+        result: dict[str, Tensor] = {f"average.{name}": value for name, value in self.average.items()}
+        for name, parameter in self.parameters.items():
+            state = self._optimizer.state[parameter]
+            result |= {
+                f"weight.{name}": parameter.detach(),
+                f"exp_avg.{name}": cast(Tensor, state["exp_avg"]),
+                f"exp_avg_sq.{name}": cast(Tensor, state["exp_avg_sq"]),
+            }
+        return result
+
+    def state(self) -> dict[str, object]:
+        """The counts beside `tensors`, for JSON: a parameter that had no gradient in some step has fewer updates."""
+        counts = [int(self._optimizer.state[parameter]["step"]) for parameter in self.parameters.values()]
+        return {"steps": self.steps, "updates": counts}
+
+    def resumed(self, state: dict[str, Any]) -> None:
+        """After `tensors` were loaded: the counts they come from."""
+        self.steps = int(state["steps"])
+        for parameter, count in zip(self.parameters.values(), state["updates"], strict=True):
+            self._optimizer.state[parameter]["step"] = torch.tensor(float(count))
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """Put the moving average into the network meanwhile."""
+        held = {name: parameter.detach().clone() for name, parameter in self.parameters.items()} if self.average else {}
+        for name, value in self.average.items():
+            self.parameters[name].copy_(value)
+        try:
+            yield
+        finally:
+            for name, value in held.items():
+                self.parameters[name].copy_(value)

@@ -1,0 +1,143 @@
+"""What can fail is made to fail in the first minute: data, disk, memory, and whether a checkpoint belongs to this run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anyflow_deploy.checkpoints.weights import Weights
+from anyflow_deploy.errors import AnyFlowError, CheckpointError
+from anyflow_deploy.models import Architecture
+from anyflow_deploy.training.data.source import Batch
+from anyflow_deploy.training.distributed import World
+from anyflow_deploy.training.model.memory import checkpoint_bytes, estimated, finished_bytes
+from anyflow_deploy.training.recipes import Recipe, as_dict
+
+CHANGEABLE = {
+    "steps", "micro_batch", "checkpointing", "offload", "compile", "checkpoint_every", "keep", "asynchronous", "sample_every",
+    "sample_steps", "spike", "save_type",
+}  # fmt: skip
+"""Settings that a run may go on with changed: they decide how long and how, not what is learned."""
+
+
+def check_packages(recipe: Recipe, wandb: str | None) -> None:
+    """What the run will import is there.
+
+    Raises:
+        AnyFlowError: with the command that installs it.
+    """
+    needed = {"tensorboard": True, "peft": recipe.adapting.lora_rank > 0}
+    missing = [name for name, wanted in needed.items() if wanted and importlib.util.find_spec(name) is None]
+    if missing:
+        raise AnyFlowError(f"training needs {' and '.join(missing)}. Run: pip install 'anyflow-deploy[train]'")
+    if wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise AnyFlowError("--wandb needs the package wandb. Run: pip install wandb")
+
+
+def check_memory(recipe: Recipe, a: Architecture, world: World) -> str:
+    """A line that tells the estimate.
+
+    Raises:
+        AnyFlowError: weights and optimizer alone, which are counted and not estimated, do not fit.
+    """
+    pieces = world.mesh.size(world.mesh.ndim - 1) if world.mesh is not None else 1
+    need = estimated(recipe, a, pieces)
+    if world.device.type == "cuda":
+        have = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.size
+    fixed = need.weights + need.training
+    if fixed > have:
+        raise AnyFlowError(
+            f"weights, gradients and optimizer take {fixed / 2**30:.1f} GiB a process; there are {have / 2**30:.1f} GiB. "
+            "Use more processes, or adapters (--lora-rank 256)."
+        )
+    parts = f"activations {need.activations / 2**30:.2f}, estimated"
+    line = f"memory {need.total / 2**30:.2f} GiB a process ({parts}) of {have / 2**30:.1f}"
+    return (
+        line if need.total <= have else f"{line}: likely too little. Use --micro-batch 1, --checkpointing true, more processes."
+    )
+
+
+def check_disk(recipe: Recipe, a: Architecture, output: Path) -> str:
+    """A line that tells what will be written.
+
+    Raises:
+        AnyFlowError: the disk has no room for it, or the folder cannot be written to.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise AnyFlowError(f"{output} cannot be written to. Choose another --output.")
+    need = (recipe.running.keep + 1) * checkpoint_bytes(recipe, a) + finished_bytes(recipe, a)
+    free = shutil.disk_usage(output).free
+    if need > free:
+        raise AnyFlowError(
+            f"{recipe.running.keep + 1} checkpoints and the model take {need / 2**30:.1f} GiB; "
+            f"{output} has {free / 2**30:.1f} GiB free. Lower --keep, or choose another --output."
+        )
+    return f"disk {need / 2**30:.2f} GiB of {free / 2**30:.1f} free"
+
+
+def check_batch(batch: Batch, recipe: Recipe, a: Architecture) -> None:
+    """A batch is what the recipe says.
+
+    Raises:
+        AnyFlowError: with the names of the samples.
+    """
+    wanted = (recipe.frames, a.in_channels, recipe.height, recipe.width)
+    found = tuple(batch.latents.shape[1:])
+    named = ", ".join(batch.names[:4])
+    if found != wanted:
+        raise AnyFlowError(
+            f"samples {named} have latents (F, C, H, W) {found}; the recipe has {wanted}. "
+            "Give --frames, --height and --width of the data."
+        )
+    if batch.text.shape[-1] != a.text_dim or batch.text.shape[0] != len(batch.latents):
+        raise AnyFlowError(f"samples {named} have text {tuple(batch.text.shape)}; the model takes (B, tokens, {a.text_dim}).")
+
+
+def check_resumed(stored: dict[str, Any], recipe: Recipe, base: str, path: Path) -> None:
+    """A checkpoint belongs to this run.
+
+    Raises:
+        CheckpointError: with the settings that differ.
+    """
+    old, new = _flat(stored["recipe"]), _flat(as_dict(recipe))
+    changed = [
+        f"--{n.replace('_', '-')} {old.get(n)} there, {new[n]} here" for n in new if n not in CHANGEABLE and old.get(n) != new[n]
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{path} is of a run with other settings: {'; '.join(changed[:4])}. Set them so, or choose another --output."
+        )
+    if stored["base"] != base:
+        raise CheckpointError(
+            f"{path} is of a run that started from other weights. Give the same --init and --teacher, or another --output."
+        )
+
+
+def _flat(content: dict[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in content.items():
+        result |= value if isinstance(value, dict) else {name: value}
+    return result
+
+
+def quick_fingerprint(*all_weights: Weights | None) -> str:
+    """Tells sets of weights apart by their small tensors: whole ones would take minutes to read."""
+    digest = hashlib.sha256()
+    for weights in all_weights:
+        if weights is None:
+            continue
+        digest.update(repr(sorted(dataclasses.asdict(weights.architecture).items())).encode())
+        for name, shape in sorted(weights.shapes().items()):
+            if len(shape) == 1 or "patch_embedding" in name or name == "proj_out.weight":
+                digest.update(name.encode() + weights.read(name).float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

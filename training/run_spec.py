@@ -1,0 +1,95 @@
+"""What a run was asked for, and what it names opened: weights, the teacher, data."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.random_weights import RandomWeights
+from anyflow_deploy.checkpoints.weights import Weights
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.training.data.source import Part, Source
+from anyflow_deploy.training.data.synthetic import SyntheticLatents
+from anyflow_deploy.training.model.weight_init import starting_weights
+from anyflow_deploy.training.recipes import Recipe
+
+OpenData = Callable[[str, Recipe, Weights, Part], Source]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run that was asked for.
+
+    Attributes:
+        recipe: what to do.
+        output: folder of the run; a checkpoint in it is gone on from.
+        init: checkpoint to start from; None makes a tiny recipe start from random weights.
+        teacher: checkpoint of the score, for the stage on policy.
+        data: "synthetic", or what `anyflow_deploy.training.data.shard_source` opens.
+        shard: processes that share one copy of the weights.
+        device: "cpu" or "cuda"; None for CUDA where there is any.
+        wandb: project to log to.
+    """
+
+    recipe: Recipe
+    output: Path
+    init: Path | None = None
+    teacher: Path | None = None
+    data: str = "synthetic"
+    shard: int | None = None
+    device: str | None = None
+    wandb: str | None = None
+
+
+def open_weights(request: Request) -> tuple[Weights, Weights | None]:
+    """What is trained, and the teacher.
+
+    Raises:
+        AnyFlowError: one is missing, of another kind, or not needed.
+    """
+    recipe = request.recipe
+    row = recipe.row
+    if request.init is not None:
+        weights: Weights = starting_weights(request.init, recipe.causal, recipe.architecture)
+    elif row.hub_id is None:
+        weights = RandomWeights(row.architecture, row.name, recipe.running.seed)
+    else:
+        raise AnyFlowError("--init is missing: the folder of a Wan2.1 or AnyFlow checkpoint in diffusers' layout.")
+    if recipe.stage != "on-policy":
+        if request.teacher is not None:
+            raise AnyFlowError(f"--teacher belongs to the stage on-policy; {recipe.name} takes --init alone.")
+        return weights, None
+    if request.teacher is None:
+        raise AnyFlowError("--teacher is missing: the checkpoint of the stage teacher, whose score is matched.")
+    teacher = starting_weights(request.teacher, None, row.architecture)
+    if teacher.architecture.in_channels != weights.architecture.in_channels:
+        raise AnyFlowError("--teacher and --init have latents of other channels; they have to be of one family.")
+    return weights, teacher
+
+
+def open_data(data: str, recipe: Recipe, weights: Weights, part: Part) -> Source:
+    """A source by its name.
+
+    Raises:
+        AnyFlowError: there is none of that name.
+    """
+    a = weights.architecture
+    if data == "synthetic":
+        shape = (recipe.frames, a.in_channels, recipe.height, recipe.width)
+        return SyntheticLatents(part, shape, (recipe.text_tokens, a.text_dim), recipe.running.seed)
+    try:
+        opened: Callable[..., Source] = importlib.import_module("anyflow_deploy.training.data.shard_source").open_source
+    except ModuleNotFoundError as error:
+        if error.name != "anyflow_deploy.training.data.shard_source":
+            raise
+        raise AnyFlowError(f"--data is {data!r}; this version knows 'synthetic' alone.") from None
+    return opened(data, recipe, weights, part)
+
+
+def vae_of(start: Path | None) -> Path | None:
+    """The pipeline around a starting checkpoint, when it can decode."""
+    pipeline = pipeline_folder(start) if start else None
+    return pipeline if pipeline is not None and (pipeline / "vae").is_dir() else None

@@ -1,0 +1,76 @@
+"""Sample sheets: one picture that shows what the model makes of some prompts in 1, 2, 4, 8 and 16 steps.
+
+Rows are prompts, columns numbers of steps, all from the same noise, so that a flow map that works shows the same picture
+along a row. A pipeline's VAE decodes where there is one; without, three latent channels are shown as colours.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anyflow_deploy.schedule import Schedule
+from anyflow_deploy.training.chunks import ChunkPlan
+from anyflow_deploy.training.data.source import Batch
+from anyflow_deploy.training.model.network import TrainingTransformer
+from anyflow_deploy.training.rollout import rollout
+from anyflow_deploy.training.timestep_sampling import normal
+
+ROWS = 4
+
+
+@torch.no_grad()
+def sheet_samples(
+    network: TrainingTransformer, batch: Batch, plan: ChunkPlan, steps: tuple[int, ...], shift: float, seed: int
+) -> list[Tensor]:
+    """For each number of steps, samples (rows, F, C, H, W) of the batch's first prompts. Every process calls it (FSDP)."""
+    rows = min(ROWS, len(batch.latents))
+    noise = normal((rows, *batch.latents.shape[1:]), seed, "sheet").to(batch.latents.device)
+    text = batch.text[:rows]
+    return [rollout(network, noise, text, plan, list(Schedule.uniform(n, shift).transitions)).cpu() for n in steps]
+
+
+def draw_sheet(path: Path, samples: list[Tensor], names: tuple[str, ...], steps: tuple[int, ...], pipeline: Path | None) -> None:
+    """Write the sheet as PNG: the middle frame of each sample; `names` or captions stand beside the rows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = len(samples[0])
+    figure, axes = pyplot.subplots(rows, len(steps), figsize=(2.4 * len(steps), 1.8 * rows), squeeze=False)
+    for column, (made, count) in enumerate(zip(samples, steps, strict=True)):
+        for row in range(rows):
+            cell = axes[row][column]
+            cell.imshow(_picture(made[row : row + 1], pipeline))
+            cell.set_xticks([])
+            cell.set_yticks([])
+            if row == 0:
+                cell.set_title(f"{count} step{'s' if count > 1 else ''}", fontsize=9)
+            if column == 0:
+                cell.set_ylabel(textwrap.fill(names[row][:60], 24), fontsize=6)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.png")
+    figure.savefig(partial, dpi=100)
+    pyplot.close(figure)
+    partial.replace(path)
+
+
+def _picture(latents: Tensor, pipeline: Path | None) -> NDArray[np.uint8]:
+    if pipeline is not None:
+        from anyflow_deploy.pipelines.vae import decoded_video
+
+        frames: NDArray[np.uint8] = decoded_video(pipeline, latents.numpy())[0]
+        middle_frame: NDArray[np.uint8] = frames[len(frames) // 2]
+        return middle_frame
+    middle = latents[0, latents.shape[1] // 2, :3].permute(1, 2, 0)
+    if middle.shape[-1] < 3:
+        middle = middle[..., :1].expand(-1, -1, 3)
+    colours: NDArray[np.uint8] = ((middle.clamp(-3, 3) / 6 + 0.5) * 255).nan_to_num(0.0).to(torch.uint8).numpy()
+    return colours
