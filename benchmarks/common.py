@@ -14,13 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from anyflow_deploy.doctor.describe_machine import probe_processor
+from anyflow_deploy.doctor.machine import probe_processor
 
 
 def describe_machine() -> dict[str, Any]:
     """What identifies a measurement: processor, its instructions, cores, memory, versions, date."""
     names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
-    cpu = next(names, platform.describe_machine())
+    cpu = next(names, platform.machine())
     memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
     packages = ("anyflow-deploy", "torch", "onnx", "onnxruntime", "diffusers")
     return {

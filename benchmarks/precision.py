@@ -77,7 +77,10 @@ def variants(weights: Weights, calibration: Calibration, shape: tuple[int, int, 
     """All rows."""
     settings = SensitivitySettings(random_prompt_embeds(weights, ("probe",)).prompt_embeds, shape, (1, 4))
     found = measure_sensitivity(SensitivityAnalyzer(weights, calibration, "fp8", settings))
-    rows, full_precision_layers = simple_variants(calibration), select_full_precision_layers(found, keep=len(found.layers) // 6)
+    rows, full_precision_layers = (
+        simple_variants(calibration),
+        select_full_precision_layers(found, keep_layers=len(found.layers) // 6),
+    )
     return {**rows, "fp8, kept": dataclasses.replace(rows["fp8"], full_precision_layers=tuple(full_precision_layers))}
 
 

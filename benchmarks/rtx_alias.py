@@ -28,7 +28,7 @@ def use_tensorrt_rtx(current: bool = True) -> str:
         """There is nothing to time."""
 
     builder._check_graphs = do_nothing  # type: ignore[assignment]  # its table knows TensorRT's releases alone
-    timing_cache.TimingCache.attach = timing_cache.TimingCache.keep = do_nothing  # type: ignore[method-assign]
+    timing_cache.TimingCache.attach = timing_cache.TimingCache.save = do_nothing  # type: ignore[method-assign]
     configure = builder._GraphBuild._configure
 
     def configure_for_rtx(build: Any, config: Any) -> None:

@@ -187,8 +187,8 @@ def select_full_precision_layers(
 
     Args:
         sensitivity: the ranking.
-        keep: so many of the worst.
-        fidelity_db: as few of the worst as a bisection finds to reach this PSNR with the rest quantized.
+        keep_layers: so many of the worst.
+        min_psnr_db: as few of the worst as a bisection finds to reach this PSNR with the rest quantized.
         psnr: measures that, given the layers kept: `SensitivityAnalyzer.psnr_all_except`. Needed with `min_psnr_db`.
 
     Returns:

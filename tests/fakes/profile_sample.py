@@ -72,7 +72,7 @@ def sample_point(step: float = 0.1, shape: str = "480x832x81", **changes: Any) -
         "frames": 81,
         "tokens": 32760,
         "text_tokens": 512,
-        "warm_up": Warmup(runs=3, seconds=1.0, steady_samples=True),
+        "warm_up": Warmup(runs=3, seconds=1.0, steady=True),
         "transition": latency_from_samples(steady_samples(step)),
         "largest_transition": step,
         "enqueue": None,

@@ -499,12 +499,12 @@ def test_old_recordings_make_room(recorded: tuple[CudaGraphRunner, list[str]]) -
     for size in range(1, 7):
         for _ in range(2):
             graph(torch.ones(size))
-    assert len(graph._recorded) == 4
+    assert len(graph._graphs) == 4
     calls.clear()
     graph(torch.ones(1))
     assert calls == ["settled", "recorded", "replayed"], "an old shape is warm and only recorded again"
     graph.close()
-    assert not graph._recorded
+    assert not graph._graphs
 
 
 def test_disk_and_folder(small_bundle: Export, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,7 @@ def test_deadlines(ask: Conformance, wan: Bundle) -> None:
     """A clock that stands still leaves time for all steps; `enough` ends with one jump."""
     answer = ask("sample", **asked(wan, deadline={"seconds": 1, "most": 4}))["runs"][0]
     assert answer["outcomes"][0][:2] == [4, True]
-    deadline = Deadline(1.0, most=4, clock=lambda: 0.0)
+    deadline = Deadline(1.0, max_steps=4, clock=lambda: 0.0)
     assert answer["latents"] == as_json(sample(FakePlanEngine(wan), Z, TEXT, deadline))["data"]
     answer = ask("sample", **asked(wan, deadline={"seconds": 1, "most": 9, "enough_after": 0}))["runs"][0]
     assert answer["outcomes"][0][:2] == [1, False] and len(answer["steps"]) == 1
@@ -208,7 +208,7 @@ def test_streams(ask: Conformance, far: Bundle, window: int | None, size: tuple[
 def test_a_stream_from_context_under_a_deadline(ask: Conformance, far: Bundle) -> None:
     chunks, z, given = [1, 2, 2], noise((1, 5, 4, 4, 8), 5), noise((1, 3, 4, 4, 8), 6)
     answer = ask("stream", **asked(far, z, chunks=chunks, context=as_json(given), deadline={"seconds": 1, "most": 3}))
-    made = stream(FakePlanEngine(far), z, TEXT, Deadline(1.0, most=3, clock=lambda: 0.0), chunks, given)
+    made = stream(FakePlanEngine(far), z, TEXT, Deadline(1.0, max_steps=3, clock=lambda: 0.0), chunks, given)
     assert [chunk["latents"] for chunk in answer["chunks"]] == [as_json(chunk.latents)["data"] for chunk in made]
 
 

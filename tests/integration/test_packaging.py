@@ -46,7 +46,7 @@ def build_once(target: str) -> Path:
         build(target, ROOT, partial)
         partial.rename(folder)
 
-    return next(ARTIFACTS.made("distribution", target, make).iterdir())
+    return next(ARTIFACTS.cached_path("distribution", target, make).iterdir())
 
 
 @pytest.fixture(scope="session")

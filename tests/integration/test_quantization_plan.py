@@ -386,7 +386,7 @@ def test_a_smoothed_value_keeps_rows_that_a_float16_scale_can_hold() -> None:
     calibration = changed(calibration, **{f"{output}.input".replace(".", "__"): TensorRange(amax=4e3, channels=loud)})
     for base, held in (("fp16", True), ("fp32", False)):
         found = plan(calibration, weights, base=base)
-        rows = found.factored(value, weights.read(value)).abs().amax(1)
+        rows = found.apply_factors(value, weights.read(value)).abs().amax(1)
         assert bool((rows >= 127 * torch.finfo(torch.float16).tiny * 0.999).all()) is held
         stored = found.convert_parameter(value, weights.read(value), "I8")
         assert bool((stored.abs().amax(1) >= 126).all())

@@ -145,7 +145,7 @@ def test_weights_come_back_within_half_a_step(export_quantized: Export, kind: tu
     top = LARGEST[plan.kind]
     for layer in plan.inputs:
         name = f"{layer}.weight"
-        expected, scale = plan.factored(name, weights.read(name)), tensors[weight_scale_name(name)]
+        expected, scale = plan.apply_factors(name, weights.read(name)), tensors[weight_scale_name(name)]
         scale = scale.unsqueeze(1) if scale.ndim else scale
         assert bool((expected.abs() <= scale * top).all()) and bool((scale > 0).all()), name
         steps = (expected / scale - tensors[name].float()).abs()

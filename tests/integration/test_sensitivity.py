@@ -221,7 +221,7 @@ def test_the_report_survives_layers_that_broke_the_video(tmp_path: Path) -> None
     found = ranking(4).model_copy(update={"layers": damages, "kept": {0: damages["blocks.1.attn1.to_q"]}})
     cells = sensitivity_grid(found)
     assert cells.shape == (len(KINDS), 4) and cells[0, 1] == math.inf and math.isnan(cells[3, 3])
-    draw_sensitivity(found, tmp_path / "s.png", chosen=1)
+    draw_sensitivity(found, tmp_path / "s.png", selected=1)
     assert (tmp_path / "s.png").stat().st_size > 10_000 and len(sensitivity_tables(found)) == 2
 
 

@@ -213,9 +213,9 @@ def test_a_broken_loss_stops_the_run_before_the_update(
 
 def test_sigterm_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Trainer(request(tmp_path, steps=50), ALONE)
-    original = run._one_step
+    original = run._train_step
     monkeypatch.setattr(
-        run, "_one_step", lambda b: (os.kill(os.getpid(), signal.SIGTERM) if run.step == 2 else None, original(b))[1]
+        run, "_train_step", lambda b: (os.kill(os.getpid(), signal.SIGTERM) if run.step == 2 else None, original(b))[1]
     )
     with pytest.raises(AnyFlowError, match=r"stopped at step 3 on request"):
         run.run()

@@ -278,7 +278,7 @@ def wait():
     print("ready", flush=True)
     time.sleep(60)
 if stage == "finishing":
-    atomic_io.sync = lambda folder: wait()  # the manifest is written, the folder not yet renamed
+    atomic_io.fsync_path = lambda folder: wait()  # the manifest is written, the folder not yet renamed
 with bundle.BundleWriter(destination, overwrite=True) as writer:
     file = writer.create("weights.safetensors")
     file.write(b"other")

@@ -185,7 +185,7 @@ def test_benchmarks_name_the_instructions(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import common
 
-    assert common.machine()["instructions"] == machine.probe_processor().facts["flags"]
+    assert common.describe_machine()["instructions"] == machine.probe_processor().facts["flags"]
 
 
 # The GPU
