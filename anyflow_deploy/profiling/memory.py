@@ -36,8 +36,8 @@ class PeakMemory:
         shared: bytes taken of the memory that processor and GPU share; None where each has its own.
     """
 
-    def __init__(self, gpu_memory_reader: MemoryReader | None = None, shared: MemoryReader | None = None) -> None:
-        self._used, self._shared = gpu_memory_reader, shared
+    def __init__(self, gpu_used: MemoryReader | None = None, shared: MemoryReader | None = None) -> None:
+        self._used, self._shared = gpu_used, shared
         self._shared_before = None if shared is None else shared()
         self._before = resident_bytes()
         self._gpu_before = self._gpu()
@@ -89,7 +89,7 @@ def _optional_int(size: float | None) -> int | None:
     return None if size is None else int(size)
 
 
-def gpu_memory_reader(gpu: NvmlGpu | None, device: int, unified: bool = False) -> MemoryReader | None:
+def gpu_used(gpu: NvmlGpu | None, device: int, unified: bool = False) -> MemoryReader | None:
     """How to read the device's memory: this process's share by NVML, else all that is taken, else CUDA's own count.
 
     Args:

@@ -74,7 +74,7 @@ def calibration(weights: Weights) -> Calibration:
 def seen(weights: Weights, schedules: list[Schedule], seed: int) -> dict[str, float]:
     """The largest values over some schedules, watched without the code under test."""
     engine = TorchEngine(weights)
-    watched = load_modelopt().watching(engine.network, quantizable_layers(weights.architecture))
+    watched = load_modelopt().insert_observers(engine.network, quantizable_layers(weights.architecture))
     given = settings(weights)
     for schedule in schedules:
         run_rollout(engine, noise((1, *given.shape), seed), given.text.prompt_embeds[:1], schedule)
