@@ -76,7 +76,7 @@ class ExportSettings:
         base: precision of everything that is not quantized; None chooses by the target.
         calibration: ranges of the layers' inputs, of these weights.
         smooth: SmoothQuant, in int8.
-        kept: names of layers that stay in the base.
+        full_precision_layers: names of layers that stay in the base.
         attention: "high", the base, or "fp8": also the products in attention, at precision fp8 and opset 20.
     """
 

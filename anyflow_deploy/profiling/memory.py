@@ -89,7 +89,7 @@ def _optional_int(size: float | None) -> int | None:
     return None if size is None else int(size)
 
 
-def gpu_used(gpu: NvmlGpu | None, device: int, unified: bool = False) -> MemoryReader | None:
+def gpu_memory_reader(gpu: NvmlGpu | None, device: int, unified: bool = False) -> MemoryReader | None:
     """How to read the device's memory: this process's share by NVML, else all that is taken, else CUDA's own count.
 
     Args:

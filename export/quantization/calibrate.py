@@ -52,7 +52,7 @@ class CalibrationSettings:
         seeds: of the noise, which every prompt has its own of.
         device: torch device.
         partial: where unfinished work is kept; None for nowhere.
-        tell: called with what a user should know: work that is taken up again, or cannot be.
+        notify: called with what a user should know: work that is taken up again, or cannot be.
     """
 
     text: CalibrationPrompts

@@ -68,7 +68,7 @@ class QuantizationPlan:
         constants: scales, vectors and the zero point, by initializer name, in the type they are stored in.
         smooth: layer -> SmoothQuant's s (K), what its input is divided by.
         factors: parameter -> what it is multiplied by before anything else, each broadcasting to it.
-        kept: candidates that are not quantized -> why.
+        full_precision_layers: candidates that are not quantized -> why.
     """
 
     kind: str
@@ -152,7 +152,7 @@ def plan_quantization(
         base: precision of the rest.
         smooth: SmoothQuant, for int8 (fp8 has range enough for outliers).
         attention: "high" or "fp8".
-        kept: names of layers to keep high.
+        full_precision_layers: names of layers to keep high.
 
     Raises:
         AnyFlowError: a layer that the calibration knows nothing of, a name in `kept` that fits no layer, or nothing left
