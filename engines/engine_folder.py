@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter, check_file
 from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.json_records import FrozenRecord
 from anyflow_deploy.bundle.manifest import AxisRange, FileRecord, ranges_to_records
 from anyflow_deploy.errors import BackendError, BundleError
 from anyflow_deploy.shape_ranges import Range, ShapeRanges
@@ -30,11 +32,7 @@ _REMEDY = "Build it again with anyflow-build."
 _KIND = ArtifactKind("engine", ENGINE, "engine.json", "--name or --output", _REMEDY)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-
-class DeviceRecord(_Record):
+class DeviceRecord(FrozenRecord):
     """What an engine was built on.
 
     Args:
@@ -48,7 +46,7 @@ class DeviceRecord(_Record):
     compute_capability: str | None = None
 
 
-class EngineRecord(_Record):
+class EngineRecord(FrozenRecord):
     """`engine.json`.
 
     Args:
@@ -72,14 +70,14 @@ class EngineRecord(_Record):
     versions: dict[str, str]
     settings: dict[str, Any]
     ranges: dict[str, AxisRange]
-    profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = {}
-    achieved: dict[str, Any] = {}
+    profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = Field(default_factory=dict)
+    achieved: dict[str, Any] = Field(default_factory=dict)
     seconds: float
-    files: dict[str, FileRecord] = {}
+    files: dict[str, FileRecord] = Field(default_factory=dict)
 
-    @property
+    @cached_property
     def shape_ranges(self) -> ShapeRanges:
-        """The accepted shapes, ready to check with."""
+        """The accepted shapes, ready to check with; made once."""
         return ShapeRanges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
 
 

@@ -9,14 +9,37 @@ This module imports no torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from anyflow_deploy.errors import AnyFlowError
 
 Record = TypeVar("Record", bound=BaseModel)
+_Self = TypeVar("_Self", bound="FrozenRecord")
+
+
+class FrozenRecord(BaseModel):
+    """Base of what such files hold: frozen, strict about types, without unknown keys.
+
+    A `functools.cached_property` of a record is neither compared nor written, and not copied.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    def model_copy(self: _Self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _Self:
+        """Return a copy with other values, without what was computed from the old ones.
+
+        Args:
+            update: field -> its new value, which is not checked.
+            deep: copy the values, too.
+        """
+        copied = super().model_copy(update=update, deep=deep)
+        for name in vars(copied).keys() - type(copied).model_fields.keys():
+            del vars(copied)[name]
+        return copied
 
 
 def write_text_atomically(path: Path, text: str) -> None:

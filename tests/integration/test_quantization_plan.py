@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from anyflow_deploy import AnyFlowError, BackendError, Bundle, load_engine
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.dtypes import BUNDLE_DTYPES
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
+from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.inspect_bundle import InspectOptions, inspect
+from anyflow_deploy.cli.quantize import calibration_of as calibration_of_export
 from anyflow_deploy.engines.validation import THRESHOLDS, validate
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle, validate_export
 from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration, write_calibration
@@ -276,9 +279,37 @@ def test_settings_that_cannot_be(settings: ExportSettings, architecture: Archite
 
 def own(weights: RandomWeights) -> Calibration:
     """Made-up ranges under the weights' true fingerprint."""
-    from anyflow_deploy.checkpoints.weights import fingerprint
+    return made_up(weights.architecture, weights=weights.fingerprint)
 
-    return made_up(weights.architecture, weights=fingerprint(weights))
+
+class CountedWeights(RandomWeights):
+    """Weights that count how often each parameter is read."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture, "one block")
+        self.reads: Counter[str] = Counter()
+
+    def read(self, name: str) -> torch.Tensor:
+        self.reads[name] += 1
+        return super().read(name)
+
+
+def test_an_export_takes_the_fingerprint_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = CountedWeights(WIDE_HEADS)
+    path = tmp_path / "calibration.json"
+    write_calibration(path, own(RandomWeights(WIDE_HEADS, "one block")))
+    options = ExportOptions(model="tiny", precision="int8", calibration=path)
+    calibration = calibration_of_export(options, weights, tmp_path / "bundle", NullProgress())
+    assert set(weights.reads) == set(weights.shapes()) and set(weights.reads.values()) == {1}
+
+    def stop(*_: object) -> None:
+        raise AnyFlowError("that was all before the graph")
+
+    monkeypatch.setattr("anyflow_deploy.export.exporter.translate_graph", stop)
+    with pytest.raises(AnyFlowError, match="that was all"):
+        export_bundle(weights, tmp_path / "bundle", ExportSettings("int8", calibration=calibration))
+    layers = {f"{layer}.weight" for layer in quantizable_layers(WIDE_HEADS)}
+    assert {name for name, count in weights.reads.items() if count > 1} <= layers  # for SmoothQuant
 
 
 @pytest.mark.parametrize(
