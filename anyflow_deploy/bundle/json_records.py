@@ -42,17 +42,6 @@ class FrozenRecord(BaseModel):
         return copied
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it there; what cannot be finished leaves nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def load_record(path: Path, kind: type[Record], schema: int, make: str) -> Record:
     """Read a file that `write_text_atomically` wrote.
 

@@ -15,8 +15,9 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.markup import escape
 
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import load_bundle
-from anyflow_deploy.bundle.json_records import load_record, write_text_atomically
+from anyflow_deploy.bundle.json_records import load_record
 from anyflow_deploy.cli.fit import default_shape
 from anyflow_deploy.cli.options import Options, Steps, Words, run
 from anyflow_deploy.engines.registry import EngineOptions, check_backend

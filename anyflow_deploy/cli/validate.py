@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import Field
 from rich.markup import escape
 
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.bundle.json_records import write_text_atomically
 from anyflow_deploy.cli.options import Options, Steps, run
 from anyflow_deploy.cli.sensitivity import calibrated_text
 from anyflow_deploy.engines.engine import Array

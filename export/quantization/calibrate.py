@@ -20,7 +20,7 @@ from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
 
-from anyflow_deploy.bundle.json_records import write_text_atomically
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.checkpoints.checkpoint import schedule_shift
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array

@@ -18,7 +18,8 @@ from pathlib import Path
 from pydantic import Field
 from torch import Tensor
 
-from anyflow_deploy.bundle.json_records import FrozenRecord, load_record, write_text_atomically
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
+from anyflow_deploy.bundle.json_records import FrozenRecord, load_record
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import Difference, difference

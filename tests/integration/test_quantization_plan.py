@@ -375,7 +375,7 @@ _STREAMING = """
 import resource, sys, tempfile
 from pathlib import Path
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.quantization.plan import planned
+from anyflow_deploy.export.quantization.plan import plan_quantization
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.export.trace import ParameterSpec
 from anyflow_deploy.checkpoints.weights import write_weights
@@ -388,7 +388,7 @@ weights = RandomWeights(LARGE, "large")
 calibration, base = made_up(LARGE), {name: ParameterSpec("F32", shape) for name, shape in weights.shapes().items()}
 weights.read("blocks.0.ffn.net.2.weight") * 2
 before = peak()
-plan = planned(weights, calibration, "int8", "fp32", True, "high", (), NullProgress())
+plan = plan_quantization(weights, calibration, "int8", "fp32", True, "high", (), NullProgress())
 with tempfile.TemporaryDirectory() as folder, BundleWriter(Path(folder) / "b", False) as writer:
     write_weights(writer, weights, plan.parameters(base), plan.constants, NullProgress(), plan.convert_parameter)
 print(peak() - before)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from anyflow_deploy import AnyFlowError
-from anyflow_deploy.bundle.json_records import write_text_atomically
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.export.quantization.sensitivity import load_sensitivity
 from anyflow_deploy.quantization.calibration import load_calibration
 
