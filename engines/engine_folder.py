@@ -15,11 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter, check_file
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.bundle.json_records import FrozenRecord
+from anyflow_deploy.bundle.json_records import FrozenRecord, RecordFormat
 from anyflow_deploy.bundle.manifest import AxisRange, FileRecord, ranges_to_records
 from anyflow_deploy.errors import BackendError, BundleError
 from anyflow_deploy.shape_ranges import Range, ShapeRanges
@@ -81,6 +81,9 @@ class EngineRecord(FrozenRecord):
         return ShapeRanges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
 
 
+_FORMAT = RecordFormat(EngineRecord, SCHEMA, "engine", _REMEDY, BundleError)
+
+
 @dataclass(frozen=True)
 class EngineFolder:
     """An engine on disk whose record was read.
@@ -115,20 +118,10 @@ def load_engine_folder(path: Path, verify: bool = True) -> EngineFolder:
         BundleError: no record, another schema, an unknown key, a missing or changed file.
     """
     try:
-        raw = json.loads((path / ENGINE).read_bytes())
-        schema = raw["schema"]
+        data = (path / ENGINE).read_bytes()
     except OSError as error:
         raise BundleError(f"{path} is not an engine: {ENGINE} cannot be read ({error.strerror}). {_REMEDY}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise BundleError(f"{path / ENGINE} is damaged: no JSON object with a 'schema'. {_REMEDY}") from None
-    if schema != SCHEMA:
-        raise BundleError(f"{path} has engine schema {schema!r}; this version reads {SCHEMA}. {_REMEDY}")
-    try:
-        record = EngineRecord.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path / ENGINE} is damaged at {place!r}: {first['msg']}. {_REMEDY}") from None
+    record = _FORMAT.parse(data, path / ENGINE)
     for name, file in record.files.items():
         check_file(path, name, file, verify, _KIND)
     return EngineFolder(path, record)

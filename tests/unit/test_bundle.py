@@ -402,7 +402,6 @@ def test_other_schemas_are_refused_by_name(bundle: Bundle, schema: object, advic
         (lambda m: m["files"][GRAPH].update(bytes=5.0), rf"files\.{GRAPH}\.bytes"),
         (lambda m: m.update(kind="sideways"), "kind"),
         (lambda m: m["graphs"]["transition"]["inputs"][0].update(dtype="int4"), r"graphs\.transition\.inputs\.0\.dtype"),
-        (lambda m: m.update(kind="causal"), "graphs"),
         (lambda m: m.update(schema=True), "schema"),
         (lambda m: m.update(files=[]), "files"),
     ],
@@ -411,6 +410,12 @@ def test_damaged_manifests_name_the_place(bundle: Bundle, change: Callable[[dict
     folder = edit(bundle, change)
     with pytest.raises(BundleError, match=rf"manifest\.json is damaged at '{place}': .+\. Export again\.$"):
         load_bundle(folder)
+
+
+def test_graphs_of_another_kind_are_named(bundle: Bundle) -> None:
+    message = r"is damaged: value error, a causal bundle holds text, chunk, compress, not transition\. Export again\.$"
+    with pytest.raises(BundleError, match=message):
+        load_bundle(edit(bundle, lambda m: m.update(kind="causal")))
 
 
 @pytest.mark.parametrize(
