@@ -20,7 +20,7 @@ from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.bundle.json_records import load_record
 from anyflow_deploy.cli.fit import default_shape
 from anyflow_deploy.cli.options import Options, Steps, Words, run
-from anyflow_deploy.engines.registry import EngineOptions, check_backend
+from anyflow_deploy.engines.registry import DEFAULT_BACKEND, EngineOptions, check_backend
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.memory.estimate import shape_from_pixels
 from anyflow_deploy.models import get_model
@@ -62,7 +62,7 @@ class ProfileOptions(Options):
     )
 
     bundle: Path | None = Field(None, description="the bundle's folder; with --compare the newer profile")
-    backend: str = Field("onnxruntime", description="backend of the engine")
+    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
     device: int = Field(0, ge=0, description="which GPU, counted from 0")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
