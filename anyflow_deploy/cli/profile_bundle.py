@@ -24,7 +24,7 @@ from anyflow_deploy.engines.registry import DEFAULT_BACKEND, EngineOptions, chec
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.memory.estimate import shape_from_pixels
 from anyflow_deploy.models import get_model
-from anyflow_deploy.precision import base_precision
+from anyflow_deploy.precision import resolve_precision
 from anyflow_deploy.profiling.compare import ENERGY, MEMORY, TIME, Thresholds, compare_profiles
 from anyflow_deploy.profiling.estimate import RooflineEstimate, estimate_latency
 from anyflow_deploy.profiling.html_report import html_from_profile
@@ -191,7 +191,7 @@ def _estimate(options: ProfileOptions) -> int:
     if options.model is not None:
         model = get_model(options.model)
         precision = options.precision or "fp16"
-        name, a, base, attention = model.name, model.architecture, base_precision(precision, None, target.name), "high"
+        name, a, base, attention = model.name, model.architecture, resolve_precision(precision, None, target.name).base, "high"
         shapes = options.shapes or (str(default_shape(model.name)),)
     else:
         manifest = load_bundle(Path(str(options.bundle)), verify=False).manifest

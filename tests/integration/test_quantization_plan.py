@@ -37,6 +37,7 @@ from anyflow_deploy.export.quantization.plan import (
 from anyflow_deploy.export.quantization.prompts import PROMPTS, random_prompt_embeds
 from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.models import Architecture
+from anyflow_deploy.precision import resolve_precision
 from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import Calibration, TensorRange, load_calibration
 from anyflow_deploy.quantization.layers import OPERANDS, quantizable_layers
@@ -74,9 +75,9 @@ def changed(calibration: Calibration, **tensors: TensorRange | None) -> Calibrat
 def plan(
     calibration: Calibration, weights: Any = None, precision: str = "int8", base: str = "fp32", **how: Any
 ) -> QuantizationPlan:
-    given = {"smooth": True, "attention": "high", "full_precision_layers": (), **how}
-    weights = weights or open_checkpoint(SMALL)
-    return plan_quantization(weights, calibration, precision, base, progress=NullProgress(), **given)
+    kept = how.pop("full_precision_layers", ())
+    spec = resolve_precision(precision, base, "cpu", **how)
+    return plan_quantization(weights or open_checkpoint(SMALL), calibration, spec, kept, NullProgress())
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +264,16 @@ SILENT = {f"blocks__0__{kind}__value": TensorRange(amax=0.0) for kind in ("attn1
             NARROW,
             "attention fp8 would quantize nothing: heads of 24 channels: not a mult",
         ),
-        (ExportSettings("fp8", attention="fp8", opset=23), WIDE_HEADS, "attention is fp8 at precision fp8 and opset 23; it goes"),
-        (ExportSettings("int8", attention="fp8"), WIDE_HEADS, "attention is fp8 at precision int8 and opset 20; it goes with"),
+        (
+            ExportSettings("fp8", attention="fp8", opset=23),
+            WIDE_HEADS,
+            "attention is fp8 at opset 23; it goes with opset 20 only",
+        ),
+        (
+            ExportSettings("int8", attention="fp8"),
+            WIDE_HEADS,
+            "attention is fp8 at precision int8; it goes with precision fp8 only",
+        ),
         (ExportSettings("fp8", attention="int8"), WIDE_HEADS, "attention is 'int8'; allowed are high and fp8"),
         (ExportSettings("fp16"), WIDE_HEADS, "precision fp16 quantizes nothing, so calibration would have no effect"),
         (ExportSettings("int8", base="int8"), WIDE_HEADS, "base is 'int8'; allowed are fp32, fp16, bf16"),
@@ -380,6 +389,7 @@ from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.export.trace import ParameterSpec
 from anyflow_deploy.checkpoints.weights import write_weights
 from anyflow_deploy.bundle.bundle import BundleWriter
+from anyflow_deploy.precision import PrecisionSpec
 from anyflow_deploy.progress import NullProgress
 from tests.integration.test_quantization_plan import LARGE, made_up
 
@@ -388,7 +398,7 @@ weights = RandomWeights(LARGE, "large")
 calibration, base = made_up(LARGE), {name: ParameterSpec("F32", shape) for name, shape in weights.shapes().items()}
 weights.read("blocks.0.ffn.net.2.weight") * 2
 before = peak()
-plan = plan_quantization(weights, calibration, "int8", "fp32", True, "high", (), NullProgress())
+plan = plan_quantization(weights, calibration, PrecisionSpec("int8", "fp32", smooth=True), (), NullProgress())
 with tempfile.TemporaryDirectory() as folder, BundleWriter(Path(folder) / "b", False) as writer:
     write_weights(writer, weights, plan.parameters(base), plan.constants, NullProgress(), plan.convert_parameter)
 print(peak() - before)
