@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
+from anyflow_deploy.dtypes import SAFETENSORS
 from anyflow_deploy.errors import AnyFlowError, suggestion
 
 
@@ -24,24 +25,27 @@ class Precision:
     Attributes:
         name: what the user types.
         tensor_type: the name of the type in a safetensors header.
-        bytes: bytes per weight.
         quantized: eight bits with scales, over a base precision.
     """
 
     name: str
     tensor_type: str
-    bytes: int
     quantized: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes per weight."""
+        return SAFETENSORS[self.tensor_type].bytes
 
 
 PRECISIONS = {
     row.name: row
     for row in (
-        Precision("fp32", "F32", 4),
-        Precision("fp16", "F16", 2),
-        Precision("bf16", "BF16", 2),
-        Precision("int8", "I8", 1, quantized=True),
-        Precision("fp8", "F8_E4M3", 1, quantized=True),
+        Precision("fp32", "F32"),
+        Precision("fp16", "F16"),
+        Precision("bf16", "BF16"),
+        Precision("int8", "I8", quantized=True),
+        Precision("fp8", "F8_E4M3", quantized=True),
     )
 }
 
