@@ -184,7 +184,9 @@ class BundleEngineBase(ABC):
         """
         self._check_open()
         if self.bundle.manifest.kind == "causal":
-            raise AnyFlowError(f"{self.bundle.path} is a causal model, which is made chunk by chunk: use stream(), not sample().")
+            place = self.bundle.path
+            advice = "which is made chunk by chunk: use stream(), not sample()."
+            raise AnyFlowError(f"{place} is a causal model, {advice}")
         a = self.architecture
         return prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
 
@@ -197,7 +199,8 @@ class BundleEngineBase(ABC):
         """
         self._check_open()
         if self.bundle.manifest.kind != "causal":
-            raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
+            place = self.bundle.path
+            raise AnyFlowError(f"{place} is a bidirectional model: use sample(), not stream().")
         return prepare_text(self.ranges, self.architecture.text_dim, text)
 
     def _check_open(self) -> None:

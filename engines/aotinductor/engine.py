@@ -3,8 +3,9 @@
 `anyflow-build BUNDLE --backend aotinductor` makes one package for each graph (`build`); this opens them. torch is
 the runtime here, so unlike the other backends this one needs it on the device, though nothing of the exporter.
 
-Packages hold no weights: the bundle's are read once and lent to all of them. On a GPU a bidirectional
-step is recorded as a CUDA graph for each shape. (Chunks of a stream are not: their cache has another length each time.)
+Packages hold no weights: the bundle's are read once and lent to all of them. On a GPU a
+bidirectional step is recorded as a CUDA graph for each shape. (Chunks of a stream are not: their
+cache has another length each time.)
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class AotInductorEngine(PackageEngine):
         for graph in self._graphs.values():
             graph.load_weights(self._weights)
         record = options.cuda_graphs and options.provider == "cuda" and "transition" in self._graphs
-        self._graph_runner = CudaGraphRunner(self._torch, self._graphs["transition"]) if record else None
+        self._graph_runner: CudaGraphRunner | None = None
+        if record:
+            self._graph_runner = CudaGraphRunner(self._torch, self._graphs["transition"])
 
     def _import_torch(self, options: EngineOptions) -> Any:
         return import_torch(options.provider, options.device)

@@ -61,9 +61,10 @@ class PackageEngine(BundleEngineBase):
         check_compatible(self.folder, here, self._required_versions())
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        self._graphs = {
-            name: CompiledGraph(torch, self.folder.file(f"{name}.pt2"), self._index) for name in bundle.manifest.graphs
-        }
+        self._graphs = {}
+        for name in bundle.manifest.graphs:
+            package = self.folder.file(f"{name}.pt2")
+            self._graphs[name] = CompiledGraph(torch, package, self._index)
 
     @abstractmethod
     def _import_torch(self, options: EngineOptions) -> Any:
@@ -91,8 +92,9 @@ class PackageEngine(BundleEngineBase):
     def start(self, latents: ArrayLike, text: ArrayLike) -> AotInductorRun:
         """See `Engine`."""
         z, prompt_embeds = self._prepare_run(latents, text)
-        call, text_tensor = self._transition(), self._torch.from_numpy(prompt_embeds).to(self._device)
-        return AotInductorRun(self._torch, lambda z, t, r: call(z, t, r, text_tensor), z, self._device)
+        call = self._transition()
+        prompt = self._torch.from_numpy(prompt_embeds).to(self._device)
+        return AotInductorRun(self._torch, lambda z, t, r: call(z, t, r, prompt), z, self._device)
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
         """See `BundleEngine`."""

@@ -25,7 +25,8 @@ class TorchTensorRTEngine(PackageEngine):
         options: a GPU, and which engine.
 
     Raises:
-        BackendError: torch, torch-tensorrt or the GPU is missing, nothing was built, or it was built elsewhere.
+        BackendError: torch, torch-tensorrt or the GPU is missing, nothing was built, or it was
+            built elsewhere.
     """
 
     backend, title = "torch-tensorrt", "torch-tensorrt"
