@@ -185,7 +185,7 @@ def test_the_readme_tree_names_every_module() -> None:
 
 
 def test_the_format_document_names_every_manifest_key() -> None:
-    text = (ROOT / "docs" / "bundle.md").read_text()
+    text = (ROOT / "docs" / "reference" / "bundle.md").read_text()
     keys = [field.alias or name for name, field in Manifest.model_fields.items()]
     assert not [key for key in keys if f"`{key}`" not in text]
 
