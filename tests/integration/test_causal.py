@@ -181,7 +181,7 @@ def test_a_stream_can_be_closed_at_any_moment(oracle: dict[str, Any], engine: Bu
         chunks = stream(engine, oracle["latents"], oracle["text"], Schedule.uniform(1))
         for _ in range(taken):
             next(chunks)
-        memory = weakref.ref(chunks.gi_frame.f_locals["memory"]) if taken else lambda: None  # type: ignore[attr-defined]
+        memory = weakref.ref(chunks.gi_frame.f_locals["kv_stream"]) if taken else lambda: None  # type: ignore[attr-defined]
         chunks.close()  # type: ignore[attr-defined]
         gc.collect()
         assert memory() is None
