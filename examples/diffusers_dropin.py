@@ -5,12 +5,13 @@ the same in `AnyFlowFARPipeline`.
 """
 
 import sys
+from pathlib import Path
 
 from diffusers import AnyFlowPipeline
-from diffusers.utils import export_to_video
 
 from anyflow_deploy import load_bundle, load_engine
 from anyflow_deploy.pipelines.diffusers import EngineTransformer
+from anyflow_deploy.pipelines.video_io import save_video
 
 checkpoint, bundle_folder, prompt, output = sys.argv[1:]
 
@@ -19,5 +20,5 @@ video = bundle.manifest.video
 pipe = AnyFlowPipeline.from_pretrained(checkpoint, transformer=None)
 pipe.transformer = EngineTransformer(load_engine(bundle))
 frames = pipe(prompt, num_inference_steps=4, height=video.height, width=video.width, num_frames=video.frames).frames[0]
-export_to_video(frames, output, fps=video.fps)
+save_video(Path(output), (frames * 255).round().astype("uint8"), video.fps)
 print(f"{len(frames)} frames, written to {output}")

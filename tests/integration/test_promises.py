@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-import anyflow_deploy
 from anyflow_deploy import MODELS, Bundle
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.checkpoints import hub
@@ -156,7 +155,7 @@ def test_the_commands_of_readme_and_tutorial_run(
 def test_the_readme_python_runs(
     block: str, tiny_pipeline: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "VideoPipeline" in block and "VideoPipeline" not in anyflow_deploy.__all__:
+    if "VideoPipeline" in block and not (ROOT / "anyflow_deploy/pipelines/video_pipeline.py").exists():
         pytest.skip("VideoPipeline is not merged yet")
     (tmp_path / "my-anyflow").symlink_to(tiny_pipeline)
     (tmp_path / "my-bundle").symlink_to(tiny_bundle.path)

@@ -26,7 +26,7 @@ DOCUMENTS = [ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIB
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md")) + sorted((ROOT / "examples").rglob("README.md"))
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
-COMING = {"VideoPipeline"} - set(anyflow_deploy.__all__)
+COMING = set() if (ROOT / "anyflow_deploy/pipelines/video_pipeline.py").exists() else {"VideoPipeline"}
 """Written on another branch; delete this when it is merged."""
 
 FOREIGN_NAMES = {
