@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, PositiveInt
 from rich.markup import escape
 
+from anyflow_deploy.bundle.atomic_io import atomic_file
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Numbers, Options, run
 from anyflow_deploy.cli.sensitivity import Decibels
@@ -366,9 +367,8 @@ def _latent_shape(options: GenerateOptions, bundle: Bundle) -> tuple[int, int, i
 def _save_latents(path: Path, latents: Array) -> None:
     from safetensors.numpy import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({"latents": latents}, partial, metadata={"layout": "batch, frames, channels, height, width"})
-    partial.rename(path)
+    with atomic_file(path) as partial:
+        save_file({"latents": latents}, partial, metadata={"layout": "batch, frames, channels, height, width"})
 
 
 def main() -> None:

@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.manifest import Manifest
+from anyflow_deploy.dtypes import DTYPES
 from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.pipelines.video_io import check_size, load_image, load_video
 from anyflow_deploy.shape_ranges import latent_frames
-
-_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def planned(manifest: Manifest, chunks: Sequence[int] | None, shape: Sequence[int], window: int | None = None) -> CachePlan:
@@ -50,7 +49,7 @@ def planned(manifest: Manifest, chunks: Sequence[int] | None, shape: Sequence[in
 
 def element_bytes(manifest: Manifest) -> int:
     """Bytes of one number in the cache, read from the graph that fills it."""
-    return next(_ELEMENT_BYTES[tensor.dtype] for tensor in manifest.graphs["chunk"].outputs if tensor.name == "key.0")
+    return next(DTYPES[tensor.dtype].bytes for tensor in manifest.graphs["chunk"].outputs if tensor.name == "key.0")
 
 
 def plan_line(plan: CachePlan, size: int) -> str:
