@@ -2,7 +2,7 @@
 
 Tensor names, shapes and types are written here once, by the exporter; Python, C++ and Triton read them from here.
 The classes are pydantic models because a manifest crosses machines and versions: unknown keys, wrong types and newer
-schemas are refused by name instead of being half understood. See docs/bundle.md for the format in prose.
+schemas are refused by name instead of being half understood. See docs/reference/bundle.md for the format in prose.
 """
 
 from __future__ import annotations
