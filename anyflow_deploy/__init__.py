@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from anyflow_deploy.engines.deadline import Deadline, StepTimer
     from anyflow_deploy.engines.engine import Engine, Run
     from anyflow_deploy.engines.registry import load_engine
-    from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
+    from anyflow_deploy.engines.sampler import Chunk, noise, sample, stream
     from anyflow_deploy.errors import AnyFlowError, BackendError, BundleError, CheckpointError, ShapeError
     from anyflow_deploy.models import MODELS, Architecture, Model
-    from anyflow_deploy.schedule import Schedule
+    from anyflow_deploy.schedule import Schedule, Step
 
 __all__ = [
     "MODELS",
@@ -68,10 +68,10 @@ _HOMES = {
     "engines.engine": ("Engine", "Run"),
     "engines.registry": ("load_engine",),
     "engines.adaptive_steps": ("AdaptiveResult", "AdaptiveSteps"),
-    "engines.sampler": ("Chunk", "Step", "noise", "sample", "stream"),
+    "engines.sampler": ("Chunk", "noise", "sample", "stream"),
     "errors": ("AnyFlowError", "BackendError", "BundleError", "CheckpointError", "ShapeError"),
     "models": ("MODELS", "Architecture", "Model"),
-    "schedule": ("Schedule",),
+    "schedule": ("Schedule", "Step"),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -23,12 +23,12 @@ from rich.markup import escape
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Numbers, Options, run
 from anyflow_deploy.cli.sensitivity import Decibels
-from anyflow_deploy.cli.step_options import Seconds, check_course, course_of
+from anyflow_deploy.cli.step_options import Seconds, step_settings
+from anyflow_deploy.cli.step_report import StepReport
 from anyflow_deploy.engines.engine import Array, BundleEngine
 from anyflow_deploy.engines.kv_cache import CachePlan, check_budget
 from anyflow_deploy.engines.registry import load_engine
 from anyflow_deploy.engines.sampler import Chunk, noise, sample, stream
-from anyflow_deploy.engines.step_policy import StepPolicy
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import RichProgress, console
 
@@ -113,13 +113,13 @@ class Job:
     """What is to be made, checked.
 
     Attributes:
-        course: decides the steps.
+        steps: decides the steps, and shows them.
         shape: (F, C, H, W) of the latents.
         plan: of a causal bundle's chunks and cache; None for a bidirectional one.
         given: uint8 (frames, height, width, 3) that the video begins with.
     """
 
-    course: StepPolicy
+    steps: StepReport
     shape: tuple[int, int, int, int]
     plan: CachePlan | None
     given: NDArray[np.uint8] | None
@@ -142,7 +142,7 @@ def generate(options: GenerateOptions) -> int:
         engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
     with closing(engine):
         first_frame = _Work(options, engine, words, job, pipeline, watch).done()
-    for line in job.course.summary_lines():
+    for line in job.steps.summary_lines():
         console.print(line)
     if job.plan is not None and first_frame is not None:
         console.print(f"first frame made here on disk after {first_frame:.2f} s")
@@ -194,14 +194,13 @@ class _Work:
         return self._written(latents, started)
 
     def _whole(self, start: Array) -> Array:
-        course = self.job.course
+        steps = self.job.steps
         with (
-            self.watch.time(course.stage), RichProgress(console) as bars,
-            bars.stage("transitions", course.progress_total(1)) as advance,
-            course.interrupt_handler(),
-        ):  # fmt: skip
-            schedule = course.chunk_schedules(0)(0)
-            return sample(self.engine, start, self.words, schedule, on_step=lambda step: course.update_progress(step, advance))
+            self.watch.time(steps.stage),
+            RichProgress(console) as bars,
+            steps.show(bars, 1) as bar,
+        ):
+            return sample(self.engine, start, self.words, steps.policy, on_step=bar.update)
 
     def _context(self) -> Array | None:
         from anyflow_deploy.pipelines.vae import encoded_video
@@ -215,22 +214,21 @@ class _Work:
         """The chunks of a causal video, timed and shown while they are made."""
         from anyflow_deploy.pipelines.causal_video import chunks_in
 
-        course, count = self.job.course, len(plan.chunks)
+        steps, count = self.job.steps, len(plan.chunks)
         given = chunks_in(plan, 0 if context is None else context.shape[1])
         with (
             RichProgress(console) as bars,
-            bars.stage("transitions", course.progress_total(count - given)) as advance,
-            course.interrupt_handler(),
+            steps.show(bars, count - given) as bar,
         ):
             chunks = stream(
                 self.engine,
                 start,
                 self.words,
-                course.chunk_schedules(given),
+                steps.policy,
                 plan.chunks,
                 context,
                 plan.window,
-                lambda step: course.update_progress(step, advance),
+                bar.update,
             )
             while True:
                 with self.watch.time(f"{count} chunks"):
@@ -296,7 +294,7 @@ def _check(options: GenerateOptions) -> None:
 
     if (options.prompt is None) == (options.prompt_embeds is None):
         raise AnyFlowError("give one of --prompt TEXT and --prompt-embeds FILE.")
-    check_course(options)
+    step_settings(options)
     if options.image is not None and options.video is not None:
         raise AnyFlowError("give one of --image and --video: a video begins with a picture or with a clip.")
     if options.stream and options.output.suffix.lower() not in GROWING_SUFFIXES:
@@ -327,13 +325,15 @@ def _job(options: GenerateOptions, bundle: Bundle) -> Job:
             f"--{wrong[0].replace('_', '-')} needs a causal bundle, and {bundle.path} is bidirectional ({manifest.model}). "
             "Leave it out, or export a far model."
         )
-    course, shape = course_of(options, manifest.schedule), _latent_shape(options, bundle)
+    defaults = manifest.schedule
+    steps = StepReport(step_settings(options), defaults.steps, defaults.shift)
+    shape = _latent_shape(options, bundle)
     plan = _plan(options, bundle, shape) if causal else None
     frames = shape[0] if plan is None else max(plan.chunks)
     manifest.shape_ranges.check((1, frames, *shape[1:]), (1, manifest.video.text_tokens, manifest.architecture.text_dim))
     if plan is None:
-        return Job(course, shape, None, None)
-    return Job(course, shape, plan, _given(options, bundle, plan, shape))
+        return Job(steps, shape, None, None)
+    return Job(steps, shape, plan, _given(options, bundle, plan, shape))
 
 
 def _given(

@@ -6,8 +6,9 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 
 from anyflow_deploy.engines.engine import Array, Engine
-from anyflow_deploy.engines.sampler import Step, noise, sample, stream
+from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.engines.step_policy import StepPolicy
+from anyflow_deploy.schedule import Step
 from anyflow_deploy.serving.request import Order
 
 PIECE = 3
@@ -15,7 +16,7 @@ PIECE = 3
 
 
 def clean_latents(
-    engine: Engine, order: Order, words: Array, course: StepPolicy, on_step: Callable[[Step], None]
+    engine: Engine, order: Order, words: Array, policy: StepPolicy, on_step: Callable[[Step], None]
 ) -> Generator[Array, None, None]:
     """A causal model's chunks, each before the next is begun; of a bidirectional model all at once, handed out in pieces.
 
@@ -23,19 +24,19 @@ def clean_latents(
         engine: of the bundle that the order was checked against.
         order: from `ordered`.
         words: the prompt's embeddings, float32 (1, L, D).
-        course: from `Order.course`.
+        policy: from `Order.policy`.
         on_step: called after each transition; what it raises ends the video.
 
     Returns:
         An iterator over float32 (1, f, C, H, W). Closing it at any moment releases the cache.
     """
-    start, chunk_schedules = noise((1, *order.shape), order.seed), course.chunk_schedules(0)
+    start = noise((1, *order.shape), order.seed)
     if order.plan is None:
-        latents = sample(engine, start, words, chunk_schedules(0), on_step)
+        latents = sample(engine, start, words, policy, on_step)
         for first in range(0, latents.shape[1], PIECE):
             yield latents[:, first : first + PIECE]
         return
     plan = order.plan
-    with closing(stream(engine, start, words, chunk_schedules, plan.chunks, None, plan.window, on_step)) as chunks:
+    with closing(stream(engine, start, words, policy, plan.chunks, None, plan.window, on_step)) as chunks:
         for chunk in chunks:
             yield chunk.latents

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Protocol
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.deadline import StepTimer
+from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
+from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
 from anyflow_deploy.engines.engine import Array, BundleEngine
-from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.engines.step_policy import DeadlineSteps
+from anyflow_deploy.engines.step_policy import ProgressTracker
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipelines.video_io import VideoWriter
+from anyflow_deploy.schedule import Step
 from anyflow_deploy.serving.generate import clean_latents
 from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.job_progress import Report
@@ -96,28 +97,27 @@ class PipelineMaker:
         """The video's clean latents, piece by piece."""
         order = job.order
         assert order is not None
-        course = order.course(self._step_timer)
-        if isinstance(course, DeadlineSteps):
-            course.stop_event = job.stop_event
-        way, progress_total = [0.0], course.progress_total(order.samples) or 1.0
+        results: list[DeadlineResult | AdaptiveResult] = []
+        policy = order.policy(self._step_timer, job.stop_event.is_set, results.append)
+        tracker = ProgressTracker(order.samples)
 
-        def went(step: Step) -> None:
-            course.update_progress(step, lambda by: way.__setitem__(0, way[0] + by))
-            report.step(step, way[0] / progress_total)
+        def on_step(step: Step) -> None:
+            report.step(step, tracker.update(step))
 
-        with closing(clean_latents(self._engine, order, words, course, went)) as pieces:
+        with closing(clean_latents(self._engine, order, words, policy, on_step)) as pieces:
             for index in itertools.count():
                 with report.stage("transformer"):
                     piece = next(pieces, None)
                 if piece is None:
                     return
                 if order.plan is not None or index == 0:  # a bidirectional video is whole with its first piece
-                    _say(course, report)
+                    _say(results, report)
                 yield piece
 
 
-def _say(course: object, report: Report) -> None:
+def _say(results: list[DeadlineResult | AdaptiveResult], report: Report) -> None:
     """The transitions of a chunk, or of the whole, are done."""
     report.sampled()
-    if isinstance(course, DeadlineSteps):
-        report.deadlines(course.results)
+    deadlines = [result for result in results if isinstance(result, DeadlineResult)]
+    if deadlines:
+        report.deadlines(deadlines)

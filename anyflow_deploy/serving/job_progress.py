@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 from anyflow_deploy.engines.deadline import DeadlineResult
-from anyflow_deploy.engines.sampler import Step
+from anyflow_deploy.schedule import Step
 from anyflow_deploy.serving.job import Job, Piece
 from anyflow_deploy.serving.metrics import Metrics
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.deadline import StepTimer
+from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
+from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
 from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
-from anyflow_deploy.engines.step_policy import MAX_DEADLINE_STEPS, DeadlineSteps, FixedSteps
-from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.schedule import Schedule
+from anyflow_deploy.engines.step_policy import MAX_DEADLINE_STEPS, StepPolicy, StepSettings
+from anyflow_deploy.errors import AnyFlowError, InvalidRequestError
 from anyflow_deploy.serving.limits import Limits
 
 _HUGE = 10**9
@@ -56,18 +56,6 @@ class VideoRequest(BaseModel):
         return value
 
 
-class RefusedError(AnyFlowError):
-    """A request that asks for what cannot be had.
-
-    Attributes:
-        param: the field that is wrong; None where it is no single one.
-    """
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-
-
 @dataclass(frozen=True)
 class Order:
     """A request that can be carried out.
@@ -78,7 +66,7 @@ class Order:
         shape: (F, C, H, W) of the latents.
         frames, height, width: of the video.
         plan: of a causal model's chunks and cache; None for a bidirectional one.
-        steps, first_steps, deadline_seconds, shift: as asked for, defaults filled in; see `course`.
+        steps, first_steps, deadline_seconds, shift: as asked for, defaults filled in; see `policy`.
     """
 
     prompt: str
@@ -98,16 +86,20 @@ class Order:
         """How many are made one after the other: chunks, or the whole video."""
         return 1 if self.plan is None else len(self.plan.chunks)
 
-    def course(self, step_timer: StepTimer) -> FixedSteps | DeadlineSteps:
-        """What decides the steps.
+    def policy(
+        self,
+        step_timer: StepTimer,
+        should_stop: Callable[[], bool],
+        on_end: Callable[[DeadlineResult | AdaptiveResult], None],
+    ) -> StepPolicy:
+        """Make what decides the steps.
 
         Args:
-            pace: what is known of the engine, shared by all requests.
+            step_timer: what is known of the engine's pace, shared by all requests.
+            should_stop, on_end: see `Deadline`.
         """
-        if self.deadline_seconds is not None:
-            return DeadlineSteps(self.deadline_seconds, self.shift, self.steps, self.first_steps, step_timer=step_timer)
-        first = None if self.first_steps is None else Schedule.uniform(self.first_steps, self.shift)
-        return FixedSteps(Schedule.uniform(self.steps, self.shift), first)
+        settings = StepSettings(self.steps, self.first_steps, self.shift, deadline_s=self.deadline_seconds)
+        return settings.make_policy(self.steps, self.shift, step_timer, should_stop, on_end)
 
 
 def ordered(request: VideoRequest, manifest: Manifest, limits: Limits, name: str, *, embedded: bool = False) -> Order:
@@ -121,16 +113,18 @@ def ordered(request: VideoRequest, manifest: Manifest, limits: Limits, name: str
         embedded: the prompt comes as embeddings, and its text is empty.
 
     Raises:
-        RefusedError: naming the field, what was given and what is allowed.
+        InvalidRequestError: naming the field, what was given and what is allowed.
     """
     if request.model not in (None, name):
-        raise RefusedError(f"model is {request.model!r}; this server has {name!r}. Give that, or leave model out.", "model")
+        raise InvalidRequestError(
+            f"model is {request.model!r}; this server has {name!r}. Give that, or leave model out.", "model"
+        )
     if not embedded:
         _check_prompt(request.prompt, limits)
     causal = manifest.kind == "causal"
     for field in ("first_steps", "window"):
         if getattr(request, field) is not None and not causal:
-            raise RefusedError(f"{field} is for causal models, and {name!r} is bidirectional. Leave it out.", field)
+            raise InvalidRequestError(f"{field} is for causal models, and {name!r} is bidirectional. Leave it out.", field)
     frames = _frames(request, manifest)
     height, width = _sides(request.size, manifest)
     _most("num_frames" if request.seconds is None else "seconds", frames, limits.frames, "frames")
@@ -151,14 +145,14 @@ def ordered(request: VideoRequest, manifest: Manifest, limits: Limits, name: str
 def _check_prompt(prompt: str, limits: Limits) -> None:
     _most("prompt", len(prompt), limits.prompt_characters, "characters")
     if not prompt.strip():
-        raise RefusedError("prompt is empty; describe the video in a sentence.", "prompt")
+        raise InvalidRequestError("prompt is empty; describe the video in a sentence.", "prompt")
     if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt):
-        raise RefusedError("prompt holds a NUL or half a character (a lone surrogate); send text.", "prompt")
+        raise InvalidRequestError("prompt holds a NUL or half a character (a lone surrogate); send text.", "prompt")
 
 
 def _frames(request: VideoRequest, manifest: Manifest) -> int:
     if request.num_frames is not None and request.seconds is not None:
-        raise RefusedError("seconds and num_frames both say how long the video is; give one of them.", "seconds")
+        raise InvalidRequestError("seconds and num_frames both say how long the video is; give one of them.", "seconds")
     if request.seconds is not None:  # as near as the VAE's 4n+1 frames come
         factor = manifest.video.temporal_factor
         return round(request.seconds * manifest.video.fps / factor) * factor + 1
@@ -172,7 +166,7 @@ def _sides(size: str | None, manifest: Manifest) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
     if found is None:
         shown = f"{manifest.video.width}x{manifest.video.height}"
-        raise RefusedError(f"size is {size[:40]!r}; allowed is WIDTHxHEIGHT in pixels, as {shown}.", "size")
+        raise InvalidRequestError(f"size is {size[:40]!r}; allowed is WIDTHxHEIGHT in pixels, as {shown}.", "size")
     return int(found[2]), int(found[1])
 
 
@@ -195,7 +189,7 @@ def _steps(request: VideoRequest, manifest: Manifest, limits: Limits) -> tuple[i
 
 def _most(field: str, given: float, most: float, unit: str) -> None:
     if given > most:
-        raise RefusedError(f"{field} asks for {given:,.12g} {unit}; this server allows {most:,.12g}. Ask for less.", field)
+        raise InvalidRequestError(f"{field} asks for {given:,.12g} {unit}; this server allows {most:,.12g}. Ask for less.", field)
 
 
 @contextlib.contextmanager
@@ -204,4 +198,4 @@ def _about(field: str) -> Iterator[None]:
     try:
         yield
     except AnyFlowError as error:
-        raise RefusedError(str(error), field) from None
+        raise InvalidRequestError(str(error), field) from None

@@ -24,11 +24,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.errors import AnyFlowError, InvalidRequestError
 from anyflow_deploy.serving.errors import ApiError
 from anyflow_deploy.serving.job import Job, Video
 from anyflow_deploy.serving.logs import request_id
-from anyflow_deploy.serving.request import RefusedError, VideoRequest
+from anyflow_deploy.serving.request import VideoRequest
 from anyflow_deploy.serving.service import Service
 from anyflow_deploy.serving.thumbnails import thumbnail
 
@@ -126,9 +126,9 @@ def job_of(service: Service, video_id: str) -> Job:
 
 
 def finish_now(job: Job) -> None:
-    """Finish a deadline with one jump; raises `RefusedError`."""
+    """Finish a deadline with one jump; raises `InvalidRequestError`."""
     if job.video.deadline_ms is None:
-        raise RefusedError(
+        raise InvalidRequestError(
             "this video has a number of steps, not a deadline; only a deadline can be finished early.", "deadline_ms"
         )
     job.stop_event.set()
@@ -154,7 +154,7 @@ async def _submitted(service: Service, request: Request) -> Job:
     try:
         await run_in_threadpool(service.maker.check, order.prompt)
     except AnyFlowError as error:
-        raise RefusedError(str(error), "prompt") from None
+        raise InvalidRequestError(str(error), "prompt") from None
     return service.submit(order, request_id.get())
 
 
@@ -166,7 +166,7 @@ async def _fields(request: Request) -> object:
             if len(form) != len(form.multi_items()):
                 raise ApiError(400, "a field is given twice.")
             if any(isinstance(value, UploadFile) for value in form.values()):
-                raise RefusedError("this server takes no files; describe the video in words.", "input_reference")
+                raise InvalidRequestError("this server takes no files; describe the video in words.", "input_reference")
             return dict(form)
     if kind not in ("application/json", ""):
         raise ApiError(415, f"Content-Type is {kind[:60]!r}; allowed are application/json and multipart/form-data.")

@@ -78,7 +78,7 @@ class Service:
     # Asked by clients
 
     def order(self, request: VideoRequest) -> Order:
-        """Check a request; raises `RefusedError`."""
+        """Check a request; raises `InvalidRequestError`."""
         return ordered(request, self.manifest, self.limits, self.name)
 
     def submit(self, order: Order, request_id: str = "") -> Job:

@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.deadline import StepTimer
+from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
+from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
 from anyflow_deploy.engines.engine import Array, BundleEngine
-from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.engines.step_policy import DeadlineSteps
 from anyflow_deploy.engines.tritonserver.fair_lock import Turns
 from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
 from anyflow_deploy.engines.tritonserver.request import Asked
@@ -27,6 +26,7 @@ from anyflow_deploy.engines.wrapper import EngineWrapper
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
 from anyflow_deploy.pipelines.video_io import Mp4Pieces
+from anyflow_deploy.schedule import Step
 from anyflow_deploy.serving.generate import clean_latents
 
 REMEMBERED_PROMPTS = 16
@@ -96,19 +96,22 @@ class Studio:
         order = asked.order
         check()
         words = self._words(order.prompt) if asked.embeds is None else asked.embeds
-        course, made = order.course(self._step_timer), [0]
+        results: list[DeadlineResult | AdaptiveResult] = []
+        policy = order.policy(self._step_timer, lambda: False, results.append)
+        made = [0]
 
         def went(step: Step) -> None:
             made[0] = step.index + 1
             check()
 
         output, pack = OUTPUT_TYPES[asked.output_type], self._packing(asked)
-        with closing(clean_latents(self._engine, order, words, course, went)) as pieces:
+        with closing(clean_latents(self._engine, order, words, policy, went)) as pieces:
             first = 0
             for index, latents in enumerate(pieces):
                 check()
                 frames, content = pack(latents)
-                met = course.results[-1].slack >= 0 if isinstance(course, DeadlineSteps) else None
+                last = results[-1] if results else None
+                met = last.slack >= 0 if isinstance(last, DeadlineResult) else None
                 yield Made(index, first, made[0], met, output, content)
                 first, made[0] = first + frames, 0
                 check()

@@ -14,8 +14,8 @@ from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.engine import Array, prepare_array
 from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
 from anyflow_deploy.engines.tritonserver.settings import Settings
-from anyflow_deploy.errors import ShapeError
-from anyflow_deploy.serving.request import Order, RefusedError, VideoRequest, ordered
+from anyflow_deploy.errors import InvalidRequestError, ShapeError
+from anyflow_deploy.serving.request import Order, VideoRequest, ordered
 
 _SAME = ("num_inference_steps", "first_steps", "deadline_ms", "shift", "seed", "window", "num_frames")
 """Inputs that are fields of `VideoRequest`."""
@@ -64,7 +64,7 @@ def asked(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Set
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0])
-        raise RefusedError(f"{field} is {first['input']!r}: {first['msg'].lower()}.", field) from None
+        raise InvalidRequestError(f"{field} is {first['input']!r}: {first['msg'].lower()}.", field) from None
     order = ordered(request, manifest, settings.limits, name, embedded=embeds is not None)
     return Asked(order, embeds, _output_type(tensors, settings))
 
@@ -73,10 +73,10 @@ def _embeds(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: S
     given = [field for field in ("prompt", "prompt_embeds") if field in tensors]
     if len(given) != 1:
         what = "both" if given else "neither"
-        raise RefusedError(f"prompt and prompt_embeds say what to show, and {what} came; send one of them.")
+        raise InvalidRequestError(f"prompt and prompt_embeds say what to show, and {what} came; send one of them.")
     if "prompt" in tensors:
         if not settings.text:
-            raise RefusedError("this server has no text encoder; send prompt_embeds in place of prompt.", "prompt")
+            raise InvalidRequestError("this server has no text encoder; send prompt_embeds in place of prompt.", "prompt")
         return None
     embeds = prepare_array("prompt_embeds", tensors["prompt_embeds"])
     tokens, channels = manifest.shape_ranges.text, manifest.architecture.text_dim
@@ -92,7 +92,7 @@ def _output_type(tensors: Mapping[str, NDArray[Any]], settings: Settings) -> str
     allowed = [name for name in OUTPUT_TYPES if settings.vae or name == "latents"]
     if given not in allowed:
         why = "" if settings.vae else " (this server has no VAE)"
-        raise RefusedError(f"output_type is {given[:40]!r}; allowed are {', '.join(allowed)}{why}.", "output_type")
+        raise InvalidRequestError(f"output_type is {given[:40]!r}; allowed are {', '.join(allowed)}{why}.", "output_type")
     return given
 
 
@@ -101,7 +101,7 @@ def _single(tensors: Mapping[str, NDArray[Any]], name: str) -> Any:
     if name not in tensors:
         return None
     if np.size(tensors[name]) != 1:
-        raise RefusedError(f"{name} has {np.size(tensors[name])} values; allowed is one.", name)
+        raise InvalidRequestError(f"{name} has {np.size(tensors[name])} values; allowed is one.", name)
     return tensors[name].reshape(-1).tolist()[0]
 
 
@@ -110,4 +110,4 @@ def _text(tensors: Mapping[str, NDArray[Any]], name: str) -> str | None:
     try:
         return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
-        raise RefusedError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); send text.", name) from None
+        raise InvalidRequestError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); send text.", name) from None

@@ -27,8 +27,8 @@ from anyflow_deploy.bundle.manifest import (
     WeightsSource,
     ranges_to_records,
 )
-from anyflow_deploy.engines.sampler import Step
 from anyflow_deploy.pipelines.video_io import VideoWriter
+from anyflow_deploy.schedule import Step
 from anyflow_deploy.serving.app import make_app
 from anyflow_deploy.serving.generator import Maker
 from anyflow_deploy.serving.job import Job

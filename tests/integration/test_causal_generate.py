@@ -21,6 +21,7 @@ from anyflow_deploy.cli import generate as command
 from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines.sampler import Chunk, stream
+from anyflow_deploy.engines.step_policy import FirstChunkPolicy
 from anyflow_deploy.pipelines.text_encoder import encoded_prompts, save_embeddings
 from anyflow_deploy.pipelines.vae import StreamingDecoder, decoded_video, encoded_video
 from anyflow_deploy.pipelines.video_io import VideoWriter, load_image, load_video, save_video
@@ -55,7 +56,7 @@ def asked(bundle: Bundle, embeddings: Path, **changes: object) -> GenerateOption
 
 def streamed(bundle: Bundle, words: NDArray[np.float32], **changes: object) -> NDArray[np.float32]:
     """The same video by the library's own loop."""
-    arguments = {"schedule": Schedule.uniform(2), "chunk_plan": CHUNKS, **changes}
+    arguments = {"policy": Schedule.uniform(2), "chunk_plan": CHUNKS, **changes}
     start = noise((1, sum(CHUNKS), 16, HEIGHT // 8, WIDTH // 8), 0)
     return np.concatenate([c.latents for c in stream(load_engine(bundle), start, words, **arguments)], axis=1)  # type: ignore[arg-type]
 
@@ -216,7 +217,7 @@ def test_the_latents_are_those_of_stream(
 def test_more_steps_for_the_first_chunk(far_bundle: Bundle, embeddings: Path, words: NDArray[np.float32], tmp_path: Path) -> None:
     output = tmp_path / "z.safetensors"
     generate(asked(far_bundle, embeddings, first_steps=4, output=output))
-    wanted = streamed(far_bundle, words, schedule=lambda chunk: Schedule.uniform(4 if chunk == 0 else 2))
+    wanted = streamed(far_bundle, words, policy=FirstChunkPolicy(Schedule.uniform(4), Schedule.uniform(2)))
     np.testing.assert_array_equal(load_file(output)["latents"], wanted)
     assert np.abs(wanted - streamed(far_bundle, words)).max() > 1e-3
 
@@ -297,10 +298,8 @@ def test_a_picture_and_a_clip_are_context(
         output = tmp_path / f"{flag}.safetensors"
         generate(asked(far_bundle, embeddings, **{flag: tmp_path / name}, first_steps=3, output=output))
         context = encoded_video(far_pipeline, frames)
-        first = 1 if flag == "image" else 2
-        wanted = streamed(
-            far_bundle, words, context=context, schedule=lambda c, first=first: Schedule.uniform(3 if c == first else 2)
-        )
+        policy = FirstChunkPolicy(Schedule.uniform(3), Schedule.uniform(2))
+        wanted = streamed(far_bundle, words, context=context, policy=policy)
         latents = load_file(output)["latents"]
         np.testing.assert_array_equal(latents, wanted)
         np.testing.assert_array_equal(latents[:, : context.shape[1]], context)
