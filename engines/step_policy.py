@@ -149,16 +149,16 @@ class StepSettings:
         Raises:
             AnyFlowError: a number out of range.
         """
-        shift = self.shift or default_shift
+        shift = default_shift if self.shift is None else self.shift
         steps = self.num_inference_steps
         if self.deadline_s is not None:
             return self._deadlines(shift, step_timer or StepTimer(), should_stop, on_end)
         if self.target_psnr is not None:
-            most = steps or MAX_ADAPTIVE_STEPS
+            most = MAX_ADAPTIVE_STEPS if steps is None else steps
             return ReuseFirstChunkSteps(AdaptiveSteps(self.target_psnr, shift, most, on_end))
         if self.sigmas is not None:
             return Schedule.from_sigmas(self.sigmas)
-        schedule = Schedule.uniform(steps or default_steps, shift)
+        schedule = Schedule.uniform(default_steps if steps is None else steps, shift)
         if self.first_steps is None:
             return schedule
         return FirstChunkPolicy(Schedule.uniform(self.first_steps, shift), schedule)
@@ -171,7 +171,8 @@ class StepSettings:
         on_end: Callable[[DeadlineResult | AdaptiveResult], None],
     ) -> StepPolicy:
         assert self.deadline_s is not None
-        most = self.num_inference_steps or MAX_DEADLINE_STEPS
+        steps = self.num_inference_steps
+        most = MAX_DEADLINE_STEPS if steps is None else steps
         deadline = Deadline(self.deadline_s, shift, most, step_timer, should_stop, on_end)
         if self.first_steps is None:
             return deadline

@@ -29,7 +29,7 @@ from anyflow_deploy.engines.tritonserver.metrics import WIRE, Metrics
 from anyflow_deploy.engines.tritonserver.request import Asked, asked
 from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from
 from anyflow_deploy.errors import AnyFlowError, BackendError
-from anyflow_deploy.pipelines.causal_video import element_bytes
+from anyflow_deploy.pipelines.request import cache_element_bytes
 from anyflow_deploy.serving.job import Cancelled
 
 _NUMPY = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}
@@ -214,7 +214,7 @@ def cache_of(manifest: Manifest, settings: Settings) -> tuple[int, int]:
     """Bytes of an element of the cache, and of all caches together at most; (0, 0) for a bidirectional model, which has none."""
     if manifest.kind == "bidirectional":
         return 0, 0
-    element = element_bytes(manifest)
+    element = cache_element_bytes(manifest)
     _, _, rows, columns = manifest.latent_shape(None, None, None)
     plan = cache_plan(manifest.architecture, None, rows, columns, None, manifest.video.text_tokens)
     return element, settings.cache_bytes or settings.max_streams * plan.bytes(element)

@@ -17,11 +17,11 @@ from safetensors.numpy import load_file
 
 from anyflow_deploy import MODELS, AnyFlowError, Bundle, Schedule, load_engine, noise
 from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
-from anyflow_deploy.cli import generate as command
 from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines.sampler import Chunk, stream
 from anyflow_deploy.engines.step_policy import FirstChunkPolicy
+from anyflow_deploy.pipelines import video_pipeline
 from anyflow_deploy.pipelines.text_encoder import encoded_prompts, save_embeddings
 from anyflow_deploy.pipelines.vae import StreamingDecoder, decoded_video, encoded_video
 from anyflow_deploy.pipelines.video_io import VideoWriter, load_image, load_video, save_video
@@ -249,12 +249,12 @@ def test_streaming_puts_a_chunk_on_disk_before_the_next_is_begun(
 
     def watched(*args: object, **kwargs: object) -> Iterator[Chunk]:
         for chunk in stream(*args, **kwargs):  # type: ignore[arg-type]
+            seen.append(len(load_video(output)) if output.exists() else 0)
             yield chunk
-            seen.append(len(load_video(output)))
 
-    monkeypatch.setattr(command, "stream", watched)
+    monkeypatch.setattr(video_pipeline, "stream", watched)
     generate(asked(far_bundle, embeddings, stream=True, output=output))
-    assert seen == [1, 13, 17]
+    assert seen == [0, 1, 13] and len(load_video(output)) == 17
 
 
 def test_an_interrupted_stream_keeps_its_chunks(
@@ -266,7 +266,7 @@ def test_an_interrupted_stream_keeps_its_chunks(
         yield next(chunks)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "stream", broken)
+    monkeypatch.setattr(video_pipeline, "stream", broken)
     with pytest.raises(KeyboardInterrupt, match="grown.mp4 holds the first 13 frames, whole and playable"):
         generate(asked(far_bundle, embeddings, stream=True, output=tmp_path / "grown.mp4"))
     assert len(load_video(tmp_path / "grown.mp4")) == 13
@@ -336,7 +336,7 @@ def test_bad_requests_are_refused(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "load_engine", lambda *_: pytest.fail("the engine was loaded"))
+    monkeypatch.setattr(video_pipeline, "load_engine", lambda *_, **__: pytest.fail("the engine was loaded"))
     Image.fromarray(moving(1)[0]).save("first.png")
     Image.fromarray(moving(1, width=96)[0]).save("wide.png")
     save_video(Path("clip9.mp4"), moving(9), 16)

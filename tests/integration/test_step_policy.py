@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, noise, sample
-from anyflow_deploy.cli import generate as command
 from anyflow_deploy.cli import options as reading
 from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.cli.options import parsed
@@ -20,6 +19,7 @@ from anyflow_deploy.cli.step_report import StepReport, stop_on_interrupt
 from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.engines.step_policy import FirstChunkPolicy, ProgressTracker, StepSettings
 from anyflow_deploy.errors import InvalidRequestError
+from anyflow_deploy.pipelines import video_pipeline
 from anyflow_deploy.schedule import Step
 from tests.conftest import CAUSAL, Export
 
@@ -137,7 +137,7 @@ def test_the_first_interrupt_finishes_with_one_jump(
         return sample(*args, on_step=on, **kwargs)  # type: ignore[arg-type]
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(command, "sample", interrupted)
+    monkeypatch.setattr(video_pipeline, "sample", interrupted)
     assert generate(GenerateOptions(**small, deadline="10m", steps=1000)) == 0  # type: ignore[arg-type]
     said = capsys.readouterr().err
     assert [step.r == 0.0 for step in seen] == [False, False, True]
