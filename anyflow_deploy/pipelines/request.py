@@ -18,7 +18,7 @@ from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
 from anyflow_deploy.engines.engine import Array, prepare_array
 from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
 from anyflow_deploy.engines.step_policy import StepPolicy, StepSettings, ignore_result
-from anyflow_deploy.errors import InvalidRequestError, ShapeError
+from anyflow_deploy.errors import AnyFlowError, InvalidRequestError, ShapeError
 from anyflow_deploy.shape_ranges import latent_frames
 
 _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -39,6 +39,7 @@ class GenerationRequest:
         default_steps, default_shift: of the bundle, where `steps` does not say.
         seed: of the noise.
         temporal_factor: video frames of every latent frame after the first.
+        prompt: what to show; empty where embeddings say it.
     """
 
     shape: tuple[int, int, int, int]
@@ -51,6 +52,7 @@ class GenerationRequest:
     default_shift: float
     seed: int
     temporal_factor: int
+    prompt: str = ""
     _name: Naming = field(default=str, repr=False, compare=False)
 
     @classmethod
@@ -58,6 +60,7 @@ class GenerationRequest:
         cls,
         manifest: Manifest,
         *,
+        prompt: str = "",
         num_frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -72,6 +75,7 @@ class GenerationRequest:
 
         Args:
             manifest: of the bundle.
+            prompt: what to show, where it is known; the text encoder checks it.
             num_frames: 4n+1; None for as many as `chunks` make, or the bundle's default.
             height, width: pixels, multiples of 16; None for the bundle's default.
             chunks: latent frames of each chunk of a causal model; None for the model's own, cut
@@ -128,6 +132,7 @@ class GenerationRequest:
             default_shift=defaults.shift,
             seed=seed,
             temporal_factor=video.temporal_factor,
+            prompt=prompt,
             _name=name,
         )
 
@@ -135,6 +140,12 @@ class GenerationRequest:
     def num_samples(self) -> int:
         """How many samples are made one after the other: chunks, or the whole video."""
         return 1 if self.plan is None else len(self.plan.chunks)
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Transitions of a sample; with a deadline or a quality, what the request says, if it does."""
+        steps = self.steps.num_inference_steps
+        return self.default_steps if steps is None else steps
 
     def make_policy(
         self,
@@ -241,7 +252,7 @@ def describe_plan(plan: CachePlan, element_bytes: int) -> str:
 
 
 class _Blame:
-    """Within it a shape that is refused becomes a request that is refused, with its field."""
+    """Within it a refusal becomes that of a request, with its field."""
 
     def __init__(self, param: str) -> None:
         self._param = param
@@ -250,7 +261,7 @@ class _Blame:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ShapeError):
+        if isinstance(error, AnyFlowError) and not isinstance(error, InvalidRequestError):
             raise InvalidRequestError(str(error), self._param) from None
 
 
@@ -273,7 +284,7 @@ def _plan_chunks(
     a, video = manifest.architecture, manifest.video
     own = a.chunk_partition or (1,)
     wanted = fit_chunks(own, shape[0]) if chunks is None else tuple(chunks)
-    with _Blame("size"):
+    with _Blame("size" if chunks is None else "chunks"):
         plan = cache_plan(a, wanted, shape[2], shape[3], window, video.text_tokens)
     if plan.frames == shape[0]:
         return plan

@@ -30,7 +30,7 @@ def profile_layers(
     """Where one transition's time goes, and how long it takes to launch it where that can be told.
 
     Raises:
-        AbsentError: the backend has no profiler that times layers on its device.
+        MeasurementUnavailableError: the backend has no profiler that times layers on its device.
     """
     if backend == "onnxruntime" and options.provider == "cpu":
         return _profile_onnxruntime(bundle, options, video, point), None

@@ -29,7 +29,7 @@ class NvmlGpu:
         index: as CUDA counts; CUDA_VISIBLE_DEVICES is translated.
 
     Raises:
-        AbsentError: no nvidia-ml-py, no driver, or no such GPU.
+        MeasurementUnavailableError: no nvidia-ml-py, no driver, or no such GPU.
     """
 
     def __init__(self, index: int = 0) -> None:

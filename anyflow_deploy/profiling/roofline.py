@@ -39,7 +39,7 @@ def roofline(cost: ComputeCost, ceilings: Ceilings, median: float | None) -> Roo
         median: seconds measured; None for an estimate.
 
     Raises:
-        AbsentError: the ceilings lack a type that the work needs.
+        MeasurementUnavailableError: the ceilings lack a type that the work needs.
     """
     seconds = 0.0
     for kind, count in cost.operations.items():
@@ -93,7 +93,7 @@ def measure_ceilings(threads: int | None, kinds: set[str], seconds: float = SECO
         seconds: for each rate.
 
     Raises:
-        AbsentError: ONNX Runtime or onnx is not installed.
+        MeasurementUnavailableError: ONNX Runtime or onnx is not installed.
     """
     try:
         import onnx

@@ -33,7 +33,7 @@ def find_pipeline_folder(manifest: Manifest, pipeline: str | None, part: str) ->
     """Where text encoder or VAE are.
 
     Raises:
-        AbsentError: they are not at hand, or the packages that run them are not.
+        MeasurementUnavailableError: they are not at hand, or the packages that run them are not.
     """
     try:
         from anyflow_deploy.pipelines.pipeline_folder import pipeline_of

@@ -67,7 +67,7 @@ def routes(service: Service) -> APIRouter:
         _check_made(job)
         if variant == "thumbnail":
             piece = job.pieces[0]
-            return Response(await run_in_threadpool(thumbnail, service.shelf.path(job.id), piece), media_type="image/jpeg")
+            return Response(await run_in_threadpool(thumbnail, service.store.path(job.id), piece), media_type="image/jpeg")
         return _file(service, job)
 
     @api.delete("/v1/videos/{video_id}")
@@ -150,12 +150,12 @@ def described(service: Service) -> dict[str, Any]:
 
 
 async def _submitted(service: Service, request: Request) -> Job:
-    order = service.order(VideoRequest.model_validate(await _fields(request)))
+    video_request = service.validate(VideoRequest.model_validate(await _fields(request)))
     try:
-        await run_in_threadpool(service.maker.check, order.prompt)
+        await run_in_threadpool(service.generator.check, video_request.prompt)
     except AnyFlowError as error:
         raise InvalidRequestError(str(error), "prompt") from None
-    return service.submit(order, request_id.get())
+    return service.submit(video_request, request_id.get())
 
 
 async def _fields(request: Request) -> object:
@@ -201,12 +201,12 @@ async def news_of(job: Job) -> AsyncIterator[asyncio.Event]:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(news.set)
 
-    with job.heard(told):
+    with job.subscribe(told):
         yield news
 
 
 def _check_made(job: Job) -> None:
-    video = job.seen()
+    video = job.snapshot()
     if video.error is not None:
         raise ApiError(_FAILURES.get(video.error.code, 500), video.error.message, code=video.error.code)
     if video.status != "completed":
@@ -216,7 +216,7 @@ def _check_made(job: Job) -> None:
 
 
 def _file(service: Service, job: Job) -> Response:
-    path = service.shelf.path(job.id)
+    path = service.store.path(job.id)
     if not path.is_file():
         raise ApiError(404, f"video {job.id} was removed to make room.", "video_id")
     headers = {"x-video-id": job.id, "Cache-Control": "private, no-store"}
@@ -224,7 +224,7 @@ def _file(service: Service, job: Job) -> Response:
 
 
 def _shown(service: Service, job: Job) -> JSONResponse:
-    return JSONResponse(service.seen(job).model_dump(), headers={} if job.ended else _POLL)
+    return JSONResponse(service.snapshot(job).model_dump(), headers={} if job.ended else _POLL)
 
 
 def _page(service: Service, after: str | None, limit: str, order: str) -> dict[str, Any]:
@@ -239,6 +239,6 @@ def _page(service: Service, after: str | None, limit: str, order: str) -> dict[s
             raise ApiError(400, f"after is {after[:60]!r}, which is no video here.", "after")
         jobs = jobs[ids.index(after) + 1 :]
     count = int(limit)
-    data = [service.seen(job).model_dump() for job in jobs[:count]]
+    data = [service.snapshot(job).model_dump() for job in jobs[:count]]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": len(jobs) > count}
