@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine; both install what they need into .venv:
 #   make demo    a small AnyFlow pipeline, exported, validated and generated from
-#   make test    lint, types, tests
+#   make test    lint, types, tests   (make test-unit: two minutes of them)
 # Python 3.10 to 3.13 is needed; choose another than python3 with PYTHON=…
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo gpu test test-slow test-oldest test-triton test-cpp-tensorrt fuzz-cpp lint lint-files format image bench clean
+.PHONY: demo gpu test test-unit test-slow test-oldest test-triton test-cpp-tensorrt fuzz-cpp lint lint-files format image bench clean
 
 demo: $(READY)
 	@rm -rf $(DEMO) && mkdir $(DEMO)
@@ -27,6 +27,10 @@ demo: $(READY)
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not slow and not triton"
+
+# What needs no exported graph, compiler or server: seconds to two minutes.
+test-unit: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile tests/unit
 
 # What takes minutes of compiling: causal streams and fp8 through AOTInductor.
 test-slow: $(READY)

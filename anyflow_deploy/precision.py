@@ -12,7 +12,9 @@ compute in their type stays in a *base* precision, one of the other three. See d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
+from anyflow_deploy.dtypes import SAFETENSORS
 from anyflow_deploy.errors import AnyFlowError, suggestion
 
 
@@ -23,24 +25,27 @@ class Precision:
     Attributes:
         name: what the user types.
         tensor_type: the name of the type in a safetensors header.
-        bytes: bytes per weight.
         quantized: eight bits with scales, over a base precision.
     """
 
     name: str
     tensor_type: str
-    bytes: int
     quantized: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Bytes per weight."""
+        return SAFETENSORS[self.tensor_type].bytes
 
 
 PRECISIONS = {
     row.name: row
     for row in (
-        Precision("fp32", "F32", 4),
-        Precision("fp16", "F16", 2),
-        Precision("bf16", "BF16", 2),
-        Precision("int8", "I8", 1, quantized=True),
-        Precision("fp8", "F8_E4M3", 1, quantized=True),
+        Precision("fp32", "F32"),
+        Precision("fp16", "F16"),
+        Precision("bf16", "BF16"),
+        Precision("int8", "I8", quantized=True),
+        Precision("fp8", "F8_E4M3", quantized=True),
     )
 }
 
@@ -48,6 +53,12 @@ EIGHT_BIT = tuple(name for name, row in PRECISIONS.items() if row.quantized)
 
 BASES = tuple(name for name, row in PRECISIONS.items() if not row.quantized)
 """What the rest of a quantized model may be computed in."""
+
+
+Attention = Literal["high", "fp8"]
+"""What the products in attention are computed in: the base, or eight bits."""
+
+ATTENTIONS: tuple[str, ...] = get_args(Attention)
 
 
 def get_precision(name: str) -> Precision:
@@ -63,23 +74,68 @@ def get_precision(name: str) -> Precision:
     return PRECISIONS[name]
 
 
-def base_precision(precision: str, base: str | None, target: str) -> str:
-    """The precision of everything that is not quantized: what tracing needs to know.
+@dataclass(frozen=True)
+class PrecisionSpec:
+    """How a model is computed, checked when it is made. `resolve_precision` fills in what is left open.
+
+    Attributes:
+        precision: row of the table: what the large matrix products run in.
+        base: the precision of everything that is not quantized; `precision` where nothing is.
+        attention: "high", in the base, or "fp8": also the products in attention, at fp8 only.
+        smooth: whether SmoothQuant moves outliers from activations into weights, at int8 only.
+
+    Raises:
+        AnyFlowError: an unknown name, or values that do not go together.
+    """
+
+    precision: str
+    base: str
+    attention: Attention = "high"
+    smooth: bool = False
+
+    def __post_init__(self) -> None:
+        row = get_precision(self.precision)
+        if not row.quantized and self.base != self.precision:
+            raise AnyFlowError(
+                f"base is {self.base!r}, but {self.precision} is not quantized and has no other. Leave --base out."
+            )
+        if self.base not in BASES:
+            near = suggestion(self.base, BASES)
+            raise AnyFlowError(f"base is {self.base!r}; allowed are {', '.join(BASES)}.{near}")
+        if self.attention not in ATTENTIONS:
+            allowed = " and ".join(ATTENTIONS)
+            raise AnyFlowError(f"attention is {self.attention!r}; allowed are {allowed}.")
+        if self.attention == "fp8" and not row.quantized:
+            raise AnyFlowError(
+                f"precision {self.precision} quantizes nothing, so attention fp8 would have no effect. Leave it out."
+            )
+        if self.attention == "fp8" and self.precision != "fp8":
+            raise AnyFlowError(f"attention is fp8 at precision {self.precision}; it goes with precision fp8 only.")
+        if self.smooth and self.precision != "int8":
+            raise AnyFlowError(f"SmoothQuant is for int8; {self.precision} is never smoothed.")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is multiplied in eight bits."""
+        return get_precision(self.precision).quantized
+
+
+def resolve_precision(
+    precision: str, base: str | None, target: str, attention: str = "high", smooth: bool = True
+) -> PrecisionSpec:
+    """Complete what a user asked for.
 
     Args:
         precision: row of the table.
-        base: what the user asked for; None: fp32 for a CPU, which computes it fastest, fp16 for GPUs.
+        base: precision of the rest; None: fp32 for a CPU, which computes it fastest, fp16 for GPUs.
         target: row of the target table.
+        attention: "high" or "fp8".
+        smooth: SmoothQuant wherever it exists, or nowhere.
 
     Raises:
-        AnyFlowError: an unknown base, or one for a precision that needs none.
+        AnyFlowError: an unknown name, or values that do not go together.
     """
-    if not get_precision(precision).quantized:
-        if base not in (None, precision):
-            raise AnyFlowError(f"base is {base!r}, but {precision} is not quantized and has no other. Leave --base out.")
-        return precision
     if base is None:
-        return "fp32" if target == "cpu" else "fp16"
-    if base not in BASES:
-        raise AnyFlowError(f"base is {base!r}; allowed are {', '.join(BASES)}.{suggestion(base, BASES)}")
-    return base
+        quantized = get_precision(precision).quantized
+        base = precision if not quantized else "fp32" if target == "cpu" else "fp16"
+    return PrecisionSpec(precision, base, cast(Attention, attention), smooth and precision == "int8")

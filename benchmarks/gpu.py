@@ -40,9 +40,10 @@ from common import print_result
 
 from anyflow_deploy import MODELS, AnyFlowError, Architecture, Bundle, Schedule, load_bundle, load_engine, noise, sample, stream
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
-from anyflow_deploy.engines.build import BUILDERS, BuildSettings, build_engine, settings_type
+from anyflow_deploy.engines.build import BuildSettings, build_engine, settings_type
 from anyflow_deploy.engines.engine import Array, Engine
 from anyflow_deploy.engines.engine_folder import load_engine_folder
+from anyflow_deploy.engines.registry import BACKENDS
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration
 from anyflow_deploy.export.quantization.prompts import random_prompt_embeds
@@ -206,7 +207,7 @@ def open_contestant(weights: RandomWeights, choice: str, folder: Path, device: s
     exported = time.perf_counter()
     provider = "cuda" if device.startswith("cuda") else "cpu"
     achieved: dict[str, Any] = {}
-    if backend in BUILDERS:
+    if BACKENDS[backend].build_settings is not None:
         place = path / "engines" / f"{backend}-{provider}"
         if place.exists():
             record = load_engine_folder(place, verify=False).record

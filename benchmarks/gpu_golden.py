@@ -24,8 +24,9 @@ from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, sample, stream
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
-from anyflow_deploy.engines.build import BUILDERS, build_engine, settings_type
+from anyflow_deploy.engines.build import build_engine, settings_type
 from anyflow_deploy.engines.metrics import difference
+from anyflow_deploy.engines.registry import BACKENDS
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration
 from anyflow_deploy.export.quantization.prompts import PROMPTS, random_prompt_embeds
@@ -54,7 +55,7 @@ def export_golden(kind: str, precision: str, folder: Path, device: str) -> Bundl
 def open_engine(bundle: Bundle, backend: str, provider: str, shapes: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
     """Build an engine where its backend compiles, and open it; also what the build achieved."""
     achieved: dict[str, Any] = {}
-    if backend in BUILDERS:
+    if BACKENDS[backend].build_settings is not None:
         settings_class = settings_type(backend)
         names = {field.name for field in dataclasses.fields(settings_class)}
         extra: dict[str, Any] = {"shapes": shapes} if "shapes" in names else {}

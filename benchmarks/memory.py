@@ -58,12 +58,11 @@ print(json.dumps({"weights": loaded - empty, "activations": now("VmHWM") - loade
 
 def by_hand(weights: Weights) -> Calibration:
     """The same range for all activations."""
-    from anyflow_deploy.checkpoints.weights import fingerprint
 
     a = weights.architecture
     return Calibration(
         config=a.as_config(),
-        weights=fingerprint(weights),
+        weights=weights.fingerprint,
         prompts=["none"],
         steps=[1],
         seeds=[0],

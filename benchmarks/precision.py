@@ -45,6 +45,7 @@ from anyflow_deploy.export.quantization.sensitivity import (
     select_full_precision_layers,
 )
 from anyflow_deploy.export.torch_engine import TorchEngine
+from anyflow_deploy.precision import resolve_precision
 from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import Calibration
 
@@ -113,9 +114,8 @@ def measure_agreement(
 ) -> dict[str, float]:
     """How far ONNX Runtime is from the same rounding in PyTorch: the whole, and the worst product alone."""
     assert s.calibration is not None
-    plan = plan_quantization(
-        weights, s.calibration, s.precision, "fp32", s.smooth, "high", s.full_precision_layers, NullProgress()
-    )
+    spec = resolve_precision(s.precision, "fp32", s.target, smooth=s.smooth)
+    plan = plan_quantization(weights, s.calibration, spec, s.full_precision_layers, NullProgress())
     engine = TorchEngine(weights)
     FakeQuant(engine.network, weights.architecture, s.calibration, s.precision, s.full_precision_layers, plan.smooth)
     theirs = run_rollouts(engine, latents, text, steps=(4,))

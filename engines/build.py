@@ -2,14 +2,13 @@
 
     folder = build_engine(load_bundle("bundle"), "aotinductor", Settings(provider="cuda"))
 
-A backend that compiles enters one function in `BUILDERS`. It fills a folder that is written whole or not at all, and
-says what came of it; everything that all builds share is here.
+A backend that compiles names its `BuildSettings` in its row of the registry. Their `build` fills a
+folder that is written whole or not at all, and says what came of it; what all builds share is here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.metadata
 import os
 import time
@@ -21,16 +20,9 @@ from typing import Any, cast
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import AxisRange
 from anyflow_deploy.engines.engine_folder import ENGINES, DeviceRecord, EngineFolder, EngineRecord, EngineWriter
-from anyflow_deploy.engines.registry import check_backend, check_provider
+from anyflow_deploy.engines.registry import BACKENDS, check_backend, check_provider, import_name
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.progress import NullProgress, Progress
-
-BUILDERS: dict[str, str] = {
-    "aotinductor": "anyflow_deploy.engines.aotinductor.build:AotInductorSettings",
-    "torch-tensorrt": "anyflow_deploy.engines.torch_tensorrt.build:TorchTensorRTSettings",
-    "tensorrt": "anyflow_deploy.engines.tensorrt.build.settings:TensorRTSettings",
-}
-"""Backend -> module:class of its `BuildSettings`, whose `build` does the work."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +72,10 @@ def settings_type(backend: str) -> type[BuildSettings]:
         AnyFlowError: an unknown backend, or one that needs no building.
     """
     check_backend(backend)
-    if backend not in BUILDERS:
+    place = BACKENDS[backend].build_settings
+    if place is None:
         raise AnyFlowError(f"backend {backend!r} runs the bundle as it is; nothing has to be built.")
-    module, name = BUILDERS[backend].split(":")
-    return cast(type[BuildSettings], getattr(importlib.import_module(module), name))
+    return cast(type[BuildSettings], import_name(place))
 
 
 def build_engine(
@@ -99,7 +91,7 @@ def build_engine(
 
     Args:
         bundle: an opened bundle.
-        backend: a name in `BUILDERS`.
+        backend: a backend that compiles.
         settings: of that backend, see `settings_type`.
         destination: folder to write; None for `BUNDLE/engines/BACKEND-PROVIDER`.
         overwrite: replace an engine that is there.

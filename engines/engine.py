@@ -2,7 +2,7 @@
 
 The split keeps the sampler free of devices. A run owns the state z where its backend wants it (a numpy array, a buffer
 on the GPU), advances it in place, and copies it back only when asked; two runs on one engine do not disturb each other.
-A backend implements these two protocols in one file and is entered in `registry.BACKENDS`.
+A backend implements these two protocols in its folder and has a row in `registry.BACKENDS`.
 
 Legend: B batch, F latent frames, C channels, H W latent rows and columns, L text tokens, D text channels.
 """

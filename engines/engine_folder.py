@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter, check_file
 from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.json_records import FrozenRecord, RecordFormat
 from anyflow_deploy.bundle.manifest import AxisRange, FileRecord, ranges_to_records
 from anyflow_deploy.errors import BackendError, BundleError
 from anyflow_deploy.shape_ranges import Range, ShapeRanges
@@ -30,11 +32,7 @@ _REMEDY = "Build it again with anyflow-build."
 _KIND = ArtifactKind("engine", ENGINE, "engine.json", "--name or --output", _REMEDY)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-
-class DeviceRecord(_Record):
+class DeviceRecord(FrozenRecord):
     """What an engine was built on.
 
     Args:
@@ -48,7 +46,7 @@ class DeviceRecord(_Record):
     compute_capability: str | None = None
 
 
-class EngineRecord(_Record):
+class EngineRecord(FrozenRecord):
     """`engine.json`.
 
     Args:
@@ -72,15 +70,18 @@ class EngineRecord(_Record):
     versions: dict[str, str]
     settings: dict[str, Any]
     ranges: dict[str, AxisRange]
-    profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = {}
-    achieved: dict[str, Any] = {}
+    profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = Field(default_factory=dict)
+    achieved: dict[str, Any] = Field(default_factory=dict)
     seconds: float
-    files: dict[str, FileRecord] = {}
+    files: dict[str, FileRecord] = Field(default_factory=dict)
 
-    @property
+    @cached_property
     def shape_ranges(self) -> ShapeRanges:
-        """The accepted shapes, ready to check with."""
+        """The accepted shapes, ready to check with; made once."""
         return ShapeRanges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
+
+
+_FORMAT = RecordFormat(EngineRecord, SCHEMA, "engine", _REMEDY, BundleError)
 
 
 @dataclass(frozen=True)
@@ -117,20 +118,10 @@ def load_engine_folder(path: Path, verify: bool = True) -> EngineFolder:
         BundleError: no record, another schema, an unknown key, a missing or changed file.
     """
     try:
-        raw = json.loads((path / ENGINE).read_bytes())
-        schema = raw["schema"]
+        data = (path / ENGINE).read_bytes()
     except OSError as error:
         raise BundleError(f"{path} is not an engine: {ENGINE} cannot be read ({error.strerror}). {_REMEDY}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise BundleError(f"{path / ENGINE} is damaged: no JSON object with a 'schema'. {_REMEDY}") from None
-    if schema != SCHEMA:
-        raise BundleError(f"{path} has engine schema {schema!r}; this version reads {SCHEMA}. {_REMEDY}")
-    try:
-        record = EngineRecord.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path / ENGINE} is damaged at {place!r}: {first['msg']}. {_REMEDY}") from None
+    record = _FORMAT.parse(data, path / ENGINE)
     for name, file in record.files.items():
         check_file(path, name, file, verify, _KIND)
     return EngineFolder(path, record)

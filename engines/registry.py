@@ -1,32 +1,107 @@
 """Find the backend that runs a bundle.
 
-`BACKENDS` is the whole registry: a name, and the module and class that make the engine. A module is imported only when
-its backend is asked for, so a device needs the runtime of the one it uses and no other. Backends that compile have a
-second entry, in `build.BUILDERS`.
+`BACKENDS` is the whole registry: one row for each backend says all that the rest of the project has
+to know of it. Commands, builds, the doctor and the profiler read their part there. A backend's
+modules are imported only when it is asked for, so a device needs the runtime of the one it uses and
+no other. This module imports nothing but errors, so that the doctor can read it on a broken machine.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
-from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 
-BACKENDS = {
-    "onnxruntime": "anyflow_deploy.engines.onnxruntime.engine:OnnxRuntimeEngine",
-    "aotinductor": "anyflow_deploy.engines.aotinductor.engine:AotInductorEngine",
-    "torch-tensorrt": "anyflow_deploy.engines.torch_tensorrt.engine:TorchTensorRTEngine",
-    "tensorrt": "anyflow_deploy.engines.tensorrt.engine:TensorRTEngine",
-}
+if TYPE_CHECKING:  # they stand on numpy and pydantic
+    from anyflow_deploy.bundle.bundle import Bundle
+    from anyflow_deploy.engines.engine import BundleEngine
 
 PROVIDERS = ("cpu", "cuda")
 
-GPU_ONLY_BACKENDS = ("tensorrt", "torch-tensorrt")
-"""Backends whose provider is cuda when nobody says; for all others it is cpu."""
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the registry.
+
+    Attributes:
+        name: what `--backend` takes, and the folder's name with `-` for `_`.
+        engine: module:class of the engine, which is made from `(bundle, options)`.
+        packages: provider -> what pip installs for it. Providers it lacks are refused.
+        build_settings: module:class of the settings of a build; None: it runs the bundle as it is.
+        probes: names of the doctor's probes that have to work on every provider.
+        gpu_probes: those that have to work on a GPU beside them.
+        quantized: whether it runs the eight-bit precisions.
+        timed_on: providers on which its `profiler.py` times layers.
+    """
+
+    name: str
+    engine: str
+    packages: Mapping[str, str]
+    build_settings: str | None = None
+    probes: tuple[str, ...] = ()
+    gpu_probes: tuple[str, ...] = ()
+    quantized: bool = True
+    timed_on: tuple[str, ...] = ()
+
+    @property
+    def gpu_only(self) -> bool:
+        """Whether it runs on NVIDIA GPUs only."""
+        return "cpu" not in self.packages
+
+    @property
+    def default_provider(self) -> str:
+        """The provider when nobody says: the CPU where the backend has one."""
+        return "cuda" if self.gpu_only else "cpu"
+
+    def install_command(self, provider: str) -> str:
+        """Return what to run where the runtime is missing."""
+        return f"pip install '{self.packages[provider]}'"
+
+
+BACKENDS = {
+    row.name: row
+    for row in (
+        Backend(
+            "onnxruntime",
+            "anyflow_deploy.engines.onnxruntime.engine:OnnxRuntimeEngine",
+            {"cpu": "anyflow-deploy[cpu]", "cuda": "anyflow-deploy[gpu]"},
+            probes=("ONNX Runtime",),
+            gpu_probes=("ONNX Runtime on CUDA",),
+            timed_on=("cpu",),
+        ),
+        Backend(
+            "tensorrt",
+            "anyflow_deploy.engines.tensorrt.engine:TensorRTEngine",
+            {"cuda": "anyflow-deploy[tensorrt]"},
+            "anyflow_deploy.engines.tensorrt.build.settings:TensorRTSettings",
+            probes=("TensorRT", "cuda-python"),
+            timed_on=("cuda",),
+        ),
+        Backend(
+            "aotinductor",
+            "anyflow_deploy.engines.aotinductor.engine:AotInductorEngine",
+            {"cpu": "anyflow-deploy[aotinductor]", "cuda": "anyflow-deploy[aotinductor]"},
+            "anyflow_deploy.engines.aotinductor.build:AotInductorSettings",
+            probes=("PyTorch", "C++ compiler"),
+            gpu_probes=("CUDA headers",),
+        ),
+        Backend(
+            "torch-tensorrt",
+            "anyflow_deploy.engines.torch_tensorrt.engine:TorchTensorRTEngine",
+            {"cuda": "anyflow-deploy[torch-tensorrt]"},
+            "anyflow_deploy.engines.torch_tensorrt.build:TorchTensorRTSettings",
+            probes=("PyTorch", "torch-tensorrt"),
+            quantized=False,
+        ),
+    )
+}
+
+DEFAULT_BACKEND = next(iter(BACKENDS))
+"""The backend when nobody says: the one that runs on every machine."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +132,7 @@ class EngineOptions:
 
 def load_engine(
     bundle: Bundle | str | Path,
-    backend: str = "onnxruntime",
+    backend: str = DEFAULT_BACKEND,
     provider: str | None = None,
     threads: int | None = None,
     *,
@@ -77,18 +152,25 @@ def load_engine(
         BackendError: the backend or provider is not installed, cannot run the bundle's precision, or has no built engine;
             or an engine is named for a backend that has none.
     """
+    from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+
     check_backend(backend)
-    if engine is not None and backend == "onnxruntime":  # or the engine asked for would silently not be the one that runs
+    row = BACKENDS[backend]
+    if engine is not None and row.build_settings is None:  # or the engine asked for would silently not be the one that runs
+        others = ", ".join(name for name, other in BACKENDS.items() if other.build_settings)
         raise BackendError(
-            f"the engine {str(engine)!r} was built by another backend than onnxruntime, which runs the bundle itself: name that, "
-            f"one of {', '.join(name for name in BACKENDS if name != backend)}, or leave the engine out."
+            f"the engine {str(engine)!r} was built by another backend than {backend}, which runs the bundle itself: "
+            f"name that, one of {others}, or leave the engine out."
         )
-    provider = provider or ("cuda" if backend in GPU_ONLY_BACKENDS else "cpu")
-    options = EngineOptions(provider, device, threads, engine, cuda_graphs)
-    module, name = BACKENDS[backend].split(":")
-    engine_class = getattr(importlib.import_module(module), name)
+    options = EngineOptions(provider or row.default_provider, device, threads, engine, cuda_graphs)
     loaded_bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    return cast(BundleEngine, engine_class(loaded_bundle, options))
+    return cast("BundleEngine", import_name(row.engine)(loaded_bundle, options))
+
+
+def import_name(place: str) -> Any:
+    """Import what a row names as module:name."""
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def check_provider(provider: str) -> None:

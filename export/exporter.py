@@ -12,6 +12,7 @@ import importlib.metadata
 import math
 import shutil
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +51,7 @@ from anyflow_deploy.export.trace import trace_graph
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.model.transformer import constants
 from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name
-from anyflow_deploy.precision import base_precision, get_precision
+from anyflow_deploy.precision import PrecisionSpec, get_precision, resolve_precision
 from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration
 from anyflow_deploy.quantization.layers import quantizable_layers
@@ -76,7 +77,7 @@ class ExportSettings:
         base: precision of everything that is not quantized; None chooses by the target.
         calibration: ranges of the layers' inputs, of these weights.
         smooth: SmoothQuant, in int8.
-        kept: names of layers that stay in the base.
+        full_precision_layers: names of layers that stay in the base.
         attention: "high", the base, or "fp8": also the products in attention, at precision fp8 and opset 20.
     """
 
@@ -91,10 +92,14 @@ class ExportSettings:
     full_precision_layers: tuple[str, ...] = ()
     attention: str = "high"
 
-    @property
-    def base_precision(self) -> str:
-        """The precision of everything that is not quantized."""
-        return base_precision(self.precision, self.base, self.target)
+    @cached_property
+    def spec(self) -> PrecisionSpec:
+        """The precision, complete.
+
+        Raises:
+            AnyFlowError: unknown names, or settings that do not go together.
+        """
+        return resolve_precision(self.precision, self.base, self.target, self.attention, self.smooth)
 
 
 def export_bundle(
@@ -123,9 +128,7 @@ def export_bundle(
         parameters: dict[str, ParameterSpec] = {}
         for name in GRAPHS[_model_kind(architecture)]:
             # the parameters are the same in every graph
-            models[name], parameters = translate_graph(
-                name, architecture, ranges, settings.base_precision, settings.opset, progress
-            )
+            models[name], parameters = translate_graph(name, architecture, ranges, settings.spec.base, settings.opset, progress)
             if plan is not None:
                 insert_qdq(models[name], plan)
         entries = _write_weights(writer, weights, parameters, plan, progress)
@@ -158,16 +161,13 @@ def translate_graph(
 def _plan_quantization(weights: Weights, settings: ExportSettings, progress: Progress) -> QuantizationPlan | None:
     """What is quantized, once the calibration is known to be of these weights."""
     calibration = settings.calibration
-    if not get_precision(settings.precision).quantized:
+    if not settings.spec.quantized:
         return None
     if calibration is None:
         raise AnyFlowError(f"precision {settings.precision} needs a calibration. Make one: anyflow-calibrate.")
     with progress.stage("comparing the weights with the calibration's"):
         check_calibration(calibration, weights)
-    s = settings
-    return plan_quantization(
-        weights, calibration, s.precision, s.base_precision, s.smooth, s.attention, s.full_precision_layers, progress
-    )
+    return plan_quantization(weights, calibration, settings.spec, settings.full_precision_layers, progress)
 
 
 def _write_weights(
@@ -199,7 +199,7 @@ def validate_export(weights: Weights, settings: ExportSettings) -> ShapeRanges:
     architecture = weights.architecture
     if settings.opset not in OPSETS:
         raise AnyFlowError(f"opset is {settings.opset}; allowed are {' and '.join(map(str, OPSETS))}.")
-    for name in (get_precision(settings.precision).name, settings.base_precision):
+    for name in (settings.spec.precision, settings.spec.base):
         check_precision(get_target(settings.target), name)
     _check_quantization(architecture, settings)
     check_parameters(weights, parameter_shapes(architecture))
@@ -208,29 +208,23 @@ def validate_export(weights: Weights, settings: ExportSettings) -> ShapeRanges:
 
 def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
     """Refuse settings of quantization that do not go together."""
-    if not get_precision(s.precision).quantized:
+    if not s.spec.quantized:
         given = [name for name, value in (("calibration", s.calibration), ("kept", s.full_precision_layers)) if value]
-        if given or s.attention != "high":
-            what = " and ".join([*given, *(["attention fp8"] if s.attention != "high" else [])])
+        if given:
+            what = " and ".join(given)
             raise AnyFlowError(f"precision {s.precision} quantizes nothing, so {what} would have no effect. Leave it out.")
         return
     if s.calibration is not None:
         check_architecture(s.calibration, architecture)
-    if s.attention == "fp8" and (s.precision != "fp8" or s.opset != PRIMITIVE_OPSET):
-        raise AnyFlowError(
-            f"attention is fp8 at precision {s.precision} and opset {s.opset}; "
-            f"it goes with precision fp8 and opset {PRIMITIVE_OPSET} only."
-        )
-    if s.attention not in ("high", "fp8"):
-        raise AnyFlowError(f"attention is {s.attention!r}; allowed are high and fp8.")
+    if s.spec.attention == "fp8" and s.opset != PRIMITIVE_OPSET:
+        raise AnyFlowError(f"attention is fp8 at opset {s.opset}; it goes with opset {PRIMITIVE_OPSET} only.")
 
 
 def _check_space(folder: Path, architecture: Architecture, settings: ExportSettings) -> None:
     """The bundle has to fit on the disk beside whatever it replaces."""
     shapes = parameter_shapes(architecture)
-    quantized = get_precision(settings.precision).quantized
-    small = {f"{layer}.weight" for layer in quantizable_layers(architecture)} if quantized else set()
-    wide, narrow = get_precision(settings.base_precision).bytes, get_precision(settings.precision).bytes
+    small = {f"{layer}.weight" for layer in quantizable_layers(architecture)} if settings.spec.quantized else set()
+    wide, narrow = get_precision(settings.spec.base).bytes, get_precision(settings.precision).bytes
     needed = sum(math.prod(shape) * (narrow if name in small else wide) for name, shape in shapes.items()) * 1.05
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -269,9 +263,8 @@ def _build_manifest(
 def _quantization_record(s: ExportSettings) -> Quantization | None:
     if s.calibration is None:
         return None
-    smooth = s.smooth and s.precision == "int8"
-    attention: Literal["high", "fp8"] = "fp8" if s.attention == "fp8" else "high"
-    return Quantization(base=s.base_precision, smooth=smooth, attention=attention, weights=s.calibration.weights)
+    spec = s.spec
+    return Quantization(base=spec.base, smooth=spec.smooth, attention=spec.attention, weights=s.calibration.weights)
 
 
 def _model_kind(a: Architecture) -> Literal["bidirectional", "causal"]:

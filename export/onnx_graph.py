@@ -12,6 +12,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import get_args
 
 import onnx_ir as ir
 import torch
@@ -19,6 +20,7 @@ import torch
 from anyflow_deploy.bundle.manifest import WEIGHTS, GraphRecord, GraphTensor, TensorType
 from anyflow_deploy.checkpoints.dtypes import ONNX_DTYPES
 from anyflow_deploy.checkpoints.safetensors_stream import TensorEntry
+from anyflow_deploy.dtypes import DTYPES
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.passes import make_axes_constant
 from anyflow_deploy.export.trace import Axes, TracedGraph
@@ -31,12 +33,7 @@ FUSED_OPSET = 23
 
 OPSETS = (PRIMITIVE_OPSET, FUSED_OPSET)
 
-_NAMES: dict[ir.DataType, TensorType] = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.INT64: "int64",
-}
+_NAMES: dict[ir.DataType, TensorType] = {ir.DataType[str(DTYPES[name].onnx)]: name for name in get_args(TensorType)}
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 

@@ -39,8 +39,8 @@ class ArtifactCache:
         """The path of something that `make(path)` makes where it is missing.
 
         Args:
-            what: a word for humans who look into the folder.
-            made_from: everything the result depends on, in objects whose repr says all of it.
+            label: a word for humans who look into the folder.
+            inputs: everything the result depends on, in objects whose repr says all of it.
             make: writes the path, whole or not at all.
         """
         path = self.root / f"{label}-{hashlib.sha256(repr(inputs).encode()).hexdigest()[:16]}"

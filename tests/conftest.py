@@ -94,12 +94,12 @@ def export_with(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """Exports a checkpoint with given settings; each worker has its own copy."""
 
     @functools.cache
-    def bundle(checkpoint: Path, run_calibration: bool, **export_options: Any) -> Bundle:
+    def bundle(checkpoint: Path, with_calibration: bool, **export_options: Any) -> Bundle:
         def make(path: Path) -> None:
-            settings = ExportSettings(**export_options, calibration=calibration_of(checkpoint) if run_calibration else None)
+            settings = ExportSettings(**export_options, calibration=calibration_of(checkpoint) if with_calibration else None)
             export_bundle(open_checkpoint(checkpoint), path, settings)
 
-        cached_path = ARTIFACTS.cached_path("bundle", (checkpoint, run_calibration, sorted(export_options.items())), make)
+        cached_path = ARTIFACTS.cached_path("bundle", (checkpoint, with_calibration, sorted(export_options.items())), make)
         folder = tmp_path_factory.mktemp("exported") / "bundle"
         shutil.copytree(cached_path, folder)
         return load_bundle(folder)

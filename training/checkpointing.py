@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from anyflow_deploy.bundle.atomic_io import fsync_path
+from anyflow_deploy.bundle.atomic_io import fsync_tree, replace_folder
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.training.distributed import DistributedContext
 
@@ -100,11 +100,8 @@ class CheckpointManager:
             pending.done.result()
         self._world.barrier()
         if self._world.is_main:
-            for path in [*pending.partial.iterdir(), pending.partial]:
-                fsync_path(path)
-            shutil.rmtree(pending.final, ignore_errors=True)
-            pending.partial.rename(pending.final)
-            fsync_path(self._folder)
+            fsync_tree(pending.partial)
+            replace_folder(pending.partial, pending.final)
             for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
                 shutil.rmtree(old, ignore_errors=True)
         self._world.barrier()

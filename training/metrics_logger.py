@@ -17,6 +17,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
+
 
 class MetricsLogger:
     """Where a run tells how it goes; only the first process has one that shows anything.
@@ -44,9 +46,7 @@ class MetricsLogger:
         kept = (
             [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step] if path.exists() else []
         )
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        write_text_atomically(path, "".join(kept))
         self._file = path.open("a")
         columns = (
             TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(),

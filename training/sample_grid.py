@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from anyflow_deploy.bundle.atomic_io import atomic_file
 from anyflow_deploy.schedule import Schedule
 from anyflow_deploy.training.chunks import ChunkPlan
 from anyflow_deploy.training.data.source import Batch
@@ -58,10 +59,9 @@ def draw_sample_grid(
                 cell.set_ylabel(textwrap.fill(names[row][:60], 24), fontsize=6)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=100)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=100, format="png")
     pyplot.close(figure)
-    partial.replace(path)
 
 
 def _decode_middle_frame(latents: Tensor, pipeline: Path | None) -> NDArray[np.uint8]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from anyflow_deploy.bundle.atomic_io import atomic_folder
 from anyflow_deploy.checkpoints.checkpoint import STEM, pipeline_folder, read_json
 from anyflow_deploy.checkpoints.dtypes import SAFETENSORS_NAMES
 from anyflow_deploy.checkpoints.safetensors_stream import build_header
@@ -43,21 +45,17 @@ def save_pretrained(
     Returns:
         The model's folder.
     """
-    partial = output / ".model.partial"
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "transformer").mkdir(parents=True)
-    _save_transformer(partial / "transformer", optimizer_state, world, getattr(torch, save_type))
+    with atomic_folder(output / "model") if world.is_main else nullcontext() as partial:
+        _save_transformer(partial, optimizer_state, world, getattr(torch, save_type))
+        if partial is not None:
+            _write_pipeline(partial, optimizer_state.network.architecture, shift, start)
     adapters = (
         {name: gather_tensor(p.detach()).cpu() for name, p in optimizer_state.parameters.items()}
         if lora_layers(optimizer_state.network)
         else {}
     )
-    if world.is_main:
-        _write_pipeline(partial, optimizer_state.network.architecture, shift, start)
-        _replace(partial, output / "model")
-        if adapters:
-            _save_adapters(output, adapters)
+    if world.is_main and adapters:
+        _save_adapters(output, adapters)
     world.barrier()
     return output / "model"
 
@@ -74,23 +72,25 @@ def merge_weight(optimizer_state: OptimizerState, name: str) -> Tensor:
     return value
 
 
-def _save_transformer(folder: Path, optimizer_state: OptimizerState, world: DistributedContext, kind: torch.dtype) -> None:
+def _save_transformer(
+    partial: Path | None, optimizer_state: OptimizerState, world: DistributedContext, kind: torch.dtype
+) -> None:
+    """Write `transformer/` into the model's folder; processes that have none help to gather."""
     names = [name for name, _ in optimizer_state.network.named_parameters() if ".lora_" not in name]
     head, _ = build_header(
         {base_name(n): (SAFETENSORS_NAMES[kind], tuple(optimizer_state.network.get_parameter(n).shape)) for n in names},
         {"format": "pt"},
     )
-    path = folder / f"{STEM}.safetensors"
-    with (path if world.is_main else Path(os.devnull)).open("wb") as file:
+    folder = None if partial is None else partial / "transformer"
+    if folder is not None:
+        folder.mkdir()
+    with (folder / f"{STEM}.safetensors" if folder is not None else Path(os.devnull)).open("wb") as file:
         file.write(head)
         for name in names:
             value = merge_weight(optimizer_state, name)
             if world.is_main:
                 file.write(value.to("cpu", kind).contiguous().view(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        if world.is_main:
-            os.fsync(file.fileno())
-    if world.is_main:
+    if folder is not None:
         (folder / "config.json").write_text(json.dumps(optimizer_state.network.architecture.as_config(), indent=2))
 
 
@@ -128,22 +128,9 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def _save_adapters(output: Path, values: dict[str, Tensor]) -> None:
-    partial = output / ".lora.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     halves = {adapter_name(name): value.contiguous() for name, value in values.items() if ".lora_" in name}
-    save_file(halves, partial / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
     rest = {name: value.contiguous() for name, value in values.items() if ".lora_" not in name}
-    if rest:
-        save_file(rest, partial / "trained_weights.safetensors", metadata={"format": "pt"})
-    _replace(partial, output / "lora")
-
-
-def _replace(partial: Path, final: Path) -> None:
-    """Rename into place; an older one is moved aside first and removed after."""
-    old = final.parent / f".{final.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    with atomic_folder(output / "lora") as partial:
+        save_file(halves, partial / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+        if rest:
+            save_file(rest, partial / "trained_weights.safetensors", metadata={"format": "pt"})

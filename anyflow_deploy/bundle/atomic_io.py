@@ -1,8 +1,17 @@
-"""Folders that are written whole or not at all: bundles, and the engines built from them.
+"""Files and folders that are written whole or not at all, and that survive a power cut.
 
-An `AtomicFolderWriter` fills a hidden folder beside the destination, hashes what passes through, makes everything durable and
-renames it. The last file written is the marker: a folder that has one is a folder that was finished, and only such a
-folder is ever replaced.
+Whatever this project writes for later goes through here. A file or folder is filled under a hidden
+name beside its destination, synced, renamed into place, and then the folder that holds the name is
+synced, too. The hidden name is `.NAME.partial-PID`; what a killed process left under such a name is
+cleared away by the next writer of the same destination.
+
+    write_text_atomically(path, text)                      # one file, made in memory
+    with atomic_file(path) as partial: save(partial)       # one file, written by something else
+    with atomic_folder(path) as partial: save(partial)     # a folder, written by something else
+
+An `AtomicFolderWriter` writes the folders that list their own files, bundles and engines: it hashes
+what passes through, and the last file written is the marker. A folder that has one is a folder that
+was finished, and only such a folder is ever replaced.
 """
 
 from __future__ import annotations
@@ -10,7 +19,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -21,6 +32,109 @@ from anyflow_deploy.errors import BundleError
 
 _BLOCK = 8 << 20
 W = TypeVar("W", bound="AtomicFolderWriter")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a path to write to, and put what was written there in the place of `path`.
+
+    Args:
+        path: the destination; its folder must exist, and an older file is replaced.
+
+    Yields:
+        A path in the same folder. Its name ends otherwise: name the format to what goes by endings.
+
+    Raises:
+        OSError: it cannot be written. Then, and after any error in the block, `path` is as it was.
+    """
+    with suppress(OSError):  # writing will say what is wrong with the folder
+        _clear_abandoned(path)
+    partial = _partial_path(path)
+    try:
+        yield partial
+        fsync_path(partial)
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    fsync_path(path.parent)
+
+
+def write_bytes_atomically(path: Path, data: bytes) -> None:
+    """Write a file durably, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    with atomic_file(path) as partial:
+        partial.write_bytes(data)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file in UTF-8 durably, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+        UnicodeEncodeError: the text has half a surrogate pair; `path` is as it was.
+    """
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
+    """Give an empty folder to write to, and put it in the place of `path`.
+
+    Args:
+        path: the destination; its parent must exist.
+        replace: replace a folder that is there. Without it only an empty one is replaced.
+
+    Yields:
+        The folder, beside the destination.
+
+    Raises:
+        OSError: it cannot be written, or the destination is taken. Then, and after any error in the
+            block, `path` is as it was.
+    """
+    _clear_abandoned(path)
+    partial = _partial_path(path)
+    partial.mkdir()
+    try:
+        yield partial
+        fsync_tree(partial)
+        if replace:
+            replace_folder(partial, path)
+        else:
+            partial.rename(path)
+            fsync_path(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(partial: Path, path: Path) -> None:
+    """Rename a folder that is durable itself into place, durably; one that is there is removed.
+
+    Raises:
+        OSError: it cannot be renamed; the old folder is in its place.
+    """
+    if path.exists():
+        replaced = path.parent / f".{path.name}.replaced-{os.getpid()}"
+        path.rename(replaced)
+        try:
+            partial.rename(path)
+        except BaseException:
+            replaced.rename(path)
+            raise
+        fsync_path(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        partial.rename(path)
+        fsync_path(path.parent)
+
+
+def _partial_path(path: Path) -> Path:
+    return path.parent / f".{path.name}.partial-{os.getpid()}"
 
 
 @dataclass(frozen=True)
@@ -141,7 +255,7 @@ class AtomicFolderWriter:
         self._check_destination()
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise BundleError(f"{path.parent} is not a folder that can be written to. Choose another {kind.flag}.")
-        self.folder = path.parent / f".{path.name}.partial-{os.getpid()}"
+        self.folder = _partial_path(path)
         self.files: dict[str, FileRecord] = {}
         self._open: list[HashingFile] = []
 
@@ -198,18 +312,7 @@ class AtomicFolderWriter:
         self.check()
         fsync_path(self.folder)
         self._check_destination()  # hours may have passed since the constructor looked
-        if self.path.exists():
-            replaced = self.path.parent / f".{self.path.name}.replaced-{os.getpid()}"
-            self.path.rename(replaced)
-            try:
-                self.folder.rename(self.path)
-            except BaseException:
-                replaced.rename(self.path)
-                raise
-            shutil.rmtree(replaced)
-        else:
-            self.folder.rename(self.path)
-        fsync_path(self.path.parent)
+        replace_folder(self.folder, self.path)
 
 
 def fsync_path(path: Path) -> None:
@@ -221,8 +324,25 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Make everything in a folder durable, and the folder itself."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            fsync_tree(path)
+        else:
+            fsync_path(path)
+    fsync_path(folder)
+
+
+def clear_partial_files(folder: Path) -> None:
+    """Remove the files in a folder that killed processes left half written, whatever their names."""
+    for partial in folder.glob(".*.partial-*"):
+        if not _is_running(partial.name.rpartition("-")[2]):
+            partial.unlink(missing_ok=True)
+
+
 def _clear_abandoned(path: Path) -> None:
-    """Undo what a killed writer of the same destination left: half a folder, or an old one moved aside."""
+    """Undo what a killed writer of the same destination left: half of it, or an old folder moved aside."""
     for kind in ("partial", "replaced"):
         prefix = f".{path.name}.{kind}-"
         for folder in [f for f in path.parent.iterdir() if f.name.startswith(prefix)]:
@@ -231,8 +351,10 @@ def _clear_abandoned(path: Path) -> None:
                 continue
             if kind == "replaced" and not path.exists():
                 folder.rename(path)
-            else:
+            elif folder.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
+            else:
+                folder.unlink(missing_ok=True)
 
 
 def _is_running(pid: str) -> bool:

@@ -10,17 +10,16 @@ but are not listed in the manifest: making them must not change the bundle.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter, check_file
+from anyflow_deploy.bundle.json_records import RecordFormat
 from anyflow_deploy.bundle.manifest import MANIFEST, SCHEMA, Manifest
 from anyflow_deploy.errors import AnyFlowError, BundleError
 
 _KIND = ArtifactKind("bundle", MANIFEST, "manifest", "--output", "Copy the bundle again, or export again.")
+_FORMAT = RecordFormat(Manifest, SCHEMA, "manifest", "Export again.", BundleError)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
         raise BundleError(
             f"{folder} is not a bundle: {MANIFEST} cannot be read ({error.strerror}). Make one with anyflow-export."
         ) from None
-    bundle = Bundle(folder, _parse_manifest(text, folder), hashlib.sha256(text).hexdigest())
+    bundle = Bundle(folder, _FORMAT.parse(text, folder / MANIFEST), hashlib.sha256(text).hexdigest())
     for name, record in bundle.manifest.files.items():
         check_file(folder, name, record, verify, _KIND)
     for graph in bundle.manifest.graphs.values():
@@ -76,23 +75,6 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
     except AnyFlowError as error:
         raise BundleError(f"{folder / MANIFEST} is damaged: {error} Export again.") from None
     return bundle
-
-
-def _parse_manifest(text: bytes, folder: Path) -> Manifest:
-    try:
-        raw = json.loads(text)
-        schema = raw["schema"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise BundleError(f"{folder / MANIFEST} is not a manifest: no JSON object with a 'schema'. Export again.") from None
-    if schema != SCHEMA:
-        advice = "Update anyflow_deploy" if isinstance(schema, int) and schema > SCHEMA else "Export again"
-        raise BundleError(f"{folder} has manifest schema {schema!r}; this version reads {SCHEMA}. {advice}.")
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "graphs"  # what no single key is wrong in
-        raise BundleError(f"{folder / MANIFEST} is damaged at {place!r}: {first['msg']}. Export again.") from None
 
 
 class BundleWriter(AtomicFolderWriter):

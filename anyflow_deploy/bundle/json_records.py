@@ -1,7 +1,7 @@
-"""JSON files that one command writes and another reads: calibrations, sensitivities, reports.
+"""JSON files that one program writes and another reads: manifests, calibrations, reports.
 
-Written whole or not at all, and read suspiciously. The bundle's manifest has a reader of its own (`bundle.py`), since a
-bundle is more than one file.
+They are written whole or not at all (`atomic_io`), and read suspiciously: an unknown key, a value of
+another type and the schema of another version are refused by name, not half understood.
 
 This module imports no torch.
 """
@@ -9,62 +9,109 @@ This module imports no torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from anyflow_deploy.errors import AnyFlowError
 
 Record = TypeVar("Record", bound=BaseModel)
+_Self = TypeVar("_Self", bound="FrozenRecord")
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it there; what cannot be finished leaves nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+class FrozenRecord(BaseModel):
+    """Base of what such files hold: frozen, strict about types, without unknown keys.
+
+    A `functools.cached_property` of a record is neither compared nor written, and not copied.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    def model_copy(self: _Self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _Self:
+        """Return a copy with other values, without what was computed from the old ones.
+
+        Args:
+            update: field -> its new value, which is not checked.
+            deep: copy the values, too.
+        """
+        copied = super().model_copy(update=update, deep=deep)
+        for name in vars(copied).keys() - type(copied).model_fields.keys():
+            del vars(copied)[name]
+        return copied
+
+
+@dataclass(frozen=True)
+class RecordFormat(Generic[Record]):
+    """One kind of JSON file, and what its errors say.
+
+    Attributes:
+        model: of the contents, with the field `schema`.
+        schema: the one that this version reads.
+        noun: what the file is, such as "manifest".
+        remedy: what to do about one that is damaged or older, as a sentence.
+        error: what is raised.
+    """
+
+    model: type[Record]
+    schema: int
+    noun: str
+    remedy: str
+    error: type[AnyFlowError] = AnyFlowError
+
+    def parse(self, data: bytes, path: Path) -> Record:
+        """Read the bytes of a file.
+
+        Args:
+            data: all of them.
+            path: of the file, for the messages.
+
+        Raises:
+            AnyFlowError: no such file, another schema, or a key or value that cannot be, by name.
+                It is of the class `error`.
+        """
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict) or "schema" not in content:
+            article = "an" if self.noun[0] in "aeiou" else "a"
+            raise self.error(f"{path} is not {article} {self.noun}: no JSON object with a 'schema'. {self.remedy}")
+        schema = content["schema"]
+        if schema != self.schema:
+            newer = isinstance(schema, int) and schema > self.schema
+            advice = "Update anyflow_deploy." if newer else self.remedy
+            raise self.error(f"{path} has {self.noun} schema {schema!r}; this version reads {self.schema}. {advice}")
+        try:
+            return self.model.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))  # nowhere, if the keys do not go together
+            where = f" at {place!r}" if place else ""
+            cause = first["msg"][0].lower() + first["msg"][1:]
+            raise self.error(f"{path} is damaged{where}: {cause}. {self.remedy}") from None
 
 
 def load_record(path: Path, kind: type[Record], schema: int, make: str) -> Record:
-    """Read a file that `write_text_atomically` wrote.
+    """Read a file that a command wrote for another one.
 
     Args:
         path: the file.
-        kind: of its contents; a model with the field `schema`.
+        kind: model of its contents, with the field `schema`.
         schema: the one that this version reads.
         make: the command that makes such a file.
 
     Raises:
         AnyFlowError: not there, not readable, not such a file, or of another schema.
     """
-    noun = kind.__name__.lower()
     try:
-        text = path.read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError:
         raise AnyFlowError(f"{path} does not exist. Make one: {make}.") from None
     except OSError as error:
-        raise AnyFlowError(f"{path} cannot be read: {error.strerror}. Give a file that {make.split()[0]} wrote.") from None
-    found = _read_schema(text)
-    if found != schema:
-        advice = "Update anyflow_deploy" if found > schema else f"Make another: {make}"
-        raise AnyFlowError(f"{path} has {noun} schema {found}; this version reads {schema}. {advice}.")
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise AnyFlowError(f"{path} is no usable {noun}: {where}: {first['msg'].lower()}. Make another: {make}.") from None
-
-
-def _read_schema(text: bytes) -> int:
-    """The schema a file says it has: 1 where it says nothing, and the model's own check will find what else is wrong."""
-    try:
-        found = json.loads(text)["schema"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return 1
-    return found if isinstance(found, int) else 1
+        command = make.split()[0]
+        raise AnyFlowError(f"{path} cannot be read: {error.strerror}. Give a file that {command} wrote.") from None
+    noun = kind.__name__.lower()
+    return RecordFormat(kind, schema, noun, f"Make another: {make}.").parse(data, path)

@@ -7,10 +7,12 @@ schemas are refused by name instead of being half understood. See docs/bundle.md
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
+from anyflow_deploy.bundle.json_records import FrozenRecord
 from anyflow_deploy.errors import BundleError
 from anyflow_deploy.models import Architecture, architecture_from_config
 from anyflow_deploy.shape_ranges import AXES, Range, ShapeRanges, latent_frames, latent_side
@@ -25,14 +27,10 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-
 TensorType = Literal["float32", "float16", "bfloat16", "int64"]
 
 
-class GraphTensor(_Record):
+class GraphTensor(FrozenRecord):
     """An input or output of a graph. Axes are numbers, or the name of a declared range."""
 
     name: str
@@ -40,7 +38,7 @@ class GraphTensor(_Record):
     shape: list[int | str]
 
 
-class GraphRecord(_Record):
+class GraphRecord(FrozenRecord):
     """One ONNX file."""
 
     file: str
@@ -49,7 +47,7 @@ class GraphRecord(_Record):
     outputs: list[GraphTensor]
 
 
-class WeightsSource(_Record):
+class WeightsSource(FrozenRecord):
     """Where the weights came from: a folder, a repository on the Hub, or a seed.
 
     `revision` is the Hub's commit. `location` of a folder is a hint for later commands; they accept another one.
@@ -61,7 +59,7 @@ class WeightsSource(_Record):
     seed: int | None = None
 
 
-class AchievedPrecision(_Record):
+class AchievedPrecision(FrozenRecord):
     """What the files really hold, counted from the finished graphs.
 
     Args:
@@ -75,10 +73,10 @@ class AchievedPrecision(_Record):
     weight_bytes: dict[str, int]
     quantized_flops: float = 0.0
     quantized_weights: float = 0.0
-    kept_high: dict[str, str] = {}
+    kept_high: dict[str, str] = Field(default_factory=dict)
 
 
-class Quantization(_Record):
+class Quantization(FrozenRecord):
     """How a quantized bundle was made.
 
     Args:
@@ -94,7 +92,7 @@ class Quantization(_Record):
     weights: str
 
 
-class VideoDefaults(_Record):
+class VideoDefaults(FrozenRecord):
     """How latents relate to pixels.
 
     Args:
@@ -113,21 +111,21 @@ class VideoDefaults(_Record):
     width: int
 
 
-class ScheduleDefaults(_Record):
+class ScheduleDefaults(FrozenRecord):
     """What the model was distilled with; every call may choose otherwise."""
 
     shift: float
     steps: int
 
 
-class FileRecord(_Record):
+class FileRecord(FrozenRecord):
     """Size and SHA-256 (hexadecimal) of one file of the bundle."""
 
     bytes: int
     sha256: str
 
 
-class AxisRange(_Record):
+class AxisRange(FrozenRecord):
     """`Range` as stored; `maximum` null means no limit."""
 
     minimum: int
@@ -135,7 +133,7 @@ class AxisRange(_Record):
     multiple: int
 
 
-class Manifest(_Record):
+class Manifest(FrozenRecord):
     """The whole file. `files` lists every file of the bundle but the manifest itself."""
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
@@ -159,9 +157,13 @@ class Manifest(_Record):
         """The precision of everything that is not quantized."""
         return self.quantization.base if self.quantization else self.precision
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
-        """The transformer's numbers."""
+        """The transformer's numbers, read from `config` once.
+
+        Raises:
+            CheckpointError: `config` is not an AnyFlow transformer's.
+        """
         return architecture_from_config(self.config, MANIFEST)
 
     def latent_shape(self, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int, int]:
@@ -187,9 +189,13 @@ class Manifest(_Record):
             raise ValueError(f"a {self.kind} bundle holds {', '.join(GRAPHS[self.kind])}, not {', '.join(self.graphs)}")
         return self
 
-    @property
+    @cached_property
     def shape_ranges(self) -> ShapeRanges:
-        """The declared ranges, ready to check shapes with."""
+        """The declared ranges, ready to check shapes with; made once.
+
+        Raises:
+            BundleError: ranges of other axes than a bundle has.
+        """
         if set(self.ranges) != set(AXES):
             raise BundleError(f"its ranges are of {', '.join(self.ranges)}; expected are {', '.join(AXES)}.")
         return ShapeRanges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})

@@ -17,7 +17,7 @@ import torch
 from anyflow_deploy.bundle.manifest import WeightsSource
 from anyflow_deploy.checkpoints.dtypes import CHECKPOINT_DTYPES
 from anyflow_deploy.checkpoints.safetensors_stream import TensorEntry, read_bytes, read_header
-from anyflow_deploy.checkpoints.weights import Weights
+from anyflow_deploy.checkpoints.weights import Weights, WeightsBase
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
 from anyflow_deploy.models import MODELS, Architecture, architecture_from_config, model_name
 
@@ -25,7 +25,7 @@ STEM = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(WeightsBase):
     """Weights on disk, with the architecture they belong to.
 
     Attributes:

@@ -1,23 +1,24 @@
-"""Types of weights under their three names: torch's, safetensors' and ONNX's."""
+"""Types of weights in torch and in ONNX, by their name in safetensors. `dtypes.py` has the names."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 import torch
 
-CHECKPOINT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+from anyflow_deploy.dtypes import SAFETENSORS
+
+
+def _torch_dtypes(*names: str) -> dict[str, torch.dtype]:
+    return {name: getattr(torch, SAFETENSORS[name].name) for name in names}
+
+
+CHECKPOINT_DTYPES = _torch_dtypes("F64", "F32", "F16", "BF16")
 """safetensors -> torch: the types a checkpoint may be stored in."""
 
-BUNDLE_DTYPES = {**CHECKPOINT_DTYPES, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn}
+BUNDLE_DTYPES = {**CHECKPOINT_DTYPES, **_torch_dtypes("I8", "F8_E4M3")}
 """safetensors -> torch: the types a bundle may store."""
 
 SAFETENSORS_NAMES = {kind: name for name, kind in BUNDLE_DTYPES.items()}
 
-ONNX_DTYPES = {
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "I8": ir.DataType.INT8,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
-}
+ONNX_DTYPES = {name: ir.DataType[str(SAFETENSORS[name].onnx)] for name in ("F32", "F16", "BF16", "I8", "F8_E4M3")}
 """safetensors -> ONNX: the types a graph may hold."""

@@ -12,11 +12,12 @@ import math
 import torch
 
 from anyflow_deploy.bundle.manifest import WeightsSource
+from anyflow_deploy.checkpoints.weights import WeightsBase
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.models import Architecture
 
 
-class RandomWeights:
+class RandomWeights(WeightsBase):
     """Stands in for a `Checkpoint`.
 
     Attributes:

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anyflow_deploy.dtypes import SAFETENSORS
 from anyflow_deploy.errors import CheckpointError
 
-TYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-    "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "BOOL": 1,
-}  # fmt: skip
+TYPE_BYTES = {name: row.bytes for name, row in SAFETENSORS.items()}
 _LARGEST_HEADER = 100_000_000  # the library's own limit
 
 

@@ -10,8 +10,6 @@ differ in nothing but the transformer. What they cannot do is make a picture of 
 
 from __future__ import annotations
 
-import os
-import shutil
 import string
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 
+from anyflow_deploy.bundle.atomic_io import atomic_folder
 from anyflow_deploy.checkpoints.random_weights import random_parameter
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import MODELS, Model, get_model
@@ -80,14 +79,8 @@ def save_tiny_pipeline(model: Model, folder: Path) -> None:
         raise AnyFlowError(f"{folder} is not empty. Choose another folder.")
     pipeline = _build_pipeline(model)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    try:
+    with atomic_folder(folder, replace=False) as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _build_pipeline(model: Model) -> Any:

@@ -7,7 +7,9 @@ largest tensor, whatever the size of the model.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +38,11 @@ class Weights(Protocol):
     """What an exporter needs of a checkpoint; `Checkpoint` and `RandomWeights` are such."""
 
     @property
+    def fingerprint(self) -> str:
+        """Which weights these are, see `compute_fingerprint`."""
+        ...
+
+    @property
     def architecture(self) -> Architecture:
         """The network the weights belong to."""
         ...
@@ -52,6 +59,27 @@ class Weights(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """One parameter, on the CPU."""
         ...
+
+
+class WeightsBase(ABC):
+    """Base of sets of weights, which do not change once they are open.
+
+    The fingerprint takes a pass over every tensor (28 GB of them in the largest model), and
+    calibration, the choice of layers and export all ask for it. So it is computed once and kept.
+    """
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return parameter name -> shape, without reading values."""
+
+    @abstractmethod
+    def read(self, name: str) -> torch.Tensor:
+        """Return one parameter, on the CPU."""
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Which weights these are, see `compute_fingerprint`; reads them the first time."""
+        return compute_fingerprint(self)
 
 
 def check_parameters(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -157,8 +185,8 @@ _SAMPLES = 4096
 """Values of each tensor that enter the fingerprint. Training moves all values of a layer, a LoRA included."""
 
 
-def fingerprint(weights: Weights) -> str:
-    """A SHA-256 that tells sets of weights apart, whatever files and whatever type they are stored in.
+def compute_fingerprint(weights: Weights | WeightsBase) -> str:
+    """Compute a SHA-256 that tells sets of weights apart, whatever type they are stored in.
 
     It covers every tensor's name and shape and up to 4096 of its values, evenly spread and rounded to bfloat16: a
     checkpoint in float32 and the same in bf16 agree.

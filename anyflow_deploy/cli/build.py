@@ -12,8 +12,9 @@ from rich.table import Table
 
 from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.cli.options import Options, Words, run
-from anyflow_deploy.engines.build import BUILDERS, BuildSettings, build_engine, settings_type
+from anyflow_deploy.engines.build import BuildSettings, build_engine, settings_type
 from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
+from anyflow_deploy.engines.registry import BACKENDS
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import RichProgress, console
 
@@ -76,7 +77,8 @@ def chosen_settings(options: BuildOptions) -> BuildSettings:
     given: dict[str, Any] = {name: getattr(options, name) for name in options.model_fields_set if name not in _COMMON}
     for name in given:
         if name not in fields:
-            able = [b for b in BUILDERS if name in {field.name for field in dataclasses.fields(settings_type(b))}]
+            compiling = [backend for backend, row in BACKENDS.items() if row.build_settings]
+            able = [b for b in compiling if name in {field.name for field in dataclasses.fields(settings_type(b))}]
             raise AnyFlowError(
                 f"--{name.replace('_', '-')} means nothing to backend {options.backend}; it is a flag of {', '.join(able)}."
             )

@@ -10,33 +10,24 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from anyflow_deploy.doctor.backends import BACKENDS, BackendVerdict, check_requirement, judge_backends
+from anyflow_deploy.doctor.backends import REQUIREMENTS, BackendVerdict, check_requirement, judge_backends
 from anyflow_deploy.doctor.probe import FAULT, WORKS, ProbeResult, run_probes
 from anyflow_deploy.doctor.probes import PROBES, adjust_remedies
 from anyflow_deploy.doctor.report import format_plain, report_json, report_rows
-from anyflow_deploy.doctor.subprocess_probe import run_python
 from anyflow_deploy.errors import AnyFlowError
 
 if TYPE_CHECKING:
     from anyflow_deploy.cli.doctor_options import DoctorOptions
 
-_KNOWN = "from anyflow_deploy.engines.registry import BACKENDS\nfound['backends'] = list(BACKENDS)"
-
 UNMET = 1
 """Exit status where --require names something that does not run here."""
-
-
-def known_backends() -> list[str]:
-    """Backends of this version, asked in a process of its own: the registry stands on numpy and pydantic."""
-    answer = run_python(_KNOWN)
-    return list(answer.found.get("backends", []))
 
 
 def doctor(options: DoctorOptions) -> int:
     """Do it; returns the exit status."""
     wishes = options.require
     for wish in wishes:  # refuse misspelt ones before looking at anything
-        check_requirement(wish, options.provider, judge_backends({}, ()))
+        check_requirement(wish, options.provider, judge_backends({}))
     found, verdicts = looked()
     unmet = {wish: why for wish in wishes if (why := check_requirement(wish, options.provider, verdicts))}
     if options.json_output:
@@ -50,7 +41,7 @@ def doctor(options: DoctorOptions) -> int:
 def looked() -> tuple[dict[str, ProbeResult], list[BackendVerdict]]:
     """Everything that can be said of this machine."""
     found = adjust_remedies(run_probes(PROBES))
-    return found, judge_backends(found, known_backends())
+    return found, judge_backends(found)
 
 
 def _show(rows: list[tuple[str, str, str, str]]) -> None:
@@ -64,7 +55,7 @@ def _show(rows: list[tuple[str, str, str, str]]) -> None:
     table.add_column(overflow="fold")
     colours = {WORKS: "green", "runs": "green", FAULT: "red"}
     for index, (name, state, detail, remedy) in enumerate(rows):
-        if index == len(rows) - len(BACKENDS):
+        if index == len(rows) - len(REQUIREMENTS):
             table.add_row()
         advice = f"\n[dim]{escape(remedy)}[/]" if remedy else ""
         table.add_row(escape(name), f"[{colours.get(state, 'yellow')}]{state}[/]", f"{escape(detail)}{advice}")

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import shlex
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +21,7 @@ from anyflow_deploy.cli.quantize import QuantizationOptions, calibration_of, lay
 from anyflow_deploy.cli.weights import checked_name
 from anyflow_deploy.errors import AnyFlowError, UnavailableError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
-from anyflow_deploy.precision import base_precision, get_precision
+from anyflow_deploy.precision import PrecisionSpec, get_precision, resolve_precision
 from anyflow_deploy.progress import console
 from anyflow_deploy.shape_ranges import Range, latent_frames, latent_side, parse_span
 from anyflow_deploy.targets import CPU_HAS_NO_BF16, check_precision, get_target
@@ -66,12 +67,17 @@ class ExportOptions(QuantizationOptions):
         checked_name(get_precision, self.precision)
         try:
             target = get_target(self.target)
-            for name in (self.precision, base_precision(self.precision, self.base, self.target)):
+            for name in (self.spec.precision, self.spec.base):
                 check_precision(target, name)
             self.ranges()
         except AnyFlowError as error:
             raise ValueError(str(error)) from None
         return self
+
+    @cached_property
+    def spec(self) -> PrecisionSpec:
+        """The precision, complete."""
+        return resolve_precision(self.precision, self.base, self.target, self.attention, not self.no_smooth)
 
     def ranges(self) -> dict[str, Range]:
         """The axes that flags narrow, in latent units."""
@@ -99,7 +105,7 @@ def export(options: ExportOptions) -> int:
     output = options.output or Path(f"{_label(options)}-{options.precision}")
     settings = ExportSettings(
         options.precision, options.target, options.opset, options.ranges(), options.overwrite,
-        options.base, smooth=not options.no_smooth, attention=options.attention,
+        options.spec.base, smooth=options.spec.smooth, attention=options.spec.attention,
     )  # fmt: skip
     weights = options.weights()
     validate_export(weights, settings)
@@ -108,7 +114,7 @@ def export(options: ExportOptions) -> int:
     with RichProgress(console) as bars:
         calibration = calibration_of(options, weights, output, bars)
         if calibration is not None:
-            full_precision_layers = layers_kept(options, options.target, weights, calibration, bars)
+            full_precision_layers = layers_kept(options, options.spec, weights, calibration, bars)
             settings = dataclasses.replace(settings, calibration=calibration, full_precision_layers=tuple(full_precision_layers))
         bundle = export_bundle(weights, output, settings, bars)
     if calibration is not None and options.calibration is None:

@@ -15,15 +15,16 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.markup import escape
 
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import load_bundle
-from anyflow_deploy.bundle.json_records import load_record, write_text_atomically
+from anyflow_deploy.bundle.json_records import load_record
 from anyflow_deploy.cli.fit import default_shape
 from anyflow_deploy.cli.options import Options, Steps, Words, run
-from anyflow_deploy.engines.registry import EngineOptions, check_backend
+from anyflow_deploy.engines.registry import DEFAULT_BACKEND, EngineOptions, check_backend
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.memory.estimate import shape_from_pixels
 from anyflow_deploy.models import get_model
-from anyflow_deploy.precision import base_precision
+from anyflow_deploy.precision import resolve_precision
 from anyflow_deploy.profiling.compare import ENERGY, MEMORY, TIME, Thresholds, compare_profiles
 from anyflow_deploy.profiling.estimate import RooflineEstimate, estimate_latency
 from anyflow_deploy.profiling.html_report import html_from_profile
@@ -61,7 +62,7 @@ class ProfileOptions(Options):
     )
 
     bundle: Path | None = Field(None, description="the bundle's folder; with --compare the newer profile")
-    backend: str = Field("onnxruntime", description="backend of the engine")
+    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
     device: int = Field(0, ge=0, description="which GPU, counted from 0")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
@@ -190,7 +191,7 @@ def _estimate(options: ProfileOptions) -> int:
     if options.model is not None:
         model = get_model(options.model)
         precision = options.precision or "fp16"
-        name, a, base, attention = model.name, model.architecture, base_precision(precision, None, target.name), "high"
+        name, a, base, attention = model.name, model.architecture, resolve_precision(precision, None, target.name).base, "high"
         shapes = options.shapes or (str(default_shape(model.name)),)
     else:
         manifest = load_bundle(Path(str(options.bundle)), verify=False).manifest

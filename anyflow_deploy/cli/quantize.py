@@ -15,10 +15,10 @@ from rich.markup import escape
 from anyflow_deploy.cli.sensitivity import CAUSAL_FRAMES, FRAMES, HEIGHT, WIDTH, Decibels, probe_for
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.models import MODELS, model_name
-from anyflow_deploy.precision import BASES, PRECISIONS, base_precision
+from anyflow_deploy.precision import BASES, PRECISIONS, PrecisionSpec
 from anyflow_deploy.progress import Progress, console
 from anyflow_deploy.quantization.calibration import Calibration, load_calibration
-from anyflow_deploy.quantization.layers import quantizable_layers, quantized_attentions, unquantized_layers
+from anyflow_deploy.quantization.layers import quantizable_layers, unquantized_layers
 
 if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.checkpoints.weights import Weights
@@ -50,8 +50,6 @@ class QuantizationOptions(WeightOptions):
             raise ValueError("give one of --keep N and --fidelity DB: a number of layers, or a PSNR to reach.")
         if self.calibration is not None and self.prompts is not None:
             raise ValueError("--calibration has its own prompts; leave --prompts out.")
-        if self.attention not in ("high", "fp8"):
-            raise ValueError(f"--attention is {self.attention!r}; allowed are high and fp8.")
         if self.no_smooth and self.precision == "fp8":
             raise ValueError("--no-smooth is for int8; fp8 is never smoothed.")
         return self
@@ -97,7 +95,7 @@ def _small(weights: Weights) -> dict[str, int]:
 
 
 def layers_kept(
-    options: QuantizationOptions, target: str, weights: Weights, calibration: Calibration, bars: Progress
+    options: QuantizationOptions, spec: PrecisionSpec, weights: Weights, calibration: Calibration, bars: Progress
 ) -> list[str]:
     """The layers that --keep or --fidelity choose, by measuring each one."""
     from anyflow_deploy.export.quantization.rollouts import latent_shape
@@ -112,9 +110,9 @@ def layers_kept(
     a = weights.architecture
     check_keep_layers(options.keep, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
     shape = latent_shape(a, CAUSAL_FRAMES if a.causal else FRAMES, HEIGHT, WIDTH)
-    attention = tuple(quantized_attentions(a, calibration)) if options.attention == "fp8" else ()
-    base = base_precision(options.precision, options.base, target)
-    probe = probe_for(weights, calibration, options.precision, base, not options.no_smooth, shape, attention, bars=bars)
+    probe = probe_for(weights, calibration, spec, shape, bars=bars)
     chosen = select_full_precision_layers(measure_sensitivity(probe, bars), options.keep, options.fidelity, probe.psnr_all_except)
-    console.print(f"{len(chosen)} of {len(probe.layers)} layers stay in {base}: {escape(', '.join(chosen) or 'none has to')}")
+    console.print(
+        f"{len(chosen)} of {len(probe.layers)} layers stay in {spec.base}: {escape(', '.join(chosen) or 'none has to')}"
+    )
     return chosen

@@ -13,7 +13,7 @@ from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.cli.options import Options, Steps, run
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.precision import EIGHT_BIT
+from anyflow_deploy.precision import EIGHT_BIT, PrecisionSpec
 from anyflow_deploy.progress import NullProgress, Progress, RichProgress, console
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, load_calibration
 from anyflow_deploy.quantization.layers import quantizable_layers, quantized_attentions, unquantized_layers
@@ -96,11 +96,9 @@ def sensitivity(options: SensitivityOptions) -> int:
             check_calibration(calibration, weights)
         check_keep_layers(options.keep, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
         how = bundle.manifest.quantization if precision == own else None  # measured as this bundle rounds, or as by default
-        attention = tuple(quantized_attentions(a, calibration)) if how is not None and how.attention == "fp8" else ()
-        smooth = how is None or how.smooth
-        probe = probe_for(
-            weights, calibration, precision, "fp32", smooth, shape, attention, options.steps, options.seed, options.device, bars
-        )
+        smooth = precision == "int8" and (how is None or how.smooth)
+        spec = PrecisionSpec(precision, "fp32", "high" if how is None else how.attention, smooth)
+        probe = probe_for(weights, calibration, spec, shape, options.steps, options.seed, options.device, bars)
         found = measure_sensitivity(probe, bars)
         chosen = None
         if options.keep is not None or options.fidelity is not None:
@@ -113,11 +111,8 @@ def sensitivity(options: SensitivityOptions) -> int:
 def probe_for(
     weights: Weights,
     calibration: Calibration,
-    precision: str,
-    base: str,
-    smooth: bool,
+    spec: PrecisionSpec,
     shape: tuple[int, int, int, int],
-    attention: tuple[str, ...] = (),
     steps: tuple[int, ...] = (1, 4),
     seed: int = 0,
     device: str = "cpu",
@@ -129,11 +124,14 @@ def probe_for(
 
     progress = bars or NullProgress()
     factors = {}
-    if smooth and precision == "int8":
-        factors = plan_quantization(weights, calibration, precision, base, smooth, "high", (), progress).smooth
+    if spec.smooth:
+        factors = plan_quantization(weights, calibration, spec, (), progress).smooth
+    attention: tuple[str, ...] = ()
+    if spec.attention == "fp8":
+        attention = tuple(quantized_attentions(weights.architecture, calibration))
     with progress.stage("the untouched network"):
         settings = SensitivitySettings(calibrated_text(weights, calibration), shape, steps, seed, device, attention)
-        return SensitivityAnalyzer(weights, calibration, precision, settings, factors)
+        return SensitivityAnalyzer(weights, calibration, spec.precision, settings, factors)
 
 
 def calibrated_text(weights: Weights, calibration: Calibration) -> Array:

@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Options, run
+from anyflow_deploy.engines.registry import DEFAULT_BACKEND
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.progress import console
@@ -62,7 +63,7 @@ class ServeOptions(Options):
         None, min_length=1, max_length=100, description="what clients call the model (default: the manifest's)"
     )
     warm_up: bool = Field(False, description="make one video of default size in one step before listening")
-    backend: str = Field("onnxruntime", description="backend of the engine")
+    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")

@@ -12,7 +12,7 @@ from rich.markup import escape
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Options, Words, run
 from anyflow_deploy.engines.engine_folder import EngineFolder, find_engine
-from anyflow_deploy.engines.registry import GPU_ONLY_BACKENDS, check_backend
+from anyflow_deploy.engines.registry import BACKENDS, DEFAULT_BACKEND, check_backend
 from anyflow_deploy.engines.tritonserver.repository import check_plan, model_writer, write_plan, write_streaming
 from anyflow_deploy.engines.tritonserver.settings import PARTS, Settings
 from anyflow_deploy.errors import AnyFlowError
@@ -43,7 +43,7 @@ class TritonOptions(Options):
     transition: bool = Field(False, description="the bare transition as a TensorRT plan, without text, VAE and sampling")
     parts: Words = Field(tuple(PARTS), description="what is served with it: text (prompts), vae (frames and mp4); none: neither")
     pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")
-    backend: str = Field("onnxruntime", description="backend of the engine")
+    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
     gpus: _Gpus | None = Field(None, description="one instance on each, as 0 or 0,1 (default: the CPU; tensorrt: 0)")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
@@ -67,20 +67,21 @@ class TritonOptions(Options):
             raise ValueError(f"--parts is {','.join(self.parts)!r}; allowed are text,vae, text, vae, or none.")
         if self.transition and self.backend != "tensorrt":
             raise ValueError("--transition serves a TensorRT plan; give --backend tensorrt with it.")
-        if self.engine is not None and self.backend == "onnxruntime":
-            raise ValueError("--engine names a built engine, and onnxruntime runs the bundle itself; give --backend, too.")
+        if self.engine is not None and BACKENDS[self.backend].build_settings is None:
+            raise ValueError(f"--engine names a built engine, and {self.backend} runs the bundle itself; give --backend, too.")
         return self
 
     @property
     def devices(self) -> tuple[int, ...] | None:
         """GPUs, or None for the CPU."""
-        return self.gpus or ((0,) if self.backend in GPU_ONLY_BACKENDS else None)
+        return self.gpus or ((0,) if BACKENDS[self.backend].gpu_only else None)
 
 
 def triton(options: TritonOptions) -> int:
     """Do it; returns the exit status."""
     bundle = load_bundle(options.bundle)
-    engine = None if options.backend == "onnxruntime" else find_engine(bundle, options.backend, options.engine)
+    compiled = BACKENDS[options.backend].build_settings is not None
+    engine = find_engine(bundle, options.backend, options.engine) if compiled else None
     devices = options.devices
     if options.transition:
         assert engine is not None

@@ -11,12 +11,12 @@ import numpy as np
 from pydantic import Field
 from rich.markup import escape
 
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.bundle.json_records import write_text_atomically
 from anyflow_deploy.cli.options import Options, Steps, run
 from anyflow_deploy.cli.sensitivity import calibrated_text
 from anyflow_deploy.engines.engine import Array
-from anyflow_deploy.engines.registry import load_engine
+from anyflow_deploy.engines.registry import DEFAULT_BACKEND, load_engine
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import RichProgress, console
 from anyflow_deploy.quantization.calibration import CALIBRATION, load_calibration
@@ -37,7 +37,7 @@ class ValidateOptions(Options):
 
     bundle: Path = Field(description="the bundle's folder")
     checkpoint: str | None = Field(None, description="what it was exported from, if that has moved")
-    backend: str = Field("onnxruntime", description="backend of the engine")
+    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from anyflow_deploy.doctor import probes
 from anyflow_deploy.doctor.probe import MISSING, ProbeResult, ProbeResults
+from anyflow_deploy.engines.registry import BACKENDS, Backend
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
 
@@ -35,16 +35,15 @@ class BackendRequirements:
     precisions: tuple[str, ...]
 
 
-_COMPILING = (probes.COMPILER, probes.CUDA_HEADERS)
+def _requirements(backend: Backend, provider: str) -> BackendRequirements:
+    """What a row of the registry needs on a provider."""
+    needs = (probes.NUMPY, *((probes.GPU,) if provider == "cuda" else ()), *backend.probes)
+    needs += backend.gpu_probes if provider == "cuda" else ()
+    return BackendRequirements(backend.name, provider, needs, PRECISIONS if backend.quantized else BASES)
 
-BACKENDS = (
-    BackendRequirements("onnxruntime", "cpu", (probes.NUMPY, probes.ORT), PRECISIONS),
-    BackendRequirements("onnxruntime", "cuda", (probes.NUMPY, probes.GPU, probes.ORT, probes.ORT_CUDA), PRECISIONS),
-    BackendRequirements("tensorrt", "cuda", (probes.NUMPY, probes.GPU, probes.TENSORRT, probes.CUDA_PYTHON), PRECISIONS),
-    BackendRequirements("aotinductor", "cpu", (probes.NUMPY, probes.TORCH, probes.COMPILER), PRECISIONS),
-    BackendRequirements("aotinductor", "cuda", (probes.NUMPY, probes.GPU, probes.TORCH, *_COMPILING), PRECISIONS),
-    BackendRequirements("torch-tensorrt", "cuda", (probes.NUMPY, probes.GPU, probes.TORCH, probes.TORCH_TENSORRT), BASES),
-)  # fmt: skip
+
+REQUIREMENTS = tuple(_requirements(row, provider) for row in BACKENDS.values() for provider in row.packages)
+"""Every backend on every provider it has."""
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,13 @@ class BackendVerdict:
         return [name for name, reason in self.reasons.items() if not reason]
 
 
-def judge_backends(found: ProbeResults, known: Collection[str]) -> list[BackendVerdict]:
+def judge_backends(found: ProbeResults) -> list[BackendVerdict]:
     """Judge every backend.
 
     Args:
         found: what the probes said.
-        known: backends that this version of anyflow-deploy has.
     """
-    return [BackendVerdict(backend, {p: _reason(backend, p, found, known) for p in PRECISIONS}) for backend in BACKENDS]
+    return [BackendVerdict(backend, {p: _reason(backend, p, found) for p in PRECISIONS}) for backend in REQUIREMENTS]
 
 
 def check_requirement(wish: str, provider: str | None, verdicts: list[BackendVerdict]) -> str:
@@ -99,9 +97,7 @@ def check_requirement(wish: str, provider: str | None, verdicts: list[BackendVer
     return "" if rows[0].running else rows[0].reasons["fp32"]
 
 
-def _reason(backend: BackendRequirements, precision: str, found: ProbeResults, known: Collection[str]) -> str:
-    if backend.name not in known:
-        return "not in this version of anyflow-deploy"
+def _reason(backend: BackendRequirements, precision: str, found: ProbeResults) -> str:
     for name in backend.needs:
         finding = found.get(name, ProbeResult(MISSING, "not looked at"))
         if not finding.works:

@@ -99,9 +99,9 @@ def from_cuda_python() -> GpuFacts | None:
 
 def _describe_gpus(facts: GpuFacts) -> str:
     gpus = [
-        f"{probe_gpu['name']} (compute capability {'.'.join(map(str, probe_gpu['compute_capability']))}, "
-        f"{probe_gpu['total_bytes'] / 1e9:.1f} GB, {probe_gpu['free_bytes'] / 1e9:.1f} GB free)"
-        for probe_gpu in facts["gpus"]
+        f"{gpu['name']} (compute capability {'.'.join(map(str, gpu['compute_capability']))}, "
+        f"{gpu['total_bytes'] / 1e9:.1f} GB, {gpu['free_bytes'] / 1e9:.1f} GB free)"
+        for gpu in facts["gpus"]
     ]
     driver = f"driver {facts['driver']}" if facts["driver"] else "driver of unknown version"
     return f"{'; '.join(gpus)}; {driver}, CUDA {facts['cuda'] or 'unknown'}"

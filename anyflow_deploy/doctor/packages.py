@@ -8,9 +8,11 @@ from collections.abc import Iterable
 
 from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, ProbeResult
 from anyflow_deploy.doctor.subprocess_probe import probe_import, run_python
+from anyflow_deploy.engines.registry import BACKENDS
 
-CPU, GPU = "pip install 'anyflow-deploy[cpu]'", "pip install 'anyflow-deploy[gpu]'"
-EXPORT, TENSORRT = "pip install 'anyflow-deploy[export]'", "pip install 'anyflow-deploy[tensorrt]'"
+CPU, GPU = (BACKENDS["onnxruntime"].install_command(provider) for provider in ("cpu", "cuda"))
+TENSORRT = BACKENDS["tensorrt"].install_command("cuda")
+EXPORT = "pip install 'anyflow-deploy[export]'"
 
 _NUMPY = """
 import numpy

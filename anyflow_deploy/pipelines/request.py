@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle.manifest import Manifest
+from anyflow_deploy.dtypes import DTYPES
 from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
 from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
 from anyflow_deploy.engines.engine import Array, prepare_array
@@ -20,8 +21,6 @@ from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
 from anyflow_deploy.engines.step_policy import StepPolicy, StepSettings, ignore_result
 from anyflow_deploy.errors import AnyFlowError, InvalidRequestError, ShapeError
 from anyflow_deploy.shape_ranges import latent_frames
-
-_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 Naming = Callable[[str], str]
 """Turns a field of a request into what the user calls it: `num_frames` into `--frames`, say."""
@@ -240,7 +239,7 @@ def check_prompt_embeds(manifest: Manifest, prompt_embeds: ArrayLike) -> Array:
 def cache_element_bytes(manifest: Manifest) -> int:
     """Return the bytes of one number in a causal model's cache, read from the graph that fills it."""
     outputs = manifest.graphs["chunk"].outputs
-    return next(_ELEMENT_BYTES[tensor.dtype] for tensor in outputs if tensor.name == "key.0")
+    return next(DTYPES[tensor.dtype].bytes for tensor in outputs if tensor.name == "key.0")
 
 
 def describe_plan(plan: CachePlan, element_bytes: int) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from anyflow_deploy.bundle.atomic_io import atomic_file
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.errors import AnyFlowError
 
@@ -108,9 +109,8 @@ def save_embeddings(path: Path, embeddings: Array, prompts: list[str]) -> None:
     """Write embeddings, whole or not at all."""
     from safetensors.numpy import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({TENSOR: embeddings}, partial, metadata={"prompts": json.dumps(prompts)})
-    partial.rename(path)
+    with atomic_file(path) as partial:
+        save_file({TENSOR: embeddings}, partial, metadata={"prompts": json.dumps(prompts)})
 
 
 def load_embeddings(path: Path) -> tuple[Array, list[str]]:

@@ -19,9 +19,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from anyflow_deploy.bundle.atomic_io import atomic_file
 from anyflow_deploy.errors import AnyFlowError
 
-SUFFIXES = (".mp4", ".mkv", ".mov")
+_MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
+"""Ending of a file -> ffmpeg's name of the container."""
+
+SUFFIXES = tuple(_MUXERS)
 GROWING_SUFFIXES = (".mp4",)
 
 _FRAGMENTS = "frag_keyframe+empty_moov+default_base_moof+frag_discont+skip_trailer"
@@ -43,15 +47,11 @@ def save_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
     import av
 
     check_suffix(path)
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
-        with av.open(str(partial), "w") as container:
+        with atomic_file(path) as partial, av.open(str(partial), "w", format=_MUXERS[path.suffix.lower()]) as container:
             _encode(container, frames, fps)
-        partial.rename(path)
     except av.error.FFmpegError as error:
         raise AnyFlowError(f"{path} could not be encoded: {error}.") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 class Mp4Pieces:

@@ -28,12 +28,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from anyflow_deploy.bundle.atomic_io import atomic_file
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
 from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
 from anyflow_deploy.engines.engine import Array, BundleEngine, Engine
-from anyflow_deploy.engines.registry import load_engine
+from anyflow_deploy.engines.registry import DEFAULT_BACKEND, load_engine
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.engines.step_policy import StepPolicy, StepSettings
 from anyflow_deploy.engines.wrapper import EngineWrapper
@@ -201,7 +202,7 @@ class VideoPipeline:
         self,
         bundle: Bundle,
         *,
-        backend: str = "onnxruntime",
+        backend: str = DEFAULT_BACKEND,
         provider: str | None = None,
         threads: int | None = None,
         engine: str | Path | None = None,
@@ -696,10 +697,6 @@ def save_latents(path: Path, latents: Array) -> None:
     """
     from safetensors.numpy import save_file
 
-    partial = path.with_name(f".{path.name}.partial")
     layout = {"layout": "batch, frames, channels, height, width"}
-    try:
+    with atomic_file(path) as partial:
         save_file({"latents": np.ascontiguousarray(latents)}, partial, metadata=layout)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.layer_timing import LayerTiming
-from anyflow_deploy.engines.registry import EngineOptions
+from anyflow_deploy.engines.registry import BACKENDS, EngineOptions
 from anyflow_deploy.profiling.errors import MeasurementUnavailableError
 from anyflow_deploy.profiling.layers import by_operator, by_part, layer_rows
 from anyflow_deploy.profiling.record import Latency, Layers, Point
@@ -32,27 +33,25 @@ def profile_layers(
     Raises:
         MeasurementUnavailableError: the backend has no profiler that times layers on its device.
     """
-    if backend == "onnxruntime" and options.provider == "cpu":
-        return _profile_onnxruntime(bundle, options, video, point), None
-    if backend == "tensorrt":
-        return _profile_tensorrt(bundle, options, video, point)
-    if backend == "onnxruntime":
+    timed_on = BACKENDS[backend].timed_on
+    if options.provider in timed_on:
+        return _PROFILERS[backend](bundle, options, video, point)
+    if timed_on:
         raise MeasurementUnavailableError(
             "on a GPU ONNX Runtime's profiler times launches, not kernels; Nsight Systems shows those (nsys profile)"
         )
-    raise MeasurementUnavailableError(
-        f"the code that {backend} compiles has no layers left to time; the onnxruntime and tensorrt backends have"
-    )
+    able = " and ".join(name for name, row in BACKENDS.items() if row.timed_on)
+    raise MeasurementUnavailableError(f"the code that {backend} compiles has no layers left to time; the {able} backends have")
 
 
-def _profile_onnxruntime(bundle: Bundle, options: EngineOptions, video: VideoWorkload, point: Point) -> Layers:
+def _profile_onnxruntime(bundle: Bundle, options: EngineOptions, video: VideoWorkload, point: Point) -> tuple[Layers, None]:
     from anyflow_deploy.engines.onnxruntime.profiler import ProfiledEngine
 
     graph = transition_graph(bundle)
     with tempfile.TemporaryDirectory() as folder, closing(ProfiledEngine(bundle, options, Path(folder))) as engine:
         seconds = _time_steps(TimedEngine(engine), video)
         timed = engine.layers(graph, MEASURED_STEPS)
-    return _layers_record("ONNX Runtime's profiler", graph, timed, seconds, point)
+    return _layers_record("ONNX Runtime's profiler", graph, timed, seconds, point), None
 
 
 def _profile_tensorrt(bundle: Bundle, options: EngineOptions, video: VideoWorkload, point: Point) -> tuple[Layers, Latency]:
@@ -66,6 +65,13 @@ def _profile_tensorrt(bundle: Bundle, options: EngineOptions, video: VideoWorklo
         seconds = _time_steps(TimedEngine(engine), video, engine)
         timed = engine.layers(graph)
     return _layers_record("TensorRT's IProfiler and engine inspector", graph, timed, seconds, point), enqueue
+
+
+_PROFILERS: dict[str, Callable[[Bundle, EngineOptions, VideoWorkload, Point], tuple[Layers, Latency | None]]] = {
+    "onnxruntime": _profile_onnxruntime,
+    "tensorrt": _profile_tensorrt,
+}
+"""How the backends are timed that say in the registry where they can be."""
 
 
 def transition_graph(bundle: Bundle) -> str:

@@ -36,8 +36,8 @@ class PeakMemory:
         shared: bytes taken of the memory that processor and GPU share; None where each has its own.
     """
 
-    def __init__(self, gpu_memory_reader: MemoryReader | None = None, shared: MemoryReader | None = None) -> None:
-        self._used, self._shared = gpu_memory_reader, shared
+    def __init__(self, gpu_used: MemoryReader | None = None, shared: MemoryReader | None = None) -> None:
+        self._used, self._shared = gpu_used, shared
         self._shared_before = None if shared is None else shared()
         self._before = resident_bytes()
         self._gpu_before = self._gpu()

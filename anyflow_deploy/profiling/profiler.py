@@ -16,7 +16,7 @@ from anyflow_deploy import __version__
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.engine import BundleEngine
 from anyflow_deploy.engines.engine_folder import find_engine
-from anyflow_deploy.engines.registry import GPU_ONLY_BACKENDS, EngineOptions, load_engine
+from anyflow_deploy.engines.registry import BACKENDS, EngineOptions, load_engine
 from anyflow_deploy.memory.parameter_shapes import count_parameters
 from anyflow_deploy.profiling import jetson, layer_profiling, machine, stages
 from anyflow_deploy.profiling.advice import advise
@@ -85,7 +85,7 @@ class ProfileRequest:
 
 def default_provider(backend: str, provider: str | None) -> str:
     """As `load_engine` chooses it."""
-    return provider or ("cuda" if backend in GPU_ONLY_BACKENDS else "cpu")
+    return provider or BACKENDS[backend].default_provider
 
 
 def run_profile(request: ProfileRequest, progress: Progress) -> Profile:
@@ -192,7 +192,7 @@ class _Profiler:
         request, manifest = self._request, self._request.bundle.manifest
         a = manifest.architecture
         built = None
-        if request.backend != "onnxruntime":
+        if BACKENDS[request.backend].build_settings is not None:
             built = find_engine(request.bundle, request.backend, request.engine.engine, verify=False).record.seconds
         return Subject(
             bundle=request.bundle.path.name,

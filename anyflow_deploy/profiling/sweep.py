@@ -7,6 +7,7 @@ from statistics import median
 
 import numpy as np
 
+from anyflow_deploy.models import TEMPORAL_FACTOR
 from anyflow_deploy.profiling.power import PowerSource
 from anyflow_deploy.profiling.record import ChunkLatencies, ClipLatency, Point
 from anyflow_deploy.profiling.sampler import ResourceSampler
@@ -15,9 +16,6 @@ from anyflow_deploy.profiling.timed_engine import TimedEngine
 from anyflow_deploy.profiling.timing import TimedRuns, TimingRules, measure_cases, run_warm_up
 from anyflow_deploy.profiling.workload import ChunkTimes, VideoWorkload, clip_runner
 from anyflow_deploy.progress import Progress
-
-FPS_FACTOR = 4
-"""Video frames of a latent frame; the video's first latent frame has one."""
 
 
 def measure_point(
@@ -121,8 +119,8 @@ def _chunks_record(video: VideoWorkload, steps: int, times: ChunkTimes) -> Chunk
     assert video.plan is not None
     plan, rows = video.plan, times.rows
     by_index = [median(row[index] for row in rows) for index in range(len(plan.chunks))]
-    frames = [FPS_FACTOR * count for count in plan.chunks]
-    frames[0] -= FPS_FACTOR - 1
+    frames = [TEMPORAL_FACTOR * count for count in plan.chunks]
+    frames[0] -= TEMPORAL_FACTOR - 1
     later = [seconds for row in rows for seconds in row[1:]]
     factors = [count / seconds / video.fps for count, seconds in zip(frames[1:], by_index[1:], strict=True)]
     return ChunkLatencies(

@@ -18,7 +18,7 @@ class TimedEngine(EngineWrapper):
 
     Attributes:
         steps: seconds of every transition since the list was last emptied.
-        remembered: the same of every chunk that went into a cache.
+        append_seconds: the same of every chunk that went into a cache.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from anyflow_deploy.bundle.json_records import load_record
+from anyflow_deploy.bundle.json_records import FrozenRecord, load_record
 
 CALIBRATION = "calibration.json"
 CALIBRATION_SCHEMA = 1
@@ -22,11 +22,7 @@ CALIBRATION_SCHEMA = 1
 _Amax = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class TensorRange(_Record):
+class TensorRange(FrozenRecord):
     """The largest absolute values a tensor took.
 
     Attributes:
@@ -38,12 +34,12 @@ class TensorRange(_Record):
     channels: list[_Amax] | None = None
 
 
-class Calibration(_Record):
+class Calibration(FrozenRecord):
     """The whole file.
 
     Attributes:
         config: `config.json` of the architecture.
-        weights: fingerprint of the weights, see `checkpoints.weights.fingerprint`.
+        weights: fingerprint of the weights, see `checkpoints.weights.compute_fingerprint`.
         prompts, steps, seeds, shift, shapes: the rollouts that were run: latents (B, F, C, H, W) each.
         sweeps: timesteps of further rollouts, which visit times that uniform schedules jump over.
         text: "encoder" when the prompts went through the model's own text encoder, "random" when there was none and
@@ -61,7 +57,7 @@ class Calibration(_Record):
     seeds: list[int]
     shift: float
     shapes: list[list[int]]
-    sweeps: list[list[float]] = []
+    sweeps: list[list[float]] = Field(default_factory=list)
     text: Literal["encoder", "random"] = "encoder"
     tools: dict[str, str]
     tensors: dict[str, TensorRange]

@@ -19,7 +19,7 @@ from typing import IO
 
 from pydantic import BaseModel, ValidationError
 
-from anyflow_deploy.bundle.json_records import write_text_atomically
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.serving.job import Fragment, Job, Video
 

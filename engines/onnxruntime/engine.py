@@ -27,7 +27,7 @@ from anyflow_deploy.engines.onnxruntime.graph_rewrites import build_session_grap
 from anyflow_deploy.engines.onnxruntime.int8 import saturates
 from anyflow_deploy.engines.onnxruntime.kv_cache import OnnxRuntimeCache
 from anyflow_deploy.engines.onnxruntime.run import OnnxRuntimeRun
-from anyflow_deploy.engines.registry import EngineOptions
+from anyflow_deploy.engines.registry import BACKENDS, EngineOptions
 from anyflow_deploy.engines.streaming import CacheStream
 from anyflow_deploy.errors import AnyFlowError, BackendError, UnavailableError
 from anyflow_deploy.models import Architecture
@@ -35,7 +35,7 @@ from anyflow_deploy.shape_ranges import ShapeRanges
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_PACKAGES = {"cpu": "anyflow-deploy[cpu]", "cuda": "anyflow-deploy[gpu]"}
+_ROW = BACKENDS["onnxruntime"]
 
 
 class OnnxRuntimeEngine:
@@ -177,12 +177,12 @@ def _import_runtime(provider: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UnavailableError(f"ONNX Runtime cannot be imported ({error}). Run: pip install '{_PACKAGES[provider]}'") from None
+        raise UnavailableError(f"ONNX Runtime cannot be imported ({error}). Run: {_ROW.install_command(provider)}") from None
     available = onnxruntime.get_available_providers()
     if PROVIDERS[provider] not in available:
         raise UnavailableError(
             f"provider {provider!r} is not in this ONNX Runtime {onnxruntime.__version__}, which has {', '.join(available)}. "
-            f"Run: pip uninstall onnxruntime onnxruntime-gpu && pip install '{_PACKAGES[provider]}'"
+            f"Run: pip uninstall onnxruntime onnxruntime-gpu && {_ROW.install_command(provider)}"
         )
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # finds CUDA where pip put it; prints what it does not find

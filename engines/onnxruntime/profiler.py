@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.dtypes import DTYPES
 from anyflow_deploy.engines.layer_timing import LayerTiming, merge_timings
 from anyflow_deploy.engines.onnxruntime.engine import OnnxRuntimeEngine
 from anyflow_deploy.engines.registry import EngineOptions
@@ -21,7 +22,7 @@ from anyflow_deploy.engines.registry import EngineOptions
 _INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "QLinearConv")
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", *_INTEGER)
 _ATTENTIONS = ("MultiHeadAttention", "Attention")
-_BYTES = {"float": 4, "float16": 2, "bfloat16": 2, "double": 8, "int64": 8, "int32": 4, "int8": 1, "uint8": 1, "bool": 1}
+_BYTES = {row.onnxruntime: row.bytes for row in DTYPES.values() if row.onnxruntime}
 
 
 class ProfiledEngine(OnnxRuntimeEngine):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 
+from anyflow_deploy.engines.registry import BACKENDS
 from anyflow_deploy.errors import BackendError
 
 try:
@@ -17,7 +18,7 @@ try:
 except ImportError as error:
     raise BackendError(
         f"TensorRT cannot be imported ({error}). On a Jetson it comes with JetPack (make the virtual environment with "
-        "--system-site-packages); elsewhere run: pip install 'anyflow-deploy[tensorrt]'"
+        "--system-site-packages); elsewhere run: " + BACKENDS["tensorrt"].install_command("cuda")
     ) from None
 
 __all__ = ["VERSION", "TensorRTLogger", "trt"]

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anyflow_deploy.engines.registry import BACKENDS
 from anyflow_deploy.errors import BackendError
 
 try:
     from cuda.bindings import runtime as cuda
 except ImportError as error:
-    raise BackendError(f"cuda-python cannot be imported ({error}). Run: pip install 'anyflow-deploy[tensorrt]'") from None
+    command = BACKENDS["tensorrt"].install_command("cuda")
+    raise BackendError(f"cuda-python cannot be imported ({error}). Run: {command}") from None
 
 ALIGNMENT = 256
 """Bytes that TensorRT wants a tensor's address to be a multiple of."""

@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from anyflow_deploy.bundle.manifest import GraphRecord
+from anyflow_deploy.dtypes import DTYPES
 from anyflow_deploy.engines.tensorrt.api import VERSION, TensorRTLogger, trt
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Profile, Shape
 from anyflow_deploy.errors import BackendError
 
 T = TypeVar("T")
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+BYTES = {name: row.bytes for name, row in DTYPES.items() if row.tensorrt}
 """Size of an element, by the manifest's names."""
 
-_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
+_TYPES = {name: row.tensorrt for name, row in DTYPES.items() if row.tensorrt}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anyflow_deploy.bundle.atomic_io import atomic_file
 from anyflow_deploy.errors import BackendError
 
 if TYPE_CHECKING:
@@ -145,10 +146,9 @@ def make_symbolic_compiler(compiler: str, cache: Path | None = None) -> str:
     script = folder / Path(compiler).name
     if not script.exists() or script.read_text() != text:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{script.name}.{os.getpid()}"
-        partial.write_text(text)
-        partial.chmod(0o755)
-        partial.replace(script)
+        with atomic_file(script) as partial:
+            partial.write_text(text)
+            partial.chmod(0o755)
     return str(script)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_deploy.engines.engine_folder import DeviceRecord
+from anyflow_deploy.engines.registry import BACKENDS
 from anyflow_deploy.errors import BackendError
 
 _INSTRUCTIONS = re.compile(
@@ -23,7 +24,7 @@ _INSTRUCTIONS = re.compile(
 )
 """Names in /proc/cpuinfo of what a compiler may use; the kernel lists much else, which changes with its version."""
 
-INSTALL = "pip install 'anyflow-deploy[aotinductor]'"
+INSTALL = BACKENDS["aotinductor"].install_command("cpu")
 
 
 def import_torch(provider: str, index: int) -> Any:

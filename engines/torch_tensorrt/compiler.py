@@ -74,7 +74,7 @@ def compile_program(
     Args:
         trt: the torch_tensorrt module.
         program: recorded, on the device.
-        shapes: see `built`.
+        shapes: see `build_package`.
         dynamic: torch's description of the axes.
         device: torch device.
         path: ends in .pt2.

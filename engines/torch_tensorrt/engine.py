@@ -10,11 +10,11 @@ import importlib
 from typing import Any
 
 from anyflow_deploy.engines.aotinductor.engine import AotInductorEngine
-from anyflow_deploy.engines.registry import EngineOptions
+from anyflow_deploy.engines.registry import BACKENDS, EngineOptions
 from anyflow_deploy.engines.torch_common.device import import_torch
 from anyflow_deploy.errors import BackendError
 
-INSTALL = "pip install 'anyflow-deploy[torch-tensorrt]'"
+INSTALL = BACKENDS["torch-tensorrt"].install_command("cuda")
 
 
 class TorchTensorRTEngine(AotInductorEngine):

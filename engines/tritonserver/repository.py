@@ -21,6 +21,7 @@ from pathlib import Path
 from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import MANIFEST, GraphTensor
+from anyflow_deploy.dtypes import DTYPES
 from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
 from anyflow_deploy.engines.tritonserver.config import plan_config, streaming_config
 from anyflow_deploy.engines.tritonserver.io_spec import TensorSpec
@@ -30,7 +31,7 @@ from anyflow_deploy.errors import AnyFlowError, BackendError
 CONFIG = "config.pbtxt"
 VERSION = "1"
 _KIND = ArtifactKind("Triton model", CONFIG, CONFIG, "--name", "Write it again with anyflow-triton.")
-_TYPES = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16", "int64": "INT64"}
+_TYPES = {name: row.triton for name, row in DTYPES.items() if row.triton}
 _MODEL = '''\
 """Written by anyflow-triton. The model is in the package anyflow_deploy: install it where the server's Python finds it."""
 

@@ -20,9 +20,9 @@ from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 from typing import Any
 
-from anyflow_deploy.bundle.json_records import write_text_atomically
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.checkpoints.checkpoint import schedule_shift
-from anyflow_deploy.checkpoints.weights import Weights, fingerprint
+from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.sampler import noise
 from anyflow_deploy.errors import AnyFlowError
@@ -52,7 +52,7 @@ class CalibrationSettings:
         seeds: of the noise, which every prompt has its own of.
         device: torch device.
         partial: where unfinished work is kept; None for nowhere.
-        tell: called with what a user should know: work that is taken up again, or cannot be.
+        notify: called with what a user should know: work that is taken up again, or cannot be.
     """
 
     text: CalibrationPrompts
@@ -86,7 +86,7 @@ def run_calibration(weights: Weights, settings: CalibrationSettings, progress: P
     """
     progress, a, shift = progress or NullProgress(), weights.architecture, schedule_shift(weights)
     with progress.stage("fingerprint of the weights"):
-        weights_fingerprint = fingerprint(weights)
+        weights_fingerprint = weights.fingerprint
     rollouts = list(_list_rollouts(settings, shift))
     partial = CalibrationCheckpoint(settings.partial, _checkpoint_key(settings, weights_fingerprint, shift))
     maxima = partial.maxima
@@ -114,7 +114,7 @@ def check_calibration(calibration: Calibration, weights: Weights) -> None:
         AnyFlowError: another architecture, or other weights of the same.
     """
     check_architecture(calibration, weights.architecture)
-    if calibration.weights != (actual := fingerprint(weights)):
+    if calibration.weights != (actual := weights.fingerprint):
         raise AnyFlowError(
             f"this calibration is of the weights {calibration.weights[:12]}…, and {weights.source.location} holds "
             f"{actual[:12]}…. "

@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from anyflow_deploy.bundle.atomic_io import atomic_file
+
 Maxima = dict[str, torch.Tensor]
 """Tensor name -> largest absolute values, float32: one, or one for each channel."""
 
@@ -42,9 +44,8 @@ class CalibrationCheckpoint:
         self.done.add(rollout)
         if self._path is None:
             return
-        fresh = self._path.with_name(f"{self._path.name}.new")
-        save_file(maxima, fresh, {"key": self._key, "done": json.dumps(sorted(self.done))})
-        fresh.replace(self._path)
+        with atomic_file(self._path) as partial:
+            save_file(maxima, partial, {"key": self._key, "done": json.dumps(sorted(self.done))})
 
     def _read(self, path: Path) -> None:
         try:

@@ -52,7 +52,7 @@ class FakeQuant:
         a: its architecture.
         calibration: of its weights.
         precision: "int8" or "fp8".
-        kept: layers that stay high.
+        full_precision_layers: layers that stay high.
         smooth: SmoothQuant's factors: layer -> s (K), one for each input channel. The input is divided by s before it is
             rounded, and the weight's columns multiplied. Layers of one group need the same.
         attention: attentions whose products round their operands, fp8 only: by name (`blocks.0.attn1`, see

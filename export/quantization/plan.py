@@ -23,7 +23,7 @@ from torch import Tensor
 from anyflow_deploy.checkpoints.dtypes import BUNDLE_DTYPES, CHECKPOINT_DTYPES
 from anyflow_deploy.checkpoints.weights import ParameterSpec, Weights, convert_parameter
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.precision import get_precision
+from anyflow_deploy.precision import PrecisionSpec, get_precision
 from anyflow_deploy.progress import Progress
 from anyflow_deploy.quantization.calibration import Calibration
 from anyflow_deploy.quantization.layers import (
@@ -68,7 +68,7 @@ class QuantizationPlan:
         constants: scales, vectors and the zero point, by initializer name, in the type they are stored in.
         smooth: layer -> SmoothQuant's s (K), what its input is divided by.
         factors: parameter -> what it is multiplied by before anything else, each broadcasting to it.
-        kept: candidates that are not quantized -> why.
+        full_precision_layers: candidates that are not quantized -> why.
     """
 
     kind: str
@@ -137,10 +137,7 @@ def smoothquant_factors(inputs: Tensor, weights: Tensor) -> Tensor:
 def plan_quantization(
     weights: Weights,
     calibration: Calibration,
-    precision: str,
-    base: str,
-    smooth: bool,
-    attention: str,
+    spec: PrecisionSpec,
     full_precision_layers: Sequence[str],
     progress: Progress,
 ) -> QuantizationPlan:
@@ -148,31 +145,28 @@ def plan_quantization(
 
     Args:
         weights, calibration: of one model.
-        precision: "int8" or "fp8".
-        base: precision of the rest.
-        smooth: SmoothQuant, for int8 (fp8 has range enough for outliers).
-        attention: "high" or "fp8".
-        kept: names of layers to keep high.
+        spec: a quantized precision, complete.
+        full_precision_layers: names of layers to keep high.
 
     Raises:
         AnyFlowError: a layer that the calibration knows nothing of, a name in `kept` that fits no layer, or nothing left
             to quantize.
     """
     a = weights.architecture
-    plan = QuantizationPlan(get_precision(precision).tensor_type, base)
+    plan = QuantizationPlan(get_precision(spec.precision).tensor_type, spec.base)
     plan.full_precision_layers.update(
         {**unquantized_layers(a, calibration), **dict.fromkeys(validate_layers(a, full_precision_layers), "asked for")}
     )
-    planner = _QuantizationPlanner(plan, weights, calibration, smooth and precision == "int8")
+    planner = _QuantizationPlanner(plan, weights, calibration, spec.smooth)
     with progress.stage("measuring weights", float(a.num_layers)) as advance:
         for index in range(a.num_layers):
             for group in _GROUP_ORDER:
                 planner.group([f"blocks.{index}.{layer}" for layer in group])
             advance(1)
-    if attention == "fp8":
+    if spec.attention == "fp8":
         planner.attention()
     if not plan.inputs:
-        raise AnyFlowError(f"{precision} would quantize nothing: {_reasons(plan)}. Choose --precision {base}.")
+        raise AnyFlowError(f"{spec.precision} would quantize nothing: {_reasons(plan)}. Choose --precision {spec.base}.")
     plan.constants[ZERO_POINT] = torch.zeros((), dtype=BUNDLE_DTYPES[plan.kind])
     return plan
 

@@ -43,7 +43,7 @@ def count_precisions(
         models: the finished graphs, by name; each is counted once.
         entries: the weights' types and sizes.
         a, video: give sizes to the symbols in shapes.
-        kept: layers that were kept high -> why.
+        full_precision_layers: layers that were kept high -> why.
     """
     names = {name for model in models.values() for name in model.graph.initializers}  # what two graphs share counts once
     weight_bytes: dict[str, int] = {}

@@ -43,7 +43,7 @@ class CalibrationPrompts:
 
     Attributes:
         prompts: in words.
-        embeddings: float32 (prompts, L, D).
+        prompt_embeds: float32 (prompts, L, D).
         source: "encoder", or "random" where there was no text encoder.
     """
 

@@ -71,7 +71,7 @@ class EightBitLinear(nn.Module):
 
     Args:
         original: the layer it replaces.
-        operand: its input.
+        quantized_input: its input.
         weight, scale: as stored: (N, K) in eight bits, and one number or (N).
     """
 

@@ -15,10 +15,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
-from anyflow_deploy.bundle.json_records import load_record, write_text_atomically
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
+from anyflow_deploy.bundle.json_records import FrozenRecord, load_record
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import Difference, difference
@@ -35,11 +36,7 @@ SENSITIVITY = "sensitivity.json"
 STEPS = (1, 4)
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class QuantizationError(_Record):
+class QuantizationError(FrozenRecord):
     """What quantizing some layers does to a video, at the step count where it is worst.
 
     Attributes:
@@ -51,7 +48,7 @@ class QuantizationError(_Record):
     psnr_db: float | None
 
 
-class Sensitivity(_Record):
+class Sensitivity(FrozenRecord):
     """`sensitivity.json`.
 
     Attributes:
@@ -71,7 +68,7 @@ class Sensitivity(_Record):
     seed: int
     layers: dict[str, QuantizationError]
     excluded: dict[str, str]
-    kept: dict[int, QuantizationError] = {}
+    kept: dict[int, QuantizationError] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)

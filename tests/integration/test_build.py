@@ -12,7 +12,6 @@ import pytest
 from anyflow_deploy import AnyFlowError, BackendError, Bundle, BundleError, load_bundle, load_engine
 from anyflow_deploy.cli.build import BuildOptions, build, chosen_settings
 from anyflow_deploy.cli.options import parsed
-from anyflow_deploy.engines import build as building
 from anyflow_deploy.engines import registry
 from anyflow_deploy.engines.build import BuildResult, BuildSettings, build_engine
 from anyflow_deploy.engines.engine_folder import (
@@ -24,6 +23,7 @@ from anyflow_deploy.engines.engine_folder import (
     load_engine_folder,
     narrow_ranges,
 )
+from anyflow_deploy.engines.registry import Backend
 from anyflow_deploy.progress import Progress
 from tests.conftest import Export
 
@@ -56,8 +56,8 @@ class Engine:
 
 @pytest.fixture
 def bundle(small_bundle: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    monkeypatch.setitem(building.BUILDERS, "maker", f"{__name__}:Settings")
-    monkeypatch.setitem(registry.BACKENDS, "maker", f"{__name__}:Engine")
+    row = Backend("maker", f"{__name__}:Engine", {"cpu": "maker", "cuda": "maker"}, f"{__name__}:Settings")
+    monkeypatch.setitem(registry.BACKENDS, "maker", row)
     shutil.copytree(small_bundle().path, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
     return load_bundle(tmp_path / "bundle")
 
@@ -139,8 +139,8 @@ def test_refusals(bundle: Bundle, words: str, message: str) -> None:
 
 
 def test_a_flag_of_another_backend(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(building.BUILDERS, "other", "anyflow_deploy.engines.build:BuildSettings")
-    monkeypatch.setitem(registry.BACKENDS, "other", f"{__name__}:Engine")
+    row = Backend("other", f"{__name__}:Engine", {"cpu": "other"}, "anyflow_deploy.engines.build:BuildSettings")
+    monkeypatch.setitem(registry.BACKENDS, "other", row)
     options = parsed(MakerOptions, [str(bundle.path), "--backend", "other", "--workspace", "7"])
     with pytest.raises(AnyFlowError, match="--workspace means nothing to backend other; it is a flag of .*maker"):
         chosen_settings(options)

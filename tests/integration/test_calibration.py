@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from anyflow_deploy import MODELS, AnyFlowError, Schedule, noise
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
-from anyflow_deploy.checkpoints.weights import Weights
+from anyflow_deploy.checkpoints.weights import Weights, WeightsBase
 from anyflow_deploy.cli.calibrate import CalibrateOptions, calibrate
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.export.quantization.calibrate import (
@@ -41,7 +41,7 @@ SHAPE = (2, 4, 8, 12)
 TEXT_TOKENS = 40
 
 
-class Changed:
+class Changed(WeightsBase):
     """Weights of which some are others."""
 
     def __init__(self, weights: Weights, changes: dict[str, Callable[[torch.Tensor], torch.Tensor]]) -> None:
@@ -74,7 +74,7 @@ def calibration(weights: Weights) -> Calibration:
 def seen(weights: Weights, schedules: list[Schedule], seed: int) -> dict[str, float]:
     """The largest values over some schedules, watched without the code under test."""
     engine = TorchEngine(weights)
-    watched = load_modelopt().watching(engine.network, quantizable_layers(weights.architecture))
+    watched = load_modelopt().insert_observers(engine.network, quantizable_layers(weights.architecture))
     given = settings(weights)
     for schedule in schedules:
         run_rollout(engine, noise((1, *given.shape), seed), given.text.prompt_embeds[:1], schedule)

@@ -24,6 +24,7 @@ from anyflow_deploy.export.quantization.plan import plan_quantization
 from anyflow_deploy.export.quantization.prompts import random_prompt_embeds
 from anyflow_deploy.export.quantization.rollouts import run_rollout
 from anyflow_deploy.export.torch_engine import TorchEngine
+from anyflow_deploy.precision import PrecisionSpec
 from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import Calibration
 from anyflow_deploy.quantization.layers import quantizable_layers
@@ -42,9 +43,8 @@ def apart(
     """Relative L2 of every product; `loud` multiplies the noise, beyond what calibration has seen."""
     how, a = bundle.manifest.quantization, weights.architecture
     assert how is not None
-    plan = plan_quantization(
-        weights, calibration, bundle.manifest.precision, how.base, how.smooth, how.attention, (), NullProgress()
-    )
+    spec = PrecisionSpec(bundle.manifest.precision, how.base, how.attention, how.smooth)
+    plan = plan_quantization(weights, calibration, spec, (), NullProgress())
     reference = TorchEngine(weights)
     attention = ("attn1", "attn2") if how.attention == "fp8" else ()
     FakeQuant(reference.network, a, calibration, bundle.manifest.precision, smooth=plan.smooth, attention=attention)

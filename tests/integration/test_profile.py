@@ -199,7 +199,7 @@ def test_compare_on_the_command_line(made: Path, tmp_path: Path, capsys: pytest.
     assert verdicts.pop(f"{SMALL_SHAPE}, 3 steps") == "regression" and set(verdicts.values()) == {"unchanged"}
     assert run(f"--compare {old} {tmp_path}/slower.json --time-threshold 20000") == 0
     (tmp_path / "no.json").write_text('{"schema": 1}')
-    for path, message in (("no.json", "no usable profile"), ("nowhere.json", "does not exist")):
+    for path, message in (("no.json", "damaged at"), ("nowhere.json", "does not exist")):
         with pytest.raises(AnyFlowError, match=message):
             run(f"--compare {old} {tmp_path}/{path}")
 

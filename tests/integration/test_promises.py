@@ -180,7 +180,8 @@ def test_the_readme_tree_names_every_module() -> None:
     files += [p for name in ("export", "engines", "training") for p in (ROOT / name).rglob("*.py")]
     public = [path for path in files if not path.name.startswith("_")]
     assert not [str(path.relative_to(ROOT)) for path in public if path.name not in README]
-    known = {path.name for name in ("anyflow_deploy", "export", "engines", "training") for path in (ROOT / name).rglob("*.py")}
+    roots = ("anyflow_deploy", "benchmarks", "engines", "export", "tests", "tools", "training")
+    known = {path.name for root in roots for path in (ROOT / root).rglob("*.py")}
     assert not [name for name in re.findall(r"(\w+\.py)", README) if name not in known]
 
 

@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from anyflow_deploy import AnyFlowError, BackendError, Bundle, load_engine
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.dtypes import BUNDLE_DTYPES
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
+from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.inspect_bundle import InspectOptions, inspect
+from anyflow_deploy.cli.quantize import calibration_of as calibration_of_export
 from anyflow_deploy.engines.validation import THRESHOLDS, validate
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle, validate_export
 from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration, write_calibration
@@ -34,6 +37,7 @@ from anyflow_deploy.export.quantization.plan import (
 from anyflow_deploy.export.quantization.prompts import PROMPTS, random_prompt_embeds
 from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.models import Architecture
+from anyflow_deploy.precision import resolve_precision
 from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import Calibration, TensorRange, load_calibration
 from anyflow_deploy.quantization.layers import OPERANDS, quantizable_layers
@@ -71,9 +75,9 @@ def changed(calibration: Calibration, **tensors: TensorRange | None) -> Calibrat
 def plan(
     calibration: Calibration, weights: Any = None, precision: str = "int8", base: str = "fp32", **how: Any
 ) -> QuantizationPlan:
-    given = {"smooth": True, "attention": "high", "full_precision_layers": (), **how}
-    weights = weights or open_checkpoint(SMALL)
-    return plan_quantization(weights, calibration, precision, base, progress=NullProgress(), **given)
+    kept = how.pop("full_precision_layers", ())
+    spec = resolve_precision(precision, base, "cpu", **how)
+    return plan_quantization(weights or open_checkpoint(SMALL), calibration, spec, kept, NullProgress())
 
 
 @pytest.fixture(scope="module")
@@ -260,8 +264,16 @@ SILENT = {f"blocks__0__{kind}__value": TensorRange(amax=0.0) for kind in ("attn1
             NARROW,
             "attention fp8 would quantize nothing: heads of 24 channels: not a mult",
         ),
-        (ExportSettings("fp8", attention="fp8", opset=23), WIDE_HEADS, "attention is fp8 at precision fp8 and opset 23; it goes"),
-        (ExportSettings("int8", attention="fp8"), WIDE_HEADS, "attention is fp8 at precision int8 and opset 20; it goes with"),
+        (
+            ExportSettings("fp8", attention="fp8", opset=23),
+            WIDE_HEADS,
+            "attention is fp8 at opset 23; it goes with opset 20 only",
+        ),
+        (
+            ExportSettings("int8", attention="fp8"),
+            WIDE_HEADS,
+            "attention is fp8 at precision int8; it goes with precision fp8 only",
+        ),
         (ExportSettings("fp8", attention="int8"), WIDE_HEADS, "attention is 'int8'; allowed are high and fp8"),
         (ExportSettings("fp16"), WIDE_HEADS, "precision fp16 quantizes nothing, so calibration would have no effect"),
         (ExportSettings("int8", base="int8"), WIDE_HEADS, "base is 'int8'; allowed are fp32, fp16, bf16"),
@@ -276,9 +288,37 @@ def test_settings_that_cannot_be(settings: ExportSettings, architecture: Archite
 
 def own(weights: RandomWeights) -> Calibration:
     """Made-up ranges under the weights' true fingerprint."""
-    from anyflow_deploy.checkpoints.weights import fingerprint
+    return made_up(weights.architecture, weights=weights.fingerprint)
 
-    return made_up(weights.architecture, weights=fingerprint(weights))
+
+class CountedWeights(RandomWeights):
+    """Weights that count how often each parameter is read."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture, "one block")
+        self.reads: Counter[str] = Counter()
+
+    def read(self, name: str) -> torch.Tensor:
+        self.reads[name] += 1
+        return super().read(name)
+
+
+def test_an_export_takes_the_fingerprint_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = CountedWeights(WIDE_HEADS)
+    path = tmp_path / "calibration.json"
+    write_calibration(path, own(RandomWeights(WIDE_HEADS, "one block")))
+    options = ExportOptions(model="tiny", precision="int8", calibration=path)
+    calibration = calibration_of_export(options, weights, tmp_path / "bundle", NullProgress())
+    assert set(weights.reads) == set(weights.shapes()) and set(weights.reads.values()) == {1}
+
+    def stop(*_: object) -> None:
+        raise AnyFlowError("that was all before the graph")
+
+    monkeypatch.setattr("anyflow_deploy.export.exporter.translate_graph", stop)
+    with pytest.raises(AnyFlowError, match="that was all"):
+        export_bundle(weights, tmp_path / "bundle", ExportSettings("int8", calibration=calibration))
+    layers = {f"{layer}.weight" for layer in quantizable_layers(WIDE_HEADS)}
+    assert {name for name, count in weights.reads.items() if count > 1} <= layers  # for SmoothQuant
 
 
 @pytest.mark.parametrize(
@@ -325,7 +365,7 @@ def test_infinite_ranges_in_a_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     write_calibration(path, made_up(WIDE_HEADS))
     path.write_text(re.sub(r'("blocks.0.attn1.query":\{"amax":)1.0', r"\1Infinity", path.read_text()))
-    with pytest.raises(AnyFlowError, match=r"no usable calibration: tensors\.blocks\.0\.attn1\.query\.amax"):
+    with pytest.raises(AnyFlowError, match=r"is damaged at 'tensors\.blocks\.0\.attn1\.query\.amax'"):
         load_calibration(path)
 
 
@@ -344,11 +384,12 @@ _STREAMING = """
 import resource, sys, tempfile
 from pathlib import Path
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
-from anyflow_deploy.export.quantization.plan import planned
+from anyflow_deploy.export.quantization.plan import plan_quantization
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.export.trace import ParameterSpec
 from anyflow_deploy.checkpoints.weights import write_weights
 from anyflow_deploy.bundle.bundle import BundleWriter
+from anyflow_deploy.precision import PrecisionSpec
 from anyflow_deploy.progress import NullProgress
 from tests.integration.test_quantization_plan import LARGE, made_up
 
@@ -357,7 +398,7 @@ weights = RandomWeights(LARGE, "large")
 calibration, base = made_up(LARGE), {name: ParameterSpec("F32", shape) for name, shape in weights.shapes().items()}
 weights.read("blocks.0.ffn.net.2.weight") * 2
 before = peak()
-plan = planned(weights, calibration, "int8", "fp32", True, "high", (), NullProgress())
+plan = plan_quantization(weights, calibration, PrecisionSpec("int8", "fp32", smooth=True), (), NullProgress())
 with tempfile.TemporaryDirectory() as folder, BundleWriter(Path(folder) / "b", False) as writer:
     write_weights(writer, weights, plan.parameters(base), plan.constants, NullProgress(), plan.convert_parameter)
 print(peak() - before)

@@ -35,6 +35,7 @@ from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.quantization.fake_quant import FakeQuant
 from anyflow_deploy.export.quantization.plan import LARGEST, QuantizationPlan, plan_quantization, weight_scale_name
 from anyflow_deploy.export.torch_engine import TorchEngine
+from anyflow_deploy.precision import PrecisionSpec
 from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.layers import quantizable_layers
 from tests.artifact_cache import translate_uncached
@@ -62,9 +63,8 @@ def plan_of(bundle: Bundle, checkpoint: Path) -> QuantizationPlan:
     how = bundle.manifest.quantization
     assert how is not None
     calibration, weights = calibration_of(checkpoint), open_checkpoint(checkpoint)
-    return plan_quantization(
-        weights, calibration, bundle.manifest.precision, how.base, how.smooth, how.attention, (), NullProgress()
-    )
+    spec = PrecisionSpec(bundle.manifest.precision, how.base, how.attention, how.smooth)
+    return plan_quantization(weights, calibration, spec, (), NullProgress())
 
 
 def compared(bundle: Bundle, reference: TorchEngine, checkpoint: Path) -> Validation:

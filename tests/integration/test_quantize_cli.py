@@ -15,6 +15,7 @@ from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.quantize import layers_kept
 from anyflow_deploy.cli.sensitivity import SensitivityOptions, sensitivity
 from anyflow_deploy.export.quantization.calibrate import write_calibration
+from anyflow_deploy.precision import PrecisionSpec
 from anyflow_deploy.progress import NullProgress
 from anyflow_deploy.quantization.calibration import load_calibration
 from tests.conftest import SMALL, calibration_of
@@ -72,7 +73,7 @@ def test_it_chooses_what_stays_high_and_sensitivity_reads_the_bundles_own_ranges
         ("--precision fp16 --base fp32", "--base is for --precision int8 or fp8"),
         ("--precision int8 --keep 2 --fidelity 30dB", "give one of --keep N and --fidelity DB"),
         ("--precision int8 --calibration c.json --prompts p.txt", "--calibration has its own prompts; leave --prompts out"),
-        ("--precision fp8 --attention int8", "--attention is 'int8'; allowed are high and fp8"),
+        ("--precision fp8 --attention int8", "attention is 'int8'; allowed are high and fp8"),
         ("--precision fp8 --no-smooth", "--no-smooth is for int8; fp8 is never smoothed"),
         ("--precision int8 --base fp8", "base is 'fp8'; allowed are fp32, fp16, bf16"),
         ("--precision int8 --base bf16", "bf16 does not run on target 'cpu'"),
@@ -107,15 +108,15 @@ def test_layers_are_chosen_with_attention_as_it_will_be(monkeypatch: pytest.Monk
     given = {}
 
     def probe(*arguments: object, **named: object) -> None:
-        given["attention"] = arguments[6]
+        given["spec"] = arguments[2]
         raise AnyFlowError("far enough")
 
     monkeypatch.setattr("anyflow_deploy.cli.quantize.probe_for", probe)
-    for attention, expected in (("fp8", ("blocks.0.attn1", "blocks.0.attn2")), ("high", ())):
+    for attention in ("fp8", "high"):
         options = parsed(ExportOptions, shlex.split(f"--model tiny --precision fp8 --attention {attention} --fidelity 30dB"))
         with pytest.raises(AnyFlowError, match="far enough"):
-            layers_kept(options, "cpu", weights, made_up(WIDE_HEADS), NullProgress())
-        assert given["attention"] == expected
+            layers_kept(options, options.spec, weights, made_up(WIDE_HEADS), NullProgress())
+        assert given["spec"] == PrecisionSpec("fp8", "fp32", attention)
 
 
 def test_a_failed_export_keeps_its_own_calibrations_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +135,7 @@ def test_a_failed_export_keeps_its_own_calibrations_work(tmp_path: Path, monkeyp
     [
         ("--precision int8 --calibration none.json", r"none\.json does not exist\. Make one: anyflow-calibrate"),
         ("--precision int8 --calibration c.json", "of another architecture than the weights: .* against"),
-        ("--precision fp8 --attention fp8 --opset 23", "it goes with precision fp8 and opset 20 only"),
+        ("--precision fp8 --attention fp8 --opset 23", "it goes with opset 20 only"),
         ("--precision int8 --attention fp8", "attention is fp8 at precision int8"),
         ("--precision int8 --output taken", "taken exists"),
         ("--precision int8 --calibration c.json --keep 2", "of another architecture than the weights: .* against"),

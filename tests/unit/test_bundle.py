@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from anyflow_deploy.bundle.manifest import (
     ranges_to_records,
 )
 from anyflow_deploy.errors import BundleError
-from anyflow_deploy.models import MODELS
+from anyflow_deploy.models import MODELS, Architecture, architecture_from_config
 from anyflow_deploy.shape_ranges import widest_ranges
 
 GRAPH = "transition.onnx"
@@ -123,6 +124,30 @@ def test_manifest_gives_back_what_was_declared(bundle: Bundle) -> None:
     assert bundle.manifest.architecture == architecture
     assert bundle.manifest.shape_ranges == widest_ranges(architecture)
     assert json.loads((bundle.path / MANIFEST).read_text())["schema"] == SCHEMA
+
+
+def test_architecture_and_ranges_are_computed_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+
+    def count(config: dict[str, Any], where: str) -> Architecture:
+        counted.append(where)
+        return architecture_from_config(config, where)
+
+    monkeypatch.setattr("anyflow_deploy.bundle.manifest.architecture_from_config", count)
+    opened = load_bundle(bundle.path).manifest
+    assert opened.architecture is opened.architecture and opened.shape_ranges is opened.shape_ranges
+    assert counted == [MANIFEST]
+
+
+def test_what_a_manifest_computed_is_no_part_of_it(bundle: Bundle) -> None:
+    fresh, used = Manifest.model_validate_json((bundle.path / MANIFEST).read_bytes()), bundle.manifest
+    assert used.shape_ranges.frames == widest_ranges(used.architecture).frames
+    assert used == fresh and used.model_dump_json() == fresh.model_dump_json() and repr(used) == repr(fresh)
+    again = pickle.loads(pickle.dumps(used))
+    assert again == fresh and again.architecture == used.architecture
+    changed = used.model_copy(update={"config": MODELS["1.3b"].architecture.as_config()})
+    assert changed.architecture == MODELS["1.3b"].architecture != used.architecture
+    assert used.model_copy(deep=True) == fresh
 
 
 def test_files_are_hashed_as_they_are_written_in_pieces(destination: Path) -> None:
@@ -377,7 +402,6 @@ def test_other_schemas_are_refused_by_name(bundle: Bundle, schema: object, advic
         (lambda m: m["files"][GRAPH].update(bytes=5.0), rf"files\.{GRAPH}\.bytes"),
         (lambda m: m.update(kind="sideways"), "kind"),
         (lambda m: m["graphs"]["transition"]["inputs"][0].update(dtype="int4"), r"graphs\.transition\.inputs\.0\.dtype"),
-        (lambda m: m.update(kind="causal"), "graphs"),
         (lambda m: m.update(schema=True), "schema"),
         (lambda m: m.update(files=[]), "files"),
     ],
@@ -386,6 +410,12 @@ def test_damaged_manifests_name_the_place(bundle: Bundle, change: Callable[[dict
     folder = edit(bundle, change)
     with pytest.raises(BundleError, match=rf"manifest\.json is damaged at '{place}': .+\. Export again\.$"):
         load_bundle(folder)
+
+
+def test_graphs_of_another_kind_are_named(bundle: Bundle) -> None:
+    message = r"is damaged: value error, a causal bundle holds text, chunk, compress, not transition\. Export again\.$"
+    with pytest.raises(BundleError, match=message):
+        load_bundle(edit(bundle, lambda m: m.update(kind="causal")))
 
 
 @pytest.mark.parametrize(

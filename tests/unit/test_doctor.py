@@ -18,13 +18,12 @@ from anyflow_deploy.cli.doctor import doctor
 from anyflow_deploy.cli.doctor_options import DoctorOptions
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.doctor import compiler, cpp, gpu, machine, packages, probes, subprocess_probe
-from anyflow_deploy.doctor.backends import BACKENDS, PRECISIONS, check_requirement, judge_backends
+from anyflow_deploy.doctor.backends import PRECISIONS, REQUIREMENTS, check_requirement, judge_backends
 from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Probe, ProbeResult, run_probes
 from anyflow_deploy.doctor.report import format_plain, report_json, report_rows
 from anyflow_deploy.engines import registry
 
 ROOT = Path(__file__).parents[2]
-ALL = {backend.name for backend in BACKENDS}
 BROKEN = {
     "raises": ("raise ImportError('libfake.so.1: cannot open shared object file')", "ImportError: libfake.so.1"),
     "crashes": ("import ctypes; ctypes.string_at(0)", "crashed (SIGSEGV)"),
@@ -327,9 +326,7 @@ def test_int8_works_on_this_processor() -> None:
     [((8, 7), ["fp32", "fp16", "bf16", "int8"]), ((9, 0), list(PRECISIONS)), ((7, 5), ["fp32", "fp16", "int8"]), ((7, 0), [])],
 )
 def test_precisions_follow_the_gpu(capability: tuple[int, int], running: list[str]) -> None:
-    verdicts = {
-        (v.backend.name, v.backend.provider): v for v in judge_backends(healthy(**{probes.GPU: of_gpu(*capability)}), ALL)
-    }
+    verdicts = {(v.backend.name, v.backend.provider): v for v in judge_backends(healthy(**{probes.GPU: of_gpu(*capability)}))}
     assert verdicts["tensorrt", "cuda"].running == running
     assert verdicts["aotinductor", "cpu"].running == list(PRECISIONS)
     assert "int8" not in verdicts["torch-tensorrt", "cuda"].running
@@ -352,7 +349,7 @@ def test_precisions_follow_the_gpu(capability: tuple[int, int], running: list[st
     ],
 )
 def test_what_is_required(wish: str, provider: str | None, changes: dict[str, ProbeResult], why: str) -> None:
-    answer = check_requirement(wish, provider, judge_backends(healthy(**changes), ALL))
+    answer = check_requirement(wish, provider, judge_backends(healthy(**changes)))
     assert why in answer and bool(answer) == bool(why)
 
 
@@ -367,7 +364,7 @@ def test_what_is_required(wish: str, provider: str | None, changes: dict[str, Pr
 )
 def test_misspelt_requirements(wish: str, provider: str | None, message: str) -> None:
     with pytest.raises(AnyFlowError, match=message):
-        check_requirement(wish, provider, judge_backends({}, ALL))
+        check_requirement(wish, provider, judge_backends({}))
     with pytest.raises(AnyFlowError, match=message):
         doctor(DoctorOptions(require=wish, provider=provider))  # type: ignore[arg-type]
 
@@ -379,8 +376,10 @@ def test_a_provider_of_nothing() -> None:
 
 def test_backends_and_probes_name_each_other() -> None:
     names = {probe.name for probe in probes.PROBES}
-    assert {need for backend in BACKENDS for need in backend.needs} | set(probes.FOR_A_GPU) <= names
-    assert set(registry.BACKENDS) <= ALL
+    assert {need for backend in REQUIREMENTS for need in backend.needs} | set(probes.FOR_A_GPU) <= names
+    assert {(row.name, row.provider) for row in REQUIREMENTS} == {
+        (backend.name, provider) for backend in registry.BACKENDS.values() for provider in backend.packages
+    }
 
 
 def test_nobody_without_a_gpu_is_told_to_install_for_one() -> None:
@@ -404,9 +403,9 @@ def test_on_a_jetson_tensorrt_comes_with_jetpack() -> None:
 
 def test_the_report() -> None:
     found = healthy(**{"disk": ProbeResult(FAULT, "full", "make room")})
-    verdicts = judge_backends(found, {"onnxruntime"})
+    verdicts = judge_backends({**found, probes.GPU: ProbeResult(MISSING, "no NVIDIA GPU")})
     text = format_plain(report_rows(found, verdicts))
-    assert "full  ->  make room" in text and "not in this version of anyflow-deploy" in text
+    assert "full  ->  make room" in text and "no NVIDIA GPU" in text
     assert json.loads(json.dumps(report_json(found, verdicts, {"x": "y"})))["findings"]["disk"]["remedy"] == "make room"
 
 

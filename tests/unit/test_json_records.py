@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from anyflow_deploy import AnyFlowError
-from anyflow_deploy.bundle.json_records import write_text_atomically
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.export.quantization.sensitivity import load_sensitivity
 from anyflow_deploy.quantization.calibration import load_calibration
 
@@ -23,8 +23,9 @@ LOADERS = pytest.mark.parametrize("load", [load_calibration, load_sensitivity])
         (None, "does not exist. Make one: anyflow-"),
         ({"schema": 2, "something": "new"}, "schema 2; this version reads 1. Update anyflow_deploy"),
         ({"schema": 0}, "schema 0; this version reads 1. Make another: anyflow-"),
-        ({}, "is no usable (calibration|sensitivity): .*: field required"),
-        ([1], "is no usable (calibration|sensitivity): the file: "),
+        ({}, "is not a (calibration|sensitivity): no JSON object with a 'schema'. Make another: anyflow-"),
+        ({"schema": 1}, "is damaged at '.*': field required. Make another: anyflow-"),
+        ([1], "is not a (calibration|sensitivity): no JSON object"),
         ("folder", "cannot be read: Is a directory"),
     ],
 )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from anyflow_deploy.bundle.atomic_io import fsync_path
 from anyflow_deploy.errors import AnyFlowError
 
 if TYPE_CHECKING:
@@ -86,17 +84,3 @@ def read_manifest(folder: Path) -> DatasetManifest:
     if manifest.version != 1:
         raise AnyFlowError(f"{folder / MARKER} has version {manifest.version}; this anyflow_deploy reads version 1.")
     return manifest
-
-
-def write_bytes_atomically(path: Path, data: bytes) -> None:
-    """Write a file durably, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-        fsync_path(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)

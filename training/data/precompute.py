@@ -25,13 +25,13 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from anyflow_deploy.bundle.atomic_io import file_sha256
+from anyflow_deploy.bundle.atomic_io import clear_partial_files, file_sha256, write_bytes_atomically
 from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
 from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
 from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.training.data.clips import read_clip
-from anyflow_deploy.training.data.manifest import MARKER, DatasetManifest, read_manifest, shard_name, write_bytes_atomically
+from anyflow_deploy.training.data.manifest import MARKER, DatasetManifest, read_manifest, shard_name
 from anyflow_deploy.training.data.samples import CAPTION, TENSORS, VIDEOS, Encoders
 from anyflow_deploy.training.data.shard_source import BROKEN_FREE, BROKEN_SHARE, NEGATIVE
 
@@ -171,24 +171,12 @@ def _claim_output(output: Path, manifest: DatasetManifest) -> None:
         changed = [name for name in DatasetManifest.model_fields if getattr(old, name) != getattr(manifest, name)]
         if changed:
             raise AnyFlowError(f"{output} holds shards of other {', '.join(changed)}. Choose another --output, or the same work.")
-        for partial in output.glob(".*.partial-*"):
-            if not _is_running(partial.name.rpartition("-")[2]):
-                partial.unlink(missing_ok=True)
+        clear_partial_files(output)
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AnyFlowError(f"{output} exists and holds something else. Choose another --output.")
     output.mkdir(parents=True, exist_ok=True)
     write_bytes_atomically(output / MARKER, manifest.model_dump_json(indent=1).encode())
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 _ENCODERS: Encoders | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anyflow_deploy.bundle.manifest import WeightsSource
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint, open_transformer, read_json, transformer_folder
-from anyflow_deploy.checkpoints.weights import Weights, check_parameters
+from anyflow_deploy.checkpoints.weights import Weights, WeightsBase, check_parameters
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.model.transformer import constants
@@ -31,7 +31,7 @@ _WAN_ONLY_KEYS = {"qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None,
 _DELTA, _TIME = "condition_embedder.delta_embedder.", "condition_embedder.time_embedder."
 
 
-class InitialWeights:
+class InitialWeights(WeightsBase):
     """Weights of a base, and what it lacks; see the module's text. Stands for a checkpoint (`Weights`).
 
     Args:

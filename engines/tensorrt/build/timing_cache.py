@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
+from anyflow_deploy.bundle.atomic_io import write_bytes_atomically
 from anyflow_deploy.engines.tensorrt.api import VERSION, trt
 
 _log = logging.getLogger("anyflow_deploy.tensorrt")
@@ -51,17 +51,10 @@ class TimingCache:
         if other := self._read():
             cache.combine(config.create_timing_cache(other), False)
         content = bytes(memoryview(cast(Any, cache.serialize())))  # IHostMemory is a buffer, which its stub does not say
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
+            write_bytes_atomically(self.path, content)
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             _log.warning("the timing cache could not be written to %s (%s); the next build measures again.", self.path, error)
 
     def _read(self) -> bytes:
