@@ -27,6 +27,7 @@ from anyflow_deploy.cli.step_options import Seconds, flag_name, step_settings
 from anyflow_deploy.cli.step_report import StepReport
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import check_budget
+from anyflow_deploy.engines.registry import DEFAULT_BACKEND
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.pipelines.request import (
     GenerationRequest,
@@ -93,7 +94,7 @@ class GenerateOptions(Options):
     first_steps: int | None = Field(None, ge=1, le=1000, description="causal: transitions of the first chunk that is made")
     window: int | None = Field(None, ge=1, description="causal: remember the first and this many of the newest old chunks only")
     cache_budget: float | None = Field(None, gt=0, description="causal: refuse a cache of more than this many GB")
-    backend: str = Field("onnxruntime", description="backend of the engine")
+    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
