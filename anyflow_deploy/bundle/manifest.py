@@ -67,13 +67,13 @@ class AchievedPrecision(FrozenRecord):
         quantized_flops: share of the operations in matrix products, at the default video size, that take both operands
             in eight bits.
         quantized_weights: share of the bytes of weights that are in eight bits.
-        kept_high: layers that a quantized precision left in the base's type, and why.
+        full_precision_layers: layers that a quantized precision left in the base's type, and why.
     """
 
     weight_bytes: dict[str, int]
     quantized_flops: float = 0.0
     quantized_weights: float = 0.0
-    kept_high: dict[str, str] = Field(default_factory=dict)
+    full_precision_layers: dict[str, str] = Field(default_factory=dict)
 
 
 class Quantization(FrozenRecord):

@@ -135,7 +135,9 @@ def _count_fusable_attentions(manifest: Manifest, graph: str) -> int:
     count = {"text": 0, "compress": layers - 1}.get(graph, layers)
     if manifest.quantization is None or manifest.quantization.attention == "high":
         return 2 * count
-    return sum(f"blocks.{n}.{kind}" in manifest.achieved.kept_high for n in range(count) for kind in ("attn1", "attn2"))
+    return sum(
+        f"blocks.{n}.{kind}" in manifest.achieved.full_precision_layers for n in range(count) for kind in ("attn1", "attn2")
+    )
 
 
 def _provider_options(provider: str, index: int) -> dict[str, str]:
