@@ -54,7 +54,7 @@ class Admission:
 
         Raises:
             AnyFlowError: it would never fit.
-            FullError: too many wait.
+            CapacityError: too many wait.
         """
         if cost > self._bytes:
             raise AnyFlowError(
