@@ -1,14 +1,17 @@
 """anyflow_deploy: AnyFlow video models from a checkpoint to production.
 
-    from anyflow_deploy import Schedule, load_bundle, load_engine, sample
+    from anyflow_deploy import VideoPipeline
 
-    engine = load_engine(load_bundle("bundle"))
-    latents = sample(engine, noise((1, 21, 16, 60, 104), seed=0), text, Schedule.uniform(4))
+    with VideoPipeline.from_bundle("my-bundle") as pipe:
+        pipe("a red fox in the snow", num_inference_steps=4, seed=0).save("fox.mp4")
 
-The names below are the whole public interface of the device side; they need numpy and a backend's runtime, no torch.
-Exporting (`anyflow_deploy.export`) and generating from prompts (`anyflow_deploy.pipelines`) need the `export` extra.
+The names below are the whole public interface. Running a bundle (`load_engine`, `sample`, `stream`,
+and `VideoPipeline` with saved prompt embeddings and `output_type="latent"`) needs numpy and a
+backend's runtime, no torch. Prompts and frames, `export_bundle` and some builds need the `export`
+extra.
 
-A name is imported when it is first asked for, so that `anyflow-doctor` can speak where numpy cannot be imported.
+A name is imported when it is first asked for, so importing this package is quick, and
+`anyflow-doctor` can speak where numpy cannot be imported.
 """
 
 import importlib
@@ -27,17 +30,42 @@ for _link in ("engines", "export", "training"):
 
 if TYPE_CHECKING:
     from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-    from anyflow_deploy.engines.adaptive_steps import AdaptiveResult, AdaptiveSteps
-    from anyflow_deploy.engines.deadline import Deadline, StepTimer
+    from anyflow_deploy.engines.adaptive_steps import (
+        AdaptiveResult,
+        AdaptiveSteps,
+        ReuseFirstChunkSteps,
+    )
+    from anyflow_deploy.engines.build import build_engine
+    from anyflow_deploy.engines.deadline import Deadline, DeadlineResult, StepTimer
     from anyflow_deploy.engines.engine import Engine, Run
     from anyflow_deploy.engines.registry import load_engine
-    from anyflow_deploy.engines.sampler import Chunk, Step, noise, sample, stream
-    from anyflow_deploy.errors import AnyFlowError, BackendError, BundleError, CheckpointError, ShapeError
+    from anyflow_deploy.engines.sampler import Chunk, noise, sample, stream
+    from anyflow_deploy.engines.step_policy import FirstChunkPolicy, StepPolicy, StepSettings
+    from anyflow_deploy.engines.validation import validate
+    from anyflow_deploy.errors import (
+        AnyFlowError,
+        BackendError,
+        BundleError,
+        CheckpointError,
+        InvalidRequestError,
+        ShapeError,
+        UnavailableError,
+    )
+    from anyflow_deploy.export.exporter import export_bundle
     from anyflow_deploy.models import MODELS, Architecture, Model
-    from anyflow_deploy.schedule import Schedule
+    from anyflow_deploy.pipelines.request import GenerationRequest
+    from anyflow_deploy.pipelines.video_pipeline import (
+        GenerationReport,
+        Video,
+        VideoChunk,
+        VideoPipeline,
+    )
+    from anyflow_deploy.schedule import Schedule, Step
+    from anyflow_deploy.targets import TARGETS
 
 __all__ = [
     "MODELS",
+    "TARGETS",
     "AdaptiveResult",
     "AdaptiveSteps",
     "AnyFlowError",
@@ -48,30 +76,60 @@ __all__ = [
     "CheckpointError",
     "Chunk",
     "Deadline",
+    "DeadlineResult",
     "Engine",
+    "FirstChunkPolicy",
+    "GenerationReport",
+    "GenerationRequest",
+    "InvalidRequestError",
     "Model",
+    "ReuseFirstChunkSteps",
     "Run",
     "Schedule",
     "ShapeError",
     "Step",
+    "StepPolicy",
+    "StepSettings",
     "StepTimer",
+    "UnavailableError",
+    "Video",
+    "VideoChunk",
+    "VideoPipeline",
+    "build_engine",
+    "export_bundle",
     "load_bundle",
     "load_engine",
     "noise",
     "sample",
     "stream",
+    "validate",
 ]  # fmt: skip
 
 _HOMES = {
     "bundle.bundle": ("Bundle", "load_bundle"),
-    "engines.deadline": ("Deadline", "StepTimer"),
+    "engines.adaptive_steps": ("AdaptiveResult", "AdaptiveSteps", "ReuseFirstChunkSteps"),
+    "engines.build": ("build_engine",),
+    "engines.deadline": ("Deadline", "DeadlineResult", "StepTimer"),
     "engines.engine": ("Engine", "Run"),
     "engines.registry": ("load_engine",),
-    "engines.adaptive_steps": ("AdaptiveResult", "AdaptiveSteps"),
-    "engines.sampler": ("Chunk", "Step", "noise", "sample", "stream"),
-    "errors": ("AnyFlowError", "BackendError", "BundleError", "CheckpointError", "ShapeError"),
+    "engines.sampler": ("Chunk", "noise", "sample", "stream"),
+    "engines.step_policy": ("FirstChunkPolicy", "StepPolicy", "StepSettings"),
+    "engines.validation": ("validate",),
+    "errors": (
+        "AnyFlowError",
+        "BackendError",
+        "BundleError",
+        "CheckpointError",
+        "InvalidRequestError",
+        "ShapeError",
+        "UnavailableError",
+    ),
+    "export.exporter": ("export_bundle",),
     "models": ("MODELS", "Architecture", "Model"),
-    "schedule": ("Schedule",),
+    "pipelines.request": ("GenerationRequest",),
+    "pipelines.video_pipeline": ("GenerationReport", "Video", "VideoChunk", "VideoPipeline"),
+    "schedule": ("Schedule", "Step"),
+    "targets": ("TARGETS",),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 

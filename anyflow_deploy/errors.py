@@ -45,6 +45,18 @@ class UnavailableError(BackendError):
         self.flags = flags
 
 
+class InvalidRequestError(AnyFlowError):
+    """A request for a video that the model, the bundle or the server cannot carry out.
+
+    Attributes:
+        param: the field that is wrong; None where it is no single one.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
 def suggestion(given: str, allowed: Iterable[str]) -> str:
     """A sentence naming the nearest allowed word, or nothing when none is near."""
     near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)

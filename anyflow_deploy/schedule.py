@@ -10,16 +10,40 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from anyflow_deploy.errors import AnyFlowError
+
+if TYPE_CHECKING:  # this module is light: it needs neither numpy nor a backend
+    from anyflow_deploy.engines.engine import Array, Run
 
 TRAIN_TIMESTEPS = 1000.0
 """Timesteps between clean (0) and noise (1000): the unit of t and r everywhere in this project."""
 
 MAX_STEPS = 1000
 """More transitions than training timesteps would be finer than the model can tell apart."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A transition that was just made.
+
+    Attributes:
+        index: 0 for the first.
+        steps: how many there are; under a deadline, how many are planned by now; of adaptive steps,
+            how many this candidate has.
+        t, r: where it went from and to, in timesteps.
+        read: fetches the state z_r, float32 (B, F, C, H, W); on a GPU this is a copy, so call it
+            only when you look at it.
+    """
+
+    index: int
+    steps: int
+    t: float
+    r: float
+    read: Callable[[], Array]
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,27 @@ class Schedule:
     def transitions(self) -> tuple[tuple[float, float], ...]:
         """The pairs (t, r), in order."""
         return tuple(itertools.pairwise(self.timesteps))
+
+    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+        """Make one sample in these transitions, as every `StepPolicy` does.
+
+        Args:
+            start: opens a run at the sample's noise.
+            shape: of the latents, (B, F, C, H, W).
+            on_step: called after each transition; an exception it raises ends the sample.
+
+        Returns:
+            Clean latents, float32 (B, F, C, H, W).
+        """
+        with start() as run:
+            for index, (t, r) in enumerate(self.transitions):
+                run.step(t, r)
+                on_step(Step(index, self.steps, t, r, run.read))
+            return run.read()
+
+    def for_chunk(self, index: int) -> Schedule:
+        """Return this schedule: every chunk of a stream has the same."""
+        return self
 
 
 def shift_sigmas(sigmas: Sequence[float], shift: float) -> list[float]:

@@ -11,7 +11,7 @@ to the limit of infinitely many steps: |z_2N - z_N| >= |z_N - z*| - |z_2N - z*| 
 a strongly shifted grid, where one jump stays long, it halves less, and the distance is too small.) That limit is the model's own
 flow, not the truth: how good the model is cannot be seen this way. docs/how-to/deadlines.md has measurements.
 
-The price: a sample of 2N steps costs 4N - 1 transitions, nearly twice its own. For a stream `reuse_first_chunk_steps` pays it
+The price: a sample of 2N steps costs 4N - 1 transitions, nearly twice its own. For a stream `ReuseFirstChunkSteps` pays it
 once.
 """
 
@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.engines.engine import Array, Run
 from anyflow_deploy.engines.metrics import Difference, difference
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.schedule import MAX_STEPS, Schedule
+from anyflow_deploy.schedule import MAX_STEPS, Schedule, Step
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AdaptiveResult:
 
 @dataclass(frozen=True)
 class AdaptiveSteps:
-    """Stands where a `Schedule` may stand, in `sample` and, for every chunk anew, in `stream`.
+    """The `StepPolicy` of a quality, in `sample` and, for every chunk anew, in `stream`.
 
     Attributes:
         psnr_db: what to reach between the sample and the one of half as many steps, in decibels, with the range of the
@@ -75,37 +75,64 @@ class AdaptiveSteps:
         if not 2 <= self.max_steps <= MAX_STEPS:
             raise AnyFlowError(f"at most {self.max_steps} steps were asked for a quality; allowed are 2 to {MAX_STEPS}.")
 
+    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+        """Make a sample in ever more steps until two agree.
 
-def sample_adaptively(make_sample: Callable[[Schedule], Array], target: AdaptiveSteps) -> Array:
-    """Make a sample in ever more steps until two agree.
+        Args:
+            start: opens a run, always at the same noise.
+            shape: of the latents, (B, F, C, H, W).
+            on_step: called after each transition of each candidate; an exception it raises ends
+                the sample.
+
+        Returns:
+            The last candidate, float32 (B, F, C, H, W): the first that reaches the quality; else the
+            finest allowed, or the first that is not finite.
+        """
+        steps = 1
+        sample = Schedule.uniform(steps, self.shift).run(start, shape, on_step)
+        candidates: list[tuple[int, Difference]] = []
+        reached = False
+        while not reached and 2 * steps <= self.max_steps:
+            coarser = sample
+            steps = 2 * steps
+            sample = Schedule.uniform(steps, self.shift).run(start, shape, on_step)
+            distance = difference(coarser, sample)
+            candidates.append((steps, distance))
+            reached = distance.psnr_db >= self.psnr_db
+            if not math.isfinite(distance.relative_l2):
+                break
+        self.on_end(AdaptiveResult(steps, tuple(candidates), reached))
+        return sample
+
+    def for_chunk(self, index: int) -> AdaptiveSteps:
+        """Return this policy: every chunk of a stream finds its own number of steps."""
+        return self
+
+
+class ReuseFirstChunkSteps:
+    """The `StepPolicy` of a stream whose first chunk finds its number of steps; all others take it.
+
+    It remembers that number until a first chunk is made again, so each stream needs one of its own.
 
     Args:
-        make_sample: makes the sample by a schedule, always from the same noise.
-        target: what to reach, and who wants to know.
-
-    Returns:
-        The last try: the first that reaches the quality; else the finest allowed, or the first that is not finite.
+        search: what the first chunk has to reach.
     """
-    sample, steps, candidates, reached = make_sample(Schedule.uniform(1, target.shift)), 1, [], False
-    while not reached and 2 * steps <= target.max_steps:
-        coarser, steps = sample, 2 * steps
-        sample = make_sample(Schedule.uniform(steps, target.shift))
-        distance = difference(coarser, sample)
-        candidates.append((steps, distance))
-        reached = distance.psnr_db >= target.psnr_db
-        if not math.isfinite(distance.relative_l2):
-            break
-    target.on_end(AdaptiveResult(steps, tuple(candidates), reached))
-    return sample
 
+    def __init__(self, search: AdaptiveSteps) -> None:
+        self._search = search
+        self._result: AdaptiveResult | None = None
+        self._first = replace(search, on_end=self._end)
 
-def reuse_first_chunk_steps(target: AdaptiveSteps) -> Callable[[int], Schedule | AdaptiveSteps]:
-    """For `stream`: the first chunk that is made finds its number of steps, all others take the same."""
-    results: list[AdaptiveResult] = []
+    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+        """Make one sample, as the first chunk is made; see `AdaptiveSteps.run`."""
+        return self._first.run(start, shape, on_step)
 
-    def end(result: AdaptiveResult) -> None:
-        results.append(result)
-        target.on_end(result)
+    def for_chunk(self, index: int) -> AdaptiveSteps | Schedule:
+        """Return the search for the first chunk that is made, and what it found for the others."""
+        if index == 0 or self._result is None:
+            return self._first
+        return Schedule.uniform(self._result.steps, self._search.shift)
 
-    search = AdaptiveSteps(target.psnr_db, target.shift, target.max_steps, end)
-    return lambda chunk: Schedule.uniform(results[0].steps, target.shift) if results else search
+    def _end(self, result: AdaptiveResult) -> None:
+        self._result = result
+        self._search.on_end(result)

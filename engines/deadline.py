@@ -22,9 +22,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.schedule import MAX_STEPS, TRAIN_TIMESTEPS, next_timestep
+from anyflow_deploy.schedule import MAX_STEPS, TRAIN_TIMESTEPS, Step, next_timestep
+
+if TYPE_CHECKING:
+    from anyflow_deploy.engines.engine import Array, Run
 
 Shape = tuple[int, ...]
 
@@ -71,7 +75,7 @@ class DeadlineResult:
 
 @dataclass(frozen=True)
 class Deadline:
-    """Stands where a `Schedule` may stand, in `sample` and, for every chunk anew, in `stream`.
+    """The `StepPolicy` of a time limit, in `sample` and, for every chunk anew, in `stream`.
 
     Attributes:
         seconds: for the transitions of the sample (of the chunk); text encoder, cache and VAE are not in it.
@@ -97,6 +101,24 @@ class Deadline:
         if not 1 <= self.max_steps <= MAX_STEPS:
             raise AnyFlowError(f"at most {self.max_steps} steps were asked for; allowed are 1 to {MAX_STEPS}.")
 
+    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+        """Make one sample in as many transitions as fit; see the module.
+
+        Args:
+            start: opens a run at the sample's noise; the clock runs once it is open.
+            shape: of the latents, (B, F, C, H, W); the pace is remembered for it.
+            on_step: called after each transition; an exception it raises ends the sample.
+
+        Returns:
+            Clean latents, float32 (B, F, C, H, W).
+        """
+        with start() as run:
+            return DeadlineController(self, shape).finish_sample(run, on_step)
+
+    def for_chunk(self, index: int) -> Deadline:
+        """Return this deadline: every chunk of a stream has as much time."""
+        return self
+
 
 class DeadlineController:
     """One sample under a deadline: the clock runs from here.
@@ -112,6 +134,28 @@ class DeadlineController:
         self._started = deadline.clock()
         self._end = self._started + deadline.seconds
         self.t, self.steps_done, self.steps_planned = TRAIN_TIMESTEPS, 0, 0
+
+    def finish_sample(self, run: Run, on_step: Callable[[Step], None]) -> Array:
+        """Take a run from noise to clean latents, float32 (B, F, C, H, W)."""
+        probe_step = None
+        if not self.is_calibrated:
+            velocity: list[Array] = []
+            self.time_step(lambda: velocity.append(run.velocity(TRAIN_TIMESTEPS, 0.0)))
+            probe_step = velocity[0]
+        while self.t > 0.0:
+            t = self.t
+            r = self.next_time()
+            if probe_step is not None and (self.steps_done, r) == (0, 0.0):
+                clean: Array = run.read() - probe_step  # the probe made this very transition
+                self.finish(1, probe_step=False)
+                on_step(Step(0, 1, t, r, clean.copy))
+                return clean
+            self.time_step(lambda: run.step(t, r))  # noqa: B023 - called at once
+            self.advance_to(r)
+            on_step(Step(self.steps_done - 1, self.steps_planned, t, r, run.read))
+        clean = run.read()
+        self.finish(self.steps_done, probe_step is not None)
+        return clean
 
     @property
     def is_calibrated(self) -> bool:

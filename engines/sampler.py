@@ -1,4 +1,4 @@
-"""The sampling loop, for every backend and every schedule.
+"""Samples and streams, for every backend and every `StepPolicy`.
 
     z_0 = sample(engine, noise((1, 21, 16, 60, 104), seed=0), text, Schedule.uniform(4))
 
@@ -16,40 +16,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from anyflow_deploy.engines.adaptive_steps import AdaptiveSteps, sample_adaptively
-from anyflow_deploy.engines.deadline import Deadline, DeadlineController
-from anyflow_deploy.engines.engine import Array, Engine, Run, prepare_array, prepare_text
+from anyflow_deploy.engines.engine import Array, Engine, prepare_array, prepare_text
 from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan
+from anyflow_deploy.engines.step_policy import StepPolicy
 from anyflow_deploy.errors import ShapeError
-from anyflow_deploy.schedule import TRAIN_TIMESTEPS, Schedule
-
-AnySchedule = Schedule | Deadline | AdaptiveSteps
-"""What decides the times a sample passes through: they are given, or follow from the time there is, or from a quality."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A transition that was just made.
-
-    Attributes:
-        index: 0 for the first.
-        steps: how many there are; under a deadline, how many are planned by now; on the way to a quality, of this try.
-        t, r: where it went from and to, in timesteps.
-        read: fetches the state z_r; on a GPU this is a copy, so call it only when you look at it.
-    """
-
-    index: int
-    steps: int
-    t: float
-    r: float
-    read: Callable[[], Array]
+from anyflow_deploy.schedule import Step
 
 
 def sample(
     engine: Engine,
     latents: ArrayLike,
     text: ArrayLike,
-    schedule: AnySchedule,
+    policy: StepPolicy,
     on_step: Callable[[Step], None] | None = None,
 ) -> Array:
     """Take latents from noise to clean.
@@ -58,7 +36,8 @@ def sample(
         engine: from `load_engine`.
         latents: noise, (B, F, C, H, W).
         text: prompt embeddings, (B, L, D).
-        schedule: the times to pass through, the time there is, or the quality to reach.
+        policy: the times to pass through (`Schedule`), the time there is (`Deadline`), or the quality
+            to reach (`AdaptiveSteps`).
         on_step: called after each transition; an exception it raises ends the sampling and reaches the caller.
 
     Returns:
@@ -67,47 +46,11 @@ def sample(
     Raises:
         AnyFlowError: inputs outside what the engine declares.
     """
-    return _sample_run(lambda: engine.start(latents, text), schedule, on_step, np.shape(latents))
+    return policy.run(lambda: engine.start(latents, text), np.shape(latents), on_step or _ignore)
 
 
-def _sample_run(
-    start: Callable[[], Run], schedule: AnySchedule, on_step: Callable[[Step], None] | None, shape: tuple[int, ...]
-) -> Array:
-    """One sample; `start` opens a run at its noise."""
-    if isinstance(schedule, AdaptiveSteps):
-        return sample_adaptively(lambda steps: _sample_run(start, steps, on_step, shape), schedule)
-    with start() as run:
-        if isinstance(schedule, Deadline):
-            return _sample_in_time(run, DeadlineController(schedule, shape), on_step)
-        for index, (t, r) in enumerate(schedule.transitions):
-            run.step(t, r)
-            if on_step is not None:
-                on_step(Step(index, schedule.steps, t, r, run.read))
-        return run.read()
-
-
-def _sample_in_time(run: Run, controller: DeadlineController, on_step: Callable[[Step], None] | None) -> Array:
-    """As many transitions as fit; see `deadline`."""
-    probe_step = None
-    if not controller.is_calibrated:
-        velocity: list[Array] = []
-        controller.time_step(lambda: velocity.append(run.velocity(TRAIN_TIMESTEPS, 0.0)))
-        probe_step = velocity[0]
-    while controller.t > 0.0:
-        t, r = controller.t, controller.next_time()
-        if probe_step is not None and (controller.steps_done, r) == (0, 0.0):  # the draft made this very transition
-            clean: Array = run.read() - probe_step
-            controller.finish(1, probe_step=False)
-            if on_step is not None:
-                on_step(Step(0, 1, t, r, clean.copy))
-            return clean
-        controller.time_step(lambda: run.step(t, r))  # noqa: B023 - called at once
-        controller.advance_to(r)
-        if on_step is not None:
-            on_step(Step(controller.steps_done - 1, controller.steps_planned, t, r, run.read))
-    clean = run.read()
-    controller.finish(controller.steps_done, probe_step is not None)
-    return clean
+def _ignore(step: Step) -> None:
+    """Nobody watches the steps."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +74,7 @@ def stream(
     engine: Engine,
     latents: ArrayLike,
     text: ArrayLike,
-    schedule: AnySchedule | Callable[[int], AnySchedule],
+    policy: StepPolicy,
     chunk_plan: Sequence[int] | None = None,
     context: ArrayLike | None = None,
     window: int | None = None,
@@ -145,8 +88,8 @@ def stream(
         engine: from `load_engine`, of a causal model.
         latents: noise of the whole video, (1, F, C, H, W).
         text: prompt embeddings, (1, L, D).
-        schedule: one for all chunks, or a function from a chunk's index to its schedule, asked when the chunk begins
-            (`adaptive_steps.reuse_first_chunk_steps` makes one).
+        policy: decides the steps, see `sample`; each chunk gets `policy.for_chunk(index)`, where 0 is
+            the first chunk that is made.
         chunk_plan: latent frames of each chunk; None for the model's own.
         context: clean latents of the first chunk or chunks, (1, Fc, C, H, W); they are remembered, not made.
         window: keep only the first and this many of the newest compressed chunks; None for all. See `kv_cache`.
@@ -172,9 +115,7 @@ def stream(
     for frames in sorted(set(plan.chunks)):
         engine.ranges.check((1, frames, *z.shape[2:]), prompt_embeds.shape)
     given = _split_context(plan, z, context)
-    return _generate_chunks(
-        engine, z, prompt_embeds, schedule if callable(schedule) else lambda _: schedule, plan, given, on_step
-    )
+    return _generate_chunks(engine, z, prompt_embeds, policy, plan, given, on_step or _ignore)
 
 
 def _split_context(plan: CachePlan, latents: Array, context: ArrayLike | None) -> list[Array]:
@@ -200,10 +141,10 @@ def _generate_chunks(
     engine: Engine,
     latents: Array,
     text: Array,
-    schedule: Callable[[int], AnySchedule],
+    policy: StepPolicy,
     plan: CachePlan,
     given: list[Array],
-    on_step: Callable[[Step], None] | None,
+    on_step: Callable[[Step], None],
 ) -> Generator[Chunk, None, None]:
     with contextlib.closing(engine.open_stream(text, plan)) as kv_stream:
         for index in range(len(plan.chunks)):
@@ -213,7 +154,8 @@ def _generate_chunks(
             else:
                 chunk_noise = np.ascontiguousarray(latents[:, first : plan.first_frame(index + 1)])
                 start = functools.partial(kv_stream.start, chunk_noise)
-                clean = _sample_run(start, schedule(index), on_step, chunk_noise.shape)
+                chunk_policy = policy.for_chunk(index - len(given))
+                clean = chunk_policy.run(start, chunk_noise.shape, on_step)
             yield Chunk(index, first, clean.copy(), index < len(given))
             if index + 1 < len(plan.chunks):
                 kv_stream.append(clean)

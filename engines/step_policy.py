@@ -1,219 +1,205 @@
-"""What decides how many steps a video gets: a number, a deadline, or a quality; and what to say of it afterwards.
+"""What decides how many steps a video gets: a number, a deadline, or a quality.
 
-One class for each, with the same few methods; commands and servers know no more of them than `StepPolicy`.
+`StepPolicy` is the protocol that the sampler runs. It is implemented by `Schedule` (a number of
+steps), `Deadline` (as many as fit), `AdaptiveSteps` (as many as two candidates need to agree), and
+for streams by `FirstChunkPolicy` and `ReuseFirstChunkSteps`. `StepSettings` is what a request says
+about its steps, by the same words for the command line, the servers and Python.
 """
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from anyflow_deploy.engines import sampler
-from anyflow_deploy.engines.adaptive_steps import AdaptiveResult, AdaptiveSteps, reuse_first_chunk_steps
+from anyflow_deploy.engines.adaptive_steps import (
+    AdaptiveResult,
+    AdaptiveSteps,
+    ReuseFirstChunkSteps,
+)
 from anyflow_deploy.engines.deadline import Deadline, DeadlineResult, StepTimer
-from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.progress import Advance, console
-from anyflow_deploy.schedule import Schedule
+from anyflow_deploy.errors import InvalidRequestError
+from anyflow_deploy.schedule import Schedule, Step
 
-MAX_DEADLINE_STEPS, MAX_ADAPTIVE_STEPS = 50, 32
-"""Steps, where --steps does not say."""
+if TYPE_CHECKING:
+    from anyflow_deploy.engines.engine import Array, Run
+
+MAX_DEADLINE_STEPS = 50
+"""The most steps under a deadline, where the request does not say."""
+
+MAX_ADAPTIVE_STEPS = 32
+"""The most steps for a quality, where the request does not say."""
 
 
 class StepPolicy(Protocol):
-    """See the module."""
+    """Decides the steps of samples, and makes them."""
 
-    @property
-    def stage(self) -> str:
-        """What the sampling is called in the closing line."""
+    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+        """Make one sample.
+
+        Args:
+            start: opens a run at the sample's noise; a policy may open several, one after the other.
+            shape: of the latents, (B, F, C, H, W).
+            on_step: called after each transition; an exception it raises ends the sample.
+
+        Returns:
+            Clean latents, float32 (B, F, C, H, W).
+        """
         ...
 
-    def progress_total(self, chunks: int) -> float | None:
-        """What a progress bar has to reach for so many chunks (1: a whole video); None where nobody knows."""
-        ...
+    def for_chunk(self, index: int) -> StepPolicy:
+        """Return what decides the steps of one chunk of a stream; called when the chunk begins.
 
-    def update_progress(self, step: Step, advance: Advance) -> None:
-        """Move the bar after a step."""
-        ...
-
-    def chunk_schedules(self, first: int) -> Callable[[int], sampler.AnySchedule]:
-        """For `stream`; `first` is the first chunk that is made."""
-        ...
-
-    def interrupt_handler(self) -> AbstractContextManager[object]:
-        """Stands around the sampling."""
-        ...
-
-    def summary_lines(self) -> Iterator[str]:
-        """Lines for the user, when all is done."""
+        Args:
+            index: 0 for the first chunk that is made; chunks that were given do not count.
+        """
         ...
 
 
-@dataclass
-class FixedSteps:
-    """As many steps as were asked for; `early` has those of the first chunk that is made, where they differ."""
-
-    schedule: Schedule
-    first_chunk_schedule: Schedule | None = None
-
-    @property
-    def stage(self) -> str:
-        """See `StepPolicy`."""
-        return f"{self.schedule.steps} steps"
-
-    def progress_total(self, chunks: int) -> float | None:
-        """See `StepPolicy`."""
-        return self.schedule.steps * chunks + (
-            self.first_chunk_schedule.steps - self.schedule.steps if self.first_chunk_schedule and chunks else 0
-        )
-
-    def update_progress(self, step: Step, advance: Advance) -> None:
-        """See `StepPolicy`."""
-        advance(1)
-
-    def chunk_schedules(self, first: int) -> Callable[[int], sampler.AnySchedule]:
-        """See `StepPolicy`."""
-        return lambda chunk: (
-            self.first_chunk_schedule if self.first_chunk_schedule is not None and chunk == first else self.schedule
-        )
-
-    def interrupt_handler(self) -> AbstractContextManager[object]:
-        """See `StepPolicy`."""
-        return contextlib.nullcontext()
-
-    def summary_lines(self) -> Iterator[str]:
-        """See `StepPolicy`."""
-        return iter(())
-
-
-@dataclass
-class DeadlineSteps:
-    """As many steps as fit; the first Ctrl-C says that it is enough.
+@dataclass(frozen=True)
+class FirstChunkPolicy:
+    """The first chunk that is made has one policy, all later ones another.
 
     Attributes:
-        seconds: of each chunk, or of the whole video.
-        shift, max_steps: see `Deadline`; `first_chunk_max_steps` is the same for the first chunk that is made.
-        results: what came of each chunk so far.
-        stop_event: set it to finish with one jump.
-        step_timer: what is known of the engine; a server shares one.
+        first: of the first chunk.
+        others: of all later ones.
     """
 
-    seconds: float
-    shift: float
-    max_steps: int
-    first_chunk_max_steps: int | None = None
-    stage: str = "transitions"
-    results: list[DeadlineResult] = field(default_factory=list)
-    stop_event: threading.Event = field(default_factory=threading.Event)
-    step_timer: StepTimer = field(default_factory=StepTimer)
-    _progress: float = 0.0
+    first: StepPolicy
+    others: StepPolicy
 
-    def progress_total(self, chunks: int) -> float | None:
-        """See `StepPolicy`: every sample is a way of length 1."""
-        return chunks
+    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+        """Make one sample, as the first chunk is made; see `StepPolicy.run`."""
+        return self.first.run(start, shape, on_step)
 
-    def update_progress(self, step: Step, advance: Advance) -> None:
-        """See `StepPolicy`."""
-        before = 0.0 if step.index == 0 else self._progress
-        self._progress = max(before, (step.index + 1) / step.steps)  # a plan that grew does not turn the bar back
-        advance(self._progress - before)
-
-    def chunk_schedules(self, first: int) -> Callable[[int], sampler.AnySchedule]:
-        """See `StepPolicy`."""
-        return lambda chunk: Deadline(
-            self.seconds,
-            self.shift,
-            max_steps=self.first_chunk_max_steps if self.first_chunk_max_steps is not None and chunk == first else self.max_steps,
-            step_timer=self.step_timer,
-            should_stop=self.stop_event.is_set,
-            on_end=self.results.append,
-        )
-
-    def interrupt_handler(self) -> AbstractContextManager[object]:
-        """See `StepPolicy`."""
-        return stop_on_interrupt(self.stop_event)
-
-    def summary_lines(self) -> Iterator[str]:
-        """See `StepPolicy`."""
-        if self.results:
-            yield _describe_deadlines(self.results)
+    def for_chunk(self, index: int) -> StepPolicy:
+        """Return `first` for the first chunk that is made, else `others`."""
+        return (self.first if index == 0 else self.others).for_chunk(index)
 
 
-@dataclass
-class AdaptiveStepsPolicy:
-    """As many steps as it takes."""
-
-    adaptive_steps: AdaptiveSteps
-    stage: str = "transitions"
-    _results: list[AdaptiveResult] = field(default_factory=list)
-
-    def progress_total(self, chunks: int) -> float | None:
-        """See `StepPolicy`."""
-        return None
-
-    def update_progress(self, step: Step, advance: Advance) -> None:
-        """See `StepPolicy`."""
-        advance(1)
-
-    def chunk_schedules(self, first: int) -> Callable[[int], sampler.AnySchedule]:
-        """See `StepPolicy`."""
-        target = self.adaptive_steps
-        return reuse_first_chunk_steps(AdaptiveSteps(target.psnr_db, target.shift, target.max_steps, self._results.append))
-
-    def interrupt_handler(self) -> AbstractContextManager[object]:
-        """See `StepPolicy`."""
-        return contextlib.nullcontext()
-
-    def summary_lines(self) -> Iterator[str]:
-        """See `StepPolicy`."""
-        for result in self._results:
-            candidates = ", ".join(f"{steps} steps {difference.psnr_db:.1f} dB" for steps, difference in result.candidates)
-            difference, extra = result.difference, result.transitions - result.steps
-            yield (
-                f"against half as many steps: {candidates}; {extra} transitions more than a video of {result.steps} steps needs."
-            )
-            distance = f"{difference.psnr_db:.1f} dB (relative L2 {difference.relative_l2:.2g})"
-            if result.reached:
-                yield f"picked {result.steps} steps: {distance}, and {self.adaptive_steps.psnr_db:g} dB were asked."
-            else:
-                why = "" if difference.not_finite == 0 else " Its latents are not finite: the model or the precision is broken."
-                limit = f"{result.steps} steps; --steps allows {self.adaptive_steps.max_steps}"
-                yield f"[yellow]warning:[/] {self.adaptive_steps.psnr_db:g} dB were not reached: {distance} with {limit}.{why}"
+def ignore_result(result: DeadlineResult | AdaptiveResult) -> None:
+    """Do nothing with the outcome of a deadline or of a quality."""
 
 
-def _describe_deadlines(results: list[DeadlineResult]) -> str:
-    """What came of the deadlines of a video, or of its chunks."""
-    deadline, probe_steps = results[0].deadline, sum(result.probe_step for result in results)
-    probing = f", after {probe_steps} draft{'s' * (probe_steps > 1)} to learn the pace" if probe_steps else ""
-    worst = min(result.slack for result in results)
-    if len(results) == 1:
-        only, end = results[0], f"met with {worst:.3f} s to spare" if worst >= 0 else f"missed by {-worst:.3f} s"
-        count = f"{only.steps} step{'s' * (only.steps > 1)}{probing}"
-        return f"{count}, in {only.seconds:.3f} s: the deadline of {deadline:g} s was {end}."
-    counts, late = ", ".join(str(result.steps) for result in results), sum(result.slack < 0 for result in results)
-    end = f"missed by {late} of {len(results)}, by {-worst:.3f} s at most" if late else f"met by all, with {worst:.3f} s to spare"
-    return f"steps by chunk {counts}{probing}: the deadline of {deadline:g} s a chunk was {end}{' at least' * (not late)}."
+@dataclass(frozen=True)
+class StepSettings:
+    """What a request says about its steps. None stands for "not said".
+
+    Attributes:
+        num_inference_steps: transitions of a video (of each chunk); with `deadline_s` or
+            `target_psnr`, the most there may be.
+        first_steps: the same for the first chunk that is made.
+        shift: of the grid, see `Schedule.uniform`.
+        sigmas: noise levels, in place of steps and shift.
+        deadline_s: seconds for the transitions of a video (of each chunk).
+        target_psnr: decibels to reach between the sample and one of half as many steps.
+    """
+
+    num_inference_steps: int | None = None
+    first_steps: int | None = None
+    shift: float | None = None
+    sigmas: tuple[float, ...] | None = None
+    deadline_s: float | None = None
+    target_psnr: float | None = None
+
+    def check(self, name: Callable[[str], str] = str) -> None:
+        """Refuse settings that contradict each other.
+
+        Args:
+            name: turns a field of this class into what the user calls it, such as a flag.
+
+        Raises:
+            InvalidRequestError: naming which to leave out.
+        """
+        fields = ("sigmas", "deadline_s", "target_psnr")
+        given = [field for field in fields if getattr(self, field) is not None]
+        sigmas, quality = name("sigmas"), name("target_psnr")
+        steps, first = name("num_inference_steps"), name("first_steps")
+        problem = None
+        if len(given) > 1:
+            names = " and ".join(map(name, given))
+            problem = f"{names} each decide how many steps there are; give one of them."
+        elif given == ["sigmas"] and (self.num_inference_steps, self.shift) != (None, None):
+            problem = f"{sigmas} is the whole schedule; leave out {steps} and {name('shift')}."
+        elif given == ["sigmas"] and self.first_steps is not None:
+            problem = f"{sigmas} is the whole schedule, of every chunk; leave out {first}."
+        elif given == ["target_psnr"] and self.first_steps is not None:
+            problem = f"{quality} is decided on the first chunk, and the others follow; leave out {first}."
+        elif given == ["target_psnr"] and self.num_inference_steps == 1:
+            problem = f"{quality} compares one step with two, and {steps} 1 allows one; allowed are 2 or more."
+        if problem is not None:
+            raise InvalidRequestError(problem, given[0])
+
+    def make_policy(
+        self,
+        default_steps: int,
+        default_shift: float,
+        step_timer: StepTimer | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_end: Callable[[DeadlineResult | AdaptiveResult], None] = ignore_result,
+    ) -> StepPolicy:
+        """Make the policy of one video.
+
+        Args:
+            default_steps, default_shift: of the bundle, where the request does not say.
+            step_timer: what is known of the engine's pace; share one between its requests.
+            should_stop: see `Deadline`.
+            on_end: told the result of each sample, of a deadline or a quality.
+
+        Raises:
+            AnyFlowError: a number out of range.
+        """
+        shift = default_shift if self.shift is None else self.shift
+        steps = self.num_inference_steps
+        if self.deadline_s is not None:
+            return self._deadlines(shift, step_timer or StepTimer(), should_stop, on_end)
+        if self.target_psnr is not None:
+            most = MAX_ADAPTIVE_STEPS if steps is None else steps
+            return ReuseFirstChunkSteps(AdaptiveSteps(self.target_psnr, shift, most, on_end))
+        if self.sigmas is not None:
+            return Schedule.from_sigmas(self.sigmas)
+        schedule = Schedule.uniform(default_steps if steps is None else steps, shift)
+        if self.first_steps is None:
+            return schedule
+        return FirstChunkPolicy(Schedule.uniform(self.first_steps, shift), schedule)
+
+    def _deadlines(
+        self,
+        shift: float,
+        step_timer: StepTimer,
+        should_stop: Callable[[], bool],
+        on_end: Callable[[DeadlineResult | AdaptiveResult], None],
+    ) -> StepPolicy:
+        assert self.deadline_s is not None
+        steps = self.num_inference_steps
+        most = MAX_DEADLINE_STEPS if steps is None else steps
+        deadline = Deadline(self.deadline_s, shift, most, step_timer, should_stop, on_end)
+        if self.first_steps is None:
+            return deadline
+        first = Deadline(self.deadline_s, shift, self.first_steps, step_timer, should_stop, on_end)
+        return FirstChunkPolicy(first, deadline)
 
 
-@contextlib.contextmanager
-def stop_on_interrupt(stop_event: threading.Event) -> Iterator[None]:
-    """Within it the first Ctrl-C sets `enough`, and the second one interrupts. (In a thread, which gets none: nothing.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+class ProgressTracker:
+    """Turns steps into the share of a video that is sampled. It needs no memory of a policy's kind.
 
-    def handle_signal(number: int, frame: object) -> None:
-        if stop_event.is_set():
-            raise KeyboardInterrupt
-        stop_event.set()
-        console.print("finishing with one jump; Ctrl-C again interrupts.")
+    Args:
+        samples: that are made one after the other: chunks, or 1 for a whole video.
+    """
 
-    before = signal.signal(signal.SIGINT, handle_signal)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def __init__(self, samples: int) -> None:
+        self._samples = max(1, samples)
+        self._finished = 0
+        self._current = 0.0
+
+    def update(self, step: Step) -> float:
+        """Note a step.
+
+        Returns:
+            The share that is done, 0 to 1; a plan that grew does not turn it back.
+        """
+        if step.index == 0 and self._current > 0.0:
+            self._finished += 1
+            self._current = 0.0
+        self._current = max(self._current, (step.index + 1) / step.steps)
+        return min(1.0, (self._finished + self._current) / self._samples)

@@ -77,7 +77,7 @@ class ExportOptions(QuantizationOptions):
     @cached_property
     def spec(self) -> PrecisionSpec:
         """The precision, complete."""
-        return resolve_precision(self.precision, self.base, self.target, self.attention, not self.no_smooth)
+        return resolve_precision(self.precision, self.base, self.target, self.attention, not self.no_smoothquant)
 
     def ranges(self) -> dict[str, Range]:
         """The axes that flags narrow, in latent units."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -20,20 +20,29 @@ from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field, PositiveInt
 from rich.markup import escape
 
-from anyflow_deploy.bundle.atomic_io import atomic_file
-from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.cli.options import Numbers, Options, run
 from anyflow_deploy.cli.sensitivity import Decibels
-from anyflow_deploy.cli.step_options import Seconds, check_course, course_of
-from anyflow_deploy.engines.engine import Array, BundleEngine
-from anyflow_deploy.engines.kv_cache import CachePlan, check_budget
-from anyflow_deploy.engines.registry import load_engine
-from anyflow_deploy.engines.sampler import Chunk, noise, sample, stream
-from anyflow_deploy.engines.step_policy import StepPolicy
+from anyflow_deploy.cli.step_options import Seconds, flag_name, step_settings
+from anyflow_deploy.cli.step_report import StepReport
+from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.engines.kv_cache import check_budget
+from anyflow_deploy.engines.registry import DEFAULT_BACKEND
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.pipelines.request import (
+    GenerationRequest,
+    cache_element_bytes,
+    describe_plan,
+)
+from anyflow_deploy.pipelines.video_pipeline import (
+    LATENTS_SUFFIX,
+    StageTimer,
+    Video,
+    VideoChunk,
+    VideoPipeline,
+    load_context,
+)
 from anyflow_deploy.progress import RichProgress, console
-
-LATENTS_SUFFIX = ".safetensors"
 
 CAUSAL_FLAGS = ("stream", "image", "video", "chunks", "first_steps", "cache_budget", "window")
 """Flags that mean nothing to a bidirectional bundle."""
@@ -85,210 +94,158 @@ class GenerateOptions(Options):
     first_steps: int | None = Field(None, ge=1, le=1000, description="causal: transitions of the first chunk that is made")
     window: int | None = Field(None, ge=1, description="causal: remember the first and this many of the newest old chunks only")
     cache_budget: float | None = Field(None, gt=0, description="causal: refuse a cache of more than this many GB")
-    backend: str = Field("onnxruntime", description="backend of the engine")
+    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
     pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")
 
 
-class Stopwatch:
-    """Seconds of each stage, for the closing line; a stage that comes again is added up."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, float] = {}
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Time a stage."""
-        started = time.perf_counter()
-        yield
-        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - started
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.stages.items())
-
-
 @dataclass(frozen=True)
-class Job:
+class _Job:
     """What is to be made, checked.
 
     Attributes:
-        course: decides the steps.
-        shape: (F, C, H, W) of the latents.
-        plan: of a causal bundle's chunks and cache; None for a bidirectional one.
+        request: the video.
+        steps: decides the steps, and shows them.
         given: uint8 (frames, height, width, 3) that the video begins with.
+        decode: frames are made, not latents alone.
     """
 
-    course: StepPolicy
-    shape: tuple[int, int, int, int]
-    plan: CachePlan | None
+    request: GenerationRequest
+    steps: StepReport
     given: NDArray[np.uint8] | None
+    decode: bool
 
 
 def generate(options: GenerateOptions) -> int:
-    """Do it; returns the exit status."""
-
+    """Generate the video; returns the exit status."""
     _check(options)
-    watch = Stopwatch()
-    with watch.time("bundle"):
-        bundle = load_bundle(options.bundle)
-    job = _job(options, bundle)
-    parts = ["tokenizer", "text_encoder"] if options.prompt is not None else []
-    parts += ["vae"] if options.output.suffix != LATENTS_SUFFIX or job.given is not None else []
-    pipeline = _pipeline(options, bundle, parts) if parts else Path()
-    with watch.time("text"):
-        words = _words(options, bundle, pipeline)
-    with watch.time("engine"):
-        engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
-    with closing(engine):
-        first_frame = _Work(options, engine, words, job, pipeline, watch).done()
-    for line in job.course.summary_lines():
+    timer = StageTimer()
+    with timer.time("bundle"):
+        pipe = VideoPipeline.from_bundle(
+            options.bundle,
+            backend=options.backend,
+            provider=options.provider,
+            threads=options.threads,
+            engine=options.engine,
+            pipeline=options.pipeline,
+        )
+    with pipe:
+        job = _prepare(options, pipe.bundle)
+        pipe.check_parts(text=options.prompt is not None, vae=job.decode or job.given is not None)
+        with timer.time("text"):
+            prompt_embeds = _prompt_embeds(options, pipe)
+        with timer.time("engine"):
+            _ = pipe.engine
+        first_frame = _write(options, pipe, job, prompt_embeds, timer)
+    for line in job.steps.summary_lines():
         console.print(line)
-    if job.plan is not None and first_frame is not None:
+    if job.request.plan is not None and first_frame is not None:
         console.print(f"first frame made here on disk after {first_frame:.2f} s")
-    console.print(f"[green]wrote[/] [bold]{escape(str(options.output))}[/] ({watch})")
+    console.print(f"[green]wrote[/] [bold]{escape(str(options.output))}[/] ({timer})")
     return 0
 
 
-def _words(options: GenerateOptions, bundle: Bundle, pipeline: Path) -> Array:
+def _prompt_embeds(options: GenerateOptions, pipe: VideoPipeline) -> Array:
     """Prompt embeddings (B, L, D), read or made, and saved if asked."""
     from anyflow_deploy.pipelines import text_encoder
 
     if options.prompt_embeds is not None:
-        words, prompts = text_encoder.load_embeddings(options.prompt_embeds)
+        embeds, prompts = text_encoder.load_embeddings(options.prompt_embeds)
     else:
         prompts = [str(options.prompt)]
-        words = text_encoder.encoded_prompts(pipeline, prompts, bundle.manifest.video.text_tokens)
-    if len(words) != 1 and (options.output.suffix != LATENTS_SUFFIX or bundle.manifest.kind == "causal"):
+        embeds = pipe.encode_prompt(prompts[0])
+        pipe.unload_text_encoder()
+    one_video = options.output.suffix != LATENTS_SUFFIX or pipe.manifest.kind == "causal"
+    if len(embeds) != 1 and one_video:
         raise AnyFlowError(
-            f"{options.prompt_embeds} holds {len(words)} prompts, and {options.output} takes one video. Give one prompt's "
-            "embeddings; a bidirectional bundle makes several videos' latents at once (--output latents.safetensors)."
+            f"{options.prompt_embeds} holds {len(embeds)} prompts, and {options.output} takes one "
+            "video. Give one prompt's embeddings; a bidirectional bundle makes several videos' "
+            "latents at once (--output latents.safetensors)."
         )
     if options.save_prompt_embeds is not None:
-        text_encoder.save_embeddings(options.save_prompt_embeds, words, prompts)
-    return words
+        text_encoder.save_embeddings(options.save_prompt_embeds, embeds, prompts)
+    return embeds
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Making and writing one video, once everything is loaded."""
+def _write(
+    options: GenerateOptions,
+    pipe: VideoPipeline,
+    job: _Job,
+    prompt_embeds: Array,
+    timer: StageTimer,
+) -> float | None:
+    """Make the video and write it.
 
-    options: GenerateOptions
-    engine: BundleEngine
-    words: Array
-    job: Job
-    pipeline: Path
-    watch: Stopwatch
-
-    def done(self) -> float | None:
-        """Do it; seconds from the first transition to the first frame on disk, None where only latents are written."""
-        start, started = noise((len(self.words), *self.job.shape), self.options.seed), time.perf_counter()
-        if self.job.plan is None:
-            return self._written(self._whole(start), started)
-        context = self._context()
-        if self.options.stream:
-            return self._grown(start, context)
-        started = time.perf_counter()
-        with closing(self._chunks(self.job.plan, start, context)) as chunks:
-            latents = np.concatenate([chunk.latents for chunk in chunks], axis=1)
-        return self._written(latents, started)
-
-    def _whole(self, start: Array) -> Array:
-        course = self.job.course
-        with (
-            self.watch.time(course.stage), RichProgress(console) as bars,
-            bars.stage("transitions", course.progress_total(1)) as advance,
-            course.interrupt_handler(),
-        ):  # fmt: skip
-            schedule = course.chunk_schedules(0)(0)
-            return sample(self.engine, start, self.words, schedule, on_step=lambda step: course.update_progress(step, advance))
-
-    def _context(self) -> Array | None:
-        from anyflow_deploy.pipelines.vae import encoded_video
-
-        if self.job.given is None:
-            return None
-        with self.watch.time("VAE"):
-            return encoded_video(self.pipeline, self.job.given)
-
-    def _chunks(self, plan: CachePlan, start: Array, context: Array | None) -> Generator[Chunk, None, None]:
-        """The chunks of a causal video, timed and shown while they are made."""
-        from anyflow_deploy.pipelines.causal_video import chunks_in
-
-        course, count = self.job.course, len(plan.chunks)
-        given = chunks_in(plan, 0 if context is None else context.shape[1])
-        with (
-            RichProgress(console) as bars,
-            bars.stage("transitions", course.progress_total(count - given)) as advance,
-            course.interrupt_handler(),
-        ):
-            chunks = stream(
-                self.engine,
-                start,
-                self.words,
-                course.chunk_schedules(given),
-                plan.chunks,
-                context,
-                plan.window,
-                lambda step: course.update_progress(step, advance),
+    Returns:
+        Seconds from the first transition to the first frame on disk that was made here; None where
+        only latents are written.
+    """
+    context = None
+    if job.given is not None:
+        with timer.time("VAE"):
+            context = pipe.encode_video(job.given)
+    plan = job.request.plan
+    given = 0 if job.given is None else job.request.check_context(len(job.given))
+    sampling = job.steps.stage if plan is None else f"{len(plan.chunks)} chunks"
+    names = {"transformer": sampling, "vae": "VAE"}
+    started = time.perf_counter()
+    with (
+        RichProgress(console) as bars,
+        job.steps.show(bars, job.request.num_samples - given) as bar,
+        closing(
+            pipe.generate(
+                job.request,
+                prompt_embeds,
+                job.steps.policy,
+                context=context,
+                decode=job.decode,
+                on_step=bar.update,
+                stage=lambda name: timer.time(names[name]),
             )
-            while True:
-                with self.watch.time(f"{count} chunks"):
-                    chunk = next(chunks, None)
-                if chunk is None:
-                    return
-                yield chunk
-
-    def _grown(self, start: Array, context: Array | None) -> float | None:
-        """Put each chunk on disk before the next is begun."""
-        from anyflow_deploy.pipelines.vae import StreamingDecoder
-        from anyflow_deploy.pipelines.video_io import VideoWriter
-
-        assert self.job.plan is not None
-        video, first_frame = self.engine.bundle.manifest.video, None
-        height, width = (side * video.spatial_factor for side in self.job.shape[2:])
-        with self.watch.time("VAE"):
-            decoder = StreamingDecoder(self.pipeline)
-        started = time.perf_counter()
-        writer = VideoWriter(self.options.output, video.fps, (height, width))
-        try:
-            with writer, closing(self._chunks(self.job.plan, start, context)) as chunks:
-                for chunk in chunks:
-                    with self.watch.time("VAE"):
-                        frames = decoder.decode(chunk.latents)
-                    with self.watch.time("mp4"):
-                        writer.append(frames)
-                    if first_frame is None and not chunk.given:
-                        first_frame = time.perf_counter() - started
-        except BaseException as error:
-            kept = f"{self.options.output} holds the first {writer.frames} frames, whole and playable"
-            if isinstance(error, KeyboardInterrupt):
-                raise (KeyboardInterrupt(kept) if writer.frames else error) from None
-            if writer.frames:
-                console.print(f"{escape(kept)}.")
-            raise
-        return first_frame
-
-    def _written(self, latents: Array, started: float) -> float | None:
-        """Decode and write a whole video, or write its latents."""
-        if self.options.output.suffix == LATENTS_SUFFIX:
-            _save_latents(self.options.output, latents)
-            return None
-        from anyflow_deploy.pipelines import vae, video_io
-
-        with self.watch.time("VAE"):
-            frames = vae.decoded_video(self.pipeline, latents)
-        with self.watch.time("mp4"):
-            video_io.save_video(self.options.output, frames[0], self.engine.bundle.manifest.video.fps)
-        return time.perf_counter() - started
+        ) as chunks,
+    ):
+        if options.stream:
+            return _write_growing(options, pipe, job, chunks, timer)
+        video = Video.from_chunks(chunks, pipe.manifest.video.fps)
+    if not job.decode:
+        video.save(options.output)
+        return None
+    with timer.time("mp4"):
+        video.save(options.output)
+    return time.perf_counter() - started
 
 
-def _pipeline(options: GenerateOptions, bundle: Bundle, parts: list[str]) -> Path:
-    """The folder with text encoder and VAE; looking for it needs the export side, a device without them does not."""
-    from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
+def _write_growing(
+    options: GenerateOptions,
+    pipe: VideoPipeline,
+    job: _Job,
+    chunks: Iterable[VideoChunk],
+    timer: StageTimer,
+) -> float | None:
+    """Put each chunk on disk before the next is begun."""
+    from anyflow_deploy.pipelines.video_io import VideoWriter
 
-    return pipeline_of(bundle.manifest, options.pipeline, parts)
+    started, first_frame = time.perf_counter(), None
+    size = (job.request.height, job.request.width)
+    writer = VideoWriter(options.output, pipe.manifest.video.fps, size)
+    try:
+        with writer:
+            for chunk in chunks:
+                assert chunk.frames is not None
+                with timer.time("mp4"):
+                    writer.append(chunk.frames)
+                if first_frame is None and not chunk.given:
+                    first_frame = time.perf_counter() - started
+    except BaseException as error:
+        kept = f"{options.output} holds the first {writer.frames} frames, whole and playable"
+        if isinstance(error, KeyboardInterrupt):
+            raise (KeyboardInterrupt(kept) if writer.frames else error) from None
+        if writer.frames:
+            console.print(f"{escape(kept)}.")
+        raise
+    return first_frame
 
 
 def _check(options: GenerateOptions) -> None:
@@ -297,7 +254,7 @@ def _check(options: GenerateOptions) -> None:
 
     if (options.prompt is None) == (options.prompt_embeds is None):
         raise AnyFlowError("give one of --prompt TEXT and --prompt-embeds FILE.")
-    check_course(options)
+    step_settings(options)
     if options.image is not None and options.video is not None:
         raise AnyFlowError("give one of --image and --video: a video begins with a picture or with a clip.")
     if options.stream and options.output.suffix.lower() not in GROWING_SUFFIXES:
@@ -318,57 +275,36 @@ def _check(options: GenerateOptions) -> None:
             raise AnyFlowError(f"{path} cannot be written. Choose another name or folder.")
 
 
-def _job(options: GenerateOptions, bundle: Bundle) -> Job:
-    """What is to be made, checked against rules, ranges and budget before anything is loaded."""
+def _prepare(options: GenerateOptions, bundle: Bundle) -> _Job:
+    """Check the request against rules, ranges and budget before anything is loaded."""
     manifest = bundle.manifest
     causal = manifest.kind == "causal"
     wrong = [name for name in CAUSAL_FLAGS if getattr(options, name) not in (None, False)]
     if wrong and not causal:
         raise AnyFlowError(
-            f"--{wrong[0].replace('_', '-')} needs a causal bundle, and {bundle.path} is bidirectional ({manifest.model}). "
-            "Leave it out, or export a far model."
+            f"--{wrong[0].replace('_', '-')} needs a causal bundle, and {bundle.path} is "
+            f"bidirectional ({manifest.model}). Leave it out, or export a far model."
         )
-    course, shape = course_of(options, manifest.schedule), _latent_shape(options, bundle)
-    plan = _plan(options, bundle, shape) if causal else None
-    frames = shape[0] if plan is None else max(plan.chunks)
-    manifest.shape_ranges.check((1, frames, *shape[1:]), (1, manifest.video.text_tokens, manifest.architecture.text_dim))
-    if plan is None:
-        return Job(course, shape, None, None)
-    return Job(course, shape, plan, _given(options, bundle, plan, shape))
-
-
-def _given(
-    options: GenerateOptions, bundle: Bundle, plan: CachePlan, shape: tuple[int, int, int, int]
-) -> NDArray[np.uint8] | None:
-    from anyflow_deploy.pipelines.causal_video import given_frames
-
-    factor = bundle.manifest.video.spatial_factor
-    return given_frames(options.image, options.video, plan, bundle.manifest, shape[2] * factor, shape[3] * factor)
-
-
-def _plan(options: GenerateOptions, bundle: Bundle, shape: tuple[int, int, int, int]) -> CachePlan:
-    """The chunks and their cache, printed, and refused where it does not fit the budget."""
-    from anyflow_deploy.pipelines.causal_video import element_bytes, plan_line, planned
-
-    plan, size = planned(bundle.manifest, options.chunks, shape, options.window), element_bytes(bundle.manifest)
-    if options.cache_budget is not None:
-        check_budget(plan, size, options.cache_budget * 1e9)
-    console.print(plan_line(plan, size))
-    return plan
-
-
-def _latent_shape(options: GenerateOptions, bundle: Bundle) -> tuple[int, int, int, int]:
-    """(F, C, H, W) of the video asked for; chunks say how long it is where --frames does not."""
-    factor = bundle.manifest.video.temporal_factor
-    by_chunks = (sum(options.chunks) - 1) * factor + 1 if options.chunks else None
-    return bundle.manifest.latent_shape(options.frames or by_chunks, options.height, options.width)
-
-
-def _save_latents(path: Path, latents: Array) -> None:
-    from safetensors.numpy import save_file
-
-    with atomic_file(path) as partial:
-        save_file({"latents": latents}, partial, metadata={"layout": "batch, frames, channels, height, width"})
+    default_frames = None if options.chunks else manifest.video.frames
+    request = GenerationRequest.from_manifest(
+        manifest,
+        num_frames=options.frames or default_frames,
+        height=options.height,
+        width=options.width,
+        chunks=options.chunks or manifest.architecture.chunk_partition,
+        window=options.window,
+        steps=step_settings(options),
+        seed=options.seed,
+        name=flag_name,
+    )
+    if request.plan is not None:
+        element = cache_element_bytes(manifest)
+        if options.cache_budget is not None:
+            check_budget(request.plan, element, options.cache_budget * 1e9)
+        console.print(describe_plan(request.plan, element))
+    steps = StepReport(request.steps, request.default_steps, request.default_shift)
+    given = load_context(request, options.image, options.video)
+    return _Job(request, steps, given, options.output.suffix != LATENTS_SUFFIX)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from anyflow_deploy.quantization.layers import quantizable_layers, unquantized_l
 if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.checkpoints.weights import Weights
 
-_ONLY = ("calibration", "prompts", "base", "no_smooth", "attention", "keep", "fidelity")
+_ONLY = ("calibration", "prompts", "base", "no_smoothquant", "attention", "keep_layers", "min_psnr")
 _CPU_HEIGHT, _CPU_WIDTH = 256, 448
 """What a CPU calibrates at: whole videos of a released model would take it days."""
 
@@ -35,10 +35,10 @@ class QuantizationOptions(WeightOptions):
     calibration: Path | None = Field(None, description="int8, fp8: from anyflow-calibrate (default: calibrate here, now)")
     prompts: Path | None = Field(None, description="int8, fp8: prompts to calibrate with, one a line (default: built-in ones)")
     base: str | None = Field(None, description=f"int8, fp8: type of all that is not 8-bit: {', '.join(BASES)} (by target)")
-    no_smooth: bool = Field(False, description="int8: without SmoothQuant")
+    no_smoothquant: bool = Field(False, description="int8: without SmoothQuant")
     attention: str = Field("high", description="fp8: also the products in attention (fp8), or not (high)")
-    keep: int | None = Field(None, ge=0, description="int8, fp8: keep the N most sensitive layers in the base type")
-    fidelity: Decibels | None = Field(None, description="int8, fp8: keep as many as it takes to reach this PSNR, as 30dB")
+    keep_layers: int | None = Field(None, ge=0, description="int8, fp8: keep the N most sensitive layers in the base type")
+    min_psnr: Decibels | None = Field(None, description="int8, fp8: keep as many as it takes to reach this PSNR, as 30dB")
 
     @model_validator(mode="after")
     def _quantization_fits(self) -> QuantizationOptions:
@@ -46,12 +46,12 @@ class QuantizationOptions(WeightOptions):
         given = [name for name in _ONLY if name in self.model_fields_set]
         if row is not None and not row.quantized and given:
             raise ValueError(f"--{given[0].replace('_', '-')} is for --precision int8 or fp8, and {self.precision} is not 8-bit.")
-        if self.keep is not None and self.fidelity is not None:
-            raise ValueError("give one of --keep N and --fidelity DB: a number of layers, or a PSNR to reach.")
+        if self.keep_layers is not None and self.min_psnr is not None:
+            raise ValueError("give one of --keep-layers N and --min-psnr DB: a number of layers, or a PSNR to reach.")
         if self.calibration is not None and self.prompts is not None:
             raise ValueError("--calibration has its own prompts; leave --prompts out.")
-        if self.no_smooth and self.precision == "fp8":
-            raise ValueError("--no-smooth is for int8; fp8 is never smoothed.")
+        if self.no_smoothquant and self.precision == "fp8":
+            raise ValueError("--no-smoothquant is for int8; fp8 is never smoothed.")
         return self
 
 
@@ -97,7 +97,7 @@ def _small(weights: Weights) -> dict[str, int]:
 def layers_kept(
     options: QuantizationOptions, spec: PrecisionSpec, weights: Weights, calibration: Calibration, bars: Progress
 ) -> list[str]:
-    """The layers that --keep or --fidelity choose, by measuring each one."""
+    """The layers that --keep-layers or --min-psnr choose, by measuring each one."""
     from anyflow_deploy.export.quantization.rollouts import latent_shape
     from anyflow_deploy.export.quantization.sensitivity import (
         check_keep_layers,
@@ -105,13 +105,15 @@ def layers_kept(
         select_full_precision_layers,
     )
 
-    if not options.keep and options.fidelity is None:
+    if not options.keep_layers and options.min_psnr is None:
         return []
     a = weights.architecture
-    check_keep_layers(options.keep, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
+    check_keep_layers(options.keep_layers, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
     shape = latent_shape(a, CAUSAL_FRAMES if a.causal else FRAMES, HEIGHT, WIDTH)
     probe = probe_for(weights, calibration, spec, shape, bars=bars)
-    chosen = select_full_precision_layers(measure_sensitivity(probe, bars), options.keep, options.fidelity, probe.psnr_all_except)
+    chosen = select_full_precision_layers(
+        measure_sensitivity(probe, bars), options.keep_layers, options.min_psnr, probe.psnr_all_except
+    )
     console.print(
         f"{len(chosen)} of {len(probe.layers)} layers stay in {spec.base}: {escape(', '.join(chosen) or 'none has to')}"
     )

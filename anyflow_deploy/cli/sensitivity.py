@@ -35,12 +35,12 @@ class SensitivityOptions(Options):
     """Rank a model's layers by what quantizing each one alone does to a video; PyTorch computes both.
 
     Takes any bundle whose weights are still where it was exported from, and a calibration of them. Writes
-    sensitivity.json and sensitivity.png. With --keep or --fidelity it also says which layers those flags choose."""
+    sensitivity.json and sensitivity.png. With --keep-layers or --min-psnr it also says which layers those flags choose."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-sensitivity my-bundle --calibration calibration.json",
-        "anyflow-sensitivity my-bundle --precision fp8 --steps 1,4,8 --fidelity 30dB --device cuda",
+        "anyflow-sensitivity my-bundle --precision fp8 --steps 1,4,8 --min-psnr 30dB --device cuda",
     )
 
     bundle: Path = Field(description="the bundle's folder")
@@ -52,8 +52,8 @@ class SensitivityOptions(Options):
     height: int = Field(HEIGHT, description="pixels")
     width: int = Field(WIDTH, description="pixels")
     seed: int = Field(0, ge=0, description="of the noise")
-    keep: int | None = Field(None, ge=0, description="name the N worst layers")
-    fidelity: Decibels | None = Field(None, description="name as many as have to stay high to reach this PSNR, as 30dB")
+    keep_layers: int | None = Field(None, ge=0, description="name the N worst layers")
+    min_psnr: Decibels | None = Field(None, description="name as many as have to stay high to reach this PSNR, as 30dB")
     device: str = Field("cpu", description="torch device, as cpu or cuda")
     output: Path | None = Field(None, description="folder for the report (default: the bundle)")
 
@@ -61,8 +61,8 @@ class SensitivityOptions(Options):
     def _consistent(self) -> SensitivityOptions:
         if self.precision is not None and self.precision not in EIGHT_BIT:
             raise ValueError(f"--precision is {self.precision!r}; allowed are {' and '.join(EIGHT_BIT)}.")
-        if self.keep is not None and self.fidelity is not None:
-            raise ValueError("give one of --keep N and --fidelity DB: a number of layers, or a PSNR to reach.")
+        if self.keep_layers is not None and self.min_psnr is not None:
+            raise ValueError("give one of --keep-layers N and --min-psnr DB: a number of layers, or a PSNR to reach.")
         return self
 
 
@@ -94,16 +94,16 @@ def sensitivity(options: SensitivityOptions) -> int:
             load_modelopt()
         with bars.stage("fingerprint of the weights"):
             check_calibration(calibration, weights)
-        check_keep_layers(options.keep, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
+        check_keep_layers(options.keep_layers, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
         how = bundle.manifest.quantization if precision == own else None  # measured as this bundle rounds, or as by default
         smooth = precision == "int8" and (how is None or how.smooth)
         spec = PrecisionSpec(precision, "fp32", "high" if how is None else how.attention, smooth)
         probe = probe_for(weights, calibration, spec, shape, options.steps, options.seed, options.device, bars)
         found = measure_sensitivity(probe, bars)
         chosen = None
-        if options.keep is not None or options.fidelity is not None:
+        if options.keep_layers is not None or options.min_psnr is not None:
             with bars.stage("choosing layers"):
-                chosen = select_full_precision_layers(found, options.keep, options.fidelity, probe.psnr_all_except)
+                chosen = select_full_precision_layers(found, options.keep_layers, options.min_psnr, probe.psnr_all_except)
     _write(folder, found, chosen)
     return 0
 

@@ -10,22 +10,19 @@ import re
 import socket
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Options, run
-from anyflow_deploy.engines.engine import BundleEngine
-from anyflow_deploy.engines.registry import DEFAULT_BACKEND, load_engine
+from anyflow_deploy.engines.registry import DEFAULT_BACKEND
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.progress import console
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.loopback import is_local
-
-if TYPE_CHECKING:
-    from anyflow_deploy.serving.generator import PipelineMaker
 
 TOKEN_VARIABLE = "ANYFLOW_TOKEN"
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,256}")
@@ -82,31 +79,34 @@ def serve(options: ServeOptions) -> int:
     limits = limits_of(options, bundle)
     listener = _listener(options.host, options.port)
     from anyflow_deploy.serving.app import make_app
+    from anyflow_deploy.serving.generator import VideoGenerator
     from anyflow_deploy.serving.logs import log_to_stderr
     from anyflow_deploy.serving.metrics import Metrics
     from anyflow_deploy.serving.server import Server, configured
     from anyflow_deploy.serving.service import Service
-    from anyflow_deploy.serving.video_store import Shelf
+    from anyflow_deploy.serving.video_store import VideoStore
     from anyflow_deploy.serving.warmup import warm_up
 
     log_to_stderr()
     manifest, name = bundle.manifest, options.name or bundle.manifest.model
-    with listener, closing(Shelf(options.folder, limits.disk_bytes, limits.keep_seconds)) as shelf:
-        engine, maker = _loaded(options, bundle)
-        with closing(engine):
-            metrics = Metrics()
-            metrics.describe(model=name, bundle=bundle.digest[:16], engine=engine.description)
-            if options.warm_up:
-                warm_up(maker, manifest, limits, name)
-            service = Service(maker, manifest, shelf, limits, name, metrics)
-            app = make_app(service, token)
-            host, port = listener.getsockname()[:2]
-            shown = f"[{host}]" if ":" in host else host
-            console.print(
-                f"[green]serving[/] [bold]{escape(name)}[/] on http://{escape(shown)}:{port} ({escape(engine.description)})"
-            )
-            Server(configured(app, host, port, limits), service, options.grace).run([listener])
-            service.drain(0)
+    with (
+        listener,
+        closing(VideoStore(options.folder, limits.disk_bytes, limits.keep_seconds)) as store,
+        _load_pipeline(options, bundle) as pipeline,
+    ):
+        generator = VideoGenerator(pipeline)
+        engine = pipeline.engine.description
+        metrics = Metrics()
+        metrics.describe(model=name, bundle=bundle.digest[:16], engine=engine)
+        if options.warm_up:
+            warm_up(generator, manifest, limits, name)
+        service = Service(generator, manifest, store, limits, name, metrics)
+        app = make_app(service, token)
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        console.print(f"[green]serving[/] [bold]{escape(name)}[/] on http://{escape(shown)}:{port} ({escape(engine)})")
+        Server(configured(app, host, port, limits), service, options.grace).run([listener])
+        service.drain(0)
     console.print("stopped; finished videos stay in " + escape(str(options.folder)))
     return 0
 
@@ -171,22 +171,23 @@ def _listener(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _loaded(options: ServeOptions, bundle: Bundle) -> tuple[BundleEngine, PipelineMaker]:
+def _load_pipeline(options: ServeOptions, bundle: Bundle) -> VideoPipeline:
+    """Load text encoder, VAE and engine."""
     import torch
-
-    from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
-    from anyflow_deploy.pipelines.text_encoder import PromptEncoder
-    from anyflow_deploy.pipelines.vae import load_vae
-    from anyflow_deploy.serving.generator import PipelineMaker
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise AnyFlowError("--device cuda: PyTorch finds no GPU here (anyflow-doctor says why). Leave it at cpu.")
-    pipeline = pipeline_of(bundle.manifest, options.pipeline, ["tokenizer", "text_encoder", "vae"], "")
-    text = PromptEncoder(pipeline, options.device)
-    text.load()
-    vae = load_vae(pipeline, options.device)
-    engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
-    return engine, PipelineMaker(engine, text, vae)
+    pipeline = VideoPipeline(
+        bundle,
+        backend=options.backend,
+        provider=options.provider,
+        threads=options.threads,
+        engine=options.engine,
+        pipeline=options.pipeline,
+        torch_device=options.device,
+    )
+    pipeline.load()
+    return pipeline
 
 
 def main() -> None:

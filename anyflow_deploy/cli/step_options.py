@@ -1,4 +1,4 @@
-"""The flags that decide how many steps a video gets, and the policy they ask for (`engines/step_policy.py`)."""
+"""The flags that decide how many steps a video gets, as `StepSettings`."""
 
 from __future__ import annotations
 
@@ -7,20 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator, Field
 
-from anyflow_deploy.engines.adaptive_steps import AdaptiveSteps
-from anyflow_deploy.engines.step_policy import (
-    MAX_ADAPTIVE_STEPS,
-    MAX_DEADLINE_STEPS,
-    AdaptiveStepsPolicy,
-    DeadlineSteps,
-    FixedSteps,
-    StepPolicy,
-)
-from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.schedule import Schedule
+from anyflow_deploy.engines.step_policy import StepSettings
 
 if TYPE_CHECKING:
-    from anyflow_deploy.bundle.manifest import ScheduleDefaults
     from anyflow_deploy.cli.generate import GenerateOptions
 
 
@@ -40,36 +29,32 @@ Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=
 """1500ms, 1.5s or 2m; a bare number only from Python, in seconds."""
 
 
-def course_of(options: GenerateOptions, defaults: ScheduleDefaults) -> StepPolicy:
-    """What the flags ask for."""
-    shift = options.shift or defaults.shift
-    first = options.first_steps
-    if options.deadline is not None:
-        return DeadlineSteps(options.deadline, shift, options.steps or MAX_DEADLINE_STEPS, first)
-    if options.target_quality is not None:
-        return AdaptiveStepsPolicy(AdaptiveSteps(options.target_quality, shift, options.steps or MAX_ADAPTIVE_STEPS))
-    if options.sigmas is not None:
-        return FixedSteps(Schedule.from_sigmas(options.sigmas))
-    return FixedSteps(
-        Schedule.uniform(options.steps or defaults.steps, shift), None if first is None else Schedule.uniform(first, shift)
-    )
+_FLAGS = {
+    "num_inference_steps": "--steps",
+    "deadline_s": "--deadline",
+    "target_psnr": "--target-quality",
+    "num_frames": "--frames",
+}
 
 
-def check_course(options: GenerateOptions) -> None:
-    """Refuse flags that contradict each other.
+def flag_name(field: str) -> str:
+    """Turn a field of a request into the flag that sets it, such as `--first-steps`."""
+    return _FLAGS.get(field, f"--{field.replace('_', '-')}")
+
+
+def step_settings(options: GenerateOptions) -> StepSettings:
+    """Read the flags that decide the steps.
 
     Raises:
-        AnyFlowError: naming which to leave out.
+        InvalidRequestError: flags that contradict each other, naming which to leave out.
     """
-    chosen = [name for name in ("sigmas", "deadline", "target_quality") if getattr(options, name) is not None]
-    if len(chosen) > 1:
-        names = " and ".join(f"--{name.replace('_', '-')}" for name in chosen)
-        raise AnyFlowError(f"{names} each decide how many steps there are; give one of them.")
-    if options.sigmas is not None and (options.steps is not None or options.shift is not None):
-        raise AnyFlowError("--sigmas is the whole schedule; leave out --steps and --shift.")
-    if options.sigmas is not None and options.first_steps is not None:
-        raise AnyFlowError("--sigmas is the whole schedule, of every chunk; leave out --first-steps.")
-    if options.target_quality is not None and options.first_steps is not None:
-        raise AnyFlowError("--target-quality is decided on the first chunk, and the others follow; leave out --first-steps.")
-    if options.target_quality is not None and options.steps == 1:
-        raise AnyFlowError("--target-quality compares one step with two, and --steps 1 allows one; allowed are 2 or more.")
+    settings = StepSettings(
+        num_inference_steps=options.steps,
+        first_steps=options.first_steps,
+        shift=options.shift,
+        sigmas=options.sigmas,
+        deadline_s=options.deadline,
+        target_psnr=options.target_quality,
+    )
+    settings.check(flag_name)
+    return settings

@@ -115,12 +115,14 @@ class VideoEncoder:
     """Encodes videos, one after the other, with a VAE that is loaded once.
 
     Args:
-        pipeline: folder with vae/.
+        pipeline: folder with vae/, or what `load_vae` gave.
         device: where it runs, as torch names it.
     """
 
-    def __init__(self, pipeline: Path, device: str = "cpu") -> None:
-        self._vae, self._device = _loaded(pipeline).to(device), device
+    def __init__(self, pipeline: Path | LoadedVae, device: str = "cpu") -> None:
+        loaded = load_vae(pipeline, device) if isinstance(pipeline, Path) else pipeline
+        self._vae = loaded.module
+        self._device = device
 
     @property
     def channels(self) -> int:

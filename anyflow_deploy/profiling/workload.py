@@ -13,10 +13,11 @@ import numpy as np
 
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.engine import Array
-from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
+from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.estimate import LatentShape, shape_from_pixels
+from anyflow_deploy.pipelines.request import GenerationRequest
 from anyflow_deploy.profiling.timed_engine import TimedEngine
 from anyflow_deploy.profiling.timing import clock
 from anyflow_deploy.schedule import Schedule
@@ -71,24 +72,29 @@ def build_workloads(manifest: Manifest, shapes: tuple[str, ...], window: int | N
         raise AnyFlowError(f"--window is kept in the cache of a causal model, and this is {manifest.model}. Leave it out.")
     video = manifest.video
     shapes_or_default = shapes or (f"{video.height}x{video.width}x{video.frames}",)
-    result = []
-    for text in dict.fromkeys(shapes_or_default):
-        shape = shape_from_pixels(text, a)
-        plan = None
-        if a.chunk_partition is not None:
-            chunks = fit_chunks(a.chunk_partition, shape.frames)
-            plan = cache_plan(a, chunks, shape.height, shape.width, window, video.text_tokens)
-        latents = (1, shape.frames, a.in_channels, shape.height, shape.width)
-        prompt_embeds_shape = (1, video.text_tokens, a.text_dim)
-        for frames in sorted(set(plan.chunks)) if plan else [shape.frames]:
-            manifest.shape_ranges.check((1, frames, *latents[2:]), prompt_embeds_shape)
-        frames = (shape.frames - 1) * video.temporal_factor + 1
-        result.append(
-            VideoWorkload(
-                shape, noise(latents, 0), noise(prompt_embeds_shape, 1), plan, frames, video.fps, manifest.schedule.shift
-            )
-        )
-    return result
+    return [_build_workload(manifest, text, window) for text in dict.fromkeys(shapes_or_default)]
+
+
+def _build_workload(manifest: Manifest, text: str, window: int | None) -> VideoWorkload:
+    """Make noise and embeddings of one shape."""
+    a, video = manifest.architecture, manifest.video
+    shape = shape_from_pixels(text, a)
+    request = GenerationRequest.from_manifest(
+        manifest,
+        num_frames=(shape.frames - 1) * video.temporal_factor + 1,
+        height=shape.height * video.spatial_factor,
+        width=shape.width * video.spatial_factor,
+        window=window,
+    )
+    return VideoWorkload(
+        shape,
+        noise((1, *request.shape), 0),
+        noise((1, video.text_tokens, a.text_dim), 1),
+        request.plan,
+        request.num_frames,
+        video.fps,
+        manifest.schedule.shift,
+    )
 
 
 @dataclass

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.responses import FileResponse
 from starlette.types import ASGIApp
 
-from anyflow_deploy.serving.auth import Guard
+from anyflow_deploy.serving.auth import AuthMiddleware
 from anyflow_deploy.serving.errors import answer_in_shape
 from anyflow_deploy.serving.routes import routes
 from anyflow_deploy.serving.service import Service
@@ -41,7 +41,7 @@ def make_app(service: Service, token: str | None = None) -> ASGIApp:
     app.include_router(sockets(service))
     for path, name in _FILES.items():
         app.add_api_route(path, _file(name), include_in_schema=False, response_model=None)
-    return Guard(app, token, service.limits, service.metrics)
+    return AuthMiddleware(app, token, service.limits, service.metrics)
 
 
 def _file(name: str) -> Callable[[], Awaitable[FileResponse]]:

@@ -39,7 +39,7 @@ OPEN = ("/", "/page.js", "/page.css", "/health")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class Guard:
+class AuthMiddleware:
     """ASGI middleware; see the module.
 
     Args:
@@ -61,7 +61,7 @@ class Guard:
         given = headers.get("x-request-id", "")
         own = given if _ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         request_id.set(own)
-        sent = _Sent(scope, send, own, self._metrics)
+        sent = _ResponseRecorder(scope, send, own, self._metrics)
         try:
             self._check(scope, headers)
             if scope["type"] == "http":
@@ -115,7 +115,7 @@ class Guard:
         return replay
 
 
-class _Sent:
+class _ResponseRecorder:
     """Notes what is answered: the id as a header, a line in the log, a count."""
 
     def __init__(self, scope: Scope, send: Send, own: str, metrics: Metrics) -> None:

@@ -15,8 +15,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from anyflow_deploy.errors import AnyFlowError, suggestion
-from anyflow_deploy.serving.request import RefusedError, VideoRequest
+from anyflow_deploy.errors import AnyFlowError, InvalidRequestError, suggestion
+from anyflow_deploy.serving.request import VideoRequest
 from anyflow_deploy.serving.service import BusyError, ClosingError
 
 _log = logging.getLogger("anyflow.serve")
@@ -64,7 +64,7 @@ def api_error(error: Exception) -> ApiError:
     """What a client is told of an error."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, RefusedError):
+    if isinstance(error, InvalidRequestError):
         return ApiError(400, str(error), error.param)
     if isinstance(error, BusyError):
         return ApiError(429, str(error), headers={"Retry-After": str(error.seconds)})

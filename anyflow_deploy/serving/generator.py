@@ -1,37 +1,42 @@
-"""An order becomes a video file: text encoder, engine, VAE and mp4, all of them loaded once.
+"""A job becomes a video file that grows: the service's use of `VideoPipeline`.
 
-A causal model's chunks are decoded and put into the file before the next one is begun. A bidirectional model's latents are whole
-before the VAE begins, and are then decoded in pieces of a few frames, which gives the same frames as all at once; so both kinds
-make a file that grows.
+A causal model's chunks are decoded and put into the file before the next one is begun. A bidirectional
+model's latents are whole before the VAE begins, and are then decoded in fragments of a few frames; so
+both kinds make a file that grows.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Generator
+import contextlib
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Protocol
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.deadline import StepTimer
-from anyflow_deploy.engines.engine import Array, BundleEngine
-from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.engines.step_policy import DeadlineSteps
-from anyflow_deploy.pipelines.text_encoder import PromptEncoder
-from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
+from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
+from anyflow_deploy.engines.deadline import DeadlineResult
+from anyflow_deploy.engines.step_policy import ProgressTracker
 from anyflow_deploy.pipelines.video_io import VideoWriter
-from anyflow_deploy.serving.generate import clean_latents
+from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
+from anyflow_deploy.schedule import Step
 from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.job_progress import Report
 
-REMEMBERED_PROMPTS = 16
-"""Whose embeddings are kept (8 MB each with a text encoder of 4096 channels)."""
 
+class VideoGenerator:
+    """Makes the service's videos; one thread at a time may call `make`.
 
-class Maker(Protocol):
-    """What a service needs of whoever makes the videos."""
+    Args:
+        pipeline: makes frames of prompts.
+    """
+
+    def __init__(self, pipeline: VideoPipeline) -> None:
+        self._pipeline = pipeline
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the bundle that runs."""
+        return self._pipeline.manifest
 
     def check(self, prompt: str) -> None:
         """Refuse a prompt that cannot be encoded; from any thread.
@@ -39,85 +44,50 @@ class Maker(Protocol):
         Raises:
             AnyFlowError: saying why.
         """
-        ...
+        self._pipeline.check_prompt(prompt)
 
     def make(self, job: Job, path: Path, report: Report) -> None:
-        """Make a video.
+        """Make a video and write it.
 
         Args:
-            job: with an order.
+            job: with a request.
             path: of the file to write.
-            report: told of everything; it raises `Cancelled` where nobody wants the video any more.
+            report: told of everything; it raises `CancelledError` where nobody wants the video any
+                more.
         """
-        ...
-
-
-class PipelineMaker:
-    """See the module. One thread at a time may `make`.
-
-    Args:
-        engine: from `load_engine`.
-        text: the model's text encoder.
-        vae: the model's VAE.
-    """
-
-    def __init__(self, engine: BundleEngine, text: PromptEncoder, vae: LoadedVae) -> None:
-        self._engine, self._text, self._vae = engine, text, vae
-        self._step_timer, self._tokens = StepTimer(), engine.bundle.manifest.video.text_tokens
-        self._words = functools.lru_cache(REMEMBERED_PROMPTS)(lambda prompt: text.encode([prompt], self._tokens))
-
-    @property
-    def manifest(self) -> Manifest:
-        """Of the bundle that runs."""
-        return self._engine.bundle.manifest
-
-    def check(self, prompt: str) -> None:
-        """See `Maker`."""
-        self._text.check(prompt, self._tokens)
-
-    def make(self, job: Job, path: Path, report: Report) -> None:
-        """See `Maker`."""
-        order = job.order
-        assert order is not None
+        request = job.request
+        assert request is not None
         with report.stage("text"):
-            words = self._words(order.prompt)
+            prompt_embeds = self._pipeline.encode_prompt(request.prompt)
         job.check()
-        latents = self._latents(job, words, report)
-        with VideoWriter(path, self.manifest.video.fps, (order.height, order.width)) as writer, closing(latents):
-            decoder = StreamingDecoder(self._vae)
-            for piece in latents:
-                with report.stage("vae"):
-                    frames = decoder.decode(piece)
+        results: list[DeadlineResult | AdaptiveResult] = []
+        timer = self._pipeline.step_timer
+        policy = request.make_policy(timer, job.stop_event.is_set, results.append)
+        tracker = ProgressTracker(request.num_samples)
+
+        def on_step(step: Step) -> None:
+            report.step(step, tracker.update(step))
+
+        @contextlib.contextmanager
+        def stage(name: str) -> Iterator[None]:
+            with report.stage(name):
+                yield
+            if name == "transformer":
+                _report_sample(results, report)
+
+        chunks = self._pipeline.generate(request, prompt_embeds, policy, on_step=on_step, stage=stage)
+        size = (request.height, request.width)
+        with VideoWriter(path, self.manifest.video.fps, size) as writer, closing(chunks):
+            for chunk in chunks:
+                assert chunk.frames is not None
                 with report.stage("mp4"):
-                    size = writer.append(frames)
-                report.piece(len(frames), size)
-
-    def _latents(self, job: Job, words: Array, report: Report) -> Generator[Array, None, None]:
-        """The video's clean latents, piece by piece."""
-        order = job.order
-        assert order is not None
-        course = order.course(self._step_timer)
-        if isinstance(course, DeadlineSteps):
-            course.stop_event = job.stop_event
-        way, progress_total = [0.0], course.progress_total(order.samples) or 1.0
-
-        def went(step: Step) -> None:
-            course.update_progress(step, lambda by: way.__setitem__(0, way[0] + by))
-            report.step(step, way[0] / progress_total)
-
-        with closing(clean_latents(self._engine, order, words, course, went)) as pieces:
-            for index in itertools.count():
-                with report.stage("transformer"):
-                    piece = next(pieces, None)
-                if piece is None:
-                    return
-                if order.plan is not None or index == 0:  # a bidirectional video is whole with its first piece
-                    _say(course, report)
-                yield piece
+                    written = writer.append(chunk.frames)
+                report.piece(len(chunk.frames), written)
 
 
-def _say(course: object, report: Report) -> None:
-    """The transitions of a chunk, or of the whole, are done."""
+def _report_sample(results: list[DeadlineResult | AdaptiveResult], report: Report) -> None:
+    """The transitions of a chunk, or of the whole video, are done."""
     report.sampled()
-    if isinstance(course, DeadlineSteps):
-        report.deadlines(course.results)
+    deadlines = [result for result in results if isinstance(result, DeadlineResult)]
+    if deadlines:
+        report.deadlines(deadlines)

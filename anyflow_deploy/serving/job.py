@@ -1,7 +1,7 @@
 """One video on its way from request to file.
 
-`Video` is what clients see of it, in OpenAI's shape with fields of ours behind; `Job` adds what the server needs: the order, two
-flags that other threads raise, and those who wait for news.
+`Video` is what clients see of it, in OpenAI's shape with fields of ours behind; `Job` adds what the server needs:
+the request, two flags that other threads raise, and those who wait for news.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from anyflow_deploy.serving.request import Order
+from anyflow_deploy.pipelines.request import GenerationRequest
 
 Status = Literal["queued", "in_progress", "completed", "failed"]
 
 
-class Problem(BaseModel):
+class JobError(BaseModel):
     """Why a video was not made. `code` is `cancelled`, `server_shutdown`, `invalid_request` or `server_error`."""
 
     code: str
     message: str
 
 
-class Piece(BaseModel):
+class Fragment(BaseModel):
     """Frames that were put into the file together.
 
     Attributes:
@@ -69,7 +69,7 @@ class Video(BaseModel):
     created_at: int
     completed_at: int | None = None
     expires_at: int | None = None
-    error: Problem | None = None
+    error: JobError | None = None
     prompt: str
     seconds: str
     size: str
@@ -86,7 +86,7 @@ class Video(BaseModel):
     timings: dict[str, float] = {}
 
 
-class Cancelled(Exception):  # noqa: N818 - no error: somebody asked for it
+class CancelledError(Exception):
     """Raised between two transitions of a video that nobody wants any more."""
 
 
@@ -96,8 +96,8 @@ class Job:
 
     Attributes:
         video: what clients see.
-        order: what was asked for; None for one that an earlier server made.
-        request: id of the HTTP request it came with.
+        request: what was asked for, checked; None for one that an earlier server made.
+        request_id: of the HTTP request it came with.
         pieces: what the file holds so far.
         created: seconds, `time.monotonic()`.
         unwanted: set to cancel; `reason` says why.
@@ -106,13 +106,13 @@ class Job:
     """
 
     video: Video
-    order: Order | None
-    request: str = ""
-    pieces: list[Piece] = field(default_factory=list)
+    request: GenerationRequest | None
+    request_id: str = ""
+    pieces: list[Fragment] = field(default_factory=list)
     created: float = field(default_factory=time.monotonic)
-    unwanted: threading.Event = field(default_factory=threading.Event)
+    cancel_event: threading.Event = field(default_factory=threading.Event)
     stop_event: threading.Event = field(default_factory=threading.Event)
-    reason: Problem | None = None
+    reason: JobError | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     _listeners: list[Callable[[], None]] = field(default_factory=list)
 
@@ -126,13 +126,13 @@ class Job:
         """Nothing more will happen to it."""
         return self.video.status in ("completed", "failed")
 
-    def seen(self) -> Video:
+    def snapshot(self) -> Video:
         """A copy of what clients see, whole at one moment."""
         with self.lock:
             return self.video.model_copy(deep=True)
 
     @contextlib.contextmanager
-    def heard(self, listener: Callable[[], None]) -> Iterator[None]:
+    def subscribe(self, listener: Callable[[], None]) -> Iterator[None]:
         """Within it `listener` is called, from any thread, whenever something changed."""
         with self.lock:
             self._listeners.append(listener)
@@ -142,7 +142,7 @@ class Job:
             with self.lock:
                 self._listeners.remove(listener)
 
-    def tell(self) -> None:
+    def notify(self) -> None:
         """Something changed."""
         with self.lock:
             listeners = list(self._listeners)
@@ -155,5 +155,5 @@ class Job:
         Raises:
             Cancelled: nobody wants it any more.
         """
-        if self.unwanted.is_set():
-            raise Cancelled
+        if self.cancel_event.is_set():
+            raise CancelledError

@@ -1,4 +1,4 @@
-"""What a maker says while it works: into the video that clients see, and into the metrics."""
+"""What a generator reports while it works: into the video that clients see, and into the metrics."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 
 from anyflow_deploy.engines.deadline import DeadlineResult
-from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.serving.job import Job, Piece
+from anyflow_deploy.schedule import Step
+from anyflow_deploy.serving.job import Fragment, Job
 from anyflow_deploy.serving.metrics import Metrics
 
 _STEPS_SHARE, _FRAMES_SHARE = 90, 9  # of the progress; the last hundredth is the finished file
@@ -82,7 +82,7 @@ class Report:
         seconds = round(now - self._started, 4)
         with self.job.lock:
             pieces.append(
-                Piece(index=len(pieces), first_frame=first, frames=frames, start=start, end=start + size, seconds=seconds)
+                Fragment(index=len(pieces), first_frame=first, frames=frames, start=start, end=start + size, seconds=seconds)
             )
             self.job.video.chunks = len(pieces)
             self.job.video.timings.setdefault("first_frame", seconds)
@@ -111,4 +111,4 @@ class Report:
             video = self.job.video
             shown = sum(piece.frames for piece in self.job.pieces) / video.num_frames
             video.progress = max(video.progress, int(_STEPS_SHARE * self._way + _FRAMES_SHARE * shown))
-        self.job.tell()
+        self.job.notify()

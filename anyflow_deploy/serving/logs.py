@@ -13,7 +13,7 @@ request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", d
 """Of the HTTP request that is being answered."""
 
 
-class Lines(logging.Formatter):
+class LogFormatter(logging.Formatter):
     """One line a record; tracebacks follow on lines of their own."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -30,7 +30,7 @@ class Lines(logging.Formatter):
 def log_to_stderr(level: int = logging.INFO) -> None:
     """Have the server's lines, and uvicorn's, on standard error."""
     handler = logging.StreamHandler()
-    handler.setFormatter(Lines())
+    handler.setFormatter(LogFormatter())
     for name in ("anyflow.serve", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False

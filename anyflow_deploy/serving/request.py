@@ -1,25 +1,20 @@
 """What a client asks for, checked as far as it can be before anything runs.
 
-`VideoRequest` is the body of `POST /v1/videos`: OpenAI's fields (`prompt`, `model`, `seconds`, `size`) and ours. `ordered` holds
-it against the bundle and the server's limits and makes an `Order`: shapes, chunks and what decides the number of steps.
+`VideoRequest` is the body of `POST /v1/videos`: OpenAI's fields (`prompt`, `model`, `seconds`, `size`) and ours.
+`validate_request` checks it against the bundle and the server's limits and makes a `GenerationRequest` of it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 import secrets
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.deadline import StepTimer
-from anyflow_deploy.engines.kv_cache import CachePlan, cache_plan, fit_chunks
-from anyflow_deploy.engines.step_policy import MAX_DEADLINE_STEPS, DeadlineSteps, FixedSteps
-from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.schedule import Schedule
+from anyflow_deploy.engines.step_policy import MAX_DEADLINE_STEPS, StepSettings
+from anyflow_deploy.errors import InvalidRequestError
+from anyflow_deploy.pipelines.request import GenerationRequest
 from anyflow_deploy.serving.limits import Limits
 
 _HUGE = 10**9
@@ -56,62 +51,10 @@ class VideoRequest(BaseModel):
         return value
 
 
-class RefusedError(AnyFlowError):
-    """A request that asks for what cannot be had.
-
-    Attributes:
-        param: the field that is wrong; None where it is no single one.
-    """
-
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-@dataclass(frozen=True)
-class Order:
-    """A request that can be carried out.
-
-    Attributes:
-        prompt: what to show.
-        seed: of the noise.
-        shape: (F, C, H, W) of the latents.
-        frames, height, width: of the video.
-        plan: of a causal model's chunks and cache; None for a bidirectional one.
-        steps, first_steps, deadline_seconds, shift: as asked for, defaults filled in; see `course`.
-    """
-
-    prompt: str
-    seed: int
-    shape: tuple[int, int, int, int]
-    frames: int
-    height: int
-    width: int
-    plan: CachePlan | None
-    steps: int
-    first_steps: int | None
-    deadline_seconds: float | None
-    shift: float
-
-    @property
-    def samples(self) -> int:
-        """How many are made one after the other: chunks, or the whole video."""
-        return 1 if self.plan is None else len(self.plan.chunks)
-
-    def course(self, step_timer: StepTimer) -> FixedSteps | DeadlineSteps:
-        """What decides the steps.
-
-        Args:
-            pace: what is known of the engine, shared by all requests.
-        """
-        if self.deadline_seconds is not None:
-            return DeadlineSteps(self.deadline_seconds, self.shift, self.steps, self.first_steps, step_timer=step_timer)
-        first = None if self.first_steps is None else Schedule.uniform(self.first_steps, self.shift)
-        return FixedSteps(Schedule.uniform(self.steps, self.shift), first)
-
-
-def ordered(request: VideoRequest, manifest: Manifest, limits: Limits, name: str, *, embedded: bool = False) -> Order:
-    """Check a request.
+def validate_request(
+    request: VideoRequest, manifest: Manifest, limits: Limits, name: str, *, embedded: bool = False
+) -> GenerationRequest:
+    """Check a request against the bundle and the server's limits.
 
     Args:
         request: parsed, so that types are right.
@@ -121,87 +64,78 @@ def ordered(request: VideoRequest, manifest: Manifest, limits: Limits, name: str
         embedded: the prompt comes as embeddings, and its text is empty.
 
     Raises:
-        RefusedError: naming the field, what was given and what is allowed.
+        InvalidRequestError: naming the field, what was given and what is allowed.
     """
     if request.model not in (None, name):
-        raise RefusedError(f"model is {request.model!r}; this server has {name!r}. Give that, or leave model out.", "model")
+        raise InvalidRequestError(
+            f"model is {request.model!r}; this server has {name!r}. Give that, or leave model out.",
+            "model",
+        )
     if not embedded:
         _check_prompt(request.prompt, limits)
-    causal = manifest.kind == "causal"
-    for field in ("first_steps", "window"):
-        if getattr(request, field) is not None and not causal:
-            raise RefusedError(f"{field} is for causal models, and {name!r} is bidirectional. Leave it out.", field)
-    frames = _frames(request, manifest)
-    height, width = _sides(request.size, manifest)
-    _most("num_frames" if request.seconds is None else "seconds", frames, limits.frames, "frames")
-    _most("size", height * width, limits.pixels, "pixels")
-    with _about("num_frames"):
-        manifest.latent_shape(frames, None, None)
-    with _about("size"):
-        shape = manifest.latent_shape(frames, height, width)
-        plan = _plan(request, manifest, shape) if causal else None
-        count = shape[0] if plan is None else max(plan.chunks)
-        manifest.shape_ranges.check((1, count, *shape[1:]), (1, manifest.video.text_tokens, manifest.architecture.text_dim))
-    steps, seconds = _steps(request, manifest, limits)
-    seed = secrets.randbelow(1 << 31) if request.seed is None else request.seed
-    shift = request.shift or manifest.schedule.shift
-    return Order(request.prompt, seed, shape, frames, height, width, plan, steps, request.first_steps, seconds, shift)
+    num_frames = _num_frames(request, manifest)
+    height, width = _height_and_width(request.size, manifest)
+    _check_limit("num_frames" if request.seconds is None else "seconds", num_frames, limits.frames, "frames")
+    _check_limit("size", height * width, limits.pixels, "pixels")
+    return GenerationRequest.from_manifest(
+        manifest,
+        prompt=request.prompt,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        window=request.window,
+        steps=_step_settings(request, manifest, limits),
+        seed=secrets.randbelow(1 << 31) if request.seed is None else request.seed,
+    )
 
 
 def _check_prompt(prompt: str, limits: Limits) -> None:
-    _most("prompt", len(prompt), limits.prompt_characters, "characters")
+    _check_limit("prompt", len(prompt), limits.prompt_characters, "characters")
     if not prompt.strip():
-        raise RefusedError("prompt is empty; describe the video in a sentence.", "prompt")
+        raise InvalidRequestError("prompt is empty; describe the video in a sentence.", "prompt")
     if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt):
-        raise RefusedError("prompt holds a NUL or half a character (a lone surrogate); send text.", "prompt")
+        raise InvalidRequestError("prompt holds a NUL or half a character (a lone surrogate); send text.", "prompt")
 
 
-def _frames(request: VideoRequest, manifest: Manifest) -> int:
+def _num_frames(request: VideoRequest, manifest: Manifest) -> int:
     if request.num_frames is not None and request.seconds is not None:
-        raise RefusedError("seconds and num_frames both say how long the video is; give one of them.", "seconds")
+        raise InvalidRequestError("seconds and num_frames both say how long the video is; give one of them.", "seconds")
     if request.seconds is not None:  # as near as the VAE's 4n+1 frames come
         factor = manifest.video.temporal_factor
         return round(request.seconds * manifest.video.fps / factor) * factor + 1
     return request.num_frames or manifest.video.frames
 
 
-def _sides(size: str | None, manifest: Manifest) -> tuple[int, int]:
+def _height_and_width(size: str | None, manifest: Manifest) -> tuple[int, int]:
     """Height and width; a size is written the other way round, as in OpenAI's interface."""
     if size is None:
         return manifest.video.height, manifest.video.width
     found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
     if found is None:
         shown = f"{manifest.video.width}x{manifest.video.height}"
-        raise RefusedError(f"size is {size[:40]!r}; allowed is WIDTHxHEIGHT in pixels, as {shown}.", "size")
+        raise InvalidRequestError(f"size is {size[:40]!r}; allowed is WIDTHxHEIGHT in pixels, as {shown}.", "size")
     return int(found[2]), int(found[1])
 
 
-def _plan(request: VideoRequest, manifest: Manifest, shape: tuple[int, int, int, int]) -> CachePlan:
-    """The model's own chunks, cut short or the longest of them repeated."""
-    own = manifest.architecture.chunk_partition or (1,)
-    chunks = fit_chunks(own, shape[0])
-    return cache_plan(manifest.architecture, chunks, shape[2], shape[3], request.window, manifest.video.text_tokens)
-
-
-def _steps(request: VideoRequest, manifest: Manifest, limits: Limits) -> tuple[int, float | None]:
-    """Transitions (under a deadline: the most there may be), and the deadline in seconds."""
+def _step_settings(request: VideoRequest, manifest: Manifest, limits: Limits) -> StepSettings:
+    """Read the fields that decide the steps; what they leave open stays below the limits."""
     for field in ("num_inference_steps", "first_steps"):
-        _most(field, getattr(request, field) or 1, limits.steps, "steps")
-    if request.deadline_ms is None:
-        return min(request.num_inference_steps or manifest.schedule.steps, limits.steps), None
-    _most("deadline_ms", request.deadline_ms, limits.deadline_seconds * 1000, "milliseconds")
-    return request.num_inference_steps or min(MAX_DEADLINE_STEPS, limits.steps), request.deadline_ms / 1000
+        _check_limit(field, getattr(request, field) or 1, limits.steps, "steps")
+    default = manifest.schedule.steps
+    deadline_s = None
+    if request.deadline_ms is not None:
+        most = limits.deadline_seconds * 1000
+        _check_limit("deadline_ms", request.deadline_ms, most, "milliseconds")
+        default = MAX_DEADLINE_STEPS
+        deadline_s = request.deadline_ms / 1000
+    return StepSettings(
+        num_inference_steps=request.num_inference_steps or min(default, limits.steps),
+        first_steps=request.first_steps,
+        shift=request.shift,
+        deadline_s=deadline_s,
+    )
 
 
-def _most(field: str, given: float, most: float, unit: str) -> None:
+def _check_limit(field: str, given: float, most: float, unit: str) -> None:
     if given > most:
-        raise RefusedError(f"{field} asks for {given:,.12g} {unit}; this server allows {most:,.12g}. Ask for less.", field)
-
-
-@contextlib.contextmanager
-def _about(field: str) -> Iterator[None]:
-    """What is refused within it is the fault of this field."""
-    try:
-        yield
-    except AnyFlowError as error:
-        raise RefusedError(str(error), field) from None
+        raise InvalidRequestError(f"{field} asks for {given:,.12g} {unit}; this server allows {most:,.12g}. Ask for less.", field)

@@ -24,11 +24,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.responses import FileResponse, JSONResponse, Response
 
-from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.errors import AnyFlowError, InvalidRequestError
 from anyflow_deploy.serving.errors import ApiError
 from anyflow_deploy.serving.job import Job, Video
 from anyflow_deploy.serving.logs import request_id
-from anyflow_deploy.serving.request import RefusedError, VideoRequest
+from anyflow_deploy.serving.request import VideoRequest
 from anyflow_deploy.serving.service import Service
 from anyflow_deploy.serving.thumbnails import thumbnail
 
@@ -67,7 +67,7 @@ def routes(service: Service) -> APIRouter:
         _check_made(job)
         if variant == "thumbnail":
             piece = job.pieces[0]
-            return Response(await run_in_threadpool(thumbnail, service.shelf.path(job.id), piece), media_type="image/jpeg")
+            return Response(await run_in_threadpool(thumbnail, service.store.path(job.id), piece), media_type="image/jpeg")
         return _file(service, job)
 
     @api.delete("/v1/videos/{video_id}")
@@ -126,9 +126,9 @@ def job_of(service: Service, video_id: str) -> Job:
 
 
 def finish_now(job: Job) -> None:
-    """Finish a deadline with one jump; raises `RefusedError`."""
+    """Finish a deadline with one jump; raises `InvalidRequestError`."""
     if job.video.deadline_ms is None:
-        raise RefusedError(
+        raise InvalidRequestError(
             "this video has a number of steps, not a deadline; only a deadline can be finished early.", "deadline_ms"
         )
     job.stop_event.set()
@@ -150,12 +150,12 @@ def described(service: Service) -> dict[str, Any]:
 
 
 async def _submitted(service: Service, request: Request) -> Job:
-    order = service.order(VideoRequest.model_validate(await _fields(request)))
+    video_request = service.validate(VideoRequest.model_validate(await _fields(request)))
     try:
-        await run_in_threadpool(service.maker.check, order.prompt)
+        await run_in_threadpool(service.generator.check, video_request.prompt)
     except AnyFlowError as error:
-        raise RefusedError(str(error), "prompt") from None
-    return service.submit(order, request_id.get())
+        raise InvalidRequestError(str(error), "prompt") from None
+    return service.submit(video_request, request_id.get())
 
 
 async def _fields(request: Request) -> object:
@@ -166,7 +166,7 @@ async def _fields(request: Request) -> object:
             if len(form) != len(form.multi_items()):
                 raise ApiError(400, "a field is given twice.")
             if any(isinstance(value, UploadFile) for value in form.values()):
-                raise RefusedError("this server takes no files; describe the video in words.", "input_reference")
+                raise InvalidRequestError("this server takes no files; describe the video in words.", "input_reference")
             return dict(form)
     if kind not in ("application/json", ""):
         raise ApiError(415, f"Content-Type is {kind[:60]!r}; allowed are application/json and multipart/form-data.")
@@ -201,12 +201,12 @@ async def news_of(job: Job) -> AsyncIterator[asyncio.Event]:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             loop.call_soon_threadsafe(news.set)
 
-    with job.heard(told):
+    with job.subscribe(told):
         yield news
 
 
 def _check_made(job: Job) -> None:
-    video = job.seen()
+    video = job.snapshot()
     if video.error is not None:
         raise ApiError(_FAILURES.get(video.error.code, 500), video.error.message, code=video.error.code)
     if video.status != "completed":
@@ -216,7 +216,7 @@ def _check_made(job: Job) -> None:
 
 
 def _file(service: Service, job: Job) -> Response:
-    path = service.shelf.path(job.id)
+    path = service.store.path(job.id)
     if not path.is_file():
         raise ApiError(404, f"video {job.id} was removed to make room.", "video_id")
     headers = {"x-video-id": job.id, "Cache-Control": "private, no-store"}
@@ -224,7 +224,7 @@ def _file(service: Service, job: Job) -> Response:
 
 
 def _shown(service: Service, job: Job) -> JSONResponse:
-    return JSONResponse(service.seen(job).model_dump(), headers={} if job.ended else _POLL)
+    return JSONResponse(service.snapshot(job).model_dump(), headers={} if job.ended else _POLL)
 
 
 def _page(service: Service, after: str | None, limit: str, order: str) -> dict[str, Any]:
@@ -239,6 +239,6 @@ def _page(service: Service, after: str | None, limit: str, order: str) -> dict[s
             raise ApiError(400, f"after is {after[:60]!r}, which is no video here.", "after")
         jobs = jobs[ids.index(after) + 1 :]
     count = int(limit)
-    data = [service.seen(job).model_dump() for job in jobs[:count]]
+    data = [service.snapshot(job).model_dump() for job in jobs[:count]]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": len(jobs) > count}

@@ -1,7 +1,7 @@
 """The queue, the thread that makes videos, and everything that is known of them.
 
 Nothing here knows of HTTP. Clients' threads (or the event loop) submit, look, cancel and delete; one thread takes the oldest
-order and has it made. All of the service's own state is under one lock, held for moments only, never while a video is made.
+request and has it made. All of the service's own state is under one lock, held for moments only, never while a video is made.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from collections import deque
 
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.serving.generator import Maker
-from anyflow_deploy.serving.job import Cancelled, Job, Problem, Video
+from anyflow_deploy.pipelines.request import GenerationRequest
+from anyflow_deploy.serving.generator import VideoGenerator
+from anyflow_deploy.serving.job import CancelledError, Job, JobError, Video
 from anyflow_deploy.serving.job_progress import Report
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.metrics import Metrics
-from anyflow_deploy.serving.request import Order, VideoRequest, ordered
-from anyflow_deploy.serving.video_store import Shelf
+from anyflow_deploy.serving.request import VideoRequest, validate_request
+from anyflow_deploy.serving.video_store import VideoStore
 
 _log = logging.getLogger("anyflow.serve")
 
@@ -29,8 +30,8 @@ REMEMBERED_FAILURES = 1000
 """Videos that failed are only a few words; more than this many are forgotten, oldest first."""
 
 _TIDY_EVERY = 30.0
-_SHUTDOWN = Problem(code="server_shutdown", message="the server was stopped before this video was finished; ask again later.")
-_CANCELLED = Problem(code="cancelled", message="cancelled on request; nothing of it was kept.")
+_SHUTDOWN = JobError(code="server_shutdown", message="the server was stopped before this video was finished; ask again later.")
+_CANCELLED = JobError(code="cancelled", message="cancelled on request; nothing of it was kept.")
 
 
 class BusyError(AnyFlowError):
@@ -53,7 +54,7 @@ class Service:
     """See the module.
 
     Args:
-        maker: makes the videos.
+        generator: makes the videos.
         manifest: of the bundle.
         shelf: keeps them.
         limits: of this server.
@@ -61,10 +62,12 @@ class Service:
         metrics: told of everything.
     """
 
-    def __init__(self, maker: Maker, manifest: Manifest, shelf: Shelf, limits: Limits, name: str, metrics: Metrics) -> None:
-        self.maker, self.manifest, self.limits, self.name, self.metrics = maker, manifest, limits, name, metrics
-        self.shelf = shelf
-        self._jobs: dict[str, Job] = {job.id: job for job in shelf.restored()}  # oldest first
+    def __init__(
+        self, generator: VideoGenerator, manifest: Manifest, store: VideoStore, limits: Limits, name: str, metrics: Metrics
+    ) -> None:
+        self.generator, self.manifest, self.limits, self.name, self.metrics = generator, manifest, limits, name, metrics
+        self.store = store
+        self._jobs: dict[str, Job] = {job.id: job for job in store.restored()}  # oldest first
         self._queue: deque[Job] = deque()
         self._running: Job | None = None
         self._closing = False
@@ -77,18 +80,18 @@ class Service:
 
     # Asked by clients
 
-    def order(self, request: VideoRequest) -> Order:
-        """Check a request; raises `RefusedError`."""
-        return ordered(request, self.manifest, self.limits, self.name)
+    def validate(self, request: VideoRequest) -> GenerationRequest:
+        """Check a request; raises `InvalidRequestError`."""
+        return validate_request(request, self.manifest, self.limits, self.name)
 
-    def submit(self, order: Order, request_id: str = "") -> Job:
-        """Put an order into the queue.
+    def submit(self, request: GenerationRequest, request_id: str = "") -> Job:
+        """Put a request into the queue.
 
         Raises:
             BusyError: the queue is full.
             ClosingError: the server is being stopped.
         """
-        job = Job(self._video(order), order, request_id)
+        job = Job(self._video(request), request, request_id)
         with self._news:
             if self._closing:
                 raise ClosingError("the server is being stopped and takes no more videos; ask again later.")
@@ -111,14 +114,14 @@ class Service:
         with self._news:
             return list(self._jobs.values())
 
-    def seen(self, job: Job) -> Video:
+    def snapshot(self, job: Job) -> Video:
         """What clients see of a video now."""
         with self._news:
             position = self._queue.index(job) + (self._running is not None) if job in self._queue else None
-            video = job.seen()
+            video = job.snapshot()
         return video.model_copy(update={"queue_position": position})
 
-    def cancel(self, job: Job, reason: Problem = _CANCELLED) -> None:
+    def cancel(self, job: Job, reason: JobError = _CANCELLED) -> None:
         """Nobody wants this video: at once if it waits, else after the transition that runs. What has ended stays as it is."""
         with self._news:
             if job in self._queue:
@@ -126,8 +129,8 @@ class Service:
                 self._failed(job, reason)
             elif not job.ended:
                 job.reason = job.reason or reason
-                job.unwanted.set()
-        job.tell()
+                job.cancel_event.set()
+        job.notify()
 
     def delete(self, job: Job) -> None:
         """Forget a video and remove its file; one that is not finished is cancelled."""
@@ -136,7 +139,7 @@ class Service:
             self._jobs.pop(job.id, None)
             running = self._running is job
         if not running:  # else its folder goes when the transition that runs is done
-            self.shelf.remove(job.id)
+            self.store.remove(job.id)
         _log.info("deleted", extra={"video": job.id})
 
     @property
@@ -190,34 +193,34 @@ class Service:
                     self._running = None
                     deleted = job.id not in self._jobs
                 if deleted:
-                    self.shelf.remove(job.id)
-                job.tell()
+                    self.store.remove(job.id)
+                job.notify()
             self._tidy()
 
     def _made(self, job: Job) -> None:
         """Make one video; whatever happens, the thread goes on."""
-        about = {"request": job.request, "video": job.id}
+        about = {"request": job.request_id, "video": job.id}
         self._begin(job)
         report, problem = Report(job, self.metrics), None
         try:
-            self.maker.make(job, self.shelf.begin(job.id), report)
+            self.generator.make(job, self.store.begin(job.id), report)
             report.ended()
             self._finished(job)
             self._recent.append(job.video.timings["total"])
-        except Cancelled:
+        except CancelledError:
             problem = job.reason or _CANCELLED
         except AnyFlowError as error:
-            problem = Problem(code="invalid_request", message=str(error))
+            problem = JobError(code="invalid_request", message=str(error))
         except OSError as error:
             _log.exception("failed", extra=about)
-            problem = Problem(code="server_error", message=f"the video could not be written: {error.strerror}.")
+            problem = JobError(code="server_error", message=f"the video could not be written: {error.strerror}.")
         except Exception:  # noqa: BLE001 - the next video may do better; this one is in the log
             _log.exception("failed", extra=about)
-            where = job.request or job.id
-            problem = Problem(code="server_error", message=f"an error of the server; its log has it under {where}.")
+            where = job.request_id or job.id
+            problem = JobError(code="server_error", message=f"an error of the server; its log has it under {where}.")
         if problem is not None:
             report.ended()
-            self.shelf.remove(job.id)
+            self.store.remove(job.id)
             self._failed(job, problem)
         how = "completed" if problem is None else problem.code
         _log.info("%s after %.3f s", how, job.video.timings["total"], extra=about)
@@ -228,26 +231,26 @@ class Service:
         with job.lock:
             job.video.status = "in_progress"
             job.video.timings["queued"] = round(waited, 4)
-        _log.info("begun after %.3f s in the queue", waited, extra={"request": job.request, "video": job.id})
-        job.tell()
+        _log.info("begun after %.3f s in the queue", waited, extra={"request": job.request_id, "video": job.id})
+        job.notify()
 
     def _finished(self, job: Job) -> None:
         """The file is whole: say so, on disk first."""
         done = int(time.time())
         finished = {
-            "bytes": self.shelf.path(job.id).stat().st_size,
+            "bytes": self.store.path(job.id).stat().st_size,
             "completed_at": done,
             "expires_at": done + int(self.limits.keep_seconds),
             "progress": 100,
             "status": "completed",
         }
-        self.shelf.finish(job, job.video.model_copy(update=finished))
+        self.store.finish(job, job.video.model_copy(update=finished))
         with job.lock:
             for name, value in finished.items():
                 setattr(job.video, name, value)
         self.metrics.videos.labels("completed").inc()
 
-    def _failed(self, job: Job, problem: Problem) -> None:
+    def _failed(self, job: Job, problem: JobError) -> None:
         with job.lock:
             job.pieces.clear()
             job.video.error, job.video.chunks = problem, 0
@@ -261,11 +264,11 @@ class Service:
             ended = [job for job in self._jobs.values() if job.ended]
             finished = [job for job in ended if job.video.status == "completed"]
             failed = [job for job in ended if job.video.status == "failed"]
-            gone = self.shelf.surplus(finished) + failed[: max(0, len(failed) - REMEMBERED_FAILURES)]
+            gone = self.store.surplus(finished) + failed[: max(0, len(failed) - REMEMBERED_FAILURES)]
             for job in gone:
                 del self._jobs[job.id]
         for job in gone:
-            self.shelf.remove(job.id)
+            self.store.remove(job.id)
             _log.info("removed: too old, or no room", extra={"video": job.id})
 
     def _wait(self) -> int:
@@ -276,18 +279,18 @@ class Service:
     def _stored(self) -> float:
         return float(sum(job.video.bytes or 0 for job in self.all()))
 
-    def _video(self, order: Order) -> Video:
+    def _video(self, request: GenerationRequest) -> Video:
         fps = self.manifest.video.fps
         return Video(
             id=f"video_{secrets.token_hex(16)}",
             model=self.name,
             created_at=int(time.time()),
-            prompt=order.prompt,
-            seconds=f"{order.frames / fps:g}",
-            size=f"{order.width}x{order.height}",
-            num_frames=order.frames,
+            prompt=request.prompt,
+            seconds=f"{request.num_frames / fps:g}",
+            size=f"{request.width}x{request.height}",
+            num_frames=request.num_frames,
             fps=fps,
-            seed=order.seed,
-            num_inference_steps=order.steps,
-            deadline_ms=None if order.deadline_seconds is None else order.deadline_seconds * 1000,
+            seed=request.seed,
+            num_inference_steps=request.num_inference_steps,
+            deadline_ms=None if request.steps.deadline_s is None else request.steps.deadline_s * 1000,
         )

@@ -6,12 +6,12 @@ import io
 from pathlib import Path
 
 from anyflow_deploy.pipelines.video_io import piece_frames
-from anyflow_deploy.serving.job import Piece
+from anyflow_deploy.serving.job import Fragment
 
 _QUALITY = 88
 
 
-def jpegs(path: Path, piece: Piece) -> list[bytes]:
+def jpegs(path: Path, piece: Fragment) -> list[bytes]:
     """The frames of a piece, each as JPEG."""
     from PIL import Image
 
@@ -23,12 +23,12 @@ def jpegs(path: Path, piece: Piece) -> list[bytes]:
     return result
 
 
-def thumbnail(path: Path, piece: Piece) -> bytes:
+def thumbnail(path: Path, piece: Fragment) -> bytes:
     """The first frame of a piece as JPEG."""
     return jpegs(path, piece)[0]
 
 
-def part(path: Path, piece: Piece) -> bytes:
+def part(path: Path, piece: Fragment) -> bytes:
     """The bytes of a piece as they lie in the file."""
     with path.open("rb") as file:
         file.seek(piece.start)

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from anyflow_deploy.bundle.atomic_io import fsync_path, write_text_atomically
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.serving.job import Job, Piece, Video
+from anyflow_deploy.serving.job import Fragment, Job, Video
 
 VIDEO, RECORD, LOCK = "video.mp4", "video.json", ".anyflow-serve.lock"
 _log = logging.getLogger("anyflow.serve")
@@ -32,10 +32,10 @@ class Stored(BaseModel):
 
     schema_version: int = 1
     video: Video
-    pieces: list[Piece]
+    pieces: list[Fragment]
 
 
-class Shelf:
+class VideoStore:
     """See the module.
 
     Args:

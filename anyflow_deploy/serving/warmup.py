@@ -9,15 +9,15 @@ from pathlib import Path
 
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.serving.generator import Maker
+from anyflow_deploy.serving.generator import VideoGenerator
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.metrics import Metrics
 from anyflow_deploy.serving.request import VideoRequest
 from anyflow_deploy.serving.service import Service
-from anyflow_deploy.serving.video_store import Shelf
+from anyflow_deploy.serving.video_store import VideoStore
 
 
-def warm_up(maker: Maker, manifest: Manifest, limits: Limits, name: str) -> None:
+def warm_up(generator: VideoGenerator, manifest: Manifest, limits: Limits, name: str) -> None:
     """Make a video of default size, in one timed jump a chunk, and throw it away; neither shelf nor metrics see it.
 
     Raises:
@@ -25,11 +25,11 @@ def warm_up(maker: Maker, manifest: Manifest, limits: Limits, name: str) -> None
     """
     ended = threading.Event()
     with tempfile.TemporaryDirectory(prefix="anyflow-warm-up-") as folder:
-        with closing(Shelf(Path(folder), limits.disk_bytes, limits.keep_seconds)) as shelf:
-            service = Service(maker, manifest, shelf, limits, name, Metrics())
+        with closing(VideoStore(Path(folder), limits.disk_bytes, limits.keep_seconds)) as store:
+            service = Service(generator, manifest, store, limits, name, Metrics())
             try:
-                job = service.submit(service.order(VideoRequest(prompt="a red fox", deadline_ms=0.001, seed=0)))
-                with job.heard(lambda: ended.set() if job.ended else None):
+                job = service.submit(service.validate(VideoRequest(prompt="a red fox", deadline_ms=0.001, seed=0)))
+                with job.subscribe(lambda: ended.set() if job.ended else None):
                     while not job.ended:
                         ended.wait(1.0)
             finally:

@@ -101,7 +101,7 @@ class _Watching:
                     if not await self._piece(piece.index):
                         break
                     sent += 1
-                video = self.service.seen(self.job)
+                video = self.service.snapshot(self.job)
                 if ended:
                     await self._say("end", video)
                     await self.socket.close()
@@ -113,7 +113,7 @@ class _Watching:
 
     async def _piece(self, index: int) -> bool:
         """Send a piece; false where the video was cancelled or removed meanwhile."""
-        path = self.service.shelf.path(self.job.id)
+        path = self.service.store.path(self.job.id)
         try:
             piece = self.job.pieces[index]
             if self.format == "jpeg":

@@ -17,7 +17,7 @@ _LOOK = 0.2
 """Seconds between two looks whether who waits is still wanted."""
 
 
-class FullError(AnyFlowError):
+class CapacityError(AnyFlowError):
     """So many wait already that no more are taken."""
 
 
@@ -65,7 +65,7 @@ class Admission:
             ticket = Ticket(cost)
             if self._waiting or not self._fits(ticket):
                 if len(self._waiting) >= self._most_waiting:
-                    raise FullError(
+                    raise CapacityError(
                         f"{len(self._active)} videos are being made and {len(self._waiting)} wait; this server takes no more. "
                         "Ask again later."
                     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS, Port
+from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS, TensorSpec
 
 _HEAD = """\
 # Written by anyflow-triton. The parameters may be changed here; what they mean: docs/how-to/triton.md.
@@ -44,7 +44,13 @@ def streaming_config(
     return "\n".join(lines) + "\n"
 
 
-def plan_config(name: str, inputs: Iterable[Port], outputs: Iterable[Port], gpus: Sequence[int], profiles: int) -> str:
+def plan_config(
+    name: str,
+    inputs: Iterable[TensorSpec],
+    outputs: Iterable[TensorSpec],
+    gpus: Sequence[int],
+    profiles: int,
+) -> str:
     """Of a bare TensorRT plan.
 
     Args:
@@ -66,7 +72,7 @@ def plan_config(name: str, inputs: Iterable[Port], outputs: Iterable[Port], gpus
     return "\n".join(lines) + "\n"
 
 
-def _ports(what: str, ports: Iterable[Port], optional: bool = False) -> list[str]:
+def _ports(what: str, ports: Iterable[TensorSpec], optional: bool = False) -> list[str]:
     end = " optional: true" if optional else ""
     rows = [f"  {{ name: {_text(p.name)} data_type: TYPE_{p.type} dims: {_list(p.shape)}{end} }}" for p in ports]
     return [f"{what} [", ",\n".join(rows), "]"]

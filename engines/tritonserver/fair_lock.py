@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 
 
-class Turns:
+class FairLock:
     """A fair lock; use it as a context manager, from any thread."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Port:
+class TensorSpec:
     """An input or output.
 
     Attributes:
@@ -22,13 +22,13 @@ class Port:
     about: str
 
 
-def _number(name: str, kind: str, about: str) -> Port:
-    return Port(name, kind, (1,), about)
+def _number(name: str, kind: str, about: str) -> TensorSpec:
+    return TensorSpec(name, kind, (1,), about)
 
 
 INPUTS = (
-    Port("prompt", "STRING", (1,), "what to show, UTF-8; this or prompt_embeds"),
-    Port("prompt_embeds", "FP32", (-1, -1), "the text encoder's output for one prompt, (tokens, channels)"),
+    TensorSpec("prompt", "STRING", (1,), "what to show, UTF-8; this or prompt_embeds"),
+    TensorSpec("prompt_embeds", "FP32", (-1, -1), "the text encoder's output for one prompt, (tokens, channels)"),
     _number("num_inference_steps", "INT32", "transitions of each chunk (causal) or of the video; under a deadline: the most"),
     _number("deadline_ms", "FP32", "time for the transitions of each chunk, or of the video, waiting for other streams included"),
     _number("seed", "INT64", "of the noise; random where it is not given, and answered"),
@@ -38,7 +38,7 @@ INPUTS = (
     _number("shift", "FP32", "timestep shift"),
     _number("first_steps", "INT32", "causal: transitions of the first chunk"),
     _number("window", "INT32", "causal: compressed chunks that are remembered beside the first"),
-    Port("output_type", "STRING", (1,), "mp4, mp4-base64, frames or latents"),
+    TensorSpec("output_type", "STRING", (1,), "mp4, mp4-base64, frames or latents"),
 )
 """All optional, but one of the first two."""
 
@@ -49,9 +49,9 @@ OUTPUTS = (
     _number("seconds", "FP32", "since the request came"),
     _number("deadline_met", "BOOL", "only under a deadline"),
     _number("seed", "INT64", "of the noise"),
-    Port("mp4", "STRING", (1,), "output_type mp4: a piece of fragmented mp4; all pieces, one behind the other, are the file"),
-    Port("frames", "UINT8", (-1, -1, -1, 3), "output_type frames: (frames, height, width, 3)"),
-    Port("latents", "FP32", (-1, -1, -1, -1), "output_type latents: clean, (latent frames, channels, rows, columns)"),
+    TensorSpec("mp4", "STRING", (1,), "output_type mp4: a piece of fragmented mp4; all pieces in order are the file"),
+    TensorSpec("frames", "UINT8", (-1, -1, -1, 3), "output_type frames: (frames, height, width, 3)"),
+    TensorSpec("latents", "FP32", (-1, -1, -1, -1), "output_type latents: clean, (latent frames, channels, rows, columns)"),
 )
 
 OUTPUT_TYPES = {"mp4": "mp4", "mp4-base64": "mp4", "frames": "frames", "latents": "latents"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-WIRE = threading.RLock()
+TRITON_API_LOCK = threading.RLock()
 """Held around every call into Triton's Python backend: servers (2.51 was seen) crash when several threads call at once."""
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -37,7 +37,7 @@ class Metrics:
 
     def streams(self, active: int, waiting: int, cache_bytes: int) -> None:
         """As `Admission` tells."""
-        with WIRE:
+        with TRITON_API_LOCK:
             self._active.set(active)
             self._waiting.set(waiting)
             self._cache.set(cache_bytes)
@@ -52,7 +52,7 @@ class Metrics:
             deadline_met: None without a deadline.
         """
         histogram = self._chunk if index else self._first_chunk
-        with WIRE:
+        with TRITON_API_LOCK:
             if histogram is not None:
                 histogram.observe(seconds)
             self._steps.increment(steps)
@@ -61,7 +61,7 @@ class Metrics:
 
     def ended(self, end: str) -> None:
         """A request is done: completed, cancelled, refused or failed."""
-        with WIRE:
+        with TRITON_API_LOCK:
             self._ended[end].increment(1)
 
     def _family(self, name: str, about: str, kind: Any) -> Any:

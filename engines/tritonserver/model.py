@@ -18,26 +18,27 @@ import numpy as np
 import triton_python_backend_utils as server
 from numpy.typing import NDArray
 
-from anyflow_deploy.bundle.bundle import load_bundle
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.kv_cache import cache_plan
-from anyflow_deploy.engines.registry import load_engine
-from anyflow_deploy.engines.tritonserver.admission import Admission, FullError, Ticket
-from anyflow_deploy.engines.tritonserver.generator import Made, Studio
+from anyflow_deploy.engines.tritonserver.admission import Admission, CapacityError, Ticket
+from anyflow_deploy.engines.tritonserver.fair_lock import FairLock
+from anyflow_deploy.engines.tritonserver.generator import GeneratedChunk, generate_chunks
 from anyflow_deploy.engines.tritonserver.io_spec import OUTPUTS
-from anyflow_deploy.engines.tritonserver.metrics import WIRE, Metrics
-from anyflow_deploy.engines.tritonserver.request import Asked, asked
+from anyflow_deploy.engines.tritonserver.metrics import TRITON_API_LOCK, Metrics
+from anyflow_deploy.engines.tritonserver.request import ParsedRequest, parse_request
 from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from
 from anyflow_deploy.errors import AnyFlowError, BackendError
-from anyflow_deploy.pipelines.causal_video import element_bytes
-from anyflow_deploy.serving.job import Cancelled
+from anyflow_deploy.pipelines.request import cache_element_bytes
+from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
+from anyflow_deploy.serving.job import CancelledError
 
 _NUMPY = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BOOL": np.bool_}
 _TYPES: dict[str, Any] = {port.name: _NUMPY[port.type] for port in OUTPUTS if port.type in _NUMPY}
 """Of the outputs that are sent with every chunk."""
 
 
-class Answer:
+class ResponseStream:
     """Where the chunks of one request go: Triton's response sender, used by one thread of this process at a time.
 
     Args:
@@ -50,28 +51,28 @@ class Answer:
     @property
     def cancelled(self) -> bool:
         """Nobody waits for it any more."""
-        with WIRE:
+        with TRITON_API_LOCK:
             return bool(self._sender.is_cancelled())
 
     def send(self, tensors: list[tuple[str, NDArray[Any]]]) -> None:
         """Send a chunk."""
-        with WIRE:
+        with TRITON_API_LOCK:
             self._sender.send(server.InferenceResponse(output_tensors=[server.Tensor(*tensor) for tensor in tensors]))
 
     def end(self) -> None:
         """There are no more chunks."""
-        with WIRE:
+        with TRITON_API_LOCK:
             self._sender.send(flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def fail(self, message: str, code: Any) -> None:
         """It ends with an error."""
-        with WIRE:
+        with TRITON_API_LOCK:
             response = server.InferenceResponse(output_tensors=[], error=server.TritonError(message, code))
             self._sender.send(response, flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def refuse(self, error: AnyFlowError) -> None:
         """It ends with what was wrong with it."""
-        full = isinstance(error, FullError)
+        full = isinstance(error, CapacityError)
         self.fail(str(error), server.TritonError.UNAVAILABLE if full else server.TritonError.INVALID_ARG)
 
 
@@ -92,28 +93,26 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         bundle = load_bundle(folder / settings.bundle)
-        self._engine = load_engine(
-            bundle, settings.backend, "cpu" if gpu is None else "cuda", settings.threads, device=gpu or 0, engine=settings.engine
-        )
-        self._studio = studio_of(self._engine, folder, settings, "cpu" if gpu is None else f"cuda:{gpu}")
+        self._pipeline = load_pipeline(bundle, folder, settings, gpu)
         self._metrics = Metrics(server, self._name, args["model_instance_name"])
         self._element, most = cache_of(bundle.manifest, settings)
         self._admission = Admission(settings.max_streams, most, settings.max_waiting, self._metrics.streams)
         self._threads: set[threading.Thread] = set()
         self._stopping = threading.Event()
-        server.Logger.log_info(f"{self._name}: {self._engine.description}, bundle {bundle.digest[:16]}")
+        server.Logger.log_info(f"{self._name}: {self._pipeline.engine.description}, bundle {bundle.digest[:16]}")
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; see the module."""
         for request in requests:
             began = time.perf_counter()
-            with WIRE:
-                answer = Answer(request.get_response_sender())
+            with TRITON_API_LOCK:
+                answer = ResponseStream(request.get_response_sender())
             try:
-                with WIRE:
+                with TRITON_API_LOCK:
                     tensors = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
-                wanted = asked(tensors, self._studio.manifest, self._settings, self._name)
-                self._studio.check(wanted)
+                wanted = parse_request(tensors, self._pipeline.manifest, self._settings, self._name)
+                if wanted.prompt_embeds is None:
+                    self._pipeline.check_prompt(wanted.request.prompt)
                 ticket = self._admission.ask(wanted.cache_bytes(self._element))
             except AnyFlowError as error:
                 answer.refuse(error)
@@ -139,17 +138,17 @@ class TritonPythonModel:
         self._stopping.set()
         for thread in list(self._threads):
             thread.join()
-        self._engine.close()
+        self._pipeline.close()
 
-    def _run(self, wanted: Asked, ticket: Ticket, answer: Answer, began: float) -> None:
+    def _run(self, wanted: ParsedRequest, ticket: Ticket, answer: ResponseStream, began: float) -> None:
         """One request."""
 
         def check() -> None:
             if self._stopping.is_set() or answer.cancelled:
-                raise Cancelled
+                raise CancelledError
 
         try:
-            with self._admission.within(ticket, check), closing(self._studio.make(wanted, check)) as pieces:
+            with self._admission.within(ticket, check), closing(generate_chunks(self._pipeline, wanted, check)) as pieces:
                 before = began
                 for made in pieces:
                     now = time.perf_counter()
@@ -158,7 +157,7 @@ class TritonPythonModel:
                     before = now
             answer.end()
             self._metrics.ended("completed")
-        except Cancelled:
+        except CancelledError:
             stopped = self._stopping.is_set()
             code = server.TritonError.UNAVAILABLE if stopped else server.TritonError.CANCELLED
             answer.fail("the server is being stopped; ask again later." if stopped else "cancelled on request.", code)
@@ -171,7 +170,7 @@ class TritonPythonModel:
         finally:
             self._threads.discard(threading.current_thread())
 
-    def _fail(self, answer: Answer) -> None:
+    def _fail(self, answer: ResponseStream) -> None:
         """A defect of ours: the log has all of it."""
         server.Logger.log_error(f"{self._name}: {traceback.format_exc()}")
         answer.fail("an error of the server; its log has it.", server.TritonError.INTERNAL)
@@ -193,41 +192,55 @@ def check_arrays() -> None:
         )
 
 
-def studio_of(engine: Any, folder: Path, settings: Settings, device: str) -> Studio:
-    """Load text encoder and VAE, where they are served."""
-    text = vae = None
-    if settings.text or settings.vae:
-        if settings.pipeline is None:
-            raise AnyFlowError("config.pbtxt serves text or vae and names no pipeline. Write it again with anyflow-triton.")
-        from anyflow_deploy.pipelines.text_encoder import PromptEncoder
-        from anyflow_deploy.pipelines.vae import load_vae
+def load_pipeline(bundle: Bundle, folder: Path, settings: Settings, gpu: int | None) -> VideoPipeline:
+    """Load the engine, and text encoder and VAE where they are served.
 
-        pipeline = folder / settings.pipeline
-        text = PromptEncoder(pipeline, device) if settings.text else None
-        vae = load_vae(pipeline, device) if settings.vae else None
-        if text is not None:
-            text.encode(["a red fox"], engine.bundle.manifest.video.text_tokens)  # loads it, and warms it up
-    return Studio(engine, text, vae)
+    Args:
+        bundle: to serve.
+        folder: of the model's version in the repository.
+        settings: of the model.
+        gpu: its number; None for the CPU.
+
+    Raises:
+        AnyFlowError: config.pbtxt names no pipeline, or something cannot be loaded.
+    """
+    if (settings.text or settings.vae) and settings.pipeline is None:
+        raise AnyFlowError("config.pbtxt serves text or vae and names no pipeline. Write it again with anyflow-triton.")
+    pipeline = VideoPipeline(
+        bundle,
+        backend=settings.backend,
+        provider="cpu" if gpu is None else "cuda",
+        threads=settings.threads,
+        engine=settings.engine,
+        pipeline=None if settings.pipeline is None else folder / settings.pipeline,
+        gpu=gpu or 0,
+        torch_device="cpu" if gpu is None else f"cuda:{gpu}",
+        device_lock=FairLock(),
+    )
+    pipeline.load(text=settings.text, vae=settings.vae)
+    if settings.text:
+        pipeline.encode_prompt("a red fox")  # warms the text encoder up
+    return pipeline
 
 
 def cache_of(manifest: Manifest, settings: Settings) -> tuple[int, int]:
     """Bytes of an element of the cache, and of all caches together at most; (0, 0) for a bidirectional model, which has none."""
     if manifest.kind == "bidirectional":
         return 0, 0
-    element = element_bytes(manifest)
+    element = cache_element_bytes(manifest)
     _, _, rows, columns = manifest.latent_shape(None, None, None)
     plan = cache_plan(manifest.architecture, None, rows, columns, None, manifest.video.text_tokens)
     return element, settings.cache_bytes or settings.max_streams * plan.bytes(element)
 
 
-def _tensors(made: Made, wanted: Asked, seconds: float) -> list[tuple[str, NDArray[Any]]]:
+def _tensors(made: GeneratedChunk, wanted: ParsedRequest, seconds: float) -> list[tuple[str, NDArray[Any]]]:
     numbers = {
         "chunk": made.index,
         "first_frame": made.first_frame,
         "steps": made.steps,
         "seconds": seconds,
         "deadline_met": made.deadline_met,
-        "seed": wanted.order.seed,
+        "seed": wanted.request.seed,
     }
     tensors = [(name, np.array([n], dtype=_TYPES[name])) for name, n in numbers.items() if n is not None]
     return [*tensors, (made.output, made.content)]

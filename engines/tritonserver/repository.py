@@ -24,7 +24,7 @@ from anyflow_deploy.bundle.manifest import MANIFEST, GraphTensor
 from anyflow_deploy.dtypes import DTYPES
 from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
 from anyflow_deploy.engines.tritonserver.config import plan_config, streaming_config
-from anyflow_deploy.engines.tritonserver.io_spec import Port
+from anyflow_deploy.engines.tritonserver.io_spec import TensorSpec
 from anyflow_deploy.engines.tritonserver.settings import Settings
 from anyflow_deploy.errors import AnyFlowError, BackendError
 
@@ -70,8 +70,8 @@ def write_streaming(
     (version / "model.py").write_text(_MODEL)
     (writer.folder / "warmup").mkdir()
     (writer.folder / "warmup" / "steps").write_bytes(struct.pack("<i", 1))
-    embeds = (bundle.manifest.video.text_tokens, bundle.manifest.architecture.text_dim)
-    writer.finish_folder(streaming_config(writer.path.name, settings.as_parameters(), gpus, embeds, "steps"))
+    prompt_embeds = (bundle.manifest.video.text_tokens, bundle.manifest.architecture.text_dim)
+    writer.finish_folder(streaming_config(writer.path.name, settings.as_parameters(), gpus, prompt_embeds, "steps"))
 
 
 def write_plan(writer: AtomicFolderWriter, bundle: Bundle, engine: EngineFolder, gpus: Sequence[int]) -> None:
@@ -122,8 +122,8 @@ def model_writer(repository: Path, name: str, overwrite: bool) -> AtomicFolderWr
     return AtomicFolderWriter(repository / name, _KIND, overwrite)
 
 
-def _port(tensor: GraphTensor) -> Port:
-    return Port(tensor.name, _TYPES[tensor.dtype], tuple(-1 if isinstance(n, str) else n for n in tensor.shape), "")
+def _port(tensor: GraphTensor) -> TensorSpec:
+    return TensorSpec(tensor.name, _TYPES[tensor.dtype], tuple(-1 if isinstance(n, str) else n for n in tensor.shape), "")
 
 
 def _link_all(source: Path, destination: Path) -> None:

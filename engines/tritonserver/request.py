@@ -1,4 +1,4 @@
-"""A request's tensors become an order, checked before anything runs."""
+"""A request's tensors become a request, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.engine import Array, prepare_array
+from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
 from anyflow_deploy.engines.tritonserver.settings import Settings
-from anyflow_deploy.errors import ShapeError
-from anyflow_deploy.serving.request import Order, RefusedError, VideoRequest, ordered
+from anyflow_deploy.errors import InvalidRequestError, ShapeError
+from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
+from anyflow_deploy.serving.request import VideoRequest, validate_request
 
 _SAME = ("num_inference_steps", "first_steps", "deadline_ms", "shift", "seed", "window", "num_frames")
 """Inputs that are fields of `VideoRequest`."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A request that can be carried out.
 
     Attributes:
-        order: what to make.
-        embeds: the prompt's embeddings, float32 (1, L, D); None where the prompt is text.
+        request: what to make.
+        prompt_embeds: the prompt's embeddings, float32 (1, L, D); None where the prompt is text.
         output_type: one of `OUTPUT_TYPES`.
     """
 
-    order: Order
-    embeds: Array | None
+    request: GenerationRequest
+    prompt_embeds: Array | None
     output_type: str
 
     def cache_bytes(self, element: int) -> int:
         """Keys and values that the stream will hold, with elements of this size; 0 for a bidirectional model."""
-        return 0 if self.order.plan is None else self.order.plan.bytes(element)
+        return 0 if self.request.plan is None else self.request.plan.bytes(element)
 
 
-def asked(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings, name: str) -> Asked:
+def parse_request(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings, name: str) -> ParsedRequest:
     """Read a request.
 
     Args:
@@ -52,37 +53,36 @@ def asked(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Set
     Raises:
         AnyFlowError: naming the tensor, what was given and what is allowed.
     """
-    embeds = _embeds(tensors, manifest, settings)
+    prompt_embeds = _prompt_embeds(tensors, manifest, settings)
     fields: dict[str, Any] = {field: _single(tensors, field) for field in _SAME if field in tensors}
     height, width = _single(tensors, "height"), _single(tensors, "width")
     if height is not None or width is not None:
         video = manifest.video
         fields["size"] = f"{video.width if width is None else width}x{video.height if height is None else height}"
-    prompt = "" if embeds is not None else _text(tensors, "prompt")
+    prompt = "" if prompt_embeds is not None else _text(tensors, "prompt")
     try:
         request = VideoRequest(prompt=prompt or "", **fields)
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0])
-        raise RefusedError(f"{field} is {first['input']!r}: {first['msg'].lower()}.", field) from None
-    order = ordered(request, manifest, settings.limits, name, embedded=embeds is not None)
-    return Asked(order, embeds, _output_type(tensors, settings))
+        raise InvalidRequestError(f"{field} is {first['input']!r}: {first['msg'].lower()}.", field) from None
+    checked = validate_request(request, manifest, settings.limits, name, embedded=prompt_embeds is not None)
+    return ParsedRequest(checked, prompt_embeds, _output_type(tensors, settings))
 
 
-def _embeds(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings) -> Array | None:
+def _prompt_embeds(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings) -> Array | None:
     given = [field for field in ("prompt", "prompt_embeds") if field in tensors]
     if len(given) != 1:
         what = "both" if given else "neither"
-        raise RefusedError(f"prompt and prompt_embeds say what to show, and {what} came; send one of them.")
+        raise InvalidRequestError(f"prompt and prompt_embeds say what to show, and {what} came; send one of them.")
     if "prompt" in tensors:
         if not settings.text:
-            raise RefusedError("this server has no text encoder; send prompt_embeds in place of prompt.", "prompt")
+            raise InvalidRequestError("this server has no text encoder; send prompt_embeds in place of prompt.", "prompt")
         return None
-    embeds = prepare_array("prompt_embeds", tensors["prompt_embeds"])
-    tokens, channels = manifest.shape_ranges.text, manifest.architecture.text_dim
-    if embeds.ndim != 2 or embeds.shape[0] not in tokens or embeds.shape[1] != channels:
-        raise ShapeError(f"prompt_embeds has shape {embeds.shape}; allowed is ({tokens}, {channels}): tokens, channels.")
-    return embeds[None]
+    if np.ndim(tensors["prompt_embeds"]) != 2:
+        shape = np.shape(tensors["prompt_embeds"])
+        raise ShapeError(f"prompt_embeds has shape {shape}; allowed is (tokens, channels).")
+    return check_prompt_embeds(manifest, tensors["prompt_embeds"])
 
 
 def _output_type(tensors: Mapping[str, NDArray[Any]], settings: Settings) -> str:
@@ -92,7 +92,7 @@ def _output_type(tensors: Mapping[str, NDArray[Any]], settings: Settings) -> str
     allowed = [name for name in OUTPUT_TYPES if settings.vae or name == "latents"]
     if given not in allowed:
         why = "" if settings.vae else " (this server has no VAE)"
-        raise RefusedError(f"output_type is {given[:40]!r}; allowed are {', '.join(allowed)}{why}.", "output_type")
+        raise InvalidRequestError(f"output_type is {given[:40]!r}; allowed are {', '.join(allowed)}{why}.", "output_type")
     return given
 
 
@@ -101,7 +101,7 @@ def _single(tensors: Mapping[str, NDArray[Any]], name: str) -> Any:
     if name not in tensors:
         return None
     if np.size(tensors[name]) != 1:
-        raise RefusedError(f"{name} has {np.size(tensors[name])} values; allowed is one.", name)
+        raise InvalidRequestError(f"{name} has {np.size(tensors[name])} values; allowed is one.", name)
     return tensors[name].reshape(-1).tolist()[0]
 
 
@@ -110,4 +110,4 @@ def _text(tensors: Mapping[str, NDArray[Any]], name: str) -> str | None:
     try:
         return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
-        raise RefusedError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); send text.", name) from None
+        raise InvalidRequestError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); send text.", name) from None

@@ -18,11 +18,11 @@ import numpy as np
 
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import cache_plan, fit_chunks
-from anyflow_deploy.engines.sampler import Step, sample, stream
+from anyflow_deploy.engines.sampler import sample, stream
 from anyflow_deploy.engines.validation import REFERENCE_SCHEDULE
 from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, Architecture, model_name
-from anyflow_deploy.schedule import Schedule
+from anyflow_deploy.schedule import Schedule, Step
 from anyflow_deploy.shape_ranges import latent_frames, latent_side, widest_ranges
 
 SWEEPS = (REFERENCE_SCHEDULE, *(Schedule.from_timesteps((1000, t, 0)) for t in (750, 500, 250, 60)))

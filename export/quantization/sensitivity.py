@@ -197,13 +197,13 @@ def select_full_precision_layers(
     """
     ranked = list(sensitivity.layers)
     if (keep_layers is None) == (min_psnr_db is None):
-        raise AnyFlowError("give one of --keep N and --fidelity DB: a number of layers, or a PSNR to reach.")
+        raise AnyFlowError("give one of --keep-layers N and --min-psnr DB: a number of layers, or a PSNR to reach.")
     if keep_layers is not None:
         check_keep_layers(keep_layers, len(ranked))
         return ranked[:keep_layers]
     assert min_psnr_db is not None
     if psnr is None or not math.isfinite(min_psnr_db):
-        raise AnyFlowError(f"--fidelity is {min_psnr_db}; allowed is a number of decibels, measured with the model's weights.")
+        raise AnyFlowError(f"--min-psnr is {min_psnr_db}; allowed is a number of decibels, measured with the model's weights.")
     if psnr([]) >= min_psnr_db:
         return []
     short, enough = 0, len(ranked)
@@ -228,7 +228,7 @@ def check_keep_layers(keep_layers: int | None, layers: int) -> None:
     """
     if keep_layers is not None and not 0 <= keep_layers < layers:
         allowed = f"0 to {layers - 1}, since {layers} layers can be quantized" if layers else "none: no layer can be quantized"
-        raise AnyFlowError(f"--keep is {keep_layers}; allowed are {allowed}.")
+        raise AnyFlowError(f"--keep-layers is {keep_layers}; allowed are {allowed}.")
 
 
 def psnr_from_error(error: QuantizationError) -> float:

@@ -27,17 +27,17 @@ from anyflow_deploy.bundle.manifest import (
     WeightsSource,
     ranges_to_records,
 )
-from anyflow_deploy.engines.sampler import Step
 from anyflow_deploy.pipelines.video_io import VideoWriter
+from anyflow_deploy.schedule import Step
 from anyflow_deploy.serving.app import make_app
-from anyflow_deploy.serving.generator import Maker
+from anyflow_deploy.serving.generator import VideoGenerator
 from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.job_progress import Report
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.metrics import Metrics
 from anyflow_deploy.serving.server import Server, configured
 from anyflow_deploy.serving.service import Service
-from anyflow_deploy.serving.video_store import Shelf
+from anyflow_deploy.serving.video_store import VideoStore
 from anyflow_deploy.shape_ranges import widest_ranges
 
 
@@ -62,7 +62,7 @@ def fake_manifest(name: str) -> Manifest:
     )
 
 
-class PacedGenerator:
+class PacedGenerator(VideoGenerator):
     """See the module.
 
     Attributes:
@@ -83,22 +83,25 @@ class PacedGenerator:
             raise AnyFlowError("the prompt has 600 tokens and the model takes 512; shorten it.")
 
     def make(self, job: Job, path: Path, report: Report) -> None:
-        order = job.order
-        assert order is not None
-        self.began.append(order.prompt)
-        chunks = (order.shape[0],) if order.plan is None else order.plan.chunks
-        total = order.steps * len(chunks)
-        with VideoWriter(path, 16, (order.height, order.width)) as writer:
+        request = job.request
+        assert request is not None
+        self.began.append(request.prompt)
+        chunks = (request.shape[0],) if request.plan is None else request.plan.chunks
+        total = request.num_inference_steps * len(chunks)
+        with VideoWriter(path, 16, (request.height, request.width)) as writer:
             for number, frames in enumerate(chunks):
-                for index in range(order.steps):
+                for index in range(request.num_inference_steps):
                     while not self.free.is_set() and not self.permits.acquire(timeout=0.02):
                         job.check()
-                    report.step(Step(index, order.steps, 0, 0, lambda: np.zeros(1)), (number * order.steps + index + 1) / total)
+                    report.step(
+                        Step(index, request.num_inference_steps, 0, 0, lambda: np.zeros(1)),
+                        (number * request.num_inference_steps + index + 1) / total,
+                    )
                 if self.fault is not None:
                     raise self.fault
                 report.sampled()
                 count = 1 + 4 * (frames - 1) if number == 0 else 4 * frames
-                report.piece(count, writer.append(np.full((count, order.height, order.width, 3), 40 * number + 40, np.uint8)))
+                report.piece(count, writer.append(np.full((count, request.height, request.width, 3), 40 * number + 40, np.uint8)))
 
 
 @dataclass
@@ -112,7 +115,7 @@ class RunningServer:
 
     @property
     def folder(self) -> Path:
-        return self.service.shelf.folder
+        return self.service.store.folder
 
     def create(self, **fields: object) -> httpx.Response:
         return self.client.post("/v1/videos", json={"prompt": "a red fox", **fields})
@@ -144,7 +147,7 @@ def eventually(true: Callable[[], object], seconds: float = 300.0) -> None:
 
 @contextlib.contextmanager
 def serving(
-    maker: Maker,
+    maker: VideoGenerator,
     folder: Path,
     manifest: Manifest | None = None,
     token: str | None = None,
@@ -154,8 +157,8 @@ def serving(
     """A server until the end of the block."""
     manifest = manifest or fake_manifest("far-tiny")
     allowed = replace(Limits(frames=81, pixels=64 * 96), **limits)  # type: ignore[arg-type]
-    shelf = Shelf(folder, allowed.disk_bytes, allowed.keep_seconds)
-    service = Service(maker, manifest, shelf, allowed, manifest.model, Metrics())
+    store = VideoStore(folder, allowed.disk_bytes, allowed.keep_seconds)
+    service = Service(maker, manifest, store, allowed, manifest.model, Metrics())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         server = Server(configured(make_app(service, token), "127.0.0.1", port, allowed), service, grace)
@@ -169,4 +172,4 @@ def serving(
             service.drain(0)
             server.should_exit = True
             thread.join()
-            shelf.close()
+            store.close()

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from anyflow_deploy import AdaptiveSteps, AnyFlowError, Schedule, load_engine, noise, sample, stream
-from anyflow_deploy.engines.adaptive_steps import AdaptiveResult, reuse_first_chunk_steps, sample_adaptively
+from anyflow_deploy.engines.adaptive_steps import AdaptiveResult, ReuseFirstChunkSteps
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.engines.sampler import Step, _sample_run
+from anyflow_deploy.schedule import Step
 from tests.conftest import SMALL, Export
 
 Array = NDArray[np.float32]
@@ -39,9 +39,19 @@ class Decay:
         pass
 
 
-def decayed(wrong: float, course: Schedule | AdaptiveSteps, steps: list[Step] | None = None) -> Array:
+class Constant(Decay):
+    """A run whose steps change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+
+    def step(self, t: float, r: float) -> None:
+        pass
+
+
+def decayed(wrong: float, policy: Schedule | AdaptiveSteps, steps: list[Step] | None = None) -> Array:
     seen: list[Step] = [] if steps is None else steps
-    return _sample_run(lambda: Decay(wrong), course, seen.append, (64,))  # type: ignore[arg-type, return-value]
+    return policy.run(lambda: Decay(wrong), (64,), seen.append)  # type: ignore[arg-type, return-value]
 
 
 LIMIT = (np.linspace(-1, 1, 64) * math.exp(-1)).astype(np.float32)
@@ -84,13 +94,13 @@ def test_what_cannot_be_reached_ends_at_the_most(most: int, steps: int) -> None:
 
 def test_a_sample_that_is_not_finite_ends_the_search() -> None:
     picks: list[AdaptiveResult] = []
-    sample_adaptively(lambda schedule: np.full(4, np.nan, np.float32), AdaptiveSteps(20, on_end=picks.append))
-    assert (picks[0].steps, picks[0].reached, picks[0].difference.not_finite) == (2, False, 4)
+    AdaptiveSteps(20, on_end=picks.append).run(lambda: Decay(math.nan), (64,), lambda step: None)  # type: ignore[arg-type, return-value]
+    assert (picks[0].steps, picks[0].reached, picks[0].difference.not_finite) == (2, False, 64)
 
 
 def test_equal_samples_are_as_good_as_any() -> None:
     picks: list[AdaptiveResult] = []
-    sample_adaptively(lambda schedule: np.arange(4, dtype=np.float32), AdaptiveSteps(200, on_end=picks.append))
+    AdaptiveSteps(200, on_end=picks.append).run(Constant, (4,), lambda step: None)  # type: ignore[arg-type]
     assert (picks[0].steps, picks[0].reached) == (2, True)
 
 
@@ -121,7 +131,7 @@ def test_the_first_chunk_decides_for_all(export_once: Export) -> None:
     a = engine.architecture
     latents, text = noise((1, 7, a.in_channels, 8, 8), 0), noise((1, 4, a.text_dim), 1)
     ask = AdaptiveSteps(37, on_end=picks.append)
-    made = list(stream(engine, latents, text, reuse_first_chunk_steps(ask), chunk_plan=(1, 3, 3)))
+    made = list(stream(engine, latents, text, ReuseFirstChunkSteps(ask), chunk_plan=(1, 3, 3)))
     assert len(picks) == 1 and picks[0].reached and picks[0].steps > 2
     before = latents.copy()
     plain = list(stream(engine, latents, text, Schedule.uniform(picks[0].steps), chunk_plan=(1, 3, 3)))

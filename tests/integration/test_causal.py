@@ -166,11 +166,15 @@ def test_two_streams_on_one_engine_do_not_mix(oracle: dict[str, Any], engine: Bu
 def test_the_schedule_may_differ_by_chunk(oracle: dict[str, Any], engine: BundleEngine) -> None:
     asked: list[int] = []
 
-    def schedule(index: int) -> Schedule:
-        asked.append(index)
-        return Schedule.uniform(4 if index == 0 else 1)
+    class FirstFour(Schedule):
+        """Four steps for the first chunk, one for all later ones."""
 
-    made = list(stream(engine, oracle["latents"], oracle["text"], schedule))
+        def for_chunk(self, index: int) -> Schedule:
+            asked.append(index)
+            return Schedule.uniform(4 if index == 0 else 1)
+
+    policy = FirstFour.uniform(1)
+    made = list(stream(engine, oracle["latents"], oracle["text"], policy))
     assert asked == [0, 1, 2, 3, 4]
     np.testing.assert_allclose(made[0].latents, oracle["sample_4"][:, :1], atol=1e-4)
     assert difference(made[1].latents, oracle["sample_4"][:, 1:4]).relative_l2 > 1e-3
@@ -218,7 +222,7 @@ def test_an_exception_in_the_consumer_leaves_the_engine_usable(oracle: dict[str,
 def test_wrong_streams_are_refused_at_once(
     oracle: dict[str, Any], engine: BundleEngine, changes: dict[str, Any], message: str
 ) -> None:
-    call = {"latents": oracle["latents"], "text": oracle["text"], "schedule": Schedule.uniform(1), **changes}
+    call = {"latents": oracle["latents"], "text": oracle["text"], "policy": Schedule.uniform(1), **changes}
     with pytest.raises(AnyFlowError, match=message):
         stream(engine, **call)
 

@@ -17,10 +17,11 @@ from safetensors.numpy import load_file
 
 from anyflow_deploy import MODELS, AnyFlowError, Bundle, Schedule, load_engine, noise
 from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
-from anyflow_deploy.cli import generate as command
 from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines.sampler import Chunk, stream
+from anyflow_deploy.engines.step_policy import FirstChunkPolicy
+from anyflow_deploy.pipelines import video_pipeline
 from anyflow_deploy.pipelines.text_encoder import encoded_prompts, save_embeddings
 from anyflow_deploy.pipelines.vae import StreamingDecoder, decoded_video, encoded_video
 from anyflow_deploy.pipelines.video_io import VideoWriter, load_image, load_video, save_video
@@ -55,7 +56,7 @@ def asked(bundle: Bundle, embeddings: Path, **changes: object) -> GenerateOption
 
 def streamed(bundle: Bundle, words: NDArray[np.float32], **changes: object) -> NDArray[np.float32]:
     """The same video by the library's own loop."""
-    arguments = {"schedule": Schedule.uniform(2), "chunk_plan": CHUNKS, **changes}
+    arguments = {"policy": Schedule.uniform(2), "chunk_plan": CHUNKS, **changes}
     start = noise((1, sum(CHUNKS), 16, HEIGHT // 8, WIDTH // 8), 0)
     return np.concatenate([c.latents for c in stream(load_engine(bundle), start, words, **arguments)], axis=1)  # type: ignore[arg-type]
 
@@ -216,7 +217,7 @@ def test_the_latents_are_those_of_stream(
 def test_more_steps_for_the_first_chunk(far_bundle: Bundle, embeddings: Path, words: NDArray[np.float32], tmp_path: Path) -> None:
     output = tmp_path / "z.safetensors"
     generate(asked(far_bundle, embeddings, first_steps=4, output=output))
-    wanted = streamed(far_bundle, words, schedule=lambda chunk: Schedule.uniform(4 if chunk == 0 else 2))
+    wanted = streamed(far_bundle, words, policy=FirstChunkPolicy(Schedule.uniform(4), Schedule.uniform(2)))
     np.testing.assert_array_equal(load_file(output)["latents"], wanted)
     assert np.abs(wanted - streamed(far_bundle, words)).max() > 1e-3
 
@@ -248,12 +249,12 @@ def test_streaming_puts_a_chunk_on_disk_before_the_next_is_begun(
 
     def watched(*args: object, **kwargs: object) -> Iterator[Chunk]:
         for chunk in stream(*args, **kwargs):  # type: ignore[arg-type]
+            seen.append(len(load_video(output)) if output.exists() else 0)
             yield chunk
-            seen.append(len(load_video(output)))
 
-    monkeypatch.setattr(command, "stream", watched)
+    monkeypatch.setattr(video_pipeline, "stream", watched)
     generate(asked(far_bundle, embeddings, stream=True, output=output))
-    assert seen == [1, 13, 17]
+    assert seen == [0, 1, 13] and len(load_video(output)) == 17
 
 
 def test_an_interrupted_stream_keeps_its_chunks(
@@ -265,7 +266,7 @@ def test_an_interrupted_stream_keeps_its_chunks(
         yield next(chunks)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "stream", broken)
+    monkeypatch.setattr(video_pipeline, "stream", broken)
     with pytest.raises(KeyboardInterrupt, match="grown.mp4 holds the first 13 frames, whole and playable"):
         generate(asked(far_bundle, embeddings, stream=True, output=tmp_path / "grown.mp4"))
     assert len(load_video(tmp_path / "grown.mp4")) == 13
@@ -297,10 +298,8 @@ def test_a_picture_and_a_clip_are_context(
         output = tmp_path / f"{flag}.safetensors"
         generate(asked(far_bundle, embeddings, **{flag: tmp_path / name}, first_steps=3, output=output))
         context = encoded_video(far_pipeline, frames)
-        first = 1 if flag == "image" else 2
-        wanted = streamed(
-            far_bundle, words, context=context, schedule=lambda c, first=first: Schedule.uniform(3 if c == first else 2)
-        )
+        policy = FirstChunkPolicy(Schedule.uniform(3), Schedule.uniform(2))
+        wanted = streamed(far_bundle, words, context=context, policy=policy)
         latents = load_file(output)["latents"]
         np.testing.assert_array_equal(latents, wanted)
         np.testing.assert_array_equal(latents[:, : context.shape[1]], context)
@@ -337,7 +336,7 @@ def test_bad_requests_are_refused(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "load_engine", lambda *_: pytest.fail("the engine was loaded"))
+    monkeypatch.setattr(video_pipeline, "load_engine", lambda *_, **__: pytest.fail("the engine was loaded"))
     Image.fromarray(moving(1)[0]).save("first.png")
     Image.fromarray(moving(1, width=96)[0]).save("wide.png")
     save_video(Path("clip9.mp4"), moving(9), 16)

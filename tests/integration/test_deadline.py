@@ -12,8 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from anyflow_deploy import AnyFlowError, Deadline, Schedule, StepTimer, load_engine, noise, sample, stream
 from anyflow_deploy.engines.deadline import DeadlineResult
-from anyflow_deploy.engines.sampler import Step, _sample_run
-from anyflow_deploy.schedule import next_timestep
+from anyflow_deploy.schedule import Step, next_timestep
 from tests.conftest import SMALL, Export
 
 SHAPE = (1, 1, 1, 1, 1)
@@ -50,7 +49,7 @@ class Clockwork:
 
 
 def walked(run: Clockwork, deadline: Deadline) -> None:
-    _sample_run(lambda: run, deadline, None, SHAPE)  # type: ignore[arg-type, return-value]
+    deadline.run(lambda: run, SHAPE, lambda step: None)  # type: ignore[arg-type, return-value]
 
 
 @settings(deadline=None)  # the first example also pays for imports

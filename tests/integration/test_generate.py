@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import closing
 from pathlib import Path
 
 import av
@@ -17,10 +16,11 @@ from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, Bundle, CheckpointError, Schedule, load_engine, noise, sample
 from anyflow_deploy.cli.generate import GenerateOptions, generate
-from anyflow_deploy.pipelines.text_encoder import PromptEncoder, encoded_prompts, load_embeddings
-from anyflow_deploy.pipelines.vae import decoded_video, load_vae
+from anyflow_deploy.pipelines.text_encoder import encoded_prompts, load_embeddings
+from anyflow_deploy.pipelines.vae import decoded_video
 from anyflow_deploy.pipelines.video_io import VideoWriter, save_video
-from anyflow_deploy.serving.generator import PipelineMaker
+from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
+from anyflow_deploy.serving.generator import VideoGenerator
 from tests.fakes.serving import serving
 
 PROMPT = "a red fox runs in the snow"
@@ -153,11 +153,9 @@ def test_a_served_video_is_decoded_in_pieces_and_is_the_same(
     pieces: list[NDArray[np.uint8]] = []
     append = VideoWriter.append
     monkeypatch.setattr(VideoWriter, "append", lambda self, frames: (pieces.append(frames), append(self, frames))[1])
-    text = PromptEncoder(tiny_pipeline)
-    with closing(load_engine(tiny_bundle)) as engine:
-        maker = PipelineMaker(engine, text, load_vae(tiny_pipeline))
-        with serving(maker, tmp_path, tiny_bundle.manifest) as server:
+    with VideoPipeline(tiny_bundle) as pipe:
+        with serving(VideoGenerator(pipe), tmp_path, tiny_bundle.manifest) as server:
             video = server.create_and_wait(prompt=PROMPT, num_frames=17, size="96x64", num_inference_steps=2, seed=3)
         assert (video["status"], video["steps"], video["chunks"]) == ("completed", [2], 2)
-        whole = sample(engine, noise((1, 5, 16, 8, 12), 3), text.encode([PROMPT], 512), Schedule.uniform(2))
+        whole = sample(pipe.engine, noise((1, 5, 16, 8, 12), 3), pipe.encode_prompt(PROMPT), Schedule.uniform(2))
     np.testing.assert_array_equal(np.concatenate(pieces), decoded_video(tiny_pipeline, whole)[0])

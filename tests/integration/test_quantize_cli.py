@@ -44,7 +44,7 @@ def test_it_calibrates_by_itself_and_ends_with_valid(
         run_export(words)
 
 
-@pytest.mark.parametrize("choice", ["--keep 2", "--fidelity 30dB"])
+@pytest.mark.parametrize("choice", ["--keep-layers 2", "--min-psnr 30dB"])
 def test_it_chooses_what_stays_high_and_sensitivity_reads_the_bundles_own_ranges(
     choice: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,11 +54,11 @@ def test_it_chooses_what_stays_high_and_sensitivity_reads_the_bundles_own_ranges
     assert run_export(f"{words} --check none") == 0
     said = "".join(capsys.readouterr().err.split())
     kept = load_bundle(bundle).manifest.achieved.kept_high
-    assert len(kept) == 2 if choice == "--keep 2" else len(kept) < 30
+    assert len(kept) == 2 if choice == "--keep-layers 2" else len(kept) < 30
     assert f"{len(kept)}of30layersstayinfp32:" in said and all(layer in said for layer in kept)
     assert set(kept.values()) <= {"asked for"}
-    if choice == "--keep 2":
-        options = f"{bundle} --frames 1 --height 64 --width 64 --steps 1 --keep 2"
+    if choice == "--keep-layers 2":
+        options = f"{bundle} --frames 1 --height 64 --width 64 --steps 1 --keep-layers 2"
         assert sensitivity(parsed(SensitivityOptions, shlex.split(options))) == 0
         assert (bundle / "sensitivity.json").is_file()
 
@@ -68,17 +68,17 @@ def test_it_chooses_what_stays_high_and_sensitivity_reads_the_bundles_own_ranges
     [
         ("--precision fp8 --target orin", r"fp8 does not run on target 'orin'.*Choose --precision int8"),
         ("--precision fp16 --calibration c.json", "--calibration is for --precision int8 or fp8, and fp16 is not 8-bit"),
-        ("--keep 2", "--keep is for --precision int8 or fp8, and fp32 is not 8-bit"),
-        ("--no-smooth", "--no-smooth is for --precision int8 or fp8"),
+        ("--keep-layers 2", "--keep-layers is for --precision int8 or fp8, and fp32 is not 8-bit"),
+        ("--no-smoothquant", "--no-smoothquant is for --precision int8 or fp8"),
         ("--precision fp16 --base fp32", "--base is for --precision int8 or fp8"),
-        ("--precision int8 --keep 2 --fidelity 30dB", "give one of --keep N and --fidelity DB"),
+        ("--precision int8 --keep-layers 2 --min-psnr 30dB", "give one of --keep-layers N and --min-psnr DB"),
         ("--precision int8 --calibration c.json --prompts p.txt", "--calibration has its own prompts; leave --prompts out"),
         ("--precision fp8 --attention int8", "attention is 'int8'; allowed are high and fp8"),
-        ("--precision fp8 --no-smooth", "--no-smooth is for int8; fp8 is never smoothed"),
+        ("--precision fp8 --no-smoothquant", "--no-smoothquant is for int8; fp8 is never smoothed"),
         ("--precision int8 --base fp8", "base is 'fp8'; allowed are fp32, fp16, bf16"),
         ("--precision int8 --base bf16", "bf16 does not run on target 'cpu'"),
-        ("--precision int8 --keep -1", "--keep"),
-        ("--precision int8 --fidelity 0", "--fidelity"),
+        ("--precision int8 --keep-layers -1", "--keep-layers"),
+        ("--precision int8 --min-psnr 0", "--min-psnr"),
         ("--precision int4", "unknown precision 'int4'.*Did you mean 'int8'"),
     ],
 )
@@ -95,11 +95,11 @@ def test_choosing_layers_starts_only_with_ranges_of_these_weights_and_a_number_t
     calibration = calibration_of(SMALL)
     write_calibration(tmp_path / "c.json", calibration)
     words = f"--checkpoint {SMALL} --precision int8 --calibration {tmp_path / 'c.json'} --output {tmp_path / 'b'}"
-    with pytest.raises(AnyFlowError, match="--keep is 30; allowed are 0 to 29, since 30 layers can be quantized"):
-        run_export(f"{words} --keep 30")
+    with pytest.raises(AnyFlowError, match="--keep-layers is 30; allowed are 0 to 29, since 30 layers can be quantized"):
+        run_export(f"{words} --keep-layers 30")
     write_calibration(tmp_path / "c.json", calibration.model_copy(update={"weights": "0" * 64}))
     with pytest.raises(AnyFlowError, match="is of the weights 000000000000…"):
-        run_export(f"{words} --keep 2")
+        run_export(f"{words} --keep-layers 2")
 
 
 def test_layers_are_chosen_with_attention_as_it_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_layers_are_chosen_with_attention_as_it_will_be(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("anyflow_deploy.cli.quantize.probe_for", probe)
     for attention in ("fp8", "high"):
-        options = parsed(ExportOptions, shlex.split(f"--model tiny --precision fp8 --attention {attention} --fidelity 30dB"))
+        options = parsed(ExportOptions, shlex.split(f"--model tiny --precision fp8 --attention {attention} --min-psnr 30dB"))
         with pytest.raises(AnyFlowError, match="far enough"):
             layers_kept(options, options.spec, weights, made_up(WIDE_HEADS), NullProgress())
         assert given["spec"] == PrecisionSpec("fp8", "fp32", attention)
@@ -138,7 +138,7 @@ def test_a_failed_export_keeps_its_own_calibrations_work(tmp_path: Path, monkeyp
         ("--precision fp8 --attention fp8 --opset 23", "it goes with opset 20 only"),
         ("--precision int8 --attention fp8", "attention is fp8 at precision int8"),
         ("--precision int8 --output taken", "taken exists"),
-        ("--precision int8 --calibration c.json --keep 2", "of another architecture than the weights: .* against"),
+        ("--precision int8 --calibration c.json --keep-layers 2", "of another architecture than the weights: .* against"),
         ("--precision int8 --calibration taken", "taken cannot be read: Is a directory"),
     ],
 )

@@ -201,12 +201,12 @@ def test_the_bisection_finds_the_fewest(needed: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "give one of --keep N and --fidelity DB"),
-        ({"keep_layers": 1, "min_psnr_db": 30.0}, "give one of --keep N and --fidelity DB"),
-        ({"keep_layers": 5}, "--keep is 5; allowed are 0 to 4, since 5 layers can be quantized"),
-        ({"keep_layers": -1}, "--keep is -1"),
+        ({}, "give one of --keep-layers N and --min-psnr DB"),
+        ({"keep_layers": 1, "min_psnr_db": 30.0}, "give one of --keep-layers N and --min-psnr DB"),
+        ({"keep_layers": 5}, "--keep-layers is 5; allowed are 0 to 4, since 5 layers can be quantized"),
+        ({"keep_layers": -1}, "--keep-layers is -1"),
         ({"min_psnr_db": 30.0}, "measured with the model's weights"),
-        ({"min_psnr_db": math.nan, "psnr": lambda kept: 1.0}, "--fidelity is nan"),
+        ({"min_psnr_db": math.nan, "psnr": lambda kept: 1.0}, "--min-psnr is nan"),
         ({"min_psnr_db": 30.0, "psnr": lambda kept: -math.inf}, "30 dB cannot be reached with any layer in int8"),
     ],
 )
@@ -227,13 +227,13 @@ def test_the_report_survives_layers_that_broke_the_video(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("given", "value"), [("30dB", 30.0), ("30", 30.0), ("42.5 db", 42.5)])
 def test_decibels_may_say_so(given: str, value: float) -> None:
-    assert parsed(SensitivityOptions, ["bundle", f"--fidelity={given}"]).fidelity == value
+    assert parsed(SensitivityOptions, ["bundle", f"--min-psnr={given}"]).min_psnr == value
 
 
 def test_the_command(small_bundle: Export, calibration: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle, file = small_bundle().path, tmp_path / "calibration.json"
     write_calibration(file, calibration)
-    words = f"{bundle} --calibration {file} --frames 1 --height 64 --width 64 --steps 1 --keep 2 --output {tmp_path}"
+    words = f"{bundle} --calibration {file} --frames 1 --height 64 --width 64 --steps 1 --keep-layers 2 --output {tmp_path}"
     assert sensitivity(parsed(SensitivityOptions, shlex.split(words))) == 0
     found = load_sensitivity(tmp_path / "sensitivity.json")
     assert found.precision == "int8" and found.shape[-2:] == [8, 8] and (tmp_path / "sensitivity.png").is_file()
@@ -250,5 +250,5 @@ def test_the_command_needs_a_calibration_of_these_weights(
     write_calibration(tmp_path / "other.json", outlier[1])
     with pytest.raises(AnyFlowError, match="this calibration is of the weights"):
         sensitivity(parsed(SensitivityOptions, shlex.split(f"{options} --calibration {tmp_path / 'other.json'}")))
-    with pytest.raises(AnyFlowError, match="give one of --keep N and --fidelity DB"):
-        parsed(SensitivityOptions, ["bundle", "--keep", "1", "--fidelity", "30"])
+    with pytest.raises(AnyFlowError, match="give one of --keep-layers N and --min-psnr DB"):
+        parsed(SensitivityOptions, ["bundle", "--keep-layers", "1", "--min-psnr", "30"])

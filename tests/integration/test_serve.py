@@ -27,9 +27,9 @@ from anyflow_deploy.serving.errors import api_error
 from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.metrics import Metrics
-from anyflow_deploy.serving.request import VideoRequest, ordered
+from anyflow_deploy.serving.request import VideoRequest, validate_request
 from anyflow_deploy.serving.service import Service
-from anyflow_deploy.serving.video_store import Shelf
+from anyflow_deploy.serving.video_store import VideoStore
 from anyflow_deploy.serving.warmup import warm_up
 from tests.fakes.serving import PacedGenerator, RunningServer, eventually, fake_manifest, serving
 
@@ -333,16 +333,16 @@ JSON = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.dictionaries(st.sampled_from([*VideoRequest.model_fields, HALF, "extra"]), JSON, max_size=5))
-def test_whatever_is_asked_becomes_an_order_or_a_refusal(fields: dict[str, object]) -> None:
+def test_whatever_is_asked_becomes_a_request_or_a_refusal(fields: dict[str, object]) -> None:
     limits = Limits(frames=81, pixels=64 * 96)
     for name in ("far-tiny", "tiny"):
         try:
-            order = ordered(VideoRequest.model_validate({"prompt": "x", **fields}), fake_manifest(name), limits, name)
+            order = validate_request(VideoRequest.model_validate({"prompt": "x", **fields}), fake_manifest(name), limits, name)
         except (AnyFlowError, ValidationError) as error:
             answer = api_error(error).answer()  # can be sent, too
             assert answer.status_code == 400
         else:
-            assert order.frames <= 81 and order.height * order.width <= 64 * 96 and order.steps <= 50
+            assert order.num_frames <= 81 and order.height * order.width <= 64 * 96 and order.num_inference_steps <= 50
             assert order.plan is None or order.plan.frames == order.shape[0]
 
 
@@ -431,7 +431,7 @@ def test_finished_videos_outlive_the_server_and_half_ones_do_not(tmp_path: Path)
     with serving(PacedGenerator(), tmp_path) as server:
         video = server.create_and_wait(num_frames=17)
         with pytest.raises(AnyFlowError, match="belongs to another anyflow-serve that runs"):
-            Shelf(tmp_path, 1, 1)
+            VideoStore(tmp_path, 1, 1)
     half, foreign, newer = tmp_path / f"video_{'0' * 32}", tmp_path / "holidays", tmp_path / f"video_{'1' * 32}"
     for folder in (half, foreign, newer):
         folder.mkdir()
@@ -457,8 +457,8 @@ def test_the_shelf_has_a_bound_in_bytes_and_in_age(tmp_path: Path) -> None:
         stored = float(server.client.get("/metrics").text.split("\nanyflow_stored_bytes ")[1].split()[0])
         assert stored <= 2.5 * size
         jobs = server.service.all()
-        assert [job.id for job in server.service.shelf.surplus(jobs, time.time() + 24 * 3601)] == names[1:]
-        assert server.service.shelf.surplus(jobs, time.time() + 3600) == []
+        assert [job.id for job in server.service.store.surplus(jobs, time.time() + 24 * 3601)] == names[1:]
+        assert server.service.store.surplus(jobs, time.time() + 3600) == []
     with serving(PacedGenerator(), tmp_path, disk_bytes=1) as server:
         assert [v["id"] for v in server.client.get("/v1/videos").json()["data"]] == names[2:]  # the newest stays
 
@@ -597,9 +597,9 @@ def test_a_piece_of_a_growing_file_is_read_alone(tmp_path: Path) -> None:
 def test_a_job_hears_nothing_after_it_let_go() -> None:
     job = Job(SimpleNamespace(), None)  # type: ignore[arg-type]
     heard: list[int] = []
-    with job.heard(lambda: heard.append(1)):
-        job.tell()
-    job.tell()
+    with job.subscribe(lambda: heard.append(1)):
+        job.notify()
+    job.notify()
     assert heard == [1]
 
 

@@ -44,10 +44,10 @@ class Command:
         return self.wait_until_ended(answer.json()["id"])
 
     def wait_until_ended(self, name: str) -> dict[str, Any]:
-        eventually(lambda: self.seen(name)["status"] in ("completed", "failed"))
-        return self.seen(name)
+        eventually(lambda: self.snapshot(name)["status"] in ("completed", "failed"))
+        return self.snapshot(name)
 
-    def seen(self, name: str) -> dict[str, Any]:
+    def snapshot(self, name: str) -> dict[str, Any]:
         return dict(self.client.get(f"/v1/videos/{name}").json())
 
 
@@ -120,7 +120,7 @@ def test_deadlines_share_one_pace(command: Command) -> None:
 def test_enough_is_enough(command: Command) -> None:
     order = {"prompt": PROMPT, "num_frames": 13, "deadline_ms": 300000, "num_inference_steps": 400}
     name = command.client.post("/v1/videos", json=order).json()["id"]
-    eventually(lambda: command.seen(name)["progress"] > 0)
+    eventually(lambda: command.snapshot(name)["progress"] > 0)
     assert command.client.post(f"/v1/videos/{name}/finish").status_code == 200
     video = command.wait_until_ended(name)
     assert video["status"] == "completed" and video["steps"][-1] == 1 and video["steps"][0] < 400
@@ -130,7 +130,7 @@ def test_enough_is_enough(command: Command) -> None:
 
 def test_cancelling_in_the_middle_leaves_the_engine_fit(command: Command) -> None:
     name = command.client.post("/v1/videos", json={"prompt": PROMPT, "num_inference_steps": 400}).json()["id"]
-    eventually(lambda: command.seen(name)["progress"] > 0)
+    eventually(lambda: command.snapshot(name)["progress"] > 0)
     command.client.post(f"/v1/videos/{name}/cancel")
     assert command.wait_until_ended(name)["error"]["code"] == "cancelled"
     assert not (command.folder / "anyflow-videos" / name).exists()

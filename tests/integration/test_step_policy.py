@@ -12,13 +12,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, noise, sample
-from anyflow_deploy.cli import generate as command
 from anyflow_deploy.cli import options as reading
 from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.step_report import StepReport, stop_on_interrupt
 from anyflow_deploy.engines.deadline import DeadlineResult
-from anyflow_deploy.engines.sampler import Step
-from anyflow_deploy.engines.step_policy import DeadlineSteps, stop_on_interrupt
+from anyflow_deploy.engines.step_policy import FirstChunkPolicy, ProgressTracker, StepSettings
+from anyflow_deploy.errors import InvalidRequestError
+from anyflow_deploy.pipelines import video_pipeline
+from anyflow_deploy.schedule import Step
 from tests.conftest import CAUSAL, Export
 
 WORDS = ["bundle", "--prompt", "fox"]
@@ -94,11 +96,11 @@ def test_every_chunk_has_the_deadline(export_once: Export, tmp_path: Path, capsy
 
 
 def test_missed_deadlines_of_chunks_are_counted() -> None:
-    course = DeadlineSteps(1.0, 5.0, 50)
-    course.results.extend(
+    report = StepReport(StepSettings(deadline_s=1.0), 4, 5.0)
+    report.deadlines.extend(
         [DeadlineResult(4, True, 0.9, 1.0), DeadlineResult(4, False, 1.25, 1.0), DeadlineResult(3, False, 1.1, 1.0)]
     )
-    assert list(course.summary_lines()) == [
+    assert list(report.summary_lines()) == [
         "steps by chunk 4, 4, 3, after 1 draft to learn the pace: the deadline of 1 s a chunk was missed by 2 of 3, "
         "by 0.250 s at most."
     ]
@@ -135,7 +137,7 @@ def test_the_first_interrupt_finishes_with_one_jump(
         return sample(*args, on_step=on, **kwargs)  # type: ignore[arg-type]
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(command, "sample", interrupted)
+    monkeypatch.setattr(video_pipeline, "sample", interrupted)
     assert generate(GenerateOptions(**small, deadline="10m", steps=1000)) == 0  # type: ignore[arg-type]
     said = capsys.readouterr().err
     assert [step.r == 0.0 for step in seen] == [False, False, True]
@@ -187,3 +189,27 @@ def test_the_closing_line_of_an_interrupt_is_true(
     with pytest.raises(SystemExit) as ended:
         reading.run("anyflow-generate", GenerateOptions, work)
     assert ended.value.code == reading.INTERRUPTED and capsys.readouterr().err.strip() == line
+
+
+# The policies themselves
+
+
+def test_settings_make_the_policy_they_say() -> None:
+    assert StepSettings().make_policy(4, 5.0) == Schedule.uniform(4)
+    assert StepSettings(sigmas=(1.0, 0.5)).make_policy(4, 5.0) == Schedule.from_sigmas([1, 0.5])
+    policy = StepSettings(num_inference_steps=2, first_steps=8, shift=1.0).make_policy(4, 5.0)
+    assert policy == FirstChunkPolicy(Schedule.uniform(8, 1.0), Schedule.uniform(2, 1.0))
+    assert [policy.for_chunk(index) for index in (0, 1, 2)] == [Schedule.uniform(steps, 1.0) for steps in (8, 2, 2)]
+
+
+def test_settings_that_contradict_are_refused_in_the_callers_words() -> None:
+    with pytest.raises(InvalidRequestError, match="deadline_s and target_psnr each decide") as error:
+        StepSettings(deadline_s=1.0, target_psnr=30.0).check()
+    assert error.value.param == "deadline_s"
+
+
+def test_progress_of_chunks_never_turns_back() -> None:
+    tracker = ProgressTracker(2)
+    walk = [(0, 4), (1, 8), (2, 3), (0, 2), (1, 2)]
+    shares = [tracker.update(Step(i, n, 0, 0, lambda: np.zeros(1))) for i, n in walk]
+    assert shares == [0.125, 0.125, 0.5, 0.75, 1.0]

@@ -19,20 +19,21 @@ from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, noise, stream
+from anyflow_deploy import AnyFlowError, Bundle, Schedule, noise, stream
 from anyflow_deploy.bundle.manifest import FileRecord
 from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.tritonserver import TritonOptions, triton
 from anyflow_deploy.engines.engine_folder import DeviceRecord, EngineFolder, EngineRecord
 from anyflow_deploy.engines.kv_cache import fit_chunks
-from anyflow_deploy.engines.tritonserver.admission import Admission, FullError
-from anyflow_deploy.engines.tritonserver.fair_lock import Turns
-from anyflow_deploy.engines.tritonserver.generator import Studio
+from anyflow_deploy.engines.tritonserver.admission import Admission, CapacityError
+from anyflow_deploy.engines.tritonserver.fair_lock import FairLock
+from anyflow_deploy.engines.tritonserver.generator import generate_chunks
 from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS
 from anyflow_deploy.engines.tritonserver.repository import check_plan, model_writer, write_plan
-from anyflow_deploy.engines.tritonserver.request import asked
+from anyflow_deploy.engines.tritonserver.request import parse_request
 from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from
-from anyflow_deploy.serving.job import Cancelled
+from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
+from anyflow_deploy.serving.job import CancelledError
 from tests.conftest import Export
 from tests.fakes.serving import eventually, fake_manifest
 
@@ -207,23 +208,28 @@ def test_a_request_is_read() -> None:
         "height": np.array([32], np.int32),
         "output_type": np.array([b"frames"], dtype=object),
     }
-    wanted = asked(tensors, manifest, SETTINGS, "anyflow")
-    assert (wanted.order.prompt, wanted.order.steps, wanted.order.seed, wanted.order.frames) == ("a fox", 3, 9, 13)
-    assert (wanted.order.height, wanted.order.width, wanted.output_type) == (32, manifest.video.width, "frames")
-    assert wanted.order.plan is not None and wanted.cache_bytes(2) == wanted.order.plan.bytes(2) > 0
+    wanted = parse_request(tensors, manifest, SETTINGS, "anyflow")
+    assert (wanted.request.prompt, wanted.request.num_inference_steps, wanted.request.seed, wanted.request.num_frames) == (
+        "a fox",
+        3,
+        9,
+        13,
+    )
+    assert (wanted.request.height, wanted.request.width, wanted.output_type) == (32, manifest.video.width, "frames")
+    assert wanted.request.plan is not None and wanted.cache_bytes(2) == wanted.request.plan.bytes(2) > 0
 
 
 def test_what_is_not_served_is_refused() -> None:
     manifest = fake_manifest("far-tiny")
     bare = SETTINGS.model_copy(update={"text": False, "vae": False})
     with pytest.raises(AnyFlowError, match="has no text encoder; send prompt_embeds"):
-        asked({"prompt": np.array([b"a fox"], dtype=object)}, manifest, bare, "anyflow")
+        parse_request({"prompt": np.array([b"a fox"], dtype=object)}, manifest, bare, "anyflow")
     embeds = {"prompt_embeds": np.zeros((512, manifest.architecture.text_dim), np.float32)}
-    assert asked(embeds, manifest, bare, "anyflow").output_type == "latents"
+    assert parse_request(embeds, manifest, bare, "anyflow").output_type == "latents"
     with pytest.raises(AnyFlowError, match=r"allowed are latents \(this server has no VAE\)"):
-        asked({**embeds, "output_type": np.array([b"mp4"], dtype=object)}, manifest, bare, "anyflow")
+        parse_request({**embeds, "output_type": np.array([b"mp4"], dtype=object)}, manifest, bare, "anyflow")
     with pytest.raises(AnyFlowError, match="seed has 2 values"):
-        asked({**embeds, "seed": np.array([1, 2], np.int64)}, manifest, bare, "anyflow")
+        parse_request({**embeds, "seed": np.array([1, 2], np.int64)}, manifest, bare, "anyflow")
 
 
 # Turns and admission
@@ -231,7 +237,7 @@ def test_what_is_not_served_is_refused() -> None:
 
 def test_turns_are_taken_in_order() -> None:
     """Whoever has its turn ends it only when both others wait, so the order is the lock's and not the scheduler's."""
-    turns, order = Turns(), []
+    turns, order = FairLock(), []
 
     def one(name: int) -> None:
         for _ in range(20):
@@ -267,15 +273,15 @@ def test_admission_never_gives_more_than_there_is(costs: list[int], streams: int
 def test_who_waits_may_give_up_and_the_next_one_goes() -> None:
     admission = Admission(1, 100, 2)
     first, second, third = (admission.ask(1) for _ in range(3))
-    with pytest.raises(FullError, match="1 videos are being made and 2 wait"):
+    with pytest.raises(CapacityError, match="1 videos are being made and 2 wait"):
         admission.ask(1)
     with pytest.raises(AnyFlowError, match="the cache of this video takes"):
         admission.ask(101)
 
     def unwanted() -> None:
-        raise Cancelled
+        raise CancelledError
 
-    with admission.within(first, lambda: None), pytest.raises(Cancelled), admission.within(second, unwanted):
+    with admission.within(first, lambda: None), pytest.raises(CancelledError), admission.within(second, unwanted):
         pytest.fail("there was no room")
     with admission.within(third, lambda: None):
         pass
@@ -305,18 +311,18 @@ def test_a_large_one_is_not_overtaken() -> None:
 # The model
 
 
-def test_streams_share_a_studio(far_bundle: Bundle) -> None:
+def test_streams_share_a_pipeline(far_bundle: Bundle) -> None:
     """Two at once, in turns: each gets what it gets alone."""
     manifest = far_bundle.manifest
     with_seed = {"num_frames": np.array([17], np.int32), "num_inference_steps": np.array([2], np.int32)}
     bare = SETTINGS.model_copy(update={"text": False, "vae": False})
     embeds = words(far_bundle)
-    engine = load_engine(far_bundle, threads=1)
-    studio = Studio(engine, None, None)
+    pipeline = VideoPipeline(far_bundle, threads=1, device_lock=FairLock())
+    engine = pipeline.engine
 
     def one(seed: int) -> list[np.ndarray[Any, Any]]:
         tensors = {**with_seed, "prompt_embeds": embeds, "seed": np.array([seed], np.int64)}
-        pieces = list(studio.make(asked(tensors, manifest, bare, "anyflow"), lambda: None))
+        pieces = list(generate_chunks(pipeline, parse_request(tensors, manifest, bare, "anyflow"), lambda: None))
         assert [piece.steps for piece in pieces] == [2] * len(pieces)
         return [piece.content for piece in pieces]
 
@@ -472,11 +478,11 @@ def test_a_defect_ends_one_request_and_is_logged(
 ) -> None:
     model = opened(server, far_bundle, tmp_path)
 
-    def broken(*_: object) -> Any:
+    def broken(*_: object, **__: object) -> Any:
         raise ZeroDivisionError("here")
         yield
 
-    monkeypatch.setattr(model._studio, "make", broken)
+    monkeypatch.setattr(model._pipeline, "generate", broken)
     sender = Sender()
     model.execute([request(sender, prompt_embeds=words(far_bundle))])
     assert sender.final.wait(10) and sender.sent[0].error.code == "internal"

@@ -1,0 +1,702 @@
+"""From a prompt to a video: text encoder, engine and VAE, each loaded once, when it is first needed.
+
+    with VideoPipeline.from_bundle("my-bundle") as pipe:
+        pipe("a red fox in the snow", num_inference_steps=4, seed=0).save("fox.mp4")
+        for chunk in pipe.stream("a red fox in the snow", num_inference_steps=4):
+            show(chunk.frames)
+
+The command line, the HTTP service and Triton make their videos with this class. Whatever can be
+refused is refused before anything is loaded. With saved `prompt_embeds` and `output_type="latent"`
+neither torch nor diffusers is needed.
+
+A causal model's chunks are decoded before the next one is begun. A bidirectional model's latents are
+made at once and decoded in fragments of a few frames, which gives the same frames as all at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from anyflow_deploy.bundle.atomic_io import atomic_file
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.manifest import Manifest
+from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
+from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
+from anyflow_deploy.engines.engine import Array, BundleEngine, Engine
+from anyflow_deploy.engines.registry import DEFAULT_BACKEND, load_engine
+from anyflow_deploy.engines.sampler import noise, sample, stream
+from anyflow_deploy.engines.step_policy import StepPolicy, StepSettings
+from anyflow_deploy.engines.wrapper import EngineWrapper
+from anyflow_deploy.errors import AnyFlowError, InvalidRequestError
+from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
+from anyflow_deploy.pipelines.video_io import check_size, load_image, load_video, save_video
+from anyflow_deploy.schedule import Step
+
+if TYPE_CHECKING:
+    from anyflow_deploy.pipelines.text_encoder import PromptEncoder
+    from anyflow_deploy.pipelines.vae import LoadedVae
+
+MAX_CACHED_PROMPTS = 16
+"""Prompts whose embeddings are kept (8 MB each with a text encoder of 4096 channels)."""
+
+FRAGMENT_FRAMES = 3
+"""Latent frames of a bidirectional video that are decoded together."""
+
+LATENTS_SUFFIX = ".safetensors"
+
+OutputType = Literal["np", "latent"]
+Frames = NDArray[np.uint8]
+Stage = Callable[[str], AbstractContextManager[object]]
+"""Entered around each piece of work: "text", "transformer" (one sample), "vae" (one fragment)."""
+
+StepCallback = Callable[["VideoPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
+"""diffusers' `callback_on_step_end`: (pipeline, step index, timestep, {"step": `Step`})."""
+
+
+@dataclass(frozen=True)
+class VideoChunk:
+    """A part of a video: a causal model's chunk, or a fragment of a bidirectional model's video.
+
+    Attributes:
+        index: 0 for the first.
+        first_frame: of the video, counted in video frames.
+        frames: uint8 (frames, height, width, 3); None with `output_type="latent"`.
+        latents: clean, float32 (B, f, C, H, W).
+        given: it is what the video began with, not made here.
+    """
+
+    index: int
+    first_frame: int
+    frames: Frames | None
+    latents: Array
+    given: bool
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """How a video was made.
+
+    Attributes:
+        steps: transitions of each sample that was kept: of each chunk that was made, or of the
+            whole video.
+        results: of deadlines or qualities, one a sample.
+        seconds: by stage: "text", "transformer", "vae", and "engine" where it was loaded.
+    """
+
+    steps: tuple[int, ...]
+    results: tuple[DeadlineResult | AdaptiveResult, ...]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video.
+
+    Attributes:
+        frames: uint8 (F, height, width, 3); None with `output_type="latent"`.
+        latents: clean, float32 (B, f, C, H, W).
+        fps: playback rate.
+        report: how it was made; None where nobody kept one.
+    """
+
+    frames: Frames | None
+    latents: Array
+    fps: int
+    report: GenerationReport | None = None
+
+    @classmethod
+    def from_chunks(cls, chunks: Iterable[VideoChunk], fps: int, report: GenerationReport | None = None) -> Video:
+        """Join all chunks of a video."""
+        parts = list(chunks)
+        pixels = [chunk.frames for chunk in parts if chunk.frames is not None]
+        latents = np.concatenate([chunk.latents for chunk in parts], axis=1)
+        return cls(np.concatenate(pixels) if pixels else None, latents, fps, report)
+
+    def save(self, path: str | Path) -> None:
+        """Write the video, whole or not at all.
+
+        Args:
+            path: ends in .mp4, .mkv or .mov; or in .safetensors, for the latents.
+
+        Raises:
+            AnyFlowError: another ending, or no frames to write.
+        """
+        path = Path(path)
+        if path.suffix == LATENTS_SUFFIX:
+            save_latents(path, self.latents)
+        elif self.frames is None:
+            raise AnyFlowError(
+                f"{path} is a video, and these are latents alone. Save to a {LATENTS_SUFFIX} file, or "
+                'generate with output_type="np".'
+            )
+        else:
+            save_video(path, self.frames, self.fps)
+
+
+class StageTimer:
+    """Adds up the seconds of each stage.
+
+    Attributes:
+        seconds: by stage.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Time a stage; one that comes again is added."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A checked request with everything that it needs."""
+
+    request: GenerationRequest
+    prompt: str | None
+    prompt_embeds: Array | None
+    context: Frames | None
+    policy: StepPolicy | None
+    decode: bool
+    callback: StepCallback | None
+    results: list[DeadlineResult | AdaptiveResult] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    timer: StageTimer = field(default_factory=StageTimer)
+
+
+class VideoPipeline:
+    """See the module.
+
+    Any number of threads may call it where a `device_lock` is given; without one, one at a time.
+
+    Args:
+        bundle: from `load_bundle`.
+        backend, provider, threads, engine, gpu: of the engine, see `load_engine` (`gpu` is its
+            `device`).
+        pipeline: folder or Hub id with text encoder and VAE; None for the bundle's own.
+        torch_device: where text encoder and VAE run, as torch names it.
+        device_lock: held for each piece of work on the device.
+
+    Attributes:
+        step_timer: the pace of the engine, which deadlines share.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        backend: str = DEFAULT_BACKEND,
+        provider: str | None = None,
+        threads: int | None = None,
+        engine: str | Path | None = None,
+        pipeline: str | Path | None = None,
+        gpu: int = 0,
+        torch_device: str = "cpu",
+        device_lock: AbstractContextManager[object] | None = None,
+    ) -> None:
+        self.bundle = bundle
+        self.step_timer = StepTimer()
+        self._load_engine = functools.partial(load_engine, bundle, backend, provider, threads, device=gpu, engine=engine)
+        self._pipeline = None if pipeline is None else str(pipeline)
+        self._torch_device = torch_device
+        self._shared = device_lock is not None
+        self._lock = device_lock if device_lock is not None else contextlib.nullcontext()
+        self._loading = threading.RLock()
+        self._engine: BundleEngine | None = None
+        self._text: PromptEncoder | None = None
+        self._vae: LoadedVae | None = None
+        self._cached_embeds = functools.lru_cache(MAX_CACHED_PROMPTS)(self._encode)
+        self._closed = False
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle | str | Path, **options: Any) -> VideoPipeline:
+        """Make a pipeline of a bundle; nothing but the manifest is read yet.
+
+        Args:
+            bundle: the folder, or what `load_bundle` returned.
+            options: as `VideoPipeline` takes them: backend, provider, threads, engine, pipeline, …
+
+        Raises:
+            BundleError: no bundle, or a damaged one.
+        """
+        return cls(bundle if isinstance(bundle, Bundle) else load_bundle(bundle), **options)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the bundle that runs."""
+        return self.bundle.manifest
+
+    @property
+    def engine(self) -> BundleEngine:
+        """The engine, loaded when it is first asked for.
+
+        Raises:
+            BackendError: this machine cannot run it.
+        """
+        with self._loading:
+            self._check_open()
+            if self._engine is None:
+                self._engine = self._load_engine()
+            return self._engine
+
+    def load(self, *, text: bool = True, vae: bool = True) -> None:
+        """Load everything now, as a server does before it listens.
+
+        Args:
+            text, vae: load these too.
+
+        Raises:
+            CheckpointError: the model's pipeline lacks a part.
+        """
+        self.check_parts(text=text, vae=vae)
+        if text:
+            self._text_encoder().load()
+        if vae:
+            self._loaded_vae()
+        _ = self.engine
+
+    def close(self) -> None:
+        """Release the engine, the text encoder and the VAE."""
+        with self._loading:
+            engine = self._engine
+            self._engine = None
+            self._text = None
+            self._vae = None
+            self._closed = True
+            self._cached_embeds.cache_clear()
+        if engine is not None:
+            engine.close()
+
+    def __enter__(self) -> VideoPipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check_parts(self, *, text: bool, vae: bool) -> None:
+        """Refuse a pipeline that lacks the text encoder or the VAE, without loading either.
+
+        Raises:
+            CheckpointError: naming what is missing, and how to do without.
+        """
+        parts = ["tokenizer", "text_encoder"] if text else []
+        if vae:
+            parts.append("vae")
+        if parts:
+            self._folder(tuple(parts))
+
+    def check_prompt(self, prompt: str) -> None:
+        """Refuse a prompt that cannot be encoded; from any thread.
+
+        Raises:
+            AnyFlowError: an empty prompt, or one that is too long; it is not cut.
+        """
+        self._text_encoder().check(prompt, self.manifest.video.text_tokens)
+
+    def encode_prompt(self, prompt: str) -> Array:
+        """Return a prompt's embeddings, float32 (1, L, D). Those of recent prompts are kept.
+
+        Raises:
+            AnyFlowError: see `check_prompt`.
+        """
+        return self._cached_embeds(prompt)
+
+    def encode_video(self, frames: Frames) -> Array:
+        """Return the clean latents of a clip or a picture, as the VAE makes them.
+
+        Args:
+            frames: uint8 (4n+1, height, width, 3).
+
+        Returns:
+            float32 (1, n+1, C, H, W).
+        """
+        from anyflow_deploy.pipelines.vae import VideoEncoder
+
+        vae = self._loaded_vae()
+        with self._lock:
+            return VideoEncoder(vae, self._torch_device).encode(frames)
+
+    def unload_text_encoder(self) -> None:
+        """Release the text encoder, which may be larger than the rest; it is loaded again at need."""
+        with self._loading:
+            self._text = None
+
+    def __call__(
+        self,
+        prompt: str | None = None,
+        *,
+        prompt_embeds: ArrayLike | None = None,
+        num_inference_steps: int | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        image: Any = None,
+        video: Any = None,
+        policy: StepPolicy | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        output_type: OutputType = "np",
+        **more: Any,
+    ) -> Video:
+        """Make a video.
+
+        Args:
+            prompt: what to show.
+            prompt_embeds: its embeddings, float32 (L, D) or (B, L, D), in place of `prompt`. A
+                bidirectional bundle makes the latents of B > 1 videos at once.
+            num_inference_steps: transitions of the video (of each chunk); None for the bundle's.
+                With `deadline_s` or `target_psnr`, the most there may be.
+            num_frames: 4n+1; None for the bundle's default.
+            height, width: pixels, multiples of 16; None for the bundle's default.
+            seed: of the noise; the same on every machine.
+            image: causal: a picture that the video begins with: a path, or uint8 (height, width, 3).
+            video: causal: a clip that it continues: a path, or uint8 (4n+1, height, width, 3).
+            policy: decides the steps, in place of every other setting of them.
+            callback_on_step_end: called after each transition with (pipeline, step, timestep,
+                {"step": `Step`}), where `Step.read()` fetches the latents.
+            output_type: "np" for frames, "latent" for latents alone.
+            more: further settings by name: `deadline_s` (seconds for the steps of the video, or of
+                each chunk), `target_psnr` (decibels, see `AdaptiveSteps`), `sigmas`, `shift`, and of
+                a causal model `chunks`, `window` and `first_steps`, see `GenerationRequest` and
+                `StepSettings`.
+
+        Returns:
+            The video, with the report of how it was made.
+
+        Raises:
+            AnyFlowError: what cannot be made, before anything is loaded.
+        """
+        job = self._prepare(
+            prompt,
+            prompt_embeds=prompt_embeds,
+            num_inference_steps=num_inference_steps,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            seed=seed,
+            image=image,
+            video=video,
+            policy=policy,
+            callback_on_step_end=callback_on_step_end,
+            output_type=output_type,
+            **more,
+        )
+        with closing(self._run(job)) as chunks:
+            made = Video.from_chunks(chunks, self.manifest.video.fps)
+        report = GenerationReport(tuple(job.steps), tuple(job.results), dict(job.timer.seconds))
+        return Video(made.frames, made.latents, made.fps, report)
+
+    def stream(self, prompt: str | None = None, **options: Any) -> Generator[VideoChunk, None, None]:
+        """Make a video chunk by chunk; each chunk is decoded before the next one is begun.
+
+        Closing the iterator at any moment ends the work and releases the cache.
+
+        Args:
+            prompt: what to show.
+            options: as a call of the pipeline takes them.
+
+        Returns:
+            An iterator over the chunks, those given by `image` or `video` included. A bidirectional
+            model's latents are made at once and come in fragments.
+
+        Raises:
+            AnyFlowError: what cannot be made; raised at once, before anything is loaded.
+        """
+        return self._run(self._prepare(prompt, **options))
+
+    def generate(
+        self,
+        request: GenerationRequest,
+        prompt_embeds: Array,
+        policy: StepPolicy,
+        *,
+        context: Array | None = None,
+        decode: bool = True,
+        on_step: Callable[[Step], None] | None = None,
+        stage: Stage = contextlib.nullcontext,
+    ) -> Generator[VideoChunk, None, None]:
+        """Make the chunks of a request that was checked already, as servers and commands do.
+
+        Args:
+            request: from `GenerationRequest.from_manifest`, with this bundle's manifest.
+            prompt_embeds: float32 (B, L, D).
+            policy: decides the steps, such as `request.make_policy(self.step_timer)`.
+            context: clean latents of the first chunk or chunks, float32 (1, f, C, H, W).
+            decode: make frames of the latents, of one video.
+            on_step: called after each transition; an exception it raises ends the video.
+            stage: a context around each piece of work.
+
+        Returns:
+            An iterator over the chunks; closing it releases the cache.
+        """
+        decoder = None
+        factor = request.temporal_factor
+        first_latent = 0
+        parts = self._sample(request, prompt_embeds, policy, context, on_step, stage)
+        with closing(parts):
+            for index, (latents, given) in enumerate(parts):
+                frames = None
+                if decode:
+                    with stage("vae"):
+                        decoder = decoder or self._open_decoder()
+                        with self._lock:
+                            frames = decoder.decode(latents)
+                first_frame = max(0, (first_latent - 1) * factor + 1)
+                yield VideoChunk(index, first_frame, frames, latents, given)
+                first_latent += latents.shape[1]
+
+    def _sample(
+        self,
+        request: GenerationRequest,
+        prompt_embeds: Array,
+        policy: StepPolicy,
+        context: Array | None,
+        on_step: Callable[[Step], None] | None,
+        stage: Stage,
+    ) -> Generator[tuple[Array, bool], None, None]:
+        """Make clean latents, part by part, and say of each whether it was given."""
+        engine: Engine = self.engine
+        if self._shared:
+            engine = EngineWrapper(engine, lambda _: self._lock)
+        start = noise((len(prompt_embeds), *request.shape), request.seed)
+        plan = request.plan
+        if plan is None:
+            with stage("transformer"):
+                whole = sample(engine, start, prompt_embeds, policy, on_step=on_step)
+            for first in range(0, whole.shape[1], FRAGMENT_FRAMES):
+                yield whole[:, first : first + FRAGMENT_FRAMES], False
+            return
+        chunks = stream(engine, start, prompt_embeds, policy, plan.chunks, context, plan.window, on_step)
+        with closing(chunks):
+            for _ in plan.chunks:
+                with stage("transformer"):
+                    chunk = next(chunks)
+                yield chunk.latents, chunk.given
+
+    def _prepare(
+        self,
+        prompt: str | None,
+        *,
+        prompt_embeds: ArrayLike | None = None,
+        num_inference_steps: int | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        image: Any = None,
+        video: Any = None,
+        policy: StepPolicy | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        output_type: OutputType = "np",
+        deadline_s: float | None = None,
+        target_psnr: float | None = None,
+        sigmas: Iterable[float] | None = None,
+        shift: float | None = None,
+        first_steps: int | None = None,
+        chunks: Iterable[int] | None = None,
+        window: int | None = None,
+    ) -> _Job:
+        """Check everything that can be checked before anything is loaded."""
+        self._check_open()
+        if (prompt is None) == (prompt_embeds is None):
+            raise InvalidRequestError("give one of prompt and prompt_embeds.", "prompt")
+        if output_type not in ("np", "latent"):
+            raise InvalidRequestError(f'output_type is {output_type!r}; allowed are "np" and "latent".', "output_type")
+        decode = output_type == "np"
+        steps = StepSettings(
+            num_inference_steps=num_inference_steps,
+            first_steps=first_steps,
+            shift=shift,
+            sigmas=None if sigmas is None else tuple(sigmas),
+            deadline_s=deadline_s,
+            target_psnr=target_psnr,
+        )
+        if policy is not None and steps != StepSettings():
+            raise InvalidRequestError("policy decides the steps alone; leave every other setting of them out.", "policy")
+        embeds = None
+        if prompt_embeds is not None:
+            embeds = check_prompt_embeds(self.manifest, prompt_embeds)
+        batch = 1 if embeds is None else len(embeds)
+        if batch > 1 and (decode or self.manifest.kind == "causal"):
+            raise InvalidRequestError(
+                f"prompt_embeds are of {batch} videos, and this makes one. Give one prompt's; a "
+                'bidirectional bundle makes the latents of several at once (output_type="latent").',
+                "prompt_embeds",
+            )
+        request = GenerationRequest.from_manifest(
+            self.manifest,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            chunks=None if chunks is None else tuple(chunks),
+            window=window,
+            steps=steps,
+            seed=seed,
+            batch=batch,
+        )
+        request.make_policy()  # a number out of range is refused here
+        context = load_context(request, image, video)
+        self.check_parts(text=prompt is not None, vae=decode or context is not None)
+        if prompt is not None:
+            self.check_prompt(prompt)
+        return _Job(request, prompt, embeds, context, policy, decode, callback_on_step_end)
+
+    def _run(self, job: _Job) -> Generator[VideoChunk, None, None]:
+        """Carry a job out, from its prompt on."""
+        embeds = job.prompt_embeds
+        if job.prompt is not None:
+            with job.timer.time("text"):
+                embeds = self.encode_prompt(job.prompt)
+        assert embeds is not None
+        with job.timer.time("engine"):
+            _ = self.engine
+        context = None
+        if job.context is not None:
+            with job.timer.time("vae"):
+                context = self.encode_video(job.context)
+        policy = job.policy
+        if policy is None:
+            policy = job.request.make_policy(self.step_timer, on_end=job.results.append)
+        last = [0]
+
+        def on_step(step: Step) -> None:
+            last[0] = step.index + 1
+            if job.callback is not None:
+                self._call_back(job.callback, step)
+
+        @contextlib.contextmanager
+        def stage(name: str) -> Iterator[None]:
+            last[0] = 0
+            with job.timer.time(name):
+                yield
+            if name == "transformer" and last[0]:
+                job.steps.append(last[0])
+
+        yield from self.generate(
+            job.request,
+            embeds,
+            policy,
+            context=context,
+            decode=job.decode,
+            on_step=on_step,
+            stage=stage,
+        )
+
+    def _call_back(self, callback: StepCallback, step: Step) -> None:
+        answer = callback(self, step.index, step.t, {"step": step})
+        if answer and "latents" in answer:
+            raise AnyFlowError(
+                "callback_on_step_end returned latents; an engine's latents cannot be replaced between steps. Return None."
+            )
+
+    def _encode(self, prompt: str) -> Array:
+        encoder = self._text_encoder()
+        with self._lock:
+            embeds = encoder.encode([prompt], self.manifest.video.text_tokens)
+        embeds.flags.writeable = False  # many videos share it
+        return embeds
+
+    def _open_decoder(self) -> Any:
+        from anyflow_deploy.pipelines.vae import StreamingDecoder
+
+        return StreamingDecoder(self._loaded_vae())
+
+    def _text_encoder(self) -> PromptEncoder:
+        with self._loading:
+            self._check_open()
+            if self._text is None:
+                from anyflow_deploy.pipelines.text_encoder import PromptEncoder
+
+                folder = self._folder(("tokenizer", "text_encoder"))
+                self._text = PromptEncoder(folder, self._torch_device)
+            return self._text
+
+    def _loaded_vae(self) -> LoadedVae:
+        with self._loading:
+            self._check_open()
+            if self._vae is None:
+                folder = self._folder(("vae",))
+                from anyflow_deploy.pipelines.vae import load_vae
+
+                self._vae = load_vae(folder, self._torch_device)
+            return self._vae
+
+    def _folder(self, parts: tuple[str, ...]) -> Path:
+        """Find the model's pipeline; a device that needs neither part does not get here."""
+        from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
+
+        return pipeline_of(self.manifest, self._pipeline, list(parts))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise AnyFlowError("this pipeline is closed; make another one.")
+
+
+def load_context(request: GenerationRequest, image: Any, video: Any) -> Frames | None:
+    """Read the frames that a video begins with, and check them.
+
+    Args:
+        request: the video.
+        image: a path, or uint8 (height, width, 3) (a PIL picture serves); or None.
+        video: a path, or uint8 (4n+1, height, width, 3); or None.
+
+    Returns:
+        uint8 (frames, height, width, 3); None when neither is given.
+
+    Raises:
+        InvalidRequestError: both, another size or type, or frames that do not suit the chunks.
+        AnyFlowError: a file that cannot be read.
+    """
+    if image is None and video is None:
+        return None
+    if image is not None and video is not None:
+        raise InvalidRequestError("give one of image and video: a video begins with one.", "image")
+    given_as = "image" if image is not None else "video"
+    source = image if image is not None else video
+    if isinstance(source, str | Path):
+        load = load_image if image is not None else load_video
+        frames = load(Path(source))
+    else:
+        frames = np.asarray(source)
+        if image is not None and frames.ndim == 3:
+            frames = frames[None]
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
+            raise InvalidRequestError(
+                f"{given_as} is {frames.dtype} {frames.shape}; allowed is uint8 (frames, height, width, 3).",
+                given_as,
+            )
+    name = str(source) if isinstance(source, str | Path) else given_as
+    check_size(name, frames, request.height, request.width)
+    request.check_context(len(frames), given_as)
+    return frames
+
+
+def save_latents(path: Path, latents: Array) -> None:
+    """Write latents as a .safetensors file, whole or not at all.
+
+    Args:
+        path: destination.
+        latents: float32 (B, F, C, H, W), under the name `latents`.
+    """
+    from safetensors.numpy import save_file
+
+    layout = {"layout": "batch, frames, channels, height, width"}
+    with atomic_file(path) as partial:
+        save_file({"latents": np.ascontiguousarray(latents)}, partial, metadata=layout)
