@@ -156,8 +156,6 @@ def test_the_commands_of_readme_and_tutorial_run(
 def test_the_readme_python_runs(
     block: str, tiny_pipeline: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "VideoPipeline" in block and not (ROOT / "anyflow_deploy/pipelines/video_pipeline.py").exists():
-        pytest.skip("VideoPipeline is not merged yet")
     (tmp_path / "my-anyflow").symlink_to(tiny_pipeline)
     (tmp_path / "my-bundle").symlink_to(tiny_bundle.path)
     monkeypatch.chdir(tmp_path)
@@ -177,8 +175,6 @@ PYTHON_PAGE = (ROOT / "docs" / "how-to" / "python.md").read_text()
 def test_the_page_on_python_runs(
     block: str, tiny_bundle: Bundle, far_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "VideoPipeline" in block and not (ROOT / "anyflow_deploy/pipelines/video_pipeline.py").exists():
-        pytest.skip("VideoPipeline is not merged yet")
     (tmp_path / "my-bundle").symlink_to(tiny_bundle.path)
     (tmp_path / "my-causal").symlink_to(far_bundle.path)
     save_file({"prompt_embeds": noise((1, 8, 64), 1)}, tmp_path / "fox.safetensors")
