@@ -51,7 +51,7 @@ COMMANDS: dict[str, type[Options]] = {
 """Every console script; tests/unit/test_docs.py compares this with pyproject.toml."""
 
 GROUPS = {
-    "Video": ("VideoPipeline", "Video"),
+    "Video": ("VideoPipeline", "Video", "VideoChunk", "GenerationReport"),
     "Bundles and engines": ("Bundle", "load_bundle", "Engine", "Run", "load_engine"),
     "Sampling": ("sample", "stream", "noise", "Chunk", "Step", "Schedule"),
     "Deadlines and target quality": ("Deadline", "StepTimer", "AdaptiveSteps", "AdaptiveResult"),

@@ -22,9 +22,6 @@ PROMPT = "a red fox in the snow"
 SERVE = [sys.executable, "-c", "from anyflow_deploy.cli.serve import main; main()"]
 TRITON = Path(os.environ.get("ANYFLOW_TRITON", ROOT / ".triton"))
 
-PIPELINE = ROOT / "anyflow_deploy" / "pipelines" / "video_pipeline.py"
-needs_pipeline = pytest.mark.skipif(not PIPELINE.exists(), reason="VideoPipeline is not merged yet")
-
 
 def run_example(name: str, *words: str | Path) -> str:
     """What the program prints."""
@@ -49,20 +46,17 @@ def test_every_example_has_a_line_and_a_test() -> None:
         assert f"python examples/{path.name} " in path.read_text().split('"""')[1]
 
 
-@needs_pipeline
 def test_quickstart(tiny_bundle: Bundle, tmp_path: Path) -> None:
     printed = run_example("quickstart", tiny_bundle.path, PROMPT, tmp_path / "fox.mp4")
     assert printed.startswith("4 steps, ") and count_frames(tmp_path / "fox.mp4") == tiny_bundle.manifest.video.frames
 
 
-@needs_pipeline
 def test_streaming(far_bundle: Bundle) -> None:
     lines = run_example("streaming", far_bundle.path, PROMPT).splitlines()
     assert len(lines) > 1
     assert lines[0].startswith("chunk 0: frames 0 to 0 after ") and lines[1].startswith("chunk 1: frames 1 to ")
 
 
-@needs_pipeline
 def test_deadline(tiny_bundle: Bundle) -> None:
     lines = run_example("deadline", tiny_bundle.path, PROMPT, "60").splitlines()
     assert len(lines) == 2

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib import pyplot
+from safetensors.numpy import save_file
 
-from anyflow_deploy import MODELS, Bundle
+from anyflow_deploy import MODELS, Bundle, noise
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.checkpoints import hub
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
@@ -155,8 +156,6 @@ def test_the_commands_of_readme_and_tutorial_run(
 def test_the_readme_python_runs(
     block: str, tiny_pipeline: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "VideoPipeline" in block and not (ROOT / "anyflow_deploy/pipelines/video_pipeline.py").exists():
-        pytest.skip("VideoPipeline is not merged yet")
     (tmp_path / "my-anyflow").symlink_to(tiny_pipeline)
     (tmp_path / "my-bundle").symlink_to(tiny_bundle.path)
     monkeypatch.chdir(tmp_path)
@@ -167,6 +166,23 @@ def test_the_readme_python_runs(
         assert (tmp_path / "fox.mp4").stat().st_size > 1000
     else:
         assert names["video"].shape == (5, 32, 48, 3)  # type: ignore[attr-defined]
+
+
+PYTHON_PAGE = (ROOT / "docs" / "how-to" / "python.md").read_text()
+
+
+@pytest.mark.parametrize("block", blocks("python", PYTHON_PAGE), ids=["pipeline", "stream", "without torch"])
+def test_the_page_on_python_runs(
+    block: str, tiny_bundle: Bundle, far_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-bundle").symlink_to(tiny_bundle.path)
+    (tmp_path / "my-causal").symlink_to(far_bundle.path)
+    save_file({"prompt_embeds": noise((1, 8, 64), 1)}, tmp_path / "fox.safetensors")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(block.replace("(1, 21, 16, 60, 104)", "(1, 2, 16, 4, 6)"), names)
+    if "latents" in names:
+        assert np.isfinite(names["latents"]).all()  # type: ignore[call-overload]
 
 
 def test_the_readme_is_short_and_shows_pictures_that_exist() -> None:

@@ -26,9 +26,6 @@ DOCUMENTS = [ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIB
 DOCUMENTS += sorted((ROOT / "docs").rglob("*.md")) + sorted((ROOT / "examples").rglob("README.md"))
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
-COMING = set() if (ROOT / "anyflow_deploy/pipelines/video_pipeline.py").exists() else {"VideoPipeline"}
-"""Written on another branch; delete this when it is merged."""
-
 FOREIGN_NAMES = {
     "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "INVALID_ARG", "MALLOC_ARENA_MAX", "MAXN_SUPER",
 }  # fmt: skip
@@ -105,7 +102,7 @@ def test_what_a_documents_python_imports_exists(path: Path) -> None:
     for block in blocks(path.read_text(), "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "anyflow_deploy":
-                names = {n.name for n in node.names} - COMING
+                names = {n.name for n in node.names}
                 assert not [name for name in names if not module_defines(f"{node.module}.{name}")], block
 
 
