@@ -63,7 +63,7 @@ class ExportOptions(QuantizationOptions):
         return name
 
     @model_validator(mode="after")
-    def _check_consistency(self) -> ExportOptions:
+    def _consistent(self) -> ExportOptions:
         checked_name(get_precision, self.precision)
         try:
             target = get_target(self.target)
@@ -137,7 +137,7 @@ def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # t
 
     The status speaks of the bundle: 1 when it was compared and is wrong. A comparison that this machine cannot make says
     nothing of the bundle, so it is reported with the command that makes it elsewhere, and the status is 0."""
-    from anyflow_deploy.cli.validate import ValidateOptions, run_validation
+    from anyflow_deploy.cli.validate import ValidateOptions, validated
 
     needed = 3 * 4 * sum(math.prod(shape) for shape in weights.shapes().values())
     on_cpu = bundle.manifest.base in get_target("cpu").precisions
@@ -150,7 +150,7 @@ def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # t
     if options.check == "auto" and needed > _AUTO_CHECK_BYTES:
         return _leave_unchecked(bundle, f"it takes about {needed / 2**30:.1f} GiB", flags)
     try:
-        return run_validation(bundle, ValidateOptions(bundle=bundle.path), weights)
+        return validated(bundle, ValidateOptions(bundle=bundle.path), weights)
     except UnavailableError as error:
         return _leave_unchecked(bundle, str(error), error.flags)
 

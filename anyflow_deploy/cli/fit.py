@@ -63,7 +63,7 @@ class FitOptions(Options):
             raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
-    def _check_consistency(self) -> FitOptions:
+    def _consistent(self) -> FitOptions:
         try:
             target = get_target(self.target or "cpu")
             if self.memory is not None and target.memory is None:

@@ -88,7 +88,7 @@ class ProfileOptions(Options):
     overwrite: bool = Field(False, description="replace --json and --html")
 
     @model_validator(mode="after")
-    def _check_consistency(self) -> ProfileOptions:
+    def _consistent(self) -> ProfileOptions:
         try:
             _check(self)
         except AnyFlowError as error:

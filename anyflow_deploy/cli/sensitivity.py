@@ -58,7 +58,7 @@ class SensitivityOptions(Options):
     output: Path | None = Field(None, description="folder for the report (default: the bundle)")
 
     @model_validator(mode="after")
-    def _check_consistency(self) -> SensitivityOptions:
+    def _consistent(self) -> SensitivityOptions:
         if self.precision is not None and self.precision not in EIGHT_BIT:
             raise ValueError(f"--precision is {self.precision!r}; allowed are {' and '.join(EIGHT_BIT)}.")
         if self.keep_layers is not None and self.min_psnr is not None:

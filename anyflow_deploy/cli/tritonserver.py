@@ -57,7 +57,7 @@ class TritonOptions(Options):
     max_pixels: int | None = Field(None, ge=256, description="height times width, at most (default: the manifest's)")
 
     @model_validator(mode="after")
-    def _check_consistency(self) -> TritonOptions:
+    def _consistent(self) -> TritonOptions:
         try:
             check_backend(self.backend)
         except AnyFlowError as error:

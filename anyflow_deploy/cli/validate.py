@@ -55,10 +55,10 @@ def validate(options: ValidateOptions) -> int:
     from anyflow_deploy.export.diffusers_engine import weights_from_manifest
 
     bundle = load_bundle(options.bundle)
-    return run_validation(bundle, options, weights_from_manifest(bundle.manifest, options.checkpoint))
+    return validated(bundle, options, weights_from_manifest(bundle.manifest, options.checkpoint))
 
 
-def run_validation(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
+def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     """Compare a bundle with the weights it came from; prints, writes the report, returns the exit status."""
     from anyflow_deploy.engines import validation
     from anyflow_deploy.export.diffusers_engine import DiffusersEngine

@@ -74,13 +74,13 @@ class PromptEncoder:
         """As `encoded_prompts`."""
         for prompt in prompts:
             self.check(prompt, tokens)
-        return self._encode(prompts, tokens)
+        return self._encoded(prompts, tokens)
 
     def nothing(self, tokens: int) -> Array:
         """The empty prompt's embedding, float32 (1, tokens, D): what guidance leads away from."""
-        return self._encode([""], tokens)
+        return self._encoded([""], tokens)
 
-    def _encode(self, prompts: list[str], tokens: int) -> Array:
+    def _encoded(self, prompts: list[str], tokens: int) -> Array:
         import torch
 
         self.load()

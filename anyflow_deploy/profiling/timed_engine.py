@@ -22,12 +22,12 @@ class TimedEngine(EngineWrapper):
     """
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine, self._time_operation)
+        super().__init__(engine, self._timed)
         self.steps: list[float] = []
         self.append_seconds: list[float] = []
 
     @contextlib.contextmanager
-    def _time_operation(self, operation: EngineOperation) -> Iterator[None]:
+    def _timed(self, operation: EngineOperation) -> Iterator[None]:
         began = clock()
         yield
         if operation != "open":

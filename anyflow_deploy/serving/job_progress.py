@@ -52,7 +52,7 @@ class Report:
         self._metrics.steps.inc()
         self._last_step, self._made = now, step.index + 1
         self._way = min(1.0, way)
-        self._notify_progress()
+        self._progressed()
         self.job.check()
 
     def sampled(self) -> None:
@@ -91,7 +91,7 @@ class Report:
         self._metrics.chunk_seconds.observe(now - self._last_piece)
         self._metrics.frames.inc(frames)
         self._last_piece = now
-        self._notify_progress()
+        self._progressed()
         self.job.check()
 
     def ended(self) -> None:
@@ -106,7 +106,7 @@ class Report:
                 if name in self.job.video.timings:
                     self._metrics.stage_seconds.labels(name).observe(self.job.video.timings[name])
 
-    def _notify_progress(self) -> None:
+    def _progressed(self) -> None:
         with self.job.lock:
             video = self.job.video
             shown = sum(piece.frames for piece in self.job.pieces) / video.num_frames

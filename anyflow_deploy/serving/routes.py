@@ -42,12 +42,12 @@ def routes(service: Service) -> APIRouter:
 
     @api.post("/v1/videos", response_model=Video)
     async def create(request: Request) -> JSONResponse:
-        return _shown(service, await _submit(service, request))
+        return _shown(service, await _submitted(service, request))
 
     @api.post("/v1/videos/sync")
     async def create_and_wait(request: Request) -> Response:
-        job = await _submit(service, request)
-        await _wait_until_ended(service, request, job)
+        job = await _submitted(service, request)
+        await _ended(service, request, job)
         _check_made(job)
         return _file(service, job)
 
@@ -97,7 +97,7 @@ def _about(api: APIRouter, service: Service) -> None:
 
     @api.get("/v1/models")
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [describe_service(service)]})
+        return JSONResponse({"object": "list", "data": [described(service)]})
 
     @api.get("/v1/models/{model}")
     async def model(model: str) -> JSONResponse:
@@ -105,7 +105,7 @@ def _about(api: APIRouter, service: Service) -> None:
             raise ApiError(
                 404, f"model {model[:60]!r} is not here; this server has {service.name!r}.", "model", "model_not_found"
             )
-        return JSONResponse(describe_service(service))
+        return JSONResponse(described(service))
 
     @api.get("/health")
     async def health() -> JSONResponse:
@@ -134,7 +134,7 @@ def finish_now(job: Job) -> None:
     job.stop_event.set()
 
 
-def describe_service(service: Service) -> dict[str, Any]:
+def described(service: Service) -> dict[str, Any]:
     """The model, with what may be asked of it."""
     manifest, limits = service.manifest, service.limits
     video, schedule = manifest.video, manifest.schedule
@@ -149,7 +149,7 @@ def describe_service(service: Service) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def _submit(service: Service, request: Request) -> Job:
+async def _submitted(service: Service, request: Request) -> Job:
     video_request = service.validate(VideoRequest.model_validate(await _fields(request)))
     try:
         await run_in_threadpool(service.generator.check, video_request.prompt)
@@ -176,7 +176,7 @@ async def _fields(request: Request) -> object:
         raise ApiError(400, "the body is no JSON.", code="invalid_json") from None
 
 
-async def _wait_until_ended(service: Service, request: Request, job: Job) -> None:
+async def _ended(service: Service, request: Request, job: Job) -> None:
     """Wait for a video; who goes away does not want it any more."""
     try:
         async with news_of(job) as news:

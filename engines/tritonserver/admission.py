@@ -54,7 +54,7 @@ class Admission:
 
         Raises:
             AnyFlowError: it would never fit.
-            CapacityError: too many wait.
+            FullError: too many wait.
         """
         if cost > self._bytes:
             raise AnyFlowError(

@@ -35,7 +35,7 @@ from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.job_progress import Report
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.metrics import Metrics
-from anyflow_deploy.serving.server import Server, build_config
+from anyflow_deploy.serving.server import Server, configured
 from anyflow_deploy.serving.service import Service
 from anyflow_deploy.serving.video_store import VideoStore
 from anyflow_deploy.shape_ranges import widest_ranges
@@ -161,7 +161,7 @@ def serving(
     service = Service(maker, manifest, store, allowed, manifest.model, Metrics())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        server = Server(build_config(make_app(service, token), "127.0.0.1", port, allowed), service, grace)
+        server = Server(configured(make_app(service, token), "127.0.0.1", port, allowed), service, grace)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         eventually(lambda: server.started)

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from anyflow_deploy import MODELS, AnyFlowError, Bundle, Schedule, load_engine, noise
 from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
 from anyflow_deploy.cli.generate import GenerateOptions, generate
-from anyflow_deploy.cli.options import parse_options
+from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.engines.sampler import Chunk, stream
 from anyflow_deploy.engines.step_policy import FirstChunkPolicy
 from anyflow_deploy.pipelines import video_pipeline
@@ -354,7 +354,7 @@ def test_a_bidirectional_bundle_refuses_causal_flags(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = parse_options(GenerateOptions, [str(tiny_bundle.path), "--prompt", PROMPT, flag])
+    options = parsed(GenerateOptions, [str(tiny_bundle.path), "--prompt", PROMPT, flag])
     name = flag.partition("=")[0]
     with pytest.raises(AnyFlowError, match=rf"{name} needs a causal bundle, and .* is bidirectional \(tiny\)"):
         generate(options)
@@ -362,11 +362,11 @@ def test_a_bidirectional_bundle_refuses_causal_flags(
 
 def test_flags_are_read_from_words() -> None:
     words = ["b", "--prompt", "fox", "--stream", "--chunks", "1,3,3", "--cache-budget", "0.5", "--first-steps", "8"]
-    options = parse_options(GenerateOptions, words)
+    options = parsed(GenerateOptions, words)
     assert (options.stream, options.chunks, options.cache_budget, options.first_steps) == (True, (1, 3, 3), 0.5, 8)
     for chunks in ("1,0", "1,x", ""):
         with pytest.raises(AnyFlowError, match="--chunks is"):
-            parse_options(GenerateOptions, ["b", f"--chunks={chunks}"])
+            parsed(GenerateOptions, ["b", f"--chunks={chunks}"])
 
 
 def test_the_causal_tiny_pipeline_is_diffusers(far_pipeline: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from webdataset import WebDataset
 
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
-from anyflow_deploy.cli.options import parse_options
+from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.precompute import PROGRAM, PrecomputeOptions, work
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.pipelines.text_encoder import encoded_prompts
@@ -47,7 +47,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(clips: Path, pipeline: Path, output: Path, **changed: str) -> PrecomputeOptions:
     values = {"frames": "5", "height": "32", "width": "48", "text_tokens": "64", "shard_samples": "2", **changed}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-    return parse_options(PrecomputeOptions, [str(clips), f"--checkpoint={pipeline}", f"--output={output}", *flags])
+    return parsed(PrecomputeOptions, [str(clips), f"--checkpoint={pipeline}", f"--output={output}", *flags])
 
 
 @pytest.fixture(scope="module")
@@ -202,4 +202,4 @@ def test_a_clip_plays_as_fast_as_it_was_and_is_cut_in_the_middle(tmp_path: Path)
 def test_the_examples_parse() -> None:
     for example in PrecomputeOptions.EXAMPLES:
         words = shlex.split(example)
-        assert words[0] == PROGRAM and parse_options(PrecomputeOptions, words[1:]).output == Path("shards")
+        assert words[0] == PROGRAM and parsed(PrecomputeOptions, words[1:]).output == Path("shards")

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from anyflow_deploy import Bundle, Schedule, load_engine, noise, sample, stream
-from anyflow_deploy.cli.options import parse_options
+from anyflow_deploy.cli.options import parsed
 from anyflow_deploy.cli.tritonserver import TritonOptions, triton
 from anyflow_deploy.pipelines.text_encoder import encoded_prompts
 from anyflow_deploy.pipelines.vae import StreamingDecoder
@@ -119,7 +119,7 @@ def repository(far_bundle: Bundle, tiny_bundle: Bundle, tmp_path_factory: pytest
     limits = ["--threads", "1", "--max-streams", str(STREAMS), "--max-waiting", str(WAITING), "--max-steps", "400"]
     for bundle, name in ((far_bundle, "anyflow"), (tiny_bundle, "flat")):
         words = [str(bundle.path), "--output", str(folder), "--name", name, *limits]
-        assert triton(parse_options(TritonOptions, words)) == 0
+        assert triton(parsed(TritonOptions, words)) == 0
     return folder
 
 
