@@ -68,7 +68,7 @@ def test_2_times_and_differences_stay_float32(monkeypatch: pytest.MonkeyPatch) -
     asked: list[tuple[Tensor, Tensor]] = []
     original = TrainingTransformer.embed_conditions
     monkeypatch.setattr(
-        TrainingTransformer, "conditions", lambda self, t, r: (asked.append((t, r)), original(self, t, r))[1]
+        TrainingTransformer, "embed_conditions", lambda self, t, r: (asked.append((t, r)), original(self, t, r))[1]
     )  # the place where times enter the network
     embedded: list[torch.dtype] = []
     model.condition_embedder.time_embedder.linear_1.register_forward_hook(lambda _m, x, y: embedded.extend((x[0].dtype, y.dtype)))
