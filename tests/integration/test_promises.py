@@ -24,7 +24,7 @@ from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.fit import FitOptions
 from anyflow_deploy.cli.generate import GenerateOptions
 from anyflow_deploy.cli.inspect_bundle import InspectOptions
-from anyflow_deploy.cli.options import Options, parsed
+from anyflow_deploy.cli.options import Options, parse_options
 from anyflow_deploy.cli.precompute import PrecomputeOptions
 from anyflow_deploy.cli.profile_bundle import ProfileOptions
 from anyflow_deploy.cli.sensitivity import SensitivityOptions
@@ -92,7 +92,7 @@ def test_the_examples_in_the_help_parse(command: str) -> None:
     for example in COMMANDS[command].EXAMPLES:
         words = shlex.split(example)
         assert words[0] == command
-        parsed(COMMANDS[command], words[1:])
+        parse_options(COMMANDS[command], words[1:])
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_every_readme_command_parses() -> None:
     commands = readme_commands()
     assert {words[0] for words in commands} == set(COMMANDS)
     for words in commands:
-        parsed(COMMANDS[words[0]], words[1:])
+        parse_options(COMMANDS[words[0]], words[1:])
 
 
 def test_the_readme_commands_run(
@@ -163,7 +163,7 @@ def test_the_readme_python_runs(
     monkeypatch.chdir(tmp_path)
     smaller = {"(1, 21, 16, 60, 104)": "(1, 2, 16, 4, 6)", "num_inference_steps=4": "num_inference_steps=4, **size"}
     found = blocks("python")
-    assert len(found) == 2
+    assert len(found) == 3
     for block in found:
         for large, small in smaller.items():
             block = block.replace(large, small)
