@@ -1,4 +1,4 @@
-# anyflow-serve in a container; docs/serving.md says how to run it.
+# anyflow-serve in a container; docs/how-to/serving.md says how to run it.
 #
 #   docker build --tag anyflow-serve .                              ONNX Runtime on the CPU
 #   docker build --tag anyflow-serve-gpu --build-arg RUNTIME=gpu .  ONNX Runtime with CUDA

@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo gpu test test-unit test-slow test-oldest test-triton test-cpp-tensorrt fuzz-cpp lint lint-files format image bench clean
+.PHONY: demo gpu test test-unit test-slow test-oldest test-triton test-cpp-tensorrt fuzz-cpp lint lint-files docs format image bench clean
 
 demo: $(READY)
 	@rm -rf $(DEMO) && mkdir $(DEMO)
@@ -52,7 +52,7 @@ test-oldest:
 # The model repository in the real Triton Inference Server, which comes out of a wheel (Python 3.10 to 3.12); three minutes.
 test-triton: $(READY)
 	$(BIN)/python -m tests.triton_server .triton
-	OMP_NUM_THREADS=2 $(BIN)/pytest -m triton tests/integration/test_tritonserver_real.py --durations=5
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m triton tests/integration/test_tritonserver_real.py tests/integration/test_examples.py --durations=5
 
 # The C++ library's readers of files under mutated ones, for some minutes. FUZZ_ROUNDS=… for longer.
 FUZZ_ROUNDS ?= 1000000
@@ -83,6 +83,15 @@ lint-files: $(READY)
 	$(CHECK) vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/feature.yml
 	$(CHECK) vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(CHECK) vendor.citation-file-format CITATION.cff
+
+# The documents as a site, in build/site. A warning is an error: a broken link, a page that is in no menu.
+docs: $(READY) $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -6,7 +6,7 @@ step), the residual stream with its norms and modulation, and the time path (tim
 in bf16). So "fp16" means "the per-token linear layers, the text projection and attention are fp16".
 
 `int8` and `fp8` multiply the linear layers of the blocks in eight bits; everything that the other precisions would
-compute in their type stays in a *base* precision, one of the other three. See docs/quantization.md.
+compute in their type stays in a *base* precision, one of the other three. See docs/how-to/quantization.md.
 """
 
 from __future__ import annotations

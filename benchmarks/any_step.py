@@ -1,6 +1,6 @@
 """The paper's claim in small: a flow map distilled on policy is good at any number of steps.
 
-    python benchmarks/any_step.py [--work FOLDER] [--processes 2] [--picture docs/any_step.png] [--tiny]
+    python benchmarks/any_step.py [--work FOLDER] [--processes 2] [--picture docs/images/any_step.png] [--tiny]
 
 One tiny teacher learns the synthetic data (moving shapes with captions). From it, at the same cost, counted in passes of the
 network, are distilled

@@ -11,7 +11,8 @@ both pad prompts to), all cores.
    over three neighbours each), with and without the window, and how far the windowed video is from the whole one.
 3. Tokens sent through the network for the cache alone, at 480x832: ours against the reference's re-encoding.
 
-(diffusers' class attends to padding where tokens are not a multiple of 128, so the two clips differ; see docs/streaming.md.)
+(diffusers' class attends to padding where tokens are not a multiple of 128, so the two clips differ;
+see docs/how-to/streaming.md.)
 """
 
 from __future__ import annotations

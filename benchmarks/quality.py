@@ -1,6 +1,6 @@
 """Does the distance between two tries say how far a sample is from the limit?
 
-    python benchmarks/quality.py [--picture docs/quality.png]
+    python benchmarks/quality.py [--picture docs/images/quality.png]
 
 On four small models (the golden ones, whose network is the AnyFlow authors', and the tiny pipelines; all weights random)
 samples are made in 1, 2, 4 … 64 steps from three noises. The estimate is the distance to half as many steps, the truth the

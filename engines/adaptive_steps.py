@@ -9,7 +9,7 @@ the sample, so nothing is made that was not compared.
 If halving all jumps at least halves the error, the distance between the last two tries bounds the distance of the last one
 to the limit of infinitely many steps: |z_2N - z_N| >= |z_N - z*| - |z_2N - z*| >= |z_2N - z*|. (Between the first tries of
 a strongly shifted grid, where one jump stays long, it halves less, and the distance is too small.) That limit is the model's own
-flow, not the truth: how good the model is cannot be seen this way. docs/deadlines.md has measurements.
+flow, not the truth: how good the model is cannot be seen this way. docs/how-to/deadlines.md has measurements.
 
 The price: a sample of 2N steps costs 4N - 1 transitions, nearly twice its own. For a stream `ReuseFirstChunkSteps` pays it
 once.

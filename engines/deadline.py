@@ -12,8 +12,8 @@ is no time for two better steps.
 A deadline is missed by at most one transition, unless one takes more than twice as long as the slowest of the last five.
 
 Whoever waits may also say "enough" at any moment (`Deadline.should_stop`): the next transition is then the jump to r = 0, so the
-best sample that can be had now is one transition away. In a stream it holds for every chunk from there on. docs/deadlines.md
-has an example.
+best sample that can be had now is one transition away. In a stream it holds for every chunk from there on.
+docs/how-to/deadlines.md has an example.
 """
 
 from __future__ import annotations

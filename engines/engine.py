@@ -9,6 +9,7 @@ Legend: B batch, F latent frames, C channels, H W latent rows and columns, L tex
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -137,6 +138,74 @@ class BundleEngine(Engine, Protocol):
     def bundle(self) -> Bundle:
         """The bundle it was made from."""
         ...
+
+
+class BundleEngineBase(ABC):
+    """What the engines of all backends share; a backend adds how it opens, starts and closes.
+
+    Args:
+        bundle: an opened bundle.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self._closed = False
+
+    @property
+    @abstractmethod
+    def runtime(self) -> str:
+        """Backend, version and device, for people and reports."""
+
+    @property
+    def description(self) -> str:
+        """Backend, version, device and precision, for people and reports."""
+        return f"{self.runtime}, {self.bundle.manifest.precision}"
+
+    @property
+    def architecture(self) -> Architecture:
+        """The network it runs."""
+        return self.bundle.manifest.architecture
+
+    @property
+    def ranges(self) -> ShapeRanges:
+        """The shapes it accepts: the bundle's, where the backend does not narrow them."""
+        return self.bundle.manifest.shape_ranges
+
+    def close(self) -> None:
+        """Refuse whatever is started from now on; a backend releases its memory, too."""
+        self._closed = True
+
+    def _prepare_run(self, latents: ArrayLike, text: ArrayLike) -> tuple[Array, Array]:
+        """Check what `start` was given, and return it as `prepare_inputs` does.
+
+        Raises:
+            AnyFlowError: the engine is closed, or its model is causal.
+            ShapeError: outside the ranges.
+        """
+        self._check_open()
+        if self.bundle.manifest.kind == "causal":
+            place = self.bundle.path
+            advice = "which is made chunk by chunk: use stream(), not sample()."
+            raise AnyFlowError(f"{place} is a causal model, {advice}")
+        a = self.architecture
+        return prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
+
+    def _prepare_stream(self, text: ArrayLike) -> Array:
+        """Check what `open_stream` was given, and return it as `prepare_text` does.
+
+        Raises:
+            AnyFlowError: the engine is closed, or its model is bidirectional.
+            ShapeError: outside the ranges.
+        """
+        self._check_open()
+        if self.bundle.manifest.kind != "causal":
+            place = self.bundle.path
+            raise AnyFlowError(f"{place} is a bidirectional model: use sample(), not stream().")
+        return prepare_text(self.ranges, self.architecture.text_dim, text)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise AnyFlowError("this engine is closed; load another with load_engine(bundle).")
 
 
 def prepare_inputs(ranges: ShapeRanges, channels: int, text_dim: int, latents: ArrayLike, text: ArrayLike) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ recent ones behind them:
 so the cache of any moment is one contiguous piece from the start, and is handed to the graph without a copy.
 
 For streams without end, a *window* forgets: of the compressed chunks only the first and the last `window` are kept, so
-memory and time per chunk stay flat. (The first one anchors the picture.) What that costs is in docs/streaming.md.
+memory and time per chunk stay flat. (The first one anchors the picture.) What that costs is in docs/how-to/streaming.md.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ THRESHOLDS = {
     "int8": Threshold(8e-2, 8e-2, "inputs and weights on 255 levels: at most 2.1e-2 was measured (tiny models); 4 times that"),
     "fp8": Threshold(8e-2, 8e-2, "4 bits of mantissa: at most 1.9e-2 was measured (tiny models); the same room as int8"),
 }
-"""docs/validation.md has the measurements."""
+"""docs/how-to/validation.md has the measurements."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     get_recipe("on-policy-1.3b-causal")     STAGE-SIZE[-causal]; STAGE is teacher, flow-map or on-policy
 
-Numbers are the paper's and the authors' code's where docs/training.md says so. A field is also a flag of
+Numbers are the paper's and the authors' code's where docs/how-to/training.md says so. A field is also a flag of
 `python -m anyflow_deploy.train`; `override_recipe` checks it. The recipe is stored with every checkpoint.
 """
 

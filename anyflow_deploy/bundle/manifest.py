@@ -2,7 +2,7 @@
 
 Tensor names, shapes and types are written here once, by the exporter; Python, C++ and Triton read them from here.
 The classes are pydantic models because a manifest crosses machines and versions: unknown keys, wrong types and newer
-schemas are refused by name instead of being half understood. See docs/bundle.md for the format in prose.
+schemas are refused by name instead of being half understood. See docs/reference/bundle.md for the format in prose.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ class AchievedPrecision(FrozenRecord):
         quantized_flops: share of the operations in matrix products, at the default video size, that take both operands
             in eight bits.
         quantized_weights: share of the bytes of weights that are in eight bits.
-        kept_high: layers that a quantized precision left in the base's type, and why.
+        full_precision_layers: layers that a quantized precision left in the base's type, and why.
     """
 
     weight_bytes: dict[str, int]
     quantized_flops: float = 0.0
     quantized_weights: float = 0.0
-    kept_high: dict[str, str] = Field(default_factory=dict)
+    full_precision_layers: dict[str, str] = Field(default_factory=dict)
 
 
 class Quantization(FrozenRecord):

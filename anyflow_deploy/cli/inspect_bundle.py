@@ -87,7 +87,7 @@ def _tables(bundle: Bundle) -> list[Table]:
     files = Table("file", "bytes", "SHA-256", title="files")
     for name, record in manifest.files.items():
         files.add_row(name, f"{record.bytes:,}", record.sha256)
-    return [facts, border, ranges, *_kept_high(manifest), files]
+    return [facts, border, ranges, *_list_full_precision_layers(manifest), files]
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
@@ -122,12 +122,12 @@ def _quantization_rows(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def _kept_high(manifest: Manifest) -> list[Table]:
+def _list_full_precision_layers(manifest: Manifest) -> list[Table]:
     """Layers that an 8-bit precision left in the base's type."""
     table = Table("layer", "reason", title=f"kept in {manifest.base}")
-    for layer, reason in manifest.achieved.kept_high.items():
+    for layer, reason in manifest.achieved.full_precision_layers.items():
         table.add_row(layer, escape(reason))
-    return [table] if manifest.achieved.kept_high else []
+    return [table] if manifest.achieved.full_precision_layers else []
 
 
 def main() -> None:

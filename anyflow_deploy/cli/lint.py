@@ -45,7 +45,7 @@ def print_findings(out: Console, findings: Sequence[Finding], versions: Sequence
     """The table, one row for nodes that have the same thing wrong with them; `--json` lists every node."""
     named = ", ".join(versions)
     if not findings:
-        out.print(f"[green]TensorRT {escape(named)}: nothing found.[/] docs/lint.md says what was looked for.")
+        out.print(f"[green]TensorRT {escape(named)}: nothing found.[/] docs/reference/lint.md says what was looked for.")
         return
     table = Table(title=f"{len(findings)} findings")
     for title in ("rule", "graph", "node", "what is wrong", "TensorRT", "remedy"):

@@ -1,4 +1,4 @@
-"""What building the C++ library (`engines/cpp`, docs/cpp.md) needs, looked for where its CMake files look."""
+"""What building the C++ library (`engines/cpp`, docs/how-to/cpp.md) needs, looked for where its CMake files look."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ What a transition needs is the sum of four things:
 - **workspace**: the runtime itself, and a margin on the activations.
 
 Activations are counted in *tables*, one number for every token and channel. How many tables are alive was read off the
-graph and then set by measuring ONNX Runtime on the CPU; docs/fit.md has the measurements and how far off this is. On
+graph and then set by measuring ONNX Runtime on the CPU; docs/how-to/fit.md has the measurements and how far off this is. On
 GPUs the same count is used without having been measured there.
 
 Legend: N tokens of a step, M cached tokens, L text tokens, D channels of the residual stream.
@@ -52,7 +52,7 @@ CPU_FP8_BYTES = 4
 """An FP8 weight there: in float32, once the session is made. INT8 stays in eight bits."""
 
 MARGIN = 0.15
-"""Of the activations: what a runtime's memory pool loses between its pieces, as far as it was measured (docs/fit.md)."""
+"""Of the activations: what a runtime's memory pool loses between its pieces, as far as it was measured (docs/how-to/fit.md)."""
 
 RUNTIME = 100_000_000
 """Bytes of the runtime itself: its code, Python, numpy."""

@@ -91,7 +91,7 @@ class EngineFARTransformer(EngineTransformer):
 
     The pipeline allocates a cache of its own and never looks into it; ours travels along inside that dictionary, one
     stream a batch item, and ends with it. Results differ from diffusers' own class where the tokens of a step are not a
-    multiple of 128: there diffusers attends to padding, and is wrong (see docs/streaming.md).
+    multiple of 128: there diffusers attends to padding, and is wrong (see docs/how-to/streaming.md).
     """
 
     def build_attention_mask(self, **_: Any) -> None:

@@ -2,7 +2,7 @@
 
 Ranges are measured once (`anyflow-calibrate`, on a GPU where one is at hand) and used wherever the same weights are
 exported; the fingerprint of the weights is stored, and a calibration of other weights is refused. See
-docs/quantization.md for the format in prose.
+docs/how-to/quantization.md for the format in prose.
 
 This module imports no torch.
 """

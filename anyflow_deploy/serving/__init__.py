@@ -10,5 +10,6 @@ late client costs nothing but its own connection, and nobody's frames are held i
 
 Cancelling happens between two transitions, or between two pieces of the VAE. What was not finished leaves no file.
 
-`service.py`, `job.py` and `video_store.py` know nothing of HTTP, and `generator.py` alone knows the engine. See docs/serving.md.
+`service.py`, `job.py` and `video_store.py` know nothing of HTTP, and `generator.py` alone knows the engine.
+See docs/how-to/serving.md.
 """

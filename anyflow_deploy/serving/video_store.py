@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import os
 import re
 import shutil
 import time
@@ -19,7 +18,7 @@ from typing import IO
 
 from pydantic import BaseModel, ValidationError
 
-from anyflow_deploy.bundle.atomic_io import write_text_atomically
+from anyflow_deploy.bundle.atomic_io import fsync_path, write_text_atomically
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.serving.job import Fragment, Job, Video
 
@@ -73,8 +72,7 @@ class VideoStore:
 
     def finish(self, job: Job, video: Video) -> None:
         """Say that a video is whole, for good; `video` is what clients will see of it."""
-        with self.path(job.id).open("rb") as file:
-            os.fsync(file.fileno())
+        fsync_path(self.path(job.id))
         stored = Stored(video=video, pieces=job.pieces)
         write_text_atomically(self.folder / job.id / RECORD, stored.model_dump_json(indent=1))
 

@@ -3,35 +3,28 @@
 `anyflow-build BUNDLE --backend aotinductor` makes one package for each graph (`build`); this opens them. torch is
 the runtime here, so unlike the other backends this one needs it on the device, though nothing of the exporter.
 
-State, text and cache are tensors on the device from the first step to `read`; only times cross. On a GPU a bidirectional
-step is recorded as a CUDA graph for each shape. (Chunks of a stream are not: their cache has another length each time.)
-
-`threads` sets torch's number of threads, which is one for the whole process: the engine loaded last decides.
+Packages hold no weights: the bundle's are read once and lent to all of them. On a GPU a
+bidirectional step is recorded as a CUDA graph for each shape. (Chunks of a stream are not: their
+cache has another length each time.)
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from numpy.typing import ArrayLike
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.aotinductor.compiled_graph import CompiledGraph, CudaGraphRunner
-from anyflow_deploy.engines.aotinductor.kv_cache import AotInductorCache
-from anyflow_deploy.engines.aotinductor.run import AotInductorRun
-from anyflow_deploy.engines.engine import prepare_inputs, prepare_text
-from anyflow_deploy.engines.engine_folder import EngineFolder, check_compatible, find_engine
-from anyflow_deploy.engines.kv_cache import CachePlan
+from anyflow_deploy.engines.aotinductor.compiled_graph import CudaGraphRunner
+from anyflow_deploy.engines.aotinductor.package_engine import PackageEngine
 from anyflow_deploy.engines.registry import EngineOptions
-from anyflow_deploy.engines.streaming import CacheStream
-from anyflow_deploy.engines.torch_common.device import describe_device, import_torch, runtime_versions, torch_device
+from anyflow_deploy.engines.torch_common.device import import_torch, runtime_versions
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
-from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.models import Architecture
-from anyflow_deploy.shape_ranges import ShapeRanges
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class AotInductorEngine:
+class AotInductorEngine(PackageEngine):
     """A bundle's graphs in AOTInductor packages.
 
     Args:
@@ -42,32 +35,18 @@ class AotInductorEngine:
         BackendError: torch or the device is missing, nothing was built, or it was built elsewhere.
     """
 
-    BACKEND, TITLE = "aotinductor", "AOTInductor"
-
-    EXTERNAL_WEIGHTS = True
-    """Packages hold no weights, and are recorded as CUDA graphs."""
+    backend, title = "aotinductor", "AOTInductor"
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
-        self.bundle = bundle
-        self.provider = options.provider
-        self._torch = torch = self._import_torch(options)
-        self._index = options.device if options.provider == "cuda" else -1
-        self._device = torch_device(options.provider, options.device)
-        self.folder = find_engine(bundle, self.BACKEND, options.engine)
-        check_compatible(self.folder, describe_device(torch, options.provider, options.device), self._required_versions())
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
-        self._graphs = {
-            name: CompiledGraph(torch, self._package(self.folder, name), self._index) for name in bundle.manifest.graphs
-        }
-        weight_names = {name for graph in self._graphs.values() for name in graph.weights} if self.EXTERNAL_WEIGHTS else set()
-        self._weights = TorchWeights(torch, bundle, self._device, weight_names)
-        for graph in self._graphs.values() if self.EXTERNAL_WEIGHTS else ():
+        super().__init__(bundle, options)
+        names = {name for graph in self._graphs.values() for name in graph.weights}
+        self._weights = TorchWeights(self._torch, bundle, self._device, names)
+        for graph in self._graphs.values():
             graph.load_weights(self._weights)
-        use_cuda_graph = (
-            self.EXTERNAL_WEIGHTS and options.cuda_graphs and options.provider == "cuda" and "transition" in self._graphs
-        )
-        self._graph_runner = CudaGraphRunner(torch, self._graphs["transition"]) if use_cuda_graph else None
+        record = options.cuda_graphs and options.provider == "cuda" and "transition" in self._graphs
+        self._graph_runner: CudaGraphRunner | None = None
+        if record:
+            self._graph_runner = CudaGraphRunner(self._torch, self._graphs["transition"])
 
     def _import_torch(self, options: EngineOptions) -> Any:
         return import_torch(options.provider, options.device)
@@ -75,56 +54,12 @@ class AotInductorEngine:
     def _required_versions(self) -> dict[str, str]:
         return runtime_versions(self._torch, self.provider)
 
-    @staticmethod
-    def _package(folder: EngineFolder, graph: str) -> Any:
-        return folder.file(f"{graph}.pt2")
-
-    @property
-    def description(self) -> str:
-        """See `Engine`."""
-        version = str(self._torch.__version__).split("+")[0]
-        return f"{self.TITLE}, torch {version}, {self.provider}, {self.bundle.manifest.precision}"
-
-    @property
-    def architecture(self) -> Architecture:
-        """See `Engine`."""
-        return self.bundle.manifest.architecture
-
-    @property
-    def ranges(self) -> ShapeRanges:
-        """See `Engine`."""
-        return self.folder.record.shape_ranges
-
-    def start(self, latents: ArrayLike, text: ArrayLike) -> AotInductorRun:
-        """See `Engine`."""
-        self._check_open()
-        if "transition" not in self._graphs:
-            raise AnyFlowError(f"{self.bundle.path} is a causal model, which is made chunk by chunk: use stream(), not sample().")
-        a = self.architecture
-        z, prompt_embeds = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
-        call, text_tensor = (
-            self._graph_runner or self._graphs["transition"],
-            self._torch.from_numpy(prompt_embeds).to(self._device),
-        )
-        return AotInductorRun(self._torch, lambda z, t, r: call(z, t, r, text_tensor), z, self._device)
-
-    def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
-        """See `BundleEngine`."""
-        self._check_open()
-        if "chunk" not in self._graphs:
-            raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
-        prompt_embeds = prepare_text(self.ranges, self.architecture.text_dim, text)
-        return CacheStream(AotInductorCache(self._torch, self._graphs, self._device, prompt_embeds, plan), plan)
+    def _transition(self) -> Callable[..., Sequence[Tensor]]:
+        return self._graph_runner or super()._transition()
 
     def close(self) -> None:
         """See `Engine`. Runs and streams that are still open can no longer step."""
         if self._graph_runner is not None:
             self._graph_runner.close()
-        for graph in self._graphs.values():
-            graph.close()
-        self._graphs = {}
+        super().close()
         self._weights.release()
-
-    def _check_open(self) -> None:
-        if not self._graphs:
-            raise AnyFlowError("this engine is closed; load another with load_engine(bundle).")

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.engine import prepare_inputs, prepare_text
+from anyflow_deploy.engines.engine import BundleEngineBase
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.onnxruntime.device import OrtDevice
 from anyflow_deploy.engines.onnxruntime.graph_rewrites import build_session_graph
@@ -29,16 +29,14 @@ from anyflow_deploy.engines.onnxruntime.kv_cache import OnnxRuntimeCache
 from anyflow_deploy.engines.onnxruntime.run import OnnxRuntimeRun
 from anyflow_deploy.engines.registry import BACKENDS, EngineOptions
 from anyflow_deploy.engines.streaming import CacheStream
-from anyflow_deploy.errors import AnyFlowError, BackendError, UnavailableError
-from anyflow_deploy.models import Architecture
-from anyflow_deploy.shape_ranges import ShapeRanges
+from anyflow_deploy.errors import BackendError, UnavailableError
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ROW = BACKENDS["onnxruntime"]
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(BundleEngineBase):
     """A bundle's transition in an ONNX Runtime session.
 
     Args:
@@ -51,7 +49,7 @@ class OnnxRuntimeEngine:
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
-        self.bundle = bundle
+        super().__init__(bundle)
         self.provider = provider = options.provider
         self._index = options.device if provider == "cuda" else 0
         self._runtime = _import_runtime(provider)
@@ -61,8 +59,6 @@ class OnnxRuntimeEngine:
                 "Use provider 'cuda', or export with --precision fp32 or fp16.",
                 "--provider cuda",
             )
-        architecture = bundle.manifest.architecture
-        self._channels, self._text_dim = architecture.in_channels, architecture.text_dim
         int8_on_cpu = bundle.manifest.precision == "int8" and provider == "cpu"
         self._unsigned_weights = int8_on_cpu and saturates(self._runtime)
         self._sessions = {name: self._open_session(name, options.threads) for name in bundle.manifest.graphs}
@@ -100,45 +96,26 @@ class OnnxRuntimeEngine:
         return session
 
     @property
-    def description(self) -> str:
-        """See `Engine`."""
-        return f"ONNX Runtime {self._runtime.__version__}, {self.provider}, {self.bundle.manifest.precision}"
-
-    @property
-    def architecture(self) -> Architecture:
-        """See `Engine`."""
-        return self.bundle.manifest.architecture
-
-    @property
-    def ranges(self) -> ShapeRanges:
-        """See `Engine`."""
-        return self.bundle.manifest.shape_ranges
+    def runtime(self) -> str:
+        """See `BundleEngineBase`."""
+        return f"ONNX Runtime {self._runtime.__version__}, {self.provider}"
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> OnnxRuntimeRun:
         """See `Engine`."""
-        self._check_open()
-        if "transition" not in self._sessions:
-            raise AnyFlowError(f"{self.bundle.path} is a causal model, which is made chunk by chunk: use stream(), not sample().")
-        z, prompt_embeds = prepare_inputs(self.ranges, self._channels, self._text_dim, latents, text)
+        z, prompt_embeds = self._prepare_run(latents, text)
         device = OrtDevice(self._runtime, self.provider, self._index)
         return OnnxRuntimeRun(device, self._sessions["transition"], z, {"text": device.upload(prompt_embeds)})
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
         """See `BundleEngine`."""
-        self._check_open()
-        if "chunk" not in self._sessions:
-            raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
-        prompt_embeds = prepare_text(self.ranges, self._text_dim, text)
+        prompt_embeds = self._prepare_stream(text)
         device = OrtDevice(self._runtime, self.provider, self._index)
         return CacheStream(OnnxRuntimeCache(device, self._sessions, self.bundle.manifest, prompt_embeds, plan), plan)
 
     def close(self) -> None:
         """See `Engine`."""
+        super().close()
         self._sessions.clear()
-
-    def _check_open(self) -> None:
-        if not self._sessions:
-            raise AnyFlowError("this engine is closed; load another with load_engine(bundle).")
 
 
 def _return_freed_memory() -> None:
@@ -158,7 +135,9 @@ def _count_fusable_attentions(manifest: Manifest, graph: str) -> int:
     count = {"text": 0, "compress": layers - 1}.get(graph, layers)
     if manifest.quantization is None or manifest.quantization.attention == "high":
         return 2 * count
-    return sum(f"blocks.{n}.{kind}" in manifest.achieved.kept_high for n in range(count) for kind in ("attn1", "attn2"))
+    return sum(
+        f"blocks.{n}.{kind}" in manifest.achieved.full_precision_layers for n in range(count) for kind in ("attn1", "attn2")
+    )
 
 
 def _provider_options(provider: str, index: int) -> dict[str, str]:

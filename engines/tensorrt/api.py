@@ -3,7 +3,7 @@
 Every module that touches TensorRT takes `trt` from here, so a machine without it gets one error with the command that
 installs it. TensorRT reports failure by returning nothing and logging why; `TensorRTLogger` keeps what it logged, so that an
 error of ours can say it. All of it is written for 10.3 (JetPack 6) to 11 alike: only what every release between has is
-called, and mypy holds it against each (docs/tensorrt.md).
+called, and mypy holds it against each (docs/how-to/tensorrt.md).
 """
 
 from __future__ import annotations

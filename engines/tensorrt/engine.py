@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.engine import prepare_inputs, prepare_text
+from anyflow_deploy.engines.engine import BundleEngineBase
 from anyflow_deploy.engines.engine_folder import EngineFolder, check_compatible, find_engine
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.registry import EngineOptions
@@ -26,12 +26,11 @@ from anyflow_deploy.engines.tensorrt.execution import ExecutionSlot
 from anyflow_deploy.engines.tensorrt.kv_cache import TensorRTCache
 from anyflow_deploy.engines.tensorrt.plan import LoadedPlan, LoadOptions
 from anyflow_deploy.engines.tensorrt.run import TensorRTRun
-from anyflow_deploy.errors import AnyFlowError, BackendError
-from anyflow_deploy.models import Architecture
+from anyflow_deploy.errors import BackendError
 from anyflow_deploy.shape_ranges import ShapeRanges
 
 
-class TensorRTEngine:
+class TensorRTEngine(BundleEngineBase):
     """A bundle's graphs as TensorRT plans.
 
     Args:
@@ -45,7 +44,7 @@ class TensorRTEngine:
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         if options.provider != "cuda":
             raise BackendError(f"TensorRT runs on NVIDIA GPUs only; provider is {options.provider!r}. Choose provider 'cuda'.")
-        self.bundle = bundle
+        super().__init__(bundle)
         folder = find_engine(bundle, "tensorrt", options.engine)
         self.device = CudaDevice(options.device)
         check_plan_compatible(folder, self.device)
@@ -55,7 +54,6 @@ class TensorRTEngine:
         self.plans = {graph: self._load_plan(folder, graph, streaming) for graph in self._record.profiles}
         self._idle: tuple[Hashable, ExecutionSlot] | None = None
         self._lock = threading.Lock()
-        self._closed = False
 
     def _load_plan(self, folder: EngineFolder, graph: str, streaming: bool) -> LoadedPlan:
         settings = folder.record.settings
@@ -68,14 +66,9 @@ class TensorRTEngine:
         return LoadedPlan(folder.file(f"{graph}.plan"), graph, model, list(folder.record.profiles[graph]), load_options)
 
     @property
-    def description(self) -> str:
-        """See `Engine`."""
-        return f"TensorRT {VERSION}, {self.device.name}, {self.bundle.manifest.precision}"
-
-    @property
-    def architecture(self) -> Architecture:
-        """See `Engine`."""
-        return self.bundle.manifest.architecture
+    def runtime(self) -> str:
+        """See `BundleEngineBase`."""
+        return f"TensorRT {VERSION}, {self.device.name}"
 
     @property
     def ranges(self) -> ShapeRanges:
@@ -84,11 +77,8 @@ class TensorRTEngine:
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> TensorRTRun:
         """See `Engine`."""
-        self._check_open()
-        if self.bundle.manifest.kind == "causal":
-            raise AnyFlowError(f"{self.bundle.path} is a causal model, which is made chunk by chunk: use stream(), not sample().")
-        a, plan = self.architecture, self.plans["transition"]
-        z, prompt_embeds = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
+        z, prompt_embeds = self._prepare_run(latents, text)
+        plan = self.plans["transition"]
         select_profile(
             plan.profiles, {"latents": z.shape, "text": prompt_embeds.shape, "t": z.shape[:2], "r": z.shape[:2]}, plan.name
         )
@@ -113,10 +103,7 @@ class TensorRTEngine:
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
         """See `BundleEngine`."""
-        self._check_open()
-        if self.bundle.manifest.kind != "causal":
-            raise AnyFlowError(f"{self.bundle.path} is a bidirectional model: use sample(), not stream().")
-        prompt_embeds = prepare_text(self.ranges, self.architecture.text_dim, text)
+        prompt_embeds = self._prepare_stream(text)
         return CacheStream(TensorRTCache(self, self.plans, prompt_embeds, plan), plan)
 
     def acquire_slot(self, key: Hashable) -> ExecutionSlot:
@@ -145,14 +132,11 @@ class TensorRTEngine:
     def close(self) -> None:
         """See `Engine`. Runs that are open go on; what they use is released with them."""
         with self._lock:
-            idle, self._idle, self._closed = self._idle, None, True
+            idle, self._idle = self._idle, None
+            super().close()
         if idle is not None:
             idle[1].close()
         self.plans = {}
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise AnyFlowError("this engine is closed; load another with load_engine(bundle).")
 
 
 def check_plan_compatible(folder: EngineFolder, device: CudaDevice) -> None:

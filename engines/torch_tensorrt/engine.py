@@ -9,19 +9,27 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from anyflow_deploy.engines.aotinductor.engine import AotInductorEngine
+from anyflow_deploy.engines.aotinductor.package_engine import PackageEngine
 from anyflow_deploy.engines.registry import BACKENDS, EngineOptions
-from anyflow_deploy.engines.torch_common.device import import_torch
+from anyflow_deploy.engines.torch_common.device import import_torch, runtime_versions
 from anyflow_deploy.errors import BackendError
 
 INSTALL = BACKENDS["torch-tensorrt"].install_command("cuda")
 
 
-class TorchTensorRTEngine(AotInductorEngine):
-    """See `AotInductorEngine`."""
+class TorchTensorRTEngine(PackageEngine):
+    """A bundle's graphs in packages with TensorRT's engines and their weights inside.
 
-    BACKEND, TITLE = "torch-tensorrt", "torch-tensorrt"
-    EXTERNAL_WEIGHTS = False
+    Args:
+        bundle: an opened bundle.
+        options: a GPU, and which engine.
+
+    Raises:
+        BackendError: torch, torch-tensorrt or the GPU is missing, nothing was built, or it was
+            built elsewhere.
+    """
+
+    backend, title = "torch-tensorrt", "torch-tensorrt"
 
     def _import_torch(self, options: EngineOptions) -> Any:
         torch = import_cuda_torch(options.provider, options.device)
@@ -29,7 +37,7 @@ class TorchTensorRTEngine(AotInductorEngine):
         return torch
 
     def _required_versions(self) -> dict[str, str]:
-        return {**super()._required_versions(), **package_versions()}
+        return {**runtime_versions(self._torch, self.provider), **package_versions()}
 
 
 def import_cuda_torch(provider: str, index: int) -> Any:

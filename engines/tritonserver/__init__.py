@@ -9,5 +9,5 @@ the device is one: the threads take turns on it, in order, between transitions (
 side, and a cancelled one ends before its next transition.
 
 `model.py` and `metrics.py` alone speak Triton's Python; everything else runs and is tested without a server. `io_spec.py` is the
-one list of inputs and outputs, for the configuration, the reader and the documentation's table. See docs/triton.md.
+one list of inputs and outputs, for the configuration, the reader and the documentation's table. See docs/how-to/triton.md.
 """

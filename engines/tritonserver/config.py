@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS, TensorSpec
 
 _HEAD = """\
-# Written by anyflow-triton. The parameters may be changed here; what they mean: docs/triton.md.
+# Written by anyflow-triton. The parameters may be changed here; what they mean: docs/how-to/triton.md.
 """
 
 

@@ -56,7 +56,7 @@ def count_precisions(
         weight_bytes=weight_bytes,
         quantized_flops=round(quantized / total, 4),
         quantized_weights=round(small / sum(weight_bytes.values()), 4),
-        kept_high=dict(full_precision_layers),
+        full_precision_layers=dict(full_precision_layers),
     )
 
 

@@ -113,7 +113,7 @@ def test_impossible_qualities(db: float, most: int) -> None:
 def test_on_the_golden_model(small_bundle: Export) -> None:
     """Steps grow with the target, and the estimate is near the distance to 64 steps (measured: 0.68 to 1.4 times it).
 
-    The network is the authors', its weights are random; docs/deadlines.md."""
+    The network is the authors', its weights are random; docs/how-to/deadlines.md."""
     engine, picks = load_engine(small_bundle()), list[AdaptiveResult]()
     a = engine.architecture
     latents, text = noise((1, 3, a.in_channels, 8, 12), 0), noise((1, 16, a.text_dim), 1)

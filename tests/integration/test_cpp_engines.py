@@ -1,4 +1,4 @@
-"""The C++ library with real backends: built, installed and used as docs/cpp.md says, against the authors' own results.
+"""The C++ library with real backends: built, installed and used as docs/how-to/cpp.md says, against the authors' own results.
 
 The library is built without optimization here, since compiling is what takes the time; the packages it runs are AOTInductor's.
 """
@@ -32,7 +32,7 @@ from tests.cpp_build import SOURCE, Conformance, build_targets, configure, find_
 
 FLOAT32 = 1e-5
 ROOT = SOURCE.parent.parent
-PAGE = (ROOT / "docs" / "cpp.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "cpp.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 NOT_HERE = ("pip ", "anyflow-", "python ", "make ", "build/examples/stream")
 """What the page has besides CMake: installing, which CI does; our own commands and tools, which other tests run; and the causal
@@ -219,7 +219,7 @@ def small_video(bundle: Bundle, engine: EngineFolder, folder: Path) -> Path:
 
 
 def test_the_page(examples: Path, place: Path, small_bundle: Export, build_aotinductor: Any) -> None:
-    """The commands of docs/cpp.md that use what its others built."""
+    """The commands of docs/how-to/cpp.md that use what its others built."""
     bundle = load_bundle(small_video(small_bundle(), build_aotinductor(small_bundle()), place / "my-bundle"))
     text = noise((1, 8, 32), 1)
     save_file({"prompt_embeds": text}, place / "fox.safetensors")

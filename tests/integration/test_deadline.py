@@ -116,7 +116,7 @@ def test_enough_while_only_a_draft_exists() -> None:
 
 
 def test_another_thread_says_enough(small_bundle: Export) -> None:
-    """The example of docs/deadlines.md."""
+    """The example of docs/how-to/deadlines.md."""
     engine, now, seen = load_engine(small_bundle()), threading.Event(), list[Step]()
     a = engine.architecture
     latents, text = noise((1, 3, a.in_channels, 8, 8), 0), noise((1, 4, a.text_dim), 1)

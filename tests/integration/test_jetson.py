@@ -1,4 +1,4 @@
-"""docs/jetson.md: its commands run, on a stand-in for an Orin where they need one; its tables are what the code computes.
+"""docs/how-to/jetson.md: its commands run, on a stand-in for an Orin where they need one; its tables are what the code computes.
 
 And the parts that only a Jetson uses, on files like those of its kernel.
 """
@@ -40,7 +40,7 @@ from tests.fakes.profile_sample import sample_profile
 from tests.integration.test_promises import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "jetson.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "jetson.md").read_text()
 LINES = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 OURS = [shlex.split(line) for line in LINES if line.startswith("anyflow-")]
 WORK: dict[str, Callable[[Any], int]] = {

@@ -460,5 +460,5 @@ def test_an_export_warns_about_its_target(
 
 
 def test_the_document_names_every_rule() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "lint.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "lint.md").read_text()
     assert not [case.rule for case in CASES.values() if f"| `{case.rule}` |" not in text]

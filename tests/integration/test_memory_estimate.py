@@ -107,7 +107,7 @@ def test_eight_bits_shrink_the_blocks_only() -> None:
 def test_activations_are_near_what_was_measured_and_not_below(
     layers: int, ffn: int, precision: str, shape: LatentShape, measured: float
 ) -> None:
-    """Peaks of ONNX Runtime at 1.3B width, see docs/fit.md."""
+    """Peaks of ONNX Runtime at 1.3B width, see docs/how-to/fit.md."""
     a = dataclasses.replace(MODELS["1.3b"].architecture, num_layers=layers, ffn_dim=ffn)
     need = estimate_memory(a, precision, CPU, shape)
     assert measured <= need.activations * 1.15 <= 1.25 * measured

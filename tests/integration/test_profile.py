@@ -294,7 +294,7 @@ def _look(page: Any, width: int) -> None:
 
 def test_every_command_in_the_documentation_runs(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a short budget and the tiny bundle, text encoder and VAE included; those for hardware that is not here are parsed."""
-    text = (ROOT / "docs" / "profiling.md").read_text()
+    text = (ROOT / "docs" / "how-to" / "profiling.md").read_text()
     lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines() if line]
     (tmp_path / "my-bundle").symlink_to(tiny_bundle.path)
     monkeypatch.chdir(tmp_path)

@@ -181,7 +181,7 @@ def test_the_containers_extras_exist(runtime: str) -> None:
 
 def test_every_environment_variable_is_documented() -> None:
     folders = [ROOT / name for name in ("anyflow_deploy", "engines", "export", "training", "tests")]
-    text = (ROOT / "docs" / "environment.md").read_text()
+    text = (ROOT / "docs" / "reference" / "environment.md").read_text()
     for folder in folders:
         for path in folder.rglob("*.py"):
             named = set(re.findall(r"\"(ANYFLOW_[A-Z_]+)\"", path.read_text())) - {"ANYFLOW_PYTHON"}

@@ -34,6 +34,8 @@ from anyflow_deploy.cli.validate import ValidateOptions
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+TUTORIAL = (ROOT / "docs" / "tutorials" / "first-video.md").read_text()
+LAYOUT = (ROOT / "ARCHITECTURE.md").read_text().partition("## Repository layout")[2]
 BIN = Path(sys.executable).parent
 COMMANDS: dict[str, type[Options]] = {
     "anyflow-build": BuildOptions,
@@ -52,12 +54,12 @@ COMMANDS: dict[str, type[Options]] = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, document: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document, re.DOTALL)
 
 
-def readme_commands() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("anyflow-")]
+def commands_in(document: str) -> list[list[str]]:
+    lines = [line for block in blocks("sh", document) for line in block.splitlines() if line.startswith("anyflow-")]
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -115,78 +117,79 @@ def test_wrong_usage_ends_before_work(tmp_path: Path, words: tuple[str, ...], st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_readme_command_parses() -> None:
-    commands = readme_commands()
+def test_every_command_is_in_the_readme_or_the_tutorial_and_parses() -> None:
+    commands = commands_in(README) + commands_in(TUTORIAL)
     assert {words[0] for words in commands} == set(COMMANDS)
     for words in commands:
         parse_options(COMMANDS[words[0]], words[1:])
 
 
-def test_the_readme_commands_run(
+def test_the_commands_of_readme_and_tutorial_run(
     tiny_pipeline: Path, far_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Those on `my-…`, in order, on tiny pipelines: the first as a user does, the others in this process."""
+    """Those on `my-…`, in order and once, on tiny pipelines: the first as a user does, the others in this process."""
     (tmp_path / "my-anyflow").symlink_to(tiny_pipeline)
     (tmp_path / "my-far").symlink_to(far_pipeline)
     pyplot.imsave(tmp_path / "first.png", np.random.default_rng(0).random((64, 96, 3)))
     monkeypatch.chdir(tmp_path)
-    ran: list[str] = []
-    for words in readme_commands():
-        if (
-            any("my-" in word for word in words) and words[0] != "anyflow-serve"
-        ):  # tests/integration/test_serve_command.py runs it
-            if ran:
-                status = run_here(*words, monkeypatch=monkeypatch)
-                assert status == 0, capsys.readouterr().err
-            else:
-                done = run(*words, cwd=tmp_path)
-                assert done.returncode == 0, done.stderr
-            ran.append(words[0])
-    made, looked = ["anyflow-export", "anyflow-generate"], ["anyflow-inspect", "anyflow-validate"]
-    eight_bits = ["anyflow-calibrate", "anyflow-sensitivity", made[0]]
-    instead_of_steps, compiled = [made[1]] * 2, ["anyflow-build", looked[1], made[1]]
-    served = "anyflow-triton"
-    assert ran == [made[0], looked[0], *looked, made[1], *eight_bits, *made, made[1], served, *instead_of_steps, *compiled]
+    ran: set[str] = set()
+    readme = commands_in(README)
+    for words in readme + [words for words in commands_in(TUTORIAL) if words not in readme]:
+        if not any("my-" in word for word in words) or words[0] == "anyflow-serve":
+            continue  # tests/integration/test_serve_command.py runs anyflow-serve
+        if ran:
+            status = run_here(*words, monkeypatch=monkeypatch)
+            assert status == 0, (words, capsys.readouterr().err)
+        else:
+            done = run(*words, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr
+        ran.add(words[0])
+    assert set(COMMANDS) - ran == {"anyflow-doctor", "anyflow-fit", "anyflow-precompute", "anyflow-serve"}
     for name in ("fox", "fox-stream", "fox-image", "fox-deadline", "fox-quality", "fox-compiled"):
         assert (tmp_path / f"{name}.mp4").stat().st_size > 1000
     assert {path.name for path in (tmp_path / "my-bundle").glob("*.png")} == {"validation.png", "sensitivity.png"}
 
 
+@pytest.mark.parametrize("block", blocks("python", README), ids=["pipeline", "diffusers"])
 def test_the_readme_python_runs(
-    tiny_pipeline: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block: str, tiny_pipeline: Path, tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anyflow_deploy import noise
-
+    if "VideoPipeline" in block and not (ROOT / "anyflow_deploy/pipelines/video_pipeline.py").exists():
+        pytest.skip("VideoPipeline is not merged yet")
     (tmp_path / "my-anyflow").symlink_to(tiny_pipeline)
     (tmp_path / "my-bundle").symlink_to(tiny_bundle.path)
     monkeypatch.chdir(tmp_path)
-    smaller = {"(1, 21, 16, 60, 104)": "(1, 2, 16, 4, 6)", "num_inference_steps=4": "num_inference_steps=4, **size"}
-    found = blocks("python")
-    assert len(found) == 3
-    for block in found:
-        for large, small in smaller.items():
-            block = block.replace(large, small)
-        names: dict[str, object] = {"text": noise((1, 8, 64), 1), "size": {"height": 32, "width": 48, "num_frames": 5}}
-        exec(block, names)
-    assert names["video"].shape == (5, 32, 48, 3)  # type: ignore[attr-defined]
+    size = {"height": 32, "width": 48, "num_frames": 5}
+    names: dict[str, object] = {"size": size}
+    exec(block.replace("num_inference_steps=4", "num_inference_steps=4, **size"), names)
+    if "save(" in block:
+        assert (tmp_path / "fox.mp4").stat().st_size > 1000
+    else:
+        assert names["video"].shape == (5, 32, 48, 3)  # type: ignore[attr-defined]
 
 
-def test_the_readme_tree_names_every_module() -> None:
+def test_the_readme_is_short_and_shows_pictures_that_exist() -> None:
+    assert len(README.splitlines()) <= 160
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert len(pictures) == 2 and all((ROOT / name).is_file() for name in pictures)
+
+
+def test_the_layout_in_architecture_names_every_module() -> None:
     """Of each folder that has a line of its own for its modules: the commands and the services have one line for all."""
     package, summed_up = ROOT / "anyflow_deploy", ("cli", "doctor", "profiling", "serving")
     inner = [p for p in package.iterdir() if p.is_dir() and not p.is_symlink() and p.name not in summed_up]
     files = [p for folder in (package, *inner) for p in folder.glob("*.py")]
     files += [p for name in ("export", "engines", "training") for p in (ROOT / name).rglob("*.py")]
     public = [path for path in files if not path.name.startswith("_")]
-    assert not [str(path.relative_to(ROOT)) for path in public if path.name not in README]
-    roots = ("anyflow_deploy", "benchmarks", "engines", "export", "tests", "tools", "training")
+    assert not [str(path.relative_to(ROOT)) for path in public if path.name not in LAYOUT]
+    roots = ("anyflow_deploy", "benchmarks", "engines", "examples", "export", "tests", "tools", "training")
     known = {path.name for root in roots for path in (ROOT / root).rglob("*.py")}
-    assert not [name for name in re.findall(r"(\w+\.py)", README) if name not in known]
+    assert not [name for name in re.findall(r"(\w+\.py)", LAYOUT + README) if name not in known]
 
 
 def test_the_format_document_names_every_manifest_key() -> None:
-    text = (ROOT / "docs" / "bundle.md").read_text()
+    text = (ROOT / "docs" / "reference" / "bundle.md").read_text()
     keys = [field.alias or name for name, field in Manifest.model_fields.items()]
     assert not [key for key in keys if f"`{key}`" not in text]
 

@@ -145,7 +145,7 @@ def test_the_share_is_what_a_formula_says(fp8_attention: Bundle, capsys: pytest.
     narrow = 8 * d * d + d * a.ffn_dim
     assert achieved.weight_bytes["F8_E4M3"] == narrow + 1  # and the zero point
     assert achieved.quantized_weights == round((narrow + 1) / sum(achieved.weight_bytes.values()), 4)
-    assert achieved.kept_high == {"blocks.0.ffn.net.2": "asked for"}
+    assert achieved.full_precision_layers == {"blocks.0.ffn.net.2": "asked for"}
     assert inspect(InspectOptions(bundle=fp8_attention.path)) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert f"{share:.1%} of the products' operations, {achieved.quantized_weights:.1%} of the weights" in printed
@@ -172,7 +172,7 @@ def test_layers_that_stay_high_are_in_the_manifest(
     bundle = export_bundle(
         weights, tmp_path / "bundle", ExportSettings("int8", calibration=calibration, full_precision_layers=asked)
     )
-    assert bundle.manifest.achieved.kept_high == dict.fromkeys(kept, reason)
+    assert bundle.manifest.achieved.full_precision_layers == dict.fromkeys(kept, reason)
     held = {t.name: t for t in onnx.load(str(bundle.path / "transition.onnx"), load_external_data=False).graph.initializer}
     assert {n for n, t in held.items() if n.endswith("weight") and t.data_type == onnx.TensorProto.INT8} == {
         f"{layer}.weight" for layer in quantizable_layers(weights.architecture) if layer not in kept

@@ -274,7 +274,7 @@ def test_tensorrt_will_be_asked_about_every_layer(export_quantized: Export, kind
     bundle = export_quantized(checkpoint, **how)
     for graph, record in bundle.manifest.graphs.items():
         asked = expected_precision(onnx.load(bundle.file(record.file), load_external_data=False))
-        high = bundle.manifest.achieved.kept_high
+        high = bundle.manifest.achieved.full_precision_layers
         layers = {name.removesuffix("/Gemm") for name in asked.eight_bit if name.endswith("/Gemm")}
         assert layers and not layers & set(high), graph
 

@@ -53,7 +53,7 @@ def test_it_chooses_what_stays_high_and_sensitivity_reads_the_bundles_own_ranges
     words = f"--checkpoint {SMALL} --precision int8 --calibration {tmp_path / 'c.json'} {choice} --output {bundle}"
     assert run_export(f"{words} --check none") == 0
     said = "".join(capsys.readouterr().err.split())
-    kept = load_bundle(bundle).manifest.achieved.kept_high
+    kept = load_bundle(bundle).manifest.achieved.full_precision_layers
     assert len(kept) == 2 if choice == "--keep-layers 2" else len(kept) < 30
     assert f"{len(kept)}of30layersstayinfp32:" in said and all(layer in said for layer in kept)
     assert set(kept.values()) <= {"asked for"}

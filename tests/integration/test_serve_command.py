@@ -22,7 +22,7 @@ from anyflow_deploy.cli.generate import GenerateOptions, generate
 from tests.fakes.serving import eventually
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = (ROOT / "docs" / "serving.md").read_text()
+DOCUMENT = (ROOT / "docs" / "how-to" / "serving.md").read_text()
 COMMAND = [sys.executable, "-c", "from anyflow_deploy.cli.serve import main; main()"]
 PROMPT = "a red fox in the snow"
 SCREENS = os.environ.get("ANYFLOW_SCREENSHOTS")

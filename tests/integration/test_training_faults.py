@@ -1,4 +1,4 @@
-"""The seven faults found in the reference and its ports (see docs/training.md), each held off by a test."""
+"""The seven faults found in the reference and its ports (see docs/how-to/training.md), each held off by a test."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ from tests.fakes.serving import eventually, fake_manifest
 
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "triton.md").read_text()
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "how-to" / "triton.md").read_text()
 SETTINGS = Settings(max_frames=81, max_pixels=10_000)
 
 

@@ -32,7 +32,7 @@ grpcclient = pytest.importorskip("tritonclient.grpc")
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = Path(os.environ.get("ANYFLOW_TRITON", ROOT / ".triton"))
-DOCUMENT = (ROOT / "docs" / "triton.md").read_text()
+DOCUMENT = (ROOT / "docs" / "how-to" / "triton.md").read_text()
 PROMPT = "a red fox in the snow"
 TYPES: dict[str, Any] = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
 STREAMS, WAITING = 4, 6

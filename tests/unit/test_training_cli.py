@@ -93,7 +93,7 @@ def test_every_setting_is_a_flag_and_the_examples_parse() -> None:
 
 
 def test_the_commands_of_the_documentation_parse() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text().replace("\\\n", " ")
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "training.md").read_text().replace("\\\n", " ")
     lines = [line.split("anyflow_deploy.train ", 1)[1] for line in text.splitlines() if "-m anyflow_deploy.train " in line]
     assert len(lines) >= 7
     for line in lines:

@@ -61,7 +61,7 @@ void check_achieved(const Value& value) {
   for (const char* share : {"quantized_flops", "quantized_weights"}) {
     if (const auto found = record.optional(share)) found->number();
   }
-  if (const auto kept = record.optional("kept_high")) check_texts(*kept);
+  if (const auto kept = record.optional("full_precision_layers")) check_texts(*kept);
   record.done();
 }
 

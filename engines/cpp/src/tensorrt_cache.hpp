@@ -1,5 +1,5 @@
 // A run and a causal cache in TensorRT, on the device; see engines/tensorrt/run.py and engines/tensorrt/kv_cache.py. Not run on
-// a GPU yet (docs/cpp.md).
+// a GPU yet (docs/how-to/cpp.md).
 #pragma once
 
 #include <functional>

@@ -1,4 +1,4 @@
-// One CUDA device: memory, streams, captured graphs; see engines/tensorrt/cuda.py. Not run on a GPU yet (docs/cpp.md).
+// One CUDA device: memory, streams, captured graphs; see engines/tensorrt/cuda.py. Not run on a GPU yet (docs/how-to/cpp.md).
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,5 +1,5 @@
 // TensorRT: plans built by `anyflow-build --backend tensorrt`, run with CUDA's runtime; see engines/tensorrt/engine.py.
-// Run against the headers of 10.3, 10.16 and 11.1 on a stand-in, not on a GPU yet (docs/cpp.md).
+// Run against the headers of 10.3, 10.16 and 11.1 on a stand-in, not on a GPU yet (docs/how-to/cpp.md).
 #include <mutex>
 #include <utility>
 

@@ -1,6 +1,6 @@
 // Running a plan: execution contexts, and CUDA graphs of what is run again and again; see engines/tensorrt/execution.py, whose
 // rules these are. A call that comes for the third time with the same shapes and addresses gets a context of its own, the fourth
-// time it is captured, and that context is never touched again. Not run on a GPU yet (docs/cpp.md).
+// time it is captured, and that context is never touched again. Not run on a GPU yet (docs/how-to/cpp.md).
 #pragma once
 
 #include <list>

@@ -1,4 +1,4 @@
-// A built plan, opened, and held against the manifest; see engines/tensorrt/plan.py. Not run on a GPU yet (docs/cpp.md).
+// A built plan, opened, and held against the manifest; see engines/tensorrt/plan.py. Not run on a GPU yet (docs/how-to/cpp.md).
 #pragma once
 
 #include <NvInferRuntime.h>

@@ -2,7 +2,7 @@
 
     anyflow-build BUNDLE --backend tensorrt --shapes 480x832x81
 
-docs/tensorrt.md explains every setting.
+docs/how-to/tensorrt.md explains every setting.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 A bundle is made on one machine and its engine is built on another, often one in a car or a robot: that is a late place
 to learn that an operator is too new. Every node is held against rules taken from the parser's published operator list
-and source code; docs/lint.md lists them, each with its source. It needs onnx alone. What it cannot see: whether the
+and source code; docs/reference/lint.md lists them, each with its source. It needs onnx alone. What it cannot see: whether the
 builder finds a kernel and what that costs.
 """
 
@@ -39,7 +39,7 @@ class Finding:
     """One thing that TensorRT refuses, or reads otherwise than ONNX means it.
 
     Attributes:
-        rule: which rule, as docs/lint.md calls it.
+        rule: which rule, as docs/reference/lint.md calls it.
         graph: file or name of the graph.
         node: name of the node, or of the tensor; empty where the whole graph is meant.
         operator: the node's operator; empty where no node is meant.

@@ -2,7 +2,7 @@
 
 A rule is a function `(view, node, version) -> problems`, and `RULES` is all of them. Each names its source: "list" is
 the parser's operator list (`docs/operators.md` of onnx-tensorrt, 10.1 and 10.15), "parser" its source code (the 10.1
-release, and where said the newest public one, of 10.16), "guide" NVIDIA's TensorRT documentation. docs/lint.md has the
+release, and where said the newest public one, of 10.16), "guide" NVIDIA's TensorRT documentation. docs/reference/lint.md has the
 whole table.
 """
 

@@ -1,0 +1,15 @@
+"""A video from a prompt: `python examples/quickstart.py my-bundle "a red fox in the snow" fox.mp4`.
+
+The bundle's own pipeline folder gives the text encoder and the VAE; both run in PyTorch. The engine is ONNX Runtime.
+"""
+
+import sys
+
+from anyflow_deploy import VideoPipeline
+
+bundle, prompt, output = sys.argv[1:]
+
+with VideoPipeline.from_bundle(bundle) as pipe:
+    video = pipe(prompt, num_inference_steps=4, seed=0)
+video.save(output)
+print(f"{sum(video.report.steps)} steps, {len(video.frames)} frames, written to {output}")
