@@ -74,7 +74,8 @@ def sample_manifest(kind: str) -> dict[str, Any]:
         "schema": 1, "kind": kind, "model": "custom", "config": config,
         "source": {"kind": "folder", "location": "somewhere", "revision": None, "seed": None}, "precision": "fp32",
         "quantization": None,
-        "achieved": {"weight_bytes": {"F32": 10}, "quantized_flops": 0.0, "quantized_weights": 0.0, "full_precision_layers": {"a": "b"}},
+        "achieved": {"weight_bytes": {"F32": 10}, "quantized_flops": 0.0, "quantized_weights": 0.0,
+        "full_precision_layers": {"a": "b"}},
         "target": "cpu", "graphs": graphs, "ranges": {axis: r.model_dump() for axis, r in ranges.items()},
         "schedule": {"shift": 5.0, "steps": 4},
         "video": {

@@ -66,9 +66,9 @@ def draw_sample_grid(
 
 def _decode_middle_frame(latents: Tensor, pipeline: Path | None) -> NDArray[np.uint8]:
     if pipeline is not None:
-        from anyflow_deploy.pipelines.vae import decoded_video
+        from anyflow_deploy.pipelines.vae import decode_video
 
-        frames: NDArray[np.uint8] = decoded_video(pipeline, latents.numpy())[0]
+        frames: NDArray[np.uint8] = decode_video(pipeline, latents.numpy())[0]
         middle_frame: NDArray[np.uint8] = frames[len(frames) // 2]
         return middle_frame
     middle = latents[0, latents.shape[1] // 2, :3].permute(1, 2, 0)

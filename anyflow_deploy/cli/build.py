@@ -61,7 +61,7 @@ def build(options: BuildOptions) -> int:
     bundle = load_bundle(options.bundle)
     with RichProgress(console) as bars:
         folder = build_engine(bundle, options.backend, settings, _destination(options), options.overwrite, bars)
-    console.print(described(folder))
+    console.print(describe_engine(folder))
     console.print(f"[green]wrote[/] [bold]{escape(str(folder.path))}[/] ({folder.record.seconds:.1f} s)")
     return 0
 
@@ -95,7 +95,7 @@ def _destination(options: BuildOptions) -> Path | None:
     return options.output
 
 
-def described(folder: EngineFolder) -> Table:
+def describe_engine(folder: EngineFolder) -> Table:
     """What was built, for people."""
     record = folder.record
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -105,12 +105,12 @@ def described(folder: EngineFolder) -> Table:
     table.add_row("with", ", ".join(f"{name} {version}" for name, version in record.versions.items()))
     table.add_row("size", f"{sum(file.bytes for file in record.files.values()) / 1e6:.1f} MB")
     for name, value in record.achieved.items():
-        shown = f"{100 * value:.0f} %" if isinstance(value, float) else _listed(value)
+        shown = f"{100 * value:.0f} %" if isinstance(value, float) else _list_values(value)
         table.add_row(name.replace("_", " "), escape(shown))
     return table
 
 
-def _listed(value: object) -> str:
+def _list_values(value: object) -> str:
     """A list by its first items."""
     if not isinstance(value, list):
         return str(value)

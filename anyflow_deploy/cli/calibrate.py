@@ -55,7 +55,7 @@ def calibrate(options: CalibrateOptions) -> int:
     weights = options.weights()
     check_parameters(weights, parameter_shapes(weights.architecture))
     with RichProgress(console) as bars:
-        calibration = measured(options, weights, bars)
+        calibration = measure_calibration(options, weights, bars)
     write_calibration(options.output, calibration)
     calibration_checkpoint_path(options.output).unlink(missing_ok=True)
     seconds = time.perf_counter() - started
@@ -65,7 +65,7 @@ def calibrate(options: CalibrateOptions) -> int:
     return 0
 
 
-def measured(options: CalibrateOptions, weights: Weights, bars: Progress) -> Calibration:
+def measure_calibration(options: CalibrateOptions, weights: Weights, bars: Progress) -> Calibration:
     """The calibration that the options ask for. Its rollouts are kept beside
     `options.output` (`calibration_checkpoint_path`); whoever calls
     removes them once the calibration is on disk."""

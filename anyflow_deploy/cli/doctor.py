@@ -28,7 +28,7 @@ def doctor(options: DoctorOptions) -> int:
     wishes = options.require
     for wish in wishes:  # refuse misspelt ones before looking at anything
         check_requirement(wish, options.provider, judge_backends({}))
-    found, verdicts = looked()
+    found, verdicts = probe_machine()
     unmet = {wish: why for wish in wishes if (why := check_requirement(wish, options.provider, verdicts))}
     if options.json_output:
         print(json.dumps(report_json(found, verdicts, unmet), indent=1))  # noqa: T201
@@ -38,7 +38,7 @@ def doctor(options: DoctorOptions) -> int:
     return UNMET if unmet else 0
 
 
-def looked() -> tuple[dict[str, ProbeResult], list[BackendVerdict]]:
+def probe_machine() -> tuple[dict[str, ProbeResult], list[BackendVerdict]]:
     """Everything that can be said of this machine."""
     found = adjust_remedies(run_probes(PROBES))
     return found, judge_backends(found)
@@ -71,7 +71,7 @@ def _plain(reason: BaseException) -> int:
     """What is left to say where the command's own packages cannot be imported."""
     print(f"the packages that every command needs are broken ({type(reason).__name__}: {reason}).", file=sys.stderr)  # noqa: T201
     print("  ->  pip install --force-reinstall anyflow-deploy\n", file=sys.stderr)  # noqa: T201
-    print(format_plain(report_rows(*looked())))  # noqa: T201
+    print(format_plain(report_rows(*probe_machine())))  # noqa: T201
     return 1
 
 

@@ -18,7 +18,7 @@ from anyflow_deploy.cli.fit import show_fit
 from anyflow_deploy.cli.lint import warn_about_tensorrt
 from anyflow_deploy.cli.options import run
 from anyflow_deploy.cli.quantize import QuantizationOptions, calibration_of, layers_kept, own_calibration
-from anyflow_deploy.cli.weights import checked_name
+from anyflow_deploy.cli.weights import check_name
 from anyflow_deploy.errors import AnyFlowError, UnavailableError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from anyflow_deploy.precision import PrecisionSpec, get_precision, resolve_precision
@@ -64,7 +64,7 @@ class ExportOptions(QuantizationOptions):
 
     @model_validator(mode="after")
     def _consistent(self) -> ExportOptions:
-        checked_name(get_precision, self.precision)
+        check_name(get_precision, self.precision)
         try:
             target = get_target(self.target)
             for name in (self.spec.precision, self.spec.base):
@@ -137,7 +137,7 @@ def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # t
 
     The status speaks of the bundle: 1 when it was compared and is wrong. A comparison that this machine cannot make says
     nothing of the bundle, so it is reported with the command that makes it elsewhere, and the status is 0."""
-    from anyflow_deploy.cli.validate import ValidateOptions, validated
+    from anyflow_deploy.cli.validate import ValidateOptions, validate_bundle
 
     needed = 3 * 4 * sum(math.prod(shape) for shape in weights.shapes().values())
     on_cpu = bundle.manifest.base in get_target("cpu").precisions
@@ -150,7 +150,7 @@ def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # t
     if options.check == "auto" and needed > _AUTO_CHECK_BYTES:
         return _leave_unchecked(bundle, f"it takes about {needed / 2**30:.1f} GiB", flags)
     try:
-        return validated(bundle, ValidateOptions(bundle=bundle.path), weights)
+        return validate_bundle(bundle, ValidateOptions(bundle=bundle.path), weights)
     except UnavailableError as error:
         return _leave_unchecked(bundle, str(error), error.flags)
 

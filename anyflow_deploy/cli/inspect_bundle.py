@@ -13,7 +13,7 @@ from rich.table import Table
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.cli.lint import checked_versions, linted, print_findings
+from anyflow_deploy.cli.lint import checked_versions, print_findings, run_lint
 from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.progress import console
 
@@ -51,7 +51,7 @@ def inspect(options: InspectOptions) -> int:
     """Do it; returns the exit status."""
     bundle = load_bundle(options.bundle, verify=options.verify)
     out = Console(highlight=False)
-    versions, findings = linted(bundle, options.tensorrt) if options.lint else ((), [])
+    versions, findings = run_lint(bundle, options.tensorrt) if options.lint else ((), [])
     if options.json_output:
         shown: dict[str, Any] = {"digest": bundle.digest, **bundle.manifest.model_dump(by_alias=True)}
         if options.lint:
@@ -100,7 +100,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ("weights from", f"{manifest.source.kind}: {manifest.source.location}{revision}{seed}"),
         ("architecture", f"{a.num_layers} layers, {a.num_attention_heads} heads x {a.attention_head_dim}, ffn {a.ffn_dim}"),
         ("precision", f"{manifest.precision}; stored: {weights}"),
-        *_quantized(manifest),
+        *_quantization_rows(manifest),
         ("target", manifest.target),
         ("opset", ", ".join(str(graph.opset) for graph in manifest.graphs.values())),
         ("default schedule", f"{manifest.schedule.steps} steps, shift {manifest.schedule.shift:g}"),
@@ -109,7 +109,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     ]
 
 
-def _quantized(manifest: Manifest) -> list[tuple[str, str]]:
+def _quantization_rows(manifest: Manifest) -> list[tuple[str, str]]:
     """What an 8-bit bundle really has in eight bits."""
     how, got = manifest.quantization, manifest.achieved
     if how is None:

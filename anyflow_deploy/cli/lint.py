@@ -33,7 +33,7 @@ def checked_versions(versions: Sequence[str]) -> None:
             raise ValueError(f"--tensorrt: {error}") from None
 
 
-def linted(bundle: Bundle, versions: Sequence[str] | None) -> tuple[Sequence[str], list[Finding]]:
+def run_lint(bundle: Bundle, versions: Sequence[str] | None) -> tuple[Sequence[str], list[Finding]]:
     """The versions asked about, or the usual ones, and what was found. Needs onnx, which reading a manifest does not."""
     from anyflow_deploy.engines.tensorrt.lint.lint import DEFAULT_VERSIONS, lint_bundle
 
@@ -50,7 +50,7 @@ def print_findings(out: Console, findings: Sequence[Finding], versions: Sequence
     table = Table(title=f"{len(findings)} findings")
     for title in ("rule", "graph", "node", "what is wrong", "TensorRT", "remedy"):
         table.add_column(title, overflow="fold")
-    for group in grouped(findings):
+    for group in group_findings(findings):
         first, more = group[0], len(group) - 1
         place = f"{first.node or 'all of it'}{f' ({first.operator})' if first.operator else ''}"
         place += f" and {more} more" if more else ""
@@ -59,7 +59,7 @@ def print_findings(out: Console, findings: Sequence[Finding], versions: Sequence
     out.print(table)
 
 
-def grouped(findings: Sequence[Finding]) -> list[list[Finding]]:
+def group_findings(findings: Sequence[Finding]) -> list[list[Finding]]:
     """Findings that differ in the node alone, together, in the order they came."""
     groups: dict[tuple[object, ...], list[Finding]] = {}
     for finding in findings:
@@ -76,7 +76,7 @@ def warn_about_tensorrt(bundle: Bundle) -> None:
     if target.compute_capability is None:
         return
     versions = DEFAULT_VERSIONS if target.name in _JETSON_OF_JETPACK_6 else DEFAULT_VERSIONS[1:]
-    groups = grouped(lint_bundle(bundle, versions))
+    groups = group_findings(lint_bundle(bundle, versions))
     for group in groups[:_SHOWN]:
         count = f" ({len(group)} nodes)" if len(group) > 1 else ""
         console.print(f"[yellow]warning:[/] {escape(str(group[0]))}{count}")

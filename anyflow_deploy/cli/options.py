@@ -58,7 +58,7 @@ def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
         Console(highlight=False).print(*help_of(program, options), sep="\n")
         sys.exit(0)
     try:
-        chosen = parsed(options, words)
+        chosen = parse_options(options, words)
     except AnyFlowError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}\n[dim]{program} --help lists every flag.[/]")
         sys.exit(USAGE_ERROR)
@@ -82,13 +82,13 @@ def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
         sys.exit(INTERRUPTED)
 
 
-def parsed(options: type[O], words: list[str]) -> O:
+def parse_options(options: type[O], words: list[str]) -> O:
     """Turn words of a command line into checked options.
 
     Raises:
         AnyFlowError: an unknown flag (with the nearest known one), a wrong type, a missing or surplus argument.
     """
-    positional, flags = _collected(_explicit(options, words))
+    positional, flags = _collect_flags(_explicit(options, words))
     if len(positional) > len(options.POSITIONAL):
         surplus = positional[len(options.POSITIONAL)]
         raise AnyFlowError(f"surplus argument {surplus!r}; a flag's value follows its name, as in --steps 4.")
@@ -134,7 +134,7 @@ def _unknown(flag: str, fields: Iterable[str]) -> AnyFlowError:
     return AnyFlowError(f"unknown flag {shown}.{suggestion(shown, known)}")
 
 
-def _collected(words: list[str]) -> tuple[list[str], dict[str, str]]:
+def _collect_flags(words: list[str]) -> tuple[list[str], dict[str, str]]:
     """What Fire makes of the words, all values still strings."""
     caught: list[tuple[list[str], dict[str, str]]] = []
 

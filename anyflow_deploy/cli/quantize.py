@@ -57,7 +57,7 @@ class QuantizationOptions(WeightOptions):
 
 def calibration_of(options: QuantizationOptions, weights: Weights, output: Path, bars: Progress) -> Calibration | None:
     """The calibration an export needs: read, or made here; None where nothing is quantized."""
-    from anyflow_deploy.cli.calibrate import CalibrateOptions, measured
+    from anyflow_deploy.cli.calibrate import CalibrateOptions, measure_calibration
 
     if not PRECISIONS[options.precision].quantized:
         return None
@@ -78,7 +78,7 @@ def calibration_of(options: QuantizationOptions, weights: Weights, output: Path,
         )
     path = own_calibration(output)
     source = {name: getattr(options, name) for name in ("model", "checkpoint", "random_weights", "seed", "prompts")}
-    return measured(CalibrateOptions(**source, **size, device=device, output=path, overwrite=True), weights, bars)
+    return measure_calibration(CalibrateOptions(**source, **size, device=device, output=path, overwrite=True), weights, bars)
 
 
 def own_calibration(output: Path) -> Path:

@@ -82,7 +82,7 @@ def serve(options: ServeOptions) -> int:
     from anyflow_deploy.serving.generator import VideoGenerator
     from anyflow_deploy.serving.logs import log_to_stderr
     from anyflow_deploy.serving.metrics import Metrics
-    from anyflow_deploy.serving.server import Server, configured
+    from anyflow_deploy.serving.server import Server, configure_uvicorn
     from anyflow_deploy.serving.service import Service
     from anyflow_deploy.serving.video_store import VideoStore
     from anyflow_deploy.serving.warmup import warm_up
@@ -105,7 +105,7 @@ def serve(options: ServeOptions) -> int:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         console.print(f"[green]serving[/] [bold]{escape(name)}[/] on http://{escape(shown)}:{port} ({escape(engine)})")
-        Server(configured(app, host, port, limits), service, options.grace).run([listener])
+        Server(configure_uvicorn(app, host, port, limits), service, options.grace).run([listener])
         service.drain(0)
     console.print("stopped; finished videos stay in " + escape(str(options.folder)))
     return 0

@@ -122,9 +122,9 @@ def settings_of(options: TritonOptions, bundle: Bundle, engine: EngineFolder | N
 
 
 def _pipeline(options: TritonOptions, bundle: Bundle, folders: list[str]) -> Path:
-    from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
+    from anyflow_deploy.pipelines.pipeline_folder import find_pipeline
 
-    return pipeline_of(bundle.manifest, options.pipeline, folders, ", or leave them out with --parts none")
+    return find_pipeline(bundle.manifest, options.pipeline, folders, ", or leave them out with --parts none")
 
 
 def _check_room(repository: Path, bundle: Bundle, pipeline: Path | None) -> None:

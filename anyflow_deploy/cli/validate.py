@@ -55,10 +55,10 @@ def validate(options: ValidateOptions) -> int:
     from anyflow_deploy.export.diffusers_engine import weights_from_manifest
 
     bundle = load_bundle(options.bundle)
-    return validated(bundle, options, weights_from_manifest(bundle.manifest, options.checkpoint))
+    return validate_bundle(bundle, options, weights_from_manifest(bundle.manifest, options.checkpoint))
 
 
-def validated(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
+def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     """Compare a bundle with the weights it came from; prints, writes the report, returns the exit status."""
     from anyflow_deploy.engines import validation
     from anyflow_deploy.export.diffusers_engine import DiffusersEngine

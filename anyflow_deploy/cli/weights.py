@@ -26,7 +26,7 @@ class WeightOptions(Options):
     @field_validator("model")
     @classmethod
     def _known_model(cls, name: str | None) -> str | None:
-        return name if name is None else checked_name(get_model, name)
+        return name if name is None else check_name(get_model, name)
 
     @model_validator(mode="after")
     def _weights_are_named(self) -> WeightOptions:
@@ -58,7 +58,7 @@ class WeightOptions(Options):
         return weights
 
 
-def checked_name(lookup: Callable[[str], object], name: str) -> str:
+def check_name(lookup: Callable[[str], object], name: str) -> str:
     """A table's row exists; its error becomes one that pydantic passes on."""
     try:
         lookup(name)

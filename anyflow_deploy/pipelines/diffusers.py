@@ -146,8 +146,10 @@ class EngineFARTransformer(EngineTransformer):
         height, width = size
         plan = cache_plan(self.engine.architecture, chunks, height, width, text_tokens=text.shape[1])
         if "engine_streams" not in kv_cache:
-            words = _array(text)
-            kv_cache["engine_streams"] = [self.engine.open_stream(words[i : i + 1], plan) for i in range(len(words))]
+            prompt_embeds = _array(text)
+            kv_cache["engine_streams"] = [
+                self.engine.open_stream(prompt_embeds[i : i + 1], plan) for i in range(len(prompt_embeds))
+            ]
         streams: list[Stream] = kv_cache["engine_streams"]
         for stream in streams:
             stream.extend(plan)

@@ -13,7 +13,7 @@ _ADVICE = "Give --pipeline DIR, a diffusers pipeline on this machine."
 _OTHERWISE = ", or avoid the text encoder with --prompt-embeds FILE and the VAE with --output latents.safetensors"
 
 
-def pipeline_of(manifest: Manifest, given: str | None, parts: list[str], otherwise: str = _OTHERWISE) -> Path:
+def find_pipeline(manifest: Manifest, given: str | None, parts: list[str], otherwise: str = _OTHERWISE) -> Path:
     """The pipeline folder that belongs to a bundle.
 
     Args:
@@ -25,7 +25,7 @@ def pipeline_of(manifest: Manifest, given: str | None, parts: list[str], otherwi
     Raises:
         CheckpointError: no pipeline is known, or it lacks a part.
     """
-    folder = _found(manifest, given)
+    folder = _find_folder(manifest, given)
     missing = [part for part in parts if folder is None or not (folder / part).is_dir()]
     if folder is None or missing:
         raise CheckpointError(
@@ -35,7 +35,7 @@ def pipeline_of(manifest: Manifest, given: str | None, parts: list[str], otherwi
     return folder
 
 
-def _found(manifest: Manifest, given: str | None) -> Path | None:
+def _find_folder(manifest: Manifest, given: str | None) -> Path | None:
     if given is not None:
         path = Path(given)
         return path if path.is_dir() else download(given, None, PIPELINE_FILES, _ADVICE)

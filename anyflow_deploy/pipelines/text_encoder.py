@@ -71,16 +71,16 @@ class PromptEncoder:
         self._parts = AnyFlowPipeline(**parts, transformer=None, vae=None, scheduler=None)
 
     def encode(self, prompts: list[str], tokens: int) -> Array:
-        """As `encoded_prompts`."""
+        """As `encode_prompts`."""
         for prompt in prompts:
             self.check(prompt, tokens)
-        return self._encoded(prompts, tokens)
+        return self._encode(prompts, tokens)
 
     def nothing(self, tokens: int) -> Array:
         """The empty prompt's embedding, float32 (1, tokens, D): what guidance leads away from."""
-        return self._encoded([""], tokens)
+        return self._encode([""], tokens)
 
-    def _encoded(self, prompts: list[str], tokens: int) -> Array:
+    def _encode(self, prompts: list[str], tokens: int) -> Array:
         import torch
 
         self.load()
@@ -96,7 +96,7 @@ class PromptEncoder:
         return AutoTokenizer.from_pretrained(self._pipeline / "tokenizer")
 
 
-def encoded_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
+def encode_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
     """Embeddings of prompts, float32 (B, tokens, D); see `PromptEncoder`, which stays loaded.
 
     Raises:

@@ -39,10 +39,10 @@ def load_vae(pipeline: Path, device: str = "cpu") -> LoadedVae:
     Raises:
         AnyFlowError: another VAE than Wan 2.1's.
     """
-    return LoadedVae(_loaded(pipeline).to(device))
+    return LoadedVae(_load_module(pipeline).to(device))
 
 
-def decoded_video(pipeline: Path, latents: Array) -> NDArray[np.uint8]:
+def decode_video(pipeline: Path, latents: Array) -> NDArray[np.uint8]:
     """Pixels of clean latents.
 
     Args:
@@ -52,9 +52,9 @@ def decoded_video(pipeline: Path, latents: Array) -> NDArray[np.uint8]:
     Returns:
         (B, frames, height, width, 3), 0 to 255.
     """
-    vae = _loaded(pipeline)
+    vae = _load_module(pipeline)
     with torch.no_grad():
-        pixels = vae.decode(_unscaled(vae, latents), return_dict=False)[0]
+        pixels = vae.decode(_unscale(vae, latents), return_dict=False)[0]
     return _uint8_from_pixels(pixels)
 
 
@@ -97,7 +97,7 @@ class StreamingDecoder:
         self._check(latents.shape)
         vae, pieces = self._vae, []
         with torch.no_grad():
-            z = vae.post_quant_conv(_unscaled(vae, latents))
+            z = vae.post_quant_conv(_unscale(vae, latents))
             for frame in z.split(1, dim=2):
                 first = self._shape is None
                 pieces.append(vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=first))
@@ -130,7 +130,7 @@ class VideoEncoder:
         return int(self._vae.config.z_dim)
 
     def encode(self, frames: NDArray[np.uint8]) -> Array:
-        """Clean latents, as `encoded_video`."""
+        """Clean latents, as `encode_video`."""
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
             raise ShapeError(f"frames are {frames.dtype} {frames.shape}; allowed is uint8 (frames, height, width, 3).")
         self.check(len(frames), *frames.shape[1:3])
@@ -153,7 +153,7 @@ class VideoEncoder:
         return latent_frames(frames, config.scale_factor_temporal), self.channels, sides[0], sides[1]
 
 
-def encoded_video(pipeline: Path, frames: NDArray[np.uint8]) -> Array:
+def encode_video(pipeline: Path, frames: NDArray[np.uint8]) -> Array:
     """Clean latents of a video or, given one frame, of a picture: the posterior's mode, as the model was trained on.
 
     Args:
@@ -169,7 +169,7 @@ def encoded_video(pipeline: Path, frames: NDArray[np.uint8]) -> Array:
     return VideoEncoder(pipeline).encode(frames)
 
 
-def _loaded(pipeline: Path) -> Any:
+def _load_module(pipeline: Path) -> Any:
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(pipeline / "vae", dtype=torch.float32, use_safetensors=True).eval()
@@ -184,7 +184,7 @@ def _scaling(vae: Any) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-def _unscaled(vae: Any, latents: Array) -> Tensor:
+def _unscale(vae: Any, latents: Array) -> Tensor:
     """The transformer's latents (B, F, C, H, W) as the VAE's, (B, C, F, H, W)."""
     mean, std = _scaling(vae)
     return (torch.from_numpy(np.array(latents)).permute(0, 2, 1, 3, 4) * std + mean).to(vae.device)

@@ -175,7 +175,7 @@ def load_video(path: Path) -> NDArray[np.uint8]:
     Raises:
         AnyFlowError: no such file, or none that PyAV can decode.
     """
-    return np.stack(_decoded(path, "a video", None))
+    return np.stack(_decode_frames(path, "a video", None))
 
 
 def load_image(path: Path) -> NDArray[np.uint8]:
@@ -184,7 +184,7 @@ def load_image(path: Path) -> NDArray[np.uint8]:
     Raises:
         AnyFlowError: no such file, or none that PyAV can decode.
     """
-    return np.stack(_decoded(path, "an image", 1))
+    return np.stack(_decode_frames(path, "an image", 1))
 
 
 def piece_frames(path: Path, start: int, end: int) -> NDArray[np.uint8]:
@@ -205,7 +205,7 @@ def piece_frames(path: Path, start: int, end: int) -> NDArray[np.uint8]:
         header = b"".join(data for _, data in itertools.takewhile(lambda box: box[0] in _HEADER_BOXES, _boxes(first)))
         file.seek(start)
         piece = header + file.read(end - start)
-    return np.stack(_decoded(io.BytesIO(piece), "a piece of a video", None, f"{path}, bytes {start} to {end},"))
+    return np.stack(_decode_frames(io.BytesIO(piece), "a piece of a video", None, f"{path}, bytes {start} to {end},"))
 
 
 def check_size(name: str, frames: NDArray[np.uint8], height: int, width: int) -> None:
@@ -248,7 +248,7 @@ def _encode(container: Any, frames: NDArray[np.uint8], fps: int, first: int = 0,
     container.mux(stream.encode())
 
 
-def _decoded(source: Path | BinaryIO, wanted: str, limit: int | None, name: str = "") -> list[NDArray[np.uint8]]:
+def _decode_frames(source: Path | BinaryIO, wanted: str, limit: int | None, name: str = "") -> list[NDArray[np.uint8]]:
     import av
 
     path = name or source

@@ -640,9 +640,9 @@ class VideoPipeline:
 
     def _folder(self, parts: tuple[str, ...]) -> Path:
         """Find the model's pipeline; a device that needs neither part does not get here."""
-        from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
+        from anyflow_deploy.pipelines.pipeline_folder import find_pipeline
 
-        return pipeline_of(self.manifest, self._pipeline, list(parts))
+        return find_pipeline(self.manifest, self._pipeline, list(parts))
 
     def _check_open(self) -> None:
         if self._closed:

@@ -36,10 +36,10 @@ def find_pipeline_folder(manifest: Manifest, pipeline: str | None, part: str) ->
         MeasurementUnavailableError: they are not at hand, or the packages that run them are not.
     """
     try:
-        from anyflow_deploy.pipelines.pipeline_folder import pipeline_of
+        from anyflow_deploy.pipelines.pipeline_folder import find_pipeline
 
         parts = ["tokenizer", "text_encoder"] if part == TEXT else ["vae"]
-        return pipeline_of(manifest, pipeline, parts)
+        return find_pipeline(manifest, pipeline, parts)
     except ImportError as error:
         raise MeasurementUnavailableError(f"{error.name} is not installed (pip install 'anyflow-deploy[export]')") from None
     except AnyFlowError as error:

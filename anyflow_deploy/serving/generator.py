@@ -87,7 +87,7 @@ class VideoGenerator:
 
 def _report_sample(results: list[DeadlineResult | AdaptiveResult], report: Report) -> None:
     """The transitions of a chunk, or of the whole video, are done."""
-    report.sampled()
+    report.finish_sample()
     deadlines = [result for result in results if isinstance(result, DeadlineResult)]
     if deadlines:
         report.deadlines(deadlines)

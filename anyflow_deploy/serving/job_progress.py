@@ -52,10 +52,10 @@ class Report:
         self._metrics.steps.inc()
         self._last_step, self._made = now, step.index + 1
         self._way = min(1.0, way)
-        self._progressed()
+        self._update_progress()
         self.job.check()
 
-    def sampled(self) -> None:
+    def finish_sample(self) -> None:
         """The transitions of a chunk, or of the whole video, are done."""
         with self.job.lock:
             self.job.video.steps.append(self._made)
@@ -91,7 +91,7 @@ class Report:
         self._metrics.chunk_seconds.observe(now - self._last_piece)
         self._metrics.frames.inc(frames)
         self._last_piece = now
-        self._progressed()
+        self._update_progress()
         self.job.check()
 
     def ended(self) -> None:
@@ -106,7 +106,7 @@ class Report:
                 if name in self.job.video.timings:
                     self._metrics.stage_seconds.labels(name).observe(self.job.video.timings[name])
 
-    def _progressed(self) -> None:
+    def _update_progress(self) -> None:
         with self.job.lock:
             video = self.job.video
             shown = sum(piece.frames for piece in self.job.pieces) / video.num_frames

@@ -48,7 +48,7 @@ def routes(service: Service) -> APIRouter:
     async def create_and_wait(request: Request) -> Response:
         job = await _submitted(service, request)
         await _ended(service, request, job)
-        _check_made(job)
+        _check_completed(job)
         return _file(service, job)
 
     @api.get("/v1/videos")
@@ -64,7 +64,7 @@ def routes(service: Service) -> APIRouter:
         if variant not in ("video", "thumbnail"):
             raise ApiError(400, f"variant is {variant[:40]!r}; allowed are video and thumbnail.", "variant")
         job = job_of(service, video_id)
-        _check_made(job)
+        _check_completed(job)
         if variant == "thumbnail":
             piece = job.pieces[0]
             return Response(await run_in_threadpool(thumbnail, service.store.path(job.id), piece), media_type="image/jpeg")
@@ -97,7 +97,7 @@ def _about(api: APIRouter, service: Service) -> None:
 
     @api.get("/v1/models")
     async def models() -> JSONResponse:
-        return JSONResponse({"object": "list", "data": [described(service)]})
+        return JSONResponse({"object": "list", "data": [describe_service(service)]})
 
     @api.get("/v1/models/{model}")
     async def model(model: str) -> JSONResponse:
@@ -105,7 +105,7 @@ def _about(api: APIRouter, service: Service) -> None:
             raise ApiError(
                 404, f"model {model[:60]!r} is not here; this server has {service.name!r}.", "model", "model_not_found"
             )
-        return JSONResponse(described(service))
+        return JSONResponse(describe_service(service))
 
     @api.get("/health")
     async def health() -> JSONResponse:
@@ -134,7 +134,7 @@ def finish_now(job: Job) -> None:
     job.stop_event.set()
 
 
-def described(service: Service) -> dict[str, Any]:
+def describe_service(service: Service) -> dict[str, Any]:
     """The model, with what may be asked of it."""
     manifest, limits = service.manifest, service.limits
     video, schedule = manifest.video, manifest.schedule
@@ -205,7 +205,7 @@ async def news_of(job: Job) -> AsyncIterator[asyncio.Event]:
         yield news
 
 
-def _check_made(job: Job) -> None:
+def _check_completed(job: Job) -> None:
     video = job.snapshot()
     if video.error is not None:
         raise ApiError(_FAILURES.get(video.error.code, 500), video.error.message, code=video.error.code)

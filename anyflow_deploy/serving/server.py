@@ -46,7 +46,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def configured(app: ASGIApp, host: str, port: int, limits: Limits) -> uvicorn.Config:
+def configure_uvicorn(app: ASGIApp, host: str, port: int, limits: Limits) -> uvicorn.Config:
     """uvicorn's settings for an app of ours."""
     return uvicorn.Config(
         app,

@@ -67,14 +67,14 @@ class Service:
     ) -> None:
         self.generator, self.manifest, self.limits, self.name, self.metrics = generator, manifest, limits, name, metrics
         self.store = store
-        self._jobs: dict[str, Job] = {job.id: job for job in store.restored()}  # oldest first
+        self._jobs: dict[str, Job] = {job.id: job for job in store.restore()}  # oldest first
         self._queue: deque[Job] = deque()
         self._running: Job | None = None
         self._closing = False
         self._recent: deque[float] = deque(maxlen=5)
         self._news = threading.Condition()
         self._tidy()
-        metrics.watch(lambda: len(self._queue), lambda: float(self._running is not None), self._stored)
+        metrics.watch(lambda: len(self._queue), lambda: float(self._running is not None), self._count_stored_bytes)
         self._thread = threading.Thread(target=self._work, name="anyflow-videos", daemon=True)
         self._thread.start()
 
@@ -126,7 +126,7 @@ class Service:
         with self._news:
             if job in self._queue:
                 self._queue.remove(job)
-                self._failed(job, reason)
+                self._fail(job, reason)
             elif not job.ended:
                 job.reason = job.reason or reason
                 job.cancel_event.set()
@@ -188,7 +188,7 @@ class Service:
                 job = self._queue.popleft() if self._queue else None
                 self._running = job
             if job is not None:
-                self._made(job)
+                self._make(job)
                 with self._news:
                     self._running = None
                     deleted = job.id not in self._jobs
@@ -197,7 +197,7 @@ class Service:
                 job.notify()
             self._tidy()
 
-    def _made(self, job: Job) -> None:
+    def _make(self, job: Job) -> None:
         """Make one video; whatever happens, the thread goes on."""
         about = {"request": job.request_id, "video": job.id}
         self._begin(job)
@@ -205,7 +205,7 @@ class Service:
         try:
             self.generator.make(job, self.store.begin(job.id), report)
             report.ended()
-            self._finished(job)
+            self._finish(job)
             self._recent.append(job.video.timings["total"])
         except CancelledError:
             problem = job.reason or _CANCELLED
@@ -221,7 +221,7 @@ class Service:
         if problem is not None:
             report.ended()
             self.store.remove(job.id)
-            self._failed(job, problem)
+            self._fail(job, problem)
         how = "completed" if problem is None else problem.code
         _log.info("%s after %.3f s", how, job.video.timings["total"], extra=about)
 
@@ -234,7 +234,7 @@ class Service:
         _log.info("begun after %.3f s in the queue", waited, extra={"request": job.request_id, "video": job.id})
         job.notify()
 
-    def _finished(self, job: Job) -> None:
+    def _finish(self, job: Job) -> None:
         """The file is whole: say so, on disk first."""
         done = int(time.time())
         finished = {
@@ -250,7 +250,7 @@ class Service:
                 setattr(job.video, name, value)
         self.metrics.videos.labels("completed").inc()
 
-    def _failed(self, job: Job, problem: JobError) -> None:
+    def _fail(self, job: Job, problem: JobError) -> None:
         with job.lock:
             job.pieces.clear()
             job.video.error, job.video.chunks = problem, 0
@@ -276,7 +276,7 @@ class Service:
         usual = sum(self._recent) / len(self._recent) if self._recent else 5.0
         return max(1, min(600, math.ceil(usual)))
 
-    def _stored(self) -> float:
+    def _count_stored_bytes(self) -> float:
         return float(sum(job.video.bytes or 0 for job in self.all()))
 
     def _video(self, request: GenerationRequest) -> Video:

@@ -51,7 +51,7 @@ class VideoStore:
         self.folder, self._most, self._keep = folder, most_bytes, keep_seconds
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(folder / LOCK)
+            self._lock = _lock_folder(folder / LOCK)
         except BlockingIOError:
             raise AnyFlowError(f"{folder} belongs to another anyflow-serve that runs. Choose another --folder.") from None
         except OSError as error:
@@ -83,7 +83,7 @@ class VideoStore:
             (folder / RECORD).unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
-    def restored(self) -> list[Job]:
+    def restore(self) -> list[Job]:
         """The videos that earlier servers finished, oldest first; clears away what they did not.
 
         A folder with a record that this version cannot read is left alone.
@@ -117,7 +117,7 @@ class VideoStore:
         return old
 
 
-def _locked(path: Path) -> IO[bytes]:
+def _lock_folder(path: Path) -> IO[bytes]:
     file = path.open("ab")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,7 @@
 
     request ─► model.py ─► request.py ─► admission.py ─► generator.py ─► model.py ─► response for every chunk
                (Triton's    tensors to    streams, cache,  text, steps,    (Triton's
-                words)      an order      queue: bounded   VAE, mp4        words)
+                types)      a request     queue: bounded   VAE, mp4        types)
 
 A decoupled model of the Python backend: one request, a response for every chunk. Each request has a thread of its own, and
 the device is one: the threads take turns on it, in order, between transitions (`fair_lock.py`). So streams advance side by

@@ -77,13 +77,13 @@ def embed_prompts(weights: Weights, prompts: tuple[str, ...] = PROMPTS, tokens: 
         AnyFlowError: no prompt, an empty one, or one that is too long.
         CheckpointError: the Hub does not give the text encoder.
     """
-    from anyflow_deploy.pipelines.text_encoder import encoded_prompts
+    from anyflow_deploy.pipelines.text_encoder import encode_prompts
 
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise AnyFlowError("there is an empty prompt, or none at all; describe each video in a sentence.")
     folder = _find_text_encoder(weights)
     if folder is not None:
-        return CalibrationPrompts(prompts, encoded_prompts(folder, list(prompts), tokens), "encoder")
+        return CalibrationPrompts(prompts, encode_prompts(folder, list(prompts), tokens), "encoder")
     return random_prompt_embeds(weights, prompts, tokens)
 
 

@@ -35,7 +35,7 @@ from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.job_progress import Report
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.metrics import Metrics
-from anyflow_deploy.serving.server import Server, configured
+from anyflow_deploy.serving.server import Server, configure_uvicorn
 from anyflow_deploy.serving.service import Service
 from anyflow_deploy.serving.video_store import VideoStore
 from anyflow_deploy.shape_ranges import widest_ranges
@@ -99,7 +99,7 @@ class PacedGenerator(VideoGenerator):
                     )
                 if self.fault is not None:
                     raise self.fault
-                report.sampled()
+                report.finish_sample()
                 count = 1 + 4 * (frames - 1) if number == 0 else 4 * frames
                 report.piece(count, writer.append(np.full((count, request.height, request.width, 3), 40 * number + 40, np.uint8)))
 
@@ -161,7 +161,7 @@ def serving(
     service = Service(maker, manifest, store, allowed, manifest.model, Metrics())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        server = Server(configured(make_app(service, token), "127.0.0.1", port, allowed), service, grace)
+        server = Server(configure_uvicorn(make_app(service, token), "127.0.0.1", port, allowed), service, grace)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         eventually(lambda: server.started)

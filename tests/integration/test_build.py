@@ -11,7 +11,7 @@ import pytest
 
 from anyflow_deploy import AnyFlowError, BackendError, Bundle, BundleError, load_bundle, load_engine
 from anyflow_deploy.cli.build import BuildOptions, build, chosen_settings
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines import registry
 from anyflow_deploy.engines.build import BuildResult, BuildSettings, build_engine
 from anyflow_deploy.engines.engine_folder import (
@@ -63,7 +63,7 @@ def bundle(small_bundle: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def run(bundle: Bundle, words: str = "") -> int:
-    return build(parsed(MakerOptions, [str(bundle.path), "--backend", "maker", *words.split()]))
+    return build(parse_options(MakerOptions, [str(bundle.path), "--backend", "maker", *words.split()]))
 
 
 def test_build_find_load(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,14 +134,14 @@ def test_a_folder_that_may_not_be_written(bundle: Bundle, monkeypatch: pytest.Mo
 )
 def test_refusals(bundle: Bundle, words: str, message: str) -> None:
     with pytest.raises(AnyFlowError, match=message):
-        build(parsed(BuildOptions, [str(bundle.path), *words.split()]))
+        build(parse_options(BuildOptions, [str(bundle.path), *words.split()]))
     assert not (bundle.path / "engines").exists()
 
 
 def test_a_flag_of_another_backend(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     row = Backend("other", f"{__name__}:Engine", {"cpu": "other"}, "anyflow_deploy.engines.build:BuildSettings")
     monkeypatch.setitem(registry.BACKENDS, "other", row)
-    options = parsed(MakerOptions, [str(bundle.path), "--backend", "other", "--workspace", "7"])
+    options = parse_options(MakerOptions, [str(bundle.path), "--backend", "other", "--workspace", "7"])
     with pytest.raises(AnyFlowError, match="--workspace means nothing to backend other; it is a flag of .*maker"):
         chosen_settings(options)
 

@@ -18,7 +18,7 @@ from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights, WeightsBase
 from anyflow_deploy.cli.calibrate import CalibrateOptions, calibrate
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.export.quantization.calibrate import (
     CalibrationSettings,
     calibration_checkpoint_path,
@@ -289,20 +289,20 @@ def test_refusals_leave_nothing(words: str, message: str, tmp_path: Path, monkey
     (tmp_path / "long.txt").write_text("a red fox " * 600)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(AnyFlowError, match=message):
-        calibrate(parsed(CalibrateOptions, shlex.split(words)))
+        calibrate(parse_options(CalibrateOptions, shlex.split(words)))
     assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("words", ["--steps 0", "--seeds x", "--frames 0", "--promts p.txt"])
 def test_wrong_flags(words: str) -> None:
     with pytest.raises(AnyFlowError, match="--(steps|seeds|frames|promts)"):
-        parsed(CalibrateOptions, ["--model", "tiny", *shlex.split(words)])
+        parse_options(CalibrateOptions, ["--model", "tiny", *shlex.split(words)])
 
 
 def test_the_command_says_where_the_text_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "c.json"
     words = f"--model tiny --random-weights --frames 1 --height 16 --width 16 --steps 1 --output {output}"
-    assert calibrate(parsed(CalibrateOptions, shlex.split(words))) == 0
+    assert calibrate(parse_options(CalibrateOptions, shlex.split(words))) == 0
     captured = capsys.readouterr()
     assert "no text encoder" in captured.err and captured.out == ""
     assert load_calibration(output).text == "random" and not calibration_checkpoint_path(output).exists()

@@ -323,7 +323,7 @@ def test_the_last_layer_of_compression_computes_keys_and_values_alone(export_onc
 
 
 def test_a_causal_profile_has_chunks(export_once: Export, tmp_path: Path) -> None:
-    from anyflow_deploy.cli.options import parsed
+    from anyflow_deploy.cli.options import parse_options
     from anyflow_deploy.cli.profile_bundle import ProfileOptions, profile
     from anyflow_deploy.profiling.record import Profile
 
@@ -331,7 +331,7 @@ def test_a_causal_profile_has_chunks(export_once: Export, tmp_path: Path) -> Non
     assert_operations_match_graph(causal)
     flags = f"--threads 1 --steps 1,2 --shapes 64x64x29 --seconds 0.2 --skip ceilings --json {tmp_path}/p.json"
     words = f"{causal.path} {flags} --html {tmp_path}/p.html".split()
-    assert profile(parsed(ProfileOptions, words)) == 0
+    assert profile(parse_options(ProfileOptions, words)) == 0
     read = Profile.model_validate_json((tmp_path / "p.json").read_text())
     (point,) = read.points
     assert sum(point.chunks[0].frames) == point.frames == 29 and point.chunks[0].cached_tokens[0] == 0

@@ -18,12 +18,12 @@ from safetensors.numpy import load_file
 from anyflow_deploy import MODELS, AnyFlowError, Bundle, Schedule, load_engine, noise
 from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
 from anyflow_deploy.cli.generate import GenerateOptions, generate
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines.sampler import Chunk, stream
 from anyflow_deploy.engines.step_policy import FirstChunkPolicy
 from anyflow_deploy.pipelines import video_pipeline
-from anyflow_deploy.pipelines.text_encoder import encoded_prompts, save_embeddings
-from anyflow_deploy.pipelines.vae import StreamingDecoder, decoded_video, encoded_video
+from anyflow_deploy.pipelines.text_encoder import encode_prompts, save_embeddings
+from anyflow_deploy.pipelines.vae import StreamingDecoder, decode_video, encode_video
 from anyflow_deploy.pipelines.video_io import VideoWriter, load_image, load_video, save_video
 
 PROMPT = "a red fox runs in the snow"
@@ -33,7 +33,7 @@ HEIGHT, WIDTH = 32, 64
 
 @pytest.fixture(scope="module")
 def words(far_pipeline: Path) -> NDArray[np.float32]:
-    return encoded_prompts(far_pipeline, [PROMPT], 512)
+    return encode_prompts(far_pipeline, [PROMPT], 512)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_decoding_in_pieces_equals_decoding_the_whole(far_pipeline: Path) -> Non
     decoder = StreamingDecoder(far_pipeline)
     pieces = [decoder.decode(latents[:, a:b]) for a, b in ((0, 1), (1, 4), (4, 6))]
     assert [len(piece) for piece in pieces] == [1, 12, 8]
-    np.testing.assert_array_equal(np.concatenate(pieces), decoded_video(far_pipeline, latents)[0])
+    np.testing.assert_array_equal(np.concatenate(pieces), decode_video(far_pipeline, latents)[0])
 
 
 def test_decoding_in_pieces_equals_diffusers_to_1e_4(far_pipeline: Path) -> None:
@@ -91,7 +91,7 @@ def test_two_decoders_do_not_mix(far_pipeline: Path) -> None:
         for index, decoder in enumerate(decoders):
             pieces[index].append(decoder.decode(both[index][:, start : start + 1]))
     for latents, made in zip(both, pieces, strict=True):
-        np.testing.assert_array_equal(np.concatenate(made), decoded_video(far_pipeline, latents)[0])
+        np.testing.assert_array_equal(np.concatenate(made), decode_video(far_pipeline, latents)[0])
 
 
 @pytest.mark.parametrize(
@@ -111,13 +111,13 @@ def test_pieces_that_do_not_belong_are_refused(far_pipeline: Path, shape: tuple[
 
 def test_encoding_equals_diffusers(far_pipeline: Path) -> None:
     frames = moving(9)
-    ours = encoded_video(far_pipeline, frames)
+    ours = encode_video(far_pipeline, frames)
     assert ours.shape == (1, 3, 16, HEIGHT // 8, WIDTH // 8) and ours.dtype == np.float32
     pipe = AnyFlowFARPipeline.from_pretrained(far_pipeline)
     with torch.no_grad():
         theirs = pipe.encode_video(torch.from_numpy(frames).permute(0, 3, 1, 2)[None] / 255, HEIGHT, WIDTH).numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert decoded_video(far_pipeline, ours).shape == (1, 9, HEIGHT, WIDTH, 3)
+    assert decode_video(far_pipeline, ours).shape == (1, 9, HEIGHT, WIDTH, 3)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_encoding_equals_diffusers(far_pipeline: Path) -> None:
 )
 def test_frames_that_cannot_be_encoded_are_refused(far_pipeline: Path, frames: NDArray[np.uint8], message: str) -> None:
     with pytest.raises(AnyFlowError, match=message):
-        encoded_video(far_pipeline, frames)
+        encode_video(far_pipeline, frames)
 
 
 # Files
@@ -230,7 +230,7 @@ def test_whole_and_streamed_show_the_same(
         assert generate(asked(far_bundle, embeddings, stream=grows, output=tmp_path / name)) == 0
         said = capsys.readouterr().err
         assert all(stage in said for stage in ("first frame", "3 chunks", "text", "engine", "VAE", "mp4"))
-    wanted = decoded_video(far_pipeline, streamed(far_bundle, words))[0]
+    wanted = decode_video(far_pipeline, streamed(far_bundle, words))[0]
     save_video(tmp_path / "wanted.mp4", wanted, 16)
     with VideoWriter(tmp_path / "wanted-grown.mp4", 16, (HEIGHT, WIDTH)) as writer:
         for start, end in ((0, 1), (1, 13), (13, 17)):
@@ -279,7 +279,7 @@ def test_a_video_begins_with_a_picture(
     Image.fromarray(moving(1)[0]).save(tmp_path / "first.png")
     output = tmp_path / "video.mp4"
     generate(asked(far_bundle, embeddings, image=tmp_path / "first.png", stream=grows, output=output))
-    wanted = decoded_video(far_pipeline, encoded_video(far_pipeline, moving(1)))[0]
+    wanted = decode_video(far_pipeline, encode_video(far_pipeline, moving(1)))[0]
     with VideoWriter(tmp_path / "wanted.mp4", 16, (HEIGHT, WIDTH)) as writer:
         writer.append(wanted)
     shown = load_video(output)
@@ -297,7 +297,7 @@ def test_a_picture_and_a_clip_are_context(
     ):
         output = tmp_path / f"{flag}.safetensors"
         generate(asked(far_bundle, embeddings, **{flag: tmp_path / name}, first_steps=3, output=output))
-        context = encoded_video(far_pipeline, frames)
+        context = encode_video(far_pipeline, frames)
         policy = FirstChunkPolicy(Schedule.uniform(3), Schedule.uniform(2))
         wanted = streamed(far_bundle, words, context=context, policy=policy)
         latents = load_file(output)["latents"]
@@ -354,7 +354,7 @@ def test_a_bidirectional_bundle_refuses_causal_flags(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = parsed(GenerateOptions, [str(tiny_bundle.path), "--prompt", PROMPT, flag])
+    options = parse_options(GenerateOptions, [str(tiny_bundle.path), "--prompt", PROMPT, flag])
     name = flag.partition("=")[0]
     with pytest.raises(AnyFlowError, match=rf"{name} needs a causal bundle, and .* is bidirectional \(tiny\)"):
         generate(options)
@@ -362,11 +362,11 @@ def test_a_bidirectional_bundle_refuses_causal_flags(
 
 def test_flags_are_read_from_words() -> None:
     words = ["b", "--prompt", "fox", "--stream", "--chunks", "1,3,3", "--cache-budget", "0.5", "--first-steps", "8"]
-    options = parsed(GenerateOptions, words)
+    options = parse_options(GenerateOptions, words)
     assert (options.stream, options.chunks, options.cache_budget, options.first_steps) == (True, (1, 3, 3), 0.5, 8)
     for chunks in ("1,0", "1,x", ""):
         with pytest.raises(AnyFlowError, match="--chunks is"):
-            parsed(GenerateOptions, ["b", f"--chunks={chunks}"])
+            parse_options(GenerateOptions, ["b", f"--chunks={chunks}"])
 
 
 def test_the_causal_tiny_pipeline_is_diffusers(far_pipeline: Path) -> None:

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from anyflow_deploy import Bundle, Schedule, load_bundle, load_engine, noise, sample, stream
 from anyflow_deploy.cli.build import BuildOptions
 from anyflow_deploy.cli.generate import GenerateOptions
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines.engine_folder import EngineFolder
 from anyflow_deploy.engines.metrics import difference
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden
@@ -252,8 +252,8 @@ def test_our_own_commands_on_the_page() -> None:
     """They are run by other tests; here, that they are understood."""
     words = {shlex.split(line)[0]: shlex.split(line)[1:] for line in COMMANDS if line.startswith("anyflow-")}
     assert set(words) == {"anyflow-build", "anyflow-generate"}
-    parsed(BuildOptions, words["anyflow-build"])
-    parsed(GenerateOptions, words["anyflow-generate"])
+    parse_options(BuildOptions, words["anyflow-build"])
+    parse_options(GenerateOptions, words["anyflow-generate"])
 
 
 @pytest.mark.parametrize(

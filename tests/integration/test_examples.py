@@ -100,12 +100,12 @@ def test_http_client(service: str, tiny_bundle: Bundle, tmp_path: Path) -> None:
 @pytest.mark.triton
 @pytest.mark.skipif(not (TRITON / ".ready").exists(), reason="no Triton Inference Server here; make test-triton gets it")
 def test_triton_client(far_bundle: Bundle, tmp_path: Path) -> None:
-    from anyflow_deploy.cli.options import parsed
+    from anyflow_deploy.cli.options import parse_options
     from anyflow_deploy.cli.tritonserver import TritonOptions, triton
     from tests.triton_server import TritonServer
 
     repository = tmp_path / "models"
-    assert triton(parsed(TritonOptions, [str(far_bundle.path), "--output", str(repository), "--threads", "1"])) == 0
+    assert triton(parse_options(TritonOptions, [str(far_bundle.path), "--output", str(repository), "--threads", "1"])) == 0
     server = TritonServer(TRITON, repository, tmp_path / "log")
     server.start()
     try:

@@ -15,7 +15,7 @@ import pytest
 from anyflow_deploy import BackendError, Bundle, load_bundle, load_engine
 from anyflow_deploy.cli import export as command
 from anyflow_deploy.cli.export import ExportOptions
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines import validation
 from anyflow_deploy.errors import UnavailableError
 from tests.conftest import SMALL, Export
@@ -28,7 +28,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     def export(flags: str) -> tuple[int, Bundle, str]:
         bundle = tmp_path / "bundle"
         words = shlex.split(f"--checkpoint {SMALL} --output {bundle} {flags}")
-        status = command.export(parsed(ExportOptions, words))
+        status = command.export(parse_options(ExportOptions, words))
         said = " ".join(capsys.readouterr().err.split())
         return status, load_bundle(bundle, verify=True), said
 

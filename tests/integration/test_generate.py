@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, Bundle, CheckpointError, Schedule, load_engine, noise, sample
 from anyflow_deploy.cli.generate import GenerateOptions, generate
-from anyflow_deploy.pipelines.text_encoder import encoded_prompts, load_embeddings
-from anyflow_deploy.pipelines.vae import decoded_video
+from anyflow_deploy.pipelines.text_encoder import encode_prompts, load_embeddings
+from anyflow_deploy.pipelines.vae import decode_video
 from anyflow_deploy.pipelines.video_io import VideoWriter, save_video
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.serving.generator import VideoGenerator
@@ -45,8 +45,8 @@ def test_a_prompt_becomes_a_video(tiny_bundle: Bundle, tmp_path: Path, capsys: p
 def test_the_video_is_the_pipelines(tiny_bundle: Bundle, tiny_pipeline: Path) -> None:
     """Text, sampling and decoding together equal diffusers' own pipeline from the same noise."""
     latents = noise((1, 2, 16, 4, 6), 5)
-    words = encoded_prompts(tiny_pipeline, [PROMPT], 512)
-    ours = decoded_video(tiny_pipeline, sample(load_engine(tiny_bundle), latents, words, Schedule.uniform(4)))
+    words = encode_prompts(tiny_pipeline, [PROMPT], 512)
+    ours = decode_video(tiny_pipeline, sample(load_engine(tiny_bundle), latents, words, Schedule.uniform(4)))
     pipe = AnyFlowPipeline.from_pretrained(tiny_pipeline)
     pipe.set_progress_bar_config(disable=True)
     start = torch.from_numpy(latents).permute(0, 2, 1, 3, 4)
@@ -82,7 +82,7 @@ def test_the_seed_decides_the_noise(tiny_bundle: Bundle, tmp_path: Path) -> None
 def test_your_own_sigmas(tiny_bundle: Bundle, tmp_path: Path) -> None:
     path = tmp_path / "z.safetensors"
     generate(GenerateOptions(bundle=tiny_bundle.path, prompt=PROMPT, sigmas="1,0.5", frames=1, height=16, width=16, output=path))
-    words = encoded_prompts(Path(tiny_bundle.manifest.source.location), [PROMPT], 512)
+    words = encode_prompts(Path(tiny_bundle.manifest.source.location), [PROMPT], 512)
     wanted = sample(load_engine(tiny_bundle), noise((1, 1, 16, 2, 2), 0), words, Schedule.from_sigmas([1, 0.5]))
     np.testing.assert_array_equal(load_file(path)["latents"], wanted)
 
@@ -158,4 +158,4 @@ def test_a_served_video_is_decoded_in_pieces_and_is_the_same(
             video = server.create_and_wait(prompt=PROMPT, num_frames=17, size="96x64", num_inference_steps=2, seed=3)
         assert (video["status"], video["steps"], video["chunks"]) == ("completed", [2], 2)
         whole = sample(pipe.engine, noise((1, 5, 16, 8, 12), 3), pipe.encode_prompt(PROMPT), Schedule.uniform(2))
-    np.testing.assert_array_equal(np.concatenate(pieces), decoded_video(tiny_pipeline, whole)[0])
+    np.testing.assert_array_equal(np.concatenate(pieces), decode_video(tiny_pipeline, whole)[0])

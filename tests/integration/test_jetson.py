@@ -22,7 +22,7 @@ from anyflow_deploy.cli.export import export
 from anyflow_deploy.cli.fit import fit
 from anyflow_deploy.cli.generate import generate
 from anyflow_deploy.cli.inspect_bundle import inspect
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.cli.profile_bundle import profile
 from anyflow_deploy.engines.build import build_engine
 from anyflow_deploy.engines.engine_folder import load_engine_folder
@@ -72,7 +72,7 @@ def write(root: Path, **files: str) -> None:
 def test_every_command_of_ours_parses() -> None:
     assert {words[0] for words in OURS} == {*WORK, "anyflow-doctor"}
     for words in OURS:
-        parsed(COMMANDS[words[0]], words[1:])
+        parse_options(COMMANDS[words[0]], words[1:])
 
 
 @on_an_orin
@@ -90,7 +90,7 @@ def test_every_command_of_ours_runs(
         if words[0] == "anyflow-generate":
             small = [*small, "--height", "32", "--width", "48", "--frames", "5"]
             small = [word.replace("20s", "200ms") for word in small]
-        options = parsed(COMMANDS[words[0]], small[1:])
+        options = parse_options(COMMANDS[words[0]], small[1:])
         if words[0] == "anyflow-doctor":
             continue
         if words[0] == "anyflow-profile" and "--backend" in words:

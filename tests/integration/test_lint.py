@@ -23,7 +23,7 @@ from anyflow_deploy import AnyFlowError, Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import GRAPHS
 from anyflow_deploy.cli import lint as shown
 from anyflow_deploy.cli.inspect_bundle import InspectOptions, inspect
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines.tensorrt.lint import lint as tensorrt_lint
 from anyflow_deploy.engines.tensorrt.lint import model_rules, node_rules, qdq_rules
 from anyflow_deploy.engines.tensorrt.lint.lint import Finding, lint, lint_bundle
@@ -438,8 +438,8 @@ def test_the_flags_refuse_nonsense() -> None:
         (["b", "--lint", "--tensorrt", "x"], "allowed is a number like 10.3 or 11.4"),
     ):
         with pytest.raises(AnyFlowError, match=message):
-            parsed(InspectOptions, words)
-    assert parsed(InspectOptions, ["b", "--lint", "--tensorrt", "10.3,11.4"]).tensorrt == (OLD, NEW)
+            parse_options(InspectOptions, words)
+    assert parse_options(InspectOptions, ["b", "--lint", "--tensorrt", "10.3,11.4"]).tensorrt == (OLD, NEW)
 
 
 def test_a_damaged_graph_is_a_bundle_error(copied: Path) -> None:

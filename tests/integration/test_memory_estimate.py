@@ -11,7 +11,7 @@ import pytest
 
 from anyflow_deploy import MODELS, Bundle
 from anyflow_deploy.cli.fit import FitOptions, default_shape, fit, show_fit
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.estimate import (
     FIT_PRECISIONS,
@@ -30,7 +30,7 @@ H100, CPU = TARGETS["h100"], TARGETS["cpu"]
 
 
 def run(line: str) -> int:
-    return fit(parsed(FitOptions, shlex.split(line)))
+    return fit(parse_options(FitOptions, shlex.split(line)))
 
 
 # Parameters
@@ -204,7 +204,7 @@ def test_a_window_is_advised_where_the_cache_is_too_large(capsys: pytest.Capture
 )
 def test_mistakes_are_refused_before_work(line: str, message: str) -> None:
     with pytest.raises(AnyFlowError, match=message):
-        parsed(FitOptions, shlex.split(line))
+        parse_options(FitOptions, shlex.split(line))
 
 
 # Before an export
@@ -233,7 +233,7 @@ def test_an_export_is_judged_by_its_largest_declared_shape(capsys: pytest.Captur
 def test_another_variant_of_a_device() -> None:
     """The system's share is that of the row, or a third of little memory."""
     for line, available in (("orin --memory 32", 26e9), ("orin-nano --memory 4", 4e9 * 2 / 3), ("orin-nano", 5.5e9)):
-        device = parsed(FitOptions, shlex.split(f"--model 1.3b --target {line}")).device
+        device = parse_options(FitOptions, shlex.split(f"--model 1.3b --target {line}")).device
         assert device is not None and available_memory(device) == pytest.approx(available)
 
 

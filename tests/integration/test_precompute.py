@@ -16,11 +16,11 @@ import torch
 from webdataset import WebDataset
 
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.cli.precompute import PROGRAM, PrecomputeOptions, work
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.pipelines.text_encoder import encoded_prompts
-from anyflow_deploy.pipelines.vae import encoded_video
+from anyflow_deploy.pipelines.text_encoder import encode_prompts
+from anyflow_deploy.pipelines.vae import encode_video
 from anyflow_deploy.pipelines.video_io import load_video, save_video
 from anyflow_deploy.training.data import precompute as module
 from anyflow_deploy.training.data.clips import read_clip
@@ -47,7 +47,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(clips: Path, pipeline: Path, output: Path, **changed: str) -> PrecomputeOptions:
     values = {"frames": "5", "height": "32", "width": "48", "text_tokens": "64", "shard_samples": "2", **changed}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-    return parsed(PrecomputeOptions, [str(clips), f"--checkpoint={pipeline}", f"--output={output}", *flags])
+    return parse_options(PrecomputeOptions, [str(clips), f"--checkpoint={pipeline}", f"--output={output}", *flags])
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +71,8 @@ def test_shards_hold_what_the_encoders_make(clips: Path, tiny_pipeline: Path, ma
         assert one["txt"].decode() == caption
         tensors = safetensors.torch.load(one["safetensors"])
         frames = load_video(clips / f"{one['__key__']}.mp4")
-        assert torch.equal(tensors["latents"], torch.from_numpy(encoded_video(tiny_pipeline, frames))[0])
-        text = torch.from_numpy(encoded_prompts(tiny_pipeline, [caption], 64))[0]
+        assert torch.equal(tensors["latents"], torch.from_numpy(encode_video(tiny_pipeline, frames))[0])
+        text = torch.from_numpy(encode_prompts(tiny_pipeline, [caption], 64))[0]
         length = len(tensors["text"])
         assert torch.equal(tensors["text"], text[:length]) and not text[length:].any() and length < 64
 
@@ -202,4 +202,4 @@ def test_a_clip_plays_as_fast_as_it_was_and_is_cut_in_the_middle(tmp_path: Path)
 def test_the_examples_parse() -> None:
     for example in PrecomputeOptions.EXAMPLES:
         words = shlex.split(example)
-        assert words[0] == PROGRAM and parsed(PrecomputeOptions, words[1:]).output == Path("shards")
+        assert words[0] == PROGRAM and parse_options(PrecomputeOptions, words[1:]).output == Path("shards")

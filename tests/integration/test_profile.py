@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from anyflow_deploy import MODELS, Bundle
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.cli.profile_bundle import ProfileOptions, profile
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.estimate import LatentShape
@@ -30,7 +30,7 @@ SMALL_SHAPE = "64x96x5"
 
 
 def run(line: str) -> int:
-    return profile(parsed(ProfileOptions, shlex.split(line)))
+    return profile(parse_options(ProfileOptions, shlex.split(line)))
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_a_stream_is_the_sum_of_its_chunks() -> None:
 )
 def test_wrong_flags_are_refused(line: str, message: str) -> None:
     with pytest.raises(AnyFlowError, match=re.escape(message)):
-        parsed(ProfileOptions, shlex.split(line))
+        parse_options(ProfileOptions, shlex.split(line))
 
 
 def test_what_cannot_be_measured_or_written_is_refused_before_work(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -302,7 +302,7 @@ def test_every_command_in_the_documentation_runs(tiny_bundle: Bundle, tmp_path: 
     ran = 0
     for line in lines:
         words = shlex.split(line, comments=True)[1:]
-        options = parsed(ProfileOptions, words)
+        options = parse_options(ProfileOptions, words)
         if "--backend" in words:
             continue
         if options.compare is None and not options.estimate:

@@ -139,11 +139,11 @@ def test_the_container_serves() -> None:
 
 
 def test_the_containers_command_is_one_of_anyflow_serve() -> None:
-    from anyflow_deploy.cli.options import parsed
+    from anyflow_deploy.cli.options import parse_options
     from anyflow_deploy.cli.serve import ServeOptions
 
     (command,) = re.findall(r"^CMD (\[.*\])$", DOCKERFILE, re.MULTILINE)
-    options = parsed(ServeOptions, yaml.safe_load(command))
+    options = parse_options(ServeOptions, yaml.safe_load(command))
     assert (str(options.bundle), options.host) == ("/bundle", "0.0.0.0")
     assert f"EXPOSE {options.port}\n" in DOCKERFILE
 

@@ -25,7 +25,7 @@ from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.fit import FitOptions
 from anyflow_deploy.cli.generate import GenerateOptions
 from anyflow_deploy.cli.inspect_bundle import InspectOptions
-from anyflow_deploy.cli.options import Options, parsed
+from anyflow_deploy.cli.options import Options, parse_options
 from anyflow_deploy.cli.precompute import PrecomputeOptions
 from anyflow_deploy.cli.profile_bundle import ProfileOptions
 from anyflow_deploy.cli.sensitivity import SensitivityOptions
@@ -95,7 +95,7 @@ def test_the_examples_in_the_help_parse(command: str) -> None:
     for example in COMMANDS[command].EXAMPLES:
         words = shlex.split(example)
         assert words[0] == command
-        parsed(COMMANDS[command], words[1:])
+        parse_options(COMMANDS[command], words[1:])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_every_command_is_in_the_readme_or_the_tutorial_and_parses() -> None:
     commands = commands_in(README) + commands_in(TUTORIAL)
     assert {words[0] for words in commands} == set(COMMANDS)
     for words in commands:
-        parsed(COMMANDS[words[0]], words[1:])
+        parse_options(COMMANDS[words[0]], words[1:])
 
 
 def test_the_commands_of_readme_and_tutorial_run(

@@ -11,7 +11,7 @@ import pytest
 from anyflow_deploy import AnyFlowError, load_bundle
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.export import ExportOptions, export
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.cli.quantize import layers_kept
 from anyflow_deploy.cli.sensitivity import SensitivityOptions, sensitivity
 from anyflow_deploy.export.quantization.calibrate import write_calibration
@@ -23,7 +23,7 @@ from tests.integration.test_quantization_plan import WIDE_HEADS, made_up
 
 
 def run_export(words: str) -> int:
-    return export(parsed(ExportOptions, shlex.split(words)))
+    return export(parse_options(ExportOptions, shlex.split(words)))
 
 
 def test_it_calibrates_by_itself_and_ends_with_valid(
@@ -59,7 +59,7 @@ def test_it_chooses_what_stays_high_and_sensitivity_reads_the_bundles_own_ranges
     assert set(kept.values()) <= {"asked for"}
     if choice == "--keep-layers 2":
         options = f"{bundle} --frames 1 --height 64 --width 64 --steps 1 --keep-layers 2"
-        assert sensitivity(parsed(SensitivityOptions, shlex.split(options))) == 0
+        assert sensitivity(parse_options(SensitivityOptions, shlex.split(options))) == 0
         assert (bundle / "sensitivity.json").is_file()
 
 
@@ -84,7 +84,7 @@ def test_it_chooses_what_stays_high_and_sensitivity_reads_the_bundles_own_ranges
 )
 def test_flags_that_do_not_go_together(words: str, message: str) -> None:
     with pytest.raises(AnyFlowError, match=message):
-        parsed(ExportOptions, ["--model", "tiny", *shlex.split(words)])
+        parse_options(ExportOptions, ["--model", "tiny", *shlex.split(words)])
 
 
 def test_choosing_layers_starts_only_with_ranges_of_these_weights_and_a_number_there_is(
@@ -113,7 +113,9 @@ def test_layers_are_chosen_with_attention_as_it_will_be(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("anyflow_deploy.cli.quantize.probe_for", probe)
     for attention in ("fp8", "high"):
-        options = parsed(ExportOptions, shlex.split(f"--model tiny --precision fp8 --attention {attention} --min-psnr 30dB"))
+        options = parse_options(
+            ExportOptions, shlex.split(f"--model tiny --precision fp8 --attention {attention} --min-psnr 30dB")
+        )
         with pytest.raises(AnyFlowError, match="far enough"):
             layers_kept(options, options.spec, weights, made_up(WIDE_HEADS), NullProgress())
         assert given["spec"] == PrecisionSpec("fp8", "fp32", attention)

@@ -13,7 +13,7 @@ import torch
 from anyflow_deploy import AnyFlowError, Schedule, noise, sample
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.weights import Weights
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.cli.sensitivity import SensitivityOptions, sensitivity
 from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.quantization.calibrate import run_calibration, write_calibration
@@ -227,14 +227,14 @@ def test_the_report_survives_layers_that_broke_the_video(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("given", "value"), [("30dB", 30.0), ("30", 30.0), ("42.5 db", 42.5)])
 def test_decibels_may_say_so(given: str, value: float) -> None:
-    assert parsed(SensitivityOptions, ["bundle", f"--min-psnr={given}"]).min_psnr == value
+    assert parse_options(SensitivityOptions, ["bundle", f"--min-psnr={given}"]).min_psnr == value
 
 
 def test_the_command(small_bundle: Export, calibration: Calibration, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle, file = small_bundle().path, tmp_path / "calibration.json"
     write_calibration(file, calibration)
     words = f"{bundle} --calibration {file} --frames 1 --height 64 --width 64 --steps 1 --keep-layers 2 --output {tmp_path}"
-    assert sensitivity(parsed(SensitivityOptions, shlex.split(words))) == 0
+    assert sensitivity(parse_options(SensitivityOptions, shlex.split(words))) == 0
     found = load_sensitivity(tmp_path / "sensitivity.json")
     assert found.precision == "int8" and found.shape[-2:] == [8, 8] and (tmp_path / "sensitivity.png").is_file()
     said = capsys.readouterr()
@@ -246,9 +246,9 @@ def test_the_command_needs_a_calibration_of_these_weights(
 ) -> None:
     options = f"{small_bundle().path} --output {tmp_path}"
     with pytest.raises(AnyFlowError, match=r"calibration\.json does not exist\. Make one: anyflow-calibrate"):
-        sensitivity(parsed(SensitivityOptions, shlex.split(options)))
+        sensitivity(parse_options(SensitivityOptions, shlex.split(options)))
     write_calibration(tmp_path / "other.json", outlier[1])
     with pytest.raises(AnyFlowError, match="this calibration is of the weights"):
-        sensitivity(parsed(SensitivityOptions, shlex.split(f"{options} --calibration {tmp_path / 'other.json'}")))
+        sensitivity(parse_options(SensitivityOptions, shlex.split(f"{options} --calibration {tmp_path / 'other.json'}")))
     with pytest.raises(AnyFlowError, match="give one of --keep-layers N and --min-psnr DB"):
-        parsed(SensitivityOptions, ["bundle", "--keep-layers", "1", "--min-psnr", "30"])
+        parse_options(SensitivityOptions, ["bundle", "--keep-layers", "1", "--min-psnr", "30"])

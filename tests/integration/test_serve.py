@@ -20,7 +20,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from anyflow_deploy import AnyFlowError
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.cli.serve import ServeOptions, _token, serve
 from anyflow_deploy.pipelines.video_io import VideoWriter, piece_frames
 from anyflow_deploy.serving.errors import api_error
@@ -419,7 +419,7 @@ def test_other_machines_need_a_token(
         monkeypatch.setenv("ANYFLOW_TOKEN", variable)
     (tmp_path / "token").write_text("with a space in it, long enough\n")
     with pytest.raises(AnyFlowError, match=message):
-        serve(parsed(ServeOptions, ["bundle", *flags.format(file=tmp_path / "token").split()]))
+        serve(parse_options(ServeOptions, ["bundle", *flags.format(file=tmp_path / "token").split()]))
     monkeypatch.setenv("ANYFLOW_TOKEN", TOKEN)
     assert _token(ServeOptions(bundle=tmp_path, host="0.0.0.0")) == TOKEN
 

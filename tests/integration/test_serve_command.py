@@ -175,13 +175,13 @@ def test_the_documents_python_runs(command: Command, tmp_path: Path, monkeypatch
 
 
 def test_the_documents_commands_for_other_machines_are_flags_there_are() -> None:
-    from anyflow_deploy.cli.options import parsed
+    from anyflow_deploy.cli.options import parse_options
     from anyflow_deploy.cli.serve import ServeOptions
 
     lines = [line.split("#")[0].split() for line in DOCUMENT.splitlines() if line.startswith("anyflow-serve ")]
     assert len(lines) == 2
     for words in lines:
-        parsed(ServeOptions, words[1:])
+        parse_options(ServeOptions, words[1:])
     flags = set(re.findall(r"`(--[a-z-]+)", DOCUMENT))
     assert flags <= {f"--{name.replace('_', '-')}" for name in ServeOptions.model_fields}
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, noise, sample
 from anyflow_deploy.cli import options as reading
 from anyflow_deploy.cli.generate import GenerateOptions, generate
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.cli.step_report import StepReport, stop_on_interrupt
 from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.engines.step_policy import FirstChunkPolicy, ProgressTracker, StepSettings
@@ -44,13 +44,13 @@ def latents_of(request: dict[str, object], steps: int) -> np.ndarray:
     ("given", "seconds"), [("1500ms", 1.5), ("1.5s", 1.5), ("2m", 120), (".5 min", 30), ("1S", 1), ("0.25 s", 0.25)]
 )
 def test_lengths_of_time(given: str, seconds: float) -> None:
-    assert parsed(GenerateOptions, [*WORDS, "--deadline", given]).deadline == pytest.approx(seconds)
+    assert parse_options(GenerateOptions, [*WORDS, "--deadline", given]).deadline == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("given", ["1500", "0s", "s", "1.5h", "1e3s", "1s 500ms", "nan s", "9" * 400 + "s"])
 def test_no_lengths_of_time(given: str) -> None:
     with pytest.raises(AnyFlowError, match="--deadline is .*") as error:
-        parsed(GenerateOptions, [*WORDS, "--deadline", given])
+        parse_options(GenerateOptions, [*WORDS, "--deadline", given])
     assert "1500ms, 1.5s or 2m" in str(error.value) or "finite" in str(error.value)
 
 
@@ -65,7 +65,7 @@ def test_no_lengths_of_time(given: str) -> None:
 )
 def test_flags_that_contradict(flags: str, message: str) -> None:
     with pytest.raises(AnyFlowError, match=message):
-        generate(parsed(GenerateOptions, [*WORDS, *flags.split()]))
+        generate(parse_options(GenerateOptions, [*WORDS, *flags.split()]))
 
 
 def test_a_deadline_with_time_enough_makes_the_steps_it_may(small: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:

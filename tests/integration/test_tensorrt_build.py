@@ -20,7 +20,7 @@ import pytest
 
 from anyflow_deploy import AnyFlowError, BackendError, Bundle, ShapeError, load_bundle
 from anyflow_deploy.cli.build import BuildOptions, build
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines.build import build_engine
 from anyflow_deploy.engines.engine_folder import load_engine_folder
 from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
@@ -43,7 +43,7 @@ def copied(bundle: Bundle, folder: Path) -> Bundle:
 
 
 def command(bundle: Bundle, words: str = f"--shapes {SIZE}") -> dict[str, Any]:
-    assert build(parsed(BuildOptions, [str(bundle.path), "--backend", "tensorrt", *words.split()])) == 0
+    assert build(parse_options(BuildOptions, [str(bundle.path), "--backend", "tensorrt", *words.split()])) == 0
     record: dict[str, Any] = json.loads((bundle.path / "engines/tensorrt-cuda/engine.json").read_text())
     return record
 

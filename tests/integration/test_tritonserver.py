@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, noise, stream
 from anyflow_deploy.bundle.manifest import FileRecord
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.cli.tritonserver import TritonOptions, triton
 from anyflow_deploy.engines.engine_folder import DeviceRecord, EngineFolder, EngineRecord
 from anyflow_deploy.engines.kv_cache import fit_chunks
@@ -49,7 +49,7 @@ def config_of(folder: Path) -> Any:
 
 
 def written(bundle: Bundle, folder: Path, *flags: str) -> Path:
-    assert triton(parsed(TritonOptions, [str(bundle.path), "--output", str(folder), *flags])) == 0
+    assert triton(parse_options(TritonOptions, [str(bundle.path), "--output", str(folder), *flags])) == 0
     return folder / "anyflow"
 
 
@@ -126,7 +126,7 @@ def test_a_model_that_is_there_stays(far_bundle: Bundle, tmp_path: Path) -> None
 )
 def test_wrong_flags(flags: list[str], message: str) -> None:
     with pytest.raises(AnyFlowError, match=message.replace("?", r"\?")):
-        parsed(TritonOptions, ["bundle", "--output", "models", *flags])
+        parse_options(TritonOptions, ["bundle", "--output", "models", *flags])
 
 
 def plan(bundle: Bundle, folder: Path, **settings: Any) -> EngineFolder:
@@ -166,7 +166,7 @@ def test_the_document_lists_every_tensor_parameter_and_metric() -> None:
         assert f"| `{port.name}` | {port.type}" in DOCUMENT and f"| {port.about} |" in DOCUMENT
     for line in DOCUMENT.splitlines():
         if line.startswith("anyflow-triton"):
-            parsed(TritonOptions, shlex.split(line, comments=True)[1:])
+            parse_options(TritonOptions, shlex.split(line, comments=True)[1:])
     left_out = {"bundle", "pipeline", "text", "vae", "backend", "engine"}  # written by the flags that name them
     assert not [name for name in Settings.model_fields if f"`{name}`" not in DOCUMENT and name not in left_out]
     source = Path(sys.modules["anyflow_deploy.engines.tritonserver"].__file__ or "").parent / "metrics.py"

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from anyflow_deploy import Bundle, Schedule, load_engine, noise, sample, stream
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.cli.tritonserver import TritonOptions, triton
-from anyflow_deploy.pipelines.text_encoder import encoded_prompts
+from anyflow_deploy.pipelines.text_encoder import encode_prompts
 from anyflow_deploy.pipelines.vae import StreamingDecoder
 from anyflow_deploy.pipelines.video_io import load_video
 from tests.fakes.serving import eventually
@@ -119,7 +119,7 @@ def repository(far_bundle: Bundle, tiny_bundle: Bundle, tmp_path_factory: pytest
     limits = ["--threads", "1", "--max-streams", str(STREAMS), "--max-waiting", str(WAITING), "--max-steps", "400"]
     for bundle, name in ((far_bundle, "anyflow"), (tiny_bundle, "flat")):
         words = [str(bundle.path), "--output", str(folder), "--name", name, *limits]
-        assert triton(parsed(TritonOptions, words)) == 0
+        assert triton(parse_options(TritonOptions, words)) == 0
     return folder
 
 
@@ -142,7 +142,7 @@ def server(repository: Path) -> Iterator[TritonServer]:
 def expected(far_bundle: Bundle, far_pipeline: Path) -> list[np.ndarray[Any, Any]]:
     """The chunks of `made`, by this project's own loop in this process."""
     video = far_bundle.manifest.video
-    text = encoded_prompts(far_pipeline, [PROMPT], video.text_tokens)
+    text = encode_prompts(far_pipeline, [PROMPT], video.text_tokens)
     engine = load_engine(far_bundle, threads=1)
     shape = far_bundle.manifest.latent_shape(29, None, None)
     from anyflow_deploy.engines.kv_cache import fit_chunks
@@ -206,7 +206,7 @@ def test_frames_and_mp4_show_the_same(
 def test_embeddings_stand_in_for_the_prompt(
     server: TritonServer, expected: list[np.ndarray[Any, Any]], far_bundle: Bundle, far_pipeline: Path
 ) -> None:
-    text = encoded_prompts(far_pipeline, [PROMPT], far_bundle.manifest.video.text_tokens)
+    text = encode_prompts(far_pipeline, [PROMPT], far_bundle.manifest.video.text_tokens)
     given = {"prompt_embeds": text[0], "seed": 7, "num_frames": 29, "num_inference_steps": 2, "output_type": "latents"}
     for chunk, latents in zip(Stream(server, **given).rest(), expected, strict=True):
         np.testing.assert_allclose(chunk["latents"], latents, atol=1e-5)
@@ -215,7 +215,7 @@ def test_embeddings_stand_in_for_the_prompt(
 def test_a_bidirectional_model(server: TritonServer, tiny_bundle: Bundle, tiny_pipeline: Path) -> None:
     chunks = made(server, model="flat", num_frames=17, output_type="latents")
     manifest = tiny_bundle.manifest
-    text = encoded_prompts(tiny_pipeline, [PROMPT], manifest.video.text_tokens)
+    text = encode_prompts(tiny_pipeline, [PROMPT], manifest.video.text_tokens)
     start = noise((1, *manifest.latent_shape(17, None, None)), 7)
     wanted = sample(load_engine(tiny_bundle, threads=1), start, text, Schedule.uniform(2, manifest.schedule.shift))
     np.testing.assert_allclose(np.concatenate([chunk["latents"] for chunk in chunks]), wanted[0], atol=1e-5)

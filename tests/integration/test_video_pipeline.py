@@ -19,7 +19,7 @@ from anyflow_deploy.engines.step_policy import StepSettings
 from anyflow_deploy.errors import InvalidRequestError
 from anyflow_deploy.pipelines import video_pipeline
 from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
-from anyflow_deploy.pipelines.vae import encoded_video
+from anyflow_deploy.pipelines.vae import encode_video
 from anyflow_deploy.pipelines.video_io import load_video
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from tests.fakes.serving import fake_manifest
@@ -97,7 +97,7 @@ def test_a_video_begins_with_a_picture(far_bundle: Bundle, far_pipeline: Path) -
         chunks = list(pipe.stream(image=picture, chunks=(1, 3, 1), **options))
         video = pipe(image=picture, chunks=(1, 3, 1), **options)
     assert [chunk.given for chunk in chunks] == [True, False, False]
-    np.testing.assert_array_equal(chunks[0].latents, encoded_video(far_pipeline, picture[None]))
+    np.testing.assert_array_equal(chunks[0].latents, encode_video(far_pipeline, picture[None]))
     assert video.report is not None and video.report.steps == (1, 1)
 
 

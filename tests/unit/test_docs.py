@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import anyflow_deploy
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from tools.docs_site import COMMANDS, generated_pages
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +123,7 @@ def test_every_command_in_a_document_parses(path: Path) -> None:
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words and words[0] in COMMANDS:
-                parsed(COMMANDS[words[0]], words[1:])
+                parse_options(COMMANDS[words[0]], words[1:])
 
 
 @each_document

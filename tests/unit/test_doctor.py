@@ -16,7 +16,7 @@ import pytest
 from anyflow_deploy import AnyFlowError
 from anyflow_deploy.cli.doctor import doctor
 from anyflow_deploy.cli.doctor_options import DoctorOptions
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.doctor import compiler, cpp, gpu, machine, packages, probes, subprocess_probe
 from anyflow_deploy.doctor.backends import PRECISIONS, REQUIREMENTS, check_requirement, judge_backends
 from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Probe, ProbeResult, run_probes
@@ -371,7 +371,7 @@ def test_misspelt_requirements(wish: str, provider: str | None, message: str) ->
 
 def test_a_provider_of_nothing() -> None:
     with pytest.raises(AnyFlowError, match="give --require, or leave --provider out"):
-        parsed(DoctorOptions, ["--provider", "cuda"])
+        parse_options(DoctorOptions, ["--provider", "cuda"])
 
 
 def test_backends_and_probes_name_each_other() -> None:
@@ -454,7 +454,7 @@ def test_it_can_be_interrupted() -> None:
         "def look():\n"
         "    print('looking', flush=True)\n"
         "    time.sleep(600)\n"
-        "doctor.looked = look\n"
+        "doctor.probe_machine = look\n"
         "doctor.main()\n"
     )
     process = subprocess.Popen(

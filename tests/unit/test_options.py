@@ -22,7 +22,7 @@ from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.fit import FitOptions
 from anyflow_deploy.cli.generate import GenerateOptions
 from anyflow_deploy.cli.inspect_bundle import InspectOptions
-from anyflow_deploy.cli.options import Numbers, Options, Steps, help_of, parsed, run
+from anyflow_deploy.cli.options import Numbers, Options, Steps, help_of, parse_options, run
 from anyflow_deploy.cli.validate import ValidateOptions
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.shape_ranges import Range
@@ -58,7 +58,7 @@ class Two(Options):
 
 def given_by(options: type[Options], line: str) -> dict[str, object]:
     """What a command line sets, defaults left out."""
-    return parsed(options, shlex.split(line)).model_dump(exclude_unset=True)
+    return parse_options(options, shlex.split(line)).model_dump(exclude_unset=True)
 
 
 def flag_of(name: str, field: FieldInfo) -> str:
@@ -138,18 +138,18 @@ def test_values_arrive(line: str, values: dict[str, object]) -> None:
 )
 @pytest.mark.parametrize("words", [("--prompt={}",), ("--prompt", "{}"), ("--note={}",)])
 def test_text_stays_text(words: tuple[str, ...], text: str) -> None:
-    options = parsed(Small, ["b", *(word.format(text) if "{" in word else word for word in words)])
+    options = parse_options(Small, ["b", *(word.format(text) if "{" in word else word for word in words)])
     assert text in (options.prompt, options.note)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 def test_any_text_survives_behind_an_equals_sign(text: str) -> None:
-    assert parsed(Small, ["b", f"--prompt={text}"]).prompt == text
+    assert parse_options(Small, ["b", f"--prompt={text}"]).prompt == text
 
 
 @pytest.mark.parametrize("bundle", ["1.3", "007", "True", "__doc__", "__class__", "FIRE_METADATA", "with space", "a,b"])
 def test_any_name_is_a_bundle(bundle: str) -> None:
-    assert parsed(Small, [bundle]).bundle == Path(bundle)
+    assert parse_options(Small, [bundle]).bundle == Path(bundle)
 
 
 def test_two_positional_arguments() -> None:
@@ -161,7 +161,7 @@ def test_two_positional_arguments() -> None:
 def test_the_words_of_another_program_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["pytest", "surplus", "--nonsense"])
     with pytest.raises(AnyFlowError, match=r"^bundle is missing: the folder\.$"):
-        parsed(Small, [])
+        parse_options(Small, [])
 
 
 # What is refused
@@ -202,19 +202,19 @@ def test_the_words_of_another_program_are_not_read(monkeypatch: pytest.MonkeyPat
 )
 def test_mistakes_are_answered_with_one_sentence(line: str, message: str) -> None:
     with pytest.raises(AnyFlowError, match=f"^{message}$"):
-        parsed(Small, shlex.split(line))
+        parse_options(Small, shlex.split(line))
 
 
 @pytest.mark.parametrize("line", ["b --prompt", "b --prompt --dry-run", "--prompt --seed 3 b", "b --note"])
 def test_a_text_flag_needs_a_value(line: str) -> None:
     with pytest.raises(AnyFlowError, match=r"^--(prompt|note) .*value"):
-        parsed(Small, shlex.split(line))
+        parse_options(Small, shlex.split(line))
 
 
 @pytest.mark.parametrize("flag", ["--noprompt", "--no-prompt", "--nodry-run", "--no-dry-run", "--nobundle", "--notes"])
 def test_fires_own_negations_are_unknown_flags(flag: str) -> None:
     with pytest.raises(AnyFlowError, match=rf"^unknown flag {flag}\."):
-        parsed(Small, ["b", flag])
+        parse_options(Small, ["b", flag])
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_fires_own_separators_are_refused(line: str, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("code.InteractiveConsole.interact", lambda *_, **__: pytest.fail("an interpreter was started"))
     with pytest.raises(AnyFlowError, match="-"):
-        parsed(Small, shlex.split(line))
+        parse_options(Small, shlex.split(line))
 
 
 # The real commands
@@ -254,17 +254,17 @@ def test_every_flag_misspelt_is_answered_with_the_right_one(options: type[Option
     for name, field in options.model_fields.items():
         flag = flag_of(name, field)
         with pytest.raises(AnyFlowError, match=rf"^unknown flag {flag}x\. Did you mean '{flag}'\?$"):
-            parsed(options, [f"{flag}x=1"])
+            parse_options(options, [f"{flag}x=1"])
 
 
 @pytest.mark.parametrize("line", ["b --json", "--json b", "--json --verify b"])
 def test_inspect_takes_json(line: str) -> None:
-    options = parsed(InspectOptions, shlex.split(line))
+    options = parse_options(InspectOptions, shlex.split(line))
     assert (options.bundle, options.json_output) == (Path("b"), True)
 
 
 def test_export_lines() -> None:
-    options = parsed(
+    options = parse_options(
         ExportOptions, shlex.split("--random_weights --model tiny --frames 1:81 --height 480 --width 256:832 --batch 1:4")
     )
     assert (options.model, options.random_weights, options.precision) == ("tiny", True, "fp32")
@@ -307,7 +307,7 @@ def test_export_lines() -> None:
 )
 def test_export_refuses(line: str, message: str) -> None:
     with pytest.raises(AnyFlowError, match=message):
-        parsed(ExportOptions, shlex.split(line))
+        parse_options(ExportOptions, shlex.split(line))
 
 
 @pytest.mark.parametrize(
@@ -325,13 +325,13 @@ def test_export_refuses(line: str, message: str) -> None:
 )
 def test_generate_refuses(line: str, message: str) -> None:
     with pytest.raises(AnyFlowError, match=message):
-        parsed(GenerateOptions, shlex.split(line))
+        parse_options(GenerateOptions, shlex.split(line))
 
 
 @pytest.mark.parametrize("steps", ["0", "1,0", "-1", "1001"])
 def test_validate_refuses_impossible_steps(steps: str) -> None:
     with pytest.raises(AnyFlowError, match=r"^--steps .*1"):
-        parsed(ValidateOptions, ["b", f"--steps={steps}"])
+        parse_options(ValidateOptions, ["b", f"--steps={steps}"])
 
 
 # Help, and the body of a console script

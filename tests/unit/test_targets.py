@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from anyflow_deploy.cli.fit import FitOptions
-from anyflow_deploy.cli.options import parsed
+from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.memory.estimate import FIT_PRECISIONS
 from anyflow_deploy.precision import PRECISIONS
@@ -55,7 +55,7 @@ def test_fp8_is_refused_with_int8_offered(name: str) -> None:
 
 def test_fp8_on_orin_is_refused_on_the_command_line() -> None:
     with pytest.raises(AnyFlowError, match="Choose --precision int8, or a target that runs fp8: cpu, thor, l4,"):
-        parsed(FitOptions, shlex.split("--model 14b --precision fp8 --target orin"))
+        parse_options(FitOptions, shlex.split("--model 14b --precision fp8 --target orin"))
 
 
 def test_bf16_on_the_cpu_is_refused_with_the_reason() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow_deploy.cli.options import help_of, parsed
+from anyflow_deploy.cli.options import help_of, parse_options
 from anyflow_deploy.cli.train import PROGRAM, full_options, work
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.training import preflight
@@ -76,7 +76,7 @@ def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
 
 def test_show_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["on-policy-1.3b-causal", "--show", "--learning-rate", "1e-6", "--rollout-steps", "2,4"]
-    assert work(parsed(full_options(), words)) == 0
+    assert work(parse_options(full_options(), words)) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["optimizing"]["learning_rate"] == 1e-6 and shown["flow"]["rollout_steps"] == [2, 4]
     assert shown["model"] == "far-1.3b"
@@ -89,7 +89,7 @@ def test_every_setting_is_a_flag_and_the_examples_parse() -> None:
     for example in options.EXAMPLES:
         words = shlex.split(example)
         assert " ".join(words[:3]) == PROGRAM
-        parsed(options, words[3:])
+        parse_options(options, words[3:])
 
 
 def test_the_commands_of_the_documentation_parse() -> None:
@@ -97,7 +97,7 @@ def test_the_commands_of_the_documentation_parse() -> None:
     lines = [line.split("anyflow_deploy.train ", 1)[1] for line in text.splitlines() if "-m anyflow_deploy.train " in line]
     assert len(lines) >= 7
     for line in lines:
-        chosen = parsed(full_options(), shlex.split(line))
+        chosen = parse_options(full_options(), shlex.split(line))
         assert chosen.recipe in recipe_names()
 
 
