@@ -54,12 +54,8 @@ if TYPE_CHECKING:
     from anyflow_deploy.export.exporter import export_bundle
     from anyflow_deploy.models import MODELS, Architecture, Model
     from anyflow_deploy.pipelines.request import GenerationRequest
-    from anyflow_deploy.pipelines.video_pipeline import (
-        GenerationReport,
-        Video,
-        VideoChunk,
-        VideoPipeline,
-    )
+    from anyflow_deploy.pipelines.video import GenerationReport, Video, VideoChunk
+    from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
     from anyflow_deploy.schedule import Schedule, Step
     from anyflow_deploy.targets import TARGETS
 
@@ -127,7 +123,8 @@ _HOMES = {
     "export.exporter": ("export_bundle",),
     "models": ("MODELS", "Architecture", "Model"),
     "pipelines.request": ("GenerationRequest",),
-    "pipelines.video_pipeline": ("GenerationReport", "Video", "VideoChunk", "VideoPipeline"),
+    "pipelines.video": ("GenerationReport", "Video", "VideoChunk"),
+    "pipelines.video_pipeline": ("VideoPipeline",),
     "schedule": ("Schedule", "Step"),
     "targets": ("TARGETS",),
 }

@@ -29,19 +29,14 @@ from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import check_budget
 from anyflow_deploy.engines.registry import DEFAULT_BACKEND
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.pipelines.context import load_context
 from anyflow_deploy.pipelines.request import (
     GenerationRequest,
     cache_element_bytes,
     describe_plan,
 )
-from anyflow_deploy.pipelines.video_pipeline import (
-    LATENTS_SUFFIX,
-    StageTimer,
-    Video,
-    VideoChunk,
-    VideoPipeline,
-    load_context,
-)
+from anyflow_deploy.pipelines.video import LATENTS_SUFFIX, StageTimer, Video, VideoChunk
+from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.progress import RichProgress, console
 
 CAUSAL_FLAGS = ("stream", "image", "video", "chunks", "first_steps", "cache_budget", "window")

@@ -18,17 +18,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from anyflow_deploy.bundle.atomic_io import atomic_file
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
@@ -39,8 +36,9 @@ from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.engines.step_policy import StepPolicy, StepSettings
 from anyflow_deploy.engines.wrapper import EngineWrapper
 from anyflow_deploy.errors import AnyFlowError, InvalidRequestError
+from anyflow_deploy.pipelines.context import load_context
 from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
-from anyflow_deploy.pipelines.video_io import check_size, load_image, load_video, save_video
+from anyflow_deploy.pipelines.video import Frames, GenerationReport, StageTimer, Video, VideoChunk
 from anyflow_deploy.schedule import Step
 
 if TYPE_CHECKING:
@@ -53,116 +51,12 @@ MAX_CACHED_PROMPTS = 16
 FRAGMENT_FRAMES = 3
 """Latent frames of a bidirectional video that are decoded together."""
 
-LATENTS_SUFFIX = ".safetensors"
-
 OutputType = Literal["np", "latent"]
-Frames = NDArray[np.uint8]
 Stage = Callable[[str], AbstractContextManager[object]]
 """Entered around each piece of work: "text", "transformer" (one sample), "vae" (one fragment)."""
 
 StepCallback = Callable[["VideoPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 """diffusers' `callback_on_step_end`: (pipeline, step index, timestep, {"step": `Step`})."""
-
-
-@dataclass(frozen=True)
-class VideoChunk:
-    """A part of a video: a causal model's chunk, or a fragment of a bidirectional model's video.
-
-    Attributes:
-        index: 0 for the first.
-        first_frame: of the video, counted in video frames.
-        frames: uint8 (frames, height, width, 3); None with `output_type="latent"`.
-        latents: clean, float32 (B, f, C, H, W).
-        given: it is what the video began with, not made here.
-    """
-
-    index: int
-    first_frame: int
-    frames: Frames | None
-    latents: Array
-    given: bool
-
-
-@dataclass(frozen=True)
-class GenerationReport:
-    """How a video was made.
-
-    Attributes:
-        steps: transitions of each sample that was kept: of each chunk that was made, or of the
-            whole video.
-        results: of deadlines or qualities, one a sample.
-        seconds: by stage: "text", "transformer", "vae", and "engine" where it was loaded.
-    """
-
-    steps: tuple[int, ...]
-    results: tuple[DeadlineResult | AdaptiveResult, ...]
-    seconds: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Video:
-    """A finished video.
-
-    Attributes:
-        frames: uint8 (F, height, width, 3); None with `output_type="latent"`.
-        latents: clean, float32 (B, f, C, H, W).
-        fps: playback rate.
-        report: how it was made; None where nobody kept one.
-    """
-
-    frames: Frames | None
-    latents: Array
-    fps: int
-    report: GenerationReport | None = None
-
-    @classmethod
-    def from_chunks(cls, chunks: Iterable[VideoChunk], fps: int, report: GenerationReport | None = None) -> Video:
-        """Join all chunks of a video."""
-        parts = list(chunks)
-        pixels = [chunk.frames for chunk in parts if chunk.frames is not None]
-        latents = np.concatenate([chunk.latents for chunk in parts], axis=1)
-        return cls(np.concatenate(pixels) if pixels else None, latents, fps, report)
-
-    def save(self, path: str | Path) -> None:
-        """Write the video, whole or not at all.
-
-        Args:
-            path: ends in .mp4, .mkv or .mov; or in .safetensors, for the latents.
-
-        Raises:
-            AnyFlowError: another ending, or no frames to write.
-        """
-        path = Path(path)
-        if path.suffix == LATENTS_SUFFIX:
-            save_latents(path, self.latents)
-        elif self.frames is None:
-            raise AnyFlowError(
-                f"{path} is a video, and these are latents alone. Save to a {LATENTS_SUFFIX} file, or "
-                'generate with output_type="np".'
-            )
-        else:
-            save_video(path, self.frames, self.fps)
-
-
-class StageTimer:
-    """Adds up the seconds of each stage.
-
-    Attributes:
-        seconds: by stage.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        """Time a stage; one that comes again is added."""
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
 
 
 @dataclass(frozen=True)
@@ -647,56 +541,3 @@ class VideoPipeline:
     def _check_open(self) -> None:
         if self._closed:
             raise AnyFlowError("this pipeline is closed; make another one.")
-
-
-def load_context(request: GenerationRequest, image: Any, video: Any) -> Frames | None:
-    """Read the frames that a video begins with, and check them.
-
-    Args:
-        request: the video.
-        image: a path, or uint8 (height, width, 3) (a PIL picture serves); or None.
-        video: a path, or uint8 (4n+1, height, width, 3); or None.
-
-    Returns:
-        uint8 (frames, height, width, 3); None when neither is given.
-
-    Raises:
-        InvalidRequestError: both, another size or type, or frames that do not suit the chunks.
-        AnyFlowError: a file that cannot be read.
-    """
-    if image is None and video is None:
-        return None
-    if image is not None and video is not None:
-        raise InvalidRequestError("give one of image and video: a video begins with one.", "image")
-    given_as = "image" if image is not None else "video"
-    source = image if image is not None else video
-    if isinstance(source, str | Path):
-        load = load_image if image is not None else load_video
-        frames = load(Path(source))
-    else:
-        frames = np.asarray(source)
-        if image is not None and frames.ndim == 3:
-            frames = frames[None]
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-            raise InvalidRequestError(
-                f"{given_as} is {frames.dtype} {frames.shape}; allowed is uint8 (frames, height, width, 3).",
-                given_as,
-            )
-    name = str(source) if isinstance(source, str | Path) else given_as
-    check_size(name, frames, request.height, request.width)
-    request.check_context(len(frames), given_as)
-    return frames
-
-
-def save_latents(path: Path, latents: Array) -> None:
-    """Write latents as a .safetensors file, whole or not at all.
-
-    Args:
-        path: destination.
-        latents: float32 (B, F, C, H, W), under the name `latents`.
-    """
-    from safetensors.numpy import save_file
-
-    layout = {"layout": "batch, frames, channels, height, width"}
-    with atomic_file(path) as partial:
-        save_file({"latents": np.ascontiguousarray(latents)}, partial, metadata=layout)

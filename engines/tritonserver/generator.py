@@ -19,8 +19,9 @@ from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
 from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
 from anyflow_deploy.engines.tritonserver.request import ParsedRequest
+from anyflow_deploy.pipelines.video import VideoChunk
 from anyflow_deploy.pipelines.video_io import Mp4Pieces
-from anyflow_deploy.pipelines.video_pipeline import VideoChunk, VideoPipeline
+from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.schedule import Step
 
 

@@ -17,9 +17,9 @@ from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.engines.step_policy import StepSettings
 from anyflow_deploy.errors import InvalidRequestError
-from anyflow_deploy.pipelines import video_pipeline
 from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
 from anyflow_deploy.pipelines.vae import encode_video
+from anyflow_deploy.pipelines.video import Video
 from anyflow_deploy.pipelines.video_io import load_video
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from tests.fakes.serving import fake_manifest
@@ -199,7 +199,7 @@ def test_a_video_is_saved_whole_or_not_at_all(tiny_bundle: Bundle, tmp_path: Pat
     assert (tmp_path / "fox.mp4").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fox.mp4", "fox.safetensors"]
     with pytest.raises(AnyFlowError, match="these are latents alone"):
-        video_pipeline.Video(None, video.latents, 16).save(tmp_path / "none.mp4")
+        Video(None, video.latents, 16).save(tmp_path / "none.mp4")
 
 
 BARE = """

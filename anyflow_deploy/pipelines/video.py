@@ -1,0 +1,144 @@
+"""A video that was made, whole or in parts, and how it was made.
+
+    video.save("fox.mp4")          # or .safetensors, for the latents
+
+`VideoPipeline` returns these; nothing here makes anything. Legend: B videos, f latent frames, F video
+frames, C channels, H W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anyflow_deploy.bundle.atomic_io import atomic_file
+from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
+from anyflow_deploy.engines.deadline import DeadlineResult
+from anyflow_deploy.engines.engine import Array
+from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.pipelines.video_io import save_video
+
+LATENTS_SUFFIX = ".safetensors"
+
+Frames = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class VideoChunk:
+    """A part of a video: a causal model's chunk, or a fragment of a bidirectional model's video.
+
+    Attributes:
+        index: 0 for the first.
+        first_frame: of the video, counted in video frames.
+        frames: uint8 (frames, height, width, 3); None with `output_type="latent"`.
+        latents: clean, float32 (B, f, C, H, W).
+        given: it is what the video began with, not made here.
+    """
+
+    index: int
+    first_frame: int
+    frames: Frames | None
+    latents: Array
+    given: bool
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """How a video was made.
+
+    Attributes:
+        steps: transitions of each sample that was kept: of each chunk that was made, or of the
+            whole video.
+        results: of deadlines or qualities, one a sample.
+        seconds: by stage: "text", "transformer", "vae", and "engine" where it was loaded.
+    """
+
+    steps: tuple[int, ...]
+    results: tuple[DeadlineResult | AdaptiveResult, ...]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Video:
+    """A finished video.
+
+    Attributes:
+        frames: uint8 (F, height, width, 3); None with `output_type="latent"`.
+        latents: clean, float32 (B, f, C, H, W).
+        fps: playback rate.
+        report: how it was made; None where nobody kept one.
+    """
+
+    frames: Frames | None
+    latents: Array
+    fps: int
+    report: GenerationReport | None = None
+
+    @classmethod
+    def from_chunks(cls, chunks: Iterable[VideoChunk], fps: int, report: GenerationReport | None = None) -> Video:
+        """Join all chunks of a video."""
+        parts = list(chunks)
+        pixels = [chunk.frames for chunk in parts if chunk.frames is not None]
+        latents = np.concatenate([chunk.latents for chunk in parts], axis=1)
+        return cls(np.concatenate(pixels) if pixels else None, latents, fps, report)
+
+    def save(self, path: str | Path) -> None:
+        """Write the video, whole or not at all.
+
+        Args:
+            path: ends in .mp4, .mkv or .mov; or in .safetensors, for the latents.
+
+        Raises:
+            AnyFlowError: another ending, or no frames to write.
+        """
+        path = Path(path)
+        if path.suffix == LATENTS_SUFFIX:
+            save_latents(path, self.latents)
+        elif self.frames is None:
+            raise AnyFlowError(
+                f"{path} is a video, and these are latents alone. Save to a {LATENTS_SUFFIX} file, or "
+                'generate with output_type="np".'
+            )
+        else:
+            save_video(path, self.frames, self.fps)
+
+
+class StageTimer:
+    """Adds up the seconds of each stage.
+
+    Attributes:
+        seconds: by stage.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        """Time a stage; one that comes again is added."""
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
+
+
+def save_latents(path: Path, latents: Array) -> None:
+    """Write latents as a .safetensors file, whole or not at all.
+
+    Args:
+        path: destination.
+        latents: float32 (B, F, C, H, W), under the name `latents`.
+    """
+    from safetensors.numpy import save_file
+
+    layout = {"layout": "batch, frames, channels, height, width"}
+    with atomic_file(path) as partial:
+        save_file({"latents": np.ascontiguousarray(latents)}, partial, metadata=layout)
