@@ -62,7 +62,7 @@ fuzz-cpp: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz
 	$(BIN)/python -m tests.cpp_fuzz build/fuzz/tests $(FUZZ_ROUNDS)
 
-# The C++ library's TensorRT backend on a machine that is acted, against NVIDIA's headers of three releases (fetched into .cache).
+# The C++ library's TensorRT backend on a fake machine, against NVIDIA's headers of three releases (fetched into .cache).
 test-cpp-tensorrt: $(READY)
 	for release in 10.3 10.16 11.1; do \
 		headers=$$($(BIN)/python tools/tensorrt_headers.py $$release) || exit 1; \

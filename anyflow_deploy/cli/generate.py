@@ -46,16 +46,17 @@ Chunks = Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda v: v.split(",
 
 
 class GenerateOptions(Options):
-    """Generate a video: text encoder, engine, VAE, mp4. The number of steps is free: more steps, better video.
+    """Generate a video from a prompt: text encoder, engine, VAE, mp4. Choose any number of steps: more steps give a
+    better video.
 
-    On a device without the text encoder, give --prompt-embeds FILE (made elsewhere with --save-prompt-embeds);
-    without the VAE, an --output that ends in .safetensors takes the latents. A causal bundle (far-...) makes the video
-    chunk by chunk: with --stream it can be watched meanwhile, and it may begin with a picture or a clip of yours.
+    If the device has no text encoder, give --prompt-embeds FILE (made elsewhere with --save-prompt-embeds). If it has
+    no VAE, give an --output that ends in .safetensors, and the latents are saved. A causal bundle (far-...) generates
+    the video chunk by chunk: with --stream you can watch it while it grows, and it can begin with your picture or clip.
 
-    --deadline makes as many steps as fit, for the whole video or for each chunk anew. It covers the steps alone: text
-    encoder, what a stream remembers, VAE and file come on top. It is missed by one step at most. The first Ctrl-C then
-    finishes with one jump, the second interrupts. --target-quality doubles the steps until one jump and two half jumps
-    agree; that costs nearly twice the steps it picks. --steps is then the most either may take."""
+    --deadline runs as many steps as fit into the time, for the whole video or for each chunk. The time covers the steps
+    alone, not the text encoder, the cache, the VAE or the file. The deadline is missed by one step at most. The first
+    Ctrl-C then finishes with a single step; the second interrupts. --target-quality doubles the number of steps until
+    two results in a row agree; that costs nearly twice the steps that it picks. With either, --steps is the maximum."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -68,26 +69,26 @@ class GenerateOptions(Options):
     )
 
     bundle: Path = Field(description="the bundle's folder")
-    prompt: str | None = Field(None, description="what to show")
+    prompt: str | None = Field(None, description="what the video shows")
     prompt_embeds: Path | None = Field(None, description="saved embeddings, in place of --prompt and the text encoder")
     save_prompt_embeds: Path | None = Field(None, description="save the prompt's embeddings here")
     output: Path = Field(Path("video.mp4"), description="video, or latents (.safetensors)")
     overwrite: bool = Field(False, description="replace --output and --save-prompt-embeds")
-    steps: int | None = Field(None, ge=1, le=1000, description="transitions (default: the manifest's)")
+    steps: int | None = Field(None, ge=1, le=1000, description="number of steps (default: the manifest's)")
     shift: float | None = Field(None, gt=0, description="timestep shift (default: the manifest's)")
-    sigmas: Numbers | None = Field(None, description="your own noise levels, as 1,0.9,0.6; in place of --steps and --shift")
-    deadline: Seconds | None = Field(None, description="time for the steps, as 1500ms, 1.5s or 2m; causal: of each chunk")
+    sigmas: Numbers | None = Field(None, description="your own noise levels, as 1,0.9,0.6, instead of --steps and --shift")
+    deadline: Seconds | None = Field(None, description="time for the steps, as 1500ms, 1.5s or 2m; causal: for each chunk")
     target_quality: Decibels | None = Field(None, description="PSNR to reach against half as many steps, as 30dB")
     frames: int | None = Field(None, ge=1, description="4n+1 (default: the manifest's)")
     height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     seed: int = Field(0, ge=0, description="of the noise; the same on every machine")
-    stream: bool = Field(False, description="causal: --output grows chunk by chunk and can be played meanwhile (.mp4)")
+    stream: bool = Field(False, description="causal: write --output chunk by chunk, playable while it grows (.mp4)")
     image: Path | None = Field(None, description="causal: a picture that the video begins with")
     video: Path | None = Field(None, description="causal: a clip of 4n+1 frames that the video continues")
     chunks: Chunks | None = Field(None, description="causal: latent frames of each chunk, as 1,3,3 (default: the model's)")
-    first_steps: int | None = Field(None, ge=1, le=1000, description="causal: transitions of the first chunk that is made")
-    window: int | None = Field(None, ge=1, description="causal: remember the first and this many of the newest old chunks only")
+    first_steps: int | None = Field(None, ge=1, le=1000, description="causal: number of steps of the first generated chunk")
+    window: int | None = Field(None, ge=1, description="causal: keep the first and this many of the newest compressed chunks")
     cache_budget: float | None = Field(None, gt=0, description="causal: refuse a cache of more than this many GB")
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")

@@ -74,7 +74,7 @@ def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
             f"[bold red]error:[/] this needs {error.name}, which is not installed. Run: pip install 'anyflow-deploy\\[export]'"
         )
         sys.exit(WORK_ERROR)
-    except OSError as error:  # a full disk, a folder that may not be read: the user's to mend
+    except OSError as error:  # a full disk, a folder that may not be read: for the user to fix
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(WORK_ERROR)
     except KeyboardInterrupt as stop:  # whoever kept something says so in it
@@ -172,7 +172,9 @@ def help_of(program: str, options: type[Options]) -> list[Any]:
         flags.add_row(label, _type_name(field.annotation), f"{field.description}{default}")
     examples = [f"  {example}" for example in options.EXAMPLES]
     head = f"[bold]usage:[/] {program}{usage} [dim]\\[flags][/]"
-    return [head, "", inspect.cleandoc(options.__doc__ or ""), "", flags, "", *examples]
+    paragraphs = inspect.cleandoc(options.__doc__ or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)  # the console wraps lines
+    return [head, "", text, "", flags, "", *examples]
 
 
 def _shown(value: object) -> str:

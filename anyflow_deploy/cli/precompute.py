@@ -30,7 +30,7 @@ class PrecomputeOptions(Options):
 
     folder: Path = Field(description="videos (.mp4, .mkv, .mov) and captions (.txt), also in subfolders")
     checkpoint: str = Field(description="diffusers pipeline with VAE and text encoder: a folder, or a Hub id")
-    output: Path = Field(description="folder of the shards; one that holds a part of them is gone on with")
+    output: Path = Field(description="folder of the shards; an unfinished one is resumed")
     frames: int = Field(81, ge=1, description="4n+1")
     height: int = Field(480, ge=8, description="pixels, a multiple of 16")
     width: int = Field(832, ge=8, description="pixels, a multiple of 16")

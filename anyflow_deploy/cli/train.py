@@ -29,7 +29,7 @@ class TrainOptions(Options):
     )
 
     recipe: str = Field(description="what to train, see above")
-    output: str | None = Field(None, description="folder of the run; one that holds a run is gone on with")
+    output: str | None = Field(None, description="folder of the run; one that holds a run is resumed")
     init: str | None = Field(None, description="checkpoint to start from (tiny recipes: random weights)")
     teacher: str | None = Field(None, description="checkpoint of the stage teacher, for on-policy")
     data: str = Field("synthetic", description="'synthetic', or a folder of shards")

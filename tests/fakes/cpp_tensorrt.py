@@ -1,4 +1,4 @@
-"""The C++ library's TensorRT backend on a machine that is acted: engines/cpp/tests/fakes built against NVIDIA's own
+"""The C++ library's TensorRT backend on a fake machine: engines/cpp/tests/fakes built against NVIDIA's own
 headers, the library built on it by its own CMake, and the plans' arithmetic once more in numpy.
 
 NVIDIA's headers are not ours to check in. ANYFLOW_TENSORRT_HEADERS names them (folders with colons between: TensorRT's,
