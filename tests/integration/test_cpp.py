@@ -26,6 +26,7 @@ from anyflow_deploy import AnyFlowError, Bundle, Deadline, Schedule, __version__
 from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
 from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.engines.torch_common.device import instruction_sets
+from anyflow_deploy.errors import BackendError, BundleError, ShapeError
 from tests.cpp_build import KINDS, Conformance, build_targets, configure, fuzz_corpus, run, sample_manifest, sanitizers_work
 from tests.fakes.toy_backend import ToyEngine, ToyState
 
@@ -69,19 +70,25 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     return {kind: load_bundle(written(folder / kind, sample_manifest(kind))) for kind in KINDS}
 
 
+CODES = ((BundleError, 2), (ShapeError, 3), (BackendError, 4), (AnyFlowError, 1))
+"""Python's errors, and the `anyflow_code` that says the same."""
+
+
 def python(work: Callable[[], Any]) -> dict[str, Any]:
     """What Python answers, an error being an answer, too."""
     try:
         return {"value": work()}
     except AnyFlowError as error:
-        return {"error": str(error)}
+        code = next(code for kind, code in CODES if isinstance(error, kind))
+        return {"error": str(error), "code": code}
 
 
 def same(cpp: dict[str, Any], key: str, work: Callable[[], Any]) -> None:
-    """C++ and Python agree, also in the words of a refusal."""
+    """C++ and Python agree: on the value, or on the kind of refusal. Each has words of its own for it."""
     expected = python(work)
     if "error" in expected:
-        assert cpp.get("error") == expected["error"]
+        assert cpp.get("code") == expected["code"], (expected, cpp)
+        assert cpp["error"]
     else:
         assert "error" not in cpp, cpp
         assert cpp[key] == expected["value"]
