@@ -23,7 +23,7 @@ from anyflow_deploy.quantization.calibration import CALIBRATION, load_calibratio
 from anyflow_deploy.shape_ranges import latent_frames, latent_side
 
 _TEXT_TOKENS = 32
-"""Enough words to attend to; validation is about arithmetic, not about prompts."""
+"""Enough prompt_embeds to attend to; validation is about arithmetic, not about prompts."""
 
 
 class ValidateOptions(Options):
@@ -69,15 +69,25 @@ def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> i
         raise AnyFlowError(f"{folder} is not a folder that can be written to. Choose another --output.")
     chunks = _chunks(bundle, options)
     shape, text = _shapes(bundle, options, sum(chunks) if chunks else None)
-    words = _calibrated_text(bundle, weights, text)
-    text = text if words is None else words.shape
+    prompt_embeds = _calibrated_text(bundle, weights, text)
+    text = text if prompt_embeds is None else prompt_embeds.shape
     engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
     with RichProgress(console) as bars:
         with bars.stage("loading the reference"):
             reference = (TorchEngine if chunks else DiffusersEngine)(weights, options.device)
         shift = bundle.manifest.schedule.shift
         result = validation.validate(
-            engine, reference, bundle.manifest.precision, shape, text, options.steps, shift, options.seed, bars, chunks, words
+            engine,
+            reference,
+            bundle.manifest.precision,
+            shape,
+            text,
+            options.steps,
+            shift,
+            options.seed,
+            bars,
+            chunks,
+            prompt_embeds,
         )
     _write(folder, bundle, result)
     for failure in result.failures[:5]:
