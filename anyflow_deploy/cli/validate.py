@@ -23,7 +23,7 @@ from anyflow_deploy.quantization.calibration import CALIBRATION, load_calibratio
 from anyflow_deploy.shape_ranges import latent_frames, latent_side
 
 _TEXT_TOKENS = 32
-"""Enough prompt_embeds to attend to; validation is about arithmetic, not about prompts."""
+"""Enough tokens to attend to; validation is about arithmetic, not about prompts."""
 
 
 class ValidateOptions(Options):
