@@ -18,41 +18,14 @@ from anyflow_deploy import MODELS, Bundle, noise
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.checkpoints import hub
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
-from anyflow_deploy.cli.build import BuildOptions
-from anyflow_deploy.cli.calibrate import CalibrateOptions
-from anyflow_deploy.cli.doctor_options import DoctorOptions
-from anyflow_deploy.cli.export import ExportOptions
-from anyflow_deploy.cli.fit import FitOptions
-from anyflow_deploy.cli.generate import GenerateOptions
-from anyflow_deploy.cli.inspect_bundle import InspectOptions
-from anyflow_deploy.cli.options import Options, parse_options
-from anyflow_deploy.cli.precompute import PrecomputeOptions
-from anyflow_deploy.cli.profile_bundle import ProfileOptions
-from anyflow_deploy.cli.sensitivity import SensitivityOptions
-from anyflow_deploy.cli.serve import ServeOptions
-from anyflow_deploy.cli.tritonserver import TritonOptions
-from anyflow_deploy.cli.validate import ValidateOptions
+from anyflow_deploy.cli.options import parse_options
+from tools.docs_site import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 TUTORIAL = (ROOT / "docs" / "tutorials" / "first-video.md").read_text()
 LAYOUT = (ROOT / "ARCHITECTURE.md").read_text().partition("## Repository layout")[2]
 BIN = Path(sys.executable).parent
-COMMANDS: dict[str, type[Options]] = {
-    "anyflow-build": BuildOptions,
-    "anyflow-calibrate": CalibrateOptions,
-    "anyflow-doctor": DoctorOptions,
-    "anyflow-export": ExportOptions,
-    "anyflow-fit": FitOptions,
-    "anyflow-generate": GenerateOptions,
-    "anyflow-inspect": InspectOptions,
-    "anyflow-precompute": PrecomputeOptions,
-    "anyflow-profile": ProfileOptions,
-    "anyflow-sensitivity": SensitivityOptions,
-    "anyflow-serve": ServeOptions,
-    "anyflow-triton": TritonOptions,
-    "anyflow-validate": ValidateOptions,
-}
 
 
 def blocks(language: str, document: str) -> list[str]:
