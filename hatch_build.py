@@ -2,8 +2,8 @@
 
 In the repository `anyflow_deploy/export`, `engines` and `training` are links to the folders at the
 top. hatchling can store what a link leads to, but not the link. pyproject.toml therefore leaves the
-three out of the sdist, and this hook appends them to the finished archive as links. What is unpacked
-from it is the repository again: it builds the same wheel and runs the tests.
+three out of the sdist, and this hook appends them to the finished archive as links. What is
+unpacked from it is the repository again: it builds the same wheel and runs the tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ class LinksBuildHook(BuildHookInterface[Any]):
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Rewrite the finished archive with the links at its end."""
         archive = Path(artifact_path)
-        links = [path for path in sorted(Path(self.root, "anyflow_deploy").iterdir()) if path.is_symlink()]
+        links = [
+            path
+            for path in sorted(Path(self.root, "anyflow_deploy").iterdir())
+            if path.is_symlink()
+        ]
         with tempfile.TemporaryFile() as unzipped:
             with gzip.open(archive) as zipped:
                 shutil.copyfileobj(zipped, unzipped)
@@ -45,6 +49,8 @@ class LinksBuildHook(BuildHookInterface[Any]):
             unzipped.seek(0)
             with (
                 archive.open("wb") as file,
-                gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=int(first.mtime)) as zipped,
+                gzip.GzipFile(
+                    filename="", fileobj=file, mode="wb", mtime=int(first.mtime)
+                ) as zipped,
             ):
                 shutil.copyfileobj(unzipped, zipped)

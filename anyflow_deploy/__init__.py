@@ -23,9 +23,9 @@ from anyflow_deploy._version import __version__ as __version__
 for _link in ("engines", "export", "training"):
     if not (Path(__file__).parent / _link).is_dir():
         raise ImportError(
-            f"anyflow_deploy/{_link} is not the link to {_link}/ that it has to be: this copy was made "
-            "without symbolic links (as a zip archive or on Windows). Clone the repository with git on "
-            "Linux, or install the wheel."
+            f"anyflow_deploy/{_link} is not the link to {_link}/ that it has to be: this copy was"
+            " made without symbolic links (as a zip archive or on Windows). Clone the repository"
+            " with git on Linux, or install the wheel."
         )
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ __all__ = [
     "sample",
     "stream",
     "validate",
-]  # fmt: skip
+]
 
 _HOMES = {
     "bundle.bundle": ("Bundle", "load_bundle"),

@@ -15,7 +15,8 @@ class DType:
     """One row of the table. A name is None where nothing here needs it, or there is none.
 
     Attributes:
-        name: the manifest's and numpy's name, and torch's attribute (numpy has no bfloat16 and fp8).
+        name: the manifest's and numpy's name, and torch's attribute (numpy has no bfloat16 and
+            fp8).
         bytes: of one number.
         safetensors: as in the header of a file.
         onnx: member of `onnx.TensorProto.DataType`.

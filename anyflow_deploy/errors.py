@@ -1,8 +1,8 @@
 """The one kind of error a user is meant to read.
 
-Every refusal in this project is an `AnyFlowError` (or a subclass of it) whose text says three things: what was given,
-what is allowed, and what to do. Command lines print the text alone; anything else that escapes is a defect of ours and
-keeps its traceback.
+Every refusal in this project is an `AnyFlowError` (or a subclass of it) whose text says three
+things: what was given, what is allowed, and what to do. Command lines print the text alone;
+anything else that escapes is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterable
 
 
 class AnyFlowError(Exception):
-    """Bad input, a broken file or a missing dependency, explained for the person who can mend it."""
+    """Bad input, a broken file or a missing dependency, explained for the person who can mend
+    it."""
 
 
 class BundleError(AnyFlowError):
@@ -32,12 +33,14 @@ class BackendError(AnyFlowError):
 
 
 class UnavailableError(BackendError):
-    """This machine has not what an engine needs: a runtime, a provider, or a kernel for the bundle's types.
+    """This machine has not what an engine needs: a runtime, a provider, or a kernel for the
+    bundle's types.
 
     It says nothing against the bundle, which may run on another machine.
 
     Attributes:
-        flags: what a command is given to run the bundle on a machine that has it, such as "--provider cuda".
+        flags: what a command is given to run the bundle on a machine that has it, such as
+            "--provider cuda".
     """
 
     def __init__(self, message: str, flags: str = "") -> None:

@@ -1,9 +1,9 @@
 """The models this project knows, one row each, and the architecture they share.
 
-AnyFlow (arXiv 2605.13724) is Wan2.1's video transformer with a second time embedding, so that one forward pass predicts
-the average velocity from time t to time r. `Architecture` holds the numbers in the checkpoint's `config.json` under
-diffusers' own names; `MODELS` is the table that `--model` looks into. A checkpoint need not be in the table: its
-config.json alone decides what is exported.
+AnyFlow (arXiv 2605.13724) is Wan2.1's video transformer with a second time embedding, so that one
+forward pass predicts the average velocity from time t to time r. `Architecture` holds the numbers
+in the checkpoint's `config.json` under diffusers' own names; `MODELS` is the table that `--model`
+looks into. A checkpoint need not be in the table: its config.json alone decides what is exported.
 
 This module imports neither torch nor diffusers.
 """
@@ -42,11 +42,14 @@ class Architecture:
 
     Attributes:
         patch_size: latent frames, rows and columns per token.
-        gate_value: share g of the target-time embedding: `(1 - g) emb(t) + g emb_delta(r)`. It is not among the
-            weights (a non-persistent buffer in diffusers), so a wrong value here is a silently wrong model.
+        gate_value: share g of the target-time embedding: `(1 - g) emb(t) + g emb_delta(r)`. It is
+            not among the weights (a non-persistent buffer in diffusers), so a wrong value here is a
+            silently wrong model.
         deltatime_type: "r" feeds r to the second embedder, "t-r" the difference.
-        rope_max_seq_len: entries of the rotary table, the limit of frames, rows and columns in tokens.
-        compressed_patch_size, full_chunk_limit, chunk_partition: causal models only, None otherwise.
+        rope_max_seq_len: entries of the rotary table, the limit of frames, rows and columns in
+            tokens.
+        compressed_patch_size, full_chunk_limit, chunk_partition: causal models only, None
+            otherwise.
     """
 
     num_attention_heads: PositiveInt
@@ -81,7 +84,9 @@ class Architecture:
     def as_config(self) -> dict[str, Any]:
         """The `config.json` of this architecture, as diffusers writes it."""
         name = CAUSAL_CLASS if self.causal else BIDIRECTIONAL_CLASS
-        fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        fields = {
+            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
+        }
         if not self.causal:
             for key in ("compressed_patch_size", "full_chunk_limit", "chunk_partition"):
                 del fields[key]
@@ -96,16 +101,22 @@ def architecture_from_config(config: Mapping[str, Any], where: str = "config.jso
         where: its name, for error messages.
 
     Raises:
-        CheckpointError: not an AnyFlow transformer, an unknown key, or a variant that cannot be exported.
+        CheckpointError: not an AnyFlow transformer, an unknown key, or a variant that cannot be
+            exported.
     """
     name = config.get("_class_name")
     if name not in (BIDIRECTIONAL_CLASS, CAUSAL_CLASS):
         raise CheckpointError(
-            f"{where} describes a {name or 'model without _class_name'}; "
-            f"allowed are {BIDIRECTIONAL_CLASS} and {CAUSAL_CLASS}. Give an AnyFlow checkpoint in diffusers' layout."
+            f"{where} describes a {name or 'model without _class_name'}; allowed are"
+            f" {BIDIRECTIONAL_CLASS} and {CAUSAL_CLASS}. Give an AnyFlow checkpoint in diffusers'"
+            " layout."
         )
     known = {f.name: f for f in dataclasses.fields(Architecture)}
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if not k.startswith("_")}
+    given = {
+        k: tuple(v) if isinstance(v, list) else v
+        for k, v in config.items()
+        if not k.startswith("_")
+    }
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise CheckpointError(
@@ -115,18 +126,27 @@ def architecture_from_config(config: Mapping[str, Any], where: str = "config.jso
     required = [n for n, f in known.items() if f.default is dataclasses.MISSING]
     missing = [n for n in required if n not in given]
     if missing:
-        raise CheckpointError(f"{where} lacks {', '.join(missing)}; all of {', '.join(required)} are needed.")
-    chunks = [k for k in ("compressed_patch_size", "full_chunk_limit", "chunk_partition") if given.get(k) is not None]
+        raise CheckpointError(
+            f"{where} lacks {', '.join(missing)}; all of {', '.join(required)} are needed."
+        )
+    chunks = [
+        k
+        for k in ("compressed_patch_size", "full_chunk_limit", "chunk_partition")
+        if given.get(k) is not None
+    ]
     if len(chunks) != (3 if name == CAUSAL_CLASS else 0):
         raise CheckpointError(
-            f"{where} is a {name} with {', '.join(chunks) or 'no chunks'}; compressed_patch_size, full_chunk_limit and "
-            f"chunk_partition belong to {CAUSAL_CLASS}, all three, and to no other class."
+            f"{where} is a {name} with {', '.join(chunks) or 'no chunks'}; compressed_patch_size,"
+            f" full_chunk_limit and chunk_partition belong to {CAUSAL_CLASS}, all three, and to no"
+            " other class."
         )
     try:
         architecture = TypeAdapter(Architecture).validate_json(json.dumps(given), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
-        raise CheckpointError(f"{where} has {first['loc'][0]} {first['input']!r}: {first['msg'].lower()}.") from None
+        raise CheckpointError(
+            f"{where} has {first['loc'][0]} {first['input']!r}: {first['msg'].lower()}."
+        ) from None
     _check_supported(architecture, where)
     return architecture
 
@@ -137,9 +157,14 @@ def _check_supported(a: Architecture, where: str) -> None:
     if len(a.patch_size) != 3 or a.patch_size[0] != 1 or a.patch_size[1] != a.patch_size[2]:
         problems.append(f"patch_size {a.patch_size} (allowed: [1, p, p])")
     if a.in_channels != a.out_channels:
-        problems.append(f"in_channels {a.in_channels} and out_channels {a.out_channels} (the Euler step needs them equal)")
+        problems.append(
+            f"in_channels {a.in_channels} and out_channels {a.out_channels} (the Euler step needs"
+            " them equal)"
+        )
     if a.image_dim is not None:
-        problems.append(f"image_dim {a.image_dim} (image embeddings are not part of released AnyFlow models)")
+        problems.append(
+            f"image_dim {a.image_dim} (image embeddings are not part of released AnyFlow models)"
+        )
     if a.deltatime_type not in ("r", "t-r"):
         problems.append(f"deltatime_type {a.deltatime_type!r} (allowed: 'r', 't-r')")
     if a.attention_head_dim % 2:
@@ -154,10 +179,12 @@ class Model:
 
     Attributes:
         name: what `--model` takes.
-        hub_id: repository on the Hugging Face Hub; None for the tiny models, which are made on this machine.
+        hub_id: repository on the Hugging Face Hub; None for the tiny models, which are made on this
+            machine.
         architecture: see `Architecture`.
         shift: timestep shift of the sampling schedule the model was distilled with.
-        video: frames, height and width, in pixels, that are generated when nothing else is asked for.
+        video: frames, height and width, in pixels, that are generated when nothing else is asked
+            for.
     """
 
     name: str
@@ -173,12 +200,21 @@ TINY_VIDEO = (17, 64, 96)
 def _causal_variant(base: Architecture) -> Architecture:
     """The causal variant: the same backbone, plus chunks and a second, coarser patch embedding."""
     return dataclasses.replace(
-        base, compressed_patch_size=(1, 4, 4), full_chunk_limit=3, chunk_partition=(1, 3, 3, 3, 3, 3, 3, 2)
+        base,
+        compressed_patch_size=(1, 4, 4),
+        full_chunk_limit=3,
+        chunk_partition=(1, 3, 3, 3, 3, 3, 3, 2),
     )
 
 
 _TINY = Architecture(
-    num_attention_heads=4, attention_head_dim=24, ffn_dim=192, num_layers=3, text_dim=64, freq_dim=64, rope_max_seq_len=256
+    num_attention_heads=4,
+    attention_head_dim=24,
+    ffn_dim=192,
+    num_layers=3,
+    text_dim=64,
+    freq_dim=64,
+    rope_max_seq_len=256,
 )
 _1_3B = Architecture(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)
 _14B = Architecture(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40)
@@ -203,7 +239,9 @@ def get_model(name: str) -> Model:
         AnyFlowError: for an unknown name, with the nearest known one.
     """
     if name not in MODELS:
-        raise AnyFlowError(f"unknown model {name!r}: known are {', '.join(MODELS)}.{suggestion(name, MODELS)}")
+        raise AnyFlowError(
+            f"unknown model {name!r}: known are {', '.join(MODELS)}.{suggestion(name, MODELS)}"
+        )
     return MODELS[name]
 
 

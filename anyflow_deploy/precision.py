@@ -1,12 +1,14 @@
 """Precision is one value.
 
-`fp32`, `fp16` and `bf16` name the type in which the large matrix products and attention run. Three things stay float32
-in every precision, because they are cheap and everything depends on them: the border (latents in and out, the Euler
-step), the residual stream with its norms and modulation, and the time path (timesteps near 1000 are not representable
-in bf16). So "fp16" means "the per-token linear layers, the text projection and attention are fp16".
+`fp32`, `fp16` and `bf16` name the type in which the large matrix products and attention run. Three
+things stay float32 in every precision, because they are cheap and everything depends on them: the
+border (latents in and out, the Euler step), the residual stream with its norms and modulation, and
+the time path (timesteps near 1000 are not representable in bf16). So "fp16" means "the per-token
+linear layers, the text projection and attention are fp16".
 
-`int8` and `fp8` multiply the linear layers of the blocks in eight bits; everything that the other precisions would
-compute in their type stays in a *base* precision, one of the other three. See docs/how-to/quantization.md.
+`int8` and `fp8` multiply the linear layers of the blocks in eight bits; everything that the other
+precisions would compute in their type stays in a *base* precision, one of the other three. See
+docs/how-to/quantization.md.
 """
 
 from __future__ import annotations
@@ -69,14 +71,16 @@ def get_precision(name: str) -> Precision:
     """
     if name not in PRECISIONS:
         raise AnyFlowError(
-            f"unknown precision {name!r}: this version exports {', '.join(PRECISIONS)}.{suggestion(name, PRECISIONS)}"
+            f"unknown precision {name!r}: this version exports"
+            f" {', '.join(PRECISIONS)}.{suggestion(name, PRECISIONS)}"
         )
     return PRECISIONS[name]
 
 
 @dataclass(frozen=True)
 class PrecisionSpec:
-    """How a model is computed, checked when it is made. `resolve_precision` fills in what is left open.
+    """How a model is computed, checked when it is made. `resolve_precision` fills in what is left
+    open.
 
     Attributes:
         precision: row of the table: what the large matrix products run in.
@@ -97,7 +101,8 @@ class PrecisionSpec:
         row = get_precision(self.precision)
         if not row.quantized and self.base != self.precision:
             raise AnyFlowError(
-                f"base is {self.base!r}, but {self.precision} is not quantized and has no other. Leave --base out."
+                f"base is {self.base!r}, but {self.precision} is not quantized and has no other."
+                " Leave --base out."
             )
         if self.base not in BASES:
             near = suggestion(self.base, BASES)
@@ -107,10 +112,13 @@ class PrecisionSpec:
             raise AnyFlowError(f"attention is {self.attention!r}; allowed are {allowed}.")
         if self.attention == "fp8" and not row.quantized:
             raise AnyFlowError(
-                f"precision {self.precision} quantizes nothing, so attention fp8 would have no effect. Leave it out."
+                f"precision {self.precision} quantizes nothing, so attention fp8 would have no"
+                " effect. Leave it out."
             )
         if self.attention == "fp8" and self.precision != "fp8":
-            raise AnyFlowError(f"attention is fp8 at precision {self.precision}; it goes with precision fp8 only.")
+            raise AnyFlowError(
+                f"attention is fp8 at precision {self.precision}; it goes with precision fp8 only."
+            )
         if self.smooth and self.precision != "int8":
             raise AnyFlowError(f"SmoothQuant is for int8; {self.precision} is never smoothed.")
 
@@ -138,4 +146,6 @@ def resolve_precision(
     if base is None:
         quantized = get_precision(precision).quantized
         base = precision if not quantized else "fp32" if target == "cpu" else "fp16"
-    return PrecisionSpec(precision, base, cast(Attention, attention), smooth and precision == "int8")
+    return PrecisionSpec(
+        precision, base, cast(Attention, attention), smooth and precision == "int8"
+    )

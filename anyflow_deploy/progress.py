@@ -1,7 +1,8 @@
 """Progress bars for long work.
 
-Functions that take long accept a `Progress`: they announce a stage with its amount of work and advance it. The command
-line passes one that draws with rich on standard error; library users get silence unless they pass their own.
+Functions that take long accept a `Progress`: they announce a stage with its amount of work and
+advance it. The command line passes one that draws with rich on standard error; library users get
+silence unless they pass their own.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from typing import Protocol
 
 from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Everything for people goes to standard error; standard output is for what a program may read."""
@@ -44,9 +51,14 @@ class RichProgress:
 
     def __init__(self, console: Console | None = None) -> None:
         columns = (
-            SpinnerColumn(finished_text="[green]✓[/]"), TextColumn("{task.description}"), BarColumn(24),
-            TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         self._progress = rich_progress.Progress(*columns, console=console or Console(stderr=True))
 
     def __enter__(self) -> RichProgress:
@@ -58,7 +70,8 @@ class RichProgress:
     @contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[Advance]:
         """See `Progress`."""
-        self._progress.start()  # not earlier: an error before the first stage should not follow an empty line
+        # not earlier: an error before the first stage should not follow an empty line
+        self._progress.start()
         task = self._progress.add_task(name, total=total)
         yield lambda amount: self._progress.advance(task, amount)
         done = total if total is not None else 1

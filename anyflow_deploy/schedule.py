@@ -1,9 +1,10 @@
 """The times a sample passes through, chosen at run time.
 
-A flow map goes from any t to any r <= t, so a schedule is only a falling list of times from noise (1000) to clean (0),
-and one engine serves them all. `Schedule.uniform` is the grid the released models were distilled on: `steps + 1` evenly
-spaced s from 1 to 0, shifted to `shift * s / (1 + (shift - 1) * s)`, in timesteps `t = 1000 s` (AnyFlow, arXiv
-2605.13724; the numbers agree with the authors' code). Arithmetic is in double precision.
+A flow map goes from any t to any r <= t, so a schedule is only a falling list of times from noise
+(1000) to clean (0), and one engine serves them all. `Schedule.uniform` is the grid the released
+models were distilled on: `steps + 1` evenly spaced s from 1 to 0, shifted to `shift * s / (1 +
+(shift - 1) * s)`, in timesteps `t = 1000 s` (AnyFlow, arXiv 2605.13724; the numbers agree with the
+authors' code). Arithmetic is in double precision.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class Schedule:
         timesteps: floats in [0, 1000].
 
     Raises:
-        AnyFlowError: empty, not falling, out of range, not finite, not ending at 0, or over 1000 transitions.
+        AnyFlowError: empty, not falling, out of range, not finite, not ending at 0, or over 1000
+            transitions.
     """
 
     timesteps: tuple[float, ...]
@@ -64,16 +66,23 @@ class Schedule:
     def __post_init__(self) -> None:
         times = self.timesteps
         if len(times) < 2:
-            raise AnyFlowError(f"a schedule needs at least one transition (two timesteps); given {list(times)}.")
+            raise AnyFlowError(
+                f"a schedule needs at least one transition (two timesteps); given {list(times)}."
+            )
         if len(times) - 1 > MAX_STEPS:
-            raise AnyFlowError(f"a schedule of {len(times) - 1} steps was given; allowed are 1 to {MAX_STEPS}.")
+            raise AnyFlowError(
+                f"a schedule of {len(times) - 1} steps was given; allowed are 1 to {MAX_STEPS}."
+            )
         for index, time in enumerate(times):
             if not math.isfinite(time) or not 0.0 <= time <= TRAIN_TIMESTEPS:
-                raise AnyFlowError(f"timestep {index} is {time}; allowed are 0 (clean) to 1000 (noise).")
+                raise AnyFlowError(
+                    f"timestep {index} is {time}; allowed are 0 (clean) to 1000 (noise)."
+                )
         for index, (t, r) in enumerate(itertools.pairwise(times)):
             if r >= t:
                 raise AnyFlowError(
-                    f"timesteps must fall from noise to clean: number {index + 1} is {r}, after {t}. Sort them downwards."
+                    f"timesteps must fall from noise to clean: number {index + 1} is {r}, after"
+                    f" {t}. Sort them downwards."
                 )
         if times[-1] != 0.0:
             raise AnyFlowError(f"a schedule ends at 0 (clean); this one ends at {times[-1]}.")
@@ -87,7 +96,9 @@ class Schedule:
             shift: positive; 5 for the released models, 1 for no shift.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-            raise AnyFlowError(f"steps is {steps!r}; allowed are whole numbers from 1 to {MAX_STEPS}.")
+            raise AnyFlowError(
+                f"steps is {steps!r}; allowed are whole numbers from 1 to {MAX_STEPS}."
+            )
         sigmas = [1.0 - i / steps for i in range(steps)] + [0.0]
         return cls(tuple(TRAIN_TIMESTEPS * s for s in shift_sigmas(sigmas, shift)))
 
@@ -95,14 +106,15 @@ class Schedule:
     def from_sigmas(cls, sigmas: Iterable[float], shift: float = 1.0) -> Schedule:
         """Your own noise levels, 1 (noise) to 0 (clean).
 
-        A closing 0 is added where missing, as diffusers does. Unlike diffusers' scheduler, which applies the model's
-        shift on top, the values are used as given unless you ask for a `shift`.
+        A closing 0 is added where missing, as diffusers does. Unlike diffusers' scheduler, which
+        applies the model's shift on top, the values are used as given unless you ask for a `shift`.
         """
         return cls(_append_zero(TRAIN_TIMESTEPS * s for s in shift_sigmas(list(sigmas), shift)))
 
     @classmethod
     def from_timesteps(cls, timesteps: Iterable[float]) -> Schedule:
-        """Your own timesteps, 1000 (noise) to 0 (clean), used as given; a closing 0 is added where missing."""
+        """Your own timesteps, 1000 (noise) to 0 (clean), used as given; a closing 0 is added where
+        missing."""
         return cls(_append_zero(timesteps))
 
     @property
@@ -115,7 +127,9 @@ class Schedule:
         """The pairs (t, r), in order."""
         return tuple(itertools.pairwise(self.timesteps))
 
-    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+    def run(
+        self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
+    ) -> Array:
         """Make one sample in these transitions, as every `StepPolicy` does.
 
         Args:
@@ -138,12 +152,15 @@ class Schedule:
 
 
 def shift_sigmas(sigmas: Sequence[float], shift: float) -> list[float]:
-    """`shift * s / (1 + (shift - 1) * s)` of each s in [0, 1]: larger shifts spend more steps near the noise.
+    """`shift * s / (1 + (shift - 1) * s)` of each s in [0, 1]: larger shifts spend more steps near
+    the noise.
 
     Written so that 1 stays exactly 1 whatever the rounding of `shift - 1`.
     """
     if not math.isfinite(shift) or shift <= 0:
-        raise AnyFlowError(f"shift is {shift}; allowed is any positive number (the released models use 5).")
+        raise AnyFlowError(
+            f"shift is {shift}; allowed is any positive number (the released models use 5)."
+        )
     for index, s in enumerate(sigmas):
         if not 0.0 <= s <= 1.0:
             raise AnyFlowError(f"sigma {index} is {s}; allowed are 0 (clean) to 1 (noise).")
@@ -151,7 +168,8 @@ def shift_sigmas(sigmas: Sequence[float], shift: float) -> list[float]:
 
 
 def next_timestep(t: float, steps: int, shift: float = 5.0) -> float:
-    """Where the first of `steps` transitions from `t` to 0 leads, on the shifted grid; 0 when it is the only one.
+    """Where the first of `steps` transitions from `t` to 0 leads, on the shifted grid; 0 when it is
+    the only one.
 
     `Schedule.uniform` passes through the same times: from each of them, with one step fewer.
     """

@@ -1,8 +1,9 @@
 """Which shapes a bundle accepts.
 
-Every axis of the transition graph that may vary has a `Range`; together they are the bundle's `ShapeRanges`, declared at
-export, written into the manifest and checked before anything runs. Units are those of the tensors: latent frames,
-latent rows and columns, text tokens. Helpers turn video frames and pixels into latents with the VAE's factors.
+Every axis of the transition graph that may vary has a `Range`; together they are the bundle's
+`ShapeRanges`, declared at export, written into the manifest and checked before anything runs. Units
+are those of the tensors: latent frames, latent rows and columns, text tokens. Helpers turn video
+frames and pixels into latents with the VAE's factors.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ class Range:
             raise AnyFlowError(f"range {self}: both ends have to be multiples of {self.multiple}.")
 
     def __contains__(self, value: int) -> bool:
-        return self.minimum <= value and (self.maximum is None or value <= self.maximum) and value % self.multiple == 0
+        return (
+            self.minimum <= value
+            and (self.maximum is None or value <= self.maximum)
+            and value % self.multiple == 0
+        )
 
     def __str__(self) -> str:
         if self.minimum == self.maximum:
@@ -75,32 +80,41 @@ class ShapeRanges:
         """
         if len(latents) != 5 or len(text) != 3:
             raise ShapeError(
-                f"latents {tuple(latents)} and text {tuple(text)}: expected (batch, frames, channels, height, width) "
-                "and (batch, tokens, channels). diffusers' (batch, channels, frames, …) needs a transpose first."
+                f"latents {tuple(latents)} and text {tuple(text)}: expected (batch, frames,"
+                " channels, height, width) and (batch, tokens, channels). diffusers' (batch,"
+                " channels, frames, …) needs a transpose first."
             )
         if text[0] != latents[0]:
-            raise ShapeError(f"latents have batch {latents[0]} and text has batch {text[0]}: they must be equal.")
-        sizes = dict(zip(AXES, (latents[0], latents[1], latents[3], latents[4], text[1]), strict=True))
+            raise ShapeError(
+                f"latents have batch {latents[0]} and text has batch {text[0]}: they must be equal."
+            )
+        sizes = dict(
+            zip(AXES, (latents[0], latents[1], latents[3], latents[4], text[1]), strict=True)
+        )
         for axis, size in sizes.items():
             allowed: Range = getattr(self, axis)
             if size not in allowed:
                 raise ShapeError(
-                    f"{axis} is {size}, but this bundle declares {axis} {allowed} (latent units); "
-                    f"the nearest that fits is {allowed.nearest(size)}. Change the input, or export with a wider range."
+                    f"{axis} is {size}, but this bundle declares {axis} {allowed} (latent units);"
+                    f" the nearest that fits is {allowed.nearest(size)}. Change the input, or"
+                    " export with a wider range."
                 )
 
 
 def widest_ranges(architecture: Architecture) -> ShapeRanges:
-    """All that patch sizes and rotary table allow; nothing in the model limits batch or text length.
+    """All that patch sizes and rotary table allow; nothing in the model limits batch or text
+    length.
 
-    A causal model's frames are those of one chunk. Its sides hold at least one of the coarser patches, and it makes one
-    video at a time: every stream owns its cache.
+    A causal model's frames are those of one chunk. Its sides hold at least one of the coarser
+    patches, and it makes one video at a time: every stream owns its cache.
     """
     table = architecture.rope_max_seq_len
     patch = architecture.patch_size[1]
     smallest = (architecture.compressed_patch_size or architecture.patch_size)[1]
     side = Range(smallest, patch * table, patch)
-    return ShapeRanges(Range(1, 1 if architecture.causal else None), Range(1, table), side, side, Range(1, None))
+    return ShapeRanges(
+        Range(1, 1 if architecture.causal else None), Range(1, table), side, side, Range(1, None)
+    )
 
 
 def narrow_ranges(base: ShapeRanges, requested: dict[str, Range]) -> ShapeRanges:
@@ -111,11 +125,17 @@ def narrow_ranges(base: ShapeRanges, requested: dict[str, Range]) -> ShapeRanges
     """
     for axis, range_ in requested.items():
         allowed: Range = getattr(base, axis)
-        top_fits = allowed.maximum is None or (range_.maximum is not None and range_.maximum in allowed)
+        top_fits = allowed.maximum is None or (
+            range_.maximum is not None and range_.maximum in allowed
+        )
         steps_fit = range_.minimum == range_.maximum or range_.multiple % allowed.multiple == 0
         if range_.minimum not in allowed or not top_fits or not steps_fit:
-            raise AnyFlowError(f"{axis} {range_} reaches outside what the model allows: {allowed} (latent units).")
-    return ShapeRanges(**{f.name: requested.get(f.name, getattr(base, f.name)) for f in fields(ShapeRanges)})
+            raise AnyFlowError(
+                f"{axis} {range_} reaches outside what the model allows: {allowed} (latent units)."
+            )
+    return ShapeRanges(
+        **{f.name: requested.get(f.name, getattr(base, f.name)) for f in fields(ShapeRanges)}
+    )
 
 
 def parse_span(text: str, flag: str) -> tuple[int, int]:
@@ -132,7 +152,8 @@ def parse_span(text: str, flag: str) -> tuple[int, int]:
 
 
 def latent_frames(frames: int, temporal_factor: int) -> int:
-    """Latent frames of a video: the VAE keeps the first frame and packs every `temporal_factor` that follow.
+    """Latent frames of a video: the VAE keeps the first frame and packs every `temporal_factor`
+    that follow.
 
     Raises:
         ShapeError: unless `frames` is `temporal_factor * n + 1`.
@@ -155,6 +176,7 @@ def latent_side(pixels: int, spatial_factor: int, patch: int, axis: str) -> int:
     unit = spatial_factor * patch
     if pixels < unit or pixels % unit:
         raise ShapeError(
-            f"{axis} is {pixels}; allowed are multiples of {unit}. The nearest is {max(unit, round(pixels / unit) * unit)}."
+            f"{axis} is {pixels}; allowed are multiples of {unit}. The nearest is"
+            f" {max(unit, round(pixels / unit) * unit)}."
         )
     return pixels // spatial_factor

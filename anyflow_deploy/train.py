@@ -1,4 +1,5 @@
-"""Train: `python -m anyflow_deploy.train RECIPE [flags]`, also under torchrun. See docs/how-to/training.md."""
+"""Train: `python -m anyflow_deploy.train RECIPE [flags]`, also under torchrun. See
+docs/how-to/training.md."""
 
 from anyflow_deploy.cli.train import main
 

@@ -1,16 +1,18 @@
 """The paper's claim in small: a flow map distilled on policy is good at any number of steps.
 
-    python benchmarks/any_step.py [--work FOLDER] [--processes 2] [--picture docs/images/any_step.png] [--tiny]
+    python benchmarks/any_step.py [--work FOLDER] [--processes 2] [--picture
+    docs/images/any_step.png] [--tiny]
 
-One tiny teacher learns the synthetic data (moving shapes with captions). From it, at the same cost, counted in passes of the
-network, are distilled
+One tiny teacher learns the synthetic data (moving shapes with captions). From it, at the same cost,
+counted in passes of the network, are distilled
 
     (a) the full method     a flow map, then on policy
     (b) the flow map alone  the same run, longer
     (c) consistency         distillation, and its usual sampling in several steps
 
-each with several seeds, and their samples of 1, 2, 4 … 32 steps are held against the data, beside the teacher's own. (a) and
-(b) are the project's own trainer; (c) is in any_step_methods.py, the distances are in any_step_distance.py.
+each with several seeds, and their samples of 1, 2, 4 … 32 steps are held against the data, beside
+the teacher's own. (a) and (b) are the project's own trainer; (c) is in any_step_methods.py, the
+distances are in any_step_distance.py.
 
 Under 20 minutes on two cores. With --work what is made is kept, and a run that was stopped goes on.
 """
@@ -38,15 +40,27 @@ from common import print_result
 from safetensors.torch import load_file
 
 COUNTS = (1, 2, 4, 8, 16, 32)
-NAMES = {"teacher": "teacher", "full": "full method", "flow-map": "flow map alone", "consistency": "consistency"}
+NAMES = {
+    "teacher": "teacher",
+    "full": "full method",
+    "flow-map": "flow map alone",
+    "consistency": "consistency",
+}
 SAMPLERS = {"teacher": "ode", "full": "jumps", "flow-map": "jumps", "consistency": "noised"}
-DISTANCES = {"frechet": "Fréchet distance to the data", "sliced_wasserstein": "sliced Wasserstein distance to the data"}
+DISTANCES = {
+    "frechet": "Fréchet distance to the data",
+    "sliced_wasserstein": "sliced Wasserstein distance to the data",
+}
 Row = tuple[str, int, list[dict[str, float]]]
 
 
 def distill_and_measure(name: str, seed: int, work: Path, size: Size) -> Row:
     """Train one method with one seed (the teacher is there already), and measure it."""
-    runs = {"full": methods.full_run, "flow-map": methods.flow_map_alone, "consistency": methods.consistency_run}
+    runs = {
+        "full": methods.full_run,
+        "flow-map": methods.flow_map_alone,
+        "consistency": methods.consistency_run,
+    }
     model = runs[name](work, size, seed) if name in runs else work / "teacher" / "model"
     return measure_distances(name, seed, model, work, size)
 
@@ -79,15 +93,23 @@ def compare_methods(work: Path, size: Size, processes: int) -> dict[str, Any]:
         rows = [pool.submit(distill_and_measure, "consistency", seed, work, size) for seed in seeds]
         wait(begun)  # what follows goes on from them
         rows += [
-            pool.submit(distill_and_measure, name, seed, work, size) for name in ("full", "flow-map", "teacher") for seed in seeds
+            pool.submit(distill_and_measure, name, seed, work, size)
+            for name in ("full", "flow-map", "teacher")
+            for seed in seeds
         ]
         found = [row.result() for row in rows]
     by_name = {name: [one for which, _, one in found if which == name] for name in NAMES}
     table = {
-        distance: {name: [summary([one[i][distance] for one in by_name[name]]) for i in range(len(COUNTS))] for name in NAMES}
+        distance: {
+            name: [summary([one[i][distance] for one in by_name[name]]) for i in range(len(COUNTS))]
+            for name in NAMES
+        }
         for distance in DISTANCES
     }
-    return {"floor": distances(load_videos(work, "floor"), load_videos(work, "data")), "distances": table}
+    return {
+        "floor": distances(load_videos(work, "floor"), load_videos(work, "data")),
+        "distances": table,
+    }
 
 
 def summary(values: list[float]) -> list[float]:
@@ -96,7 +118,8 @@ def summary(values: list[float]) -> list[float]:
 
 
 def claims(table: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """What the paper says, looked up in a table of one distance. "Worse" is by more than both standard deviations together."""
+    """What the paper says, looked up in a table of one distance. "Worse" is by more than both
+    standard deviations together."""
 
     def worse(later: list[float], earlier: list[float]) -> bool:
         return later[0] - earlier[0] > later[1] + earlier[1]
@@ -113,12 +136,19 @@ def claims(table: dict[str, list[list[float]]]) -> dict[str, Any]:
 
 def costs(work: Path, size: Size) -> dict[str, Any]:
     """Optimizer steps and seconds of every run, and passes a sample of each kind of step."""
-    runs = {path.parent.name: methods.read_progress(path.parent) for path in sorted(work.glob("*/done.json"))}
-    return {"passes_a_step": methods.count_passes(methods.settings("on-policy", size, 0)), "runs": runs}
+    runs = {
+        path.parent.name: methods.read_progress(path.parent)
+        for path in sorted(work.glob("*/done.json"))
+    }
+    return {
+        "passes_a_step": methods.count_passes(methods.settings("on-policy", size, 0)),
+        "runs": runs,
+    }
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
-    """A panel for each distance: lines are means over seeds, bars a standard deviation, the dotted line the floor."""
+    """A panel for each distance: lines are means over seeds, bars a standard deviation, the dotted
+    line the floor."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -129,8 +159,19 @@ def draw(path: Path, result: dict[str, Any]) -> None:
         for name, row in result["distances"][distance].items():
             mean, spread = zip(*row, strict=True)
             style = {"linestyle": "--", "color": "0.4"} if name == "teacher" else {}
-            axes.errorbar(COUNTS, mean, spread, marker="o", markersize=4, capsize=3, label=NAMES[name], **style)
-        axes.axhline(result["floor"][distance], color="0.7", linestyle=":", label="data against data")
+            axes.errorbar(
+                COUNTS,
+                mean,
+                spread,
+                marker="o",
+                markersize=4,
+                capsize=3,
+                label=NAMES[name],
+                **style,
+            )
+        axes.axhline(
+            result["floor"][distance], color="0.7", linestyle=":", label="data against data"
+        )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(COUNTS, map(str, COUNTS))
@@ -148,8 +189,13 @@ def print_table(result: dict[str, Any]) -> None:
         print(f"\n{label} (data against data: {result['floor'][distance]:.4f})")
         print(f"  {'steps':16}" + "".join(f"{n:>18}" for n in COUNTS))
         for name, row in result["distances"][distance].items():
-            print(f"  {NAMES[name]:16}" + "".join(f"{mean:>9.4f} ± {spread:.4f}" for mean, spread in row))
-        print("  " + ", ".join(f"{key}: {value}" for key, value in result["claims"][distance].items()))
+            print(
+                f"  {NAMES[name]:16}"
+                + "".join(f"{mean:>9.4f} ± {spread:.4f}" for mean, spread in row)
+            )
+        print(
+            "  " + ", ".join(f"{key}: {value}" for key, value in result["claims"][distance].items())
+        )
 
 
 @contextlib.contextmanager
@@ -161,23 +207,32 @@ def work_folder(given: Path | None) -> Iterator[Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, help="keep what is made here")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--picture", type=Path)
-    parser.add_argument("--tiny", action="store_true", help="seconds, to see that it runs; the numbers mean nothing")
+    parser.add_argument(
+        "--tiny", action="store_true", help="seconds, to see that it runs; the numbers mean nothing"
+    )
     options = parser.parse_args()
     started = time.perf_counter()
     size = TINY if options.tiny else Size()
     with work_folder(options.work) as work:
         result = compare_methods(work, size, options.processes)
-        result["claims"] = {distance: claims(table) for distance, table in result["distances"].items()}
+        result["claims"] = {
+            distance: claims(table) for distance, table in result["distances"].items()
+        }
         result["costs"] = costs(work, size)
     if options.picture is not None:
         draw(options.picture, result)
     print_table(result)
     seconds = round(time.perf_counter() - started)
-    print_result("any_step", {"size": dataclasses.asdict(size), "counts": COUNTS, "seconds": seconds, **result})
+    print_result(
+        "any_step",
+        {"size": dataclasses.asdict(size), "counts": COUNTS, "seconds": seconds, **result},
+    )
 
 
 if __name__ == "__main__":

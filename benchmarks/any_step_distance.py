@@ -1,12 +1,13 @@
 """How far generated samples are from the data: two distances between sets of latents with captions.
 
-**Fréchet** distance over fixed random features: two layers of convolutions with random weights, averaged over the frame, with
-a random projection of the caption's embedding beside them, all in units of their standard deviation over the data. So it is a
-distance of videos *and* captions together: a model that ignores the caption is far away however good its videos look. Zero
-for equal distributions, and above zero for two finite sets of the same one: that floor is measured, too.
+**Fréchet** distance over fixed random features: two layers of convolutions with random weights,
+averaged over the frame, with a random projection of the caption's embedding beside them, all in
+units of their standard deviation over the data. So it is a distance of videos *and* captions
+together: a model that ignores the caption is far away however good its videos look. Zero for equal
+distributions, and above zero for two finite sets of the same one: that floor is measured, too.
 
-**Sliced Wasserstein** distance of the latents as they are, captions aside: root mean square over random directions of the
-distance between the sorted projections.
+**Sliced Wasserstein** distance of the latents as they are, captions aside: root mean square over
+random directions of the distance between the sorted projections.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def distances(generated: VideoSet, data: VideoSet) -> dict[str, float]:
     """Both, by name; as many of one as of the other."""
     found, reference = features(generated), features(data)
     unit = reference.std(0)
-    unit = unit.clamp(min=float(unit[: CHANNELS[1]].median()) / 4)  # one that hardly fires must not decide
+    unit = unit.clamp(
+        min=float(unit[: CHANNELS[1]].median()) / 4
+    )  # one that hardly fires must not decide
     return {
         "frechet": frechet(found / unit, reference / unit),
         "sliced_wasserstein": sliced_wasserstein(generated.latents, data.latents),
@@ -56,13 +59,23 @@ def distances(generated: VideoSet, data: VideoSet) -> dict[str, float]:
 def features(videos: VideoSet) -> Tensor:
     """float64 (N, 80): random, and the same ones always."""
     frames, channels = videos.latents.shape[1:3]
-    first = seeded_normal((CHANNELS[0], frames * channels, 3, 3), 0, "features", 1) / (9 * frames * channels) ** 0.5
-    second = seeded_normal((CHANNELS[1], CHANNELS[0], 3, 3), 0, "features", 2) / (9 * CHANNELS[0] / 2) ** 0.5
+    first = (
+        seeded_normal((CHANNELS[0], frames * channels, 3, 3), 0, "features", 1)
+        / (9 * frames * channels) ** 0.5
+    )
+    second = (
+        seeded_normal((CHANNELS[1], CHANNELS[0], 3, 3), 0, "features", 2)
+        / (9 * CHANNELS[0] / 2) ** 0.5
+    )
     bias = seeded_normal((CHANNELS[0],), 0, "features", "bias") / 2
-    x = F.pad(videos.latents.flatten(1, 2), (1, 1, 1, 1), mode="circular")  # the scenes live on a torus
+    x = F.pad(
+        videos.latents.flatten(1, 2), (1, 1, 1, 1), mode="circular"
+    )  # the scenes live on a torus
     x = F.pad(F.relu(F.conv2d(x, first, bias)), (1, 1, 1, 1), mode="circular")
     x = F.relu(F.conv2d(x, second)).mean((2, 3))
-    words = videos.text.flatten(1) @ seeded_normal((videos.text[0].numel(), WORDS), 0, "features", "words")
+    words = videos.text.flatten(1) @ seeded_normal(
+        (videos.text[0].numel(), WORDS), 0, "features", "words"
+    )
     return torch.cat([x, words], 1).double()
 
 
@@ -72,7 +85,12 @@ def frechet(first: Tensor, second: Tensor) -> float:
     values, vectors = torch.linalg.eigh(covariances[0])
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     shared = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
-    return float((means[0] - means[1]).square().sum() + covariances[0].trace() + covariances[1].trace() - 2 * shared)
+    return float(
+        (means[0] - means[1]).square().sum()
+        + covariances[0].trace()
+        + covariances[1].trace()
+        - 2 * shared
+    )
 
 
 def sliced_wasserstein(first: Tensor, second: Tensor) -> float:

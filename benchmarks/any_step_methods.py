@@ -1,16 +1,21 @@
-"""What benchmarks/any_step.py compares: the project's own stages at a tiny size, and consistency distillation beside them.
+"""What benchmarks/any_step.py compares: the project's own stages at a tiny size, and consistency
+distillation beside them.
 
-Everything of AnyFlow goes through `Trainer` as a run from the command line does, with its checkpoints: a benchmark that was
-stopped goes on. Consistency distillation (Song et al., arXiv 2303.01469) is the benchmark's own, on the same network, data,
-optimizer and moving average:
+Everything of AnyFlow goes through `Trainer` as a run from the command line does, with its
+checkpoints: a benchmark that was stopped goes on. Consistency distillation (Song et al., arXiv
+2303.01469) is the benchmark's own, on the same network, data, optimizer and moving average:
 
-    f(z, t) = z - t/1000 u(z, t, t)       a consistency function: f(z, 0) = z; it starts as the teacher's guess of what is clean
-    z_t -> z_r                            one Euler step of the teacher between neighbours of a grid of 32
-    loss = d(f(z_t, t), sg f(z_r, r))     d is pseudo-Huber, and the target has no average of its own (arXiv 2310.14189)
+    f(z, t) = z - t/1000 u(z, t, t)       a consistency function: f(z, 0) = z; it starts as
+                                          the teacher's guess of what is clean
+    z_t -> z_r                            one Euler step of the teacher between neighbours of a
+                                          grid of 32
+    loss = d(f(z_t, t), sg f(z_r, r))     d is pseudo-Huber, and the target has no average of
+                                          its own (arXiv 2310.14189)
 
 Its usual sampler jumps to clean, adds fresh noise for the next lower time, and jumps again.
 
-Guidance is off throughout: guided samples are *meant* to differ from the data, so their distance to it would say little.
+Guidance is off throughout: guided samples are *meant* to differ from the data, so their distance to
+it would say little.
 """
 
 from __future__ import annotations
@@ -57,14 +62,22 @@ TEXT = (6, 32)
 """Words of a caption, and numbers for each."""
 
 NETWORK = Architecture(
-    num_attention_heads=2, attention_head_dim=32, ffn_dim=192, num_layers=2, text_dim=TEXT[1], freq_dim=64, in_channels=3,
-    out_channels=3, rope_max_seq_len=16,
-)  # fmt: skip
+    num_attention_heads=2,
+    attention_head_dim=32,
+    ffn_dim=192,
+    num_layers=2,
+    text_dim=TEXT[1],
+    freq_dim=64,
+    in_channels=3,
+    out_channels=3,
+    rope_max_seq_len=16,
+)
 
 WHOLE = ChunkPlan((SHAPE[0],))
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
 GRID = 32
-"""Steps between the times of consistency distillation: the most that are sampled with, so it samples where it was trained."""
+"""Steps between the times of consistency distillation: the most that are sampled with, so it
+samples where it was trained."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +88,13 @@ class Size:
         samples: of the data that is trained on.
         judged: generated, and compared with as many of the data.
         batch: of every optimizer step.
-        teacher, flow_map, on_policy: optimizer steps. The full method is `flow_map` steps and then `on_policy` steps; the
-            others make as many steps as cost the same.
+        teacher, flow_map, on_policy: optimizer steps. The full method is `flow_map` steps and then
+            `on_policy` steps; the others make as many steps as cost the same.
         seeds: of the distillations.
         shift: of all schedules and of the times that are trained.
-        teacher_rate, flow_map_rate, on_policy_rate, consistency_rate: learning rates. Consistency distillation has the
-            better of the two that were tried (5e-4, 1.5e-4); the others were tried with one each before.
+        teacher_rate, flow_map_rate, on_policy_rate, consistency_rate: learning rates. Consistency
+            distillation has the better of the two that were tried (5e-4, 1.5e-4); the others were
+            tried with one each before.
     """
 
     samples: int = 16384
@@ -101,29 +115,53 @@ TINY = Size(samples=64, judged=16, batch=4, teacher=4, flow_map=2, on_policy=1, 
 
 
 def count_passes(stage_recipe: Recipe) -> dict[str, float]:
-    """Forwards of the network for each sample of an optimizer step, on average; a backward counts as two.
+    """Forwards of the network for each sample of an optimizer step, on average; a backward counts
+    as two.
 
-    A flow-map step: one with gradient, two without for the half of the batch with r < t. On policy: a roll-out with gradient
-    and one without, three scores, one update of the fake score, and a flow-map step. Consistency distillation: the teacher,
-    the target, and one with gradient.
+    A flow-map step: one with gradient, two without for the half of the batch with r < t. On policy:
+    a roll-out with gradient and one without, three scores, one update of the fake score, and a
+    flow-map step. Consistency distillation: the teacher, the target, and one with gradient.
     """
     counts = stage_recipe.flow.rollout_steps
     shortcuts = [sum(len(shortcut(n, g, 1.0)) for g in range(n)) / n for n in counts]
     jumps = sum(shortcuts) / len(counts)
     flow_map = 3 + 2 * 0.5
-    return {"teacher": 3, "flow-map": flow_map, "on-policy": 3 * jumps + 3 + jumps + 3 + flow_map, "consistency": 5}
+    return {
+        "teacher": 3,
+        "flow-map": flow_map,
+        "on-policy": 3 * jumps + 3 + jumps + 3 + flow_map,
+        "consistency": 5,
+    }
 
 
 def settings(stage: str, size: Size, seed: int, **values: Any) -> Recipe:
     """The tiny recipe of a stage at the benchmark's size."""
-    rates = {"teacher": size.teacher_rate, "flow-map": size.flow_map_rate, "on-policy": size.on_policy_rate}
+    rates = {
+        "teacher": size.teacher_rate,
+        "flow-map": size.flow_map_rate,
+        "on-policy": size.on_policy_rate,
+    }
     steps = {"teacher": size.teacher, "flow-map": size.flow_map, "on-policy": size.on_policy}[stage]
     shared: dict[str, Any] = {
-        "frames": SHAPE[0], "height": SHAPE[2], "width": SHAPE[3], "text_tokens": TEXT[0], "batch": size.batch,
-        "micro_batch": size.batch, "learning_rate": rates[stage], "steps": steps, "seed": seed, "shift": size.shift,
-        "guidance": 1.0, "real_guidance": 0.0, "text_drop": 0.0, "ema": 0.99 if stage == "on-policy" else 0.998,
-        "ema_start": min(500, steps // 2), "sample_every": 0, "checkpoint_every": 1000, "keep": 1,
-    }  # fmt: skip
+        "frames": SHAPE[0],
+        "height": SHAPE[2],
+        "width": SHAPE[3],
+        "text_tokens": TEXT[0],
+        "batch": size.batch,
+        "micro_batch": size.batch,
+        "learning_rate": rates[stage],
+        "steps": steps,
+        "seed": seed,
+        "shift": size.shift,
+        "guidance": 1.0,
+        "real_guidance": 0.0,
+        "text_drop": 0.0,
+        "ema": 0.99 if stage == "on-policy" else 0.998,
+        "ema_start": min(500, steps // 2),
+        "sample_every": 0,
+        "checkpoint_every": 1000,
+        "keep": 1,
+    }
     return override_recipe(get_recipe(f"{stage}-tiny"), {**shared, **values})
 
 
@@ -132,7 +170,12 @@ class Shapes:
 
     def __init__(self, part: DataShard, file: Path) -> None:
         held = load_file(file)
-        self._latents, self._text, self._part, self._position = held["latents"], held["text"], part, 0
+        self._latents, self._text, self._part, self._position = (
+            held["latents"],
+            held["text"],
+            part,
+            0,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
@@ -158,35 +201,53 @@ class Shapes:
 
 
 def prepare(work: Path, size: Size) -> None:
-    """Data to train on (seed 0), data to compare with (seed 1, and seed 2 for the floor), and random weights to start from."""
-    for name, seed, count in (("train", 0, size.samples), ("data", 1, size.judged), ("floor", 2, size.judged)):
+    """Data to train on (seed 0), data to compare with (seed 1, and seed 2 for the floor), and
+    random weights to start from."""
+    for name, seed, count in (
+        ("train", 0, size.samples),
+        ("data", 1, size.judged),
+        ("floor", 2, size.judged),
+    ):
         file = work / f"{name}.safetensors"
         if not file.exists():
-            batch = SyntheticLatents(DataShard(0, 1, 1), SHAPE, TEXT, seed).batch(list(range(count)))
+            batch = SyntheticLatents(DataShard(0, 1, 1), SHAPE, TEXT, seed).batch(
+                list(range(count))
+            )
             save_file({"latents": batch.latents, "text": batch.text}, file)
     start = RandomWeights(NETWORK, "any-step", 0)
     (work / "start").mkdir(exist_ok=True)
-    save_file({name: start.read(name) for name in start.shapes()}, work / "start" / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {name: start.read(name) for name in start.shapes()},
+        work / "start" / "diffusion_pytorch_model.safetensors",
+    )
     (work / "start" / "config.json").write_text(json.dumps(NETWORK.as_config()))
 
 
-def train_stage(work: Path, output: Path, stage_recipe: Recipe, init: Path, teacher: Path | None = None) -> Path:
+def train_stage(
+    work: Path, output: Path, stage_recipe: Recipe, init: Path, teacher: Path | None = None
+) -> Path:
     """A run of the project's trainer; the model's folder, at once where it is there already."""
 
     def opening(_: str, __: Recipe, ___: Weights, part: DataShard) -> Shapes:
         return Shapes(part, work / "train.safetensors")
 
     request = RunSpec(stage_recipe, output, init, teacher, device="cpu")
-    return run_once(output, stage_recipe.optimizing.steps, lambda: Trainer(request, ALONE, opening).run())
+    return run_once(
+        output, stage_recipe.optimizing.steps, lambda: Trainer(request, ALONE, opening).run()
+    )
 
 
 def run_once(output: Path, steps: int, run: Any) -> Path:
-    """The model in a folder, trained so far; `run` makes it where it is not. The seconds that took are kept beside it."""
+    """The model in a folder, trained so far; `run` makes it where it is not. The seconds that took
+    are kept beside it."""
     before = read_progress(output)
     if before["steps"] != steps:
         started = time.perf_counter()
         run()
-        now = {"steps": steps, "seconds": round(before["seconds"] + time.perf_counter() - started, 1)}
+        now = {
+            "steps": steps,
+            "seconds": round(before["seconds"] + time.perf_counter() - started, 1),
+        }
         (output / "done.json").write_text(json.dumps(now))
     return output / "model"
 
@@ -194,7 +255,9 @@ def run_once(output: Path, steps: int, run: Any) -> Path:
 def read_progress(output: Path) -> dict[str, float]:
     """Optimizer steps that a run finished, and the seconds they took."""
     note = output / "done.json"
-    found: dict[str, float] = json.loads(note.read_text()) if note.exists() else {"steps": 0, "seconds": 0}
+    found: dict[str, float] = (
+        json.loads(note.read_text()) if note.exists() else {"steps": 0, "seconds": 0}
+    )
     return found
 
 
@@ -204,11 +267,14 @@ def teacher_run(work: Path, size: Size) -> Path:
 
 
 def flow_map_run(work: Path, size: Size, seed: int) -> Path:
-    """The full method's first part, which is the first part of the flow map alone, too. A copy of the model at this point."""
+    """The full method's first part, which is the first part of the flow map alone, too. A copy of
+    the model at this point."""
     output = work / f"flow-map-{seed}"
     kept = output / "first"
     if not kept.exists():
-        model = train_stage(work, output, settings("flow-map", size, seed), work / "teacher" / "model")
+        model = train_stage(
+            work, output, settings("flow-map", size, seed), work / "teacher" / "model"
+        )
         shutil.copytree(model, kept)
     return kept
 
@@ -218,7 +284,9 @@ def flow_map_alone(work: Path, size: Size, seed: int) -> Path:
     stage_recipe = settings("flow-map", size, seed)
     cost = count_passes(stage_recipe)
     steps = size.flow_map + round(size.on_policy * cost["on-policy"] / cost["flow-map"])
-    longer = settings("flow-map", size, seed, steps=steps, ema_start=stage_recipe.optimizing.ema_start)
+    longer = settings(
+        "flow-map", size, seed, steps=steps, ema_start=stage_recipe.optimizing.ema_start
+    )
     return train_stage(work, work / f"flow-map-{seed}", longer, work / "teacher" / "model")
 
 
@@ -226,7 +294,11 @@ def full_run(work: Path, size: Size, seed: int) -> Path:
     """The full method's second part."""
     stage_recipe = settings("on-policy", size, seed)
     return train_stage(
-        work, work / f"on-policy-{seed}", stage_recipe, work / f"flow-map-{seed}" / "first", work / "teacher" / "model"
+        work,
+        work / f"on-policy-{seed}",
+        stage_recipe,
+        work / f"flow-map-{seed}" / "first",
+        work / "teacher" / "model",
     )
 
 
@@ -234,7 +306,10 @@ def consistency_run(work: Path, size: Size, seed: int) -> Path:
     """Consistency distillation at the full method's cost."""
     stage_recipe = settings("flow-map", size, seed)
     cost = count_passes(stage_recipe)
-    steps = round((size.flow_map * cost["flow-map"] + size.on_policy * cost["on-policy"]) / cost["consistency"])
+    steps = round(
+        (size.flow_map * cost["flow-map"] + size.on_policy * cost["on-policy"])
+        / cost["consistency"]
+    )
     output = work / f"consistency-{seed}"
     output.mkdir(exist_ok=True)
     return run_once(output, steps, lambda: _consistency(work, output, size, stage_recipe, steps))
@@ -244,24 +319,39 @@ def _consistency(work: Path, output: Path, size: Size, base: Recipe, steps: int)
     stage_recipe = override_recipe(base, {"learning_rate": size.consistency_rate, "steps": steps})
     seed, device = stage_recipe.running.seed, ALONE.device
     weights = open_initial_weights(work / "teacher" / "model", False, NETWORK)
-    optimizer_state = OptimizerState(build_trained_network(weights, stage_recipe, device, None), stage_recipe.optimizing)
+    optimizer_state = OptimizerState(
+        build_trained_network(weights, stage_recipe, device, None), stage_recipe.optimizing
+    )
     teacher = build_frozen_network(weights, stage_recipe, device, None)
     times = torch.tensor(Schedule.uniform(GRID, size.shift).timesteps)
     data = Shapes(DataShard(0, 1, size.batch), work / "train.safetensors")
     softness = 0.00054 * math.sqrt(math.prod(SHAPE))
     for step in range(steps):
         batch = data.next()
-        index = torch.randint(GRID, (size.batch,), generator=seeded_generator(seed, "consistency", step))
+        index = torch.randint(
+            GRID, (size.batch,), generator=seeded_generator(seed, "consistency", step)
+        )
         t, r = times[index], times[index + 1]
-        z = add_noise(batch.latents, seeded_normal(batch.latents.shape, seed, "consistency-noise", step), t)
+        z = add_noise(
+            batch.latents, seeded_normal(batch.latents.shape, seed, "consistency-noise", step), t
+        )
         with torch.no_grad():
-            lower = z - (sigma(t) - sigma(r)) * velocity(teacher, z, t, t, batch.text, WHOLE, EMPTY_CONTEXT)
+            lower = z - (sigma(t) - sigma(r)) * velocity(
+                teacher, z, t, t, batch.text, WHOLE, EMPTY_CONTEXT
+            )
             target = clean_from(optimizer_state.network, lower, r, batch.text)
-        error = (clean_from(optimizer_state.network, z, t, batch.text) - target).square().flatten(1).sum(1)
+        error = (
+            (clean_from(optimizer_state.network, z, t, batch.text) - target)
+            .square()
+            .flatten(1)
+            .sum(1)
+        )
         loss = ((error + softness**2).sqrt() - softness).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         if not math.isfinite(optimizer_state.clip_gradients()):
-            raise SystemExit(f"consistency distillation: the gradient of step {step} is not finite.")
+            raise SystemExit(
+                f"consistency distillation: the gradient of step {step} is not finite."
+            )
         optimizer_state.update()
     with optimizer_state.use_average():
         save_pretrained(output, optimizer_state, ALONE, size.shift, "float32", None)
@@ -273,15 +363,19 @@ def clean_from(network: TrainingTransformer, z: Tensor, t: Tensor, text: Tensor)
 
 
 @torch.no_grad()
-def samples(model: Path, sampler: str, count: int, text: Tensor, shift: float, seed: int) -> VideoSet:
+def samples(
+    model: Path, sampler: str, count: int, text: Tensor, shift: float, seed: int
+) -> VideoSet:
     """Samples of `count` steps for these captions.
 
     Args:
-        how: "ode" follows the instantaneous velocity (the teacher), "jumps" is the flow map's own, "noised" is consistency
-            sampling.
+        how: "ode" follows the instantaneous velocity (the teacher), "jumps" is the flow map's own,
+            "noised" is consistency sampling.
     """
     weights = open_checkpoint(model)
-    network = build_network(NETWORK, {name: weights.read(name) for name in weights.shapes()}, frozen=True)
+    network = build_network(
+        NETWORK, {name: weights.read(name) for name in weights.shapes()}, frozen=True
+    )
     pairs = list(Schedule.uniform(count, shift).transitions)
     made = []
     for number, words in enumerate(text.split(256)):
@@ -291,9 +385,15 @@ def samples(model: Path, sampler: str, count: int, text: Tensor, shift: float, s
         for t, r in pairs if sampler != "jumps" else ():
             now, after = (torch.full((len(z),), s) for s in (t, r))
             if sampler == "ode":
-                z = z - (sigma(now) - sigma(after)) * velocity(network, z, now, now, words, WHOLE, EMPTY_CONTEXT)
+                z = z - (sigma(now) - sigma(after)) * velocity(
+                    network, z, now, now, words, WHOLE, EMPTY_CONTEXT
+                )
             else:
                 clean = clean_from(network, z, now, words)
-                z = add_noise(clean, seeded_normal(z.shape, seed, "again", number, r), after) if r else clean
+                z = (
+                    add_noise(clean, seeded_normal(z.shape, seed, "again", number, r), after)
+                    if r
+                    else clean
+                )
         made.append(z)
     return VideoSet(torch.cat(made), text)

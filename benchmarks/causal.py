@@ -1,18 +1,21 @@
-"""A causal clip: our stream against diffusers' AnyFlowFARPipeline, and what a window does to a long one.
+"""A causal clip: our stream against diffusers' AnyFlowFARPipeline, and what a window does to a long
+one.
 
     python benchmarks/causal.py [--layers 2] [--rounds 3]
 
-1.3B width, few layers, random weights, float32, 128x128 pixels (64 tokens a latent frame), 4 steps, 512 text tokens (what
-both pad prompts to), all cores.
+1.3B width, few layers, random weights, float32, 128x128 pixels (64 tokens a latent frame), 4 steps,
+512 text tokens (what both pad prompts to), all cores.
 
-1. The released chunk plan (21 latent frames): whole clips in turn, the same noise and embeddings; the ratio is the median
-   of the rounds' ratios. Text encoder and VAE are left out on both sides.
-2. 42 chunks with a window of 8 compressed chunks: seconds of chunk 40 over seconds of chunk 10 (medians over rounds and
-   over three neighbours each), with and without the window, and how far the windowed video is from the whole one.
-3. Tokens sent through the network for the cache alone, at 480x832: ours against the reference's re-encoding.
+1. The released chunk plan (21 latent frames): whole clips in turn, the same noise and embeddings;
+   the ratio is the median of the rounds' ratios. Text encoder and VAE are left out on both sides.
+2. 42 chunks with a window of 8 compressed chunks: seconds of chunk 40 over seconds of chunk 10
+   (medians over rounds and over three neighbours each), with and without the window, and how far
+   the windowed video is from the whole one.
+3. Tokens sent through the network for the cache alone, at 480x832: ours against the reference's
+  re-encoding.
 
-(diffusers' class attends to padding where tokens are not a multiple of 128, so the two clips differ;
-see docs/how-to/streaming.md.)
+(diffusers' class attends to padding where tokens are not a multiple of 128, so the two clips
+differ; see docs/how-to/streaming.md.)
 """
 
 from __future__ import annotations
@@ -42,13 +45,19 @@ LONG = (1, *(3,) * 41)
 
 def diffusers_pipeline(weights: RandomWeights) -> Any:
     """diffusers' pipeline around its own transformer with the same weights, and nothing else."""
-    from diffusers import AnyFlowFARPipeline, AnyFlowFARTransformer3DModel, FlowMapEulerDiscreteScheduler
+    from diffusers import (
+        AnyFlowFARPipeline,
+        AnyFlowFARTransformer3DModel,
+        FlowMapEulerDiscreteScheduler,
+    )
 
     config = {k: v for k, v in weights.architecture.as_config().items() if not k.startswith("_")}
     model = AnyFlowFARTransformer3DModel(**config).eval()
     model.load_state_dict({name: weights.read(name) for name in weights.shapes()})
     parts = {"tokenizer": None, "text_encoder": None, "vae": None}
-    pipeline = AnyFlowFARPipeline(transformer=model, scheduler=FlowMapEulerDiscreteScheduler(shift=5.0), **parts)
+    pipeline = AnyFlowFARPipeline(
+        transformer=model, scheduler=FlowMapEulerDiscreteScheduler(shift=5.0), **parts
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -66,9 +75,14 @@ def clips(engine: BundleEngine, pipeline: Any, rounds: int) -> dict[str, Any]:
 
     def theirs() -> None:
         pipeline(
-            prompt_embeds=tensors[1], latents=tensors[0], height=8 * SIDE, width=8 * SIDE, num_frames=81,
-            num_inference_steps=STEPS, output_type="latent",
-        )  # fmt: skip
+            prompt_embeds=tensors[1],
+            latents=tensors[0],
+            height=8 * SIDE,
+            width=8 * SIDE,
+            num_frames=81,
+            num_inference_steps=STEPS,
+            output_type="latent",
+        )
 
     times: dict[str, list[float]] = {"stream": [], "diffusers": []}
     ours()
@@ -78,11 +92,20 @@ def clips(engine: BundleEngine, pipeline: Any, rounds: int) -> dict[str, Any]:
             work()
             times[name].append(time.perf_counter() - started)
     ratios = np.array(times["diffusers"]) / np.array(times["stream"])
-    medians = {f"{name}_clip_seconds": round(statistics.median(values), 2) for name, values in times.items()}
-    return {**medians, "speedup": round(float(np.median(ratios)), 2), "speedup_min": round(float(ratios.min()), 2)}
+    medians = {
+        f"{name}_clip_seconds": round(statistics.median(values), 2)
+        for name, values in times.items()
+    }
+    return {
+        **medians,
+        "speedup": round(float(np.median(ratios)), 2),
+        "speedup_min": round(float(ratios.min()), 2),
+    }
 
 
-def long_video(engine: BundleEngine, window: int | None, rounds: int) -> tuple[list[float], list[np.ndarray]]:
+def long_video(
+    engine: BundleEngine, window: int | None, rounds: int
+) -> tuple[list[float], list[np.ndarray]]:
     """Median seconds of each chunk of a long video, cache writing included, and its latents."""
     latents, text = noise((1, sum(LONG), 16, SIDE, SIDE), 0), noise(TEXT, 1)
     seconds: list[list[float]] = []
@@ -90,7 +113,9 @@ def long_video(engine: BundleEngine, window: int | None, rounds: int) -> tuple[l
         seconds.append([])
         made = []
         started = time.perf_counter()
-        for chunk in stream(engine, latents, text, Schedule.uniform(1), chunk_plan=LONG, window=window):
+        for chunk in stream(
+            engine, latents, text, Schedule.uniform(1), chunk_plan=LONG, window=window
+        ):
             seconds[-1].append(time.perf_counter() - started)
             made.append(chunk.latents)
             started = time.perf_counter()
@@ -103,7 +128,8 @@ def growth(seconds: list[float]) -> float:
 
 
 def reference_tokens(plan: CachePlan) -> int:
-    """Tokens the reference encodes for its cache: after every chunk, all older ones compressed and the last two in full."""
+    """Tokens the reference encodes for its cache: after every chunk, all older ones compressed and
+    the last two in full."""
     total = 0
     for done in range(1, len(plan.chunks)):
         compressed, full = plan.cached_tokens(done)
@@ -113,7 +139,9 @@ def reference_tokens(plan: CachePlan) -> int:
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -126,12 +154,21 @@ def main() -> None:
         unlimited, everything = long_video(engine, None, options.rounds)
     apart = [difference(a, b).relative_l2 for a, b in zip(kept, everything, strict=True)]
     plan = cache_plan(MODELS["far-1.3b"].architecture, None, 60, 104)
-    print_result("causal", {
-        "layers": options.layers, "steps": STEPS, "rounds": options.rounds, **result,
-        "chunk_40_over_10_windowed": growth(windowed), "chunk_40_over_10_unlimited": growth(unlimited), "window": WINDOW,
-        "window_relative_l2_chunk_10_20_40": [round(apart[chunk], 4) for chunk in (10, 20, 40)],
-        "cache_tokens_per_clip_480p": plan.encoded_tokens, "cache_tokens_per_clip_480p_reference": reference_tokens(plan),
-    })  # fmt: skip
+    print_result(
+        "causal",
+        {
+            "layers": options.layers,
+            "steps": STEPS,
+            "rounds": options.rounds,
+            **result,
+            "chunk_40_over_10_windowed": growth(windowed),
+            "chunk_40_over_10_unlimited": growth(unlimited),
+            "window": WINDOW,
+            "window_relative_l2_chunk_10_20_40": [round(apart[chunk], 4) for chunk in (10, 20, 40)],
+            "cache_tokens_per_clip_480p": plan.encoded_tokens,
+            "cache_tokens_per_clip_480p_reference": reference_tokens(plan),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the benchmarks share: the machine's description, peak memory of a child process, and the closing JSON line."""
+"""What the benchmarks share: the machine's description, peak memory of a child process, and the
+closing JSON line."""
 
 from __future__ import annotations
 
@@ -19,9 +20,15 @@ from anyflow_deploy.doctor.machine import probe_processor
 
 def describe_machine() -> dict[str, Any]:
     """What identifies a measurement: processor, its instructions, cores, memory, versions, date."""
-    names = (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
+    names = (
+        line.split(":")[1].strip()
+        for line in _lines("/proc/cpuinfo")
+        if line.startswith("model name")
+    )
     cpu = next(names, platform.machine())
-    memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    memory = next(
+        (int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0
+    )
     packages = ("anyflow-deploy", "torch", "onnx", "onnxruntime", "diffusers")
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -50,13 +57,16 @@ def _lines(path: str) -> list[str]:
 
 
 def run_process(words: Sequence[str], **options: Any) -> dict[str, Any]:
-    """Run a command; returns its wall seconds, peak resident memory of it and its children (MiB), and standard output.
+    """Run a command; returns its wall seconds, peak resident memory of it and its children (MiB),
+    and standard output.
 
     Raises:
         SystemExit: when it fails, with what it said.
     """
     started = time.perf_counter()
-    process = subprocess.Popen(list(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    process = subprocess.Popen(
+        list(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
     errors: list[str] = []
     assert process.stderr is not None and process.stdout is not None
     reader = threading.Thread(target=lambda: errors.append(process.stderr.read()))  # type: ignore[union-attr]
@@ -66,7 +76,12 @@ def run_process(words: Sequence[str], **options: Any) -> dict[str, Any]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{' '.join(words)} failed:\n{errors[0][-3000:]}")
-    return {"seconds": time.perf_counter() - started, "peak_mib": usage.ru_maxrss / 1024, "output": output, "errors": errors[0]}
+    return {
+        "seconds": time.perf_counter() - started,
+        "peak_mib": usage.ru_maxrss / 1024,
+        "output": output,
+        "errors": errors[0],
+    }
 
 
 def run_python(code: str, *arguments: str) -> dict[str, Any]:

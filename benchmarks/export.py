@@ -3,10 +3,12 @@
     python benchmarks/export.py [--folder DIR]
 
 1. The 14B graph traced and written as ONNX, without weights (limits: 120 s, 2 GiB).
-2. A 1.3B-size checkpoint of random float32 weights (5.7 GB, in shards) exported to fp16 (limit: 3 GiB), beside a plain
-   copy: the same number of bytes read and written in blocks and synced, with nothing done to them.
+2. A 1.3B-size checkpoint of random float32 weights (5.7 GB, in shards) exported to fp16 (limit: 3
+   GiB), beside a plain copy: the same number of bytes read and written in blocks and synced, with
+   nothing done to them.
 
-Every measurement is a process of its own; peaks are the operating system's. Needs 15 GB of disk in --folder.
+Every measurement is a process of its own; peaks are the operating system's. Needs 15 GB of disk in
+--folder.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from anyflow_deploy.export.onnx_graph import onnx_from_traced
 from anyflow_deploy.export.trace import trace_graph
 from anyflow_deploy.shape_ranges import widest
 architecture = MODELS["14b"].architecture
-model = onnx_from_traced(trace_graph("transition", architecture, widest(architecture), "fp16", fused=False), 20)
+traced = trace_graph("transition", architecture, widest(architecture), "fp16", fused=False)
+model = onnx_from_traced(traced, 20)
 assert len(model.graph.initializers) > 1000
 print(time.perf_counter() - started)
 """
@@ -47,7 +50,8 @@ class Clock:
         yield lambda amount: None
         self.seconds[name.split(" (")[0]] = round(time.perf_counter() - started, 1)
 
-export_bundle(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), ExportSettings("fp16", overwrite=True), Clock())
+settings = ExportSettings("fp16", overwrite=True)
+export_bundle(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), settings, Clock())
 print(json.dumps(Clock.seconds))
 """
 _SHARD = 2_000_000_000
@@ -89,7 +93,8 @@ def save_random_checkpoint(folder: Path, name: str) -> int:
 
 
 def copy_seconds(checkpoint: Path, written: int, folder: Path) -> float:
-    """Read all of the checkpoint and write `written` bytes, synced: what any export has to wait for."""
+    """Read all of the checkpoint and write `written` bytes, synced: what any export has to wait
+    for."""
     started = time.perf_counter()
     block = bytearray(_BLOCK)
     with (folder / "copy").open("wb", buffering=0) as target:
@@ -106,7 +111,9 @@ def copy_seconds(checkpoint: Path, written: int, folder: Path) -> float:
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=None, help="where to put 15 GB for a while")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
@@ -122,13 +129,21 @@ def main() -> None:
             plain = copy_seconds(folder / "checkpoint", written, folder)
             rounds.append((export["seconds"], export["peak_mib"], stages["writing weights"], plain))
         seconds, peaks, writing, copies = zip(*rounds, strict=True)
-    print_result("export", {
-        "trace_14b_seconds": round(float(trace["output"]), 1), "trace_14b_peak_mib": round(trace["peak_mib"]),
-        "checkpoint_bytes": size, "bundle_bytes": written, "rounds": options.rounds,
-        "export_seconds": round(statistics.median(seconds), 1), "export_peak_mib": round(max(peaks)),
-        "export_stages": stages, "writing_seconds": round(statistics.median(writing), 1),
-        "plain_copy_seconds": round(statistics.median(copies), 1),
-    })  # fmt: skip
+    print_result(
+        "export",
+        {
+            "trace_14b_seconds": round(float(trace["output"]), 1),
+            "trace_14b_peak_mib": round(trace["peak_mib"]),
+            "checkpoint_bytes": size,
+            "bundle_bytes": written,
+            "rounds": options.rounds,
+            "export_seconds": round(statistics.median(seconds), 1),
+            "export_peak_mib": round(max(peaks)),
+            "export_stages": stages,
+            "writing_seconds": round(statistics.median(writing), 1),
+            "plain_copy_seconds": round(statistics.median(copies), 1),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,24 +1,29 @@
-"""One GPU, everything that runs on it: milliseconds per step, per clip and to the first chunk, side by side.
+"""One GPU, everything that runs on it: milliseconds per step, per clip and to the first chunk, side
+by side.
 
-    python benchmarks/gpu.py                      # 1.3B, 480x832, 81 frames (32,760 tokens), on cuda
-    python benchmarks/gpu.py --tiny --device cpu  # the same program on a model of toy size, to see that it works
+    python benchmarks/gpu.py                        # 1.3B, 480x832, 81 frames (32,760 tokens)
+    python benchmarks/gpu.py --tiny --device cpu    # the same on a toy, to see that it works
 
 Contestants, in turns within each round, random weights, the same noise and embeddings:
 
 - `diffusers`: its transformer, eager, bf16; `diffusers_compile`: the same under torch.compile.
-- `BACKEND_PRECISION` for each of --engines: a bundle exported here, built here, run through `load_engine`.
+- `BACKEND_PRECISION` for each of --engines: a bundle exported here, built here, run through
+  `load_engine`.
 
-A backend that is missing on the machine is named in the result with its reason, and the others go on.
+A backend that is missing on the machine is named in the result with its reason, and the others go
+on.
 
-1. A step: time of `--repeats` transitions and one synchronization, divided; medians over rounds, ratios per round.
+1. A step: time of `--repeats` transitions and one synchronization, divided; medians over rounds,
+  ratios per round.
 2. A clip at 1, 2, 4, 8 steps, without text encoder and VAE.
-3. A causal clip at 4 steps (the released chunk plan): seconds to its first chunk, seconds of the whole, frames per second,
-   against diffusers' `AnyFlowFARPipeline` with the same weights.
-4. What the device can do: the matrix products and attentions of one step alone (the floor of a step; its share of a
-   contestant's time is how close that comes), the rate of one large product, and of a copy.
+3. A causal clip at 4 steps (the released chunk plan): seconds to its first chunk, seconds of the
+   whole, frames per second, against diffusers' `AnyFlowFARPipeline` with the same weights.
+4. What the device can do: the matrix products and attentions of one step alone (the floor of a
+   step; its share of a contestant's time is how close that comes), the rate of one large product,
+   and of a copy.
 
-Memory is what the device has less of after a contestant's first steps than before it was loaded (allocator's blocks
-included), so it is comparable between runtimes.
+Memory is what the device has less of after a contestant's first steps than before it was loaded
+(allocator's blocks included), so it is comparable between runtimes.
 """
 
 from __future__ import annotations
@@ -38,7 +43,18 @@ import numpy as np
 import torch
 from common import print_result
 
-from anyflow_deploy import MODELS, AnyFlowError, Architecture, Bundle, Schedule, load_bundle, load_engine, noise, sample, stream
+from anyflow_deploy import (
+    MODELS,
+    AnyFlowError,
+    Architecture,
+    Bundle,
+    Schedule,
+    load_bundle,
+    load_engine,
+    noise,
+    sample,
+    stream,
+)
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.engines.build import BuildSettings, build_engine, settings_type
 from anyflow_deploy.engines.engine import Array, Engine
@@ -149,13 +165,19 @@ class Diffusers:
     def __init__(self, weights: RandomWeights, device: str, compiled: bool) -> None:
         from diffusers import AnyFlowTransformer3DModel
 
-        config = {k: v for k, v in weights.architecture.as_config().items() if not k.startswith("_")}
+        config = {
+            k: v for k, v in weights.architecture.as_config().items() if not k.startswith("_")
+        }
         with torch.device("meta"):
             model = AnyFlowTransformer3DModel(**config)
         model = model.to_empty(device=device).eval().requires_grad_(False)
-        fresh = AnyFlowTransformer3DModel(**{**config, "num_layers": 1})  # buffers that the meta device lost
+        fresh = AnyFlowTransformer3DModel(
+            **{**config, "num_layers": 1}
+        )  # buffers that the meta device lost
         for name, buffer in fresh.named_buffers():
-            model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = buffer.to(device)
+            model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = (
+                buffer.to(device)
+            )
         for name, parameter in model.named_parameters():
             parameter.data.copy_(weights.read(name))
         self._model = cast_to_bf16(model)
@@ -168,7 +190,9 @@ class Diffusers:
         words = torch.from_numpy(text).to(self._device, torch.bfloat16)
 
         def velocity(z: torch.Tensor, t: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-            made: torch.Tensor = self._model(z.to(torch.bfloat16), t, r, words, return_dict=False)[0]
+            made: torch.Tensor = self._model(z.to(torch.bfloat16), t, r, words, return_dict=False)[
+                0
+            ]
             return made.float()
 
         return TorchRun(velocity, latents, self._device)
@@ -178,32 +202,50 @@ class Diffusers:
         self._model = None
 
 
-def export_random_bundle(weights: RandomWeights, precision: str, folder: Path, device: str) -> Bundle:
+def export_random_bundle(
+    weights: RandomWeights, precision: str, folder: Path, device: str
+) -> Bundle:
     """A bundle; 8 bits are calibrated here, briefly: speed does not depend on the ranges."""
-    settings = ExportSettings(precision, target="cpu" if device == "cpu" and precision != "bf16" else "h100")
+    settings = ExportSettings(
+        precision, target="cpu" if device == "cpu" and precision != "bf16" else "h100"
+    )
     if precision in ("int8", "fp8"):
         a = weights.architecture
         shape = (4 if a.causal else 2, a.in_channels, 16, 16)
         calibration = run_calibration(
-            weights, CalibrationSettings(random_prompt_embeds(weights, ("one",)), shape, steps=(1,), device=device)
+            weights,
+            CalibrationSettings(
+                random_prompt_embeds(weights, ("one",)), shape, steps=(1,), device=device
+            ),
         )
         settings = dataclasses.replace(settings, calibration=calibration, base="bf16")
     return export_bundle(weights, folder, settings)
 
 
 def build_settings(backend: str, provider: str) -> BuildSettings:
-    """The defaults; an engine that falls back to wider products is kept, and says so in `achieved`."""
+    """The defaults; an engine that falls back to wider products is kept, and says so in
+    `achieved`."""
     settings = settings_type(backend)(provider=provider)
-    return dataclasses.replace(settings, allow_fallback=True) if hasattr(settings, "allow_fallback") else settings  # type: ignore[call-arg]
+    return (
+        dataclasses.replace(settings, allow_fallback=True)
+        if hasattr(settings, "allow_fallback")
+        else settings
+    )  # type: ignore[call-arg]
 
 
-def open_contestant(weights: RandomWeights, choice: str, folder: Path, device: str) -> tuple[Engine, dict[str, Any]]:
+def open_contestant(
+    weights: RandomWeights, choice: str, folder: Path, device: str
+) -> tuple[Engine, dict[str, Any]]:
     """Export, build, load; also what that took."""
     backend, precision = choice.split(":")
     kind = "causal" if weights.architecture.causal else "whole"
     path = folder / f"{kind}-{precision}"
     started = time.perf_counter()
-    bundle = load_bundle(path, verify=False) if path.exists() else export_random_bundle(weights, precision, path, device)
+    bundle = (
+        load_bundle(path, verify=False)
+        if path.exists()
+        else export_random_bundle(weights, precision, path, device)
+    )
     exported = time.perf_counter()
     provider = "cuda" if device.startswith("cuda") else "cpu"
     achieved: dict[str, Any] = {}
@@ -215,12 +257,21 @@ def open_contestant(weights: RandomWeights, choice: str, folder: Path, device: s
             record = build_engine(bundle, backend, build_settings(backend, provider)).record
         achieved = {"build_seconds": record.seconds, "achieved": record.achieved}
     engine = load_engine(bundle, backend, provider)
-    return engine, {"export_seconds": round(exported - started, 1), "engine": engine.description, **achieved}
+    return engine, {
+        "export_seconds": round(exported - started, 1),
+        "engine": engine.description,
+        **achieved,
+    }
 
 
 @contextmanager
 def contestants(
-    names: list[str], weights: RandomWeights, size: Size, folder: Path, machine: BenchmarkDevice, inputs: tuple[Array, Array]
+    names: list[str],
+    weights: RandomWeights,
+    size: Size,
+    folder: Path,
+    machine: BenchmarkDevice,
+    inputs: tuple[Array, Array],
 ) -> Iterator[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
     """Everybody who can run here, warmed up; name -> engine, and name -> what is known of it."""
     engines: dict[str, Any] = {}
@@ -236,7 +287,9 @@ def contestants(
             else:
                 engine, facts = open_contestant(weights, name, folder, machine.device)
             with engine.start(*inputs) as run:
-                facts["first_step_seconds"] = round(machine.seconds(lambda: run.step(1000.0, 500.0)), 3)
+                facts["first_step_seconds"] = round(
+                    machine.seconds(lambda: run.step(1000.0, 500.0)), 3
+                )
                 machine.seconds(lambda: [run.step(500.0, 400.0) for _ in range(3)])
         except (AnyFlowError, ImportError, RuntimeError) as error:
             known[name] = {"not_run": str(error).split("\n")[0][:300]}
@@ -253,7 +306,11 @@ def contestants(
 
 
 def steps_in_turn(
-    engines: dict[str, Any], inputs: tuple[Array, Array], machine: BenchmarkDevice, rounds: int, repeats: int
+    engines: dict[str, Any],
+    inputs: tuple[Array, Array],
+    machine: BenchmarkDevice,
+    rounds: int,
+    repeats: int,
 ) -> Any:
     """Seconds of a step by contestant, one for each round."""
     times: dict[str, list[float]] = {name: [] for name in engines}
@@ -265,7 +322,9 @@ def steps_in_turn(
     return times
 
 
-def clips_in_turn(engines: dict[str, Any], inputs: tuple[Array, Array], machine: BenchmarkDevice, rounds: int) -> dict[str, Any]:
+def clips_in_turn(
+    engines: dict[str, Any], inputs: tuple[Array, Array], machine: BenchmarkDevice, rounds: int
+) -> dict[str, Any]:
     """Median milliseconds of a clip by contestant and number of steps."""
     times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in STEPS} for name in engines}
     for _ in range(rounds):
@@ -273,7 +332,10 @@ def clips_in_turn(engines: dict[str, Any], inputs: tuple[Array, Array], machine:
             for n in STEPS:
                 work = lambda engine=engine, n=n: sample(engine, *inputs, Schedule.uniform(n))  # noqa: E731
                 times[name][n].append(machine.seconds(work))
-    return {name: {str(n): milliseconds(values) for n, values in rows.items()} for name, rows in times.items()}
+    return {
+        name: {str(n): milliseconds(values) for n, values in rows.items()}
+        for name, rows in times.items()
+    }
 
 
 def milliseconds(values: list[float]) -> float:
@@ -281,17 +343,27 @@ def milliseconds(values: list[float]) -> float:
     return round(1e3 * statistics.median(values), 3)
 
 
-def floor_seconds(a: Architecture, size: Size, machine: BenchmarkDevice, rounds: int) -> dict[str, float]:
-    """The products and attentions of one step with nothing between them, one layer timed and multiplied; and the peaks."""
+def floor_seconds(
+    a: Architecture, size: Size, machine: BenchmarkDevice, rounds: int
+) -> dict[str, float]:
+    """The products and attentions of one step with nothing between them, one layer timed and
+    multiplied; and the peaks."""
     from torch.nn.functional import linear, scaled_dot_product_attention
 
     d, words = a.inner_dim, size.text[1]
     tokens = size.latents[1] * (size.latents[3] // 2) * (size.latents[4] // 2)
     make = lambda *shape: torch.randn(*shape, device=machine.device, dtype=torch.bfloat16)  # noqa: E731
-    shapes = [(tokens, d, d)] * 6 + [(words, d, d)] * 2 + [(tokens, d, a.ffn_dim), (tokens, a.ffn_dim, d)]
+    shapes = (
+        [(tokens, d, d)] * 6
+        + [(words, d, d)] * 2
+        + [(tokens, d, a.ffn_dim), (tokens, a.ffn_dim, d)]
+    )
     pairs = {shape: (make(shape[0], shape[1]), make(shape[2], shape[1])) for shape in set(shapes)}
     heads = (1, a.num_attention_heads)
-    video, text = make(*heads, tokens, a.attention_head_dim), make(*heads, words, a.attention_head_dim)
+    video, text = (
+        make(*heads, tokens, a.attention_head_dim),
+        make(*heads, words, a.attention_head_dim),
+    )
 
     def products() -> None:
         for shape in shapes:
@@ -304,8 +376,11 @@ def floor_seconds(a: Architecture, size: Size, machine: BenchmarkDevice, rounds:
     side, elements = size.peak
     square, source, target = make(side, side), make(elements), make(elements)
     works: dict[str, Work] = {
-        "products": products, "attentions": attentions, "square": lambda: square @ square, "copy": lambda: target.copy_(source),
-    }  # fmt: skip
+        "products": products,
+        "attentions": attentions,
+        "square": lambda: square @ square,
+        "copy": lambda: target.copy_(source),
+    }
     found = {}
     with torch.no_grad():
         for name, work in works.items():
@@ -319,13 +394,21 @@ def floor_seconds(a: Architecture, size: Size, machine: BenchmarkDevice, rounds:
     }
 
 
-def whole(options: argparse.Namespace, size: Size, folder: Path, machine: BenchmarkDevice) -> dict[str, Any]:
+def whole(
+    options: argparse.Namespace, size: Size, folder: Path, machine: BenchmarkDevice
+) -> dict[str, Any]:
     """The bidirectional part."""
     weights = RandomWeights(size.model, "1.3b")
     inputs = noise(size.latents, 0), noise(size.text, 1)
     floor = floor_seconds(size.model, size, machine, options.rounds)
     bound = floor["products_ms_per_step"] + floor["attentions_ms_per_step"]
-    theirs = [] if options.skip_diffusers else ["diffusers"] if options.skip_compile else ["diffusers", "diffusers_compile"]
+    theirs = (
+        []
+        if options.skip_diffusers
+        else ["diffusers"]
+        if options.skip_compile
+        else ["diffusers", "diffusers_compile"]
+    )
     names = [*theirs, *options.engines.split(",")]
     with contestants(names, weights, size, folder, machine, inputs) as (engines, known):
         times = steps_in_turn(engines, inputs, machine, options.rounds, options.repeats)
@@ -333,13 +416,21 @@ def whole(options: argparse.Namespace, size: Size, folder: Path, machine: Benchm
     base = next((n for n in ("diffusers_compile", "diffusers") if n in times), None)
     for name, values in times.items():
         step = milliseconds(values)
-        known[name] |= {"step_ms": step, "clip_ms": clips[name], "floor_share": round(bound / step, 3)}
+        known[name] |= {
+            "step_ms": step,
+            "clip_ms": clips[name],
+            "floor_share": round(bound / step, 3),
+        }
         if base is not None:
-            known[name][f"times_as_fast_as_{base}"] = round(float(np.median(np.array(times[base]) / np.array(values))), 2)
+            known[name][f"times_as_fast_as_{base}"] = round(
+                float(np.median(np.array(times[base]) / np.array(values))), 2
+            )
     return {"floor": floor, "contestants": known}
 
 
-def causal(options: argparse.Namespace, size: Size, folder: Path, machine: BenchmarkDevice) -> dict[str, Any]:
+def causal(
+    options: argparse.Namespace, size: Size, folder: Path, machine: BenchmarkDevice
+) -> dict[str, Any]:
     """One clip of the causal model for every engine, and diffusers' pipeline."""
     weights = RandomWeights(size.causal, "far-1.3b")
     latents, text = noise(size.causal_latents, 0), noise(size.text, 1)
@@ -353,21 +444,37 @@ def causal(options: argparse.Namespace, size: Size, folder: Path, machine: Bench
             engine, facts = open_contestant(weights, name, folder, machine.device)
             with closing(engine):
                 measure_stream(engine, latents, text, machine)
-                first, total = zip(*(measure_stream(engine, latents, text, machine) for _ in range(options.rounds)), strict=True)
+                first, total = zip(
+                    *(
+                        measure_stream(engine, latents, text, machine)
+                        for _ in range(options.rounds)
+                    ),
+                    strict=True,
+                )
                 facts["memory_gib"] = round((machine.used_bytes() - before) / 2**30, 2)
         except (AnyFlowError, ImportError, RuntimeError) as error:
             result[name] = {"not_run": str(error).split("\n")[0][:300]}
             continue
         fps = round(frames / statistics.median(total), 2)
-        result[name] = {**facts, "first_chunk_ms": milliseconds(first), "clip_ms": milliseconds(total), "fps": fps}
+        result[name] = {
+            **facts,
+            "first_chunk_ms": milliseconds(first),
+            "clip_ms": milliseconds(total),
+            "fps": fps,
+        }
     if not options.skip_diffusers:
         print("  causal diffusers", flush=True)
         times = diffusers_clips(weights, latents, text, machine, options.rounds)
-        result["diffusers"] = {"clip_ms": milliseconds(times), "fps": round(frames / statistics.median(times), 2)}
+        result["diffusers"] = {
+            "clip_ms": milliseconds(times),
+            "fps": round(frames / statistics.median(times), 2),
+        }
     return result
 
 
-def measure_stream(engine: Engine, latents: Array, text: Array, machine: BenchmarkDevice) -> tuple[float, float]:
+def measure_stream(
+    engine: Engine, latents: Array, text: Array, machine: BenchmarkDevice
+) -> tuple[float, float]:
     """Seconds to the first chunk and to the last."""
     machine.wait()
     started, first = time.perf_counter(), 0.0
@@ -377,7 +484,9 @@ def measure_stream(engine: Engine, latents: Array, text: Array, machine: Benchma
     return first, time.perf_counter() - started
 
 
-def diffusers_clips(weights: RandomWeights, latents: Array, text: Array, machine: BenchmarkDevice, rounds: int) -> list[float]:
+def diffusers_clips(
+    weights: RandomWeights, latents: Array, text: Array, machine: BenchmarkDevice, rounds: int
+) -> list[float]:
     """Seconds of a clip of diffusers' pipeline, latents only, bf16."""
     from causal import diffusers_pipeline
 
@@ -386,28 +495,46 @@ def diffusers_clips(weights: RandomWeights, latents: Array, text: Array, machine
     pipeline.to(machine.device)
     z = torch.from_numpy(latents).permute(0, 2, 1, 3, 4).to(machine.device, torch.bfloat16)
     words = torch.from_numpy(text).to(machine.device, torch.bfloat16)
-    sides = {"height": 8 * latents.shape[3], "width": 8 * latents.shape[4], "num_frames": (latents.shape[1] - 1) * 4 + 1}
+    sides = {
+        "height": 8 * latents.shape[3],
+        "width": 8 * latents.shape[4],
+        "num_frames": (latents.shape[1] - 1) * 4 + 1,
+    }
 
     def clip() -> None:
-        pipeline(prompt_embeds=words, latents=z, num_inference_steps=CAUSAL_STEPS, output_type="latent", **sides)
+        pipeline(
+            prompt_embeds=words,
+            latents=z,
+            num_inference_steps=CAUSAL_STEPS,
+            output_type="latent",
+            **sides,
+        )
 
     clip()
     return [machine.seconds(clip) for _ in range(rounds)]
 
 
-def device_ceilings(options: argparse.Namespace, size: Size, folder: Path, machine: BenchmarkDevice) -> dict[str, float]:
+def device_ceilings(
+    options: argparse.Namespace, size: Size, folder: Path, machine: BenchmarkDevice
+) -> dict[str, float]:
     """The floor of a step and the device's rates, alone."""
     return floor_seconds(size.model, size, machine, options.rounds)
 
 
 def build_ahead(
-    architecture: Architecture, name: str, options: argparse.Namespace, folder: Path, machine: BenchmarkDevice
+    architecture: Architecture,
+    name: str,
+    options: argparse.Namespace,
+    folder: Path,
+    machine: BenchmarkDevice,
 ) -> Any:
     """Export and build what a later run with the same --folder measures."""
     result: dict[str, Any] = {}
     for choice in options.engines.split(","):
         try:
-            engine, result[choice] = open_contestant(RandomWeights(architecture, name), choice, folder, machine.device)
+            engine, result[choice] = open_contestant(
+                RandomWeights(architecture, name), choice, folder, machine.device
+            )
             engine.close()
         except (AnyFlowError, ImportError, RuntimeError) as error:
             result[choice] = {"not_run": str(error).split("\n")[0][:300]}
@@ -418,34 +545,58 @@ PARTS: dict[str, Callable[[argparse.Namespace, Size, Path, BenchmarkDevice], Any
     "whole": whole,
     "causal": causal,
     "ceilings": device_ceilings,
-    "build-whole": lambda options, size, folder, machine: build_ahead(size.model, "1.3b", options, folder, machine),
-    "build-causal": lambda options, size, folder, machine: build_ahead(size.causal, "far-1.3b", options, folder, machine),
+    "build-whole": lambda options, size, folder, machine: build_ahead(
+        size.model, "1.3b", options, folder, machine
+    ),
+    "build-causal": lambda options, size, folder, machine: build_ahead(
+        size.causal, "far-1.3b", options, folder, machine
+    ),
 }
 
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--engines", default=ENGINES, help="backend:precision, …")
-    parser.add_argument("--layers", type=int, help="fewer than the model has, where minutes are short")
+    parser.add_argument(
+        "--layers", type=int, help="fewer than the model has, where minutes are short"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=2, help="steps between two synchronizations")
-    parser.add_argument("--part", choices=tuple(PARTS), help="only this one; build-… fills --folder and measures nothing")
+    parser.add_argument(
+        "--part",
+        choices=tuple(PARTS),
+        help="only this one; build-… fills --folder and measures nothing",
+    )
     parser.add_argument("--skip-compile", action="store_true")
     parser.add_argument("--skip-diffusers", action="store_true")
-    parser.add_argument("--folder", type=Path, help="keep bundles and engines here, and use those that are there")
-    parser.add_argument("--rtx", choices=("current", "portable"), help="tensorrt is TensorRT for RTX, see rtx_alias.py")
+    parser.add_argument(
+        "--folder", type=Path, help="keep bundles and engines here, and use those that are there"
+    )
+    parser.add_argument(
+        "--rtx",
+        choices=("current", "portable"),
+        help="tensorrt is TensorRT for RTX, see rtx_alias.py",
+    )
     options = parser.parse_args()
     if options.rtx:
         from rtx_alias import use_tensorrt_rtx
 
         print(f"TensorRT for RTX {use_tensorrt_rtx(options.rtx == 'current')}", flush=True)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise SystemExit("torch sees no CUDA device here. To see that the program works: --tiny --device cpu")
+        raise SystemExit(
+            "torch sees no CUDA device here. To see that the program works: --tiny --device cpu"
+        )
     machine, size = BenchmarkDevice(options.device), sizes(options.tiny, options.layers)
-    result: dict[str, Any] = {"device": machine.describe(), "rounds": options.rounds, "layers": size.model.num_layers}
+    result: dict[str, Any] = {
+        "device": machine.describe(),
+        "rounds": options.rounds,
+        "layers": size.model.num_layers,
+    }
     result["tokens"] = size.latents[1] * (size.latents[3] // 2) * (size.latents[4] // 2)
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         folder = options.folder or Path(temporary)

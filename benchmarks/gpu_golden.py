@@ -1,11 +1,12 @@
 """The golden vectors of the AnyFlow authors' code through every engine of this machine's GPU.
 
     python benchmarks/gpu_golden.py --engines aotinductor:fp32,aotinductor:bf16
-    python benchmarks/gpu_golden.py --device cpu --engines onnxruntime:fp32    # to see that it works
+    python benchmarks/gpu_golden.py --device cpu --engines onnxruntime:fp32  # does it work?
 
-For each BACKEND:PRECISION the small golden models of `tests/golden` are exported, built and run: velocities, samples of
-1, 2, 4, 8 and 13 steps, and streams of the causal model. The result is the largest relative distance (L2) from what the
-authors computed, beside the limit for that precision. An engine that cannot run is named with its reason.
+For each BACKEND:PRECISION the small golden models of `tests/golden` are exported, built and run:
+velocities, samples of 1, 2, 4, 8 and 13 steps, and streams of the causal model. The result is the
+largest relative distance (L2) from what the authors computed, beside the limit for that precision.
+An engine that cannot run is named with its reason.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from anyflow_deploy.export.quantization.prompts import PROMPTS, random_prompt_em
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 0.15, "fp8": 0.15}
-"""Of relative distance, as in the tests: TF32 is off, so float32 differs by the order of sums alone."""
+"""Of relative distance, as in the tests: TF32 is off, so float32 differs by the order of sums
+alone."""
 STEPS = (1, 2, 4, 8, 13)
 CAUSAL_STEPS = (1, 2, 8)
 QUANTIZED = ("int8", "fp8")
@@ -47,12 +49,16 @@ def export_golden(kind: str, precision: str, folder: Path, device: str) -> Bundl
         frames, height, width = (8, 8, 8) if kind == "causal" else (2, 8, 12)
         shape = (frames, weights.architecture.in_channels, height, width)
         text = random_prompt_embeds(weights, PROMPTS[:1], 40)
-        calibration = run_calibration(weights, CalibrationSettings(text, shape, steps=(1, 4), device=device))
+        calibration = run_calibration(
+            weights, CalibrationSettings(text, shape, steps=(1, 4), device=device)
+        )
         settings = dataclasses.replace(settings, calibration=calibration)
     return export_bundle(weights, folder, settings)
 
 
-def open_engine(bundle: Bundle, backend: str, provider: str, shapes: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+def open_engine(
+    bundle: Bundle, backend: str, provider: str, shapes: tuple[str, ...]
+) -> tuple[Any, dict[str, Any]]:
     """Build an engine where its backend compiles, and open it; also what the build achieved."""
     achieved: dict[str, Any] = {}
     if BACKENDS[backend].build_settings is not None:
@@ -60,7 +66,9 @@ def open_engine(bundle: Bundle, backend: str, provider: str, shapes: tuple[str, 
         names = {field.name for field in dataclasses.fields(settings_class)}
         extra: dict[str, Any] = {"shapes": shapes} if "shapes" in names else {}
         extra |= {"allow_fallback": True} if "allow_fallback" in names else {}
-        achieved = build_engine(bundle, backend, settings_class(provider=provider, **extra)).record.achieved
+        achieved = build_engine(
+            bundle, backend, settings_class(provider=provider, **extra)
+        ).record.achieved
     return load_engine(bundle, backend, provider), achieved
 
 
@@ -90,7 +98,9 @@ def load_golden(kind: str) -> dict[str, Any]:
     """Read the vectors of a kind, all latents as (B, F, C, H, W)."""
     raw = load_file(GOLDEN / kind / "golden.safetensors")
     return {
-        name.replace("_bcthw", ""): np.ascontiguousarray(a.transpose(0, 2, 1, 3, 4)) if "_bcthw" in name else a
+        name.replace("_bcthw", ""): (
+            np.ascontiguousarray(a.transpose(0, 2, 1, 3, 4)) if "_bcthw" in name else a
+        )
         for name, a in raw.items()
     }
 
@@ -100,14 +110,22 @@ def measure(kind: str, choice: str, folder: Path, device: str) -> dict[str, Any]
     backend, precision = choice.split(":")
     golden = load_golden(kind)
     batch, frames, _, height, width = golden["latents"].shape
-    shape = f"{8 * height}x{8 * width}x{4 * frames - 3}:t{golden['text'].shape[1]}" + (f":b{batch}" if batch > 1 else "")
+    shape = f"{8 * height}x{8 * width}x{4 * frames - 3}:t{golden['text'].shape[1]}" + (
+        f":b{batch}" if batch > 1 else ""
+    )
     started = time.perf_counter()
     bundle = export_golden(kind, precision, folder / f"{kind}-{backend}-{precision}", device)
-    engine, achieved = open_engine(bundle, backend, "cuda" if device.startswith("cuda") else "cpu", (shape,))
+    engine, achieved = open_engine(
+        bundle, backend, "cuda" if device.startswith("cuda") else "cpu", (shape,)
+    )
     with closing(engine):
         ready = time.perf_counter() - started
-        distances = (causal_distance if kind == "causal" else bidirectional_distance)(engine, golden)
-        worst = max(distances.values()) if all(np.isfinite(list(distances.values()))) else float("inf")
+        distances = (causal_distance if kind == "causal" else bidirectional_distance)(
+            engine, golden
+        )
+        worst = (
+            max(distances.values()) if all(np.isfinite(list(distances.values()))) else float("inf")
+        )
         return {
             "engine": engine.description,
             "seconds_to_ready": round(ready, 1),
@@ -121,13 +139,22 @@ def measure(kind: str, choice: str, folder: Path, device: str) -> dict[str, Any]
 
 def main() -> None:
     """Run every engine on both models; a failure of one is recorded and the others go on."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument(
-        "--engines", default="aotinductor:fp32,aotinductor:bf16,aotinductor:fp16,aotinductor:int8,aotinductor:fp8"
+        "--engines",
+        default=(
+            "aotinductor:fp32,aotinductor:bf16,aotinductor:fp16,aotinductor:int8,aotinductor:fp8"
+        ),
     )
     parser.add_argument("--kinds", default="bidirectional,causal")
-    parser.add_argument("--rtx", choices=("current", "portable"), help="tensorrt is TensorRT for RTX, see rtx_alias.py")
+    parser.add_argument(
+        "--rtx",
+        choices=("current", "portable"),
+        help="tensorrt is TensorRT for RTX, see rtx_alias.py",
+    )
     options = parser.parse_args()
     if options.rtx:
         from rtx_alias import use_tensorrt_rtx

@@ -1,14 +1,16 @@
 """Everything that is worth knowing of a GPU in one command, in minutes: `make gpu`.
 
     python benchmarks/gpu_suite.py --output gpu.json                 # on a machine with a GPU
-    python benchmarks/gpu_suite.py --output gpu.json --tiny --device cpu   # the same program in small, without one
+    python benchmarks/gpu_suite.py --output gpu.json --tiny --device cpu   # in small, without one
 
-It needs torch (2.11 or newer), diffusers, and whatever backends are to be tried. Each part is a process of its own with a
-limit of time, so that a part that crashes or hangs costs only itself; the result file is written again after every part.
+It needs torch (2.11 or newer), diffusers, and whatever backends are to be tried. Each part is a
+process of its own with a limit of time, so that a part that crashes or hangs costs only itself; the
+result file is written again after every part.
 
-First come the parts that are not timed, several at once: golden vectors through every engine, and the builds of the large
-models. Then, one after the other, what is timed: the device's ceilings, a step and a clip of the 1.3B model beside
-diffusers, a causal clip, a training step, and the same beside torch.compile.
+First come the parts that are not timed, several at once: golden vectors through every engine, and
+the builds of the large models. Then, one after the other, what is timed: the device's ceilings, a
+step and a clip of the 1.3B model beside diffusers, a causal clip, a training step, and the same
+beside torch.compile.
 """
 
 from __future__ import annotations
@@ -64,29 +66,79 @@ def list_parts(options: argparse.Namespace, folder: Path) -> tuple[list[Part], l
         if choice
     ]
     builds = [
-        *(Part(f"build {c}", ("gpu.py", *kept, "--part", "build-whole", "--engines", c), 300) for c in whole.split(",")),
-        *(Part(f"build causal {c}", ("gpu.py", *kept, "--part", "build-causal", "--engines", c), 300) for c in causal.split(",")),
+        *(
+            Part(f"build {c}", ("gpu.py", *kept, "--part", "build-whole", "--engines", c), 300)
+            for c in whole.split(",")
+        ),
+        *(
+            Part(
+                f"build causal {c}",
+                ("gpu.py", *kept, "--part", "build-causal", "--engines", c),
+                300,
+            )
+            for c in causal.split(",")
+        ),
     ]
     width = ("--width", "half" if cpu else "1.3b", "--compute", "float32" if cpu else "bfloat16")
     timed = [
         Part("ceilings", ("gpu.py", *size, *rounds, "--part", "ceilings"), 60),
-        Part("whole", ("gpu.py", *kept, *rounds, "--part", "whole", "--engines", whole, "--skip-compile"), 120),
+        Part(
+            "whole",
+            ("gpu.py", *kept, *rounds, "--part", "whole", "--engines", whole, "--skip-compile"),
+            120,
+        ),
         Part("causal", ("gpu.py", *kept, *rounds, "--part", "causal", "--engines", causal), 90),
-        Part("train_step", ("train_step.py", *device, *rounds, *width, "--layers", "1" if options.tiny else "4"), 60),
+        Part(
+            "train_step",
+            ("train_step.py", *device, *rounds, *width, "--layers", "1" if options.tiny else "4"),
+            60,
+        ),
     ]
-    compiled = Part("whole beside torch.compile", ("gpu.py", *kept, *rounds, "--part", "whole", "--engines", whole), 240)
+    compiled = Part(
+        "whole beside torch.compile",
+        ("gpu.py", *kept, *rounds, "--part", "whole", "--engines", whole),
+        240,
+    )
     if not cpu:
         timed.append(compiled)
     if options.rtx or importlib.util.find_spec("tensorrt_rtx_bindings"):
         rtx = ("--rtx", "current")
         precisions = "tensorrt:fp32,tensorrt:fp16,tensorrt:bf16,tensorrt:fp8"
-        golden.append(Part("golden TensorRT for RTX", ("gpu_golden.py", *device, *rtx, "--engines", precisions), 240))
-        portable = ("gpu_golden.py", *device, "--rtx", "portable", "--engines", "tensorrt:fp16", "--kinds", "bidirectional")
+        golden.append(
+            Part(
+                "golden TensorRT for RTX",
+                ("gpu_golden.py", *device, *rtx, "--engines", precisions),
+                240,
+            )
+        )
+        portable = (
+            "gpu_golden.py",
+            *device,
+            "--rtx",
+            "portable",
+            "--engines",
+            "tensorrt:fp16",
+            "--kinds",
+            "bidirectional",
+        )
         golden.append(Part("golden TensorRT for RTX portable", portable, 120))
-        step = ("gpu.py", *kept, *rtx, *rounds, "--part", "whole", "--engines", "tensorrt:bf16", "--skip-compile")
+        step = (
+            "gpu.py",
+            *kept,
+            *rtx,
+            *rounds,
+            "--part",
+            "whole",
+            "--engines",
+            "tensorrt:bf16",
+            "--skip-compile",
+        )
         timed.insert(2, Part("whole TensorRT for RTX", step, 240))
     skipped = options.skip.split(",")
-    return ([p for p in (*golden, *builds) if p.name.split(" ")[0] not in skipped], [p for p in timed if p.name not in skipped])
+    return (
+        [p for p in (*golden, *builds) if p.name.split(" ")[0] not in skipped],
+        [p for p in timed if p.name not in skipped],
+    )
 
 
 def run_part(part: Part, left: float, logs: Path) -> dict[str, Any]:
@@ -98,7 +150,9 @@ def run_part(part: Part, left: float, logs: Path) -> dict[str, Any]:
     log = logs / f"{part.name.replace(' ', '_').replace(':', '_')}.log"
     with log.open("w+b") as file:
         words = [sys.executable, str(HERE / part.words[0]), *part.words[1:]]
-        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             status: int | None = process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -109,8 +163,13 @@ def run_part(part: Part, left: float, logs: Path) -> dict[str, Any]:
     text = log.read_text(errors="replace")
     lines = [line for line in text.splitlines() if line.startswith('{"benchmark"')]
     if status == 0 and lines:
-        return {"seconds": seconds, **{k: v for k, v in json.loads(lines[-1]).items() if k != "machine"}}
-    reason = f"ended after its limit of {limit:.0f} s" if status is None else f"exit status {status}"
+        return {
+            "seconds": seconds,
+            **{k: v for k, v in json.loads(lines[-1]).items() if k != "machine"},
+        }
+    reason = (
+        f"ended after its limit of {limit:.0f} s" if status is None else f"exit status {status}"
+    )
     return {"not_run": reason, "seconds": seconds, "output": text[-TAIL:]}
 
 
@@ -123,9 +182,15 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 def describe_gpu() -> str:
     """Return what nvidia-smi says of the GPU and its driver."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit",
+        "--format=csv,noheader",
+    ]
     try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(
+            query, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
         return f"nvidia-smi: {error}"
 
@@ -137,7 +202,12 @@ def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     logs = options.output.parent
     together, alone = list_parts(options, folder)
     parts: dict[str, Any] = {}
-    result = {"benchmark": "gpu_suite", "machine": describe_machine(), "gpu": describe_gpu(), "parts": parts}
+    result = {
+        "benchmark": "gpu_suite",
+        "machine": describe_machine(),
+        "gpu": describe_gpu(),
+        "parts": parts,
+    }
     with ThreadPoolExecutor(options.jobs) as pool:
         futures = {part.name: pool.submit(run_part, part, left(), logs) for part in together}
         for name, future in futures.items():
@@ -157,25 +227,42 @@ def summarize(found: dict[str, Any]) -> str:
     """Return one line for the screen."""
     if "not_run" in found:
         return f"{found['not_run']}: {found.get('output', '')[-300:]!r}"
-    return f"{found['seconds']} s {json.dumps({k: v for k, v in found.items() if k not in ('benchmark', 'seconds')})[:700]}"
+    rest = {key: value for key, value in found.items() if key not in ("benchmark", "seconds")}
+    return f"{found['seconds']} s {json.dumps(rest)[:700]}"
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Read the arguments, run, print the result as one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("gpu.json"), help="result file; logs of the parts lie beside it")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("gpu.json"),
+        help="result file; logs of the parts lie beside it",
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     parser.add_argument("--budget", type=float, default=480, help="seconds for everything")
-    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="untimed parts at once")
+    parser.add_argument(
+        "--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="untimed parts at once"
+    )
     parser.add_argument("--engines", default="aotinductor:bf16,aotinductor:fp8")
     parser.add_argument("--causal-engines", default="aotinductor:bf16")
     parser.add_argument(
-        "--golden", default="aotinductor:fp32,aotinductor:bf16,aotinductor:fp16,aotinductor:int8,aotinductor:fp8",
-    )  # fmt: skip
+        "--golden",
+        default="aotinductor:fp32,aotinductor:bf16,aotinductor:fp16,aotinductor:int8,aotinductor:fp8",
+    )
     parser.add_argument("--folder", type=Path, help="keep bundles and engines here")
-    parser.add_argument("--skip", default="", help="parts to leave out: golden, build, or a timed part's name")
-    parser.add_argument("--rtx", action="store_true", help="try TensorRT for RTX even if it does not seem to be installed")
+    parser.add_argument(
+        "--skip", default="", help="parts to leave out: golden, build, or a timed part's name"
+    )
+    parser.add_argument(
+        "--rtx",
+        action="store_true",
+        help="try TensorRT for RTX even if it does not seem to be installed",
+    )
     options = parser.parse_args(words)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,10 +1,12 @@
-"""What a transition really takes in ONNX Runtime on the CPU, against what `anyflow_deploy/memory/estimate.py` says.
+"""What a transition really takes in ONNX Runtime on the CPU, against what
+`anyflow_deploy/memory/estimate.py` says.
 
     python benchmarks/memory.py [--model 1.3b] [--layers 2] [--precision fp32]
 
-The model's width with a few layers, random weights. Each shape runs in a process of its own, two steps; the highest
-resident memory during the steps, less what the loaded model took, is compared with the estimate's activations and margin.
-Linux only: the peak is reset between loading and running through /proc.
+The model's width with a few layers, random weights. Each shape runs in a process of its own, two
+steps; the highest resident memory during the steps, less what the loaded model took, is compared
+with the estimate's activations and margin. Linux only: the peak is reset between loading and
+running through /proc.
 """
 
 from __future__ import annotations
@@ -30,7 +32,12 @@ if TYPE_CHECKING:
 AMAX = 6.0
 """Of every activation: what a range is does not change what its layer takes."""
 
-SHAPES = (LatentShape(1, 30, 52), LatentShape(5, 30, 52), LatentShape(3, 60, 104), LatentShape(5, 60, 104))
+SHAPES = (
+    LatentShape(1, 30, 52),
+    LatentShape(5, 30, 52),
+    LatentShape(3, 60, 104),
+    LatentShape(5, 60, 104),
+)
 
 _ONE = """
 import json, sys
@@ -69,13 +76,18 @@ def by_hand(weights: Weights) -> Calibration:
         shift=5.0,
         shapes=[[1, 1, a.in_channels, 8, 8]],
         tools={},
-        tensors={f"{name}.input": TensorRange(amax=AMAX, channels=[AMAX] * k) for name, (k, _) in quantizable_layers(a).items()},
+        tensors={
+            f"{name}.input": TensorRange(amax=AMAX, channels=[AMAX] * k)
+            for name, (k, _) in quantizable_layers(a).items()
+        },
     )
 
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="1.3b")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--precision", default="fp32")
@@ -90,7 +102,11 @@ def main() -> None:
         bundle = Path(folder) / "bundle"
         weights = RandomWeights(a, options.model)
         calibration = by_hand(weights) if options.precision in EIGHT_BIT else None
-        export_bundle(weights, bundle, ExportSettings(options.precision, calibration=calibration, target="cpu"))
+        export_bundle(
+            weights,
+            bundle,
+            ExportSettings(options.precision, calibration=calibration, target="cpu"),
+        )
         for shape in SHAPES:
             sizes = (shape.frames, shape.height, shape.width)
             seen = json.loads(run_python(_ONE, str(bundle), *map(str, sizes))["output"])

@@ -2,15 +2,17 @@
 
     python benchmarks/precision.py [--models tiny,golden,wide] [--rounds 7]
 
-Three models: `tiny` (96 channels, 3 layers), `golden` (tests/golden, the authors' initialisation) and `wide` (1.3B width,
-2 layers, random weights). For each and for every precision, with one calibration (1, 2, 4, 8 steps and sweeps, random
-embeddings): the relative L2 distance of one transition (t = 900 to r = 500) and of rollouts at 1, 2, 4, 8, 16 steps to
-diffusers in float32, the bundle's size, and the seconds of a transition in ONNX Runtime. `kept` keeps the most sensitive
-sixth of the layers. `agreement` is the distance between ONNX Runtime and the same rounding in PyTorch (ModelOpt), of the
-whole network; `products` that of the worst 8-bit product alone, both given the same input.
+Three models: `tiny` (96 channels, 3 layers), `golden` (tests/golden, the authors' initialisation)
+and `wide` (1.3B width, 2 layers, random weights). For each and for every precision, with one
+calibration (1, 2, 4, 8 steps and sweeps, random embeddings): the relative L2 distance of one
+transition (t = 900 to r = 500) and of rollouts at 1, 2, 4, 8, 16 steps to diffusers in float32, the
+bundle's size, and the seconds of a transition in ONNX Runtime. `kept` keeps the most sensitive
+sixth of the layers. `agreement` is the distance between ONNX Runtime and the same rounding in
+PyTorch (ModelOpt), of the whole network; `products` that of the worst 8-bit product alone, both
+given the same input.
 
-Speed is measured on `wide` at 1,950 tokens, as in step.py: diffusers eager in float32 and each precision take turns, and the
-speedup is the median of the rounds' ratios.
+Speed is measured on `wide` at 1,950 tokens, as in step.py: diffusers eager in float32 and each
+precision take turns, and the speedup is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -74,67 +76,116 @@ def simple_variants(calibration: Calibration) -> dict[str, ExportSettings]:
     }
 
 
-def variants(weights: Weights, calibration: Calibration, shape: tuple[int, int, int, int]) -> dict[str, ExportSettings]:
+def variants(
+    weights: Weights, calibration: Calibration, shape: tuple[int, int, int, int]
+) -> dict[str, ExportSettings]:
     """All rows."""
-    settings = SensitivitySettings(random_prompt_embeds(weights, ("probe",)).prompt_embeds, shape, (1, 4))
+    settings = SensitivitySettings(
+        random_prompt_embeds(weights, ("probe",)).prompt_embeds, shape, (1, 4)
+    )
     found = measure_sensitivity(SensitivityAnalyzer(weights, calibration, "fp8", settings))
     rows, full_precision_layers = (
         simple_variants(calibration),
         select_full_precision_layers(found, keep_layers=len(found.layers) // 6),
     )
-    return {**rows, "fp8, kept": dataclasses.replace(rows["fp8"], full_precision_layers=tuple(full_precision_layers))}
+    return {
+        **rows,
+        "fp8, kept": dataclasses.replace(
+            rows["fp8"], full_precision_layers=tuple(full_precision_layers)
+        ),
+    }
 
 
-def run_rollouts(engine: Engine, latents: Array, text: Array, steps: tuple[int, ...] = STEPS) -> dict[str, Array]:
+def run_rollouts(
+    engine: Engine, latents: Array, text: Array, steps: tuple[int, ...] = STEPS
+) -> dict[str, Array]:
     """One velocity, and whole samples."""
     with engine.start(latents, text) as run:
         velocity = run.velocity(900, 500)
-    return {"transition": velocity, **{str(n): sample(engine, latents, text, Schedule.uniform(n)) for n in steps}}
+    return {
+        "transition": velocity,
+        **{str(n): sample(engine, latents, text, Schedule.uniform(n)) for n in steps},
+    }
 
 
-def distances(weights: Weights, calibration: Calibration, shape: tuple[int, int, int, int], folder: Path) -> dict[str, Any]:
+def distances(
+    weights: Weights, calibration: Calibration, shape: tuple[int, int, int, int], folder: Path
+) -> dict[str, Any]:
     """Every precision of one model against diffusers."""
-    latents, text = noise((1, *shape), 7), random_prompt_embeds(weights, ("measured",)).prompt_embeds
+    latents, text = (
+        noise((1, *shape), 7),
+        random_prompt_embeds(weights, ("measured",)).prompt_embeds,
+    )
     expected = run_rollouts(DiffusersEngine(weights), latents, text)
     rows = {}
     for name, settings in variants(weights, calibration, shape).items():
         print(f"  {name}", flush=True)
         bundle = export_bundle(weights, folder / name.replace(", ", "-"), settings)
         made = run_rollouts(load_engine(bundle), latents, text)
-        rows[name] = {key: float(f"{difference(made[key], expected[key]).relative_l2:.3g}") for key in expected}
-        rows[name]["megabytes"] = round(sum(file.bytes for file in bundle.manifest.files.values()) / 1e6, 2)
+        rows[name] = {
+            key: float(f"{difference(made[key], expected[key]).relative_l2:.3g}")
+            for key in expected
+        }
+        rows[name]["megabytes"] = round(
+            sum(file.bytes for file in bundle.manifest.files.values()) / 1e6, 2
+        )
         rows[name]["flops_8_bit"] = bundle.manifest.achieved.quantized_flops
         if settings.calibration is not None:
-            rows[name]["agreement"] = measure_agreement(bundle, weights, settings, latents, text, made)
+            rows[name]["agreement"] = measure_agreement(
+                bundle, weights, settings, latents, text, made
+            )
     return rows
 
 
 def measure_agreement(
-    bundle: Bundle, weights: Weights, s: ExportSettings, latents: Array, text: Array, made: dict[str, Array]
+    bundle: Bundle,
+    weights: Weights,
+    s: ExportSettings,
+    latents: Array,
+    text: Array,
+    made: dict[str, Array],
 ) -> dict[str, float]:
-    """How far ONNX Runtime is from the same rounding in PyTorch: the whole, and the worst product alone."""
+    """How far ONNX Runtime is from the same rounding in PyTorch: the whole, and the worst product
+    alone."""
     assert s.calibration is not None
     spec = resolve_precision(s.precision, "fp32", s.target, smooth=s.smooth)
     plan = plan_quantization(weights, s.calibration, spec, s.full_precision_layers, NullProgress())
     engine = TorchEngine(weights)
-    FakeQuant(engine.network, weights.architecture, s.calibration, s.precision, s.full_precision_layers, plan.smooth)
+    FakeQuant(
+        engine.network,
+        weights.architecture,
+        s.calibration,
+        s.precision,
+        s.full_precision_layers,
+        plan.smooth,
+    )
     theirs = run_rollouts(engine, latents, text, steps=(4,))
     found = {key: difference(made[key], values).relative_l2 for key, values in theirs.items()}
-    alone = compare_products(bundle, engine, plan.smooth, lambda e: e.start(latents, text).velocity(900, 500))
-    return {key: float(f"{value:.3g}") for key, value in {**found, "products": max(alone.values())}.items()}
+    alone = compare_products(
+        bundle, engine, plan.smooth, lambda e: e.start(latents, text).velocity(900, 500)
+    )
+    return {
+        key: float(f"{value:.3g}")
+        for key, value in {**found, "products": max(alone.values())}.items()
+    }
 
 
-def speed(weights: Weights, settings: ExportSettings, folder: Path, rounds: int) -> dict[str, float]:
+def speed(
+    weights: Weights, settings: ExportSettings, folder: Path, rounds: int
+) -> dict[str, float]:
     """Seconds of a transition, and how many times as fast as diffusers, which takes turns with it.
 
-    One precision at a time: the idle threads of several ONNX Runtime sessions wait actively and would slow each other.
+    One precision at a time: the idle threads of several ONNX Runtime sessions wait actively and
+    would slow each other.
     """
     latents, text = noise(SHAPE, 0), noise(TEXT, 1)
     engine = load_engine(export_bundle(weights, folder, settings))
     ours, theirs = engine.start(latents, text), DiffusersEngine(weights).start(latents, text)
     times: list[tuple[float, float]] = []
     for _ in range(rounds + 2):  # ONNX Runtime's arena settles in two runs
-        times.append((seconds(lambda: ours.velocity(900, 500)), seconds(lambda: theirs.velocity(900, 500))))
+        times.append(
+            (seconds(lambda: ours.velocity(900, 500)), seconds(lambda: theirs.velocity(900, 500)))
+        )
     own, base = np.array(times[2:]).T
     return {
         "seconds": round(float(np.median(own)), 3),
@@ -146,7 +197,9 @@ def speed(weights: Weights, settings: ExportSettings, folder: Path, rounds: int)
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default="tiny,golden,wide")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=("distances", "speed"))
@@ -156,7 +209,9 @@ def main() -> None:
         weights, (frames, height, width) = weights_of(name), SIZES[name]
         shape = (frames, weights.architecture.in_channels, height, width)
         print(f"{name}: calibration", flush=True)
-        calibration = run_calibration(weights, CalibrationSettings(random_prompt_embeds(weights, ("one", "two")), shape))
+        calibration = run_calibration(
+            weights, CalibrationSettings(random_prompt_embeds(weights, ("one", "two")), shape)
+        )
         rows = result[name] = {}
         with tempfile.TemporaryDirectory() as folder:
             if options.only != "speed":
@@ -164,7 +219,9 @@ def main() -> None:
             if options.only != "distances" and name == "wide":
                 for row, settings in simple_variants(calibration).items():
                     print(f"  speed of {row}", flush=True)
-                    rows.setdefault(row, {}).update(speed(weights, settings, Path(folder) / f"speed-{row}", options.rounds))
+                    rows.setdefault(row, {}).update(
+                        speed(weights, settings, Path(folder) / f"speed-{row}", options.rounds)
+                    )
     print_result("precision", {"rounds": options.rounds, "steps": STEPS, "models": result})
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/quality.py [--picture docs/images/quality.png]
 
-On four small models (the golden ones, whose network is the AnyFlow authors', and the tiny pipelines; all weights random)
-samples are made in 1, 2, 4 … 64 steps from three noises. The estimate is the distance to half as many steps, the truth the
-distance to 256. For causal models it also says how well the first chunk speaks for the others.
+On four small models (the golden ones, whose network is the AnyFlow authors', and the tiny
+pipelines; all weights random) samples are made in 1, 2, 4 … 64 steps from three noises. The
+estimate is the distance to half as many steps, the truth the distance to 256. For causal models it
+also says how well the first chunk speaks for the others.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from typing import Any
 import numpy as np
 from common import print_result
 
-from anyflow_deploy import MODELS, AdaptiveResult, AdaptiveSteps, Engine, Schedule, load_engine, noise, sample, stream
+from anyflow_deploy import (
+    MODELS,
+    AdaptiveResult,
+    AdaptiveSteps,
+    Engine,
+    Schedule,
+    load_engine,
+    noise,
+    sample,
+    stream,
+)
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.checkpoints.tiny import save_tiny_pipeline
 from anyflow_deploy.engines.engine import Array
@@ -36,7 +47,8 @@ def engines(folder: Path) -> dict[str, Engine]:
     sources = {"golden": GOLDEN / "bidirectional", "golden causal": GOLDEN / "causal"}
     sources |= {"tiny": folder / "tiny", "tiny causal": folder / "far-tiny"}
     return {
-        name: load_engine(export_bundle(open_checkpoint(source), folder / f"{name}-bundle")) for name, source in sources.items()
+        name: load_engine(export_bundle(open_checkpoint(source), folder / f"{name}-bundle"))
+        for name, source in sources.items()
     }
 
 
@@ -46,12 +58,20 @@ def chunks(engine: Engine, seed: int, course: Schedule | AdaptiveSteps) -> list[
     text = noise((1, 16, a.text_dim), seed + 100)
     if a.chunk_partition is None:
         return [sample(engine, noise((1, 3, a.in_channels, 8, 12), seed), text, course)]
-    return [c.latents for c in stream(engine, noise((1, sum(CHUNKS), a.in_channels, 8, 8), seed), text, course, CHUNKS)]
+    return [
+        c.latents
+        for c in stream(
+            engine, noise((1, sum(CHUNKS), a.in_channels, 8, 8), seed), text, course, CHUNKS
+        )
+    ]
 
 
 def measure_tracking(engine: Engine) -> dict[str, Any]:
-    """Estimate and truth by steps (medians), the range of their ratio, and the first chunk against the others."""
-    runs = [{n: chunks(engine, seed, Schedule.uniform(n)) for n in (*COUNTS, LIMIT)} for seed in SEEDS]
+    """Estimate and truth by steps (medians), the range of their ratio, and the first chunk against
+    the others."""
+    runs = [
+        {n: chunks(engine, seed, Schedule.uniform(n)) for n in (*COUNTS, LIMIT)} for seed in SEEDS
+    ]
     rows, ratios, spread = [], [], 0.0
     for steps in COUNTS[1:]:
         found = [
@@ -63,10 +83,18 @@ def measure_tracking(engine: Engine) -> dict[str, Any]:
         ]
         every = [pair for run in found for pair in run]
         ratios += [estimate.relative_l2 / true.relative_l2 for estimate, true in every]
-        spread = max([spread, *(abs(run[0][1].psnr_db - true.psnr_db) for run in found for _, true in run)])
-        numbers = zip(*((e.relative_l2, t.relative_l2, e.psnr_db, t.psnr_db) for e, t in every), strict=True)
+        spread = max(
+            [spread, *(abs(run[0][1].psnr_db - true.psnr_db) for run in found for _, true in run)]
+        )
+        numbers = zip(
+            *((e.relative_l2, t.relative_l2, e.psnr_db, t.psnr_db) for e, t in every), strict=True
+        )
         rows.append((steps, *(round(statistics.median(column), 4) for column in numbers)))
-    return {"rows": rows, "ratio": [round(min(ratios), 2), round(max(ratios), 2)], "first_chunk_off_db": round(spread, 1)}
+    return {
+        "rows": rows,
+        "ratio": [round(min(ratios), 2), round(max(ratios), 2)],
+        "first_chunk_off_db": round(spread, 1),
+    }
 
 
 def measure_selection(engine: Engine) -> dict[int, list[int]]:
@@ -90,7 +118,11 @@ def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
         steps, estimate, true, *_ = zip(*result["rows"], strict=True)
         axes.loglog(steps, true, color=f"C{index}", marker="o", label=name)
         axes.loglog(steps, estimate, color=f"C{index}", linestyle="--", marker="x")
-    axes.set(xlabel="steps", ylabel="relative L2", title=f"to {LIMIT} steps (line), to half as many steps (dashed)")
+    axes.set(
+        xlabel="steps",
+        ylabel="relative L2",
+        title=f"to {LIMIT} steps (line), to half as many steps (dashed)",
+    )
     axes.set_xticks(COUNTS[1:], map(str, COUNTS[1:]))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -99,7 +131,9 @@ def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -110,8 +144,17 @@ def main() -> None:
     for name, result in results.items():
         print(f"{name}: estimate {result['ratio'][0]} to {result['ratio'][1]} of the truth")
         for steps, estimate, true, estimate_db, true_db in result["rows"]:
-            print(f"  {steps:3} steps: estimate {estimate:.3f} ({estimate_db:.1f} dB), truth {true:.3f} ({true_db:.1f} dB)")
-        print("  " + ", ".join(f"{target} dB: {steps} steps, {made} made" for target, (steps, made) in result["picked"].items()))
+            print(
+                f"  {steps:3} steps: estimate {estimate:.3f} ({estimate_db:.1f} dB), truth"
+                f" {true:.3f} ({true_db:.1f} dB)"
+            )
+        print(
+            "  "
+            + ", ".join(
+                f"{target} dB: {steps} steps, {made} made"
+                for target, (steps, made) in result["picked"].items()
+            )
+        )
     if options.picture is not None:
         draw(options.picture, results)
     print_result("quality", {"models": results})

@@ -1,7 +1,8 @@
 """TensorRT for RTX under the name of TensorRT, so that our TensorRT backend runs on it unchanged.
 
-Imported before `anyflow_deploy.engines.tensorrt…`. It exists until the backend `tensorrt-rtx` does: TensorRT for RTX has no
-timing cache to keep (kernels are made when an engine is opened), and builds for the GPU at hand when asked for `CURRENT`.
+Imported before `anyflow_deploy.engines.tensorrt…`. It exists until the backend `tensorrt-rtx` does:
+TensorRT for RTX has no timing cache to keep (kernels are made when an engine is opened), and builds
+for the GPU at hand when asked for `CURRENT`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ def use_tensorrt_rtx(current: bool = True) -> str:
     """Make `import tensorrt` mean TensorRT for RTX; returns its version.
 
     Args:
-        current: build for the GPU at hand; False builds the portable engine (compute capability 8.0 and later).
+        current: build for the GPU at hand; False builds the portable engine (compute capability 8.0
+            and later).
 
     Raises:
         ImportError: it is not installed.

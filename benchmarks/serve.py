@@ -2,9 +2,10 @@
 
     python benchmarks/serve.py [BUNDLE] [--videos 100]
 
-Starts `anyflow-serve` on a bundle (without one: a tiny causal pipeline, random weights) and makes short videos one after the
-other, each watched through its WebSocket while another thread polls. The overhead of a video is what the client waits, from its
-request to the end of the stream, less what the server says that text, steps, VAE and mp4 took.
+Starts `anyflow-serve` on a bundle (without one: a tiny causal pipeline, random weights) and makes
+short videos one after the other, each watched through its WebSocket while another thread polls. The
+overhead of a video is what the client waits, from its request to the end of the stream, less what
+the server says that text, steps, VAE and mp4 took.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ SHORT = {"prompt": "a red fox", "num_frames": 17, "num_inference_steps": 2, "see
 
 
 TENTHS = 10
-"""How often the server's memory is read: whether it grows without end shows in a row of numbers, not in two."""
+"""How often the server's memory is read: whether it grows without end shows in a row of numbers,
+not in two."""
 
 
 def watch_video(url: str, client: httpx.Client) -> tuple[float, float, dict[str, Any]]:
-    """Seconds to the first chunk and to the end, as the client sees them, and the video as it ended."""
+    """Seconds to the first chunk and to the end, as the client sees them, and the video as it
+    ended."""
     started, first = time.perf_counter(), 0.0
     name = client.post("/v1/videos", json=SHORT).raise_for_status().json()["id"]
     with connect(f"ws://{url}/v1/videos/{name}/stream") as socket:
@@ -67,7 +70,10 @@ def poll_list(client: httpx.Client, times: list[float], stop: threading.Event) -
 def measure_overhead(url: str, pid: int, count: int) -> dict[str, Any]:
     polls: list[float] = []
     stop = threading.Event()
-    with httpx.Client(base_url=f"http://{url}", timeout=600) as client, httpx.Client(base_url=f"http://{url}") as other:
+    with (
+        httpx.Client(base_url=f"http://{url}", timeout=600) as client,
+        httpx.Client(base_url=f"http://{url}") as other,
+    ):
         for _ in range(5):
             watch_video(url, client)
         resident = [resident_mb(pid)]
@@ -108,7 +114,14 @@ def main() -> None:
             bundle = Path(folder) / "bundle"
             save_tiny_pipeline(MODELS["far-tiny"], Path(folder) / "pipeline")
             export_bundle(open_checkpoint(Path(folder) / "pipeline"), bundle)
-        words = [sys.executable, "-c", "from anyflow_deploy.cli.serve import main; main()", str(bundle.resolve()), "--port", "0"]
+        words = [
+            sys.executable,
+            "-c",
+            "from anyflow_deploy.cli.serve import main; main()",
+            str(bundle.resolve()),
+            "--port",
+            "0",
+        ]
         log = Path(folder) / "log"
         with log.open("w") as file:
             server = subprocess.Popen([*words, "--warm-up"], cwd=folder, stderr=file)

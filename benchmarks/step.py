@@ -2,12 +2,14 @@
 
     python benchmarks/step.py [--layers 2] [--rounds 9] [--aotinductor]
 
-1.3B width (12 heads x 128, feed-forward 8960, 512 text tokens of 4096), 5 x 15 x 26 = 1,950 video tokens, float32,
-random weights, all cores. Both models live in one process and take turns, so that a drifting clock hits both; the ratio
-is the median of the rounds' ratios. A third takes turns with them: the bare products, all linear layers and attentions
-of one transition in torch with nothing between them. What a model takes beyond that is its overhead; what the processor
-can do in float32 is the floor of both. Peak memory is of two further processes that hold one model each. With
---aotinductor our bundle is compiled for torch as well (with --max-autotune if that is given), and takes its turn, too.
+1.3B width (12 heads x 128, feed-forward 8960, 512 text tokens of 4096), 5 x 15 x 26 = 1,950 video
+tokens, float32, random weights, all cores. Both models live in one process and take turns, so that
+a drifting clock hits both; the ratio is the median of the rounds' ratios. A third takes turns with
+them: the bare products, all linear layers and attentions of one transition in torch with nothing
+between them. What a model takes beyond that is its overhead; what the processor can do in float32
+is the floor of both. Peak memory is of two further processes that hold one model each. With
+--aotinductor our bundle is compiled for torch as well (with --max-autotune if that is given), and
+takes its turn, too.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ def prepare_models(layers: int, folder: Path) -> tuple[Path, Path]:
     from anyflow_deploy.export.exporter import export_bundle
 
     architecture = dataclasses.replace(MODELS["1.3b"].architecture, num_layers=layers)
-    model = AnyFlowTransformer3DModel(**{k: v for k, v in architecture.as_config().items() if not k.startswith("_")})
+    model = AnyFlowTransformer3DModel(
+        **{k: v for k, v in architecture.as_config().items() if not k.startswith("_")}
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(random_parameter(name, tuple(parameter.shape), 0))
@@ -84,18 +88,27 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def bare_products(layers: int) -> Callable[[], Any]:
-    """The matrix products and attentions of one transition, as torch computes them, and nothing else."""
+    """The matrix products and attentions of one transition, as torch computes them, and nothing
+    else."""
     import torch
     from torch.nn.functional import linear, scaled_dot_product_attention
 
     a = MODELS["1.3b"].architecture
     d, tokens, words = a.inner_dim, SHAPE[1] * (SHAPE[3] // 2) * (SHAPE[4] // 2), TEXT[1]
-    block = [(tokens, d, d, 6), (words, d, d, 2), (tokens, d, a.ffn_dim, 1), (tokens, a.ffn_dim, d, 1)]
+    block = [
+        (tokens, d, d, 6),
+        (words, d, d, 2),
+        (tokens, d, a.ffn_dim, 1),
+        (tokens, a.ffn_dim, d, 1),
+    ]
     once = [(words, a.text_dim, d, 1), (words, d, d, 1)]
     shapes = [(*shape[:3], shape[3] * layers) for shape in block] + once
     linears = [(torch.randn(m, k), torch.randn(n, k), times) for m, k, n, times in shapes]
     heads = (1, a.num_attention_heads)
-    video, text = torch.randn(*heads, tokens, a.attention_head_dim), torch.randn(*heads, words, a.attention_head_dim)
+    video, text = (
+        torch.randn(*heads, tokens, a.attention_head_dim),
+        torch.randn(*heads, words, a.attention_head_dim),
+    )
 
     def work() -> None:
         with torch.no_grad():
@@ -110,8 +123,8 @@ def bare_products(layers: int) -> Callable[[], Any]:
 
 
 def compile_bundle(bundle: Path, max_autotune: bool) -> dict[str, Any]:
-    """The bundle for torch's compiler, and what that took, in a process of its own: a child's peak is at least its parent's
-    size when it began."""
+    """The bundle for torch's compiler, and what that took, in a process of its own: a child's peak
+    is at least its parent's size when it began."""
     words = [str(bundle), "--backend", "aotinductor", *(["--max-autotune"] if max_autotune else [])]
     made = run_python("from anyflow_deploy.cli.build import main; main()", *words)
     record = load_engine_folder(bundle / "engines" / "aotinductor-cpu").record
@@ -123,7 +136,9 @@ def compile_bundle(bundle: Path, max_autotune: bool) -> dict[str, Any]:
     }
 
 
-def time_in_turns(checkpoint: Path, bundle: Path, rounds: int, backends: Sequence[str]) -> dict[str, Any]:
+def time_in_turns(
+    checkpoint: Path, bundle: Path, rounds: int, backends: Sequence[str]
+) -> dict[str, Any]:
     """All in turn; also how far apart their velocities are."""
     import numpy as np
     import torch
@@ -136,9 +151,13 @@ def time_in_turns(checkpoint: Path, bundle: Path, rounds: int, backends: Sequenc
     latents, text = noise(SHAPE, 0), noise(TEXT, 1)
     runs = {name: load_engine(bundle, name).start(latents, text) for name in backends}
     runs["diffusers"] = DiffusersEngine(open_checkpoint(checkpoint)).start(latents, text)
-    works: dict[str, Callable[[], Any]] = {name: functools.partial(run.velocity, 900, 500) for name, run in runs.items()}
+    works: dict[str, Callable[[], Any]] = {
+        name: functools.partial(run.velocity, 900, 500) for name, run in runs.items()
+    }
     exact = works["diffusers"]()
-    apart = {f"{name}_relative_l2": difference(works[name](), exact).relative_l2 for name in backends}
+    apart = {
+        f"{name}_relative_l2": difference(works[name](), exact).relative_l2 for name in backends
+    }
     works["bare_products"] = bare_products(load_bundle(bundle).manifest.architecture.num_layers)
     for work in (*works.values(), *works.values()):  # ONNX Runtime's arena settles in two runs
         work()
@@ -146,20 +165,35 @@ def time_in_turns(checkpoint: Path, bundle: Path, rounds: int, backends: Sequenc
     for index in range(rounds):
         for name in sorted(works, reverse=bool(index % 2)):
             times[name].append(seconds(works[name]))
-    medians = {f"{name}_seconds": round(statistics.median(values), 3) for name, values in times.items()}
+    medians = {
+        f"{name}_seconds": round(statistics.median(values), 3) for name, values in times.items()
+    }
     bests = {f"{name}_best_seconds": round(min(values), 3) for name, values in times.items()}
     speedups = {}
     for name in backends:
         ratios = np.array(times["diffusers"]) / np.array(times[name])
         prefix = "" if name == "onnxruntime" else f"{name}_"
-        found = {"speedup": np.median(ratios), "speedup_min": ratios.min(), "speedup_max": ratios.max()}
+        found = {
+            "speedup": np.median(ratios),
+            "speedup_min": ratios.min(),
+            "speedup_max": ratios.max(),
+        }
         speedups |= {f"{prefix}{key}": round(float(value), 2) for key, value in found.items()}
-    return {**medians, **bests, **speedups, **apart, "threads": torch.get_num_threads(), "rounds": rounds}
+    return {
+        **medians,
+        **bests,
+        **speedups,
+        **apart,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+    }
 
 
 def main() -> None:
     """Run it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--aotinductor", action="store_true")
@@ -169,7 +203,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, bundle = prepare_models(options.layers, Path(folder))
         built = compile_bundle(bundle, options.max_autotune) if options.aotinductor else {}
-        peaks = {f"{name}_peak_mib": round(run_python(_ONE_OURS, str(bundle), name)["peak_mib"]) for name in backends}
+        peaks = {
+            f"{name}_peak_mib": round(run_python(_ONE_OURS, str(bundle), name)["peak_mib"])
+            for name in backends
+        }
         peaks["diffusers_peak_mib"] = round(run_python(_ONE_DIFFUSERS, str(checkpoint))["peak_mib"])
         result = time_in_turns(checkpoint, bundle, options.rounds, backends)
     print_result("step", {"layers": options.layers, "tokens": 1950, **result, **built, **peaks})

@@ -3,15 +3,18 @@
     python benchmarks/train_step.py [--layers 4] [--rounds 3]
     python benchmarks/train_step.py --device cuda --compute bfloat16 --width 1.3b   # on a GPU
 
-The same random weights, data, draws and losses; forward and backward of a flow-map step and of an on-policy step, without
-the optimizer, float32, all weights trained, no gradient checkpointing. With --compute bfloat16 our large products are
-made in that type, and the transcription runs under torch.autocast. The transcription does what a reader of the paper
-would write: every forward by itself, every sample in every forward, diffusers' per-token modulation. Both live in one
-process and take turns; the ratio is the median of the rounds' ratios. Both gradients are compared: it is one computation.
+The same random weights, data, draws and losses; forward and backward of a flow-map step and of an
+on-policy step, without the optimizer, float32, all weights trained, no gradient checkpointing. With
+--compute bfloat16 our large products are made in that type, and the transcription runs under
+torch.autocast. The transcription does what a reader of the paper would write: every forward by
+itself, every sample in every forward, diffusers' per-token modulation. Both live in one process and
+take turns; the ratio is the median of the rounds' ratios. Both gradients are compared: it is one
+computation.
 
-Activation memory is counted, not read from the system: the bytes of all distinct tensors that autograd keeps for the backward
-pass of the forwards with gradient, without parameters. Products are counted as well (`times_fewer_products`): where the
-processor does little but multiply, that is what can be gained.
+Activation memory is counted, not read from the system: the bytes of all distinct tensors that
+autograd keeps for the backward pass of the forwards with gradient, without parameters. Products are
+counted as well (`times_fewer_products`): where the processor does little but multiply, that is what
+can be gained.
 """
 
 from __future__ import annotations
@@ -62,7 +65,9 @@ class DiffusersStep:
     @staticmethod
     def u(model: nn.Module, z: Tensor, t: Tensor, r: Tensor, text: Tensor) -> Tensor:
         frames = z.shape[1]
-        result: Tensor = model(z, t[:, None].expand(-1, frames), r[:, None].expand(-1, frames), text, return_dict=False)[0]
+        result: Tensor = model(
+            z, t[:, None].expand(-1, frames), r[:, None].expand(-1, frames), text, return_dict=False
+        )[0]
         return result
 
     def flow_map(self, pair: NoisePair) -> Tensor:
@@ -75,14 +80,18 @@ class DiffusersStep:
             without = self.u(self.model, z, t, r, pair.negative)
         change = (ahead - behind) / (2 * far) / GUIDANCE
         u = (self.u(self.model, z, t, r, pair.text) - (1 - GUIDANCE) * without) / GUIDANCE
-        losses = (u - (v - (s - (r / 1000).view(-1, 1, 1, 1, 1)) * change)).square().flatten(1).mean(1) * time_weight(t, SHIFT)
+        losses = (u - (v - (s - (r / 1000).view(-1, 1, 1, 1, 1)) * change)).square().flatten(
+            1
+        ).mean(1) * time_weight(t, SHIFT)
         same = t == r
         return torch.where(same, losses, losses * (losses[same].mean() / losses).detach()).mean()
 
     def roll_out(self, noise: Tensor, text: Tensor) -> Tensor:
         z = noise
         for t, r in PAIRS:
-            z = z - (t - r) / 1000 * self.u(self.model, z, torch.full((len(z),), t), torch.full((len(z),), r), text)
+            z = z - (t - r) / 1000 * self.u(
+                self.model, z, torch.full((len(z),), t), torch.full((len(z),), r), text
+            )
         return z
 
     def on_policy(self, pair: NoisePair) -> None:
@@ -105,20 +114,30 @@ class DiffusersStep:
 class AnyFlowStep:
     """The same step as the trainer makes it."""
 
-    def __init__(self, model: TrainingTransformer, fake: TrainingTransformer, real: TrainingTransformer, frames: int) -> None:
+    def __init__(
+        self,
+        model: TrainingTransformer,
+        fake: TrainingTransformer,
+        real: TrainingTransformer,
+        frames: int,
+    ) -> None:
         self.model = model
         self.plan = ChunkPlan((frames,))
         self.fake, self.real = Score(fake, self.plan), Score(real, self.plan)
 
     def flow_map(self, pair: NoisePair) -> Tensor:
-        losses = flow_map_losses(self.model, pair, TIMES, TARGETS, self.plan, GUIDANCE, SHIFT, DerivativeConfig())
+        losses = flow_map_losses(
+            self.model, pair, TIMES, TARGETS, self.plan, GUIDANCE, SHIFT, DerivativeConfig()
+        )
         same = TIMES == TARGETS
         return rescale_losses(losses, same, losses.detach()[same].mean()).mean()
 
     def on_policy(self, pair: NoisePair) -> None:
         x = rollout(self.model, pair.noise, pair.text, self.plan, PAIRS)
         given = (x.detach(), pair.noise.flip(0), TIMES, pair)
-        dmd_losses(x, dmd_gradient(self.real, self.fake, *given, GUIDANCE), self.plan.window).mean().backward()
+        dmd_losses(
+            x, dmd_gradient(self.real, self.fake, *given, GUIDANCE), self.plan.window
+        ).mean().backward()
         self.flow_map(pair).backward()
         with torch.no_grad():
             x = rollout(self.model, pair.noise.flip(1), pair.text, self.plan, PAIRS)
@@ -148,7 +167,9 @@ def saved_bytes(parameters: list[nn.Parameter]) -> Iterator[list[int]]:
 
 
 def gradient(module: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten() for _, p in sorted(module.named_parameters()) if p.grad is not None])
+    return torch.cat(
+        [p.grad.flatten() for _, p in sorted(module.named_parameters()) if p.grad is not None]
+    )
 
 
 def time_step(work: Callable[[], Any], modules: list[nn.Module], wait: Callable[[], None]) -> float:
@@ -161,13 +182,18 @@ def time_step(work: Callable[[], Any], modules: list[nn.Module], wait: Callable[
     return time.perf_counter() - started
 
 
-def plain_networks(a: Architecture, drawn: list[dict[str, Tensor]], device: str, compute: str) -> list[nn.Module]:
-    """diffusers' transformers with these parameters, under autocast where `compute` is not float32."""
+def plain_networks(
+    a: Architecture, drawn: list[dict[str, Tensor]], device: str, compute: str
+) -> list[nn.Module]:
+    """diffusers' transformers with these parameters, under autocast where `compute` is not
+    float32."""
     from diffusers import AnyFlowTransformer3DModel
 
     modules = []
     for given in drawn:
-        module = AnyFlowTransformer3DModel(**{k: v for k, v in a.as_config().items() if not k.startswith("_")})
+        module = AnyFlowTransformer3DModel(
+            **{k: v for k, v in a.as_config().items() if not k.startswith("_")}
+        )
         module.load_state_dict(given)
         module.train().to(device)
         if compute != "float32":
@@ -178,7 +204,8 @@ def plain_networks(a: Architecture, drawn: list[dict[str, Tensor]], device: str,
 
 
 def count_products(work: Callable[[], Any]) -> int:
-    """Multiplications of all matrix products, attention's apart, which are few here; gradients are added to."""
+    """Multiplications of all matrix products, attention's apart, which are few here; gradients are
+    added to."""
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
@@ -186,14 +213,21 @@ def count_products(work: Callable[[], Any]) -> int:
 
 WIDTHS: dict[str, dict[str, Any]] = {
     "half": {"num_attention_heads": 6, "attention_head_dim": 128, "ffn_dim": 4480, "text_dim": 512},
-    "1.3b": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "text_dim": 4096},
+    "1.3b": {
+        "num_attention_heads": 12,
+        "attention_head_dim": 128,
+        "ffn_dim": 8960,
+        "text_dim": 4096,
+    },
 }
 LATENTS = {"half": SHAPE, "1.3b": (4, 6, 16, 32, 52)}
 
 
 def main() -> None:
     global TIMES, TARGETS
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -214,14 +248,21 @@ def main() -> None:
     clean, noise = (torch.randn(shape, generator=draw).to(device) for _ in range(2))
     text, negative = (torch.randn(4, 64, a.text_dim, generator=draw).to(device) for _ in range(2))
     pair = NoisePair(clean, noise, text, negative)
-    sides: dict[str, Any] = {"ours": AnyFlowStep(*ours, frames=shape[1]), "diffusers": DiffusersStep(*plain)}
+    sides: dict[str, Any] = {
+        "ours": AnyFlowStep(*ours, frames=shape[1]),
+        "diffusers": DiffusersStep(*plain),
+    }
     modules: dict[str, list[nn.Module]] = {"ours": list(ours), "diffusers": list(plain)}
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
 
     results: dict[str, Any] = {}
     for step in ("flow_map", "on_policy"):
         works = {
-            n: (lambda s=s: s.flow_map(pair).backward()) if step == "flow_map" else (lambda s=s: s.on_policy(pair))
+            n: (
+                (lambda s=s: s.flow_map(pair).backward())
+                if step == "flow_map"
+                else (lambda s=s: s.on_policy(pair))
+            )
             for n, s in sides.items()
         }
         seconds: dict[str, list[float]] = {n: [] for n in sides}
@@ -245,7 +286,11 @@ def main() -> None:
         ("flow_map", lambda s: s.flow_map(pair)),
         (
             "rollout",
-            lambda s: s.roll_out(noise, text) if isinstance(s, DiffusersStep) else rollout(s.model, noise, text, s.plan, PAIRS),
+            lambda s: (
+                s.roll_out(noise, text)
+                if isinstance(s, DiffusersStep)
+                else rollout(s.model, noise, text, s.plan, PAIRS)
+            ),
         ),
     ):
         sizes = {}
@@ -259,7 +304,12 @@ def main() -> None:
         }
     for name, values in results.items():
         print(name, {k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()})
-    about = {"device": gpu_name(device), "compute": options.compute, "width": options.width, "layers": options.layers}
+    about = {
+        "device": gpu_name(device),
+        "compute": options.compute,
+        "width": options.width,
+        "layers": options.layers,
+    }
     print_result("train_step", {**about, "shape": list(shape), **results})
 
 

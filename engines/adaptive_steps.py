@@ -1,18 +1,21 @@
-"""Quality in place of a number of steps: the sampler takes as many as it needs to agree with itself.
+"""Quality in place of a number of steps: the sampler takes as many as it needs to agree with
+itself.
 
-A flow map that is right goes from t to r in one jump or in two half jumps and arrives at the same point. How far the two
-arrive from each other is therefore an error one can measure without a teacher, a reference or a second model. Here it is
-measured on the whole way: a sample is made in 1 step, then in 2, 4, 8 …, where each jump of one try is two half jumps of
-the next (`Schedule.uniform` of 2N passes through all times of N), until two tries are as near as asked. The last try is
-the sample, so nothing is made that was not compared.
+A flow map that is right goes from t to r in one jump or in two half jumps and arrives at the same
+point. How far the two arrive from each other is therefore an error one can measure without a
+teacher, a reference or a second model. Here it is measured on the whole way: a sample is made in 1
+step, then in 2, 4, 8 …, where each jump of one try is two half jumps of the next
+(`Schedule.uniform` of 2N passes through all times of N), until two tries are as near as asked. The
+last try is the sample, so nothing is made that was not compared.
 
-If halving all jumps at least halves the error, the distance between the last two tries bounds the distance of the last one
-to the limit of infinitely many steps: |z_2N - z_N| >= |z_N - z*| - |z_2N - z*| >= |z_2N - z*|. (Between the first tries of
-a strongly shifted grid, where one jump stays long, it halves less, and the distance is too small.) That limit is the model's own
-flow, not the truth: how good the model is cannot be seen this way. docs/how-to/deadlines.md has measurements.
+If halving all jumps at least halves the error, the distance between the last two tries bounds the
+distance of the last one to the limit of infinitely many steps: |z_2N - z_N| >= |z_N - z*| - |z_2N -
+z*| >= |z_2N - z*|. (Between the first tries of a strongly shifted grid, where one jump stays long,
+it halves less, and the distance is too small.) That limit is the model's own flow, not the truth:
+how good the model is cannot be seen this way. docs/how-to/deadlines.md has measurements.
 
-The price: a sample of 2N steps costs 4N - 1 transitions, nearly twice its own. For a stream `ReuseFirstChunkSteps` pays it
-once.
+The price: a sample of 2N steps costs 4N - 1 transitions, nearly twice its own. For a stream
+`ReuseFirstChunkSteps` pays it once.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ class AdaptiveResult:
 
     Attributes:
         steps: of the sample that was kept.
-        candidates: step counts that were compared with the one before, and how far that was: from the coarser to the finer.
+        candidates: step counts that were compared with the one before, and how far that was: from
+            the coarser to the finer.
         reached: whether the last of them is as near as asked.
     """
 
@@ -57,8 +61,8 @@ class AdaptiveSteps:
     """The `StepPolicy` of a quality, in `sample` and, for every chunk anew, in `stream`.
 
     Attributes:
-        psnr_db: what to reach between the sample and the one of half as many steps, in decibels, with the range of the
-            latents as peak.
+        psnr_db: what to reach between the sample and the one of half as many steps, in decibels,
+            with the range of the latents as peak.
         shift: of the grid, see `Schedule.uniform`.
         max_steps: steps are never more than this; tries are powers of two.
         on_end: told what was picked, after each sample or chunk.
@@ -71,11 +75,18 @@ class AdaptiveSteps:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.psnr_db) and self.psnr_db > 0):
-            raise AnyFlowError(f"a quality of {self.psnr_db} dB was given; allowed is any positive number.")
+            raise AnyFlowError(
+                f"a quality of {self.psnr_db} dB was given; allowed is any positive number."
+            )
         if not 2 <= self.max_steps <= MAX_STEPS:
-            raise AnyFlowError(f"at most {self.max_steps} steps were asked for a quality; allowed are 2 to {MAX_STEPS}.")
+            raise AnyFlowError(
+                f"at most {self.max_steps} steps were asked for a quality; allowed are 2 to"
+                f" {MAX_STEPS}."
+            )
 
-    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+    def run(
+        self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
+    ) -> Array:
         """Make a sample in ever more steps until two agree.
 
         Args:
@@ -85,8 +96,8 @@ class AdaptiveSteps:
                 the sample.
 
         Returns:
-            The last candidate, float32 (B, F, C, H, W): the first that reaches the quality; else the
-            finest allowed, or the first that is not finite.
+            The last candidate, float32 (B, F, C, H, W): the first that reaches the quality; else
+            the finest allowed, or the first that is not finite.
         """
         steps = 1
         sample = Schedule.uniform(steps, self.shift).run(start, shape, on_step)
@@ -123,7 +134,9 @@ class ReuseFirstChunkSteps:
         self._result: AdaptiveResult | None = None
         self._first = replace(search, on_end=self._end)
 
-    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+    def run(
+        self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
+    ) -> Array:
         """Make one sample, as the first chunk is made; see `AdaptiveSteps.run`."""
         return self._first.run(start, shape, on_step)
 

@@ -19,7 +19,13 @@ from typing import Any, cast
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import AxisRange
-from anyflow_deploy.engines.engine_folder import ENGINES, DeviceRecord, EngineFolder, EngineRecord, EngineWriter
+from anyflow_deploy.engines.engine_folder import (
+    ENGINES,
+    DeviceRecord,
+    EngineFolder,
+    EngineRecord,
+    EngineWriter,
+)
 from anyflow_deploy.engines.registry import BACKENDS, check_backend, check_provider, import_name
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.progress import NullProgress, Progress
@@ -32,13 +38,16 @@ class BuildResult:
     device: DeviceRecord
     versions: dict[str, str]
     ranges: dict[str, AxisRange]
-    profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = dataclasses.field(default_factory=dict)
+    profiles: dict[str, dict[str, dict[str, list[list[int]]]]] = dataclasses.field(
+        default_factory=dict
+    )
     achieved: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What every build can be asked for; a backend adds fields of its own, each of which is a flag of `anyflow-build`.
+    """What every build can be asked for; a backend adds fields of its own, each of which is a flag
+    of `anyflow-build`.
 
     Attributes:
         provider: "cpu" or "cuda".
@@ -74,7 +83,9 @@ def settings_type(backend: str) -> type[BuildSettings]:
     check_backend(backend)
     place = BACKENDS[backend].build_settings
     if place is None:
-        raise AnyFlowError(f"backend {backend!r} runs the bundle as it is; nothing has to be built.")
+        raise AnyFlowError(
+            f"backend {backend!r} runs the bundle as it is; nothing has to be built."
+        )
     return cast(type[BuildSettings], import_name(place))
 
 
@@ -99,7 +110,8 @@ def build_engine(
         clock: seconds.
 
     Raises:
-        AnyFlowError: refused settings, a destination that is taken or cannot be written, a failed build. Nothing is left.
+        AnyFlowError: refused settings, a destination that is taken or cannot be written, a failed
+            build. Nothing is left.
     """
     settings.check(bundle)
     writer = EngineWriter(_prepare_destination(bundle, backend, settings, destination), overwrite)
@@ -111,7 +123,10 @@ def build_engine(
                 backend=backend,
                 bundle=bundle.digest,
                 device=result.device,
-                versions={"anyflow-deploy": importlib.metadata.version("anyflow-deploy"), **result.versions},
+                versions={
+                    "anyflow-deploy": importlib.metadata.version("anyflow-deploy"),
+                    **result.versions,
+                },
                 settings=dataclasses.asdict(settings),
                 ranges=result.ranges,
                 profiles=result.profiles,
@@ -121,7 +136,9 @@ def build_engine(
         )
 
 
-def _prepare_destination(bundle: Bundle, backend: str, settings: BuildSettings, destination: Path | None) -> Path:
+def _prepare_destination(
+    bundle: Bundle, backend: str, settings: BuildSettings, destination: Path | None
+) -> Path:
     """The destination, with the bundle's folder of engines made if it goes there."""
     parent = bundle.path / ENGINES
     if destination is not None and destination.parent != parent:
@@ -130,8 +147,12 @@ def _prepare_destination(bundle: Bundle, backend: str, settings: BuildSettings, 
         parent.mkdir(exist_ok=True)
     except OSError as error:
         raise BackendError(
-            f"{parent} cannot be made ({error.strerror}). Copy the bundle to where you may write, or give --output FOLDER."
+            f"{parent} cannot be made ({error.strerror}). Copy the bundle to where you may write,"
+            " or give --output FOLDER."
         ) from None
     if not os.access(parent, os.W_OK):
-        raise BackendError(f"{parent} cannot be written to. Copy the bundle to where you may write, or give --output FOLDER.")
+        raise BackendError(
+            f"{parent} cannot be written to. Copy the bundle to where you may write, or give"
+            " --output FOLDER."
+        )
     return destination or parent / f"{backend}-{settings.provider}"

@@ -1,19 +1,20 @@
 """Deadlines: as many steps as the time allows, and a clean sample whenever time is up.
 
-Only a flow map can promise this: from any time t it reaches r = 0 in one transition. So the number of steps need not be
-chosen beforehand. Before each transition the time that is left, divided by what a transition takes, says how many there
-will be; when only one more fits, it goes straight to r = 0. As long as the pace holds, the times passed through are those
-of `Schedule.uniform`.
+Only a flow map can promise this: from any time t it reaches r = 0 in one transition. So the number
+of steps need not be chosen beforehand. Before each transition the time that is left, divided by
+what a transition takes, says how many there will be; when only one more fits, it goes straight to r
+= 0. As long as the pace holds, the times passed through are those of `Schedule.uniform`.
 
-How long a transition takes is learnt while sampling and kept in a `StepTimer`, which many requests share. The first request on
-a new shape, which knows nothing yet, begins with a draft: one jump to r = 0, timed and kept. It is the result when there
-is no time for two better steps.
+How long a transition takes is learnt while sampling and kept in a `StepTimer`, which many requests
+share. The first request on a new shape, which knows nothing yet, begins with a draft: one jump to r
+= 0, timed and kept. It is the result when there is no time for two better steps.
 
-A deadline is missed by at most one transition, unless one takes more than twice as long as the slowest of the last five.
+A deadline is missed by at most one transition, unless one takes more than twice as long as the
+slowest of the last five.
 
-Whoever waits may also say "enough" at any moment (`Deadline.should_stop`): the next transition is then the jump to r = 0, so the
-best sample that can be had now is one transition away. In a stream it holds for every chunk from there on.
-docs/how-to/deadlines.md has an example.
+Whoever waits may also say "enough" at any moment (`Deadline.should_stop`): the next transition is
+then the jump to r = 0, so the best sample that can be had now is one transition away. In a stream
+it holds for every chunk from there on. docs/how-to/deadlines.md has an example.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _RECENT_STEPS = 5
 
 
 class StepTimer:
-    """Seconds a transition takes, for each shape of latents; share one between the requests on an engine."""
+    """Seconds a transition takes, for each shape of latents; share one between the requests on an
+    engine."""
 
     def __init__(self) -> None:
         self._recent: dict[Shape, deque[float]] = {}
@@ -46,7 +48,8 @@ class StepTimer:
         self._recent.setdefault(shape, deque(maxlen=_RECENT_STEPS)).append(seconds)
 
     def seconds(self, shape: Shape) -> float | None:
-        """What to reckon with: the slowest of the last five, since late is worse than idle. None before the first."""
+        """What to reckon with: the slowest of the last five, since late is worse than idle. None
+        before the first."""
         recent = self._recent.get(shape)
         return max(recent) if recent else None
 
@@ -78,11 +81,13 @@ class Deadline:
     """The `StepPolicy` of a time limit, in `sample` and, for every chunk anew, in `stream`.
 
     Attributes:
-        seconds: for the transitions of the sample (of the chunk); text encoder, cache and VAE are not in it.
+        seconds: for the transitions of the sample (of the chunk); text encoder, cache and VAE are
+            not in it.
         shift: of the grid, see `Schedule.uniform`.
         max_steps: steps are never more than this, however much time there is.
         step_timer: what is known of the engine.
-        should_stop: asked before every transition; true means: finish now, with one jump. `threading.Event().is_set` serves.
+        should_stop: asked before every transition; true means: finish now, with one jump.
+            `threading.Event().is_set` serves.
         on_end: told what came of it, after each sample or chunk.
         clock: seconds; for tests.
     """
@@ -97,11 +102,17 @@ class Deadline:
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
-            raise AnyFlowError(f"a deadline of {self.seconds} s was given; allowed is any positive number.")
+            raise AnyFlowError(
+                f"a deadline of {self.seconds} s was given; allowed is any positive number."
+            )
         if not 1 <= self.max_steps <= MAX_STEPS:
-            raise AnyFlowError(f"at most {self.max_steps} steps were asked for; allowed are 1 to {MAX_STEPS}.")
+            raise AnyFlowError(
+                f"at most {self.max_steps} steps were asked for; allowed are 1 to {MAX_STEPS}."
+            )
 
-    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+    def run(
+        self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
+    ) -> Array:
         """Make one sample in as many transitions as fit; see the module.
 
         Args:
@@ -173,9 +184,15 @@ class DeadlineController:
         step_seconds = self._deadline.step_timer.seconds(self._shape)
         seconds_left = self._end - self._deadline.clock()
         steps_that_fit = (
-            self._deadline.max_steps if not step_seconds else int(min(seconds_left / step_seconds, self._deadline.max_steps))
+            self._deadline.max_steps
+            if not step_seconds
+            else int(min(seconds_left / step_seconds, self._deadline.max_steps))
         )
-        count = 1 if self._deadline.should_stop() else max(1, min(steps_that_fit, self._deadline.max_steps - self.steps_done))
+        count = (
+            1
+            if self._deadline.should_stop()
+            else max(1, min(steps_that_fit, self._deadline.max_steps - self.steps_done))
+        )
         self.steps_planned = self.steps_done + count
         return next_timestep(self.t, count, self._deadline.shift)
 

@@ -1,10 +1,13 @@
-"""What a backend is: an `Engine` that opens runs, and a `Run` that holds one sample on its way from noise to clean.
+"""What a backend is: an `Engine` that opens runs, and a `Run` that holds one sample on its way from
+noise to clean.
 
-The split keeps the sampler free of devices. A run owns the state z where its backend wants it (a numpy array, a buffer
-on the GPU), advances it in place, and copies it back only when asked; two runs on one engine do not disturb each other.
-A backend implements these two protocols in its folder and has a row in `registry.BACKENDS`.
+The split keeps the sampler free of devices. A run owns the state z where its backend wants it (a
+numpy array, a buffer on the GPU), advances it in place, and copies it back only when asked; two
+runs on one engine do not disturb each other. A backend implements these two protocols in its folder
+and has a row in `registry.BACKENDS`.
 
-Legend: B batch, F latent frames, C channels, H W latent rows and columns, L text tokens, D text channels.
+Legend: B batch, F latent frames, C channels, H W latent rows and columns, L text tokens, D text
+channels.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ class Run(Protocol):
         ...
 
     def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
-        """The average velocity u(z_t, t, r), (B, F, C, H, W), leaving the state as it is. r = t is the instantaneous one."""
+        """The average velocity u(z_t, t, r), (B, F, C, H, W), leaving the state as it is. r = t is
+        the instantaneous one."""
         ...
 
     def read(self) -> Array:
@@ -53,7 +57,12 @@ class Run(Protocol):
         ...
 
     def __enter__(self) -> Run: ...
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
 
 class Engine(Protocol):
@@ -104,7 +113,8 @@ class Engine(Protocol):
 
 
 class Stream(Protocol):
-    """One video being made chunk by chunk, with the cache of what came before. Close it to give the cache back."""
+    """One video being made chunk by chunk, with the cache of what came before. Close it to give the
+    cache back."""
 
     def start(self, latents: Array) -> Run:
         """Open a run of the next chunk, on the cache as it is.
@@ -115,7 +125,8 @@ class Stream(Protocol):
         ...
 
     def append(self, latents: Array) -> None:
-        """Enter the next chunk, now clean (or given), into the cache; the one after it becomes the next.
+        """Enter the next chunk, now clean (or given), into the cache; the one after it becomes the
+        next.
 
         Raises:
             AnyFlowError: nothing comes after it in the plan.
@@ -123,7 +134,8 @@ class Stream(Protocol):
         ...
 
     def extend(self, plan: CachePlan) -> None:
-        """Go on with another plan that agrees on the chunks already made; the cache grows where it has to."""
+        """Go on with another plan that agrees on the chunks already made; the cache grows where it
+        has to."""
         ...
 
     def close(self) -> None:
@@ -208,7 +220,9 @@ class BundleEngineBase(ABC):
             raise AnyFlowError("this engine is closed; load another with load_engine(bundle).")
 
 
-def prepare_inputs(ranges: ShapeRanges, channels: int, text_dim: int, latents: ArrayLike, text: ArrayLike) -> tuple[Array, Array]:
+def prepare_inputs(
+    ranges: ShapeRanges, channels: int, text_dim: int, latents: ArrayLike, text: ArrayLike
+) -> tuple[Array, Array]:
     """Latents and text as contiguous float32 copies.
 
     Raises:
@@ -222,7 +236,9 @@ def prepare_inputs(ranges: ShapeRanges, channels: int, text_dim: int, latents: A
         ("text", 2, prompt_embeds.shape[2], text_dim),
     ):
         if channels_given != allowed:
-            raise ShapeError(f"{name} has {channels_given} channels on axis {axis}; this model takes {allowed}.")
+            raise ShapeError(
+                f"{name} has {channels_given} channels on axis {axis}; this model takes {allowed}."
+            )
     return z, prompt_embeds
 
 
@@ -241,7 +257,8 @@ def prepare_text(ranges: ShapeRanges, text_dim: int, text: ArrayLike) -> Array:
         or prompt_embeds.shape[2] != text_dim
     ):
         raise ShapeError(
-            f"text has shape {prompt_embeds.shape}; a stream takes (1, {ranges.text}, {text_dim}): one video at a time."
+            f"text has shape {prompt_embeds.shape}; a stream takes (1, {ranges.text}, {text_dim}):"
+            " one video at a time."
         )
     return prompt_embeds
 
@@ -254,7 +271,10 @@ def prepare_array(name: str, values: ArrayLike) -> Array:
     """
     array = np.array(values, order="C")
     if array.dtype.kind != "f":
-        raise AnyFlowError(f"{name} has type {array.dtype}; allowed are floating-point arrays (float32 is what runs).")
+        raise AnyFlowError(
+            f"{name} has type {array.dtype}; allowed are floating-point arrays (float32 is what"
+            " runs)."
+        )
     if not np.isfinite(array).all():
         raise AnyFlowError(f"{name} holds NaN or infinity; nothing useful can come of it.")
     return array.astype(np.float32, copy=False)
@@ -270,10 +290,13 @@ def frame_times(t: ArrayLike, r: ArrayLike, shape: tuple[int, ...]) -> tuple[Arr
     Raises:
         AnyFlowError: not 1000 >= t >= r >= 0 in every frame.
     """
-    source, target = (_broadcast_per_frame(name, time, shape[:2]) for name, time in (("t", t), ("r", r)))
+    source, target = (
+        _broadcast_per_frame(name, time, shape[:2]) for name, time in (("t", t), ("r", r))
+    )
     if not ((source <= TRAIN_TIMESTEPS) & (source >= target) & (target >= 0)).all():
         raise AnyFlowError(
-            f"t is {_summarize_times(source)} and r is {_summarize_times(target)}; allowed is 1000 >= t >= r >= 0 in every frame."
+            f"t is {_summarize_times(source)} and r is {_summarize_times(target)}; allowed is 1000"
+            " >= t >= r >= 0 in every frame."
         )
     return source, target
 

@@ -2,8 +2,9 @@
 
     BUNDLE/engines/NAME/   engine.json and the backend's own files
 
-`engine.json` names the bundle by its digest, the device and the versions it was built with. An engine is not portable:
-whatever does not match is refused with both names, since a plan of another GPU may load and then fail, or be slow.
+`engine.json` names the bundle by its digest, the device and the versions it was built with. An
+engine is not portable: whatever does not match is refused with both names, since a plan of another
+GPU may load and then fail, or be slow.
 """
 
 from __future__ import annotations
@@ -78,7 +79,9 @@ class EngineRecord(FrozenRecord):
     @cached_property
     def shape_ranges(self) -> ShapeRanges:
         """The accepted shapes, ready to check with; made once."""
-        return ShapeRanges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
+        return ShapeRanges(
+            **{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()}
+        )
 
 
 _FORMAT = RecordFormat(EngineRecord, SCHEMA, "engine", _REMEDY, BundleError)
@@ -103,7 +106,10 @@ class EngineFolder:
             BundleError: when it does not.
         """
         if name not in self.record.files:
-            raise BundleError(f"{self.path} has no file {name!r}; it lists {', '.join(self.record.files)}. {_REMEDY}")
+            raise BundleError(
+                f"{self.path} has no file {name!r}; it lists {', '.join(self.record.files)}."
+                f" {_REMEDY}"
+            )
         return self.path / name
 
 
@@ -120,20 +126,25 @@ def load_engine_folder(path: Path, verify: bool = True) -> EngineFolder:
     try:
         data = (path / ENGINE).read_bytes()
     except OSError as error:
-        raise BundleError(f"{path} is not an engine: {ENGINE} cannot be read ({error.strerror}). {_REMEDY}") from None
+        raise BundleError(
+            f"{path} is not an engine: {ENGINE} cannot be read ({error.strerror}). {_REMEDY}"
+        ) from None
     record = _FORMAT.parse(data, path / ENGINE)
     for name, file in record.files.items():
         check_file(path, name, file, verify, _KIND)
     return EngineFolder(path, record)
 
 
-def find_engine(bundle: Bundle, backend: str, engine: str | Path | None = None, verify: bool = True) -> EngineFolder:
+def find_engine(
+    bundle: Bundle, backend: str, engine: str | Path | None = None, verify: bool = True
+) -> EngineFolder:
     """The engine of a backend that was built from a bundle.
 
     Args:
         bundle: an opened bundle.
         backend: a name in `registry.BACKENDS`.
-        engine: a name in the bundle's folder of engines, or a path; None where there is only one of the backend.
+        engine: a name in the bundle's folder of engines, or a path; None where there is only one of
+            the backend.
         verify: compare every file with its hash.
 
     Raises:
@@ -145,24 +156,33 @@ def find_engine(bundle: Bundle, backend: str, engine: str | Path | None = None, 
     if engine is None:
         candidates = [path for path in engines if _read_backend(path) == backend]
         if not candidates:
-            raise BackendError(f"{bundle.path} has no {backend} engine yet. Make one on this machine: {build}")
+            raise BackendError(
+                f"{bundle.path} has no {backend} engine yet. Make one on this machine: {build}"
+            )
         if len(candidates) > 1:
             names = ", ".join(path.name for path in candidates)
-            raise BackendError(f"{bundle.path} has several {backend} engines ({names}): choose one with --engine NAME.")
+            raise BackendError(
+                f"{bundle.path} has several {backend} engines ({names}): choose one with --engine"
+                " NAME."
+            )
         path = candidates[0]
     else:
         inside = bundle.path / ENGINES / engine
         path = inside if (inside / ENGINE).is_file() else Path(engine)
         if not (path / ENGINE).is_file():
             names = ", ".join(p.name for p in engines) or "none"
-            raise BackendError(f"there is no engine {str(engine)!r}; {bundle.path} has {names}. Make one: {build}")
+            raise BackendError(
+                f"there is no engine {str(engine)!r}; {bundle.path} has {names}. Make one: {build}"
+            )
     folder = load_engine_folder(path, verify)
     if folder.record.backend != backend:
-        raise BackendError(f"{path} is an engine of backend {folder.record.backend}, and {backend} was asked for.")
+        raise BackendError(
+            f"{path} is an engine of backend {folder.record.backend}, and {backend} was asked for."
+        )
     if folder.record.bundle != bundle.digest:
         raise BackendError(
-            f"{path} was built from bundle {folder.record.bundle[:12]}, and {bundle.path} is {bundle.digest[:12]}. "
-            f"Build it again: {build} --overwrite"
+            f"{path} was built from bundle {folder.record.bundle[:12]}, and {bundle.path} is"
+            f" {bundle.digest[:12]}. Build it again: {build} --overwrite"
         )
     return folder
 
@@ -170,10 +190,14 @@ def find_engine(bundle: Bundle, backend: str, engine: str | Path | None = None, 
 def list_engines(bundle: Bundle) -> list[Path]:
     """The folders of engines inside a bundle, by name."""
     folder = bundle.path / ENGINES
-    return sorted(path.parent for path in folder.glob(f"*/{ENGINE}") if not path.parent.name.startswith("."))
+    return sorted(
+        path.parent for path in folder.glob(f"*/{ENGINE}") if not path.parent.name.startswith(".")
+    )
 
 
-def check_compatible(folder: EngineFolder, device: DeviceRecord, versions: Mapping[str, str]) -> None:
+def check_compatible(
+    folder: EngineFolder, device: DeviceRecord, versions: Mapping[str, str]
+) -> None:
     """Refuse an engine that was built elsewhere.
 
     Args:
@@ -184,15 +208,22 @@ def check_compatible(folder: EngineFolder, device: DeviceRecord, versions: Mappi
     Raises:
         BackendError: with both names.
     """
-    built_for, remedy = folder.record.device, f"Build it on this machine: anyflow-build … --backend {folder.record.backend}"
+    built_for, remedy = (
+        folder.record.device,
+        f"Build it on this machine: anyflow-build … --backend {folder.record.backend}",
+    )
     if built_for != device:
         raise BackendError(
-            f"{folder.path} was built for {_device_label(built_for)}, and this is {_device_label(device)}. {remedy}"
+            f"{folder.path} was built for {_device_label(built_for)}, and this is"
+            f" {_device_label(device)}. {remedy}"
         )
     for name, version in versions.items():
         if folder.record.versions.get(name) != version:
             built_with = folder.record.versions.get(name, "unknown")
-            raise BackendError(f"{folder.path} was built with {name} {built_with}, and here is {name} {version}. {remedy}")
+            raise BackendError(
+                f"{folder.path} was built with {name} {built_with}, and here is {name} {version}."
+                f" {remedy}"
+            )
 
 
 class EngineWriter(AtomicFolderWriter):
@@ -230,5 +261,7 @@ def _read_backend(path: Path) -> str | None:
 
 
 def _device_label(device: DeviceRecord) -> str:
-    capability = f" (compute capability {device.compute_capability})" if device.compute_capability else ""
+    capability = (
+        f" (compute capability {device.compute_capability})" if device.compute_capability else ""
+    )
     return f"{device.name}{capability}"

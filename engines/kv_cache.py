@@ -1,16 +1,18 @@
 """How much a causal model remembers, computed before anything runs.
 
-AnyFlow-FAR keeps the last `full_chunk_limit - 1` finished chunks at full resolution and every older one compressed to a
-fraction of its tokens (1/4 with Wan's patches). In a layer's buffer the compressed chunks come first, in order, and the
-recent ones behind them:
+AnyFlow-FAR keeps the last `full_chunk_limit - 1` finished chunks at full resolution and every older
+one compressed to a fraction of its tokens (1/4 with Wan's patches). In a layer's buffer the
+compressed chunks come first, in order, and the recent ones behind them:
 
     [ chunk 0 | chunk 1 | … | chunk k-3 ][ chunk k-2 | chunk k-1 ]   while chunk k is made
       compressed, written once             full, written again whenever what precedes them changed
 
-so the cache of any moment is one contiguous piece from the start, and is handed to the graph without a copy.
+so the cache of any moment is one contiguous piece from the start, and is handed to the graph
+without a copy.
 
-For streams without end, a *window* forgets: of the compressed chunks only the first and the last `window` are kept, so
-memory and time per chunk stay flat. (The first one anchors the picture.) What that costs is in docs/how-to/streaming.md.
+For streams without end, a *window* forgets: of the compressed chunks only the first and the last
+`window` are kept, so memory and time per chunk stay flat. (The first one anchors the picture.) What
+that costs is in docs/how-to/streaming.md.
 """
 
 from __future__ import annotations
@@ -59,12 +61,16 @@ class CachePlan:
     def kept_chunks(self, chunk: int) -> list[int]:
         """The compressed chunks that chunk number `chunk` finds in the cache, in order."""
         old = list(range(max(0, chunk - self.recent)))
-        return old if self.window is None or len(old) <= 1 + self.window else [0, *old[-self.window :]]
+        return (
+            old if self.window is None or len(old) <= 1 + self.window else [0, *old[-self.window :]]
+        )
 
     def cached_tokens(self, chunk: int) -> tuple[int, int]:
         """(compressed, full) tokens that chunk number `chunk` finds in the cache."""
         recent = self.chunks[max(0, chunk - self.recent) : chunk]
-        return self.compressed_tokens * sum(self.chunks[c] for c in self.kept_chunks(chunk)), self.full_tokens * sum(recent)
+        return self.compressed_tokens * sum(
+            self.chunks[c] for c in self.kept_chunks(chunk)
+        ), self.full_tokens * sum(recent)
 
     @property
     def capacity(self) -> int:
@@ -72,19 +78,30 @@ class CachePlan:
         return max(sum(self.cached_tokens(chunk)) for chunk in range(len(self.chunks)))
 
     def bytes(self, element_bytes: int) -> int:
-        """Memory of all layers' keys and values, those of the text included, with elements of this size."""
-        return 2 * self.layers * (self.capacity + self.text_tokens) * self.heads * self.channels * element_bytes
+        """Memory of all layers' keys and values, those of the text included, with elements of this
+        size."""
+        return (
+            2
+            * self.layers
+            * (self.capacity + self.text_tokens)
+            * self.heads
+            * self.channels
+            * element_bytes
+        )
 
     @property
     def encoded_tokens(self) -> int:
-        """Tokens sent through the network for the cache alone, over the whole video: what remembering costs."""
+        """Tokens sent through the network for the cache alone, over the whole video: what
+        remembering costs."""
         total = 0
         for chunk in range(len(self.chunks) - 1):
             if chunk < self.recent:
                 total += self.full_tokens * self.chunks[chunk]
             else:
                 old = chunk - self.recent
-                total += self.compressed_tokens * self.chunks[old] + self.full_tokens * sum(self.chunks[old + 1 : chunk + 1])
+                total += self.compressed_tokens * self.chunks[old] + self.full_tokens * sum(
+                    self.chunks[old + 1 : chunk + 1]
+                )
         return total
 
 
@@ -106,21 +123,35 @@ def cache_plan(
         text_tokens: of the prompt's embedding.
 
     Raises:
-        AnyFlowError: not a causal model, a window below 1, or a plan that is empty, holds a chunk without frames, or is too long.
+        AnyFlowError: not a causal model, a window below 1, or a plan that is empty, holds a chunk
+            without frames, or is too long.
         ShapeError: height or width that do not divide into patches, or are below one coarse patch.
     """
     if a.chunk_partition is None or a.compressed_patch_size is None or a.full_chunk_limit is None:
-        raise AnyFlowError("this is a bidirectional model; streams need a causal one (far-…). Use sample().")
+        raise AnyFlowError(
+            "this is a bidirectional model; streams need a causal one (far-…). Use sample()."
+        )
     plan = tuple(a.chunk_partition if chunks is None else chunks)
     if not plan or not all(isinstance(n, int) and n > 0 for n in plan):
-        raise AnyFlowError(f"chunk plan {list(plan)}: allowed are one or more positive whole numbers of latent frames.")
+        raise AnyFlowError(
+            f"chunk plan {list(plan)}: allowed are one or more positive whole numbers of latent"
+            " frames."
+        )
     if sum(plan) > a.rope_max_seq_len:
-        raise AnyFlowError(f"the chunk plan has {sum(plan)} latent frames; the rotary table ends at {a.rope_max_seq_len}.")
+        raise AnyFlowError(
+            f"the chunk plan has {sum(plan)} latent frames; the rotary table ends at"
+            f" {a.rope_max_seq_len}."
+        )
     if window is not None and window < 1:
-        raise AnyFlowError(f"window is {window}; allowed are whole numbers from 1, or None to keep every chunk.")
+        raise AnyFlowError(
+            f"window is {window}; allowed are whole numbers from 1, or None to keep every chunk."
+        )
     patch, compressed_patch = a.patch_size[1], a.compressed_patch_size[1]
     if height % patch or width % patch or height < compressed_patch or width < compressed_patch:
-        raise ShapeError(f"latents of {height} x {width}: a causal model takes multiples of {patch}, from {compressed_patch} on.")
+        raise ShapeError(
+            f"latents of {height} x {width}: a causal model takes multiples of {patch}, from"
+            f" {compressed_patch} on."
+        )
     return CachePlan(
         chunks=plan,
         recent=a.full_chunk_limit - 1,
@@ -159,7 +190,8 @@ def check_budget(plan: CachePlan, element_bytes: int, budget_bytes: float) -> No
     needed = plan.bytes(element_bytes)
     if needed > budget_bytes:
         raise AnyFlowError(
-            f"the cache of {len(plan.chunks)} chunks takes {needed / 1e6:,.1f} MB "
-            f"({plan.capacity:,} tokens and {plan.text_tokens} of text in {plan.layers} layers); "
-            f"{budget_bytes / 1e6:,.1f} MB are allowed. Make fewer or shorter chunks, smaller frames, or keep a window of them."
+            f"the cache of {len(plan.chunks)} chunks takes {needed / 1e6:,.1f} MB"
+            f" ({plan.capacity:,} tokens and {plan.text_tokens} of text in {plan.layers} layers);"
+            f" {budget_bytes / 1e6:,.1f} MB are allowed. Make fewer or shorter chunks, smaller"
+            " frames, or keep a window of them."
         )

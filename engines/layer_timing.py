@@ -1,4 +1,5 @@
-"""What every profiler of layers gives: a name, an operator, seconds. See `anyflow_deploy/profiling/layers.py`."""
+"""What every profiler of layers gives: a name, an operator, seconds. See
+`anyflow_deploy/profiling/layers.py`."""
 
 from __future__ import annotations
 
@@ -30,5 +31,9 @@ def merge_timings(timings: Iterable[LayerTiming]) -> list[LayerTiming]:
     merged: dict[str, LayerTiming] = {}
     for row in timings:
         old = merged.get(row.name)
-        merged[row.name] = row if old is None else replace(old, seconds=old.seconds + row.seconds, calls=old.calls + row.calls)
+        merged[row.name] = (
+            row
+            if old is None
+            else replace(old, seconds=old.seconds + row.seconds, calls=old.calls + row.calls)
+        )
     return list(merged.values())

@@ -3,7 +3,8 @@
 `BACKENDS` is the whole registry: one row for each backend says all that the rest of the project has
 to know of it. Commands, builds, the doctor and the profiler read their part there. A backend's
 modules are imported only when it is asked for, so a device needs the runtime of the one it uses and
-no other. This module imports nothing but errors, so that the doctor can read it on a broken machine.
+no other. This module imports nothing but errors, so that the doctor can read it on a broken
+machine.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class EngineOptions:
         provider: "cpu" or "cuda"; there is no fallback from one to the other.
         device: which GPU, counted from 0.
         threads: CPU threads; None for as many as there are physical cores.
-        engine: name or path of a built engine, for backends that compile; None where the bundle has only one.
+        engine: name or path of a built engine, for backends that compile; None where the bundle has
+            only one.
         cuda_graphs: record a step once for each shape and replay it, where the backend can.
     """
 
@@ -144,23 +146,27 @@ def load_engine(
 
     Args:
         bundle: from `load_bundle`, or the folder (all hashes are then verified).
-        backend: a name in `BACKENDS`. All but onnxruntime need an engine built on this machine: `anyflow-build`.
-        provider: "cpu" or "cuda"; None for cuda with a backend that knows nothing else, cpu with all others.
+        backend: a name in `BACKENDS`. All but onnxruntime need an engine built on this machine:
+            `anyflow-build`.
+        provider: "cpu" or "cuda"; None for cuda with a backend that knows nothing else, cpu with
+            all others.
         threads, device, engine, cuda_graphs: see `EngineOptions`.
 
     Raises:
-        BackendError: the backend or provider is not installed, cannot run the bundle's precision, or has no built engine;
-            or an engine is named for a backend that has none.
+        BackendError: the backend or provider is not installed, cannot run the bundle's precision,
+            or has no built engine; or an engine is named for a backend that has none.
     """
     from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 
     check_backend(backend)
     row = BACKENDS[backend]
-    if engine is not None and row.build_settings is None:  # or the engine asked for would silently not be the one that runs
+    if (
+        engine is not None and row.build_settings is None
+    ):  # or the engine asked for would silently not be the one that runs
         others = ", ".join(name for name, other in BACKENDS.items() if other.build_settings)
         raise BackendError(
-            f"the engine {str(engine)!r} was built by another backend than {backend}, which runs the bundle itself: "
-            f"name that, one of {others}, or leave the engine out."
+            f"the engine {str(engine)!r} was built by another backend than {backend}, which runs"
+            f" the bundle itself: name that, one of {others}, or leave the engine out."
         )
     options = EngineOptions(provider or row.default_provider, device, threads, engine, cuda_graphs)
     loaded_bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -190,4 +196,7 @@ def check_backend(backend: str) -> None:
         AnyFlowError: with the nearest known one.
     """
     if backend not in BACKENDS:
-        raise AnyFlowError(f"unknown backend {backend!r}: this version has {', '.join(BACKENDS)}.{suggestion(backend, BACKENDS)}")
+        raise AnyFlowError(
+            f"unknown backend {backend!r}: this version has"
+            f" {', '.join(BACKENDS)}.{suggestion(backend, BACKENDS)}"
+        )

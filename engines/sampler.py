@@ -2,8 +2,8 @@
 
     z_0 = sample(engine, noise((1, 21, 16, 60, 104), seed=0), text, Schedule.uniform(4))
 
-There is nothing to it, and that is the point of a flow map: no noise is added between steps and no guidance is run, so
-a sample is N transitions and depends on nothing but its inputs.
+There is nothing to it, and that is the point of a flow map: no noise is added between steps and no
+guidance is run, so a sample is N transitions and depends on nothing but its inputs.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ def sample(
         engine: from `load_engine`.
         latents: noise, (B, F, C, H, W).
         text: prompt embeddings, (B, L, D).
-        policy: the times to pass through (`Schedule`), the time there is (`Deadline`), or the quality
-            to reach (`AdaptiveSteps`).
-        on_step: called after each transition; an exception it raises ends the sampling and reaches the caller.
+        policy: the times to pass through (`Schedule`), the time there is (`Deadline`), or the
+            quality to reach (`AdaptiveSteps`).
+        on_step: called after each transition; an exception it raises ends the sampling and reaches
+            the caller.
 
     Returns:
-        Clean latents, float32 (B, F, C, H, W); the same inputs give the same bits on the same engine.
+        Clean latents, float32 (B, F, C, H, W); the same inputs give the same bits on the same
+        engine.
 
     Raises:
         AnyFlowError: inputs outside what the engine declares.
@@ -82,35 +84,44 @@ def stream(
 ) -> Generator[Chunk, None, None]:
     """Make a video chunk by chunk with a causal model.
 
-    The next chunk is not begun before the one before it was taken; closing the iterator at any moment releases the cache.
+    The next chunk is not begun before the one before it was taken; closing the iterator at any
+    moment releases the cache.
 
     Args:
         engine: from `load_engine`, of a causal model.
         latents: noise of the whole video, (1, F, C, H, W).
         text: prompt embeddings, (1, L, D).
-        policy: decides the steps, see `sample`; each chunk gets `policy.for_chunk(index)`, where 0 is
-            the first chunk that is made.
+        policy: decides the steps, see `sample`; each chunk gets `policy.for_chunk(index)`, where 0
+            is the first chunk that is made.
         chunk_plan: latent frames of each chunk; None for the model's own.
-        context: clean latents of the first chunk or chunks, (1, Fc, C, H, W); they are remembered, not made.
-        window: keep only the first and this many of the newest compressed chunks; None for all. See `kv_cache`.
+        context: clean latents of the first chunk or chunks, (1, Fc, C, H, W); they are remembered,
+            not made.
+        window: keep only the first and this many of the newest compressed chunks; None for all. See
+            `kv_cache`.
         on_step: called after each transition, see `sample`.
 
     Returns:
         An iterator over the chunks, the given ones included.
 
     Raises:
-        AnyFlowError: a plan that does not sum to F, or a context that does not end where a chunk ends. Raised at once.
+        AnyFlowError: a plan that does not sum to F, or a context that does not end where a chunk
+            ends. Raised at once.
     """
     z = prepare_array("latents", latents)
     if z.ndim != 5 or z.shape[0] != 1:
-        raise ShapeError(f"latents have shape {z.shape}; a stream takes (1, frames, channels, height, width): one video.")
+        raise ShapeError(
+            f"latents have shape {z.shape}; a stream takes (1, frames, channels, height, width):"
+            " one video."
+        )
     architecture = engine.architecture
     prompt_embeds = prepare_text(engine.ranges, architecture.text_dim, text)
-    plan = cache_plan(architecture, chunk_plan, z.shape[3], z.shape[4], window, prompt_embeds.shape[1])
+    plan = cache_plan(
+        architecture, chunk_plan, z.shape[3], z.shape[4], window, prompt_embeds.shape[1]
+    )
     if plan.frames != z.shape[1]:
         raise ShapeError(
-            f"the chunk plan {list(plan.chunks)} has {plan.frames} latent frames and latents have {z.shape[1]}; "
-            "give a chunk_plan that sums to the frames."
+            f"the chunk plan {list(plan.chunks)} has {plan.frames} latent frames and latents have"
+            f" {z.shape[1]}; give a chunk_plan that sums to the frames."
         )
     for frames in sorted(set(plan.chunks)):
         engine.ranges.check((1, frames, *z.shape[2:]), prompt_embeds.shape)
@@ -123,15 +134,21 @@ def _split_context(plan: CachePlan, latents: Array, context: ArrayLike | None) -
     if context is None:
         return []
     clean = prepare_array("context", context)
-    if clean.ndim != 5 or clean.shape[0] != 1 or clean.shape[2:] != latents.shape[2:] or clean.shape[1] > plan.frames:
+    if (
+        clean.ndim != 5
+        or clean.shape[0] != 1
+        or clean.shape[2:] != latents.shape[2:]
+        or clean.shape[1] > plan.frames
+    ):
         raise ShapeError(
-            f"context has shape {clean.shape} and latents {latents.shape}; only the frames may differ, and be fewer."
+            f"context has shape {clean.shape} and latents {latents.shape}; only the frames may"
+            " differ, and be fewer."
         )
     chunk_ends = [plan.first_frame(chunk) for chunk in range(1, len(plan.chunks) + 1)]
     if clean.shape[1] not in chunk_ends:
         raise ShapeError(
-            f"context has {clean.shape[1]} latent frames, which is not where a chunk ends ({chunk_ends}). "
-            "Shorten it, or give a chunk_plan whose first chunks it fills."
+            f"context has {clean.shape[1]} latent frames, which is not where a chunk ends"
+            f" ({chunk_ends}). Shorten it, or give a chunk_plan whose first chunks it fills."
         )
     count = chunk_ends.index(clean.shape[1]) + 1
     return [clean[:, plan.first_frame(c) : plan.first_frame(c + 1)] for c in range(count)]
@@ -164,6 +181,7 @@ def _generate_chunks(
 def noise(shape: Sequence[int], seed: int) -> Array:
     """Standard normal latents that are the same on every machine, with or without torch.
 
-    numpy's PCG64 in double precision, rounded to float32. (torch's generator gives other numbers for the same seed.)
+    numpy's PCG64 in double precision, rounded to float32. (torch's generator gives other numbers
+    for the same seed.)
     """
     return np.random.default_rng(seed).standard_normal(tuple(shape)).astype(np.float32)

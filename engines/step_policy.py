@@ -34,11 +34,14 @@ MAX_ADAPTIVE_STEPS = 32
 class StepPolicy(Protocol):
     """Decides the steps of samples, and makes them."""
 
-    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+    def run(
+        self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
+    ) -> Array:
         """Make one sample.
 
         Args:
-            start: opens a run at the sample's noise; a policy may open several, one after the other.
+            start: opens a run at the sample's noise; a policy may open several, one after the
+                other.
             shape: of the latents, (B, F, C, H, W).
             on_step: called after each transition; an exception it raises ends the sample.
 
@@ -68,7 +71,9 @@ class FirstChunkPolicy:
     first: StepPolicy
     others: StepPolicy
 
-    def run(self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]) -> Array:
+    def run(
+        self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
+    ) -> Array:
         """Make one sample, as the first chunk is made; see `StepPolicy.run`."""
         return self.first.run(start, shape, on_step)
 
@@ -124,9 +129,15 @@ class StepSettings:
         elif given == ["sigmas"] and self.first_steps is not None:
             problem = f"{sigmas} is the whole schedule, of every chunk; leave out {first}."
         elif given == ["target_psnr"] and self.first_steps is not None:
-            problem = f"{quality} is decided on the first chunk, and the others follow; leave out {first}."
+            problem = (
+                f"{quality} is decided on the first chunk, and the others follow; leave out"
+                f" {first}."
+            )
         elif given == ["target_psnr"] and self.num_inference_steps == 1:
-            problem = f"{quality} compares one step with two, and {steps} 1 allows one; allowed are 2 or more."
+            problem = (
+                f"{quality} compares one step with two, and {steps} 1 allows one; allowed are 2 or"
+                " more."
+            )
         if problem is not None:
             raise InvalidRequestError(problem, given[0])
 

@@ -1,11 +1,11 @@
 """What a causal stream does, and in which order, whatever the backend.
 
-A backend lends a `Cache`: buffers of keys and values per layer, and the graphs that read and write them. `CacheStream`
-knows what belongs where in them (`CachePlan`) and when it has to be written:
+A backend lends a `Cache`: buffers of keys and values per layer, and the graphs that read and write
+them. `CacheStream` knows what belongs where in them (`CachePlan`) and when it has to be written:
 
 - a finished chunk enters in full, behind everything else;
-- once there are more than `recent` full ones, the oldest is compressed for good, and what stood behind it is written
-  again, since it now follows something else;
+- once there are more than `recent` full ones, the oldest is compressed for good, and what stood
+  behind it is written again, since it now follows something else;
 - chunks outside the window are forgotten, and what stood behind them moves up.
 """
 
@@ -25,7 +25,8 @@ Positions = NDArray[np.int64]
 
 
 class Cache(Protocol):
-    """A backend's buffers of one stream, counted in tokens from the start, and its graphs on them."""
+    """A backend's buffers of one stream, counted in tokens from the start, and its graphs on
+    them."""
 
     def run(self, latents: Array, positions: Positions, past: int) -> Run:
         """A run of graph `chunk` that sees the first `past` tokens.
@@ -37,8 +38,11 @@ class Cache(Protocol):
         """
         ...
 
-    def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
-        """Run `chunk` (at t = r = 0) or `compress` on the first `past` tokens, and put its own `tokens` behind them."""
+    def write(
+        self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
+    ) -> None:
+        """Run `chunk` (at t = r = 0) or `compress` on the first `past` tokens, and put its own
+        `tokens` behind them."""
         ...
 
     def move(self, to: int, start: int, tokens: int) -> None:
@@ -73,20 +77,28 @@ class CacheStream:
     def start(self, latents: Array) -> Run:
         """See `Stream`."""
         cache = self._check_next_chunk(latents)
-        # A copy: a run works in the array it is given (ONNX Runtime does not copy on the CPU), and noise may be asked for again.
-        return cache.run(latents.copy(), self._positions(self._chunk), sum(self._plan.cached_tokens(self._chunk)))
+        # A copy: a run works in the array it is given (ONNX Runtime does not copy on the CPU), and
+        # noise may be asked for again.
+        return cache.run(
+            latents.copy(), self._positions(self._chunk), sum(self._plan.cached_tokens(self._chunk))
+        )
 
     def append(self, latents: Array) -> None:
         """See `Stream`."""
         cache = self._check_next_chunk(latents)
         if self._chunk + 1 == len(self._plan.chunks):  # no room was planned for it
-            raise AnyFlowError(f"chunk {self._chunk} is the last of the plan and nothing would see it; extend() the plan first.")
+            raise AnyFlowError(
+                f"chunk {self._chunk} is the last of the plan and nothing would see it; extend()"
+                " the plan first."
+            )
         self._recent.append((self._chunk, latents))
         to_write = [self._recent[-1]]
         if len(self._recent) > self._plan.recent:
             self._compress(cache, *self._recent.popleft())
             to_write = list(self._recent)  # what precedes them has changed
-        filled = self._compressed + sum(self._full_tokens(chunk) for chunk, _ in list(self._recent)[: -len(to_write)])
+        filled = self._compressed + sum(
+            self._full_tokens(chunk) for chunk, _ in list(self._recent)[: -len(to_write)]
+        )
         for chunk, clean in to_write:
             cache.write("chunk", clean, self._positions(chunk), filled, self._full_tokens(chunk))
             filled += self._full_tokens(chunk)
@@ -96,7 +108,10 @@ class CacheStream:
         """See `Stream`."""
         cache = self._require_open()
         if plan.chunks[: self._chunk] != self._plan.chunks[: self._chunk]:
-            raise AnyFlowError(f"the plan {list(plan.chunks)} changes chunks that are made already: {list(self._plan.chunks)}.")
+            raise AnyFlowError(
+                f"the plan {list(plan.chunks)} changes chunks that are made already:"
+                f" {list(self._plan.chunks)}."
+            )
         if plan.capacity > self._capacity:
             cache.grow(plan.capacity)
             self._capacity = plan.capacity
@@ -110,7 +125,8 @@ class CacheStream:
         self._recent.clear()
 
     def _compress(self, cache: Cache, chunk: int, clean: Array) -> None:
-        """Append an old chunk to the compressed part, for good; what the window lets go of makes room first."""
+        """Append an old chunk to the compressed part, for good; what the window lets go of makes
+        room first."""
         self._evict(cache, set(self._plan.kept_chunks(chunk + 1 + self._plan.recent)))
         self._kept_compressed.append(chunk)
         tokens = self._compressed_tokens(chunk)
@@ -118,9 +134,13 @@ class CacheStream:
         self._compressed += tokens
 
     def _evict(self, cache: Cache, kept: set[int]) -> None:
-        """Close the gaps of compressed chunks outside the window. Their order does not matter, but their place does."""
+        """Close the gaps of compressed chunks outside the window. Their order does not matter, but
+        their place does."""
         for chunk in [c for c in self._kept_compressed if c not in kept]:
-            tokens_before = sum(self._compressed_tokens(c) for c in self._kept_compressed[: self._kept_compressed.index(chunk)])
+            tokens_before = sum(
+                self._compressed_tokens(c)
+                for c in self._kept_compressed[: self._kept_compressed.index(chunk)]
+            )
             gap = self._compressed_tokens(chunk)
             cache.move(tokens_before, tokens_before + gap, self._compressed - tokens_before - gap)
             self._kept_compressed.remove(chunk)
@@ -145,10 +165,15 @@ class CacheStream:
         """The cache, if these latents may be the next chunk's."""
         cache = self._require_open()
         if self._chunk >= len(self._plan.chunks):
-            raise AnyFlowError(f"all {len(self._plan.chunks)} chunks of the plan are made; open another stream.")
+            raise AnyFlowError(
+                f"all {len(self._plan.chunks)} chunks of the plan are made; open another stream."
+            )
         frames = self._plan.chunks[self._chunk]
         if latents.shape[1] != frames:
-            raise AnyFlowError(f"chunk {self._chunk} has {frames} latent frames in the plan; {latents.shape[1]} were given.")
+            raise AnyFlowError(
+                f"chunk {self._chunk} has {frames} latent frames in the plan; {latents.shape[1]}"
+                " were given."
+            )
         return cache
 
 

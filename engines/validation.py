@@ -1,12 +1,15 @@
-"""Does an engine compute what the model computes? Two engines, the same inputs, measured against named thresholds.
+"""Does an engine compute what the model computes? Two engines, the same inputs, measured against
+named thresholds.
 
-Two questions are asked, because they fail differently. *Transitions*: along a path that the reference itself takes from
-noise to clean, each state is sent from its time t to several targets r, and the velocities are compared; this finds a
-wrong operator, and at which times it matters. *Rollouts*: whole samples at several step counts are compared; this finds
-errors that add up. Both engines start every transition from the reference's state.
+Two questions are asked, because they fail differently. *Transitions*: along a path that the
+reference itself takes from noise to clean, each state is sent from its time t to several targets r,
+and the velocities are compared; this finds a wrong operator, and at which times it matters.
+*Rollouts*: whole samples at several step counts are compared; this finds errors that add up. Both
+engines start every transition from the reference's state.
 
-A causal model is asked the same of a stream: transitions in its first chunk, which has no past, and in its last, whose
-cache holds compressed and full chunks that each engine has written itself, from the same clean latents.
+A causal model is asked the same of a stream: transitions in its first chunk, which has no past, and
+in its last, whose cache holds compressed and full chunks that each engine has written itself, from
+the same clean latents.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.schedule import Schedule
 
 REFERENCE_SCHEDULE = Schedule.from_timesteps((1000, 960, 860, 700, 500, 250, 60, 0))
-"""The reference's path: transitions are compared at each of its times, from pure noise to nearly clean. (The shifted
-grid of few steps would stay above 500.)"""
+"""The reference's path: transitions are compared at each of its times, from pure noise to nearly
+clean. (The shifted grid of few steps would stay above 500.)"""
 
 ROLLOUT_STEPS = (1, 2, 4, 8)
 
@@ -47,21 +50,44 @@ class Threshold:
 
 
 THRESHOLDS = {
-    "fp32": Threshold(2e-5, 2e-5, "another order of float32 sums: at most 9.6e-7 was measured (1.3B, 30 layers); 20 times that"),
-    "fp16": Threshold(
-        5e-3, 5e-3, "11 bits of mantissa: at most 5.4e-4 was measured (1.3B, 30 layers, random weights); 10 times that"
+    "fp32": Threshold(
+        2e-5,
+        2e-5,
+        "another order of float32 sums: at most 9.6e-7 was measured (1.3B, 30 layers); 20 times"
+        " that",
     ),
-    "bf16": Threshold(4e-2, 4e-2, "8 bits of mantissa, 3 fewer than fp16: 8 times its threshold; not measured on a device yet"),
-    "int8": Threshold(8e-2, 8e-2, "inputs and weights on 255 levels: at most 2.1e-2 was measured (tiny models); 4 times that"),
-    "fp8": Threshold(8e-2, 8e-2, "4 bits of mantissa: at most 1.9e-2 was measured (tiny models); the same room as int8"),
+    "fp16": Threshold(
+        5e-3,
+        5e-3,
+        "11 bits of mantissa: at most 5.4e-4 was measured (1.3B, 30 layers, random weights); 10"
+        " times that",
+    ),
+    "bf16": Threshold(
+        4e-2,
+        4e-2,
+        "8 bits of mantissa, 3 fewer than fp16: 8 times its threshold; not measured on a"
+        " device yet",
+    ),
+    "int8": Threshold(
+        8e-2,
+        8e-2,
+        "inputs and weights on 255 levels: at most 2.1e-2 was measured (tiny models); 4 times that",
+    ),
+    "fp8": Threshold(
+        8e-2,
+        8e-2,
+        "4 bits of mantissa: at most 1.9e-2 was measured (tiny models); the same room as int8",
+    ),
 }
 """docs/how-to/validation.md has the measurements."""
 
 
 @dataclass(frozen=True)
 class Transition:
-    """Velocities compared at one state. `kind` names the target: "next" on the path, "half" way, "clean" (r = 0), "same"
-    (r = t), or "mixed": the first frame already clean, as when a video is continued. `chunk` is 0 where there is no other."""
+    """Velocities compared at one state. `kind` names the target: "next" on the path, "half" way,
+    "clean" (r = 0), "same" (r = t), or "mixed": the first frame already clean, as when a video is
+    continued. `chunk` is 0 where there is no other.
+    """
 
     t: float
     r: float
@@ -113,12 +139,19 @@ class Validation:
         failures_found = []
         for item in self.transitions:
             if not item.difference.relative_l2 <= limit.transition:
-                where = f"transition {item.t:.0f} -> {item.r:.0f}{f' of chunk {item.chunk}' if item.chunk else ''}"
-                failures_found.append(f"{where}: {_describe_difference(item.difference)}, allowed {limit.transition:g}")
+                where = (
+                    f"transition {item.t:.0f} ->"
+                    f" {item.r:.0f}{f' of chunk {item.chunk}' if item.chunk else ''}"
+                )
+                failures_found.append(
+                    f"{where}: {_describe_difference(item.difference)}, allowed"
+                    f" {limit.transition:g}"
+                )
         for rollout in self.rollouts:
             if not rollout.difference.relative_l2 <= limit.rollout:
                 failures_found.append(
-                    f"rollout of {rollout.steps} steps: {_describe_difference(rollout.difference)}, allowed {limit.rollout:g}"
+                    f"rollout of {rollout.steps} steps: {_describe_difference(rollout.difference)},"
+                    f" allowed {limit.rollout:g}"
                 )
         return failures_found
 
@@ -156,24 +189,32 @@ def validate(
         seed: of the latents and embeddings, standard normal.
         progress: where progress goes.
         chunks: of a causal model: latent frames of each chunk.
-        text: prompt embeddings in place of normal ones: a quantized engine is right only within its calibrated ranges.
+        text: prompt embeddings in place of normal ones: a quantized engine is right only within its
+            calibrated ranges.
 
     Raises:
         AnyFlowError: no threshold for the precision, or shapes that one of the engines refuses.
     """
     if precision not in THRESHOLDS:
-        raise AnyFlowError(f"no thresholds for precision {precision!r}; there are some for {', '.join(THRESHOLDS)}.")
+        raise AnyFlowError(
+            f"no thresholds for precision {precision!r}; there are some for"
+            f" {', '.join(THRESHOLDS)}."
+        )
     latents, text = noise(shape, seed), noise(text_shape, seed + 1) if text is None else text
     progress = progress or NullProgress()
     schedules = [Schedule.uniform(n, shift) for n in steps]
     inputs = Inputs(latents, text, None if chunks is None else tuple(chunks))
     with progress.stage(
-        "transitions", REFERENCE_SCHEDULE.steps * (1 if chunks is None else len({0, len(chunks) - 1}))
+        "transitions",
+        REFERENCE_SCHEDULE.steps * (1 if chunks is None else len({0, len(chunks) - 1})),
     ) as advance:
         transitions = []
         for chunk, z, starts in _comparison_points(candidate, reference, inputs):
             for t, r, state in _reference_states(starts[1], z):
-                transitions += [_compare_transition(starts, state, t, *target, chunk) for target in _target_times(t, r)]
+                transitions += [
+                    _compare_transition(starts, state, t, *target, chunk)
+                    for target in _target_times(t, r)
+                ]
                 advance(1)
     with progress.stage("rollouts", float(sum(steps))) as advance:
         rollouts = []
@@ -182,9 +223,16 @@ def validate(
             rollouts.append(Rollout(schedule.steps, difference(pair[0], pair[1])))
             advance(schedule.steps)
     return Validation(
-        candidate.description, reference.description, precision, tuple(shape), text.shape, inputs.chunks, seed,
-        tuple(transitions), tuple(rollouts),
-    )  # fmt: skip
+        candidate.description,
+        reference.description,
+        precision,
+        tuple(shape),
+        text.shape,
+        inputs.chunks,
+        seed,
+        tuple(transitions),
+        tuple(rollouts),
+    )
 
 
 @dataclass(frozen=True)
@@ -200,24 +248,41 @@ def _sample_video(engine: Engine, inputs: Inputs, schedule: Schedule) -> Array:
     """A whole sample."""
     if inputs.chunks is None:
         return sample(engine, inputs.latents, inputs.text, schedule)
-    return np.concatenate([c.latents for c in stream(engine, inputs.latents, inputs.text, schedule, inputs.chunks)], axis=1)
+    return np.concatenate(
+        [c.latents for c in stream(engine, inputs.latents, inputs.text, schedule, inputs.chunks)],
+        axis=1,
+    )
 
 
 def _comparison_points(
     candidate: Engine, reference: Engine, inputs: Inputs
 ) -> Iterator[tuple[int, Array, tuple[RunOpener, RunOpener]]]:
-    """Where transitions are compared: chunk, the noise of it, and what opens a run of it on each engine."""
+    """Where transitions are compared: chunk, the noise of it, and what opens a run of it on each
+    engine."""
     if inputs.chunks is None:
-        yield 0, inputs.latents, (_run_opener(candidate, inputs.text), _run_opener(reference, inputs.text))
+        yield (
+            0,
+            inputs.latents,
+            (_run_opener(candidate, inputs.text), _run_opener(reference, inputs.text)),
+        )
         return
     height, width = inputs.latents.shape[3:]
-    plan = cache_plan(reference.architecture, inputs.chunks, height, width, text_tokens=inputs.text.shape[1])
+    plan = cache_plan(
+        reference.architecture, inputs.chunks, height, width, text_tokens=inputs.text.shape[1]
+    )
     clean = stream(reference, inputs.latents, inputs.text, Schedule.uniform(4), inputs.chunks)
     with contextlib.ExitStack() as stack:
-        streams = [stack.enter_context(contextlib.closing(e.open_stream(inputs.text, plan))) for e in (candidate, reference)]
+        streams = [
+            stack.enter_context(contextlib.closing(e.open_stream(inputs.text, plan)))
+            for e in (candidate, reference)
+        ]
         for index, chunk in enumerate(clean):
             if index in (0, len(plan.chunks) - 1):
-                yield index, inputs.latents[:, chunk.first_frame :][:, : plan.chunks[index]], (streams[0].start, streams[1].start)
+                yield (
+                    index,
+                    inputs.latents[:, chunk.first_frame :][:, : plan.chunks[index]],
+                    (streams[0].start, streams[1].start),
+                )
             for kv_stream in streams[: 2 * (index + 1 < len(plan.chunks))]:
                 kv_stream.append(chunk.latents)
 
@@ -245,7 +310,10 @@ def _target_times(t: float, r: float) -> list[tuple[float, str]]:
 def _compare_transition(
     starts: tuple[RunOpener, RunOpener], state: Array, t: float, r: float, kind: str, chunk: int
 ) -> Transition:
-    source, target = np.full(state.shape[:2], t, np.float32), np.full(state.shape[:2], r, np.float32)
+    source, target = (
+        np.full(state.shape[:2], t, np.float32),
+        np.full(state.shape[:2], r, np.float32),
+    )
     if kind == "mixed":
         source[:, 0] = target[:, 0] = 0.0
     velocities = []
@@ -256,7 +324,11 @@ def _compare_transition(
 
 
 def _describe_difference(d: Difference) -> str:
-    return f"{d.not_finite} elements are NaN or infinite" if d.not_finite else f"relative L2 {d.relative_l2:.2e}"
+    return (
+        f"{d.not_finite} elements are NaN or infinite"
+        if d.not_finite
+        else f"relative L2 {d.relative_l2:.2e}"
+    )
 
 
 def _json_safe(value: Any) -> Any:

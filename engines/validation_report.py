@@ -1,6 +1,8 @@
-"""A validation as people read it: a table on the terminal, and a picture of error against time and against steps.
+"""A validation as people read it: a table on the terminal, and a picture of error against time and
+against steps.
 
-The picture needs matplotlib (the `export` extra); without it the numbers still come, and a line says what is missing.
+The picture needs matplotlib (the `export` extra); without it the numbers still come, and a line
+says what is missing.
 """
 
 from __future__ import annotations
@@ -41,7 +43,12 @@ def validation_tables(validation: Validation) -> list[Table]:
 
 def _cells(d: Difference, limit: float) -> tuple[str, ...]:
     colour = "green" if d.relative_l2 <= limit else "red"
-    return (f"[{colour}]{d.relative_l2:.2e}[/]", f"{d.cosine:.8f}", f"{d.psnr_db:.1f} dB", f"{d.max_abs:.2e}")
+    return (
+        f"[{colour}]{d.relative_l2:.2e}[/]",
+        f"{d.cosine:.8f}",
+        f"{d.psnr_db:.1f} dB",
+        f"{d.max_abs:.2e}",
+    )
 
 
 def can_plot() -> bool:
@@ -59,27 +66,52 @@ def plot_validation(validation: Validation, path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for kind, (title, colour, marker) in KINDS.items():
         for chunk in sorted({item.chunk for item in validation.transitions}):
-            items = [item for item in validation.transitions if (item.kind, item.chunk) == (kind, chunk)]
+            items = [
+                item for item in validation.transitions if (item.kind, item.chunk) == (kind, chunk)
+            ]
             heights = [max(item.difference.relative_l2, _FLOOR) for item in items]
-            look = {"ls": "-", "label": f"{title}, chunk {chunk}"} if chunk else {"ls": ":" if validation.chunks else "-"}
+            look = (
+                {"ls": "-", "label": f"{title}, chunk {chunk}"}
+                if chunk
+                else {"ls": ":" if validation.chunks else "-"}
+            )
             style = {"label": title, **look} if not validation.chunks else look
-            left.plot([item.t for item in items], heights, color=colour, marker=marker, ms=5, lw=1.2, **style)
+            left.plot(
+                [item.t for item in items],
+                heights,
+                color=colour,
+                marker=marker,
+                ms=5,
+                lw=1.2,
+                **style,
+            )
     left.invert_xaxis()
     left.set(
-        xlabel="source time t (1000 = noise)", title=f"One transition, by time{' (dotted: chunk 0)' if validation.chunks else ''}"
+        xlabel="source time t (1000 = noise)",
+        title=f"One transition, by time{' (dotted: chunk 0)' if validation.chunks else ''}",
     )
     heights = [max(rollout.difference.relative_l2, _FLOOR) for rollout in validation.rollouts]
     right.plot(range(len(heights)), heights, color="#1b6ca8", marker="o", lw=1.4)
     right.set_xticks(range(len(heights)), [str(rollout.steps) for rollout in validation.rollouts])
     right.set(xlabel="steps of the schedule", title="Whole sample, by steps")
-    for axes, limit in ((left, validation.threshold.transition), (right, validation.threshold.rollout)):
+    for axes, limit in (
+        (left, validation.threshold.transition),
+        (right, validation.threshold.rollout),
+    ):
         axes.axhline(limit, color="#555555", ls="--", lw=1)
-        place = {"transform": axes.get_yaxis_transform(), "va": "bottom", "fontsize": 8, "color": "#555555"}
+        place = {
+            "transform": axes.get_yaxis_transform(),
+            "va": "bottom",
+            "fontsize": 8,
+            "color": "#555555",
+        }
         axes.text(0.01, limit, f" allowed: {limit:g}", **place)
         axes.set(yscale="log", ylabel="relative L2 to the reference")
         axes.grid(alpha=0.25)
     left.legend(fontsize=7, loc="best")
     verdict = "passed" if not validation.failures else f"FAILED ({len(validation.failures)} over)"
-    figure.suptitle(f"{validation.candidate}  against  {validation.reference}: {verdict}", fontsize=10)
+    figure.suptitle(
+        f"{validation.candidate}  against  {validation.reference}: {verdict}", fontsize=10
+    )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

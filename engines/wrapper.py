@@ -1,7 +1,8 @@
-"""An engine with something around its work, around any other: a clock (profiles), a turn among many (Triton).
+"""An engine with something around its work, around any other: a clock (profiles), a turn among many
+(Triton).
 
-The sampling loop stays the one and only (`sampler.py`): it is given this engine, and every piece of work it asks for happens
-within a context, in the midst of a real clip.
+The sampling loop stays the one and only (`sampler.py`): it is given this engine, and every piece of
+work it asks for happens within a context, in the midst of a real clip.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from anyflow_deploy.models import Architecture
 from anyflow_deploy.shape_ranges import ShapeRanges
 
 EngineOperation = Literal["open", "step", "append"]
-"""A run or stream is opened (the text's keys and values are made), a transition is made, a chunk enters the cache."""
+"""A run or stream is opened (the text's keys and values are made), a transition is made, a chunk
+enters the cache."""
 
 OperationHook = Callable[[EngineOperation], AbstractContextManager[object]]
 
@@ -86,7 +88,12 @@ class _RunWrapper:
     def __enter__(self) -> _RunWrapper:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 

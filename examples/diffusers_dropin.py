@@ -1,7 +1,8 @@
-"""An engine inside diffusers: `python examples/diffusers_dropin.py my-anyflow my-bundle "a red fox in the snow" fox.mp4`.
+"""An engine inside diffusers: `python examples/diffusers_dropin.py my-anyflow my-bundle "a red fox
+in the snow" fox.mp4`.
 
-diffusers keeps its own loop, scheduler, callbacks and guidance, and asks the engine for velocities. `EngineFARTransformer` does
-the same in `AnyFlowFARPipeline`.
+diffusers keeps its own loop, scheduler, callbacks and guidance, and asks the engine for velocities.
+`EngineFARTransformer` does the same in `AnyFlowFARPipeline`.
 """
 
 import sys
@@ -19,6 +20,8 @@ bundle = load_bundle(bundle_folder)
 video = bundle.manifest.video
 pipe = AnyFlowPipeline.from_pretrained(checkpoint, transformer=None)
 pipe.transformer = EngineTransformer(load_engine(bundle))
-frames = pipe(prompt, num_inference_steps=4, height=video.height, width=video.width, num_frames=video.frames).frames[0]
+frames = pipe(
+    prompt, num_inference_steps=4, height=video.height, width=video.width, num_frames=video.frames
+).frames[0]
 save_video(Path(output), (frames * 255).round().astype("uint8"), video.fps)
 print(f"{len(frames)} frames, written to {output}")

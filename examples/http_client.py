@@ -1,4 +1,5 @@
-"""Ask `anyflow-serve` for a video: `python examples/http_client.py http://127.0.0.1:8000 "a red fox in the snow" fox.mp4`.
+"""Ask `anyflow-serve` for a video: `python examples/http_client.py http://127.0.0.1:8000 "a red fox
+in the snow" fox.mp4`.
 
 It needs httpx alone. OpenAI's Python client works, too: the interface is its `/v1/videos`.
 """

@@ -1,6 +1,8 @@
-"""A causal model's video, chunk by chunk: `python examples/streaming.py my-causal "a red fox in the snow"`.
+"""A causal model's video, chunk by chunk: `python examples/streaming.py my-causal "a red fox in the
+snow"`.
 
-The first chunk is ready long before the last one is begun. Leaving the loop ends the work and releases the cache.
+The first chunk is ready long before the last one is begun. Leaving the loop ends the work and
+releases the cache.
 """
 
 import sys
@@ -15,4 +17,6 @@ with VideoPipeline.from_bundle(bundle) as pipe:
     for chunk in pipe.stream(prompt, num_inference_steps=4, seed=0):
         last_frame = chunk.first_frame + len(chunk.frames) - 1
         seconds = time.perf_counter() - started
-        print(f"chunk {chunk.index}: frames {chunk.first_frame} to {last_frame} after {seconds:.2f} s")
+        print(
+            f"chunk {chunk.index}: frames {chunk.first_frame} to {last_frame} after {seconds:.2f} s"
+        )

@@ -1,6 +1,8 @@
-"""Ask Triton for a video, chunk by chunk: `python examples/triton_client.py 127.0.0.1:8001 "a red fox in the snow" fox.mp4`.
+"""Ask Triton for a video, chunk by chunk: `python examples/triton_client.py 127.0.0.1:8001 "a red
+fox in the snow" fox.mp4`.
 
-The server runs a repository that `anyflow-triton` wrote. It needs `pip install 'tritonclient[grpc]'`.
+The server runs a repository that `anyflow-triton` wrote. It needs `pip install
+'tritonclient[grpc]'`.
 """
 
 import queue

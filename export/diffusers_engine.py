@@ -1,7 +1,9 @@
-"""PyTorch as the reference: a checkpoint in diffusers' own class, float32, behind the same `Engine` protocol.
+"""PyTorch as the reference: a checkpoint in diffusers' own class, float32, behind the same `Engine`
+protocol.
 
-Validation compares an engine with this. It is diffusers' code and not ours, so a mistake in our module shows. (That is
-right for bidirectional models only: diffusers' causal class pads attention without a mask and is wrong by percents.)
+Validation compares an engine with this. It is diffusers' code and not ours, so a mistake in our
+module shows. (That is right for bidirectional models only: diffusers' causal class pads attention
+without a mask and is wrong by percents.)
 """
 
 from __future__ import annotations
@@ -35,13 +37,20 @@ class DiffusersEngine:
 
         architecture = weights.architecture
         if architecture.causal:
-            raise AnyFlowError("diffusers' causal class is not a safe reference: it attends to padding. Use TorchEngine.")
+            raise AnyFlowError(
+                "diffusers' causal class is not a safe reference: it attends to padding. Use"
+                " TorchEngine."
+            )
         self.architecture = architecture
         self._device = device
         config = {k: v for k, v in architecture.as_config().items() if not k.startswith("_")}
-        with init_empty_weights(include_buffers=False):  # random weights that nobody wants would double time and memory
+        with init_empty_weights(
+            include_buffers=False
+        ):  # random weights that nobody wants would double time and memory
             model = AnyFlowTransformer3DModel(**config)
-        model.load_state_dict({name: weights.read(name).float() for name in weights.shapes()}, assign=True)
+        model.load_state_dict(
+            {name: weights.read(name).float() for name in weights.shapes()}, assign=True
+        )
         self._model = move_to_device(model, device)
 
     @property
@@ -59,7 +68,11 @@ class DiffusersEngine:
         a = self.architecture
         z, prompt_embeds = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
         model, prompt_tensor = self._model, torch.from_numpy(prompt_embeds).to(self._device)
-        return TorchRun(lambda state, t, r: model(state, t, r, prompt_tensor, return_dict=False)[0], z, self._device)
+        return TorchRun(
+            lambda state, t, r: model(state, t, r, prompt_tensor, return_dict=False)[0],
+            z,
+            self._device,
+        )
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> Stream:
         """See `Engine`."""
@@ -86,10 +99,15 @@ def weights_from_manifest(manifest: Manifest, checkpoint: str | None = None) -> 
         return RandomWeights(manifest.architecture, source.location, source.seed or 0)
     if checkpoint is None and source.kind == "hub":
         advice = "Give --checkpoint DIR, the checkpoint it was exported from."
-        checkpoint = str(transformer_folder(download(source.location, source.revision, TRANSFORMER_FILES, advice)))
+        checkpoint = str(
+            transformer_folder(
+                download(source.location, source.revision, TRANSFORMER_FILES, advice)
+            )
+        )
     weights = open_checkpoint(checkpoint or source.location)
     if weights.architecture != manifest.architecture:
         raise AnyFlowError(
-            f"{weights.folder} is another model than the bundle was exported from. Give --checkpoint its checkpoint."
+            f"{weights.folder} is another model than the bundle was exported from. Give"
+            " --checkpoint its checkpoint."
         )
     return weights

@@ -2,8 +2,9 @@
 
     bundle = export_bundle(open_checkpoint("checkpoint/"), Path("bundle"), precision="fp16")
 
-Everything that can be refused is refused first (names, shapes, precision, target, ranges, disk space, destination);
-then the graph is traced, the weights are streamed, ONNX's own checker reads the result, and the folder gets its name.
+Everything that can be refused is refused first (names, shapes, precision, target, ranges, disk
+space, destination); then the graph is traced, the weights are streamed, ONNX's own checker reads
+the result, and the folder gets its name.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ from anyflow_deploy.bundle.manifest import (
 )
 from anyflow_deploy.checkpoints.checkpoint import schedule_shift
 from anyflow_deploy.checkpoints.safetensors_stream import TensorEntry
-from anyflow_deploy.checkpoints.weights import ParameterSpec, Weights, check_parameters, write_weights
+from anyflow_deploy.checkpoints.weights import (
+    ParameterSpec,
+    Weights,
+    check_parameters,
+    write_weights,
+)
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.onnx_graph import (
     FUSED_OPSET,
@@ -50,7 +56,15 @@ from anyflow_deploy.export.quantization.qdq_pass import insert_qdq
 from anyflow_deploy.export.trace import trace_graph
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.model.transformer import constants
-from anyflow_deploy.models import FPS, MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, TEXT_TOKENS, Architecture, model_name
+from anyflow_deploy.models import (
+    FPS,
+    MODELS,
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    TEXT_TOKENS,
+    Architecture,
+    model_name,
+)
 from anyflow_deploy.precision import PrecisionSpec, get_precision, resolve_precision
 from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration
@@ -75,10 +89,9 @@ class ExportSettings:
     The rest is for int8 and fp8 only:
 
         base: precision of everything that is not quantized; None chooses by the target.
-        calibration: ranges of the layers' inputs, of these weights.
-        smooth: SmoothQuant, in int8.
-        full_precision_layers: names of layers that stay in the base.
-        attention: "high", the base, or "fp8": also the products in attention, at precision fp8 and opset 20.
+        calibration: ranges of the layers' inputs, of these weights. smooth: SmoothQuant, in int8.
+        full_precision_layers: names of layers that stay in the base. attention: "high", the base,
+        or "fp8": also the products in attention, at precision fp8 and opset 20.
     """
 
     precision: str = "fp32"
@@ -99,11 +112,16 @@ class ExportSettings:
         Raises:
             AnyFlowError: unknown names, or settings that do not go together.
         """
-        return resolve_precision(self.precision, self.base, self.target, self.attention, self.smooth)
+        return resolve_precision(
+            self.precision, self.base, self.target, self.attention, self.smooth
+        )
 
 
 def export_bundle(
-    weights: Weights, output: Path, settings: ExportSettings | None = None, progress: Progress | None = None
+    weights: Weights,
+    output: Path,
+    settings: ExportSettings | None = None,
+    progress: Progress | None = None,
 ) -> Bundle:
     """Export a model.
 
@@ -128,22 +146,37 @@ def export_bundle(
         parameters: dict[str, ParameterSpec] = {}
         for name in GRAPHS[_model_kind(architecture)]:
             # the parameters are the same in every graph
-            models[name], parameters = translate_graph(name, architecture, ranges, settings.spec.base, settings.opset, progress)
+            models[name], parameters = translate_graph(
+                name, architecture, ranges, settings.spec.base, settings.opset, progress
+            )
             if plan is not None:
                 insert_qdq(models[name], plan)
         entries = _write_weights(writer, weights, parameters, plan, progress)
         if plan is not None and settings.calibration is not None:
             writer.write(CALIBRATION, settings.calibration.model_dump_json(by_alias=True).encode())
-        graphs = {name: _write_graph(writer, name, model, entries, settings.opset) for name, model in models.items()}
+        graphs = {
+            name: _write_graph(writer, name, model, entries, settings.opset)
+            for name, model in models.items()
+        }
         video = _default_video(architecture, ranges)
-        precision_report = count_precisions(models, entries, architecture, video, plan.full_precision_layers if plan else {})
-        return writer.finish(_build_manifest(weights, settings, ranges, schedule, graphs, precision_report, video))
+        precision_report = count_precisions(
+            models, entries, architecture, video, plan.full_precision_layers if plan else {}
+        )
+        return writer.finish(
+            _build_manifest(weights, settings, ranges, schedule, graphs, precision_report, video)
+        )
 
 
 def translate_graph(
-    name: str, architecture: Architecture, ranges: ShapeRanges, precision: str, opset: int, progress: Progress
+    name: str,
+    architecture: Architecture,
+    ranges: ShapeRanges,
+    precision: str,
+    opset: int,
+    progress: Progress,
 ) -> tuple[ir.Model, dict[str, ParameterSpec]]:
-    """One graph in ONNX, and what the weights must provide for it. Which weights they are makes no difference.
+    """One graph in ONNX, and what the weights must provide for it. Which weights they are makes no
+    difference.
 
     Args:
         name: a name in `MODULES`.
@@ -158,16 +191,22 @@ def translate_graph(
         return onnx_from_traced(traced, opset), traced.parameters
 
 
-def _plan_quantization(weights: Weights, settings: ExportSettings, progress: Progress) -> QuantizationPlan | None:
+def _plan_quantization(
+    weights: Weights, settings: ExportSettings, progress: Progress
+) -> QuantizationPlan | None:
     """What is quantized, once the calibration is known to be of these weights."""
     calibration = settings.calibration
     if not settings.spec.quantized:
         return None
     if calibration is None:
-        raise AnyFlowError(f"precision {settings.precision} needs a calibration. Make one: anyflow-calibrate.")
+        raise AnyFlowError(
+            f"precision {settings.precision} needs a calibration. Make one: anyflow-calibrate."
+        )
     with progress.stage("comparing the weights with the calibration's"):
         check_calibration(calibration, weights)
-    return plan_quantization(weights, calibration, settings.spec, settings.full_precision_layers, progress)
+    return plan_quantization(
+        weights, calibration, settings.spec, settings.full_precision_layers, progress
+    )
 
 
 def _write_weights(
@@ -181,11 +220,18 @@ def _write_weights(
     if plan is None:
         return write_weights(writer, weights, parameters, fixed, progress)
     return write_weights(
-        writer, weights, plan.parameters(parameters), {**fixed, **plan.constants}, progress, plan.convert_parameter
+        writer,
+        weights,
+        plan.parameters(parameters),
+        {**fixed, **plan.constants},
+        progress,
+        plan.convert_parameter,
     )
 
 
-def _write_graph(writer: BundleWriter, name: str, model: ir.Model, entries: dict[str, TensorEntry], opset: int) -> GraphRecord:
+def _write_graph(
+    writer: BundleWriter, name: str, model: ir.Model, entries: dict[str, TensorEntry], opset: int
+) -> GraphRecord:
     """Write one graph and let ONNX's own checker read it back."""
     file = f"{name}.onnx"
     attach_weights(model, entries)
@@ -195,10 +241,13 @@ def _write_graph(writer: BundleWriter, name: str, model: ir.Model, entries: dict
 
 
 def validate_export(weights: Weights, settings: ExportSettings) -> ShapeRanges:
-    """Refuse what cannot be exported, without touching the disk; returns the ranges that will be declared."""
+    """Refuse what cannot be exported, without touching the disk; returns the ranges that will be
+    declared."""
     architecture = weights.architecture
     if settings.opset not in OPSETS:
-        raise AnyFlowError(f"opset is {settings.opset}; allowed are {' and '.join(map(str, OPSETS))}.")
+        raise AnyFlowError(
+            f"opset is {settings.opset}; allowed are {' and '.join(map(str, OPSETS))}."
+        )
     for name in (settings.spec.precision, settings.spec.base):
         check_precision(get_target(settings.target), name)
     _check_quantization(architecture, settings)
@@ -209,26 +258,47 @@ def validate_export(weights: Weights, settings: ExportSettings) -> ShapeRanges:
 def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
     """Refuse settings of quantization that do not go together."""
     if not s.spec.quantized:
-        given = [name for name, value in (("calibration", s.calibration), ("kept", s.full_precision_layers)) if value]
+        given = [
+            name
+            for name, value in (("calibration", s.calibration), ("kept", s.full_precision_layers))
+            if value
+        ]
         if given:
             what = " and ".join(given)
-            raise AnyFlowError(f"precision {s.precision} quantizes nothing, so {what} would have no effect. Leave it out.")
+            raise AnyFlowError(
+                f"precision {s.precision} quantizes nothing, so {what} would have no effect. Leave"
+                " it out."
+            )
         return
     if s.calibration is not None:
         check_architecture(s.calibration, architecture)
     if s.spec.attention == "fp8" and s.opset != PRIMITIVE_OPSET:
-        raise AnyFlowError(f"attention is fp8 at opset {s.opset}; it goes with opset {PRIMITIVE_OPSET} only.")
+        raise AnyFlowError(
+            f"attention is fp8 at opset {s.opset}; it goes with opset {PRIMITIVE_OPSET} only."
+        )
 
 
 def _check_space(folder: Path, architecture: Architecture, settings: ExportSettings) -> None:
     """The bundle has to fit on the disk beside whatever it replaces."""
     shapes = parameter_shapes(architecture)
-    small = {f"{layer}.weight" for layer in quantizable_layers(architecture)} if settings.spec.quantized else set()
+    small = (
+        {f"{layer}.weight" for layer in quantizable_layers(architecture)}
+        if settings.spec.quantized
+        else set()
+    )
     wide, narrow = get_precision(settings.spec.base).bytes, get_precision(settings.precision).bytes
-    needed = sum(math.prod(shape) * (narrow if name in small else wide) for name, shape in shapes.items()) * 1.05
+    needed = (
+        sum(
+            math.prod(shape) * (narrow if name in small else wide) for name, shape in shapes.items()
+        )
+        * 1.05
+    )
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise AnyFlowError(f"the bundle takes about {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free. Make room.")
+        raise AnyFlowError(
+            f"the bundle takes about {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB"
+            " free. Make room."
+        )
 
 
 def _build_manifest(
@@ -264,7 +334,9 @@ def _quantization_record(s: ExportSettings) -> Quantization | None:
     if s.calibration is None:
         return None
     spec = s.spec
-    return Quantization(base=spec.base, smooth=spec.smooth, attention=spec.attention, weights=s.calibration.weights)
+    return Quantization(
+        base=spec.base, smooth=spec.smooth, attention=spec.attention, weights=s.calibration.weights
+    )
 
 
 def _model_kind(a: Architecture) -> Literal["bidirectional", "causal"]:
@@ -272,9 +344,14 @@ def _model_kind(a: Architecture) -> Literal["bidirectional", "causal"]:
 
 
 def _default_video(a: Architecture, ranges: ShapeRanges) -> VideoDefaults:
-    """Wan's factors, and the model's default size moved into the ranges; a causal model's length is its chunk plan's."""
+    """Wan's factors, and the model's default size moved into the ranges; a causal model's length is
+    its chunk plan's."""
     frames, height, width = MODELS.get(model_name(a), MODELS["1.3b"]).video
-    latent = sum(a.chunk_partition) if a.chunk_partition else ranges.frames.nearest((frames - 1) // TEMPORAL_FACTOR + 1)
+    latent = (
+        sum(a.chunk_partition)
+        if a.chunk_partition
+        else ranges.frames.nearest((frames - 1) // TEMPORAL_FACTOR + 1)
+    )
     return VideoDefaults(
         spatial_factor=SPATIAL_FACTOR,
         temporal_factor=TEMPORAL_FACTOR,

@@ -1,8 +1,9 @@
 """From a recorded graph to ONNX, whose weights are bytes of another file.
 
-torch's exporter translates node by node; `optimize=False` keeps every parameter under its own name (its optimizer
-would fold transposes into the weights and rename them, which ends refitting and quantizing by name). Weights never pass
-through here: each initializer becomes a reference into `weights.safetensors`, by offset and length.
+torch's exporter translates node by node; `optimize=False` keeps every parameter under its own name
+(its optimizer would fold transposes into the weights and rename them, which ends refitting and
+quantizing by name). Weights never pass through here: each initializer becomes a reference into
+`weights.safetensors`, by offset and length.
 """
 
 from __future__ import annotations
@@ -26,26 +27,38 @@ from anyflow_deploy.export.passes import make_axes_constant
 from anyflow_deploy.export.trace import Axes, TracedGraph
 
 PRIMITIVE_OPSET = 20
-"""The newest opset that TensorRT 10.3 (JetPack 6) parses: attention and RMS norm are spelled out."""
+"""The newest opset that TensorRT 10.3 (JetPack 6) parses: attention and RMS norm are spelled
+out."""
 
 FUSED_OPSET = 23
 """Has `Attention` and `RMSNormalization`, which TensorRT reads from 10.14 and 10.15 on."""
 
 OPSETS = (PRIMITIVE_OPSET, FUSED_OPSET)
 
-_NAMES: dict[ir.DataType, TensorType] = {ir.DataType[str(DTYPES[name].onnx)]: name for name in get_args(TensorType)}
+_NAMES: dict[ir.DataType, TensorType] = {
+    ir.DataType[str(DTYPES[name].onnx)]: name for name in get_args(TensorType)
+}
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def onnx_from_traced(traced: TracedGraph, opset: int) -> ir.Model:
-    """Translate a recorded transition; initializers have names, types and shapes, but no data yet."""
+    """Translate a recorded transition; initializers have names, types and shapes, but no data
+    yet."""
     with _silence_exporter():
         program = torch.onnx.export(
-            traced.program, (), dynamo=True, opset_version=opset, optimize=False, verbose=False,
-            input_names=list(traced.inputs), output_names=list(traced.outputs),
-        )  # fmt: skip
+            traced.program,
+            (),
+            dynamo=True,
+            opset_version=opset,
+            optimize=False,
+            verbose=False,
+            input_names=list(traced.inputs),
+            output_names=list(traced.outputs),
+        )
     if program is None:
-        raise AnyFlowError("torch.onnx.export returned nothing; this version works with torch 2.13.")
+        raise AnyFlowError(
+            "torch.onnx.export returned nothing; this version works with torch 2.13."
+        )
     model = program.model
     _name_nodes(model)
     make_axes_constant(model)
@@ -57,7 +70,8 @@ def onnx_from_traced(traced: TracedGraph, opset: int) -> ir.Model:
 
 @contextlib.contextmanager
 def _silence_exporter() -> Iterator[None]:
-    """torch's exporter warns about torchvision, which nothing here uses, and about its own internals."""
+    """torch's exporter warns about torchvision, which nothing here uses, and about its own
+    internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -70,7 +84,8 @@ def _silence_exporter() -> Iterator[None]:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """Name nodes after the module they come from (`blocks.0.attn1.to_q/Gemm`), for profilers, inspectors and humans."""
+    """Name nodes after the module they come from (`blocks.0.attn1.to_q/Gemm`), for profilers,
+    inspectors and humans."""
     used: dict[str, int] = {}
     for node in model.graph:
         scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
@@ -92,7 +107,11 @@ def _name_axes(model: ir.Model, symbols: Mapping[str, str], io_axes: Mapping[str
                 value.shape[index] = pattern.sub(lambda m: symbols[m.group()], length.value)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         for index, axis in enumerate(io_axes.get(value.name or "", ())):
-            if isinstance(axis, str) and value.shape is not None and isinstance(value.shape[index], ir.SymbolicDim):
+            if (
+                isinstance(axis, str)
+                and value.shape is not None
+                and isinstance(value.shape[index], ir.SymbolicDim)
+            ):
                 value.shape[index] = axis
 
 
@@ -103,7 +122,8 @@ def _drop_unused_weights(model: ir.Model) -> None:
 
 
 def _strip_machine_details(model: ir.Model) -> None:
-    """Drop stack traces and file names: large, different on every machine, and nobody's business."""
+    """Drop stack traces and file names: large, different on every machine, and nobody's
+    business."""
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
     for node in model.graph:
@@ -124,11 +144,25 @@ def attach_weights(model: ir.Model, entries: Mapping[str, TensorEntry]) -> None:
     for name, value in model.graph.initializers.items():
         entry = entries.get(name)
         if entry is None:
-            raise AnyFlowError(f"the graph needs {name!r}, which is neither a parameter nor a known constant.")
-        if value.dtype != ONNX_DTYPES[entry.type] or value.shape is None or tuple(value.shape) != entry.shape:
-            raise AnyFlowError(f"{name!r} is {value.dtype} {value.shape} in the graph and {entry.type} {entry.shape} on disk.")
+            raise AnyFlowError(
+                f"the graph needs {name!r}, which is neither a parameter nor a known constant."
+            )
+        if (
+            value.dtype != ONNX_DTYPES[entry.type]
+            or value.shape is None
+            or tuple(value.shape) != entry.shape
+        ):
+            raise AnyFlowError(
+                f"{name!r} is {value.dtype} {value.shape} in the graph and {entry.type}"
+                f" {entry.shape} on disk."
+            )
         value.const_value = ir.ExternalTensor(
-            WEIGHTS, entry.offset, entry.bytes, ONNX_DTYPES[entry.type], shape=ir.Shape(entry.shape), name=name
+            WEIGHTS,
+            entry.offset,
+            entry.bytes,
+            ONNX_DTYPES[entry.type],
+            shape=ir.Shape(entry.shape),
+            name=name,
         )
 
 

@@ -1,9 +1,10 @@
 """Axes of reductions as constants of the graph.
 
-torch's exporter writes `mean(dim=-1)` as ReduceMean whose axes are a Reshape of a constant. ONNX allows that; TensorRT's
-parser wants them as a constant and stops otherwise ("Axis input must be an initializer", NVIDIA/TensorRT issue 4393,
-seen there on 10.9; the parser's source has that check in 10.1 and 10.16). `optimize=True` would fold it and rename
-weights besides, so this one pattern is folded here. Nothing that is computed changes.
+torch's exporter writes `mean(dim=-1)` as ReduceMean whose axes are a Reshape of a constant. ONNX
+allows that; TensorRT's parser wants them as a constant and stops otherwise ("Axis input must be an
+initializer", NVIDIA/TensorRT issue 4393, seen there on 10.9; the parser's source has that check in
+10.1 and 10.16). `optimize=True` would fold it and rename weights besides, so this one pattern is
+folded here. Nothing that is computed changes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 
 
 def make_axes_constant(model: ir.Model) -> int:
-    """Replace every reshaped constant that a Reduce operator takes as axes by one constant; returns how many there were."""
+    """Replace every reshaped constant that a Reduce operator takes as axes by one constant; returns
+    how many there were."""
     found = 0
     for node in list(model.graph):
         if not node.op_type.startswith("Reduce") or len(node.inputs) < 2 or node.inputs[1] is None:
@@ -26,9 +28,13 @@ def make_axes_constant(model: ir.Model) -> int:
         if reshape is None or values is None:
             continue
         axes = ir.Node(
-            "", "Constant", [], attributes=[ir.AttrTensor("value", ir.Tensor(values.reshape(-1)))],
-            name=f"{node.name}/axes", num_outputs=1,
-        )  # fmt: skip
+            "",
+            "Constant",
+            [],
+            attributes=[ir.AttrTensor("value", ir.Tensor(values.reshape(-1)))],
+            name=f"{node.name}/axes",
+            num_outputs=1,
+        )
         axes.outputs[0].name = f"{node.outputs[0].name}_axes"
         axes.outputs[0].type = ir.TensorType(ir.DataType.INT64)
         axes.outputs[0].shape = ir.Shape([values.size])

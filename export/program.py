@@ -1,8 +1,9 @@
-"""From a bundle back to the program it was exported from: what AOTInductor and torch-tensorrt compile.
+"""From a bundle back to the program it was exported from: what AOTInductor and torch-tensorrt
+compile.
 
-ONNX is one translation of the network, compiled engines of torch are another, and both start from the same module: it is
-built without weights, takes those of the bundle (types, scales and constants as they are stored) and is recorded by
-`torch.export`. The weights are lent, not copied.
+ONNX is one translation of the network, compiled engines of torch are another, and both start from
+the same module: it is built without weights, takes those of the bundle (types, scales and constants
+as they are stored) and is recorded by `torch.export`. The weights are lent, not copied.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from anyflow_deploy.precision import get_precision
 from anyflow_deploy.shape_ranges import ShapeRanges
 
 
-def network_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor]) -> FlowMapTransformer:
+def network_from_bundle(
+    bundle: Bundle, graph: str, weights: Mapping[str, Tensor]
+) -> FlowMapTransformer:
     """The torch module of one of a bundle's graphs, with attention and norms as single operators.
 
     Args:
@@ -35,7 +38,9 @@ def network_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor
         network = MODULES[graph](bundle.manifest.architecture, compute_type, True)
     network.requires_grad_(False)
     quantize_linear_layers(network, bundle.manifest.architecture, weights)
-    network.load_state_dict({name: weights[name] for name, _ in network.named_parameters()}, strict=False, assign=True)
+    network.load_state_dict(
+        {name: weights[name] for name, _ in network.named_parameters()}, strict=False, assign=True
+    )
     for name, _ in list(network.named_buffers()):
         module, _, buffer = name.rpartition(".")
         setattr(network.get_submodule(module), buffer, weights[name])
@@ -43,7 +48,11 @@ def network_from_bundle(bundle: Bundle, graph: str, weights: Mapping[str, Tensor
 
 
 def program_from_bundle(
-    bundle: Bundle, graph: str, weights: Mapping[str, Tensor], device: str, ranges: ShapeRanges | None = None
+    bundle: Bundle,
+    graph: str,
+    weights: Mapping[str, Tensor],
+    device: str,
+    ranges: ShapeRanges | None = None,
 ) -> ExportedProgram:
     """That module, recorded.
 
@@ -54,4 +63,11 @@ def program_from_bundle(
     """
     network = network_from_bundle(bundle, graph, weights)
     manifest = bundle.manifest
-    return record_network(network, graph, manifest.architecture, ranges or manifest.shape_ranges, manifest.base, device)
+    return record_network(
+        network,
+        graph,
+        manifest.architecture,
+        ranges or manifest.shape_ranges,
+        manifest.base,
+        device,
+    )

@@ -1,8 +1,10 @@
-"""Our own torch module as an engine: the reference for causal models, and what calibration and sensitivity run.
+"""Our own torch module as an engine: the reference for causal models, and what calibration and
+sensitivity run.
 
-Eager PyTorch, float32, no export involved. For bidirectional models validation uses diffusers' class instead
-(`diffusers_engine`), so that a mistake in our module shows; for causal ones diffusers' class is wrong by percents, and the
-authors' own results (tests/golden/causal) stand behind this one.
+Eager PyTorch, float32, no export involved. For bidirectional models validation uses diffusers'
+class instead (`diffusers_engine`), so that a mistake in our module shows; for causal ones
+diffusers' class is wrong by percents, and the authors' own results (tests/golden/causal) stand
+behind this one.
 """
 
 from __future__ import annotations
@@ -24,10 +26,15 @@ from anyflow_deploy.shape_ranges import ShapeRanges, widest_ranges
 
 
 def network_from_weights(weights: Weights) -> FlowMapTransformer:
-    """The torch module of a model with its weights, float32: `ChunkTransition` when it is causal."""
+    """The torch module of a model with its weights, float32: `ChunkTransition` when it is
+    causal."""
     with torch.device("meta"):
-        network = (ChunkTransition if weights.architecture.causal else FlowMapTransformer)(weights.architecture)
-    network.load_state_dict({name: weights.read(name).float() for name in weights.shapes()}, assign=True)
+        network = (ChunkTransition if weights.architecture.causal else FlowMapTransformer)(
+            weights.architecture
+        )
+    network.load_state_dict(
+        {name: weights.read(name).float() for name in weights.shapes()}, assign=True
+    )
     for name, value in constants(weights.architecture).items():
         module, _, buffer = name.rpartition(".")
         setattr(network.get_submodule(module), buffer, value)
@@ -63,8 +70,12 @@ class TorchEngine:
     def start(self, latents: ArrayLike, text: ArrayLike) -> TorchRun:
         """See `Engine`."""
         if self.architecture.causal:
-            raise AnyFlowError("this is a causal model, which is made chunk by chunk: use stream(), not sample().")
-        z, prompt_embeds = prepare_inputs(self.ranges, self.architecture.in_channels, self.architecture.text_dim, latents, text)
+            raise AnyFlowError(
+                "this is a causal model, which is made chunk by chunk: use stream(), not sample()."
+            )
+        z, prompt_embeds = prepare_inputs(
+            self.ranges, self.architecture.in_channels, self.architecture.text_dim, latents, text
+        )
         network, prompt_tensor = self.network, torch.from_numpy(prompt_embeds).to(self._device)
         return TorchRun(lambda state, t, r: network(state, t, r, prompt_tensor)[1], z, self._device)
 
@@ -81,30 +92,49 @@ class TorchEngine:
 
 
 class TorchKVCache:
-    """See `streaming.Cache`: the three modules are one, since they differ in nothing but `forward`."""
+    """See `streaming.Cache`: the three modules are one, since they differ in nothing but
+    `forward`."""
 
     def __init__(self, network: ChunkTransition, device: str, text: Array, plan: CachePlan) -> None:
         self._network, self._device = network, device
         with torch.no_grad():
-            self._text_keys_values = TextKVEncoder.forward(network, torch.from_numpy(text).to(device))  # type: ignore[arg-type]
+            self._text_keys_values = TextKVEncoder.forward(
+                network, torch.from_numpy(text).to(device)
+            )  # type: ignore[arg-type]
         self._shape = (plan.heads, plan.channels)
-        self._buffers = [torch.zeros(1, plan.capacity, *self._shape, device=device) for _ in cache_tensor_names(plan.layers)]
+        self._buffers = [
+            torch.zeros(1, plan.capacity, *self._shape, device=device)
+            for _ in cache_tensor_names(plan.layers)
+        ]
 
     def run(self, latents: Array, positions: Positions, past: int) -> TorchRun:
         """See `Cache`."""
         network, position_ids = self._network, torch.from_numpy(positions).to(self._device)
-        return TorchRun(lambda z, t, r: network(z, t, r, position_ids, *self._attended(past))[1], latents, self._device)
+        return TorchRun(
+            lambda z, t, r: network(z, t, r, position_ids, *self._attended(past))[1],
+            latents,
+            self._device,
+        )
 
     @torch.no_grad()
-    def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
+    def write(
+        self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
+    ) -> None:
         """See `Cache`."""
-        z, position_ids = torch.from_numpy(latents).to(self._device), torch.from_numpy(positions).to(self._device)
+        z, position_ids = (
+            torch.from_numpy(latents).to(self._device),
+            torch.from_numpy(positions).to(self._device),
+        )
         if graph == "chunk":
             zero_times = z.new_zeros(z.shape[:2])
-            present = self._network(z, zero_times, zero_times, position_ids, *self._attended(past))[2:]
+            present = self._network(z, zero_times, zero_times, position_ids, *self._attended(past))[
+                2:
+            ]
         else:  # its last layer attends to nothing
             prompt_embeds, seen = self._text_keys_values[:-2], self._buffers[:-2]
-            present = ChunkCompressor.forward(self._network, z, position_ids, *prompt_embeds, *(b[:, :past] for b in seen))  # type: ignore[arg-type]
+            present = ChunkCompressor.forward(
+                self._network, z, position_ids, *prompt_embeds, *(b[:, :past] for b in seen)
+            )  # type: ignore[arg-type]
         for buffer, own in zip(self._buffers, present, strict=True):
             buffer[:, past : past + tokens] = own
 
@@ -116,7 +146,9 @@ class TorchKVCache:
     def grow(self, capacity: int) -> None:
         """See `Cache`."""
         added = capacity - self._buffers[0].shape[1]
-        self._buffers = [torch.cat((b, b.new_zeros(1, added, *self._shape)), 1) for b in self._buffers]
+        self._buffers = [
+            torch.cat((b, b.new_zeros(1, added, *self._shape)), 1) for b in self._buffers
+        ]
 
     def close(self) -> None:
         """See `Cache`."""

@@ -27,14 +27,18 @@ class TorchRun:
         device: torch device.
     """
 
-    def __init__(self, velocity: Callable[[Tensor, Tensor, Tensor], Tensor], latents: Array, device: str) -> None:
+    def __init__(
+        self, velocity: Callable[[Tensor, Tensor, Tensor], Tensor], latents: Array, device: str
+    ) -> None:
         self._call = velocity
         self._state = torch.from_numpy(latents).to(device)
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
         """See `Run`."""
         source, target, velocity = self._velocity(t, r)
-        self._state = self._state - ((source - target) / TRAIN_TIMESTEPS)[:, :, None, None, None] * velocity
+        self._state = (
+            self._state - ((source - target) / TRAIN_TIMESTEPS)[:, :, None, None, None] * velocity
+        )
 
     def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
         """See `Run`."""
@@ -51,14 +55,21 @@ class TorchRun:
     def __enter__(self) -> TorchRun:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     @torch.no_grad()
     def _velocity(self, t: ArrayLike, r: ArrayLike) -> tuple[Tensor, Tensor, Tensor]:
         times = frame_times(t, r, tuple(self._state.shape))
         source, target = (torch.from_numpy(time).to(self._state.device) for time in times)
-        with torch.backends.cudnn.flags(allow_tf32=False):  # on by default, and the patch embedding is a convolution
+        with torch.backends.cudnn.flags(
+            allow_tf32=False
+        ):  # on by default, and the patch embedding is a convolution
             return source, target, self._call(self._state, source, target)
 
 
@@ -72,4 +83,6 @@ def move_to_device(model: M, device: str) -> M:
         return model.to(device).eval()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
-        raise BackendError(f"torch cannot put the model on device {device!r}: {reason} Try --device cpu.") from None
+        raise BackendError(
+            f"torch cannot put the model on device {device!r}: {reason} Try --device cpu."
+        ) from None

@@ -1,8 +1,9 @@
 """From an architecture to a graph, without weights.
 
-The network is built on fake tensors, which have shapes and types but no memory, and `torch.export` records it with
-every declared axis symbolic. A 14B model is traced this way in about a minute and under 1 GB. The ExportedProgram is
-the one program that every engine comes from: ONNX here, AOTInductor and torch-tensorrt in `program`.
+The network is built on fake tensors, which have shapes and types but no memory, and `torch.export`
+records it with every declared axis symbolic. A 14B model is traced this way in about a minute and
+under 1 GB. The ExportedProgram is the one program that every engine comes from: ONNX here,
+AOTInductor and torch-tensorrt in `program`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,17 @@ from anyflow_deploy.models import Architecture
 from anyflow_deploy.precision import get_precision
 from anyflow_deploy.shape_ranges import AXES, Range, ShapeRanges
 
-MODULES = {"transition": FlowMapTransformer, "text": TextKVEncoder, "chunk": ChunkTransition, "compress": ChunkCompressor}
+MODULES = {
+    "transition": FlowMapTransformer,
+    "text": TextKVEncoder,
+    "chunk": ChunkTransition,
+    "compress": ChunkCompressor,
+}
 """What computes each graph of a bundle (`manifest.GRAPHS` says which kind of model has which)."""
 
 _EXAMPLE = {"batch": 2, "frames": 3, "height": 6, "width": 10, "text": 7, "past": 11}
-"""Sizes to trace at, in patches where the axis has patches: all different and above 1, so that torch cannot mistake one
-axis for another or for a constant."""
+"""Sizes to trace at, in patches where the axis has patches: all different and above 1, so that
+torch cannot mistake one axis for another or for a constant."""
 
 
 Axes = tuple[int | str, ...]
@@ -44,7 +50,8 @@ class TracedGraph:
     Attributes:
         program: the graph; its weights are fake.
         parameters: what the checkpoint must provide, by name.
-        symbols: torch's name of a symbolic size -> what it counts (`rows` and `columns` are patches of height and width).
+        symbols: torch's name of a symbolic size -> what it counts (`rows` and `columns` are patches
+            of height and width).
         inputs, outputs: names in order, with their axes.
     """
 
@@ -63,7 +70,9 @@ class _Input:
     dtype: torch.dtype = torch.float32
 
 
-def trace_graph(graph: str, a: Architecture, ranges: ShapeRanges, precision: str = "fp32", fused: bool = True) -> TracedGraph:
+def trace_graph(
+    graph: str, a: Architecture, ranges: ShapeRanges, precision: str = "fp32", fused: bool = True
+) -> TracedGraph:
     """Record one graph of a model.
 
     Args:
@@ -79,13 +88,23 @@ def trace_graph(graph: str, a: Architecture, ranges: ShapeRanges, precision: str
         network = MODULES[graph](a, compute_type, fused).eval()
         example, dynamic = _example_arguments(inputs, ranges, "cpu")
     program = torch.export.export(network, example, dynamic_shapes=dynamic)
-    parameters = {n: ParameterSpec(SAFETENSORS_NAMES[p.dtype], tuple(p.shape)) for n, p in network.named_parameters()}
+    parameters = {
+        n: ParameterSpec(SAFETENSORS_NAMES[p.dtype], tuple(p.shape))
+        for n, p in network.named_parameters()
+    }
     symbols = _name_symbols(program, inputs)
-    return TracedGraph(program, parameters, symbols, {name: i.shape for name, i in inputs.items()}, outputs)
+    return TracedGraph(
+        program, parameters, symbols, {name: i.shape for name, i in inputs.items()}, outputs
+    )
 
 
 def record_network(
-    network: FlowMapTransformer, graph: str, a: Architecture, ranges: ShapeRanges, precision: str, device: str
+    network: FlowMapTransformer,
+    graph: str,
+    a: Architecture,
+    ranges: ShapeRanges,
+    precision: str,
+    device: str,
 ) -> ExportedProgram:
     """Record a network that has its weights, on the device they are on.
 
@@ -102,21 +121,40 @@ def record_network(
 def example_arguments(
     graph: str, a: Architecture, ranges: ShapeRanges, precision: str, device: str
 ) -> tuple[tuple[Tensor, ...], Any]:
-    """What to call a network with while it is recorded, and torch's description of the axes; see `trace_graph`."""
-    return _example_arguments(_io_spec(graph, a, CHECKPOINT_DTYPES[get_precision(precision).tensor_type])[0], ranges, device)
+    """What to call a network with while it is recorded, and torch's description of the axes; see
+    `trace_graph`."""
+    return _example_arguments(
+        _io_spec(graph, a, CHECKPOINT_DTYPES[get_precision(precision).tensor_type])[0],
+        ranges,
+        device,
+    )
 
 
-def _example_arguments(inputs: dict[str, _Input], ranges: ShapeRanges, device: str) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+def _example_arguments(
+    inputs: dict[str, _Input], ranges: ShapeRanges, device: str
+) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
     """What to call a network with while it is recorded, and torch's description of the axes."""
     axes = {axis: _dynamic_axis(axis, getattr(ranges, axis)) for axis in AXES}
     axes["past"] = (Dim("past"), _EXAMPLE["past"])
-    example = tuple(torch.zeros([_axis_size(x, axes) for x in i.shape], dtype=i.dtype, device=device) for i in inputs.values())
-    shapes = [{n: axes[x][0] for n, x in enumerate(i.shape) if isinstance(x, str)} for i in inputs.values()]
-    named = sum("." not in name for name in inputs)  # the others, one for each layer, are one *argument
-    return example, (*shapes[:named], tuple(shapes[named:])) if named < len(shapes) else tuple(shapes)
+    example = tuple(
+        torch.zeros([_axis_size(x, axes) for x in i.shape], dtype=i.dtype, device=device)
+        for i in inputs.values()
+    )
+    shapes = [
+        {n: axes[x][0] for n, x in enumerate(i.shape) if isinstance(x, str)}
+        for i in inputs.values()
+    ]
+    named = sum(
+        "." not in name for name in inputs
+    )  # the others, one for each layer, are one *argument
+    return example, (
+        (*shapes[:named], tuple(shapes[named:])) if named < len(shapes) else tuple(shapes)
+    )
 
 
-def _io_spec(graph: str, a: Architecture, compute_type: torch.dtype) -> tuple[dict[str, _Input], dict[str, Axes]]:
+def _io_spec(
+    graph: str, a: Architecture, compute_type: torch.dtype
+) -> tuple[dict[str, _Input], dict[str, Axes]]:
     """Inputs and outputs of a graph."""
     video: Axes = ("batch", "frames", a.in_channels, "height", "width")
     latents = {"latents": _Input(video)}
@@ -130,8 +168,14 @@ def _io_spec(graph: str, a: Architecture, compute_type: torch.dtype) -> tuple[di
     present = dict.fromkeys(names, own)
     if graph == "text":
         return text, {f"text_{name}": axes for name, axes in present.items()}
-    seen = names if graph == "chunk" else names[:-2]  # the last layer of compress attends to nothing
-    memory = {f"{what}_{name}": _Input(("batch", what, *channels), compute_type) for what in ("text", "past") for name in seen}
+    seen = (
+        names if graph == "chunk" else names[:-2]
+    )  # the last layer of compress attends to nothing
+    memory = {
+        f"{what}_{name}": _Input(("batch", what, *channels), compute_type)
+        for what in ("text", "past")
+        for name in seen
+    }
     positions = {"positions": _Input(("frames",), torch.int64)}
     if graph == "compress":
         return {**latents, **positions, **memory}, present
@@ -147,7 +191,10 @@ def _dynamic_axis(name: str, allowed: Range) -> tuple[object, int]:
     if allowed.minimum == allowed.maximum:
         return Dim.STATIC, allowed.minimum
     unit = allowed.multiple
-    low, high = allowed.minimum // unit, None if allowed.maximum is None else allowed.maximum // unit
+    low, high = (
+        allowed.minimum // unit,
+        (None if allowed.maximum is None else allowed.maximum // unit),
+    )
     example = max(2, low, _EXAMPLE[name])
     example = example if high is None else min(example, high)
     symbol = Dim(name, min=low, max=high) if high is not None else Dim(name, min=low)
@@ -157,9 +204,16 @@ def _dynamic_axis(name: str, allowed: Range) -> tuple[object, int]:
 def _name_symbols(program: ExportedProgram, inputs: dict[str, _Input]) -> dict[str, str]:
     """What each symbol counts: torch forgets the names it was given."""
     found: dict[str, str] = {}
-    placeholders = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
+    placeholders = [
+        node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
+    ]
     for node, given in zip(placeholders, inputs.values(), strict=True):
         for axis, length in zip(given.shape, node.meta["val"].shape, strict=True):
             if isinstance(axis, str) and isinstance(length, torch.SymInt):
-                found.update({str(symbol): _PATCHES.get(axis, axis) for symbol in length.node.expr.free_symbols})
+                found.update(
+                    {
+                        str(symbol): _PATCHES.get(axis, axis)
+                        for symbol in length.node.expr.free_symbols
+                    }
+                )
     return found

@@ -1,13 +1,16 @@
-"""What is expensive to make and the same for every test: made once a session, by whichever worker asks first.
+"""What is expensive to make and the same for every test: made once a session, by whichever worker
+asks first.
 
-A test run has several processes. Each thing is a folder or file below one root that they share, named after the hash of
-all it is made from; a file lock lets one process make it while the others wait. Whoever makes something writes it whole
-or not at all. Bundles are copied into the worker's own folder before a test sees them, because commands write reports and
-engines into bundles, and because a test may damage what it was given.
+A test run has several processes. Each thing is a folder or file below one root that they share,
+named after the hash of all it is made from; a file lock lets one process make it while the others
+wait. Whoever makes something writes it whole or not at all. Bundles are copied into the worker's
+own folder before a test sees them, because commands write reports and engines into bundles, and
+because a test may damage what it was given.
 
-Recorded graphs are shared, too. They depend on the architecture, the ranges, the base precision and the opset, never on
-weights, so two checkpoints and three precisions of one architecture have one recording. That a recording made anew gives
-the same bytes is a test of test_exporter, and of test_quantize.
+Recorded graphs are shared, too. They depend on the architecture, the ranges, the base precision and
+the opset, never on weights, so two checkpoints and three precisions of one architecture have one
+recording. That a recording made anew gives the same bytes is a test of test_exporter, and of
+test_quantize.
 """
 
 from __future__ import annotations
@@ -57,7 +60,9 @@ ARTIFACTS = ArtifactCache()
 def translate_cached(*inputs: Any) -> TranslatedGraph:
     """`exporter.translate_graph`, recorded by the first who asks and read back by the others."""
     *label, _ = inputs  # the last is where progress goes
-    folder = ARTIFACTS.cached_path("graph", label, lambda path: _write(path, translate_uncached(*inputs)))
+    folder = ARTIFACTS.cached_path(
+        "graph", label, lambda path: _write(path, translate_uncached(*inputs))
+    )
     return _read(folder)
 
 
@@ -66,11 +71,15 @@ def _write(folder: Path, translated: TranslatedGraph) -> None:
     for name, value in model.graph.initializers.items():  # what has no data is not serialized
         assert value.const_value is None or isinstance(value.const_value, ir.TensorProtocol)
         assert value.dtype is not None and value.shape is not None
-        value.const_value = ir.ExternalTensor("nowhere", 0, 0, value.dtype, shape=ir.Shape(value.shape), name=name)
+        value.const_value = ir.ExternalTensor(
+            "nowhere", 0, 0, value.dtype, shape=ir.Shape(value.shape), name=name
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     partial.mkdir(exist_ok=True)  # of a worker that was killed
     (partial / "model.onnx").write_bytes(ir.serde.serialize_model(model).SerializeToString())
-    (partial / "parameters.json").write_text(json.dumps({name: asdict(p) for name, p in parameters.items()}))
+    (partial / "parameters.json").write_text(
+        json.dumps({name: asdict(p) for name, p in parameters.items()})
+    )
     partial.rename(folder)
 
 

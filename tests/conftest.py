@@ -1,7 +1,8 @@
-"""What the tests share: the golden vectors, tiny pipelines, calibrations, and bundles exported once a session.
+"""What the tests share: the golden vectors, tiny pipelines, calibrations, and bundles exported once
+a session.
 
-Exports take seconds each, so each kind is made once for all workers (see artifact_cache.py). A worker has its own copy of each
-bundle, and tests that damage one copy it first.
+Exports take seconds each, so each kind is made once for all workers (see artifact_cache.py). A
+worker has its own copy of each bundle, and tests that damage one copy it first.
 """
 
 from __future__ import annotations
@@ -36,22 +37,36 @@ SMALL = Path(__file__).parent / "golden" / "bidirectional"
 CAUSAL = SMALL.parent / "causal"
 """The causal one."""
 
-GOLDEN = Path(os.environ["ANYFLOW_GOLDEN"]) / "bidirectional" if os.environ.get("ANYFLOW_GOLDEN") else SMALL
+GOLDEN = (
+    Path(os.environ["ANYFLOW_GOLDEN"]) / "bidirectional"
+    if os.environ.get("ANYFLOW_GOLDEN")
+    else SMALL
+)
 """The one that the golden tests read."""
 
 Export = Callable[..., Bundle]
 
 LONGEST = (
-    "test_promises", "test_aotinductor", "test_quantize", "test_training", "test_matmul_parity", "test_exporter", "test_causal",
+    "test_promises",
+    "test_aotinductor",
+    "test_quantize",
+    "test_training",
+    "test_matmul_parity",
+    "test_exporter",
+    "test_causal",
     "test_causal_generate",
-)  # fmt: skip
-"""Files that begin first, so that no worker is left with a long one when the others are done; the two at the front record
-different graphs, so that neither waits for the other."""
+)
+"""Files that begin first, so that no worker is left with a long one when the others are done; the
+two at the front record different graphs, so that neither waits for the other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The order of `LONGEST`, then as collected."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    items.sort(
+        key=lambda item: (
+            LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -62,14 +77,19 @@ def golden() -> dict[str, NDArray[np.float32]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible() -> None:
-    """A shell starts what it puts into the background with SIGINT ignored, and children inherit that."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    """A shell starts what it puts into the background with SIGINT ignored, and children inherit
+    that."""
+    if (
+        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        and threading.current_thread() is threading.main_thread()
+    ):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Torch computes on one thread, as the processes do that a test compares with bit for bit: sums are split by threads."""
+    """Torch computes on one thread, as the processes do that a test compares with bit for bit: sums
+    are split by threads."""
     import torch
 
     before = torch.get_num_threads()
@@ -96,10 +116,15 @@ def export_with(tmp_path_factory: pytest.TempPathFactory) -> Export:
     @functools.cache
     def bundle(checkpoint: Path, with_calibration: bool, **export_options: Any) -> Bundle:
         def make(path: Path) -> None:
-            settings = ExportSettings(**export_options, calibration=calibration_of(checkpoint) if with_calibration else None)
+            settings = ExportSettings(
+                **export_options,
+                calibration=calibration_of(checkpoint) if with_calibration else None,
+            )
             export_bundle(open_checkpoint(checkpoint), path, settings)
 
-        cached_path = ARTIFACTS.cached_path("bundle", (checkpoint, with_calibration, sorted(export_options.items())), make)
+        cached_path = ARTIFACTS.cached_path(
+            "bundle", (checkpoint, with_calibration, sorted(export_options.items())), make
+        )
         folder = tmp_path_factory.mktemp("exported") / "bundle"
         shutil.copytree(cached_path, folder)
         return load_bundle(folder)
@@ -111,7 +136,9 @@ def export_with(tmp_path_factory: pytest.TempPathFactory) -> Export:
 def export_once(export_with: Export) -> Export:
     """Exports a checkpoint with given settings, once for each."""
 
-    def bundle(checkpoint: Path, precision: str = "fp32", opset: int = 20, target: str = "cpu") -> Bundle:
+    def bundle(
+        checkpoint: Path, precision: str = "fp32", opset: int = 20, target: str = "cpu"
+    ) -> Bundle:
         return export_with(checkpoint, False, precision=precision, opset=opset, target=target)
 
     return bundle
@@ -133,21 +160,30 @@ def causal_golden(folder: Path = CAUSAL) -> dict[str, NDArray[Any]]:
     """The causal model's golden vectors, all latents as (B, F, C, H, W)."""
     raw = load_file(folder / "golden.safetensors")
     return {
-        n.replace("_bcthw", ""): np.ascontiguousarray(a.transpose(0, 2, 1, 3, 4)) if "_bcthw" in n else a for n, a in raw.items()
+        n.replace("_bcthw", ""): (
+            np.ascontiguousarray(a.transpose(0, 2, 1, 3, 4)) if "_bcthw" in n else a
+        )
+        for n, a in raw.items()
     }
 
 
 @functools.cache
 def calibration_of(checkpoint: Path) -> Calibration:
     """Ranges of a small checkpoint, measured once."""
-    from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration, write_calibration
+    from anyflow_deploy.export.quantization.calibrate import (
+        CalibrationSettings,
+        run_calibration,
+        write_calibration,
+    )
     from anyflow_deploy.export.quantization.prompts import PROMPTS, random_prompt_embeds
 
     def make(path: Path) -> None:
         weights = open_checkpoint(checkpoint)
         frames, height, width = (8, 8, 8) if weights.architecture.causal else (2, 8, 12)
         shape = (frames, weights.architecture.in_channels, height, width)
-        settings = CalibrationSettings(random_prompt_embeds(weights, PROMPTS[:2], 40), shape, steps=(1, 2, 4))
+        settings = CalibrationSettings(
+            random_prompt_embeds(weights, PROMPTS[:2], 40), shape, steps=(1, 2, 4)
+        )
         write_calibration(path, run_calibration(weights, settings))
 
     return load_calibration(ARTIFACTS.cached_path("calibration", checkpoint, make))
@@ -165,7 +201,9 @@ def export_quantized(export_with: Export) -> Export:
 
 def pipeline_of(model: str) -> Path:
     """A complete tiny pipeline, as diffusers saves it. All workers read the same one."""
-    return ARTIFACTS.cached_path("pipeline", model, lambda path: save_tiny_pipeline(MODELS[model], path))
+    return ARTIFACTS.cached_path(
+        "pipeline", model, lambda path: save_tiny_pipeline(MODELS[model], path)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -194,10 +232,15 @@ def far_bundle(far_pipeline: Path, export_once: Export) -> Bundle:
 
 @pytest.fixture(scope="session")
 def quick_options() -> dict[str, Any]:
-    """AOTInductor's options, but the wrapper, which decides nothing but how fast operators are called, is not optimized."""
+    """AOTInductor's options, but the wrapper, which decides nothing but how fast operators are
+    called, is not optimized."""
     from anyflow_deploy.engines.aotinductor import compiler
 
-    return {**compiler.OPTIONS, "aot_inductor.compile_wrapper_opt_level": "O0", "cpp.vec_isa_ok": True}
+    return {
+        **compiler.OPTIONS,
+        "aot_inductor.compile_wrapper_opt_level": "O0",
+        "cpp.vec_isa_ok": True,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -225,8 +268,11 @@ def small_config() -> dict[str, int]:
 
 
 @pytest.fixture
-def fake_tensorrt(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """A machine with the TensorRT release `request.param` (11.4 without one) and a GPU, acted: see tests/fakes/tensorrt.py."""
+def fake_tensorrt(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Any]:
+    """A machine with the TensorRT release `request.param` (11.4 without one) and a GPU, acted: see
+    tests/fakes/tensorrt.py."""
     from tests.fakes.tensorrt import FakeTensorRT, install, unload_modules
 
     machine = FakeTensorRT(getattr(request, "param", "11.4"))

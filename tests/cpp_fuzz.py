@@ -1,4 +1,5 @@
-"""`make fuzz-cpp`: the fuzzers of the C++ library, for as long as one likes, from a new seed each time.
+"""`make fuzz-cpp`: the fuzzers of the C++ library, for as long as one likes, from a new seed each
+time.
 
 python -m tests.cpp_fuzz FOLDER ROUNDS
 """

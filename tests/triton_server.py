@@ -2,8 +2,9 @@
 
     python -m tests.triton_server FOLDER     installs it
 
-The wheel's Python backend was built before numpy 2. So the server's Python is an environment of its own with an older numpy, that
-sees everything else in this one: the server finds it by PATH, as it finds an activated environment of a user's.
+The wheel's Python backend was built before numpy 2. So the server's Python is an environment of its
+own with an older numpy, that sees everything else in this one: the server finds it by PATH, as it
+finds an activated environment of a user's.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ WHEELS = ("nvidia-pytriton==0.7.0", "numpy==1.26.4")
 
 def site(folder: Path) -> Path:
     """Where the packages of the server's environment are."""
-    return folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    return (
+        folder
+        / "lib"
+        / f"python{sys.version_info.major}.{sys.version_info.minor}"
+        / "site-packages"
+    )
 
 
 def install(folder: Path) -> None:
@@ -38,11 +44,26 @@ def install(folder: Path) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=False)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
     subprocess.run([*pip, "--target", str(site(folder)), *WHEELS], check=True)
-    (site(folder) / "anyflow.pth").write_text(f"import site; site.addsitedir({str(sysconfig.get_path('purelib'))!r})\n")
+    (site(folder) / "anyflow.pth").write_text(
+        f"import site; site.addsitedir({str(sysconfig.get_path('purelib'))!r})\n"
+    )
     root = site(folder) / "pytriton" / "tritonserver"
-    stub = root / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / "triton_python_backend_stub"
+    stub = (
+        root
+        / "python_backend_stubs"
+        / f"{sys.version_info.major}.{sys.version_info.minor}"
+        / "triton_python_backend_stub"
+    )
     (root / "backends" / "python" / stub.name).write_bytes(stub.read_bytes())
     for program in (root / "backends" / "python" / stub.name, root / "bin" / "tritonserver"):
         program.chmod(0o755)
@@ -57,7 +78,8 @@ class TritonServer:
         environment: from `install`.
         repository: of models.
         log: file that it writes.
-        python: folder of the `python` that the model runs in; the environment's own unless told otherwise.
+        python: folder of the `python` that the model runs in; the environment's own unless told
+            otherwise.
     """
 
     environment: Path
@@ -76,29 +98,56 @@ class TritonServer:
         ports = [_free_port() for _ in range(3)]
         self.http, self.grpc, self.metrics = (f"127.0.0.1:{port}" for port in ports)
         words = [
-            str(root / "bin" / "tritonserver"), "--model-repository", str(self.repository),
-            "--backend-directory", str(root / "backends"), "--http-address", "127.0.0.1", "--grpc-address", "127.0.0.1",
-            "--http-port", str(ports[0]), "--grpc-port", str(ports[1]), "--metrics-port", str(ports[2]),
-            "--metrics-address", "127.0.0.1", "--exit-timeout-secs", "60", "--exit-on-error", "false",
-        ]  # fmt: skip
-        libraries = [str(sysconfig.get_config_var("LIBDIR")), str(packages / "nvidia_pytriton.libs")]
+            str(root / "bin" / "tritonserver"),
+            "--model-repository",
+            str(self.repository),
+            "--backend-directory",
+            str(root / "backends"),
+            "--http-address",
+            "127.0.0.1",
+            "--grpc-address",
+            "127.0.0.1",
+            "--http-port",
+            str(ports[0]),
+            "--grpc-port",
+            str(ports[1]),
+            "--metrics-port",
+            str(ports[2]),
+            "--metrics-address",
+            "127.0.0.1",
+            "--exit-timeout-secs",
+            "60",
+            "--exit-on-error",
+            "false",
+        ]
+        libraries = [
+            str(sysconfig.get_config_var("LIBDIR")),
+            str(packages / "nvidia_pytriton.libs"),
+        ]
         python = self.environment / "bin" if self.python is None else self.python
         surroundings = {
             **os.environ,
             "PATH": os.pathsep.join([str(python), os.environ["PATH"]]),
             "LD_LIBRARY_PATH": os.pathsep.join(libraries),
             "OMP_NUM_THREADS": "1",
-            "MALLOC_ARENA_MAX": "1",  # or glibc keeps freed memory for each thread, and growth could not be told from it
+            "MALLOC_ARENA_MAX": (
+                "1"
+            ),  # or glibc keeps freed memory for each thread, and growth could not be told from it
         }
         with self.log.open("ab") as file:
-            self.process = subprocess.Popen(words, env=surroundings, stdout=file, stderr=file, start_new_session=True)
+            self.process = subprocess.Popen(
+                words, env=surroundings, stdout=file, stderr=file, start_new_session=True
+            )
 
     def wait_ready(self, model: str, seconds: float = 120) -> None:
         """Wait until a model is ready (and warm), or is known to have failed."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://{self.http}/v2/models/{model}/ready", timeout=5).status_code == 200:
+                if (
+                    httpx.get(f"http://{self.http}/v2/models/{model}/ready", timeout=5).status_code
+                    == 200
+                ):
                     return
             if f"failed to load '{model}'" in self.text:
                 break
@@ -114,7 +163,11 @@ class TritonServer:
         """Sum of a metric's values over the lines that have these labels."""
         lines = httpx.get(f"http://{self.metrics}/metrics", timeout=10).text.splitlines()
         ours = [line for line in lines if line.startswith((f"{metric}{{", f"{metric} "))]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in ours if all(f'{k}="{v}"' in line for k, v in labels.items()))
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in ours
+            if all(f'{k}="{v}"' in line for k, v in labels.items())
+        )
 
     def memory(self) -> int:
         """Resident bytes of the server and all its models."""
@@ -122,7 +175,9 @@ class TritonServer:
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 if os.getpgid(int(process.name)) == self.process.pid:
-                    total += int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+                    total += int((process / "statm").read_text().split()[1]) * os.sysconf(
+                        "SC_PAGE_SIZE"
+                    )
             except (OSError, ProcessLookupError):
                 continue
         return total

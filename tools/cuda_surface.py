@@ -1,9 +1,11 @@
-"""What a release of cuda-python offers, as JSON: functions with their parameters, enums, constants and structures.
+"""What a release of cuda-python offers, as JSON: functions with their parameters, enums, constants
+and structures.
 
     python tools/cuda_surface.py
 
-cuda-python's bindings are an ordinary wheel that is imported without a GPU, so their surface is read from the module itself, in a
-process of its own since two releases cannot be imported at once. The tests' stand-in is made from it. Kept in .cache.
+cuda-python's bindings are an ordinary wheel that is imported without a GPU, so their surface is
+read from the module itself, in a process of its own since two releases cannot be imported at once.
+The tests' stand-in is made from it. Kept in .cache.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-RELEASES = {"12.6": "cuda-python==12.6.2.post1", "12.9": "cuda-bindings==12.9.10", "13": "cuda-bindings==13.5.0"}
+RELEASES = {
+    "12.6": "cuda-python==12.6.2.post1",
+    "12.9": "cuda-bindings==12.9.10",
+    "13": "cuda-bindings==13.5.0",
+}
 """By CUDA's version. JetPack 6 has 12.6, from when cuda-python was one package."""
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "cuda"
@@ -47,7 +53,10 @@ def load_surface(cuda: str) -> dict[str, Any]:
         RuntimeError: no package index, or no wheel for this Python.
     """
     requirement = RELEASES[cuda]
-    kept = CACHE / f"{requirement.partition('==')[2]}-{sys.version_info.major}.{sys.version_info.minor}.json"
+    kept = (
+        CACHE
+        / f"{requirement.partition('==')[2]}-{sys.version_info.major}.{sys.version_info.minor}.json"
+    )
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         partial = kept.with_suffix(f".{os.getpid()}")
@@ -59,16 +68,29 @@ def load_surface(cuda: str) -> dict[str, Any]:
 
 def _read(requirement: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        install = [sys.executable, "-m", "pip", "install", "-q", "--only-binary=:all:", "--target", folder]
+        install = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--only-binary=:all:",
+            "--target",
+            folder,
+        ]
         _run([*install, requirement], {})
         return _run([sys.executable, "-c", _READ], {"PYTHONPATH": folder})
 
 
 def _run(command: list[str], more: dict[str, str]) -> str:
-    done = subprocess.run(command, env={**os.environ, **more}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, **more}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise RuntimeError(f"the surface of cuda-python needs the package index once: {' '.join(last)}")
+        raise RuntimeError(
+            f"the surface of cuda-python needs the package index once: {' '.join(last)}"
+        )
     return done.stdout
 
 

@@ -1,8 +1,10 @@
-"""Draw the pictures of the README and of docs/index.md: `python -m tools.docs_pictures` writes them to docs/images/.
+"""Draw the pictures of the README and of docs/index.md: `python -m tools.docs_pictures` writes them
+to docs/images/.
 
 - `overview.svg`: the way of a model through this project, from a checkpoint to a video.
-- `any_step_schedule.png`: what "any number of steps" means, on frames of the moving-shapes data set. The frames are training data
-  mixed with noise, as a flow map sees them while it trains. No trained model is needed to draw them, and none drew them.
+- `any_step_schedule.png`: what "any number of steps" means, on frames of the moving-shapes data
+  set. The frames are training data mixed with noise, as a flow map sees them while it trains. No
+  trained model is needed to draw them, and none drew them.
 """
 
 from __future__ import annotations
@@ -40,13 +42,19 @@ def overview_svg() -> str:
     for index, (title, lines, command) in enumerate(BOXES):
         left = 4 + index * (WIDTH + GAP)
         middle = left + WIDTH / 2
-        parts.append(f'<rect class="box" x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" rx="10"/>')
+        parts.append(
+            f'<rect class="box" x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" rx="10"/>'
+        )
         parts.append(f'<text class="title" x="{middle}" y="{TOP + 32}">{title}</text>')
         for row, line in enumerate(lines):
-            parts.append(f'<text class="small" x="{middle}" y="{TOP + 56 + 18 * row}">{line}</text>')
+            parts.append(
+                f'<text class="small" x="{middle}" y="{TOP + 56 + 18 * row}">{line}</text>'
+            )
         if index:
             parts.append(_arrow(left - GAP + 6, left - 6))
-            parts.append(f'<text class="code" x="{left - GAP / 2}" y="{TOP + HEIGHT + 26}">{command}</text>')
+            parts.append(
+                f'<text class="code" x="{left - GAP / 2}" y="{TOP + HEIGHT + 26}">{command}</text>'
+            )
     total = 8 + len(BOXES) * WIDTH + (len(BOXES) - 1) * GAP
     style = (
         "text{font-family:system-ui,sans-serif;text-anchor:middle;fill:#12324a}"
@@ -55,8 +63,10 @@ def overview_svg() -> str:
         ".line{stroke:#3f7ca8;stroke-width:2.5;fill:none}.head{fill:#3f7ca8}"
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {TOP + HEIGHT + 38}" role="img" '
-        f'aria-label="checkpoint, bundle, engine, video">\n<style>{style}</style>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {TOP + HEIGHT + 38}"'
+        f' role="img" aria-label="checkpoint, bundle, engine, video">\n<style>{style}</style>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )
 
 
@@ -67,19 +77,32 @@ def _arrow(start: float, end: float) -> str:
 
 
 def any_step_figure() -> Figure:
-    """Frames at the times of a four-step schedule, and the steps of the schedules of 4, 2 and 1 steps under them."""
+    """Frames at the times of a four-step schedule, and the steps of the schedules of 4, 2 and 1
+    steps under them."""
     times = list(Schedule.uniform(max(STEPS)).timesteps)
     clean = render_scene(SCENE, torch.tensor(FRAMES), 48, 72)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)) * 0.25 + 0.5
     columns = len(times)
     figure = pyplot.figure(figsize=(1.9 * columns, 4.4), facecolor="white")
-    grid = figure.add_gridspec(len(FRAMES) + 1, columns, hspace=0.06, wspace=0.06, height_ratios=[1] * len(FRAMES) + [0.95],
-                               left=0.01, right=0.99, top=0.92, bottom=0.02)  # fmt: skip
+    grid = figure.add_gridspec(
+        len(FRAMES) + 1,
+        columns,
+        hspace=0.06,
+        wspace=0.06,
+        height_ratios=[1] * len(FRAMES) + [0.95],
+        left=0.01,
+        right=0.99,
+        top=0.92,
+        bottom=0.02,
+    )
     for column, time in enumerate(times):
         share = time / 1000
         for row in range(len(FRAMES)):
             axes = figure.add_subplot(grid[row, column])
-            axes.imshow(((1 - share) * clean[row] + share * noise[row]).clamp(0, 1).numpy(), interpolation="nearest")
+            axes.imshow(
+                ((1 - share) * clean[row] + share * noise[row]).clamp(0, 1).numpy(),
+                interpolation="nearest",
+            )
             axes.set_axis_off()
             if not row:
                 axes.set_title(f"t = {time:.0f}", fontsize=13)
@@ -88,12 +111,25 @@ def any_step_figure() -> Figure:
     below.set_xlim(0, columns)
     below.set_ylim(len(STEPS), 0)
     for row, steps in enumerate(STEPS):
-        stops = [times.index(min(times, key=lambda known, t=t: abs(known - t))) for t in Schedule.uniform(steps).timesteps]
+        stops = [
+            times.index(min(times, key=lambda known, t=t: abs(known - t)))
+            for t in Schedule.uniform(steps).timesteps
+        ]
         for start, end in itertools.pairwise(stops):
-            arrow = FancyArrowPatch((start + 0.5, row + 0.6), (end + 0.5, row + 0.6), arrowstyle="-|>", mutation_scale=18,
-                                    shrinkA=2, shrinkB=2, linewidth=2, color="#3f7ca8")  # fmt: skip
+            arrow = FancyArrowPatch(
+                (start + 0.5, row + 0.6),
+                (end + 0.5, row + 0.6),
+                arrowstyle="-|>",
+                mutation_scale=18,
+                shrinkA=2,
+                shrinkB=2,
+                linewidth=2,
+                color="#3f7ca8",
+            )
             below.add_patch(arrow)
-        below.text(0.02, row + 0.6, f"{steps} step{'s' if steps > 1 else ''}", fontsize=12, va="center")
+        below.text(
+            0.02, row + 0.6, f"{steps} step{'s' if steps > 1 else ''}", fontsize=12, va="center"
+        )
     return figure
 
 

@@ -1,10 +1,13 @@
-"""A hook of mkdocs (mkdocs.yml names it): pages that are made from the code, so that they cannot fall behind it.
+"""A hook of mkdocs (mkdocs.yml names it): pages that are made from the code, so that they cannot
+fall behind it.
 
-- reference/commands/: a page for each command, from its options class, which is also what `--help` prints.
+- reference/commands/: a page for each command, from its options class, which is also what `--help`
+  prints.
 - reference/python.md: each name in `anyflow_deploy.__all__`, for mkdocstrings to fill in.
 - explanation/architecture.md: ARCHITECTURE.md, which lives at the top of the repository.
 
-Links from a page to a file outside docs/ work on a code host, but not on the site: there they become the path as code.
+Links from a page to a file outside docs/ work on a code host, but not on the site: there they
+become the path as code.
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ GROUPS = {
 def command_page(command: str, options: type[Options]) -> str:
     """A command's help as Markdown: usage, what it does, a table of its flags, examples."""
     usage, _, about, _, flags, _, *examples = help_of(command, options)
-    plain = re.sub(r"\\?\[/?[a-z ]*\]", "", usage.replace("\\[flags]", "FLAGS")).replace("usage: ", "")
+    plain = re.sub(r"\\?\[/?[a-z ]*\]", "", usage.replace("\\[flags]", "FLAGS")).replace(
+        "usage: ", ""
+    )
     rows = ["| flag | value | |", "|---|---|---|"]
     columns = [[_cell(text) for text in column.cells] for column in flags.columns]
     rows += [f"| `{name}` | {kind} | {text} |" for name, kind, text in zip(*columns, strict=True)]
@@ -89,10 +94,19 @@ def python_page() -> str:
     grouped = {title: [name for name in names if name in public] for title, names in GROUPS.items()}
     known = {name for names in GROUPS.values() for name in names}
     grouped["More"] = [name for name in public if name not in known]
-    parts = ["# Python API", "`from anyflow_deploy import …`: these names are the public interface."]
+    parts = [
+        "# Python API",
+        "`from anyflow_deploy import …`: these names are the public interface.",
+    ]
     for title, names in grouped.items():
         if names:
-            parts += [f"## {title}", *(f"::: anyflow_deploy.{name}\n    options:\n      heading_level: 3" for name in names)]
+            parts += [
+                f"## {title}",
+                *(
+                    f"::: anyflow_deploy.{name}\n    options:\n      heading_level: 3"
+                    for name in names
+                ),
+            ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,7 +118,10 @@ def architecture_page() -> str:
 def generated_pages() -> dict[str, str]:
     """Every page that is made here, by its path in docs/."""
     train = full_options()
-    pages = {f"reference/commands/{name}.md": command_page(name, options) for name, options in COMMANDS.items()}
+    pages = {
+        f"reference/commands/{name}.md": command_page(name, options)
+        for name, options in COMMANDS.items()
+    }
     pages["reference/commands/train.md"] = command_page(PROGRAM, train)
     pages["reference/python.md"] = python_page()
     pages["explanation/architecture.md"] = architecture_page()

@@ -1,10 +1,12 @@
-"""NVIDIA's headers of TensorRT and CUDA, for testing the C++ library's TensorRT backend on a machine that has neither.
+"""NVIDIA's headers of TensorRT and CUDA, for testing the C++ library's TensorRT backend on a
+machine that has neither.
 
-    python tools/tensorrt_headers.py 10.16            # into .cache/tensorrt-headers; 10.3, 10.16 and 11.1 are known
+    python tools/tensorrt_headers.py 10.16     # into .cache/tensorrt-headers; or 10.3, or 11.1
     python tools/tensorrt_headers.py 10.16 --from URL # a mirror of github.com/NVIDIA/TensorRT
 
-TensorRT's headers come from its open-source repository (Apache-2.0), CUDA's from NVIDIA's wheels of its runtime. Neither is
-checked in. test_cpp_tensorrt.py uses the newest release that is there; where none is, it is skipped and names this file.
+TensorRT's headers come from its open-source repository (Apache-2.0), CUDA's from NVIDIA's wheels of
+its runtime. Neither is checked in. test_cpp_tensorrt.py uses the newest release that is there;
+where none is, it is skipped and names this file.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tensorrt-headers"
 
 
 def cached_header_folders() -> list[Path]:
-    """The folders of the newest release in the cache, TensorRT's first; empty where there is none."""
+    """The folders of the newest release in the cache, TensorRT's first; empty where there is
+    none."""
     there = [release for release in RELEASES if (CACHE / release).is_dir()]
     return [CACHE / there[-1] / part for part in ("tensorrt", "cuda")] if there else []
 
@@ -47,11 +50,27 @@ def fetch_headers(release: str, repository: str = REPOSITORY) -> Path:
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as name:
         source, partial = Path(name) / "source", Path(name) / "headers"
-        clone = ["git", "clone", "--quiet", "--depth=1", "--filter=blob:none", "--sparse", f"--branch={tag}"]
+        clone = [
+            "git",
+            "clone",
+            "--quiet",
+            "--depth=1",
+            "--filter=blob:none",
+            "--sparse",
+            f"--branch={tag}",
+        ]
         subprocess.run([*clone, repository, str(source)], check=True)
         subprocess.run(["git", "-C", str(source), "sparse-checkout", "set", "include"], check=True)
         shutil.copytree(source / "include", partial / "tensorrt")
-        download = ["pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", name]
+        download = [
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--dest",
+            name,
+        ]
         subprocess.run([sys.executable, "-m", *download, *wheels], check=True)
         for wheel in Path(name).glob("*.whl"):
             zipfile.ZipFile(wheel).extractall(Path(name) / "wheels")
@@ -63,7 +82,9 @@ def fetch_headers(release: str, repository: str = REPOSITORY) -> Path:
 
 def main() -> None:
     """Fetch what was asked for."""
-    parser = argparse.ArgumentParser(description="Headers for tests/integration/test_cpp_tensorrt.py.")
+    parser = argparse.ArgumentParser(
+        description="Headers for tests/integration/test_cpp_tensorrt.py."
+    )
     parser.add_argument("release", choices=list(RELEASES))
     parser.add_argument("--from", dest="repository", default=REPOSITORY)
     options = parser.parse_args()

@@ -1,15 +1,17 @@
-"""Type stubs of a TensorRT release, made from NVIDIA's own Python bindings on a machine that has no TensorRT.
+"""Type stubs of a TensorRT release, made from NVIDIA's own Python bindings on a machine that has no
+TensorRT.
 
     python tools/tensorrt_stubs.py            # every release in RELEASES, into .cache/tensorrt
 
-TensorRT cannot be installed everywhere, but its Python bindings are a small wheel, and they know every class, signature
-and enum of their release. To be imported they only ask for a handful of C functions of the missing libraries; three
-shared objects that define those and do nothing satisfy them. pybind11-stubgen then writes down what is there, and
-`cleaned` makes Python of it. What comes out is an oracle of names and types (for mypy, and for the tests' stand-in):
-nothing can be built or run with it.
+TensorRT cannot be installed everywhere, but its Python bindings are a small wheel, and they know
+every class, signature and enum of their release. To be imported they only ask for a handful of C
+functions of the missing libraries; three shared objects that define those and do nothing satisfy
+them. pybind11-stubgen then writes down what is there, and `cleaned` makes Python of it. What comes
+out is an oracle of names and types (for mypy, and for the tests' stand-in): nothing can be built or
+run with it.
 
-The stubs are not checked in, since they derive from NVIDIA's wheel; they are made once and kept in .cache. It takes two
-seconds a release, and needs the package index, gcc and pybind11-stubgen.
+The stubs are not checked in, since they derive from NVIDIA's wheel; they are made once and kept in
+.cache. It takes two seconds a release, and needs the package index, gcc and pybind11-stubgen.
 """
 
 from __future__ import annotations
@@ -36,10 +38,16 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tensorrt"
 
 _LIBRARIES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")
 _SYMBOLS = (
-    "createInferBuilder_INTERNAL", "createInferRefitter_INTERNAL", "createInferRuntime_INTERNAL", "createNvOnnxParser_INTERNAL",
-    "createNvOnnxParserRefitter_INTERNAL", "getBuilderPluginRegistry", "getNvOnnxParserVersion", "getPluginRegistry",
+    "createInferBuilder_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "getBuilderPluginRegistry",
+    "getNvOnnxParserVersion",
+    "getPluginRegistry",
     "initLibNvInferPlugins",
-)  # fmt: skip
+)
 
 
 _failed: dict[str, StubsError] = {}
@@ -56,7 +64,8 @@ class NotOnThisMachineError(StubsError):
 
 
 def stubs(release: str) -> Path:
-    """A folder for MYPYPATH that holds `tensorrt/__init__.pyi` of a release in `RELEASES`; made if it is not there.
+    """A folder for MYPYPATH that holds `tensorrt/__init__.pyi` of a release in `RELEASES`; made if
+    it is not there.
 
     Raises:
         NotOnThisMachineError: no wheel for this Python, or no gcc.
@@ -64,7 +73,10 @@ def stubs(release: str) -> Path:
     """
     package, version = RELEASES[release]
     if sys.version_info[:2] > _LAST_PYTHON.get(release, (3, 99)):
-        raise NotOnThisMachineError(f"TensorRT {release} has no bindings for Python {sys.version_info[0]}.{sys.version_info[1]}.")
+        raise NotOnThisMachineError(
+            f"TensorRT {release} has no bindings for Python"
+            f" {sys.version_info[0]}.{sys.version_info[1]}."
+        )
     recipe = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode()).hexdigest()[:12]
     folder = CACHE / f"{version}-{recipe}"
     target = folder / "tensorrt" / "__init__.pyi"
@@ -87,14 +99,36 @@ def _written(package: str, version: str) -> str:
     """What pybind11-stubgen says of a release."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        download = ["pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", name, f"{package}=={version}"]
-        _run([sys.executable, "-m", *download], f"the package index, and a wheel of {package} {version} for this Python")
+        download = [
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--only-binary=:all:",
+            "-d",
+            name,
+            f"{package}=={version}",
+        ]
+        _run(
+            [sys.executable, "-m", *download],
+            f"the package index, and a wheel of {package} {version} for this Python",
+        )
         for wheel in folder.glob("*.whl"):
             zipfile.ZipFile(wheel).extractall(folder)
         _satisfy(folder, version.split(".")[0])
         environment = {**os.environ, "LD_LIBRARY_PATH": name, "PYTHONPATH": name}
-        stubgen = ["pybind11_stubgen", "tensorrt_bindings.tensorrt", "-o", str(folder / "stubs"), "--ignore-all-errors"]
-        _run([sys.executable, "-m", *stubgen], "pybind11-stubgen (pip install pybind11-stubgen)", environment)
+        stubgen = [
+            "pybind11_stubgen",
+            "tensorrt_bindings.tensorrt",
+            "-o",
+            str(folder / "stubs"),
+            "--ignore-all-errors",
+        ]
+        _run(
+            [sys.executable, "-m", *stubgen],
+            "pybind11-stubgen (pip install pybind11-stubgen)",
+            environment,
+        )
         return (folder / "stubs" / "tensorrt_bindings" / "tensorrt.pyi").read_text()
 
 
@@ -102,10 +136,19 @@ def _satisfy(folder: Path, major: str) -> None:
     """Build the shared objects that the bindings look for."""
     if shutil.which("gcc") is None:
         raise NotOnThisMachineError("TensorRT's stubs need gcc, which is not installed.")
-    (folder / "none.c").write_text("".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in _SYMBOLS))
+    (folder / "none.c").write_text(
+        "".join(f"void *{symbol}(void) {{ return 0; }}\n" for symbol in _SYMBOLS)
+    )
     for library in _LIBRARIES:
         soname = f"{library}.so.{major}"
-        words = ["-shared", "-fPIC", f"-Wl,-soname,{soname}", "-o", str(folder / soname), str(folder / "none.c")]
+        words = [
+            "-shared",
+            "-fPIC",
+            f"-Wl,-soname,{soname}",
+            "-o",
+            str(folder / soname),
+            str(folder / "none.c"),
+        ]
         _run(["gcc", *words], "gcc")
 
 
@@ -113,24 +156,32 @@ def _run(command: list[str], needs: str, environment: dict[str, str] | None = No
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise StubsError(f"TensorRT's stubs could not be made. This step needs {needs}: {' '.join(last)}")
+        raise StubsError(
+            f"TensorRT's stubs could not be made. This step needs {needs}: {' '.join(last)}"
+        )
 
 
 def cleaned(source: str) -> str:
     """Python that mypy reads, from what pybind11-stubgen wrote.
 
-    Parameters called like keywords are renamed; after one default all have one; docstrings go; `bool`, which the module
-    redefines as a `DataType`, becomes the builtin again; types that were not found become Any.
+    Parameters called like keywords are renamed; after one default all have one; docstrings go;
+    `bool`, which the module redefines as a `DataType`, becomes the builtin again; types that were
+    not found become Any.
 
     Raises:
         StubsError: something else that is not Python.
     """
     text = re.sub(r"(?<=[(, ])in: ", "in_: ", source).replace("tensorrt_bindings.tensorrt.", "")
-    text = "\n".join(_with_all_defaults(line) if line.lstrip().startswith("def ") else line for line in text.split("\n"))
+    text = "\n".join(
+        _with_all_defaults(line) if line.lstrip().startswith("def ") else line
+        for line in text.split("\n")
+    )
     try:
         tree = ast.parse(text)
     except SyntaxError as error:
-        raise StubsError(f"pybind11-stubgen wrote a line that is not Python: {(error.text or '').strip()[:160]}") from None
+        raise StubsError(
+            f"pybind11-stubgen wrote a line that is not Python: {(error.text or '').strip()[:160]}"
+        ) from None
     module = _Cleaner().visit(tree)
     module.body.insert(1, ast.parse("import builtins").body[0])
     module.body += ast.parse("__version__: str").body  # the package sets it, not the extension
@@ -179,7 +230,11 @@ class _Cleaner(ast.NodeTransformer):
 
 
 def _is_text(item: ast.AST) -> bool:
-    return isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str)
+    return (
+        isinstance(item, ast.Expr)
+        and isinstance(item.value, ast.Constant)
+        and isinstance(item.value.value, str)
+    )
 
 
 _BUILTIN = {"bool": "builtins.bool", "capsule": "typing.Any"}
@@ -188,7 +243,9 @@ _BUILTIN = {"bool": "builtins.bool", "capsule": "typing.Any"}
 def _annotation(node: ast.expr | None) -> ast.expr | None:
     if node is None:
         return None
-    text = re.sub(r"(?<![\w.])(bool|capsule)(?![\w.])", lambda found: _BUILTIN[found[1]], ast.unparse(node))
+    text = re.sub(
+        r"(?<![\w.])(bool|capsule)(?![\w.])", lambda found: _BUILTIN[found[1]], ast.unparse(node)
+    )
     text = re.sub(r"\.\.\.(?!\])", "typing.Any", text) if text != "..." else "typing.Any"
     return ast.parse(text, mode="eval").body
 

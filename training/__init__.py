@@ -2,6 +2,6 @@
 
     python -m anyflow_deploy.train flow-map-tiny --output runs/tiny
 
-Read `model.network` (the module that is trained), `chunks` (bidirectional and causal as one plan), `losses`, `rollout`,
-then `trainer`. docs/how-to/training.md tells the method in words.
+Read `model.network` (the module that is trained), `chunks` (bidirectional and causal as one plan),
+`losses`, `rollout`, then `trainer`. docs/how-to/training.md tells the method in words.
 """

@@ -1,12 +1,15 @@
-"""Checkpoints of a run: written whole or not at all, read on any number of processes, without a pickle.
+"""Checkpoints of a run: written whole or not at all, read on any number of processes, without a
+pickle.
 
     OUTPUT/checkpoints/step-00000250/
-        *.safetensors      weights, optimizer and averages: torch.distributed.checkpoint as safetensors, a file per process
+        *.safetensors      weights, optimizer and averages, a file per process
+                           (torch.distributed.checkpoint as safetensors)
         state.json         step, recipe, data position, running means; what else a run is made of
 
-Tensors are cut as FSDP cut them, and put together again on reading, whatever the number of processes then. A checkpoint is
-filled under a hidden name and renamed when every file is on the disk: what has its name is whole. There is no state of
-random generators: every draw is a function of seed and step (see `timestep_sampling`).
+Tensors are cut as FSDP cut them, and put together again on reading, whatever the number of
+processes then. A checkpoint is filled under a hidden name and renamed when every file is on the
+disk: what has its name is whole. There is no state of random generators: every draw is a function
+of seed and step (see `timestep_sampling`).
 """
 
 from __future__ import annotations
@@ -22,7 +25,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
@@ -30,7 +36,9 @@ from anyflow_deploy.bundle.atomic_io import fsync_tree, replace_folder
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.training.distributed import DistributedContext
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+)
 """One process is meant to be one process."""
 
 STATE = "state.json"
@@ -56,8 +64,15 @@ class CheckpointManager:
         asynchronous: return from `save` when tensors are copied, and write meanwhile.
     """
 
-    def __init__(self, folder: Path, world: DistributedContext, keep: int, asynchronous: bool) -> None:
-        self._folder, self._world, self._keep, self._asynchronous = folder, world, keep, asynchronous
+    def __init__(
+        self, folder: Path, world: DistributedContext, keep: int, asynchronous: bool
+    ) -> None:
+        self._folder, self._world, self._keep, self._asynchronous = (
+            folder,
+            world,
+            keep,
+            asynchronous,
+        )
         self._pending: PendingCheckpoint | None = None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,13 +93,17 @@ class CheckpointManager:
         if self._world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            (partial / STATE).write_text(json.dumps({"version": VERSION, "step": step, **state}, indent=1))
+            (partial / STATE).write_text(
+                json.dumps({"version": VERSION, "step": step, **state}, indent=1)
+            )
         self._world.barrier()
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         alone = self._world.size == 1
         if self._asynchronous:
             group = self._world.writers
-            done = async_save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
+            done = async_save(
+                dict(tensors), storage_writer=writer, process_group=group, no_dist=alone
+            )
             self._pending = PendingCheckpoint(partial, final, cast("Future[Any]", done))
         else:
             save(dict(tensors), storage_writer=writer, no_dist=alone)
@@ -107,7 +126,8 @@ class CheckpointManager:
         self._world.barrier()
 
     def poll(self) -> None:
-        """Give a finished checkpoint its name; call it now and then, on every process at the same step."""
+        """Give a finished checkpoint its name; call it now and then, on every process at the same
+        step."""
         if self._pending is not None and self._pending.done is not None:
             ready = self._world.sum(_flag(self._world, self._pending.done.done()))
             if int(ready) == self._world.size:
@@ -122,11 +142,12 @@ class CheckpointManager:
         reader = HuggingFaceStorageReader(str(path))
         try:
             load(dict(tensors), storage_reader=reader, no_dist=self._world.size == 1)
-        except (Exception, CheckpointException) as error:  # noqa: BLE001 - whatever a damaged file makes the reader raise
+        except (Exception, CheckpointException) as error:  # noqa: BLE001  (torch's own has no common base)
             cause = str(error).strip().splitlines()
             raise CheckpointError(
-                f"{path} cannot be read into this run ({cause[-1] if cause else type(error).__name__}). "
-                "It is damaged or of another recipe: remove it to go on from the one before."
+                f"{path} cannot be read into this run"
+                f" ({cause[-1] if cause else type(error).__name__}). It is damaged or of another"
+                " recipe: remove it to go on from the one before."
             ) from None
 
 
@@ -139,9 +160,13 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / STATE).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / STATE} cannot be read: {error}. Remove {path} to go on from the one before.") from None
+        raise CheckpointError(
+            f"{path / STATE} cannot be read: {error}. Remove {path} to go on from the one before."
+        ) from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise CheckpointError(f"{path} was written by another version of anyflow_deploy. Go on with that one.")
+        raise CheckpointError(
+            f"{path} was written by another version of anyflow_deploy. Go on with that one."
+        )
     return state
 
 

@@ -3,14 +3,15 @@
 A causal model trains on noisy chunks that see clean copies of earlier ones:
 
     [ chunk 0 | chunk 1 ][ chunk 2 | chunk 3 | chunk 4 ]     five chunks, full_chunk_limit 3
-      old: clean,          the window: noisy; chunk 4 sees the old ones, clean copies of 2 and 3, and itself
-      compressed
+      old: clean,          the window: noisy; chunk 4 sees the old ones,
+      compressed           clean copies of 2 and 3, and itself
 
-A bidirectional model is the plan with one chunk: nothing old, no copies, everything sees everything. So losses and
-roll-outs below know chunks only.
+A bidirectional model is the plan with one chunk: nothing old, no copies, everything sees
+everything. So losses and roll-outs below know chunks only.
 
-What is clean does not change with the noise, so its keys and values are made once (`encode_context`) and shared by every
-forward of a loss, those of the finite difference included; their gradient flows through one of them.
+What is clean does not change with the noise, so its keys and values are made once
+(`encode_context`) and shared by every forward of a loss, those of the finite difference included;
+their gradient flows through one of them.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def chunk_plan(a: Architecture, frames: int, chunks: Sequence[int] | None = None
     """The plan of an architecture for videos of so many latent frames.
 
     Args:
-        chunks: instead of the model's own (causal only); cut or repeated to the frames by the caller.
+        chunks: instead of the model's own (causal only); cut or repeated to the frames by the
+            caller.
 
     Raises:
         AnyFlowError: chunks that do not sum to the frames.
@@ -77,8 +79,8 @@ def chunk_plan(a: Architecture, frames: int, chunks: Sequence[int] | None = None
     plan = ChunkPlan(tuple(chunks or a.chunk_partition), a.full_chunk_limit)
     if plan.frames != frames:
         raise AnyFlowError(
-            f"the chunks {list(plan.chunks)} sum to {plan.frames} latent frames and the data has {frames}. "
-            "Give --chunks that sum to it, or other data."
+            f"the chunks {list(plan.chunks)} sum to {plan.frames} latent frames and the data has"
+            f" {frames}. Give --chunks that sum to it, or other data."
         )
     return plan
 
@@ -88,7 +90,8 @@ class Context:
     """What the noisy chunks of a window see besides themselves.
 
     Attributes:
-        memory: keys and values of the old chunks and of the window's clean copies, layer by layer; empty when there are none.
+        memory: keys and values of the old chunks and of the window's clean copies, layer by layer;
+            empty when there are none.
         old: tokens of the old ones among them.
     """
 
@@ -107,11 +110,15 @@ class Context:
 EMPTY_CONTEXT = Context([], 0)
 
 
-def encode_context(network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan) -> Context:
-    """Encode the clean chunks of a plan that its noisy ones look at: the old ones, and all of the window but the last.
+def encode_context(
+    network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan
+) -> Context:
+    """Encode the clean chunks of a plan that its noisy ones look at: the old ones, and all of the
+    window but the last.
 
     Args:
-        clean: latents (B, F, C, H, W); those of the last chunk are not looked at and may be missing.
+        clean: latents (B, F, C, H, W); those of the last chunk are not looked at and may be
+            missing.
         text: prompt embeddings (B, L, D).
     """
     if len(plan.chunks) == 1:
@@ -122,9 +129,15 @@ def encode_context(network: TrainingTransformer, clean: Tensor, text: Tensor, pl
 
 
 def compress_chunks(
-    network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan, chunks: range, before: KVCache
+    network: TrainingTransformer,
+    clean: Tensor,
+    text: Tensor,
+    plan: ChunkPlan,
+    chunks: range,
+    before: KVCache,
 ) -> KVCache:
-    """Compress some chunks that follow each other; each sees those before it. What is `before` stays as it is.
+    """Compress some chunks that follow each other; each sees those before it. What is `before`
+    stays as it is.
 
     Returns:
         `before`, and the new ones behind it, in new tensors.
@@ -136,12 +149,17 @@ def compress_chunks(
     return _encode_chunks(network, clean, text, plan, chunks, before, size, compressed=True)
 
 
-def encode_recent(network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan, old: KVCache) -> KVCache:
-    """The old ones' memory, and that of the window's clean chunks behind it, without the last chunk's."""
+def encode_recent(
+    network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan, old: KVCache
+) -> KVCache:
+    """The old ones' memory, and that of the window's clean chunks behind it, without the last
+    chunk's."""
     chunks = range(plan.first, len(plan.chunks) - 1)
     if not chunks:
         return old
-    return _encode_chunks(network, clean, text, plan, chunks, old, _frame_tokens(network, clean), compressed=False)
+    return _encode_chunks(
+        network, clean, text, plan, chunks, old, _frame_tokens(network, clean), compressed=False
+    )
 
 
 def _encode_chunks(
@@ -154,7 +172,8 @@ def _encode_chunks(
     size: int,
     compressed: bool,
 ) -> KVCache:
-    """Run clean chunks at t = r = 0, each seeing what is before, earlier ones and itself; `size` tokens a frame."""
+    """Run clean chunks at t = r = 0, each seeing what is before, earlier ones and itself; `size`
+    tokens a frame."""
     start, stop = plan.frame_range(chunks[0])[0], plan.frame_range(chunks[-1])[1]
     ends = [(plan.frame_range(c)[0] - start, plan.frame_range(c)[1] - start) for c in chunks]
     known = _cached_tokens(before)
@@ -174,11 +193,20 @@ def _encode_chunks(
     )
     if not before:
         return list(own)
-    return [(torch.cat((a, c), 1), torch.cat((b, d), 1)) for (a, b), (c, d) in zip(before, own, strict=True)]
+    return [
+        (torch.cat((a, c), 1), torch.cat((b, d), 1))
+        for (a, b), (c, d) in zip(before, own, strict=True)
+    ]
 
 
 def velocity(
-    network: TrainingTransformer, z: Tensor, t: Tensor, r: Tensor, text: Tensor, plan: ChunkPlan, context: Context
+    network: TrainingTransformer,
+    z: Tensor,
+    t: Tensor,
+    r: Tensor,
+    text: Tensor,
+    plan: ChunkPlan,
+    context: Context,
 ) -> Tensor:
     """u(z, t, r) of a plan's window.
 
@@ -191,13 +219,18 @@ def velocity(
     start, stop = plan.window
     positions = torch.arange(start, stop, device=z.device)
     times = [s[:, None].expand(-1, stop - start) for s in (t, r)]
-    spans = _window_spans(plan, _frame_tokens(network, z), context) if plan.first + 1 < len(plan.chunks) else None
+    spans = (
+        _window_spans(plan, _frame_tokens(network, z), context)
+        if plan.first + 1 < len(plan.chunks)
+        else None
+    )
     result: Tensor = network(z, *times, text, positions, context.memory, spans)
     return result
 
 
 def _window_spans(plan: ChunkPlan, size: int, context: Context) -> list[Span]:
-    """A noisy chunk sees the old ones, the clean copies of the window's earlier ones, and itself."""
+    """A noisy chunk sees the old ones, the clean copies of the window's earlier ones, and
+    itself."""
     start, known = plan.window[0], _cached_tokens(context.memory)
     spans: list[Span] = []
     for chunk in range(plan.first, len(plan.chunks)):

@@ -1,4 +1,5 @@
-"""The settings of a recipe, in four groups. A field's type is its check; `recipes` says which values a run takes."""
+"""The settings of a recipe, in four groups. A field's type is its check; `recipes` says which
+values a run takes."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ class OptimizerConfig:
     Attributes:
         steps: optimizer steps of the whole run.
         batch: samples of one optimizer step, over all processes.
-        micro_batch: samples that one process holds at once; what is missing to `batch` is accumulated.
+        micro_batch: samples that one process holds at once; what is missing to `batch` is
+            accumulated.
         clip: largest norm of the gradient.
-        ema, ema_start: decay of the moving average of the trained weights, and the step it starts from.
+        ema, ema_start: decay of the moving average of the trained weights, and the step it starts
+            from.
     """
 
     steps: PositiveInt
@@ -41,7 +44,8 @@ class LoRAConfig:
 
     Attributes:
         lora_rank: 0 trains all weights instead.
-        lora_alpha: the update is scaled by alpha / rank; equal to the rank, any LoRA loader applies it right.
+        lora_alpha: the update is scaled by alpha / rank; equal to the rank, any LoRA loader applies
+            it right.
         lora_times: adapt both time embedders, too.
     """
 
@@ -89,7 +93,8 @@ class RunConfig:
         checkpoint_every, keep: steps between checkpoints, and how many are kept.
         asynchronous: write checkpoints while training goes on.
         sample_every, sample_steps: steps between sample sheets (0: none), and their columns.
-        spike: a loss so many times its running mean stops the run (0: never; not finite always does).
+        spike: a loss so many times its running mean stops the run (0: never; not finite always
+            does).
         save_type: of the finished weights.
     """
 

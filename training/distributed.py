@@ -1,9 +1,10 @@
-"""The processes of a run: one, or what torchrun (or accelerate) started, with FSDP2's mesh over them.
+"""The processes of a run: one, or what torchrun (or accelerate) started, with FSDP2's mesh over
+them.
 
     torchrun --nnodes 4 --nproc-per-node 8 -m anyflow_deploy.train flow-map-14b --shard 8 …
 
-`--shard` is how many processes share one copy of the weights (hybrid sharding: copies across nodes, pieces within one); all
-of them by default.
+`--shard` is how many processes share one copy of the weights (hybrid sharding: copies across nodes,
+pieces within one); all of them by default.
 """
 
 from __future__ import annotations
@@ -62,28 +63,39 @@ def init_distributed(shard: int | None = None, device: str | None = None) -> Dis
         device: "cpu" or "cuda"; None for CUDA where there is any.
 
     Raises:
-        AnyFlowError: half an environment, a `shard` that does not divide, or no group within two minutes.
+        AnyFlowError: half an environment, a `shard` that does not divide, or no group within two
+            minutes.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given = [name for name in names if name in os.environ]
     if not given or os.environ.get("WORLD_SIZE") == "1":
         if shard not in (None, 1):
-            raise AnyFlowError(f"--shard is {shard} and there is one process. Start more with torchrun, or leave it out.")
+            raise AnyFlowError(
+                f"--shard is {shard} and there is one process. Start more with torchrun, or leave"
+                " it out."
+            )
         return DistributedContext(0, 1, torch.device(kind))
     if len(given) < len(names):
         missing = ", ".join(sorted(set(names) - set(given)))
-        raise AnyFlowError(f"the environment has {', '.join(given)} and lacks {missing}. Start with torchrun.")
+        raise AnyFlowError(
+            f"the environment has {', '.join(given)} and lacks {missing}. Start with torchrun."
+        )
     size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     if shard is not None and (shard < 1 or size % shard):
         raise AnyFlowError(f"--shard is {shard}; allowed are divisors of the {size} processes.")
     if kind == "cuda":
         torch.cuda.set_device(local)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=2))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=2)
+        )
         dist.barrier()
     except (RuntimeError, ValueError) as error:
-        raise AnyFlowError(f"the process group of {size} did not come together: {error}. Check MASTER_ADDR and ports.") from None
+        raise AnyFlowError(
+            f"the process group of {size} did not come together: {error}. Check MASTER_ADDR and"
+            " ports."
+        ) from None
     pieces = shard or size
     if pieces == size:
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))

@@ -1,18 +1,21 @@
-"""The losses (AnyFlow, arXiv 2605.13724), each for a batch of samples, held against the authors' code by tests.
+"""The losses (AnyFlow, arXiv 2605.13724), each for a batch of samples, held against the authors'
+code by tests.
 
 **Flow matching** (teacher, fake score): u(z_t, t, t) should be noise - x.
 
-**Flow map**: the average velocity u(z_t, t, r) should be v - (t - r) du/dt, v = noise - x, where du/dt follows the straight
-path through x and noise. A central difference or a Jacobian-vector product gives it, without gradient. Classifier-free
-guidance g is fused in: the prediction is compared as (u_cond + (g - 1) sg(u_uncond)) / g, and du/dt is divided by g.
+**Flow map**: the average velocity u(z_t, t, r) should be v - (t - r) du/dt, v = noise - x, where
+du/dt follows the straight path through x and noise. A central difference or a Jacobian-vector
+product gives it, without gradient. Classifier-free guidance g is fused in: the prediction is
+compared as (u_cond + (g - 1) sg(u_uncond)) / g, and du/dt is divided by g.
 
-**Distribution matching** (DMD): the gradient at a generated sample is the difference of what the fake score and the guided
-real score take its noised form for.
+**Distribution matching** (DMD): the gradient at a generated sample is the difference of what the
+fake score and the guided real score take its noised form for.
 
 du/dt is only computed for samples with r < t: half of a batch has r = t, where (t - r) is nothing.
 
-Everything here is float32 except the network's large products; with `DerivativeConfig.compute = float32` those of du/dt too,
-since the difference is divided by 0.01, and the rounding of bfloat16 products with it.
+Everything here is float32 except the network's large products; with `DerivativeConfig.compute =
+float32` those of du/dt too, since the difference is divided by 0.01, and the rounding of bfloat16
+products with it.
 """
 
 from __future__ import annotations
@@ -78,11 +81,19 @@ def sigma(t: Tensor) -> Tensor:
     return (t / TRAIN_TIMESTEPS)[:, None, None, None, None]
 
 
-def flow_matching_losses(network: TrainingTransformer, pair: NoisePair, t: Tensor, plan: ChunkPlan) -> Tensor:
+def flow_matching_losses(
+    network: TrainingTransformer, pair: NoisePair, t: Tensor, plan: ChunkPlan
+) -> Tensor:
     """Mean squared error of the instantaneous velocity, for each sample: (B)."""
     clean = pair.target(plan)
     u = velocity(
-        network, add_noise(clean, pair.noise, t), t, t, pair.text, plan, encode_context(network, pair.clean, pair.text, plan)
+        network,
+        add_noise(clean, pair.noise, t),
+        t,
+        t,
+        pair.text,
+        plan,
+        encode_context(network, pair.clean, pair.text, plan),
     )
     return (u - (pair.noise - clean)).square().flatten(1).mean(1)
 
@@ -103,8 +114,8 @@ def flow_map_losses(
     Args:
         t, r: float32 (B), timesteps.
         guidance: g of the fusion; 1 for none.
-        moving: whether any process has a sample with r < t in this batch: then all call the network as often, as FSDP needs.
-            None looks at this batch alone.
+        moving: whether any process has a sample with r < t in this batch: then all call the network
+            as often, as FSDP needs. None looks at this batch alone.
     """
     clean = pair.target(plan)
     z, v = add_noise(clean, pair.noise, t), pair.noise - clean
@@ -114,16 +125,29 @@ def flow_map_losses(
         rows = r < t
         du_dt = torch.zeros_like(v)
         if bool(rows.any()) if moving is None else moving:
-            indices = rows.nonzero()[:, 0] if bool(rows.any()) else torch.zeros(1, dtype=torch.int64, device=t.device)
+            indices = (
+                rows.nonzero()[:, 0]
+                if bool(rows.any())
+                else torch.zeros(1, dtype=torch.int64, device=t.device)
+            )
             point = (z[indices], v[indices], t[indices], r[indices], pair.text[indices])
-            du_dt[indices] = derivative(network, *point, plan, context.detach().rows(indices), derivative_config)
+            du_dt[indices] = derivative(
+                network, *point, plan, context.detach().rows(indices), derivative_config
+            )
         target = v - (sigma(t) - sigma(r)) * du_dt / guidance
         if guidance != 1:
             unconditional = velocity(
-                network, z, t, r, pair.negative, plan, encode_context(network, pair.clean, pair.negative, plan)
+                network,
+                z,
+                t,
+                r,
+                pair.negative,
+                plan,
+                encode_context(network, pair.clean, pair.negative, plan),
             )
             target = guidance * target + (1 - guidance) * unconditional
-    # (u + (g - 1) u_uncond) / g - target, written so that the gradient flows through the same division
+    # (u + (g - 1) u_uncond) / g - target, written so that the gradient flows through the same
+    # division
     error = (u - target) / guidance
     return error.square().flatten(1).mean(1) * time_weight(t, shift)
 
@@ -141,15 +165,17 @@ def derivative(
 ) -> Tensor:
     """du/ds along the straight path, d(z, s) = (v, 1), at fixed r; without gradient.
 
-    Times, states and the difference are float32 whatever the network computes in: t +- 5 in bfloat16 would be 8 apart, not
-    10.
+    Times, states and the difference are float32 whatever the network computes in: t +- 5 in
+    bfloat16 would be 8 apart, not 10.
     """
     with torch.no_grad(), network.override_compute_type(derivative_config.compute):
         if derivative_config.method == "jvp":
             tangents = (v.contiguous(), torch.full_like(t, TRAIN_TIMESTEPS))
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward-mode derivative
                 result: Tensor = torch.func.jvp(
-                    lambda state, time: velocity(network, state, time, r, text, plan, context), (z, t), tangents
+                    lambda state, time: velocity(network, state, time, r, text, plan, context),
+                    (z, t),
+                    tangents,
                 )[1]
             return result
         step = torch.full_like(t, derivative_config.epsilon)
@@ -173,11 +199,15 @@ def rescale_losses(losses: Tensor, diffusion: Tensor, reference: Tensor) -> Tens
     Args:
         losses: from `flow_map_losses`, (B).
         diffusion: bool (B), samples with r = t.
-        reference: mean loss of the r = t samples of the global batch, without gradient; not finite where there was none yet,
-            and then nothing is scaled.
+        reference: mean loss of the r = t samples of the global batch, without gradient; not finite
+            where there was none yet, and then nothing is scaled.
     """
     tiny = torch.finfo(losses.dtype).tiny
-    factor = torch.where(diffusion | ~reference.isfinite(), torch.ones_like(losses), reference / losses.detach().clamp(min=tiny))
+    factor = torch.where(
+        diffusion | ~reference.isfinite(),
+        torch.ones_like(losses),
+        reference / losses.detach().clamp(min=tiny),
+    )
     return losses * factor
 
 
@@ -196,7 +226,8 @@ class Score:
     without_adapters: bool = False
 
     def for_plan(self, plan: ChunkPlan) -> Score:
-        """The same score for samples of this plan: a bidirectional one sees all their frames as one chunk."""
+        """The same score for samples of this plan: a bidirectional one sees all their frames as one
+        chunk."""
         own = plan if self.network.architecture.causal else ChunkPlan((plan.frames,))
         return replace(self, plan=own)
 
@@ -208,10 +239,19 @@ class Score:
 
 
 @torch.no_grad()
-def dmd_gradient(real: Score, fake: Score, sample: Tensor, noise: Tensor, t: Tensor, texts: NoisePair, guidance: float) -> Tensor:
+def dmd_gradient(
+    real: Score,
+    fake: Score,
+    sample: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    texts: NoisePair,
+    guidance: float,
+) -> Tensor:
     """The normalised gradient of distribution matching at generated samples.
 
-    `(fake - real) / mean|x - real|`, `real = cond + g (cond - uncond)`, each the clean sample that a score takes z_t for.
+    `(fake - real) / mean|x - real|`, `real = cond + g (cond - uncond)`, each the clean sample that
+    a score takes z_t for.
 
     Args:
         sample: generated, (B, F, C, H, W), all frames.
@@ -227,12 +267,17 @@ def dmd_gradient(real: Score, fake: Score, sample: Tensor, noise: Tensor, t: Ten
     x = sample[:, start:stop]
     z = add_noise(x, noise, t)
     conditional = real.predict_clean(z, t, sample, texts.text)
-    target = conditional + guidance * (conditional - real.predict_clean(z, t, sample, texts.negative))
+    target = conditional + guidance * (
+        conditional - real.predict_clean(z, t, sample, texts.negative)
+    )
     scale = (x - target).abs().flatten(1).mean(1).clamp(min=1e-8)
-    return (fake.predict_clean(z, t, sample, texts.text) - target) / scale[:, None, None, None, None]
+    return (fake.predict_clean(z, t, sample, texts.text) - target) / scale[
+        :, None, None, None, None
+    ]
 
 
 def dmd_losses(sample: Tensor, gradient: Tensor, window: tuple[int, int]) -> Tensor:
-    """mse(x, sg(x - gradient)) of each sample's window: (B). Its value says how large the gradient is."""
+    """mse(x, sg(x - gradient)) of each sample's window: (B). Its value says how large the gradient
+    is."""
     x = sample[:, window[0] : window[1]]
     return (x - (x - gradient).detach()).square().flatten(1).mean(1)

@@ -1,7 +1,8 @@
-"""What can be seen of a run: a line of progress, `losses.jsonl`, TensorBoard, and wandb where asked for.
+"""What can be seen of a run: a line of progress, `losses.jsonl`, TensorBoard, and wandb where asked
+for.
 
-`losses.jsonl` has one line a step, numbers in full, and is cut back to the checkpoint on resuming: one line for each step that
-counts, however often the run was killed.
+`losses.jsonl` has one line a step, numbers in full, and is cut back to the checkpoint on resuming:
+one line for each step that counts, however often the run was killed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,14 @@ class MetricsLogger:
     """
 
     def __init__(
-        self, output: Path, name: str, first_step: int, steps: int, enabled: bool, wandb: str | None, settings: dict[str, Any]
+        self,
+        output: Path,
+        name: str,
+        first_step: int,
+        steps: int,
+        enabled: bool,
+        wandb: str | None,
+        settings: dict[str, Any],
     ) -> None:
         self._enabled = enabled
         if not enabled:
@@ -44,14 +52,24 @@ class MetricsLogger:
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
         path = output / "losses.jsonl"
         kept = (
-            [line for line in path.read_text().splitlines(keepends=True) if _step_of(line) <= first_step] if path.exists() else []
+            [
+                line
+                for line in path.read_text().splitlines(keepends=True)
+                if _step_of(line) <= first_step
+            ]
+            if path.exists()
+            else []
         )
         write_text_atomically(path, "".join(kept))
         self._file = path.open("a")
         columns = (
-            TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"), TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=Console(stderr=True))
         self._task = self._progress.add_task(name, total=steps, completed=first_step, state="")
         self._progress.start()
@@ -66,7 +84,9 @@ class MetricsLogger:
         for key, value in {**values, "samples_per_second": speed, "memory_gib": memory}.items():
             self._board.add_scalar(key, value, step)
         if self._wandb is not None:
-            self._wandb.log({**values, "samples_per_second": speed, "memory_gib": memory}, step=step)
+            self._wandb.log(
+                {**values, "samples_per_second": speed, "memory_gib": memory}, step=step
+            )
         state = f"loss {values['loss']:.4g}  {speed:.3g} samples/s  {memory:.1f} GiB"
         self._progress.update(self._task, completed=step, state=state)
 
@@ -102,7 +122,9 @@ def peak_memory() -> int:
     """Bytes this process took at most: of the GPU where there is one, else of main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if os.uname().sysname == "Darwin" else 1024
+    )
 
 
 def clock() -> float:

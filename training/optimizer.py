@@ -1,4 +1,5 @@
-"""A network that learns: its optimizer, the clipping of its gradient, and the moving average of what it learned."""
+"""A network that learns: its optimizer, the clipping of its gradient, and the moving average of
+what it learned."""
 
 from __future__ import annotations
 
@@ -29,11 +30,15 @@ class OptimizerState:
         steps: updates made.
     """
 
-    def __init__(self, network: TrainingTransformer, config: OptimizerConfig, use_average: bool = True) -> None:
+    def __init__(
+        self, network: TrainingTransformer, config: OptimizerConfig, use_average: bool = True
+    ) -> None:
         self.network = network
         self.config = config
         self.parameters = trained_parameters(network)
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if use_average else {}
+        self.average = (
+            {name: p.detach().clone() for name, p in self.parameters.items()} if use_average else {}
+        )
         self.steps = 0
         self._optimizer = torch.optim.AdamW(
             list(self.parameters.values()),
@@ -49,7 +54,8 @@ class OptimizerState:
             }
 
     def clip_gradients(self) -> float:
-        """Of all gradients together; they are clipped to the recipe's largest. Every process has to call it."""
+        """Of all gradients together; they are clipped to the recipe's largest. Every process has to
+        call it."""
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
         return float(gather_tensor(norm))
 
@@ -70,7 +76,9 @@ class OptimizerState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that has to survive, by name; loading writes into the same tensors."""
-        result: dict[str, Tensor] = {f"average.{name}": value for name, value in self.average.items()}
+        result: dict[str, Tensor] = {
+            f"average.{name}": value for name, value in self.average.items()
+        }
         for name, parameter in self.parameters.items():
             state = self._optimizer.state[parameter]
             result |= {
@@ -81,8 +89,11 @@ class OptimizerState:
         return result
 
     def state(self) -> dict[str, object]:
-        """The counts beside `tensors`, for JSON: a parameter that had no gradient in some step has fewer updates."""
-        counts = [int(self._optimizer.state[parameter]["step"]) for parameter in self.parameters.values()]
+        """The counts beside `tensors`, for JSON: a parameter that had no gradient in some step has
+        fewer updates."""
+        counts = [
+            int(self._optimizer.state[parameter]["step"]) for parameter in self.parameters.values()
+        ]
         return {"steps": self.steps, "updates": counts}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -95,7 +106,11 @@ class OptimizerState:
     @torch.no_grad()
     def use_average(self) -> Iterator[None]:
         """Put the moving average into the network meanwhile."""
-        saved = {name: parameter.detach().clone() for name, parameter in self.parameters.items()} if self.average else {}
+        saved = (
+            {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+            if self.average
+            else {}
+        )
         for name, value in self.average.items():
             self.parameters[name].copy_(value)
         try:

@@ -1,4 +1,5 @@
-"""What can fail is made to fail in the first minute: data, disk, memory, and whether a checkpoint belongs to this run."""
+"""What can fail is made to fail in the first minute: data, disk, memory, and whether a checkpoint
+belongs to this run."""
 
 from __future__ import annotations
 
@@ -17,13 +18,27 @@ from anyflow_deploy.errors import AnyFlowError, CheckpointError
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.data.source import Batch
 from anyflow_deploy.training.distributed import DistributedContext
-from anyflow_deploy.training.model.memory import checkpoint_bytes, estimate_training_memory, model_bytes
+from anyflow_deploy.training.model.memory import (
+    checkpoint_bytes,
+    estimate_training_memory,
+    model_bytes,
+)
 from anyflow_deploy.training.recipes import Recipe, recipe_to_dict
 
 CHANGEABLE = {
-    "steps", "micro_batch", "checkpointing", "offload", "compile", "checkpoint_every", "keep", "asynchronous", "sample_every",
-    "sample_steps", "spike", "save_type",
-}  # fmt: skip
+    "steps",
+    "micro_batch",
+    "checkpointing",
+    "offload",
+    "compile",
+    "checkpoint_every",
+    "keep",
+    "asynchronous",
+    "sample_every",
+    "sample_steps",
+    "spike",
+    "save_type",
+}
 """Settings that a run may go on with changed: they decide how long and how, not what is learned."""
 
 
@@ -34,9 +49,15 @@ def check_packages(recipe: Recipe, wandb: str | None) -> None:
         AnyFlowError: with the command that installs it.
     """
     needed = {"tensorboard": True, "peft": recipe.adapting.lora_rank > 0}
-    missing = [name for name, required in needed.items() if required and importlib.util.find_spec(name) is None]
+    missing = [
+        name
+        for name, required in needed.items()
+        if required and importlib.util.find_spec(name) is None
+    ]
     if missing:
-        raise AnyFlowError(f"training needs {' and '.join(missing)}. Run: pip install 'anyflow-deploy[train]'")
+        raise AnyFlowError(
+            f"training needs {' and '.join(missing)}. Run: pip install 'anyflow-deploy[train]'"
+        )
     if wandb is not None and importlib.util.find_spec("wandb") is None:
         raise AnyFlowError("--wandb needs the package wandb. Run: pip install wandb")
 
@@ -56,15 +77,17 @@ def check_memory(recipe: Recipe, a: Architecture, world: DistributedContext) -> 
     fixed = need.weights + need.training
     if fixed > available:
         raise AnyFlowError(
-            f"weights, gradients and optimizer take {fixed / 2**30:.1f} GiB a process; there are {available / 2**30:.1f} GiB. "
-            "Use more processes, or adapters (--lora-rank 256)."
+            f"weights, gradients and optimizer take {fixed / 2**30:.1f} GiB a process; there are"
+            f" {available / 2**30:.1f} GiB. Use more processes, or adapters (--lora-rank 256)."
         )
     parts = f"activations {need.activations / 2**30:.2f}, estimated"
     line = f"memory {need.total / 2**30:.2f} GiB a process ({parts}) of {available / 2**30:.1f}"
     return (
         line
         if need.total <= available
-        else f"{line}: likely too little. Use --micro-batch 1, --checkpointing true, more processes."
+        else (
+            f"{line}: likely too little. Use --micro-batch 1, --checkpointing true, more processes."
+        )
     )
 
 
@@ -102,7 +125,10 @@ def check_batch(batch: Batch, recipe: Recipe, a: Architecture) -> None:
             "Give --frames, --height and --width of the data."
         )
     if batch.text.shape[-1] != a.text_dim or batch.text.shape[0] != len(batch.latents):
-        raise AnyFlowError(f"samples {named} have text {tuple(batch.text.shape)}; the model takes (B, tokens, {a.text_dim}).")
+        raise AnyFlowError(
+            f"samples {named} have text {tuple(batch.text.shape)}; the model takes (B, tokens,"
+            f" {a.text_dim})."
+        )
 
 
 def check_resume(stored: dict[str, Any], recipe: Recipe, base: str, path: Path) -> None:
@@ -113,15 +139,19 @@ def check_resume(stored: dict[str, Any], recipe: Recipe, base: str, path: Path) 
     """
     old, new = _flatten(stored["recipe"]), _flatten(recipe_to_dict(recipe))
     changed = [
-        f"--{n.replace('_', '-')} {old.get(n)} there, {new[n]} here" for n in new if n not in CHANGEABLE and old.get(n) != new[n]
+        f"--{n.replace('_', '-')} {old.get(n)} there, {new[n]} here"
+        for n in new
+        if n not in CHANGEABLE and old.get(n) != new[n]
     ]
     if changed:
         raise CheckpointError(
-            f"{path} is of a run with other settings: {'; '.join(changed[:4])}. Set them so, or choose another --output."
+            f"{path} is of a run with other settings: {'; '.join(changed[:4])}. Set them so, or"
+            " choose another --output."
         )
     if stored["base"] != base:
         raise CheckpointError(
-            f"{path} is of a run that started from other weights. Give the same --init and --teacher, or another --output."
+            f"{path} is of a run that started from other weights. Give the same --init and"
+            " --teacher, or another --output."
         )
 
 
@@ -141,5 +171,7 @@ def quick_fingerprint(*all_weights: Weights | None) -> str:
         digest.update(repr(sorted(dataclasses.asdict(weights.architecture).items())).encode())
         for name, shape in sorted(weights.shapes().items()):
             if len(shape) == 1 or "patch_embedding" in name or name == "proj_out.weight":
-                digest.update(name.encode() + weights.read(name).float().contiguous().numpy().tobytes())
+                digest.update(
+                    name.encode() + weights.read(name).float().contiguous().numpy().tobytes()
+                )
     return digest.hexdigest()

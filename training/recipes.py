@@ -1,9 +1,11 @@
 """Recipes: everything a run is made of, as frozen values that derive from each other.
 
-    get_recipe("on-policy-1.3b-causal")     STAGE-SIZE[-causal]; STAGE is teacher, flow-map or on-policy
+    # STAGE-SIZE[-causal]; STAGE is teacher, flow-map or on-policy:
+    get_recipe("on-policy-1.3b-causal")
 
-Numbers are the paper's and the authors' code's where docs/how-to/training.md says so. A field is also a flag of
-`python -m anyflow_deploy.train`; `override_recipe` checks it. The recipe is stored with every checkpoint.
+Numbers are the paper's and the authors' code's where docs/how-to/training.md says so. A field is
+also a flag of `python -m anyflow_deploy.train`; `override_recipe` checks it. The recipe is stored
+with every checkpoint.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ GROUPS = ("optimizing", "adapting", "flow", "running")
 
 def recipe_names() -> tuple[str, ...]:
     """Of all recipes."""
-    return tuple(f"{stage}-{size}{end}" for stage in STAGES for size in SIZES for end in ("", "-causal"))
+    return tuple(
+        f"{stage}-{size}{end}" for stage in STAGES for size in SIZES for end in ("", "-causal")
+    )
 
 
 def get_recipe(name: str) -> Recipe:
@@ -77,8 +81,9 @@ def get_recipe(name: str) -> Recipe:
     """
     if name not in recipe_names():
         raise AnyFlowError(
-            f"unknown recipe {name!r}: known are STAGE-SIZE and STAGE-SIZE-causal, where STAGE is one of {', '.join(STAGES)} "
-            f"and SIZE one of {', '.join(SIZES)}.{suggestion(name, recipe_names())}"
+            f"unknown recipe {name!r}: known are STAGE-SIZE and STAGE-SIZE-causal, where STAGE is"
+            f" one of {', '.join(STAGES)} and SIZE one of"
+            f" {', '.join(SIZES)}.{suggestion(name, recipe_names())}"
         )
     stage = next(s for s in STAGES if name.startswith(s))
     size, _, causal = name[len(stage) + 1 :].partition("-")
@@ -100,7 +105,9 @@ def get_recipe(name: str) -> Recipe:
             adapting=dataclasses.replace(base.adapting, lora_times=False),
         )
     if size == "14b":
-        base = dataclasses.replace(base, running=dataclasses.replace(base.running, save_type="bfloat16"))
+        base = dataclasses.replace(
+            base, running=dataclasses.replace(base.running, save_type="bfloat16")
+        )
     return _shrink_to_tiny(base) if size == "tiny" else base
 
 
@@ -112,17 +119,29 @@ def _teacher_optimizer(size: str) -> OptimizerConfig:
 def _flow_map_optimizer(size: str) -> OptimizerConfig:
     """The reference's stage 1."""
     large = size == "14b"
-    return OptimizerConfig(steps=4000 if large else 6000, batch=16 if large else 32, learning_rate=5e-5, ema_start=1000)
+    return OptimizerConfig(
+        steps=4000 if large else 6000, batch=16 if large else 32, learning_rate=5e-5, ema_start=1000
+    )
 
 
 def _on_policy_optimizer(size: str) -> OptimizerConfig:
     """The reference's stage 2."""
     return dataclasses.replace(
-        _flow_map_optimizer(size), steps=1000, learning_rate=2e-6, beta1=0.0, beta2=0.999, ema=0.99, ema_start=0
+        _flow_map_optimizer(size),
+        steps=1000,
+        learning_rate=2e-6,
+        beta1=0.0,
+        beta2=0.999,
+        ema=0.99,
+        ema_start=0,
     )
 
 
-_STAGE_OPTIMIZERS = {"teacher": _teacher_optimizer, "flow-map": _flow_map_optimizer, "on-policy": _on_policy_optimizer}
+_STAGE_OPTIMIZERS = {
+    "teacher": _teacher_optimizer,
+    "flow-map": _flow_map_optimizer,
+    "on-policy": _on_policy_optimizer,
+}
 
 
 def _shrink_to_tiny(base: Recipe) -> Recipe:
@@ -132,16 +151,29 @@ def _shrink_to_tiny(base: Recipe) -> Recipe:
         base,
         text_tokens=16,
         optimizing=dataclasses.replace(
-            base.optimizing, steps=200, batch=8, micro_batch=8, learning_rate=rate, ema=0.99, ema_start=50
+            base.optimizing,
+            steps=200,
+            batch=8,
+            micro_batch=8,
+            learning_rate=rate,
+            ema=0.99,
+            ema_start=50,
         ),
         adapting=LoRAConfig(lora_rank=0),
         running=dataclasses.replace(
-            base.running, compute="float32", checkpointing=False, checkpoint_every=50, sample_every=50, asynchronous=False
+            base.running,
+            compute="float32",
+            checkpointing=False,
+            checkpoint_every=50,
+            sample_every=50,
+            asynchronous=False,
         ),
     )
 
 
-def recipe_fields(recipe: type[Any] = Recipe) -> Iterator[tuple[str, str | None, dataclasses.Field[Any]]]:
+def recipe_fields(
+    recipe: type[Any] = Recipe,
+) -> Iterator[tuple[str, str | None, dataclasses.Field[Any]]]:
     """Everything that can be overridden: (name, group, field)."""
     for one in dataclasses.fields(recipe):
         if one.name not in (*GROUPS, "name", "stage", "model"):
@@ -164,7 +196,8 @@ def override_recipe(base: Recipe, values: Mapping[str, Any]) -> Recipe:
         values: by field name; strings are parsed ("5e-5", "1,2,4").
 
     Raises:
-        AnyFlowError: an unknown name, a value that is not allowed, or values that do not go together.
+        AnyFlowError: an unknown name, a value that is not allowed, or values that do not go
+            together.
     """
     groups = {name: group for name, group, _ in recipe_fields()}
     content = recipe_to_dict(base)
@@ -196,7 +229,9 @@ def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
         return TypeAdapter(Recipe).validate_python(dict(content))
     except ValidationError as error:
         problem = error.errors()[0]
-        flag = str(problem["loc"][-1] if not isinstance(problem["loc"][-1], int) else problem["loc"][-2]).replace("_", "-")
+        flag = str(
+            problem["loc"][-1] if not isinstance(problem["loc"][-1], int) else problem["loc"][-2]
+        ).replace("_", "-")
         raise AnyFlowError(f"--{flag} is {problem['input']!r}: {problem['msg'].lower()}.") from None
 
 
@@ -204,12 +239,21 @@ def _check_consistency(recipe: Recipe) -> None:
     """What goes together."""
     optimizing, a = recipe.optimizing, recipe.architecture
     if optimizing.batch % optimizing.micro_batch:
-        raise AnyFlowError(f"--batch {optimizing.batch} is not a multiple of --micro-batch {optimizing.micro_batch}. Change one.")
-    compressed_side = (a.compressed_patch_size or a.patch_size)[1]
-    if recipe.height % a.patch_size[1] or recipe.width % a.patch_size[2] or min(recipe.height, recipe.width) < compressed_side:
         raise AnyFlowError(
-            f"latents of {recipe.height} x {recipe.width} do not divide into patches of {a.patch_size[1]} "
-            f"(and at least {compressed_side}); change --height and --width."
+            f"--batch {optimizing.batch} is not a multiple of --micro-batch"
+            f" {optimizing.micro_batch}. Change one."
+        )
+    compressed_side = (a.compressed_patch_size or a.patch_size)[1]
+    if (
+        recipe.height % a.patch_size[1]
+        or recipe.width % a.patch_size[2]
+        or min(recipe.height, recipe.width) < compressed_side
+    ):
+        raise AnyFlowError(
+            f"latents of {recipe.height} x {recipe.width} do not divide into patches of"
+            f" {a.patch_size[1]} (and at least {compressed_side}); change --height and --width."
         )
     if recipe.frames > a.rope_max_seq_len:
-        raise AnyFlowError(f"--frames is {recipe.frames}; the model's rotary table ends at {a.rope_max_seq_len}.")
+        raise AnyFlowError(
+            f"--frames is {recipe.frames}; the model's rotary table ends at {a.rope_max_seq_len}."
+        )

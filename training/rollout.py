@@ -1,12 +1,14 @@
-"""Flow-map backward simulation: a sample of any number of steps in at most three forwards, all of them with gradient.
+"""Flow-map backward simulation: a sample of any number of steps in at most three forwards, all of
+them with gradient.
 
 Of the N-step schedule one index g is drawn. A flow map may jump, so the roll-out makes
 
     s_0 -> s_g,   s_g -> s_{g+1},   s_{g+1} -> 0
 
-(empty ones are skipped): the errors of all N-step trajectories are seen, at a cost that does not grow with N, and the end is
-a clean sample, never a half-denoised one. A causal model makes every chunk so, one after the other; what later chunks
-remember of it is encoded without gradient, into tensors that no later write touches.
+(empty ones are skipped): the errors of all N-step trajectories are seen, at a cost that does not
+grow with N, and the end is a clean sample, never a half-denoised one. A causal model makes every
+chunk so, one after the other; what later chunks remember of it is encoded without gradient, into
+tensors that no later write touches.
 
 Checked against the authors' code: `shortcut_bcthw_N_g` of the causal golden vectors.
 """
@@ -33,21 +35,30 @@ def shortcut(steps: int, index: int, shift: float) -> list[Transition]:
     return [(t, r) for t, r in itertools.pairwise(stops) if t > r]
 
 
-def sample_shortcut(choices: tuple[int, ...], shift: float, seed: int, step: int | str) -> list[Transition]:
+def sample_shortcut(
+    choices: tuple[int, ...], shift: float, seed: int, step: int | str
+) -> list[Transition]:
     """`shortcut` of a drawn number of steps and index: the same on all processes."""
     random = seeded_generator(seed, "shortcut", step)
     steps = choices[int(torch.randint(len(choices), (), generator=random))]
     return shortcut(steps, int(torch.randint(steps, (), generator=random)), shift)
 
 
-def rollout(network: TrainingTransformer, noise: Tensor, text: Tensor, plan: ChunkPlan, transitions: list[Transition]) -> Tensor:
+def rollout(
+    network: TrainingTransformer,
+    noise: Tensor,
+    text: Tensor,
+    plan: ChunkPlan,
+    transitions: list[Transition],
+) -> Tensor:
     """Make samples from noise.
 
     Args:
         noise: of all frames, float32 (B, F, C, H, W).
         text: prompt embeddings (B, L, D).
         plan: chunks, made in order.
-        transitions: of every chunk, the same ones; from `shortcut`, or `Schedule.transitions` to sample with all steps.
+        transitions: of every chunk, the same ones; from `shortcut`, or `Schedule.transitions` to
+            sample with all steps.
 
     Returns:
         Clean latents, float32 (B, F, C, H, W), with gradient where the caller has it switched on.
@@ -61,15 +72,29 @@ def rollout(network: TrainingTransformer, noise: Tensor, text: Tensor, plan: Chu
             head = plan.head(chunk + 1)
             with torch.no_grad():
                 clean = torch.cat(clean_chunks, dim=1)
-                compressed = compress_chunks(network, clean, text, plan, range(plan.head(chunk).first, head.first), compressed)
+                compressed = compress_chunks(
+                    network,
+                    clean,
+                    text,
+                    plan,
+                    range(plan.head(chunk).first, head.first),
+                    compressed,
+                )
                 memory = encode_recent(network, clean, text, head, compressed)
         positions = torch.arange(start, stop, device=noise.device)
-        clean_chunks.append(_denoise_chunk(network, noise[:, start:stop], text, transitions, positions, memory))
+        clean_chunks.append(
+            _denoise_chunk(network, noise[:, start:stop], text, transitions, positions, memory)
+        )
     return torch.cat(clean_chunks, dim=1)
 
 
 def _denoise_chunk(
-    network: TrainingTransformer, z: Tensor, text: Tensor, transitions: list[Transition], positions: Tensor, memory: KVCache
+    network: TrainingTransformer,
+    z: Tensor,
+    text: Tensor,
+    transitions: list[Transition],
+    positions: Tensor,
+    memory: KVCache,
 ) -> Tensor:
     """One chunk from noise to clean."""
     for t, r in transitions:

@@ -57,16 +57,24 @@ def open_weights(spec: RunSpec) -> tuple[Weights, Weights | None]:
     elif row.hub_id is None:
         weights = RandomWeights(row.architecture, row.name, recipe.running.seed)
     else:
-        raise AnyFlowError("--init is missing: the folder of a Wan2.1 or AnyFlow checkpoint in diffusers' layout.")
+        raise AnyFlowError(
+            "--init is missing: the folder of a Wan2.1 or AnyFlow checkpoint in diffusers' layout."
+        )
     if recipe.stage != "on-policy":
         if spec.teacher is not None:
-            raise AnyFlowError(f"--teacher belongs to the stage on-policy; {recipe.name} takes --init alone.")
+            raise AnyFlowError(
+                f"--teacher belongs to the stage on-policy; {recipe.name} takes --init alone."
+            )
         return weights, None
     if spec.teacher is None:
-        raise AnyFlowError("--teacher is missing: the checkpoint of the stage teacher, whose score is matched.")
+        raise AnyFlowError(
+            "--teacher is missing: the checkpoint of the stage teacher, whose score is matched."
+        )
     teacher = open_initial_weights(spec.teacher, None, row.architecture)
     if teacher.architecture.in_channels != weights.architecture.in_channels:
-        raise AnyFlowError("--teacher and --init have latents of other channels; they have to be of one family.")
+        raise AnyFlowError(
+            "--teacher and --init have latents of other channels; they have to be of one family."
+        )
     return weights, teacher
 
 
@@ -81,7 +89,9 @@ def open_data(data: str, recipe: Recipe, weights: Weights, part: DataShard) -> D
         shape = (recipe.frames, a.in_channels, recipe.height, recipe.width)
         return SyntheticLatents(part, shape, (recipe.text_tokens, a.text_dim), recipe.running.seed)
     try:
-        open_source: Callable[..., DataSource] = importlib.import_module("anyflow_deploy.training.data.shard_source").open_source
+        open_source: Callable[..., DataSource] = importlib.import_module(
+            "anyflow_deploy.training.data.shard_source"
+        ).open_source
     except ModuleNotFoundError as error:
         if error.name != "anyflow_deploy.training.data.shard_source":
             raise

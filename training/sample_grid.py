@@ -1,7 +1,9 @@
-"""Sample sheets: one picture that shows what the model makes of some prompts in 1, 2, 4, 8 and 16 steps.
+"""Sample sheets: one picture that shows what the model makes of some prompts in 1, 2, 4, 8 and 16
+steps.
 
-Rows are prompts, columns numbers of steps, all from the same noise, so that a flow map that works shows the same picture
-along a row. A pipeline's VAE decodes where there is one; without, three latent channels are shown as colours.
+Rows are prompts, columns numbers of steps, all from the same noise, so that a flow map that works
+shows the same picture along a row. A pipeline's VAE decodes where there is one; without, three
+latent channels are shown as colours.
 """
 
 from __future__ import annotations
@@ -27,26 +29,42 @@ ROWS = 4
 
 @torch.no_grad()
 def generate_grid_samples(
-    network: TrainingTransformer, batch: Batch, plan: ChunkPlan, steps: tuple[int, ...], shift: float, seed: int
+    network: TrainingTransformer,
+    batch: Batch,
+    plan: ChunkPlan,
+    steps: tuple[int, ...],
+    shift: float,
+    seed: int,
 ) -> list[Tensor]:
-    """For each number of steps, samples (rows, F, C, H, W) of the batch's first prompts. Every process calls it (FSDP)."""
+    """For each number of steps, samples (rows, F, C, H, W) of the batch's first prompts. Every
+    process calls it (FSDP)."""
     rows = min(ROWS, len(batch.latents))
     noise = seeded_normal((rows, *batch.latents.shape[1:]), seed, "sheet").to(batch.latents.device)
     text = batch.text[:rows]
-    return [rollout(network, noise, text, plan, list(Schedule.uniform(n, shift).transitions)).cpu() for n in steps]
+    return [
+        rollout(network, noise, text, plan, list(Schedule.uniform(n, shift).transitions)).cpu()
+        for n in steps
+    ]
 
 
 def draw_sample_grid(
-    path: Path, samples: list[Tensor], names: tuple[str, ...], steps: tuple[int, ...], pipeline: Path | None
+    path: Path,
+    samples: list[Tensor],
+    names: tuple[str, ...],
+    steps: tuple[int, ...],
+    pipeline: Path | None,
 ) -> None:
-    """Write the sheet as PNG: the middle frame of each sample; `names` or captions stand beside the rows."""
+    """Write the sheet as PNG: the middle frame of each sample; `names` or captions stand beside the
+    rows."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = len(samples[0])
-    figure, axes = pyplot.subplots(rows, len(steps), figsize=(2.4 * len(steps), 1.8 * rows), squeeze=False)
+    figure, axes = pyplot.subplots(
+        rows, len(steps), figsize=(2.4 * len(steps), 1.8 * rows), squeeze=False
+    )
     for column, (samples_of_column, count) in enumerate(zip(samples, steps, strict=True)):
         for row in range(rows):
             cell = axes[row][column]
@@ -74,5 +92,7 @@ def _decode_middle_frame(latents: Tensor, pipeline: Path | None) -> NDArray[np.u
     middle = latents[0, latents.shape[1] // 2, :3].permute(1, 2, 0)
     if middle.shape[-1] < 3:
         middle = middle[..., :1].expand(-1, -1, 3)
-    colours: NDArray[np.uint8] = ((middle.clamp(-3, 3) / 6 + 0.5) * 255).nan_to_num(0.0).to(torch.uint8).numpy()
+    colours: NDArray[np.uint8] = (
+        ((middle.clamp(-3, 3) / 6 + 0.5) * 255).nan_to_num(0.0).to(torch.uint8).numpy()
+    )
     return colours

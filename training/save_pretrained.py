@@ -1,10 +1,13 @@
-"""What a run leaves: a checkpoint in diffusers' own layout, and the adapters alone in diffusers' LoRA layout.
+"""What a run leaves: a checkpoint in diffusers' own layout, and the adapters alone in diffusers'
+LoRA layout.
 
     OUTPUT/model/    a pipeline: `AnyFlowPipeline.from_pretrained`, `anyflow-export --checkpoint`
-    OUTPUT/lora/     pytorch_lora_weights.safetensors; trained_weights.safetensors for what is trained without adapters
+    OUTPUT/lora/     pytorch_lora_weights.safetensors; trained_weights.safetensors for what is
+                     trained without adapters
 
-Weights are merged (W + alpha/rank B A), in float32, one tensor at a time: no process holds more than the largest, twice. The
-pipeline's other parts are those the run started from, as hard links where the disk allows.
+Weights are merged (W + alpha/rank B A), in float32, one tensor at a time: no process holds more
+than the largest, twice. The pipeline's other parts are those the run started from, as hard links
+where the disk allows.
 """
 
 from __future__ import annotations
@@ -26,7 +29,13 @@ from anyflow_deploy.checkpoints.dtypes import SAFETENSORS_NAMES
 from anyflow_deploy.checkpoints.safetensors_stream import build_header
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.distributed import DistributedContext
-from anyflow_deploy.training.model.lora import ADAPTER, adapter_name, base_name, lora_layers, lora_scaling
+from anyflow_deploy.training.model.lora import (
+    ADAPTER,
+    adapter_name,
+    base_name,
+    lora_layers,
+    lora_scaling,
+)
 from anyflow_deploy.training.model.model_factory import gather_tensor
 from anyflow_deploy.training.optimizer import OptimizerState
 
@@ -34,9 +43,15 @@ PARTS = ("text_encoder", "tokenizer", "vae")
 
 
 def save_pretrained(
-    output: Path, optimizer_state: OptimizerState, world: DistributedContext, shift: float, save_type: str, start: Path | None
+    output: Path,
+    optimizer_state: OptimizerState,
+    world: DistributedContext,
+    shift: float,
+    save_type: str,
+    start: Path | None,
 ) -> Path:
-    """Write `model/` and, with adapters, `lora/`; what was there is replaced when the new one is whole.
+    """Write `model/` and, with adapters, `lora/`; what was there is replaced when the new one is
+    whole.
 
     Args:
         optimizer_state: its moving average is put in by the caller where that is wanted.
@@ -62,36 +77,57 @@ def save_pretrained(
 
 @torch.no_grad()
 def merge_weight(optimizer_state: OptimizerState, name: str) -> Tensor:
-    """A parameter of the network, by its name in it, with its adapter's update: float32, whole. Every process calls it."""
+    """A parameter of the network, by its name in it, with its adapter's update: float32, whole.
+    Every process calls it."""
     network = optimizer_state.network
     value = gather_tensor(network.get_parameter(name).detach()).float()
     module = name.removesuffix(".base_layer.weight")
     if module != name:
-        first, second = (network.get_parameter(f"{module}.lora_{half}.{ADAPTER}.weight").detach() for half in "AB")
-        value = value + lora_scaling(network, module) * (gather_tensor(second) @ gather_tensor(first))
+        first, second = (
+            network.get_parameter(f"{module}.lora_{half}.{ADAPTER}.weight").detach()
+            for half in "AB"
+        )
+        value = value + lora_scaling(network, module) * (
+            gather_tensor(second) @ gather_tensor(first)
+        )
     return value
 
 
 def _save_transformer(
-    partial: Path | None, optimizer_state: OptimizerState, world: DistributedContext, kind: torch.dtype
+    partial: Path | None,
+    optimizer_state: OptimizerState,
+    world: DistributedContext,
+    kind: torch.dtype,
 ) -> None:
     """Write `transformer/` into the model's folder; processes that have none help to gather."""
     names = [name for name, _ in optimizer_state.network.named_parameters() if ".lora_" not in name]
     head, _ = build_header(
-        {base_name(n): (SAFETENSORS_NAMES[kind], tuple(optimizer_state.network.get_parameter(n).shape)) for n in names},
+        {
+            base_name(n): (
+                SAFETENSORS_NAMES[kind],
+                tuple(optimizer_state.network.get_parameter(n).shape),
+            )
+            for n in names
+        },
         {"format": "pt"},
     )
     folder = None if partial is None else partial / "transformer"
     if folder is not None:
         folder.mkdir()
-    with (folder / f"{STEM}.safetensors" if folder is not None else Path(os.devnull)).open("wb") as file:
+    with (folder / f"{STEM}.safetensors" if folder is not None else Path(os.devnull)).open(
+        "wb"
+    ) as file:
         file.write(head)
         for name in names:
             value = merge_weight(optimizer_state, name)
             if world.is_main:
-                file.write(value.to("cpu", kind).contiguous().view(-1).view(torch.uint8).numpy().data)
+                file.write(
+                    value.to("cpu", kind).contiguous().view(-1).view(torch.uint8).numpy().data
+                )
     if folder is not None:
-        (folder / "config.json").write_text(json.dumps(optimizer_state.network.architecture.as_config(), indent=2))
+        (folder / "config.json").write_text(
+            json.dumps(optimizer_state.network.architecture.as_config(), indent=2)
+        )
 
 
 def _write_pipeline(folder: Path, a: Architecture, shift: float, start: Path | None) -> None:
@@ -102,12 +138,20 @@ def _write_pipeline(folder: Path, a: Architecture, shift: float, start: Path | N
             path.rename(folder / path.name)
         (folder / "transformer").rmdir()
         return
-    index = {key: value for key, value in read_json(pipeline / "model_index.json").items() if key in PARTS}
+    index = {
+        key: value
+        for key, value in read_json(pipeline / "model_index.json").items()
+        if key in PARTS
+    }
     for part in index:
         if (pipeline / part).is_dir():
             shutil.copytree(pipeline / part, folder / part, copy_function=_link_or_copy)
     (folder / "scheduler").mkdir()
-    scheduler = {"_class_name": "FlowMapEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift}
+    scheduler = {
+        "_class_name": "FlowMapEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": shift,
+    }
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=2))
     content: dict[str, Any] = {
         "_class_name": "AnyFlowFARPipeline" if a.causal else "AnyFlowPipeline",
@@ -128,7 +172,9 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def _save_adapters(output: Path, values: dict[str, Tensor]) -> None:
-    halves = {adapter_name(name): value.contiguous() for name, value in values.items() if ".lora_" in name}
+    halves = {
+        adapter_name(name): value.contiguous() for name, value in values.items() if ".lora_" in name
+    }
     rest = {name: value.contiguous() for name, value in values.items() if ".lora_" not in name}
     with atomic_folder(output / "lora") as partial:
         save_file(halves, partial / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})

@@ -1,10 +1,12 @@
 """One optimizer step of each stage: what is drawn, which losses, whose gradients.
 
-The trainer calls `accumulate` for each micro-batch and then updates every learner. A stage keeps no state of its own but
-`reference`, the running mean loss of r = t samples, for the rare step without one.
+The trainer calls `accumulate` for each micro-batch and then updates every learner. A stage keeps no
+state of its own but `reference`, the running mean loss of r = t samples, for the rare step without
+one.
 
-What is random is drawn for the global batch of the step, by sample number (`timestep_sampling`): micro-batch m of W
-processes with b samples each holds the samples m W b … (m + 1) W b - 1, this process those from m W b + rank b on.
+What is random is drawn for the global batch of the step, by sample number (`timestep_sampling`):
+micro-batch m of W processes with b samples each holds the samples m W b … (m + 1) W b - 1, this
+process those from m W b + rank b on.
 """
 
 from __future__ import annotations
@@ -72,11 +74,15 @@ class MicroBatch:
     def noise(self, like: Tensor, seed: int, purpose: str) -> Tensor:
         """Standard normal of a tensor's shape (B, …), a sample's own whoever computes it."""
         shape = like.shape[1:]
-        noise = [seeded_normal(shape, seed, purpose, self.step, self.local_first + i) for i in range(self.count)]
+        noise = [
+            seeded_normal(shape, seed, purpose, self.step, self.local_first + i)
+            for i in range(self.count)
+        ]
         return torch.stack(noise).to(self.world.device)
 
     def mean(self, losses: Tensor) -> Tensor:
-        """This micro-batch's share of the mean over the global batch (FSDP averages over processes)."""
+        """This micro-batch's share of the mean over the global batch (FSDP averages over
+        processes)."""
         return losses.sum() * self.world.size / self.step_count
 
 
@@ -101,7 +107,8 @@ class Stage(Protocol):
 
 
 def sample_chunk_plan(plan: ChunkPlan, long_context: float, seed: int, step: int) -> ChunkPlan:
-    """The chunks of one step, the same on all processes: the first window, or (long context) a later one."""
+    """The chunks of one step, the same on all processes: the first window, or (long context) a
+    later one."""
     extra = len(plan.chunks) - plan.limit
     random = seeded_generator(seed, "chunks", step)
     if extra <= 0 or float(torch.rand((), generator=random)) >= long_context:
@@ -124,13 +131,22 @@ class Teacher:
         plan = sample_chunk_plan(self.plan, flow.long_context, seed, micro.step)
         start, stop = plan.window
         dropped = (
-            micro.local_rows(torch.rand(micro.step_count, generator=seeded_generator(seed, "drop", micro.step))) < flow.text_drop
+            micro.local_rows(
+                torch.rand(micro.step_count, generator=seeded_generator(seed, "drop", micro.step))
+            )
+            < flow.text_drop
         )
         text = torch.where(dropped[:, None, None], batch.negative_text, batch.text)
         clean = batch.latents[:, : plan.frames]
-        pair = NoisePair(clean, micro.noise(clean[:, start:stop], seed, "noise"), text, batch.negative_text)
-        t = micro.local_rows(sample_logit_normal_times(micro.step_count, flow.shift, seed, "teacher", micro.step))
-        loss = micro.mean(flow_matching_losses(self.optimizer_states["model"].network, pair, t, plan))
+        pair = NoisePair(
+            clean, micro.noise(clean[:, start:stop], seed, "noise"), text, batch.negative_text
+        )
+        t = micro.local_rows(
+            sample_logit_normal_times(micro.step_count, flow.shift, seed, "teacher", micro.step)
+        )
+        loss = micro.mean(
+            flow_matching_losses(self.optimizer_states["model"].network, pair, t, plan)
+        )
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach()}
 
@@ -164,25 +180,46 @@ class FlowMap:
         moving = times[global_slice] != targets[global_slice]
         t, r = micro.local_rows(times), micro.local_rows(targets)
         clean = batch.latents[:, : plan.frames]
-        pair = NoisePair(clean, micro.noise(clean[:, start:stop], seed, "noise"), batch.text, batch.negative_text)
-        derivative_config = DerivativeConfig(flow.derivative, flow.epsilon, getattr(torch, flow.derivative_type))
+        pair = NoisePair(
+            clean, micro.noise(clean[:, start:stop], seed, "noise"), batch.text, batch.negative_text
+        )
+        derivative_config = DerivativeConfig(
+            flow.derivative, flow.epsilon, getattr(torch, flow.derivative_type)
+        )
         network = self.optimizer_states["model"].network
-        losses = flow_map_losses(network, pair, t, r, plan, flow.guidance, flow.shift, derivative_config, bool(moving.any()))
+        losses = flow_map_losses(
+            network,
+            pair,
+            t,
+            r,
+            plan,
+            flow.guidance,
+            flow.shift,
+            derivative_config,
+            bool(moving.any()),
+        )
         diffusion = t == r
         if not bool(moving.all()):
             self._add_reference_losses(losses.detach()[diffusion], micro.world)
-        return micro.mean(rescale_losses(losses, diffusion, losses.new_tensor(self._reference_mean())))
+        return micro.mean(
+            rescale_losses(losses, diffusion, losses.new_tensor(self._reference_mean()))
+        )
 
     def finish(self) -> None:
         """See `StageTiming`."""
         if self._sums[1]:
             mean = self._reference_mean()
-            self.reference = mean if math.isnan(self.reference) else 0.9 * self.reference + 0.1 * mean
+            self.reference = (
+                mean if math.isnan(self.reference) else 0.9 * self.reference + 0.1 * mean
+            )
         self._sums = [0.0, 0.0]
 
     def _add_reference_losses(self, losses: Tensor, world: DistributedContext) -> None:
-        """Enter losses of r = t samples, which come first in a step: the others find the mean of all of them."""
-        found = world.sum(torch.stack((losses.sum(), losses.new_tensor(float(len(losses))))).double())
+        """Enter losses of r = t samples, which come first in a step: the others find the mean of
+        all of them."""
+        found = world.sum(
+            torch.stack((losses.sum(), losses.new_tensor(float(len(losses))))).double()
+        )
         self._sums = [old + float(new) for old, new in zip(self._sums, found, strict=True)]
 
     def _reference_mean(self) -> float:
@@ -213,12 +250,21 @@ class OnPolicy:
         self._flow_map.reference = self.reference
         flow, seed = self.recipe.flow, self.recipe.running.seed
         plan = sample_chunk_plan(self.plan, flow.long_context, seed, micro.step)
-        losses = {"dmd": self._accumulate_dmd(batch, micro, plan), "fake": self._accumulate_fake_score(batch, micro, plan)}
+        losses = {
+            "dmd": self._accumulate_dmd(batch, micro, plan),
+            "fake": self._accumulate_fake_score(batch, micro, plan),
+        }
         if flow.flow_map_weight:
             loss = self._flow_map.loss(batch, micro)
             (flow.flow_map_weight * loss).backward()  # type: ignore[no-untyped-call]
             losses["flow_map"] = loss.detach()
-        return {"loss": losses["dmd"] + flow.flow_map_weight * losses.get("flow_map", torch.zeros_like(losses["dmd"])), **losses}
+        return {
+            "loss": (
+                losses["dmd"]
+                + flow.flow_map_weight * losses.get("flow_map", torch.zeros_like(losses["dmd"]))
+            ),
+            **losses,
+        }
 
     def finish(self) -> None:
         """See `StageTiming`."""
@@ -234,7 +280,9 @@ class OnPolicy:
         noise = micro.noise(sample[:, window[0] : window[1]], seed, "dmd-noise")
         t = micro.local_rows(sample_uniform_times(micro.step_count, flow.shift, seed, micro.step))
         pair = NoisePair(sample.detach(), noise, batch.text, batch.negative_text)
-        gradient = dmd_gradient(scores[0], scores[1], pair.clean, noise, t, pair, flow.real_guidance)
+        gradient = dmd_gradient(
+            scores[0], scores[1], pair.clean, noise, t, pair, flow.real_guidance
+        )
         loss = micro.mean(dmd_losses(sample, gradient, window))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
@@ -246,13 +294,22 @@ class OnPolicy:
             sample = self._sample_rollout(batch, micro, plan, "fake")
         score = self.fake.for_plan(plan)
         start, stop = score.plan.window
-        pair = NoisePair(sample, micro.noise(sample[:, start:stop], seed, "fake-noise"), batch.text, batch.negative_text)
-        t = micro.local_rows(sample_logit_normal_times(micro.step_count, flow.shift, seed, "fake", micro.step))
+        pair = NoisePair(
+            sample,
+            micro.noise(sample[:, start:stop], seed, "fake-noise"),
+            batch.text,
+            batch.negative_text,
+        )
+        t = micro.local_rows(
+            sample_logit_normal_times(micro.step_count, flow.shift, seed, "fake", micro.step)
+        )
         loss = micro.mean(flow_matching_losses(score.network, pair, t, score.plan))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _sample_rollout(self, batch: Batch, micro: MicroBatch, plan: ChunkPlan, purpose: str) -> Tensor:
+    def _sample_rollout(
+        self, batch: Batch, micro: MicroBatch, plan: ChunkPlan, purpose: str
+    ) -> Tensor:
         flow, seed = self.recipe.flow, self.recipe.running.seed
         noise = micro.noise(batch.latents[:, : plan.frames], seed, f"{purpose}-start")
         pairs = sample_shortcut(flow.rollout_steps, flow.shift, seed, f"{purpose}-{micro.step}")

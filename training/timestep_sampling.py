@@ -1,8 +1,8 @@
 """Random draws: which times are trained, and with which weight.
 
-Every draw is a function of (seed, what, step, sample): nothing depends on what was drawn before, or on which process draws.
-So there is no state of a random generator to save, a run that was killed goes on with the same numbers, and a sample gets
-the same noise on one GPU and on eight.
+Every draw is a function of (seed, what, step, sample): nothing depends on what was drawn before, or
+on which process draws. So there is no state of a random generator to save, a run that was killed
+goes on with the same numbers, and a sample gets the same noise on one GPU and on eight.
 
 All times are float32 timesteps, 0 (clean) to 1000 (noise); s = t / 1000.
 """
@@ -19,7 +19,8 @@ from torch import Tensor
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS
 
 DIFFUSION_SHARE, CLEAN_SHARE = 0.5, 0.25
-"""Of the global batch: samples with r = t (plain flow matching), and with r = 0 (straight to the clean sample)."""
+"""Of the global batch: samples with r = t (plain flow matching), and with r = 0 (straight to the
+clean sample)."""
 
 
 def seeded_generator(seed: int, *keys: object) -> torch.Generator:
@@ -41,11 +42,13 @@ def shift_times(s: Tensor, shift: float) -> Tensor:
 def sample_flow_map_times(count: int, shift: float, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """t and r of every sample of the global batch of one optimizer step.
 
-    t and r are the larger and smaller of two uniforms, shifted; then half of the samples get r = t and a quarter r = 0. The
-    shares are drawn systematically: one random offset, then equal strides. So they are right on average for any size
-    (a global batch of 2 has an r = 0 sample every other step), and nearly exact in each step for large ones.
+    t and r are the larger and smaller of two uniforms, shifted; then half of the samples get r = t
+    and a quarter r = 0. The shares are drawn systematically: one random offset, then equal strides.
+    So they are right on average for any size (a global batch of 2 has an r = 0 sample every other
+    step), and nearly exact in each step for large ones.
 
-    The r = t samples come first: their mean loss is known when the others, which are scaled to it, are reached.
+    The r = t samples come first: their mean loss is known when the others, which are scaled to it,
+    are reached.
 
     Returns:
         float32 (count) twice, in timesteps.
@@ -56,7 +59,9 @@ def sample_flow_map_times(count: int, shift: float, seed: int, step: int) -> tup
     pair = torch.rand(count, 2, generator=random, dtype=torch.float64)
     t, r = shift_times(pair.amax(1), shift), shift_times(pair.amin(1), shift)
     r = torch.where(place < DIFFUSION_SHARE, t, r)
-    r = torch.where((place >= DIFFUSION_SHARE) & (place < DIFFUSION_SHARE + CLEAN_SHARE), torch.zeros_like(r), r)
+    r = torch.where(
+        (place >= DIFFUSION_SHARE) & (place < DIFFUSION_SHARE + CLEAN_SHARE), torch.zeros_like(r), r
+    )
     return (TRAIN_TIMESTEPS * t).float(), (TRAIN_TIMESTEPS * r).float()
 
 
@@ -66,22 +71,29 @@ def sample_uniform_times(count: int, shift: float, seed: int, step: int) -> Tens
     return (TRAIN_TIMESTEPS * shift_times(s, shift)).float()
 
 
-def sample_logit_normal_times(count: int, shift: float, seed: int, purpose: str, step: int) -> Tensor:
-    """Shifted logit-normal t, float32 (count): flow matching of the teacher and of the fake score."""
-    s = torch.randn(count, generator=seeded_generator(seed, purpose, step), dtype=torch.float64).sigmoid()
+def sample_logit_normal_times(
+    count: int, shift: float, seed: int, purpose: str, step: int
+) -> Tensor:
+    """Shifted logit-normal t, float32 (count): flow matching of the teacher and of the fake
+    score."""
+    s = torch.randn(
+        count, generator=seeded_generator(seed, purpose, step), dtype=torch.float64
+    ).sigmoid()
     return (TRAIN_TIMESTEPS * shift_times(s, shift)).float()
 
 
 @functools.cache
 def _weights(shift: float) -> tuple[Tensor, Tensor]:
-    """The 1001 shifted times from 0 to 1, and the weight of each: s sqrt(1 - s), summing to 1000."""
+    """The 1001 shifted times from 0 to 1, and the weight of each: s sqrt(1 - s), summing to
+    1000."""
     grid = shift_times(torch.linspace(0, 1, 1001, dtype=torch.float64), shift)
     weight = grid * (1 - grid).clamp(min=0).sqrt()
     return grid, weight * (TRAIN_TIMESTEPS / weight.sum())
 
 
 def time_weight(t: Tensor, shift: float) -> Tensor:
-    """w(t) of the flow-map loss: of the nearest point of the shifted grid, float32 like `t` (timesteps)."""
+    """w(t) of the flow-map loss: of the nearest point of the shifted grid, float32 like `t`
+    (timesteps)."""
     grid, weight = _weights(shift)
     s = t.detach().double().cpu() / TRAIN_TIMESTEPS
     after = torch.searchsorted(grid, s).clamp(1, len(grid) - 1)

@@ -2,9 +2,9 @@
 
     train(RunSpec(get_recipe("flow-map-tiny"), Path("runs/tiny")))
 
-Before the first step everything that can be checked is checked (`preflight`). A run that finds a checkpoint of its own goes on
-from it, on any number of processes; a run that was killed loses what came after its last checkpoint, and makes the same
-numbers again.
+Before the first step everything that can be checked is checked (`preflight`). A run that finds a
+checkpoint of its own goes on from it, on any number of processes; a run that was killed loses what
+came after its last checkpoint, and makes the same numbers again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.training.checkpointing import CheckpointManager, read_state
 from anyflow_deploy.training.chunks import ChunkPlan, chunk_plan
 from anyflow_deploy.training.data.source import Batch, DataShard
-from anyflow_deploy.training.distributed import DistributedContext, init_distributed, shutdown_distributed
+from anyflow_deploy.training.distributed import (
+    DistributedContext,
+    init_distributed,
+    shutdown_distributed,
+)
 from anyflow_deploy.training.losses import Score
 from anyflow_deploy.training.metrics_logger import MetricsLogger, clock
 from anyflow_deploy.training.model.model_factory import build_frozen_network, build_trained_network
@@ -41,7 +45,13 @@ from anyflow_deploy.training.preflight import (
     quick_fingerprint,
 )
 from anyflow_deploy.training.recipes import recipe_to_dict
-from anyflow_deploy.training.run_spec import OpenData, RunSpec, find_vae_pipeline, open_data, open_weights
+from anyflow_deploy.training.run_spec import (
+    OpenData,
+    RunSpec,
+    find_vae_pipeline,
+    open_data,
+    open_weights,
+)
 from anyflow_deploy.training.sample_grid import ROWS, draw_sample_grid, generate_grid_samples
 from anyflow_deploy.training.save_pretrained import save_pretrained
 from anyflow_deploy.training.stages import FlowMap, MicroBatch, OnPolicy, Stage, Teacher
@@ -54,7 +64,8 @@ def train(spec: RunSpec) -> Path:
         The folder of the finished model.
 
     Raises:
-        AnyFlowError: bad settings, data or checkpoints (within the first minute); a loss that is not finite or explodes.
+        AnyFlowError: bad settings, data or checkpoints (within the first minute); a loss that is
+            not finite or explodes.
     """
     world = init_distributed(spec.shard, spec.device)
     try:
@@ -66,13 +77,15 @@ def train(spec: RunSpec) -> Path:
 class Trainer:
     """One process of a run, see the module's text."""
 
-    def __init__(self, spec: RunSpec, world: DistributedContext, data_opener: OpenData = open_data) -> None:
+    def __init__(
+        self, spec: RunSpec, world: DistributedContext, data_opener: OpenData = open_data
+    ) -> None:
         self.spec, self.recipe, self.world = spec, spec.recipe, world
         optimizing, processes = self.recipe.optimizing, world.size
         if optimizing.batch % (optimizing.micro_batch * processes):
             raise AnyFlowError(
-                f"--batch {optimizing.batch} does not divide into {processes} processes of --micro-batch "
-                f"{optimizing.micro_batch}. Change one."
+                f"--batch {optimizing.batch} does not divide into {processes} processes of"
+                f" --micro-batch {optimizing.micro_batch}. Change one."
             )
         check_packages(self.recipe, spec.wandb)
         weights, teacher = open_weights(spec)
@@ -81,13 +94,19 @@ class Trainer:
         self._grid_batch: Batch | None = None
         self.source = self._open_source(DataShard(world.rank, processes, optimizing.micro_batch))
         self.startup_lines = [
-            f"{self.recipe.name}: {optimizing.steps} steps of {optimizing.batch} samples on {processes} x {world.device.type}",
+            (
+                f"{self.recipe.name}: {optimizing.steps} steps of {optimizing.batch} samples on"
+                f" {processes} x {world.device.type}"
+            ),
             f"data {self.source.check()}",
             check_disk(self.recipe, a, spec.output),
             check_memory(self.recipe, a, world),
         ]
         self.checkpoints = CheckpointManager(
-            spec.output / "checkpoints", world, self.recipe.running.keep, self.recipe.running.asynchronous
+            spec.output / "checkpoints",
+            world,
+            self.recipe.running.keep,
+            self.recipe.running.asynchronous,
         )
         self.base = quick_fingerprint(weights, teacher)
         found = self.checkpoints.latest()
@@ -107,7 +126,9 @@ class Trainer:
         """Train to the end, and write the model."""
         recipe, world = self.recipe, self.world
         if world.is_main:
-            (self.spec.output / "recipe.json").write_text(json.dumps(recipe_to_dict(recipe), indent=1))
+            (self.spec.output / "recipe.json").write_text(
+                json.dumps(recipe_to_dict(recipe), indent=1)
+            )
         logger = MetricsLogger(
             self.spec.output,
             recipe.name,
@@ -124,11 +145,18 @@ class Trainer:
             self._loop(logger)
             self.checkpoints.finish()
             if self._stop_requested:
-                raise AnyFlowError(f"stopped at step {self.step} on request; the same command goes on from there.")
+                raise AnyFlowError(
+                    f"stopped at step {self.step} on request; the same command goes on from there."
+                )
             model = self.stage.optimizer_states["model"]
             with model.use_average():
                 folder = save_pretrained(
-                    self.spec.output, model, world, recipe.flow.shift, recipe.running.save_type, self.spec.init
+                    self.spec.output,
+                    model,
+                    world,
+                    recipe.flow.shift,
+                    recipe.running.save_type,
+                    self.spec.init,
                 )
             logger.log(f"model: {folder}")
             return folder
@@ -147,13 +175,18 @@ class Trainer:
             self._log_skipped(logger)
             self.checkpoints.poll()
             self._sync_stop_request()
-            if self.step % running.checkpoint_every == 0 or self.step == optimizing.steps or self._stop_requested:
+            if (
+                self.step % running.checkpoint_every == 0
+                or self.step == optimizing.steps
+                or self._stop_requested
+            ):
                 self._save()
             if running.sample_every and self.step % running.sample_every == 0:
                 self._log_sample_grid(logger)
 
     def _log_skipped(self, logger: MetricsLogger) -> None:
-        """Name broken samples: every process in a file of its own, the first one on the screen, too."""
+        """Name broken samples: every process in a file of its own, the first one on the screen,
+        too."""
         if lines := self.source.skipped():
             with (self.spec.output / f"skipped-{self.world.rank}.txt").open("a") as file:
                 file.writelines(f"step {self.step}: {line}\n" for line in lines)
@@ -171,13 +204,25 @@ class Trainer:
             step_batches.append(batch)
             first = number * global_count
             local_first = first + world.rank * optimizing.micro_batch
-            micro = MicroBatch(self.step, first, local_first, optimizing.micro_batch, global_count, optimizing.batch, world)
+            micro = MicroBatch(
+                self.step,
+                first,
+                local_first,
+                optimizing.micro_batch,
+                global_count,
+                optimizing.batch,
+                world,
+            )
             for name, value in self.stage.accumulate(batch.to(world.device), micro).items():
                 shares[name] = shares[name] + value if name in shares else value
         self.stage.finish()
-        values = {name: float(world.sum(value.detach().clone())) / world.size for name, value in shares.items()}
+        values = {
+            name: float(world.sum(value.detach().clone())) / world.size
+            for name, value in shares.items()
+        }
         norms = {
-            f"{name}_gradient": optimizer_state.clip_gradients() for name, optimizer_state in self.stage.optimizer_states.items()
+            f"{name}_gradient": optimizer_state.clip_gradients()
+            for name, optimizer_state in self.stage.optimizer_states.items()
         }
         self._check_loss({**values, **norms}, step_batches)
         for optimizer_state in self.stage.optimizer_states.values():
@@ -195,34 +240,52 @@ class Trainer:
         broken = [name for name, value in values.items() if not math.isfinite(value)]
         exploded = spike > 0 and not math.isnan(self.mean_loss) and loss > spike * self.mean_loss
         if not broken and not exploded:
-            self.mean_loss = loss if math.isnan(self.mean_loss) else 0.95 * self.mean_loss + 0.05 * loss
+            self.mean_loss = (
+                loss if math.isnan(self.mean_loss) else 0.95 * self.mean_loss + 0.05 * loss
+            )
             return
         folder = self.spec.output / "failed"
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{self.step:08d}-rank-{self.world.rank}.safetensors"
         tensors = {
-            f"{k}.{i}": v.contiguous() for i, b in enumerate(step_batches) for k, v in (("latents", b.latents), ("text", b.text))
+            f"{k}.{i}": v.contiguous()
+            for i, b in enumerate(step_batches)
+            for k, v in (("latents", b.latents), ("text", b.text))
         }
         names = [name for batch in step_batches for name in batch.names]
-        save_file(tensors, path, metadata={"names": json.dumps(names), "values": json.dumps(values)})
-        cause = f"{', '.join(broken)} not finite" if broken else f"loss {loss:.4g}, usually {self.mean_loss:.4g}"
+        save_file(
+            tensors, path, metadata={"names": json.dumps(names), "values": json.dumps(values)}
+        )
+        cause = (
+            f"{', '.join(broken)} not finite"
+            if broken
+            else f"loss {loss:.4g}, usually {self.mean_loss:.4g}"
+        )
         raise AnyFlowError(
-            f"step {self.step}: {cause}. Nothing was updated; the batch ({', '.join(names[:4])}, …) is in {path}. "
-            f"Look at it, lower --learning-rate, or (for a loss that is only large) raise --spike; the same command goes on from "
-            "the last checkpoint."
+            f"step {self.step}: {cause}. Nothing was updated; the batch ({', '.join(names[:4])}, …)"
+            f" is in {path}. Look at it, lower --learning-rate, or (for a loss that is only large)"
+            " raise --spike; the same command goes on from the last checkpoint."
         )
 
     def _build_stage(self, weights: Weights, teacher: Weights | None) -> Stage:
         recipe, world = self.recipe, self.world
-        model = OptimizerState(build_trained_network(weights, recipe, world.device, world.mesh), recipe.optimizing)
+        model = OptimizerState(
+            build_trained_network(weights, recipe, world.device, world.mesh), recipe.optimizing
+        )
         if teacher is None:
             kind = Teacher if recipe.stage == "teacher" else FlowMap
             return kind(recipe, self.plan, {"model": model})
         fake = OptimizerState(
-            build_trained_network(teacher, recipe, world.device, world.mesh), recipe.optimizing, use_average=False
+            build_trained_network(teacher, recipe, world.device, world.mesh),
+            recipe.optimizing,
+            use_average=False,
         )
         shared = recipe.adapting.lora_rank > 0
-        real = fake.network if shared else build_frozen_network(teacher, recipe, world.device, world.mesh)
+        real = (
+            fake.network
+            if shared
+            else build_frozen_network(teacher, recipe, world.device, world.mesh)
+        )
         whole = ChunkPlan((self.plan.frames,))
         scores = (Score(real, whole, without_adapters=shared), Score(fake.network, whole))
         return OnPolicy(recipe, self.plan, {"model": model, "fake": fake}, *scores)
@@ -239,7 +302,10 @@ class Trainer:
             "recipe": recipe_to_dict(self.recipe),
             "base": self.base,
             "data": self.source.state_dict(),
-            "learners": {name: optimizer_state.state() for name, optimizer_state in self.stage.optimizer_states.items()},
+            "learners": {
+                name: optimizer_state.state()
+                for name, optimizer_state in self.stage.optimizer_states.items()
+            },
             "reference": _json_number(self.stage.reference),
             "usual": _json_number(self.mean_loss),
         }
@@ -251,7 +317,10 @@ class Trainer:
         for name, optimizer_state in self.stage.optimizer_states.items():
             optimizer_state.load_state(state["learners"][name])
         self.source.load_state_dict(state["data"])
-        self.stage.reference, self.mean_loss = _number_from_json(state["reference"]), _number_from_json(state["usual"])
+        self.stage.reference, self.mean_loss = (
+            _number_from_json(state["reference"]),
+            _number_from_json(state["usual"]),
+        )
         self.startup_lines.append(f"goes on from {path}")
 
     def _log_sample_grid(self, logger: MetricsLogger) -> None:
@@ -261,16 +330,27 @@ class Trainer:
         model = self.stage.optimizer_states["model"]
         with model.use_average():
             steps = recipe.running.sample_steps
-            samples = generate_grid_samples(model.network, batch, self.plan, steps, recipe.flow.shift, recipe.running.seed)
+            samples = generate_grid_samples(
+                model.network, batch, self.plan, steps, recipe.flow.shift, recipe.running.seed
+            )
         if world.is_main:
             path = self.spec.output / "samples" / f"step-{self.step:08d}.png"
-            draw_sample_grid(path, samples, batch.captions or batch.names, steps, find_vae_pipeline(self.spec.init))
+            draw_sample_grid(
+                path,
+                samples,
+                batch.captions or batch.names,
+                steps,
+                find_vae_pipeline(self.spec.init),
+            )
             logger.log_image(self.step, path)
 
     def _sample_grid_batch(self) -> Batch:
-        """The very first samples, read by a source of its own: the same ones in every sheet, on every process."""
+        """The very first samples, read by a source of its own: the same ones in every sheet, on
+        every process."""
         if self._grid_batch is None:
-            self._grid_batch = next(iter(self._open_source(DataShard(0, 1, ROWS)))).to(self.world.device)
+            self._grid_batch = next(iter(self._open_source(DataShard(0, 1, ROWS)))).to(
+                self.world.device
+            )
         return self._grid_batch
 
     def _stop(self, *_: object) -> None:

@@ -166,7 +166,9 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_file(folder: Path, name: str, record: FileRecord, verify: bool, kind: ArtifactKind) -> None:
+def check_file(
+    folder: Path, name: str, record: FileRecord, verify: bool, kind: ArtifactKind
+) -> None:
     """Compare one file of a folder with what the marker lists.
 
     Raises:
@@ -176,24 +178,35 @@ def check_file(folder: Path, name: str, record: FileRecord, verify: bool, kind: 
     path = folder / name
     try:
         inside, present = path.resolve().is_relative_to(folder.resolve()), path.is_file()
-        hint = " If the link is a hub cache's, copy the bundle with cp -rL." if path.is_symlink() else ""
+        hint = (
+            " If the link is a hub cache's, copy the bundle with cp -rL."
+            if path.is_symlink()
+            else ""
+        )
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL, a name too long
         inside, present, hint = False, False, ""
     if parts.is_absolute() or ".." in parts.parts or "\\" in name or not inside:
         raise BundleError(
-            f"{folder / kind.marker} names {name!r}, which leaves the {kind.noun}'s folder. Do not use this {kind.noun}.{hint}"
+            f"{folder / kind.marker} names {name!r}, which leaves the {kind.noun}'s folder. Do not"
+            f" use this {kind.noun}.{hint}"
         )
     if not present:
         raise BundleError(f"{folder} lacks {name!r}, which its {kind.listing} lists. {kind.remedy}")
     size = path.stat().st_size
     if size != record.bytes:
-        raise BundleError(f"{path} has {size} bytes; the {kind.listing} says {record.bytes}. {kind.remedy}")
+        raise BundleError(
+            f"{path} has {size} bytes; the {kind.listing} says {record.bytes}. {kind.remedy}"
+        )
     if verify and (found := file_sha256(path)) != record.sha256:
-        raise BundleError(f"{path} was changed: its SHA-256 is {found}, the {kind.listing} says {record.sha256}. {kind.remedy}")
+        raise BundleError(
+            f"{path} was changed: its SHA-256 is {found}, the {kind.listing} says {record.sha256}."
+            f" {kind.remedy}"
+        )
 
 
 class HashingFile:
-    """A file opened for writing that hashes what passes through, so nothing is read back to be hashed.
+    """A file opened for writing that hashes what passes through, so nothing is read back to be
+    hashed.
 
     Hashing and writing go on side by side, on two threads: both let go of Python's lock.
     """
@@ -232,8 +245,9 @@ class AtomicFolderWriter:
             writer.write("transition.onnx", data)
             writer.finish_folder(text_of_the_marker)
 
-    Leaving the block before the end, by an error or otherwise, removes everything written. A process that is killed
-    leaves a folder `.NAME.partial-PID`, which the next writer for the same destination clears away.
+    Leaving the block before the end, by an error or otherwise, removes everything written. A
+    process that is killed leaves a folder `.NAME.partial-PID`, which the next writer for the same
+    destination clears away.
 
     Args:
         path: the destination; its parent must exist.
@@ -245,7 +259,8 @@ class AtomicFolderWriter:
         files: what is finished, by name.
 
     Raises:
-        BundleError: destination taken, or its parent not writable. Raised by the constructor, before any work.
+        BundleError: destination taken, or its parent not writable. Raised by the constructor,
+            before any work.
     """
 
     def __init__(self, path: Path, kind: ArtifactKind, overwrite: bool = False) -> None:
@@ -254,7 +269,9 @@ class AtomicFolderWriter:
         self._overwrite = overwrite
         self._check_destination()
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise BundleError(f"{path.parent} is not a folder that can be written to. Choose another {kind.flag}.")
+            raise BundleError(
+                f"{path.parent} is not a folder that can be written to. Choose another {kind.flag}."
+            )
         self.folder = _partial_path(path)
         self.files: dict[str, FileRecord] = {}
         self._open: list[HashingFile] = []
@@ -262,10 +279,13 @@ class AtomicFolderWriter:
     def _check_destination(self) -> None:
         kind = self.kind
         if self.path.exists() and not self._overwrite:
-            raise BundleError(f"{self.path} exists. Choose another {kind.flag}, or replace it with --overwrite.")
+            raise BundleError(
+                f"{self.path} exists. Choose another {kind.flag}, or replace it with --overwrite."
+            )
         if self.path.exists() and not (self.path / kind.marker).is_file():
             raise BundleError(
-                f"{self.path} exists and is not a {kind.noun}, so --overwrite does not replace it. Choose another {kind.flag}."
+                f"{self.path} exists and is not a {kind.noun}, so --overwrite does not replace it."
+                f" Choose another {kind.flag}."
             )
 
     def __enter__(self: W) -> W:
@@ -273,7 +293,12 @@ class AtomicFolderWriter:
         self.folder.mkdir()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         for file in self._open:
             file.abandon()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -316,7 +341,8 @@ class AtomicFolderWriter:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a folder or file durable: a rename survives a power cut only when the folder that holds the name was synced."""
+    """Make a folder or file durable: a rename survives a power cut only when the folder that holds
+    the name was synced."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -335,14 +361,16 @@ def fsync_tree(folder: Path) -> None:
 
 
 def clear_partial_files(folder: Path) -> None:
-    """Remove the files in a folder that killed processes left half written, whatever their names."""
+    """Remove the files in a folder that killed processes left half written, whatever their
+    names."""
     for partial in folder.glob(".*.partial-*"):
         if not _is_running(partial.name.rpartition("-")[2]):
             partial.unlink(missing_ok=True)
 
 
 def _clear_abandoned(path: Path) -> None:
-    """Undo what a killed writer of the same destination left: half of it, or an old folder moved aside."""
+    """Undo what a killed writer of the same destination left: half of it, or an old folder moved
+    aside."""
     for kind in ("partial", "replaced"):
         prefix = f".{path.name}.{kind}-"
         for folder in [f for f in path.parent.iterdir() if f.name.startswith(prefix)]:

@@ -1,10 +1,11 @@
 """The bundle: the folder that crosses from export to engines.
 
-Reading is suspicious: the schema must be known, every file must be inside the folder, present, of the right size and of
-the right SHA-256. Writing is all or nothing (`atomic_io`): a bundle that has a manifest was finished.
+Reading is suspicious: the schema must be known, every file must be inside the folder, present, of
+the right size and of the right SHA-256. Writing is all or nothing (`atomic_io`): a bundle that has
+a manifest was finished.
 
-Reports (`validation.json`) and engines built later (`engines/`) live in the same folder and name the bundle's `digest`,
-but are not listed in the manifest: making them must not change the bundle.
+Reports (`validation.json`) and engines built later (`engines/`) live in the same folder and name
+the bundle's `digest`, but are not listed in the manifest: making them must not change the bundle.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from anyflow_deploy.bundle.json_records import RecordFormat
 from anyflow_deploy.bundle.manifest import MANIFEST, SCHEMA, Manifest
 from anyflow_deploy.errors import AnyFlowError, BundleError
 
-_KIND = ArtifactKind("bundle", MANIFEST, "manifest", "--output", "Copy the bundle again, or export again.")
+_KIND = ArtifactKind(
+    "bundle", MANIFEST, "manifest", "--output", "Copy the bundle again, or export again."
+)
 _FORMAT = RecordFormat(Manifest, SCHEMA, "manifest", "Export again.", BundleError)
 
 
@@ -29,7 +32,8 @@ class Bundle:
     Attributes:
         path: the folder.
         manifest: its contents.
-        digest: SHA-256 of manifest.json, which names the hash of every other file: one word for the whole bundle.
+        digest: SHA-256 of manifest.json, which names the hash of every other file: one word for the
+            whole bundle.
     """
 
     path: Path
@@ -43,7 +47,10 @@ class Bundle:
             BundleError: when it does not.
         """
         if name not in self.manifest.files:
-            raise BundleError(f"{self.path} has no file {name!r}; its manifest lists {', '.join(self.manifest.files)}.")
+            raise BundleError(
+                f"{self.path} has no file {name!r}; its manifest lists"
+                f" {', '.join(self.manifest.files)}."
+            )
         return self.path / name
 
 
@@ -52,20 +59,25 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
 
     Args:
         path: the folder that holds manifest.json.
-        verify: compare every file with its hash (reads the whole bundle once). Pass False only where that was done
-            before, on storage that cannot have changed since; sizes and paths are checked even then.
+        verify: compare every file with its hash (reads the whole bundle once). Pass False only
+            where that was done before, on storage that cannot have changed since; sizes and paths
+            are checked even then.
 
     Raises:
-        BundleError: no manifest, a newer schema, an unknown key, a missing or changed file, a path out of the folder.
+        BundleError: no manifest, a newer schema, an unknown key, a missing or changed file, a path
+            out of the folder.
     """
     folder = Path(path)
     try:
         text = (folder / MANIFEST).read_bytes()
     except OSError as error:
         raise BundleError(
-            f"{folder} is not a bundle: {MANIFEST} cannot be read ({error.strerror}). Make one with anyflow-export."
+            f"{folder} is not a bundle: {MANIFEST} cannot be read ({error.strerror}). Make one with"
+            " anyflow-export."
         ) from None
-    bundle = Bundle(folder, _FORMAT.parse(text, folder / MANIFEST), hashlib.sha256(text).hexdigest())
+    bundle = Bundle(
+        folder, _FORMAT.parse(text, folder / MANIFEST), hashlib.sha256(text).hexdigest()
+    )
     for name, record in bundle.manifest.files.items():
         check_file(folder, name, record, verify, _KIND)
     for graph in bundle.manifest.graphs.values():
@@ -99,6 +111,9 @@ class BundleWriter(AtomicFolderWriter):
     def finish(self, manifest: Manifest) -> Bundle:
         """Write the manifest with the list of files, and give the bundle its name."""
         self.finish_folder(
-            manifest.model_copy(update={"files": dict(self.files)}).model_dump_json(indent=1, by_alias=True) + "\n"
+            manifest.model_copy(update={"files": dict(self.files)}).model_dump_json(
+                indent=1, by_alias=True
+            )
+            + "\n"
         )
         return load_bundle(self.path, verify=False)

@@ -1,7 +1,7 @@
 """JSON files that one program writes and another reads: manifests, calibrations, reports.
 
-They are written whole or not at all (`atomic_io`), and read suspiciously: an unknown key, a value of
-another type and the schema of another version are refused by name, not half understood.
+They are written whole or not at all (`atomic_io`), and read suspiciously: an unknown key, a value
+of another type and the schema of another version are refused by name, not half understood.
 
 This module imports no torch.
 """
@@ -30,7 +30,9 @@ class FrozenRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
-    def model_copy(self: _Self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> _Self:
+    def model_copy(
+        self: _Self, *, update: Mapping[str, Any] | None = None, deep: bool = False
+    ) -> _Self:
         """Return a copy with other values, without what was computed from the old ones.
 
         Args:
@@ -78,12 +80,18 @@ class RecordFormat(Generic[Record]):
             content = None
         if not isinstance(content, dict) or "schema" not in content:
             article = "an" if self.noun[0] in "aeiou" else "a"
-            raise self.error(f"{path} is not {article} {self.noun}: no JSON object with a 'schema'. {self.remedy}")
+            raise self.error(
+                f"{path} is not {article} {self.noun}: no JSON object with a 'schema'."
+                f" {self.remedy}"
+            )
         schema = content["schema"]
         if schema != self.schema:
             newer = isinstance(schema, int) and schema > self.schema
             advice = "Update anyflow_deploy." if newer else self.remedy
-            raise self.error(f"{path} has {self.noun} schema {schema!r}; this version reads {self.schema}. {advice}")
+            raise self.error(
+                f"{path} has {self.noun} schema {schema!r}; this version reads {self.schema}."
+                f" {advice}"
+            )
         try:
             return self.model.model_validate_json(data)
         except ValidationError as error:
@@ -112,6 +120,8 @@ def load_record(path: Path, kind: type[Record], schema: int, make: str) -> Recor
         raise AnyFlowError(f"{path} does not exist. Make one: {make}.") from None
     except OSError as error:
         command = make.split()[0]
-        raise AnyFlowError(f"{path} cannot be read: {error.strerror}. Give a file that {command} wrote.") from None
+        raise AnyFlowError(
+            f"{path} cannot be read: {error.strerror}. Give a file that {command} wrote."
+        ) from None
     noun = kind.__name__.lower()
     return RecordFormat(kind, schema, noun, f"Make another: {make}.").parse(data, path)

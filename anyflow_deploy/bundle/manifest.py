@@ -1,8 +1,9 @@
 """`manifest.json`: everything a runtime must know about a bundle, typed.
 
-Tensor names, shapes and types are written here once, by the exporter; Python, C++ and Triton read them from here.
-The classes are pydantic models because a manifest crosses machines and versions: unknown keys, wrong types and newer
-schemas are refused by name instead of being half understood. See docs/reference/bundle.md for the format in prose.
+Tensor names, shapes and types are written here once, by the exporter; Python, C++ and Triton read
+them from here. The classes are pydantic models because a manifest crosses machines and versions:
+unknown keys, wrong types and newer schemas are refused by name instead of being half understood.
+See docs/reference/bundle.md for the format in prose.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class GraphRecord(FrozenRecord):
 class WeightsSource(FrozenRecord):
     """Where the weights came from: a folder, a repository on the Hub, or a seed.
 
-    `revision` is the Hub's commit. `location` of a folder is a hint for later commands; they accept another one.
+    `revision` is the Hub's commit. `location` of a folder is a hint for later commands; they accept
+    another one.
     """
 
     kind: Literal["folder", "hub", "random"]
@@ -64,8 +66,8 @@ class AchievedPrecision(FrozenRecord):
 
     Args:
         weight_bytes: bytes of weights by type.
-        quantized_flops: share of the operations in matrix products, at the default video size, that take both operands
-            in eight bits.
+        quantized_flops: share of the operations in matrix products, at the default video size, that
+            take both operands in eight bits.
         quantized_weights: share of the bytes of weights that are in eight bits.
         full_precision_layers: layers that a quantized precision left in the base's type, and why.
     """
@@ -96,7 +98,8 @@ class VideoDefaults(FrozenRecord):
     """How latents relate to pixels.
 
     Args:
-        spatial_factor, temporal_factor: pixels per latent side, and video frames per latent frame after the first.
+        spatial_factor, temporal_factor: pixels per latent side, and video frames per latent frame
+            after the first.
         fps: playback rate the model was trained for.
         text_tokens: length that prompt embeddings are padded to, with zeros, as in training.
         frames, height, width: size of a video when nothing else is asked for, in frames and pixels.
@@ -166,8 +169,11 @@ class Manifest(FrozenRecord):
         """
         return architecture_from_config(self.config, MANIFEST)
 
-    def latent_shape(self, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-        """(F, C, H, W) of the latents of a video, by the rules of VAE and patches; None for the default size.
+    def latent_shape(
+        self, frames: int | None, height: int | None, width: int | None
+    ) -> tuple[int, int, int, int]:
+        """(F, C, H, W) of the latents of a video, by the rules of VAE and patches; None for the
+        default size.
 
         Args:
             frames: 4n+1.
@@ -186,7 +192,10 @@ class Manifest(FrozenRecord):
     @model_validator(mode="after")
     def _check_graphs(self) -> Manifest:
         if set(self.graphs) != set(GRAPHS[self.kind]):
-            raise ValueError(f"a {self.kind} bundle holds {', '.join(GRAPHS[self.kind])}, not {', '.join(self.graphs)}")
+            raise ValueError(
+                f"a {self.kind} bundle holds {', '.join(GRAPHS[self.kind])}, not"
+                f" {', '.join(self.graphs)}"
+            )
         return self
 
     @cached_property
@@ -197,10 +206,17 @@ class Manifest(FrozenRecord):
             BundleError: ranges of other axes than a bundle has.
         """
         if set(self.ranges) != set(AXES):
-            raise BundleError(f"its ranges are of {', '.join(self.ranges)}; expected are {', '.join(AXES)}.")
-        return ShapeRanges(**{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()})
+            raise BundleError(
+                f"its ranges are of {', '.join(self.ranges)}; expected are {', '.join(AXES)}."
+            )
+        return ShapeRanges(
+            **{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()}
+        )
 
 
 def ranges_to_records(ranges: ShapeRanges) -> dict[str, AxisRange]:
     """`ShapeRanges` in the manifest's form."""
-    return {axis: AxisRange(minimum=r.minimum, maximum=r.maximum, multiple=r.multiple) for axis, r in vars(ranges).items()}
+    return {
+        axis: AxisRange(minimum=r.minimum, maximum=r.maximum, multiple=r.multiple)
+        for axis, r in vars(ranges).items()
+    }

@@ -1,8 +1,9 @@
 """Find a checkpoint, and read its weights one tensor at a time.
 
-A checkpoint is a folder in diffusers' layout: either a whole pipeline (`model_index.json`, `transformer/`, …) or just
-the transformer (`config.json` and `diffusion_pytorch_model.safetensors`, possibly in shards with an index). Only
-safetensors are read: `.bin` and `.pt` files are pickles, and loading a pickle runs whatever program is inside.
+A checkpoint is a folder in diffusers' layout: either a whole pipeline (`model_index.json`,
+`transformer/`, …) or just the transformer (`config.json` and `diffusion_pytorch_model.safetensors`,
+possibly in shards with an index). Only safetensors are read: `.bin` and `.pt` files are pickles,
+and loading a pickle runs whatever program is inside.
 """
 
 from __future__ import annotations
@@ -59,12 +60,17 @@ def open_checkpoint(path: str | Path, source: WeightsSource | None = None) -> Ch
         source: where it came from, when that is not the folder itself.
 
     Raises:
-        CheckpointError: no AnyFlow transformer there, pickled weights, LoRA weights, or broken shards.
+        CheckpointError: no AnyFlow transformer there, pickled weights, LoRA weights, or broken
+            shards.
     """
     folder = transformer_folder(Path(path))
     config = read_json(folder / "config.json")
     architecture = architecture_from_config(config, str(folder / "config.json"))
-    return open_transformer(folder, architecture, source or WeightsSource(kind="folder", location=str(Path(path).resolve())))
+    return open_transformer(
+        folder,
+        architecture,
+        source or WeightsSource(kind="folder", location=str(Path(path).resolve())),
+    )
 
 
 def open_transformer(folder: Path, architecture: Architecture, source: WeightsSource) -> Checkpoint:
@@ -73,22 +79,33 @@ def open_transformer(folder: Path, architecture: Architecture, source: WeightsSo
     Raises:
         CheckpointError: as `open_checkpoint`.
     """
-    tensors = {name: (file, entry) for file in _weight_files(folder) for name, entry in read_header(file).items()}
+    tensors = {
+        name: (file, entry)
+        for file in _weight_files(folder)
+        for name, entry in read_header(file).items()
+    }
     lora = [name for name in tensors if "lora" in name.lower()]
     if lora:
         raise CheckpointError(
-            f"{folder} holds LoRA weights ({lora[0]}, …). Merge them into the base model first (fuse_lora, save_pretrained)."
+            f"{folder} holds LoRA weights ({lora[0]}, …). Merge them into the base model first"
+            " (fuse_lora, save_pretrained)."
         )
-    strange = [f"{n} ({e.type})" for n, (_, e) in tensors.items() if e.type not in CHECKPOINT_DTYPES]
+    strange = [
+        f"{n} ({e.type})" for n, (_, e) in tensors.items() if e.type not in CHECKPOINT_DTYPES
+    ]
     if strange:
-        raise CheckpointError(f"{folder} stores {strange[0]}; allowed types are {', '.join(CHECKPOINT_DTYPES)}.")
+        raise CheckpointError(
+            f"{folder} stores {strange[0]}; allowed types are {', '.join(CHECKPOINT_DTYPES)}."
+        )
     return Checkpoint(folder, architecture, source, tensors)
 
 
 def transformer_folder(path: Path) -> Path:
     """The folder with the transformer's config.json, given it or the pipeline around it."""
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a folder. Give a diffusers pipeline folder, or its transformer/ folder.")
+        raise CheckpointError(
+            f"{path} is not a folder. Give a diffusers pipeline folder, or its transformer/ folder."
+        )
     if (path / "model_index.json").is_file():
         return path / "transformer"
     if (path / "config.json").is_file():
@@ -108,26 +125,42 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / f"{STEM}.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map", {})
-        if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
-            raise CheckpointError(f"{index} is damaged: weight_map has to map parameters to file names. Download it again.")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(n, str) for n in weight_map.values()
+        ):
+            raise CheckpointError(
+                f"{index} is damaged: weight_map has to map parameters to file names. Download it"
+                " again."
+            )
         names = sorted(set(weight_map.values()))
         leaving = [n for n in names if len(PurePosixPath(n).parts) != 1]
         if leaving or not names:
-            raise CheckpointError(f"{index} names {leaving[0] if leaving else 'no shards'}; shards lie beside their index.")
+            raise CheckpointError(
+                f"{index} names {leaving[0] if leaving else 'no shards'}; shards lie beside their"
+                " index."
+            )
         missing = [n for n in names if not (folder / n).is_file()]
         if missing:
-            raise CheckpointError(f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}. Download them.")
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}."
+                " Download them."
+            )
         return [folder / n for n in names]
     single = folder / f"{STEM}.safetensors"
     if single.is_file():
         return [single]
-    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+    pickles = sorted(
+        p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".ckpt"}
+    )
     if pickles:
         raise CheckpointError(
-            f"{folder} has only pickled weights ({', '.join(pickles)}), which are never loaded: a pickle is a program. "
-            "Convert them where you trust them: pipe.save_pretrained(DIR, safe_serialization=True)."
+            f"{folder} has only pickled weights ({', '.join(pickles)}), which are never loaded: a"
+            " pickle is a program. Convert them where you trust them: pipe.save_pretrained(DIR,"
+            " safe_serialization=True)."
         )
-    raise CheckpointError(f"{folder} has no {single.name} (nor an index of shards). Download the weights.")
+    raise CheckpointError(
+        f"{folder} has no {single.name} (nor an index of shards). Download the weights."
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,12 +181,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def schedule_shift(weights: Weights) -> float:
-    """The schedule's shift: from the pipeline's scheduler where there is one, else the model's row, else the released models'."""
-    pipeline = pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
+    """The schedule's shift: from the pipeline's scheduler where there is one, else the model's row,
+    else the released models'."""
+    pipeline = (
+        pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
+    )
     path = pipeline / "scheduler" / "scheduler_config.json" if pipeline else None
     row = MODELS.get(model_name(weights.architecture))
     default = row.shift if row else 5.0
     shift = read_json(path).get("shift", default) if path and path.is_file() else default
     if isinstance(shift, bool) or not isinstance(shift, (int, float)) or not shift > 0:
-        raise AnyFlowError(f"{path} has shift {shift!r}; allowed is any positive number (the released models use 5).")
+        raise AnyFlowError(
+            f"{path} has shift {shift!r}; allowed is any positive number (the released models"
+            " use 5)."
+        )
     return float(shift)

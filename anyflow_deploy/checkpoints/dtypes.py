@@ -1,4 +1,5 @@
-"""Types of weights in torch and in ONNX, by their name in safetensors. `dtypes.py` has the names."""
+"""Types of weights in torch and in ONNX, by their name in safetensors. `dtypes.py` has the
+names."""
 
 from __future__ import annotations
 
@@ -20,5 +21,8 @@ BUNDLE_DTYPES = {**CHECKPOINT_DTYPES, **_torch_dtypes("I8", "F8_E4M3")}
 
 SAFETENSORS_NAMES = {kind: name for name, kind in BUNDLE_DTYPES.items()}
 
-ONNX_DTYPES = {name: ir.DataType[str(SAFETENSORS[name].onnx)] for name in ("F32", "F16", "BF16", "I8", "F8_E4M3")}
+ONNX_DTYPES = {
+    name: ir.DataType[str(SAFETENSORS[name].onnx)]
+    for name in ("F32", "F16", "BF16", "I8", "F8_E4M3")
+}
 """safetensors -> ONNX: the types a graph may hold."""

@@ -1,6 +1,8 @@
-"""From a model's name to a checkpoint folder: the Hugging Face Hub, or, for the tiny models, this machine.
+"""From a model's name to a checkpoint folder: the Hugging Face Hub, or, for the tiny models, this
+machine.
 
-Nothing is downloaded that is not needed: an export asks for the transformer alone, generation for the rest.
+Nothing is downloaded that is not needed: an export asks for the transformer alone, generation for
+the rest.
 """
 
 from __future__ import annotations
@@ -24,18 +26,20 @@ PIPELINE_FILES = [
 ]
 
 _EXPORT_ADVICE = (
-    "Without the network, give --checkpoint DIR (a pipeline folder or its transformer/), or --random-weights to export the "
-    "architecture alone."
+    "Without the network, give --checkpoint DIR (a pipeline folder or its transformer/), or"
+    " --random-weights to export the architecture alone."
 )
 
 
 def cache_folder() -> Path:
-    """Where this project keeps what it makes for itself: `$ANYFLOW_CACHE`, or `~/.cache/anyflow_deploy`."""
+    """Where this project keeps what it makes for itself: `$ANYFLOW_CACHE`, or
+    `~/.cache/anyflow_deploy`."""
     return Path(os.environ.get("ANYFLOW_CACHE") or Path.home() / ".cache" / "anyflow_deploy")
 
 
 def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, WeightsSource]:
-    """A folder with the wanted files of a known model, downloaded or made where it is not there yet.
+    """A folder with the wanted files of a known model, downloaded or made where it is not there
+    yet.
 
     Args:
         model: a row of the table.
@@ -53,11 +57,13 @@ def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, WeightsSo
     return folder, WeightsSource(kind="hub", location=model.hub_id, revision=folder.name)
 
 
-def download(hub_id: str, revision: str | None, files: list[str], advice: str = _EXPORT_ADVICE) -> Path:
+def download(
+    hub_id: str, revision: str | None, files: list[str], advice: str = _EXPORT_ADVICE
+) -> Path:
     """Snapshot of a Hub repository, from the cache where it is complete there.
 
-    The folder is named after the commit, which is how the Hub's cache is laid out. `advice` ends the error's text: what
-    the command that asked can do instead.
+    The folder is named after the commit, which is how the Hub's cache is laid out. `advice` ends
+    the error's text: what the command that asked can do instead.
 
     Raises:
         CheckpointError: with what was tried and the ways to go on without the network.
@@ -69,6 +75,6 @@ def download(hub_id: str, revision: str | None, files: list[str], advice: str = 
     except Exception as error:  # noqa: BLE001 - the Hub's client raises errors of three libraries; all mean "not to be had"
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"tried to download {hub_id!r} from the Hugging Face Hub and looked in its local cache; neither has it "
-            f"({type(error).__name__}: {reason}). {advice}"
+            f"tried to download {hub_id!r} from the Hugging Face Hub and looked in its local cache;"
+            f" neither has it ({type(error).__name__}: {reason}). {advice}"
         ) from None

@@ -1,7 +1,8 @@
 """Weights from a seed, for an architecture whose checkpoint is not at hand.
 
-`--random-weights` measures, profiles and tests everything but the picture. Values are drawn per parameter from a
-generator seeded with the seed and the parameter's name, so any one of them can be made without the others, twice.
+`--random-weights` measures, profiles and tests everything but the picture. Values are drawn per
+parameter from a generator seeded with the seed and the parameter's name, so any one of them can be
+made without the others, twice.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class RandomWeights(WeightsBase):
 
 
 def random_parameter(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """A seeded value for a parameter: ones and a little noise for norms, 1/sqrt(inputs) normals for the rest."""
+    """A seeded value for a parameter: ones and a little noise for norms, 1/sqrt(inputs) normals for
+    the rest."""
     word = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(word, "little"))
     values = torch.empty(shape, dtype=torch.float32).normal_(generator=generator)

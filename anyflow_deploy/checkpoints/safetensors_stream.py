@@ -1,9 +1,10 @@
 """Reading and writing .safetensors one tensor at a time, in bounded memory.
 
-The safetensors library maps whole files into memory, so that every page it touches counts as resident, and it can save
-only a dictionary that is all in memory. A 14B checkpoint passes through here on a small machine, so both directions are
-done with plain reads and writes. The format (8 bytes of little-endian header length, a JSON header, then the tensors
-without gaps) is documented by the library and is small enough to be checked completely here.
+The safetensors library maps whole files into memory, so that every page it touches counts as
+resident, and it can save only a dictionary that is all in memory. A 14B checkpoint passes through
+here on a small machine, so both directions are done with plain reads and writes. The format (8
+bytes of little-endian header length, a JSON header, then the tensors without gaps) is documented by
+the library and is small enough to be checked completely here.
 """
 
 from __future__ import annotations
@@ -46,20 +47,27 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a .safetensors file, by name, without reading them.
 
     Raises:
-        CheckpointError: not a safetensors file, truncated, or with entries that lie outside the file.
+        CheckpointError: not a safetensors file, truncated, or with entries that lie outside the
+            file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
-            raise CheckpointError(f"{path} is not a safetensors file, or was cut short. Download it again.")
+            raise CheckpointError(
+                f"{path} is not a safetensors file, or was cut short. Download it again."
+            )
         try:
             raw = json.loads(file.read(length))
-            entries = {n: _parse_entry(e, 8 + length, size) for n, e in raw.items() if n != "__metadata__"}
+            entries = {
+                n: _parse_entry(e, 8 + length, size) for n, e in raw.items() if n != "__metadata__"
+            }
             _check_gapless(entries, 8 + length, size)
             return entries
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} has a damaged safetensors header ({error}). Download it again.") from None
+            raise CheckpointError(
+                f"{path} has a damaged safetensors header ({error}). Download it again."
+            ) from None
 
 
 def _parse_entry(raw: Mapping[str, Any], start: int, size: int) -> TensorEntry:
@@ -79,7 +87,10 @@ def _check_gapless(entries: Mapping[str, TensorEntry], start: int, size: int) ->
             raise ValueError("tensors overlap or leave a gap")
         start += entry.bytes
     if start != size:
-        raise ValueError(f"its tensors end at byte {start} of {size}; they lie outside the file or do not fill it")
+        raise ValueError(
+            f"its tensors end at byte {start} of {size}; they lie outside the file or do not"
+            " fill it"
+        )
 
 
 def read_bytes(path: Path, entry: TensorEntry) -> bytearray:
@@ -102,8 +113,8 @@ def build_header(
     """Lay out a file before its data exists.
 
     Args:
-        tensors: name -> (type, shape), in the order in which the data will be written. Wider types must come first, so
-            that every tensor starts at a multiple of its own type's size.
+        tensors: name -> (type, shape), in the order in which the data will be written. Wider types
+            must come first, so that every tensor starts at a multiple of its own type's size.
         metadata: strings for the header.
 
     Returns:
@@ -113,10 +124,16 @@ def build_header(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     for name, (kind, shape) in tensors.items():
         count = math.prod(shape) * TYPE_BYTES[kind]
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [position, position + count]}
+        header[name] = {
+            "dtype": kind,
+            "shape": list(shape),
+            "data_offsets": [position, position + count],
+        }
         position += count
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % 64)
     start = 8 + len(text)
-    entries = {n: TensorEntry(k, s, start + header[n]["data_offsets"][0]) for n, (k, s) in tensors.items()}
+    entries = {
+        n: TensorEntry(k, s, start + header[n]["data_offsets"][0]) for n, (k, s) in tensors.items()
+    }
     return len(text).to_bytes(8, "little") + text, entries

@@ -1,9 +1,10 @@
 """A complete, small AnyFlow pipeline, bidirectional or causal, made on this machine from a seed.
 
-Transformer, UMT5 text encoder, tokenizer, Wan VAE and scheduler, each the real class with small numbers and random
-weights, saved exactly as diffusers saves a pipeline. Everything this project does can be tried and tested on it without
-a download, and `AnyFlowPipeline.from_pretrained` (of `far-tiny`: `AnyFlowFARPipeline.from_pretrained`) loads it. The two
-differ in nothing but the transformer. What they cannot do is make a picture of anything.
+Transformer, UMT5 text encoder, tokenizer, Wan VAE and scheduler, each the real class with small
+numbers and random weights, saved exactly as diffusers saves a pipeline. Everything this project
+does can be tried and tested on it without a download, and `AnyFlowPipeline.from_pretrained` (of
+`far-tiny`: `AnyFlowFARPipeline.from_pretrained`) loads it. The two differ in nothing but the
+transformer. What they cannot do is make a picture of anything.
 
     python -m anyflow_deploy.checkpoints.tiny FOLDER [tiny | far-tiny]
 """
@@ -74,7 +75,9 @@ def save_tiny_pipeline(model: Model, folder: Path) -> None:
         AnyFlowError: the folder is not empty, or the model is not a tiny one.
     """
     if model.hub_id is not None:
-        raise AnyFlowError(f"{model.name} cannot be made here; allowed are {' and '.join(map(repr, TINY_MODELS))}.")
+        raise AnyFlowError(
+            f"{model.name} cannot be made here; allowed are {' and '.join(map(repr, TINY_MODELS))}."
+        )
     if folder.exists() and any(folder.iterdir()):
         raise AnyFlowError(f"{folder} is not empty. Choose another folder.")
     pipeline = _build_pipeline(model)
@@ -87,7 +90,9 @@ def _build_pipeline(model: Model) -> Any:
     import diffusers
 
     causal = model.architecture.causal
-    transformer = diffusers.AnyFlowFARTransformer3DModel if causal else diffusers.AnyFlowTransformer3DModel
+    transformer = (
+        diffusers.AnyFlowFARTransformer3DModel if causal else diffusers.AnyFlowTransformer3DModel
+    )
     pipeline = diffusers.AnyFlowFARPipeline if causal else diffusers.AnyFlowPipeline
     tokenizer = _build_tokenizer()
     return pipeline(
@@ -112,12 +117,15 @@ def _seed_parameters(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _build_tokenizer() -> Any:
-    """A unigram tokenizer of single characters and a few words, in the class that Wan's pipelines load."""
+    """A unigram tokenizer of single characters and a few words, in the class that Wan's pipelines
+    load."""
     from transformers import T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     pieces += [(f"▁{word}", -3.0) for word in _WORDS]
-    pieces += [(letter, -8.0) for letter in string.ascii_letters + string.digits + string.punctuation]
+    pieces += [
+        (letter, -8.0) for letter in string.ascii_letters + string.digits + string.punctuation
+    ]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
@@ -125,7 +133,13 @@ def _build_text_encoder(vocabulary: int, width: int) -> torch.nn.Module:
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(
-        vocab_size=vocabulary, d_model=width, d_kv=16, d_ff=2 * width, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=16,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
     )
     return _seed_parameters(UMT5EncoderModel(config))
 
@@ -133,14 +147,18 @@ def _build_text_encoder(vocabulary: int, width: int) -> torch.nn.Module:
 def _build_vae() -> torch.nn.Module:
     from diffusers import AutoencoderKLWan
 
-    return _seed_parameters(AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1))
+    return _seed_parameters(
+        AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    )
 
 
 def main() -> None:
     """Make a tiny pipeline in the folder named on the command line."""
     words = sys.argv[1:]
     if len(words) not in (1, 2) or any(word.startswith("-") for word in words):
-        sys.exit(f"usage: python -m anyflow_deploy.checkpoints.tiny FOLDER [{' | '.join(TINY_MODELS)}]")
+        sys.exit(
+            f"usage: python -m anyflow_deploy.checkpoints.tiny FOLDER [{' | '.join(TINY_MODELS)}]"
+        )
     try:
         model = get_model(words[1] if len(words) == 2 else "tiny")
         save_tiny_pipeline(model, Path(words[0]))

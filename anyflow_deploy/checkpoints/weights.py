@@ -1,8 +1,8 @@
 """Stream weights from a checkpoint into a bundle, one tensor at a time.
 
-Each parameter is read, converted once to the type the graph asks for, checked to be finite, hashed and written. Three
-are in hand at a time: one being read, one being converted, one being written. Peak memory is therefore a few times the
-largest tensor, whatever the size of the model.
+Each parameter is read, converted once to the type the graph asks for, checked to be finite, hashed
+and written. Three are in hand at a time: one being read, one being converted, one being written.
+Peak memory is therefore a few times the largest tensor, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def check_parameters(weights: Weights, expected: Mapping[str, tuple[int, ...]]) 
     """
     given = weights.shapes()
     problems = []
-    for title, names in (("missing", expected.keys() - given.keys()), ("unexpected", given.keys() - expected.keys())):
+    for title, names in (
+        ("missing", expected.keys() - given.keys()),
+        ("unexpected", given.keys() - expected.keys()),
+    ):
         if names:
             problems.append(f"{len(names)} {title}: {', '.join(sorted(names)[:3])}")
     for name in sorted(expected.keys() & given.keys()):
@@ -99,8 +102,8 @@ def check_parameters(weights: Weights, expected: Mapping[str, tuple[int, ...]]) 
             break
     if problems:
         raise CheckpointError(
-            f"the weights in {weights.source.location} do not fit their config.json ({'; '.join(problems)}). "
-            "Give the checkpoint they were saved with."
+            f"the weights in {weights.source.location} do not fit their config.json"
+            f" ({'; '.join(problems)}). Give the checkpoint they were saved with."
         )
 
 
@@ -111,16 +114,21 @@ def convert_parameter(name: str, tensor: torch.Tensor, kind: str) -> torch.Tenso
         CheckpointError: a value that is not finite, or too large for the type.
     """
     result = tensor.to(CHECKPOINT_DTYPES[kind])
-    extremes = torch.aminmax(result)  # NaN comes through, and it is the cheapest pass over the data by far
+    extremes = torch.aminmax(
+        result
+    )  # NaN comes through, and it is the cheapest pass over the data by far
     if bool(extremes.min.isfinite() & extremes.max.isfinite()):
         return result
     if bool(tensor.isfinite().all()):
         largest = float(tensor.abs().max())
         raise CheckpointError(
-            f"{name} reaches {largest:.3g}, more than {kind} can hold ({torch.finfo(CHECKPOINT_DTYPES[kind]).max:.6g}). "
-            "Export with --precision bf16 (GPU targets) or fp32."
+            f"{name} reaches {largest:.3g}, more than {kind} can hold"
+            f" ({torch.finfo(CHECKPOINT_DTYPES[kind]).max:.6g}). Export with --precision bf16 (GPU"
+            " targets) or fp32."
         )
-    raise CheckpointError(f"{name} holds NaN or infinity: the checkpoint is damaged, or its training had failed.")
+    raise CheckpointError(
+        f"{name} holds NaN or infinity: the checkpoint is damaged, or its training had failed."
+    )
 
 
 def write_weights(
@@ -136,7 +144,8 @@ def write_weights(
     Args:
         parameters: the types and shapes that the graph expects.
         constants: further tensors of the graph, written as they are.
-        convert: (name, parameter, safetensors type) to what is written; a plan of quantization brings its own.
+        convert: (name, parameter, safetensors type) to what is written; a plan of quantization
+            brings its own.
 
     Returns:
         Where each tensor lies in the file.
@@ -144,14 +153,29 @@ def write_weights(
     Raises:
         CheckpointError: a value that is not finite, or too large for its new type.
     """
-    specs = {**{n: ParameterSpec(SAFETENSORS_NAMES[c.dtype], tuple(c.shape)) for n, c in constants.items()}, **parameters}
-    order = sorted(specs, key=lambda name: -TYPE_BYTES[specs[name].type])  # stable: wide types first, so all are aligned
-    head, entries = build_header({n: (specs[n].type, specs[n].shape) for n in order}, {"format": "pt"})
+    specs = {
+        **{
+            n: ParameterSpec(SAFETENSORS_NAMES[c.dtype], tuple(c.shape))
+            for n, c in constants.items()
+        },
+        **parameters,
+    }
+    order = sorted(
+        specs, key=lambda name: -TYPE_BYTES[specs[name].type]
+    )  # stable: wide types first, so all are aligned
+    head, entries = build_header(
+        {n: (specs[n].type, specs[n].shape) for n in order}, {"format": "pt"}
+    )
     file = writer.create(WEIGHTS)
     total = sum(e.bytes for e in entries.values())
-    with progress.stage(f"writing weights ({total / 1e9:.2f} GB)", total) as advance, ThreadPoolExecutor(1) as executor:
+    with (
+        progress.stage(f"writing weights ({total / 1e9:.2f} GB)", total) as advance,
+        ThreadPoolExecutor(1) as executor,
+    ):
         written = executor.submit(file.write, head)
-        for name, tensor in _read_ahead(weights, (n for n in order if n not in constants), constants, order):
+        for name, tensor in _read_ahead(
+            weights, (n for n in order if n not in constants), constants, order
+        ):
             stored = tensor if name in constants else convert(name, tensor, specs[name].type)
             data = stored.contiguous().reshape(-1).view(torch.uint8)
             written.result()
@@ -163,7 +187,10 @@ def write_weights(
 
 
 def _read_ahead(
-    weights: Weights, learned: Iterable[str], constants: Mapping[str, torch.Tensor], order: Iterable[str]
+    weights: Weights,
+    learned: Iterable[str],
+    constants: Mapping[str, torch.Tensor],
+    order: Iterable[str],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors in order, the next learned one being read while the last is written."""
     with ThreadPoolExecutor(1) as reader:
@@ -182,14 +209,15 @@ def _read_ahead(
 
 
 _SAMPLES = 4096
-"""Values of each tensor that enter the fingerprint. Training moves all values of a layer, a LoRA included."""
+"""Values of each tensor that enter the fingerprint. Training moves all values of a layer, a LoRA
+included."""
 
 
 def compute_fingerprint(weights: Weights | WeightsBase) -> str:
     """Compute a SHA-256 that tells sets of weights apart, whatever type they are stored in.
 
-    It covers every tensor's name and shape and up to 4096 of its values, evenly spread and rounded to bfloat16: a
-    checkpoint in float32 and the same in bf16 agree.
+    It covers every tensor's name and shape and up to 4096 of its values, evenly spread and rounded
+    to bfloat16: a checkpoint in float32 and the same in bf16 agree.
     """
     digest = hashlib.sha256()
     for name, shape in sorted(weights.shapes().items()):

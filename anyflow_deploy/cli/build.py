@@ -25,8 +25,10 @@ _COMMON = ("bundle", "backend", "name", "output", "overwrite")
 class BuildOptions(Options):
     """Compile a bundle into an engine for this machine.
 
-    The engine goes into the bundle's folder (engines/NAME) and is found there by anyflow-generate and anyflow-validate
-    with --backend. It runs on this kind of device with these versions only; the bundle itself stays portable."""
+    The engine goes into the bundle's folder (engines/NAME) and is found there by anyflow-generate
+    and anyflow-validate with --backend. It runs on this kind of device with these versions only;
+    the bundle itself stays portable.
+    """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -36,23 +38,51 @@ class BuildOptions(Options):
 
     bundle: Path = Field(description="the bundle's folder")
     backend: str = Field(description="what to build for")
-    name: str | None = Field(None, description="of the engine in the bundle's folder (default: backend-provider)")
-    output: Path | None = Field(None, description="folder of the engine, in place of one in the bundle")
+    name: str | None = Field(
+        None, description="of the engine in the bundle's folder (default: backend-provider)"
+    )
+    output: Path | None = Field(
+        None, description="folder of the engine, in place of one in the bundle"
+    )
     overwrite: bool = Field(False, description="replace an engine that is there")
     provider: str | None = Field(None, description="what it will run on: cpu or cuda (default cpu)")
     device: int | None = Field(None, ge=0, description="which GPU, counted from 0 (default 0)")
-    max_autotune: bool = Field(False, description="aotinductor: time several kernels for each product; much slower builds")
-    shapes: Words = Field((), description="tensorrt: video sizes to build for, 480x832x81, several with commas between")
-    range_profile: bool = Field(False, description="tensorrt: cover the bundle's declared ranges beside --shapes")
-    workspace: float | None = Field(None, description="tensorrt: gigabytes of scratch memory that a layer may use")
-    optimization_level: int | None = Field(None, description="tensorrt: 0 (fast to build) to 5 (tries most); default 3")
-    version_compatible: bool = Field(False, description="tensorrt: also runs on later releases of the same major version")
-    hardware_compatible: str | None = Field(None, description="tensorrt: also runs on ampere+ or same-capability GPUs")
+    max_autotune: bool = Field(
+        False, description="aotinductor: time several kernels for each product; much slower builds"
+    )
+    shapes: Words = Field(
+        (),
+        description="tensorrt: video sizes to build for, 480x832x81, several with commas between",
+    )
+    range_profile: bool = Field(
+        False, description="tensorrt: cover the bundle's declared ranges beside --shapes"
+    )
+    workspace: float | None = Field(
+        None, description="tensorrt: gigabytes of scratch memory that a layer may use"
+    )
+    optimization_level: int | None = Field(
+        None, description="tensorrt: 0 (fast to build) to 5 (tries most); default 3"
+    )
+    version_compatible: bool = Field(
+        False, description="tensorrt: also runs on later releases of the same major version"
+    )
+    hardware_compatible: str | None = Field(
+        None, description="tensorrt: also runs on ampere+ or same-capability GPUs"
+    )
     refit: bool = Field(False, description="tensorrt: weights can be replaced in the built engine")
-    strip: bool = Field(False, description="tensorrt: no weights in the plan; the bundle's are read when it is opened")
-    weight_streaming: bool = Field(False, description="tensorrt: weights may stay in host memory; slow, for small GPUs")
-    allow_fallback: bool = Field(False, description="tensorrt: keep an engine that runs eight-bit layers in a wider type")
-    timing_cache: str | None = Field(None, description="tensorrt: file of measured kernel times (default: user's cache)")
+    strip: bool = Field(
+        False,
+        description="tensorrt: no weights in the plan; the bundle's are read when it is opened",
+    )
+    weight_streaming: bool = Field(
+        False, description="tensorrt: weights may stay in host memory; slow, for small GPUs"
+    )
+    allow_fallback: bool = Field(
+        False, description="tensorrt: keep an engine that runs eight-bit layers in a wider type"
+    )
+    timing_cache: str | None = Field(
+        None, description="tensorrt: file of measured kernel times (default: user's cache)"
+    )
 
 
 def build(options: BuildOptions) -> int:
@@ -60,9 +90,13 @@ def build(options: BuildOptions) -> int:
     settings = chosen_settings(options)
     bundle = load_bundle(options.bundle)
     with RichProgress(console) as bars:
-        folder = build_engine(bundle, options.backend, settings, _destination(options), options.overwrite, bars)
+        folder = build_engine(
+            bundle, options.backend, settings, _destination(options), options.overwrite, bars
+        )
     console.print(describe_engine(folder))
-    console.print(f"[green]wrote[/] [bold]{escape(str(folder.path))}[/] ({folder.record.seconds:.1f} s)")
+    console.print(
+        f"[green]wrote[/] [bold]{escape(str(folder.path))}[/] ({folder.record.seconds:.1f} s)"
+    )
     return 0
 
 
@@ -74,13 +108,20 @@ def chosen_settings(options: BuildOptions) -> BuildSettings:
     """
     kind = settings_type(options.backend)
     fields = {field.name for field in dataclasses.fields(kind)}
-    given: dict[str, Any] = {name: getattr(options, name) for name in options.model_fields_set if name not in _COMMON}
+    given: dict[str, Any] = {
+        name: getattr(options, name) for name in options.model_fields_set if name not in _COMMON
+    }
     for name in given:
         if name not in fields:
             compiling = [backend for backend, row in BACKENDS.items() if row.build_settings]
-            able = [b for b in compiling if name in {field.name for field in dataclasses.fields(settings_type(b))}]
+            able = [
+                b
+                for b in compiling
+                if name in {field.name for field in dataclasses.fields(settings_type(b))}
+            ]
             raise AnyFlowError(
-                f"--{name.replace('_', '-')} means nothing to backend {options.backend}; it is a flag of {', '.join(able)}."
+                f"--{name.replace('_', '-')} means nothing to backend {options.backend}; it is a"
+                f" flag of {', '.join(able)}."
             )
     return kind(**given)
 
@@ -90,7 +131,10 @@ def _destination(options: BuildOptions) -> Path | None:
         raise AnyFlowError("give one of --name NAME (inside the bundle) and --output FOLDER.")
     if options.name is not None:
         if Path(options.name).name != options.name or options.name.startswith("."):
-            raise AnyFlowError(f"--name is {options.name!r}: allowed is a plain folder name. For another place use --output.")
+            raise AnyFlowError(
+                f"--name is {options.name!r}: allowed is a plain folder name. For another place use"
+                " --output."
+            )
         return options.bundle / ENGINES / options.name
     return options.output
 
@@ -102,7 +146,9 @@ def describe_engine(folder: EngineFolder) -> Table:
     table.add_column(style="dim")
     table.add_column()
     table.add_row("device", escape(record.device.name))
-    table.add_row("with", ", ".join(f"{name} {version}" for name, version in record.versions.items()))
+    table.add_row(
+        "with", ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    )
     table.add_row("size", f"{sum(file.bytes for file in record.files.values()) / 1e6:.1f} MB")
     for name, value in record.achieved.items():
         shown = f"{100 * value:.0f} %" if isinstance(value, float) else _list_values(value)
@@ -114,7 +160,10 @@ def _list_values(value: object) -> str:
     """A list by its first items."""
     if not isinstance(value, list):
         return str(value)
-    return ", ".join(map(str, value[:4])) + (f" and {len(value) - 4} more" if len(value) > 4 else "") or "none"
+    return (
+        ", ".join(map(str, value[:4])) + (f" and {len(value) - 4} more" if len(value) > 4 else "")
+        or "none"
+    )
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""`anyflow-calibrate`: how large activations become, measured once for all 8-bit exports of the same weights."""
+"""`anyflow-calibrate`: how large activations become, measured once for all 8-bit exports of the
+same weights."""
 
 from __future__ import annotations
 
@@ -20,24 +21,37 @@ from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration
 if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.checkpoints.weights import Weights
 
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v),
+]
 
 
 class CalibrateOptions(WeightOptions):
-    """Measure activation ranges for int8 and fp8: ModelOpt watches rollouts of many lengths, in float32.
+    """Measure activation ranges for int8 and fp8: ModelOpt watches rollouts of many lengths, in
+    float32.
 
-    An interrupted calibration goes on where it was when the same command is given again. A smaller video is faster; the
-    size that will be generated is the safest."""
+    An interrupted calibration goes on where it was when the same command is given again. A smaller
+    video is faster; the size that will be generated is the safest."""
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-calibrate --model 1.3b --device cuda",
-        "anyflow-calibrate --checkpoint my-anyflow --prompts prompts.txt --frames 17 --height 256 --width 448",
+        (
+            "anyflow-calibrate --checkpoint my-anyflow --prompts prompts.txt --frames 17 --height"
+            " 256 --width 448"
+        ),
     )
 
-    prompts: Path | None = Field(None, description="text file, one prompt a line (default: eight built-in ones)")
-    steps: Steps = Field((1, 2, 4, 8), min_length=1, description="step counts; sweeps over all times come on top")
+    prompts: Path | None = Field(
+        None, description="text file, one prompt a line (default: eight built-in ones)"
+    )
+    steps: Steps = Field(
+        (1, 2, 4, 8), min_length=1, description="step counts; sweeps over all times come on top"
+    )
     seeds: Seeds = Field((0,), min_length=1, description="of the noise")
-    frames: int | None = Field(None, ge=1, description="4n+1 (default: the video that the model generates)")
+    frames: int | None = Field(
+        None, ge=1, description="4n+1 (default: the video that the model generates)"
+    )
     height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     device: str = Field("cpu", description="torch device, as cpu or cuda")
@@ -48,7 +62,10 @@ class CalibrateOptions(WeightOptions):
 def calibrate(options: CalibrateOptions) -> int:
     """Do it; returns the exit status."""
     from anyflow_deploy.checkpoints.weights import check_parameters
-    from anyflow_deploy.export.quantization.calibrate import calibration_checkpoint_path, write_calibration
+    from anyflow_deploy.export.quantization.calibrate import (
+        calibration_checkpoint_path,
+        write_calibration,
+    )
 
     started = time.perf_counter()
     check_output(options.output, options.overwrite)
@@ -60,7 +77,8 @@ def calibrate(options: CalibrateOptions) -> int:
     calibration_checkpoint_path(options.output).unlink(missing_ok=True)
     seconds = time.perf_counter() - started
     console.print(
-        f"[green]calibrated[/] {len(calibration.tensors)} tensors in {seconds:.1f} s: [bold]{escape(str(options.output))}[/]"
+        f"[green]calibrated[/] {len(calibration.tensors)} tensors in {seconds:.1f} s:"
+        f" [bold]{escape(str(options.output))}[/]"
     )
     return 0
 
@@ -69,7 +87,11 @@ def measure_calibration(options: CalibrateOptions, weights: Weights, bars: Progr
     """The calibration that the options ask for. Its rollouts are kept beside
     `options.output` (`calibration_checkpoint_path`); whoever calls
     removes them once the calibration is on disk."""
-    from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, calibration_checkpoint_path, run_calibration
+    from anyflow_deploy.export.quantization.calibrate import (
+        CalibrationSettings,
+        calibration_checkpoint_path,
+        run_calibration,
+    )
     from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
     from anyflow_deploy.export.quantization.prompts import PROMPTS, embed_prompts, read_prompts
     from anyflow_deploy.export.quantization.rollouts import latent_shape
@@ -82,9 +104,18 @@ def measure_calibration(options: CalibrateOptions, weights: Weights, bars: Progr
     with bars.stage(f"embedding {len(prompts)} prompts"):
         text = embed_prompts(weights, prompts)
     if text.source == "random":
-        console.print("[yellow]no text encoder[/] with these weights: random embeddings stand in for the prompts.")
+        console.print(
+            "[yellow]no text encoder[/] with these weights: random embeddings stand in for the"
+            " prompts."
+        )
     settings = CalibrationSettings(
-        text, shape, options.steps, options.seeds, options.device, partial, lambda line: console.print(escape(line))
+        text,
+        shape,
+        options.steps,
+        options.seeds,
+        options.device,
+        partial,
+        lambda line: console.print(escape(line)),
     )
     try:
         return run_calibration(weights, settings, bars)
@@ -100,9 +131,13 @@ def check_output(path: Path, overwrite: bool) -> None:
         AnyFlowError: saying which.
     """
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise AnyFlowError(f"{path} cannot be written. Give --output a file in a folder that exists.")
+        raise AnyFlowError(
+            f"{path} cannot be written. Give --output a file in a folder that exists."
+        )
     if path.exists() and not overwrite:
-        raise AnyFlowError(f"{path} exists. Choose another --output, or replace it with --overwrite.")
+        raise AnyFlowError(
+            f"{path} exists. Choose another --output, or replace it with --overwrite."
+        )
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """`anyflow-doctor`: what works on this machine, and why not.
 
-Where even the packages that every command stands on are broken (pydantic, rich, fire, numpy), it still answers, in plain
-text and with no flags but --help.
+Where even the packages that every command stands on are broken (pydantic, rich, fire, numpy), it
+still answers, in plain text and with no flags but --help.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from anyflow_deploy.doctor.backends import REQUIREMENTS, BackendVerdict, check_requirement, judge_backends
+from anyflow_deploy.doctor.backends import (
+    REQUIREMENTS,
+    BackendVerdict,
+    check_requirement,
+    judge_backends,
+)
 from anyflow_deploy.doctor.probe import FAULT, WORKS, ProbeResult, run_probes
 from anyflow_deploy.doctor.probes import PROBES, adjust_remedies
 from anyflow_deploy.doctor.report import format_plain, report_json, report_rows
@@ -29,7 +34,9 @@ def doctor(options: DoctorOptions) -> int:
     for wish in wishes:  # refuse misspelt ones before looking at anything
         check_requirement(wish, options.provider, judge_backends({}))
     found, verdicts = probe_machine()
-    unmet = {wish: why for wish in wishes if (why := check_requirement(wish, options.provider, verdicts))}
+    unmet = {
+        wish: why for wish in wishes if (why := check_requirement(wish, options.provider, verdicts))
+    }
     if options.json_output:
         print(json.dumps(report_json(found, verdicts, unmet), indent=1))  # noqa: T201
     else:
@@ -58,7 +65,9 @@ def _show(rows: list[tuple[str, str, str, str]]) -> None:
         if index == len(rows) - len(REQUIREMENTS):
             table.add_row()
         advice = f"\n[dim]{escape(remedy)}[/]" if remedy else ""
-        table.add_row(escape(name), f"[{colours.get(state, 'yellow')}]{state}[/]", f"{escape(detail)}{advice}")
+        table.add_row(
+            escape(name), f"[{colours.get(state, 'yellow')}]{state}[/]", f"{escape(detail)}{advice}"
+        )
     Console(highlight=False).print(table)
 
 
@@ -69,7 +78,10 @@ def _complain(unmet: dict[str, str]) -> None:
 
 def _plain(reason: BaseException) -> int:
     """What is left to say where the command's own packages cannot be imported."""
-    print(f"the packages that every command needs are broken ({type(reason).__name__}: {reason}).", file=sys.stderr)  # noqa: T201
+    problem = (
+        f"the packages that every command needs are broken ({type(reason).__name__}: {reason})."
+    )
+    print(problem, file=sys.stderr)  # noqa: T201
     print("  ->  pip install --force-reinstall anyflow-deploy\n", file=sys.stderr)  # noqa: T201
     print(format_plain(report_rows(*probe_machine())))  # noqa: T201
     return 1

@@ -17,7 +17,12 @@ from anyflow_deploy.bundle.bundle import Bundle, BundleWriter
 from anyflow_deploy.cli.fit import show_fit
 from anyflow_deploy.cli.lint import warn_about_tensorrt
 from anyflow_deploy.cli.options import run
-from anyflow_deploy.cli.quantize import QuantizationOptions, calibration_of, layers_kept, own_calibration
+from anyflow_deploy.cli.quantize import (
+    QuantizationOptions,
+    calibration_of,
+    layers_kept,
+    own_calibration,
+)
 from anyflow_deploy.cli.weights import check_name
 from anyflow_deploy.errors import AnyFlowError, UnavailableError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
@@ -28,14 +33,18 @@ from anyflow_deploy.targets import CPU_HAS_NO_BF16, check_precision, get_target
 
 CHECKS = ("auto", "full", "none")
 _AUTO_CHECK_BYTES = 2 << 30
-"""Memory that checking the numbers may take without being asked for: reference and engine both hold the model."""
+"""Memory that checking the numbers may take without being asked for: reference and engine both hold
+the model."""
 
 
 class ExportOptions(QuantizationOptions):
-    """Export an AnyFlow checkpoint to a bundle: an ONNX graph, its weights and a manifest, in one folder.
+    """Export an AnyFlow checkpoint to a bundle: an ONNX graph, its weights and a manifest, in one
+    folder.
 
-    Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with --random-weights).
-    Exit status 0: the bundle is good, as far as this machine can check its numbers; 1: they are wrong."""
+    Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with
+    --random-weights). Exit status 0: the bundle is good, as far as this machine can check its
+    numbers; 1: they are wrong.
+    """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-export --model 1.3b --precision fp16",
@@ -44,15 +53,24 @@ class ExportOptions(QuantizationOptions):
         "anyflow-export --model 14b --random-weights --frames 1:81 --height 480 --width 832",
     )
 
-    output: Path | None = Field(None, description="bundle folder to create (default MODEL-PRECISION)")
-    target: str = Field("cpu", description="device the bundle is for; decides which precisions are allowed")
-    opset: int = Field(20, description="20: primitive operators, for every runtime; 23: Attention, RMSNormalization")
+    output: Path | None = Field(
+        None, description="bundle folder to create (default MODEL-PRECISION)"
+    )
+    target: str = Field(
+        "cpu", description="device the bundle is for; decides which precisions are allowed"
+    )
+    opset: int = Field(
+        20,
+        description="20: primitive operators, for every runtime; 23: Attention, RMSNormalization",
+    )
     batch: str | None = Field(None, description="videos at once, as 1 or 1:4")
     frames: str | None = Field(None, description="frames of a video (4n+1), as 81 or 1:81")
     height: str | None = Field(None, description="pixels, multiples of 16, as 480 or 256:720")
     width: str | None = Field(None, description="pixels, multiples of 16")
     text: str | None = Field(None, description="tokens of the prompt embedding, as 512")
-    check: str = Field("auto", description="compare with PyTorch afterwards: auto (small models), full, none")
+    check: str = Field(
+        "auto", description="compare with PyTorch afterwards: auto (small models), full, none"
+    )
     overwrite: bool = Field(False, description="replace a bundle at --output")
 
     @field_validator("check")
@@ -77,7 +95,9 @@ class ExportOptions(QuantizationOptions):
     @cached_property
     def spec(self) -> PrecisionSpec:
         """The precision, complete."""
-        return resolve_precision(self.precision, self.base, self.target, self.attention, not self.no_smoothquant)
+        return resolve_precision(
+            self.precision, self.base, self.target, self.attention, not self.no_smoothquant
+        )
 
     def ranges(self) -> dict[str, Range]:
         """The axes that flags narrow, in latent units."""
@@ -86,17 +106,22 @@ class ExportOptions(QuantizationOptions):
             if (text := getattr(self, axis)) is not None:
                 found[axis] = Range(*parse_span(text, f"--{axis}"))
         if self.frames is not None:
-            low, high = (latent_frames(n, TEMPORAL_FACTOR) for n in parse_span(self.frames, "--frames"))
+            low, high = (
+                latent_frames(n, TEMPORAL_FACTOR) for n in parse_span(self.frames, "--frames")
+            )
             found["frames"] = Range(low, high)
         for axis in ("height", "width"):
             if (text := getattr(self, axis)) is not None:
-                low, high = (latent_side(n, SPATIAL_FACTOR, 2, axis) for n in parse_span(text, f"--{axis}"))
+                low, high = (
+                    latent_side(n, SPATIAL_FACTOR, 2, axis) for n in parse_span(text, f"--{axis}")
+                )
                 found[axis] = Range(low, high, 2)
         return found
 
 
 def export(options: ExportOptions) -> int:
-    """Export, then compare the numbers; returns the exit status: 0 for a good bundle, 1 for one with wrong numbers."""
+    """Export, then compare the numbers; returns the exit status: 0 for a good bundle, 1 for one
+    with wrong numbers."""
     from anyflow_deploy.export.exporter import ExportSettings, export_bundle, validate_export
     from anyflow_deploy.export.quantization.calibrate import calibration_checkpoint_path
     from anyflow_deploy.progress import RichProgress
@@ -104,25 +129,40 @@ def export(options: ExportOptions) -> int:
     started = time.perf_counter()
     output = options.output or Path(f"{_label(options)}-{options.precision}")
     settings = ExportSettings(
-        options.precision, options.target, options.opset, options.ranges(), options.overwrite,
-        options.spec.base, smooth=options.spec.smooth, attention=options.spec.attention,
-    )  # fmt: skip
+        options.precision,
+        options.target,
+        options.opset,
+        options.ranges(),
+        options.overwrite,
+        options.spec.base,
+        smooth=options.spec.smooth,
+        attention=options.spec.attention,
+    )
     weights = options.weights()
     validate_export(weights, settings)
     show_fit(weights.architecture, options.precision, options.target, options.ranges())
-    BundleWriter(output, options.overwrite)  # refuses a destination that cannot be, before a calibration of hours
+    BundleWriter(
+        output, options.overwrite
+    )  # refuses a destination that cannot be, before a calibration of hours
     with RichProgress(console) as bars:
         calibration = calibration_of(options, weights, output, bars)
         if calibration is not None:
             full_precision_layers = layers_kept(options, options.spec, weights, calibration, bars)
-            settings = dataclasses.replace(settings, calibration=calibration, full_precision_layers=tuple(full_precision_layers))
+            settings = dataclasses.replace(
+                settings,
+                calibration=calibration,
+                full_precision_layers=tuple(full_precision_layers),
+            )
         bundle = export_bundle(weights, output, settings, bars)
     if calibration is not None and options.calibration is None:
-        calibration_checkpoint_path(own_calibration(output)).unlink(missing_ok=True)  # kept until here: it may have taken hours
+        calibration_checkpoint_path(own_calibration(output)).unlink(
+            missing_ok=True
+        )  # kept until here: it may have taken hours
     size = sum(record.bytes for record in bundle.manifest.files.values())
     console.print(
-        f"[green]exported[/] {bundle.manifest.model} in {options.precision} to [bold]{escape(str(bundle.path))}[/]: "
-        f"{size / 1e6:,.1f} MB in {time.perf_counter() - started:.1f} s"
+        f"[green]exported[/] {bundle.manifest.model} in {options.precision} to"
+        f" [bold]{escape(str(bundle.path))}[/]: {size / 1e6:,.1f} MB in"
+        f" {time.perf_counter() - started:.1f} s"
     )
     warn_about_tensorrt(bundle)
     return _check_numbers(bundle, weights, options)
@@ -133,10 +173,13 @@ def _label(options: ExportOptions) -> str:
 
 
 def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # type: ignore[no-untyped-def]
-    """Compare the new bundle with PyTorch where that is asked for, or cheap; returns the exit status.
+    """Compare the new bundle with PyTorch where that is asked for, or cheap; returns the exit
+    status.
 
-    The status speaks of the bundle: 1 when it was compared and is wrong. A comparison that this machine cannot make says
-    nothing of the bundle, so it is reported with the command that makes it elsewhere, and the status is 0."""
+    The status speaks of the bundle: 1 when it was compared and is wrong. A comparison that this
+    machine cannot make says nothing of the bundle, so it is reported with the command that makes it
+    elsewhere, and the status is 0.
+    """
     from anyflow_deploy.cli.validate import ValidateOptions, validate_bundle
 
     needed = 3 * 4 * sum(math.prod(shape) for shape in weights.shapes().values())
@@ -156,9 +199,12 @@ def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # t
 
 
 def _leave_unchecked(bundle: Bundle, why: str, flags: str) -> int:
-    """Say why the numbers were not checked and which command checks them; returns the exit status 0."""
+    """Say why the numbers were not checked and which command checks them; returns the exit status
+    0."""
     command = " ".join(["anyflow-validate", shlex.quote(str(bundle.path)), *flags.split()])
-    console.print(f"numbers [yellow]not checked[/] ({escape(why)}); check them with: {escape(command)}")
+    console.print(
+        f"numbers [yellow]not checked[/] ({escape(why)}); check them with: {escape(command)}"
+    )
     return 0
 
 

@@ -1,7 +1,8 @@
 """`anyflow-fit`: which device takes which model, in which precision, before anything is downloaded.
 
-Without --precision and --target it prints a table of all of them; with both, where the memory goes, and what to change
-when there is not enough. `anyflow-export` prints the same sum for what it is about to write (`show_fit`).
+Without --precision and --target it prints a table of all of them; with both, where the memory goes,
+and what to change when there is not enough. `anyflow-export` prints the same sum for what it is
+about to write (`show_fit`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from anyflow_deploy.memory.estimate import (
     estimate_memory,
     shape_from_pixels,
 )
-from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, Architecture, get_model, model_name
+from anyflow_deploy.models import (
+    MODELS,
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    Architecture,
+    get_model,
+    model_name,
+)
 from anyflow_deploy.progress import console
 from anyflow_deploy.shape_ranges import Range, latent_frames
 from anyflow_deploy.targets import GB, TARGETS, Target, check_precision, get_target
@@ -37,7 +45,9 @@ _WINDOWS = (8, 4, 2, 1)
 class FitOptions(Options):
     """Say what a model needs in memory, and which devices have that much.
 
-    Exit status 0 when it fits (without --precision and --target: when it fits anywhere), 1 when it does not."""
+    Exit status 0 when it fits (without --precision and --target: when it fits anywhere), 1 when it
+    does not.
+    """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-fit --model 14b",
@@ -47,12 +57,22 @@ class FitOptions(Options):
     )
 
     model: str = Field(description=f"one of {', '.join(MODELS)}")
-    precision: str | None = Field(None, description=f"one of {', '.join(FIT_PRECISIONS)} (default all)")
+    precision: str | None = Field(
+        None, description=f"one of {', '.join(FIT_PRECISIONS)} (default all)"
+    )
     target: str | None = Field(None, description=f"one of {', '.join(TARGETS)} (default all)")
-    memory: float | None = Field(None, gt=0, le=1000, description="GB of --target, in a variant with more or less (as sold)")
-    shape: str | None = Field(None, description="HEIGHTxWIDTHxFRAMES in pixels and frames (default the model's own)")
-    window: int | None = Field(None, ge=1, description="compressed chunks a causal model keeps (default all)")
-    json_output: bool = Field(False, alias="json", description="print the numbers as JSON on standard output")
+    memory: float | None = Field(
+        None, gt=0, le=1000, description="GB of --target, in a variant with more or less (as sold)"
+    )
+    shape: str | None = Field(
+        None, description="HEIGHTxWIDTHxFRAMES in pixels and frames (default the model's own)"
+    )
+    window: int | None = Field(
+        None, ge=1, description="compressed chunks a causal model keeps (default all)"
+    )
+    json_output: bool = Field(
+        False, alias="json", description="print the numbers as JSON on standard output"
+    )
 
     @field_validator("model")
     @classmethod
@@ -67,8 +87,13 @@ class FitOptions(Options):
         try:
             target = get_target(self.target or "cpu")
             if self.memory is not None and target.memory is None:
-                raise AnyFlowError("--memory is of a variant of a device: give its row with --target NAME (not cpu), too.")
-            estimate_memory(self.architecture, self.precision or "fp16", target, self.video, self.window)
+                raise AnyFlowError(
+                    "--memory is of a variant of a device: give its row with --target NAME (not"
+                    " cpu), too."
+                )
+            estimate_memory(
+                self.architecture, self.precision or "fp16", target, self.video, self.window
+            )
             if self.target and self.precision:
                 check_precision(target, self.precision)
         except AnyFlowError as error:
@@ -82,34 +107,55 @@ class FitOptions(Options):
 
     @property
     def device(self) -> Target | None:
-        """The row asked for, with the memory asked for; a small one's system is counted as no more than a third of it."""
+        """The row asked for, with the memory asked for; a small one's system is counted as no more
+        than a third of it."""
         row = get_target(self.target) if self.target else None
         if row is None or self.memory is None:
             return row
         memory = int(self.memory * GB)
         return dataclasses.replace(
-            row, memory=memory, reserved=min(row.reserved, memory // 3), device=f"{row.device}, with {self.memory:g} GB"
+            row,
+            memory=memory,
+            reserved=min(row.reserved, memory // 3),
+            device=f"{row.device}, with {self.memory:g} GB",
         )
 
     @property
     def video(self) -> LatentShape:
         """The shape asked for, or the model's own."""
-        return default_shape(self.model) if self.shape is None else shape_from_pixels(self.shape, self.architecture)
+        return (
+            default_shape(self.model)
+            if self.shape is None
+            else shape_from_pixels(self.shape, self.architecture)
+        )
 
 
 def default_shape(model: str) -> LatentShape:
-    """What a model makes when nothing else is asked for; of a model outside the table, Wan's 81 frames at 480x832."""
+    """What a model makes when nothing else is asked for; of a model outside the table, Wan's 81
+    frames at 480x832."""
     frames, height, width = MODELS[model].video if model in MODELS else MODELS["1.3b"].video
-    return LatentShape(latent_frames(frames, TEMPORAL_FACTOR), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR)
+    return LatentShape(
+        latent_frames(frames, TEMPORAL_FACTOR), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
+    )
 
 
 def fit(options: FitOptions) -> int:
     """Do it; returns the exit status."""
     targets = [options.device] if options.device else list(TARGETS.values())
     precisions = (options.precision,) if options.precision else FIT_PRECISIONS
-    cells = {t.name: {p: _cell(options.architecture, p, t, options.video, options.window) for p in precisions} for t in targets}
+    cells = {
+        t.name: {
+            p: _cell(options.architecture, p, t, options.video, options.window) for p in precisions
+        }
+        for t in targets
+    }
     if options.json_output:
-        report = {"model": options.model, "shape": str(options.video), "window": options.window, "targets": cells}
+        report = {
+            "model": options.model,
+            "shape": str(options.video),
+            "window": options.window,
+            "targets": cells,
+        }
         print(json.dumps(report, indent=1))  # noqa: T201
     elif options.precision and options.target:
         _print_details(options, targets[0], options.precision)
@@ -121,7 +167,8 @@ def fit(options: FitOptions) -> int:
 def show_fit(a: Architecture, precision: str, target: str, ranges: Mapping[str, Range]) -> None:
     """One line with what a bundle will need on its target, and a warning where the target has less.
 
-    A warning, not an error: a bundle also runs on a larger device of the family, and in smaller shapes.
+    A warning, not an error: a bundle also runs on a larger device of the family, and in smaller
+    shapes.
 
     Args:
         a: what is exported.
@@ -129,34 +176,63 @@ def show_fit(a: Architecture, precision: str, target: str, ranges: Mapping[str, 
         ranges: the declared ranges, in latent units; the largest shape in them counts.
     """
     usual = default_shape(model_name(a))
-    largest = {axis: ranges[axis].maximum or getattr(usual, axis) for axis in ("frames", "height", "width") if axis in ranges}
+    largest = {
+        axis: ranges[axis].maximum or getattr(usual, axis)
+        for axis in ("frames", "height", "width")
+        if axis in ranges
+    }
     if a.causal:
         largest.pop("frames", None)  # those are of one chunk
     shape, row = dataclasses.replace(usual, **largest), get_target(target)
     need, available = estimate_memory(a, precision, row, shape), available_memory(row)
     parts = f"weights {_gb(need.weights)}, activations {_gb(need.activations + need.workspace)}"
     cache = f", cache {_gb(need.cache)}" if need.cache else ""
-    console.print(f"needs about {_gb(need.total)} on {target} at {shape} ({parts}{cache}; it has {_gb(available)}).")
+    console.print(
+        f"needs about {_gb(need.total)} on {target} at {shape} ({parts}{cache}; it has"
+        f" {_gb(available)})."
+    )
     if need.total > available:
-        console.print(f"[yellow]warning:[/] that does not fit {row.device}. {_advice(a, precision, row, shape)}")
+        console.print(
+            f"[yellow]warning:[/] that does not fit {row.device}."
+            f" {_advice(a, precision, row, shape)}"
+        )
 
 
-def _cell(a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None) -> dict[str, Any]:
+def _cell(
+    a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None
+) -> dict[str, Any]:
     """One combination: bytes and a verdict, or why it is refused."""
     if precision not in target.precisions:
         return {"fits": False, "refused": f"{target.name} does not run {precision}"}
     need, available = estimate_memory(a, precision, target, shape, window), available_memory(target)
-    return {"fits": need.total <= available, "total": need.total, "available": available, **dataclasses.asdict(need)}
+    return {
+        "fits": need.total <= available,
+        "total": need.total,
+        "available": available,
+        **dataclasses.asdict(need),
+    }
 
 
-def _print_overview(options: FitOptions, targets: list[Target], cells: dict[str, dict[str, dict[str, Any]]]) -> None:
+def _print_overview(
+    options: FitOptions, targets: list[Target], cells: dict[str, dict[str, dict[str, Any]]]
+) -> None:
     precisions = list(next(iter(cells.values())))
-    table = Table("target", "memory", *precisions, title=f"{options.model} at {options.video}: GB needed, and whether it fits")
+    table = Table(
+        "target",
+        "memory",
+        *precisions,
+        title=f"{options.model} at {options.video}: GB needed, and whether it fits",
+    )
     for target in targets:
-        table.add_row(target.name, _gb(available_memory(target)), *(_shown(cells[target.name][p]) for p in precisions))
+        table.add_row(
+            target.name,
+            _gb(available_memory(target)),
+            *(_shown(cells[target.name][p]) for p in precisions),
+        )
     Console(highlight=False).print(table)
     console.print(
-        "Memory is what the system leaves free; the text encoder and the VAE run apart. Where it goes: --target, --precision."
+        "Memory is what the system leaves free; the text encoder and the VAE run apart. Where it"
+        " goes: --target, --precision."
     )
 
 
@@ -171,14 +247,24 @@ def _print_details(options: FitOptions, target: Target, precision: str) -> None:
         estimate_memory(options.architecture, precision, target, options.video, options.window),
         available_memory(target),
     )
-    table = Table("what", "GB", title=f"{options.model} in {precision} on {target.device} at {options.video}")
+    table = Table(
+        "what", "GB", title=f"{options.model} in {precision} on {target.device} at {options.video}"
+    )
     parts = ("weights", "activations", "cache", "workspace")
-    for name, size in [*((part, getattr(need, part)) for part in parts), ("needed", need.total), ("available", available)]:
-        table.add_row(name, f"{size / GB:.2f}", style="bold" if name in ("needed", "available") else "")
+    for name, size in [
+        *((part, getattr(need, part)) for part in parts),
+        ("needed", need.total),
+        ("available", available),
+    ]:
+        table.add_row(
+            name, f"{size / GB:.2f}", style="bold" if name in ("needed", "available") else ""
+        )
     table.add_section()
     for name, size in companion_weights(target).items():
         table.add_row(f"[dim]apart: {name}[/]", f"[dim]{size / GB:.2f}[/]")
-    table.add_row("[dim]scores, if attention is not fused[/]", f"[dim]{need.score_table / GB:.2f}[/]")
+    table.add_row(
+        "[dim]scores, if attention is not fused[/]", f"[dim]{need.score_table / GB:.2f}[/]"
+    )
     Console(highlight=False).print(table)
     if need.total <= available:
         console.print(f"[green]fits[/]: {_gb(available - need.total)} are left.")
@@ -187,13 +273,21 @@ def _print_details(options: FitOptions, target: Target, precision: str) -> None:
         console.print(f"[red]does not fit[/]: {_gb(need.total - available)} too much. {advice}")
 
 
-def _advice(a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None = None) -> str:
+def _advice(
+    a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None = None
+) -> str:
     """What would fit instead, each with its size; said only of what was computed."""
     found = list(_alternatives(a, precision, target, shape, window))
-    return f"These would: {'; '.join(found)}." if found else "Nothing of this model does, at any precision, on any target here."
+    return (
+        f"These would: {'; '.join(found)}."
+        if found
+        else "Nothing of this model does, at any precision, on any target here."
+    )
 
 
-def _alternatives(a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None) -> Iterator[str]:
+def _alternatives(
+    a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None
+) -> Iterator[str]:
     """Another precision, where needed with half the frames; a window; another target."""
     half = dataclasses.replace(shape, frames=(shape.frames + 1) // 2)
     for other in target.precisions:
@@ -211,7 +305,8 @@ def _alternatives(a: Architecture, precision: str, target: Target, shape: Latent
     large = [
         name
         for name in able
-        if estimate_memory(a, precision, TARGETS[name], shape, window).total <= available_memory(TARGETS[name])
+        if estimate_memory(a, precision, TARGETS[name], shape, window).total
+        <= available_memory(TARGETS[name])
     ]
     if large:
         yield f"--target {' or '.join(large)}"

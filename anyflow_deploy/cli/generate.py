@@ -1,8 +1,8 @@
 """`anyflow-generate`: a prompt becomes a video.
 
-A bidirectional bundle makes the whole video at once (`sample`), a causal one chunk by chunk (`stream`); they share
-everything else. With `--stream` each chunk is decoded and put on disk before the next is begun. Whatever can be refused
-is refused before text encoder and engine are loaded.
+A bidirectional bundle makes the whole video at once (`sample`), a causal one chunk by chunk
+(`stream`); they share everything else. With `--stream` each chunk is decoded and put on disk before
+the next is begun. Whatever can be refused is refused before text encoder and engine are loaded.
 """
 
 from __future__ import annotations
@@ -42,59 +42,104 @@ from anyflow_deploy.progress import RichProgress, console
 CAUSAL_FLAGS = ("stream", "image", "video", "chunks", "first_steps", "cache_budget", "window")
 """Flags that mean nothing to a bidirectional bundle."""
 
-Chunks = Annotated[tuple[PositiveInt, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+Chunks = Annotated[
+    tuple[PositiveInt, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)
+]
 
 
 class GenerateOptions(Options):
-    """Generate a video from a prompt: text encoder, engine, VAE, mp4. Choose any number of steps: more steps give a
-    better video.
+    """Generate a video from a prompt: text encoder, engine, VAE, mp4. Choose any number of steps:
+    more steps give a better video.
 
-    If the device has no text encoder, give --prompt-embeds FILE (made elsewhere with --save-prompt-embeds). If it has
-    no VAE, give an --output that ends in .safetensors, and the latents are saved. A causal bundle (far-...) generates
-    the video chunk by chunk: with --stream you can watch it while it grows, and it can begin with your picture or clip.
+    If the device has no text encoder, give --prompt-embeds FILE (made elsewhere with
+    --save-prompt-embeds). If it has no VAE, give an --output that ends in .safetensors, and the
+    latents are saved. A causal bundle (far-...) generates the video chunk by chunk: with --stream
+    you can watch it while it grows, and it can begin with your picture or clip.
 
-    --deadline runs as many steps as fit into the time, for the whole video or for each chunk. The time covers the steps
-    alone, not the text encoder, the cache, the VAE or the file. The deadline is missed by one step at most. The first
-    Ctrl-C then finishes with a single step; the second interrupts. --target-quality doubles the number of steps until
-    two results in a row agree; that costs nearly twice the steps that it picks. With either, --steps is the maximum."""
+    --deadline runs as many steps as fit into the time, for the whole video or for each chunk. The
+    time covers the steps alone, not the text encoder, the cache, the VAE or the file. The deadline
+    is missed by one step at most. The first Ctrl-C then finishes with a single step; the second
+    interrupts. --target-quality doubles the number of steps until two results in a row agree; that
+    costs nearly twice the steps that it picks. With either, --steps is the maximum.
+    """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         'anyflow-generate bundle --prompt "a red fox in the snow" --steps 4 --output fox.mp4',
-        'anyflow-generate bundle --prompt "a red fox" --save-prompt-embeds fox.safetensors --output fox.mp4',
-        "anyflow-generate bundle --prompt-embeds fox.safetensors --steps 8 --output latents.safetensors",
+        (
+            'anyflow-generate bundle --prompt "a red fox" --save-prompt-embeds fox.safetensors'
+            " --output fox.mp4"
+        ),
+        (
+            "anyflow-generate bundle --prompt-embeds fox.safetensors --steps 8 --output"
+            " latents.safetensors"
+        ),
         'anyflow-generate bundle --prompt "a red fox" --deadline 1500ms --output fox.mp4',
         'anyflow-generate bundle --prompt "a red fox" --target-quality 30dB --output fox.mp4',
-        'anyflow-generate far-bundle --prompt "a red fox" --stream --image first.png --output fox.mp4',
+        (
+            'anyflow-generate far-bundle --prompt "a red fox" --stream --image first.png --output'
+            " fox.mp4"
+        ),
     )
 
     bundle: Path = Field(description="the bundle's folder")
     prompt: str | None = Field(None, description="what the video shows")
-    prompt_embeds: Path | None = Field(None, description="saved embeddings, in place of --prompt and the text encoder")
+    prompt_embeds: Path | None = Field(
+        None, description="saved embeddings, in place of --prompt and the text encoder"
+    )
     save_prompt_embeds: Path | None = Field(None, description="save the prompt's embeddings here")
     output: Path = Field(Path("video.mp4"), description="video, or latents (.safetensors)")
     overwrite: bool = Field(False, description="replace --output and --save-prompt-embeds")
-    steps: int | None = Field(None, ge=1, le=1000, description="number of steps (default: the manifest's)")
+    steps: int | None = Field(
+        None, ge=1, le=1000, description="number of steps (default: the manifest's)"
+    )
     shift: float | None = Field(None, gt=0, description="timestep shift (default: the manifest's)")
-    sigmas: Numbers | None = Field(None, description="your own noise levels, as 1,0.9,0.6, instead of --steps and --shift")
-    deadline: Seconds | None = Field(None, description="time for the steps, as 1500ms, 1.5s or 2m; causal: for each chunk")
-    target_quality: Decibels | None = Field(None, description="PSNR to reach against half as many steps, as 30dB")
+    sigmas: Numbers | None = Field(
+        None, description="your own noise levels, as 1,0.9,0.6, instead of --steps and --shift"
+    )
+    deadline: Seconds | None = Field(
+        None, description="time for the steps, as 1500ms, 1.5s or 2m; causal: for each chunk"
+    )
+    target_quality: Decibels | None = Field(
+        None, description="PSNR to reach against half as many steps, as 30dB"
+    )
     frames: int | None = Field(None, ge=1, description="4n+1 (default: the manifest's)")
     height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     seed: int = Field(0, ge=0, description="of the noise; the same on every machine")
-    stream: bool = Field(False, description="causal: write --output chunk by chunk, playable while it grows (.mp4)")
+    stream: bool = Field(
+        False, description="causal: write --output chunk by chunk, playable while it grows (.mp4)"
+    )
     image: Path | None = Field(None, description="causal: a picture that the video begins with")
-    video: Path | None = Field(None, description="causal: a clip of 4n+1 frames that the video continues")
-    chunks: Chunks | None = Field(None, description="causal: latent frames of each chunk, as 1,3,3 (default: the model's)")
-    first_steps: int | None = Field(None, ge=1, le=1000, description="causal: number of steps of the first generated chunk")
-    window: int | None = Field(None, ge=1, description="causal: keep the first and this many of the newest compressed chunks")
-    cache_budget: float | None = Field(None, gt=0, description="causal: refuse a cache of more than this many GB")
+    video: Path | None = Field(
+        None, description="causal: a clip of 4n+1 frames that the video continues"
+    )
+    chunks: Chunks | None = Field(
+        None, description="causal: latent frames of each chunk, as 1,3,3 (default: the model's)"
+    )
+    first_steps: int | None = Field(
+        None, ge=1, le=1000, description="causal: number of steps of the first generated chunk"
+    )
+    window: int | None = Field(
+        None,
+        ge=1,
+        description="causal: keep the first and this many of the newest compressed chunks",
+    )
+    cache_budget: float | None = Field(
+        None, gt=0, description="causal: refuse a cache of more than this many GB"
+    )
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
-    provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
+    provider: str | None = Field(
+        None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
-    engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
-    pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")
+    engine: str | None = Field(
+        None, description="name or path of a built engine, where the backend has several"
+    )
+    pipeline: str | None = Field(
+        None,
+        description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own",
+    )
 
 
 @dataclass(frozen=True)
@@ -252,11 +297,14 @@ def _check(options: GenerateOptions) -> None:
         raise AnyFlowError("give one of --prompt TEXT and --prompt-embeds FILE.")
     step_settings(options)
     if options.image is not None and options.video is not None:
-        raise AnyFlowError("give one of --image and --video: a video begins with a picture or with a clip.")
+        raise AnyFlowError(
+            "give one of --image and --video: a video begins with a picture or with a clip."
+        )
     if options.stream and options.output.suffix.lower() not in GROWING_SUFFIXES:
         allowed = " or ".join(GROWING_SUFFIXES)
         raise AnyFlowError(
-            f"--stream writes a video that grows, and --output is {options.output}. Give one that ends in {allowed}."
+            f"--stream writes a video that grows, and --output is {options.output}. Give one that"
+            f" ends in {allowed}."
         )
     if options.output.suffix != LATENTS_SUFFIX:
         check_suffix(options.output)
@@ -264,7 +312,9 @@ def _check(options: GenerateOptions) -> None:
         if path is None:
             continue
         if path.exists() and not options.overwrite:
-            raise AnyFlowError(f"{path} exists. Choose another name, or replace it with --overwrite.")
+            raise AnyFlowError(
+                f"{path} exists. Choose another name, or replace it with --overwrite."
+            )
         if not path.parent.is_dir():
             raise AnyFlowError(f"{path.parent} is not a folder. Make it first.")
         if path.is_dir() or not os.access(path.parent, os.W_OK):

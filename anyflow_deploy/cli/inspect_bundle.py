@@ -19,7 +19,8 @@ from anyflow_deploy.progress import console
 
 
 class InspectOptions(Options):
-    """Show what a bundle holds: model, precision, shapes, sizes, hashes; with --lint, what TensorRT would refuse of it.
+    """Show what a bundle holds: model, precision, shapes, sizes, hashes; with --lint, what TensorRT
+    would refuse of it.
 
     Exit status: 0, or 1 where --lint found something."""
 
@@ -32,9 +33,18 @@ class InspectOptions(Options):
 
     bundle: Path = Field(description="the bundle's folder")
     verify: bool = Field(False, description="read every file and compare its SHA-256")
-    json_output: bool = Field(False, alias="json", description="print the manifest and digest as JSON on standard output")
-    lint: bool = Field(False, description="check every graph against what TensorRT's ONNX parser takes")
-    tensorrt: Annotated[tuple[str, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)] | None = Field(
+    json_output: bool = Field(
+        False, alias="json", description="print the manifest and digest as JSON on standard output"
+    )
+    lint: bool = Field(
+        False, description="check every graph against what TensorRT's ONNX parser takes"
+    )
+    tensorrt: (
+        Annotated[
+            tuple[str, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)
+        ]
+        | None
+    ) = Field(
         None, description="versions to lint for (default 10.3,11.4: JetPack 6, and the current one)"
     )
 
@@ -42,7 +52,9 @@ class InspectOptions(Options):
     def _versions_are_known(self) -> InspectOptions:
         if self.tensorrt is not None:
             if not self.lint:
-                raise ValueError("--tensorrt names the versions that --lint is for: give both, or neither.")
+                raise ValueError(
+                    "--tensorrt names the versions that --lint is for: give both, or neither."
+                )
             checked_versions(self.tensorrt)
         return self
 
@@ -53,7 +65,10 @@ def inspect(options: InspectOptions) -> int:
     out = Console(highlight=False)
     versions, findings = run_lint(bundle, options.tensorrt) if options.lint else ((), [])
     if options.json_output:
-        shown: dict[str, Any] = {"digest": bundle.digest, **bundle.manifest.model_dump(by_alias=True)}
+        shown: dict[str, Any] = {
+            "digest": bundle.digest,
+            **bundle.manifest.model_dump(by_alias=True),
+        }
         if options.lint:
             shown["findings"] = [finding.as_json() for finding in findings]
         print(json.dumps(shown, indent=1))  # noqa: T201
@@ -61,7 +76,9 @@ def inspect(options: InspectOptions) -> int:
         out.print(*_tables(bundle), sep="\n")
         if options.lint:
             print_findings(out, findings, versions)
-    hashes = "every SHA-256 agrees" if options.verify else "sizes agree; --verify compares every SHA-256"
+    hashes = (
+        "every SHA-256 agrees" if options.verify else "sizes agree; --verify compares every SHA-256"
+    )
     console.print(f"[green]{escape(str(bundle.path))} is complete[/] ({hashes}).")
     return 1 if findings else 0
 
@@ -80,7 +97,9 @@ def _tables(bundle: Bundle) -> list[Table]:
                 if layer.isdigit() and layer != "0":  # the cache is alike in every layer
                     continue
                 name = tensor.name if not layer.isdigit() else f"{tensor.name[:-1]}N"
-                border.add_row(graph.file, f"{role} {name}", tensor.dtype, " x ".join(map(str, tensor.shape)))
+                border.add_row(
+                    graph.file, f"{role} {name}", tensor.dtype, " x ".join(map(str, tensor.shape))
+                )
     ranges = Table("axis", "allowed (latent units)", title="declared ranges")
     for axis, allowed in vars(manifest.shape_ranges).items():
         ranges.add_row(axis, str(allowed))
@@ -92,19 +111,30 @@ def _tables(bundle: Bundle) -> list[Table]:
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
     a, video = manifest.architecture, manifest.video
-    weights = ", ".join(f"{size / 1e6:,.1f} MB {kind}" for kind, size in manifest.achieved.weight_bytes.items())
+    weights = ", ".join(
+        f"{size / 1e6:,.1f} MB {kind}" for kind, size in manifest.achieved.weight_bytes.items()
+    )
     revision = f" at {manifest.source.revision}" if manifest.source.revision else ""
     seed = f", seed {manifest.source.seed}" if manifest.source.seed is not None else ""
     return [
         ("model", f"{manifest.model} ({manifest.kind})"),
         ("weights from", f"{manifest.source.kind}: {manifest.source.location}{revision}{seed}"),
-        ("architecture", f"{a.num_layers} layers, {a.num_attention_heads} heads x {a.attention_head_dim}, ffn {a.ffn_dim}"),
+        (
+            "architecture",
+            (
+                f"{a.num_layers} layers, {a.num_attention_heads} heads x {a.attention_head_dim},"
+                f" ffn {a.ffn_dim}"
+            ),
+        ),
         ("precision", f"{manifest.precision}; stored: {weights}"),
         *_quantization_rows(manifest),
         ("target", manifest.target),
         ("opset", ", ".join(str(graph.opset) for graph in manifest.graphs.values())),
         ("default schedule", f"{manifest.schedule.steps} steps, shift {manifest.schedule.shift:g}"),
-        ("default video", f"{video.frames} frames, {video.height} x {video.width} pixels, {video.fps} per second"),
+        (
+            "default video",
+            f"{video.frames} frames, {video.height} x {video.width} pixels, {video.fps} per second",
+        ),
         ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
     ]
 
@@ -116,8 +146,20 @@ def _quantization_rows(manifest: Manifest) -> list[tuple[str, str]]:
         return []
     smooth = ", SmoothQuant" if how.smooth else ""
     return [
-        ("8-bit share", f"{got.quantized_flops:.1%} of the products' operations, {got.quantized_weights:.1%} of the weights"),
-        ("the rest", f"{how.base}; attention {how.base if how.attention == 'high' else how.attention}{smooth}"),
+        (
+            "8-bit share",
+            (
+                f"{got.quantized_flops:.1%} of the products' operations,"
+                f" {got.quantized_weights:.1%} of the weights"
+            ),
+        ),
+        (
+            "the rest",
+            (
+                f"{how.base}; attention"
+                f" {how.base if how.attention == 'high' else how.attention}{smooth}"
+            ),
+        ),
         ("calibrated on", f"weights {how.weights[:12]}…"),
     ]
 

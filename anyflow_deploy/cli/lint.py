@@ -1,4 +1,5 @@
-"""How commands show what the TensorRT lint found: a table for `anyflow-inspect --lint`, warnings at the end of an export."""
+"""How commands show what the TensorRT lint found: a table for `anyflow-inspect --lint`, warnings at
+the end of an export."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def checked_versions(versions: Sequence[str]) -> None:
 
 
 def run_lint(bundle: Bundle, versions: Sequence[str] | None) -> tuple[Sequence[str], list[Finding]]:
-    """The versions asked about, or the usual ones, and what was found. Needs onnx, which reading a manifest does not."""
+    """The versions asked about, or the usual ones, and what was found. Needs onnx, which reading a
+    manifest does not."""
     from anyflow_deploy.engines.tensorrt.lint.lint import DEFAULT_VERSIONS, lint_bundle
 
     versions = versions or DEFAULT_VERSIONS
@@ -42,10 +44,14 @@ def run_lint(bundle: Bundle, versions: Sequence[str] | None) -> tuple[Sequence[s
 
 
 def print_findings(out: Console, findings: Sequence[Finding], versions: Sequence[str]) -> None:
-    """The table, one row for nodes that have the same thing wrong with them; `--json` lists every node."""
+    """The table, one row for nodes that have the same thing wrong with them; `--json` lists every
+    node."""
     named = ", ".join(versions)
     if not findings:
-        out.print(f"[green]TensorRT {escape(named)}: nothing found.[/] docs/reference/lint.md says what was looked for.")
+        out.print(
+            f"[green]TensorRT {escape(named)}: nothing found.[/] docs/reference/lint.md says what"
+            " was looked for."
+        )
         return
     table = Table(title=f"{len(findings)} findings")
     for title in ("rule", "graph", "node", "what is wrong", "TensorRT", "remedy"):
@@ -54,7 +60,14 @@ def print_findings(out: Console, findings: Sequence[Finding], versions: Sequence
         first, more = group[0], len(group) - 1
         place = f"{first.node or 'all of it'}{f' ({first.operator})' if first.operator else ''}"
         place += f" and {more} more" if more else ""
-        cells = (first.rule, first.graph, place, first.problem, ", ".join(first.versions), first.remedy)
+        cells = (
+            first.rule,
+            first.graph,
+            place,
+            first.problem,
+            ", ".join(first.versions),
+            first.remedy,
+        )
         table.add_row(*map(escape, cells))
     out.print(table)
 
@@ -63,13 +76,21 @@ def group_findings(findings: Sequence[Finding]) -> list[list[Finding]]:
     """Findings that differ in the node alone, together, in the order they came."""
     groups: dict[tuple[object, ...], list[Finding]] = {}
     for finding in findings:
-        key = (finding.rule, finding.graph, finding.operator, finding.problem, finding.remedy, finding.versions)
+        key = (
+            finding.rule,
+            finding.graph,
+            finding.operator,
+            finding.problem,
+            finding.remedy,
+            finding.versions,
+        )
         groups.setdefault(key, []).append(finding)
     return list(groups.values())
 
 
 def warn_about_tensorrt(bundle: Bundle) -> None:
-    """Lint a new bundle for a GPU with the TensorRT of its target, and print what was found. Never fails an export."""
+    """Lint a new bundle for a GPU with the TensorRT of its target, and print what was found. Never
+    fails an export."""
     from anyflow_deploy.engines.tensorrt.lint.lint import DEFAULT_VERSIONS, lint_bundle
 
     target = get_target(bundle.manifest.target)
@@ -82,4 +103,6 @@ def warn_about_tensorrt(bundle: Bundle) -> None:
         console.print(f"[yellow]warning:[/] {escape(str(group[0]))}{count}")
     if len(groups) > _SHOWN:
         path = escape(str(bundle.path))
-        console.print(f"[yellow]warning:[/] {len(groups) - _SHOWN} more: anyflow-inspect {path} --lint")
+        console.print(
+            f"[yellow]warning:[/] {len(groups) - _SHOWN} more: anyflow-inspect {path} --lint"
+        )

@@ -1,8 +1,10 @@
-"""How every command reads its flags: Fire splits the words, pydantic checks them, and only then does work start.
+"""How every command reads its flags: Fire splits the words, pydantic checks them, and only then
+does work start.
 
-Fire alone would run the function first and complain about a misspelt flag afterwards, and would turn `--model 1.3` into
-a number. So Fire is given a function that only collects, with every value left a string; a pydantic model (one per
-command) turns strings into types; what is unknown, missing or wrong is answered with one line and exit status 2.
+Fire alone would run the function first and complain about a misspelt flag afterwards, and would
+turn `--model 1.3` into a number. So Fire is given a function that only collects, with every value
+left a string; a pydantic model (one per command) turns strings into types; what is unknown, missing
+or wrong is answered with one line and exit status 2.
 """
 
 from __future__ import annotations
@@ -27,15 +29,22 @@ from anyflow_deploy.progress import console
 USAGE_ERROR, WORK_ERROR, INTERRUPTED = 2, 1, 130
 
 StepCount = Annotated[int, Field(ge=1, le=1000)]
-Steps = Annotated[tuple[StepCount, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
-Words = Annotated[tuple[str, ...], BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)]
-Numbers = Annotated[tuple[float, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+Steps = Annotated[
+    tuple[StepCount, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)
+]
+Words = Annotated[
+    tuple[str, ...], BeforeValidator(lambda v: tuple(v.split(",")) if isinstance(v, str) else v)
+]
+Numbers = Annotated[
+    tuple[float, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)
+]
 
 
 class Options(BaseModel):
     """The flags of one command: a field is a flag, its description the help, its type the check.
 
-    The class docstring is the command's help. `POSITIONAL` names the fields that may be given without a flag, in order.
+    The class docstring is the command's help. `POSITIONAL` names the fields that may be given
+    without a flag, in order.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,8 +59,8 @@ O = TypeVar("O", bound=Options)  # noqa: E741 - the letter for options
 def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
     """The body of a console script: parse, work, exit.
 
-    Exit status: what `work` returns; 2 for wrong flags; 1 for an `AnyFlowError`, a missing package or a file system that
-    refuses; 130 after Ctrl-C.
+    Exit status: what `work` returns; 2 for wrong flags; 1 for an `AnyFlowError`, a missing package
+    or a file system that refuses; 130 after Ctrl-C.
     """
     words = sys.argv[1:]
     if "--help" in words or "-h" in words:
@@ -60,7 +69,9 @@ def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
     try:
         chosen = parse_options(options, words)
     except AnyFlowError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}\n[dim]{program} --help lists every flag.[/]")
+        console.print(
+            f"[bold red]error:[/] {escape(str(error))}\n[dim]{program} --help lists every flag.[/]"
+        )
         sys.exit(USAGE_ERROR)
     try:
         sys.exit(work(chosen))
@@ -71,7 +82,8 @@ def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
         if (error.name or "").startswith("anyflow_deploy"):
             raise
         console.print(
-            f"[bold red]error:[/] this needs {error.name}, which is not installed. Run: pip install 'anyflow-deploy\\[export]'"
+            f"[bold red]error:[/] this needs {error.name}, which is not installed. Run: pip install"
+            " 'anyflow-deploy\\[export]'"
         )
         sys.exit(WORK_ERROR)
     except OSError as error:  # a full disk, a folder that may not be read: for the user to fix
@@ -86,12 +98,15 @@ def parse_options(options: type[O], words: list[str]) -> O:
     """Turn words of a command line into checked options.
 
     Raises:
-        AnyFlowError: an unknown flag (with the nearest known one), a wrong type, a missing or surplus argument.
+        AnyFlowError: an unknown flag (with the nearest known one), a wrong type, a missing or
+            surplus argument.
     """
     positional, flags = _collect_flags(_explicit(options, words))
     if len(positional) > len(options.POSITIONAL):
         surplus = positional[len(options.POSITIONAL)]
-        raise AnyFlowError(f"surplus argument {surplus!r}; a flag's value follows its name, as in --steps 4.")
+        raise AnyFlowError(
+            f"surplus argument {surplus!r}; a flag's value follows its name, as in --steps 4."
+        )
     for name, value in zip(options.POSITIONAL, positional, strict=False):
         if name in flags:
             raise AnyFlowError(f"{name} was given twice: {value!r} and --{name} {flags[name]!r}.")
@@ -105,8 +120,8 @@ def parse_options(options: type[O], words: list[str]) -> O:
 def _explicit(options: type[Options], words: list[str]) -> list[str]:
     """The same words, every flag as `--name=value`, so that nothing is left for Fire to guess.
 
-    Fire would read `--verify BUNDLE` as a flag and its value, `--prompt` at the end as "True", `--noprompt` as "False",
-    and would take what follows `--` or `-` for itself.
+    Fire would read `--verify BUNDLE` as a flag and its value, `--prompt` at the end as "True",
+    `--noprompt` as "False", and would take what follows `--` or `-` for itself.
     """
     fields = {f.alias or name: f for name, f in options.model_fields.items()}
     result, rest = [], iter(words)
@@ -117,13 +132,18 @@ def _explicit(options: type[Options], words: list[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         name = flag[2:].replace("-", "_")
         if flag in ("-", "--"):
-            raise AnyFlowError(f"{word!r} means nothing here. A value that starts with a dash is given as --prompt=-x.")
+            raise AnyFlowError(
+                f"{word!r} means nothing here. A value that starts with a dash is given as"
+                " --prompt=-x."
+            )
         if not flag.startswith("--") or name not in fields:
             raise _unknown(flag, fields)
         if not equals:
             value = "True" if fields[name].annotation is bool else next(rest, "--")
             if value.startswith("-") and not value[1:2].isdigit():
-                raise AnyFlowError(f"{flag} needs a value; one that starts with a dash is given as {flag}=-x.")
+                raise AnyFlowError(
+                    f"{flag} needs a value; one that starts with a dash is given as {flag}=-x."
+                )
         result.append(f"--{name}={value}")
     return result
 
@@ -168,12 +188,18 @@ def help_of(program: str, options: type[Options]) -> list[Any]:
     for name, field in options.model_fields.items():
         silent = field.is_required() or field.default is False or field.default in (None, "", ())
         default = "" if silent else f" [dim](default {_shown(field.default)})[/]"
-        label = name.upper() if name in options.POSITIONAL else f"--{(field.alias or name).replace('_', '-')}"
+        label = (
+            name.upper()
+            if name in options.POSITIONAL
+            else f"--{(field.alias or name).replace('_', '-')}"
+        )
         flags.add_row(label, _type_name(field.annotation), f"{field.description}{default}")
     examples = [f"  {example}" for example in options.EXAMPLES]
     head = f"[bold]usage:[/] {program}{usage} [dim]\\[flags][/]"
     paragraphs = inspect.cleandoc(options.__doc__ or "").split("\n\n")
-    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)  # the console wraps lines
+    text = "\n\n".join(
+        " ".join(paragraph.split()) for paragraph in paragraphs
+    )  # the console wraps lines
     return [head, "", text, "", flags, "", *examples]
 
 

@@ -1,4 +1,5 @@
-"""`anyflow-precompute`: videos and captions become shards of latents and embeddings, once, for all training."""
+"""`anyflow-precompute`: videos and captions become shards of latents and embeddings, once, for all
+training."""
 
 from __future__ import annotations
 
@@ -18,41 +19,66 @@ PROGRAM = "anyflow-precompute"
 class PrecomputeOptions(Options):
     """Encode a folder of videos with the VAE and the text encoder of a checkpoint, for training.
 
-    NAME.txt beside NAME.mp4 is its caption. A video is taken from its start, at 16 frames a second, scaled and cut to the
-    size. One that cannot be used is skipped, counted and named in OUTPUT/skipped.jsonl; too many stop the work. Stopped
-    work goes on with the same command. Training takes OUTPUT as --data."""
+    NAME.txt beside NAME.mp4 is its caption. A video is taken from its start, at 16 frames a second,
+    scaled and cut to the size. One that cannot be used is skipped, counted and named in
+    OUTPUT/skipped.jsonl; too many stop the work. Stopped work goes on with the same command.
+    Training takes OUTPUT as --data."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("folder",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         f"{PROGRAM} clips --checkpoint Wan-AI/Wan2.1-T2V-1.3B-Diffusers --output shards",
-        f"{PROGRAM} clips --checkpoint pipeline --output shards --frames 17 --height 64 --width 96 --workers 2",
+        (
+            f"{PROGRAM} clips --checkpoint pipeline --output shards --frames 17 --height 64 --width"
+            " 96 --workers 2"
+        ),
     )
 
-    folder: Path = Field(description="videos (.mp4, .mkv, .mov) and captions (.txt), also in subfolders")
-    checkpoint: str = Field(description="diffusers pipeline with VAE and text encoder: a folder, or a Hub id")
+    folder: Path = Field(
+        description="videos (.mp4, .mkv, .mov) and captions (.txt), also in subfolders"
+    )
+    checkpoint: str = Field(
+        description="diffusers pipeline with VAE and text encoder: a folder, or a Hub id"
+    )
     output: Path = Field(description="folder of the shards; an unfinished one is resumed")
     frames: int = Field(81, ge=1, description="4n+1")
     height: int = Field(480, ge=8, description="pixels, a multiple of 16")
     width: int = Field(832, ge=8, description="pixels, a multiple of 16")
     text_tokens: int = Field(TEXT_TOKENS, ge=1, description="longest caption")
-    type: Literal["float32", "bfloat16"] = Field("float32", description="stored numbers; bfloat16 halves the shards")
+    type: Literal["float32", "bfloat16"] = Field(
+        "float32", description="stored numbers; bfloat16 halves the shards"
+    )
     shard_samples: int = Field(64, ge=1, description="videos of a shard, which is made in memory")
-    workers: int = Field(0, ge=0, description="processes, each with encoders of its own (0: one a GPU)")
+    workers: int = Field(
+        0, ge=0, description="processes, each with encoders of its own (0: one a GPU)"
+    )
 
 
 def work(chosen: PrecomputeOptions) -> int:
     """Do it; returns the exit status."""
-    from anyflow_deploy.training.data.precompute import SKIPPED, PrecomputeJob, find_pipeline, precompute
+    from anyflow_deploy.training.data.precompute import (
+        SKIPPED,
+        PrecomputeJob,
+        find_pipeline,
+        precompute,
+    )
 
     job = PrecomputeJob(
-        chosen.folder, find_pipeline(chosen.checkpoint), chosen.output, (chosen.frames, chosen.height, chosen.width),
-        chosen.text_tokens, chosen.type, chosen.shard_samples, chosen.workers,
-    )  # fmt: skip
+        chosen.folder,
+        find_pipeline(chosen.checkpoint),
+        chosen.output,
+        (chosen.frames, chosen.height, chosen.width),
+        chosen.text_tokens,
+        chosen.type,
+        chosen.shard_samples,
+        chosen.workers,
+    )
     with RichProgress(console) as bars:
         count, skipped = precompute(job, bars)
     console.print(f"[green]wrote[/] [bold]{escape(str(chosen.output))}[/] (of {count} videos)")
     if skipped:
-        console.print(f"skipped {skipped}: {escape(str(chosen.output / SKIPPED))} says which and why")
+        console.print(
+            f"skipped {skipped}: {escape(str(chosen.output / SKIPPED))} says which and why"
+        )
     return 0
 
 

@@ -1,7 +1,8 @@
-"""`anyflow-profile`: what an engineer needs to know to decide: times, memory, energy, layers, ceilings, and what to do.
+"""`anyflow-profile`: what an engineer needs to know to decide: times, memory, energy, layers,
+ceilings, and what to do.
 
-Three commands in one, by what is given: a bundle is profiled; with --compare two profiles are; with --estimate a bound is
-computed for hardware that is not here.
+Three commands in one, by what is given: a bundle is profiled; with --compare two profiles are; with
+--estimate a bound is computed for hardware that is not here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from anyflow_deploy.precision import resolve_precision
 from anyflow_deploy.profiling.compare import ENERGY, MEMORY, TIME, Thresholds, compare_profiles
 from anyflow_deploy.profiling.estimate import RooflineEstimate, estimate_latency
 from anyflow_deploy.profiling.html_report import html_from_profile
-from anyflow_deploy.profiling.profiler import SKIPPABLE, ProfileRequest, default_provider, run_profile
+from anyflow_deploy.profiling.profiler import (
+    SKIPPABLE,
+    ProfileRequest,
+    default_provider,
+    run_profile,
+)
 from anyflow_deploy.profiling.record import SCHEMA, Profile
 from anyflow_deploy.profiling.terminal import print_comparison, print_estimate, print_profile
 from anyflow_deploy.profiling.timing import TimingRules
@@ -45,12 +51,15 @@ _ONLY_COMPARE = ("time_threshold", "memory_threshold", "energy_threshold")
 
 
 class ProfileOptions(Options):
-    """Measure a bundle on this machine: transitions and clips in each number of steps, first frame and chunks, text encoder
-    and VAE where they are at hand, memory, energy, layers, and the hardware's ceilings; then say what to do.
+    """Measure a bundle on this machine: transitions and clips in each number of steps, first frame
+    and chunks, text encoder and VAE where they are at hand, memory, energy, layers, and the
+    hardware's ceilings; then say what to do.
 
-    --compare OLD NEW reads two profiles, prints what changed, and exits with 1 when something became worse by more than a
-    threshold and by more than chance. --estimate --target orin computes a bound from a data sheet: nothing is run.
-    The report goes to standard output; with --json=- the JSON does, and the report to standard error."""
+    --compare OLD NEW reads two profiles, prints what changed, and exits with 1 when something
+    became worse by more than a threshold and by more than chance. --estimate --target orin computes
+    a bound from a data sheet: nothing is run. The report goes to standard output; with --json=- the
+    JSON does, and the report to standard error.
+    """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -61,29 +70,62 @@ class ProfileOptions(Options):
         "anyflow-profile --estimate --model 14b --precision int8 --target thor --shapes 480x832x81",
     )
 
-    bundle: Path | None = Field(None, description="the bundle's folder; with --compare the newer profile")
+    bundle: Path | None = Field(
+        None, description="the bundle's folder; with --compare the newer profile"
+    )
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
-    provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
+    provider: str | None = Field(
+        None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)"
+    )
     device: int = Field(0, ge=0, description="which GPU, counted from 0")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
-    engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
+    engine: str | None = Field(
+        None, description="name or path of a built engine, where the backend has several"
+    )
     steps: Steps = Field((1, 2, 4, 8), description="numbers of steps, in turn")
-    shapes: Words = Field((), description="video sizes, 480x832x81, several with commas between (default: the bundle's own)")
-    window: int | None = Field(None, ge=1, description="causal: remember the first and this many of the newest old chunks only")
-    seconds: float = Field(20.0, gt=0, le=3600, description="budget of the measured rounds of each shape")
-    rounds: int | None = Field(None, ge=1, le=100_000, description="exactly so many rounds, in place of --seconds")
+    shapes: Words = Field(
+        (),
+        description=(
+            "video sizes, 480x832x81, several with commas between (default: the bundle's own)"
+        ),
+    )
+    window: int | None = Field(
+        None,
+        ge=1,
+        description="causal: remember the first and this many of the newest old chunks only",
+    )
+    seconds: float = Field(
+        20.0, gt=0, le=3600, description="budget of the measured rounds of each shape"
+    )
+    rounds: int | None = Field(
+        None, ge=1, le=100_000, description="exactly so many rounds, in place of --seconds"
+    )
     prompt: str = Field("a red fox in the snow", description="what the text encoder is timed with")
-    pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")
+    pipeline: str | None = Field(
+        None,
+        description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own",
+    )
     skip: Words = Field((), description=f"leave out: {', '.join(SKIPPABLE)}")
-    target: str | None = Field(None, description="hardware to compare with (default: what is found here), or to estimate for")
-    estimate: bool = Field(False, description="a bound for --target, from its data sheet; nothing is run")
-    model: str | None = Field(None, description="--estimate: a model of the table, in place of a bundle")
+    target: str | None = Field(
+        None,
+        description="hardware to compare with (default: what is found here), or to estimate for",
+    )
+    estimate: bool = Field(
+        False, description="a bound for --target, from its data sheet; nothing is run"
+    )
+    model: str | None = Field(
+        None, description="--estimate: a model of the table, in place of a bundle"
+    )
     precision: str | None = Field(None, description="--estimate: of --model (default fp16)")
     compare: Path | None = Field(None, description="the older profile; the newer one follows")
-    time_threshold: float = Field(100 * TIME, ge=0, description="--compare: per cent of a time that are too much more")
+    time_threshold: float = Field(
+        100 * TIME, ge=0, description="--compare: per cent of a time that are too much more"
+    )
     memory_threshold: float = Field(100 * MEMORY, ge=0, description="--compare: the same of memory")
     energy_threshold: float = Field(100 * ENERGY, ge=0, description="--compare: the same of energy")
-    json_file: str | None = Field(None, alias="json", description="write the profile here; --json=- for standard output")
+    json_file: str | None = Field(
+        None, alias="json", description="write the profile here; --json=- for standard output"
+    )
     html: Path | None = Field(None, description="write a page with plots here, whole in itself")
     overwrite: bool = Field(False, description="replace --json and --html")
 
@@ -101,16 +143,26 @@ def _check(options: ProfileOptions) -> None:
     if options.estimate and options.compare is not None:
         raise AnyFlowError("give one of --estimate and --compare.")
     given = options.model_fields_set
-    for names, wanted, flag in ((_ONLY_ESTIMATE, options.estimate, "estimate"), (_ONLY_COMPARE, options.compare, "compare")):
+    for names, wanted, flag in (
+        (_ONLY_ESTIMATE, options.estimate, "estimate"),
+        (_ONLY_COMPARE, options.compare, "compare"),
+    ):
         wrong = [name for name in names if name in given]
         if wrong and not wanted:
-            raise AnyFlowError(f"--{wrong[0].replace('_', '-')} belongs to --{flag}; give both or neither.")
+            raise AnyFlowError(
+                f"--{wrong[0].replace('_', '-')} belongs to --{flag}; give both or neither."
+            )
     if options.compare is not None:
         surplus = given - {"compare", "bundle", "json_file", "overwrite", *_ONLY_COMPARE}
         if surplus:
-            raise AnyFlowError(f"--{sorted(surplus)[0].replace('_', '-')} means nothing to --compare OLD NEW; leave it out.")
+            raise AnyFlowError(
+                f"--{sorted(surplus)[0].replace('_', '-')} means nothing to --compare OLD NEW;"
+                " leave it out."
+            )
         if options.bundle is None:
-            raise AnyFlowError("--compare takes two profiles: anyflow-profile --compare OLD.json NEW.json.")
+            raise AnyFlowError(
+                "--compare takes two profiles: anyflow-profile --compare OLD.json NEW.json."
+            )
         return
     if options.target is not None:
         get_target(options.target)
@@ -118,11 +170,16 @@ def _check(options: ProfileOptions) -> None:
         _check_estimate(options)
         return
     if options.bundle is None:
-        raise AnyFlowError("bundle is missing: the bundle's folder. (--compare and --estimate --model do without.)")
+        raise AnyFlowError(
+            "bundle is missing: the bundle's folder. (--compare and --estimate --model do without.)"
+        )
     check_backend(options.backend)
     for name in options.skip:
         if name not in SKIPPABLE:
-            raise AnyFlowError(f"--skip is {name!r}; allowed are {', '.join(SKIPPABLE)}.{suggestion(name, SKIPPABLE)}")
+            raise AnyFlowError(
+                f"--skip is {name!r}; allowed are"
+                f" {', '.join(SKIPPABLE)}.{suggestion(name, SKIPPABLE)}"
+            )
 
 
 def _check_estimate(options: ProfileOptions) -> None:
@@ -150,7 +207,10 @@ def profile(options: ProfileOptions) -> int:
         bundle=bundle,
         backend=options.backend,
         engine=EngineOptions(
-            default_provider(options.backend, options.provider), options.device, options.threads, options.engine
+            default_provider(options.backend, options.provider),
+            options.device,
+            options.threads,
+            options.engine,
         ),
         shapes=options.shapes,
         steps=options.steps,
@@ -173,14 +233,25 @@ def profile(options: ProfileOptions) -> int:
 
 def _compare(options: ProfileOptions) -> int:
     assert options.compare is not None and options.bundle is not None
-    old, new = (load_record(path, Profile, SCHEMA, MAKE) for path in (options.compare, options.bundle))
-    thresholds = Thresholds(options.time_threshold / 100, options.memory_threshold / 100, options.energy_threshold / 100)
+    old, new = (
+        load_record(path, Profile, SCHEMA, MAKE) for path in (options.compare, options.bundle)
+    )
+    thresholds = Thresholds(
+        options.time_threshold / 100, options.memory_threshold / 100, options.energy_threshold / 100
+    )
     comparison = compare_profiles(old, new, thresholds)
     print_comparison(comparison, _people(options))
     rows = {row.name: {"change": row.change, "verdict": row.verdict} for row in comparison.rows}
     _write(
         options,
-        json.dumps({"regressed": comparison.has_regression, "rows": rows, "differences": comparison.differences}, indent=1),
+        json.dumps(
+            {
+                "regressed": comparison.has_regression,
+                "rows": rows,
+                "differences": comparison.differences,
+            },
+            indent=1,
+        ),
     )
     return 1 if comparison.has_regression else 0
 
@@ -191,17 +262,31 @@ def _estimate(options: ProfileOptions) -> int:
     if options.model is not None:
         model = get_model(options.model)
         precision = options.precision or "fp16"
-        name, a, base, attention = model.name, model.architecture, resolve_precision(precision, None, target.name).base, "high"
+        name, a, base, attention = (
+            model.name,
+            model.architecture,
+            resolve_precision(precision, None, target.name).base,
+            "high",
+        )
         shapes = options.shapes or (str(default_shape(model.name)),)
     else:
         manifest = load_bundle(Path(str(options.bundle)), verify=False).manifest
         video, quantization = manifest.video, manifest.quantization
-        name, a, precision, base = manifest.model, manifest.architecture, manifest.precision, manifest.base
+        name, a, precision, base = (
+            manifest.model,
+            manifest.architecture,
+            manifest.precision,
+            manifest.base,
+        )
         attention = quantization.attention if quantization else "high"
         shapes = options.shapes or (f"{video.height}x{video.width}x{video.frames}",)
     for text in shapes:
         shape = shape_from_pixels(text, a)
-        made.append(estimate_latency(name, a, precision, base, target, shape, options.steps, options.window, attention))
+        made.append(
+            estimate_latency(
+                name, a, precision, base, target, shape, options.steps, options.window, attention
+            )
+        )
     for estimate in made:
         print_estimate(estimate, _people(options))
     _write(options, json.dumps([estimate.model_dump() for estimate in made], indent=1))
@@ -226,13 +311,21 @@ def _write(options: ProfileOptions, text: str) -> None:
 
 def _check_outputs(options: ProfileOptions) -> None:
     """Refuse what could not be written, before minutes of measuring."""
-    for path in (options.html, None if options.json_file in (None, "-") else Path(str(options.json_file))):
+    for path in (
+        options.html,
+        None if options.json_file in (None, "-") else Path(str(options.json_file)),
+    ):
         if path is None:
             continue
         if path.exists() and not options.overwrite:
-            raise AnyFlowError(f"{path} exists. Choose another name, or replace it with --overwrite.")
+            raise AnyFlowError(
+                f"{path} exists. Choose another name, or replace it with --overwrite."
+            )
         if not path.parent.is_dir() or path.is_dir():
-            raise AnyFlowError(f"{path} cannot be written: {path.parent} is no folder, or it is one itself. Choose another name.")
+            raise AnyFlowError(
+                f"{path} cannot be written: {path.parent} is no folder, or it is one itself. Choose"
+                " another name."
+            )
 
 
 def main() -> None:

@@ -16,26 +16,38 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.precision import EIGHT_BIT, PrecisionSpec
 from anyflow_deploy.progress import NullProgress, Progress, RichProgress, console
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, load_calibration
-from anyflow_deploy.quantization.layers import quantizable_layers, quantized_attentions, unquantized_layers
+from anyflow_deploy.quantization.layers import (
+    quantizable_layers,
+    quantized_attentions,
+    unquantized_layers,
+)
 
 if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.checkpoints.weights import Weights
     from anyflow_deploy.export.quantization.sensitivity import SensitivityAnalyzer
 
 FRAMES, CAUSAL_FRAMES, HEIGHT, WIDTH = 9, 29, 96, 160
-"""Of the videos; the causal ones are four chunks of the models' own plan: the first that compress one."""
+"""Of the videos; the causal ones are four chunks of the models' own plan: the first that compress
+one."""
 
 Decibels = Annotated[
-    float, BeforeValidator(lambda v: v.strip().lower().removesuffix("db").strip() if isinstance(v, str) else v), Field(gt=0)
+    float,
+    BeforeValidator(
+        lambda v: v.strip().lower().removesuffix("db").strip() if isinstance(v, str) else v
+    ),
+    Field(gt=0),
 ]
 """30, 30dB or "30 dB"."""
 
 
 class SensitivityOptions(Options):
-    """Rank a model's layers by what quantizing each one alone does to a video; PyTorch computes both.
+    """Rank a model's layers by what quantizing each one alone does to a video; PyTorch computes
+    both.
 
-    Takes any bundle whose weights are still where it was exported from, and a calibration of them. Writes
-    sensitivity.json and sensitivity.png. With --keep-layers or --min-psnr it also says which layers those flags choose."""
+    Takes any bundle whose weights are still where it was exported from, and a calibration of them.
+    Writes sensitivity.json and sensitivity.png. With --keep-layers or --min-psnr it also says which
+    layers those flags choose.
+    """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -44,25 +56,40 @@ class SensitivityOptions(Options):
     )
 
     bundle: Path = Field(description="the bundle's folder")
-    calibration: Path | None = Field(None, description=f"from anyflow-calibrate (default: {CALIBRATION} in the bundle)")
-    checkpoint: str | None = Field(None, description="what the bundle was exported from, if that has moved")
-    precision: str | None = Field(None, description="int8 or fp8 (default: the bundle's own, or int8)")
+    calibration: Path | None = Field(
+        None, description=f"from anyflow-calibrate (default: {CALIBRATION} in the bundle)"
+    )
+    checkpoint: str | None = Field(
+        None, description="what the bundle was exported from, if that has moved"
+    )
+    precision: str | None = Field(
+        None, description="int8 or fp8 (default: the bundle's own, or int8)"
+    )
     steps: Steps = Field((1, 4), min_length=1, description="step counts of the videos")
-    frames: int | None = Field(None, ge=1, description=f"of the videos (default {FRAMES}; causal {CAUSAL_FRAMES})")
+    frames: int | None = Field(
+        None, ge=1, description=f"of the videos (default {FRAMES}; causal {CAUSAL_FRAMES})"
+    )
     height: int = Field(HEIGHT, description="pixels")
     width: int = Field(WIDTH, description="pixels")
     seed: int = Field(0, ge=0, description="of the noise")
     keep_layers: int | None = Field(None, ge=0, description="name the N worst layers")
-    min_psnr: Decibels | None = Field(None, description="name as many as have to stay high to reach this PSNR, as 30dB")
+    min_psnr: Decibels | None = Field(
+        None, description="name as many as have to stay high to reach this PSNR, as 30dB"
+    )
     device: str = Field("cpu", description="torch device, as cpu or cuda")
     output: Path | None = Field(None, description="folder for the report (default: the bundle)")
 
     @model_validator(mode="after")
     def _consistent(self) -> SensitivityOptions:
         if self.precision is not None and self.precision not in EIGHT_BIT:
-            raise ValueError(f"--precision is {self.precision!r}; allowed are {' and '.join(EIGHT_BIT)}.")
+            raise ValueError(
+                f"--precision is {self.precision!r}; allowed are {' and '.join(EIGHT_BIT)}."
+            )
         if self.keep_layers is not None and self.min_psnr is not None:
-            raise ValueError("give one of --keep-layers N and --min-psnr DB: a number of layers, or a PSNR to reach.")
+            raise ValueError(
+                "give one of --keep-layers N and --min-psnr DB: a number of layers, or a PSNR to"
+                " reach."
+            )
         return self
 
 
@@ -81,7 +108,9 @@ def sensitivity(options: SensitivityOptions) -> int:
     bundle = load_bundle(options.bundle)
     folder = options.output or bundle.path
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise AnyFlowError(f"{folder} is not a folder that can be written to. Choose another --output.")
+        raise AnyFlowError(
+            f"{folder} is not a folder that can be written to. Choose another --output."
+        )
     calibration = load_calibration(options.calibration or bundle.path / CALIBRATION)
     a = bundle.manifest.architecture
     frames = options.frames or (CAUSAL_FRAMES if a.causal else FRAMES)
@@ -94,16 +123,25 @@ def sensitivity(options: SensitivityOptions) -> int:
             load_modelopt()
         with bars.stage("fingerprint of the weights"):
             check_calibration(calibration, weights)
-        check_keep_layers(options.keep_layers, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)))
-        how = bundle.manifest.quantization if precision == own else None  # measured as this bundle rounds, or as by default
+        check_keep_layers(
+            options.keep_layers,
+            len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)),
+        )
+        how = (
+            bundle.manifest.quantization if precision == own else None
+        )  # measured as this bundle rounds, or as by default
         smooth = precision == "int8" and (how is None or how.smooth)
         spec = PrecisionSpec(precision, "fp32", "high" if how is None else how.attention, smooth)
-        probe = probe_for(weights, calibration, spec, shape, options.steps, options.seed, options.device, bars)
+        probe = probe_for(
+            weights, calibration, spec, shape, options.steps, options.seed, options.device, bars
+        )
         found = measure_sensitivity(probe, bars)
         chosen = None
         if options.keep_layers is not None or options.min_psnr is not None:
             with bars.stage("choosing layers"):
-                chosen = select_full_precision_layers(found, options.keep_layers, options.min_psnr, probe.psnr_all_except)
+                chosen = select_full_precision_layers(
+                    found, options.keep_layers, options.min_psnr, probe.psnr_all_except
+                )
     _write(folder, found, chosen)
     return 0
 
@@ -120,7 +158,10 @@ def probe_for(
 ) -> SensitivityAnalyzer:
     """What measures a model's layers, rounding as an export with the same settings does."""
     from anyflow_deploy.export.quantization.plan import plan_quantization
-    from anyflow_deploy.export.quantization.sensitivity import SensitivityAnalyzer, SensitivitySettings
+    from anyflow_deploy.export.quantization.sensitivity import (
+        SensitivityAnalyzer,
+        SensitivitySettings,
+    )
 
     progress = bars or NullProgress()
     factors = {}
@@ -130,7 +171,9 @@ def probe_for(
     if spec.attention == "fp8":
         attention = tuple(quantized_attentions(weights.architecture, calibration))
     with progress.stage("the untouched network"):
-        settings = SensitivitySettings(calibrated_text(weights, calibration), shape, steps, seed, device, attention)
+        settings = SensitivitySettings(
+            calibrated_text(weights, calibration), shape, steps, seed, device, attention
+        )
         return SensitivityAnalyzer(weights, calibration, spec.precision, settings, factors)
 
 
@@ -139,9 +182,16 @@ def calibrated_text(weights: Weights, calibration: Calibration) -> Array:
     from anyflow_deploy.export.quantization.prompts import embed_prompts, random_prompt_embeds
 
     prompts = tuple(calibration.prompts[:1])
-    text = embed_prompts(weights, prompts) if calibration.text == "encoder" else random_prompt_embeds(weights, prompts)
+    text = (
+        embed_prompts(weights, prompts)
+        if calibration.text == "encoder"
+        else random_prompt_embeds(weights, prompts)
+    )
     if text.source != calibration.text:
-        console.print("[yellow]no text encoder[/] with these weights here: random embeddings stand in for the prompt.")
+        console.print(
+            "[yellow]no text encoder[/] with these weights here: random embeddings stand in for the"
+            " prompt."
+        )
     return text.prompt_embeds
 
 
@@ -156,10 +206,18 @@ def _write(folder: Path, found, chosen: list[str] | None) -> None:  # type: igno
     for table in sensitivity_report.sensitivity_tables(found):
         console.print(table)
     if can_plot():
-        sensitivity_report.draw_sensitivity(found, path.with_suffix(".png"), None if chosen is None else len(chosen))
+        sensitivity_report.draw_sensitivity(
+            found, path.with_suffix(".png"), None if chosen is None else len(chosen)
+        )
     if chosen is not None:
-        console.print(f"{len(chosen)} of {len(found.layers)} layers stay high: {', '.join(chosen) or 'none has to'}")
-    console.print(f"[green]measured[/] {len(found.layers)} layers in {found.precision}: [bold]{escape(str(path))}[/]")
+        console.print(
+            f"{len(chosen)} of {len(found.layers)} layers stay high:"
+            f" {', '.join(chosen) or 'none has to'}"
+        )
+    console.print(
+        f"[green]measured[/] {len(found.layers)} layers in {found.precision}:"
+        f" [bold]{escape(str(path))}[/]"
+    )
 
 
 def main() -> None:

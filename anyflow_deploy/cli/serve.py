@@ -1,6 +1,7 @@
 """`anyflow-serve`: one bundle over HTTP, in the shape of OpenAI's `/v1/videos`.
 
-This file reads the flags, refuses what can be refused, and loads; what serves is in `anyflow_deploy/serving/`.
+This file reads the flags, refuses what can be refused, and loads; what serves is in
+`anyflow_deploy/serving/`.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ _TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,256}")
 
 
 class ServeOptions(Options):
-    """Serve a bundle over HTTP: /v1/videos as OpenAI's, a WebSocket for the chunks, /health, /metrics, and a page to try it.
+    """Serve a bundle over HTTP: /v1/videos as OpenAI's, a WebSocket for the chunks, /health,
+    /metrics, and a page to try it.
 
-    One video is made at a time, the others wait in a queue with an end. Every request chooses its steps, or a deadline.
-    Without a token the server is for this machine only (127.0.0.1). For other machines give --host and a token of at least 16
-    letters, digits or ._~- in a file (--token-file) or in the variable ANYFLOW_TOKEN; put TLS in front of it.
+    One video is made at a time, the others wait in a queue with an end. Every request chooses its
+    steps, or a deadline. Without a token the server is for this machine only (127.0.0.1). For other
+    machines give --host and a token of at least 16 letters, digits or ._~- in a file (--token-file)
+    or in the variable ANYFLOW_TOKEN; put TLS in front of it.
 
-    Ctrl-C lets the running video finish; a second one cancels it. What is finished stays in --folder and is served again
-    by the next server, until it is too old or there is too much."""
+    Ctrl-C lets the running video finish; a second one cancels it. What is finished stays in
+    --folder and is served again by the next server, until it is too old or there is too much."""
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -46,29 +49,56 @@ class ServeOptions(Options):
     )
 
     bundle: Path = Field(description="the bundle's folder")
-    host: str = Field("127.0.0.1", description="address to listen on; another than this machine's own needs a token")
+    host: str = Field(
+        "127.0.0.1",
+        description="address to listen on; another than this machine's own needs a token",
+    )
     port: int = Field(8000, ge=0, le=65535, description="0 for a free one")
-    token_file: Path | None = Field(None, description="file with the token that clients have to send")
+    token_file: Path | None = Field(
+        None, description="file with the token that clients have to send"
+    )
     folder: Path = Field(Path("anyflow-videos"), description="where videos are kept")
     keep_gb: float = Field(10.0, gt=0, description="finished videos in --folder, at most")
     keep_hours: float = Field(24.0, gt=0, description="age of a finished video, at most")
-    queue: int = Field(8, ge=1, le=10000, description="videos that may wait; more are refused with 429")
+    queue: int = Field(
+        8, ge=1, le=10000, description="videos that may wait; more are refused with 429"
+    )
     max_steps: int = Field(50, ge=1, le=1000, description="steps of a video or chunk, at most")
-    max_frames: int | None = Field(None, ge=1, description="frames of a video, at most (default: the manifest's)")
-    max_pixels: int | None = Field(None, ge=256, description="height times width, at most (default: the manifest's)")
+    max_frames: int | None = Field(
+        None, ge=1, description="frames of a video, at most (default: the manifest's)"
+    )
+    max_pixels: int | None = Field(
+        None, ge=256, description="height times width, at most (default: the manifest's)"
+    )
     max_deadline: float = Field(600.0, gt=0, description="deadline in seconds, at most")
     max_prompt: int = Field(4000, ge=1, description="characters of a prompt, at most")
-    grace: float = Field(60.0, ge=0, description="seconds that the running video has when the server is stopped")
-    name: str | None = Field(
-        None, min_length=1, max_length=100, description="what clients call the model (default: the manifest's)"
+    grace: float = Field(
+        60.0, ge=0, description="seconds that the running video has when the server is stopped"
     )
-    warm_up: bool = Field(False, description="make one video of default size in one step before listening")
+    name: str | None = Field(
+        None,
+        min_length=1,
+        max_length=100,
+        description="what clients call the model (default: the manifest's)",
+    )
+    warm_up: bool = Field(
+        False, description="make one video of default size in one step before listening"
+    )
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
-    provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
+    provider: str | None = Field(
+        None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
-    engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
-    pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")
-    device: str = Field("cpu", pattern="^(cpu|cuda)$", description="where text encoder and VAE run: cpu or cuda")
+    engine: str | None = Field(
+        None, description="name or path of a built engine, where the backend has several"
+    )
+    pipeline: str | None = Field(
+        None,
+        description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own",
+    )
+    device: str = Field(
+        "cpu", pattern="^(cpu|cuda)$", description="where text encoder and VAE run: cpu or cuda"
+    )
 
 
 def serve(options: ServeOptions) -> int:
@@ -104,7 +134,10 @@ def serve(options: ServeOptions) -> int:
         app = make_app(service, token)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        console.print(f"[green]serving[/] [bold]{escape(name)}[/] on http://{escape(shown)}:{port} ({escape(engine)})")
+        console.print(
+            f"[green]serving[/] [bold]{escape(name)}[/] on http://{escape(shown)}:{port}"
+            f" ({escape(engine)})"
+        )
         Server(configure_uvicorn(app, host, port, limits), service, options.grace).run([listener])
         service.drain(0)
     console.print("stopped; finished videos stay in " + escape(str(options.folder)))
@@ -127,20 +160,28 @@ def limits_of(options: ServeOptions, bundle: Bundle) -> Limits:
 
 
 def _token(options: ServeOptions) -> str | None:
-    """The token, from its file or the environment; needed where other machines can reach the server."""
+    """The token, from its file or the environment; needed where other machines can reach the
+    server."""
     where, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)
     if options.token_file is not None:
         where = str(options.token_file)
         try:
             token = options.token_file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise AnyFlowError(f"{where} cannot be read as a token: {error}. Write one: openssl rand -hex 32 > {where}") from None
+            raise AnyFlowError(
+                f"{where} cannot be read as a token: {error}. Write one: openssl rand -hex 32 >"
+                f" {where}"
+            ) from None
     if token is not None and not _TOKEN.fullmatch(token):
-        raise AnyFlowError(f"the token in {where} has to be 16 to 256 of A-Z a-z 0-9 . _ ~ -. Make one: openssl rand -hex 32")
+        raise AnyFlowError(
+            f"the token in {where} has to be 16 to 256 of A-Z a-z 0-9 . _ ~ -. Make one: openssl"
+            " rand -hex 32"
+        )
     if token is None and not is_local(options.host):
         raise AnyFlowError(
-            f"--host {options.host} lets other machines ask, and there is no token. Give --token-file FILE (openssl rand "
-            f"-hex 32 > FILE) or set {TOKEN_VARIABLE}; or leave --host at 127.0.0.1."
+            f"--host {options.host} lets other machines ask, and there is no token. Give"
+            f" --token-file FILE (openssl rand -hex 32 > FILE) or set {TOKEN_VARIABLE}; or leave"
+            " --host at 127.0.0.1."
         )
     return token
 
@@ -154,19 +195,25 @@ def _check_installed() -> None:
         if not importlib.util.find_spec(name)
     ]
     if missing:
-        raise AnyFlowError(f"serving needs {', '.join(missing)}, not installed here. Run: pip install 'anyflow-deploy[serve]'")
+        raise AnyFlowError(
+            f"serving needs {', '.join(missing)}, not installed here. Run: pip install"
+            " 'anyflow-deploy[serve]'"
+        )
 
 
 def _listener(host: str, port: int) -> socket.socket:
     """The socket, bound before anything is loaded: a port that is taken is known at once."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
         raise AnyFlowError(
-            f"cannot listen on {host} port {port}: {error.strerror}. Choose another --port (0: a free one) or --host."
+            f"cannot listen on {host} port {port}: {error.strerror}. Choose another --port (0: a"
+            " free one) or --host."
         ) from None
     return listener
 
@@ -176,7 +223,9 @@ def _load_pipeline(options: ServeOptions, bundle: Bundle) -> VideoPipeline:
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise AnyFlowError("--device cuda: PyTorch finds no GPU here (anyflow-doctor says why). Leave it at cpu.")
+        raise AnyFlowError(
+            "--device cuda: PyTorch finds no GPU here (anyflow-doctor says why). Leave it at cpu."
+        )
     pipeline = VideoPipeline(
         bundle,
         backend=options.backend,

@@ -21,7 +21,10 @@ def _seconds(value: object) -> object:
         return value
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|min)\s*", value.lower())
     if found is None or not float(found[1]) > 0:
-        raise ValueError(f"--deadline is {value!r}; allowed is a positive time with its unit, as 1500ms, 1.5s or 2m.")
+        raise ValueError(
+            f"--deadline is {value!r}; allowed is a positive time with its unit, as 1500ms, 1.5s"
+            " or 2m."
+        )
     return float(found[1]) * _UNITS[found[2]]
 
 

@@ -119,10 +119,15 @@ class StepBar:
 
 def _describe_quality(result: AdaptiveResult, target_psnr: float, max_steps: int) -> Iterator[str]:
     """What was picked, and what it cost."""
-    candidates = ", ".join(f"{steps} steps {difference.psnr_db:.1f} dB" for steps, difference in result.candidates)
+    candidates = ", ".join(
+        f"{steps} steps {difference.psnr_db:.1f} dB" for steps, difference in result.candidates
+    )
     difference = result.difference
     extra = result.transitions - result.steps
-    yield (f"against half as many steps: {candidates}; {extra} transitions more than a video of {result.steps} steps needs.")
+    yield (
+        f"against half as many steps: {candidates}; {extra} transitions more than a video of"
+        f" {result.steps} steps needs."
+    )
     distance = f"{difference.psnr_db:.1f} dB (relative L2 {difference.relative_l2:.2g})"
     if result.reached:
         yield f"picked {result.steps} steps: {distance}, and {target_psnr:g} dB were asked."

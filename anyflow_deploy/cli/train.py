@@ -16,26 +16,38 @@ PROGRAM = "python -m anyflow_deploy.train"
 class TrainOptions(Options):
     """Trains one stage of AnyFlow: teacher, flow-map or on-policy.
 
-    RECIPE is STAGE-SIZE or STAGE-SIZE-causal, SIZE one of tiny, 1.3b, 14b. --show prints everything it is made of; each of
-    those settings is also a flag (--learning-rate 1e-5, --sample-steps 1,4). A run that was stopped goes on with the same
-    command. Several processes: torchrun --nproc-per-node 8 -m anyflow_deploy.train RECIPE …
+    RECIPE is STAGE-SIZE or STAGE-SIZE-causal, SIZE one of tiny, 1.3b, 14b. --show prints everything
+    it is made of; each of those settings is also a flag (--learning-rate 1e-5, --sample-steps 1,4).
+    A run that was stopped goes on with the same command. Several processes: torchrun
+    --nproc-per-node 8 -m anyflow_deploy.train RECIPE …
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("recipe",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         f"{PROGRAM} flow-map-tiny --output runs/tiny",
         f"{PROGRAM} on-policy-1.3b-causal --show",
-        f"{PROGRAM} flow-map-1.3b --init Wan2.1-T2V-1.3B-Diffusers --data shards --output runs/flow-map --micro-batch 2",
+        (
+            f"{PROGRAM} flow-map-1.3b --init Wan2.1-T2V-1.3B-Diffusers --data shards --output"
+            " runs/flow-map --micro-batch 2"
+        ),
     )
 
     recipe: str = Field(description="what to train, see above")
-    output: str | None = Field(None, description="folder of the run; one that holds a run is resumed")
-    init: str | None = Field(None, description="checkpoint to start from (tiny recipes: random weights)")
+    output: str | None = Field(
+        None, description="folder of the run; one that holds a run is resumed"
+    )
+    init: str | None = Field(
+        None, description="checkpoint to start from (tiny recipes: random weights)"
+    )
     teacher: str | None = Field(None, description="checkpoint of the stage teacher, for on-policy")
     data: str = Field("synthetic", description="'synthetic', or a folder of shards")
-    shard: int | None = Field(None, description="processes that share one copy of the weights; all by default")
+    shard: int | None = Field(
+        None, description="processes that share one copy of the weights; all by default"
+    )
     device: str | None = Field(None, description="cpu or cuda; cuda where there is any")
-    wandb: str | None = Field(None, description="project of Weights & Biases to log to, besides TensorBoard")
+    wandb: str | None = Field(
+        None, description="project of Weights & Biases to log to, besides TensorBoard"
+    )
     show: bool = Field(False, description="print the recipe as JSON, and do nothing")
 
 
@@ -47,14 +59,25 @@ def full_options() -> type[TrainOptions]:
         name: (str | None, Field(None, description=f"setting of the recipe ({group or 'data'})"))
         for name, group, _ in recipe_fields()
     }
-    return create_model("FullTrainOptions", __base__=TrainOptions, __doc__=TrainOptions.__doc__, **settings)
+    return create_model(
+        "FullTrainOptions", __base__=TrainOptions, __doc__=TrainOptions.__doc__, **settings
+    )
 
 
 def work(chosen: TrainOptions) -> int:
     """Resolve the recipe, then show it or train."""
-    from anyflow_deploy.training.recipes import get_recipe, override_recipe, recipe_fields, recipe_to_dict
+    from anyflow_deploy.training.recipes import (
+        get_recipe,
+        override_recipe,
+        recipe_fields,
+        recipe_to_dict,
+    )
 
-    values = {name: getattr(chosen, name) for name, _, _ in recipe_fields() if getattr(chosen, name) is not None}
+    values = {
+        name: getattr(chosen, name)
+        for name, _, _ in recipe_fields()
+        if getattr(chosen, name) is not None
+    }
     resolved = override_recipe(get_recipe(chosen.recipe), values)
     if chosen.show:
         sys.stdout.write(json.dumps(recipe_to_dict(resolved), indent=2) + "\n")
@@ -72,7 +95,18 @@ def _train(chosen: TrainOptions, resolved: Any) -> int:
     if chosen.output is None:
         raise AnyFlowError("--output is missing: the folder of the run.")
     init, teacher = (None if path is None else Path(path) for path in (chosen.init, chosen.teacher))
-    train(RunSpec(resolved, Path(chosen.output), init, teacher, chosen.data, chosen.shard, chosen.device, chosen.wandb))
+    train(
+        RunSpec(
+            resolved,
+            Path(chosen.output),
+            init,
+            teacher,
+            chosen.data,
+            chosen.shard,
+            chosen.device,
+            chosen.wandb,
+        )
+    )
     return 0
 
 

@@ -13,48 +13,90 @@ from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Options, Words, run
 from anyflow_deploy.engines.engine_folder import EngineFolder, find_engine
 from anyflow_deploy.engines.registry import BACKENDS, DEFAULT_BACKEND, check_backend
-from anyflow_deploy.engines.tritonserver.repository import check_plan, model_writer, write_plan, write_streaming
+from anyflow_deploy.engines.tritonserver.repository import (
+    check_plan,
+    model_writer,
+    write_plan,
+    write_streaming,
+)
 from anyflow_deploy.engines.tritonserver.settings import PARTS, Settings
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import console
 
-_Gpus = Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)]
+_Gpus = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v),
+]
 
 
 class TritonOptions(Options):
     """Write a bundle into a model repository that the stock Triton Inference Server loads.
 
-    The model is decoupled: a request (prompt or embeddings; steps or a deadline; a seed) is answered chunk by chunk, several
-    streams at once, with bounded memory. It runs in the server's Python backend: install anyflow-deploy there.
-    With --transition it is the bare transition instead, as a TensorRT plan for the server's own tensorrt backend."""
+    The model is decoupled: a request (prompt or embeddings; steps or a deadline; a seed) is
+    answered chunk by chunk, several streams at once, with bounded memory. It runs in the server's
+    Python backend: install anyflow-deploy there. With --transition it is the bare transition
+    instead, as a TensorRT plan for the server's own tensorrt backend.
+    """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-triton bundle --output models",
         "anyflow-triton bundle --output models --max-streams 4 --cache-gb 8 --parts text,vae",
         "anyflow-triton bundle --output models --backend tensorrt --gpus 0,1",
-        "anyflow-triton bundle --output models --backend tensorrt --transition --name anyflow_transition",
+        (
+            "anyflow-triton bundle --output models --backend tensorrt --transition --name"
+            " anyflow_transition"
+        ),
     )
 
     bundle: Path = Field(description="the bundle's folder")
-    output: Path = Field(description="model repository; made where it is missing, may hold other models")
-    name: str = Field("anyflow", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$", description="what clients call the model")
+    output: Path = Field(
+        description="model repository; made where it is missing, may hold other models"
+    )
+    name: str = Field(
+        "anyflow",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$",
+        description="what clients call the model",
+    )
     overwrite: bool = Field(False, description="replace a model of that name")
-    transition: bool = Field(False, description="the bare transition as a TensorRT plan, without text, VAE and sampling")
-    parts: Words = Field(tuple(PARTS), description="what is served with it: text (prompts), vae (frames and mp4); none: neither")
-    pipeline: str | None = Field(None, description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own")
+    transition: bool = Field(
+        False, description="the bare transition as a TensorRT plan, without text, VAE and sampling"
+    )
+    parts: Words = Field(
+        tuple(PARTS),
+        description="what is served with it: text (prompts), vae (frames and mp4); none: neither",
+    )
+    pipeline: str | None = Field(
+        None,
+        description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own",
+    )
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
-    engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
-    gpus: _Gpus | None = Field(None, description="one instance on each, as 0 or 0,1 (default: the CPU; tensorrt: 0)")
+    engine: str | None = Field(
+        None, description="name or path of a built engine, where the backend has several"
+    )
+    gpus: _Gpus | None = Field(
+        None, description="one instance on each, as 0 or 0,1 (default: the CPU; tensorrt: 0)"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     max_streams: int = Field(8, ge=1, le=1000, description="videos that an instance makes at once")
-    max_waiting: int = Field(32, ge=0, le=10000, description="requests that may wait for a place; more are refused")
+    max_waiting: int = Field(
+        32, ge=0, le=10000, description="requests that may wait for a place; more are refused"
+    )
     cache_gb: float | None = Field(
-        None, gt=0, description="causal: keys and values of all streams, at most (default: --max-streams of default size)"
+        None,
+        gt=0,
+        description=(
+            "causal: keys and values of all streams, at most (default: --max-streams of default"
+            " size)"
+        ),
     )
     max_steps: int = Field(50, ge=1, le=1000, description="steps of a video or chunk, at most")
-    max_frames: int | None = Field(None, ge=1, description="frames of a video, at most (default: the manifest's)")
-    max_pixels: int | None = Field(None, ge=256, description="height times width, at most (default: the manifest's)")
+    max_frames: int | None = Field(
+        None, ge=1, description="frames of a video, at most (default: the manifest's)"
+    )
+    max_pixels: int | None = Field(
+        None, ge=256, description="height times width, at most (default: the manifest's)"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> TritonOptions:
@@ -64,11 +106,18 @@ class TritonOptions(Options):
             raise ValueError(str(error)) from None
         unknown = [part for part in self.parts if part not in (*PARTS, "none")]
         if unknown or ("none" in self.parts and len(self.parts) > 1):
-            raise ValueError(f"--parts is {','.join(self.parts)!r}; allowed are text,vae, text, vae, or none.")
+            raise ValueError(
+                f"--parts is {','.join(self.parts)!r}; allowed are text,vae, text, vae, or none."
+            )
         if self.transition and self.backend != "tensorrt":
-            raise ValueError("--transition serves a TensorRT plan; give --backend tensorrt with it.")
+            raise ValueError(
+                "--transition serves a TensorRT plan; give --backend tensorrt with it."
+            )
         if self.engine is not None and BACKENDS[self.backend].build_settings is None:
-            raise ValueError(f"--engine names a built engine, and {self.backend} runs the bundle itself; give --backend, too.")
+            raise ValueError(
+                f"--engine names a built engine, and {self.backend} runs the bundle itself; give"
+                " --backend, too."
+            )
         return self
 
     @property
@@ -87,7 +136,11 @@ def triton(options: TritonOptions) -> int:
         assert engine is not None
         check_plan(bundle, engine)
     settings = None if options.transition else settings_of(options, bundle, engine)
-    pipeline = None if settings is None or not settings.folders else _pipeline(options, bundle, settings.folders)
+    pipeline = (
+        None
+        if settings is None or not settings.folders
+        else _pipeline(options, bundle, settings.folders)
+    )
     writer = model_writer(options.output, options.name, options.overwrite)
     _check_room(options.output, bundle, pipeline)
     with writer:
@@ -96,9 +149,14 @@ def triton(options: TritonOptions) -> int:
             write_plan(writer, bundle, engine, devices)
         else:
             write_streaming(writer, bundle, engine, pipeline, settings, devices)
-    shown, where = escape(str(options.output)), "the CPU" if devices is None else f"GPU {', '.join(map(str, devices))}"
+    shown, where = (
+        escape(str(options.output)),
+        ("the CPU" if devices is None else f"GPU {', '.join(map(str, devices))}"),
+    )
     console.print(f"[green]wrote[/] [bold]{escape(options.name)}[/] for {where} into {shown}")
-    console.print(f"serve it, where anyflow-deploy is installed: tritonserver --model-repository {shown}")
+    console.print(
+        f"serve it, where anyflow-deploy is installed: tritonserver --model-repository {shown}"
+    )
     return 0
 
 
@@ -124,7 +182,9 @@ def settings_of(options: TritonOptions, bundle: Bundle, engine: EngineFolder | N
 def _pipeline(options: TritonOptions, bundle: Bundle, folders: list[str]) -> Path:
     from anyflow_deploy.pipelines.pipeline_folder import find_pipeline
 
-    return find_pipeline(bundle.manifest, options.pipeline, folders, ", or leave them out with --parts none")
+    return find_pipeline(
+        bundle.manifest, options.pipeline, folders, ", or leave them out with --parts none"
+    )
 
 
 def _check_room(repository: Path, bundle: Bundle, pipeline: Path | None) -> None:
@@ -133,12 +193,17 @@ def _check_room(repository: Path, bundle: Bundle, pipeline: Path | None) -> None
     if all(folder.stat().st_dev == repository.stat().st_dev for folder in folders):
         return
     size = sum(file.bytes for file in bundle.manifest.files.values())
-    size += 0 if pipeline is None else sum(_size(pipeline / name) for part in PARTS.values() for name in part)
+    size += (
+        0
+        if pipeline is None
+        else sum(_size(pipeline / name) for part in PARTS.values() for name in part)
+    )
     free = shutil.disk_usage(repository).free
     if free < size:
         raise AnyFlowError(
-            f"{repository} has {free / 1e9:.1f} GB free, and the model takes up to {size / 1e9:.1f} GB there, since it is on "
-            "another file system than the bundle. Make room, or choose another --output."
+            f"{repository} has {free / 1e9:.1f} GB free, and the model takes up to {size / 1e9:.1f}"
+            " GB there, since it is on another file system than the bundle. Make room, or choose"
+            " another --output."
         )
 
 

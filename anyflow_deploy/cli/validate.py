@@ -27,23 +27,35 @@ _TEXT_TOKENS = 32
 
 
 class ValidateOptions(Options):
-    """Compare a bundle's engine with PyTorch in float32: transitions at many (t, r), and whole samples or streams.
+    """Compare a bundle's engine with PyTorch in float32: transitions at many (t, r), and whole
+    samples or streams.
 
-    The reference is diffusers' class, or for causal models this project's own module: diffusers' attends to padding.
-    Writes validation.json and validation.png. Exit status 0: within the thresholds of its precision; 1: over."""
+    The reference is diffusers' class, or for causal models this project's own module: diffusers'
+    attends to padding. Writes validation.json and validation.png. Exit status 0: within the
+    thresholds of its precision; 1: over.
+    """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
-    EXAMPLES: ClassVar[tuple[str, ...]] = ("anyflow-validate tiny-fp32", "anyflow-validate tiny-fp32 --steps 1,4 --height 64")
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "anyflow-validate tiny-fp32",
+        "anyflow-validate tiny-fp32 --steps 1,4 --height 64",
+    )
 
     bundle: Path = Field(description="the bundle's folder")
     checkpoint: str | None = Field(None, description="what it was exported from, if that has moved")
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
-    provider: str | None = Field(None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)")
+    provider: str | None = Field(
+        None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
-    engine: str | None = Field(None, description="name or path of a built engine, where the backend has several")
+    engine: str | None = Field(
+        None, description="name or path of a built engine, where the backend has several"
+    )
     device: str = Field("cpu", description="torch device of the reference")
     steps: Steps = Field((1, 2, 4, 8), min_length=1, description="step counts of the whole samples")
-    frames: int = Field(9, description="size of the test video: frames (a causal model makes its first chunks)")
+    frames: int = Field(
+        9, description="size of the test video: frames (a causal model makes its first chunks)"
+    )
     height: int = Field(96, description="pixels")
     width: int = Field(160, description="pixels")
     seed: int = Field(0, ge=0, description="of the test inputs")
@@ -55,23 +67,30 @@ def validate(options: ValidateOptions) -> int:
     from anyflow_deploy.export.diffusers_engine import weights_from_manifest
 
     bundle = load_bundle(options.bundle)
-    return validate_bundle(bundle, options, weights_from_manifest(bundle.manifest, options.checkpoint))
+    return validate_bundle(
+        bundle, options, weights_from_manifest(bundle.manifest, options.checkpoint)
+    )
 
 
 def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
-    """Compare a bundle with the weights it came from; prints, writes the report, returns the exit status."""
+    """Compare a bundle with the weights it came from; prints, writes the report, returns the exit
+    status."""
     from anyflow_deploy.engines import validation
     from anyflow_deploy.export.diffusers_engine import DiffusersEngine
     from anyflow_deploy.export.torch_engine import TorchEngine
 
     folder = options.output or bundle.path
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise AnyFlowError(f"{folder} is not a folder that can be written to. Choose another --output.")
+        raise AnyFlowError(
+            f"{folder} is not a folder that can be written to. Choose another --output."
+        )
     chunks = _chunks(bundle, options)
     shape, text = _shapes(bundle, options, sum(chunks) if chunks else None)
     prompt_embeds = _calibrated_text(bundle, weights, text)
     text = text if prompt_embeds is None else prompt_embeds.shape
-    engine = load_engine(bundle, options.backend, options.provider, options.threads, engine=options.engine)
+    engine = load_engine(
+        bundle, options.backend, options.provider, options.threads, engine=options.engine
+    )
     with RichProgress(console) as bars:
         with bars.stage("loading the reference"):
             reference = (TorchEngine if chunks else DiffusersEngine)(weights, options.device)
@@ -92,30 +111,52 @@ def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> i
     _write(folder, bundle, result)
     for failure in result.failures[:5]:
         console.print(f"[red]over:[/] {failure}")
-    verdict = "[green]valid[/]" if not result.failures else f"[bold red]NOT VALID[/], {len(result.failures)} over"
-    console.print(f"{verdict}: {result.candidate} against {result.reference}. Report: {escape(str(folder / 'validation.json'))}")
+    verdict = (
+        "[green]valid[/]"
+        if not result.failures
+        else f"[bold red]NOT VALID[/], {len(result.failures)} over"
+    )
+    console.print(
+        f"{verdict}: {result.candidate} against {result.reference}. Report:"
+        f" {escape(str(folder / 'validation.json'))}"
+    )
     return 1 if result.failures else 0
 
 
 def _chunks(bundle: Bundle, options: ValidateOptions) -> tuple[int, ...] | None:
-    """The first chunks of a causal model's plan, until the cache holds two compressed ones; None of a bidirectional model."""
+    """The first chunks of a causal model's plan, until the cache holds two compressed ones; None of
+    a bidirectional model."""
     a = bundle.manifest.architecture
     if a.chunk_partition is None or a.full_chunk_limit is None:
         return None
     if "frames" in options.model_fields_set:
-        raise AnyFlowError(f"{bundle.path} is causal: its first chunks are compared, whatever their length. Leave --frames out.")
+        raise AnyFlowError(
+            f"{bundle.path} is causal: its first chunks are compared, whatever their length. Leave"
+            " --frames out."
+        )
     allowed = bundle.manifest.shape_ranges.frames
     return tuple(allowed.nearest(frames) for frames in a.chunk_partition[: a.full_chunk_limit + 2])
 
 
-def _shapes(bundle: Bundle, options: ValidateOptions, frames: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The size asked for, moved to the nearest one the bundle declares when it is only the default; `frames` is settled."""
-    ranges, video, a = bundle.manifest.shape_ranges, bundle.manifest.video, bundle.manifest.architecture
+def _shapes(
+    bundle: Bundle, options: ValidateOptions, frames: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The size asked for, moved to the nearest one the bundle declares when it is only the default;
+    `frames` is settled."""
+    ranges, video, a = (
+        bundle.manifest.shape_ranges,
+        bundle.manifest.video,
+        bundle.manifest.architecture,
+    )
     sizes = {"frames": latent_frames(options.frames, video.temporal_factor)}
     for axis in ("height", "width"):
         pixels, asked = getattr(options, axis), axis in options.model_fields_set
         unit = a.patch_size[1]
-        sizes[axis] = latent_side(pixels, video.spatial_factor, unit, axis) if asked else pixels // video.spatial_factor
+        sizes[axis] = (
+            latent_side(pixels, video.spatial_factor, unit, axis)
+            if asked
+            else pixels // video.spatial_factor
+        )
     for axis in sizes:
         if axis not in options.model_fields_set:
             sizes[axis] = getattr(ranges, axis).nearest(sizes[axis])
@@ -126,8 +167,9 @@ def _shapes(bundle: Bundle, options: ValidateOptions, frames: int | None) -> tup
 
 
 def _calibrated_text(bundle: Bundle, weights: Any, shape: tuple[int, ...]) -> Array | None:
-    """What an 8-bit bundle was calibrated with: its first prompt, at full length. Random embeddings would be cut off at ranges
-    that were measured on a text encoder's, and padding belongs to the ranges, too."""
+    """What an 8-bit bundle was calibrated with: its first prompt, at full length. Random embeddings
+    would be cut off at ranges that were measured on a text encoder's, and padding belongs to the
+    ranges, too."""
     if bundle.manifest.quantization is None:
         return None
     embeddings = calibrated_text(weights, load_calibration(bundle.path / CALIBRATION))
@@ -149,7 +191,9 @@ def _write(folder: Path, bundle: Bundle, result: Any) -> None:
     if validation_report.can_plot():
         validation_report.plot_validation(result, folder / "validation.png")
     else:
-        console.print("no picture: matplotlib is not installed (it comes with anyflow-deploy[export]).")
+        console.print(
+            "no picture: matplotlib is not installed (it comes with anyflow-deploy[export])."
+        )
 
 
 def main() -> None:

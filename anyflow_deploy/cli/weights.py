@@ -16,11 +16,18 @@ if TYPE_CHECKING:  # it needs torch, and --help does not
 
 
 class WeightOptions(Options):
-    """Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with --random-weights)."""
+    """Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with
+    --random-weights)."""
 
-    model: str | None = Field(None, description=f"one of {', '.join(MODELS)}; not needed with --checkpoint")
-    checkpoint: str | None = Field(None, description="a diffusers pipeline folder, or its transformer/")
-    random_weights: bool = Field(False, description="the architecture with seeded weights, nothing downloaded")
+    model: str | None = Field(
+        None, description=f"one of {', '.join(MODELS)}; not needed with --checkpoint"
+    )
+    checkpoint: str | None = Field(
+        None, description="a diffusers pipeline folder, or its transformer/"
+    )
+    random_weights: bool = Field(
+        False, description="the architecture with seeded weights, nothing downloaded"
+    )
     seed: int = Field(0, ge=0, description="of --random-weights")
 
     @field_validator("model")
@@ -31,9 +38,14 @@ class WeightOptions(Options):
     @model_validator(mode="after")
     def _weights_are_named(self) -> WeightOptions:
         if self.model is None and self.checkpoint is None:
-            raise ValueError("nothing to start from: give --checkpoint DIR, --model NAME, or --model NAME --random-weights.")
+            raise ValueError(
+                "nothing to start from: give --checkpoint DIR, --model NAME, or --model NAME"
+                " --random-weights."
+            )
         if self.random_weights and (self.model is None or self.checkpoint is not None):
-            raise ValueError("--random-weights takes the architecture from --model NAME, and no --checkpoint.")
+            raise ValueError(
+                "--random-weights takes the architecture from --model NAME, and no --checkpoint."
+            )
         return self
 
     def weights(self) -> Weights:
@@ -51,10 +63,15 @@ class WeightOptions(Options):
             model = get_model(str(self.model))
             return RandomWeights(model.architecture, model.name, self.seed)
         if self.checkpoint is None:
-            return open_checkpoint(*pipeline_from_model(get_model(str(self.model)), TRANSFORMER_FILES))
+            return open_checkpoint(
+                *pipeline_from_model(get_model(str(self.model)), TRANSFORMER_FILES)
+            )
         weights = open_checkpoint(self.checkpoint)
         if self.model is not None and weights.architecture != get_model(self.model).architecture:
-            raise AnyFlowError(f"{self.checkpoint} is not a {self.model}: its config.json differs. Leave --model out.")
+            raise AnyFlowError(
+                f"{self.checkpoint} is not a {self.model}: its config.json differs. Leave --model"
+                " out."
+            )
         return weights
 
 

@@ -1,4 +1,5 @@
-"""Which backend runs which precision here, and why not: judged from the findings, with nothing looked at anew."""
+"""Which backend runs which precision here, and why not: judged from the findings, with nothing
+looked at anew."""
 
 from __future__ import annotations
 
@@ -39,16 +40,21 @@ def _requirements(backend: Backend, provider: str) -> BackendRequirements:
     """What a row of the registry needs on a provider."""
     needs = (probes.NUMPY, *((probes.GPU,) if provider == "cuda" else ()), *backend.probes)
     needs += backend.gpu_probes if provider == "cuda" else ()
-    return BackendRequirements(backend.name, provider, needs, PRECISIONS if backend.quantized else BASES)
+    return BackendRequirements(
+        backend.name, provider, needs, PRECISIONS if backend.quantized else BASES
+    )
 
 
-REQUIREMENTS = tuple(_requirements(row, provider) for row in BACKENDS.values() for provider in row.packages)
+REQUIREMENTS = tuple(
+    _requirements(row, provider) for row in BACKENDS.values() for provider in row.packages
+)
 """Every backend on every provider it has."""
 
 
 @dataclass(frozen=True)
 class BackendVerdict:
-    """A backend here: each precision with the reason why it does not run, or an empty one where it does."""
+    """A backend here: each precision with the reason why it does not run, or an empty one where it
+    does."""
 
     backend: BackendRequirements
     reasons: dict[str, str]
@@ -65,7 +71,10 @@ def judge_backends(found: ProbeResults) -> list[BackendVerdict]:
     Args:
         found: what the probes said.
     """
-    return [BackendVerdict(backend, {p: _reason(backend, p, found) for p in PRECISIONS}) for backend in REQUIREMENTS]
+    return [
+        BackendVerdict(backend, {p: _reason(backend, p, found) for p in PRECISIONS})
+        for backend in REQUIREMENTS
+    ]
 
 
 def check_requirement(wish: str, provider: str | None, verdicts: list[BackendVerdict]) -> str:
@@ -85,11 +94,17 @@ def check_requirement(wish: str, provider: str | None, verdicts: list[BackendVer
     name, _, precision = wish.partition(":")
     names = list(dict.fromkeys(verdict.backend.name for verdict in verdicts))
     if name not in names:
-        raise AnyFlowError(f"--require names {name!r}; allowed are {', '.join(names)}.{suggestion(name, names)}")
+        raise AnyFlowError(
+            f"--require names {name!r}; allowed are {', '.join(names)}.{suggestion(name, names)}"
+        )
     if precision not in PRECISIONS and ":" in wish:
         near = suggestion(precision, PRECISIONS)
-        raise AnyFlowError(f"--require names precision {precision!r}; allowed are {', '.join(PRECISIONS)}.{near}")
-    rows = [v for v in verdicts if v.backend.name == name and provider in (None, v.backend.provider)]
+        raise AnyFlowError(
+            f"--require names precision {precision!r}; allowed are {', '.join(PRECISIONS)}.{near}"
+        )
+    rows = [
+        v for v in verdicts if v.backend.name == name and provider in (None, v.backend.provider)
+    ]
     if not rows:
         raise AnyFlowError(f"{name} has no provider {provider!r}; leave --provider out.")
     if precision:
@@ -108,7 +123,9 @@ def _reason(backend: BackendRequirements, precision: str, found: ProbeResults) -
         return _on_cpu(backend, precision, found)
     if backend.name == "aotinductor" and not found[probes.TORCH].facts.get("cuda"):
         return f"{probes.TORCH}: {found[probes.TORCH].detail}"
-    return _on_gpu(backend, precision, tuple(found[probes.GPU].facts["gpus"][0]["compute_capability"]))
+    return _on_gpu(
+        backend, precision, tuple(found[probes.GPU].facts["gpus"][0]["compute_capability"])
+    )
 
 
 def _on_cpu(backend: BackendRequirements, precision: str, found: ProbeResults) -> str:
@@ -125,4 +142,8 @@ def _on_gpu(backend: BackendRequirements, precision: str, has: tuple[int, ...]) 
     if "tensorrt" in backend.name and has < _OLDEST_FOR_TENSORRT:
         return f"TensorRT needs compute capability 7.5, the first GPU has {shown}"
     needed = _CAPABILITY.get(precision, (0, 0))
-    return f"needs compute capability {'.'.join(map(str, needed))}, the first GPU has {shown}" if has < needed else ""
+    return (
+        f"needs compute capability {'.'.join(map(str, needed))}, the first GPU has {shown}"
+        if has < needed
+        else ""
+    )

@@ -1,4 +1,5 @@
-"""What compiling an engine needs: a C++ compiler that works, with OpenMP. (`cpp.py` has what the C++ library needs.)"""
+"""What compiling an engine needs: a C++ compiler that works, with OpenMP. (`cpp.py` has what the
+C++ library needs.)"""
 
 from __future__ import annotations
 
@@ -34,15 +35,33 @@ def probe_compiler() -> ProbeResult:
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
         source.write_text(_SOURCE)
-        command = [found, "-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp", str(source), "-o", str(library)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=False)
+        command = [
+            found,
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-shared",
+            "-fopenmp",
+            str(source),
+            "-o",
+            str(library),
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=120, check=False
+        )
         if done.returncode:
             lines = (
-                [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["no reason given"]
+                [line for line in done.stderr.splitlines() if "error" in line]
+                or done.stderr.splitlines()
+                or ["no reason given"]
             )
-            return ProbeResult(FAULT, f"{found} fails on a small OpenMP program: {lines[0][:200]}", install)
+            return ProbeResult(
+                FAULT, f"{found} fails on a small OpenMP program: {lines[0][:200]}", install
+            )
         code = f"import ctypes\nfound['sum'] = ctypes.CDLL({str(library)!r}).probe(1000)"
         answer = run_python(code)
     if answer.found.get("sum") != 1000:
-        return ProbeResult(FAULT, f"what {found} makes does not run: {answer.error or 'a wrong sum'}", install)
+        return ProbeResult(
+            FAULT, f"what {found} makes does not run: {answer.error or 'a wrong sum'}", install
+        )
     return ProbeResult(WORKS, f"{found}, C++17 and OpenMP")

@@ -1,4 +1,5 @@
-"""What building the C++ library (`engines/cpp`, docs/how-to/cpp.md) needs, looked for where its CMake files look."""
+"""What building the C++ library (`engines/cpp`, docs/how-to/cpp.md) needs, looked for where its
+CMake files look."""
 
 from __future__ import annotations
 
@@ -19,7 +20,10 @@ from anyflow_deploy.doctor.subprocess_probe import run_command
 OLDEST_CMAKE = (3, 22)
 """What `engines/cpp/CMakeLists.txt` asks for."""
 
-_CPP20 = "#include <span>\n#include <filesystem>\nint first(std::span<const int> all) { return all[0]; }\n"
+_CPP20 = (
+    "#include <span>\n#include <filesystem>\nint first(std::span<const int> all) { return"
+    " all[0]; }\n"
+)
 
 _JSON_VERSION = [
     (file, rf"^#define NLOHMANN_JSON_VERSION_{part}\s+(\d+)")
@@ -34,7 +38,11 @@ def probe_library() -> ProbeResult:
     lacking = [part for part in parts if not part.works]
     if lacking:
         state = FAULT if any(part.state == FAULT for part in lacking) else MISSING
-        return ProbeResult(state, "; ".join(part.detail for part in lacking), "; ".join(part.remedy for part in lacking))
+        return ProbeResult(
+            state,
+            "; ".join(part.detail for part in lacking),
+            "; ".join(part.remedy for part in lacking),
+        )
     return ProbeResult(WORKS, ", ".join(part.detail for part in parts))
 
 
@@ -42,14 +50,19 @@ def probe_torch_headers() -> ProbeResult:
     """For its AOTInductor backend."""
     package = _package("torch")
     folders = [*([package / "include"] if package else []), *include_folders()]
-    install = "pip install 'anyflow-deploy[aotinductor]' (torch's wheel has its headers and libraries)"
-    return probe_header("torch/csrc/inductor/aoti_package/model_package_loader.h", folders, [], install)
+    install = (
+        "pip install 'anyflow-deploy[aotinductor]' (torch's wheel has its headers and libraries)"
+    )
+    return probe_header(
+        "torch/csrc/inductor/aoti_package/model_package_loader.h", folders, [], install
+    )
 
 
 def probe_tensorrt_headers() -> ProbeResult:
     """For its TensorRT backend; libnvinfer itself has to be there, too."""
     parts = [
-        ("NvInferVersion.h", rf"#define (?:NV_TENSORRT|TRT)_{part}(?:_ENTERPRISE)? (\d+)") for part in ("MAJOR", "MINOR", "PATCH")
+        ("NvInferVersion.h", rf"#define (?:NV_TENSORRT|TRT)_{part}(?:_ENTERPRISE)? (\d+)")
+        for part in ("MAJOR", "MINOR", "PATCH")
     ]
     install = "apt-get install libnvinfer-dev (NVIDIA's repository), or set TensorRT_ROOT"
     return probe_header("NvInferRuntime.h", include_folders("TensorRT_ROOT"), parts, install)
@@ -57,7 +70,11 @@ def probe_tensorrt_headers() -> ProbeResult:
 
 def probe_cuda_headers() -> ProbeResult:
     """For the same, and for AOTInductor in Python on a GPU."""
-    folders = [*include_folders("CUDA_HOME", "CUDA_PATH"), Path("/usr/local/cuda/include"), Path("/opt/cuda/include")]
+    folders = [
+        *include_folders("CUDA_HOME", "CUDA_PATH"),
+        Path("/usr/local/cuda/include"),
+        Path("/opt/cuda/include"),
+    ]
     folders += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/include"))
     version = [("cuda.h", r"#define CUDA_VERSION (\d+)")]
     install = "apt-get install cuda-cudart-dev (NVIDIA's repository), or set CUDA_HOME"
@@ -66,7 +83,9 @@ def probe_cuda_headers() -> ProbeResult:
     return ProbeResult(found.state, detail, found.remedy, found.facts)
 
 
-def probe_header(name: str, where: Sequence[Path], version: Sequence[tuple[str, str]], install: str) -> ProbeResult:
+def probe_header(
+    name: str, where: Sequence[Path], version: Sequence[tuple[str, str]], install: str
+) -> ProbeResult:
     """Look for a header.
 
     Args:
@@ -81,25 +100,48 @@ def probe_header(name: str, where: Sequence[Path], version: Sequence[tuple[str, 
     numbers = []
     for file, pattern in version:
         path = (folder / name).parent / file
-        found = re.search(pattern, path.read_text(errors="replace"), re.MULTILINE) if path.is_file() else None
+        found = (
+            re.search(pattern, path.read_text(errors="replace"), re.MULTILINE)
+            if path.is_file()
+            else None
+        )
         numbers += [found[1]] if found else []
-    return ProbeResult(WORKS, f"{'.'.join(numbers) + ' ' if numbers else ''}in {folder}", facts={"folder": str(folder)})
+    return ProbeResult(
+        WORKS,
+        f"{'.'.join(numbers) + ' ' if numbers else ''}in {folder}",
+        facts={"folder": str(folder)},
+    )
 
 
 def include_folders(*variables: str) -> list[Path]:
     """Where a compiler, or a variable of the environment, says that headers are."""
     paths = [Path(os.environ[name]) for name in variables if os.environ.get(name)]
     named = [part for path in paths for part in (path / "include", path)]
-    listed = [Path(part) for name in ("CPLUS_INCLUDE_PATH", "CPATH") for part in _parts(os.environ.get(name, ""))]
+    listed = [
+        Path(part)
+        for name in ("CPLUS_INCLUDE_PATH", "CPATH")
+        for part in _parts(os.environ.get(name, ""))
+    ]
     machine = sysconfig.get_config_var("MULTIARCH") or ""
-    return [*named, *listed, Path("/usr/local/include"), Path("/usr/include"), Path("/usr/include", machine)]
+    return [
+        *named,
+        *listed,
+        Path("/usr/local/include"),
+        Path("/usr/include"),
+        Path("/usr/include", machine),
+    ]
 
 
 def _probe_cmake() -> ProbeResult:
     path, wanted = _program("cmake"), ".".join(map(str, OLDEST_CMAKE))
-    found = re.search(r"cmake version (\d+)\.(\d+)\.?\S*", (run_command([path, "--version"]) or "") if path else "")
+    found = re.search(
+        r"cmake version (\d+)\.(\d+)\.?\S*",
+        (run_command([path, "--version"]) or "") if path else "",
+    )
     if found is None:
-        return ProbeResult(MISSING, "no cmake", f"pip install cmake, or apt-get install cmake ({wanted} or later)")
+        return ProbeResult(
+            MISSING, "no cmake", f"pip install cmake, or apt-get install cmake ({wanted} or later)"
+        )
     shown = found[0].replace("cmake version", "CMake")
     if (int(found[1]), int(found[2])) < OLDEST_CMAKE:
         return ProbeResult(FAULT, f"{shown}, needed is {wanted} or later", "pip install cmake")
@@ -108,7 +150,11 @@ def _probe_cmake() -> ProbeResult:
 
 def _probe_generator() -> ProbeResult:
     name = next((name for name in ("ninja", "make") if _program(name)), None)
-    return ProbeResult(WORKS, name) if name else ProbeResult(MISSING, "neither ninja nor make", "pip install ninja")
+    return (
+        ProbeResult(WORKS, name)
+        if name
+        else ProbeResult(MISSING, "neither ninja nor make", "pip install ninja")
+    )
 
 
 def _probe_cpp20() -> ProbeResult:
@@ -121,7 +167,9 @@ def _probe_cpp20() -> ProbeResult:
         source = Path(folder, "probe.cpp")
         source.write_text(_CPP20)
         command = [found, "-std=c++20", "-fsyntax-only", str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=60, check=False
+        )
     return (
         ProbeResult(FAULT, f"{found} does not take C++20", install)
         if done.returncode
@@ -134,18 +182,25 @@ def _probe_json() -> ProbeResult:
     folders = [*([package / "include"] if package else []), *include_folders()]
     install = "pip install nlohmann-json, or apt-get install nlohmann-json3-dev"
     found = probe_header("nlohmann/json.hpp", folders, _JSON_VERSION, install)
-    return ProbeResult(found.state, f"nlohmann-json {found.detail}" if found.works else found.detail, found.remedy)
+    return ProbeResult(
+        found.state, f"nlohmann-json {found.detail}" if found.works else found.detail, found.remedy
+    )
 
 
 def _program(name: str) -> str | None:
-    """Where a program is: what pip installs lies beside this Python, also where its environment is not active."""
+    """Where a program is: what pip installs lies beside this Python, also where its environment is
+    not active."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
 def _package(name: str) -> Path | None:
     """The folder of an installed package, which is not imported."""
     spec = find_spec(name)
-    return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+    return (
+        Path(next(iter(spec.submodule_search_locations)))
+        if spec and spec.submodule_search_locations
+        else None
+    )
 
 
 def _parts(value: str) -> Iterable[str]:

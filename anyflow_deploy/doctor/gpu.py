@@ -1,4 +1,5 @@
-"""The GPU and its driver, from whoever can tell: NVML, nvidia-smi, or cuda-python (a Jetson has only the last)."""
+"""The GPU and its driver, from whoever can tell: NVML, nvidia-smi, or cuda-python (a Jetson has
+only the last)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ import pynvml as nv
 text = lambda value: value.decode() if isinstance(value, bytes) else value
 nv.nvmlInit()
 cuda = nv.nvmlSystemGetCudaDriverVersion()
-found["driver"], found["cuda"] = text(nv.nvmlSystemGetDriverVersion()), f"{cuda // 1000}.{cuda % 1000 // 10}"
+found["driver"] = text(nv.nvmlSystemGetDriverVersion())
+found["cuda"] = f"{cuda // 1000}.{cuda % 1000 // 10}"
 found["gpus"] = []
 for index in range(nv.nvmlDeviceGetCount()):
     gpu = nv.nvmlDeviceGetHandleByIndex(index)
@@ -26,7 +28,11 @@ for index in range(nv.nvmlDeviceGetCount()):
     })
 """
 
-_SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits")
+_SMI = (
+    "nvidia-smi",
+    "--query-gpu=name,compute_cap,memory.total,memory.free,driver_version",
+    "--format=csv,noheader,nounits",
+)
 
 _CUDA = """
 from cuda.bindings import runtime
@@ -50,7 +56,9 @@ for index in range(value(runtime.cudaGetDeviceCount())):
 GpuFacts = dict[str, Any]
 
 
-def probe_gpu(ways: Sequence[Callable[[], GpuFacts | None]] | None = None, root: Path = Path("/")) -> ProbeResult:
+def probe_gpu(
+    ways: Sequence[Callable[[], GpuFacts | None]] | None = None, root: Path = Path("/")
+) -> ProbeResult:
     """All GPUs, with compute capability, memory, driver and the CUDA version the driver knows."""
     for way in (from_nvml, from_smi, from_cuda_python) if ways is None else ways:
         facts = way()
@@ -58,11 +66,21 @@ def probe_gpu(ways: Sequence[Callable[[], GpuFacts | None]] | None = None, root:
             return ProbeResult(WORKS, _describe_gpus(facts), facts=facts)
     on_bus = [path for path in root.glob("sys/bus/pci/devices/*") if _is_nvidia_gpu(path)]
     if on_bus or (root / "proc/driver/nvidia/version").is_file():
-        where = f"an NVIDIA GPU is in the machine ({on_bus[0].name})" if on_bus else "NVIDIA's kernel module is loaded"
-        return ProbeResult(
-            FAULT, f"{where}, and its driver does not answer", "install or repair NVIDIA's driver; then: nvidia-smi"
+        where = (
+            f"an NVIDIA GPU is in the machine ({on_bus[0].name})"
+            if on_bus
+            else "NVIDIA's kernel module is loaded"
         )
-    return ProbeResult(MISSING, "no NVIDIA GPU, or none that this container may see", "in a container: docker run --gpus all …")
+        return ProbeResult(
+            FAULT,
+            f"{where}, and its driver does not answer",
+            "install or repair NVIDIA's driver; then: nvidia-smi",
+        )
+    return ProbeResult(
+        MISSING,
+        "no NVIDIA GPU, or none that this container may see",
+        "in a container: docker run --gpus all …",
+    )
 
 
 def from_nvml() -> GpuFacts | None:
@@ -89,7 +107,11 @@ def facts_from_smi(rows: str, banner: str) -> GpuFacts | None:
             return None
         gpus.append({"name": name, "compute_capability": [major, minor], **sizes})
     _, found, rest = banner.partition("CUDA Version:")
-    return {"driver": driver, "cuda": rest.split()[0] if found and rest.split() else "", "gpus": gpus}
+    return {
+        "driver": driver,
+        "cuda": rest.split()[0] if found and rest.split() else "",
+        "gpus": gpus,
+    }
 
 
 def from_cuda_python() -> GpuFacts | None:
@@ -109,7 +131,10 @@ def _describe_gpus(facts: GpuFacts) -> str:
 
 def _is_nvidia_gpu(device: Path) -> bool:
     try:
-        vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text().strip()
+        vendor, kind = (
+            (device / "vendor").read_text().strip(),
+            (device / "class").read_text().strip(),
+        )
     except OSError:
         return False
     return vendor == "0x10de" and kind.startswith("0x03")

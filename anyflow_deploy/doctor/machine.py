@@ -18,7 +18,8 @@ MIN_DISK = MIN_MEMORY = 4e9
 """Bytes: a 1.3B bundle in fp16 takes 2.9 GB, on disk and in memory."""
 
 _X86_FLAGS = (
-    "avx2", "f16c", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+    "avx2", "f16c", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8",
+    "amx_bf16",
 )  # fmt: skip
 _ARM_FLAGS = ("asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2")
 
@@ -28,11 +29,15 @@ _JETPACK = {"36": "JetPack 6", "35": "JetPack 5", "38": "JetPack 7", "39": "JetP
 def probe_python() -> ProbeResult:
     """The interpreter."""
     version = sys.version_info[:2]
-    where = f"{platform.python_version()}, {platform.system()} {platform.machine()}, {sys.executable}"
+    where = (
+        f"{platform.python_version()}, {platform.system()} {platform.machine()}, {sys.executable}"
+    )
     if OLDEST <= version <= NEWEST and sys.maxsize > 2**32:
         return ProbeResult(WORKS, where)
     allowed = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, 64 bits"
-    return ProbeResult(FAULT, f"{where}; needed is {allowed}", f"make a virtual environment with Python {allowed}")
+    return ProbeResult(
+        FAULT, f"{where}; needed is {allowed}", f"make a virtual environment with Python {allowed}"
+    )
 
 
 def probe_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> ProbeResult:
@@ -42,22 +47,39 @@ def probe_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> ProbeResult:
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     have = set(flags[1].split()) if flags else set()
     useful = [flag for flag in (*_X86_FLAGS, *_ARM_FLAGS) if flag in have]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    detail = f"{name[1].strip() if name else platform.machine()}, {cores} cores, {' '.join(useful) or 'no flags of interest'}"
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    detail = (
+        f"{name[1].strip() if name else platform.machine()}, {cores} cores,"
+        f" {' '.join(useful) or 'no flags of interest'}"
+    )
     return ProbeResult(WORKS, detail, facts={"cores": cores, "flags": useful})
 
 
-def probe_memory(meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")) -> ProbeResult:
+def probe_memory(
+    meminfo: Path = Path("/proc/meminfo"), limit: Path = Path("/sys/fs/cgroup/memory.max")
+) -> ProbeResult:
     """Main memory, with the container's limit where there is one."""
-    rows: dict[str, str] = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
-    total, free = int(rows["MemTotal"]) * 1024, int(rows.get("MemAvailable", rows["MemTotal"])) * 1024
+    rows: dict[str, str] = dict(
+        re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
+    )
+    total, free = (
+        int(rows["MemTotal"]) * 1024,
+        int(rows.get("MemAvailable", rows["MemTotal"])) * 1024,
+    )
     text = limit.read_text().strip() if limit.is_file() else "max"
     allowed = min(total, int(text)) if text.isdigit() else total
     capped = f", this container may take {_gb(allowed)}" if allowed < total else ""
     detail = f"{_gb(total)}, {_gb(free)} available{capped}"
     facts = {"total_bytes": total, "available_bytes": free, "allowed_bytes": allowed}
     if min(free, allowed) < MIN_MEMORY:
-        return ProbeResult(FAULT, detail, f"free at least {_gb(MIN_MEMORY)}; anyflow-fit says what a model takes", facts)
+        return ProbeResult(
+            FAULT,
+            detail,
+            f"free at least {_gb(MIN_MEMORY)}; anyflow-fit says what a model takes",
+            facts,
+        )
     return ProbeResult(WORKS, detail, facts=facts)
 
 
@@ -65,9 +87,16 @@ def probe_disk(folder: Path | None = None) -> ProbeResult:
     """Free space where bundles are written by default."""
     place = folder or Path.cwd()
     free = shutil.disk_usage(place).free
-    detail = f"{_gb(free)} free in {place}" + ("" if os.access(place, os.W_OK) else ", which may not be written")
+    detail = f"{_gb(free)} free in {place}" + (
+        "" if os.access(place, os.W_OK) else ", which may not be written"
+    )
     if free < MIN_DISK or not os.access(place, os.W_OK):
-        return ProbeResult(FAULT, detail, f"work in a folder of yours with at least {_gb(MIN_DISK)}", {"free_bytes": free})
+        return ProbeResult(
+            FAULT,
+            detail,
+            f"work in a folder of yours with at least {_gb(MIN_DISK)}",
+            {"free_bytes": free},
+        )
     return ProbeResult(WORKS, detail, facts={"free_bytes": free})
 
 
@@ -81,11 +110,15 @@ def probe_jetson(root: Path = Path("/")) -> ProbeResult | None:
         return None
     if found is None:
         return ProbeResult(
-            FAULT, f"{name or 'a Jetson'}, no L4T release in {release}", "flash it with NVIDIA's SDK Manager (JetPack)"
+            FAULT,
+            f"{name or 'a Jetson'}, no L4T release in {release}",
+            "flash it with NVIDIA's SDK Manager (JetPack)",
         )
     jetpack = _JETPACK.get(found[1], "an unknown JetPack")
     facts = {"model": name, "l4t": f"{found[1]}.{found[2]}"}
-    return ProbeResult(WORKS, f"{name or 'Jetson'}, L4T {found[1]}.{found[2]} ({jetpack})", facts=facts)
+    return ProbeResult(
+        WORKS, f"{name or 'Jetson'}, L4T {found[1]}.{found[2]} ({jetpack})", facts=facts
+    )
 
 
 def _gb(size: float) -> str:

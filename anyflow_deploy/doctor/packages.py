@@ -1,4 +1,5 @@
-"""The packages that compute: what is installed, and whether it can be imported and does a small piece of work."""
+"""The packages that compute: what is installed, and whether it can be imported and does a small
+piece of work."""
 
 from __future__ import annotations
 
@@ -24,14 +25,18 @@ _ORT = """
 import onnxruntime
 from onnx import TensorProto, helper
 value = lambda name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
-graph = helper.make_graph([helper.make_node("Add", ["a", "a"], ["b"])], "probe", [value("a")], [value("b")])
-model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9).SerializeToString()
+add = helper.make_node("Add", ["a", "a"], ["b"])
+graph = helper.make_graph([add], "probe", [value("a")], [value("b")])
+opset = helper.make_opsetid("", 20)
+model = helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
 def running(provider):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(model, options, providers=[provider], enable_fallback=0)
     if session.get_providers()[0] != provider:
-        raise RuntimeError(f"{provider} did not start: the CUDA or cuDNN it was built for is not there")
+        raise RuntimeError(
+            f"{provider} did not start: the CUDA or cuDNN it was built for is not there"
+        )
     import numpy
     assert session.run(None, {"a": numpy.ones(1, numpy.float32)})[0][0] == 2
 """
@@ -77,7 +82,10 @@ import tensorrt
 found["version"] = tensorrt.__version__
 builder = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))
 if not builder:
-    raise RuntimeError(f"{tensorrt.__version__} can be imported, and gives no builder: no GPU, or a driver too old for it")
+    raise RuntimeError(
+        f"{tensorrt.__version__} can be imported, and gives no builder:"
+        " no GPU, or a driver too old for it"
+    )
 found["detail"] = f"{tensorrt.__version__}, gives a builder"
 """
 
@@ -97,29 +105,42 @@ def probe_numpy() -> ProbeResult:
 
 
 def probe_onnxruntime(providers: Iterable[str] | None = None) -> ProbeResult:
-    """ONNX Runtime runs a graph on the CPU; and only one of the packages that install it is there."""
+    """ONNX Runtime runs a graph on the CPU; and only one of the packages that install it is
+    there."""
     names = distributions_of("onnxruntime") if providers is None else sorted(providers)
     if len(names) > 1:
         both, keep = " and ".join(names), GPU if "onnxruntime-gpu" in names else CPU
         remedy = f"pip uninstall -y {' '.join(names)} && {keep}"
-        return ProbeResult(FAULT, f"{both} are both installed, and each overwrote files of the other", remedy)
+        return ProbeResult(
+            FAULT, f"{both} are both installed, and each overwrote files of the other", remedy
+        )
     found = probe_import("onnxruntime", _ORT_CPU, GPU if "onnxruntime-gpu" in names else CPU)
-    return ProbeResult(found.state, f"{found.detail} ({names[0]})", found.remedy, found.facts) if names and found.works else found
+    return (
+        ProbeResult(found.state, f"{found.detail} ({names[0]})", found.remedy, found.facts)
+        if names and found.works
+        else found
+    )
 
 
 def probe_onnxruntime_cuda() -> ProbeResult:
     """ONNX Runtime's CUDA provider runs a graph on the GPU."""
-    remedy = "pip uninstall -y onnxruntime && pip install 'anyflow-deploy[gpu]' 'onnxruntime-gpu[cuda,cudnn]'"
+    remedy = (
+        "pip uninstall -y onnxruntime && pip install 'anyflow-deploy[gpu]'"
+        " 'onnxruntime-gpu[cuda,cudnn]'"
+    )
     found = probe_import("onnxruntime", _ORT_CUDA, GPU)
     if found.state == FAULT:
         return ProbeResult(FAULT, found.detail, "pip install 'onnxruntime-gpu[cuda,cudnn]'")
     if not found.works or not found.detail:
-        return ProbeResult(MISSING, found.detail or "this ONNX Runtime was built without CUDA", remedy)
+        return ProbeResult(
+            MISSING, found.detail or "this ONNX Runtime was built without CUDA", remedy
+        )
     return found
 
 
 def probe_int8_on_cpu() -> ProbeResult:
-    """Whether products of 8 bits are exact, and with which weights; see engines/onnxruntime/int8.py."""
+    """Whether products of 8 bits are exact, and with which weights; see
+    engines/onnxruntime/int8.py."""
     answer = run_python(_INT8)
     return ProbeResult(FAULT, answer.error, CPU) if answer.error else int8_finding(**answer.found)
 
@@ -134,8 +155,15 @@ def int8_finding(int8: bool, uint8: bool) -> ProbeResult:
     if int8:
         return ProbeResult(WORKS, "a sum of 64 products came out exact")
     if uint8:
-        return ProbeResult(WORKS, "exact with unsigned weights, which the engine uses here (u8 x s8 overflows: no VNNI)")
-    return ProbeResult(FAULT, "its products overflow, with unsigned weights too", "use fp32 or fp16 on this processor")
+        return ProbeResult(
+            WORKS,
+            "exact with unsigned weights, which the engine uses here (u8 x s8 overflows: no VNNI)",
+        )
+    return ProbeResult(
+        FAULT,
+        "its products overflow, with unsigned weights too",
+        "use fp32 or fp16 on this processor",
+    )
 
 
 def probe_torch() -> ProbeResult:
@@ -173,7 +201,9 @@ def probe_export_packages() -> ProbeResult:
     names = packages_of_extra("export")
     missing = [name for name in names if _version(name) is None]
     if missing or not names:
-        return ProbeResult(MISSING, f"not installed: {', '.join(missing) or 'anyflow-deploy itself'}", EXPORT)
+        return ProbeResult(
+            MISSING, f"not installed: {', '.join(missing) or 'anyflow-deploy itself'}", EXPORT
+        )
     shown = ("diffusers", "transformers", "onnxscript", "av")
     return ProbeResult(WORKS, ", ".join(f"{name} {_version(name)}" for name in shown))
 
@@ -189,7 +219,8 @@ def packages_of_extra(name: str) -> list[str]:
 
 
 def distributions_of(module: str) -> list[str]:
-    """Names of the installed packages that bring a module, such as onnxruntime and onnxruntime-gpu."""
+    """Names of the installed packages that bring a module, such as onnxruntime and
+    onnxruntime-gpu."""
     owners = importlib.metadata.packages_distributions().get(module, [])
     return sorted({name.lower().replace("_", "-") for name in owners})
 

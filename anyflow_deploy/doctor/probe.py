@@ -37,7 +37,8 @@ ProbeResults = Mapping[str, ProbeResult]
 
 @dataclass(frozen=True)
 class Probe:
-    """One row of the table: a name, and what looks. `run` returns None for a thing this kind of machine has none of."""
+    """One row of the table: a name, and what looks. `run` returns None for a thing this kind of
+    machine has none of."""
 
     name: str
     run: Callable[[], ProbeResult | None]
@@ -47,11 +48,16 @@ def run_probes(probes: Sequence[Probe], workers: int = 4) -> dict[str, ProbeResu
     """Run all probes.
 
     Returns:
-        By name, in the order of the table; an exception in a probe is a fault of the thing it looks at.
+        By name, in the order of the table; an exception in a probe is a fault of the thing it looks
+        at.
     """
     with ThreadPoolExecutor(workers) as pool:
         found = list(pool.map(lambda probe: _run_guarded(probe.run), probes))
-    return {probe.name: finding for probe, finding in zip(probes, found, strict=True) if finding is not None}
+    return {
+        probe.name: finding
+        for probe, finding in zip(probes, found, strict=True)
+        if finding is not None
+    }
 
 
 def _run_guarded(run: Callable[[], ProbeResult | None]) -> ProbeResult | None:

@@ -7,16 +7,31 @@ import dataclasses
 from anyflow_deploy.doctor import compiler, cpp, gpu, machine, packages
 from anyflow_deploy.doctor.probe import MISSING, Probe, ProbeResult, ProbeResults
 
-PYTHON, NUMPY, ORT, ORT_CUDA, INT8 = "Python", "numpy", "ONNX Runtime", "ONNX Runtime on CUDA", "int8 on the CPU"
-TORCH, GPU, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT = "PyTorch", "GPU", "TensorRT", "cuda-python", "torch-tensorrt"
+PYTHON, NUMPY, ORT, ORT_CUDA, INT8 = (
+    "Python",
+    "numpy",
+    "ONNX Runtime",
+    "ONNX Runtime on CUDA",
+    "int8 on the CPU",
+)
+TORCH, GPU, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT = (
+    "PyTorch",
+    "GPU",
+    "TensorRT",
+    "cuda-python",
+    "torch-tensorrt",
+)
 COMPILER, LIBRARY = "C++ compiler", "C++ library"
 CUDA_HEADERS, TENSORRT_HEADERS = "CUDA headers", "TensorRT headers"
 JETSON = "Jetson"
 
-OF_JETPACK = "JetPack brings it: apt-get install nvidia-jetpack, and python3 -m venv --system-site-packages"
+OF_JETPACK = (
+    "JetPack brings it: apt-get install nvidia-jetpack, and python3 -m venv --system-site-packages"
+)
 
 CUDA_OF_JETPACK = (
-    "a Jetson's GPU answers through cuda-python in the version of its CUDA: pip install 'anyflow-deploy[jetpack6]', or [jetpack7]"
+    "a Jetson's GPU answers through cuda-python in the version of its CUDA: pip install"
+    " 'anyflow-deploy[jetpack6]', or [jetpack7]"
 )
 
 FOR_A_GPU = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS)
@@ -48,18 +63,27 @@ PROBES = (
 
 
 def adjust_remedies(found: ProbeResults) -> dict[str, ProbeResult]:
-    """The same findings, without advice to install what only a GPU needs where there is none, or what JetPack brings."""
+    """The same findings, without advice to install what only a GPU needs where there is none, or
+    what JetPack brings."""
     if JETSON in found:
         ways = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), OF_JETPACK)
         ways |= dict.fromkeys((GPU, CUDA_PYTHON), CUDA_OF_JETPACK)
         return {
-            name: dataclasses.replace(finding, remedy=ways[name]) if name in ways and not finding.works else finding
+            name: (
+                dataclasses.replace(finding, remedy=ways[name])
+                if name in ways and not finding.works
+                else finding
+            )
             for name, finding in found.items()
         }
     if GPU not in found or found[GPU].state != MISSING:
         return dict(found)
     useless = {name for name in FOR_A_GPU if name in found and found[name].state == MISSING}
     return {
-        name: dataclasses.replace(finding, remedy="only of use with an NVIDIA GPU") if name in useless else finding
+        name: (
+            dataclasses.replace(finding, remedy="only of use with an NVIDIA GPU")
+            if name in useless
+            else finding
+        )
         for name, finding in found.items()
     }

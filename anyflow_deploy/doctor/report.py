@@ -1,4 +1,5 @@
-"""The findings as text and as JSON, with the standard library alone: it is what remains where nothing else works."""
+"""The findings as text and as JSON, with the standard library alone: it is what remains where
+nothing else works."""
 
 from __future__ import annotations
 
@@ -15,12 +16,19 @@ SCHEMA = 1
 NOTES = {("onnxruntime", "cpu", "fp8"): " (emulated: its numbers, not its speed)"}
 
 
-def report_rows(found: ProbeResults, verdicts: Iterable[BackendVerdict]) -> list[tuple[str, str, str, str]]:
-    """Rows of a table: name, state, detail, remedy. Backends come last; their state is the precisions that run."""
-    rows = [(name, finding.state, finding.detail, finding.remedy) for name, finding in found.items()]
+def report_rows(
+    found: ProbeResults, verdicts: Iterable[BackendVerdict]
+) -> list[tuple[str, str, str, str]]:
+    """Rows of a table: name, state, detail, remedy. Backends come last; their state is the
+    precisions that run."""
+    rows = [
+        (name, finding.state, finding.detail, finding.remedy) for name, finding in found.items()
+    ]
     for verdict in verdicts:
         backend = verdict.backend
-        running = [f"{p}{NOTES.get((backend.name, backend.provider, p), '')}" for p in verdict.running]
+        running = [
+            f"{p}{NOTES.get((backend.name, backend.provider, p), '')}" for p in verdict.running
+        ]
         rows.append(
             (
                 f"{backend.name}, {backend.provider}",
@@ -35,11 +43,14 @@ def report_rows(found: ProbeResults, verdicts: Iterable[BackendVerdict]) -> list
 def format_plain(rows: Iterable[tuple[str, str, str, str]]) -> str:
     """The table without any library."""
     return "\n".join(
-        f"{name:22} {state:14} {detail}{f'  ->  {remedy}' if remedy else ''}" for name, state, detail, remedy in rows
+        f"{name:22} {state:14} {detail}{f'  ->  {remedy}' if remedy else ''}"
+        for name, state, detail, remedy in rows
     )
 
 
-def report_json(found: ProbeResults, verdicts: Iterable[BackendVerdict], unmet: dict[str, str]) -> dict[str, Any]:
+def report_json(
+    found: ProbeResults, verdicts: Iterable[BackendVerdict], unmet: dict[str, str]
+) -> dict[str, Any]:
     """What --json prints; `schema` counts changes that a program would notice."""
     try:
         version = importlib.metadata.version("anyflow-deploy")
@@ -50,12 +61,16 @@ def report_json(found: ProbeResults, verdicts: Iterable[BackendVerdict], unmet: 
         "anyflow_deploy": version,
         "findings": {name: dataclasses.asdict(finding) for name, finding in found.items()},
         "backends": [
-            {"backend": v.backend.name, "provider": v.backend.provider, "precisions": v.running,
-             "reasons": {name: reason for name, reason in v.reasons.items() if reason}}
+            {
+                "backend": v.backend.name,
+                "provider": v.backend.provider,
+                "precisions": v.running,
+                "reasons": {name: reason for name, reason in v.reasons.items() if reason},
+            }
             for v in verdicts
         ],
         "unmet": unmet,
-    }  # fmt: skip
+    }
 
 
 def _describe_verdict(verdict: BackendVerdict, running: list[str]) -> str:

@@ -1,4 +1,5 @@
-"""Asking in a process of its own: an import that crashes, hangs or prints takes only itself down."""
+"""Asking in a process of its own: an import that crashes, hangs or prints takes only itself
+down."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ _MARK = "\n@anyflow-doctor@"
 _PROGRAM = f"""
 import json, os, sys, warnings
 warnings.simplefilter("ignore")
-sys.path[:] = [folder for folder in sys.path if folder]  # not what happens to lie in the working folder
+# Not what happens to lie in the working folder.
+sys.path[:] = [folder for folder in sys.path if folder]
 found = {{}}
 try:
     exec(compile(sys.argv[1], "probe", "exec"), {{"found": found}})
@@ -49,13 +51,20 @@ class SubprocessResult:
     error: str = ""
 
 
-def run_python(code: str, timeout: float = TIMEOUT, python: str = sys.executable) -> SubprocessResult:
+def run_python(
+    code: str, timeout: float = TIMEOUT, python: str = sys.executable
+) -> SubprocessResult:
     """Run Python code that puts what it learns (as JSON can hold it) into the dict `found`."""
     try:
         done = subprocess.run(
-            [python, "-c", _PROGRAM, code], capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
+            [python, "-c", _PROGRAM, code],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
             stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
     except subprocess.TimeoutExpired:
         return SubprocessResult({}, error=f"gave no answer within {timeout:g} s")
     except OSError as error:
@@ -64,18 +73,31 @@ def run_python(code: str, timeout: float = TIMEOUT, python: str = sys.executable
     if done.returncode < 0:
         return SubprocessResult({}, error=f"crashed ({_signal_name(-done.returncode)})")
     if not mark or done.returncode:
-        return SubprocessResult({}, error=_last_line(done.stderr) or f"ended with status {done.returncode} and said nothing")
+        return SubprocessResult(
+            {},
+            error=_last_line(done.stderr)
+            or f"ended with status {done.returncode} and said nothing",
+        )
     found = json.loads(answer)
-    return SubprocessResult({}, found.get("no module", ""), found["error"]) if "error" in found else SubprocessResult(found)
+    return (
+        SubprocessResult({}, found.get("no module", ""), found["error"])
+        if "error" in found
+        else SubprocessResult(found)
+    )
 
 
 def run_command(command: Sequence[str], timeout: float = 20.0) -> str | None:
     """What a program prints; None where there is no such program or it fails."""
     try:
         done = subprocess.run(
-            list(command), capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
+            list(command),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+            check=False,
             stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -94,7 +116,11 @@ def probe_import(module: str, code: str, install: str, timeout: float = TIMEOUT)
     if answer.missing == module:
         return ProbeResult(MISSING, f"no module {module}", install)
     if answer.error:
-        return ProbeResult(FAULT, answer.error, f"{install.replace('pip install', 'pip install --force-reinstall')}")
+        return ProbeResult(
+            FAULT,
+            answer.error,
+            f"{install.replace('pip install', 'pip install --force-reinstall')}",
+        )
     detail = str(answer.found.pop("detail", ""))
     return ProbeResult(WORKS, detail, facts=answer.found)
 

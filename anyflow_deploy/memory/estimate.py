@@ -2,16 +2,17 @@
 
 What a transition needs is the sum of four things:
 
-- **weights**, by the type each parameter is stored in (`parameter_shapes.py`); a causal model has two graphs, and runtimes give
-  each its own copy;
-- **activations**: the most that is alive at once, in the attention or in the feed-forward of one block, and the keys and
-  values of the text, which runtimes like to compute for all blocks first;
+- **weights**, by the type each parameter is stored in (`parameter_shapes.py`); a causal model has
+  two graphs, and runtimes give each its own copy;
+- **activations**: the most that is alive at once, in the attention or in the feed-forward of one
+  block, and the keys and values of the text, which runtimes like to compute for all blocks first;
 - **cache**: what a causal model remembers (`engines/kv_cache.py`);
 - **workspace**: the runtime itself, and a margin on the activations.
 
-Activations are counted in *tables*, one number for every token and channel. How many tables are alive was read off the
-graph and then set by measuring ONNX Runtime on the CPU; docs/how-to/fit.md has the measurements and how far off this is. On
-GPUs the same count is used without having been measured there.
+Activations are counted in *tables*, one number for every token and channel. How many tables are
+alive was read off the graph and then set by measuring ONNX Runtime on the CPU; docs/how-to/fit.md
+has the measurements and how far off this is. On GPUs the same count is used without having been
+measured there.
 
 Legend: N tokens of a step, M cached tokens, L text tokens, D channels of the residual stream.
 """
@@ -33,26 +34,30 @@ from anyflow_deploy.targets import Target
 FIT_PRECISIONS = tuple(PRECISIONS)
 
 FLOAT32_TABLES = 9
-"""Tables in float32 at the peak, in either half of a block: the residual stream, norms, modulation, rotation."""
+"""Tables in float32 at the peak, in either half of a block: the residual stream, norms, modulation,
+rotation."""
 
 ATTENTION_TABLES = 8
-"""Further ones in the compute type during attention: queries, keys, values and result, and the kernel's own order of them."""
+"""Further ones in the compute type during attention: queries, keys, values and result, and the
+kernel's own order of them."""
 
 HIDDEN_TABLES = {"fp32": 3, "fp16": 7, "int8": 4, "fp8": 4}
-"""Tables of the feed-forward's width on the CPU, float32. GELU works in a copy; fp16 is converted there and back around
-each product; in int8 and fp8 there is one more, for the rounded values."""
+"""Tables of the feed-forward's width on the CPU, float32. GELU works in a copy; fp16 is converted
+there and back around each product; in int8 and fp8 there is one more, for the rounded values."""
 
 GPU_HIDDEN_TABLES = 2
 """On a GPU, in the compute type: GELU's input and output."""
 
 CPU_HALF_BYTES = 5
-"""Bytes that a 16-bit weight takes in ONNX Runtime on a CPU: it is kept in float32, and the unpacking leaves gaps."""
+"""Bytes that a 16-bit weight takes in ONNX Runtime on a CPU: it is kept in float32, and the
+unpacking leaves gaps."""
 
 CPU_FP8_BYTES = 4
 """An FP8 weight there: in float32, once the session is made. INT8 stays in eight bits."""
 
 MARGIN = 0.15
-"""Of the activations: what a runtime's memory pool loses between its pieces, as far as it was measured (docs/how-to/fit.md)."""
+"""Of the activations: what a runtime's memory pool loses between its pieces, as far as it was
+measured (docs/how-to/fit.md)."""
 
 RUNTIME = 100_000_000
 """Bytes of the runtime itself: its code, Python, numpy."""
@@ -86,7 +91,8 @@ class MemoryEstimate:
     """Bytes, see the module's text.
 
     Attributes:
-        score_table: what attention would take on top in a runtime that writes its scores out; not in `total`.
+        score_table: what attention would take on top in a runtime that writes its scores out; not
+            in `total`.
     """
 
     weights: int
@@ -109,15 +115,21 @@ def shape_from_pixels(text: str, a: Architecture) -> LatentShape:
     """
     parts = text.lower().split("x")
     if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-        raise AnyFlowError(f"--shape is {text!r}; allowed is HEIGHTxWIDTHxFRAMES, such as 480x832x81.")
+        raise AnyFlowError(
+            f"--shape is {text!r}; allowed is HEIGHTxWIDTHxFRAMES, such as 480x832x81."
+        )
     height, width, frames = map(int, parts)
     patch = (a.compressed_patch_size or a.patch_size)[1]
-    sides = (latent_side(n, SPATIAL_FACTOR, patch, axis) for n, axis in ((height, "height"), (width, "width")))
+    sides = (
+        latent_side(n, SPATIAL_FACTOR, patch, axis)
+        for n, axis in ((height, "height"), (width, "width"))
+    )
     return LatentShape(latent_frames(frames, TEMPORAL_FACTOR), *sides)
 
 
 def base_type(precision: str, target: Target) -> str:
-    """The type of everything large that is not 8 bits wide: with an 8-bit precision, the target's natural one."""
+    """The type of everything large that is not 8 bits wide: with an 8-bit precision, the target's
+    natural one."""
     if precision not in EIGHT_BIT:
         return precision
     return "fp32" if target.compute_capability is None else "fp16"
@@ -130,7 +142,8 @@ def estimate_memory(
 
     Args:
         a: the architecture.
-        precision: one of `FIT_PRECISIONS`; whether the target runs it is `check_precision`'s question.
+        precision: one of `FIT_PRECISIONS`; whether the target runs it is `check_precision`'s
+            question.
         target: decides the base type and what is alive at once.
         shape: of the whole video; a causal model makes it chunk by chunk.
         window: of a causal model's cache, see `engines/kv_cache.py`.
@@ -165,7 +178,8 @@ def weight_bytes(a: Architecture, precision: str, target: Target) -> int:
 
 
 def available_memory(target: Target) -> int:
-    """Bytes a model may take there: what is built in, less what the system keeps; for the CPU, this machine's memory."""
+    """Bytes a model may take there: what is built in, less what the system keeps; for the CPU, this
+    machine's memory."""
     if target.memory is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return target.memory - target.reserved
@@ -174,35 +188,50 @@ def available_memory(target: Target) -> int:
 def companion_weights(target: Target) -> dict[str, int]:
     """Weights of the models that run before and after, not at the same time: bytes by name."""
     element = 4 if target.compute_capability is None else 2
-    return {"text encoder (UMT5-XXL)": element * UMT5_XXL_PARAMETERS, "VAE (Wan)": 4 * WAN_VAE_PARAMETERS}
+    return {
+        "text encoder (UMT5-XXL)": element * UMT5_XXL_PARAMETERS,
+        "VAE (Wan)": 4 * WAN_VAE_PARAMETERS,
+    }
 
 
 def _check_arguments(a: Architecture, precision: str, window: int | None) -> None:
     if precision not in FIT_PRECISIONS:
         known = ", ".join(FIT_PRECISIONS)
-        raise AnyFlowError(f"unknown precision {precision!r}: known are {known}.{suggestion(precision, FIT_PRECISIONS)}")
+        raise AnyFlowError(
+            f"unknown precision {precision!r}: known are"
+            f" {known}.{suggestion(precision, FIT_PRECISIONS)}"
+        )
     if window is not None and not a.causal:
-        raise AnyFlowError("a window is kept in the cache of a causal model (far-…); leave --window out.")
+        raise AnyFlowError(
+            "a window is kept in the cache of a causal model (far-…); leave --window out."
+        )
 
 
 def _plan_cache(a: Architecture, shape: LatentShape, window: int | None) -> CachePlan | None:
     """The model's own chunks, as many as the video has."""
     if a.chunk_partition is None:
         return None
-    return cache_plan(a, fit_chunks(a.chunk_partition, shape.frames), shape.height, shape.width, window)
+    return cache_plan(
+        a, fit_chunks(a.chunk_partition, shape.frames), shape.height, shape.width, window
+    )
 
 
 def _activation_bytes(
     a: Architecture, precision: str, target: Target, shape: LatentShape, plan: CachePlan | None
 ) -> tuple[int, int]:
-    """Bytes at the peak, and of the table of scores that attention would add if it were written out."""
+    """Bytes at the peak, and of the table of scores that attention would add if it were written
+    out."""
     tokens, cached = _count_tokens(a, shape, plan)
     on_cpu, d = target.compute_capability is None, a.inner_dim
     size = 4 if on_cpu or precision == "fp32" else 2
-    copies = 0 if plan is None else 2 * tokens + 4 * cached  # joined to the cache: keys and values, twice
+    copies = (
+        0 if plan is None else 2 * tokens + 4 * cached
+    )  # joined to the cache: keys and values, twice
     attention = FLOAT32_TABLES * 4 * tokens + ATTENTION_TABLES * size * tokens + copies * size
     hidden = HIDDEN_TABLES.get(precision, 7) if on_cpu else GPU_HIDDEN_TABLES
-    rounded = 1 if precision in EIGHT_BIT and not on_cpu else 0  # the 8-bit copy of a product's input
+    rounded = (
+        1 if precision in EIGHT_BIT and not on_cpu else 0
+    )  # the 8-bit copy of a product's input
     feed_forward = FLOAT32_TABLES * 4 * tokens * d + (hidden * size + rounded) * tokens * a.ffn_dim
     text = TEXT_TOKENS * (4 * a.text_dim + 2 * size * d * a.num_layers)
     state = 3 * 4 * a.in_channels * math.prod((shape.frames, shape.height, shape.width))

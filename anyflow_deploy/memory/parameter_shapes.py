@@ -1,11 +1,13 @@
 """Every parameter of a model by name and shape, without building the model.
 
-`model.transformer` and `model.causal` define the parameters and need torch to say how many there are. Here the same
-list follows from the numbers of an `Architecture` alone, so that a device without torch can tell how much memory a model
-takes; a test holds the two lists equal for every model.
+`model.transformer` and `model.causal` define the parameters and need torch to say how many there
+are. Here the same list follows from the numbers of an `Architecture` alone, so that a device
+without torch can tell how much memory a model takes; a test holds the two lists equal for every
+model.
 
-A parameter is stored in one of three ways (`storage_kind`): the large layers of the blocks can be FP8 or INT8; their biases and
-the text projection stay in the base type; everything else is float32 in every precision.
+A parameter is stored in one of three ways (`storage_kind`): the large layers of the blocks can be
+FP8 or INT8; their biases and the text projection stay in the base type; everything else is float32
+in every precision.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def count_parameters(a: Architecture) -> dict[StorageKind, int]:
 
 def count_quantized_channels(a: Architecture) -> int:
     """Output channels of the layers that may be quantized: each has a scale of its own."""
-    return sum(shape[0] for name, shape in parameter_shapes(a).items() if storage_kind(name) == "blocks")
+    return sum(
+        shape[0] for name, shape in parameter_shapes(a).items() if storage_kind(name) == "blocks"
+    )
 
 
 def _linear(name: str, inputs: int, outputs: int) -> Shapes:

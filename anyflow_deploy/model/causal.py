@@ -1,18 +1,21 @@
 """The causal (FAR) model as three traceable modules, without a mask.
 
-AnyFlow-FAR makes video chunk by chunk; a chunk attends to a cache of what came before, and everything in the cache is
-visible to it, so no mask is needed. Three graphs share one set of weights:
+AnyFlow-FAR makes video chunk by chunk; a chunk attends to a cache of what came before, and
+everything in the cache is visible to it, so no mask is needed. Three graphs share one set of
+weights:
 
-- `TextKVEncoder`: the prompt's keys and values in every layer. They depend on nothing else, so a video needs them once; with
-  them inside the other graphs, 512 text tokens were half the work of a small chunk.
-- `ChunkTransition`: one chunk at times (t, r) on cached keys and values. Denoising is this; at t = r = 0 on a clean chunk,
-  its keys and values are what the cache keeps of a recent chunk.
-- `ChunkCompressor`: a clean chunk through the coarser patch embedding at t = r = 0: what the cache keeps of an old chunk. Only
-  keys and values come out, so the last layer computes nothing else.
+- `TextKVEncoder`: the prompt's keys and values in every layer. They depend on nothing else, so a
+  video needs them once; with them inside the other graphs, 512 text tokens were half the work of a
+  small chunk.
+- `ChunkTransition`: one chunk at times (t, r) on cached keys and values. Denoising is this; at t =
+  r = 0 on a clean chunk, its keys and values are what the cache keeps of a recent chunk.
+- `ChunkCompressor`: a clean chunk through the coarser patch embedding at t = r = 0: what the cache
+  keeps of an old chunk. Only keys and values come out, so the last layer computes nothing else.
 
-A compressed chunk sees only older compressed chunks, so its entries never change once written; recent chunks can be run
-one after the other, each on what precedes it. Both are exact (measured against the authors' code: see tests).
-Rotation by absolute frame position is applied before caching.
+A compressed chunk sees only older compressed chunks, so its entries never change once written;
+recent chunks can be run one after the other, each on what precedes it. Both are exact (measured
+against the authors' code: see tests). Rotation by absolute frame position is applied before
+caching.
 
 Legend: see `transformer`; M cached tokens.
 """
@@ -32,11 +35,15 @@ from anyflow_deploy.models import Architecture
 class ChunkTransition(FlowMapTransformer):
     """One transition of one chunk, see the module's text."""
 
-    def __init__(self, a: Architecture, compute_type: torch.dtype = torch.float32, fused: bool = True) -> None:
+    def __init__(
+        self, a: Architecture, compute_type: torch.dtype = torch.float32, fused: bool = True
+    ) -> None:
         super().__init__(a, compute_type, fused)
         assert a.compressed_patch_size is not None
         self.compressed_patch = a.compressed_patch_size[1]
-        self.far_patch_embedding = nn.Conv3d(a.in_channels, a.inner_dim, a.compressed_patch_size, a.compressed_patch_size)
+        self.far_patch_embedding = nn.Conv3d(
+            a.in_channels, a.inner_dim, a.compressed_patch_size, a.compressed_patch_size
+        )
 
     def forward(  # type: ignore[override]  # another graph, other inputs
         self, latents: Tensor, t: Tensor, r: Tensor, positions: Tensor, *memory: Tensor
@@ -46,7 +53,8 @@ class ChunkTransition(FlowMapTransformer):
         Args:
             latents, t, r: as in `FlowMapTransformer`, for the chunk alone.
             positions: int64 (F), absolute latent frame indices.
-            memory: key and value of the text (B, L, A, E) in layer 0, in layer 1, …; then the same (B, M, A, E) of the past.
+            memory: key and value of the text (B, L, A, E) in layer 0, in layer 1, …; then the same
+                (B, M, A, E) of the past.
 
         Returns:
             z_r, the velocity, then key and value (B, N, A, E) of each layer.
@@ -66,21 +74,31 @@ class ChunkCompressor(ChunkTransition):
         """Compress one clean chunk.
 
         Args:
-            latents: (B, F, C, H, W). Rows and columns beyond the last whole coarse patch are left out, as in training.
+            latents: (B, F, C, H, W). Rows and columns beyond the last whole coarse patch are left
+                out, as in training.
             positions: int64 (F), absolute latent frame indices.
-            memory: as in `ChunkTransition`, the past being older compressed chunks, for all layers but the last.
+            memory: as in `ChunkTransition`, the past being older compressed chunks, for all layers
+                but the last.
 
         Returns:
             key and value (B, N, A, E) of each layer.
         """
         _, frames, _, height, width = latents.shape
-        rotation = self.rope(frames, height // self.compressed_patch, width // self.compressed_patch, positions, COMPRESSED)
+        rotation = self.rope(
+            frames,
+            height // self.compressed_patch,
+            width // self.compressed_patch,
+            positions,
+            COMPRESSED,
+        )
         x = self.tokens(self.far_patch_embedding, latents)
         clean = latents.new_zeros(latents.shape[:2])
         _, modulation = self.embed_conditions(clean, clean)
         ones, pairs, present = self.get_buffer("ones"), _group_pairs(memory), []
         layers = self.blocks[:-1]
-        for block, text_kv, past in zip(layers, pairs[: len(layers)], pairs[len(layers) :], strict=True):
+        for block, text_kv, past in zip(
+            layers, pairs[: len(layers)], pairs[len(layers) :], strict=True
+        ):
             x, present_kv = block(x, text_kv, modulation, rotation, ones, past)
             present.append(present_kv)
         present.append(cast(Block, self.blocks[-1]).key_value(x, modulation, rotation, ones))

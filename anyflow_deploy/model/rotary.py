@@ -1,11 +1,12 @@
 """Rotary position embedding over frames, rows and columns, in real float32.
 
-Wan splits a head's channels into three parts, for frame, row and column, and rotates neighbouring pairs of channels by
-an angle that grows with the position (diffusers' AnyFlowRotaryPosEmbed). diffusers multiplies complex128 numbers, which
-no inference runtime takes; cosine and sine tables computed in double precision and stored in float32 give the same
-result to 2e-7.
+Wan splits a head's channels into three parts, for frame, row and column, and rotates neighbouring
+pairs of channels by an angle that grows with the position (diffusers' AnyFlowRotaryPosEmbed).
+diffusers multiplies complex128 numbers, which no inference runtime takes; cosine and sine tables
+computed in double precision and stored in float32 give the same result to 2e-7.
 
-Legend: P positions in the table, F frames, h rows, w columns of tokens, N = F h w, A heads, E channels of a head.
+Legend: P positions in the table, F frames, h rows, w columns of tokens, N = F h w, A heads, E
+channels of a head.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ def axis_channels(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotary_tables(architecture: Architecture) -> dict[str, Tensor]:
-    """The constants `cos_frames`, `sin_frames`, … of `Rotary`: each float32 (P, channels of the axis / 2).
+    """The constants `cos_frames`, `sin_frames`, … of `Rotary`: each float32 (P, channels of the
+    axis / 2).
 
-    Causal models have a second set for the rows and columns of compressed chunks: the mean direction of the positions
-    that one coarse token covers (diffusers' `avg_pool_complex`).
+    Causal models have a second set for the rows and columns of compressed chunks: the mean
+    direction of the positions that one coarse token covers (diffusers' `avg_pool_complex`).
     """
     positions = torch.arange(architecture.rope_max_seq_len, dtype=torch.float64)
     tables: dict[str, Tensor] = {}
@@ -60,7 +62,12 @@ class Rotary(nn.Module):
             self.register_buffer(name, torch.empty(table.shape), persistent=False)
 
     def forward(
-        self, frames: int, rows: int, columns: int, positions: Tensor | None = None, suffix: str = ""
+        self,
+        frames: int,
+        rows: int,
+        columns: int,
+        positions: Tensor | None = None,
+        suffix: str = "",
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines of a grid of tokens, each float32 (N, 1, E/2): the 1 is for the heads.
 
@@ -69,11 +76,17 @@ class Rotary(nn.Module):
             positions: absolute indices of the frames, int64 (F); None for 0, 1, 2, …
             suffix: `COMPRESSED` for the coarser grid of old chunks.
         """
-        cosines, sines = (self._grid(part, suffix, frames, rows, columns, positions) for part in ("cos", "sin"))
+        cosines, sines = (
+            self._grid(part, suffix, frames, rows, columns, positions) for part in ("cos", "sin")
+        )
         return cosines, sines
 
-    def _grid(self, part: str, suffix: str, frames: int, rows: int, columns: int, positions: Tensor | None) -> Tensor:
-        f, h, w = (self.get_buffer(f"{part}_{axis}{suffix if axis != 'frames' else ''}") for axis in AXES)
+    def _grid(
+        self, part: str, suffix: str, frames: int, rows: int, columns: int, positions: Tensor | None
+    ) -> Tensor:
+        f, h, w = (
+            self.get_buffer(f"{part}_{axis}{suffix if axis != 'frames' else ''}") for axis in AXES
+        )
         f = f[:frames] if positions is None else f.index_select(0, positions)
         grid = (
             f.view(frames, 1, 1, -1).expand(-1, rows, columns, -1),
@@ -86,4 +99,6 @@ class Rotary(nn.Module):
 def apply_rotary(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotate each pair of channels of `x` (B, N, A, E)."""
     even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack((even * cosines - odd * sines, even * sines + odd * cosines), dim=-1).flatten(-2)
+    return torch.stack(
+        (even * cosines - odd * sines, even * sines + odd * cosines), dim=-1
+    ).flatten(-2)

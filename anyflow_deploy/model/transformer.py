@@ -1,22 +1,28 @@
 """The flow-map transformer as one traceable module: `(z_t, t, r, text) -> z_r`.
 
-The same network as diffusers' AnyFlowTransformer3DModel, with the same parameter names, written for compilers:
+The same network as diffusers' AnyFlowTransformer3DModel, with the same parameter names, written for
+compilers:
 
-- the Euler step `z_r = z_t - (t - r)/1000 * u` is inside, so a runtime needs no arithmetic of its own;
-- modulation stays per frame and broadcasts, where diffusers expands it to every token (1.2 GB at 1.3B and 480p);
+- the Euler step `z_r = z_t - (t - r)/1000 * u` is inside, so a runtime needs no arithmetic of its
+  own;
+- modulation stays per frame and broadcasts, where diffusers expands it to every token (1.2 GB at
+  1.3B and 480p);
 - rotary is real float32 (see `rotary`), and no shape is baked in but the channels;
-- every linear layer works on rows of tokens, which ONNX expresses as one Gemm that reads the weight as stored.
+- every linear layer works on rows of tokens, which ONNX expresses as one Gemm that reads the weight
+  as stored.
 
-Precision is decided here and nowhere else: a parameter has the type it is stored and computed in. The large layers take
-`compute_type`; residual stream, norms, modulation, time path, patch embedding and output projection are float32.
+Precision is decided here and nowhere else: a parameter has the type it is stored and computed in.
+The large layers take `compute_type`; residual stream, norms, modulation, time path, patch embedding
+and output projection are float32.
 
-Attention and RMS norm exist in two forms that compute the same: `fused=True` calls torch's own operators, which become
-`Attention` and `RMSNormalization` in ONNX opset 23 and flash attention under a compiler; `fused=False` spells them out
-in operators that TensorRT 10.3 reads (opset 20).
+Attention and RMS norm exist in two forms that compute the same: `fused=True` calls torch's own
+operators, which become `Attention` and `RMSNormalization` in ONNX opset 23 and flash attention
+under a compiler; `fused=False` spells them out in operators that TensorRT 10.3 reads (opset 20).
 
-Legend: B batch, F latent frames, C latent channels, H W latent rows and columns, h w the same in patches, p patch side,
-S = h w tokens per frame, N = F S tokens, L text tokens, D channels of the residual stream, A heads, E channels of a head.
-Two letters side by side, as in (B N, D), are one dimension. Source: arXiv 2605.13724.
+Legend: B batch, F latent frames, C latent channels, H W latent rows and columns, h w the same in
+patches, p patch side, S = h w tokens per frame, N = F S tokens, L text tokens, D channels of the
+residual stream, A heads, E channels of a head. Two letters side by side, as in (B N, D), are one
+dimension. Source: arXiv 2605.13724.
 """
 
 from __future__ import annotations
@@ -40,7 +46,8 @@ KeyValue = tuple[Tensor, Tensor]
 class Linear(nn.Linear):
     """A linear layer that takes its input in any type and answers in its own.
 
-    Inputs are (rows, channels): two dimensions make one Gemm in ONNX, where three would need the weight transposed.
+    Inputs are (rows, channels): two dimensions make one Gemm in ONNX, where three would need the
+    weight transposed.
     """
 
     @property
@@ -83,7 +90,9 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(d, a.eps, fused)
         self.norm_k = RMSNorm(d, a.eps, fused)
 
-    def forward(self, x: Tensor, memory: KeyValue, batch: int, rotation: Rotation | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, memory: KeyValue, batch: int, rotation: Rotation | None = None
+    ) -> Tensor:
         """Queries from `x` (B N, D) on what `key_value` made; float32 (B N, D)."""
         query = self._split_heads(self.norm_q(self.to_q(x).float()), batch)
         if rotation is not None:
@@ -92,7 +101,8 @@ class Attention(nn.Module):
         return cast(Tensor, self.to_out[0](mixed.flatten(2).flatten(0, 1))).float()
 
     def key_value(self, context: Tensor, batch: int, rotation: Rotation | None = None) -> KeyValue:
-        """Keys (rotated already, so that they can be cached) and values of `context` (B M, D): (B, M, A, E) each."""
+        """Keys (rotated already, so that they can be cached) and values of `context` (B M, D): (B,
+        M, A, E) each."""
         context = context.to(self.to_k.input_type)
         value = self._split_heads(self.to_v(context), batch)
         key = self._split_heads(self.norm_k(self.to_k(context).float()), batch)
@@ -107,7 +117,8 @@ class Attention(nn.Module):
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Softmax attention over (B, N, A, E), in the type of `value`.
 
-        The scale goes onto the queries in float32: scores in fp16 would come close to its largest number otherwise.
+        The scale goes onto the queries in float32: scores in fp16 would come close to its largest
+        number otherwise.
         """
         query = (query * self.scale).to(value.dtype)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -125,7 +136,9 @@ class FeedForward(nn.Module):
         super().__init__()
         first = nn.Module()
         first.add_module("proj", Linear(channels, hidden, dtype=compute_type))
-        self.net = nn.ModuleList([first, nn.Identity(), Linear(hidden, channels, dtype=compute_type)])
+        self.net = nn.ModuleList(
+            [first, nn.Identity(), Linear(hidden, channels, dtype=compute_type)]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         proj = cast(Linear, self.net[0].get_submodule("proj"))
@@ -134,7 +147,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text and feed-forward, modulated by the time embedding of each frame."""
+    """Self-attention, cross-attention to the text and feed-forward, modulated by the time embedding
+    of each frame."""
 
     def __init__(self, a: Architecture, compute_type: torch.dtype, fused: bool) -> None:
         super().__init__()
@@ -147,7 +161,13 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, d))
 
     def forward(
-        self, x: Tensor, text_kv: KeyValue, modulation: Tensor, rotation: Rotation, ones: Tensor, past: KeyValue | None = None
+        self,
+        x: Tensor,
+        text_kv: KeyValue,
+        modulation: Tensor,
+        rotation: Rotation,
+        ones: Tensor,
+        past: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """One layer.
 
@@ -167,14 +187,21 @@ class Block(nn.Module):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
         h = modulate(x, shift, scale, ones, self.eps).flatten(0, 2).to(self.attn1.to_q.input_type)
         present_kv = self.attn1.key_value(h, batch, rotation)
-        memory = present_kv if past is None else (torch.cat((past[0], present_kv[0]), 1), torch.cat((past[1], present_kv[1]), 1))
+        memory = (
+            present_kv
+            if past is None
+            else (torch.cat((past[0], present_kv[0]), 1), torch.cat((past[1], present_kv[1]), 1))
+        )
         x = x + self.attn1(h, memory, batch, rotation).view(x.shape) * gate
         x = x + self.attn2(self.norm2(x).flatten(0, 2), text_kv, batch).view(x.shape)
         h = modulate(x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
         return cast(Tensor, x + self.ffn(h).view(x.shape) * ffn_gate), present_kv
 
-    def key_value(self, x: Tensor, modulation: Tensor, rotation: Rotation, ones: Tensor) -> KeyValue:
-        """The own keys and values alone: what the last layer is asked for when only the cache is wanted."""
+    def key_value(
+        self, x: Tensor, modulation: Tensor, rotation: Rotation, ones: Tensor
+    ) -> KeyValue:
+        """The own keys and values alone: what the last layer is asked for when only the cache is
+        wanted."""
         shift, scale = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)[:2]
         h = modulate(x, shift, scale, ones, self.eps).flatten(0, 2)
         return self.attn1.key_value(h, x.shape[0], rotation)
@@ -236,10 +263,13 @@ class FlowMapTransformer(nn.Module):
         compute_type: type of the large layers' weights and products.
         fused: see the module's text.
 
-    Build it under `torch.device("meta")` or a fake mode, or load parameters (diffusers' names) and `constants`.
+    Build it under `torch.device("meta")` or a fake mode, or load parameters (diffusers' names) and
+    `constants`.
     """
 
-    def __init__(self, a: Architecture, compute_type: torch.dtype = torch.float32, fused: bool = True) -> None:
+    def __init__(
+        self, a: Architecture, compute_type: torch.dtype = torch.float32, fused: bool = True
+    ) -> None:
         super().__init__()
         d = a.inner_dim
         self.patch = a.patch_size[1]
@@ -258,10 +288,12 @@ class FlowMapTransformer(nn.Module):
         Args:
             latents: z_t, (B, F, C, H, W).
             t, r: source and target time of every frame, (B, F), in timesteps 0 to 1000.
-            text: prompt embeddings, (B, L, text_dim), padded as in training (Wan: 512 tokens, zeros behind the prompt).
+            text: prompt embeddings, (B, L, text_dim), padded as in training (Wan: 512 tokens, zeros
+                behind the prompt).
 
         Returns:
-            z_r (B, F, C, H, W), and the average velocity u from t to r that led there, of the same shape.
+            z_r (B, F, C, H, W), and the average velocity u from t to r that led there, of the same
+            shape.
         """
         _, frames, _, height, width = latents.shape
         rotation = self.rope(frames, height // self.patch, width // self.patch)
@@ -277,7 +309,8 @@ class FlowMapTransformer(nn.Module):
         rotation: Rotation,
         past: Sequence[KeyValue] = (),
     ) -> tuple[Tensor, Tensor, list[KeyValue]]:
-        """`forward`, given the tokens' rotation and, layer by layer, the text's keys and values and what came before.
+        """`forward`, given the tokens' rotation and, layer by layer, the text's keys and values and
+        what came before.
 
         Also returns the own keys and values.
         """
@@ -287,9 +320,15 @@ class FlowMapTransformer(nn.Module):
         ones = self.get_buffer("ones")
         present = []
         for index, (block, text) in enumerate(zip(self.blocks, text_kv, strict=True)):
-            x, present_kv = block(x, text, modulation, rotation, ones, past[index] if past else None)
+            x, present_kv = block(
+                x, text, modulation, rotation, ones, past[index] if past else None
+            )
             present.append(present_kv)
-        shift, scale = (self.scale_shift_table + time_embedding.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
+        shift, scale = (
+            (self.scale_shift_table + time_embedding.view(batch, frames, 1, -1))
+            .unsqueeze(2)
+            .unbind(3)
+        )
         x = modulate(x, shift, scale, ones, self.eps)
         grid = (height // self.patch, width // self.patch)
         velocity = self._unpatchify(self.proj_out(x.flatten(0, 2)).view(batch, frames, *grid, -1))
@@ -304,12 +343,17 @@ class FlowMapTransformer(nn.Module):
     def embed_conditions(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Time embedding (B F, D), and the modulation made of it (B, F, 6, D)."""
         time_embedding = self.condition_embedder.time_embedding(t.flatten(), r.flatten())
-        return time_embedding, self.condition_embedder.time_proj(F.silu(time_embedding)).view(*t.shape, 6, -1)
+        return time_embedding, self.condition_embedder.time_proj(F.silu(time_embedding)).view(
+            *t.shape, 6, -1
+        )
 
     def text_key_values(self, text: Tensor) -> Iterator[KeyValue]:
-        """Keys and values (B, L, A, E) of the text (B, L, text_dim) in each layer, made when the layer is reached."""
+        """Keys and values (B, L, A, E) of the text (B, L, text_dim) in each layer, made when the
+        layer is reached."""
         embedded = self.condition_embedder.embed_text(text.flatten(0, 1))
-        return (cast(Block, block).attn2.key_value(embedded, text.shape[0]) for block in self.blocks)
+        return (
+            cast(Block, block).attn2.key_value(embedded, text.shape[0]) for block in self.blocks
+        )
 
     def _unpatchify(self, x: Tensor) -> Tensor:
         """Patches (B, F, h, w, p p C) back to (B, F, C, H, W)."""
@@ -322,4 +366,8 @@ def constants(a: Architecture) -> dict[str, Tensor]:
     half = a.freq_dim // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
     tables = {f"rope.{name}": table for name, table in rotary_tables(a).items()}
-    return {**tables, "condition_embedder.frequencies": frequencies, "ones": torch.ones(a.inner_dim)}
+    return {
+        **tables,
+        "condition_embedder.frequencies": frequencies,
+        "ones": torch.ones(a.inner_dim),
+    }

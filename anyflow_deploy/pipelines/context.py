@@ -43,7 +43,8 @@ def load_context(request: GenerationRequest, image: Any, video: Any) -> Frames |
             frames = frames[None]
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
             raise InvalidRequestError(
-                f"{given_as} is {frames.dtype} {frames.shape}; allowed is uint8 (frames, height, width, 3).",
+                f"{given_as} is {frames.dtype} {frames.shape}; allowed is uint8 (frames, height,"
+                " width, 3).",
                 given_as,
             )
     name = str(source) if isinstance(source, str | Path) else given_as

@@ -4,8 +4,9 @@
     pipe.transformer = EngineTransformer(load_engine("bundle"))
     video = pipe("a red fox in the snow", num_inference_steps=4).frames[0]
 
-diffusers' pipeline keeps its own loop, scheduler, callbacks and guidance and asks the transformer for velocities; the
-engine's graph gives the velocity beside z_r, so nothing is computed back from a difference.
+diffusers' pipeline keeps its own loop, scheduler, callbacks and guidance and asks the transformer
+for velocities; the engine's graph gives the velocity beside z_r, so nothing is computed back from a
+difference.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from anyflow_deploy.errors import AnyFlowError
 class EngineTransformer(nn.Module):
     """Looks like `AnyFlowTransformer3DModel` to a pipeline and runs on an engine.
 
-    It has no parameters: moving or casting it does nothing, LoRA cannot be loaded into it, and its results come back on
-    the device and in the type of `hidden_states`.
+    It has no parameters: moving or casting it does nothing, LoRA cannot be loaded into it, and its
+    results come back on the device and in the type of `hidden_states`.
 
     Args:
         engine: from `load_engine`.
@@ -60,8 +61,9 @@ class EngineTransformer(nn.Module):
     ) -> Transformer2DModelOutput | tuple[Tensor]:
         """The average velocity, with diffusers' arguments.
 
-        diffusers' pipeline sets t of conditioning frames to 0 and leaves their r at the step's target; a flow map is
-        defined for r <= t, so r is limited by t here. Those frames' velocity is not used.
+        diffusers' pipeline sets t of conditioning frames to 0 and leaves their r at the step's
+        target; a flow map is defined for r <= t, so r is limited by t here. Those frames' velocity
+        is not used.
 
         Args:
             hidden_states: z_t, (B, F, C, H, W).
@@ -74,7 +76,10 @@ class EngineTransformer(nn.Module):
             ShapeError: shapes outside the bundle's ranges.
         """
         if encoder_hidden_states_image is not None or attention_kwargs:
-            raise AnyFlowError("an engine takes no image embeddings and no attention_kwargs (LoRA): export a merged model.")
+            raise AnyFlowError(
+                "an engine takes no image embeddings and no attention_kwargs (LoRA): export a"
+                " merged model."
+            )
         latents, text = _array(hidden_states), _array(encoder_hidden_states)
         source = _array(timestep)
         with self.engine.start(latents, text) as run:
@@ -84,14 +89,16 @@ class EngineTransformer(nn.Module):
 
 
 class EngineFARTransformer(EngineTransformer):
-    """Looks like `AnyFlowFARTransformer3DModel` to diffusers' `AnyFlowFARPipeline` and runs on a causal engine.
+    """Looks like `AnyFlowFARTransformer3DModel` to diffusers' `AnyFlowFARPipeline` and runs on a
+    causal engine.
 
         pipe = AnyFlowFARPipeline.from_pretrained("checkpoint", transformer=None)
         pipe.transformer = EngineFARTransformer(load_engine("bundle"))
 
-    The pipeline allocates a cache of its own and never looks into it; ours travels along inside that dictionary, one
-    stream a batch item, and ends with it. Results differ from diffusers' own class where the tokens of a step are not a
-    multiple of 128: there diffusers attends to padding, and is wrong (see docs/how-to/streaming.md).
+    The pipeline allocates a cache of its own and never looks into it; ours travels along inside
+    that dictionary, one stream a batch item, and ends with it. Results differ from diffusers' own
+    class where the tokens of a step are not a multiple of 128: there diffusers attends to padding,
+    and is wrong (see docs/how-to/streaming.md).
     """
 
     def build_attention_mask(self, **_: Any) -> None:
@@ -113,21 +120,27 @@ class EngineFARTransformer(EngineTransformer):
         """Denoise one chunk, or enter it into the cache; diffusers' arguments.
 
         Args:
-            hidden_states: z_t of the chunk (B, F, C, H, W); for a cache step, all latents made so far.
+            hidden_states: z_t of the chunk (B, F, C, H, W); for a cache step, all latents made so
+                far.
             timestep, r_timestep: (B, F).
             encoder_hidden_states: prompt embeddings (B, L, D).
             chunk_partition: latent frames of every chunk up to this one.
             kv_cache, kv_cache_flag: of the pipeline.
 
         Raises:
-            AnyFlowError: `use_kv_cache=False`, attention_kwargs, or shapes outside the bundle's ranges.
+            AnyFlowError: `use_kv_cache=False`, attention_kwargs, or shapes outside the bundle's
+                ranges.
         """
         if kv_cache is None or kv_cache_flag is None:
             raise AnyFlowError("a causal engine always caches; leave use_kv_cache=True.")
         if attention_kwargs:
             raise AnyFlowError("an engine takes no attention_kwargs (LoRA): export a merged model.")
-        later = [1] if kv_cache_flag["is_cache_step"] else []  # what is remembered is for a chunk that is not named yet
-        streams = self._streams(kv_cache, encoder_hidden_states, [*chunk_partition, *later], hidden_states.shape[3:])
+        later = (
+            [1] if kv_cache_flag["is_cache_step"] else []
+        )  # what is remembered is for a chunk that is not named yet
+        streams = self._streams(
+            kv_cache, encoder_hidden_states, [*chunk_partition, *later], hidden_states.shape[3:]
+        )
         latents = _array(hidden_states[:, -chunk_partition[-1] :])
         if kv_cache_flag["is_cache_step"]:
             for stream, item in zip(streams, latents, strict=True):
@@ -138,17 +151,25 @@ class EngineFARTransformer(EngineTransformer):
         velocities = []
         for index, stream in enumerate(streams):
             with stream.start(np.ascontiguousarray(latents[index : index + 1])) as run:
-                velocities.append(run.velocity(source[index : index + 1], target[index : index + 1]))
+                velocities.append(
+                    run.velocity(source[index : index + 1], target[index : index + 1])
+                )
         return torch.from_numpy(np.concatenate(velocities)).to(hidden_states), kv_cache
 
-    def _streams(self, kv_cache: dict[Any, Any], text: Tensor, chunks: list[int], size: torch.Size) -> list[Stream]:
-        """The streams of a pipeline call, opened at its first step; they learn of later chunks as these come."""
+    def _streams(
+        self, kv_cache: dict[Any, Any], text: Tensor, chunks: list[int], size: torch.Size
+    ) -> list[Stream]:
+        """The streams of a pipeline call, opened at its first step; they learn of later chunks as
+        these come."""
         height, width = size
-        plan = cache_plan(self.engine.architecture, chunks, height, width, text_tokens=text.shape[1])
+        plan = cache_plan(
+            self.engine.architecture, chunks, height, width, text_tokens=text.shape[1]
+        )
         if "engine_streams" not in kv_cache:
             prompt_embeds = _array(text)
             kv_cache["engine_streams"] = [
-                self.engine.open_stream(prompt_embeds[i : i + 1], plan) for i in range(len(prompt_embeds))
+                self.engine.open_stream(prompt_embeds[i : i + 1], plan)
+                for i in range(len(prompt_embeds))
             ]
         streams: list[Stream] = kv_cache["engine_streams"]
         for stream in streams:

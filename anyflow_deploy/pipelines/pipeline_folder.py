@@ -10,10 +10,15 @@ from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import CheckpointError
 
 _ADVICE = "Give --pipeline DIR, a diffusers pipeline on this machine."
-_OTHERWISE = ", or avoid the text encoder with --prompt-embeds FILE and the VAE with --output latents.safetensors"
+_OTHERWISE = (
+    ", or avoid the text encoder with --prompt-embeds FILE and the VAE with --output"
+    " latents.safetensors"
+)
 
 
-def find_pipeline(manifest: Manifest, given: str | None, parts: list[str], otherwise: str = _OTHERWISE) -> Path:
+def find_pipeline(
+    manifest: Manifest, given: str | None, parts: list[str], otherwise: str = _OTHERWISE
+) -> Path:
     """The pipeline folder that belongs to a bundle.
 
     Args:
@@ -29,8 +34,10 @@ def find_pipeline(manifest: Manifest, given: str | None, parts: list[str], other
     missing = [part for part in parts if folder is None or not (folder / part).is_dir()]
     if folder is None or missing:
         raise CheckpointError(
-            f"this needs {' and '.join(parts)} of the model's pipeline, and {folder or manifest.source.location} has "
-            f"{'none' if folder is None else 'no ' + ', '.join(missing)}. Give --pipeline DIR (a diffusers pipeline){otherwise}."
+            f"this needs {' and '.join(parts)} of the model's pipeline, and"
+            f" {folder or manifest.source.location} has"
+            f" {'none' if folder is None else 'no ' + ', '.join(missing)}. Give --pipeline DIR (a"
+            f" diffusers pipeline){otherwise}."
         )
     return folder
 
@@ -41,4 +48,8 @@ def _find_folder(manifest: Manifest, given: str | None) -> Path | None:
         return path if path.is_dir() else download(given, None, PIPELINE_FILES, _ADVICE)
     if manifest.source.kind == "hub":
         return download(manifest.source.location, manifest.source.revision, PIPELINE_FILES, _ADVICE)
-    return pipeline_folder(Path(manifest.source.location)) if manifest.source.kind == "folder" else None
+    return (
+        pipeline_folder(Path(manifest.source.location))
+        if manifest.source.kind == "folder"
+        else None
+    )

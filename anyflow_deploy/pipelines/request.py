@@ -1,8 +1,8 @@
 """What a video request asks for, checked once against the bundle before anything is loaded.
 
-`GenerationRequest.from_manifest` is where every user of a bundle (the command line, the servers, the
-profiler, Python) turns sizes into latent shapes, chooses the chunks of a causal model and refuses
-what the bundle does not take. Nothing here needs torch.
+`GenerationRequest.from_manifest` is where every user of a bundle (the command line, the servers,
+the profiler, Python) turns sizes into latent shapes, chooses the chunks of a causal model and
+refuses what the bundle does not take. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ class GenerationRequest:
         ):
             if value is not None and not causal:
                 raise InvalidRequestError(
-                    f"{name(field_name)} is for causal models, and {manifest.model!r} is bidirectional. Leave it out.",
+                    f"{name(field_name)} is for causal models, and {manifest.model!r} is"
+                    " bidirectional. Leave it out.",
                     field_name,
                 )
         if num_frames is None:
@@ -142,7 +143,8 @@ class GenerationRequest:
 
     @property
     def num_inference_steps(self) -> int:
-        """Transitions of a sample; with a deadline or a quality, what the request says, if it does."""
+        """Transitions of a sample; with a deadline or a quality, what the request says, if it
+        does."""
         steps = self.steps.num_inference_steps
         return self.default_steps if steps is None else steps
 
@@ -177,7 +179,8 @@ class GenerationRequest:
         """
         if self.plan is None:
             raise InvalidRequestError(
-                f"{self._name(given_as)} is for causal models, and this one is bidirectional. Leave it out.",
+                f"{self._name(given_as)} is for causal models, and this one is bidirectional. Leave"
+                " it out.",
                 given_as,
             )
         count = latent_frames(frames, self.temporal_factor)
@@ -195,8 +198,8 @@ class GenerationRequest:
             given = f"{flag} has {frames} frames, which are {count} latent frames"
         if count >= self.plan.frames:
             return (
-                f"{given}, and the video asked for has {self.plan.frames}: nothing would be left to "
-                f"make. Raise {self._name('num_frames')}."
+                f"{given}, and the video asked for has {self.plan.frames}: nothing would be left to"
+                f" make. Raise {self._name('num_frames')}."
             )
         rest = fit_chunks(self.plan.chunks, self.plan.frames - count)
         advice = f"{self._name('chunks')} {count},{','.join(map(str, rest))}"
@@ -231,13 +234,15 @@ def check_prompt_embeds(manifest: Manifest, prompt_embeds: ArrayLike) -> Array:
     tokens, channels = manifest.shape_ranges.text, manifest.architecture.text_dim
     if embeds.ndim != 3 or embeds.shape[1] not in tokens or embeds.shape[2] != channels:
         raise ShapeError(
-            f"prompt_embeds has shape {embeds.shape}; allowed is (videos, {tokens}, {channels}): videos, tokens, channels."
+            f"prompt_embeds has shape {embeds.shape}; allowed is (videos, {tokens}, {channels}):"
+            " videos, tokens, channels."
         )
     return embeds
 
 
 def cache_element_bytes(manifest: Manifest) -> int:
-    """Return the bytes of one number in a causal model's cache, read from the graph that fills it."""
+    """Return the bytes of one number in a causal model's cache, read from the graph that fills
+    it."""
     outputs = manifest.graphs["chunk"].outputs
     return next(DTYPES[tensor.dtype].bytes for tensor in outputs if tensor.name == "key.0")
 
@@ -247,7 +252,10 @@ def describe_plan(plan: CachePlan, element_bytes: int) -> str:
     megabytes = plan.bytes(element_bytes) / 1e6
     noun = "chunk" if len(plan.chunks) == 1 else "chunks"
     count = len(plan.chunks)
-    return f"{count} {noun} {_shown(plan.chunks)}, cache of {plan.capacity:,} tokens, {megabytes:,.1f} MB"
+    return (
+        f"{count} {noun} {_shown(plan.chunks)}, cache of {plan.capacity:,} tokens,"
+        f" {megabytes:,.1f} MB"
+    )
 
 
 class _Blame:

@@ -1,8 +1,9 @@
 """Prompts to embeddings, and embeddings to files.
 
-Encoding is diffusers' own `AnyFlowPipeline.encode_prompt`, so the embeddings are those the model was trained with:
-cleaned text, UMT5, padded with zeros. A file of embeddings is a .safetensors with one tensor, `prompt_embeds`
-(B, L, D), float32, and the prompts in its header; on a device it stands in for the text encoder.
+Encoding is diffusers' own `AnyFlowPipeline.encode_prompt`, so the embeddings are those the model
+was trained with: cleaned text, UMT5, padded with zeros. A file of embeddings is a .safetensors with
+one tensor, `prompt_embeds` (B, L, D), float32, and the prompts in its header; on a device it stands
+in for the text encoder.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ TENSOR = "prompt_embeds"
 class PromptEncoder:
     """Encodes prompts with a text encoder that is loaded once, when it is first needed.
 
-    `check` may be called from any thread, also while another one encodes; `encode` by one at a time.
+    `check` may be called from any thread, also while another one encodes; `encode` by one at a
+    time.
 
     Args:
         pipeline: folder with tokenizer/ and text_encoder/.
@@ -54,7 +56,9 @@ class PromptEncoder:
         with self._counting:
             length = len(self._counter(prompt).input_ids)
         if length > tokens:
-            raise AnyFlowError(f"the prompt has {length} tokens and the model takes {tokens}; shorten it.")
+            raise AnyFlowError(
+                f"the prompt has {length} tokens and the model takes {tokens}; shorten it."
+            )
 
     def load(self) -> None:
         """Load the text encoder now, if that has not happened."""
@@ -66,7 +70,11 @@ class PromptEncoder:
 
         logging.disable_progress_bar()
         folder = self._pipeline / "text_encoder"
-        encoder = UMT5EncoderModel.from_pretrained(folder, dtype="auto", use_safetensors=True).eval().to(self._device)
+        encoder = (
+            UMT5EncoderModel.from_pretrained(folder, dtype="auto", use_safetensors=True)
+            .eval()
+            .to(self._device)
+        )
         parts = {"tokenizer": self._tokenizer(), "text_encoder": encoder}
         self._parts = AnyFlowPipeline(**parts, transformer=None, vae=None, scheduler=None)
 
@@ -86,7 +94,10 @@ class PromptEncoder:
         self.load()
         with torch.no_grad():
             embeddings, _ = self._parts.encode_prompt(
-                prompts, do_classifier_free_guidance=False, max_sequence_length=tokens, device=torch.device(self._device)
+                prompts,
+                do_classifier_free_guidance=False,
+                max_sequence_length=tokens,
+                device=torch.device(self._device),
             )
         return np.array(embeddings.float().cpu().numpy(), dtype=np.float32)
 
@@ -124,8 +135,11 @@ def load_embeddings(path: Path) -> tuple[Array, list[str]]:
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            return np.array(file.get_tensor(TENSOR), dtype=np.float32), json.loads(metadata.get("prompts", "[]"))
+            return np.array(file.get_tensor(TENSOR), dtype=np.float32), json.loads(
+                metadata.get("prompts", "[]")
+            )
     except (OSError, SafetensorError, ValueError) as error:
         raise AnyFlowError(
-            f"{path} holds no prompt embeddings ({error}). Make such a file with anyflow-generate --save-prompt-embeds FILE."
+            f"{path} holds no prompt embeddings ({error}). Make such a file with anyflow-generate"
+            " --save-prompt-embeds FILE."
         ) from None

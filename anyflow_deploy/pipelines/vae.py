@@ -1,9 +1,10 @@
 """Latents to pixels and back, with the checkpoint's own Wan VAE.
 
-This is the one place where latents are laid out (B, C, F, H, W), as diffusers' VAE wants them, and where the
-per-channel scaling that the transformer works in is undone. Wan's VAE is causal in time: a latent frame needs what its
-convolutions saw of earlier frames and nothing of later ones. `StreamingDecoder` keeps just that between calls, so a
-video decoded in pieces equals the one decoded whole.
+This is the one place where latents are laid out (B, C, F, H, W), as diffusers' VAE wants them, and
+where the per-channel scaling that the transformer works in is undone. Wan's VAE is causal in time:
+a latent frame needs what its convolutions saw of earlier frames and nothing of later ones.
+`StreamingDecoder` keeps just that between calls, so a video decoded in pieces equals the one
+decoded whole.
 """
 
 from __future__ import annotations
@@ -65,11 +66,12 @@ class StreamingDecoder:
         for chunk in stream(engine, latents, text, schedule):
             frames = decoder.decode(chunk.latents)
 
-    The work and the memory of a piece depend on its own frames only. A decoder serves one video; make another for the
-    next.
+    The work and the memory of a piece depend on its own frames only. A decoder serves one video;
+    make another for the next.
 
     Args:
-        pipeline: folder with vae/, or what `load_vae` gave. Decoders of one loaded VAE do not disturb each other.
+        pipeline: folder with vae/, or what `load_vae` gave. Decoders of one loaded VAE do not
+            disturb each other.
     """
 
     def __init__(self, pipeline: Path | LoadedVae) -> None:
@@ -79,7 +81,8 @@ class StreamingDecoder:
         self._shape: tuple[int, ...] | None = None
 
     def decode(self, latents: Array) -> NDArray[np.uint8]:
-        """Pixels of the next piece: the video's first latent frame gives one frame, every later one four.
+        """Pixels of the next piece: the video's first latent frame gives one frame, every later one
+        four.
 
         Args:
             latents: clean, float32 (1, f, C, H, W), f at least 1.
@@ -100,15 +103,23 @@ class StreamingDecoder:
             z = vae.post_quant_conv(_unscale(vae, latents))
             for frame in z.split(1, dim=2):
                 first = self._shape is None
-                pieces.append(vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=first))
+                pieces.append(
+                    vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=first)
+                )
                 self._shape = latents.shape[2:]
         return torch.cat(pieces, dim=2).clamp(-1, 1)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 5 or shape[0] != 1 or shape[1] < 1:
-            raise ShapeError(f"latents have shape {shape}; a streaming decoder takes (1, f, C, H, W) with f at least 1.")
+            raise ShapeError(
+                f"latents have shape {shape}; a streaming decoder takes (1, f, C, H, W) with f at"
+                " least 1."
+            )
         if self._shape not in (None, shape[2:]):
-            raise ShapeError(f"latents have (C, H, W) {shape[2:]} and those before had {self._shape}; make another decoder.")
+            raise ShapeError(
+                f"latents have (C, H, W) {shape[2:]} and those before had {self._shape}; make"
+                " another decoder."
+            )
 
 
 class VideoEncoder:
@@ -132,9 +143,16 @@ class VideoEncoder:
     def encode(self, frames: NDArray[np.uint8]) -> Array:
         """Clean latents, as `encode_video`."""
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
-            raise ShapeError(f"frames are {frames.dtype} {frames.shape}; allowed is uint8 (frames, height, width, 3).")
+            raise ShapeError(
+                f"frames are {frames.dtype} {frames.shape}; allowed is uint8 (frames, height,"
+                " width, 3)."
+            )
         self.check(len(frames), *frames.shape[1:3])
-        video = torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None].to(self._device).float() / 127.5 - 1
+        video = (
+            torch.from_numpy(frames.copy()).permute(3, 0, 1, 2)[None].to(self._device).float()
+            / 127.5
+            - 1
+        )
         with torch.no_grad():
             z = self._vae.encode(video, return_dict=False)[0].mode().cpu()
         mean, std = _scaling(self._vae)
@@ -148,13 +166,20 @@ class VideoEncoder:
         """
         config = self._vae.config
         sides = [
-            latent_side(pixels, config.scale_factor_spatial, 1, axis) for axis, pixels in (("height", height), ("width", width))
+            latent_side(pixels, config.scale_factor_spatial, 1, axis)
+            for axis, pixels in (("height", height), ("width", width))
         ]
-        return latent_frames(frames, config.scale_factor_temporal), self.channels, sides[0], sides[1]
+        return (
+            latent_frames(frames, config.scale_factor_temporal),
+            self.channels,
+            sides[0],
+            sides[1],
+        )
 
 
 def encode_video(pipeline: Path, frames: NDArray[np.uint8]) -> Array:
-    """Clean latents of a video or, given one frame, of a picture: the posterior's mode, as the model was trained on.
+    """Clean latents of a video or, given one frame, of a picture: the posterior's mode, as the
+    model was trained on.
 
     Args:
         pipeline: folder with vae/.
@@ -172,15 +197,23 @@ def encode_video(pipeline: Path, frames: NDArray[np.uint8]) -> Array:
 def _load_module(pipeline: Path) -> Any:
     from diffusers import AutoencoderKLWan
 
-    vae = AutoencoderKLWan.from_pretrained(pipeline / "vae", dtype=torch.float32, use_safetensors=True).eval()
+    vae = AutoencoderKLWan.from_pretrained(
+        pipeline / "vae", dtype=torch.float32, use_safetensors=True
+    ).eval()
     if vae.config.patch_size is not None:
-        raise AnyFlowError(f"{pipeline / 'vae'} is a VAE with patches (Wan 2.2); AnyFlow models use Wan 2.1's. Give --pipeline.")
+        raise AnyFlowError(
+            f"{pipeline / 'vae'} is a VAE with patches (Wan 2.2); AnyFlow models use Wan 2.1's."
+            " Give --pipeline."
+        )
     return vae
 
 
 def _scaling(vae: Any) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each latent channel, (1, C, 1, 1, 1)."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
     return mean, std
 
 

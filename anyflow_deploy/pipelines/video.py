@@ -2,8 +2,8 @@
 
     video.save("fox.mp4")          # or .safetensors, for the latents
 
-`VideoPipeline` returns these; nothing here makes anything. Legend: B videos, f latent frames, F video
-frames, C channels, H W latent rows and columns.
+`VideoPipeline` returns these; nothing here makes anything. Legend: B videos, f latent frames, F
+video frames, C channels, H W latent rows and columns.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class Video:
     report: GenerationReport | None = None
 
     @classmethod
-    def from_chunks(cls, chunks: Iterable[VideoChunk], fps: int, report: GenerationReport | None = None) -> Video:
+    def from_chunks(
+        cls, chunks: Iterable[VideoChunk], fps: int, report: GenerationReport | None = None
+    ) -> Video:
         """Join all chunks of a video."""
         parts = list(chunks)
         pixels = [chunk.frames for chunk in parts if chunk.frames is not None]
@@ -102,8 +104,8 @@ class Video:
             save_latents(path, self.latents)
         elif self.frames is None:
             raise AnyFlowError(
-                f"{path} is a video, and these are latents alone. Save to a {LATENTS_SUFFIX} file, or "
-                'generate with output_type="np".'
+                f"{path} is a video, and these are latents alone. Save to a {LATENTS_SUFFIX} file,"
+                ' or generate with output_type="np".'
             )
         else:
             save_video(path, self.frames, self.fps)

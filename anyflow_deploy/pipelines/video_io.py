@@ -1,9 +1,11 @@
-"""Frames to a video file and back, by PyAV: the ffmpeg libraries in a wheel, so no program has to be installed.
+"""Frames to a video file and back, by PyAV: the ffmpeg libraries in a wheel, so no program has to
+be installed.
 
-`save_video` writes a video that is there whole or not at all. `VideoWriter` writes one that grows: every piece is an
-encoder run of its own, so it begins with a keyframe and nothing of it is held back, and a fragment of its own (ISO
-14496-12, movie fragments), so players read it while the next piece is made. Fragments of later runs are put behind the
-first file's header, which is the same for all of them; only their times and numbers differ.
+`save_video` writes a video that is there whole or not at all. `VideoWriter` writes one that grows:
+every piece is an encoder run of its own, so it begins with a keyframe and nothing of it is held
+back, and a fragment of its own (ISO 14496-12, movie fragments), so players read it while the next
+piece is made. Fragments of later runs are put behind the first file's header, which is the same for
+all of them; only their times and numbers differ.
 """
 
 from __future__ import annotations
@@ -48,14 +50,18 @@ def save_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
 
     check_suffix(path)
     try:
-        with atomic_file(path) as partial, av.open(str(partial), "w", format=_MUXERS[path.suffix.lower()]) as container:
+        with (
+            atomic_file(path) as partial,
+            av.open(str(partial), "w", format=_MUXERS[path.suffix.lower()]) as container,
+        ):
             _encode(container, frames, fps)
     except av.error.FFmpegError as error:
         raise AnyFlowError(f"{path} could not be encoded: {error}.") from None
 
 
 class Mp4Pieces:
-    """Makes the bytes of a video that grows: H.264 in fragmented mp4. All pieces, one behind the other, are the file.
+    """Makes the bytes of a video that grows: H.264 in fragmented mp4. All pieces, one behind the
+    other, are the file.
 
     Args:
         fps: playback rate.
@@ -70,7 +76,10 @@ class Mp4Pieces:
 
     def __init__(self, fps: int, size: tuple[int, int]) -> None:
         if size[0] % 2 or size[1] % 2 or min(size) < 2:
-            raise AnyFlowError(f"a video of {_shown(size)} cannot be encoded as H.264; allowed are even heights and widths.")
+            raise AnyFlowError(
+                f"a video of {_shown(size)} cannot be encoded as H.264; allowed are even heights"
+                " and widths."
+            )
         self.fps, self.size, self.frames = fps, size, 0
         self._fragments = 0
 
@@ -85,15 +94,28 @@ class Mp4Pieces:
         """
         import av
 
-        if frames.ndim != 4 or frames.shape[1:] != (*self.size, 3) or not len(frames) or frames.dtype != np.uint8:
+        if (
+            frames.ndim != 4
+            or frames.shape[1:] != (*self.size, 3)
+            or not len(frames)
+            or frames.dtype != np.uint8
+        ):
             wanted = f"uint8 (frames, {self.size[0]}, {self.size[1]}, 3)"
-            raise AnyFlowError(f"frames are {frames.dtype} {frames.shape}; this video takes {wanted}, at least one frame.")
+            raise AnyFlowError(
+                f"frames are {frames.dtype} {frames.shape}; this video takes {wanted}, at least one"
+                " frame."
+            )
         memory = io.BytesIO()
         # Without avoid_negative_ts, ffmpeg would shift every piece to time zero.
-        options = {"movflags": _FRAGMENTS, "fragment_index": str(self._fragments + 1), "avoid_negative_ts": "disabled"}
+        options = {
+            "movflags": _FRAGMENTS,
+            "fragment_index": str(self._fragments + 1),
+            "avoid_negative_ts": "disabled",
+        }
         try:
             with av.open(memory, "w", format="mp4", options=options) as container:
-                # Without B-frames decoding order is display order, so that pieces join without overlapping times.
+                # Without B-frames decoding order is display order, so that pieces join without
+                # overlapping times.
                 _encode(container, frames, self.fps, self.frames, {"bf": "0"})
         except av.error.FFmpegError as error:
             raise AnyFlowError(f"frames could not be encoded: {error}.") from None
@@ -111,7 +133,8 @@ class VideoWriter:
             for piece in pieces:
                 writer.append(piece)
 
-    The file is made (or replaced) by the first `append`. After an exception it keeps the pieces that were appended.
+    The file is made (or replaced) by the first `append`. After an exception it keeps the pieces
+    that were appended.
 
     Args:
         path: destination, ending in .mp4.
@@ -153,7 +176,9 @@ class VideoWriter:
             AnyFlowError: frames of another size or type, a closed writer, or an encoder that fails.
         """
         if self._closed:
-            raise AnyFlowError(f"the writer of {self.path} is closed; open another for another file.")
+            raise AnyFlowError(
+                f"the writer of {self.path} is closed; open another for another file."
+            )
         piece = self._pieces.encode(frames)
         if self._file is None:
             self._file = self.path.open("wb")
@@ -179,7 +204,8 @@ def load_video(path: Path) -> NDArray[np.uint8]:
 
 
 def load_image(path: Path) -> NDArray[np.uint8]:
-    """A picture (png, jpg and whatever else PyAV decodes), uint8 (1, height, width, 3). Transparency is dropped.
+    """A picture (png, jpg and whatever else PyAV decodes), uint8 (1, height, width, 3).
+    Transparency is dropped.
 
     Raises:
         AnyFlowError: no such file, or none that PyAV can decode.
@@ -192,7 +218,8 @@ def piece_frames(path: Path, start: int, end: int) -> NDArray[np.uint8]:
 
     Args:
         path: the file.
-        start, end: where the piece lies in it, in bytes; pieces lie one behind the other, the first one at 0.
+        start, end: where the piece lies in it, in bytes; pieces lie one behind the other, the first
+            one at 0.
 
     Returns:
         uint8 (frames, height, width, 3).
@@ -202,10 +229,17 @@ def piece_frames(path: Path, start: int, end: int) -> NDArray[np.uint8]:
     """
     with path.open("rb") as file:
         first = file.read(min(start, _LONGEST_HEADER))
-        header = b"".join(data for _, data in itertools.takewhile(lambda box: box[0] in _HEADER_BOXES, _boxes(first)))
+        header = b"".join(
+            data
+            for _, data in itertools.takewhile(lambda box: box[0] in _HEADER_BOXES, _boxes(first))
+        )
         file.seek(start)
         piece = header + file.read(end - start)
-    return np.stack(_decode_frames(io.BytesIO(piece), "a piece of a video", None, f"{path}, bytes {start} to {end},"))
+    return np.stack(
+        _decode_frames(
+            io.BytesIO(piece), "a piece of a video", None, f"{path}, bytes {start} to {end},"
+        )
+    )
 
 
 def check_size(name: str, frames: NDArray[np.uint8], height: int, width: int) -> None:
@@ -230,10 +264,18 @@ def check_size(name: str, frames: NDArray[np.uint8], height: int, width: int) ->
 def check_suffix(path: Path, allowed: tuple[str, ...] = SUFFIXES) -> None:
     """Refuse an ending that is not a video container's."""
     if path.suffix.lower() not in allowed:
-        raise AnyFlowError(f"{path} ends in {path.suffix or 'nothing'}; allowed are {', '.join(allowed)}.")
+        raise AnyFlowError(
+            f"{path} ends in {path.suffix or 'nothing'}; allowed are {', '.join(allowed)}."
+        )
 
 
-def _encode(container: Any, frames: NDArray[np.uint8], fps: int, first: int = 0, options: dict[str, str] | None = None) -> None:
+def _encode(
+    container: Any,
+    frames: NDArray[np.uint8],
+    fps: int,
+    first: int = 0,
+    options: dict[str, str] | None = None,
+) -> None:
     """Encode frames as the only stream of a container; `first` is the number of the first one."""
     import av
 
@@ -248,7 +290,9 @@ def _encode(container: Any, frames: NDArray[np.uint8], fps: int, first: int = 0,
     container.mux(stream.encode())
 
 
-def _decode_frames(source: Path | BinaryIO, wanted: str, limit: int | None, name: str = "") -> list[NDArray[np.uint8]]:
+def _decode_frames(
+    source: Path | BinaryIO, wanted: str, limit: int | None, name: str = ""
+) -> list[NDArray[np.uint8]]:
     import av
 
     path = name or source

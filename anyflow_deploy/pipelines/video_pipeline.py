@@ -1,4 +1,5 @@
-"""From a prompt to a video: text encoder, engine and VAE, each loaded once, when it is first needed.
+"""From a prompt to a video: text encoder, engine and VAE, each loaded once, when it is first
+needed.
 
     with VideoPipeline.from_bundle("my-bundle") as pipe:
         pipe("a red fox in the snow", num_inference_steps=4, seed=0).save("fox.mp4")
@@ -9,8 +10,9 @@ The command line, the HTTP service and Triton make their videos with this class.
 refused is refused before anything is loaded. With saved `prompt_embeds` and `output_type="latent"`
 neither torch nor diffusers is needed.
 
-A causal model's chunks are decoded before the next one is begun. A bidirectional model's latents are
-made at once and decoded in fragments of a few frames, which gives the same frames as all at once.
+A causal model's chunks are decoded before the next one is begun. A bidirectional model's latents
+are made at once and decoded in fragments of a few frames, which gives the same frames as all at
+once.
 """
 
 from __future__ import annotations
@@ -107,7 +109,9 @@ class VideoPipeline:
     ) -> None:
         self.bundle = bundle
         self.step_timer = StepTimer()
-        self._load_engine = functools.partial(load_engine, bundle, backend, provider, threads, device=gpu, engine=engine)
+        self._load_engine = functools.partial(
+            load_engine, bundle, backend, provider, threads, device=gpu, engine=engine
+        )
         self._pipeline = None if pipeline is None else str(pipeline)
         self._torch_device = torch_device
         self._shared = device_lock is not None
@@ -228,7 +232,8 @@ class VideoPipeline:
             return VideoEncoder(vae, self._torch_device).encode(frames)
 
     def unload_text_encoder(self) -> None:
-        """Release the text encoder, which may be larger than the rest; it is loaded again at need."""
+        """Release the text encoder, which may be larger than the rest; it is loaded again at
+        need."""
         with self._loading:
             self._text = None
 
@@ -260,15 +265,16 @@ class VideoPipeline:
             num_frames: 4n+1; None for the bundle's default.
             height, width: pixels, multiples of 16; None for the bundle's default.
             seed: of the noise; the same on every machine.
-            image: causal: a picture that the video begins with: a path, or uint8 (height, width, 3).
+            image: causal: a picture that the video begins with: a path, or uint8 (height, width,
+                3).
             video: causal: a clip that it continues: a path, or uint8 (4n+1, height, width, 3).
             policy: decides the steps, in place of every other setting of them.
             callback_on_step_end: called after each transition with (pipeline, step, timestep,
                 {"step": `Step`}), where `Step.read()` fetches the latents.
             output_type: "np" for frames, "latent" for latents alone.
             more: further settings by name: `deadline_s` (seconds for the steps of the video, or of
-                each chunk), `target_psnr` (decibels, see `AdaptiveSteps`), `sigmas`, `shift`, and of
-                a causal model `chunks`, `window` and `first_steps`, see `GenerationRequest` and
+                each chunk), `target_psnr` (decibels, see `AdaptiveSteps`), `sigmas`, `shift`, and
+                of a causal model `chunks`, `window` and `first_steps`, see `GenerationRequest` and
                 `StepSettings`.
 
         Returns:
@@ -297,7 +303,9 @@ class VideoPipeline:
         report = GenerationReport(tuple(job.steps), tuple(job.results), dict(job.timer.seconds))
         return Video(made.frames, made.latents, made.fps, report)
 
-    def stream(self, prompt: str | None = None, **options: Any) -> Generator[VideoChunk, None, None]:
+    def stream(
+        self, prompt: str | None = None, **options: Any
+    ) -> Generator[VideoChunk, None, None]:
         """Make a video chunk by chunk; each chunk is decoded before the next one is begun.
 
         Closing the iterator at any moment ends the work and releases the cache.
@@ -377,7 +385,9 @@ class VideoPipeline:
             for first in range(0, whole.shape[1], FRAGMENT_FRAMES):
                 yield whole[:, first : first + FRAGMENT_FRAMES], False
             return
-        chunks = stream(engine, start, prompt_embeds, policy, plan.chunks, context, plan.window, on_step)
+        chunks = stream(
+            engine, start, prompt_embeds, policy, plan.chunks, context, plan.window, on_step
+        )
         with closing(chunks):
             for _ in plan.chunks:
                 with stage("transformer"):
@@ -412,7 +422,9 @@ class VideoPipeline:
         if (prompt is None) == (prompt_embeds is None):
             raise InvalidRequestError("give one of prompt and prompt_embeds.", "prompt")
         if output_type not in ("np", "latent"):
-            raise InvalidRequestError(f'output_type is {output_type!r}; allowed are "np" and "latent".', "output_type")
+            raise InvalidRequestError(
+                f'output_type is {output_type!r}; allowed are "np" and "latent".', "output_type"
+            )
         decode = output_type == "np"
         steps = StepSettings(
             num_inference_steps=num_inference_steps,
@@ -423,7 +435,9 @@ class VideoPipeline:
             target_psnr=target_psnr,
         )
         if policy is not None and steps != StepSettings():
-            raise InvalidRequestError("policy decides the steps alone; leave every other setting of them out.", "policy")
+            raise InvalidRequestError(
+                "policy decides the steps alone; leave every other setting of them out.", "policy"
+            )
         embeds = None
         if prompt_embeds is not None:
             embeds = check_prompt_embeds(self.manifest, prompt_embeds)
@@ -497,7 +511,8 @@ class VideoPipeline:
         answer = callback(self, step.index, step.t, {"step": step})
         if answer and "latents" in answer:
             raise AnyFlowError(
-                "callback_on_step_end returned latents; an engine's latents cannot be replaced between steps. Return None."
+                "callback_on_step_end returned latents; an engine's latents cannot be replaced"
+                " between steps. Return None."
             )
 
     def _encode(self, prompt: str) -> Array:

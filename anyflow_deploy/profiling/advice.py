@@ -1,7 +1,8 @@
-"""What to do, in words, each piece with the measurement it rests on. Nothing is advised that was not measured.
+"""What to do, in words, each piece with the measurement it rests on. Nothing is advised that was
+not measured.
 
-A rule is a function from a profile to advice or nothing, and `RULES` is the list. The limits have names and reasons, so that
-they can be argued with.
+A rule is a function from a profile to advice or nothing, and `RULES` is the list. The limits have
+names and reasons, so that they can be argued with.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from anyflow_deploy.profiling.record import Advice, Point, Profile
 from anyflow_deploy.profiling.summary_statistics import TAIL_SAMPLES
 
 LAUNCH_SHARE = 0.8
-"""Of a transition that handing it to the GPU may take; above, trtexec calls an engine enqueue-bound, and so do we."""
+"""Of a transition that handing it to the GPU may take; above, trtexec calls an engine
+enqueue-bound, and so do we."""
 
 VARIATION = 0.025
 """Coefficient of variation above which trtexec advises to lock the clocks."""
 
 CLOCK_SPREAD = 0.02
-"""By how much a clock may move, highest over lowest, before it is called unlocked: sensors round."""
+"""By how much a clock may move, highest over lowest, before it is called unlocked: sensors
+round."""
 
 DRIFT = 0.05
 """Of the median between the halves of a measurement; more is heat or somebody else."""
@@ -49,27 +52,38 @@ def _check_throttling(profile: Profile) -> Iterator[Advice]:
         yield Advice(
             kind="throttled",
             weight="problem",
-            text="The hardware slowed itself down. Improve cooling or the power limit, or measure for as long as it will run in "
-            "earnest: these times are those of a machine that holds back.",
+            text=(
+                "The hardware slowed itself down. Improve cooling or the power limit, or measure"
+                " for as long as it will run in earnest: these times are those of a machine that"
+                " holds back."
+            ),
             measurement=f"{reason}, in {100 * share:.0f} % of the samples",
         )
 
 
 def _check_drift(profile: Profile) -> Iterator[Advice]:
     for point in profile.points:
-        # Transitions of a causal clip differ by design: there whole clips are held against each other.
+        # Transitions of a causal clip differ by design: there whole clips are held against each
+        # other.
         changed = (point.transition if not point.chunks else point.clips[-1].latency).drift
         if abs(changed) > DRIFT:
             slower = changed > 0
             yield Advice(
                 kind="drifting",
                 weight="problem",
-                text="Transitions became slower while they were measured: heat, a clock that sank, or another program. Measure "
-                "longer (--seconds), on a machine that does nothing else."
-                if slower
-                else "Transitions became faster while they were measured: it was not warm, or another program ended. Measure "
-                "longer (--seconds).",
-                measurement=f"{point.shape}: the second half's median is {_percent(changed)} of the first's",
+                text=(
+                    "Transitions became slower while they were measured: heat, a clock that sank,"
+                    " or another program. Measure longer (--seconds), on a machine that does"
+                    " nothing else."
+                    if slower
+                    else (
+                        "Transitions became faster while they were measured: it was not warm, or"
+                        " another program ended. Measure longer (--seconds)."
+                    )
+                ),
+                measurement=(
+                    f"{point.shape}: the second half's median is {_percent(changed)} of the first's"
+                ),
             )
 
 
@@ -79,9 +93,14 @@ def _check_other_load(profile: Profile) -> Iterator[Advice]:
         yield Advice(
             kind="machine busy",
             weight="problem",
-            text="Others used the processor at the same time (or the hypervisor took it away). Compare nothing with these times; "
-            "measure on a quiet machine.",
-            measurement=f"{load:.2f} cores of {profile.machine.get('cores', '?')} were busy with something else",
+            text=(
+                "Others used the processor at the same time (or the hypervisor took it away)."
+                " Compare nothing with these times; measure on a quiet machine."
+            ),
+            measurement=(
+                f"{load:.2f} cores of {profile.machine.get('cores', '?')} were busy with something"
+                " else"
+            ),
         )
 
 
@@ -92,7 +111,9 @@ def _check_variation(profile: Profile) -> Iterator[Advice]:
                 kind="never steady",
                 weight="problem",
                 text="Warm-up ended without the times settling. Give it more time with --seconds.",
-                measurement=f"{point.shape}: {point.warm_up.runs} runs in {point.warm_up.seconds:.1f} s",
+                measurement=(
+                    f"{point.shape}: {point.warm_up.runs} runs in {point.warm_up.seconds:.1f} s"
+                ),
             )
 
 
@@ -111,20 +132,29 @@ def _check_clocks(profile: Profile) -> Iterator[Advice]:
         for values in [[value for _, value in series.samples]]
         if max(values) > (1 + CLOCK_SPREAD) * min(values)
     ]
-    measured = f"{worst.shape}: coefficient of variation {100 * variation:.1f} % (limit {100 * VARIATION:g} %)"
+    measured = (
+        f"{worst.shape}: coefficient of variation {100 * variation:.1f} % (limit"
+        f" {100 * VARIATION:g} %)"
+    )
     if moved:
         yield Advice(
             kind="clocks not locked",
             weight="hint",
-            text="Times vary with the clocks. For numbers to compare, lock them: nvidia-smi --lock-gpu-clocks=MHZ on a card, "
-            "jetson_clocks on a Jetson, the performance governor on a processor (cpupower frequency-set -g performance).",
+            text=(
+                "Times vary with the clocks. For numbers to compare, lock them: nvidia-smi"
+                " --lock-gpu-clocks=MHZ on a card, jetson_clocks on a Jetson, the performance"
+                " governor on a processor (cpupower frequency-set -g performance)."
+            ),
             measurement=f"{measured}; {', '.join(moved)}",
         )
         return
     yield Advice(
         kind="times vary",
         weight="hint",
-        text="Times vary and no clock was seen to move: look for other load, and trust the median and its interval."
+        text=(
+            "Times vary and no clock was seen to move: look for other load, and trust the median"
+            " and its interval."
+        )
         + _BLIND * bool(profile.machine.get("virtual")),
         measurement=measured,
     )
@@ -136,7 +166,10 @@ def _check_governor(profile: Profile) -> Iterator[Advice]:
         yield Advice(
             kind="clocks not locked",
             weight="hint",
-            text="The processor's clock follows its load. cpupower frequency-set -g performance holds it up.",
+            text=(
+                "The processor's clock follows its load. cpupower frequency-set -g performance"
+                " holds it up."
+            ),
             measurement=f"governor {governor}",
         )
     mode = (profile.machine.get("jetson") or {}).get("power_mode", "MAXN")
@@ -144,21 +177,32 @@ def _check_governor(profile: Profile) -> Iterator[Advice]:
         yield Advice(
             kind="power mode",
             weight="hint",
-            text="The Jetson is held to a power budget. sudo nvpmodel -m N takes it away, if the board may take the heat; N "
-            "is the number of MAXN (MAXN_SUPER where there is one) in /etc/nvpmodel.conf.",
+            text=(
+                "The Jetson is held to a power budget. sudo nvpmodel -m N takes it away, if the"
+                " board may take the heat; N is the number of MAXN (MAXN_SUPER where there is one)"
+                " in /etc/nvpmodel.conf."
+            ),
             measurement=f"nvpmodel says {mode}",
         )
 
 
 def _check_launches(profile: Profile) -> Iterator[Advice]:
     for point in profile.points:
-        if point.enqueue is not None and point.enqueue.median > LAUNCH_SHARE * point.transition.median:
+        if (
+            point.enqueue is not None
+            and point.enqueue.median > LAUNCH_SHARE * point.transition.median
+        ):
             yield Advice(
                 kind="launch-bound",
                 weight="hint",
-                text="The GPU waits for the processor to hand it work. Let CUDA graphs be captured (weight streaming prevents "
-                "it), make more at once, or use a faster core.",
-                measurement=f"{point.shape}: {_ms(point.enqueue.median)} of {_ms(point.transition.median)} go into launching",
+                text=(
+                    "The GPU waits for the processor to hand it work. Let CUDA graphs be captured"
+                    " (weight streaming prevents it), make more at once, or use a faster core."
+                ),
+                measurement=(
+                    f"{point.shape}: {_ms(point.enqueue.median)} of {_ms(point.transition.median)}"
+                    " go into launching"
+                ),
             )
 
 
@@ -171,54 +215,89 @@ def _check_roofline(profile: Profile) -> Iterator[Advice]:
             yield Advice(
                 kind="ceiling too low",
                 weight="hint",
-                text="A transition was faster than the ceiling, so it is none: what it was measured with was disturbed, or the "
-                "hardware is not the one of the data sheet (--target). Profile again on a quiet machine.",
-                measurement=f"{point.shape}: {_ms(point.transition.minimum)}; {profile.ceilings.name}: {_ms(roof.bound)}",
+                text=(
+                    "A transition was faster than the ceiling, so it is none: what it was measured"
+                    " with was disturbed, or the hardware is not the one of the data sheet"
+                    " (--target). Profile again on a quiet machine."
+                ),
+                measurement=(
+                    f"{point.shape}: {_ms(point.transition.minimum)}; {profile.ceilings.name}:"
+                    f" {_ms(roof.bound)}"
+                ),
             )
         measured = (
-            f"{point.shape}: {_ms(point.transition.median)} where {profile.ceilings.name} allows {_ms(roof.bound)} "
-            f"({_ms(roof.compute_seconds)} of products, {_ms(roof.memory_seconds)} of memory traffic)"
+            f"{point.shape}: {_ms(point.transition.median)} where {profile.ceilings.name} allows"
+            f" {_ms(roof.bound)} ({_ms(roof.compute_seconds)} of products,"
+            f" {_ms(roof.memory_seconds)} of memory traffic)"
         )
         if roof.memory_seconds > roof.compute_seconds:
             yield Advice(
                 kind="memory-bound",
                 weight="hint",
-                text="Reading the weights takes longer than multiplying by them. Fewer bytes help (int8, fp8), and so does more "
-                "work for each read: larger chunks, more frames. A faster processor would not.",
+                text=(
+                    "Reading the weights takes longer than multiplying by them. Fewer bytes help"
+                    " (int8, fp8), and so does more work for each read: larger chunks, more frames."
+                    " A faster processor would not."
+                ),
                 measurement=measured,
             )
         elif roof.efficiency >= LOW_EFFICIENCY:
             yield Advice(
                 kind="compute-bound",
                 weight="note",
-                text="The products decide. Fewer steps, a smaller shape or a narrower type make it faster; little else can.",
+                text=(
+                    "The products decide. Fewer steps, a smaller shape or a narrower type make it"
+                    " faster; little else can."
+                ),
                 measurement=f"{measured}: {100 * roof.efficiency:.0f} % of what is possible",
             )
         if roof.efficiency < LOW_EFFICIENCY:
             yield Advice(
                 kind="far from the ceiling",
                 weight="hint",
-                text="Something else than products and weights takes the time: see the table of layers, and try another backend "
-                "(anyflow-build) or a larger shape.",
+                text=(
+                    "Something else than products and weights takes the time: see the table of"
+                    " layers, and try another backend (anyflow-build) or a larger shape."
+                ),
                 measurement=f"{measured}: {100 * roof.efficiency:.0f} % of what is possible",
             )
 
 
-_PRODUCT_WORDS = ("MatMul", "Gemm", "Attention", "Conv", "gemm", "mha", "matmul", "CaskGemm", "kgen_mha")
+_PRODUCT_WORDS = (
+    "MatMul",
+    "Gemm",
+    "Attention",
+    "Conv",
+    "gemm",
+    "mha",
+    "matmul",
+    "CaskGemm",
+    "kgen_mha",
+)
 
 
 def _check_small_operators(profile: Profile) -> Iterator[Advice]:
     for layers in profile.layers:
-        others = [row for row in layers.by_operator if not any(word in row.operator for word in _PRODUCT_WORDS)]
+        others = [
+            row
+            for row in layers.by_operator
+            if not any(word in row.operator for word in _PRODUCT_WORDS)
+        ]
         share = sum(row.share for row in others)
         if share > SMALL_OPERATORS:
             names = ", ".join(f"{row.operator} {100 * row.share:.0f} %" for row in others[:4])
             yield Advice(
                 kind="many small operators",
                 weight="hint",
-                text="Much of a transition goes into operators that only move numbers. Compiled engines fuse them: try "
-                "anyflow-build --backend aotinductor (or tensorrt on a GPU). In small models and shapes it is always so.",
-                measurement=f"{layers.shape}: {100 * share:.0f} % outside of products and attention ({names})",
+                text=(
+                    "Much of a transition goes into operators that only move numbers. Compiled"
+                    " engines fuse them: try anyflow-build --backend aotinductor (or tensorrt on a"
+                    " GPU). In small models and shapes it is always so."
+                ),
+                measurement=(
+                    f"{layers.shape}: {100 * share:.0f} % outside of products and attention"
+                    f" ({names})"
+                ),
             )
 
 
@@ -226,14 +305,19 @@ def _check_stages(profile: Profile) -> Iterator[Advice]:
     for row in profile.end_to_end:
         for name, seconds in row.seconds.items():
             if name != "transformer" and seconds > STAGE_SHARE * row.total:
+                remedy = (
+                    "keep embeddings of prompts that come again (--save-prompt-embeds)."
+                    if "text" in name
+                    else "decode on the GPU, or smaller; with a causal model, chunk by chunk while"
+                    " the next one is made."
+                )
                 yield Advice(
                     kind=f"the {name} decides",
                     weight="hint",
-                    text="A faster transformer will not help much here: "
-                    + ("keep embeddings of prompts that come again (--save-prompt-embeds)." if "text" in name else
-                       "decode on the GPU, or smaller; with a causal model, chunk by chunk while the next one is made."),
-                    measurement=f"{row.shape} at {format_steps(row.steps)}: {name} {_ms(seconds)} of {_ms(row.total)}",
-                )  # fmt: skip
+                    text=f"A faster transformer will not help much here: {remedy}",
+                    measurement=f"{row.shape} at {format_steps(row.steps)}:"
+                    f" {name} {_ms(seconds)} of {_ms(row.total)}",
+                )
                 break
         else:
             continue
@@ -245,13 +329,21 @@ def _check_real_time(profile: Profile) -> Iterator[Advice]:
         fast = [clip.steps for clip in point.clips if clip.real_time_factor >= 1]
         if point.chunks:
             fast = [chunks.steps for chunks in point.chunks if chunks.worst_real_time_factor >= 1]
-        factors = ", ".join(f"{clip.real_time_factor:.3g} in {format_steps(clip.steps)}" for clip in point.clips)
+        factors = ", ".join(
+            f"{clip.real_time_factor:.3g} in {format_steps(clip.steps)}" for clip in point.clips
+        )
         text = (
-            f"Frames are made faster than they play in up to {format_steps(max(fast))} (latents; the VAE comes on top)."
+            f"Frames are made faster than they play in up to {format_steps(max(fast))} (latents;"
+            " the VAE comes on top)."
             if fast
             else "Frames are made slower than they play at every number of steps that was tried."
         )
-        yield Advice(kind="real time", weight="note", text=text, measurement=f"{point.shape}: real-time factor {factors}")
+        yield Advice(
+            kind="real time",
+            weight="note",
+            text=text,
+            measurement=f"{point.shape}: real-time factor {factors}",
+        )
 
 
 def _check_tails(profile: Profile) -> Iterator[Advice]:
@@ -261,16 +353,28 @@ def _check_tails(profile: Profile) -> Iterator[Advice]:
         yield Advice(
             kind="short tail",
             weight="note",
-            text=f"With fewer than {TAIL_SAMPLES} transitions the 99th percentile is about the slowest one. For a service level, "
-            "measure longer (--seconds).",
+            text=(
+                f"With fewer than {TAIL_SAMPLES} transitions the 99th percentile is about the"
+                " slowest one. For a service level, measure longer (--seconds)."
+            ),
             measurement=counts,
         )
 
 
 RULES: tuple[Callable[[Profile], Iterator[Advice]], ...] = (
-    _check_throttling, _check_drift, _check_other_load, _check_variation, _check_clocks, _check_governor, _check_launches,
-    _check_roofline, _check_small_operators, _check_stages, _check_real_time, _check_tails,
-)  # fmt: skip
+    _check_throttling,
+    _check_drift,
+    _check_other_load,
+    _check_variation,
+    _check_clocks,
+    _check_governor,
+    _check_launches,
+    _check_roofline,
+    _check_small_operators,
+    _check_stages,
+    _check_real_time,
+    _check_tails,
+)
 
 
 def _count(point: Point) -> str:

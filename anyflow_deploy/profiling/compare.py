@@ -1,9 +1,11 @@
-"""Two profiles side by side: what became slower, larger or hungrier, by how much, and whether that is more than chance.
+"""Two profiles side by side: what became slower, larger or hungrier, by how much, and whether that
+is more than chance.
 
-A latency is a regression when its median grew by more than the threshold *and* the intervals of the two medians do not
-overlap: with few or scattered samples the second keeps noise from being called a regression, and the table says "within noise".
-Sizes and energies have no interval; their threshold decides alone. What the older profile has and the newer lacks counts as a
-regression, too: a measurement that vanished must not pass for a good one.
+A latency is a regression when its median grew by more than the threshold *and* the intervals of the
+two medians do not overlap: with few or scattered samples the second keeps noise from being called a
+regression, and the table says "within noise". Sizes and energies have no interval; their threshold
+decides alone. What the older profile has and the newer lacks counts as a regression, too: a
+measurement that vanished must not pass for a good one.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import Literal
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.profiling.record import Latency, Point, Profile
 
-RegressionVerdict = Literal["regression", "improvement", "within noise", "unchanged", "missing", "new"]
+RegressionVerdict = Literal[
+    "regression", "improvement", "within noise", "unchanged", "missing", "new"
+]
 
 TIME, MEMORY, ENERGY = 0.05, 0.05, 0.10
 """Default thresholds. Energy is sampled, and scatters more."""
@@ -77,22 +81,30 @@ def compare_profiles(old: Profile, new: Profile, thresholds: Thresholds) -> Comp
     if not set(before) & set(after):
         shapes = [", ".join(point.shape for point in profile.points) for profile in (old, new)]
         raise AnyFlowError(
-            f"the profiles have no measurement in common: one is of {old.subject.model} at {shapes[0]}, the other of "
-            f"{new.subject.model} at {shapes[1]}. Profile the same --shapes and --steps."
+            f"the profiles have no measurement in common: one is of {old.subject.model} at"
+            f" {shapes[0]}, the other of {new.subject.model} at {shapes[1]}. Profile the same"
+            " --shapes and --steps."
         )
     names = [*before, *(name for name in after if name not in before)]
     rows = [_compare_values(name, before.get(name), after.get(name), thresholds) for name in names]
     return Comparison(rows, dict(_differences(old, new)))
 
 
-def _compare_values(name: str, old: ComparedValue | None, new: ComparedValue | None, thresholds: Thresholds) -> ComparisonRow:
+def _compare_values(
+    name: str, old: ComparedValue | None, new: ComparedValue | None, thresholds: Thresholds
+) -> ComparisonRow:
     if old is None or new is None:
         return ComparisonRow(name, old, new, None, "new" if old is None else "missing")
     change = new.value / old.value - 1 if old.value else 0.0
     limit = {"s": thresholds.time, "B": thresholds.memory, "J": thresholds.energy}[new.unit]
     if abs(change) <= limit:
         verdict: RegressionVerdict = "unchanged"
-    elif old.interval and new.interval and old.interval[0] <= new.interval[1] and new.interval[0] <= old.interval[1]:
+    elif (
+        old.interval
+        and new.interval
+        and old.interval[0] <= new.interval[1]
+        and new.interval[0] <= old.interval[1]
+    ):
         verdict = "within noise"
     else:
         verdict = "regression" if change > 0 else "improvement"
@@ -109,8 +121,14 @@ def _values(profile: Profile) -> Iterator[tuple[str, ComparedValue]]:
     if profile.memory.gpu_peak is not None:
         yield "engine, peak GPU memory", ComparedValue(profile.memory.gpu_peak, "B")
     if profile.memory.shared_peak is not None and profile.memory.shared_before is not None:
-        yield "engine, shared memory", ComparedValue(profile.memory.shared_peak - profile.memory.shared_before, "B")
-    yield "loading the engine", ComparedValue(profile.subject.load_seconds, "s", (0.0, 2 * profile.subject.load_seconds))
+        yield (
+            "engine, shared memory",
+            ComparedValue(profile.memory.shared_peak - profile.memory.shared_before, "B"),
+        )
+    yield (
+        "loading the engine",
+        ComparedValue(profile.subject.load_seconds, "s", (0.0, 2 * profile.subject.load_seconds)),
+    )
 
 
 def _point_values(point: Point) -> Iterator[tuple[str, ComparedValue]]:

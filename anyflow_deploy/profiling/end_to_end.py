@@ -1,4 +1,5 @@
-"""From a prompt to frames: the medians of the stages, added up. Only where all three were measured; nothing is guessed."""
+"""From a prompt to frames: the medians of the stages, added up. Only where all three were measured;
+nothing is guessed."""
 
 from __future__ import annotations
 
@@ -12,7 +13,11 @@ TRANSFORMER = "transformer"
 
 
 def end_to_end(
-    points: Sequence[Point], stages: Sequence[StageTiming], videos: Sequence[VideoWorkload], loading: float, fps: int
+    points: Sequence[Point],
+    stages: Sequence[StageTiming],
+    videos: Sequence[VideoWorkload],
+    loading: float,
+    fps: int,
 ) -> list[EndToEnd]:
     """For the first shape (the one the VAE was timed on), at every number of steps.
 
@@ -30,9 +35,15 @@ def end_to_end(
     cold = loading + text.load_seconds + vae.load_seconds
     result = []
     for index, clip in enumerate(point.clips):
-        seconds = {TEXT: text.latency.median, TRANSFORMER: clip.latency.median, VAE: vae.latency.median}
+        seconds = {
+            TEXT: text.latency.median,
+            TRANSFORMER: clip.latency.median,
+            VAE: vae.latency.median,
+        }
         total = sum(seconds.values())
-        latents = point.chunks[index].first.median if video.plan is not None else clip.latency.median
+        latents = (
+            point.chunks[index].first.median if video.plan is not None else clip.latency.median
+        )
         decoding = vae.parts["first chunk" if video.plan is not None else "first frame"].median
         first = text.latency.median + latents + decoding
         result.append(

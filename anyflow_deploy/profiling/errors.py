@@ -1,4 +1,5 @@
-"""Something cannot be measured here, and that is no failure: the reason goes into the report in its place."""
+"""Something cannot be measured here, and that is no failure: the reason goes into the report in its
+place."""
 
 from __future__ import annotations
 

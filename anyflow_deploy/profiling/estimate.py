@@ -1,7 +1,8 @@
 """The bound for hardware one does not have: arithmetic on a data sheet, and labelled as that.
 
-No engine on that device can be faster than this. How much slower one will be is not known until it has run there; engines for
-large shapes reach a third to four fifths of the bound, and small shapes far less.
+No engine on that device can be faster than this. How much slower one will be is not known until it
+has run there; engines for large shapes reach a third to four fifths of the bound, and small shapes
+far less.
 """
 
 from __future__ import annotations
@@ -49,13 +50,22 @@ class RooflineEstimate(BaseModel):
     transition: Roofline
     bound_by: str
     clips: list[ClipBound]
-    memory: dict[str, Any] = Field(description="bytes needed and available, by anyflow-fit's arithmetic")
+    memory: dict[str, Any] = Field(
+        description="bytes needed and available, by anyflow-fit's arithmetic"
+    )
 
 
 def estimate_latency(
-    model: str, a: Architecture, precision: str, base: str, target: Target, shape: LatentShape, steps: tuple[int, ...],
-    window: int | None = None, attention: str = "high",
-) -> RooflineEstimate:  # fmt: skip
+    model: str,
+    a: Architecture,
+    precision: str,
+    base: str,
+    target: Target,
+    shape: LatentShape,
+    steps: tuple[int, ...],
+    window: int | None = None,
+    attention: str = "high",
+) -> RooflineEstimate:
     """The bound on a target.
 
     Args:
@@ -80,13 +90,20 @@ def estimate_latency(
         tokens = shape.tokens(a)
         for count in steps:
             seconds = roofline(cost, ceilings, None).bound * count
-            clips.append(ClipBound(steps=count, seconds=seconds, real_time_factor=frames / seconds / FPS))
+            clips.append(
+                ClipBound(steps=count, seconds=seconds, real_time_factor=frames / seconds / FPS)
+            )
     else:
         plan = cache_plan(a, fit_chunks(a.chunk_partition, shape.frames), *sides, window)
         tokens = plan.full_tokens * max(plan.chunks)
-        cost = transition_cost(a, types, (max(plan.chunks), *sides), TEXT_TOKENS, plan.capacity, with_text=False)
+        cost = transition_cost(
+            a, types, (max(plan.chunks), *sides), TEXT_TOKENS, plan.capacity, with_text=False
+        )
         for count in steps:
-            chunks = [roofline(chunk, ceilings, None).bound for chunk in stream_costs(a, types, plan, sides, count)]
+            chunks = [
+                roofline(chunk, ceilings, None).bound
+                for chunk in stream_costs(a, types, plan, sides, count)
+            ]
             clips.append(
                 ClipBound(
                     steps=count,
@@ -99,8 +116,19 @@ def estimate_latency(
     roof = roofline(cost, ceilings, None)
     need = estimate_memory(a, precision, target, shape, window)
     return RooflineEstimate(
-        model=model, precision=precision, target=target.name, device=target.device, source=ceilings.source, shape=str(shape),
-        tokens=tokens, transition=roof, bound_by="memory" if roof.memory_seconds > roof.compute_seconds else "products",
+        model=model,
+        precision=precision,
+        target=target.name,
+        device=target.device,
+        source=ceilings.source,
+        shape=str(shape),
+        tokens=tokens,
+        transition=roof,
+        bound_by="memory" if roof.memory_seconds > roof.compute_seconds else "products",
         clips=clips,
-        memory={"needed": need.total, "available": available_memory(target), "fits": need.total <= available_memory(target)},
-    )  # fmt: skip
+        memory={
+            "needed": need.total,
+            "available": available_memory(target),
+            "fits": need.total <= available_memory(target),
+        },
+    )

@@ -9,7 +9,13 @@ def format_seconds(seconds: float) -> str:
         return "0"
     if seconds >= 100:
         return f"{seconds:,.0f} s"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
+    return (
+        f"{seconds:.3g} s"
+        if seconds >= 1
+        else f"{1e3 * seconds:.3g} ms"
+        if seconds >= 1e-3
+        else f"{1e6 * seconds:.3g} µs"
+    )
 
 
 def format_bytes(size: float) -> str:
@@ -18,7 +24,8 @@ def format_bytes(size: float) -> str:
 
 
 def format_percentile(seconds: float, share: float, count: int) -> str:
-    """A percentile, or a dash where so few samples have none: of nine, the 90th is only another name for the slowest."""
+    """A percentile, or a dash where so few samples have none: of nine, the 90th is only another
+    name for the slowest."""
     return format_seconds(seconds) if count * (1 - share) >= 1 - 1e-9 else "–"
 
 

@@ -22,7 +22,8 @@ WARM_UP_STEPS, MEASURED_STEPS = 2, 3
 """Transitions under the profiler that are forgotten, and those that count."""
 
 ENQUEUES_WARM, ENQUEUES = 8, 20
-"""The same for enqueueing: CUDA graphs are captured at a call's fourth run, and the two state buffers make two calls."""
+"""The same for enqueueing: CUDA graphs are captured at a call's fourth run, and the two state
+buffers make two calls."""
 
 
 def profile_layers(
@@ -38,23 +39,33 @@ def profile_layers(
         return _PROFILERS[backend](bundle, options, video, point)
     if timed_on:
         raise MeasurementUnavailableError(
-            "on a GPU ONNX Runtime's profiler times launches, not kernels; Nsight Systems shows those (nsys profile)"
+            "on a GPU ONNX Runtime's profiler times launches, not kernels; Nsight Systems shows"
+            " those (nsys profile)"
         )
     able = " and ".join(name for name, row in BACKENDS.items() if row.timed_on)
-    raise MeasurementUnavailableError(f"the code that {backend} compiles has no layers left to time; the {able} backends have")
+    raise MeasurementUnavailableError(
+        f"the code that {backend} compiles has no layers left to time; the {able} backends have"
+    )
 
 
-def _profile_onnxruntime(bundle: Bundle, options: EngineOptions, video: VideoWorkload, point: Point) -> tuple[Layers, None]:
+def _profile_onnxruntime(
+    bundle: Bundle, options: EngineOptions, video: VideoWorkload, point: Point
+) -> tuple[Layers, None]:
     from anyflow_deploy.engines.onnxruntime.profiler import ProfiledEngine
 
     graph = transition_graph(bundle)
-    with tempfile.TemporaryDirectory() as folder, closing(ProfiledEngine(bundle, options, Path(folder))) as engine:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(ProfiledEngine(bundle, options, Path(folder))) as engine,
+    ):
         seconds = _time_steps(TimedEngine(engine), video)
         timed = engine.layers(graph, MEASURED_STEPS)
     return _layers_record("ONNX Runtime's profiler", graph, timed, seconds, point), None
 
 
-def _profile_tensorrt(bundle: Bundle, options: EngineOptions, video: VideoWorkload, point: Point) -> tuple[Layers, Latency]:
+def _profile_tensorrt(
+    bundle: Bundle, options: EngineOptions, video: VideoWorkload, point: Point
+) -> tuple[Layers, Latency]:
     from anyflow_deploy.engines.tensorrt.profiler import ProfiledEngine
 
     graph = transition_graph(bundle)
@@ -64,10 +75,15 @@ def _profile_tensorrt(bundle: Bundle, options: EngineOptions, video: VideoWorklo
     with closing(ProfiledEngine(bundle, options, layers=True)) as engine:
         seconds = _time_steps(TimedEngine(engine), video, engine)
         timed = engine.layers(graph)
-    return _layers_record("TensorRT's IProfiler and engine inspector", graph, timed, seconds, point), enqueue
+    return (
+        _layers_record("TensorRT's IProfiler and engine inspector", graph, timed, seconds, point),
+        enqueue,
+    )
 
 
-_PROFILERS: dict[str, Callable[[Bundle, EngineOptions, VideoWorkload, Point], tuple[Layers, Latency | None]]] = {
+_PROFILERS: dict[
+    str, Callable[[Bundle, EngineOptions, VideoWorkload, Point], tuple[Layers, Latency | None]]
+] = {
     "onnxruntime": _profile_onnxruntime,
     "tensorrt": _profile_tensorrt,
 }
@@ -86,7 +102,9 @@ def _time_steps(engine: TimedEngine, video: VideoWorkload, profiled: object = No
     return engine.steps[-MEASURED_STEPS:]
 
 
-def _layers_record(source: str, graph: str, timed: list[LayerTiming], seconds: list[float], point: Point) -> Layers:
+def _layers_record(
+    source: str, graph: str, timed: list[LayerTiming], seconds: list[float], point: Point
+) -> Layers:
     layers = layer_rows(timed, MEASURED_STEPS)
     return Layers(
         source=source,

@@ -1,8 +1,9 @@
 """Where a transition's time goes, layer by layer, from the runtime's own profiler.
 
-The profiler slows a run down and is never on while times are taken: it watches a few transitions of its own, and the record
-says by how much they were slower. Rows carry what the layer computed and moved where its shapes tell, so that each can be
-held against the ceilings. `blocks.7.ffn.net.2/Gemm` is, by part, `ffn.net.2`.
+The profiler slows a run down and is never on while times are taken: it watches a few transitions of
+its own, and the record says by how much they were slower. Rows carry what the layer computed and
+moved where its shapes tell, so that each can be held against the ceilings.
+`blocks.7.ffn.net.2/Gemm` is, by part, `ffn.net.2`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""What identifies the machine, and what may disturb a measurement on it: clocks, governors, power modes, other load.
+"""What identifies the machine, and what may disturb a measurement on it: clocks, governors, power
+modes, other load.
 
-Everything is read from files of the kernel, under a root that tests replace. What is not there is left out.
+Everything is read from files of the kernel, under a root that tests replace. What is not there is
+left out.
 """
 
 from __future__ import annotations
@@ -18,7 +20,16 @@ from anyflow_deploy.profiling import jetson
 from anyflow_deploy.profiling.memory import own_cpu_seconds
 from anyflow_deploy.profiling.nvml import NvmlGpu
 
-PACKAGES = ("anyflow-deploy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "torch-tensorrt", "diffusers", "numpy")
+PACKAGES = (
+    "anyflow-deploy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "tensorrt",
+    "torch-tensorrt",
+    "diffusers",
+    "numpy",
+)
 
 
 SAMPLED_CORES = 16
@@ -69,15 +80,23 @@ def governor(root: Path = Path("/")) -> str | None:
 def cpu_clock(root: Path = Path("/")) -> Callable[[], float | None]:
     """Reads the mean clock of the first cores, MHz; None where the kernel does not say.
 
-    Of some only: each answer interrupts the core that is asked, and on a machine with a hundred of them that would be felt."""
-    files = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))[:SAMPLED_CORES]
+    Of some only: each answer interrupts the core that is asked, and on a machine with a hundred of
+    them that would be felt.
+    """
+    files = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))[
+        :SAMPLED_CORES
+    ]
     few = (os.cpu_count() or 1) <= SAMPLED_CORES
 
     def read() -> float | None:
         try:
             if files:
                 return sum(int(file.read_text()) for file in files) / len(files) / 1000
-            rows = re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text(root / "proc/cpuinfo"), re.MULTILINE) if few else []
+            rows = (
+                re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text(root / "proc/cpuinfo"), re.MULTILINE)
+                if few
+                else []
+            )
         except (OSError, ValueError):
             return None
         return sum(map(float, rows)) / len(rows) if rows else None
@@ -90,16 +109,21 @@ def cpu_temperature(root: Path = Path("/")) -> Callable[[], float | None] | None
     files = sorted((root / "sys/class/thermal").glob("thermal_zone*/temp"))
 
     def read() -> float | None:
-        values = [int(text) / 1000 for file in files if (text := _text(file)).lstrip("-").isdecimal()]
+        values = [
+            int(text) / 1000 for file in files if (text := _text(file)).lstrip("-").isdecimal()
+        ]
         return max(values, default=None)
 
     return read if files else None
 
 
 def throttle_counts(root: Path = Path("/")) -> dict[str, int]:
-    """How often the hardware has slowed down so far: Intel's thermal counters, a Jetson's over-current events."""
+    """How often the hardware has slowed down so far: Intel's thermal counters, a Jetson's
+    over-current events."""
     found: dict[str, int] = {}
-    for file in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count")):
+    for file in sorted(
+        (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count")
+    ):
         key = f"processor temperature ({file.name.removesuffix('_throttle_count')})"
         found[key] = found.get(key, 0) + int(_text(file) or 0)
     for file in sorted((root / "sys/class/hwmon").glob("hwmon*/oc*_event_cnt")):
@@ -108,11 +132,16 @@ def throttle_counts(root: Path = Path("/")) -> dict[str, int]:
 
 
 class OtherLoad:
-    """How many cores others keep busy, from its making on: the kernel's busy time less this process's own."""
+    """How many cores others keep busy, from its making on: the kernel's busy time less this
+    process's own."""
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
-        self._busy, self._own, self._wall = _busy_seconds(root), own_cpu_seconds(), time.perf_counter()
+        self._busy, self._own, self._wall = (
+            _busy_seconds(root),
+            own_cpu_seconds(),
+            time.perf_counter(),
+        )
 
     def cores(self) -> float | None:
         """On average since then; None where the kernel does not say."""
@@ -127,7 +156,9 @@ def _busy_seconds(root: Path) -> float | None:
     found = re.match(r"cpu\s+([\d ]+)", _text(root / "proc/stat"))
     if found is None:
         return None
-    user, nice, system, _idle, _wait, irq, soft, steal, *_ = [int(n) for n in found[1].split()] + [0] * 8
+    user, nice, system, _idle, _wait, irq, soft, steal, *_ = [int(n) for n in found[1].split()] + [
+        0
+    ] * 8
     return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
 
 

@@ -1,8 +1,10 @@
-"""Peaks of memory: of this process by the kernel, of the GPU by NVML or CUDA. Apart, and never added up. Where both share one
-memory, a third number says what everything together took of it: that is what has to fit.
+"""Peaks of memory: of this process by the kernel, of the GPU by NVML or CUDA. Apart, and never
+added up. Where both share one memory, a third number says what everything together took of it: that
+is what has to fit.
 
-Linux keeps a process's highest resident size and forgets it on request (/proc/self/clear_refs), so each stage has a peak of
-its own. Where it does not forget (some containers), the peak is that of the process so far, and the record says so.
+Linux keeps a process's highest resident size and forgets it on request (/proc/self/clear_refs), so
+each stage has a peak of its own. Where it does not forget (some containers), the peak is that of
+the process so far, and the record says so.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class PeakMemory:
         shared: bytes taken of the memory that processor and GPU share; None where each has its own.
     """
 
-    def __init__(self, gpu_used: MemoryReader | None = None, shared: MemoryReader | None = None) -> None:
+    def __init__(
+        self, gpu_used: MemoryReader | None = None, shared: MemoryReader | None = None
+    ) -> None:
         self._used, self._shared = gpu_used, shared
         self._shared_before = None if shared is None else shared()
         self._before = resident_bytes()
@@ -48,10 +52,14 @@ class PeakMemory:
     def mark_loaded(self) -> None:
         """Call it when what is measured is loaded."""
         self._loaded, self._gpu_loaded = resident_bytes(), self._gpu()
-        self._loading_peak = resident_bytes("VmHWM") if self._peak_was_reset else None  # else it may be of long before
+        self._loading_peak = (
+            resident_bytes("VmHWM") if self._peak_was_reset else None
+        )  # else it may be of long before
         self._peak_was_reset = _reset_peak()
 
-    def record(self, gpu_peak: float | None = None, shared_peak: float | None = None) -> MemoryUsage:
+    def record(
+        self, gpu_peak: float | None = None, shared_peak: float | None = None
+    ) -> MemoryUsage:
         """What was reached.
 
         Args:
@@ -59,7 +67,11 @@ class PeakMemory:
         """
         now = self._gpu()
         candidates = [value for value in (gpu_peak, now) if value is not None]
-        cpu = "VmHWM" if self._peak_was_reset else "VmHWM since the process began (it could not be reset)"
+        cpu = (
+            "VmHWM"
+            if self._peak_was_reset
+            else "VmHWM since the process began (it could not be reset)"
+        )
         return MemoryUsage(
             cpu_before=self._before,
             cpu_loaded=self._loaded,
@@ -89,13 +101,16 @@ def _optional_int(size: float | None) -> int | None:
     return None if size is None else int(size)
 
 
-def gpu_memory_reader(gpu: NvmlGpu | None, device: int, unified: bool = False) -> MemoryReader | None:
-    """How to read the device's memory: this process's share by NVML, else all that is taken, else CUDA's own count.
+def gpu_memory_reader(
+    gpu: NvmlGpu | None, device: int, unified: bool = False
+) -> MemoryReader | None:
+    """How to read the device's memory: this process's share by NVML, else all that is taken, else
+    CUDA's own count.
 
     Args:
         gpu, device: which.
-        unified: it is the processor's memory, too. NVML or the kernel may tell the GPU's part of it; CUDA's count, which takes
-            Linux's file cache for used memory, does not serve.
+        unified: it is the processor's memory, too. NVML or the kernel may tell the GPU's part of
+            it; CUDA's count, which takes Linux's file cache for used memory, does not serve.
     """
     if unified:
         return lambda: _first_known(gpu.memory()[0] if gpu else None, jetson.gpu_memory())

@@ -1,9 +1,11 @@
-"""How much a transition computes and reads, from the architecture alone: the numerators of a roofline.
+"""How much a transition computes and reads, from the architecture alone: the numerators of a
+roofline.
 
-Counted are the matrix products, two operations for each multiplication with addition, since nothing else costs a processor
-with matrix units as much; a test holds the count equal to the one in the exported graphs. Bytes are those that
-no engine can avoid: every weight once, the cache once, the state in and out. Activations may stay on the chip, so they are
-not among them, and the bound stays a bound.
+Counted are the matrix products, two operations for each multiplication with addition, since nothing
+else costs a processor with matrix units as much; a test holds the count equal to the one in the
+exported graphs. Bytes are those that no engine can avoid: every weight once, the cache once, the
+state in and out. Activations may stay on the chip, so they are not among them, and the bound stays
+a bound.
 
 Legend: N tokens of a step, M cached tokens, L text tokens, D channels of the residual stream.
 """
@@ -49,16 +51,25 @@ class ComputeCost:
 
     def __add__(self, other: ComputeCost) -> ComputeCost:
         kinds = sorted({*self.operations, *other.operations})
-        merged = {kind: self.operations.get(kind, 0.0) + other.operations.get(kind, 0.0) for kind in kinds}
+        merged = {
+            kind: self.operations.get(kind, 0.0) + other.operations.get(kind, 0.0) for kind in kinds
+        }
         return ComputeCost(merged, self.bytes + other.bytes)
 
     def times(self, count: int) -> ComputeCost:
         """The same, so many times."""
-        return ComputeCost({kind: count * value for kind, value in self.operations.items()}, count * self.bytes)
+        return ComputeCost(
+            {kind: count * value for kind, value in self.operations.items()}, count * self.bytes
+        )
 
 
 def transition_cost(
-    a: Architecture, types: ComputeTypes, shape: tuple[int, int, int], text: int, past: int = 0, with_text: bool = True
+    a: Architecture,
+    types: ComputeTypes,
+    shape: tuple[int, int, int],
+    text: int,
+    past: int = 0,
+    with_text: bool = True,
 ) -> ComputeCost:
     """One transition of one video.
 
@@ -68,15 +79,20 @@ def transition_cost(
         shape: latent frames, rows, columns of the step.
         text: L.
         past: M, of a causal model.
-        with_text: the text's keys and values are made, too; a causal model makes them once per video (`text_cost`).
+        with_text: the text's keys and values are made, too; a causal model makes them once per
+            video (`text_cost`).
     """
     frames, height, width = shape
     tokens, d = _tokens(a, shape), a.inner_dim
-    linear = 2 * tokens * a.num_layers * (6 * d * d + 2 * d * a.ffn_dim)  # q, k, v, out; the text's query and out; feed-forward
+    linear = (
+        2 * tokens * a.num_layers * (6 * d * d + 2 * d * a.ffn_dim)
+    )  # q, k, v, out; the text's query and out; feed-forward
     attention = 4 * tokens * d * a.num_layers * (tokens + past + text)
     patch, pixels = math.prod(a.patch_size), math.prod(a.patch_size) * a.out_channels
     wide = 2 * tokens * d * (a.in_channels * patch + pixels) + _times_operations(a, frames)
-    cost = ComputeCost(_sum_by_type((types.linear, linear), (types.attention, attention), ("fp32", wide)), 0.0)
+    cost = ComputeCost(
+        _sum_by_type((types.linear, linear), (types.attention, attention), ("fp32", wide)), 0.0
+    )
     state = 4 * 3 * a.in_channels * frames * height * width  # z_t in, z_r and the velocity out
     cache = 2 * a.num_layers * past * d * PRECISIONS[types.base].bytes
     moved = ComputeCost({}, weight_bytes(a, types, with_text) + state + cache)
@@ -88,36 +104,55 @@ def text_cost(a: Architecture, types: ComputeTypes, text: int) -> ComputeCost:
     d = a.inner_dim
     projection = 2 * text * (a.text_dim * d + d * d)
     return ComputeCost(
-        _sum_by_type((types.linear, 2 * text * a.num_layers * 2 * d * d), (types.base, projection)), 4.0 * text * a.text_dim
+        _sum_by_type((types.linear, 2 * text * a.num_layers * 2 * d * d), (types.base, projection)),
+        4.0 * text * a.text_dim,
     )
 
 
-def append_cost(a: Architecture, types: ComputeTypes, tokens: int, past: int, text: int) -> ComputeCost:
-    """Keys and values of a clean chunk in all layers: everything up to the last layer's projections."""
+def append_cost(
+    a: Architecture, types: ComputeTypes, tokens: int, past: int, text: int
+) -> ComputeCost:
+    """Keys and values of a clean chunk in all layers: everything up to the last layer's
+    projections."""
     d, layers = a.inner_dim, a.num_layers - 1
     linear = 2 * tokens * (layers * (6 * d * d + 2 * d * a.ffn_dim) + 2 * d * d)
     attention = 4 * tokens * d * layers * (tokens + past + text)
-    return ComputeCost(_sum_by_type((types.linear, linear), (types.attention, attention)), weight_bytes(a, types, False))
+    return ComputeCost(
+        _sum_by_type((types.linear, linear), (types.attention, attention)),
+        weight_bytes(a, types, False),
+    )
 
 
-def stream_costs(a: Architecture, types: ComputeTypes, plan: CachePlan, sides: tuple[int, int], steps: int) -> list[ComputeCost]:
-    """Every chunk of a causal video: its transitions, and what is remembered of the chunk before it."""
+def stream_costs(
+    a: Architecture, types: ComputeTypes, plan: CachePlan, sides: tuple[int, int], steps: int
+) -> list[ComputeCost]:
+    """Every chunk of a causal video: its transitions, and what is remembered of the chunk before
+    it."""
     result = []
     for index, frames in enumerate(plan.chunks):
         past = sum(plan.cached_tokens(index))
-        cost = transition_cost(a, types, (frames, *sides), plan.text_tokens, past, with_text=False).times(steps)
-        cost = cost + text_cost(a, types, plan.text_tokens) if index == 0 else cost + _append_costs(a, types, plan, index - 1)
+        cost = transition_cost(
+            a, types, (frames, *sides), plan.text_tokens, past, with_text=False
+        ).times(steps)
+        cost = (
+            cost + text_cost(a, types, plan.text_tokens)
+            if index == 0
+            else cost + _append_costs(a, types, plan, index - 1)
+        )
         result.append(cost)
     return result
 
 
 def _append_costs(a: Architecture, types: ComputeTypes, plan: CachePlan, chunk: int) -> ComputeCost:
-    """What follows a chunk: it enters in full; where one falls out of the recent ones it is compressed, and all of them again."""
+    """What follows a chunk: it enters in full; where one falls out of the recent ones it is
+    compressed, and all of them again."""
     cost = ComputeCost({}, 0.0)
     compressed = plan.compressed_tokens * sum(plan.chunks[c] for c in plan.kept_chunks(chunk + 1))
     if chunk < plan.recent:
         before = plan.full_tokens * sum(plan.chunks[:chunk])
-        return append_cost(a, types, plan.full_tokens * plan.chunks[chunk], before, plan.text_tokens)
+        return append_cost(
+            a, types, plan.full_tokens * plan.chunks[chunk], before, plan.text_tokens
+        )
     old = chunk - plan.recent
     tokens = plan.compressed_tokens * plan.chunks[old]
     cost = cost + append_cost(a, types, tokens, compressed - tokens, plan.text_tokens)
@@ -130,12 +165,17 @@ def _append_costs(a: Architecture, types: ComputeTypes, plan: CachePlan, chunk: 
 
 
 def weight_bytes(a: Architecture, types: ComputeTypes, with_text: bool = True) -> float:
-    """All weights once, in the types they are stored in; without those of the text's keys and values if asked."""
+    """All weights once, in the types they are stored in; without those of the text's keys and
+    values if asked."""
     number = count_parameters(a)
     base, large = PRECISIONS[types.base].bytes, PRECISIONS[types.linear].bytes
     scales = 4 * count_quantized_channels(a) if types.linear in EIGHT_BIT else 0
     whole = large * number["blocks"] + base * number["base"] + 4 * number["float32"] + scales
-    return float(whole if with_text else whole - large * a.num_layers * 2 * a.inner_dim**2 - base * a.text_dim * a.inner_dim)
+    return float(
+        whole
+        if with_text
+        else whole - large * a.num_layers * 2 * a.inner_dim**2 - base * a.text_dim * a.inner_dim
+    )
 
 
 def _tokens(a: Architecture, shape: tuple[int, int, int]) -> int:

@@ -1,4 +1,5 @@
-"""The plots of a profile's page, each a function from a profile to SVG, or to nothing where it has no data."""
+"""The plots of a profile's page, each a function from a profile to SVG, or to nothing where it has
+no data."""
 
 from __future__ import annotations
 
@@ -25,11 +26,20 @@ def _clips(profile: Profile) -> Iterator[str]:
     marks = []
     for index, point in enumerate(profile.points):
         rows = [
-            (clip.steps, clip.latency.median, f"{clip.steps} steps: median {format_seconds(clip.latency.median)}, p99 "
-             f"{format_seconds(clip.latency.p99)}") for clip in point.clips
-        ]  # fmt: skip
+            (
+                clip.steps,
+                clip.latency.median,
+                f"{clip.steps} steps: median {format_seconds(clip.latency.median)}, p99 "
+                f"{format_seconds(clip.latency.p99)}",
+            )
+            for clip in point.clips
+        ]
         marks.append(PlotSeries(f"{point.shape}, median", rows, "line", _color(index)))
-        marks.append(PlotSeries("", [(clip.steps, clip.latency.p99) for clip in point.clips], "dash", _color(index)))
+        marks.append(
+            PlotSeries(
+                "", [(clip.steps, clip.latency.p99) for clip in point.clips], "dash", _color(index)
+            )
+        )
     steps = tuple(float(clip.steps) for clip in profile.points[0].clips)
     yield plot_svg(
         "Time of a clip by steps (dashed: p99)",
@@ -41,7 +51,11 @@ def _clips(profile: Profile) -> Iterator[str]:
         PlotSeries(
             point.shape,
             [
-                (clip.steps, clip.frames_per_second, f"{clip.steps} steps: {clip.frames_per_second:.4g} frames/s")
+                (
+                    clip.steps,
+                    clip.frames_per_second,
+                    f"{clip.steps} steps: {clip.frames_per_second:.4g} frames/s",
+                )
                 for clip in point.clips
             ],
             "line",
@@ -51,35 +65,63 @@ def _clips(profile: Profile) -> Iterator[str]:
     ]
     clip = profile.points[0].clips[0]
     real = clip.frames_per_second / clip.real_time_factor
-    marks.append(PlotSeries(f"playback, {real:g} frames/s", [(steps[0], real), (steps[-1], real)], "dash", "s3"))
+    marks.append(
+        PlotSeries(
+            f"playback, {real:g} frames/s", [(steps[0], real), (steps[-1], real)], "dash", "s3"
+        )
+    )
     logarithmic = PlotAxis("frames per second", lambda value: f"{value:,.4g}", log=True)
-    yield plot_svg("Throughput by steps, against playback", PlotAxis("steps", ticks=steps, minimum=0), logarithmic, marks)
+    yield plot_svg(
+        "Throughput by steps, against playback",
+        PlotAxis("steps", ticks=steps, minimum=0),
+        logarithmic,
+        marks,
+    )
 
 
 def _transitions(profile: Profile) -> Iterator[str]:
     for index, point in enumerate(profile.points):
         samples = point.transition.samples
         every = max(1, math.ceil(len(samples) / _MARKS))
-        rows = [(n, value, f"number {n}: {format_seconds(value)}") for n, value in list(enumerate(samples))[::every]]
+        rows = [
+            (n, value, f"number {n}: {format_seconds(value)}")
+            for n, value in list(enumerate(samples))[::every]
+        ]
         median = point.transition.median
         marks = [
             PlotSeries("transitions", rows, "dots", _color(index)),
-            PlotSeries(f"median {format_seconds(median)}", [(0, median), (max(len(samples) - 1, 1), median)], "dash", "s3"),
+            PlotSeries(
+                f"median {format_seconds(median)}",
+                [(0, median), (max(len(samples) - 1, 1), median)],
+                "dash",
+                "s3",
+            ),
         ]
         yield plot_svg(
-            f"Every transition in order, {point.shape}", PlotAxis("transition"), PlotAxis("time", format_seconds), marks
+            f"Every transition in order, {point.shape}",
+            PlotAxis("transition"),
+            PlotAxis("time", format_seconds),
+            marks,
         )
         ordered = sorted(samples)
         shares = [(value, 100 * (n + 1) / len(ordered)) for n, value in enumerate(ordered)]
         lines = [
             PlotSeries("", shares, "plain", _color(index)),
-            *(PlotSeries(name, [(value, 0), (value, 100)], "dash", color) for name, value, color in (
-                (f"p90 {format_seconds(point.transition.p90)}", point.transition.p90, "s1"),
-                (f"p99 {format_seconds(point.transition.p99)}", point.transition.p99, "s3"),
-            )),
-        ]  # fmt: skip
+            *(
+                PlotSeries(name, [(value, 0), (value, 100)], "dash", color)
+                for name, value, color in (
+                    (f"p90 {format_seconds(point.transition.p90)}", point.transition.p90, "s1"),
+                    (f"p99 {format_seconds(point.transition.p99)}", point.transition.p99, "s3"),
+                )
+            ),
+        ]
         minimum = PlotAxis("time of a transition", format_seconds, minimum=0.98 * ordered[0])
-        yield plot_svg(f"Share of transitions that were faster, {point.shape}", minimum, PlotAxis("%", maximum=100), lines)
+        yield plot_svg(
+            f"Share of transitions that were faster, {point.shape}",
+            minimum,
+            PlotAxis("%", maximum=100),
+            lines,
+        )
 
 
 def _chunks(profile: Profile) -> Iterator[str]:
@@ -89,7 +131,10 @@ def _chunks(profile: Profile) -> Iterator[str]:
         marks = [
             PlotSeries(
                 format_steps(chunks.steps),
-                [(n, seconds, f"chunk {n}: {format_seconds(seconds)}") for n, seconds in enumerate(chunks.by_index)],
+                [
+                    (n, seconds, f"chunk {n}: {format_seconds(seconds)}")
+                    for n, seconds in enumerate(chunks.by_index)
+                ],
                 "line",
                 _color(index),
             )
@@ -97,7 +142,11 @@ def _chunks(profile: Profile) -> Iterator[str]:
         ]
         fps = point.clips[0].frames_per_second / point.clips[0].real_time_factor
         frames = point.chunks[0].frames
-        marks.append(PlotSeries("plays for", [(n, count / fps) for n, count in enumerate(frames)], "dash", "s3"))
+        marks.append(
+            PlotSeries(
+                "plays for", [(n, count / fps) for n, count in enumerate(frames)], "dash", "s3"
+            )
+        )
         ticks = tuple(float(n) for n in range(len(frames)))
         yield plot_svg(
             f"Time of each chunk, {point.shape}",
@@ -111,7 +160,10 @@ def _end_to_end(profile: Profile) -> Iterator[str]:
     if profile.end_to_end:
         colors = {"text encoder": "s2", "transformer": "s0", "VAE": "s1"}
         rows = [
-            Bar(format_steps(row.steps), [(name, seconds, colors.get(name, "s4")) for name, seconds in row.seconds.items()])
+            Bar(
+                format_steps(row.steps),
+                [(name, seconds, colors.get(name, "s4")) for name, seconds in row.seconds.items()],
+            )
             for row in profile.end_to_end
         ]
         yield bars_svg("From prompt to frames", rows, format_seconds)
@@ -126,13 +178,21 @@ def _roofline(profile: Profile) -> Iterator[str]:
     total = sum(roof.operations.values())
     peak, bandwidth = total / roof.compute_seconds, ceilings.bandwidth
     dots = [
-        (row.operations / row.bytes, row.operations / row.seconds, f"{row.name} ({row.operator}): {format_seconds(row.seconds)}")
+        (
+            row.operations / row.bytes,
+            row.operations / row.seconds,
+            f"{row.name} ({row.operator}): {format_seconds(row.seconds)}",
+        )
         for layers in profile.layers
         for row in layers.by_part
         if row.operations and row.bytes and row.seconds
     ]
     whole = [
-        (rows.intensity, sum(rows.operations.values()) / median, f"{point.shape}: whole transition, {format_seconds(median)}")
+        (
+            rows.intensity,
+            sum(rows.operations.values()) / median,
+            f"{point.shape}: whole transition, {format_seconds(median)}",
+        )
         for point, rows in roofs
         for median in [point.largest_transition]
     ]
@@ -140,17 +200,30 @@ def _roofline(profile: Profile) -> Iterator[str]:
     ends = [value[0] for value in (*dots, *whole)]
     low, high = min(*ends, ridge) / 3, max(*ends, ridge) * 3
     marks = [
-        PlotSeries(f"ceiling, {ceilings.name}", [(low, low * bandwidth), (ridge, peak), (high, peak)], "plain", "s3"),
+        PlotSeries(
+            f"ceiling, {ceilings.name}",
+            [(low, low * bandwidth), (ridge, peak), (high, peak)],
+            "plain",
+            "s3",
+        ),
         PlotSeries("layers", dots, "dots", "s0"),
         PlotSeries("a whole transition (bytes: the least possible)", whole, "dots", "s1"),
     ]
     rate = PlotAxis("operations per second", lambda value: f"{_si_text(value)}", log=True)
-    yield plot_svg("Roofline", PlotAxis("operations per byte", lambda value: f"{value:g}", log=True), rate, marks)
+    yield plot_svg(
+        "Roofline",
+        PlotAxis("operations per byte", lambda value: f"{value:g}", log=True),
+        rate,
+        marks,
+    )
 
 
 def _layers(profile: Profile) -> Iterator[str]:
     for layers in profile.layers:
-        for title, rows, color in (("part", layers.by_part, "s0"), ("operator", layers.by_operator, "s2")):
+        for title, rows, color in (
+            ("part", layers.by_part, "s0"),
+            ("operator", layers.by_operator, "s2"),
+        ):
             shown = [Bar(row.name, [("", row.seconds, color)]) for row in rows[:LAYERS]]
             rest = sum(row.seconds for row in rows[LAYERS:])
             if rest:
@@ -167,20 +240,34 @@ def _power(profile: Profile) -> Iterator[str]:
     if marks:
         yield plot_svg("Power", PlotAxis("seconds"), PlotAxis("watts"), marks)
     for unit in dict.fromkeys(series.unit for series in profile.conditions.series):
-        found = [series for series in profile.conditions.series if series.unit == unit and len(series.samples) > 1]
+        found = [
+            series
+            for series in profile.conditions.series
+            if series.unit == unit and len(series.samples) > 1
+        ]
         if found:
             marks = [
-                PlotSeries(series.name, _thin_out(series.samples), "plain", _color(index)) for index, series in enumerate(found)
+                PlotSeries(series.name, _thin_out(series.samples), "plain", _color(index))
+                for index, series in enumerate(found)
             ]
             name = {"MHz": "Clocks", "°C": "Temperatures", "B": "Memory of the GPU"}.get(unit, unit)
             yield plot_svg(
-                name, PlotAxis("seconds"), PlotAxis(unit, _si_text if unit == "B" else lambda value: f"{value:g}"), marks
+                name,
+                PlotAxis("seconds"),
+                PlotAxis(unit, _si_text if unit == "B" else lambda value: f"{value:g}"),
+                marks,
             )
 
 
 PLOTS: tuple[Callable[[Profile], Iterator[str]], ...] = (
-    _clips, _end_to_end, _chunks, _transitions, _roofline, _layers, _power,
-)  # fmt: skip
+    _clips,
+    _end_to_end,
+    _chunks,
+    _transitions,
+    _roofline,
+    _layers,
+    _power,
+)
 
 
 def _thin_out(rows: list[tuple[float, float]]) -> list[tuple[float, float]]:

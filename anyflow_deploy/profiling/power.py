@@ -1,8 +1,10 @@
-"""Where power can be read: NVIDIA's library, a Jetson's INA3221 and INA238 monitors, Intel's and AMD's RAPL counters.
+"""Where power can be read: NVIDIA's library, a Jetson's INA3221 and INA238 monitors, Intel's and
+AMD's RAPL counters.
 
-A source gives watts, or counts joules. Those that count are read as they are (nothing is missed between two samples); those
-that give watts are integrated by the trapezoidal rule over what the sampling thread saw. Each is listed with what it covers:
-a rail of a Jetson's board, a processor package, a graphics card. They are never added up here, since they may overlap.
+A source gives watts, or counts joules. Those that count are read as they are (nothing is missed
+between two samples); those that give watts are integrated by the trapezoidal rule over what the
+sampling thread saw. Each is listed with what it covers: a rail of a Jetson's board, a processor
+package, a graphics card. They are never added up here, since they may overlap.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class PowerSource:
     wraps: float | None = None
 
 
-def find_power_sources(gpu: NvmlGpu | None, root: Path = Path("/")) -> tuple[list[PowerSource], dict[str, str]]:
+def find_power_sources(
+    gpu: NvmlGpu | None, root: Path = Path("/")
+) -> tuple[list[PowerSource], dict[str, str]]:
     """All that can be read here, and the reasons why others cannot, by name."""
     found: list[PowerSource] = []
     absent: dict[str, str] = {}
@@ -63,10 +67,23 @@ def nvml_sources(gpu: NvmlGpu | None) -> list[PowerSource]:
         raise MeasurementUnavailableError("no GPU that NVML knows is in use")
     name = f"NVML {gpu.name}"
     if gpu.joules() is not None:
-        return [PowerSource(name, "gpu", "NVML's energy counter", joules=lambda: _require_reading(gpu.joules()))]
+        return [
+            PowerSource(
+                name, "gpu", "NVML's energy counter", joules=lambda: _require_reading(gpu.joules())
+            )
+        ]
     if gpu.watts() is not None:
-        return [PowerSource(name, "gpu", "NVML's power, sampled and integrated", watts=lambda: _require_reading(gpu.watts()))]
-    raise MeasurementUnavailableError(f"NVML gives no power for {gpu.name} (a Jetson's is on its INA3221 rails)")
+        return [
+            PowerSource(
+                name,
+                "gpu",
+                "NVML's power, sampled and integrated",
+                watts=lambda: _require_reading(gpu.watts()),
+            )
+        ]
+    raise MeasurementUnavailableError(
+        f"NVML gives no power for {gpu.name} (a Jetson's is on its INA3221 rails)"
+    )
 
 
 def _require_reading(value: float | None) -> float:
@@ -76,23 +93,35 @@ def _require_reading(value: float | None) -> float:
     return value
 
 
-_GPU_RAILS, _CPU_RAILS, _MEMORY_RAILS = re.compile(r"GPU"), re.compile(r"CPU"), re.compile(r"VDDQ|DDR")
+_GPU_RAILS, _CPU_RAILS, _MEMORY_RAILS = (
+    re.compile(r"GPU"),
+    re.compile(r"CPU"),
+    re.compile(r"VDDQ|DDR"),
+)
 
 
 def jetson_sources(root: Path = Path("/")) -> list[PowerSource]:
     """A Jetson's power rails.
 
-    An INA3221 has three: `inN_input` in millivolts times `currN_input` in milliamperes, named by `inN_label`. Thor's board also
-    has an INA238, without names, where its power comes in: `power1_input` in microwatts.
+    An INA3221 has three: `inN_input` in millivolts times `currN_input` in milliamperes, named by
+    `inN_label`. Thor's board also has an INA238, without names, where its power comes in:
+    `power1_input` in microwatts.
     """
-    names = {folder: _text(folder / "name") for folder in sorted((root / "sys/class/hwmon").glob("hwmon*"))}
+    names = {
+        folder: _text(folder / "name")
+        for folder in sorted((root / "sys/class/hwmon").glob("hwmon*"))
+    }
     monitors = [folder for folder, name in names.items() if name in ("ina3221", "ina238")]
     if not monitors:
-        raise MeasurementUnavailableError("no INA3221 or INA238 power monitor under /sys/class/hwmon (Jetsons have them)")
+        raise MeasurementUnavailableError(
+            "no INA3221 or INA238 power monitor under /sys/class/hwmon (Jetsons have them)"
+        )
     ways = {"ina3221": _ina3221_sources, "ina238": _ina238_sources}
     found = [rail for folder in monitors for rail in ways[names[folder]](folder)]
     if not found:
-        raise MeasurementUnavailableError(f"{monitors[0]} names no rail that has both voltage and current")
+        raise MeasurementUnavailableError(
+            f"{monitors[0]} names no rail that has both voltage and current"
+        )
     return found
 
 
@@ -100,14 +129,25 @@ def _ina238_sources(folder: Path) -> Iterator[PowerSource]:
     file = folder / "power1_input"
     if file.is_file():
         name = _text(folder / "power1_label") or "VIN"
-        yield PowerSource(name, "board", "INA238, sampled and integrated", watts=lambda: int(file.read_text()) * 1e-6)
+        yield PowerSource(
+            name,
+            "board",
+            "INA238, sampled and integrated",
+            watts=lambda: int(file.read_text()) * 1e-6,
+        )
 
 
 def _ina3221_sources(folder: Path) -> Iterator[PowerSource]:
     for label in sorted(folder.glob("in*_label")):
         number = label.name.removeprefix("in").removesuffix("_label")
-        volts, amperes, name = folder / f"in{number}_input", folder / f"curr{number}_input", _text(label)
-        if not (name and volts.is_file() and amperes.is_file()) or name.lower().startswith(("nc", "sum")):
+        volts, amperes, name = (
+            folder / f"in{number}_input",
+            folder / f"curr{number}_input",
+            _text(label),
+        )
+        if not (name and volts.is_file() and amperes.is_file()) or name.lower().startswith(
+            ("nc", "sum")
+        ):
             continue
         patterns: tuple[tuple[PowerKind, re.Pattern[str]], ...] = (
             ("memory", _MEMORY_RAILS),
@@ -115,8 +155,15 @@ def _ina3221_sources(folder: Path) -> Iterator[PowerSource]:
             ("cpu", _CPU_RAILS),
         )
         kinds = [kind for kind, pattern in patterns if pattern.search(name)]
-        kind: PowerKind = kinds[0] if len(kinds) == 1 else "board"  # Orin Nano and NX: VDD_CPU_GPU_CV is neither's alone
-        yield PowerSource(name, kind, "INA3221 rail, sampled and integrated", watts=lambda v=volts, a=amperes: _rail_watts(v, a))  # type: ignore[misc]
+        kind: PowerKind = (
+            kinds[0] if len(kinds) == 1 else "board"
+        )  # Orin Nano and NX: VDD_CPU_GPU_CV is neither's alone
+        yield PowerSource(
+            name,
+            kind,
+            "INA3221 rail, sampled and integrated",
+            watts=lambda v=volts, a=amperes: _rail_watts(v, a),
+        )  # type: ignore[misc]
 
 
 def _rail_watts(volts: Path, amperes: Path) -> float:
@@ -129,7 +176,8 @@ def rapl_sources(root: Path = Path("/")) -> list[PowerSource]:
     zones = [zone for zone in sorted(folder.glob("intel-rapl:*")) if (zone / "name").is_file()]
     if not zones:
         raise MeasurementUnavailableError(
-            "the kernel offers no RAPL counters under /sys/class/powercap (virtual machines have none)"
+            "the kernel offers no RAPL counters under /sys/class/powercap (virtual machines have"
+            " none)"
         )
     found: list[PowerSource] = []
     for zone in zones:
@@ -141,15 +189,22 @@ def rapl_sources(root: Path = Path("/")) -> list[PowerSource]:
             counter.read_text()
         except OSError as error:
             raise MeasurementUnavailableError(
-                f"{counter} cannot be read ({error.strerror}): only root may, unless its mode is changed"
+                f"{counter} cannot be read ({error.strerror}): only root may, unless its mode is"
+                " changed"
             ) from None
         most = _text(zone / "max_energy_range_uj")
-        kind: PowerKind = "memory" if name.startswith("dram") else "board" if name.startswith("psys") else "cpu"
+        kind: PowerKind = (
+            "memory" if name.startswith("dram") else "board" if name.startswith("psys") else "cpu"
+        )
         wraps = int(most) * 1e-6 if most else None
         read = lambda c=counter: int(c.read_text()) * 1e-6  # noqa: E731 - bound to this zone
-        found.append(PowerSource(f"RAPL {name}", kind, "RAPL energy counter", joules=read, wraps=wraps))
+        found.append(
+            PowerSource(f"RAPL {name}", kind, "RAPL energy counter", joules=read, wraps=wraps)
+        )
     if not found:
-        raise MeasurementUnavailableError("the kernel's powercap zones hold no package, memory or platform counter")
+        raise MeasurementUnavailableError(
+            "the kernel's powercap zones hold no package, memory or platform counter"
+        )
     return found
 
 

@@ -1,8 +1,9 @@
 """A bundle becomes a `Profile`: the order of the measurements, and what each is given.
 
-First the engine, alone in the process, since its memory is measured: warm-up, then every number of steps in turn, for each
-shape, while a thread reads power and clocks. Then it is closed, and what disturbs or takes memory of its own follows: the
-runtime's profiler, the ceilings, text encoder and VAE.
+First the engine, alone in the process, since its memory is measured: warm-up, then every number of
+steps in turn, for each shape, while a thread reads power and clocks. Then it is closed, and what
+disturbs or takes memory of its own follows: the runtime's profiler, the ceilings, text encoder and
+VAE.
 """
 
 from __future__ import annotations
@@ -37,7 +38,13 @@ from anyflow_deploy.profiling.record import (
     StageTiming,
     Subject,
 )
-from anyflow_deploy.profiling.roofline import SECONDS, ceilings_from_target, measure_ceilings, roofline, target_from_gpu_name
+from anyflow_deploy.profiling.roofline import (
+    SECONDS,
+    ceilings_from_target,
+    measure_ceilings,
+    roofline,
+    target_from_gpu_name,
+)
 from anyflow_deploy.profiling.sampler import INTERVAL, ResourceSampler
 from anyflow_deploy.profiling.sweep import measure_point
 from anyflow_deploy.profiling.timed_engine import TimedEngine
@@ -92,7 +99,8 @@ def run_profile(request: ProfileRequest, progress: Progress) -> Profile:
     """Do it.
 
     Raises:
-        AnyFlowError: shapes outside the ranges, or an engine that cannot run here; before anything is timed.
+        AnyFlowError: shapes outside the ranges, or an engine that cannot run here; before anything
+            is timed.
     """
     return _Profiler(request, progress).profile()
 
@@ -111,7 +119,10 @@ class _Profiler:
         device = machine.describe(self._gpu)
         subject, points, memory, power, conditions = self._measure_engine()
         ceilings = self._find_ceilings(points)
-        points = [self._add_roofline(point, video, ceilings) for point, video in zip(points, self._workloads, strict=True)]
+        points = [
+            self._add_roofline(point, video, ceilings)
+            for point, video in zip(points, self._workloads, strict=True)
+        ]
         layers = self._profile_layers(points)
         stage_records = self._measure_stages()
         fps = request.bundle.manifest.video.fps
@@ -123,7 +134,9 @@ class _Profiler:
             method=describe_method(request.rules, INTERVAL),
             points=points,
             stages=stage_records,
-            end_to_end=end_to_end(points, stage_records, self._workloads, subject.load_seconds, fps),
+            end_to_end=end_to_end(
+                points, stage_records, self._workloads, subject.load_seconds, fps
+            ),
             memory=memory,
             power=power,
             conditions=conditions,
@@ -144,7 +157,9 @@ class _Profiler:
             self._absent["GPU clocks and power"] = str(error)
             return None
 
-    def _measure_engine(self) -> tuple[Subject, list[Point], MemoryUsage, list[PowerUsage], Conditions]:
+    def _measure_engine(
+        self,
+    ) -> tuple[Subject, list[Point], MemoryUsage, list[PowerUsage], Conditions]:
         options = self._request.engine
         on_gpu = options.provider == "cuda"
         shared = jetson.memory_used if self._board else None
@@ -156,44 +171,69 @@ class _Profiler:
         powers, absent = find_power_sources(self._gpu)
         self._absent |= {f"power: {name}": reason for name, reason in absent.items()}
         reads = _build_readers(self._gpu, self._board is not None)
-        reads |= {name: read for name, read in (("GPU memory", used), ("shared memory", shared)) if read is not None}
+        reads |= {
+            name: read
+            for name, read in (("GPU memory", used), ("shared memory", shared))
+            if read is not None
+        }
         throttled_before, load = machine.throttle_counts(), machine.OtherLoad()
         with closing(engine):
             subject = self._describe_subject(engine, loading)
-            with ResourceSampler(powers, reads, self._gpu.throttle_reasons if self._gpu else list) as sampler:
+            with ResourceSampler(
+                powers, reads, self._gpu.throttle_reasons if self._gpu else list
+            ) as sampler:
                 idle_from = clock()
                 time.sleep(IDLE if powers else 0.0)
                 begin = clock()
                 timed_engine = TimedEngine(engine)
                 points = [
-                    measure_point(timed_engine, video, self._request.steps, self._request.rules, sampler, powers, self._progress)
+                    measure_point(
+                        timed_engine,
+                        video,
+                        self._request.steps,
+                        self._request.rules,
+                        sampler,
+                        powers,
+                        self._progress,
+                    )
                     for video in self._workloads
                 ]
                 end = clock()
             memory = peak.record(sampler.maximum("GPU memory"), sampler.maximum("shared memory"))
         rows = [sampler.power(source.name, (idle_from, begin), (begin, end)) for source in powers]
         throttle = sampler.flag_shares() | {
-            name: 1.0 for name, count in machine.throttle_counts().items() if count > throttled_before.get(name, count)
+            name: 1.0
+            for name, count in machine.throttle_counts().items()
+            if count > throttled_before.get(name, count)
         }
         series = sampler.series({name: _UNITS[name.split()[-1]] for name in reads}, begin)
         conditions = Conditions(other_load=load.cores(), throttle=throttle, series=series)
         if not conditions.series:
-            self._absent["clocks"] = "neither NVML nor the kernel (cpufreq, /proc/cpuinfo) gives any here"
+            self._absent["clocks"] = (
+                "neither NVML nor the kernel (cpufreq, /proc/cpuinfo) gives any here"
+            )
         return subject, points, memory, [row for row in rows if row is not None], conditions
 
     def _open_engine(self) -> BundleEngine:
         request, options = self._request, self._request.engine
         return load_engine(
-            request.bundle, request.backend, options.provider, options.threads,
-            device=options.device, engine=options.engine, cuda_graphs=options.cuda_graphs,
-        )  # fmt: skip
+            request.bundle,
+            request.backend,
+            options.provider,
+            options.threads,
+            device=options.device,
+            engine=options.engine,
+            cuda_graphs=options.cuda_graphs,
+        )
 
     def _describe_subject(self, engine: BundleEngine, loading: float) -> Subject:
         request, manifest = self._request, self._request.bundle.manifest
         a = manifest.architecture
         built = None
         if BACKENDS[request.backend].build_settings is not None:
-            built = find_engine(request.bundle, request.backend, request.engine.engine, verify=False).record.seconds
+            built = find_engine(
+                request.bundle, request.backend, request.engine.engine, verify=False
+            ).record.seconds
         return Subject(
             bundle=request.bundle.path.name,
             digest=request.bundle.digest,
@@ -220,13 +260,23 @@ class _Profiler:
                 return None
             if request.engine.provider == "cpu":
                 with self._progress.stage("what this processor can do"):
-                    kinds, seconds = {request.bundle.manifest.precision, "fp32"}, min(SECONDS, request.rules.seconds / 10)
+                    kinds, seconds = (
+                        {request.bundle.manifest.precision, "fp32"},
+                        min(SECONDS, request.rules.seconds / 10),
+                    )
                     return measure_ceilings(request.engine.threads, kinds, seconds)
-            name = self._board["model"] if self._board else self._gpu.name if self._gpu is not None else ""
+            name = (
+                self._board["model"]
+                if self._board
+                else self._gpu.name
+                if self._gpu is not None
+                else ""
+            )
             found = target_from_gpu_name(name)
             if found is None:
                 raise MeasurementUnavailableError(
-                    f"no row of the target table is called {name or 'like this GPU'!r}; choose one with --target"
+                    f"no row of the target table is called {name or 'like this GPU'!r}; choose one"
+                    " with --target"
                 )
             return ceilings_from_target(found)
         except MeasurementUnavailableError as error:
@@ -238,15 +288,25 @@ class _Profiler:
             return point
         manifest = self._request.bundle.manifest
         quantization = manifest.quantization
-        types = compute_types(manifest.precision, manifest.base, quantization.attention if quantization else "high")
+        types = compute_types(
+            manifest.precision, manifest.base, quantization.attention if quantization else "high"
+        )
         a = manifest.architecture
-        # The samples of a causal model are of all chunks; held against the bound is the last chunk, alone.
+        # The samples of a causal model are of all chunks; held against the bound is the last chunk,
+        # alone.
         cost = transition_cost(
-            a, types, video.largest_step, video.text.shape[1], video.max_cached_tokens, with_text=video.plan is None
+            a,
+            types,
+            video.largest_step,
+            video.text.shape[1],
+            video.max_cached_tokens,
+            with_text=video.plan is None,
         )
         median = point.transition.median if video.plan is None else point.largest_transition
         try:
-            return point.model_copy(update={"roofline": roofline(cost, _fill_cpu_rates(ceilings), median)})
+            return point.model_copy(
+                update={"roofline": roofline(cost, _fill_cpu_rates(ceilings), median)}
+            )
         except MeasurementUnavailableError as error:
             self._absent["roofline"] = str(error)
             return point
@@ -280,9 +340,13 @@ class _Profiler:
                 continue
             with self._progress.stage(part):
                 if part == stages.TEXT:
-                    stage_records.append(stages.measure_text_encoder(folder, manifest, request.prompt, request.rules))
+                    stage_records.append(
+                        stages.measure_text_encoder(folder, manifest, request.prompt, request.rules)
+                    )
                 else:
-                    stage_records.append(stages.measure_vae(folder, self._workloads[0], request.rules))
+                    stage_records.append(
+                        stages.measure_vae(folder, self._workloads[0], request.rules)
+                    )
         return stage_records
 
 
@@ -291,7 +355,8 @@ _UNITS = {"clock": "MHz", "temperature": "°C", "memory": "B"}
 
 
 def _build_readers(gpu: NvmlGpu | None, on_jetson: bool) -> dict[str, Any]:
-    """What the sampling thread reads beside power. NVML has no clocks on a Jetson, the kernel has."""
+    """What the sampling thread reads beside power. NVML has no clocks on a Jetson, the kernel
+    has."""
     reads: dict[str, Any] = {"CPU clock": machine.cpu_clock()}
     if on_jetson:
         gpu, reads["GPU clock"] = None, jetson.gpu_clock()
@@ -299,7 +364,11 @@ def _build_readers(gpu: NvmlGpu | None, on_jetson: bool) -> dict[str, Any]:
     if temperature is not None:
         reads["CPU temperature"] = temperature
     if gpu is not None:
-        reads |= {"GPU clock": gpu.sm_clock, "GPU memory clock": gpu.memory_clock, "GPU temperature": gpu.temperature}
+        reads |= {
+            "GPU clock": gpu.sm_clock,
+            "GPU memory clock": gpu.memory_clock,
+            "GPU temperature": gpu.temperature,
+        }
     return reads
 
 
@@ -308,5 +377,8 @@ def _fill_cpu_rates(ceilings: Ceilings) -> Ceilings:
     if not ceilings.measured:
         return ceilings
     float32 = ceilings.operations["fp32"]
-    rates = {kind: ceilings.operations.get(kind, float32) for kind in ("fp32", "fp16", "bf16", "int8", "fp8")}
+    rates = {
+        kind: ceilings.operations.get(kind, float32)
+        for kind in ("fp32", "fp16", "bf16", "int8", "fp8")
+    }
     return ceilings.model_copy(update={"operations": rates})

@@ -1,10 +1,12 @@
-"""`profile.json`: everything a profile holds, typed. Times are seconds, memory bytes, energy joules, rates per second.
+"""`profile.json`: everything a profile holds, typed. Times are seconds, memory bytes, energy
+joules, rates per second.
 
-A profile names what it was made of (bundle, engine, machine, clocks, versions) and how (`Method`), so that two of them can be
-compared, or refused comparison. Whatever could not be measured is not left out in silence: its reason stands in `absent`.
+A profile names what it was made of (bundle, engine, machine, clocks, versions) and how (`Method`),
+so that two of them can be compared, or refused comparison. Whatever could not be measured is not
+left out in silence: its reason stands in `absent`.
 
-What was timed is in `record_times.py`, what it took of the machine in `record_device.py`; readers of
-profiles find all of it here.
+What was timed is in `record_times.py`, what it took of the machine in `record_device.py`; readers
+of profiles find all of it here.
 """
 
 from __future__ import annotations
@@ -28,10 +30,27 @@ from anyflow_deploy.profiling.record_times import (
 )
 
 __all__ = [
-    "SCHEMA", "Advice", "Ceilings", "ChunkLatencies", "ClipLatency", "Conditions", "EndToEnd", "Latency", "Layer", "Layers",
-    "MemoryUsage", "Method",
-    "Point", "PowerUsage", "Profile", "Roofline", "Series", "StageTiming", "Subject", "Warmup",
-]  # fmt: skip
+    "SCHEMA",
+    "Advice",
+    "Ceilings",
+    "ChunkLatencies",
+    "ClipLatency",
+    "Conditions",
+    "EndToEnd",
+    "Latency",
+    "Layer",
+    "Layers",
+    "MemoryUsage",
+    "Method",
+    "Point",
+    "PowerUsage",
+    "Profile",
+    "Roofline",
+    "Series",
+    "StageTiming",
+    "Subject",
+    "Warmup",
+]
 
 SCHEMA = 1
 """Raised whenever a reader of the old schema would misread a new profile."""
@@ -94,7 +113,8 @@ class EndToEnd(ProfileRecord):
 
     Args:
         seconds: by stage.
-        first_frame: until the first frame is decoded: text, first chunk (bidirectional: the whole clip), its share of the VAE.
+        first_frame: until the first frame is decoded: text, first chunk (bidirectional: the whole
+            clip), its share of the VAE.
         cold_start: loading everything comes before that.
     """
 

@@ -8,4 +8,6 @@ from pydantic import BaseModel, ConfigDict
 class ProfileRecord(BaseModel):
     """Unknown keys are refused, and so are numbers that are none."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
+    )

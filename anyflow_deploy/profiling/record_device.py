@@ -1,4 +1,5 @@
-"""The part of a profile that says what a run took of the machine, and what state that was in: memory, power, clocks, heat, load.
+"""The part of a profile that says what a run took of the machine, and what state that was in:
+memory, power, clocks, heat, load.
 
 Memory is bytes, energy joules; moments are seconds since the measured rounds began.
 """
@@ -14,12 +15,14 @@ class MemoryUsage(ProfileRecord):
     """Peaks; CPU and GPU apart, never added: on a Jetson they are parts of one memory.
 
     Args:
-        cpu_before, cpu_loaded, cpu_peak: resident bytes of this process, before loading, after it, and at most from then on.
+        cpu_before, cpu_loaded, cpu_peak: resident bytes of this process, before loading, after it,
+            and at most from then on.
         cpu_loading_peak: the most while it was loaded.
         gpu_peak: bytes on the device; None without one.
         unified: processor and GPU share one memory.
-        shared_before, shared_peak: what all processes and the GPU had taken of that, before anything was loaded and at most;
-            their difference is what this engine needs there, whichever side counts it.
+        shared_before, shared_peak: what all processes and the GPU had taken of that, before
+            anything was loaded and at most; their difference is what this engine needs there,
+            whichever side counts it.
         method: how each was read.
     """
 

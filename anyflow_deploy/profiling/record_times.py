@@ -1,4 +1,5 @@
-"""The part of a profile that holds times: what was timed, held against what the hardware could do, and split into layers.
+"""The part of a profile that holds times: what was timed, held against what the hardware could do,
+and split into layers.
 
 Times are seconds, memory bytes, rates per second.
 """
@@ -111,7 +112,8 @@ class Roofline(ProfileRecord):
     Args:
         operations: by the type they run in, two for each multiplication with addition.
         bytes: that have to be read at least: weights and cache once, state in and out.
-        compute_seconds, memory_seconds: what each alone would take at the ceiling; the larger one is the bound.
+        compute_seconds, memory_seconds: what each alone would take at the ceiling; the larger one
+            is the bound.
         efficiency: the bound over the measured median.
     """
 
@@ -140,9 +142,11 @@ class Point(ProfileRecord):
         latents: (1, F, C, H, W).
         tokens: of a transition (causal: of the largest chunk).
         transition: every transition in every clip.
-        largest_transition: median of the one with the most tokens in it and in its cache (causal: the others are smaller).
+        largest_transition: median of the one with the most tokens in it and in its cache (causal:
+            the others are smaller).
         enqueue: until a transition was handed to the GPU, where the backend can tell.
-        fixed_seconds: of a clip that do not depend on the number of steps, by a straight line through the medians.
+        fixed_seconds: of a clip that do not depend on the number of steps, by a straight line
+            through the medians.
     """
 
     shape: str

@@ -1,7 +1,8 @@
 """A thread that reads power, clocks, temperatures and memory while others work.
 
-Everything is kept with the time it was read, by the clock that times the work, so that energy can afterwards be cut to the
-spans that counted: by interpolation in a counter, by the trapezoidal rule over watts.
+Everything is kept with the time it was read, by the clock that times the work, so that energy can
+afterwards be cut to the spans that counted: by interpolation in a counter, by the trapezoidal rule
+over watts.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from anyflow_deploy.profiling.record import PowerUsage, Series
 from anyflow_deploy.profiling.timing import clock
 
 INTERVAL = 0.05
-"""Seconds between two readings. NVML's own average changes every 25 to 100 ms, an INA3221's conversion takes less."""
+"""Seconds between two readings. NVML's own average changes every 25 to 100 ms, an INA3221's
+conversion takes less."""
 
 Reader = Callable[[], float | None]
 TimeSpan = tuple[float, float]
@@ -41,10 +43,17 @@ class ResourceSampler:
         flags: Callable[[], list[str]] = list,
         interval: float = INTERVAL,
     ) -> None:
-        self._powers, self._reads, self._flags, self._interval = list(powers), dict(reads or {}), flags, interval
+        self._powers, self._reads, self._flags, self._interval = (
+            list(powers),
+            dict(reads or {}),
+            flags,
+            interval,
+        )
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="anyflow-profile", daemon=True)
-        self._watts: dict[str, list[tuple[float, float]]] = {source.name: [] for source in self._powers}
+        self._watts: dict[str, list[tuple[float, float]]] = {
+            source.name: [] for source in self._powers
+        }
         self._values: dict[str, list[tuple[float, float]]] = {name: [] for name in self._reads}
         self._flag_rows: list[list[str]] = []
         self.began = clock()
@@ -54,7 +63,12 @@ class ResourceSampler:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._stop.set()
         self._thread.join()
         self._sample()
@@ -81,7 +95,9 @@ class ResourceSampler:
         """Energy of a source in these spans together."""
         source = next(source for source in self._powers if source.name == name)
         cumulative = _cumulative_joules(source, self._watts[name])
-        return sum(_interpolate(cumulative, end) - _interpolate(cumulative, begin) for begin, end in spans)
+        return sum(
+            _interpolate(cumulative, end) - _interpolate(cumulative, begin) for begin, end in spans
+        )
 
     def power(self, name: str, idle: TimeSpan, busy: TimeSpan) -> PowerUsage | None:
         """A source over the whole run; None when it could not be read twice."""
@@ -91,7 +107,9 @@ class ResourceSampler:
         if len(cumulative) < 2:
             return None
         watts = [
-            (time, value) for time, value in (rows if source.watts else _watts_between(cumulative)) if busy[0] <= time <= busy[1]
+            (time, value)
+            for time, value in (rows if source.watts else _watts_between(cumulative))
+            if busy[0] <= time <= busy[1]
         ]
         joules, seconds = self.joules(name, [busy]), busy[1] - busy[0]
         resting = self.joules(name, [idle]) / (idle[1] - idle[0]) if idle[1] > idle[0] else None
@@ -109,7 +127,11 @@ class ResourceSampler:
     def series(self, units: Mapping[str, str], start: float) -> list[Series]:
         """Everything that `reads` gave, from `start` on."""
         return [
-            Series(name=name, unit=units.get(name, ""), samples=[(round(t - start, 3), v) for t, v in rows if t >= start])
+            Series(
+                name=name,
+                unit=units.get(name, ""),
+                samples=[(round(t - start, 3), v) for t, v in rows if t >= start],
+            )
             for name, rows in self._values.items()
             if any(t >= start for t, _ in rows)
         ]
@@ -121,10 +143,15 @@ class ResourceSampler:
     def flag_shares(self) -> dict[str, float]:
         """How often each flag was up, as a share of the samples."""
         words = {word for row in self._flag_rows for word in row}
-        return {word: sum(word in row for row in self._flag_rows) / len(self._flag_rows) for word in sorted(words)}
+        return {
+            word: sum(word in row for row in self._flag_rows) / len(self._flag_rows)
+            for word in sorted(words)
+        }
 
 
-def _cumulative_joules(source: PowerSource, rows: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def _cumulative_joules(
+    source: PowerSource, rows: list[tuple[float, float]]
+) -> list[tuple[float, float]]:
     """Joules by time, growing: a counter with its wraps undone, or watts integrated."""
     total, result = 0.0, rows[:1] and [(rows[0][0], 0.0)]
     for (before, first), (now, second) in itertools.pairwise(rows):

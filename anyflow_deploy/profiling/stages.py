@@ -1,6 +1,8 @@
-"""Text encoder and VAE, timed apart from the transformer: what else a prompt goes through on its way to frames.
+"""Text encoder and VAE, timed apart from the transformer: what else a prompt goes through on its
+way to frames.
 
-Both are PyTorch on the CPU here, as `anyflow-generate` runs them. Each is loaded, run until warm, run again, and let go.
+Both are PyTorch on the CPU here, as `anyflow-generate` runs them. Each is loaded, run until warm,
+run again, and let go.
 """
 
 from __future__ import annotations
@@ -41,14 +43,18 @@ def find_pipeline_folder(manifest: Manifest, pipeline: str | None, part: str) ->
         parts = ["tokenizer", "text_encoder"] if part == TEXT else ["vae"]
         return find_pipeline(manifest, pipeline, parts)
     except ImportError as error:
-        raise MeasurementUnavailableError(f"{error.name} is not installed (pip install 'anyflow-deploy[export]')") from None
+        raise MeasurementUnavailableError(
+            f"{error.name} is not installed (pip install 'anyflow-deploy[export]')"
+        ) from None
     except AnyFlowError as error:
         if pipeline is not None:
             raise
         raise MeasurementUnavailableError(f"not at hand: {error}") from None
 
 
-def measure_text_encoder(folder: Path, manifest: Manifest, prompt: str, rules: TimingRules) -> StageTiming:
+def measure_text_encoder(
+    folder: Path, manifest: Manifest, prompt: str, rules: TimingRules
+) -> StageTiming:
     """The text encoder on one prompt, padded as always."""
     from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 
@@ -60,13 +66,18 @@ def measure_text_encoder(folder: Path, manifest: Manifest, prompt: str, rules: T
     peak.mark_loaded()
     times = _time_repeatedly(lambda: encoder.encode([prompt], tokens), rules)
     record = StageTiming(
-        name=TEXT, device="cpu", load_seconds=loading, latency=latency_from_samples(times), memory=peak.record()
-    )  # fmt: skip
+        name=TEXT,
+        device="cpu",
+        load_seconds=loading,
+        latency=latency_from_samples(times),
+        memory=peak.record(),
+    )
     return record
 
 
 def measure_vae(folder: Path, video: VideoWorkload, rules: TimingRules) -> StageTiming:
-    """The VAE's decoder on the latents of one video: whole, and its first latent frame and first chunk alone."""
+    """The VAE's decoder on the latents of one video: whole, and its first latent frame and first
+    chunk alone."""
     from anyflow_deploy.pipelines.vae import StreamingDecoder, load_vae
 
     gc.collect()
@@ -75,10 +86,17 @@ def measure_vae(folder: Path, video: VideoWorkload, rules: TimingRules) -> Stage
     loading = clock() - began
     peak.mark_loaded()
     first = video.plan.chunks[0] if video.plan is not None else video.shape.frames
-    cuts = {"first frame": 1, "first chunk": first} if video.plan is not None else {"first frame": 1}
-    pieces = {name: np.ascontiguousarray(video.latents[:, :frames]) for name, frames in cuts.items()}
+    cuts = (
+        {"first frame": 1, "first chunk": first} if video.plan is not None else {"first frame": 1}
+    )
+    pieces = {
+        name: np.ascontiguousarray(video.latents[:, :frames]) for name, frames in cuts.items()
+    }
     whole = _time_repeatedly(lambda: StreamingDecoder(vae).decode(video.latents), rules)
-    parts = {name: _time_repeatedly(_piece_decoder(StreamingDecoder, vae, piece), rules) for name, piece in pieces.items()}
+    parts = {
+        name: _time_repeatedly(_piece_decoder(StreamingDecoder, vae, piece), rules)
+        for name, piece in pieces.items()
+    }
     record = StageTiming(
         name=VAE,
         device="cpu",

@@ -1,9 +1,10 @@
 """From samples to the few numbers people decide by.
 
-Nothing is thrown away: a slow run happened, and the next user will meet it. Outliers are counted, and the median, which they
-do not move, comes with an interval: two profiles differ when their intervals do not overlap, not when their medians do. The
-interval is the distribution-free one of order statistics (Conover, Practical Nonparametric Statistics, 3.2), since times are
-skewed and nothing about them is normal.
+Nothing is thrown away: a slow run happened, and the next user will meet it. Outliers are counted,
+and the median, which they do not move, comes with an interval: two profiles differ when their
+intervals do not overlap, not when their medians do. The interval is the distribution-free one of
+order statistics (Conover, Practical Nonparametric Statistics, 3.2), since times are skewed and
+nothing about them is normal.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ CONFIDENCE = 0.95
 """Of the median's interval."""
 
 OUTLIER = 3.0
-"""How many interquartile ranges above the third quartile (Tukey's "far out") a sample is called an outlier."""
+"""How many interquartile ranges above the third quartile (Tukey's "far out") a sample is called an
+outlier."""
 
 TAIL_SAMPLES = 100
 """Fewer than this, and the 99th percentile is in truth the slowest sample."""
@@ -50,8 +52,11 @@ def latency_from_samples(samples: Sequence[float]) -> Latency:
     )
 
 
-def median_interval(times: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
-    """Order statistics between which the true median lies with `CONFIDENCE`; with few samples, the smallest and the largest."""
+def median_interval(
+    times: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]],
+) -> tuple[float, float]:
+    """Order statistics between which the true median lies with `CONFIDENCE`; with few samples, the
+    smallest and the largest."""
     ordered, n = np.sort(np.asarray(times, dtype=np.float64)), len(times)
     below, rank = 0.0, 0
     for k in range(n // 2):  # P(at most k samples lie below the median), a binomial with one half
@@ -65,7 +70,9 @@ def median_interval(times: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.
 
 def _normal_step(n: int, k: int) -> float:
     """The binomial's term where its factorials are too large."""
-    return math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
+    return math.exp(
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
+    )
 
 
 def outliers(times: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> int:
@@ -77,7 +84,8 @@ def outliers(times: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64
 
 
 def drift(times: Sequence[float] | np.ndarray[tuple[int], np.dtype[np.float64]]) -> float:
-    """Median of the second half over that of the first, less 1: heat, or someone else's work; 0 with fewer than six."""
+    """Median of the second half over that of the first, less 1: heat, or someone else's work; 0
+    with fewer than six."""
     if len(times) < 6:
         return 0.0
     half = len(times) // 2

@@ -1,8 +1,9 @@
 """Plots as inline SVG: lines, dots and bars on linear or logarithmic axes, and nothing else.
 
-A page made on a Jetson has to be whole without a network, and the device has no plotting library; so the few plots that a
-profile needs are drawn here. Colours are classes of the page's style sheet (`s0` … `s5`), which knows light and dark; every
-mark has a `<title>`, which browsers show under the pointer and screen readers read.
+A page made on a Jetson has to be whole without a network, and the device has no plotting library;
+so the few plots that a profile needs are drawn here. Colours are classes of the page's style sheet
+(`s0` … `s5`), which knows light and dark; every mark has a `<title>`, which browsers show under the
+pointer and screen readers read.
 """
 
 from __future__ import annotations
@@ -79,7 +80,11 @@ class _Scale:
 
     def __post_init__(self) -> None:
         values = self.values or [1.0]
-        low = self.axis.minimum if self.axis.minimum is not None else (min(values) if self.axis.log else min(0.0, *values, 0.0))
+        low = (
+            self.axis.minimum
+            if self.axis.minimum is not None
+            else (min(values) if self.axis.log else min(0.0, *values, 0.0))
+        )
         high = self.axis.maximum if self.axis.maximum is not None else max(values)
         if self.axis.log:
             low, high = low / 1.3, high * 1.3
@@ -107,7 +112,12 @@ class _Scale:
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     wide = math.log10(high / low) > 3
-    found = [m * 10.0**d for d in decades for m in ((1,) if wide else (1, 2, 5)) if low <= m * 10.0**d <= high]
+    found = [
+        m * 10.0**d
+        for d in decades
+        for m in ((1,) if wide else (1, 2, 5))
+        if low <= m * 10.0**d <= high
+    ]
     return found[:: max(1, len(found) // 8)]
 
 
@@ -139,19 +149,34 @@ def _frame(across: _Scale, up: _Scale) -> str:
     parts = []
     for tick in up.ticks():
         place = up.at(tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{place + 4:.1f}" text-anchor="end">{escape(up.axis.text(tick))}</text>')
+        parts.append(
+            f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{place:.1f}"'
+            f' y2="{place:.1f}"/>'
+        )
+        parts.append(
+            f'<text x="{_LEFT - 6}" y="{place + 4:.1f}"'
+            f' text-anchor="end">{escape(up.axis.text(tick))}</text>'
+        )
     for tick in across.ticks():
         place, shown = across.at(tick), across.axis.text(tick)
-        parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}" y2="{HEIGHT - _BOTTOM}"/>')
         parts.append(
-            f'<text x="{_clip_points(place, shown):.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{escape(shown)}</text>'
+            f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}"'
+            f' y2="{HEIGHT - _BOTTOM}"/>'
+        )
+        parts.append(
+            f'<text x="{_clip_points(place, shown):.1f}" y="{HEIGHT - _BOTTOM + 16}"'
+            f' text-anchor="middle">{escape(shown)}</text>'
         )
     middle = (_LEFT + WIDTH - _RIGHT) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{escape(across.axis.label)}</text>')
+    parts.append(
+        f'<text class="label" x="{middle}" y="{HEIGHT - 8}"'
+        f' text-anchor="middle">{escape(across.axis.label)}</text>'
+    )
     centre = (HEIGHT - _BOTTOM + _TOP) / 2
     turned = f'transform="translate(13 {centre}) rotate(-90)"'
-    parts.append(f'<text class="label" {turned} text-anchor="middle">{escape(up.axis.label)}</text>')
+    parts.append(
+        f'<text class="label" {turned} text-anchor="middle">{escape(up.axis.label)}</text>'
+    )
     return "".join(parts)
 
 
@@ -161,16 +186,25 @@ def _clip_points(place: float, shown: str) -> float:
 
 
 def _draw_series(mark: PlotSeries, across: _Scale, up: _Scale) -> str:
-    places = [(across.at(point[0]), up.at(point[1]), point[2] if len(point) > 2 else "") for point in mark.points]
+    places = [
+        (across.at(point[0]), up.at(point[1]), point[2] if len(point) > 2 else "")
+        for point in mark.points
+    ]
     parts = []
     if mark.kind != "dots" and len(places) > 1:
         path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b, _ in places)
-        parts.append(f'<path class="{"dashed" if mark.kind == "dash" else "stroke"} {mark.color}" d="{path}"/>')
+        parts.append(
+            f'<path class="{"dashed" if mark.kind == "dash" else "stroke"} {mark.color}"'
+            f' d="{path}"/>'
+        )
     if mark.kind in ("line", "dots"):
         size = 3.5 if mark.kind == "line" or len(places) < 80 else 2
         for a, b, told in places:
             title = f"<title>{escape(told)}</title>" if told else ""
-            parts.append(f'<circle class="fill {mark.color}" cx="{a:.1f}" cy="{b:.1f}" r="{size}">{title}</circle>')
+            parts.append(
+                f'<circle class="fill {mark.color}" cx="{a:.1f}" cy="{b:.1f}"'
+                f' r="{size}">{title}</circle>'
+            )
     return "".join(parts)
 
 
@@ -197,11 +231,14 @@ def bars_svg(title: str, rows: Sequence[Bar], text: Text) -> str:
             width = room * value / maximum
             told = f"{name or row.label}: {text(value)}"
             body.append(
-                f'<rect class="fill {color}" x="{left:.1f}" y="{top}" width="{max(width, 0.5):.1f}" height="{line - 7}">'
-                f"<title>{escape(told)}</title></rect>"
+                f'<rect class="fill {color}" x="{left:.1f}" y="{top}" width="{max(width, 0.5):.1f}"'
+                f' height="{line - 7}"><title>{escape(told)}</title></rect>'
             )
             left += width
-        body.append(f'<text x="{left + 6:.1f}" y="{top + 13}">{escape(text(sum(value for _, value, _ in row.parts)))}</text>')
+        body.append(
+            f'<text x="{left + 6:.1f}"'
+            f' y="{top + 13}">{escape(text(sum(value for _, value, _ in row.parts)))}</text>'
+        )
     names = dict.fromkeys((name, color) for row in rows for name, _, color in row.parts if name)
     return _figure(title, 12 + line * len(rows), "".join(body), list(names))
 
@@ -209,5 +246,8 @@ def bars_svg(title: str, rows: Sequence[Bar], text: Text) -> str:
 def _figure(title: str, height: int, body: str, legend: Sequence[tuple[str, str]]) -> str:
     keys = "".join(f'<span><i class="{color}"></i>{escape(name)}</span>' for name, color in legend)
     listed = f'<div class="legend">{keys}</div>' if keys else ""
-    picture = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">{body}</svg>'
+    picture = (
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img"'
+        f' aria-label="{escape(title, quote=True)}">{body}</svg>'
+    )
     return f"<figure><figcaption>{escape(title)}</figcaption>{picture}{listed}</figure>"

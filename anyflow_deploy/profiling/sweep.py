@@ -1,4 +1,5 @@
-"""One shape, measured: warm-up, clips of every number of steps in turn, and what follows from them."""
+"""One shape, measured: warm-up, clips of every number of steps in turn, and what follows from
+them."""
 
 from __future__ import annotations
 
@@ -46,7 +47,10 @@ def measure_point(
     engine.steps.clear()
     engine.append_seconds.clear()
     last_step_seconds: list[float] = []
-    cases = {count: _recording_last_step(engine, video, count, times[count], last_step_seconds) for count in counts}
+    cases = {
+        count: _recording_last_step(engine, video, count, times[count], last_step_seconds)
+        for count in counts
+    }
     timed_runs = measure_cases(cases, rules, progress, f"{video.shape}: rounds")
     transitions = list(engine.steps)
     engine.steps.clear()
@@ -62,13 +66,21 @@ def measure_point(
         enqueue=None,
         clips=[_clip_record(video, count, timed_runs, sampler, powers) for count in counts],
         fixed_seconds=_fixed_seconds(timed_runs, counts),
-        chunks=[_chunks_record(video, count, times[count]) for count in counts] if video.plan is not None else [],
+        chunks=(
+            [_chunks_record(video, count, times[count]) for count in counts]
+            if video.plan is not None
+            else []
+        ),
         roofline=None,
     )
 
 
 def _recording_last_step(
-    engine: TimedEngine, video: VideoWorkload, count: int, chunk_times: ChunkTimes, last_step_seconds: list[float]
+    engine: TimedEngine,
+    video: VideoWorkload,
+    count: int,
+    chunk_times: ChunkTimes,
+    last_step_seconds: list[float],
 ) -> Callable[[], None]:
     """A clip, and the time of the transition that had the fullest cache."""
     run = clip_runner(engine, video, count, chunk_times)
@@ -85,7 +97,10 @@ def _largest_step_index(video: VideoWorkload, steps: int) -> int:
     if video.plan is None:
         return -1
     plan = video.plan
-    sizes = [frames * plan.full_tokens * (1 + sum(plan.cached_tokens(index))) for index, frames in enumerate(plan.chunks)]
+    sizes = [
+        frames * plan.full_tokens * (1 + sum(plan.cached_tokens(index)))
+        for index, frames in enumerate(plan.chunks)
+    ]
     return -1 - steps * (len(sizes) - 1 - int(np.argmax(sizes)))
 
 
@@ -96,19 +111,30 @@ def _count_tokens(video: VideoWorkload, engine: TimedEngine) -> int:
 
 
 def _clip_record(
-    video: VideoWorkload, steps: int, timed_runs: TimedRuns, sampler: ResourceSampler, powers: Sequence[PowerSource]
+    video: VideoWorkload,
+    steps: int,
+    timed_runs: TimedRuns,
+    sampler: ResourceSampler,
+    powers: Sequence[PowerSource],
 ) -> ClipLatency:
     latency = latency_from_samples(timed_runs.seconds(steps))
     rate = video.frames / latency.median
-    joules = {source.name: sampler.joules(source.name, timed_runs.spans[steps]) / latency.count for source in powers}
+    joules = {
+        source.name: sampler.joules(source.name, timed_runs.spans[steps]) / latency.count
+        for source in powers
+    }
     return ClipLatency(
-        steps=steps, latency=latency, frames_per_second=rate, real_time_factor=rate / video.fps,
+        steps=steps,
+        latency=latency,
+        frames_per_second=rate,
+        real_time_factor=rate / video.fps,
         joules={name: value for name, value in joules.items() if value > 0},
-    )  # fmt: skip
+    )
 
 
 def _fixed_seconds(timed_runs: TimedRuns, counts: Sequence[int]) -> float | None:
-    """The straight line's value at no steps; a flow map's clip is that and a transition for each step."""
+    """The straight line's value at no steps; a flow map's clip is that and a transition for each
+    step."""
     if len(counts) < 2:
         return None
     medians = [median(timed_runs.seconds(count)) for count in counts]
@@ -122,7 +148,9 @@ def _chunks_record(video: VideoWorkload, steps: int, times: ChunkTimes) -> Chunk
     frames = [TEMPORAL_FACTOR * count for count in plan.chunks]
     frames[0] -= TEMPORAL_FACTOR - 1
     later = [seconds for row in rows for seconds in row[1:]]
-    factors = [count / seconds / video.fps for count, seconds in zip(frames[1:], by_index[1:], strict=True)]
+    factors = [
+        count / seconds / video.fps for count, seconds in zip(frames[1:], by_index[1:], strict=True)
+    ]
     return ChunkLatencies(
         steps=steps,
         first=latency_from_samples([row[0] for row in rows]),

@@ -1,11 +1,12 @@
 """The clock, the warm-up and the rounds.
 
-Everything is timed by `time.perf_counter` (monotonic, with the best resolution there is) around work that has finished when it
-returns: engines wait for their device. Python's garbage collector rests meanwhile, as in `timeit`.
+Everything is timed by `time.perf_counter` (monotonic, with the best resolution there is) around
+work that has finished when it returns: engines wait for their device. Python's garbage collector
+rests meanwhile, as in `timeit`.
 
-Warm-up ends when the last few transitions take as long as the few before them: first runs allocate, autotune, capture CUDA
-graphs and raise clocks. Then the cases run in turn, round after round, so that whatever drifts (heat, a neighbour's work)
-meets all of them alike.
+Warm-up ends when the last few transitions take as long as the few before them: first runs allocate,
+autotune, capture CUDA graphs and raise clocks. Then the cases run in turn, round after round, so
+that whatever drifts (heat, a neighbour's work) meets all of them alike.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from anyflow_deploy.profiling.summary_statistics import is_steady
 from anyflow_deploy.progress import Progress
 
 WINDOW, TOLERANCE = 4, 0.05
-"""Warm-up: so many transitions, against so many before them, and how far apart their medians may be."""
+"""Warm-up: so many transitions, against so many before them, and how far apart their medians may
+be."""
 
 WARM_UP_SHARE = 0.5
-"""Of the budget that warm-up may take on top before it is given up as unsteady. (Two runs are always made.)"""
+"""Of the budget that warm-up may take on top before it is given up as unsteady. (Two runs are
+always made.)"""
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 
@@ -40,7 +43,8 @@ class TimingRules:
 
     Attributes:
         seconds: budget of the measured rounds of one shape.
-        rounds: exactly so many; None for as many as the budget holds, within `MIN_ROUNDS` and `MAX_ROUNDS`.
+        rounds: exactly so many; None for as many as the budget holds, within `MIN_ROUNDS` and
+            `MAX_ROUNDS`.
     """
 
     seconds: float = 20.0
@@ -87,7 +91,9 @@ def run_warm_up(run: Callable[[], None], transitions: list[float], rules: Timing
     return Warmup(runs=runs, seconds=spent, steady=steady)
 
 
-def measure_cases(cases: Mapping[Any, Callable[[], None]], rules: TimingRules, progress: Progress, name: str) -> TimedRuns:
+def measure_cases(
+    cases: Mapping[Any, Callable[[], None]], rules: TimingRules, progress: Progress, name: str
+) -> TimedRuns:
     """Run all cases in turn, round after round.
 
     Args:
@@ -133,16 +139,34 @@ def describe_method(rules: TimingRules, sample_interval: float) -> Method:
     info = time.get_clock_info("perf_counter")
     readings = [clock() for _ in range(1001)]
     step = statistics.median(b - a for a, b in itertools.pairwise(readings))
-    facts = {"name": "time.perf_counter", "implementation": info.implementation, "resolution_seconds": info.resolution}
-    limit = f"{rules.rounds} rounds" if rules.rounds else f"as many as {rules.seconds:g} s hold, {MIN_ROUNDS} to {MAX_ROUNDS}"
+    facts = {
+        "name": "time.perf_counter",
+        "implementation": info.implementation,
+        "resolution_seconds": info.resolution,
+    }
+    limit = (
+        f"{rules.rounds} rounds"
+        if rules.rounds
+        else f"as many as {rules.seconds:g} s hold, {MIN_ROUNDS} to {MAX_ROUNDS}"
+    )
     return Method(
         clock={**facts, "monotonic": info.monotonic, "reading_seconds": step},
-        warm_up=f"until the medians of the last {WINDOW} transitions and of the {WINDOW} before are within {100 * TOLERANCE:g} "
-        f"%, for at most {100 * WARM_UP_SHARE:g} % of the budget and two runs at least",
-        rounds=f"all numbers of steps in turn within a round; {limit}; garbage collection off; clocks and power are read by a "
-        f"thread every {sample_interval:g} s",
-        outliers="none removed; counted where above the third quartile by three interquartile ranges",
-        percentiles="linear between order statistics; the interval of the median is that of order statistics at 95 %",
+        warm_up=(
+            f"until the medians of the last {WINDOW} transitions and of the {WINDOW} before are"
+            f" within {100 * TOLERANCE:g} %, for at most {100 * WARM_UP_SHARE:g} % of the budget"
+            " and two runs at least"
+        ),
+        rounds=(
+            f"all numbers of steps in turn within a round; {limit}; garbage collection off; clocks"
+            f" and power are read by a thread every {sample_interval:g} s"
+        ),
+        outliers=(
+            "none removed; counted where above the third quartile by three interquartile ranges"
+        ),
+        percentiles=(
+            "linear between order statistics; the interval of the median is that of order"
+            " statistics at 95 %"
+        ),
         synchronization="every transition has finished on its device before the clock is read",
         seconds=rules.seconds,
     )

@@ -1,6 +1,8 @@
-"""What is run: the clips of a bundle in some shapes and numbers of steps, with noise and embeddings of random numbers.
+"""What is run: the clips of a bundle in some shapes and numbers of steps, with noise and embeddings
+of random numbers.
 
-Values do not change how long a transition takes, so neither a prompt nor trained weights are needed here.
+Values do not change how long a transition takes, so neither a prompt nor trained weights are needed
+here.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class VideoWorkload:
         return 0 if self.plan is None else self.plan.capacity
 
 
-def build_workloads(manifest: Manifest, shapes: tuple[str, ...], window: int | None) -> list[VideoWorkload]:
+def build_workloads(
+    manifest: Manifest, shapes: tuple[str, ...], window: int | None
+) -> list[VideoWorkload]:
     """The shapes asked for, or the bundle's own, checked against its ranges.
 
     Raises:
@@ -69,7 +73,10 @@ def build_workloads(manifest: Manifest, shapes: tuple[str, ...], window: int | N
     """
     a = manifest.architecture
     if window is not None and not a.causal:
-        raise AnyFlowError(f"--window is kept in the cache of a causal model, and this is {manifest.model}. Leave it out.")
+        raise AnyFlowError(
+            f"--window is kept in the cache of a causal model, and this is {manifest.model}. Leave"
+            " it out."
+        )
     video = manifest.video
     shapes_or_default = shapes or (f"{video.height}x{video.width}x{video.frames}",)
     return [_build_workload(manifest, text, window) for text in dict.fromkeys(shapes_or_default)]
@@ -105,7 +112,9 @@ class ChunkTimes:
     append_seconds: list[float]
 
 
-def clip_runner(engine: TimedEngine, video: VideoWorkload, steps: int, chunk_times: ChunkTimes | None) -> Callable[[], None]:
+def clip_runner(
+    engine: TimedEngine, video: VideoWorkload, steps: int, chunk_times: ChunkTimes | None
+) -> Callable[[], None]:
     """One clip of some steps, as something to run."""
     schedule = video.schedule(steps)
     if video.plan is None:
@@ -115,7 +124,9 @@ def clip_runner(engine: TimedEngine, video: VideoWorkload, steps: int, chunk_tim
     def run() -> None:
         row: list[float] = []
         began = clock()
-        with closing(stream(engine, video.latents, video.text, schedule, chunks, window=window)) as chunks_made:
+        with closing(
+            stream(engine, video.latents, video.text, schedule, chunks, window=window)
+        ) as chunks_made:
             for chunk in chunks_made:
                 row.append(clock() - began)
                 _check_finite(chunk.latents)
@@ -128,7 +139,9 @@ def clip_runner(engine: TimedEngine, video: VideoWorkload, steps: int, chunk_tim
     return run
 
 
-def run_last_chunk(engine: TimedEngine, video: VideoWorkload, warm: int, count: int, before: Callable[[], None]) -> None:
+def run_last_chunk(
+    engine: TimedEngine, video: VideoWorkload, warm: int, count: int, before: Callable[[], None]
+) -> None:
     """Some transitions of the last chunk (bidirectional: of the clip), where the cache is fullest.
 
     Args:
@@ -153,7 +166,9 @@ def run_last_chunk(engine: TimedEngine, video: VideoWorkload, warm: int, count: 
                 _run_steps(run.step, warm, count, before)
 
 
-def _run_steps(step: Callable[[float, float], None], warm: int, count: int, before: Callable[[], None]) -> None:
+def _run_steps(
+    step: Callable[[float, float], None], warm: int, count: int, before: Callable[[], None]
+) -> None:
     times = np.linspace(1000.0, 0.0, warm + count + 1)
     for index in range(warm + count):
         if index == warm:
@@ -165,6 +180,6 @@ def _check_finite(latents: Array) -> None:
     """An engine that makes NaN may be fast for that very reason."""
     if not np.isfinite(latents).all():
         raise AnyFlowError(
-            "the engine made NaN or infinity, and its times mean nothing. anyflow-validate says where; "
-            "random weights in fp16 may overflow: try --precision fp32."
+            "the engine made NaN or infinity, and its times mean nothing. anyflow-validate says"
+            " where; random weights in fp16 may overflow: try --precision fp32."
         )

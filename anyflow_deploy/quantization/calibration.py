@@ -1,8 +1,8 @@
 """`calibration.json`: how large the inputs of every quantized layer become, over any step.
 
-Ranges are measured once (`anyflow-calibrate`, on a GPU where one is at hand) and used wherever the same weights are
-exported; the fingerprint of the weights is stored, and a calibration of other weights is refused. See
-docs/how-to/quantization.md for the format in prose.
+Ranges are measured once (`anyflow-calibrate`, on a GPU where one is at hand) and used wherever the
+same weights are exported; the fingerprint of the weights is stored, and a calibration of other
+weights is refused. See docs/how-to/quantization.md for the format in prose.
 
 This module imports no torch.
 """
@@ -40,13 +40,15 @@ class Calibration(FrozenRecord):
     Attributes:
         config: `config.json` of the architecture.
         weights: fingerprint of the weights, see `checkpoints.weights.compute_fingerprint`.
-        prompts, steps, seeds, shift, shapes: the rollouts that were run: latents (B, F, C, H, W) each.
+        prompts, steps, seeds, shift, shapes: the rollouts that were run: latents (B, F, C, H, W)
+            each.
         sweeps: timesteps of further rollouts, which visit times that uniform schedules jump over.
-        text: "encoder" when the prompts went through the model's own text encoder, "random" when there was none and
-            seeded standard-normal embeddings stood in.
+        text: "encoder" when the prompts went through the model's own text encoder, "random" when
+            there was none and seeded standard-normal embeddings stood in.
         tools: name -> version.
         tensors: ranges by name: `blocks.0.attn1.to_q.input` is the input of a linear layer;
-            `blocks.0.attn1.query`, `.key`, `.value` and `.probabilities` are the operands of the two attention products.
+            `blocks.0.attn1.query`, `.key`, `.value` and `.probabilities` are the operands of the
+            two attention products.
     """
 
     schema_version: int = Field(default=CALIBRATION_SCHEMA, alias="schema")
@@ -67,6 +69,9 @@ def load_calibration(path: Path) -> Calibration:
     """Read a `calibration.json`.
 
     Raises:
-        AnyFlowError: not there, not such a file, of another schema, or with ranges that are infinite or not numbers.
+        AnyFlowError: not there, not such a file, of another schema, or with ranges that are
+            infinite or not numbers.
     """
-    return load_record(path, Calibration, CALIBRATION_SCHEMA, f"anyflow-calibrate --model … --output {path}")
+    return load_record(
+        path, Calibration, CALIBRATION_SCHEMA, f"anyflow-calibrate --model … --output {path}"
+    )

@@ -1,8 +1,10 @@
-"""Which layers 8-bit precisions touch, and with what scale: the rules that PyTorch and the ONNX pass share.
+"""Which layers 8-bit precisions touch, and with what scale: the rules that PyTorch and the ONNX
+pass share.
 
-Candidates are the large matrix products of the blocks: queries, keys, values and outputs of both attentions, and the two
-layers of the feed-forward. Everything else is small and matters much (times, text embedding, patches, output). A
-candidate stays high where 8-bit kernels do not fit it, or where calibration saw nothing but zeros.
+Candidates are the large matrix products of the blocks: queries, keys, values and outputs of both
+attentions, and the two layers of the feed-forward. Everything else is small and matters much
+(times, text embedding, patches, output). A candidate stays high where 8-bit kernels do not fit it,
+or where calibration saw nothing but zeros.
 
 This module imports no torch.
 """
@@ -16,10 +18,12 @@ from anyflow_deploy.models import Architecture
 from anyflow_deploy.quantization.calibration import Calibration, TensorRange
 
 ALIGNMENT = 16
-"""Inputs and outputs of a layer have to be multiples of this for the 8-bit kernels of TensorRT and cuBLAS."""
+"""Inputs and outputs of a layer have to be multiples of this for the 8-bit kernels of TensorRT and
+cuBLAS."""
 
 OPERANDS = ("query", "key", "value", "probabilities")
-"""What the two products of an attention multiply; calibrated by these names behind `blocks.N.attn1.`"""
+"""What the two products of an attention multiply; calibrated by these names behind
+`blocks.N.attn1.`"""
 
 GROUPS = (
     ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
@@ -30,7 +34,8 @@ GROUPS = (
     ("ffn.net.0.proj",),
     ("ffn.net.2",),
 )
-"""The candidates of a block in the network's order; those in one group read the same tensor, and share its scale."""
+"""The candidates of a block in the network's order; those in one group read the same tensor, and
+share its scale."""
 
 
 TEXT = "text"
@@ -41,7 +46,11 @@ def quantizable_layers(a: Architecture) -> dict[str, tuple[int, int]]:
     """Layer name -> (inputs, outputs), in the order of the network."""
     shapes = {"ffn.net.0.proj": (a.inner_dim, a.ffn_dim), "ffn.net.2": (a.ffn_dim, a.inner_dim)}
     names = [name for group in GROUPS for name in group]
-    return {f"blocks.{n}.{name}": shapes.get(name, (a.inner_dim, a.inner_dim)) for n in range(a.num_layers) for name in names}
+    return {
+        f"blocks.{n}.{name}": shapes.get(name, (a.inner_dim, a.inner_dim))
+        for n in range(a.num_layers)
+        for name in names
+    }
 
 
 def split_layer(layer: str) -> tuple[str, str]:
@@ -57,7 +66,8 @@ def layer_group(layer: str) -> list[str]:
 
 
 def shared_input(layer: str) -> str:
-    """What the input of a layer is called in a bundle: after the first layer that reads it. The text is one for all layers."""
+    """What the input of a layer is called in a bundle: after the first layer that reads it. The
+    text is one for all layers."""
     first = layer_group(layer)[0]
     return TEXT if first.endswith(".attn2.to_k") else f"{first}.input"
 
@@ -73,28 +83,39 @@ def input_amax(calibration: Calibration, layer: str) -> float:
 
 def input_channels(calibration: Calibration, layer: str) -> list[float]:
     """The same for each input channel."""
-    found = [_tensor_range(calibration, f"{name}.input").channels or [] for name in layer_group(layer)]
+    found = [
+        _tensor_range(calibration, f"{name}.input").channels or [] for name in layer_group(layer)
+    ]
     return [max(values) for values in zip(*found, strict=True)]
 
 
 def _tensor_range(calibration: Calibration, tensor: str) -> TensorRange:
     if tensor not in calibration.tensors:
-        raise AnyFlowError(f"the calibration has no range of {tensor}. Calibrate this model: anyflow-calibrate.")
+        raise AnyFlowError(
+            f"the calibration has no range of {tensor}. Calibrate this model: anyflow-calibrate."
+        )
     return calibration.tensors[tensor]
 
 
 def operand_amax(calibration: Calibration, attention: str) -> dict[str, float]:
     """The range of each operand of the two products of an attention (`blocks.0.attn1`), by name."""
-    return {name: _tensor_range(calibration, name).amax for name in (f"{attention}.{operand}" for operand in OPERANDS)}
+    return {
+        name: _tensor_range(calibration, name).amax
+        for name in (f"{attention}.{operand}" for operand in OPERANDS)
+    }
 
 
 def unquantized_attentions(a: Architecture, calibration: Calibration) -> dict[str, str]:
     """Attentions (`blocks.0.attn1`) whose products cannot be quantized -> the reason, in words."""
     found = {}
-    for name in (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")):
+    for name in (
+        f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")
+    ):
         if a.attention_head_dim % ALIGNMENT:
             found[name] = f"heads of {a.attention_head_dim} channels: not a multiple of {ALIGNMENT}"
-        elif silent := [operand for operand, amax in operand_amax(calibration, name).items() if amax == 0]:
+        elif silent := [
+            operand for operand, amax in operand_amax(calibration, name).items() if amax == 0
+        ]:
             found[name] = f"{silent[0].rpartition('.')[2]} was zero throughout calibration"
     return found
 
@@ -102,7 +123,9 @@ def unquantized_attentions(a: Architecture, calibration: Calibration) -> dict[st
 def quantized_attentions(a: Architecture, calibration: Calibration) -> list[str]:
     """The others."""
     unquantized = unquantized_attentions(a, calibration)
-    names = (f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2"))
+    names = (
+        f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")
+    )
     return [name for name in names if name not in unquantized]
 
 
@@ -127,7 +150,7 @@ def validate_layers(a: Architecture, names: Iterable[str]) -> tuple[str, ...]:
     for name in requested:
         if name not in allowed:
             raise AnyFlowError(
-                f"{name!r} is no layer that is quantized; those are blocks.N. attn1 and attn2 to_q, to_k, to_v, to_out.0, "
-                f"ffn.net.0.proj, ffn.net.2.{suggestion(name, allowed)}"
+                f"{name!r} is no layer that is quantized; those are blocks.N. attn1 and attn2 to_q,"
+                f" to_k, to_v, to_out.0, ffn.net.0.proj, ffn.net.2.{suggestion(name, allowed)}"
             )
     return requested

@@ -19,8 +19,8 @@ _PAGE = Path(__file__).parent / "page"
 _FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 _HEADERS = {
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' blob: data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src"
+        " 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -35,7 +35,9 @@ def make_app(service: Service, token: str | None = None) -> ASGIApp:
         service: makes and keeps the videos.
         token: what clients have to know; None only where this machine alone can reach the server.
     """
-    app = FastAPI(title="anyflow-serve", docs_url=None, redoc_url=None)  # FastAPI's pages load scripts from elsewhere
+    app = FastAPI(
+        title="anyflow-serve", docs_url=None, redoc_url=None
+    )  # FastAPI's pages load scripts from elsewhere
     answer_in_shape(app)
     app.include_router(routes(service))
     app.include_router(sockets(service))

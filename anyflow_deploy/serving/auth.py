@@ -2,11 +2,13 @@
 
 Who may ask:
 
-- With a token, every path but `/health` and the page's own files needs `Authorization: Bearer TOKEN`, compared in constant
-  time. A browser cannot set that header on a WebSocket; there the token comes as a subprotocol, `token.TOKEN`.
-- Without one the server listens on this machine only. Any web page that its user visits could still reach it, so a request has
-  to name this machine in `Host` (a foreign name that resolves to 127.0.0.1 is refused), and one that a page sends has to come
-  from this server's own page (`Origin`).
+- With a token, every path but `/health` and the page's own files needs `Authorization: Bearer
+  TOKEN`, compared in constant time. A browser cannot set that header on a WebSocket; there the
+  token comes as a subprotocol, `token.TOKEN`.
+- Without one the server listens on this machine only. Any web page that its user visits could still
+  reach it, so a request has to name this machine in `Host` (a foreign name that resolves to
+  127.0.0.1 is refused), and one that a page sends has to come from this server's own page
+  (`Origin`).
 
 A body is read whole before anything else sees it, up to a limit in bytes and in seconds.
 """
@@ -34,7 +36,8 @@ _log = logging.getLogger("anyflow.serve")
 
 PROTOCOL, TOKEN_PROTOCOL = "anyflow", "token."
 OPEN = ("/", "/page.js", "/page.css", "/health")
-"""Paths that need no token: nothing in them is secret, and the page has to be there to ask for one."""
+"""Paths that need no token: nothing in them is secret, and the page has to be there to ask for
+one."""
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -57,7 +60,10 @@ class AuthMiddleware:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
         given = headers.get("x-request-id", "")
         own = given if _ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         request_id.set(own)
@@ -77,7 +83,8 @@ class AuthMiddleware:
         elif scope["path"] not in OPEN and not self._known(headers):
             raise ApiError(
                 401,
-                "this server needs its token: Authorization: Bearer TOKEN (a browser's WebSocket: the subprotocol token.TOKEN).",
+                "this server needs its token: Authorization: Bearer TOKEN (a browser's WebSocket:"
+                " the subprotocol token.TOKEN).",
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
@@ -91,19 +98,26 @@ class AuthMiddleware:
         return any([hmac.compare_digest(word.encode(), self._token.encode()) for word in given])  # noqa: C419 - no short cut
 
     async def _whole_body(self, headers: dict[str, str], receive: Receive) -> Receive:
-        """Read the body; returns what gives it to the app, and then whatever else the client does."""
+        """Read the body; returns what gives it to the app, and then whatever else the client
+        does."""
         most = self._limits.body_bytes
-        too_large = ApiError(413, f"the body is larger than {most:,} bytes, which is what this server takes.")
+        too_large = ApiError(
+            413, f"the body is larger than {most:,} bytes, which is what this server takes."
+        )
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length[:20]) > most:
             raise too_large
         messages: deque[Message] = deque()
         size, end = 0, time.monotonic() + self._limits.body_seconds
-        while not messages or (messages[-1]["type"] == "http.request" and messages[-1].get("more_body")):
+        while not messages or (
+            messages[-1]["type"] == "http.request" and messages[-1].get("more_body")
+        ):
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
             except asyncio.TimeoutError:
-                raise ApiError(408, f"the body did not arrive within {self._limits.body_seconds:g} s.") from None
+                raise ApiError(
+                    408, f"the body did not arrive within {self._limits.body_seconds:g} s."
+                ) from None
             size += len(message.get("body", b""))
             if size > most:
                 raise too_large
@@ -125,13 +139,18 @@ class _ResponseRecorder:
     async def __call__(self, message: Message) -> None:
         kind = message["type"]
         if kind in ("http.response.start", "websocket.http.response.start", "websocket.accept"):
-            message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", self._own.encode())]}
+            message = {
+                **message,
+                "headers": [*message.get("headers", []), (b"x-request-id", self._own.encode())],
+            }
             self._note(int(message.get("status", 101)))
         await self._send(message)
 
     def _note(self, status: int) -> None:
         seconds, scope = time.perf_counter() - self._started, self._scope
-        route = getattr(scope.get("route"), "path", "none")  # the pattern, not the path: labels stay few
+        route = getattr(
+            scope.get("route"), "path", "none"
+        )  # the pattern, not the path: labels stay few
         method = str(scope.get("method", "WS"))
         method = method if method in ("GET", "HEAD", "POST", "DELETE", "WS") else "other"
         self._metrics.requests.labels(route, method, str(status)).inc()
@@ -144,10 +163,16 @@ class _ResponseRecorder:
 def _check_local(headers: dict[str, str]) -> None:
     host = headers.get("host", "")
     if not is_local(_name_of(f"//{host}") or ""):
-        raise ApiError(403, f"Host is {host[:100]!r}; without a token this server answers to localhost and 127.0.0.1 only.")
+        raise ApiError(
+            403,
+            f"Host is {host[:100]!r}; without a token this server answers to localhost and"
+            " 127.0.0.1 only.",
+        )
     origin = headers.get("origin")
     if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-        raise ApiError(403, f"Origin is {origin[:100]!r}; without a token only this server's own page may ask.")
+        raise ApiError(
+            403, f"Origin is {origin[:100]!r}; without a token only this server's own page may ask."
+        )
 
 
 def _name_of(url: str) -> str | None:

@@ -1,6 +1,8 @@
-"""Errors in the shape that OpenAI's clients read: `{"error": {"message", "type", "param", "code"}}`.
+"""Errors in the shape that OpenAI's clients read: `{"error": {"message", "type", "param",
+"code"}}`.
 
-Every answer of this server that is not a success has it, also those of the framework (no such page, no such method).
+Every answer of this server that is not a success has it, also those of the framework (no such page,
+no such method).
 """
 
 from __future__ import annotations
@@ -23,10 +25,19 @@ _log = logging.getLogger("anyflow.serve")
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {
-    400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
-    408: "timeout", 409: "conflict", 413: "body_too_large", 415: "unsupported_media_type", 429: "queue_full",
-    500: "server_error", 503: "unavailable",
-}  # fmt: skip
+    400: "invalid_value",
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "timeout",
+    409: "conflict",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+    429: "queue_full",
+    500: "server_error",
+    503: "unavailable",
+}
 
 
 class ApiError(Exception):
@@ -54,7 +65,9 @@ class ApiError(Exception):
 
     def answer(self) -> JSONResponse:
         """As HTTP."""
-        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        kind = _TYPES.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
         param = None if self.param is None else _sendable(self.param)
         body = {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}
         return JSONResponse({"error": body}, self.status, self.headers)
@@ -76,7 +89,9 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, f"{error.detail}.", headers=error.headers)
-    return ApiError(500, "an error of the server; its log has it under the request id of this answer.")
+    return ApiError(
+        500, "an error of the server; its log has it under the request id of this answer."
+    )
 
 
 def answer_in_shape(app: FastAPI) -> None:

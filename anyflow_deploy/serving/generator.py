@@ -1,8 +1,8 @@
 """A job becomes a video file that grows: the service's use of `VideoPipeline`.
 
-A causal model's chunks are decoded and put into the file before the next one is begun. A bidirectional
-model's latents are whole before the VAE begins, and are then decoded in fragments of a few frames; so
-both kinds make a file that grows.
+A causal model's chunks are decoded and put into the file before the next one is begun. A
+bidirectional model's latents are whole before the VAE begins, and are then decoded in fragments of
+a few frames; so both kinds make a file that grows.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class VideoGenerator:
             if name == "transformer":
                 _report_sample(results, report)
 
-        chunks = self._pipeline.generate(request, prompt_embeds, policy, on_step=on_step, stage=stage)
+        chunks = self._pipeline.generate(
+            request, prompt_embeds, policy, on_step=on_step, stage=stage
+        )
         size = (request.height, request.width)
         with VideoWriter(path, self.manifest.video.fps, size) as writer, closing(chunks):
             for chunk in chunks:

@@ -1,7 +1,7 @@
 """One video on its way from request to file.
 
-`Video` is what clients see of it, in OpenAI's shape with fields of ours behind; `Job` adds what the server needs:
-the request, two flags that other threads raise, and those who wait for news.
+`Video` is what clients see of it, in OpenAI's shape with fields of ours behind; `Job` adds what the
+server needs: the request, two flags that other threads raise, and those who wait for news.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Status = Literal["queued", "in_progress", "completed", "failed"]
 
 
 class JobError(BaseModel):
-    """Why a video was not made. `code` is `cancelled`, `server_shutdown`, `invalid_request` or `server_error`."""
+    """Why a video was not made. `code` is `cancelled`, `server_shutdown`, `invalid_request` or
+    `server_error`."""
 
     code: str
     message: str
@@ -48,7 +49,8 @@ class Fragment(BaseModel):
 
 
 class Video(BaseModel):
-    """A video as clients see it: OpenAI's fields, then ours. A cancelled one has `failed`, as OpenAI's clients know no other end.
+    """A video as clients see it: OpenAI's fields, then ours. A cancelled one has `failed`, as
+    OpenAI's clients know no other end.
 
     Attributes:
         progress: 0 to 100.
@@ -56,7 +58,8 @@ class Video(BaseModel):
         steps: transitions made, of each chunk (or of the whole).
         deadline_met: whether every chunk was in time; None without a deadline, or before the first.
         queue_position: videos before this one, counting the one being made; None once it is begun.
-        timings: seconds by stage: `queued`, `text`, `first_frame`, `transformer`, `vae`, `mp4`, `total`.
+        timings: seconds by stage: `queued`, `text`, `first_frame`, `transformer`, `vae`, `mp4`,
+            `total`.
     """
 
     model_config = ConfigDict(validate_assignment=False, protected_namespaces=())

@@ -1,4 +1,5 @@
-"""What a generator reports while it works: into the video that clients see, and into the metrics."""
+"""What a generator reports while it works: into the video that clients see, and into the
+metrics."""
 
 from __future__ import annotations
 
@@ -78,11 +79,20 @@ class Report:
             Cancelled: nobody wants the video any more.
         """
         now, pieces = time.perf_counter(), self.job.pieces
-        first, start = (pieces[-1].first_frame + pieces[-1].frames, pieces[-1].end) if pieces else (0, 0)
+        first, start = (
+            (pieces[-1].first_frame + pieces[-1].frames, pieces[-1].end) if pieces else (0, 0)
+        )
         seconds = round(now - self._started, 4)
         with self.job.lock:
             pieces.append(
-                Fragment(index=len(pieces), first_frame=first, frames=frames, start=start, end=start + size, seconds=seconds)
+                Fragment(
+                    index=len(pieces),
+                    first_frame=first,
+                    frames=frames,
+                    start=start,
+                    end=start + size,
+                    seconds=seconds,
+                )
             )
             self.job.video.chunks = len(pieces)
             self.job.video.timings.setdefault("first_frame", seconds)
@@ -95,7 +105,8 @@ class Report:
         self.job.check()
 
     def ended(self) -> None:
-        """Nothing more comes: note the whole, and every stage's time. Said twice, it counts once."""
+        """Nothing more comes: note the whole, and every stage's time. Said twice, it counts
+        once."""
         if "total" in self.job.video.timings:
             return
         seconds = time.perf_counter() - self._started
@@ -110,5 +121,7 @@ class Report:
         with self.job.lock:
             video = self.job.video
             shown = sum(piece.frames for piece in self.job.pieces) / video.num_frames
-            video.progress = max(video.progress, int(_STEPS_SHARE * self._way + _FRAMES_SHARE * shown))
+            video.progress = max(
+                video.progress, int(_STEPS_SHARE * self._way + _FRAMES_SHARE * shown)
+            )
         self.job.notify()

@@ -1,4 +1,5 @@
-"""What a server lets anybody ask of it. Every number is a flag of `anyflow-serve`; every refusal names it."""
+"""What a server lets anybody ask of it. Every number is a flag of `anyflow-serve`; every refusal
+names it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Log lines: time, level, what happened, and `request=` and `video=` where they are known: one word finds all of a request.
+"""Log lines: time, level, what happened, and `request=` and `video=` where they are known: one word
+finds all of a request.
 
 Prompts are never logged.
 """
@@ -21,8 +22,14 @@ class LogFormatter(logging.Formatter):
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         request = getattr(record, "request", "") or request_id.get()
         video = getattr(record, "video", "")
-        words = [f"{moment}.{int(record.msecs):03d}Z", record.levelname.lower(), record.getMessage().replace("\n", " ")]
-        words += [f"{name}={value}" for name, value in (("request", request), ("video", video)) if value]
+        words = [
+            f"{moment}.{int(record.msecs):03d}Z",
+            record.levelname.lower(),
+            record.getMessage().replace("\n", " "),
+        ]
+        words += [
+            f"{name}={value}" for name, value in (("request", request), ("video", video)) if value
+        ]
         line = " ".join(words)
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 

@@ -1,7 +1,8 @@
 """What a client asks for, checked as far as it can be before anything runs.
 
-`VideoRequest` is the body of `POST /v1/videos`: OpenAI's fields (`prompt`, `model`, `seconds`, `size`) and ours.
-`validate_request` checks it against the bundle and the server's limits and makes a `GenerationRequest` of it.
+`VideoRequest` is the body of `POST /v1/videos`: OpenAI's fields (`prompt`, `model`, `seconds`,
+`size`) and ours. `validate_request` checks it against the bundle and the server's limits and makes
+a `GenerationRequest` of it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ _HUGE = 10**9
 class VideoRequest(BaseModel):
     """The body of a request for a video. Only `prompt` is needed.
 
-    `num_inference_steps` is how many transitions a video (a chunk, of a causal model) gets; with `deadline_ms` in its place
-    there are as many as fit into that time, and `num_inference_steps` is then the most there may be.
+    `num_inference_steps` is how many transitions a video (a chunk, of a causal model) gets; with
+    `deadline_ms` in its place there are as many as fit into that time, and `num_inference_steps` is
+    then the most there may be.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -42,7 +44,15 @@ class VideoRequest(BaseModel):
     window: int | None = Field(None, ge=1, le=_HUGE)
 
     @field_validator(
-        "seconds", "num_frames", "num_inference_steps", "first_steps", "deadline_ms", "shift", "seed", "window", mode="before"
+        "seconds",
+        "num_frames",
+        "num_inference_steps",
+        "first_steps",
+        "deadline_ms",
+        "shift",
+        "seed",
+        "window",
+        mode="before",
     )
     @classmethod
     def _no_truth_values(cls, value: object) -> object:
@@ -75,7 +85,9 @@ def validate_request(
         _check_prompt(request.prompt, limits)
     num_frames = _num_frames(request, manifest)
     height, width = _height_and_width(request.size, manifest)
-    _check_limit("num_frames" if request.seconds is None else "seconds", num_frames, limits.frames, "frames")
+    _check_limit(
+        "num_frames" if request.seconds is None else "seconds", num_frames, limits.frames, "frames"
+    )
     _check_limit("size", height * width, limits.pixels, "pixels")
     return GenerationRequest.from_manifest(
         manifest,
@@ -94,12 +106,16 @@ def _check_prompt(prompt: str, limits: Limits) -> None:
     if not prompt.strip():
         raise InvalidRequestError("prompt is empty; describe the video in a sentence.", "prompt")
     if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt):
-        raise InvalidRequestError("prompt holds a NUL or half a character (a lone surrogate); send text.", "prompt")
+        raise InvalidRequestError(
+            "prompt holds a NUL or half a character (a lone surrogate); send text.", "prompt"
+        )
 
 
 def _num_frames(request: VideoRequest, manifest: Manifest) -> int:
     if request.num_frames is not None and request.seconds is not None:
-        raise InvalidRequestError("seconds and num_frames both say how long the video is; give one of them.", "seconds")
+        raise InvalidRequestError(
+            "seconds and num_frames both say how long the video is; give one of them.", "seconds"
+        )
     if request.seconds is not None:  # as near as the VAE's 4n+1 frames come
         factor = manifest.video.temporal_factor
         return round(request.seconds * manifest.video.fps / factor) * factor + 1
@@ -113,7 +129,9 @@ def _height_and_width(size: str | None, manifest: Manifest) -> tuple[int, int]:
     found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
     if found is None:
         shown = f"{manifest.video.width}x{manifest.video.height}"
-        raise InvalidRequestError(f"size is {size[:40]!r}; allowed is WIDTHxHEIGHT in pixels, as {shown}.", "size")
+        raise InvalidRequestError(
+            f"size is {size[:40]!r}; allowed is WIDTHxHEIGHT in pixels, as {shown}.", "size"
+        )
     return int(found[2]), int(found[1])
 
 
@@ -138,4 +156,8 @@ def _step_settings(request: VideoRequest, manifest: Manifest, limits: Limits) ->
 
 def _check_limit(field: str, given: float, most: float, unit: str) -> None:
     if given > most:
-        raise InvalidRequestError(f"{field} asks for {given:,.12g} {unit}; this server allows {most:,.12g}. Ask for less.", field)
+        raise InvalidRequestError(
+            f"{field} asks for {given:,.12g} {unit}; this server allows {most:,.12g}. Ask for"
+            " less.",
+            field,
+        )

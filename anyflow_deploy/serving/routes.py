@@ -52,7 +52,9 @@ def routes(service: Service) -> APIRouter:
         return _file(service, job)
 
     @api.get("/v1/videos")
-    async def listed(after: str | None = None, limit: str = "20", order: str = "desc") -> JSONResponse:
+    async def listed(
+        after: str | None = None, limit: str = "20", order: str = "desc"
+    ) -> JSONResponse:
         return JSONResponse(_page(service, after, limit, order))
 
     @api.get("/v1/videos/{video_id}", response_model=Video)
@@ -62,12 +64,17 @@ def routes(service: Service) -> APIRouter:
     @api.get("/v1/videos/{video_id}/content")
     async def content(video_id: str, variant: str = "video") -> Response:
         if variant not in ("video", "thumbnail"):
-            raise ApiError(400, f"variant is {variant[:40]!r}; allowed are video and thumbnail.", "variant")
+            raise ApiError(
+                400, f"variant is {variant[:40]!r}; allowed are video and thumbnail.", "variant"
+            )
         job = job_of(service, video_id)
         _check_completed(job)
         if variant == "thumbnail":
             piece = job.pieces[0]
-            return Response(await run_in_threadpool(thumbnail, service.store.path(job.id), piece), media_type="image/jpeg")
+            return Response(
+                await run_in_threadpool(thumbnail, service.store.path(job.id), piece),
+                media_type="image/jpeg",
+            )
         return _file(service, job)
 
     @api.delete("/v1/videos/{video_id}")
@@ -103,25 +110,38 @@ def _about(api: APIRouter, service: Service) -> None:
     async def model(model: str) -> JSONResponse:
         if model != service.name:
             raise ApiError(
-                404, f"model {model[:60]!r} is not here; this server has {service.name!r}.", "model", "model_not_found"
+                404,
+                f"model {model[:60]!r} is not here; this server has {service.name!r}.",
+                "model",
+                "model_not_found",
             )
         return JSONResponse(describe_service(service))
 
     @api.get("/health")
     async def health() -> JSONResponse:
         state = "ok" if service.healthy else "unavailable"
-        return JSONResponse({"status": state, "model": service.name, "queued": service.waiting}, 200 if service.healthy else 503)
+        return JSONResponse(
+            {"status": state, "model": service.name, "queued": service.waiting},
+            200 if service.healthy else 503,
+        )
 
     @api.get("/metrics")
     async def metrics() -> Response:
-        return Response(await run_in_threadpool(generate_latest, service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(
+            await run_in_threadpool(generate_latest, service.metrics.registry),
+            media_type=CONTENT_TYPE_LATEST,
+        )
 
 
 def job_of(service: Service, video_id: str) -> Job:
     """A video by its id; raises `ApiError`."""
     job = service.get(video_id)
     if job is None:
-        raise ApiError(404, f"video {video_id[:60]!r} is not here: never made, deleted, or removed to make room.", "video_id")
+        raise ApiError(
+            404,
+            f"video {video_id[:60]!r} is not here: never made, deleted, or removed to make room.",
+            "video_id",
+        )
     return job
 
 
@@ -129,7 +149,9 @@ def finish_now(job: Job) -> None:
     """Finish a deadline with one jump; raises `InvalidRequestError`."""
     if job.video.deadline_ms is None:
         raise InvalidRequestError(
-            "this video has a number of steps, not a deadline; only a deadline can be finished early.", "deadline_ms"
+            "this video has a number of steps, not a deadline; only a deadline can be finished"
+            " early.",
+            "deadline_ms",
         )
     job.stop_event.set()
 
@@ -138,15 +160,27 @@ def describe_service(service: Service) -> dict[str, Any]:
     """The model, with what may be asked of it."""
     manifest, limits = service.manifest, service.limits
     video, schedule = manifest.video, manifest.schedule
-    default = {"size": f"{video.width}x{video.height}", "num_frames": video.frames, "num_inference_steps": schedule.steps}
+    default = {
+        "size": f"{video.width}x{video.height}",
+        "num_frames": video.frames,
+        "num_inference_steps": schedule.steps,
+    }
     return {
-        "id": service.name, "object": "model", "created": 0, "owned_by": "anyflow_deploy", "kind": manifest.kind,
-        "fps": video.fps, "default": default,
+        "id": service.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "anyflow_deploy",
+        "kind": manifest.kind,
+        "fps": video.fps,
+        "default": default,
         "limits": {
-            "num_frames": limits.frames, "pixels": limits.pixels, "num_inference_steps": limits.steps,
-            "deadline_ms": limits.deadline_seconds * 1000, "prompt_characters": limits.prompt_characters,
+            "num_frames": limits.frames,
+            "pixels": limits.pixels,
+            "num_inference_steps": limits.steps,
+            "deadline_ms": limits.deadline_seconds * 1000,
+            "prompt_characters": limits.prompt_characters,
         },
-    }  # fmt: skip
+    }
 
 
 async def _submitted(service: Service, request: Request) -> Job:
@@ -166,10 +200,15 @@ async def _fields(request: Request) -> object:
             if len(form) != len(form.multi_items()):
                 raise ApiError(400, "a field is given twice.")
             if any(isinstance(value, UploadFile) for value in form.values()):
-                raise InvalidRequestError("this server takes no files; describe the video in words.", "input_reference")
+                raise InvalidRequestError(
+                    "this server takes no files; describe the video in words.", "input_reference"
+                )
             return dict(form)
     if kind not in ("application/json", ""):
-        raise ApiError(415, f"Content-Type is {kind[:60]!r}; allowed are application/json and multipart/form-data.")
+        raise ApiError(
+            415,
+            f"Content-Type is {kind[:60]!r}; allowed are application/json and multipart/form-data.",
+        )
     try:
         return json.loads(await request.body())
     except (ValueError, RecursionError):
@@ -208,10 +247,15 @@ async def news_of(job: Job) -> AsyncIterator[asyncio.Event]:
 def _check_completed(job: Job) -> None:
     video = job.snapshot()
     if video.error is not None:
-        raise ApiError(_FAILURES.get(video.error.code, 500), video.error.message, code=video.error.code)
+        raise ApiError(
+            _FAILURES.get(video.error.code, 500), video.error.message, code=video.error.code
+        )
     if video.status != "completed":
         raise ApiError(
-            409, f"the video is {video.status}, {video.progress} per cent; ask again when it is completed.", code="not_ready"
+            409,
+            f"the video is {video.status}, {video.progress} per cent; ask again when it is"
+            " completed.",
+            code="not_ready",
         )
 
 
@@ -241,4 +285,10 @@ def _page(service: Service, after: str | None, limit: str, order: str) -> dict[s
     count = int(limit)
     data = [service.snapshot(job).model_dump() for job in jobs[:count]]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": len(jobs) > count}
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": first,
+        "last_id": last,
+        "has_more": len(jobs) > count,
+    }

@@ -1,8 +1,9 @@
 """uvicorn, stopped gently.
 
-The first SIGTERM or Ctrl-C: no more videos are taken (503), those that wait end as `server_shutdown`, and the one being made has
-its grace to finish. Meanwhile everything is still answered, so whoever waits gets the file. The second one cancels it between two
-transitions. A video is whole or was never there, whenever that happens.
+The first SIGTERM or Ctrl-C: no more videos are taken (503), those that wait end as
+`server_shutdown`, and the one being made has its grace to finish. Meanwhile everything is still
+answered, so whoever waits gets the file. The second one cancels it between two transitions. A video
+is whole or was never there, whenever that happens.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Server(uvicorn.Server):
         self._service, self._grace, self._leaving = service, grace, False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came: work on another thread, since locks may be held where this one was interrupted."""
+        """A signal came: work on another thread, since locks may be held where this one was
+        interrupted."""
         work = self._service.abandon if self._leaving else self._leave
         self._leaving = True
         threading.Thread(target=work, name="anyflow-stop", daemon=True).start()

@@ -1,7 +1,8 @@
 """The queue, the thread that makes videos, and everything that is known of them.
 
-Nothing here knows of HTTP. Clients' threads (or the event loop) submit, look, cancel and delete; one thread takes the oldest
-request and has it made. All of the service's own state is under one lock, held for moments only, never while a video is made.
+Nothing here knows of HTTP. Clients' threads (or the event loop) submit, look, cancel and delete;
+one thread takes the oldest request and has it made. All of the service's own state is under one
+lock, held for moments only, never while a video is made.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ REMEMBERED_FAILURES = 1000
 """Videos that failed are only a few words; more than this many are forgotten, oldest first."""
 
 _TIDY_EVERY = 30.0
-_SHUTDOWN = JobError(code="server_shutdown", message="the server was stopped before this video was finished; ask again later.")
+_SHUTDOWN = JobError(
+    code="server_shutdown",
+    message="the server was stopped before this video was finished; ask again later.",
+)
 _CANCELLED = JobError(code="cancelled", message="cancelled on request; nothing of it was kept.")
 
 
@@ -42,7 +46,10 @@ class BusyError(AnyFlowError):
     """
 
     def __init__(self, waiting: int, seconds: int) -> None:
-        super().__init__(f"{waiting} videos wait already, and this server takes no more. Ask again in {seconds} s.")
+        super().__init__(
+            f"{waiting} videos wait already, and this server takes no more. Ask again in"
+            f" {seconds} s."
+        )
         self.seconds = seconds
 
 
@@ -63,9 +70,21 @@ class Service:
     """
 
     def __init__(
-        self, generator: VideoGenerator, manifest: Manifest, store: VideoStore, limits: Limits, name: str, metrics: Metrics
+        self,
+        generator: VideoGenerator,
+        manifest: Manifest,
+        store: VideoStore,
+        limits: Limits,
+        name: str,
+        metrics: Metrics,
     ) -> None:
-        self.generator, self.manifest, self.limits, self.name, self.metrics = generator, manifest, limits, name, metrics
+        self.generator, self.manifest, self.limits, self.name, self.metrics = (
+            generator,
+            manifest,
+            limits,
+            name,
+            metrics,
+        )
         self.store = store
         self._jobs: dict[str, Job] = {job.id: job for job in store.restore()}  # oldest first
         self._queue: deque[Job] = deque()
@@ -74,7 +93,11 @@ class Service:
         self._recent: deque[float] = deque(maxlen=5)
         self._news = threading.Condition()
         self._tidy()
-        metrics.watch(lambda: len(self._queue), lambda: float(self._running is not None), self._count_stored_bytes)
+        metrics.watch(
+            lambda: len(self._queue),
+            lambda: float(self._running is not None),
+            self._count_stored_bytes,
+        )
         self._thread = threading.Thread(target=self._work, name="anyflow-videos", daemon=True)
         self._thread.start()
 
@@ -94,7 +117,9 @@ class Service:
         job = Job(self._video(request), request, request_id)
         with self._news:
             if self._closing:
-                raise ClosingError("the server is being stopped and takes no more videos; ask again later.")
+                raise ClosingError(
+                    "the server is being stopped and takes no more videos; ask again later."
+                )
             if len(self._queue) >= self.limits.queue:
                 self.metrics.refused.labels("queue").inc()
                 raise BusyError(len(self._queue), self._wait())
@@ -117,12 +142,15 @@ class Service:
     def snapshot(self, job: Job) -> Video:
         """What clients see of a video now."""
         with self._news:
-            position = self._queue.index(job) + (self._running is not None) if job in self._queue else None
+            position = (
+                self._queue.index(job) + (self._running is not None) if job in self._queue else None
+            )
             video = job.snapshot()
         return video.model_copy(update={"queue_position": position})
 
     def cancel(self, job: Job, reason: JobError = _CANCELLED) -> None:
-        """Nobody wants this video: at once if it waits, else after the transition that runs. What has ended stays as it is."""
+        """Nobody wants this video: at once if it waits, else after the transition that runs. What
+        has ended stays as it is."""
         with self._news:
             if job in self._queue:
                 self._queue.remove(job)
@@ -213,11 +241,16 @@ class Service:
             problem = JobError(code="invalid_request", message=str(error))
         except OSError as error:
             _log.exception("failed", extra=about)
-            problem = JobError(code="server_error", message=f"the video could not be written: {error.strerror}.")
+            problem = JobError(
+                code="server_error", message=f"the video could not be written: {error.strerror}."
+            )
         except Exception:  # noqa: BLE001 - the next video may do better; this one is in the log
             _log.exception("failed", extra=about)
             where = job.request_id or job.id
-            problem = JobError(code="server_error", message=f"an error of the server; its log has it under {where}.")
+            problem = JobError(
+                code="server_error",
+                message=f"an error of the server; its log has it under {where}.",
+            )
         if problem is not None:
             report.ended()
             self.store.remove(job.id)
@@ -231,7 +264,11 @@ class Service:
         with job.lock:
             job.video.status = "in_progress"
             job.video.timings["queued"] = round(waited, 4)
-        _log.info("begun after %.3f s in the queue", waited, extra={"request": job.request_id, "video": job.id})
+        _log.info(
+            "begun after %.3f s in the queue",
+            waited,
+            extra={"request": job.request_id, "video": job.id},
+        )
         job.notify()
 
     def _finish(self, job: Job) -> None:
@@ -256,7 +293,9 @@ class Service:
             job.video.error, job.video.chunks = problem, 0
             job.video.completed_at = int(time.time())
             job.video.status = "failed"
-        self.metrics.videos.labels("cancelled" if problem.code in ("cancelled", "server_shutdown") else "failed").inc()
+        self.metrics.videos.labels(
+            "cancelled" if problem.code in ("cancelled", "server_shutdown") else "failed"
+        ).inc()
 
     def _tidy(self) -> None:
         """Remove what is too old or too much."""
@@ -264,7 +303,9 @@ class Service:
             ended = [job for job in self._jobs.values() if job.ended]
             finished = [job for job in ended if job.video.status == "completed"]
             failed = [job for job in ended if job.video.status == "failed"]
-            gone = self.store.surplus(finished) + failed[: max(0, len(failed) - REMEMBERED_FAILURES)]
+            gone = (
+                self.store.surplus(finished) + failed[: max(0, len(failed) - REMEMBERED_FAILURES)]
+            )
             for job in gone:
                 del self._jobs[job.id]
         for job in gone:
@@ -292,5 +333,7 @@ class Service:
             fps=fps,
             seed=request.seed,
             num_inference_steps=request.num_inference_steps,
-            deadline_ms=None if request.steps.deadline_s is None else request.steps.deadline_s * 1000,
+            deadline_ms=(
+                None if request.steps.deadline_s is None else request.steps.deadline_s * 1000
+            ),
         )

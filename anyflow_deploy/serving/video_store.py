@@ -1,8 +1,9 @@
 """The folder with the videos: one folder for each, bounded in size and age.
 
-A video grows in `ID/video.mp4`. When it is whole, `ID/video.json` is written beside it, at once or not at all: a folder that has
-one holds a finished video, and is served again after a restart. All other folders are what a killed server left, and go when the
-next one opens the shelf. One server at a time has a shelf; a lock that ends with its process sees to that.
+A video grows in `ID/video.mp4`. When it is whole, `ID/video.json` is written beside it, at once or
+not at all: a folder that has one holds a finished video, and is served again after a restart. All
+other folders are what a killed server left, and go when the next one opens the shelf. One server at
+a time has a shelf; a lock that ends with its process sees to that.
 """
 
 from __future__ import annotations
@@ -53,9 +54,13 @@ class VideoStore:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock_folder(folder / LOCK)
         except BlockingIOError:
-            raise AnyFlowError(f"{folder} belongs to another anyflow-serve that runs. Choose another --folder.") from None
+            raise AnyFlowError(
+                f"{folder} belongs to another anyflow-serve that runs. Choose another --folder."
+            ) from None
         except OSError as error:
-            raise AnyFlowError(f"{folder} cannot hold the videos: {error.strerror}. Choose another --folder.") from None
+            raise AnyFlowError(
+                f"{folder} cannot hold the videos: {error.strerror}. Choose another --folder."
+            ) from None
 
     def close(self) -> None:
         """Let another server have it."""
@@ -79,7 +84,9 @@ class VideoStore:
     def remove(self, name: str) -> None:
         """Remove a video, whole or half. Those who have its file open may read on."""
         folder = self.folder / name
-        with contextlib.suppress(OSError):  # first, so that what is left of it is never taken for a video
+        with contextlib.suppress(
+            OSError
+        ):  # first, so that what is left of it is never taken for a video
             (folder / RECORD).unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -98,10 +105,17 @@ class VideoStore:
                 jobs.append(job)
             else:
                 _log.warning("%s is no video that this version can read; it is left alone", folder)
-        return sorted(jobs, key=lambda job: (job.video.created_at, (self.folder / job.id / RECORD).stat().st_mtime_ns))
+        return sorted(
+            jobs,
+            key=lambda job: (
+                job.video.created_at,
+                (self.folder / job.id / RECORD).stat().st_mtime_ns,
+            ),
+        )
 
     def surplus(self, finished: list[Job], now: float | None = None) -> list[Job]:
-        """Which finished videos have to go, by age and by size; the newest one stays, however large.
+        """Which finished videos have to go, by age and by size; the newest one stays, however
+        large.
 
         Args:
             finished: oldest first.
@@ -134,5 +148,11 @@ def _read(folder: Path) -> Job | None:
         size = (folder / VIDEO).stat().st_size
     except (OSError, ValidationError):
         return None
-    whole = stored.schema_version == 1 and stored.video.id == folder.name and stored.video.bytes == size
-    return Job(stored.video, None, pieces=stored.pieces) if whole and stored.video.status == "completed" else None
+    whole = (
+        stored.schema_version == 1 and stored.video.id == folder.name and stored.video.bytes == size
+    )
+    return (
+        Job(stored.video, None, pieces=stored.pieces)
+        if whole and stored.video.status == "completed"
+        else None
+    )

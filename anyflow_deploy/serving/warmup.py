@@ -1,4 +1,5 @@
-"""One video before the first client's: kernels are chosen, memory is there, and the pace of every chunk is known to deadlines."""
+"""One video before the first client's: kernels are chosen, memory is there, and the pace of every
+chunk is known to deadlines."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from anyflow_deploy.serving.video_store import VideoStore
 
 
 def warm_up(generator: VideoGenerator, manifest: Manifest, limits: Limits, name: str) -> None:
-    """Make a video of default size, in one timed jump a chunk, and throw it away; neither shelf nor metrics see it.
+    """Make a video of default size, in one timed jump a chunk, and throw it away; neither shelf nor
+    metrics see it.
 
     Raises:
         AnyFlowError: it could not be made, or the limits do not allow the default size.
@@ -28,7 +30,9 @@ def warm_up(generator: VideoGenerator, manifest: Manifest, limits: Limits, name:
         with closing(VideoStore(Path(folder), limits.disk_bytes, limits.keep_seconds)) as store:
             service = Service(generator, manifest, store, limits, name, Metrics())
             try:
-                job = service.submit(service.validate(VideoRequest(prompt="a red fox", deadline_ms=0.001, seed=0)))
+                job = service.submit(
+                    service.validate(VideoRequest(prompt="a red fox", deadline_ms=0.001, seed=0))
+                )
                 with job.subscribe(lambda: ended.set() if job.ended else None):
                     while not job.ended:
                         ended.wait(1.0)

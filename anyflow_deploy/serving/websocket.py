@@ -7,10 +7,12 @@ The server sends, as JSON text:
                                                                    n binary messages follow
     {"type": "end", "video": …}                                    and the connection is closed
 
-A piece is one binary message of mp4 (all pieces, one behind the other, are the file), or with `?format=jpeg` one JPEG a frame.
-Who comes late gets what is there first. The client may send {"type": "cancel"} and {"type": "finish"}. Leaving cancels nothing.
+A piece is one binary message of mp4 (all pieces, one behind the other, are the file), or with
+`?format=jpeg` one JPEG a frame. Who comes late gets what is there first. The client may send
+{"type": "cancel"} and {"type": "finish"}. Leaving cancels nothing.
 
-Everything is read from the file, one piece at a time and only when the one before was sent, so a slow client needs no memory.
+Everything is read from the file, one piece at a time and only when the one before was sent, so a
+slow client needs no memory.
 """
 
 from __future__ import annotations
@@ -45,10 +47,16 @@ def sockets(service: Service) -> APIRouter:
         try:
             job = job_of(service, video_id)
             if format not in FORMATS:
-                raise ApiError(400, f"format is {format[:40]!r}; allowed are {' and '.join(FORMATS)}.", "format")
+                raise ApiError(
+                    400,
+                    f"format is {format[:40]!r}; allowed are {' and '.join(FORMATS)}.",
+                    "format",
+                )
             if len(open_now) >= service.limits.streams:
                 raise ApiError(
-                    429, f"{len(open_now)} streams are open, as many as this server allows.", headers={"Retry-After": "5"}
+                    429,
+                    f"{len(open_now)} streams are open, as many as this server allows.",
+                    headers={"Retry-After": "5"},
                 )
         except ApiError as error:
             await socket.send_denial_response(error.answer())
@@ -96,7 +104,9 @@ class _Watching:
         async with news_of(self.job) as news:
             while True:
                 news.clear()
-                ended = self.job.ended  # looked at first: what comes before the end is then sent before it
+                ended = (
+                    self.job.ended
+                )  # looked at first: what comes before the end is then sent before it
                 for piece in self.job.pieces[sent:]:
                     if not await self._piece(piece.index):
                         break
@@ -122,7 +132,12 @@ class _Watching:
                 parts = [await run_in_threadpool(part, path, piece)]
         except (OSError, IndexError, AnyFlowError):
             return False
-        about = {"index": index, "first_frame": piece.first_frame, "frames": piece.frames, "seconds": piece.seconds}
+        about = {
+            "index": index,
+            "first_frame": piece.first_frame,
+            "frames": piece.frames,
+            "seconds": piece.seconds,
+        }
         await self.socket.send_text(json.dumps({"type": "chunk", **about, "messages": len(parts)}))
         for data in parts:
             await self.socket.send_bytes(data)

@@ -1,8 +1,9 @@
 """Building for AOTInductor: one `.pt2` package for each graph of a bundle.
 
-The network is rebuilt from the bundle (`export/program.py`), recorded with every declared axis symbolic, and compiled for
-this device. The weights stay in the bundle, where all packages read them: a package is native code, a few MB whatever the
-model, and a chunk and its compression share one copy in memory.
+The network is rebuilt from the bundle (`export/program.py`), recorded with every declared axis
+symbolic, and compiled for this device. The weights stay in the bundle, where all packages read
+them: a package is native code, a few MB whatever the model, and a chunk and its compression share
+one copy in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from anyflow_deploy.bundle.manifest import AxisRange
 from anyflow_deploy.engines.build import BuildResult, BuildSettings
 from anyflow_deploy.engines.engine_folder import EngineWriter, narrow_ranges
 from anyflow_deploy.engines.torch_common.compat import check_packages_open, find_cpp_compiler
-from anyflow_deploy.engines.torch_common.device import describe_device, import_torch, runtime_versions, torch_device
+from anyflow_deploy.engines.torch_common.device import (
+    describe_device,
+    import_torch,
+    runtime_versions,
+    torch_device,
+)
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.progress import Progress
 from anyflow_deploy.shape_ranges import Range
@@ -32,7 +38,8 @@ class AotInductorSettings(BuildSettings):
     """See `BuildSettings`.
 
     Attributes:
-        max_autotune: time several kernels for each product and keep the fastest; builds take many times as long.
+        max_autotune: time several kernels for each product and keep the fastest; builds take many
+            times as long.
     """
 
     max_autotune: bool = False
@@ -57,7 +64,9 @@ class AotInductorSettings(BuildSettings):
             achieved[graph] = summarize_package(bundle, graph, writer.folder / f"{graph}.pt2")
         with progress.stage("opening what was compiled"):
             index = self.device if self.provider == "cuda" else -1
-            check_packages_open([writer.folder / f"{graph}.pt2" for graph in bundle.manifest.graphs], index)
+            check_packages_open(
+                [writer.folder / f"{graph}.pt2" for graph in bundle.manifest.graphs], index
+            )
         return BuildResult(
             describe_device(torch, self.provider, self.device),
             runtime_versions(torch, self.provider),
@@ -75,15 +84,16 @@ def check_precision(torch: Any, bundle: Bundle, provider: str, index: int) -> No
     manifest = bundle.manifest
     if manifest.quantization is not None and manifest.quantization.attention == "fp8":
         raise BackendError(
-            f"{bundle.path} has attention in fp8, and torch's fused attention takes 16 bits and more. "
-            "Export with --attention high, or use backend tensorrt or onnxruntime."
+            f"{bundle.path} has attention in fp8, and torch's fused attention takes 16 bits and"
+            " more. Export with --attention high, or use backend tensorrt or onnxruntime."
         )
     if provider == "cuda" and manifest.precision == "fp8":
         capability = torch.cuda.get_device_capability(index)
         if capability < _FP8_CAPABILITY:
             raise BackendError(
-                f"{bundle.path} is fp8, and {torch.cuda.get_device_name(index)} (compute capability "
-                f"{capability[0]}.{capability[1]}) has no FP8 products: those begin with 8.9 (Ada, Hopper). Export int8 or bf16."
+                f"{bundle.path} is fp8, and {torch.cuda.get_device_name(index)} (compute capability"
+                f" {capability[0]}.{capability[1]}) has no FP8 products: those begin with 8.9 (Ada,"
+                " Hopper). Export int8 or bf16."
             )
 
 
@@ -96,7 +106,9 @@ def check_exporter() -> None:
     try:
         import anyflow_deploy.export.trace  # noqa: F401
     except ImportError as error:
-        raise BackendError(f"building needs the exporter ({error}). Run: pip install 'anyflow-deploy[export]'") from None
+        raise BackendError(
+            f"building needs the exporter ({error}). Run: pip install 'anyflow-deploy[export]'"
+        ) from None
 
 
 def _buildable_ranges(bundle: Bundle, provider: str) -> dict[str, AxisRange]:
@@ -105,7 +117,9 @@ def _buildable_ranges(bundle: Bundle, provider: str) -> dict[str, AxisRange]:
     declared, patch = bundle.manifest.shape_ranges, bundle.manifest.architecture.patch_size[1]
     overrides = {"text": _range_from(declared.text, _INT8_ROWS)}
     side = (bundle.manifest.architecture.compressed_patch_size or (1, patch))[1]
-    overrides |= {axis: _range_from(getattr(declared, axis), 5 * side) for axis in ("height", "width")}
+    overrides |= {
+        axis: _range_from(getattr(declared, axis), 5 * side) for axis in ("height", "width")
+    }
     return narrow_ranges(bundle, **overrides)
 
 

@@ -1,7 +1,9 @@
-"""A compiled graph, ready to be called: torch's loader of `.pt2` packages, and CUDA graphs around it.
+"""A compiled graph, ready to be called: torch's loader of `.pt2` packages, and CUDA graphs around
+it.
 
-The loader unpacks the shared library into a private folder and opens it; no pickle is involved, and Python's own archive
-reader, which could meet one, is not used. A call takes and returns tensors on the device in the order of the bundle's graph.
+The loader unpacks the shared library into a private folder and opens it; no pickle is involved, and
+Python's own archive reader, which could meet one, is not used. A call takes and returns tensors on
+the device in the order of the bundle's graph.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MAX_GRAPHS = 4
-"""Shapes whose recordings are kept. They share one pool of memory, as large as the largest needs."""
+"""Shapes whose recordings are kept. They share one pool of memory, as large as the largest
+needs."""
 
 
 class CompiledGraph:
-    """One package. Calls from several threads wait for each other: a package has one set of buffers.
+    """One package. Calls from several threads wait for each other: a package has one set of
+    buffers.
 
     Args:
         torch: the module.
@@ -45,7 +49,9 @@ class CompiledGraph:
             self._loader: Any = open_package(path, index)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            raise BackendError(f"{path} cannot be opened by torch {torch.__version__}: {reason} Build it again.") from None
+            raise BackendError(
+                f"{path} cannot be opened by torch {torch.__version__}: {reason} Build it again."
+            ) from None
         self.weights: list[str] = self._loader.get_constant_fqns()
 
     def load_weights(self, weights: TorchWeights) -> None:
@@ -66,7 +72,9 @@ class CompiledGraph:
                 return list(self._loader.boxed_run(list(inputs)))
             except self._torch.OutOfMemoryError as error:
                 reason = str(error).splitlines()[0]
-                raise BackendError(f"a transition does not fit on the device: {reason} Make a smaller video.") from None
+                raise BackendError(
+                    f"a transition does not fit on the device: {reason} Make a smaller video."
+                ) from None
 
     def close(self) -> None:
         """Release the package."""
@@ -75,10 +83,12 @@ class CompiledGraph:
 
 
 class CudaGraphRunner:
-    """A compiled graph that is recorded as a CUDA graph, once for each shape, and replayed: one launch for all kernels.
+    """A compiled graph that is recorded as a CUDA graph, once for each shape, and replayed: one
+    launch for all kernels.
 
-    The first call of a shape runs as it is, which loads kernels and settles libraries; the second records. Inputs are
-    copied to where the recording reads them and outputs to memory of their own, on the device, so runs do not mix.
+    The first call of a shape runs as it is, which loads kernels and settles libraries; the second
+    records. Inputs are copied to where the recording reads them and outputs to memory of their own,
+    on the device, so runs do not mix.
 
     Args:
         torch: the module.

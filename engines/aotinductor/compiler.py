@@ -3,9 +3,12 @@
 Options that differ from torch's defaults, and why:
 
 - weights stay outside the package (`package_constants_in_so`), see `engines/aotinductor/build.py`;
-- threads are asked for when the package runs (`dynamic_threads`), not fixed at as many as the builder had;
-- a package uses its own copies of the C++ library's templates, not libtorch's (`torch_common/compat.py`);
-- no precompiled headers: they took a minute and 290 MB to make and saved nothing (9.4 s with, 9.4 s without, for one file).
+- threads are asked for when the package runs (`dynamic_threads`), not fixed at as many as the
+  builder had;
+- a package uses its own copies of the C++ library's templates, not libtorch's
+  (`torch_common/compat.py`);
+- no precompiled headers: they took a minute and 290 MB to make and saved nothing (9.4 s with, 9.4 s
+  without, for one file).
 """
 
 from __future__ import annotations
@@ -23,7 +26,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.engine_folder import EngineWriter
-from anyflow_deploy.engines.torch_common.compat import find_cpp_compiler, make_symbolic_compiler, select_known_options
+from anyflow_deploy.engines.torch_common.compat import (
+    find_cpp_compiler,
+    make_symbolic_compiler,
+    select_known_options,
+)
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.export.program import program_from_bundle
@@ -41,7 +48,9 @@ _ATTENTION = ("flash", "efficient", "cudnn")
 _PRODUCTS = {"fp8": "_scaled_mm", "int8": "_int_mm"}
 
 
-def compile_graphs(bundle: Bundle, device: str, writer: EngineWriter, max_autotune: bool, progress: Progress) -> None:
+def compile_graphs(
+    bundle: Bundle, device: str, writer: EngineWriter, max_autotune: bool, progress: Progress
+) -> None:
     """Put a package for each graph into the folder.
 
     Args:
@@ -55,15 +64,25 @@ def compile_graphs(bundle: Bundle, device: str, writer: EngineWriter, max_autotu
         BackendError: the compiler gave up; no space or no memory.
     """
     compiler = make_symbolic_compiler(find_cpp_compiler())
-    options = select_known_options({**OPTIONS, "cpp.cxx": (None, compiler), "max_autotune": max_autotune})
+    options = select_known_options(
+        {**OPTIONS, "cpp.cxx": (None, compiler), "max_autotune": max_autotune}
+    )
     with progress.stage("reading weights"):
         weights = TorchWeights(torch, bundle, device)
     tensors = weights.select(list(weights))
     try:
         for graph in bundle.manifest.graphs:
-            with _translate_errors(bundle), best_attention(device), progress.stage(f"tracing {graph}"):
+            with (
+                _translate_errors(bundle),
+                best_attention(device),
+                progress.stage(f"tracing {graph}"),
+            ):
                 program = program_from_bundle(bundle, graph, tensors, device)
-            with _translate_errors(bundle), best_attention(device), progress.stage(f"compiling {graph}"):
+            with (
+                _translate_errors(bundle),
+                best_attention(device),
+                progress.stage(f"compiling {graph}"),
+            ):
                 path = writer.folder / f"{graph}.pt2"
                 aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
             writer.add_existing(path.name)
@@ -74,11 +93,16 @@ def compile_graphs(bundle: Bundle, device: str, writer: EngineWriter, max_autotu
 
 @contextlib.contextmanager
 def best_attention(device: str) -> Any:
-    """On a GPU: cuDNN's attention where it fits, then flash, then the memory-efficient one, never a table of scores."""
+    """On a GPU: cuDNN's attention where it fits, then flash, then the memory-efficient one, never a
+    table of scores."""
     if device == "cpu":
         yield
         return
-    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    kernels = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+    ]
     with (
         torch.cuda.device(device),
         torch.backends.cudnn.flags(allow_tf32=False),
@@ -94,14 +118,19 @@ def _translate_errors(bundle: Bundle) -> Any:
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
-        raise BackendError(f"{bundle.path} cannot be compiled, no memory: {reason} Leave --max-autotune out.") from None
+        raise BackendError(
+            f"{bundle.path} cannot be compiled, no memory: {reason} Leave --max-autotune out."
+        ) from None
     except OSError as error:
         raise BackendError(
-            f"{bundle.path} cannot be compiled: {error}. Make room, or choose the compiler's folder with TORCHINDUCTOR_CACHE_DIR."
+            f"{bundle.path} cannot be compiled: {error}. Make room, or choose the compiler's folder"
+            " with TORCHINDUCTOR_CACHE_DIR."
         ) from None
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:600]
-        raise BackendError(f"{bundle.path} cannot be compiled ({type(error).__name__}): {reason}") from error
+        raise BackendError(
+            f"{bundle.path} cannot be compiled ({type(error).__name__}): {reason}"
+        ) from error
 
 
 def summarize_package(bundle: Bundle, graph: str, package: Path) -> str:
@@ -111,23 +140,37 @@ def summarize_package(bundle: Bundle, graph: str, package: Path) -> str:
         BackendError: an attention that writes out its table of scores.
     """
     calls = count_calls(package)
-    fused = sum(count for name, count in calls.items() if "attention" in name and any(kind in name for kind in _ATTENTION))
+    fused = sum(
+        count
+        for name, count in calls.items()
+        if "attention" in name and any(kind in name for kind in _ATTENTION)
+    )
     layers = bundle.manifest.architecture.num_layers
     expected = 2 * {"text": 0, "compress": layers - 1}.get(graph, layers)
     if fused != expected:
         raise BackendError(
-            f"{fused} of {expected} attentions of {graph} became one operator; the others would need memory for every pair of "
-            f"tokens. Calls: {dict(calls)}. Please report this with the output of python -m torch.utils.collect_env."
+            f"{fused} of {expected} attentions of {graph} became one operator; the others would"
+            f" need memory for every pair of tokens. Calls: {dict(calls)}. Please report this with"
+            " the output of python -m torch.utils.collect_env."
         )
     summary = f"{fused} of {expected} attentions fused"
     product = _PRODUCTS.get(bundle.manifest.precision)
     return (
-        summary if product is None else f"{summary}, {sum(n for name, n in calls.items() if product in name)} calls of {product}"
+        summary
+        if product is None
+        else (
+            f"{summary}, {sum(n for name, n in calls.items() if product in name)} calls of"
+            f" {product}"
+        )
     )
 
 
 def count_calls(package: Path) -> Counter[str]:
     """torch's operators that a package's wrapper calls, each as often as it stands there."""
     with zipfile.ZipFile(package) as archive:
-        sources = [archive.read(name).decode() for name in archive.namelist() if name.endswith("wrapper.cpp")]
+        sources = [
+            archive.read(name).decode()
+            for name in archive.namelist()
+            if name.endswith("wrapper.cpp")
+        ]
     return Counter(name for source in sources for name in _CALL.findall(source))

@@ -1,7 +1,9 @@
-"""AOTInductor: the network compiled by torch's own compiler, ahead of time, for the device it runs on.
+"""AOTInductor: the network compiled by torch's own compiler, ahead of time, for the device it runs
+on.
 
-`anyflow-build BUNDLE --backend aotinductor` makes one package for each graph (`build`); this opens them. torch is
-the runtime here, so unlike the other backends this one needs it on the device, though nothing of the exporter.
+`anyflow-build BUNDLE --backend aotinductor` makes one package for each graph (`build`); this opens
+them. torch is the runtime here, so unlike the other backends this one needs it on the device,
+though nothing of the exporter.
 
 Packages hold no weights: the bundle's are read once and lent to all of them. On a GPU a
 bidirectional step is recorded as a CUDA graph for each shape. (Chunks of a stream are not: their

@@ -1,7 +1,9 @@
-"""The causal cache for compiled torch graphs: one buffer per layer for keys and one for values, made once.
+"""The causal cache for compiled torch graphs: one buffer per layer for keys and one for values,
+made once.
 
-Graphs read the piece from the start, without a copy, and a finished chunk's own keys and values are written right behind
-it. The text's are made once, when the stream opens. Everything stays on the device.
+Graphs read the piece from the start, without a copy, and a finished chunk's own keys and values are
+written right behind it. The text's are made once, when the stream opens. Everything stays on the
+device.
 """
 
 from __future__ import annotations
@@ -30,7 +32,14 @@ class AotInductorCache:
         plan: how much has to fit.
     """
 
-    def __init__(self, torch: Any, graphs: Mapping[str, CompiledGraph], device: str, text: Array, plan: CachePlan) -> None:
+    def __init__(
+        self,
+        torch: Any,
+        graphs: Mapping[str, CompiledGraph],
+        device: str,
+        text: Array,
+        plan: CachePlan,
+    ) -> None:
         self._torch, self._graphs, self._device = torch, graphs, device
         self._shape = (plan.heads, plan.channels)
         self._text_kv = self._run("text", torch.from_numpy(text))
@@ -38,15 +47,32 @@ class AotInductorCache:
 
     def run(self, latents: Array, positions: Positions, past: int) -> AotInductorRun:
         """See `Cache`."""
-        chunk, past_kv = self._graphs["chunk"], (self._to_device(positions), *self._text_kv, *self._past(past))
-        return AotInductorRun(self._torch, lambda z, t, r: chunk(z, t, r, *past_kv), latents, self._device)
+        chunk, past_kv = (
+            self._graphs["chunk"],
+            (
+                self._to_device(positions),
+                *self._text_kv,
+                *self._past(past),
+            ),
+        )
+        return AotInductorRun(
+            self._torch, lambda z, t, r: chunk(z, t, r, *past_kv), latents, self._device
+        )
 
-    def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
+    def write(
+        self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
+    ) -> None:
         """See `Cache`."""
-        z, frame_positions, past_kv = self._to_device(latents), self._to_device(positions), self._past(past)
+        z, frame_positions, past_kv = (
+            self._to_device(latents),
+            self._to_device(positions),
+            self._past(past),
+        )
         if graph == "chunk":
             zero_times = z.new_zeros(z.shape[:2])
-            present = self._run(graph, z, zero_times, zero_times, frame_positions, *self._text_kv, *past_kv)[2:]
+            present = self._run(
+                graph, z, zero_times, zero_times, frame_positions, *self._text_kv, *past_kv
+            )[2:]
         else:  # its last layer attends to nothing
             present = self._run(graph, z, frame_positions, *self._text_kv[:-2], *past_kv[:-2])
         for buffer, own in zip(self._buffers, present, strict=True):
@@ -83,4 +109,7 @@ class AotInductorCache:
     def _past(self, tokens: int) -> list[Tensor]:
         """The first tokens of each buffer, in place."""
         heads, channels = self._shape
-        return [buffer.view(-1)[: tokens * heads * channels].view(1, tokens, heads, channels) for buffer in self._buffers]
+        return [
+            buffer.view(-1)[: tokens * heads * channels].view(1, tokens, heads, channels)
+            for buffer in self._buffers
+        ]

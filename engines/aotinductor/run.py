@@ -22,13 +22,18 @@ class AotInductorRun:
 
     Args:
         torch: the module.
-        call: state z_t (B, F, C, H, W) and times t, r (B, F) to z_r and the velocity, first of all outputs.
+        call: state z_t (B, F, C, H, W) and times t, r (B, F) to z_r and the velocity, first of all
+            outputs.
         latents: the state to start from.
         device: torch's name of it.
     """
 
     def __init__(
-        self, torch: Any, call: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]], latents: Array, device: str
+        self,
+        torch: Any,
+        call: Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]],
+        latents: Array,
+        device: str,
     ) -> None:
         self._torch, self._call, self._device = torch, call, device
         self._shape = latents.shape
@@ -55,24 +60,34 @@ class AotInductorRun:
     def __enter__(self) -> AotInductorRun:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _outputs(self, t: ArrayLike, r: ArrayLike) -> Sequence[Tensor]:
         state = self._require_open()
-        times = [self._torch.from_numpy(time).to(self._device) for time in frame_times(t, r, self._shape)]
+        times = [
+            self._torch.from_numpy(time).to(self._device) for time in frame_times(t, r, self._shape)
+        ]
         with without_tf32(self._torch, self._device):
             return self._call(state, *times)
 
     def _require_open(self) -> Tensor:
         if self._state is None:
-            raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
+            raise AnyFlowError(
+                "this run is closed; start another with engine.start(latents, text)."
+            )
         return self._state
 
 
 @contextlib.contextmanager
 def without_tf32(torch: Any, device: str) -> Any:
-    """On the right GPU, and without TF32: it is on by default in convolutions, and the patch embedding is one."""
+    """On the right GPU, and without TF32: it is on by default in convolutions, and the patch
+    embedding is one."""
     if device == "cpu":
         yield
         return

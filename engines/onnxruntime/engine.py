@@ -1,11 +1,12 @@
 """ONNX Runtime: the backend that works everywhere.
 
-One session serves every run. A run keeps its buffers on the provider's device (`IOBinding`): a step writes z_r into a
-second buffer and the two are exchanged, so nothing crosses to the device but two small arrays of times. The CPU and
-CUDA providers share this code; CUDA has not been run by us yet (see the README's table).
+One session serves every run. A run keeps its buffers on the provider's device (`IOBinding`): a step
+writes z_r into a second buffer and the two are exchanged, so nothing crosses to the device but two
+small arrays of times. The CPU and CUDA providers share this code; CUDA has not been run by us yet
+(see the README's table).
 
-The provider is the caller's choice and is never replaced by another: ONNX Runtime itself falls back to the CPU with a
-warning, which on a server means a hundred times slower and nobody notices.
+The provider is the caller's choice and is never replaced by another: ONNX Runtime itself falls back
+to the CPU with a warning, which on a server means a hundred times slower and nobody notices.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class OnnxRuntimeEngine(BundleEngineBase):
         options: provider, device and threads.
 
     Raises:
-        UnavailableError: ONNX Runtime or the provider is missing, or has no kernels for the bundle's precision.
+        UnavailableError: ONNX Runtime or the provider is missing, or has no kernels for the
+            bundle's precision.
         BackendError: ONNX Runtime refuses the bundle.
     """
 
@@ -61,37 +63,54 @@ class OnnxRuntimeEngine(BundleEngineBase):
             )
         int8_on_cpu = bundle.manifest.precision == "int8" and provider == "cpu"
         self._unsigned_weights = int8_on_cpu and saturates(self._runtime)
-        self._sessions = {name: self._open_session(name, options.threads) for name in bundle.manifest.graphs}
+        self._sessions = {
+            name: self._open_session(name, options.threads) for name in bundle.manifest.graphs
+        }
         if self._unsigned_weights:
             _return_freed_memory()
 
     def _session_options(self, name: str, threads: int | None) -> Any:
         options = self._runtime.SessionOptions()
         options.log_severity_level = 3
-        options.enable_mem_pattern = False  # a second plan of the same memory: twice the activations, no faster
+        options.enable_mem_pattern = (
+            False  # a second plan of the same memory: twice the activations, no faster
+        )
         if threads is not None:
             options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve()))
-        if self.bundle.manifest.precision == "fp8":  # up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve())
+        )
+        if (
+            self.bundle.manifest.precision == "fp8"
+        ):  # up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         return options
 
     def _open_session(self, name: str, threads: int | None) -> Any:
         options = self._session_options(name, threads)
         attentions = _count_fusable_attentions(self.bundle.manifest, name)
-        graph = build_session_graph(self.bundle, name, attentions, self.provider, self._unsigned_weights)
+        graph = build_session_graph(
+            self.bundle, name, attentions, self.provider, self._unsigned_weights
+        )
         provider = (PROVIDERS[self.provider], _provider_options(self.provider, self._index))
         try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU
-            session = self._runtime.InferenceSession(graph, options, providers=[provider], enable_fallback=0)
+            session = self._runtime.InferenceSession(
+                graph, options, providers=[provider], enable_fallback=0
+            )
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
             message = f"ONNX Runtime could not open {self.bundle.path} on {provider[0]}: {error}"
-            if type(error).__name__ == "NotImplemented":  # a valid graph, an operator without a kernel for its types
-                raise UnavailableError(message, "--provider cuda" if self.provider == "cpu" else "") from error
+            if (
+                type(error).__name__ == "NotImplemented"
+            ):  # a valid graph, an operator without a kernel for its types
+                raise UnavailableError(
+                    message, "--provider cuda" if self.provider == "cpu" else ""
+                ) from error
             raise BackendError(message) from error
         if session.get_providers()[0] != PROVIDERS[self.provider]:
             raise UnavailableError(
-                f"ONNX Runtime could not start {PROVIDERS[self.provider]} and fell back to {session.get_providers()[0]}. "
-                "Install the CUDA and cuDNN it was built for (pip install 'onnxruntime-gpu[cuda,cudnn]'), or use provider 'cpu'."
+                f"ONNX Runtime could not start {PROVIDERS[self.provider]} and fell back to"
+                f" {session.get_providers()[0]}. Install the CUDA and cuDNN it was built for (pip"
+                " install 'onnxruntime-gpu[cuda,cudnn]'), or use provider 'cpu'."
             )
         return session
 
@@ -104,13 +123,18 @@ class OnnxRuntimeEngine(BundleEngineBase):
         """See `Engine`."""
         z, prompt_embeds = self._prepare_run(latents, text)
         device = OrtDevice(self._runtime, self.provider, self._index)
-        return OnnxRuntimeRun(device, self._sessions["transition"], z, {"text": device.upload(prompt_embeds)})
+        return OnnxRuntimeRun(
+            device, self._sessions["transition"], z, {"text": device.upload(prompt_embeds)}
+        )
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
         """See `BundleEngine`."""
         prompt_embeds = self._prepare_stream(text)
         device = OrtDevice(self._runtime, self.provider, self._index)
-        return CacheStream(OnnxRuntimeCache(device, self._sessions, self.bundle.manifest, prompt_embeds, plan), plan)
+        return CacheStream(
+            OnnxRuntimeCache(device, self._sessions, self.bundle.manifest, prompt_embeds, plan),
+            plan,
+        )
 
     def close(self) -> None:
         """See `Engine`."""
@@ -121,27 +145,34 @@ class OnnxRuntimeEngine(BundleEngineBase):
 def _return_freed_memory() -> None:
     """Give what glibc's allocator keeps for later back to the system; elsewhere do nothing.
 
-    ONNX Runtime frees each shifted weight once it has packed it for its product. The allocator would keep up to
-    a third of the weights' size of that (measured: 217 MB beside 713, 12 layers at 1.3B width)."""
+    ONNX Runtime frees each shifted weight once it has packed it for its product. The allocator
+    would keep up to a third of the weights' size of that (measured: 217 MB beside 713, 12 layers at
+    1.3B width)."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _count_fusable_attentions(manifest: Manifest, graph: str) -> int:
-    """How many attentions of a graph become one operator: one to itself and one to the text in each layer.
+    """How many attentions of a graph become one operator: one to itself and one to the text in each
+    layer.
 
-    Not those in FP8, which round between the products: only TensorRT fuses that, here it is emulated."""
+    Not those in FP8, which round between the products: only TensorRT fuses that, here it is
+    emulated.
+    """
     layers = manifest.architecture.num_layers
     count = {"text": 0, "compress": layers - 1}.get(graph, layers)
     if manifest.quantization is None or manifest.quantization.attention == "high":
         return 2 * count
     return sum(
-        f"blocks.{n}.{kind}" in manifest.achieved.full_precision_layers for n in range(count) for kind in ("attn1", "attn2")
+        f"blocks.{n}.{kind}" in manifest.achieved.full_precision_layers
+        for n in range(count)
+        for kind in ("attn1", "attn2")
     )
 
 
 def _provider_options(provider: str, index: int) -> dict[str, str]:
-    """TF32 is on by default in the CUDA provider: float32 products would keep 11 bits of mantissa, and say nothing."""
+    """TF32 is on by default in the CUDA provider: float32 products would keep 11 bits of mantissa,
+    and say nothing."""
     return {"device_id": str(index), "use_tf32": "0"} if provider == "cuda" else {}
 
 
@@ -156,15 +187,20 @@ def _import_runtime(provider: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise UnavailableError(f"ONNX Runtime cannot be imported ({error}). Run: {_ROW.install_command(provider)}") from None
+        raise UnavailableError(
+            f"ONNX Runtime cannot be imported ({error}). Run: {_ROW.install_command(provider)}"
+        ) from None
     available = onnxruntime.get_available_providers()
     if PROVIDERS[provider] not in available:
         raise UnavailableError(
-            f"provider {provider!r} is not in this ONNX Runtime {onnxruntime.__version__}, which has {', '.join(available)}. "
-            f"Run: pip uninstall onnxruntime onnxruntime-gpu && {_ROW.install_command(provider)}"
+            f"provider {provider!r} is not in this ONNX Runtime {onnxruntime.__version__}, which"
+            f" has {', '.join(available)}. Run: pip uninstall onnxruntime onnxruntime-gpu &&"
+            f" {_ROW.install_command(provider)}"
         )
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # finds CUDA where pip put it; prints what it does not find
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # finds CUDA where pip put it; prints what it does not find
             onnxruntime.preload_dlls()
     return onnxruntime
 

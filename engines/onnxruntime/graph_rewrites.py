@@ -1,9 +1,11 @@
-"""What ONNX Runtime is given instead of the bundle's graph: the same, with attention as one operator and unsigned integers.
+"""What ONNX Runtime is given instead of the bundle's graph: the same, with attention as one
+operator and unsigned integers.
 
-The bundle is standard ONNX: attention is two matrix products and a softmax (opset 20), or `Attention` (opset 23). Taken
-literally, both write out the whole table of scores: 51 GB at 480x832 and 81 frames. ONNX Runtime has a kernel that does
-not, `com.microsoft.MultiHeadAttention`, but does not recognise the pattern. So the graph is rewritten in memory, on the
-way into the session; the bundle on disk stays as it is. A test compares both, and counts that none is missed. Activations
+The bundle is standard ONNX: attention is two matrix products and a softmax (opset 20), or
+`Attention` (opset 23). Taken literally, both write out the whole table of scores: 51 GB at 480x832
+and 81 frames. ONNX Runtime has a kernel that does not, `com.microsoft.MultiHeadAttention`, but does
+not recognise the pattern. So the graph is rewritten in memory, on the way into the session; the
+bundle on disk stays as it is. A test compares both, and counts that none is missed. Activations
 and, where the processor needs it, weights in INT8 are shifted for the CPU, see `int8`.
 """
 
@@ -24,7 +26,9 @@ _HEADS_FIRST = [0, 2, 1, 3]
 _KEYS_LAST = [0, 1, 3, 2]
 
 
-def build_session_graph(bundle: Bundle, graph: str, attentions: int, provider: str, unsigned_weights: bool = False) -> bytes:
+def build_session_graph(
+    bundle: Bundle, graph: str, attentions: int, provider: str, unsigned_weights: bool = False
+) -> bytes:
     """The rewritten model, without its weights: they stay in the bundle's file.
 
     Args:
@@ -38,15 +42,20 @@ def build_session_graph(bundle: Bundle, graph: str, attentions: int, provider: s
         BundleError: the graph refers to a file that the manifest does not list.
         BackendError: an attention was not recognised: it would write out its table of scores.
     """
-    model = onnx.load(str(bundle.file(bundle.manifest.graphs[graph].file)), load_external_data=False)
+    model = onnx.load(
+        str(bundle.file(bundle.manifest.graphs[graph].file)), load_external_data=False
+    )
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 bundle.file(entry.value)
-    if (count := fuse_attention(model, bundle.manifest.architecture.num_attention_heads)) != attentions:
+    if (
+        count := fuse_attention(model, bundle.manifest.architecture.num_attention_heads)
+    ) != attentions:
         raise BackendError(
-            f"{bundle.path}: {count} of {attentions} attentions were recognised, and the others would need memory for every "
-            "pair of tokens. Export again with the torch and onnxscript of constraints.txt."
+            f"{bundle.path}: {count} of {attentions} attentions were recognised, and the others"
+            " would need memory for every pair of tokens. Export again with the torch and"
+            " onnxscript of constraints.txt."
         )
     if provider == "cpu" and bundle.manifest.precision == "int8":
         shift_activations(model)
@@ -57,7 +66,8 @@ def build_session_graph(bundle: Bundle, graph: str, attentions: int, provider: s
 
 @dataclass(frozen=True)
 class _Attention:
-    """A found pattern: its inputs and output as (B, N, heads, channels), and the node whose place it takes."""
+    """A found pattern: its inputs and output as (B, N, heads, channels), and the node whose place
+    it takes."""
 
     query: str
     key: str
@@ -90,7 +100,11 @@ def _find_attentions(graph: onnx.GraphProto) -> Iterator[_Attention]:
 
     def before_transpose(name: str, order: list[int]) -> str | None:
         node = producer.get(name)
-        fits = node is not None and node.op_type == "Transpose" and list(node.attribute[0].ints) == order
+        fits = (
+            node is not None
+            and node.op_type == "Transpose"
+            and list(node.attribute[0].ints) == order
+        )
         return node.input[0] if fits and node is not None else None
 
     def only_consumer(name: str) -> NodeProto | None:
@@ -99,18 +113,35 @@ def _find_attentions(graph: onnx.GraphProto) -> Iterator[_Attention]:
     for node in graph.node:
         weighted_sum: NodeProto | None = None
         names: tuple[str, str, str] | None = None
-        if node.op_type == "Attention" and _attribute(node, "scale") == 1.0 and len(node.input) == 3:
+        if (
+            node.op_type == "Attention"
+            and _attribute(node, "scale") == 1.0
+            and len(node.input) == 3
+        ):
             weighted_sum, names = node, (node.input[0], node.input[1], node.input[2])
         elif node.op_type == "Softmax":
             scores, weighted_sum = producer.get(node.input[0]), only_consumer(node.output[0])
-            keys = before_transpose(scores.input[1], _KEYS_LAST) if scores is not None and scores.op_type == "MatMul" else None
-            if keys is not None and scores is not None and weighted_sum is not None and weighted_sum.op_type == "MatMul":
+            keys = (
+                before_transpose(scores.input[1], _KEYS_LAST)
+                if scores is not None and scores.op_type == "MatMul"
+                else None
+            )
+            if (
+                keys is not None
+                and scores is not None
+                and weighted_sum is not None
+                and weighted_sum.op_type == "MatMul"
+            ):
                 names = (scores.input[0], keys, weighted_sum.input[1])
         if weighted_sum is None or names is None:
             continue
         sources = [before_transpose(name, _HEADS_FIRST) for name in names]
         last = only_consumer(weighted_sum.output[0])
-        if last is None or last.op_type != "Transpose" or list(last.attribute[0].ints) != _HEADS_FIRST:
+        if (
+            last is None
+            or last.op_type != "Transpose"
+            or list(last.attribute[0].ints) != _HEADS_FIRST
+        ):
             continue
         query, key, value = sources
         if query is not None and key is not None and value is not None:
@@ -122,7 +153,8 @@ def _attribute(node: NodeProto, name: str) -> object:
 
 
 def _fused_attention_nodes(pattern: _Attention, heads: int) -> Iterator[NodeProto]:
-    """Heads into channels, MultiHeadAttention, channels into heads. Queries are scaled already, hence scale 1."""
+    """Heads into channels, MultiHeadAttention, channels into heads. Queries are scaled already,
+    hence scale 1."""
     stem = pattern.output
     joined, split = f"{stem}_joined", f"{stem}_split"
     yield helper.make_node("Constant", [], [joined], name=joined, value_ints=[0, 0, -1])
@@ -133,7 +165,15 @@ def _fused_attention_nodes(pattern: _Attention, heads: int) -> Iterator[NodeProt
         yield helper.make_node("Reshape", [name, joined], [flat[-1]], name=flat[-1])
     weighted_sum = f"{stem}_mixed"
     name = pattern.last.name.removesuffix("/Transpose") + "/MultiHeadAttention"
-    yield helper.make_node("MultiHeadAttention", flat, [weighted_sum], name=name, domain=_DOMAIN, num_heads=heads, scale=1.0)
+    yield helper.make_node(
+        "MultiHeadAttention",
+        flat,
+        [weighted_sum],
+        name=name,
+        domain=_DOMAIN,
+        num_heads=heads,
+        scale=1.0,
+    )
     yield helper.make_node("Reshape", [weighted_sum, split], [pattern.output], name=f"{stem}_heads")
 
 

@@ -1,14 +1,15 @@
 """INT8 on a processor: exact on every one, and fast.
 
-ONNX Runtime's fast product takes unsigned activations, u8 x s8. Given signed ones it takes twelve times as long
-(1950 x 1536 x 1536: 140 ms against 11.6) and does not even pack the weights. It makes signed activations
-unsigned itself, but not where several layers read one: there each layer has its own DequantizeLinear by then,
-and the rewrite wants one. `shift_activations` does it before.
+ONNX Runtime's fast product takes unsigned activations, u8 x s8. Given signed ones it takes twelve
+times as long (1950 x 1536 x 1536: 140 ms against 11.6) and does not even pack the weights. It makes
+signed activations unsigned itself, but not where several layers read one: there each layer has its
+own DequantizeLinear by then, and the rewrite wants one. `shift_activations` does it before.
 
-x86 processors with AVX2 or AVX-512 but without VNNI (Intel before Ice Lake, AMD before Zen 4) add two u8 x s8
-products in 16 bits, which overflows: the results are then wrong, without a message. `saturates` asks the
-processor, with one small product. Where it does, `shift_weights` makes the weights unsigned as well: u8 x u8 is
-exact there. (ONNX Runtime's own remedy, the session option `x64quantprecision`, fails on our graphs in 1.32.)
+x86 processors with AVX2 or AVX-512 but without VNNI (Intel before Ice Lake, AMD before Zen 4) add
+two u8 x s8 products in 16 bits, which overflows: the results are then wrong, without a message.
+`saturates` asks the processor, with one small product. Where it does, `shift_weights` makes the
+weights unsigned as well: u8 x u8 is exact there. (ONNX Runtime's own remedy, the session option
+`x64quantprecision`, fails on our graphs in 1.32.)
 
 [-128, 127] about 0 and [0, 255] about 128 are the same numbers, so neither shift changes a result.
 """
@@ -52,9 +53,14 @@ def is_exact(runtime: Any, weights: type[np.int8] | type[np.uint8]) -> bool:
 
 
 def shift_activations(model: ModelProto) -> int:
-    """Round activations to unsigned instead of signed integers, in place; returns how many there were."""
+    """Round activations to unsigned instead of signed integers, in place; returns how many there
+    were."""
     graph = model.graph
-    signed = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.INT8 and not tensor.dims}
+    signed = {
+        tensor.name
+        for tensor in graph.initializer
+        if tensor.data_type == TensorProto.INT8 and not tensor.dims
+    }
     rounded: set[str] = set()
     for node in graph.node:
         if node.op_type == "QuantizeLinear" and len(node.input) == 3 and node.input[2] in signed:
@@ -67,16 +73,19 @@ def shift_activations(model: ModelProto) -> int:
         if value.name in rounded:
             value.type.tensor_type.elem_type = TensorProto.UINT8
     if rounded:
-        graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), _UNSIGNED_ZERO_POINT))
+        graph.initializer.append(
+            numpy_helper.from_array(np.array(128, np.uint8), _UNSIGNED_ZERO_POINT)
+        )
     return len(rounded)
 
 
 def shift_weights(model: ModelProto) -> int:
     """Make int8 weights uint8, and their zero points 128 instead of 0, in place.
 
-    A two's complement byte with its sign bit inverted is the byte of the number plus 128. So the graph reads the
-    weights' bytes, still in the bundle's file, as uint8, and inverts the sign bit with a `BitwiseXor` that ONNX
-    Runtime computes once, when the session opens: this process holds no copy, and the model stays small.
+    A two's complement byte with its sign bit inverted is the byte of the number plus 128. So the
+    graph reads the weights' bytes, still in the bundle's file, as uint8, and inverts the sign bit
+    with a `BitwiseXor` that ONNX Runtime computes once, when the session opens: this process holds
+    no copy, and the model stays small.
 
     Args:
         model: whose int8 weights are read by `DequantizeLinear` alone, with zero points of 0.
@@ -102,7 +111,9 @@ def shift_weights(model: ModelProto) -> int:
     if shifts:
         constants = {_SIGN_BIT: np.array(128, np.uint8)}
         constants |= {name: np.full(dims, 128, np.uint8) for dims, name in middles.items()}
-        graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+        graph.initializer.extend(
+            numpy_helper.from_array(array, name) for name, array in constants.items()
+        )
         nodes = [*shifts.values(), *graph.node]
         del graph.node[:]
         graph.node.extend(nodes)

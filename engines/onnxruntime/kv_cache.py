@@ -1,9 +1,10 @@
-"""The causal cache in ONNX Runtime: one buffer per layer for keys and one for values, written in place.
+"""The causal cache in ONNX Runtime: one buffer per layer for keys and one for values, written in
+place.
 
-The graphs take the cache as inputs of any length and give a chunk's own keys and values as outputs. Both are bound to
-the same buffers by address: inputs to the piece from the start, outputs to the piece right behind it. Nothing is copied,
-nothing grows, and the memory of a stream is known before it starts (`CachePlan.bytes`). The text's keys and values are
-made once, when the stream opens.
+The graphs take the cache as inputs of any length and give a chunk's own keys and values as outputs.
+Both are bound to the same buffers by address: inputs to the piece from the start, outputs to the
+piece right behind it. Nothing is copied, nothing grows, and the memory of a stream is known before
+it starts (`CachePlan.bytes`). The text's keys and values are made once, when the stream opens.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from anyflow_deploy.engines.onnxruntime.run import OnnxRuntimeRun
 from anyflow_deploy.engines.streaming import Positions, cache_tensor_names
 from anyflow_deploy.errors import BackendError
 
-_TYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16)}
+_TYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+}
 
 
 class OnnxRuntimeCache:
@@ -34,17 +38,30 @@ class OnnxRuntimeCache:
         plan: how much has to fit.
 
     Raises:
-        BackendError: the bundle's keys and values are of a type that ONNX Runtime's Python interface has no buffers for.
+        BackendError: the bundle's keys and values are of a type that ONNX Runtime's Python
+            interface has no buffers for.
     """
 
-    def __init__(self, device: OrtDevice, sessions: dict[str, Any], manifest: Manifest, text: Array, plan: CachePlan) -> None:
+    def __init__(
+        self,
+        device: OrtDevice,
+        sessions: dict[str, Any],
+        manifest: Manifest,
+        text: Array,
+        plan: CachePlan,
+    ) -> None:
         dtype = {tensor.name: tensor.dtype for tensor in manifest.graphs["chunk"].outputs}["key.0"]
         if dtype not in _TYPES:
-            raise BackendError(f"this backend keeps its cache in {' or '.join(_TYPES)}, not in {dtype}. Export in fp16.")
+            raise BackendError(
+                f"this backend keeps its cache in {' or '.join(_TYPES)}, not in {dtype}. Export in"
+                " fp16."
+            )
         self._device, self._sessions = device, sessions
         self._type = _TYPES[dtype]
         self._heads = (plan.heads, plan.channels)
-        self._token_bytes = plan.heads * plan.channels * self._type.itemsize  # bytes of one token in a buffer
+        self._token_bytes = (
+            plan.heads * plan.channels * self._type.itemsize
+        )  # bytes of one token in a buffer
         self._names = cache_tensor_names(plan.layers)
         self._text_kv = self._encode_text(text)
         self._capacity = plan.capacity
@@ -57,26 +74,49 @@ class OnnxRuntimeCache:
         bind = lambda binding: self._bind_past(binding, self._names, past)  # noqa: E731 - one call, handed on
         return OnnxRuntimeRun(self._device, self._sessions["chunk"], latents, inputs, bind)
 
-    def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
+    def write(
+        self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
+    ) -> None:
         """See `Cache`."""
-        inputs = {"latents": self._device.upload(latents), "positions": self._device.upload(positions)}
+        inputs = {
+            "latents": self._device.upload(latents),
+            "positions": self._device.upload(positions),
+        }
         if graph == "chunk":
             zero_times = self._device.upload(np.zeros(latents.shape[:2], np.float32))
             inputs |= {"t": zero_times, "r": zero_times}
-        attended_names = self._names if graph == "chunk" else self._names[:-2]  # the last layer of compress attends to nothing
+        attended_names = (
+            self._names if graph == "chunk" else self._names[:-2]
+        )  # the last layer of compress attends to nothing
         binding = self._sessions[graph].io_binding()
-        for name, value in {**inputs, **{f"text_{n}": self._text_kv[f"text_{n}"] for n in attended_names}}.items():
+        for name, value in {
+            **inputs,
+            **{f"text_{n}": self._text_kv[f"text_{n}"] for n in attended_names},
+        }.items():
             binding.bind_ortvalue_input(name, value)
         self._bind_past(binding, attended_names, past)
         for name in self._names:
             address = self._buffers[name].data_ptr() + past * self._token_bytes
-            binding.bind_output(name, self._device.name, self._device.index, self._type, (1, tokens, *self._heads), address)
+            binding.bind_output(
+                name,
+                self._device.name,
+                self._device.index,
+                self._type,
+                (1, tokens, *self._heads),
+                address,
+            )
         self._sessions[graph].run_with_iobinding(binding)
 
     def move(self, to: int, start: int, tokens: int) -> None:
         """See `Cache`."""
         for buffer in self._buffers.values():
-            self._device.move(buffer, to * self._token_bytes, buffer, start * self._token_bytes, tokens * self._token_bytes)
+            self._device.move(
+                buffer,
+                to * self._token_bytes,
+                buffer,
+                start * self._token_bytes,
+                tokens * self._token_bytes,
+            )
 
     def grow(self, capacity: int) -> None:
         """See `Cache`."""
@@ -108,6 +148,13 @@ class OnnxRuntimeCache:
         for name in names:
             if tokens:
                 address = self._buffers[name].data_ptr()
-                binding.bind_input(f"past_{name}", self._device.name, self._device.index, self._type, shape, address)
+                binding.bind_input(
+                    f"past_{name}",
+                    self._device.name,
+                    self._device.index,
+                    self._type,
+                    shape,
+                    address,
+                )
             else:
                 binding.bind_ortvalue_input(f"past_{name}", self._empty)

@@ -1,8 +1,9 @@
 """ONNX Runtime's own profiler: how long each operator of a graph took, with the shapes it saw.
 
-The profiler is switched on when a session is made, so a profiled engine is another one than the one that is timed. What it
-writes is a list of events in Chrome's trace format; those of category "Node" are operators. Weights that ONNX Runtime has
-packed for its products are missing from an operator's shapes and sizes, so a product is counted from its input and output.
+The profiler is switched on when a session is made, so a profiled engine is another one than the one
+that is timed. What it writes is a list of events in Chrome's trace format; those of category "Node"
+are operators. Weights that ONNX Runtime has packed for its products are missing from an operator's
+shapes and sizes, so a product is counted from its input and output.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from anyflow_deploy.engines.layer_timing import LayerTiming, merge_timings
 from anyflow_deploy.engines.onnxruntime.engine import OnnxRuntimeEngine
 from anyflow_deploy.engines.registry import EngineOptions
 
-_INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "DynamicQuantizeMatMul", "QLinearConv")
+_INTEGER = (
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "QLinearMatMul",
+    "QGemm",
+    "DynamicQuantizeMatMul",
+    "QLinearConv",
+)
 _PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits", *_INTEGER)
 _ATTENTIONS = ("MultiHeadAttention", "Attention")
 _BYTES = {row.onnxruntime: row.bytes for row in DTYPES.values() if row.onnxruntime}
@@ -57,9 +65,17 @@ class ProfiledEngine(OnnxRuntimeEngine):
 
 def timings_from_trace(events: list[dict[str, Any]], last: int) -> list[LayerTiming]:
     """The operators of the last runs in a trace, added up by node."""
-    runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("cat") == "Session" and e["name"] == "model_run")
+    runs = sorted(
+        (e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("cat") == "Session" and e["name"] == "model_run"
+    )
     begin = runs[-last][0]
-    nodes = (e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time") and e["ts"] >= begin)
+    nodes = (
+        e
+        for e in events
+        if e.get("cat") == "Node" and e["name"].endswith("_kernel_time") and e["ts"] >= begin
+    )
     return merge_timings(_node_timings(nodes))
 
 
@@ -67,8 +83,14 @@ def _node_timings(nodes: Iterator[dict[str, Any]]) -> Iterator[LayerTiming]:
     for event in nodes:
         arguments = event["args"]
         operator = arguments["op_name"]
-        inputs, outputs = _shapes(arguments, "input_type_shape"), _shapes(arguments, "output_type_shape")
-        bytes_moved = sum(int(arguments.get(key) or 0) for key in ("activation_size", "parameter_size", "output_size"))
+        inputs, outputs = (
+            _shapes(arguments, "input_type_shape"),
+            _shapes(arguments, "output_type_shape"),
+        )
+        bytes_moved = sum(
+            int(arguments.get(key) or 0)
+            for key in ("activation_size", "parameter_size", "output_size")
+        )
         yield LayerTiming(
             name=event["name"].removesuffix("_kernel_time"),
             operator=operator,
@@ -86,7 +108,9 @@ def _shapes(arguments: dict[str, Any], key: str) -> list[tuple[str, list[int]]]:
     return [next(iter(tensor.items())) for tensor in tensors if tensor]
 
 
-def _count_operations(operator: str, inputs: list[tuple[str, list[int]]], outputs: list[tuple[str, list[int]]]) -> float:
+def _count_operations(
+    operator: str, inputs: list[tuple[str, list[int]]], outputs: list[tuple[str, list[int]]]
+) -> float:
     """Two for each multiplication with addition; 0 for what is no product."""
     if not inputs or not outputs:
         return 0.0
@@ -100,9 +124,16 @@ def _count_operations(operator: str, inputs: list[tuple[str, list[int]]], output
     return 0.0
 
 
-def _packed_weight_bytes(operator: str, inputs: list[tuple[str, list[int]]], outputs: list[tuple[str, list[int]]]) -> int:
+def _packed_weight_bytes(
+    operator: str, inputs: list[tuple[str, list[int]]], outputs: list[tuple[str, list[int]]]
+) -> int:
     """Bytes of a product's weight that the trace leaves out."""
-    if operator not in _PRODUCTS or not inputs or not outputs or any(len(shape) >= 2 for _, shape in inputs[1:]):
+    if (
+        operator not in _PRODUCTS
+        or not inputs
+        or not outputs
+        or any(len(shape) >= 2 for _, shape in inputs[1:])
+    ):
         return 0
     rows = inputs[0][1][-1] * outputs[0][1][-1]
     return rows * (1 if operator in _INTEGER else _BYTES.get(inputs[0][0], 4))

@@ -26,7 +26,12 @@ class OnnxRuntimeRun:
     """
 
     def __init__(
-        self, device: OrtDevice, session: Any, latents: Array, inputs: dict[str, Any], bind: Callable[[Any], None] | None = None
+        self,
+        device: OrtDevice,
+        session: Any,
+        latents: Array,
+        inputs: dict[str, Any],
+        bind: Callable[[Any], None] | None = None,
     ) -> None:
         self._device = device
         self._session = session
@@ -59,7 +64,12 @@ class OnnxRuntimeRun:
     def __enter__(self) -> OnnxRuntimeRun:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _run(self, t: ArrayLike, r: ArrayLike, output: str, buffer: Any) -> None:
@@ -76,7 +86,9 @@ class OnnxRuntimeRun:
 
     def _check_open(self) -> None:
         if self._state is None:
-            raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
+            raise AnyFlowError(
+                "this run is closed; start another with engine.start(latents, text)."
+            )
 
 
 def _to_numpy(value: Any) -> Array:

@@ -1,9 +1,10 @@
 """TensorRT, imported in one place, with its messages collected.
 
-Every module that touches TensorRT takes `trt` from here, so a machine without it gets one error with the command that
-installs it. TensorRT reports failure by returning nothing and logging why; `TensorRTLogger` keeps what it logged, so that an
-error of ours can say it. All of it is written for 10.3 (JetPack 6) to 11 alike: only what every release between has is
-called, and mypy holds it against each (docs/how-to/tensorrt.md).
+Every module that touches TensorRT takes `trt` from here, so a machine without it gets one error
+with the command that installs it. TensorRT reports failure by returning nothing and logging why;
+`TensorRTLogger` keeps what it logged, so that an error of ours can say it. All of it is written for
+10.3 (JetPack 6) to 11 alike: only what every release between has is called, and mypy holds it
+against each (docs/how-to/tensorrt.md).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ try:
     import tensorrt as trt
 except ImportError as error:
     raise BackendError(
-        f"TensorRT cannot be imported ({error}). On a Jetson it comes with JetPack (make the virtual environment with "
-        "--system-site-packages); elsewhere run: " + BACKENDS["tensorrt"].install_command("cuda")
+        f"TensorRT cannot be imported ({error}). On a Jetson it comes with JetPack (make the"
+        " virtual environment with --system-site-packages); elsewhere run: "
+        + BACKENDS["tensorrt"].install_command("cuda")
     ) from None
 
 __all__ = ["VERSION", "TensorRTLogger", "trt"]
@@ -31,7 +33,8 @@ _MAX_ERRORS = 20
 
 
 class TensorRTLogger(trt.ILogger):
-    """TensorRT's logger: errors are kept, everything goes to Python's logging as `anyflow_deploy.tensorrt`."""
+    """TensorRT's logger: errors are kept, everything goes to Python's logging as
+    `anyflow_deploy.tensorrt`."""
 
     def __init__(self) -> None:
         trt.ILogger.__init__(self)
@@ -48,5 +51,6 @@ class TensorRTLogger(trt.ILogger):
             _log.debug(msg)
 
     def summary(self, otherwise: str = "it gave no reason") -> str:
-        """The last errors in one line: the first of them is often the cause, the last one only says that it failed."""
+        """The last errors in one line: the first of them is often the cause, the last one only says
+        that it failed."""
         return " | ".join(dict.fromkeys(self.errors[-3:])) or otherwise

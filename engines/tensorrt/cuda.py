@@ -1,8 +1,9 @@
 """A CUDA device through cuda-python: memory, streams, copies, captured graphs. No torch.
 
-Every call of CUDA's runtime answers with an error code; `_check_call` turns one that is not success into a `BackendError`.
-Work is queued on a stream of the caller's own, never on the default one (TensorRT slows down there, and it cannot be
-captured). A host array handed to `upload` has to live until the stream was waited for.
+Every call of CUDA's runtime answers with an error code; `_check_call` turns one that is not success
+into a `BackendError`. Work is queued on a stream of the caller's own, never on the default one
+(TensorRT slows down there, and it cannot be captured). A host array handed to `upload` has to live
+until the stream was waited for.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class CudaDevice:
     def __init__(self, index: int = 0) -> None:
         count = _check_call(cuda.cudaGetDeviceCount(), "find a GPU")
         if not 0 <= index < count:
-            raise BackendError(f"there is no CUDA device {index}: this machine has {count}, counted from 0.")
+            raise BackendError(
+                f"there is no CUDA device {index}: this machine has {count}, counted from 0."
+            )
         self.index = index
         self.use()
         properties = _check_call(cuda.cudaGetDeviceProperties(index), "read the GPU's properties")
@@ -64,7 +67,11 @@ class CudaDevice:
     @property
     def memory_name(self) -> str:
         """Whose memory it is, for advice."""
-        return "the memory (processor and GPU share it; a desktop takes a gigabyte or more)" if self.integrated else "the GPU"
+        return (
+            "the memory (processor and GPU share it; a desktop takes a gigabyte or more)"
+            if self.integrated
+            else "the GPU"
+        )
 
     @property
     def streaming_advice(self) -> str:
@@ -87,8 +94,9 @@ class CudaDevice:
         if code == cuda.cudaError_t.cudaErrorMemoryAllocation:
             free, total = self.memory()
             raise OutOfMemoryError(
-                f"{self.name} has no {size / 1e6:,.1f} MB left: {free / 1e6:,.1f} of {total / 1e6:,.1f} MB are free. Close "
-                f"what else uses {self.memory_name}, make smaller or shorter videos{self.streaming_advice}."
+                f"{self.name} has no {size / 1e6:,.1f} MB left: {free / 1e6:,.1f} of"
+                f" {total / 1e6:,.1f} MB are free. Close what else uses {self.memory_name}, make"
+                f" smaller or shorter videos{self.streaming_advice}."
             )
         return DeviceBuffer(_check_call((code, address), "reserve memory"), size)
 
@@ -124,26 +132,35 @@ class CudaStream:
 
     def __init__(self, device: CudaDevice) -> None:
         self._device = device
-        self._stream = _check_call(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking), "make a stream")
+        self._stream = _check_call(
+            cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking), "make a stream"
+        )
         self.handle = int(self._stream)
         self._free = weakref.finalize(self, cuda.cudaStreamDestroy, self._stream)
 
     def upload(self, address: int, array: NDArray[Any]) -> None:
         """Copy a contiguous array to the device."""
-        self._copy(address, array.ctypes.data, array.nbytes, cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        self._copy(
+            address, array.ctypes.data, array.nbytes, cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        )
 
     def download(self, address: int, array: NDArray[Any]) -> None:
         """Copy from the device into a contiguous array; it is there after `wait`."""
-        self._copy(array.ctypes.data, address, array.nbytes, cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        self._copy(
+            array.ctypes.data, address, array.nbytes, cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        )
 
     def copy(self, to: int, start: int, size: int) -> None:
-        """Copy within the device. The places may overlap: CUDA does not define that, so it goes piece by piece then."""
+        """Copy within the device. The places may overlap: CUDA does not define that, so it goes
+        piece by piece then."""
         gap = abs(to - start)
         piece = size if gap >= size or not gap else gap
         offsets = range(0, size, max(piece, 1))
         for offset in offsets if to <= start else reversed(offsets):
             count = min(piece, size - offset)
-            self._copy(to + offset, start + offset, count, cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
+            self._copy(
+                to + offset, start + offset, count, cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+            )
 
     def _copy(self, to: int, start: int, size: int, kind: Any) -> None:
         if size and to != start:
@@ -156,16 +173,24 @@ class CudaStream:
     def capture(self, enqueue: Callable[[], None]) -> CudaGraph:
         """Record what `work` puts on the stream, without doing it."""
         _check_call(
-            cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal), "capture"
+            cuda.cudaStreamBeginCapture(
+                self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            ),
+            "capture",
         )
         try:
             enqueue()
         except BaseException:
-            cuda.cudaStreamEndCapture(self._stream)  # leaves the stream usable; its own error is a consequence
+            cuda.cudaStreamEndCapture(
+                self._stream
+            )  # leaves the stream usable; its own error is a consequence
             raise
         graph = _check_call(cuda.cudaStreamEndCapture(self._stream), "capture a CUDA graph")
         try:
-            return CudaGraph(_check_call(cuda.cudaGraphInstantiate(graph, 0), "instantiate a CUDA graph"), self._stream)
+            return CudaGraph(
+                _check_call(cuda.cudaGraphInstantiate(graph, 0), "instantiate a CUDA graph"),
+                self._stream,
+            )
         finally:
             cuda.cudaGraphDestroy(graph)
 
@@ -176,7 +201,12 @@ class CudaStream:
     def __enter__(self) -> CudaStream:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.synchronize()
         self.close()
 

@@ -1,8 +1,9 @@
-"""TensorRT: plans built by `anyflow-build --backend tensorrt`, run with cuda-python and without torch.
+"""TensorRT: plans built by `anyflow-build --backend tensorrt`, run with cuda-python and without
+torch.
 
-A run keeps its state on the device, in two buffers that are exchanged after a step, and runs on a CUDA stream of its own
-(`execution.ExecutionSlot`). The slot of the last closed run is kept for the next one of the same shapes: contexts, buffers
-and captured graphs are then there already.
+A run keeps its state on the device, in two buffers that are exchanged after a step, and runs on a
+CUDA stream of its own (`execution.ExecutionSlot`). The slot of the last closed run is kept for the
+next one of the same shapes: contexts, buffers and captured graphs are then there already.
 """
 
 from __future__ import annotations
@@ -38,20 +39,28 @@ class TensorRTEngine(BundleEngineBase):
         options: how to run.
 
     Raises:
-        BackendError: TensorRT, cuda-python or the GPU is missing, nothing was built, or it was built elsewhere.
+        BackendError: TensorRT, cuda-python or the GPU is missing, nothing was built, or it was
+            built elsewhere.
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         if options.provider != "cuda":
-            raise BackendError(f"TensorRT runs on NVIDIA GPUs only; provider is {options.provider!r}. Choose provider 'cuda'.")
+            raise BackendError(
+                f"TensorRT runs on NVIDIA GPUs only; provider is {options.provider!r}. Choose"
+                " provider 'cuda'."
+            )
         super().__init__(bundle)
         folder = find_engine(bundle, "tensorrt", options.engine)
         self.device = CudaDevice(options.device)
         check_plan_compatible(folder, self.device)
         self._record = folder.record
         streaming = bool(self._record.settings.get("weight_streaming"))
-        self._graphs = options.cuda_graphs and not streaming  # a run that waits for weights cannot be captured
-        self.plans = {graph: self._load_plan(folder, graph, streaming) for graph in self._record.profiles}
+        self._graphs = (
+            options.cuda_graphs and not streaming
+        )  # a run that waits for weights cannot be captured
+        self.plans = {
+            graph: self._load_plan(folder, graph, streaming) for graph in self._record.profiles
+        }
         self._idle: tuple[Hashable, ExecutionSlot] | None = None
         self._lock = threading.Lock()
 
@@ -63,7 +72,13 @@ class TensorRTEngine(BundleEngineBase):
             refit_from=self.bundle.file(model.file) if settings.get("strip") else None,
             weight_streaming=streaming,
         )
-        return LoadedPlan(folder.file(f"{graph}.plan"), graph, model, list(folder.record.profiles[graph]), load_options)
+        return LoadedPlan(
+            folder.file(f"{graph}.plan"),
+            graph,
+            model,
+            list(folder.record.profiles[graph]),
+            load_options,
+        )
 
     @property
     def runtime(self) -> str:
@@ -80,7 +95,9 @@ class TensorRTEngine(BundleEngineBase):
         z, prompt_embeds = self._prepare_run(latents, text)
         plan = self.plans["transition"]
         select_profile(
-            plan.profiles, {"latents": z.shape, "text": prompt_embeds.shape, "t": z.shape[:2], "r": z.shape[:2]}, plan.name
+            plan.profiles,
+            {"latents": z.shape, "text": prompt_embeds.shape, "t": z.shape[:2], "r": z.shape[:2]},
+            plan.name,
         )
         key = (z.shape, prompt_embeds.shape)
         slot = self.acquire_slot(key)
@@ -88,13 +105,17 @@ class TensorRTEngine(BundleEngineBase):
             text_buffer = slot.acquire(prompt_embeds.nbytes)
             slot.stream.upload(text_buffer.address, prompt_embeds)
             inputs = {"text": (prompt_embeds.shape, text_buffer.address)}
-            run = TensorRTRun(slot, plan, z, lambda: (inputs, {}), self._release_callback(slot, key, text_buffer))
+            run = TensorRTRun(
+                slot, plan, z, lambda: (inputs, {}), self._release_callback(slot, key, text_buffer)
+            )
         except BaseException:
             slot.close()
             raise
         return run
 
-    def _release_callback(self, slot: ExecutionSlot, key: Hashable, text_buffer: DeviceBuffer) -> Callable[[], None]:
+    def _release_callback(
+        self, slot: ExecutionSlot, key: Hashable, text_buffer: DeviceBuffer
+    ) -> Callable[[], None]:
         def closed() -> None:
             slot.release(text_buffer)
             self.release_slot(key, slot)
@@ -147,7 +168,10 @@ def check_plan_compatible(folder: EngineFolder, device: CudaDevice) -> None:
     """
     record, here = folder.record, device_record(device)
     expected_device = record.device
-    compatibility, built_for = record.settings.get("hardware_compatible"), record.device.compute_capability
+    compatibility, built_for = (
+        record.settings.get("hardware_compatible"),
+        record.device.compute_capability,
+    )
     if (compatibility == "ampere+" and device.compute_capability >= (8, 0)) or (
         compatibility == "same-capability" and built_for == here.compute_capability
     ):
@@ -156,10 +180,18 @@ def check_plan_compatible(folder: EngineFolder, device: CudaDevice) -> None:
     versions = {"tensorrt": VERSION}
     if record.settings.get("version_compatible") and _is_forward_compatible(VERSION, built_with):
         versions = {}
-    check_compatible(EngineFolder(folder.path, record.model_copy(update={"device": expected_device})), here, versions)
+    check_compatible(
+        EngineFolder(folder.path, record.model_copy(update={"device": expected_device})),
+        here,
+        versions,
+    )
 
 
 def _is_forward_compatible(version: str, built_with: str) -> bool:
-    """Whether a version-compatible plan of `built_with` runs on `version`: the same major release, not an older one."""
-    here, there = (tuple(int(n) for n in text.split(".")[:3] if n.isdecimal()) for text in (version, built_with))
+    """Whether a version-compatible plan of `built_with` runs on `version`: the same major release,
+    not an older one."""
+    here, there = (
+        tuple(int(n) for n in text.split(".")[:3] if n.isdecimal())
+        for text in (version, built_with)
+    )
     return bool(there) and here[:1] == there[:1] and here >= there

@@ -1,10 +1,11 @@
 """Running a plan: execution contexts, and CUDA graphs of what is run again and again.
 
-All contexts of one `ExecutionSlot` take turns on one CUDA stream, so they share one piece of activation memory, given to them by
-us. The *general* context runs anything; its shapes and addresses are set where they differ from the last call's. A call
-that comes back with the same shapes and addresses gets a context of its own, in which both are set once, and after one
-warm-up there it is captured: TensorRT leaves undefined what a graph does once its context was changed, so that context is
-never touched again.
+All contexts of one `ExecutionSlot` take turns on one CUDA stream, so they share one piece of
+activation memory, given to them by us. The *general* context runs anything; its shapes and
+addresses are set where they differ from the last call's. A call that comes back with the same
+shapes and addresses gets a context of its own, in which both are set once, and after one warm-up
+there it is captured: TensorRT leaves undefined what a graph does once its context was changed, so
+that context is never touched again.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from anyflow_deploy.errors import BackendError
 _log = logging.getLogger("anyflow_deploy.tensorrt")
 
 GENERAL_RUNS = 2
-"""Runs of a call before it gets a context of its own. A sample of a few steps on a cache that grows never comes so far:
-capturing would cost it more than it saves. (Reasoned, not measured.)"""
+"""Runs of a call before it gets a context of its own. A sample of a few steps on a cache that grows
+never comes so far: capturing would cost it more than it saves. (Reasoned, not measured.)"""
 
 KEPT_GRAPHS = 16
 """Calls that are remembered; the one not used for longest is dropped."""
@@ -69,7 +70,9 @@ class ExecutionSlot:
         profiler: told how long every layer takes; each run then waits for itself.
     """
 
-    def __init__(self, device: CudaDevice, graphs: bool, profiler: trt.IProfiler | None = None) -> None:
+    def __init__(
+        self, device: CudaDevice, graphs: bool, profiler: trt.IProfiler | None = None
+    ) -> None:
         self.device, self.stream = device, device.stream()
         self.profiler = profiler
         self._graphs = graphs
@@ -95,23 +98,27 @@ class ExecutionSlot:
             runner.run(CallKey(tuple(shapes.items()), tuple(addresses.items())))
         except BaseException:
             with suppress(BackendError):
-                self.stream.synchronize()  # what is on its way to the device for this run may go with the error
+                # what is on its way to the device for this run may go with the error
+                self.stream.synchronize()
             raise
 
     def activations(self, size: int) -> DeviceBuffer:
-        """Memory for contexts' activations, at least this much. Larger than before, it is another piece, and what was
-        captured is dropped."""
+        """Memory for contexts' activations, at least this much. Larger than before, it is another
+        piece, and what was captured is dropped."""
         if size > self._activations.size:
             self.stream.synchronize()
             for runner in self._runners.values():
                 runner.drop_graphs()
             old, self._activations = self._activations, self.device.buffer(0)
-            old.close()  # first, to make room: and if there is none all the same, the next run begins with nothing
+            # first, to make room: and if there is none all the same, the next run begins with
+            # nothing
+            old.close()
             self._activations = self.device.buffer(size)
         return self._activations
 
     def acquire(self, size: int) -> DeviceBuffer:
-        """A buffer; one that was given back, if it is of this size, so that addresses come back, too."""
+        """A buffer; one that was given back, if it is of this size, so that addresses come back,
+        too."""
         free = self._free.get(size)
         return free.pop() if free else self.device.buffer(size)
 
@@ -167,7 +174,8 @@ class _Runner:
         self._trim()
 
     def drop_graphs(self) -> None:
-        """Drop graphs and the contexts they were captured in; what was put on the stream has finished."""
+        """Drop graphs and the contexts they were captured in; what was put on the stream has
+        finished."""
         for entry in self._entries.values():
             if entry.graph is not None:
                 entry.graph.close()
@@ -182,11 +190,15 @@ class _Runner:
                 oldest.graph.close()
 
     def _create_context(self) -> _ContextState:
-        context = self._plan.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self._plan.engine.create_execution_context(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
         if context is None:
             raise self._refusal("make an execution context")
         if self._slot.profiler is not None:
-            context.profiler = self._slot.profiler  # enqueue_emits_profile is on unless switched off
+            context.profiler = (
+                self._slot.profiler
+            )  # enqueue_emits_profile is on unless switched off
         return _ContextState(context)
 
     def _capture_graph(self, state: _ContextState, key: CallKey, profile: int) -> CudaGraph | None:
@@ -226,4 +238,7 @@ class _Runner:
             raise self._refusal("run")
 
     def _refusal(self, action: str) -> BackendError:
-        return BackendError(f"TensorRT {VERSION}: {self._plan.name!r} could not {action}: {self._plan.logger.summary()}.")
+        return BackendError(
+            f"TensorRT {VERSION}: {self._plan.name!r} could not {action}:"
+            f" {self._plan.logger.summary()}."
+        )

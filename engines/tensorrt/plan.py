@@ -1,7 +1,7 @@
 """A built plan, opened: one TensorRT engine with the names, types and profiles of its tensors.
 
-What a plan says of itself is held against the manifest: a plan that was built from another graph would otherwise read
-past the end of a buffer.
+What a plan says of itself is held against the manifest: a plan that was built from another graph
+would otherwise read past the end of a buffer.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class LoadOptions:
     """How plans are opened.
 
     Attributes:
-        host_code: the plan is version-compatible, and carries a small runtime of its own that has to be trusted. It was
-            built on this machine and its hash was compared.
+        host_code: the plan is version-compatible, and carries a small runtime of its own that has
+            to be trusted. It was built on this machine and its hash was compared.
         refit_from: the ONNX file that a plan without weights gets them from.
         weight_streaming: weights stay in host memory as far as TensorRT finds it useful.
     """
@@ -63,7 +63,9 @@ class LoadedPlan:
         BackendError: TensorRT cannot open it, or it is not of this graph.
     """
 
-    def __init__(self, path: Path, name: str, graph: GraphRecord, names: list[str], options: LoadOptions) -> None:
+    def __init__(
+        self, path: Path, name: str, graph: GraphRecord, names: list[str], options: LoadOptions
+    ) -> None:
         self.name, self._path = name, path
         self.logger = TensorRTLogger()
         self._runtime = self._create(lambda: trt.Runtime(self.logger))
@@ -71,18 +73,28 @@ class LoadedPlan:
         self.engine: trt.ICudaEngine = self._deserialize()
         if options.refit_from is not None:
             self._refit(options.refit_from)
-        if options.weight_streaming:  # before the first context: its scratch memory is part of a context's
-            self.engine.weight_streaming_budget_v2 = self.engine.get_weight_streaming_automatic_budget()
+        if (
+            options.weight_streaming
+        ):  # before the first context: its scratch memory is part of a context's
+            self.engine.weight_streaming_budget_v2 = (
+                self.engine.get_weight_streaming_automatic_budget()
+            )
         self.inputs = [tensor.name for tensor in graph.inputs]
         self.outputs = [tensor.name for tensor in graph.outputs]
         self.types = {tensor.name: tensor.dtype for tensor in [*graph.inputs, *graph.outputs]}
         self._check_tensors(graph)
         if self.engine.num_optimization_profiles != len(names):
-            raise self._mismatch(f"{self.engine.num_optimization_profiles} profiles where engine.json lists {len(names)}")
+            raise self._mismatch(
+                f"{self.engine.num_optimization_profiles} profiles where engine.json lists"
+                f" {len(names)}"
+            )
         self.profiles = [self._profile(number, label) for number, label in enumerate(names)]
 
     def _deserialize(self) -> trt.ICudaEngine:
-        with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (
+            self._path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
             engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise BackendError(
@@ -94,13 +106,18 @@ class LoadedPlan:
     def _create(self, make: Callable[[], T]) -> T:
         with suppress(TypeError):  # pybind11's word for a factory that returned nothing
             return make()
-        raise BackendError(f"TensorRT {VERSION} could not start its runtime: {self.logger.summary()}.")
+        raise BackendError(
+            f"TensorRT {VERSION} could not start its runtime: {self.logger.summary()}."
+        )
 
     def _refit(self, model: Path) -> None:
         refitter = trt.Refitter(self.engine, self.logger)
         parser = trt.OnnxParserRefitter(refitter, self.logger)
         if not parser.refit_from_file(str(model.resolve())) or not refitter.refit_cuda_engine():
-            raise BackendError(f"the weights of {model} do not fit {self._path}: {self.logger.summary()}. Build it again.")
+            raise BackendError(
+                f"the weights of {model} do not fit {self._path}: {self.logger.summary()}. Build it"
+                " again."
+            )
 
     def _check_tensors(self, graph: GraphRecord) -> None:
         engine = self.engine
@@ -112,7 +129,8 @@ class LoadedPlan:
             mode = engine.get_tensor_mode(tensor.name) == trt.TensorIOMode.INPUT
             shape = _lengths(engine.get_tensor_shape(tensor.name))
             same = len(shape) == len(tensor.shape) and all(
-                isinstance(axis, str) or axis == length for axis, length in zip(tensor.shape, shape, strict=True)
+                isinstance(axis, str) or axis == length
+                for axis, length in zip(tensor.shape, shape, strict=True)
             )
             if dtype != _TYPES[tensor.dtype] or mode != (tensor.name in self.inputs) or not same:
                 raise self._mismatch(f"tensor {tensor.name} of type {dtype} and shape {shape}")
@@ -122,12 +140,17 @@ class LoadedPlan:
     def _profile(self, number: int, label: str) -> Profile:
         shapes = {}
         for name in self.inputs:
-            minimum, optimum, maximum = (_lengths(dims) for dims in self.engine.get_tensor_profile_shape(name, number))
+            minimum, optimum, maximum = (
+                _lengths(dims) for dims in self.engine.get_tensor_profile_shape(name, number)
+            )
             shapes[name] = (minimum, optimum, maximum)
         return Profile(label, shapes)
 
     def _mismatch(self, difference: str) -> BackendError:
-        return BackendError(f"{self._path} is not a plan of this bundle's {self.name!r}: it has {difference}. Build it again.")
+        return BackendError(
+            f"{self._path} is not a plan of this bundle's {self.name!r}: it has {difference}. Build"
+            " it again."
+        )
 
 
 def _lengths(dims: trt.Dims) -> Shape:

@@ -1,12 +1,12 @@
 """TensorRT watched: how long its layers take, and how long it takes to hand them to the GPU.
 
-Two questions, two ways to run. With `layers`, an `IProfiler` is attached to every context and TensorRT times each layer on the
-device; nothing is captured then, and every run waits for itself. Without, everything runs as it always does (CUDA graphs
-included), and only the time until a run was put on its stream is noted: where that is most of a step, the GPU waits for the
-processor.
+Two questions, two ways to run. With `layers`, an `IProfiler` is attached to every context and
+TensorRT times each layer on the device; nothing is captured then, and every run waits for itself.
+Without, everything runs as it always does (CUDA graphs included), and only the time until a run was
+put on its stream is noted: where that is most of a step, the GPU waits for the processor.
 
-The names of layers are the inspector's, which knows the kernel and the ONNX nodes behind each. Written against the real
-bindings of three releases and run on a stand-in; no GPU has run it yet.
+The names of layers are the inspector's, which knows the kernel and the ONNX nodes behind each.
+Written against the real bindings of three releases and run on a stand-in; no GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -50,7 +50,13 @@ class LayerTimer(trt.IProfiler):
 class ProfiledSlot(ExecutionSlot):
     """A slot that notes how long it takes to put a run on the stream."""
 
-    def __init__(self, device: CudaDevice, graphs: bool, profiler: trt.IProfiler | None, enqueued: list[float]) -> None:
+    def __init__(
+        self,
+        device: CudaDevice,
+        graphs: bool,
+        profiler: trt.IProfiler | None,
+        enqueued: list[float],
+    ) -> None:
         super().__init__(device, graphs, profiler)
         self._enqueued = enqueued
 
@@ -105,8 +111,11 @@ class ProfiledEngine(TensorRTEngine):
 
 
 def _inspect_layers(plan: LoadedPlan) -> Iterator[dict[str, Any]]:
-    """The inspector's list of a plan's layers; without names (less verbose plans list only those), nothing."""
-    information = plan.engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    """The inspector's list of a plan's layers; without names (less verbose plans list only those),
+    nothing."""
+    information = plan.engine.create_engine_inspector().get_engine_information(
+        trt.LayerInformationFormat.JSON
+    )
     for layer in json.loads(information).get("Layers", []):
         if isinstance(layer, dict) and "Name" in layer:
             yield layer

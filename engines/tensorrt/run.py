@@ -28,7 +28,8 @@ class TensorRTRun:
         slot: what it runs in.
         plan: of a graph with inputs `latents`, `t`, `r` and outputs `z_r`, `velocity`.
         latents: the state to start from.
-        tensors: every other input, and the address of every other output; asked before each step, since a cache can move.
+        tensors: every other input, and the address of every other output; asked before each step,
+            since a cache can move.
         on_close: called when the run is.
     """
 
@@ -43,7 +44,9 @@ class TensorRTRun:
         self._slot, self._plan, self._shape = slot, plan, latents.shape
         self._tensors, self._on_close = tensors, on_close
         self._state_buffers = [slot.acquire(latents.nbytes) for _ in range(3)]
-        self._time_buffers = [slot.acquire(4 * latents.shape[0] * latents.shape[1]) for _ in range(2)]
+        self._time_buffers = [
+            slot.acquire(4 * latents.shape[0] * latents.shape[1]) for _ in range(2)
+        ]
         self._state, self._next, self._velocity = self._state_buffers
         self._open = True
         upload_into(slot, self._state, latents)
@@ -74,7 +77,12 @@ class TensorRTRun:
     def __enter__(self) -> TensorRTRun:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -91,10 +99,14 @@ class TensorRTRun:
         inputs, outputs = self._tensors()
         own_inputs: Inputs = {"latents": (self._shape, self._state.address)}
         own_inputs |= {
-            name: (self._shape[:2], buffer.address) for name, buffer in zip(("t", "r"), self._time_buffers, strict=True)
+            name: (self._shape[:2], buffer.address)
+            for name, buffer in zip(("t", "r"), self._time_buffers, strict=True)
         }
         run_plan(
-            self._slot, self._plan, own_inputs | inputs, outputs | {"z_r": self._next.address, "velocity": self._velocity.address}
+            self._slot,
+            self._plan,
+            own_inputs | inputs,
+            outputs | {"z_r": self._next.address, "velocity": self._velocity.address},
         )
         stream.synchronize()
 
@@ -106,18 +118,25 @@ class TensorRTRun:
 
     def _check_open(self) -> None:
         if not self._open:
-            raise AnyFlowError("this run is closed; start another with engine.start(latents, text).")
+            raise AnyFlowError(
+                "this run is closed; start another with engine.start(latents, text)."
+            )
 
 
-def run_plan(slot: ExecutionSlot, plan: LoadedPlan, inputs: Inputs, outputs: dict[str, int]) -> None:
+def run_plan(
+    slot: ExecutionSlot, plan: LoadedPlan, inputs: Inputs, outputs: dict[str, int]
+) -> None:
     """Put a run on a slot's stream; inputs that the plan lacks are left out."""
     plan_inputs = {name: inputs[name] for name in plan.inputs}
-    addresses = {name: address for name, (_, address) in plan_inputs.items()} | {name: outputs[name] for name in plan.outputs}
+    addresses = {name: address for name, (_, address) in plan_inputs.items()} | {
+        name: outputs[name] for name in plan.outputs
+    }
     slot.run(plan, {name: shape for name, (shape, _) in plan_inputs.items()}, addresses)
 
 
 def upload_into(slot: ExecutionSlot, buffer: DeviceBuffer, array: NDArray[Any]) -> None:
-    """Copy an array into a buffer; it is there when this returns, and the array may change again."""
+    """Copy an array into a buffer; it is there when this returns, and the array may change
+    again."""
     contiguous = np.ascontiguousarray(array)
     slot.stream.upload(buffer.address, contiguous)
     slot.stream.synchronize()

@@ -1,1 +1,2 @@
-"""What backends whose runtime is torch share: the device and the bundle's weights. Torch is imported when it is asked for."""
+"""What backends whose runtime is torch share: the device and the bundle's weights. Torch is
+imported when it is asked for."""

@@ -1,9 +1,10 @@
 """Every private interface of torch that this project uses, in one place.
 
-torch's public interface has no call for some of what a deployment needs: opening a compiled package with its weights
-outside, asking which C++ compiler would be used, recording a network on fake tensors, 8-bit matrix products. Those calls
-are made here and nowhere else. `PRIVATE` names them with the releases they were seen in, and a canary test
-(`tests/unit/test_torch_compat.py`) fails with the name of the one that a new release of torch has moved.
+torch's public interface has no call for some of what a deployment needs: opening a compiled package
+with its weights outside, asking which C++ compiler would be used, recording a network on fake
+tensors, 8-bit matrix products. Those calls are made here and nowhere else. `PRIVATE` names them
+with the releases they were seen in, and a canary test (`tests/unit/test_torch_compat.py`) fails
+with the name of the one that a new release of torch has moved.
 
 torch is imported inside the functions: this module can be imported without it.
 """
@@ -43,7 +44,8 @@ PRIVATE = (
 _OPEN = """
 import sys, torch
 for path in sys.argv[2:]:
-    torch._C._aoti.AOTIModelPackageLoader(path, "model", True, 1, int(sys.argv[1])).get_constant_fqns()
+    loader = torch._C._aoti.AOTIModelPackageLoader(path, "model", True, 1, int(sys.argv[1]))
+    loader.get_constant_fqns()
 """
 
 
@@ -55,8 +57,9 @@ def open_package(path: Path, index: int) -> Any:
         index: of the GPU; -1 for the CPU.
 
     Returns:
-        torch's loader: `get_constant_fqns`, `load_constants`, `boxed_run`. `torch._inductor.aoti_load_package`, the public
-        one, reads the archive through Python first, where a pickle could be met.
+        torch's loader: `get_constant_fqns`, `load_constants`, `boxed_run`.
+        `torch._inductor.aoti_load_package`, the public one, reads the archive through Python first,
+        where a pickle could be met.
 
     Raises:
         RuntimeError: the file is damaged, or of another release.
@@ -69,8 +72,9 @@ def open_package(path: Path, index: int) -> Any:
 def check_packages_open(paths: Sequence[Path], index: int, timeout: float = 300) -> None:
     """Open packages in a process of its own, which may crash without harm.
 
-    A package is native code. One that was linked against the wrong symbols ends the process that opens it with a
-    segmentation fault (seen on an H200 with torch 2.11.0 and g++ 13.3), which no exception handler sees.
+    A package is native code. One that was linked against the wrong symbols ends the process that
+    opens it with a segmentation fault (seen on an H200 with torch 2.11.0 and g++ 13.3), which no
+    exception handler sees.
 
     Args:
         paths: `.pt2` files.
@@ -84,7 +88,9 @@ def check_packages_open(paths: Sequence[Path], index: int, timeout: float = 300)
     try:
         finished = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise BackendError(f"a process that opens the compiled packages did not end within {timeout:.0f} s.") from None
+        raise BackendError(
+            f"a process that opens the compiled packages did not end within {timeout:.0f} s."
+        ) from None
     if finished.returncode == 0:
         return
     if finished.returncode < 0:
@@ -92,13 +98,15 @@ def check_packages_open(paths: Sequence[Path], index: int, timeout: float = 300)
     else:
         reason = f"cannot be opened: {(finished.stderr.strip().splitlines() or ['no message'])[-1]}"
     raise BackendError(
-        f"what was compiled {reason}. Nothing was written. Try another C++ compiler (CXX=clang++ or an older g++) or another "
-        "release of torch, and please report this with the output of python -m torch.utils.collect_env."
+        f"what was compiled {reason}. Nothing was written. Try another C++ compiler (CXX=clang++ or"
+        " an older g++) or another release of torch, and please report this with the output of"
+        " python -m torch.utils.collect_env."
     )
 
 
 def select_known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of Inductor's options that this release of torch has; line tables, for example, came with 2.13."""
+    """Return those of Inductor's options that this release of torch has; line tables, for example,
+    came with 2.13."""
     from torch._inductor import config
 
     known = config.get_config_copy()
@@ -119,8 +127,9 @@ def find_cpp_compiler() -> str:
         subprocess.run([compiler, "--version"], check=True, capture_output=True)
     except (InvalidCxxCompiler, OSError, subprocess.CalledProcessError):
         raise BackendError(
-            "there is no C++ compiler, and AOTInductor writes C++. Install g++ (Debian, Ubuntu: apt install g++; "
-            "Fedora: dnf install gcc-c++), or name another in the environment variable CXX."
+            "there is no C++ compiler, and AOTInductor writes C++. Install g++ (Debian, Ubuntu: apt"
+            " install g++; Fedora: dnf install gcc-c++), or name another in the environment"
+            " variable CXX."
         ) from None
     return compiler
 
@@ -128,19 +137,26 @@ def find_cpp_compiler() -> str:
 def make_symbolic_compiler(compiler: str, cache: Path | None = None) -> str:
     """Return a script that calls a C++ compiler and makes what it links use its own functions.
 
-    A package contains copies of templates of the C++ library (std::regex, for one) that libtorch exports as well. Without
-    `-Bsymbolic-functions` the dynamic linker may give a package libtorch's copies, made by another compiler.
+    A package contains copies of templates of the C++ library (std::regex, for one) that libtorch
+    exports as well. Without `-Bsymbolic-functions` the dynamic linker may give a package libtorch's
+    copies, made by another compiler.
 
     Args:
-        compiler: name or path of g++ or clang++; the script has the same name, by which Inductor tells them apart.
-        cache: folder for scripts; None for `anyflow_deploy/compiler` in the user's cache folder. The path does not change
-            from build to build, so that Inductor finds again what it has compiled.
+        compiler: name or path of g++ or clang++; the script has the same name, by which Inductor
+            tells them apart.
+        cache: folder for scripts; None for `anyflow_deploy/compiler` in the user's cache folder.
+            The path does not change from build to build, so that Inductor finds again what it has
+            compiled.
 
     Raises:
         OSError: the folder cannot be written.
     """
     if cache is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "anyflow_deploy" / "compiler"
+        cache = (
+            Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            / "anyflow_deploy"
+            / "compiler"
+        )
     text = f'#!/bin/sh\nexec {shlex.quote(compiler)} -Wl,-Bsymbolic-functions "$@"\n'
     folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
     script = folder / Path(compiler).name
@@ -167,7 +183,8 @@ def multiply_int8(a: Tensor, b: Tensor) -> Tensor:
 
 
 def multiply_fp8(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: Any) -> Tensor:
-    """Multiply float8_e4m3fn matrices (N, K) and (K, M), the second by columns in memory, into `dtype` (N, M).
+    """Multiply float8_e4m3fn matrices (N, K) and (K, M), the second by columns in memory, into
+    `dtype` (N, M).
 
     Args:
         a, b: the rounded matrices.
@@ -176,4 +193,6 @@ def multiply_fp8(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: 
     """
     import torch
 
-    return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=True)
+    return torch._scaled_mm(
+        a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype, use_fast_accum=True
+    )

@@ -1,9 +1,10 @@
 """Where a compiled torch package runs: the device, the versions, and the processor's instructions.
 
-The only backends of `engines/` that use torch are those whose runtime it is, and they import it here, when they are asked
-for. A package is native code: made for one kind of GPU, for one release of torch, and (since compilers are told to use all
-that the processor has) for its instructions. All three are recorded by the builder and compared before anything is loaded:
-code with an instruction that is not there ends the process, without a message.
+The only backends of `engines/` that use torch are those whose runtime it is, and they import it
+here, when they are asked for. A package is native code: made for one kind of GPU, for one release
+of torch, and (since compilers are told to use all that the processor has) for its instructions. All
+three are recorded by the builder and compared before anything is loaded: code with an instruction
+that is not there ends the process, without a message.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _INSTRUCTIONS = re.compile(
     r"sse|ssse|pni$|avx|fma$|f16c$|bmi|abm$|popcnt$|movbe$|gfni$|vaes$|vpclmul|amx|adx$|clwb$|cldemote$|"
     r"asimd|sve|sme|fp16|fphp|bf16|i8mm|atomics$|dcpop$|fcma$|jscvt$|lrcpc"
 )
-"""Names in /proc/cpuinfo of what a compiler may use; the kernel lists much else, which changes with its version."""
+"""Names in /proc/cpuinfo of what a compiler may use; the kernel lists much else, which changes with
+its version."""
 
 INSTALL = BACKENDS["aotinductor"].install_command("cpu")
 
@@ -36,16 +38,25 @@ def import_torch(provider: str, index: int) -> Any:
     try:
         import torch
     except ImportError as error:
-        raise BackendError(f"PyTorch cannot be imported ({error}); it is this backend's runtime. Run: {INSTALL}") from None
+        raise BackendError(
+            f"PyTorch cannot be imported ({error}); it is this backend's runtime. Run: {INSTALL}"
+        ) from None
     if provider == "cuda":
         if not torch.cuda.is_available():
-            build = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
+            build = (
+                f"was built for CUDA {torch.version.cuda}"
+                if torch.version.cuda
+                else "was built without CUDA"
+            )
             raise BackendError(
                 f"provider is 'cuda', and PyTorch {torch.__version__} finds no GPU (it {build}). "
                 "Install the driver and a PyTorch with CUDA, or use provider 'cpu'."
             )
         if index >= torch.cuda.device_count():
-            raise BackendError(f"device is {index}; this machine has {torch.cuda.device_count()} GPUs, counted from 0.")
+            raise BackendError(
+                f"device is {index}; this machine has {torch.cuda.device_count()} GPUs, counted"
+                " from 0."
+            )
     return torch
 
 
@@ -58,12 +69,17 @@ def describe_device(torch: Any, provider: str, index: int) -> DeviceRecord:
     """What runs here, for engine.json."""
     if provider == "cuda":
         major, minor = torch.cuda.get_device_capability(index)
-        return DeviceRecord(kind="cuda", name=torch.cuda.get_device_name(index), compute_capability=f"{major}.{minor}")
+        return DeviceRecord(
+            kind="cuda",
+            name=torch.cuda.get_device_name(index),
+            compute_capability=f"{major}.{minor}",
+        )
     return DeviceRecord(kind="cpu", name=platform.machine())
 
 
 def runtime_versions(torch: Any, provider: str) -> dict[str, str]:
-    """What has to be the same when a package is loaded. The GPU's packages hold code for the processor, too."""
+    """What has to be the same when a package is loaded. The GPU's packages hold code for the
+    processor, too."""
     versions = {
         "torch": str(torch.__version__),
         "processor instructions": instruction_sets(torch.backends.cpu.get_cpu_capability()),
@@ -72,7 +88,8 @@ def runtime_versions(torch: Any, provider: str) -> dict[str, str]:
 
 
 def instruction_sets(level: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's instruction sets in one word: torch's name of the widest, how many there are, and their hash.
+    """The processor's instruction sets in one word: torch's name of the widest, how many there are,
+    and their hash.
 
     Args:
         level: as torch calls it: "AVX512", "AVX2", "DEFAULT", …
@@ -82,6 +99,13 @@ def instruction_sets(level: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         lines = cpuinfo.read_text().splitlines()
     except OSError:
         lines = []
-    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
-    relevant = sorted(flag for flag in flags if _INSTRUCTIONS.match(flag)) or [platform.processor() or platform.machine()]
-    return f"{level} ({len(relevant)}, {hashlib.sha256(' '.join(relevant).encode()).hexdigest()[:8]})"
+    flags = next(
+        (line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))),
+        [],
+    )
+    relevant = sorted(flag for flag in flags if _INSTRUCTIONS.match(flag)) or [
+        platform.processor() or platform.machine()
+    ]
+    return (
+        f"{level} ({len(relevant)}, {hashlib.sha256(' '.join(relevant).encode()).hexdigest()[:8]})"
+    )

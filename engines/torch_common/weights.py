@@ -1,8 +1,9 @@
 """A bundle's weights as torch tensors on one device, one copy, shared by all graphs of an engine.
 
-Compiled packages hold no weights: they are read from the bundle's own `weights.safetensors`, with plain reads, one tensor
-at a time. `release` gives the memory back even where a package still refers to a tensor: AOTInductor's runtime keeps a
-reference of its own to what it was lent, and never lets go of it.
+Compiled packages hold no weights: they are read from the bundle's own `weights.safetensors`, with
+plain reads, one tensor at a time. `release` gives the memory back even where a package still refers
+to a tensor: AOTInductor's runtime keeps a reference of its own to what it was lent, and never lets
+go of it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class TorchWeights:
         BackendError: a name that the bundle lacks, or no memory.
     """
 
-    def __init__(self, torch: Any, bundle: Bundle, device: str, names: Collection[str] | None = None) -> None:
+    def __init__(
+        self, torch: Any, bundle: Bundle, device: str, names: Collection[str] | None = None
+    ) -> None:
         self._tensors: dict[str, Tensor] = {}
         self._end: weakref.finalize[[dict[str, Any]], TorchWeights] | None = None
         with safe_open(str(bundle.file(WEIGHTS)), "pt") as file:
@@ -42,15 +45,21 @@ class TorchWeights:
             requested = sorted(stored if names is None else names)
             if missing := [name for name in requested if name not in stored]:
                 raise BackendError(
-                    f"{bundle.path} has no weight {missing[0]!r}, which the engine wants. Build it again with anyflow-build."
+                    f"{bundle.path} has no weight {missing[0]!r}, which the engine wants. Build it"
+                    " again with anyflow-build."
                 )
             try:
-                for name in requested:  # a copy: the file's own pages are let go of with each tensor
+                for (
+                    name
+                ) in requested:  # a copy: the file's own pages are let go of with each tensor
                     self._tensors[name] = file.get_tensor(name).to(device, copy=True)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 self.release()
                 reason = str(error).splitlines()[0]
-                raise BackendError(f"the weights of {bundle.path} do not fit on {device}: {reason} See anyflow-fit.") from None
+                raise BackendError(
+                    f"the weights of {bundle.path} do not fit on {device}: {reason} See"
+                    " anyflow-fit."
+                ) from None
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -66,7 +75,8 @@ class TorchWeights:
         return {name: self._tensors[name] for name in names}
 
     def share(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Those of a graph, for AOTInductor's runtime: from now on they are released with this object at the latest."""
+        """Those of a graph, for AOTInductor's runtime: from now on they are released with this
+        object at the latest."""
         if self._end is None:
             self._end = weakref.finalize(self, _free_storage, self._tensors)
             self._end.atexit = False

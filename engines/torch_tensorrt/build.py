@@ -1,8 +1,9 @@
 """Building with torch-tensorrt: the program of a bundle, for shapes up to the bundle's own video.
 
-TensorRT wants a least, a usual and a largest shape, and plans memory for the largest; the bundle's default video is both of
-the latter, since a declared range may have no end. Causal bundles are refused: a stream begins with an empty cache, which is
-no shape for TensorRT here. So are eight bits: this way has no place for the bundle's scales.
+TensorRT wants a least, a usual and a largest shape, and plans memory for the largest; the bundle's
+default video is both of the latter, since a declared range may have no end. Causal bundles are
+refused: a stream begins with an empty cache, which is no shape for TensorRT here. So are eight
+bits: this way has no place for the bundle's scales.
 """
 
 from __future__ import annotations
@@ -14,8 +15,16 @@ from anyflow_deploy.engines.aotinductor.build import check_exporter
 from anyflow_deploy.engines.build import BuildResult, BuildSettings
 from anyflow_deploy.engines.engine_folder import EngineWriter, narrow_ranges
 from anyflow_deploy.engines.torch_common.compat import find_cpp_compiler
-from anyflow_deploy.engines.torch_common.device import describe_device, runtime_versions, torch_device
-from anyflow_deploy.engines.torch_tensorrt.engine import import_cuda_torch, import_torch_tensorrt, package_versions
+from anyflow_deploy.engines.torch_common.device import (
+    describe_device,
+    runtime_versions,
+    torch_device,
+)
+from anyflow_deploy.engines.torch_tensorrt.engine import (
+    import_cuda_torch,
+    import_torch_tensorrt,
+    package_versions,
+)
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.progress import Progress
 from anyflow_deploy.shape_ranges import Range
@@ -34,12 +43,13 @@ class TorchTensorRTSettings(BuildSettings):
         super().check(bundle)
         if bundle.manifest.kind == "causal":
             raise BackendError(
-                f"{bundle.path} is causal, and torch-tensorrt takes no empty cache. Use backend tensorrt or aotinductor."
+                f"{bundle.path} is causal, and torch-tensorrt takes no empty cache. Use backend"
+                " tensorrt or aotinductor."
             )
         if bundle.manifest.quantization is not None:
             raise BackendError(
-                f"{bundle.path} is {bundle.manifest.precision}, and this backend takes fp32, fp16 and bf16. "
-                "Use backend tensorrt, onnxruntime or aotinductor."
+                f"{bundle.path} is {bundle.manifest.precision}, and this backend takes fp32, fp16"
+                " and bf16. Use backend tensorrt, onnxruntime or aotinductor."
             )
         import_cuda_torch(self.provider, self.device)
         import_torch_tensorrt()
@@ -50,14 +60,25 @@ class TorchTensorRTSettings(BuildSettings):
         """See `BuildSettings`."""
         from anyflow_deploy.engines.torch_tensorrt.compiler import build_package
 
-        torch, device = import_cuda_torch(self.provider, self.device), torch_device(self.provider, self.device)
+        torch, device = (
+            import_cuda_torch(self.provider, self.device),
+            torch_device(self.provider, self.device),
+        )
         axis_ranges, shapes = profile_ranges(bundle), input_profile(bundle)
-        achieved = build_package(import_torch_tensorrt(), bundle, device, axis_ranges, shapes, writer, progress)
+        achieved = build_package(
+            import_torch_tensorrt(), bundle, device, axis_ranges, shapes, writer, progress
+        )
         return BuildResult(
             describe_device(torch, self.provider, self.device),
             {**runtime_versions(torch, self.provider), **package_versions()},
             narrow_ranges(bundle, **axis_ranges),
-            profiles={"transition": {"shapes": {name: [list(shape) for shape in bounds] for name, bounds in shapes.items()}}},
+            profiles={
+                "transition": {
+                    "shapes": {
+                        name: [list(shape) for shape in bounds] for name, bounds in shapes.items()
+                    }
+                }
+            },
             achieved=achieved,
         )
 
@@ -73,15 +94,24 @@ def profile_ranges(bundle: Bundle) -> dict[str, Range]:
         "text": video.text_tokens,
     }
     declared = vars(manifest.shape_ranges)
-    return {axis: Range(declared[axis].minimum, size, declared[axis].multiple) for axis, size in largest.items()}
+    return {
+        axis: Range(declared[axis].minimum, size, declared[axis].multiple)
+        for axis, size in largest.items()
+    }
 
 
 def input_profile(bundle: Bundle) -> dict[str, Shapes]:
     """Input name -> its least, usual and largest shape."""
     ranges = profile_ranges(bundle)
-    low, high = ({axis: getattr(r, end) for axis, r in ranges.items()} for end in ("minimum", "maximum"))
+    low, high = (
+        {axis: getattr(r, end) for axis, r in ranges.items()} for end in ("minimum", "maximum")
+    )
     return {
-        tensor.name: (_resolve_shape(tensor.shape, low), _resolve_shape(tensor.shape, high), _resolve_shape(tensor.shape, high))
+        tensor.name: (
+            _resolve_shape(tensor.shape, low),
+            _resolve_shape(tensor.shape, high),
+            _resolve_shape(tensor.shape, high),
+        )
         for tensor in bundle.manifest.graphs["transition"].inputs
     }
 

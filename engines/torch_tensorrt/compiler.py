@@ -1,7 +1,8 @@
-"""torch-tensorrt's compiler on a bundle's program. **Not run yet**: there was no GPU; see `engines/torch_tensorrt/engine.py`.
+"""torch-tensorrt's compiler on a bundle's program. **Not run yet**: there was no GPU; see
+`engines/torch_tensorrt/engine.py`.
 
-A package in AOTInductor's format is what its documentation recommends for deployment, and the only one of its formats that
-holds no pickle of Python's.
+A package in AOTInductor's format is what its documentation recommends for deployment, and the only
+one of its formats that holds no pickle of Python's.
 """
 
 from __future__ import annotations
@@ -53,13 +54,21 @@ def build_package(
     weights = TorchWeights(torch, bundle, device)
     try:
         with best_attention(device), progress.stage("tracing transition"):
-            program = program_from_bundle(bundle, "transition", weights.select(list(weights)), device, ranges)
+            program = program_from_bundle(
+                bundle, "transition", weights.select(list(weights)), device, ranges
+            )
         with best_attention(device), progress.stage("building with TensorRT"):
-            _, dynamic = example_arguments("transition", bundle.manifest.architecture, ranges, bundle.manifest.base, device)
-            counts = compile_program(trt, program, shapes, dynamic, device, writer.folder / "transition.pt2")
+            _, dynamic = example_arguments(
+                "transition", bundle.manifest.architecture, ranges, bundle.manifest.base, device
+            )
+            counts = compile_program(
+                trt, program, shapes, dynamic, device, writer.folder / "transition.pt2"
+            )
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = " ".join(str(error).split())[:600]
-        raise BackendError(f"torch-tensorrt cannot build {bundle.path} ({type(error).__name__}): {reason}") from error
+        raise BackendError(
+            f"torch-tensorrt cannot build {bundle.path} ({type(error).__name__}): {reason}"
+        ) from error
     finally:
         weights.release()
     writer.add_existing("transition.pt2")
@@ -67,7 +76,12 @@ def build_package(
 
 
 def compile_program(
-    trt: Any, program: ExportedProgram, shapes: Mapping[str, Shapes], dynamic: tuple[Any, ...], device: str, path: Path
+    trt: Any,
+    program: ExportedProgram,
+    shapes: Mapping[str, Shapes],
+    dynamic: tuple[Any, ...],
+    device: str,
+    path: Path,
 ) -> str:
     """Compile and save one program; returns how many engines it became, in words.
 
@@ -82,8 +96,12 @@ def compile_program(
     assert program.example_inputs is not None
     examples = list(program.example_inputs[0])
     inputs = [
-        trt.Input(min_shape=smallest, opt_shape=typical, max_shape=largest, dtype=example.dtype, name=name)
-        for (name, (smallest, typical, largest)), example in zip(shapes.items(), examples, strict=True)
+        trt.Input(
+            min_shape=smallest, opt_shape=typical, max_shape=largest, dtype=example.dtype, name=name
+        )
+        for (name, (smallest, typical, largest)), example in zip(
+            shapes.items(), examples, strict=True
+        )
     ]
     module = trt.dynamo.compile(
         program,
@@ -95,7 +113,14 @@ def compile_program(
         cache_built_engines=False,
         reuse_cached_engines=False,
     )
-    trt.save(module, str(path), output_format="aot_inductor", retrace=True, arg_inputs=examples, dynamic_shapes=dynamic)
+    trt.save(
+        module,
+        str(path),
+        output_format="aot_inductor",
+        retrace=True,
+        arg_inputs=examples,
+        dynamic_shapes=dynamic,
+    )
     engines = sum("_run_on_acc" in name for name, _ in module.named_children())
     rest = sum("_run_on_gpu" in name for name, _ in module.named_children())
     return f"{engines} TensorRT engines, {rest} pieces left to torch"

@@ -1,7 +1,9 @@
-"""torch-tensorrt: the same program, with TensorRT for what TensorRT takes and AOTInductor around it.
+"""torch-tensorrt: the same program, with TensorRT for what TensorRT takes and AOTInductor around
+it.
 
-The result is a `.pt2` package like AOTInductor's and runs in the same class; TensorRT's engines, weights included, lie in it.
-NVIDIA GPUs only. **Not run yet**: it is written against torch-tensorrt 2.14, whose signatures a test compares.
+The result is a `.pt2` package like AOTInductor's and runs in the same class; TensorRT's engines,
+weights included, lie in it. NVIDIA GPUs only. **Not run yet**: it is written against torch-tensorrt
+2.14, whose signatures a test compares.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def import_cuda_torch(provider: str, index: int) -> Any:
     """
     if provider != "cuda":
         raise BackendError(
-            f"torch-tensorrt runs on NVIDIA GPUs only; provider is {provider!r}. Give cuda, or backend aotinductor."
+            f"torch-tensorrt runs on NVIDIA GPUs only; provider is {provider!r}. Give cuda, or"
+            " backend aotinductor."
         )
     return import_torch(provider, index)
 
@@ -61,10 +64,16 @@ def import_torch_tensorrt() -> Any:
     """
     try:
         return importlib.import_module("torch_tensorrt")
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # a library of another CUDA or torch, too
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # a library of another CUDA or torch, too
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackendError(
-            f"torch-tensorrt cannot be imported ({reason}). It has to be of the same release as torch. Run: {INSTALL}"
+            f"torch-tensorrt cannot be imported ({reason}). It has to be of the same release as"
+            f" torch. Run: {INSTALL}"
         ) from None
 
 
@@ -72,4 +81,7 @@ def package_versions() -> dict[str, str]:
     """Of what has to be the same when a package is loaded."""
     import tensorrt  # type: ignore[import-not-found, unused-ignore]  # only where torch-tensorrt is
 
-    return {"torch-tensorrt": str(import_torch_tensorrt().__version__), "TensorRT": str(tensorrt.__version__)}
+    return {
+        "torch-tensorrt": str(import_torch_tensorrt().__version__),
+        "TensorRT": str(tensorrt.__version__),
+    }

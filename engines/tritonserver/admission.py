@@ -1,7 +1,9 @@
-"""Who may begin, so that memory stays bounded: so many streams at once, so many bytes of cache, so many that wait.
+"""Who may begin, so that memory stays bounded: so many streams at once, so many bytes of cache, so
+many that wait.
 
-First come, first served: a large video at the head of the queue waits for its room, and smaller ones behind it do not pass, or
-it would wait forever. What a stream costs is known before it begins (`CachePlan.bytes`).
+First come, first served: a large video at the head of the queue waits for its room, and smaller
+ones behind it do not pass, or it would wait forever. What a stream costs is known before it begins
+(`CachePlan.bytes`).
 """
 
 from __future__ import annotations
@@ -35,13 +37,23 @@ class Admission:
         streams: at once.
         cache_bytes: of all of them together.
         waiting: may wait.
-        changed: told of (active streams, waiting, bytes of cache) after every change, one call at a time.
+        changed: told of (active streams, waiting, bytes of cache) after every change, one call at a
+            time.
     """
 
     def __init__(
-        self, streams: int, cache_bytes: int, waiting: int, changed: Callable[[int, int, int], None] = lambda *_: None
+        self,
+        streams: int,
+        cache_bytes: int,
+        waiting: int,
+        changed: Callable[[int, int, int], None] = lambda *_: None,
     ) -> None:
-        self._most, self._bytes, self._most_waiting, self._changed = streams, cache_bytes, waiting, changed
+        self._most, self._bytes, self._most_waiting, self._changed = (
+            streams,
+            cache_bytes,
+            waiting,
+            changed,
+        )
         self._active: set[Ticket] = set()
         self._waiting: deque[Ticket] = deque()
         self._news = threading.Condition()
@@ -58,16 +70,17 @@ class Admission:
         """
         if cost > self._bytes:
             raise AnyFlowError(
-                f"the cache of this video takes {cost / 1e6:,.1f} MB and this server has {self._bytes / 1e6:,.1f} MB "
-                "for all videos. Ask for fewer or smaller frames, or for a window."
+                f"the cache of this video takes {cost / 1e6:,.1f} MB and this server has"
+                f" {self._bytes / 1e6:,.1f} MB for all videos. Ask for fewer or smaller frames, or"
+                " for a window."
             )
         with self._news:
             ticket = Ticket(cost)
             if self._waiting or not self._fits(ticket):
                 if len(self._waiting) >= self._most_waiting:
                     raise CapacityError(
-                        f"{len(self._active)} videos are being made and {len(self._waiting)} wait; this server takes no more. "
-                        "Ask again later."
+                        f"{len(self._active)} videos are being made and {len(self._waiting)} wait;"
+                        " this server takes no more. Ask again later."
                     )
                 self._waiting.append(ticket)
             else:

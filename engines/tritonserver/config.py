@@ -7,12 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS, TensorSpec
 
 _HEAD = """\
-# Written by anyflow-triton. The parameters may be changed here; what they mean: docs/how-to/triton.md.
+# Written by anyflow-triton. The parameters may be changed here; docs/how-to/triton.md
+# says what they mean.
 """
 
 
 def streaming_config(
-    name: str, parameters: Mapping[str, str], gpus: Sequence[int] | None, embeds: tuple[int, int], warm_up: str
+    name: str,
+    parameters: Mapping[str, str],
+    gpus: Sequence[int] | None,
+    embeds: tuple[int, int],
+    warm_up: str,
 ) -> str:
     """Of the decoupled model.
 
@@ -23,7 +28,11 @@ def streaming_config(
         embeds: tokens and channels of a prompt's embeddings, for the warm-up.
         warm_up: file below `warmup/` with the number of steps, INT32.
     """
-    kind = "kind: KIND_CPU count: 1" if gpus is None else f"kind: KIND_GPU count: 1 gpus: {_list(gpus)}"
+    kind = (
+        "kind: KIND_CPU count: 1"
+        if gpus is None
+        else f"kind: KIND_GPU count: 1 gpus: {_list(gpus)}"
+    )
     lines = [
         _HEAD,
         f"name: {_text(name)}",
@@ -33,13 +42,22 @@ def streaming_config(
         *_ports("input", INPUTS, optional=True),
         *_ports("output", OUTPUTS),
         f"instance_group [ {{ {kind} }} ]",
-        # The server is ready when one video was made: from embeddings, which are taken with and without a text encoder.
+        # The server is ready when one video was made: from embeddings, which are taken with and
+        # without a text encoder.
         'model_warmup [ { name: "one video" batch_size: 1 count: 1',
-        f'  inputs {{ key: "prompt_embeds" value {{ data_type: TYPE_FP32 dims: {_list(embeds)} zero_data: true }} }}',
-        '  inputs { key: "num_inference_steps" value '
-        f"{{ data_type: TYPE_INT32 dims: [ 1 ] input_data_file: {_text(warm_up)} }} }}",
+        (
+            f'  inputs {{ key: "prompt_embeds" value {{ data_type: TYPE_FP32 dims: {_list(embeds)}'
+            " zero_data: true } }"
+        ),
+        (
+            '  inputs { key: "num_inference_steps" value '
+            f"{{ data_type: TYPE_INT32 dims: [ 1 ] input_data_file: {_text(warm_up)} }} }}"
+        ),
         "} ]",
-        *(f"parameters {{ key: {_text(key)} value {{ string_value: {_text(value)} }} }}" for key, value in parameters.items()),
+        *(
+            f"parameters {{ key: {_text(key)} value {{ string_value: {_text(value)} }} }}"
+            for key, value in parameters.items()
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -67,14 +85,20 @@ def plan_config(
         "max_batch_size: 0",
         *_ports("input", inputs),
         *_ports("output", outputs),
-        f"instance_group [ {{ kind: KIND_GPU count: 1 gpus: {_list(gpus)} profile: [ {chosen} ] }} ]",
+        (
+            f"instance_group [ {{ kind: KIND_GPU count: 1 gpus: {_list(gpus)} profile: [ {chosen} ]"
+            " } ]"
+        ),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _ports(what: str, ports: Iterable[TensorSpec], optional: bool = False) -> list[str]:
     end = " optional: true" if optional else ""
-    rows = [f"  {{ name: {_text(p.name)} data_type: TYPE_{p.type} dims: {_list(p.shape)}{end} }}" for p in ports]
+    rows = [
+        f"  {{ name: {_text(p.name)} data_type: TYPE_{p.type} dims: {_list(p.shape)}{end} }}"
+        for p in ports
+    ]
     return [f"{what} [", ",\n".join(rows), "]"]
 
 

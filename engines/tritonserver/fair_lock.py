@@ -1,6 +1,7 @@
 """Turns on one device, in the order in which they were asked for.
 
-A plain lock lets whoever has just put it down take it again at once, and a stream of many transitions would hold up all others.
+A plain lock lets whoever has just put it down take it again at once, and a stream of many
+transitions would hold up all others.
 """
 
 from __future__ import annotations

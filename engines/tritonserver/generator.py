@@ -85,7 +85,9 @@ def generate_chunks(
     if parsed.output_type in ("mp4", "mp4-base64"):
         encoder = Mp4Pieces(pipeline.manifest.video.fps, (request.height, request.width))
     decode = parsed.output_type != "latents"
-    chunks = pipeline.generate(request, prompt_embeds, policy, decode=decode, on_step=on_step, stage=stage)
+    chunks = pipeline.generate(
+        request, prompt_embeds, policy, decode=decode, on_step=on_step, stage=stage
+    )
     with closing(chunks):
         for chunk in chunks:
             last = results[-1] if results else None

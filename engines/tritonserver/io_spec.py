@@ -1,4 +1,5 @@
-"""The inputs and outputs of the served model: one list, for config.pbtxt, for reading requests, and for the documentation."""
+"""The inputs and outputs of the served model: one list, for config.pbtxt, for reading requests, and
+for the documentation."""
 
 from __future__ import annotations
 
@@ -28,9 +29,23 @@ def _number(name: str, kind: str, about: str) -> TensorSpec:
 
 INPUTS = (
     TensorSpec("prompt", "STRING", (1,), "what to show, UTF-8; this or prompt_embeds"),
-    TensorSpec("prompt_embeds", "FP32", (-1, -1), "the text encoder's output for one prompt, (tokens, channels)"),
-    _number("num_inference_steps", "INT32", "transitions of each chunk (causal) or of the video; under a deadline: the most"),
-    _number("deadline_ms", "FP32", "time for the transitions of each chunk, or of the video, waiting for other streams included"),
+    TensorSpec(
+        "prompt_embeds",
+        "FP32",
+        (-1, -1),
+        "the text encoder's output for one prompt, (tokens, channels)",
+    ),
+    _number(
+        "num_inference_steps",
+        "INT32",
+        "transitions of each chunk (causal) or of the video; under a deadline: the most",
+    ),
+    _number(
+        "deadline_ms",
+        "FP32",
+        "time for the transitions of each chunk, or of the video, waiting for other streams"
+        " included",
+    ),
     _number("seed", "INT64", "of the noise; random where it is not given, and answered"),
     _number("num_frames", "INT32", "4n+1"),
     _number("height", "INT32", "pixels, a multiple of 16"),
@@ -45,13 +60,29 @@ INPUTS = (
 OUTPUTS = (
     _number("chunk", "INT32", "0 for the first"),
     _number("first_frame", "INT32", "the video's frame that this chunk begins with"),
-    _number("steps", "INT32", "transitions that were made for it (bidirectional: all of them for the first)"),
+    _number(
+        "steps",
+        "INT32",
+        "transitions that were made for it (bidirectional: all of them for the first)",
+    ),
     _number("seconds", "FP32", "since the request came"),
     _number("deadline_met", "BOOL", "only under a deadline"),
     _number("seed", "INT64", "of the noise"),
-    TensorSpec("mp4", "STRING", (1,), "output_type mp4: a piece of fragmented mp4; all pieces in order are the file"),
-    TensorSpec("frames", "UINT8", (-1, -1, -1, 3), "output_type frames: (frames, height, width, 3)"),
-    TensorSpec("latents", "FP32", (-1, -1, -1, -1), "output_type latents: clean, (latent frames, channels, rows, columns)"),
+    TensorSpec(
+        "mp4",
+        "STRING",
+        (1,),
+        "output_type mp4: a piece of fragmented mp4; all pieces in order are the file",
+    ),
+    TensorSpec(
+        "frames", "UINT8", (-1, -1, -1, 3), "output_type frames: (frames, height, width, 3)"
+    ),
+    TensorSpec(
+        "latents",
+        "FP32",
+        (-1, -1, -1, -1),
+        "output_type latents: clean, (latent frames, channels, rows, columns)",
+    ),
 )
 
 OUTPUT_TYPES = {"mp4": "mp4", "mp4-base64": "mp4", "frames": "frames", "latents": "latents"}

@@ -6,7 +6,8 @@ import threading
 from typing import Any
 
 TRITON_API_LOCK = threading.RLock()
-"""Held around every call into Triton's Python backend: servers (2.51 was seen) crash when several threads call at once."""
+"""Held around every call into Triton's Python backend: servers (2.51 was seen) crash when several
+threads call at once."""
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 """Upper ends of the histograms' buckets."""
@@ -25,15 +26,27 @@ class Metrics:
         self._families: list[Any] = []  # Triton forgets a family that nobody holds
         gauge, counter = server.MetricFamily.GAUGE, server.MetricFamily.COUNTER
         self._active = self._metric("anyflow_active_streams", "Videos that are being made", gauge)
-        self._waiting = self._metric("anyflow_waiting_requests", "Requests that wait for a place", gauge)
-        self._cache = self._metric("anyflow_cache_bytes", "Keys and values of all active streams", gauge)
+        self._waiting = self._metric(
+            "anyflow_waiting_requests", "Requests that wait for a place", gauge
+        )
+        self._cache = self._metric(
+            "anyflow_cache_bytes", "Keys and values of all active streams", gauge
+        )
         self._steps = self._metric("anyflow_steps_total", "Transitions of finished chunks", counter)
-        self._missed = self._metric("anyflow_deadlines_missed_total", "Chunks that came after their deadline", counter)
+        self._missed = self._metric(
+            "anyflow_deadlines_missed_total", "Chunks that came after their deadline", counter
+        )
         ends = ("completed", "cancelled", "refused", "failed")
         self._videos = self._family("anyflow_videos_total", "Requests, by how they ended", counter)
-        self._ended = {end: self._videos.Metric(labels={**self._labels, "end": end}) for end in ends}
-        self._first_chunk = self._histogram("anyflow_first_chunk_seconds", "From the request to its first chunk")
-        self._chunk = self._histogram("anyflow_chunk_seconds", "From one chunk of a video to the next")
+        self._ended = {
+            end: self._videos.Metric(labels={**self._labels, "end": end}) for end in ends
+        }
+        self._first_chunk = self._histogram(
+            "anyflow_first_chunk_seconds", "From the request to its first chunk"
+        )
+        self._chunk = self._histogram(
+            "anyflow_chunk_seconds", "From one chunk of a video to the next"
+        )
 
     def streams(self, active: int, waiting: int, cache_bytes: int) -> None:
         """As `Admission` tells."""
@@ -56,7 +69,9 @@ class Metrics:
             if histogram is not None:
                 histogram.observe(seconds)
             self._steps.increment(steps)
-            if steps and deadline_met is False:  # later pieces of a bidirectional video repeat the first one's
+            if (
+                steps and deadline_met is False
+            ):  # later pieces of a bidirectional video repeat the first one's
                 self._missed.increment(1)
 
     def ended(self, end: str) -> None:
@@ -75,6 +90,8 @@ class Metrics:
     def _histogram(self, name: str, about: str) -> Any:
         kind = getattr(self._server.MetricFamily, "HISTOGRAM", None)
         if kind is None:  # servers before late 2024 have none
-            self._server.Logger.log_warn(f"this server's Python backend has no histograms; {name} is left out")
+            self._server.Logger.log_warn(
+                f"this server's Python backend has no histograms; {name} is left out"
+            )
             return None
         return self._family(name, about, kind).Metric(labels=self._labels, buckets=list(SECONDS))

@@ -1,7 +1,8 @@
 """Triton's side: the class that its Python backend loads, by the `model.py` of a repository.
 
-Triton calls `execute` from one thread and expects it back at once; every request goes on in a thread of its own and answers
-through its response sender. Closing the sender is what ends a request, so it happens whatever else does.
+Triton calls `execute` from one thread and expects it back at once; every request goes on in a
+thread of its own and answers through its response sender. Closing the sender is what ends a
+request, so it happens whatever else does.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _TYPES: dict[str, Any] = {port.name: _NUMPY[port.type] for port in OUTPUTS if po
 
 
 class ResponseStream:
-    """Where the chunks of one request go: Triton's response sender, used by one thread of this process at a time.
+    """Where the chunks of one request go: Triton's response sender, used by one thread of this
+    process at a time.
 
     Args:
         sender: of the request.
@@ -57,7 +59,11 @@ class ResponseStream:
     def send(self, tensors: list[tuple[str, NDArray[Any]]]) -> None:
         """Send a chunk."""
         with TRITON_API_LOCK:
-            self._sender.send(server.InferenceResponse(output_tensors=[server.Tensor(*tensor) for tensor in tensors]))
+            self._sender.send(
+                server.InferenceResponse(
+                    output_tensors=[server.Tensor(*tensor) for tensor in tensors]
+                )
+            )
 
     def end(self) -> None:
         """There are no more chunks."""
@@ -67,20 +73,25 @@ class ResponseStream:
     def fail(self, message: str, code: Any) -> None:
         """It ends with an error."""
         with TRITON_API_LOCK:
-            response = server.InferenceResponse(output_tensors=[], error=server.TritonError(message, code))
+            response = server.InferenceResponse(
+                output_tensors=[], error=server.TritonError(message, code)
+            )
             self._sender.send(response, flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def refuse(self, error: AnyFlowError) -> None:
         """It ends with what was wrong with it."""
         full = isinstance(error, CapacityError)
-        self.fail(str(error), server.TritonError.UNAVAILABLE if full else server.TritonError.INVALID_ARG)
+        self.fail(
+            str(error), server.TritonError.UNAVAILABLE if full else server.TritonError.INVALID_ARG
+        )
 
 
 class TritonPythonModel:
     """See the module."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load everything; the server reports the model as not ready until then, and until it is warm."""
+        """Load everything; the server reports the model as not ready until then, and until it is
+        warm."""
         try:
             check_arrays()
             self._open(args)
@@ -91,15 +102,21 @@ class TritonPythonModel:
         self._name = args["model_name"]
         self._settings = settings = settings_from(json.loads(args["model_config"])["parameters"])
         folder = Path(args["model_repository"]) / args["model_version"]
-        gpu = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        gpu = (
+            int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        )
         bundle = load_bundle(folder / settings.bundle)
         self._pipeline = load_pipeline(bundle, folder, settings, gpu)
         self._metrics = Metrics(server, self._name, args["model_instance_name"])
         self._element, most = cache_of(bundle.manifest, settings)
-        self._admission = Admission(settings.max_streams, most, settings.max_waiting, self._metrics.streams)
+        self._admission = Admission(
+            settings.max_streams, most, settings.max_waiting, self._metrics.streams
+        )
         self._threads: set[threading.Thread] = set()
         self._stopping = threading.Event()
-        server.Logger.log_info(f"{self._name}: {self._pipeline.engine.description}, bundle {bundle.digest[:16]}")
+        server.Logger.log_info(
+            f"{self._name}: {self._pipeline.engine.description}, bundle {bundle.digest[:16]}"
+        )
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; see the module."""
@@ -109,7 +126,9 @@ class TritonPythonModel:
                 answer = ResponseStream(request.get_response_sender())
             try:
                 with TRITON_API_LOCK:
-                    tensors = {tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()}
+                    tensors = {
+                        tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()
+                    }
                 wanted = parse_request(tensors, self._pipeline.manifest, self._settings, self._name)
                 if wanted.prompt_embeds is None:
                     self._pipeline.check_prompt(wanted.request.prompt)
@@ -121,7 +140,9 @@ class TritonPythonModel:
             except Exception:  # noqa: BLE001 - this request is lost, the next may do better
                 self._fail(answer)
                 continue
-            thread = threading.Thread(target=self._run, args=(wanted, ticket, answer, began), daemon=True)
+            thread = threading.Thread(
+                target=self._run, args=(wanted, ticket, answer, began), daemon=True
+            )
             self._threads.add(thread)
             try:
                 thread.start()
@@ -140,7 +161,9 @@ class TritonPythonModel:
             thread.join()
         self._pipeline.close()
 
-    def _run(self, wanted: ParsedRequest, ticket: Ticket, answer: ResponseStream, began: float) -> None:
+    def _run(
+        self, wanted: ParsedRequest, ticket: Ticket, answer: ResponseStream, began: float
+    ) -> None:
         """One request."""
 
         def check() -> None:
@@ -148,7 +171,10 @@ class TritonPythonModel:
                 raise CancelledError
 
         try:
-            with self._admission.within(ticket, check), closing(generate_chunks(self._pipeline, wanted, check)) as pieces:
+            with (
+                self._admission.within(ticket, check),
+                closing(generate_chunks(self._pipeline, wanted, check)) as pieces,
+            ):
                 before = began
                 for made in pieces:
                     now = time.perf_counter()
@@ -160,7 +186,14 @@ class TritonPythonModel:
         except CancelledError:
             stopped = self._stopping.is_set()
             code = server.TritonError.UNAVAILABLE if stopped else server.TritonError.CANCELLED
-            answer.fail("the server is being stopped; ask again later." if stopped else "cancelled on request.", code)
+            answer.fail(
+                (
+                    "the server is being stopped; ask again later."
+                    if stopped
+                    else "cancelled on request."
+                ),
+                code,
+            )
             self._metrics.ended("cancelled")
         except AnyFlowError as error:
             answer.refuse(error)
@@ -178,21 +211,27 @@ class TritonPythonModel:
 
 
 def check_arrays() -> None:
-    """Refuse a numpy that this server's Python backend cannot read: it would take the whole server down with the first text.
+    """Refuse a numpy that this server's Python backend cannot read: it would take the whole server
+    down with the first text.
 
     Raises:
         BackendError: naming the version, and what to install.
     """
     sent = np.arange(6, dtype=np.float32).reshape(2, 3)
-    received = server.Tensor.from_dlpack("received", server.Tensor("sent", sent).to_dlpack()).as_numpy()
+    received = server.Tensor.from_dlpack(
+        "received", server.Tensor("sent", sent).to_dlpack()
+    ).as_numpy()
     if not np.array_equal(sent, received):
         raise BackendError(
-            f"this server's Python backend was built before numpy 2 and cannot read arrays of numpy {np.__version__}. "
-            "Where the server runs: pip install 'numpy<2', or take a newer server."
+            "this server's Python backend was built before numpy 2 and cannot read arrays of numpy"
+            f" {np.__version__}. Where the server runs: pip install 'numpy<2', or take a newer"
+            " server."
         )
 
 
-def load_pipeline(bundle: Bundle, folder: Path, settings: Settings, gpu: int | None) -> VideoPipeline:
+def load_pipeline(
+    bundle: Bundle, folder: Path, settings: Settings, gpu: int | None
+) -> VideoPipeline:
     """Load the engine, and text encoder and VAE where they are served.
 
     Args:
@@ -205,7 +244,10 @@ def load_pipeline(bundle: Bundle, folder: Path, settings: Settings, gpu: int | N
         AnyFlowError: config.pbtxt names no pipeline, or something cannot be loaded.
     """
     if (settings.text or settings.vae) and settings.pipeline is None:
-        raise AnyFlowError("config.pbtxt serves text or vae and names no pipeline. Write it again with anyflow-triton.")
+        raise AnyFlowError(
+            "config.pbtxt serves text or vae and names no pipeline. Write it again with"
+            " anyflow-triton."
+        )
     pipeline = VideoPipeline(
         bundle,
         backend=settings.backend,
@@ -224,7 +266,8 @@ def load_pipeline(bundle: Bundle, folder: Path, settings: Settings, gpu: int | N
 
 
 def cache_of(manifest: Manifest, settings: Settings) -> tuple[int, int]:
-    """Bytes of an element of the cache, and of all caches together at most; (0, 0) for a bidirectional model, which has none."""
+    """Bytes of an element of the cache, and of all caches together at most; (0, 0) for a
+    bidirectional model, which has none."""
     if manifest.kind == "bidirectional":
         return 0, 0
     element = cache_element_bytes(manifest)
@@ -233,7 +276,9 @@ def cache_of(manifest: Manifest, settings: Settings) -> tuple[int, int]:
     return element, settings.cache_bytes or settings.max_streams * plan.bytes(element)
 
 
-def _tensors(made: GeneratedChunk, wanted: ParsedRequest, seconds: float) -> list[tuple[str, NDArray[Any]]]:
+def _tensors(
+    made: GeneratedChunk, wanted: ParsedRequest, seconds: float
+) -> list[tuple[str, NDArray[Any]]]:
     numbers = {
         "chunk": made.index,
         "first_frame": made.first_frame,
@@ -242,5 +287,7 @@ def _tensors(made: GeneratedChunk, wanted: ParsedRequest, seconds: float) -> lis
         "deadline_met": made.deadline_met,
         "seed": wanted.request.seed,
     }
-    tensors = [(name, np.array([n], dtype=_TYPES[name])) for name, n in numbers.items() if n is not None]
+    tensors = [
+        (name, np.array([n], dtype=_TYPES[name])) for name, n in numbers.items() if n is not None
+    ]
     return [*tensors, (made.output, made.content)]

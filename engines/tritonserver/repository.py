@@ -6,8 +6,8 @@
     REPOSITORY/NAME/1/bundle/             the bundle, with the engine that is served
     REPOSITORY/NAME/1/pipeline/           tokenizer, text encoder and VAE, where they are served
 
-Everything the server needs is inside, so that a repository can be mounted or copied. Files of a bundle are never changed in
-place, so hard links are made where that is possible, and cost no room.
+Everything the server needs is inside, so that a repository can be mounted or copied. Files of a
+bundle are never changed in place, so hard links are made where that is possible, and cost no room.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ from anyflow_deploy.errors import AnyFlowError, BackendError
 
 CONFIG = "config.pbtxt"
 VERSION = "1"
-_KIND = ArtifactKind("Triton model", CONFIG, CONFIG, "--name", "Write it again with anyflow-triton.")
+_KIND = ArtifactKind(
+    "Triton model", CONFIG, CONFIG, "--name", "Write it again with anyflow-triton."
+)
 _TYPES = {name: row.triton for name, row in DTYPES.items() if row.triton}
 _MODEL = '''\
-"""Written by anyflow-triton. The model is in the package anyflow_deploy: install it where the server's Python finds it."""
+"""Written by anyflow-triton. The model is in the package anyflow_deploy.
+
+Install that package where the server's Python finds it.
+"""
 
 from anyflow_deploy.engines.tritonserver.model import TritonPythonModel
 
@@ -71,10 +76,14 @@ def write_streaming(
     (writer.folder / "warmup").mkdir()
     (writer.folder / "warmup" / "steps").write_bytes(struct.pack("<i", 1))
     prompt_embeds = (bundle.manifest.video.text_tokens, bundle.manifest.architecture.text_dim)
-    writer.finish_folder(streaming_config(writer.path.name, settings.as_parameters(), gpus, prompt_embeds, "steps"))
+    writer.finish_folder(
+        streaming_config(writer.path.name, settings.as_parameters(), gpus, prompt_embeds, "steps")
+    )
 
 
-def write_plan(writer: AtomicFolderWriter, bundle: Bundle, engine: EngineFolder, gpus: Sequence[int]) -> None:
+def write_plan(
+    writer: AtomicFolderWriter, bundle: Bundle, engine: EngineFolder, gpus: Sequence[int]
+) -> None:
     """A TensorRT plan of the bare transition, for the server's own `tensorrt` backend.
 
     Args:
@@ -84,7 +93,9 @@ def write_plan(writer: AtomicFolderWriter, bundle: Bundle, engine: EngineFolder,
         gpus: one instance on each.
     """
     graph = bundle.manifest.graphs["transition"]
-    inputs, outputs = ([_port(tensor) for tensor in tensors] for tensors in (graph.inputs, graph.outputs))
+    inputs, outputs = (
+        [_port(tensor) for tensor in tensors] for tensors in (graph.inputs, graph.outputs)
+    )
     _link(engine.file("transition.plan"), writer.folder / VERSION / "model.plan")
     profiles = len(engine.record.profiles["transition"])
     writer.finish_folder(plan_config(writer.path.name, inputs, outputs, gpus, profiles))
@@ -99,21 +110,26 @@ def check_plan(bundle: Bundle, engine: EngineFolder) -> None:
     """
     if bundle.manifest.kind != "bidirectional":
         raise AnyFlowError(
-            f"{bundle.path} is causal: three graphs around a cache, which the server's tensorrt backend does not keep between "
-            "requests. Leave --transition out: the streaming model keeps it."
+            f"{bundle.path} is causal: three graphs around a cache, which the server's tensorrt"
+            " backend does not keep between requests. Leave --transition out: the streaming model"
+            " keeps it."
         )
     if engine.record.backend != "tensorrt":
-        raise AnyFlowError(f"{engine.path} is an engine of backend {engine.record.backend}; --transition serves TensorRT plans.")
+        raise AnyFlowError(
+            f"{engine.path} is an engine of backend {engine.record.backend}; --transition serves"
+            " TensorRT plans."
+        )
     for setting, flag in (("strip", "--strip"), ("weight_streaming", "--weight-streaming")):
         if engine.record.settings.get(setting):
             raise BackendError(
-                f"{engine.path} was built with {flag}, which the server's tensorrt backend cannot open. Build it without: "
-                f"anyflow-build {bundle.path} --backend tensorrt"
+                f"{engine.path} was built with {flag}, which the server's tensorrt backend cannot"
+                f" open. Build it without: anyflow-build {bundle.path} --backend tensorrt"
             )
 
 
 def model_writer(repository: Path, name: str, overwrite: bool) -> AtomicFolderWriter:
-    """For a model's folder; the repository is made where it is missing, and holds other models, too.
+    """For a model's folder; the repository is made where it is missing, and holds other models,
+    too.
 
     Raises:
         BundleError: the model is there already, or the repository cannot be written to.
@@ -123,7 +139,12 @@ def model_writer(repository: Path, name: str, overwrite: bool) -> AtomicFolderWr
 
 
 def _port(tensor: GraphTensor) -> TensorSpec:
-    return TensorSpec(tensor.name, _TYPES[tensor.dtype], tuple(-1 if isinstance(n, str) else n for n in tensor.shape), "")
+    return TensorSpec(
+        tensor.name,
+        _TYPES[tensor.dtype],
+        tuple(-1 if isinstance(n, str) else n for n in tensor.shape),
+        "",
+    )
 
 
 def _link_all(source: Path, destination: Path) -> None:
@@ -133,7 +154,8 @@ def _link_all(source: Path, destination: Path) -> None:
 
 
 def _link(source: Path, destination: Path) -> None:
-    """A hard link, or a copy on another file system. What a symbolic link (of a hub's cache) points to is what is taken."""
+    """A hard link, or a copy on another file system. What a symbolic link (of a hub's cache) points
+    to is what is taken."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
     try:

@@ -18,7 +18,15 @@ from anyflow_deploy.errors import InvalidRequestError, ShapeError
 from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
 from anyflow_deploy.serving.request import VideoRequest, validate_request
 
-_SAME = ("num_inference_steps", "first_steps", "deadline_ms", "shift", "seed", "window", "num_frames")
+_SAME = (
+    "num_inference_steps",
+    "first_steps",
+    "deadline_ms",
+    "shift",
+    "seed",
+    "window",
+    "num_frames",
+)
 """Inputs that are fields of `VideoRequest`."""
 
 
@@ -37,11 +45,14 @@ class ParsedRequest:
     output_type: str
 
     def cache_bytes(self, element: int) -> int:
-        """Keys and values that the stream will hold, with elements of this size; 0 for a bidirectional model."""
+        """Keys and values that the stream will hold, with elements of this size; 0 for a
+        bidirectional model."""
         return 0 if self.request.plan is None else self.request.plan.bytes(element)
 
 
-def parse_request(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings, name: str) -> ParsedRequest:
+def parse_request(
+    tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings, name: str
+) -> ParsedRequest:
     """Read a request.
 
     Args:
@@ -58,26 +69,38 @@ def parse_request(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, setti
     height, width = _single(tensors, "height"), _single(tensors, "width")
     if height is not None or width is not None:
         video = manifest.video
-        fields["size"] = f"{video.width if width is None else width}x{video.height if height is None else height}"
+        width = video.width if width is None else width
+        height = video.height if height is None else height
+        fields["size"] = f"{width}x{height}"
     prompt = "" if prompt_embeds is not None else _text(tensors, "prompt")
     try:
         request = VideoRequest(prompt=prompt or "", **fields)
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0])
-        raise InvalidRequestError(f"{field} is {first['input']!r}: {first['msg'].lower()}.", field) from None
-    checked = validate_request(request, manifest, settings.limits, name, embedded=prompt_embeds is not None)
+        raise InvalidRequestError(
+            f"{field} is {first['input']!r}: {first['msg'].lower()}.", field
+        ) from None
+    checked = validate_request(
+        request, manifest, settings.limits, name, embedded=prompt_embeds is not None
+    )
     return ParsedRequest(checked, prompt_embeds, _output_type(tensors, settings))
 
 
-def _prompt_embeds(tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings) -> Array | None:
+def _prompt_embeds(
+    tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings
+) -> Array | None:
     given = [field for field in ("prompt", "prompt_embeds") if field in tensors]
     if len(given) != 1:
         what = "both" if given else "neither"
-        raise InvalidRequestError(f"prompt and prompt_embeds say what to show, and {what} came; send one of them.")
+        raise InvalidRequestError(
+            f"prompt and prompt_embeds say what to show, and {what} came; send one of them."
+        )
     if "prompt" in tensors:
         if not settings.text:
-            raise InvalidRequestError("this server has no text encoder; send prompt_embeds in place of prompt.", "prompt")
+            raise InvalidRequestError(
+                "this server has no text encoder; send prompt_embeds in place of prompt.", "prompt"
+            )
         return None
     if np.ndim(tensors["prompt_embeds"]) != 2:
         shape = np.shape(tensors["prompt_embeds"])
@@ -92,7 +115,9 @@ def _output_type(tensors: Mapping[str, NDArray[Any]], settings: Settings) -> str
     allowed = [name for name in OUTPUT_TYPES if settings.vae or name == "latents"]
     if given not in allowed:
         why = "" if settings.vae else " (this server has no VAE)"
-        raise InvalidRequestError(f"output_type is {given[:40]!r}; allowed are {', '.join(allowed)}{why}.", "output_type")
+        raise InvalidRequestError(
+            f"output_type is {given[:40]!r}; allowed are {', '.join(allowed)}{why}.", "output_type"
+        )
     return given
 
 
@@ -101,7 +126,9 @@ def _single(tensors: Mapping[str, NDArray[Any]], name: str) -> Any:
     if name not in tensors:
         return None
     if np.size(tensors[name]) != 1:
-        raise InvalidRequestError(f"{name} has {np.size(tensors[name])} values; allowed is one.", name)
+        raise InvalidRequestError(
+            f"{name} has {np.size(tensors[name])} values; allowed is one.", name
+        )
     return tensors[name].reshape(-1).tolist()[0]
 
 
@@ -110,4 +137,6 @@ def _text(tensors: Mapping[str, NDArray[Any]], name: str) -> str | None:
     try:
         return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}); send text.", name) from None
+        raise InvalidRequestError(
+            f"{name} is not UTF-8 ({error.reason} at byte {error.start}); send text.", name
+        ) from None

@@ -1,6 +1,8 @@
-"""How a served model runs and what it lets anybody ask for: the `parameters` of config.pbtxt, typed.
+"""How a served model runs and what it lets anybody ask for: the `parameters` of config.pbtxt,
+typed.
 
-They are written by `anyflow-triton` and may be changed in the file; the model reads them whenever the server loads it.
+They are written by `anyflow-triton` and may be changed in the file; the model reads them whenever
+the server loads it.
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ class Settings(BaseModel):
 
     Attributes:
         bundle: folder, seen from the version's folder.
-        pipeline: folder with tokenizer, text encoder and VAE, seen from the version's folder; None where neither is served.
+        pipeline: folder with tokenizer, text encoder and VAE, seen from the version's folder; None
+            where neither is served.
         text: prompts are taken; else embeddings only.
         vae: frames and mp4 are given; else latents only.
-        backend, engine, threads: see `load_engine`; whether it runs on a CPU or a GPU, `instance_group` says.
+        backend, engine, threads: see `load_engine`; whether it runs on a CPU or a GPU,
+            `instance_group` says.
         max_streams: videos that an instance makes at once.
         max_waiting: videos that may wait for a place; one more is refused.
-        cache_bytes: of all streams' keys and values together; None for what `max_streams` videos of default size take.
+        cache_bytes: of all streams' keys and values together; None for what `max_streams` videos of
+            default size take.
         max_steps, max_frames, max_pixels, max_deadline_ms, max_prompt: of one request.
         grace_seconds: that running videos have when the model is unloaded.
     """
@@ -55,7 +60,9 @@ class Settings(BaseModel):
     @property
     def folders(self) -> list[str]:
         """Of the pipeline, that are served."""
-        return [folder for part, folders in PARTS.items() if getattr(self, part) for folder in folders]
+        return [
+            folder for part, folders in PARTS.items() if getattr(self, part) for folder in folders
+        ]
 
     @property
     def limits(self) -> Limits:
@@ -82,7 +89,11 @@ def settings_from(parameters: Mapping[str, Any]) -> Settings:
     Raises:
         AnyFlowError: naming the parameter, what was given and what is allowed.
     """
-    given = {name: value["string_value"] for name, value in parameters.items() if name not in SERVER_PARAMETERS}
+    given = {
+        name: value["string_value"]
+        for name, value in parameters.items()
+        if name not in SERVER_PARAMETERS
+    }
     try:
         return Settings.model_validate(given)
     except ValidationError as error:
@@ -91,11 +102,16 @@ def settings_from(parameters: Mapping[str, Any]) -> Settings:
         known = list(Settings.model_fields)
         if first["type"] == "extra_forbidden":
             raise AnyFlowError(
-                f"config.pbtxt has an unknown parameter {name!r}; allowed are {', '.join(known)}.{suggestion(name, known)}"
+                f"config.pbtxt has an unknown parameter {name!r}; allowed are"
+                f" {', '.join(known)}.{suggestion(name, known)}"
             ) from None
         if first["type"] == "missing":
-            raise AnyFlowError(f"config.pbtxt lacks the parameter {name!r}. Write it again with anyflow-triton.") from None
-        raise AnyFlowError(f"config.pbtxt has {name} = {first['input']!r}: {first['msg'].lower()}.") from None
+            raise AnyFlowError(
+                f"config.pbtxt lacks the parameter {name!r}. Write it again with anyflow-triton."
+            ) from None
+        raise AnyFlowError(
+            f"config.pbtxt has {name} = {first['input']!r}: {first['msg'].lower()}."
+        ) from None
 
 
 SERVER_PARAMETERS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")

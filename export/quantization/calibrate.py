@@ -1,12 +1,13 @@
 """How large the inputs of every quantized layer become, at any number of steps.
 
-8-bit engines round activations on a fixed grid, whose width has to be known beforehand. The time embedding scales every
-block's input, so ranges seen at one schedule are not those of another; here ModelOpt's quantizers watch whole rollouts of
-many schedules (see `rollouts`), prompts and seeds, in float32. What is kept is maxima: per tensor, and per input channel
-of linear layers, which SmoothQuant needs.
+8-bit engines round activations on a fixed grid, whose width has to be known beforehand. The time
+embedding scales every block's input, so ranges seen at one schedule are not those of another; here
+ModelOpt's quantizers watch whole rollouts of many schedules (see `rollouts`), prompts and seeds, in
+float32. What is kept is maxima: per tensor, and per input channel of linear layers, which
+SmoothQuant needs.
 
-Maxima can be merged in any order, so an interrupted calibration goes on where it was: after each rollout they are saved in
-a partial file beside the output, with the settings they belong to.
+Maxima can be merged in any order, so an interrupted calibration goes on where it was: after each
+rollout they are saved in a partial file beside the output, with the settings they belong to.
 
 Legend: F latent frames, C channels, H W latent rows and columns, L text tokens, D text channels.
 """
@@ -28,7 +29,12 @@ from anyflow_deploy.engines.sampler import noise
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.quantization.calibration_checkpoint import CalibrationCheckpoint, Maxima
 from anyflow_deploy.export.quantization.prompts import CalibrationPrompts
-from anyflow_deploy.export.quantization.rollouts import SWEEPS, calibration_schedules, count_transitions, run_rollout
+from anyflow_deploy.export.quantization.rollouts import (
+    SWEEPS,
+    calibration_schedules,
+    count_transitions,
+    run_rollout,
+)
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, TensorRange
@@ -72,7 +78,9 @@ class _Rollout:
     schedule: Schedule
 
 
-def run_calibration(weights: Weights, settings: CalibrationSettings, progress: Progress | None = None) -> Calibration:
+def run_calibration(
+    weights: Weights, settings: CalibrationSettings, progress: Progress | None = None
+) -> Calibration:
     """Measure ranges.
 
     Args:
@@ -88,20 +96,26 @@ def run_calibration(weights: Weights, settings: CalibrationSettings, progress: P
     with progress.stage("fingerprint of the weights"):
         weights_fingerprint = weights.fingerprint
     rollouts = list(_list_rollouts(settings, shift))
-    partial = CalibrationCheckpoint(settings.partial, _checkpoint_key(settings, weights_fingerprint, shift))
+    partial = CalibrationCheckpoint(
+        settings.partial, _checkpoint_key(settings, weights_fingerprint, shift)
+    )
     maxima = partial.maxima
     remaining = [rollout for rollout in rollouts if rollout.name not in partial.done]
     if partial.note or partial.done:
-        settings.notify(
-            partial.note or f"going on after {len(rollouts) - len(remaining)} of {len(rollouts)} rollouts ({settings.partial})"
-        )
+        done = f"{len(rollouts) - len(remaining)} of {len(rollouts)} rollouts"
+        settings.notify(partial.note or f"resuming after {done} ({settings.partial})")
     if remaining:
         with progress.stage("loading the network"):
             observed_network = _ObservedNetwork(weights, settings.device)
-        total = sum(count_transitions(a, settings.shape[0], rollout.schedule) for rollout in remaining)
+        total = sum(
+            count_transitions(a, settings.shape[0], rollout.schedule) for rollout in remaining
+        )
         with progress.stage(f"{len(remaining)} of {len(rollouts)} rollouts", total) as advance:
             for rollout in remaining:
-                latents, text = _rollout_noise(settings, rollout), settings.text.prompt_embeds[rollout.prompt][None]
+                latents, text = (
+                    _rollout_noise(settings, rollout),
+                    settings.text.prompt_embeds[rollout.prompt][None],
+                )
                 maxima = observed_network.observe(latents, text, rollout, advance, maxima)
                 partial.save(rollout.name, maxima)
     return _build_calibration(weights, settings, weights_fingerprint, shift, maxima)
@@ -116,9 +130,8 @@ def check_calibration(calibration: Calibration, weights: Weights) -> None:
     check_architecture(calibration, weights.architecture)
     if calibration.weights != (actual := weights.fingerprint):
         raise AnyFlowError(
-            f"this calibration is of the weights {calibration.weights[:12]}…, and {weights.source.location} holds "
-            f"{actual[:12]}…. "
-            f"{_CALIBRATE_ADVICE}"
+            f"this calibration is of the weights {calibration.weights[:12]}…, and"
+            f" {weights.source.location} holds {actual[:12]}…. {_CALIBRATE_ADVICE}"
         )
 
 
@@ -126,23 +139,34 @@ def check_architecture(calibration: Calibration, a: Architecture) -> None:
     """The part of `check_calibration` that reads no weights.
 
     Raises:
-        AnyFlowError: another architecture, or ranges of as many channels as no layer of this one has.
+        AnyFlowError: another architecture, or ranges of as many channels as no layer of this one
+            has.
     """
     theirs, ours = calibration.config, a.as_config()
     if theirs != ours:
-        differing = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-        changes = ", ".join(f"{key} {theirs.get(key)!r} against {ours.get(key)!r}" for key in differing[:3])
-        raise AnyFlowError(f"the calibration is of another architecture than the weights: {changes}. {_CALIBRATE_ADVICE}")
+        differing = sorted(
+            key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)
+        )
+        changes = ", ".join(
+            f"{key} {theirs.get(key)!r} against {ours.get(key)!r}" for key in differing[:3]
+        )
+        raise AnyFlowError(
+            f"the calibration is of another architecture than the weights: {changes}."
+            f" {_CALIBRATE_ADVICE}"
+        )
     for layer, (inputs, _) in quantizable_layers(a).items():
         found = calibration.tensors.get(f"{layer}.input")
         if found is not None and len(found.channels or ()) != inputs:
             count = len(found.channels or ())
             raise AnyFlowError(
-                f"the calibration has ranges of {count} channels for {layer}.input, which has {inputs}. {_CALIBRATE_ADVICE}"
+                f"the calibration has ranges of {count} channels for {layer}.input, which has"
+                f" {inputs}. {_CALIBRATE_ADVICE}"
             )
 
 
-_CALIBRATE_ADVICE = "Ranges hold for the weights they were measured on: calibrate these with anyflow-calibrate."
+_CALIBRATE_ADVICE = (
+    "Ranges hold for the weights they were measured on: calibrate these with anyflow-calibrate."
+)
 
 
 def _list_rollouts(settings: CalibrationSettings, shift: float) -> Iterator[_Rollout]:
@@ -169,9 +193,13 @@ class _ObservedNetwork:
 
         self._tools = load_modelopt()
         self._engine = TorchEngine(weights, device)
-        self._quantizers = self._tools.insert_observers(self._engine.network, quantizable_layers(weights.architecture))
+        self._quantizers = self._tools.insert_observers(
+            self._engine.network, quantizable_layers(weights.architecture)
+        )
 
-    def observe(self, latents: Array, text: Array, rollout: _Rollout, advance: Any, maxima: Maxima) -> Maxima:
+    def observe(
+        self, latents: Array, text: Array, rollout: _Rollout, advance: Any, maxima: Maxima
+    ) -> Maxima:
         """Run one rollout and raise the maxima by what was seen."""
         run_rollout(self._engine, latents, text, rollout.schedule, on_step=lambda step: advance(1))
         found: Maxima = {}
@@ -182,14 +210,16 @@ class _ObservedNetwork:
             values = largest.float().cpu()
             if not bool(values.isfinite().all()):
                 raise AnyFlowError(
-                    f"{name} became infinite or NaN at {rollout.name}: no 8-bit grid can hold that. "
-                    "Look at the checkpoint with anyflow-validate, or calibrate a smaller video."
+                    f"{name} became infinite or NaN at {rollout.name}: no 8-bit grid can hold that."
+                    " Look at the checkpoint with anyflow-validate, or calibrate a smaller video."
                 )
             found[name] = values if name not in maxima else values.maximum(maxima[name])
         return {**maxima, **found}
 
 
-def _checkpoint_key(settings: CalibrationSettings, weights_fingerprint: str, shift: float) -> dict[str, Any]:
+def _checkpoint_key(
+    settings: CalibrationSettings, weights_fingerprint: str, shift: float
+) -> dict[str, Any]:
     """Everything the ranges depend on."""
     return {
         "weights": weights_fingerprint,
@@ -204,7 +234,11 @@ def _checkpoint_key(settings: CalibrationSettings, weights_fingerprint: str, shi
 
 
 def _build_calibration(
-    weights: Weights, settings: CalibrationSettings, weights_fingerprint: str, shift: float, maxima: Maxima
+    weights: Weights,
+    settings: CalibrationSettings,
+    weights_fingerprint: str,
+    shift: float,
+    maxima: Maxima,
 ) -> Calibration:
     return Calibration(
         config=weights.architecture.as_config(),
@@ -217,7 +251,10 @@ def _build_calibration(
         sweeps=[list(sweep.timesteps) for sweep in SWEEPS],
         text=settings.text.source,
         tools={tool: importlib.metadata.version(tool) for tool in _TOOLS},
-        tensors={name: _tensor_range(values.tolist(), name.endswith(".input")) for name, values in sorted(maxima.items())},
+        tensors={
+            name: _tensor_range(values.tolist(), name.endswith(".input"))
+            for name, values in sorted(maxima.items())
+        },
     )
 
 

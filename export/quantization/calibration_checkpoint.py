@@ -1,7 +1,8 @@
 """What an unfinished calibration has seen: maxima, and the names of the rollouts they come from.
 
-A safetensors file beside the output, written anew after each rollout and renamed into place, so that a calibration which
-is killed at any moment loses at most one rollout. Its header holds the settings; a file of other settings is put aside.
+A safetensors file beside the output, written anew after each rollout and renamed into place, so
+that a calibration which is killed at any moment loses at most one rollout. Its header holds the
+settings; a file of other settings is put aside.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class CalibrationCheckpoint:
     Attributes:
         maxima: what the finished rollouts saw.
         done: their names.
-        note: what was found on disk and could not be used, in words; "" when there is nothing to say.
+        note: what was found on disk and could not be used, in words; "" when there is nothing to
+            say.
     """
 
     def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
@@ -52,9 +54,14 @@ class CalibrationCheckpoint:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("key") != self._key:
-                    self.note = f"{path} is of other weights, prompts or sizes, and was not used; it will be replaced."
+                    self.note = (
+                        f"{path} is of other weights, prompts or sizes, and was not used; it will"
+                        " be replaced."
+                    )
                     return
-                done = set(json.loads(metadata["done"]))  # first: without it nothing of the file counts
+                done = set(
+                    json.loads(metadata["done"])
+                )  # first: without it nothing of the file counts
                 self.maxima = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 self.done = done
         except (SafetensorError, OSError, ValueError, KeyError) as error:

@@ -1,14 +1,17 @@
 """8-bit arithmetic in PyTorch: what an engine with Q/DQ nodes would compute, without making one.
 
-Every quantized layer rounds its input and its weight to the 8-bit grid and back, and multiplies in float32. The grids:
+Every quantized layer rounds its input and its weight to the 8-bit grid and back, and multiplies in
+float32. The grids:
 
-- int8: whole numbers from -127 to 127. Inputs one scale a tensor, weights one scale an output channel; scale = amax / 127.
+- int8: whole numbers from -127 to 127. Inputs one scale a tensor, weights one scale an output
+  channel; scale = amax / 127.
 - fp8 (E4M3): one scale a tensor for both; scale = amax / 448, the format's largest number.
 
-An input's amax comes from the calibration, a weight's from the weight itself; `layers` has the rules. Attention
-stays high, unless fp8 is asked to round the operands of its two products, too.
+An input's amax comes from the calibration, a weight's from the weight itself; `layers` has the
+rules. Attention stays high, unless fp8 is asked to round the operands of its two products, too.
 
-Switching layers on and off costs nothing (a flag in each quantizer), which is what sensitivity needs.
+Switching layers on and off costs nothing (a flag in each quantizer), which is what sensitivity
+needs.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from anyflow_deploy.quantization.layers import (
 
 @dataclass(frozen=True)
 class QuantizationGrid:
-    """How ModelOpt is told of a precision: bits (exponent and mantissa for floats), and the axis of a weight's scales."""
+    """How ModelOpt is told of a precision: bits (exponent and mantissa for floats), and the axis of
+    a weight's scales."""
 
     bits: int | tuple[int, int]
     weight_axis: int | None
@@ -53,17 +57,20 @@ class FakeQuant:
         calibration: of its weights.
         precision: "int8" or "fp8".
         full_precision_layers: layers that stay high.
-        smooth: SmoothQuant's factors: layer -> s (K), one for each input channel. The input is divided by s before it is
-            rounded, and the weight's columns multiplied. Layers of one group need the same.
-        attention: attentions whose products round their operands, fp8 only: by name (`blocks.0.attn1`, see
-            `quantized_attentions`), or "attn1" and "attn2" for those of all blocks.
+        smooth: SmoothQuant's factors: layer -> s (K), one for each input channel. The input is
+            divided by s before it is rounded, and the weight's columns multiplied. Layers of one
+            group need the same.
+        attention: attentions whose products round their operands, fp8 only: by name
+            (`blocks.0.attn1`, see `quantized_attentions`), or "attn1" and "attn2" for those of all
+            blocks.
 
     Attributes:
         layers: those that can be quantized, in the network's order.
         excluded: candidates that cannot -> why.
 
     Raises:
-        AnyFlowError: another precision, an unknown layer in `kept`, or a calibration that lacks a tensor.
+        AnyFlowError: another precision, an unknown layer in `kept`, or a calibration that lacks a
+            tensor.
         BackendError: ModelOpt is not installed.
     """
 
@@ -81,11 +88,18 @@ class FakeQuant:
         self.excluded = unquantized_layers(a, calibration)
         self.layers = tuple(name for name in quantizable_layers(a) if name not in self.excluded)
         self._architecture = a
-        scales = {name: _input_range(calibration, name, (smooth or {}).get(name)) for name in self.layers}
-        operands = {
-            name: amax for p in _select_attentions(a, attention) for name, amax in operand_amax(calibration, p).items() if amax
+        scales = {
+            name: _input_range(calibration, name, (smooth or {}).get(name)) for name in self.layers
         }
-        self._pairs = load_modelopt().insert_fake_quant(network, scales, operands, grid.bits, grid.weight_axis)
+        operands = {
+            name: amax
+            for p in _select_attentions(a, attention)
+            for name, amax in operand_amax(calibration, p).items()
+            if amax
+        }
+        self._pairs = load_modelopt().insert_fake_quant(
+            network, scales, operands, grid.bits, grid.weight_axis
+        )
         self.keep_layers(full_precision_layers)
 
     def keep_layers(self, full_precision_layers: Collection[str]) -> None:
@@ -94,10 +108,13 @@ class FakeQuant:
         self.quantize_only([name for name in self.layers if name not in full_precision])
 
     def quantize_only(self, layers: Collection[str]) -> None:
-        """Quantize exactly these layers; every other one computes as if nothing had been converted."""
+        """Quantize exactly these layers; every other one computes as if nothing had been
+        converted."""
         for name in validate_layers(self._architecture, layers):
             if name in self.excluded:
-                raise AnyFlowError(f"{name} cannot be quantized ({self.excluded[name]}). Leave it out.")
+                raise AnyFlowError(
+                    f"{name} cannot be quantized ({self.excluded[name]}). Leave it out."
+                )
         selected = set(layers)
         for name, pair in self._pairs.items():
             for quantizer in pair:
@@ -119,13 +136,21 @@ def get_grid(precision: str, attention: Collection[str] = ()) -> QuantizationGri
         AnyFlowError: there is none, or it does not go with quantized attention.
     """
     if precision not in GRIDS:
-        raise AnyFlowError(f"precision is {precision!r}; those that round layers to 8 bits are {' and '.join(GRIDS)}.")
+        raise AnyFlowError(
+            f"precision is {precision!r}; those that round layers to 8 bits are"
+            f" {' and '.join(GRIDS)}."
+        )
     if attention and precision != "fp8":
-        raise AnyFlowError(f"{precision} attention does not exist beyond 512 tokens; quantized attention goes with fp8 only.")
+        raise AnyFlowError(
+            f"{precision} attention does not exist beyond 512 tokens; quantized attention goes with"
+            " fp8 only."
+        )
     return GRIDS[precision]
 
 
-def _input_range(calibration: Calibration, layer: str, smooth: Tensor | None) -> tuple[float, Tensor | None]:
+def _input_range(
+    calibration: Calibration, layer: str, smooth: Tensor | None
+) -> tuple[float, Tensor | None]:
     """The range of a layer's input after smoothing, and the factors."""
     if smooth is None:
         return input_amax(calibration, layer), None

@@ -1,13 +1,14 @@
 """Every 8-bit product of a bundle alone: ONNX Runtime against PyTorch, both given the same input.
 
-Two programs that round on the same grid drift apart over a whole network though neither is wrong: sums in another order
-differ by 1e-7, a value on a rounding border falls to the other side, and the next grid spreads that step over a row. So
-the whole says little about a single wrong scale. Here each product stands alone: what PyTorch's fake quantization
-(`fake_quant`) gave a layer is cut out of its run with hooks, the same nodes (Q/DQ, product, bias) are cut out of the
-bundle's graph, and run on it.
+Two programs that round on the same grid drift apart over a whole network though neither is wrong:
+sums in another order differ by 1e-7, a value on a rounding border falls to the other side, and the
+next grid spreads that step over a row. So the whole says little about a single wrong scale. Here
+each product stands alone: what PyTorch's fake quantization (`fake_quant`) gave a layer is cut out
+of its run with hooks, the same nodes (Q/DQ, product, bias) are cut out of the bundle's graph, and
+run on it.
 
-The graph's layers see smoothed inputs and make smoothed values (`plan`); inputs and results are brought to
-the same side by the factors s.
+The graph's layers see smoothed inputs and make smoothed values (`plan`); inputs and results are
+brought to the same side by the factors s.
 
 Legend: N rows, K channels in, M channels out; B batch, A heads, E channels of a head.
 """
@@ -35,7 +36,10 @@ ModuleRecords = dict[str, tuple[Array, Array]]
 
 
 def compare_products(
-    bundle: Bundle, reference: TorchEngine, smooth: Mapping[str, Tensor], run: Callable[[TorchEngine], object]
+    bundle: Bundle,
+    reference: TorchEngine,
+    smooth: Mapping[str, Tensor],
+    run: Callable[[TorchEngine], object],
 ) -> dict[str, float]:
     """Compare every quantized product.
 
@@ -46,16 +50,23 @@ def compare_products(
         run: runs the reference once, so that its layers see something.
 
     Returns:
-        Product -> relative L2 distance, the worst of its graphs. Layers by their names; the products of an attention in FP8 are
-        `blocks.0.attn1.scores` and `blocks.0.attn1.mixed`.
+        Product -> relative L2 distance, the worst of its graphs. Layers by their names; the
+        products of an attention in FP8 are `blocks.0.attn1.scores` and `blocks.0.attn1.mixed`.
 
     Raises:
-        AnyFlowError: the bundle has no product in eight bits, or one whose layer the run did not reach.
+        AnyFlowError: the bundle has no product in eight bits, or one whose layer the run did not
+            reach.
     """
     graphs = {name: _load_graph(bundle, name) for name in bundle.manifest.graphs}
-    products = [(name, graph, node) for graph, model in graphs.items() for name, node in _iter_products(model.graph)]
+    products = [
+        (name, graph, node)
+        for graph, model in graphs.items()
+        for name, node in _iter_products(model.graph)
+    ]
     if not products:
-        raise AnyFlowError(f"{bundle.path} has no product in eight bits; give an int8 or fp8 bundle.")
+        raise AnyFlowError(
+            f"{bundle.path} has no product in eight bits; give an int8 or fp8 bundle."
+        )
     records = _record_modules(reference, run)
     found: dict[str, float] = {}
     for name, graph, node in products:
@@ -74,7 +85,9 @@ def _iter_products(graph: GraphProto) -> Iterator[tuple[str, NodeProto]]:
     made = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
         makers = [made.get(name) for name in node.input[:2]]
-        if node.op_type not in ("Gemm", "MatMul") or any(m is None or m.op_type != "DequantizeLinear" for m in makers):
+        if node.op_type not in ("Gemm", "MatMul") or any(
+            m is None or m.op_type != "DequantizeLinear" for m in makers
+        ):
             continue
         if node.op_type == "Gemm":
             yield node.name.removesuffix("/Gemm"), node
@@ -95,7 +108,11 @@ def _record_modules(reference: TorchEngine, run: Callable[[TorchEngine], object]
 
     modules = dict(reference.network.named_modules())
     operands = [f"{name}_quantizer" for name in OPERANDS]
-    chosen = [n for n, m in modules.items() if hasattr(m, "input_quantizer") or n.rpartition(".")[2] in operands]
+    chosen = [
+        n
+        for n, m in modules.items()
+        if hasattr(m, "input_quantizer") or n.rpartition(".")[2] in operands
+    ]
     hooks = [modules[name].register_forward_hook(note(name)) for name in chosen]
     try:
         run(reference)
@@ -109,12 +126,17 @@ def _array(tensor: Tensor) -> Array:
     return np.array(tensor.detach().cpu().numpy(), dtype=np.float32, order="C")
 
 
-def _product_inputs(name: str, records: ModuleRecords, smooth: Mapping[str, Tensor]) -> tuple[list[Array], Array]:
+def _product_inputs(
+    name: str, records: ModuleRecords, smooth: Mapping[str, Tensor]
+) -> tuple[list[Array], Array]:
     """What the graph's product is to be given, and what it has to make of it."""
     layer, _, kind = name.rpartition(".")
     try:
         if kind == "scores":
-            (query, q), (key, k) = (_heads_first(records[f"{layer}.{operand}_quantizer"]) for operand in ("query", "key"))
+            (query, q), (key, k) = (
+                _heads_first(records[f"{layer}.{operand}_quantizer"])
+                for operand in ("query", "key")
+            )
             return [query, key.swapaxes(-1, -2)], q @ k.swapaxes(-1, -2)
         if kind == "mixed":
             weights, p = records[f"{layer}.probabilities_quantizer"]
@@ -122,8 +144,12 @@ def _product_inputs(name: str, records: ModuleRecords, smooth: Mapping[str, Tens
             return [weights, value], p @ v
         x, y = records[name]
     except KeyError:
-        raise AnyFlowError(f"{name} did not run in PyTorch; give a run that reaches every layer.") from None
-    return [_divide(x, smooth.get(name))], _divide(y, smooth.get(f"{layer}.to_out.0") if kind == "to_v" else None)
+        raise AnyFlowError(
+            f"{name} did not run in PyTorch; give a run that reaches every layer."
+        ) from None
+    return [_divide(x, smooth.get(name))], _divide(
+        y, smooth.get(f"{layer}.to_out.0") if kind == "to_v" else None
+    )
 
 
 def _heads_first(pair: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -142,18 +168,26 @@ def _run_product(bundle: Bundle, model: ModelProto, node: NodeProto, inputs: lis
     made = {name: other for other in model.graph.node for name in other.output}
     sources = [made[name] for name in node.input[: len(inputs)]]
     names = [made[source.input[0]].input[0] for source in sources]
-    following = next((n for n in model.graph.node if n.op_type == "Add" and node.output[0] in n.input), None)
+    following = next(
+        (n for n in model.graph.node if n.op_type == "Add" and node.output[0] in n.input), None
+    )
     end = following if node.op_type == "Gemm" and following is not None else node
     cut = onnx.utils.Extractor(model).extract_model(names, [end.output[0]])
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path.resolve()))
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(bundle.path.resolve())
+    )
     if bundle.manifest.precision == "int8":
         shift_activations(cut)
         if saturates(onnxruntime):
             shift_weights(cut)
     if bundle.manifest.precision == "fp8":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = onnxruntime.InferenceSession(cut.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    (result,) = session.run(None, {name: np.ascontiguousarray(x) for name, x in zip(names, inputs, strict=True)})
+    session = onnxruntime.InferenceSession(
+        cut.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (result,) = session.run(
+        None, {name: np.ascontiguousarray(x) for name, x in zip(names, inputs, strict=True)}
+    )
     return np.asarray(result, dtype=np.float32)

@@ -1,4 +1,5 @@
-"""The door to ModelOpt, which takes ten seconds to import and need not be installed for anything but quantizing."""
+"""The door to ModelOpt, which takes ten seconds to import and need not be installed for anything
+but quantizing."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def load_modelopt() -> ModuleType:
     """
     if importlib.util.find_spec("modelopt") is None:
         raise BackendError(
-            "quantizing needs NVIDIA ModelOpt, which is not installed. Run: pip install 'anyflow-deploy[quantize]'"
+            "quantizing needs NVIDIA ModelOpt, which is not installed. Run: pip install"
+            " 'anyflow-deploy[quantize]'"
         )
     from anyflow_deploy.export.quantization import observers
 

@@ -1,13 +1,14 @@
 """Our layers, with ModelOpt's quantizers in them.
 
-ModelOpt (`modelopt.torch.quantization`) swaps modules for quantized twins that hold `TensorQuantizer`s: things that
-either watch how large a tensor becomes (calibration) or round it as an 8-bit engine would (fake quantization). It knows
-`nn.Linear` but neither our `Linear` nor our `Attention`; both are entered in its registry here. A linear layer gets
-`input_quantizer` and `weight_quantizer`; an attention gets one for each operand of its two products: `query` (scaled
+ModelOpt (`modelopt.torch.quantization`) swaps modules for quantized twins that hold
+`TensorQuantizer`s: things that either watch how large a tensor becomes (calibration) or round it as
+an 8-bit engine would (fake quantization). It knows `nn.Linear` but neither our `Linear` nor our
+`Attention`; both are entered in its registry here. A linear layer gets `input_quantizer` and
+`weight_quantizer`; an attention gets one for each operand of its two products: `query` (scaled
 already), `key`, `value` and the softmax's `probabilities`.
 
-Quantizers belong to modules, not to graphs: whichever graph of a causal model runs a module, the same quantizer sees it.
-Everything is off until `install_quantizers` says otherwise.
+Quantizers belong to modules, not to graphs: whichever graph of a causal model runs a module, the
+same quantizer sees it. Everything is off until `install_quantizers` says otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from anyflow_deploy.model.transformer import Attention, Linear
 from anyflow_deploy.quantization.layers import OPERANDS
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # on import it compares the versions of libraries that are not used here
+    warnings.simplefilter(
+        "ignore"
+    )  # on import it compares the versions of libraries that are not used here
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.calib import MaxCalibrator
     from modelopt.torch.quantization.nn import (
@@ -40,7 +43,8 @@ with warnings.catch_warnings():
     from modelopt.torch.quantization.utils import reduce_amax
 
 _MAX_SCORES = 1 << 26
-"""Scores held at once, 256 MB in float32: a whole table of them would be 51 GB at 480x832 and 81 frames."""
+"""Scores held at once, 256 MB in float32: a whole table of them would be 51 GB at 480x832 and 81
+frames."""
 
 
 @QuantModuleRegistry.register({Linear: "anyflow.Linear"})
@@ -50,7 +54,9 @@ class QuantizedLinear(QuantLinearConvBase):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """(rows, channels) to (rows, outputs)."""
         weight = self.weight
-        return F.linear(self.input_quantizer(x.to(weight.dtype)), self.weight_quantizer(weight), self.bias)
+        return F.linear(
+            self.input_quantizer(x.to(weight.dtype)), self.weight_quantizer(weight), self.bias
+        )
 
 
 @QuantModuleRegistry.register({Attention: "anyflow.Attention"})
@@ -62,23 +68,30 @@ class QuantizedAttention(QuantModule):  # type: ignore[misc]
             self._register_temp_attribute(f"{name}_quantizer", TensorQuantizer())
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As `Attention._attend`; in pieces of rows where a quantizer has to see the probabilities."""
+        """As `Attention._attend`; in pieces of rows where a quantizer has to see the
+        probabilities."""
         if not any(getattr(self, f"{name}_quantizer").is_enabled for name in OPERANDS):
             mixed: Tensor = super()._attend(query, key, value)
             return mixed
         query = self.query_quantizer((query * self.scale).to(value.dtype)).transpose(1, 2)
-        key, value = self.key_quantizer(key).transpose(1, 2), self.value_quantizer(value).transpose(1, 2)
+        key, value = (
+            self.key_quantizer(key).transpose(1, 2),
+            self.value_quantizer(value).transpose(1, 2),
+        )
         rows = max(1, _MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
         pieces = [
-            self.probabilities_quantizer(torch.softmax(piece @ key.transpose(-1, -2), dim=-1)) @ value
+            self.probabilities_quantizer(torch.softmax(piece @ key.transpose(-1, -2), dim=-1))
+            @ value
             for piece in torch.split(query, rows, dim=2)
         ]
         return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
 class MaxObserver(MaxCalibrator):  # type: ignore[misc]
-    """The largest absolute value seen. ModelOpt's own stops with an assertion at the first infinity, nameless, and waits for
-    the device three times a tensor to find it; this one keeps infinities and NaN, so that the reader can name the tensor."""
+    """The largest absolute value seen. ModelOpt's own stops with an assertion at the first
+    infinity, nameless, and waits for the device three times a tensor to find it; this one keeps
+    infinities and NaN, so that the reader can name the tensor.
+    """
 
     def __init__(self, axis: int | None) -> None:
         super().__init__(8, axis, False)
@@ -88,18 +101,23 @@ class MaxObserver(MaxCalibrator):  # type: ignore[misc]
         """Watch one tensor."""
         rest = None if self._axis is None else tuple(range(x.dim() - 1))
         largest = reduce_amax(x, axis=rest, keepdims=False).detach().reshape(-1)
-        self._calib_amax = largest if self._calib_amax is None else torch.maximum(self._calib_amax, largest)
+        self._calib_amax = (
+            largest if self._calib_amax is None else torch.maximum(self._calib_amax, largest)
+        )
 
 
 def install_quantizers(network: nn.Module, entries: list[dict[str, Any]]) -> None:
     """Give a network ModelOpt's quantizers, in place; those that no entry names stay off.
 
     Args:
-        network: of `export.transformer` or `export.causal`; converted at the first call, configured at every one.
+        network: of `export.transformer` or `export.causal`; converted at the first call, configured
+            at every one.
         entries: as in ModelOpt's `quant_cfg`, in order: `quantizer_name` (a pattern) and `cfg`.
     """
     config = {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *entries], "algorithm": None}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints, and standard output is for programs
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # it prints, and standard output is for programs
         mtq.quantize(network, config)
 
 
@@ -108,13 +126,20 @@ def insert_observers(network: nn.Module, layers: Iterable[str]) -> dict[str, Max
 
     Args:
         network: see `install_quantizers`.
-        layers: linear layers whose inputs are watched, by channel; every attention's operands are watched, too.
+        layers: linear layers whose inputs are watched, by channel; every attention's operands are
+            watched, too.
 
     Returns:
         What each tensor's largest values can be read from, by the names of `Calibration.tensors`.
     """
-    by_channel = [_quantizer_config(f"{layer}.input_quantizer", calibrator=(MaxObserver, (-1,))) for layer in layers]
-    operands = [_quantizer_config(f"blocks.*.attn?.{name}_quantizer", calibrator=(MaxObserver, (None,))) for name in OPERANDS]
+    by_channel = [
+        _quantizer_config(f"{layer}.input_quantizer", calibrator=(MaxObserver, (-1,)))
+        for layer in layers
+    ]
+    operands = [
+        _quantizer_config(f"blocks.*.attn?.{name}_quantizer", calibrator=(MaxObserver, (None,)))
+        for name in OPERANDS
+    ]
     install_quantizers(network, by_channel + operands)
     found = {}
     for name, quantizer in quantizers(network, "*").items():
@@ -136,7 +161,8 @@ def insert_fake_quant(
 
     Args:
         network: see `install_quantizers`.
-        layers: each quantized layer's input: its amax, and SmoothQuant's factors s where there are some.
+        layers: each quantized layer's input: its amax, and SmoothQuant's factors s where there are
+            some.
         operands: amax of the attention operands to be rounded: `blocks.0.attn1.query`.
         bits, weight_axis: ModelOpt's `num_bits`, and the `axis` of a weight's scales.
 
@@ -145,23 +171,32 @@ def insert_fake_quant(
     """
     grid = {"num_bits": bits, "backend": GRID_BACKEND}
     entries = [_quantizer_config(f"{layer}.input_quantizer", **grid) for layer in layers]
-    entries += [_quantizer_config(f"{layer}.weight_quantizer", axis=weight_axis, **grid) for layer in layers]
-    install_quantizers(network, entries + [_quantizer_config(f"{name}_quantizer", **grid) for name in operands])
+    entries += [
+        _quantizer_config(f"{layer}.weight_quantizer", axis=weight_axis, **grid) for layer in layers
+    ]
+    install_quantizers(
+        network, entries + [_quantizer_config(f"{name}_quantizer", **grid) for name in operands]
+    )
     for name, amax in operands.items():
         _set_range(network.get_submodule(f"{name}_quantizer"), torch.tensor(amax), None)
     pairs = {}
     for layer, (amax, smooth) in layers.items():
         module: Any = network.get_submodule(layer)
-        weight = module.weight if smooth is None else module.weight * smooth.to(module.weight.device)
+        weight = (
+            module.weight if smooth is None else module.weight * smooth.to(module.weight.device)
+        )
         rest = None if weight_axis is None else 1
-        _set_range(module.input_quantizer, torch.tensor(amax), None if smooth is None else 1 / smooth)
+        _set_range(
+            module.input_quantizer, torch.tensor(amax), None if smooth is None else 1 / smooth
+        )
         _set_range(module.weight_quantizer, reduce_amax(weight, axis=rest, keepdims=True), smooth)
         pairs[layer] = (module.input_quantizer, module.weight_quantizer)
     return pairs
 
 
 def _set_range(quantizer: Any, amax: Tensor, factors: Tensor | None) -> None:
-    """Round with this range from now on, multiplied by these factors first, whatever was watched before."""
+    """Round with this range from now on, multiplied by these factors first, whatever was watched
+    before."""
     quantizer.reset_amax()
     quantizer.amax = amax
     if hasattr(quantizer, "_pre_quant_scale"):
@@ -173,10 +208,13 @@ def _set_range(quantizer: Any, amax: Tensor, factors: Tensor | None) -> None:
 
 
 def _fake_quantize(x: Tensor, quantizer: Any) -> Tensor:
-    """QuantizeLinear and DequantizeLinear as ONNX defines them: dividing by the scale, and saturating at the type's ends.
+    """QuantizeLinear and DequantizeLinear as ONNX defines them: dividing by the scale, and
+    saturating at the type's ends.
 
-    ModelOpt multiplies by the scale's inverse instead, which now and then rounds to the neighbour (one value moved a layer
-    by 1e-4, measured), and saturates INT8 at -127, where inputs beyond their calibrated range then differ (5e-4)."""
+    ModelOpt multiplies by the scale's inverse instead, which now and then rounds to the neighbour
+    (one value moved a layer by 1e-4, measured), and saturates INT8 at -127, where inputs beyond
+    their calibrated range then differ (5e-4).
+    """
     eight = quantizer.num_bits == 8
     largest = 127.0 if eight else 448.0
     amax = quantizer.amax.to(x.device)

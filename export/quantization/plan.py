@@ -1,13 +1,15 @@
 """What is quantized, with which scales: decided once, before any graph is traced.
 
-Candidates are the linear layers of the blocks. A layer's input range comes from the calibration and its weights' ranges
-from the weights, which are read once here, a group of layers with one input at a time; what is kept of them is vectors.
-All graphs of a bundle are rewritten from one plan (`qdq_pass`), and the weights written by it (`weights`).
+Candidates are the linear layers of the blocks. A layer's input range comes from the calibration and
+its weights' ranges from the weights, which are read once here, a group of layers with one input at
+a time; what is kept of them is vectors. All graphs of a bundle are rewritten from one plan
+(`qdq_pass`), and the weights written by it (`weights`).
 
-SmoothQuant (arXiv 2211.10438, equation 4) divides the input of a layer by a vector s and multiplies its weight's columns
-by it, so that channels with outliers no longer set the scale of all others. Dividing costs nothing where it can be folded
-into what makes the input: a norm, or the rows of `to_v` (attention mixes tokens, never channels). It is skipped for the
-text, which all layers share, and for the input of `ffn.net.2`, which comes out of a GELU.
+SmoothQuant (arXiv 2211.10438, equation 4) divides the input of a layer by a vector s and multiplies
+its weight's columns by it, so that channels with outliers no longer set the scale of all others.
+Dividing costs nothing where it can be folded into what makes the input: a norm, or the rows of
+`to_v` (attention mixes tokens, never channels). It is skipped for the text, which all layers share,
+and for the input of `ffn.net.2`, which comes out of a GELU.
 
 Legend: D channels in, N channels out of a layer.
 """
@@ -40,15 +42,18 @@ from anyflow_deploy.quantization.layers import (
 )
 
 SMOOTH_STRENGTH = 0.5
-"""alpha of SmoothQuant: how much of the difficulty moves into the weights. The paper's value for most models."""
+"""alpha of SmoothQuant: how much of the difficulty moves into the weights. The paper's value for
+most models."""
 
 _SMOOTH_LIMIT = 1e3
-"""Factors stay within 1/this and this: a channel that calibration saw nearly silent must not be amplified without end."""
+"""Factors stay within 1/this and this: a channel that calibration saw nearly silent must not be
+amplified without end."""
 
 ZERO_POINT = "zero_point"
 
 LARGEST = {"I8": 127.0, "F8_E4M3": 448.0}
-"""The value that a range is mapped onto (INT8 also has -128, which only inputs beyond their range reach)."""
+"""The value that a range is mapped onto (INT8 also has -128, which only inputs beyond their range
+reach)."""
 
 _OUTPUTS = ("attn1.to_out.0", "attn2.to_out.0")
 _UNFOLDED = ("attn2.to_k", "ffn.net.2")
@@ -62,12 +67,15 @@ class QuantizationPlan:
     Attributes:
         kind: safetensors type of the quantized weights.
         base: precision of everything else.
-        inputs: quantized layer -> name of the scale of its input; layers with one input have one scale.
+        inputs: quantized layer -> name of the scale of its input; layers with one input have one
+            scale.
         smoothed: layer -> name of the vector 1/s that the norm in front of it takes as its weight.
         attentions: attentions whose products are quantized.
-        constants: scales, vectors and the zero point, by initializer name, in the type they are stored in.
+        constants: scales, vectors and the zero point, by initializer name, in the type they are
+            stored in.
         smooth: layer -> SmoothQuant's s (K), what its input is divided by.
-        factors: parameter -> what it is multiplied by before anything else, each broadcasting to it.
+        factors: parameter -> what it is multiplied by before anything else, each broadcasting to
+            it.
         full_precision_layers: candidates that are not quantized -> why.
     """
 
@@ -84,7 +92,10 @@ class QuantizationPlan:
     def parameters(self, parameters: dict[str, ParameterSpec]) -> dict[str, ParameterSpec]:
         """The graph's parameters as they will be stored."""
         weights = {f"{layer}.weight" for layer in self.inputs}
-        return {name: ParameterSpec(self.kind, p.shape) if name in weights else p for name, p in parameters.items()}
+        return {
+            name: ParameterSpec(self.kind, p.shape) if name in weights else p
+            for name, p in parameters.items()
+        }
 
     def convert_parameter(self, name: str, tensor: Tensor, kind: str) -> Tensor:
         """A parameter as it will be stored."""
@@ -93,9 +104,15 @@ class QuantizationPlan:
         if kind != self.kind:
             return convert_parameter(name, tensor, kind)
         scale = self.constants[weight_scale_name(name)].float()
-        scaled = convert_parameter(name, tensor, "F32").div(scale.unsqueeze(1) if scale.ndim else scale)
+        scaled = convert_parameter(name, tensor, "F32").div(
+            scale.unsqueeze(1) if scale.ndim else scale
+        )
         limit = LARGEST[kind]
-        return (scaled.round_() if kind == "I8" else scaled).clamp_(-limit, limit).to(BUNDLE_DTYPES[kind])
+        return (
+            (scaled.round_() if kind == "I8" else scaled)
+            .clamp_(-limit, limit)
+            .to(BUNDLE_DTYPES[kind])
+        )
 
     def apply_factors(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter in float32, multiplied by its factors."""
@@ -111,14 +128,17 @@ def weight_scale_name(parameter: str) -> str:
 
 
 def zero_points_name(channels: int) -> str:
-    """Name of the zero points of a weight with a scale per output channel: ONNX Runtime's fusion asks for them."""
+    """Name of the zero points of a weight with a scale per output channel: ONNX Runtime's fusion
+    asks for them."""
     return f"{ZERO_POINT}s.{channels}"
 
 
 def scale_from_amax(amax: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
-    """The scale that maps `amax` onto a type's largest value, in the type it is stored in, never rounded down.
+    """The scale that maps `amax` onto a type's largest value, in the type it is stored in, never
+    rounded down.
 
-    Scales are normal numbers (some hardware flushes others to zero), so that nothing is divided by zero either.
+    Scales are normal numbers (some hardware flushes others to zero), so that nothing is divided by
+    zero either.
     """
     exact_scale = amax.float() / LARGEST[kind]
     scale = exact_scale.to(dtype).clamp_min(torch.finfo(dtype).tiny)
@@ -128,7 +148,8 @@ def scale_from_amax(amax: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
 
 
 def smoothquant_factors(inputs: Tensor, weights: Tensor) -> Tensor:
-    """SmoothQuant's s, from the largest values of each channel (D) in the input and in the weights' columns."""
+    """SmoothQuant's s, from the largest values of each channel (D) in the input and in the weights'
+    columns."""
     s = inputs.double() ** SMOOTH_STRENGTH / weights.double() ** (1 - SMOOTH_STRENGTH)
     s[(inputs == 0) | (weights == 0)] = 1.0
     return s.clamp(1 / _SMOOTH_LIMIT, _SMOOTH_LIMIT).float()
@@ -149,13 +170,16 @@ def plan_quantization(
         full_precision_layers: names of layers to keep high.
 
     Raises:
-        AnyFlowError: a layer that the calibration knows nothing of, a name in `kept` that fits no layer, or nothing left
-            to quantize.
+        AnyFlowError: a layer that the calibration knows nothing of, a name in `kept` that fits no
+            layer, or nothing left to quantize.
     """
     a = weights.architecture
     plan = QuantizationPlan(get_precision(spec.precision).tensor_type, spec.base)
     plan.full_precision_layers.update(
-        {**unquantized_layers(a, calibration), **dict.fromkeys(validate_layers(a, full_precision_layers), "asked for")}
+        {
+            **unquantized_layers(a, calibration),
+            **dict.fromkeys(validate_layers(a, full_precision_layers), "asked for"),
+        }
     )
     planner = _QuantizationPlanner(plan, weights, calibration, spec.smooth)
     with progress.stage("measuring weights", float(a.num_layers)) as advance:
@@ -166,13 +190,18 @@ def plan_quantization(
     if spec.attention == "fp8":
         planner.attention()
     if not plan.inputs:
-        raise AnyFlowError(f"{spec.precision} would quantize nothing: {_reasons(plan)}. Choose --precision {spec.base}.")
+        raise AnyFlowError(
+            f"{spec.precision} would quantize nothing: {_reasons(plan)}. Choose --precision"
+            f" {spec.base}."
+        )
     plan.constants[ZERO_POINT] = torch.zeros((), dtype=BUNDLE_DTYPES[plan.kind])
     return plan
 
 
 class _QuantizationPlanner:
-    def __init__(self, plan: QuantizationPlan, weights: Weights, calibration: Calibration, smooth: bool) -> None:
+    def __init__(
+        self, plan: QuantizationPlan, weights: Weights, calibration: Calibration, smooth: bool
+    ) -> None:
         self.plan, self.weights, self.calibration, self.smooth = plan, weights, calibration, smooth
         self.shapes = weights.shapes()
         self.dtype = CHECKPOINT_DTYPES[get_precision(plan.base).tensor_type]
@@ -187,7 +216,9 @@ class _QuantizationPlanner:
         amax = input_amax(self.calibration, names[0])
         if smooth:
             channels = torch.tensor(input_channels(self.calibration, names[0]))
-            s = smoothquant_factors(channels, torch.stack([matrices[name].abs().amax(0) for name in names]).amax(0))
+            s = smoothquant_factors(
+                channels, torch.stack([matrices[name].abs().amax(0) for name in names]).amax(0)
+            )
             s = torch.minimum(s, self._max_smoothing(names[0]))
             amax = float((channels / s).max())
             matrices = {name: matrix * s for name, matrix in matrices.items()}
@@ -204,8 +235,10 @@ class _QuantizationPlanner:
         return layer != "attn2.to_q" or f"{block}.norm2.weight" in self.shapes
 
     def _max_smoothing(self, first: str) -> Tensor:
-        """How far smoothing an output may divide the rows of its `to_v`: a row whose scale would not be a normal number any
-        more loses levels. Only float16 comes near (a row below 0.0078); 1 where a row is as small by itself."""
+        """How far smoothing an output may divide the rows of its `to_v`: a row whose scale would
+        not be a normal number any more loses levels. Only float16 comes near (a row below 0.0078);
+        1 where a row is as small by itself.
+        """
         block, layer = split_layer(first)
         if layer not in _OUTPUTS:
             return torch.tensor(torch.inf)
@@ -217,12 +250,13 @@ class _QuantizationPlanner:
         top = torch.finfo(self.dtype).max
         if amax > top:
             raise AnyFlowError(
-                f"{name} reached {amax:.3g} in calibration, more than {self.plan.base} holds ({top:.6g}). "
-                "Choose --base bf16 or fp32, or keep that layer high."
+                f"{name} reached {amax:.3g} in calibration, more than {self.plan.base} holds"
+                f" ({top:.6g}). Choose --base bf16 or fp32, or keep that layer high."
             )
 
     def _fold(self, names: Sequence[str], s: Tensor) -> None:
-        """Multiply columns by s, those of layers kept high as well, and divide whatever makes the input."""
+        """Multiply columns by s, those of layers kept high as well, and divide whatever makes the
+        input."""
         block, first = split_layer(names[0])
         self.plan.smooth.update(dict.fromkeys(names, s))
         for name in names:
@@ -242,11 +276,15 @@ class _QuantizationPlanner:
     def _factor(self, parameter: str, factor: Tensor) -> None:
         self.plan.factors.setdefault(parameter, []).append(factor)
 
-    def _quantize(self, names: Sequence[str], matrices: dict[str, Tensor], scale: str, amax: float) -> None:
+    def _quantize(
+        self, names: Sequence[str], matrices: dict[str, Tensor], scale: str, amax: float
+    ) -> None:
         constants, kind = self.plan.constants, self.plan.kind
         self._check_range(f"the input of {names[0]}", amax)
         own = scale_from_amax(torch.tensor(amax), kind, self.dtype)
-        constants[scale] = torch.maximum(constants.get(scale, own), own)  # the text's is the same in all layers
+        constants[scale] = torch.maximum(
+            constants.get(scale, own), own
+        )  # the text's is the same in all layers
         for name in names:
             self.plan.inputs[name] = scale
             size = matrices[name].abs()
@@ -268,9 +306,14 @@ class _QuantizationPlanner:
         for name in self.plan.attentions:
             for operand, amax in operand_amax(self.calibration, name).items():
                 self._check_range(operand, amax)
-                self.plan.constants[f"{operand}_scale"] = scale_from_amax(torch.tensor(amax), "F8_E4M3", self.dtype)
+                self.plan.constants[f"{operand}_scale"] = scale_from_amax(
+                    torch.tensor(amax), "F8_E4M3", self.dtype
+                )
         if not self.plan.attentions:
-            raise AnyFlowError(f"attention fp8 would quantize nothing: {_reasons(self.plan)}. Choose --attention high.")
+            raise AnyFlowError(
+                f"attention fp8 would quantize nothing: {_reasons(self.plan)}. Choose --attention"
+                " high."
+            )
 
 
 _GROUP_ORDER = sorted(GROUPS, key=lambda group: group[0] not in _OUTPUTS)

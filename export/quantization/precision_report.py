@@ -1,8 +1,8 @@
 """What a bundle's graphs really compute in eight bits, counted from the finished graphs.
 
-An exporter may intend anything; a product counts as quantized here only when both of its operands come out of a
-DequantizeLinear. Operations are counted for all Gemm, MatMul, Attention and Conv at the bundle's default video, from
-the graph's own shapes, whose symbols are given their sizes.
+An exporter may intend anything; a product counts as quantized here only when both of its operands
+come out of a DequantizeLinear. Operations are counted for all Gemm, MatMul, Attention and Conv at
+the bundle's default video, from the graph's own shapes, whose symbols are given their sizes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def count_precisions(
         a, video: give sizes to the symbols in shapes.
         full_precision_layers: layers that were kept high -> why.
     """
-    names = {name for model in models.values() for name in model.graph.initializers}  # what two graphs share counts once
+    names = {
+        name for model in models.values() for name in model.graph.initializers
+    }  # what two graphs share counts once
     weight_bytes: dict[str, int] = {}
     for entry in (entries[name] for name in sorted(names)):
         weight_bytes[entry.type] = weight_bytes.get(entry.type, 0) + entry.bytes
@@ -61,8 +63,11 @@ def count_precisions(
 
 
 def symbol_sizes(a: Architecture, video: VideoDefaults) -> dict[str, int]:
-    """The symbols of shapes at the default video. Causal: the largest chunk, on a cache full of recent chunks."""
-    rows, columns = (side // video.spatial_factor // a.patch_size[1] for side in (video.height, video.width))
+    """The symbols of shapes at the default video. Causal: the largest chunk, on a cache full of
+    recent chunks."""
+    rows, columns = (
+        side // video.spatial_factor // a.patch_size[1] for side in (video.height, video.width)
+    )
     grid = {"batch": 1, "rows": rows, "columns": columns, "text": video.text_tokens}
     if a.chunk_partition is not None and a.full_chunk_limit is not None:
         chunk = max(a.chunk_partition)
@@ -83,7 +88,9 @@ def count_product_flops(model: ir.Model, symbols: Mapping[str, int]) -> tuple[in
 
 def _is_quantized(node: ir.Node) -> bool:
     producers = [value.producer() if value is not None else None for value in node.inputs[:2]]
-    return all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)
+    return all(
+        producer is not None and producer.op_type == "DequantizeLinear" for producer in producers
+    )
 
 
 def _count_flops(node: ir.Node, symbols: Mapping[str, int]) -> int:
@@ -100,17 +107,25 @@ def _count_flops(node: ir.Node, symbols: Mapping[str, int]) -> int:
 def _resolve_shape(value: ir.Value | None, symbols: Mapping[str, int]) -> list[int]:
     if value is None or value.shape is None:
         raise AnyFlowError(
-            f"{value.name if value else 'an operand'} has no shape in the graph, so its operations cannot be counted."
+            f"{value.name if value else 'an operand'} has no shape in the graph, so its operations"
+            " cannot be counted."
         )
-    return [d if isinstance(d, int) else _evaluate(ast.parse(str(d.value), mode="eval").body, symbols) for d in value.shape]
+    return [
+        d if isinstance(d, int) else _evaluate(ast.parse(str(d.value), mode="eval").body, symbols)
+        for d in value.shape
+    ]
 
 
 def _evaluate(expression: ast.expr, symbols: Mapping[str, int]) -> int:
     """A size like `4*frames*rows*columns + past`."""
     if isinstance(expression, ast.BinOp) and type(expression.op) in _OPERATIONS:
-        return _OPERATIONS[type(expression.op)](_evaluate(expression.left, symbols), _evaluate(expression.right, symbols))
+        return _OPERATIONS[type(expression.op)](
+            _evaluate(expression.left, symbols), _evaluate(expression.right, symbols)
+        )
     if isinstance(expression, ast.Constant) and isinstance(expression.value, int):
         return expression.value
     if isinstance(expression, ast.Name) and expression.id in symbols:
         return symbols[expression.id]
-    raise AnyFlowError(f"a shape in the graph is {ast.unparse(expression)!r}; known are {', '.join(symbols)}.")
+    raise AnyFlowError(
+        f"a shape in the graph is {ast.unparse(expression)!r}; known are {', '.join(symbols)}."
+    )

@@ -1,8 +1,9 @@
 """What calibration shows the network: prompts, as embeddings.
 
-Where the checkpoint is a pipeline, its own text encoder reads them. Where there is none (random weights, a bare transformer
-folder), seeded standard-normal numbers stand in, in the layout that the network knows: words first, zeros behind.
-Activations of real text are not like that, so a calibration says which of the two it had.
+Where the checkpoint is a pipeline, its own text encoder reads them. Where there is none (random
+weights, a bare transformer folder), seeded standard-normal numbers stand in, in the layout that the
+network knows: words first, zeros behind. Activations of real text are not like that, so a
+calibration says which of the two it had.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ PROMPTS = (
     "a crowded market in bright sun, the camera pans left",
     "the night sky turns above a lone tree",
 )
-"""Animals, people, cities, drawings, textures; bright and dark, still and moving. Ranges depend on them little."""
+"""Animals, people, cities, drawings, textures; bright and dark, still and moving. Ranges depend on
+them little."""
 
 _PARTS = ("tokenizer", "text_encoder")
 _RANDOM_WORDS = 32
@@ -61,17 +63,28 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except OSError as error:
-        raise AnyFlowError(f"{path} cannot be read: {error.strerror}. Give --prompts a text file, one prompt a line.") from None
+        raise AnyFlowError(
+            f"{path} cannot be read: {error.strerror}. Give --prompts a text file, one prompt a"
+            " line."
+        ) from None
     except UnicodeDecodeError as error:
-        raise AnyFlowError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8, one prompt a line.") from None
+        raise AnyFlowError(
+            f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8, one prompt a line."
+        ) from None
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise AnyFlowError(f"{path} holds no prompt. Write one a line, or leave out --prompts for the built-in ones.")
+        raise AnyFlowError(
+            f"{path} holds no prompt. Write one a line, or leave out --prompts for the built-in"
+            " ones."
+        )
     return prompts
 
 
-def embed_prompts(weights: Weights, prompts: tuple[str, ...] = PROMPTS, tokens: int = TEXT_TOKENS) -> CalibrationPrompts:
-    """Embed prompts with the text encoder that belongs to the weights, or with random numbers where there is none.
+def embed_prompts(
+    weights: Weights, prompts: tuple[str, ...] = PROMPTS, tokens: int = TEXT_TOKENS
+) -> CalibrationPrompts:
+    """Embed prompts with the text encoder that belongs to the weights, or with random numbers where
+    there is none.
 
     Raises:
         AnyFlowError: no prompt, an empty one, or one that is too long.
@@ -80,30 +93,46 @@ def embed_prompts(weights: Weights, prompts: tuple[str, ...] = PROMPTS, tokens: 
     from anyflow_deploy.pipelines.text_encoder import encode_prompts
 
     if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise AnyFlowError("there is an empty prompt, or none at all; describe each video in a sentence.")
+        raise AnyFlowError(
+            "there is an empty prompt, or none at all; describe each video in a sentence."
+        )
     folder = _find_text_encoder(weights)
     if folder is not None:
         return CalibrationPrompts(prompts, encode_prompts(folder, list(prompts), tokens), "encoder")
     return random_prompt_embeds(weights, prompts, tokens)
 
 
-def random_prompt_embeds(weights: Weights, prompts: tuple[str, ...], tokens: int = TEXT_TOKENS) -> CalibrationPrompts:
+def random_prompt_embeds(
+    weights: Weights, prompts: tuple[str, ...], tokens: int = TEXT_TOKENS
+) -> CalibrationPrompts:
     """Seeded standard-normal embeddings, one for each prompt, whatever it says."""
     prompt_embeds = np.zeros((len(prompts), tokens, weights.architecture.text_dim), np.float32)
     for index in range(len(prompts)):
-        token_embeds = noise((min(tokens, _RANDOM_WORDS), weights.architecture.text_dim), seed=index)
+        token_embeds = noise(
+            (min(tokens, _RANDOM_WORDS), weights.architecture.text_dim), seed=index
+        )
         prompt_embeds[index, : len(token_embeds)] = token_embeds
     return CalibrationPrompts(prompts, prompt_embeds, "random")
 
 
 def _find_text_encoder(weights: Weights) -> Path | None:
-    """The folder with tokenizer and text encoder, downloaded where the weights were; None where there is none."""
+    """The folder with tokenizer and text encoder, downloaded where the weights were; None where
+    there is none."""
     source = weights.source
     if source.kind == "random":
         return None
     if source.kind == "hub":
-        files = [pattern for pattern in PIPELINE_FILES if pattern.partition("/")[0] in (*_PARTS, "model_index.json")]
-        advice = "Give --checkpoint DIR, a whole pipeline, or its transformer/ alone to calibrate on random embeddings."
+        files = [
+            pattern
+            for pattern in PIPELINE_FILES
+            if pattern.partition("/")[0] in (*_PARTS, "model_index.json")
+        ]
+        advice = (
+            "Give --checkpoint DIR, a whole pipeline, or its transformer/ alone to calibrate on"
+            " random embeddings."
+        )
         return download(source.location, source.revision, files, advice)
     folder = pipeline_folder(Path(source.location))
-    return folder if folder is not None and all((folder / part).is_dir() for part in _PARTS) else None
+    return (
+        folder if folder is not None and all((folder / part).is_dir() for part in _PARTS) else None
+    )

@@ -1,15 +1,16 @@
 """Standard Q/DQ in a traced graph, by a plan.
 
-Every planned Gemm is found by the name of its weight, so that all graphs of a bundle are treated alike:
+Every planned Gemm is found by the name of its weight, so that all graphs of a bundle are treated
+alike:
 
     x -> QuantizeLinear -> DequantizeLinear -+
     weight (eight bits) -> DequantizeLinear -+-> Gemm -> Add(bias)
 
-Layers that read one tensor share its QuantizeLinear. The bias leaves the Gemm, because ONNX Runtime's own fusion takes
-only a Gemm without one (3 times as fast as with it, measured), and TensorRT adds it in the product's epilogue either way.
-That fusion also wants every zero point written out (in 1.32 nothing was fused without), so the INT8 weights have theirs;
-FP8 weights need none.
-Everything here is in opset 20, and valid in 23.
+Layers that read one tensor share its QuantizeLinear. The bias leaves the Gemm, because ONNX
+Runtime's own fusion takes only a Gemm without one (3 times as fast as with it, measured), and
+TensorRT adds it in the product's epilogue either way. That fusion also wants every zero point
+written out (in 1.32 nothing was fused without), so the INT8 weights have theirs; FP8 weights need
+none. Everything here is in opset 20, and valid in 23.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ import onnx_ir as ir
 
 from anyflow_deploy.checkpoints.dtypes import ONNX_DTYPES, SAFETENSORS_NAMES
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.export.quantization.plan import ZERO_POINT, QuantizationPlan, weight_scale_name, zero_points_name
+from anyflow_deploy.export.quantization.plan import (
+    ZERO_POINT,
+    QuantizationPlan,
+    weight_scale_name,
+    zero_points_name,
+)
 from anyflow_deploy.quantization.layers import OPERANDS
 
 _WEIGHT = ".weight"
@@ -70,7 +76,9 @@ class _QdqRewriter:
         if scale.shape is not None and len(scale.shape):
             inputs.append(self._get_constant(zero_points_name(scale.shape.numpy()[0])))
             attributes.append(ir.AttrInt64("axis", _CHANNELS_OUT))
-        dequantized = self._insert_node("DequantizeLinear", inputs, f"{layer}/DequantizeLinear", node, attributes)
+        dequantized = self._insert_node(
+            "DequantizeLinear", inputs, f"{layer}/DequantizeLinear", node, attributes
+        )
         dequantized.type, dequantized.shape = base_type, weight.shape
         node.replace_input_with(0, operand)
         node.replace_input_with(1, dequantized)
@@ -79,14 +87,19 @@ class _QdqRewriter:
 
     def _add_bias(self, layer: str, node: ir.Node, bias: ir.Value) -> None:
         old = node.outputs[0]
-        product = ir.Node("", "Gemm", list(node.inputs[:2]), node.attributes.values(), name=node.name)
+        product = ir.Node(
+            "", "Gemm", list(node.inputs[:2]), node.attributes.values(), name=node.name
+        )
         total = ir.Node("", "Add", [product.outputs[0], bias], name=f"{layer}/Add")
         product.outputs[0].name = f"{layer}_product"
         product.outputs[0].type, product.outputs[0].shape = old.type, old.shape
-        ir.convenience.replace_nodes_and_values(self.graph, node, [node], [product, total], [old], [total.outputs[0]])
+        ir.convenience.replace_nodes_and_values(
+            self.graph, node, [node], [product, total], [old], [total.outputs[0]]
+        )
 
     def divide_norm(self, layer: str, node: ir.Node) -> None:
-        """Divide the modulated norm in front of a layer: its weight becomes 1/s, and the shift is multiplied by 1/s."""
+        """Divide the modulated norm in front of a layer: its weight becomes 1/s, and the shift is
+        multiplied by 1/s."""
         total = _find_producer(node.inputs[0], ("Reshape", "Cast", "Identity"))
         if id(total) in self._smoothed:
             return
@@ -106,24 +119,44 @@ class _QdqRewriter:
         scores, mixed = self.nodes.get(f"{name}/MatMul"), self.nodes.get(f"{name}/MatMul_2")
         if scores is None and mixed is None:
             return
-        if scores is None or mixed is None or mixed.inputs[0] is None or _producer(mixed.inputs[0]).op_type != "Softmax":
-            raise AnyFlowError(f"{name} is not made of two products and a softmax. Export with --opset 20, or --attention high.")
-        places = {"query": (scores, 0), "key": (scores, 1), "probabilities": (mixed, 0), "value": (mixed, 1)}
+        if (
+            scores is None
+            or mixed is None
+            or mixed.inputs[0] is None
+            or _producer(mixed.inputs[0]).op_type != "Softmax"
+        ):
+            raise AnyFlowError(
+                f"{name} is not made of two products and a softmax. Export with --opset 20, or"
+                " --attention high."
+            )
+        places = {
+            "query": (scores, 0),
+            "key": (scores, 1),
+            "probabilities": (mixed, 0),
+            "value": (mixed, 1),
+        }
         for operand in OPERANDS:
             node, index = places[operand]
             value = node.inputs[index]
             assert value is not None
-            node.replace_input_with(index, self._insert_qdq_pair(value, f"{name}.{operand}_scale", node))
+            node.replace_input_with(
+                index, self._insert_qdq_pair(value, f"{name}.{operand}_scale", node)
+            )
 
     def _insert_qdq_pair(self, x: ir.Value, scale_name: str, node: ir.Node) -> ir.Value:
-        """`x`, quantized and dequantized in front of `node`; made once for everything that reads it with one scale."""
+        """`x`, quantized and dequantized in front of `node`; made once for everything that reads it
+        with one scale."""
         key = (id(x), scale_name)
         if key not in self._pairs:
             stem = scale_name.removesuffix("_scale")
             scale, zero = self._get_constant(scale_name), self._get_constant(ZERO_POINT)
-            quantized = self._insert_node("QuantizeLinear", [x, scale, zero], f"{stem}/QuantizeLinear", node)
+            quantized = self._insert_node(
+                "QuantizeLinear", [x, scale, zero], f"{stem}/QuantizeLinear", node
+            )
             quantized.type, quantized.shape = ir.TensorType(ONNX_DTYPES[self.plan.kind]), x.shape
-            dequantized = self._insert_node("DequantizeLinear", [quantized, scale, zero], f"{stem}/DequantizeLinear", node)
+            dequantized = self._insert_node(
+                "DequantizeLinear", [quantized, scale, zero], f"{stem}/DequantizeLinear", node
+            )
             dequantized.type, dequantized.shape = x.type, x.shape
             self._pairs[key] = dequantized
         return self._pairs[key]
@@ -133,13 +166,20 @@ class _QdqRewriter:
         if name not in self.graph.initializers:
             tensor = self.plan.constants[name]
             value = ir.Value(
-                name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(ONNX_DTYPES[SAFETENSORS_NAMES[tensor.dtype]])
+                name=name,
+                shape=ir.Shape(tensor.shape),
+                type=ir.TensorType(ONNX_DTYPES[SAFETENSORS_NAMES[tensor.dtype]]),
             )
             self.graph.initializers[name] = value
         return self.graph.initializers[name]
 
     def _insert_node(
-        self, op_type: str, inputs: list[ir.Value], name: str, place: ir.Node, attributes: list[ir.Attr] | None = None
+        self,
+        op_type: str,
+        inputs: list[ir.Value],
+        name: str,
+        place: ir.Node,
+        attributes: list[ir.Attr] | None = None,
     ) -> ir.Value:
         """A new node in front of another; returns its output."""
         node = ir.Node("", op_type, inputs, attributes or [], name=name)
@@ -168,7 +208,8 @@ def _find_modulated_norm(total: ir.Node | None, layer: str) -> tuple[ir.Node, in
         if norm.op_type == "LayerNormalization":
             return norm, 1 - index
     raise AnyFlowError(
-        f"the input of {layer} is not a modulated norm: this pass has to learn the new form. Export with smooth off."
+        f"the input of {layer} is not a modulated norm: this pass has to learn the new form. Export"
+        " with smooth off."
     )
 
 

@@ -1,13 +1,18 @@
-"""Eight-bit linear layers in torch, from a quantized bundle: the same grids and scales as its ONNX graphs.
+"""Eight-bit linear layers in torch, from a quantized bundle: the same grids and scales as its ONNX
+graphs.
 
-A layer whose weight has a scale in the bundle rounds its input to eight bits and multiplies with torch's own operator:
+A layer whose weight has a scale in the bundle rounds its input to eight bits and multiplies with
+torch's own operator:
 
-- fp8: `torch._scaled_mm`, one scale on either side; tensor cores of compute capability 8.9 and up, oneDNN on a CPU. Sums
-  take the tensor cores' fast way (14 bits on Hopper), as torchao's inference does.
-- int8: `torch._int_mm` into 32 bits, then the scale of the input times one scale for each output channel.
+- fp8: `torch._scaled_mm`, one scale on either side; tensor cores of compute capability 8.9 and up,
+  oneDNN on a CPU. Sums take the tensor cores' fast way (14 bits on Hopper), as torchao's inference
+  does.
+- int8: `torch._int_mm` into 32 bits, then the scale of the input times one scale for each output
+  channel.
 
-Layers that read one tensor round it once. Where SmoothQuant divided an input, all readers of it see the divided one,
-those kept high included, since their weights were multiplied. Scales and factors keep their names in the bundle.
+Layers that read one tensor round it once. Where SmoothQuant divided an input, all readers of it see
+the divided one, those kept high included, since their weights were multiplied. Scales and factors
+keep their names in the bundle.
 
 Legend: M rows of tokens, K channels in, N channels out.
 """
@@ -29,7 +34,8 @@ _FP8_LARGEST = 448.0
 
 
 class QuantizedInput:
-    """What layers share that read one tensor: its scale and factors, and the result of rounding it, made once.
+    """What layers share that read one tensor: its scale and factors, and the result of rounding it,
+    made once.
 
     Args:
         network: holds scale and factors as buffers.
@@ -38,7 +44,9 @@ class QuantizedInput:
         eight_bits: torch's type.
     """
 
-    def __init__(self, network: nn.Module, name: str, smooth: bool, eight_bits: torch.dtype) -> None:
+    def __init__(
+        self, network: nn.Module, name: str, smooth: bool, eight_bits: torch.dtype
+    ) -> None:
         self._network, self._name, self._smooth, self._type = network, name, smooth, eight_bits
         self._last_smoothed: tuple[Tensor, Tensor] | None = None
         self._last_quantized: tuple[Tensor, Tensor] | None = None
@@ -53,14 +61,19 @@ class QuantizedInput:
         if not self._smooth:
             return x
         if self._last_smoothed is None or self._last_smoothed[0] is not x:
-            self._last_smoothed = x, x * self._network.get_buffer(f"{self._name}_smooth").to(x.dtype)
+            self._last_smoothed = (
+                x,
+                x * self._network.get_buffer(f"{self._name}_smooth").to(x.dtype),
+            )
         return self._last_smoothed[1]
 
     def quantize(self, x: Tensor) -> Tensor:
         """The same in eight bits."""
         if self._last_quantized is None or self._last_quantized[0] is not x:
             scaled = self.smooth(x).float() / self.scale
-            low, high = (-128.0, 127.0) if self._type == torch.int8 else (-_FP8_LARGEST, _FP8_LARGEST)
+            low, high = (
+                (-128.0, 127.0) if self._type == torch.int8 else (-_FP8_LARGEST, _FP8_LARGEST)
+            )
             whole = scaled.round() if self._type == torch.int8 else scaled
             self._last_quantized = x, whole.clamp(low, high).to(self._type)
         return self._last_quantized[1]
@@ -75,7 +88,9 @@ class EightBitLinear(nn.Module):
         weight, scale: as stored: (N, K) in eight bits, and one number or (N).
     """
 
-    def __init__(self, original: Linear, quantized_input: QuantizedInput, weight: Tensor, scale: Tensor) -> None:
+    def __init__(
+        self, original: Linear, quantized_input: QuantizedInput, weight: Tensor, scale: Tensor
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
         self.register_buffer("weight_scale", torch.empty_like(scale, device="meta"))
@@ -89,7 +104,9 @@ class EightBitLinear(nn.Module):
             whole = multiply_int8(rounded, self.weight.t())
             product = (whole.float() * (self.quantized_input.scale * scale)).to(self.input_type)
         else:
-            product = multiply_fp8(rounded, self.weight.t(), self.quantized_input.scale, scale, self.input_type)
+            product = multiply_fp8(
+                rounded, self.weight.t(), self.quantized_input.scale, scale, self.input_type
+            )
         return product + self.bias
 
 
@@ -97,7 +114,9 @@ class SmoothedLinear(Linear):
     """A layer kept high whose input SmoothQuant divides."""
 
     def __init__(self, original: Linear, quantized_input: QuantizedInput) -> None:
-        super().__init__(original.in_features, original.out_features, dtype=original.input_type, device="meta")
+        super().__init__(
+            original.in_features, original.out_features, dtype=original.input_type, device="meta"
+        )
         self.requires_grad_(False)
         self.quantized_input = quantized_input
 
@@ -105,8 +124,11 @@ class SmoothedLinear(Linear):
         return super().forward(self.quantized_input.smooth(x.to(self.input_type)))
 
 
-def quantize_linear_layers(network: nn.Module, a: Architecture, weights: Mapping[str, Tensor]) -> None:
-    """Replace a network's layers in place by what the bundle's weights ask for; nothing in other precisions.
+def quantize_linear_layers(
+    network: nn.Module, a: Architecture, weights: Mapping[str, Tensor]
+) -> None:
+    """Replace a network's layers in place by what the bundle's weights ask for; nothing in other
+    precisions.
 
     Args:
         network: on the meta device.
@@ -123,14 +145,27 @@ def quantize_linear_layers(network: nn.Module, a: Architecture, weights: Mapping
         smooth = f"{name}_smooth" in weights
         if layer not in quantized and not smooth:
             continue
-        quantized_input = quantized_inputs.setdefault(name, QuantizedInput(network, name, smooth, kind))
+        quantized_input = quantized_inputs.setdefault(
+            name, QuantizedInput(network, name, smooth, kind)
+        )
         original = cast(Linear, network.get_submodule(layer))
         replacement: nn.Module = SmoothedLinear(original, quantized_input)
         if layer in quantized:
-            replacement = EightBitLinear(original, quantized_input, weights[f"{layer}.weight"], weights[f"{layer}.weight_scale"])
+            replacement = EightBitLinear(
+                original,
+                quantized_input,
+                weights[f"{layer}.weight"],
+                weights[f"{layer}.weight_scale"],
+            )
         parent, _, own = layer.rpartition(".")
         setattr(network.get_submodule(parent), own, replacement)
-    for name in (f"{quantized_input}_{what}" for quantized_input in quantized_inputs for what in ("scale", "smooth")):
+    for name in (
+        f"{quantized_input}_{what}"
+        for quantized_input in quantized_inputs
+        for what in ("scale", "smooth")
+    ):
         if name in weights:
             owner, _, buffer = name.rpartition(".")
-            network.get_submodule(owner).register_buffer(buffer, torch.empty_like(weights[name], device="meta"))
+            network.get_submodule(owner).register_buffer(
+                buffer, torch.empty_like(weights[name], device="meta")
+            )

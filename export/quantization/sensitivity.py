@@ -1,9 +1,10 @@
 """Which layers suffer most from 8 bits, and which to keep high: measured on the model at hand.
 
-Each layer is quantized alone, videos are made at a few step counts, and compared with those of the untouched network from
-the same noise: that ranks the layers. Damages do not add up (errors of one layer hide or feed those of another), so how
-many have to stay high is not read off the ranking but measured again: `select_full_precision_layers` quantizes all but
-the n worst, makes the videos, and bisects n.
+Each layer is quantized alone, videos are made at a few step counts, and compared with those of the
+untouched network from the same noise: that ranks the layers. Damages do not add up (errors of one
+layer hide or feed those of another), so how many have to stay high is not read off the ranking but
+measured again: `select_full_precision_layers` quantizes all but the n worst, makes the videos, and
+bisects n.
 
 Lists of layers made for another model are worth nothing: they depend on depth, and on the weights.
 """
@@ -40,7 +41,8 @@ class QuantizationError(FrozenRecord):
     """What quantizing some layers does to a video, at the step count where it is worst.
 
     Attributes:
-        relative_l2: |quantized - untouched| / |untouched|; None where the video is not finite any more.
+        relative_l2: |quantized - untouched| / |untouched|; None where the video is not finite any
+            more.
         psnr_db: peak signal to noise; None where the two are equal.
     """
 
@@ -93,7 +95,8 @@ class SensitivitySettings:
 
 
 class SensitivityAnalyzer:
-    """Makes videos with some layers quantized, and measures them against those of the untouched network.
+    """Makes videos with some layers quantized, and measures them against those of the untouched
+    network.
 
     Args:
         weights: of the model.
@@ -121,7 +124,9 @@ class SensitivityAnalyzer:
         self._noise = noise((1, *settings.shape), settings.seed)
         self._reference = self._generate_videos()
         a = weights.architecture
-        self._fake_quant = FakeQuant(self._engine.network, a, calibration, precision, (), smooth, settings.attention)
+        self._fake_quant = FakeQuant(
+            self._engine.network, a, calibration, precision, (), smooth, settings.attention
+        )
         self.layers, self.excluded = self._fake_quant.layers, self._fake_quant.excluded
 
     def measure_layer(self, layer: str) -> QuantizationError:
@@ -135,22 +140,34 @@ class SensitivityAnalyzer:
         return self._measure_error()
 
     def psnr_all_except(self, kept: Collection[str]) -> float:
-        """The same in decibels: infinite for equal videos, minus infinite for one that is not finite."""
+        """The same in decibels: infinite for equal videos, minus infinite for one that is not
+        finite."""
         return psnr_from_error(self.measure_all_except(kept))
 
     def _generate_videos(self) -> list[Array]:
-        return [run_rollout(self._engine, self._noise, self.settings.text, schedule) for schedule in self._schedules]
+        return [
+            run_rollout(self._engine, self._noise, self.settings.text, schedule)
+            for schedule in self._schedules
+        ]
 
     def _measure_error(self) -> QuantizationError:
-        found = [difference(*pair) for pair in zip(self._generate_videos(), self._reference, strict=True)]
+        found = [
+            difference(*pair) for pair in zip(self._generate_videos(), self._reference, strict=True)
+        ]
         worst: Difference = max(found, key=lambda d: d.relative_l2)
-        return QuantizationError(relative_l2=_finite(worst.relative_l2), psnr_db=_finite(min(d.psnr_db for d in found)))
+        return QuantizationError(
+            relative_l2=_finite(worst.relative_l2), psnr_db=_finite(min(d.psnr_db for d in found))
+        )
 
 
-def measure_sensitivity(analyzer: SensitivityAnalyzer, progress: Progress | None = None) -> Sensitivity:
+def measure_sensitivity(
+    analyzer: SensitivityAnalyzer, progress: Progress | None = None
+) -> Sensitivity:
     """Rank the layers, and measure keeping 0, 1, 2, 4, … of the worst."""
     progress, layers = progress or NullProgress(), {}
-    with progress.stage(f"{len(analyzer.layers)} layers, one at a time", len(analyzer.layers)) as advance:
+    with progress.stage(
+        f"{len(analyzer.layers)} layers, one at a time", len(analyzer.layers)
+    ) as advance:
         for name in analyzer.layers:
             layers[name] = analyzer.measure_layer(name)
             advance(1)
@@ -185,25 +202,32 @@ def select_full_precision_layers(
     Args:
         sensitivity: the ranking.
         keep_layers: so many of the worst.
-        min_psnr_db: as few of the worst as a bisection finds to reach this PSNR with the rest quantized.
-        psnr: measures that, given the layers kept: `SensitivityAnalyzer.psnr_all_except`. Needed with `min_psnr_db`.
+        min_psnr_db: as few of the worst as a bisection finds to reach this PSNR with the rest
+            quantized.
+        psnr: measures that, given the layers kept: `SensitivityAnalyzer.psnr_all_except`. Needed
+            with `min_psnr_db`.
 
     Returns:
         Layer names, the worst first.
 
     Raises:
-        AnyFlowError: both or neither of the two, a number there are not so many layers for, or a fidelity that only the
-            unquantized network has.
+        AnyFlowError: both or neither of the two, a number there are not so many layers for, or a
+            fidelity that only the unquantized network has.
     """
     ranked = list(sensitivity.layers)
     if (keep_layers is None) == (min_psnr_db is None):
-        raise AnyFlowError("give one of --keep-layers N and --min-psnr DB: a number of layers, or a PSNR to reach.")
+        raise AnyFlowError(
+            "give one of --keep-layers N and --min-psnr DB: a number of layers, or a PSNR to reach."
+        )
     if keep_layers is not None:
         check_keep_layers(keep_layers, len(ranked))
         return ranked[:keep_layers]
     assert min_psnr_db is not None
     if psnr is None or not math.isfinite(min_psnr_db):
-        raise AnyFlowError(f"--min-psnr is {min_psnr_db}; allowed is a number of decibels, measured with the model's weights.")
+        raise AnyFlowError(
+            f"--min-psnr is {min_psnr_db}; allowed is a number of decibels, measured with the"
+            " model's weights."
+        )
     if psnr([]) >= min_psnr_db:
         return []
     short, enough = 0, len(ranked)
@@ -215,7 +239,8 @@ def select_full_precision_layers(
             short = middle
     if enough == len(ranked):
         raise AnyFlowError(
-            f"{min_psnr_db:g} dB cannot be reached with any layer in {sensitivity.precision}. Ask for less, or choose fp16."
+            f"{min_psnr_db:g} dB cannot be reached with any layer in {sensitivity.precision}. Ask"
+            " for less, or choose fp16."
         )
     return ranked[:enough]
 
@@ -227,7 +252,11 @@ def check_keep_layers(keep_layers: int | None, layers: int) -> None:
         AnyFlowError: `keep` is not from 0 to one less than there are.
     """
     if keep_layers is not None and not 0 <= keep_layers < layers:
-        allowed = f"0 to {layers - 1}, since {layers} layers can be quantized" if layers else "none: no layer can be quantized"
+        allowed = (
+            f"0 to {layers - 1}, since {layers} layers can be quantized"
+            if layers
+            else "none: no layer can be quantized"
+        )
         raise AnyFlowError(f"--keep-layers is {keep_layers}; allowed are {allowed}.")
 
 

@@ -1,7 +1,7 @@
 """A sensitivity as people read it: a table on the terminal, and a picture.
 
-The picture's left half has one cell a layer (block by block, kind by kind), so that a bad block or a bad kind shows at a
-glance; its right half says what keeping the worst layers buys.
+The picture's left half has one cell a layer (block by block, kind by kind), so that a bad block or
+a bad kind shows at a glance; its right half says what keeping the worst layers buys.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from anyflow_deploy.export.quantization.sensitivity import QuantizationError, Sensitivity, psnr_from_error
+from anyflow_deploy.export.quantization.sensitivity import (
+    QuantizationError,
+    Sensitivity,
+    psnr_from_error,
+)
 from anyflow_deploy.quantization.layers import GROUPS
 
 KINDS = [name for group in GROUPS for name in group]
@@ -24,7 +28,13 @@ _FLOOR = 1e-9  # what no damage at all is drawn at: a logarithm has no zero
 
 def sensitivity_tables(sensitivity: Sensitivity) -> list[Table]:
     """The worst layers, and what keeping them buys."""
-    worst = Table("rank", "layer", "relative L2", "PSNR", title=f"quantized alone to {sensitivity.precision}, the worst first")
+    worst = Table(
+        "rank",
+        "layer",
+        "relative L2",
+        "PSNR",
+        title=f"quantized alone to {sensitivity.precision}, the worst first",
+    )
     for rank, (name, error) in enumerate(list(sensitivity.layers.items())[:_SHOWN], 1):
         worst.add_row(str(rank), name, *_cells(error))
     kept = Table("kept high", "quantized", "relative L2", "PSNR", title="all others quantized")
@@ -36,7 +46,9 @@ def sensitivity_tables(sensitivity: Sensitivity) -> list[Table]:
 def _cells(error: QuantizationError) -> tuple[str, str]:
     if error.relative_l2 is None:
         return "[red]not finite[/]", ""
-    return f"{error.relative_l2:.2e}", "equal" if error.psnr_db is None else f"{error.psnr_db:.1f} dB"
+    return f"{error.relative_l2:.2e}", (
+        "equal" if error.psnr_db is None else f"{error.psnr_db:.1f} dB"
+    )
 
 
 def draw_sensitivity(sensitivity: Sensitivity, path: Path, selected: int | None = None) -> None:
@@ -46,13 +58,16 @@ def draw_sensitivity(sensitivity: Sensitivity, path: Path, selected: int | None 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(3, 2))
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(3, 2)
+    )
     _draw_layers(figure, left, sensitivity)
     _draw_kept(right, sensitivity, selected)
     frames, _, height, width = sensitivity.shape[1:]
     steps = ", ".join(map(str, sensitivity.steps))
     figure.suptitle(
-        f"What {sensitivity.precision} does to a video of {frames} x {height} x {width} latents, worst of {steps} steps",
+        f"What {sensitivity.precision} does to a video of {frames} x {height} x {width} latents,"
+        f" worst of {steps} steps",
         fontsize=11,
     )
     figure.savefig(path, dpi=130)
@@ -60,13 +75,16 @@ def draw_sensitivity(sensitivity: Sensitivity, path: Path, selected: int | None 
 
 
 def sensitivity_grid(sensitivity: Sensitivity) -> NDArray[np.float64]:
-    """Relative L2 by kind (rows) and block (columns); NaN where a layer is not quantized, infinite where it broke the video."""
+    """Relative L2 by kind (rows) and block (columns); NaN where a layer is not quantized, infinite
+    where it broke the video."""
     names = [*sensitivity.layers, *sensitivity.excluded]
     blocks = 1 + max(int(name.split(".")[1]) for name in names)
     cells = np.full((len(KINDS), blocks), np.nan)
     for name, error in sensitivity.layers.items():
         _, block, kind = name.split(".", 2)
-        cells[KINDS.index(kind), int(block)] = math.inf if error.relative_l2 is None else max(error.relative_l2, _FLOOR)
+        cells[KINDS.index(kind), int(block)] = (
+            math.inf if error.relative_l2 is None else max(error.relative_l2, _FLOOR)
+        )
     return cells
 
 
@@ -75,9 +93,16 @@ def _draw_layers(figure: Any, axes: Any, sensitivity: Sensitivity) -> None:
 
     cells = sensitivity_grid(sensitivity)
     finite = cells[np.isfinite(cells)]
-    norm = colors.LogNorm(finite.min(initial=1.0), finite.max(initial=_FLOOR)) if finite.size else None
+    norm = (
+        colors.LogNorm(finite.min(initial=1.0), finite.max(initial=_FLOOR)) if finite.size else None
+    )
     axes.set_facecolor("#dddddd")
-    image = axes.imshow(np.where(np.isposinf(cells), finite.max(initial=1.0), cells), cmap="magma_r", norm=norm, aspect="auto")
+    image = axes.imshow(
+        np.where(np.isposinf(cells), finite.max(initial=1.0), cells),
+        cmap="magma_r",
+        norm=norm,
+        aspect="auto",
+    )
     axes.set_yticks(range(len(KINDS)), KINDS, fontsize=8, family="monospace")
     axes.set(xlabel="block", title="One layer alone")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -90,14 +115,29 @@ def _draw_layers(figure: Any, axes: Any, sensitivity: Sensitivity) -> None:
 
 def _draw_kept(axes: Any, sensitivity: Sensitivity, selected: int | None) -> None:
     points = [
-        (count, psnr_from_error(error)) for count, error in sensitivity.kept.items() if math.isfinite(psnr_from_error(error))
+        (count, psnr_from_error(error))
+        for count, error in sensitivity.kept.items()
+        if math.isfinite(psnr_from_error(error))
     ]
-    axes.plot([p[0] for p in points], [p[1] for p in points], color="#1b6ca8", marker="o", ms=5, lw=1.4)
+    axes.plot(
+        [p[0] for p in points], [p[1] for p in points], color="#1b6ca8", marker="o", ms=5, lw=1.4
+    )
     if selected is not None:
         axes.axvline(selected, color="#d1495b", ls="--", lw=1)
-        axes.text(selected, 0.02, f" {selected} kept", color="#d1495b", fontsize=8, transform=axes.get_xaxis_transform())
+        axes.text(
+            selected,
+            0.02,
+            f" {selected} kept",
+            color="#d1495b",
+            fontsize=8,
+            transform=axes.get_xaxis_transform(),
+        )
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xticks([p[0] for p in points], [str(p[0]) for p in points])
     total = len(sensitivity.layers)
-    axes.set(xlabel=f"worst layers kept high, of {total}", ylabel="PSNR of the video, dB", title="All others quantized")
+    axes.set(
+        xlabel=f"worst layers kept high, of {total}",
+        ylabel="PSNR of the video, dB",
+        title="All others quantized",
+    )
     axes.grid(alpha=0.25)

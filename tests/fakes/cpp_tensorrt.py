@@ -1,8 +1,10 @@
-"""The C++ library's TensorRT backend on a fake machine: engines/cpp/tests/fakes built against NVIDIA's own
-headers, the library built on it by its own CMake, and the plans' arithmetic once more in numpy.
+"""The C++ library's TensorRT backend on a fake machine: engines/cpp/tests/fakes built against
+NVIDIA's own headers, the library built on it by its own CMake, and the plans' arithmetic once more
+in numpy.
 
-NVIDIA's headers are not ours to check in. ANYFLOW_TENSORRT_HEADERS names them (folders with colons between: TensorRT's,
-CUDA's and, where it is apart, the one with crt/), or tools/tensorrt_headers.py has put a release into .cache.
+NVIDIA's headers are not ours to check in. ANYFLOW_TENSORRT_HEADERS names them (folders with colons
+between: TensorRT's, CUDA's and, where it is apart, the one with crt/), or tools/tensorrt_headers.py
+has put a release into .cache.
 """
 
 from __future__ import annotations
@@ -22,7 +24,16 @@ from anyflow_deploy import Bundle, load_bundle
 from anyflow_deploy.engines.engine import Array, frame_times, prepare_inputs
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.streaming import CacheStream, Positions, cache_tensor_names
-from tests.cpp_build import SOURCE, build_targets, configure, find_compiler, find_tool, run, sample_manifest, sanitizers_work
+from tests.cpp_build import (
+    SOURCE,
+    build_targets,
+    configure,
+    find_compiler,
+    find_tool,
+    run,
+    sample_manifest,
+    sanitizers_work,
+)
 from tools import tensorrt_headers
 
 F, Bytes = np.float32, NDArray[np.uint8]
@@ -33,21 +44,38 @@ INTERFACES = ("VRuntime", "VCudaEngine", "VExecutionContext")
 def header_folders() -> list[Path]:
     """Where NVIDIA's headers are, TensorRT's first; skips the test where they are not."""
     named = os.environ.get("ANYFLOW_TENSORRT_HEADERS")
-    folders = [Path(folder) for folder in named.split(":")] if named else tensorrt_headers.cached_header_folders()
+    folders = (
+        [Path(folder) for folder in named.split(":")]
+        if named
+        else tensorrt_headers.cached_header_folders()
+    )
     if not folders:
-        pytest.skip("no TensorRT headers here: run tools/tensorrt_headers.py, or name folders in ANYFLOW_TENSORRT_HEADERS")
+        pytest.skip(
+            "no TensorRT headers here: run tools/tensorrt_headers.py, or name folders in"
+            " ANYFLOW_TENSORRT_HEADERS"
+        )
     trt = next((folder for folder in folders if (folder / "NvInferRuntime.h").exists()), None)
     assert trt is not None, f"none of {folders} holds NvInferRuntime.h"
     return [trt, *(folder for folder in folders if folder != trt)]
 
 
 def v_classes(implementation: str) -> str:
-    """Classes that have every function of TensorRT's internal interfaces; each says, when it is called, that it is not acted."""
-    made = ["#pragma once", "// Made from NvInferImpl.h.", "namespace standin {", "using namespace nvinfer1;"]
+    """Classes that have every function of TensorRT's internal interfaces; each says, when it is
+    called, that it is not acted."""
+    made = [
+        "#pragma once",
+        "// Made from NvInferImpl.h.",
+        "namespace standin {",
+        "using namespace nvinfer1;",
+    ]
     for name in INTERFACES:
-        body = re.search(rf"class {name} : public VRoot\s*\{{(.*?)\n\}};", implementation, re.DOTALL)
+        body = re.search(
+            rf"class {name} : public VRoot\s*\{{(.*?)\n\}};", implementation, re.DOTALL
+        )
         assert body, f"NvInferImpl.h has no {name} as its releases had it so far"
-        functions = re.findall(r"virtual\s+([^;]*?)\b(\w+)\(([^)]*)\)\s*(const)?\s*noexcept = 0;", body[1])
+        functions = re.findall(
+            r"virtual\s+([^;]*?)\b(\w+)\(([^)]*)\)\s*(const)?\s*noexcept = 0;", body[1]
+        )
         assert len(functions) == body[1].count("= 0;"), f"a function of {name} was not understood"
         made.append(f"class {name}Base : public apiv::{name} {{\n public:")
         for kind, function, parameters, const in functions:
@@ -81,7 +109,10 @@ class FakeTensorRTBuild:
         tensorrt, toolkit, made = folder / "tensorrt", folder / "cuda", folder / "made"
         for place in (tensorrt, toolkit / "include", made):
             place.mkdir(parents=True, exist_ok=True)
-        headers = [(tensorrt / "include", trt), *((toolkit / "include" / h.name, h) for place in cuda for h in place.iterdir())]
+        headers = [
+            (tensorrt / "include", trt),
+            *((toolkit / "include" / h.name, h) for place in cuda for h in place.iterdir()),
+        ]
         for link, header in headers:
             if not link.is_symlink() or link.readlink() != header:  # a folder of another release
                 link.unlink(missing_ok=True)
@@ -92,18 +123,39 @@ class FakeTensorRTBuild:
             header.write_text(classes)
         if sanitize is None:
             sanitize = "address,undefined" if sanitizers_work() else ""
-        flags = f"-fsanitize={sanitize};-fno-sanitize-recover=all;-fno-omit-frame-pointer" if sanitize else ""
+        flags = (
+            f"-fsanitize={sanitize};-fno-sanitize-recover=all;-fno-omit-frame-pointer"
+            if sanitize
+            else ""
+        )
         debug = ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -g1 -Werror")
         run(
-            find_tool("cmake"), "-S", SOURCE / "tests" / "fakes", "-B", folder / "standin", "-G", "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DTENSORRT={tensorrt}", f"-DCUDA={toolkit}", f"-DV_CLASSES={made}",
-            f"-DSANITIZE={flags}", *debug,
-        )  # fmt: skip
+            find_tool("cmake"),
+            "-S",
+            SOURCE / "tests" / "fakes",
+            "-B",
+            folder / "standin",
+            "-G",
+            "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+            f"-DTENSORRT={tensorrt}",
+            f"-DCUDA={toolkit}",
+            f"-DV_CLASSES={made}",
+            f"-DSANITIZE={flags}",
+            *debug,
+        )
         self.misuse_test = build_targets(folder / "standin") / "misuse_test"
         said = configure(
-            folder / "library", "-DANYFLOW_TENSORRT=ON", f"-DTensorRT_ROOT={tensorrt}", f"-DCUDAToolkit_ROOT={toolkit}",
-            "-DANYFLOW_AOTINDUCTOR=OFF", "-DANYFLOW_OPENSSL=OFF", "-DANYFLOW_TESTS=ON", f"-DANYFLOW_SANITIZE={sanitize}", *debug,
-        )  # fmt: skip
+            folder / "library",
+            "-DANYFLOW_TENSORRT=ON",
+            f"-DTensorRT_ROOT={tensorrt}",
+            f"-DCUDAToolkit_ROOT={toolkit}",
+            "-DANYFLOW_AOTINDUCTOR=OFF",
+            "-DANYFLOW_OPENSSL=OFF",
+            "-DANYFLOW_TESTS=ON",
+            f"-DANYFLOW_SANITIZE={sanitize}",
+            *debug,
+        )
         assert "TENSORRT is built" in said
         self.program = build_targets(folder / "library", "conformance") / "tests" / "conformance"
 
@@ -122,7 +174,10 @@ def graph_records(config: dict[str, Any], kind: str, cache: str) -> dict[str, An
     batch: Any = "batch" if kind == "bidirectional" else 1
     state = ["frames", channels, "height", "width"]
     times = [tensor(name, "float32", batch, "frames") for name in ("t", "r")]
-    latents, words = tensor("latents", "float32", batch, *state), tensor("text", "float32", batch, "text", text)
+    latents, words = (
+        tensor("latents", "float32", batch, *state),
+        tensor("text", "float32", batch, "text", text),
+    )
     moved = [tensor(name, "float32", batch, *state) for name in ("z_r", "velocity")]
     about = {"file": "weights.bin", "opset": 20}
     if kind == "bidirectional":
@@ -132,15 +187,21 @@ def graph_records(config: dict[str, Any], kind: str, cache: str) -> dict[str, An
     def cached(prefix: str, axis: str, which: list[str] = names) -> list[dict[str, Any]]:
         return [tensor(prefix + name, cache, 1, axis, *heads) for name in which]
 
-    where, own, of_text = tensor("positions", "int64", "frames"), cached("", "tokens"), cached("text_", "text")
+    where, own, of_text = (
+        tensor("positions", "int64", "frames"),
+        cached("", "tokens"),
+        cached("text_", "text"),
+    )
     seen = cached("past_", "past", names[:-2])  # `compress` does not use the last layer's
     return {
         "text": {**about, "inputs": [words], "outputs": of_text},
         "chunk": {
-            **about, "inputs": [latents, *times, where, *of_text, *cached("past_", "past")], "outputs": [*moved, *own],
+            **about,
+            "inputs": [latents, *times, where, *of_text, *cached("past_", "past")],
+            "outputs": [*moved, *own],
         },
         "compress": {**about, "inputs": [latents, where, *of_text[:-2], *seen], "outputs": own},
-    }  # fmt: skip
+    }
 
 
 def write_bundle(folder: Path, kind: str, cache: str = "float32") -> Bundle:
@@ -153,18 +214,37 @@ def write_bundle(folder: Path, kind: str, cache: str = "float32") -> Bundle:
     return load_bundle(folder)
 
 
-LIMITS = {"batch": (1, 2), "frames": (1, 4), "height": (4, 12), "width": (4, 12), "text": (1, 9), "past": (0, 400)}
+LIMITS = {
+    "batch": (1, 2),
+    "frames": (1, 4),
+    "height": (4, 12),
+    "width": (4, 12),
+    "text": (1, 9),
+    "past": (0, 400),
+}
 """Of the profile that everything lies in."""
 
 
 def plan_text(
-    bundle: Bundle, graph: str, version: str, *lines: str, profiles: list[dict[str, tuple[int, int]]] | None = None
+    bundle: Bundle,
+    graph: str,
+    version: str,
+    *lines: str,
+    profiles: list[dict[str, tuple[int, int]]] | None = None,
 ) -> str:
-    """A plan for the stand-in; see engines/cpp/tests/fakes/plan.cpp. Later lines overrule earlier ones."""
+    """A plan for the stand-in; see engines/cpp/tests/fakes/plan.cpp. Later lines overrule earlier
+    ones."""
     model, architecture = bundle.manifest.graphs[graph], bundle.manifest.architecture
     patch = architecture.compressed_patch_size if graph == "compress" else architecture.patch_size
     assert patch is not None
-    text = ["standin-plan", f"version {version}", "capability 9.0", f"graph {graph}", f"patch {patch[1]}", "weights 1000"]
+    text = [
+        "standin-plan",
+        f"version {version}",
+        "capability 9.0",
+        f"graph {graph}",
+        f"patch {patch[1]}",
+        "weights 1000",
+    ]
     for word, tensors in (("input", model.inputs), ("output", model.outputs)):
         for tensor in tensors:
             axes = " ".join(str(axis if isinstance(axis, int) else -1) for axis in tensor.shape)
@@ -172,8 +252,15 @@ def plan_text(
     for limits in profiles or [{}]:
         text.append("profile")
         for tensor in model.inputs:
-            ends = [(axis, axis) if isinstance(axis, int) else {**LIMITS, **limits}[axis] for axis in tensor.shape]
-            rows = [[least for least, _ in ends], [most for _, most in ends], [most for _, most in ends]]
+            ends = [
+                (axis, axis) if isinstance(axis, int) else {**LIMITS, **limits}[axis]
+                for axis in tensor.shape
+            ]
+            rows = [
+                [least for least, _ in ends],
+                [most for _, most in ends],
+                [most for _, most in ends],
+            ]
             text.append(f"range {tensor.name} " + " ".join(str(n) for row in rows for n in row))
     return "\n".join([*text, *lines, "end", ""])
 
@@ -185,25 +272,37 @@ def write_engine(bundle: Bundle, version: str, name: str = "tensorrt-sm90", **ho
         bundle: the bundle.
         version: of TensorRT.
         name: of the folder.
-        how: `lines`: of each graph's plan, more; `profiles`; `content`: of each graph, in place of a plan; `settings`, `record`:
-            changes to engine.json; `graphs`: those that are built.
+        how: `lines`: of each graph's plan, more; `profiles`; `content`: of each graph, in place of
+            a plan; `settings`, `record`: changes to engine.json; `graphs`: those that are built.
     """
     folder = bundle.path / "engines" / name
     folder.mkdir(parents=True)
     files, profiles = {}, how.get("profiles") or [{}]
     for graph in how.get("graphs", bundle.manifest.graphs):
-        text = plan_text(bundle, graph, version, *how.get("lines", {}).get(graph, ()), profiles=profiles)
+        text = plan_text(
+            bundle, graph, version, *how.get("lines", {}).get(graph, ()), profiles=profiles
+        )
         content = how.get("content", {}).get(graph, text.encode())
         (folder / f"{graph}.plan").write_bytes(content)
-        files[f"{graph}.plan"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        files[f"{graph}.plan"] = {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
     record = {
-        "schema": 1, "backend": "tensorrt", "bundle": bundle.digest,
+        "schema": 1,
+        "backend": "tensorrt",
+        "bundle": bundle.digest,
         "device": {"kind": "cuda", "name": "NVIDIA Stand-in", "compute_capability": "9.0"},
-        "versions": {"tensorrt": version}, "settings": {"strip": False, **how.get("settings", {})},
+        "versions": {"tensorrt": version},
+        "settings": {"strip": False, **how.get("settings", {})},
         "ranges": json.loads((bundle.path / "manifest.json").read_text())["ranges"],
-        "profiles": {g.removesuffix(".plan"): {f"p{i}": {} for i in range(len(profiles))} for g in files},
-        "seconds": 1.5, "files": files, **how.get("record", {}),
-    }  # fmt: skip
+        "profiles": {
+            g.removesuffix(".plan"): {f"p{i}": {} for i in range(len(profiles))} for g in files
+        },
+        "seconds": 1.5,
+        "files": files,
+        **how.get("record", {}),
+    }
     (folder / "engine.json").write_text(json.dumps(record))
     return folder
 
@@ -226,20 +325,31 @@ def bytes_of_type(values: NDArray[np.uint32], dtype: str) -> bytes:
     return exact.astype(dtype).tobytes()
 
 
-def compute_plan(bundle: Bundle, graph: str, inputs: dict[str, Any], tokens: int = 0) -> dict[str, Any]:
+def compute_plan(
+    bundle: Bundle, graph: str, inputs: dict[str, Any], tokens: int = 0
+) -> dict[str, Any]:
     """What a plan computes: arrays of latents, and bytes of keys and values."""
     model = bundle.manifest.graphs[graph]
-    hashes = {tensor.name: hash_bytes(bytes(inputs[tensor.name])) * (i + 1) for i, tensor in enumerate(model.inputs)}
-    memory = sum(value for name, value in hashes.items() if name not in ("latents", "t", "r")) % 2**32
+    hashes = {
+        tensor.name: hash_bytes(bytes(inputs[tensor.name])) * (i + 1)
+        for i, tensor in enumerate(model.inputs)
+    }
+    memory = (
+        sum(value for name, value in hashes.items() if name not in ("latents", "t", "r")) % 2**32
+    )
     total, outputs = sum(hashes.values()) % 2**32, {}
     for ordinal, tensor in enumerate(model.outputs, 1):
         if tensor.name in ("z_r", "velocity"):
             z = inputs["latents"]
             t, r = (inputs[name][:, :, None, None, None] for name in ("t", "r"))
             velocity = z * F(0.5) + t * F(2**-10) + r * F(2**-12) + F(memory % 65536) / F(65536)
-            outputs[tensor.name] = velocity if tensor.name == "velocity" else z - (t - r) / F(1000) * velocity
+            outputs[tensor.name] = (
+                velocity if tensor.name == "velocity" else z - (t - r) / F(1000) * velocity
+            )
         else:
-            count = tokens * int(np.prod([axis for axis in tensor.shape[2:] if isinstance(axis, int)]))
+            count = tokens * int(
+                np.prod([axis for axis in tensor.shape[2:] if isinstance(axis, int)])
+            )
             values = (np.arange(count, dtype=np.uint64) * 7 + ordinal * 31 + total) % 2**32 % 256
             outputs[tensor.name] = bytes_of_type(values.astype(np.uint32), tensor.dtype)
     return outputs
@@ -253,7 +363,11 @@ class FakePlanRun:
 
     def _compute(self, t: ArrayLike, r: ArrayLike) -> dict[str, Any]:
         source, target = frame_times(t, r, self._z.shape)
-        return compute_plan(self._bundle, self._graph, {"latents": self._z, "t": source, "r": target, **self._others})
+        return compute_plan(
+            self._bundle,
+            self._graph,
+            {"latents": self._z, "t": source, "r": target, **self._others},
+        )
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
         self._z = self._compute(t, r)["z_r"]
@@ -277,9 +391,15 @@ class FakePlanCache:
 
     def __init__(self, bundle: Bundle, text: Array, plan: CachePlan) -> None:
         self._bundle, self._names, self._plan = bundle, cache_tensor_names(plan.layers), plan
-        dtype = next(tensor.dtype for tensor in bundle.manifest.graphs["chunk"].outputs if tensor.name == "key.0")
+        dtype = next(
+            tensor.dtype
+            for tensor in bundle.manifest.graphs["chunk"].outputs
+            if tensor.name == "key.0"
+        )
         self._token = plan.heads * plan.channels * ELEMENT[dtype]
-        self._buffers = {name: np.zeros(plan.capacity * self._token, np.uint8) for name in self._names}
+        self._buffers = {
+            name: np.zeros(plan.capacity * self._token, np.uint8) for name in self._names
+        }
         self._words = compute_plan(bundle, "text", {"text": text}, text.shape[1])
 
     def _inputs(self, positions: Positions, past: int) -> dict[str, Any]:
@@ -289,13 +409,17 @@ class FakePlanCache:
     def run(self, latents: Array, positions: Positions, past: int) -> FakePlanRun:
         return FakePlanRun(self._bundle, "chunk", latents, self._inputs(positions, past))
 
-    def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
+    def write(
+        self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
+    ) -> None:
         still = np.zeros(latents.shape[:2], np.float32)
         inputs = {"latents": latents, "t": still, "r": still, **self._inputs(positions, past)}
         made = compute_plan(self._bundle, graph, inputs, tokens)
         for name in self._names:
             begin = past * self._token
-            self._buffers[name][begin : begin + tokens * self._token] = np.frombuffer(made[name], np.uint8)
+            self._buffers[name][begin : begin + tokens * self._token] = np.frombuffer(
+                made[name], np.uint8
+            )
 
     def move(self, to: int, start: int, tokens: int) -> None:
         for buffer in self._buffers.values():

@@ -1,9 +1,11 @@
-"""CUDA's runtime without a GPU: device memory is ordinary memory, and a stream does nothing until it is waited for.
+"""CUDA's runtime without a GPU: device memory is ordinary memory, and a stream does nothing until
+it is waited for.
 
-The module has the functions, parameters and enums of a real release of cuda-python (tools/cuda_surface.py). It is
-stricter than a GPU: new memory holds NaN, a copy may not leave what was reserved or overlap itself, memory in use cannot
-be freed twice, and work is done as late as CUDA may do it, so that a forgotten wait shows. Captured work is done when the
-graph is launched, once for every launch.
+The module has the functions, parameters and enums of a real release of cuda-python
+(tools/cuda_surface.py). It is stricter than a GPU: new memory holds NaN, a copy may not leave what
+was reserved or overlap itself, memory in use cannot be freed twice, and work is done as late as
+CUDA may do it, so that a forgotten wait shows. Captured work is done when the graph is launched,
+once for every launch.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class FakeCuda(types.ModuleType):
         self._next = 16
 
     def _function(self, name: str, parameters: list[str]) -> Callable[..., Any]:
-        signature = inspect.Signature([inspect.Parameter(p, inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in parameters])
+        signature = inspect.Signature(
+            [inspect.Parameter(p, inspect.Parameter.POSITIONAL_OR_KEYWORD) for p in parameters]
+        )
 
         def function(*arguments: Any, **named: Any) -> Any:
             bound = signature.bind(*arguments, **named)
@@ -92,7 +96,9 @@ class FakeCuda(types.ModuleType):
         for base, memory in self._memory.items():
             if base <= address and address + size <= base + len(memory):
                 return memory[address - base :][:size]
-        raise AssertionError(f"{size} bytes at {address:#x} lie outside the memory reserved on the device")
+        raise AssertionError(
+            f"{size} bytes at {address:#x} lie outside the memory reserved on the device"
+        )
 
     def _cudaMemGetInfo(self) -> Any:  # noqa: N802
         return self.cudaError_t.cudaSuccess, self.limit - self.reserved_bytes(), self.limit
@@ -103,7 +109,11 @@ class FakeCuda(types.ModuleType):
             start = self.view(src, count) if kind in (2, 3) else None
             if kind == 3 and abs(dst - src) < count:
                 raise AssertionError("a copy within the device overlaps itself")
-            ctypes.memmove(dst if to is None else to.ctypes.data, src if start is None else start.ctypes.data, count)
+            ctypes.memmove(
+                dst if to is None else to.ctypes.data,
+                src if start is None else start.ctypes.data,
+                count,
+            )
 
         self.enqueue(stream, copy)
         return (self.cudaError_t.cudaSuccess,)

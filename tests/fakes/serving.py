@@ -1,7 +1,9 @@
-"""A real server for the tests: uvicorn on a free port in a thread, before a maker that does what the test says.
+"""A real server for the tests: uvicorn on a free port in a thread, before a maker that does what
+the test says.
 
-`PacedGenerator` stands in for text encoder, engine and VAE, which take seconds to export and are tested elsewhere. It makes real
-mp4 pieces of flat colours and waits for a permit before every step, so that a test holds a video wherever it wants to.
+`PacedGenerator` stands in for text encoder, engine and VAE, which take seconds to export and are
+tested elsewhere. It makes real mp4 pieces of flat colours and waits for a permit before every step,
+so that a test holds a video wherever it wants to.
 """
 
 from __future__ import annotations
@@ -53,10 +55,21 @@ def fake_manifest(name: str) -> Manifest:
         precision="fp32",
         achieved=AchievedPrecision(weight_bytes={}),
         target="cpu",
-        graphs={graph: GraphRecord(file=f"{graph}.onnx", opset=20, inputs=[], outputs=[]) for graph in graphs},
+        graphs={
+            graph: GraphRecord(file=f"{graph}.onnx", opset=20, inputs=[], outputs=[])
+            for graph in graphs
+        },
         ranges=ranges_to_records(widest_ranges(a)),
         schedule=ScheduleDefaults(shift=5.0, steps=4),
-        video=VideoDefaults(spatial_factor=8, temporal_factor=4, fps=16, text_tokens=512, frames=17, height=32, width=48),
+        video=VideoDefaults(
+            spatial_factor=8,
+            temporal_factor=4,
+            fps=16,
+            text_tokens=512,
+            frames=17,
+            height=32,
+            width=48,
+        ),
         tools={},
         files={},
     )
@@ -101,7 +114,14 @@ class PacedGenerator(VideoGenerator):
                     raise self.fault
                 report.finish_sample()
                 count = 1 + 4 * (frames - 1) if number == 0 else 4 * frames
-                report.piece(count, writer.append(np.full((count, request.height, request.width, 3), 40 * number + 40, np.uint8)))
+                report.piece(
+                    count,
+                    writer.append(
+                        np.full(
+                            (count, request.height, request.width, 3), 40 * number + 40, np.uint8
+                        )
+                    ),
+                )
 
 
 @dataclass
@@ -138,7 +158,8 @@ class RunningServer:
 
 
 def eventually(true: Callable[[], object], seconds: float = 300.0) -> None:
-    """Wait until something is true; as long as a busy machine may need, since only a failure waits that long."""
+    """Wait until something is true; as long as a busy machine may need, since only a failure waits
+    that long."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "it did not happen"
@@ -161,7 +182,9 @@ def serving(
     service = Service(maker, manifest, store, allowed, manifest.model, Metrics())
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        server = Server(configure_uvicorn(make_app(service, token), "127.0.0.1", port, allowed), service, grace)
+        server = Server(
+            configure_uvicorn(make_app(service, token), "127.0.0.1", port, allowed), service, grace
+        )
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         eventually(lambda: server.started)

@@ -1,9 +1,11 @@
-"""A machine with TensorRT and a GPU, acted: the real names, and ONNX Runtime where the kernels would be.
+"""A machine with TensorRT and a GPU, acted: the real names, and ONNX Runtime where the kernels
+would be.
 
-`FakeTensorRTBuild` gives the stand-ins of TensorRT and CUDA the behaviour our flows need. A "plan" is a small JSON file that
-names the ONNX graph; a context runs that graph in ONNX Runtime on exactly the addresses and shapes it was given, so that what
-comes out is right only if every buffer, address and copy is. It holds our code to TensorRT's rules: an address for every
-tensor, aligned; shapes inside the chosen profile; activation memory of the right size; a captured context never touched.
+`FakeTensorRTBuild` gives the stand-ins of TensorRT and CUDA the behaviour our flows need. A "plan"
+is a small JSON file that names the ONNX graph; a context runs that graph in ONNX Runtime on exactly
+the addresses and shapes it was given, so that what comes out is right only if every buffer, address
+and copy is. It holds our code to TensorRT's rules: an address for every tensor, aligned; shapes
+inside the chosen profile; activation memory of the right size; a captured context never touched.
 """
 
 from __future__ import annotations
@@ -29,9 +31,18 @@ RELEASES = {"10.3": "12.6", "10.16": "12.9", "11.4": "13"}
 """TensorRT, and the CUDA beside it; 10.3 and 12.6 are JetPack 6."""
 
 TENSORRT_MODULES = (
-    "api", "cuda", "engine", "execution", "kv_cache", "plan", "profiler", "run",
-    "build.builder", "build.progress_monitor", "build.timing_cache",
-)  # fmt: skip
+    "api",
+    "cuda",
+    "engine",
+    "execution",
+    "kv_cache",
+    "plan",
+    "profiler",
+    "run",
+    "build.builder",
+    "build.progress_monitor",
+    "build.timing_cache",
+)
 """Our modules of `anyflow_deploy.engines.tensorrt` that import TensorRT or CUDA."""
 
 _TYPES = {1: ("FLOAT", np.float32), 10: ("HALF", np.float16), 7: ("INT64", np.int64)}
@@ -62,7 +73,8 @@ class FakeTensorRT:
         trt, cuda: the modules.
         failure: what TensorRT logs when it fails the next build; None for a build that succeeds.
         during_build: called in the middle of a build.
-        layers: makes the inspector's list from a graph; by default every product runs as the graph asks.
+        layers: makes the inspector's list from a graph; by default every product runs as the graph
+            asks.
     """
 
     def __init__(self, release: str) -> None:
@@ -74,10 +86,17 @@ class FakeTensorRT:
         self.released: list[str] = []
         version = {"10.16": "10.16.1.11", "10.3": "10.3.0", "11.4": "11.4.0.106"}[release]
         behaviour = {
-            name.removeprefix("do_").replace("__", ".", 1): getattr(self, name) for name in dir(self) if name.startswith("do_")
+            name.removeprefix("do_").replace("__", ".", 1): getattr(self, name)
+            for name in dir(self)
+            if name.startswith("do_")
         }
-        behaviour |= {"Dims.__len__": lambda dims: len(dims.values), "Dims.__getitem__": lambda dims, i: dims.values[i]}
-        behaviour |= {"Dims.__init__": lambda dims, shape=(): dims.__dict__.update(values=tuple(shape))}
+        behaviour |= {
+            "Dims.__len__": lambda dims: len(dims.values),
+            "Dims.__getitem__": lambda dims, i: dims.values[i],
+        }
+        behaviour |= {
+            "Dims.__init__": lambda dims, shape=(): dims.__dict__.update(values=tuple(shape))
+        }
         stub = (stubs_or_skip(release) / "tensorrt" / "__init__.pyi").read_text()
         self.trt = FakeTensorRTModule(stub, version, behaviour)
 
@@ -90,7 +109,9 @@ class FakeTensorRT:
         builder.__dict__["log"] = logger
 
     def do_Builder__create_network(self, builder: Any, flags: int = 0) -> Any:  # noqa: N802
-        assert flags & (1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)), "the network is weakly typed"
+        assert flags & (1 << int(self.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)), (
+            "the network is weakly typed"
+        )
         return self.trt.make_object("INetworkDefinition", model=None)
 
     def do_OnnxParser____init__(self, parser: Any, network: Any, logger: Any) -> None:  # noqa: N802
@@ -100,7 +121,9 @@ class FakeTensorRT:
         model = onnx.load(path, load_external_data=False)
         for tensor in model.graph.initializer:
             for entry in tensor.external_data:
-                assert entry.key != "location" or (Path(path).parent / entry.value).is_file(), "the weights are not beside it"
+                assert entry.key != "location" or (Path(path).parent / entry.value).is_file(), (
+                    "the weights are not beside it"
+                )
         parser.network.__dict__["model"] = str(Path(path))
         return True
 
@@ -120,7 +143,9 @@ class FakeTensorRT:
     def do_Builder__create_optimization_profile(self, builder: Any) -> Any:  # noqa: N802
         return self.trt.make_object("IOptimizationProfile", shapes={})
 
-    def do_IOptimizationProfile__set_shape(self, profile: Any, name: str, least: Any, best: Any, most: Any) -> None:  # noqa: N802
+    def do_IOptimizationProfile__set_shape(  # noqa: N802
+        self, profile: Any, name: str, least: Any, best: Any, most: Any
+    ) -> None:
         rows = [list(dims.values) for dims in (least, best, most)]
         for a, b, c in zip(*rows, strict=True):
             assert 0 <= a <= b <= c, f"profile of {name}: {rows}"
@@ -133,7 +158,9 @@ class FakeTensorRT:
     def do_IBuilderConfig__create_timing_cache(self, config: Any, content: Any) -> Any:  # noqa: N802
         return self.trt.make_object("ITimingCache", content=json.loads(bytes(content) or b"{}"))
 
-    def do_IBuilderConfig__set_timing_cache(self, config: Any, cache: Any, ignore_mismatch: bool) -> bool:  # noqa: N802
+    def do_IBuilderConfig__set_timing_cache(  # noqa: N802
+        self, config: Any, cache: Any, ignore_mismatch: bool
+    ) -> bool:
         if cache.content.get("version", self.trt.__version__) != self.trt.__version__:
             return False
         config.__dict__["cache"] = cache
@@ -152,21 +179,36 @@ class FakeTensorRT:
     def do_Builder__build_serialized_network(self, builder: Any, network: Any, config: Any) -> Any:  # noqa: N802
         model = onnx.load(network.model, load_external_data=False)
         names = {tensor.name for tensor in model.graph.input}
-        assert config.shapes and all(set(shapes) == names for shapes in config.shapes), "every input needs a shape in a profile"
+        assert config.shapes and all(set(shapes) == names for shapes in config.shapes), (
+            "every input needs a shape in a profile"
+        )
         monitor = config.progress_monitor
         monitor.phase_start("Building Engine", "", 2)
         monitor.phase_start("Timing", "Building Engine", 3)
         monitor.phase_start("deeper", "Timing", 1)
         monitor.phase_finish("deeper")
-        config.cache.content.update({"version": self.trt.__version__, Path(network.model).stem: 1.0})
-        going = all([monitor.step_complete("Timing", 0), self.during_build() is None, monitor.step_complete("Timing", 1)])
+        config.cache.content.update(
+            {"version": self.trt.__version__, Path(network.model).stem: 1.0}
+        )
+        going = all(
+            [
+                monitor.step_complete("Timing", 0),
+                self.during_build() is None,
+                monitor.step_complete("Timing", 1),
+            ]
+        )
         monitor.phase_finish("Timing")
         if self.failure is not None:
             builder.log.log(self.trt.ILogger.Severity.ERROR, self.failure)
         if self.failure is not None or not going or not monitor.step_complete("Building Engine", 1):
             return None
         monitor.phase_finish("Building Engine")
-        plan = {"model": network.model, "profiles": config.shapes, "flags": sorted(config.on), "version": self.trt.__version__}
+        plan = {
+            "model": network.model,
+            "profiles": config.shapes,
+            "flags": sorted(config.on),
+            "version": self.trt.__version__,
+        }
         return host_memory(self.trt, json.dumps(plan).encode())
 
     # engine
@@ -181,7 +223,9 @@ class FakeTensorRT:
         model = onnx.load(plan["model"], load_external_data=False)
         tensors = {t.name: t.type.tensor_type for t in [*model.graph.input, *model.graph.output]}
         state = {"plan": plan, "model": model, "tensors": tensors, "inputs": len(model.graph.input)}
-        return self.trt.make_object("ICudaEngine", **state, weights="STRIP_PLAN" not in plan["flags"])
+        return self.trt.make_object(
+            "ICudaEngine", **state, weights="STRIP_PLAN" not in plan["flags"]
+        )
 
     def do_ICudaEngine__num_io_tensors(self, engine: Any) -> int:  # noqa: N802
         return len(engine.tensors)
@@ -199,12 +243,18 @@ class FakeTensorRT:
         return self.trt.TensorLocation.DEVICE
 
     def do_ICudaEngine__get_tensor_mode(self, engine: Any, name: str) -> Any:  # noqa: N802
-        return self.trt.TensorIOMode["INPUT" if list(engine.tensors).index(name) < engine.inputs else "OUTPUT"]
+        return self.trt.TensorIOMode[
+            "INPUT" if list(engine.tensors).index(name) < engine.inputs else "OUTPUT"
+        ]
 
     def do_ICudaEngine__get_tensor_shape(self, engine: Any, name: str) -> Any:  # noqa: N802
-        return self.dims(d.dim_value if d.HasField("dim_value") else -1 for d in engine.tensors[name].shape.dim)
+        return self.dims(
+            d.dim_value if d.HasField("dim_value") else -1 for d in engine.tensors[name].shape.dim
+        )
 
-    def do_ICudaEngine__get_tensor_profile_shape(self, engine: Any, name: str, profile: int) -> list[Any]:  # noqa: N802
+    def do_ICudaEngine__get_tensor_profile_shape(  # noqa: N802
+        self, engine: Any, name: str, profile: int
+    ) -> list[Any]:
         return [self.dims(shape) for shape in engine.plan["profiles"][profile][name]]
 
     def do_ICudaEngine__get_weight_streaming_automatic_budget(self, engine: Any) -> int:  # noqa: N802
@@ -216,7 +266,12 @@ class FakeTensorRT:
 
     def do_EngineInspector__get_engine_information(self, inspector: Any, form: Any) -> str:  # noqa: N802
         assert form == self.trt.LayerInformationFormat.JSON
-        return json.dumps({"Layers": self.layers(inspector.engine.model), "Bindings": list(inspector.engine.tensors)})
+        return json.dumps(
+            {
+                "Layers": self.layers(inspector.engine.model),
+                "Bindings": list(inspector.engine.tensors),
+            }
+        )
 
     def do_Refitter____init__(self, refitter: Any, engine: Any, logger: Any) -> None:  # noqa: N802
         refitter.__dict__.update(engine=engine, model=None)
@@ -239,13 +294,23 @@ class FakeTensorRT:
         assert strategy == self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         assert engine.weights, "the plan is stripped, and its weights were not given back"
         return self.trt.make_object(
-            "IExecutionContext", of=engine, number=-1, shapes={}, addresses={}, memory=None, captured=False
+            "IExecutionContext",
+            of=engine,
+            number=-1,
+            shapes={},
+            addresses={},
+            memory=None,
+            captured=False,
         )
 
     def _assert_not_captured(self, context: Any) -> None:
-        assert not context.captured, "a context was changed after its run was captured: undefined in TensorRT"
+        assert not context.captured, (
+            "a context was changed after its run was captured: undefined in TensorRT"
+        )
 
-    def do_IExecutionContext__set_optimization_profile_async(self, context: Any, number: int, stream: int) -> bool:  # noqa: N802
+    def do_IExecutionContext__set_optimization_profile_async(  # noqa: N802
+        self, context: Any, number: int, stream: int
+    ) -> bool:
         self._assert_not_captured(context)
         context.__dict__.update(number=number, shapes={})
         return 0 <= number < len(context.of.plan["profiles"])
@@ -256,7 +321,9 @@ class FakeTensorRT:
         context.shapes[name] = tuple(shape)
         return all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
 
-    def do_IExecutionContext__set_tensor_address(self, context: Any, name: str, address: int) -> bool:  # noqa: N802
+    def do_IExecutionContext__set_tensor_address(  # noqa: N802
+        self, context: Any, name: str, address: int
+    ) -> bool:
         self._assert_not_captured(context)
         assert address and address % 256 == 0, f"{name} is at {address:#x}, which is not aligned"
         assert name in context.of.tensors
@@ -276,13 +343,21 @@ class FakeTensorRT:
 
     def do_IExecutionContext__execute_async_v3(self, context: Any, stream: int) -> bool:  # noqa: N802
         capturing = self.cuda.capturing(stream)
-        assert not (capturing and "WEIGHT_STREAMING" in context.of.plan["flags"]), "weight streaming cannot be captured"
+        assert not (capturing and "WEIGHT_STREAMING" in context.of.plan["flags"]), (
+            "weight streaming cannot be captured"
+        )
         assert not context.captured, "a captured context was run besides its graph"
         names = list(context.of.tensors)
-        assert set(context.addresses) == set(names), f"no address for {set(names) - set(context.addresses)}"
+        assert set(context.addresses) == set(names), (
+            f"no address for {set(names) - set(context.addresses)}"
+        )
         memory, size = context.memory
         assert size >= self._memory_of(context), "too little activation memory"
-        shapes, addresses, path = dict(context.shapes), dict(context.addresses), context.of.plan["model"]
+        shapes, addresses, path = (
+            dict(context.shapes),
+            dict(context.addresses),
+            context.of.plan["model"],
+        )
         inputs = names[: context.of.inputs]
         assert set(shapes) == set(inputs), "a shape is missing"
         tensors = context.of.tensors
@@ -293,7 +368,11 @@ class FakeTensorRT:
             for name in inputs:
                 kind = _TYPES[tensors[name].elem_type][1]
                 count = int(np.prod(shapes[name])) * np.dtype(kind).itemsize
-                given[name] = np.array(self.cuda.view(addresses[name], count)).view(kind).reshape(shapes[name])
+                given[name] = (
+                    np.array(self.cuda.view(addresses[name], count))
+                    .view(kind)
+                    .reshape(shapes[name])
+                )
             outputs = names[len(inputs) :]
             for name, value in zip(outputs, _session(path).run(outputs, given), strict=True):
                 flat = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
@@ -312,12 +391,15 @@ def _session(path: str) -> Any:
     if path not in _SESSIONS:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
-        _SESSIONS[path] = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        _SESSIONS[path] = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
     return _SESSIONS[path]
 
 
 def requested_layers(model: onnx.ModelProto) -> list[dict[str, Any]]:
-    """Layers as TensorRT's inspector lists them: one a product, and one an attention with the products around it."""
+    """Layers as TensorRT's inspector lists them: one a product, and one an attention with the
+    products around it."""
     from anyflow_deploy.engines.tensorrt.build.inspector import expected_precision
 
     asked = expected_precision(model)
@@ -326,7 +408,9 @@ def requested_layers(model: onnx.ModelProto) -> list[dict[str, Any]]:
     for node in model.graph.node:
         if node.op_type in ("Gemm", "MatMul") and node.name not in inside:
             kind = "FP8" if node.name in asked.eight_bit else "Half"
-            rows.append((f"{node.name}_myl0", (node.name,), f"sm90_{node.op_type}_0x{len(rows):x}", kind))
+            rows.append(
+                (f"{node.name}_myl0", (node.name,), f"sm90_{node.op_type}_0x{len(rows):x}", kind)
+            )
     return [layer(*row) for row in rows]
 
 
@@ -334,7 +418,13 @@ def layer(name: str, nodes: tuple[str, ...], kernel: str, kind: str) -> dict[str
     """One layer of the inspector's list."""
     metadata = "\x1e".join(f"[ONNX Layer: {node}]" for node in nodes)
     inputs = [{"Name": "x", "Dimensions": [1, 2], "Format/Datatype": kind}]
-    return {"Name": name, "LayerType": "gemm", "Inputs": inputs, "TacticName": kernel, "Metadata": metadata}
+    return {
+        "Name": name,
+        "LayerType": "gemm",
+        "Inputs": inputs,
+        "TacticName": kernel,
+        "Metadata": metadata,
+    }
 
 
 def install(machine: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,10 @@
-"""A module that has exactly the classes, methods, properties and enums of a TensorRT release, and does nothing.
+"""A module that has exactly the classes, methods, properties and enums of a TensorRT release, and
+does nothing.
 
-It is made from the release's own stubs (tools/tensorrt_stubs.py). Whatever TensorRT lacks is an AttributeError here, and
-a call with arguments it does not take is a TypeError. What happens on a call comes from `behaviour`, a dictionary
-`"Class.method" -> function`; without one, a method answers None or True if its signature says so, and fails otherwise.
-Every call is noted in `calls`.
+It is made from the release's own stubs (tools/tensorrt_stubs.py). Whatever TensorRT lacks is an
+AttributeError here, and a call with arguments it does not take is a TypeError. What happens on a
+call comes from `behaviour`, a dictionary `"Class.method" -> function`; without one, a method
+answers None or True if its signature says so, and fails otherwise. Every call is noted in `calls`.
 """
 
 from __future__ import annotations
@@ -54,16 +55,26 @@ _parse = functools.cache(ast.parse)
 
 
 def _make_class(surface: FakeTensorRTModule, node: ast.ClassDef, path: str) -> Any:
-    names = [item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)]
+    names = [
+        item.target.id
+        for item in node.body
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    ]
     if "__members__" in names:
         return enum.IntEnum(node.name, [name for name in names if name != "__members__"], start=0)
-    inner = {item.name: _make_class(surface, item, f"{path}.{item.name}") for item in node.body if isinstance(item, ast.ClassDef)}
+    inner = {
+        item.name: _make_class(surface, item, f"{path}.{item.name}")
+        for item in node.body
+        if isinstance(item, ast.ClassDef)
+    }
     base = getattr(surface, ast.unparse(node.bases[0]), object) if node.bases else object
     body: dict[str, Any] = dict(inner)
     settable: set[str] = set()
     for item in node.body:
         if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-            body[item.target.id] = _make_attribute(surface, path, item.target.id, item.annotation, inner)
+            body[item.target.id] = _make_attribute(
+                surface, path, item.target.id, item.annotation, inner
+            )
             settable.add(item.target.id)
     methods: dict[str, list[ast.FunctionDef]] = {}
     for item in node.body:
@@ -76,7 +87,11 @@ def _make_class(surface: FakeTensorRTModule, node: ast.ClassDef, path: str) -> A
             elif "staticmethod" not in marks:
                 methods.setdefault(item.name, []).append(item)
     for name, forms in methods.items():
-        if not name.startswith("__") or name == "__init__" or f"{node.name}.{name}" in surface.behaviour:
+        if (
+            not name.startswith("__")
+            or name == "__init__"
+            or f"{node.name}.{name}" in surface.behaviour
+        ):
             body[name] = _make_method(surface, path, name, forms)
     if "__init__" not in body and base is object:
         body["__init__"] = _no_constructor
@@ -90,7 +105,9 @@ def _no_constructor(self: Any, *_: Any) -> None:
     raise TypeError(f"{type(self).__name__}: No constructor defined!")
 
 
-def _make_attribute(surface: FakeTensorRTModule, path: str, name: str, annotation: ast.expr, inner: dict[str, Any]) -> Any:
+def _make_attribute(
+    surface: FakeTensorRTModule, path: str, name: str, annotation: ast.expr, inner: dict[str, Any]
+) -> Any:
     """A constant of a nested enum (`Logger.ERROR`), or a plain attribute."""
     text = ast.unparse(annotation)
     if text.startswith("typing.ClassVar"):
@@ -110,7 +127,9 @@ class _Property:
             return instance.__dict__[self._name]
         act = self._surface.behaviour.get(f"{self._path}.{self._name}")
         if act is None:
-            raise AssertionError(f"the stand-in has no behaviour for property {self._path}.{self._name}")
+            raise AssertionError(
+                f"the stand-in has no behaviour for property {self._path}.{self._name}"
+            )
         return act(instance)
 
     def __set__(self, instance: Any, value: Any) -> None:
@@ -123,7 +142,9 @@ def _make_setattr(kind: type, settable: set[str]) -> Callable[[Any, str, Any], N
 
     def set_attribute(self: Any, name: str, value: Any) -> None:
         if type(self) is kind and name not in settable and not name.startswith("_"):
-            raise AttributeError(f"{kind.__name__!r} object has no attribute {name!r} that can be set")
+            raise AttributeError(
+                f"{kind.__name__!r} object has no attribute {name!r} that can be set"
+            )
         object.__setattr__(self, name, value)
 
     return set_attribute
@@ -136,10 +157,13 @@ def _signature(form: ast.FunctionDef) -> inspect.Signature:
         [
             inspect.Parameter(
                 argument.arg,
-                # pybind11 calls parameters without a name arg0, arg1, …: they cannot be given by name
-                inspect.Parameter.POSITIONAL_ONLY
-                if index == 0 or re.fullmatch(r"arg\d+", argument.arg)
-                else inspect.Parameter.POSITIONAL_OR_KEYWORD,
+                # pybind11 calls parameters without a name arg0, arg1, …: they cannot be given by
+                # name
+                (
+                    inspect.Parameter.POSITIONAL_ONLY
+                    if index == 0 or re.fullmatch(r"arg\d+", argument.arg)
+                    else inspect.Parameter.POSITIONAL_OR_KEYWORD
+                ),
                 default=None if index >= first else inspect.Parameter.empty,
             )
             for index, argument in enumerate(plain)
@@ -147,8 +171,12 @@ def _signature(form: ast.FunctionDef) -> inspect.Signature:
     )
 
 
-def _make_method(surface: FakeTensorRTModule, path: str, name: str, forms: list[ast.FunctionDef]) -> Callable[..., Any]:
-    signatures: list[inspect.Signature] = []  # made at the first call: most of a thousand methods see none
+def _make_method(
+    surface: FakeTensorRTModule, path: str, name: str, forms: list[ast.FunctionDef]
+) -> Callable[..., Any]:
+    signatures: list[
+        inspect.Signature
+    ] = []  # made at the first call: most of a thousand methods see none
     returns = forms[0].returns
 
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -161,11 +189,18 @@ def _make_method(surface: FakeTensorRTModule, path: str, name: str, forms: list[
             except TypeError:
                 continue
         if bound is None:
-            raise TypeError(f"{path}.{name}(): incompatible function arguments: {arguments} {named}; it takes {signatures}")
+            raise TypeError(
+                f"{path}.{name}(): incompatible function arguments: {arguments} {named}; it takes"
+                f" {signatures}"
+            )
         for value in [*([self] if name != "__init__" else []), *arguments, *named.values()]:
             root = type(value).__mro__[-2] if type(value) is not object else object
-            if vars(surface).get(root.__name__) is root and not getattr(value, "_ready", issubclass(root, int)):
-                raise TypeError(f"{type(value).__name__}.__init__() must be called when overriding __init__")
+            if vars(surface).get(root.__name__) is root and not getattr(
+                value, "_ready", issubclass(root, int)
+            ):
+                raise TypeError(
+                    f"{type(value).__name__}.__init__() must be called when overriding __init__"
+                )
         given = dict(list(bound.arguments.items())[1:])
         surface.calls.append((f"{path}.{name}", given))
         if name == "__init__":
@@ -178,7 +213,9 @@ def _make_method(surface: FakeTensorRTModule, path: str, name: str, forms: list[
             return None
         if answers == "builtins.bool":
             return True
-        raise AssertionError(f"the stand-in has no behaviour for {path}.{name}, which answers {answers}")
+        raise AssertionError(
+            f"the stand-in has no behaviour for {path}.{name}, which answers {answers}"
+        )
 
     method.__name__ = name
     return method

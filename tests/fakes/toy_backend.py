@@ -1,7 +1,8 @@
-"""The tests' C++ backend "toy" (engines/cpp/tests/toy_backend.cpp) once more, in numpy, for Python's own sampler and stream.
+"""The tests' C++ backend "toy" (engines/cpp/tests/toy_backend.cpp) once more, in numpy, for
+Python's own sampler and stream.
 
-Every operation is a single float32 one in the same order, so both give the same bits; the clock is a number that each
-transition moves on; and the cache writes down what it was told.
+Every operation is a single float32 one in the same order, so both give the same bits; the clock is
+a number that each transition moves on; and the cache writes down what it was told.
 """
 
 from __future__ import annotations
@@ -75,12 +76,16 @@ class ToyCache:
         total = sum(token * (i + 1) for i, token in enumerate(self._tokens[:past])) % 65536
         return ToyRun(self._state, latents, F(total) / F(65536) + self._text)
 
-    def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
+    def write(
+        self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
+    ) -> None:
         first = int(positions[0])
         self._state.calls.append(f"write {graph} {first} {len(positions)} {past} {tokens}")
         content = math.floor(F(latents.flat[0]) * F(64))
         for i in range(tokens):
-            self._tokens[past + i] = (first * 31 + (17 if graph == "compress" else 0) + past * 7 + i + content) % 1000
+            self._tokens[past + i] = (
+                first * 31 + (17 if graph == "compress" else 0) + past * 7 + i + content
+            ) % 1000
         assert len(self._tokens) >= past + tokens
 
     def move(self, to: int, start: int, tokens: int) -> None:
@@ -97,7 +102,12 @@ class ToyEngine:
     """See `Engine`."""
 
     def __init__(self, architecture: Architecture, ranges: ShapeRanges, state: ToyState) -> None:
-        self.architecture, self.ranges, self.state, self.description = architecture, ranges, state, "toy"
+        self.architecture, self.ranges, self.state, self.description = (
+            architecture,
+            ranges,
+            state,
+            "toy",
+        )
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> ToyRun:
         a = self.architecture

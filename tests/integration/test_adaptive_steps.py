@@ -20,7 +20,8 @@ Array = NDArray[np.float32]
 
 
 class Decay:
-    """dz/dt = z / 1000, whose flow from t to r is a factor exp((r - t) / 1000), jumped with an error of the jump's square."""
+    """dz/dt = z / 1000, whose flow from t to r is a factor exp((r - t) / 1000), jumped with an
+    error of the jump's square."""
 
     def __init__(self, wrong: float) -> None:
         self.z, self.wrong = np.linspace(-1, 1, 64), wrong
@@ -49,7 +50,9 @@ class Constant(Decay):
         pass
 
 
-def decayed(wrong: float, policy: Schedule | AdaptiveSteps, steps: list[Step] | None = None) -> Array:
+def decayed(
+    wrong: float, policy: Schedule | AdaptiveSteps, steps: list[Step] | None = None
+) -> Array:
     seen: list[Step] = [] if steps is None else steps
     return policy.run(lambda: Decay(wrong), (64,), seen.append)  # type: ignore[arg-type, return-value]
 
@@ -57,8 +60,12 @@ def decayed(wrong: float, policy: Schedule | AdaptiveSteps, steps: list[Step] | 
 LIMIT = (np.linspace(-1, 1, 64) * math.exp(-1)).astype(np.float32)
 
 
-@given(wrong=st.floats(1e-4, 1), target=st.floats(1, 54), shift=st.floats(0.5, 8))  # 512 steps reach 55 dB at the worst
-def test_the_estimate_bounds_a_known_error_and_its_cost_is_counted(wrong: float, target: float, shift: float) -> None:
+@given(
+    wrong=st.floats(1e-4, 1), target=st.floats(1, 54), shift=st.floats(0.5, 8)
+)  # 512 steps reach 55 dB at the worst
+def test_the_estimate_bounds_a_known_error_and_its_cost_is_counted(
+    wrong: float, target: float, shift: float
+) -> None:
     picks, steps = list[AdaptiveResult](), list[Step]()
     made = decayed(wrong, AdaptiveSteps(target, shift, max_steps=1000, on_end=picks.append), steps)
     (pick,) = picks
@@ -69,11 +76,15 @@ def test_the_estimate_bounds_a_known_error_and_its_cost_is_counted(wrong: float,
         assert pick.candidates[-2][1].psnr_db < target
     assert [n for n, _ in pick.candidates] == [2**k for k in range(1, len(pick.candidates) + 1)]
     coarse = decayed(wrong, Schedule.uniform(pick.steps // 2, shift))
-    error, before, estimate = (float(np.linalg.norm(d)) for d in (made - LIMIT, coarse - LIMIT, coarse - made))
+    error, before, estimate = (
+        float(np.linalg.norm(d)) for d in (made - LIMIT, coarse - LIMIT, coarse - made)
+    )
     if error <= before / 2:  # what the estimate stands on, see the module
         assert error <= estimate + 1e-6
     if wrong <= 0.1 and pick.steps >= 16:
-        assert error <= 1.25 * estimate + 1e-6  # the first jumps of a strongly shifted grid halve it less
+        assert (
+            error <= 1.25 * estimate + 1e-6
+        )  # the first jumps of a strongly shifted grid halve it less
 
 
 @given(targets=st.lists(st.floats(1, 90), min_size=2, max_size=5), wrong=st.floats(1e-4, 1))
@@ -104,14 +115,17 @@ def test_equal_samples_are_as_good_as_any() -> None:
     assert (picks[0].steps, picks[0].reached) == (2, True)
 
 
-@pytest.mark.parametrize(("db", "most"), [(0, 32), (-3, 32), (math.nan, 32), (math.inf, 32), (30, 1), (30, 1001)])
+@pytest.mark.parametrize(
+    ("db", "most"), [(0, 32), (-3, 32), (math.nan, 32), (math.inf, 32), (30, 1), (30, 1001)]
+)
 def test_impossible_qualities(db: float, most: int) -> None:
     with pytest.raises(AnyFlowError, match="allowed"):
         AdaptiveSteps(db, max_steps=most)
 
 
 def test_on_the_golden_model(small_bundle: Export) -> None:
-    """Steps grow with the target, and the estimate is near the distance to 64 steps (measured: 0.68 to 1.4 times it).
+    """Steps grow with the target, and the estimate is near the distance to 64 steps (measured: 0.68
+    to 1.4 times it).
 
     The network is the authors', its weights are random; docs/how-to/deadlines.md."""
     engine, picks = load_engine(small_bundle()), list[AdaptiveResult]()
@@ -120,7 +134,9 @@ def test_on_the_golden_model(small_bundle: Export) -> None:
     fine = sample(engine, latents, text, Schedule.uniform(64))
     for target in (30, 38, 40, 44):
         made = sample(engine, latents, text, AdaptiveSteps(target, on_end=picks.append))
-        np.testing.assert_array_equal(made, sample(engine, latents, text, Schedule.uniform(picks[-1].steps)))
+        np.testing.assert_array_equal(
+            made, sample(engine, latents, text, Schedule.uniform(picks[-1].steps))
+        )
         assert 0.5 < picks[-1].difference.relative_l2 / difference(made, fine).relative_l2 < 2
     counts = [pick.steps for pick in picks]
     assert counts == sorted(counts) and len(set(counts)) == 4
@@ -134,7 +150,9 @@ def test_the_first_chunk_decides_for_all(export_once: Export) -> None:
     made = list(stream(engine, latents, text, ReuseFirstChunkSteps(ask), chunk_plan=(1, 3, 3)))
     assert len(picks) == 1 and picks[0].reached and picks[0].steps > 2
     before = latents.copy()
-    plain = list(stream(engine, latents, text, Schedule.uniform(picks[0].steps), chunk_plan=(1, 3, 3)))
+    plain = list(
+        stream(engine, latents, text, Schedule.uniform(picks[0].steps), chunk_plan=(1, 3, 3))
+    )
     each = list(stream(engine, latents, text, ask, chunk_plan=(1, 3, 3)))
     for one, other in zip(made, plain, strict=True):
         np.testing.assert_array_equal(one.latents, other.latents)

@@ -12,7 +12,14 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def any_step(*words: str) -> dict[str, object]:
-    command = [sys.executable, str(BENCHMARKS / "any_step.py"), "--tiny", "--processes", "1", *words]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "any_step.py"),
+        "--tiny",
+        "--processes",
+        "1",
+        *words,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
     result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
@@ -28,10 +35,15 @@ def test_the_any_step_benchmark_runs_in_small_and_goes_on_where_it_stopped(tmp_p
         "flow-map": costs["flow-map-0"]["steps"] * passes["flow-map"],
         "consistency": costs["consistency-0"]["steps"] * passes["consistency"],
     }
-    assert all(cost == pytest.approx(spent["full"], abs=passes["consistency"]) for cost in spent.values())
+    assert all(
+        cost == pytest.approx(spent["full"], abs=passes["consistency"]) for cost in spent.values()
+    )
     table = result["distances"]["frechet"]  # type: ignore[index]
     assert set(table) == {"teacher", "full", "flow-map", "consistency"}
-    assert all(len(row) == 6 and all(mean > 0 and spread >= 0 for mean, spread in row) for row in table.values())
+    assert all(
+        len(row) == 6 and all(mean > 0 and spread >= 0 for mean, spread in row)
+        for row in table.values()
+    )
     assert (tmp_path / "any_step.png").stat().st_size > 10_000
     again = any_step("--work", str(tmp_path / "work"))
     assert again["distances"] == result["distances"] and again["costs"] == result["costs"]
@@ -45,7 +57,9 @@ def test_both_distances_see_what_they_should(monkeypatch: pytest.MonkeyPatch) ->
     from anyflow_deploy.training.data.synthetic import SyntheticLatents
 
     def shapes(seed: int) -> VideoSet:
-        batch = SyntheticLatents(DataShard(0, 1, 1), (2, 3, 8, 8), (6, 32), seed).batch(list(range(256)))
+        batch = SyntheticLatents(DataShard(0, 1, 1), (2, 3, 8, 8), (6, 32), seed).batch(
+            list(range(256))
+        )
         return VideoSet(batch.latents, batch.text)
 
     data, other = shapes(0), shapes(1)
@@ -56,5 +70,8 @@ def test_both_distances_see_what_they_should(monkeypatch: pytest.MonkeyPatch) ->
     swapped = VideoSet(other.latents, other.text.roll(1, 0))
     for worse in (blurred, frozen, swapped):
         assert distances(worse, data)["frechet"] > 1.3 * floor["frechet"]
-    assert distances(VideoSet(other.latents * 1.3, other.text), data)["sliced_wasserstein"] > 1.3 * floor["sliced_wasserstein"]
+    assert (
+        distances(VideoSet(other.latents * 1.3, other.text), data)["sliced_wasserstein"]
+        > 1.3 * floor["sliced_wasserstein"]
+    )
     assert torch.isfinite(data.latents).all()

@@ -1,6 +1,8 @@
-"""AOTInductor: the authors' own results through compiled packages, in other precisions, and all that is refused.
+"""AOTInductor: the authors' own results through compiled packages, in other precisions, and all
+that is refused.
 
-A package takes half a minute to compile, so each engine is built once a session (`build_aotinductor` in conftest).
+A package takes half a minute to compile, so each engine is built once a session
+(`build_aotinductor` in conftest).
 """
 
 from __future__ import annotations
@@ -134,7 +136,10 @@ def test_runs_are_apart_and_what_was_read_stays(engine: Any) -> None:
 def test_what_the_sampler_refuses(engine: Any) -> None:
     with pytest.raises(ShapeError, match="height is 3"):
         engine.start(noise((1, 1, 4, 3, 2), 0), noise((1, 3, 32), 1))
-    with engine.start(noise((1, 1, 4, 2, 2), 0), noise((1, 3, 32), 1)) as run, pytest.raises(AnyFlowError, match="1000 >= t"):
+    with (
+        engine.start(noise((1, 1, 4, 2, 2), 0), noise((1, 3, 32), 1)) as run,
+        pytest.raises(AnyFlowError, match="1000 >= t"),
+    ):
         run.step(400, 500)
     with pytest.raises(AnyFlowError, match="bidirectional model: use sample"):
         engine.open_stream(noise((1, 3, 32), 1), None)
@@ -144,15 +149,22 @@ def test_threads_and_closing(small_bundle: Export, folder: EngineFolder) -> None
     before = torch.get_num_threads()
     try:
         engine: Any = load_engine(small_bundle(), "aotinductor", threads=2, engine=folder.path)
-        assert torch.get_num_threads() == 2 and engine.description.startswith("AOTInductor, torch 2.")
+        assert torch.get_num_threads() == 2 and engine.description.startswith(
+            "AOTInductor, torch 2."
+        )
     finally:
         torch.set_num_threads(before)
     weight = engine._weights["blocks.0.ffn.net.2.weight"]
     assert weight.untyped_storage().nbytes() == 4 * weight.numel()
     run = engine.start(noise((1, 1, 4, 2, 2), 0), noise((1, 3, 32), 1))
     engine.close()
-    assert weight.untyped_storage().nbytes() == 0, "the memory is back, though the runtime still refers to it"
-    for use in (lambda: run.step(500, 0), lambda: engine.start(noise((1, 1, 4, 2, 2), 0), noise((1, 3, 32), 1))):
+    assert weight.untyped_storage().nbytes() == 0, (
+        "the memory is back, though the runtime still refers to it"
+    )
+    for use in (
+        lambda: run.step(500, 0),
+        lambda: engine.start(noise((1, 1, 4, 2, 2), 0), noise((1, 3, 32), 1)),
+    ):
         with pytest.raises(AnyFlowError, match="this engine is closed"):
             use()
     engine.close()
@@ -173,17 +185,31 @@ def test_an_engine_that_is_dropped_gives_its_weights_back_once_its_runs_are_gone
     assert weight.untyped_storage().nbytes() == 0
 
 
-def test_the_engine_is_small_and_holds_no_weights(small_bundle: Export, folder: EngineFolder) -> None:
+def test_the_engine_is_small_and_holds_no_weights(
+    small_bundle: Export, folder: EngineFolder
+) -> None:
     record = folder.record
     assert set(record.files) == {"transition.pt2"}
     assert b"pickle" not in folder.file("transition.pt2").read_bytes()
     assert record.achieved == {"transition": "6 of 6 attentions fused"}
-    assert record.versions["torch"] == torch.__version__ and "processor instructions" in record.versions
+    assert (
+        record.versions["torch"] == torch.__version__
+        and "processor instructions" in record.versions
+    )
 
 
 def test_validate_proves_it(small_bundle: Export, folder: EngineFolder, tmp_path: Path) -> None:
-    options = {"steps": (1, 4), "height": 64, "width": 64, "output": tmp_path, "backend": "aotinductor"}
-    assert validate(ValidateOptions(bundle=small_bundle().path, engine=str(folder.path), **options)) == 0
+    options = {
+        "steps": (1, 4),
+        "height": 64,
+        "width": 64,
+        "output": tmp_path,
+        "backend": "aotinductor",
+    }
+    assert (
+        validate(ValidateOptions(bundle=small_bundle().path, engine=str(folder.path), **options))
+        == 0
+    )
     assert "AOTInductor" in (tmp_path / "validation.json").read_text()
 
 
@@ -213,11 +239,16 @@ def test_golden_streams_of_other_kinds(causal: tuple[Any, Arrays]) -> None:
 
 
 @pytest.mark.slow
-def test_a_window_and_a_growing_plan_compute_what_onnx_runtime_does(causal: tuple[Any, Arrays], export_once: Export) -> None:
+def test_a_window_and_a_growing_plan_compute_what_onnx_runtime_does(
+    causal: tuple[Any, Arrays], export_once: Export
+) -> None:
     engine, oracle = causal
     latents, other = noise((1, 19, 4, 12, 20), 3), load_engine(export_once(CAUSAL))
     ours, theirs = (
-        whole(stream(e, latents, oracle["text"], Schedule.uniform(1), (1, 3, 3, 3, 3, 3, 3), window=2)) for e in (engine, other)
+        whole(
+            stream(e, latents, oracle["text"], Schedule.uniform(1), (1, 3, 3, 3, 3, 3, 3), window=2)
+        )
+        for e in (engine, other)
     )
     assert difference(ours, theirs).relative_l2 < FLOAT32
 
@@ -238,7 +269,12 @@ ONE_LAYER = dataclasses.replace(open_checkpoint(SMALL).architecture, num_layers=
 @pytest.mark.parametrize(
     ("precision", "base", "achieved", "least"),
     [
-        ("fp8", "bf16", "10 calls of _scaled_mm", 1e-3),  # both types that ONNX Runtime has no CPU kernels for
+        (
+            "fp8",
+            "bf16",
+            "10 calls of _scaled_mm",
+            1e-3,
+        ),  # both types that ONNX Runtime has no CPU kernels for
         ("int8", "fp32", "10 calls of _int_mm", 1e-3),
         ("fp16", None, "", 1e-6),
     ],
@@ -251,9 +287,12 @@ def test_every_precision_is_compiled(
     achieved: str,
     least: float,
 ) -> None:
-    """The compiled network against the same one in eager torch, and against float32, from which it has to differ."""
+    """The compiled network against the same one in eager torch, and against float32, from which it
+    has to differ."""
     weights = RandomWeights(ONE_LAYER, "one layer")
-    settings = CalibrationSettings(random_prompt_embeds(weights, PROMPTS[:2], 40), (2, 4, 8, 12), steps=(1, 2))
+    settings = CalibrationSettings(
+        random_prompt_embeds(weights, PROMPTS[:2], 40), (2, 4, 8, 12), steps=(1, 2)
+    )
     how = ExportSettings(precision, target="h100")
     if base:
         how = dataclasses.replace(how, base=base, calibration=run_calibration(weights, settings))
@@ -271,7 +310,10 @@ def test_every_precision_is_compiled(
 
 
 def eager(
-    bundle: Bundle, latents: NDArray[np.float32], text: NDArray[np.float32], weights: dict[str, torch.Tensor] | None = None
+    bundle: Bundle,
+    latents: NDArray[np.float32],
+    text: NDArray[np.float32],
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> NDArray[np.float32]:
     """The velocity from 900 to 500 of the network that is compiled, not compiled."""
     if weights is None:
@@ -283,32 +325,54 @@ def eager(
         return network(torch.from_numpy(latents), *times, torch.from_numpy(text))[1].numpy()
 
 
-@pytest.mark.parametrize(("precision", "kind", "limit"), [("fp16", torch.float16, 5e-4), ("bf16", torch.bfloat16, 5e-3)])
-def test_half_precisions(small_bundle: Export, oracle: Arrays, precision: str, kind: torch.dtype, limit: float) -> None:
-    """The network that is compiled, from a float32 bundle whose manifest and weights were converted in memory."""
+@pytest.mark.parametrize(
+    ("precision", "kind", "limit"), [("fp16", torch.float16, 5e-4), ("bf16", torch.bfloat16, 5e-3)]
+)
+def test_half_precisions(
+    small_bundle: Export, oracle: Arrays, precision: str, kind: torch.dtype, limit: float
+) -> None:
+    """The network that is compiled, from a float32 bundle whose manifest and weights were converted
+    in memory."""
     bundle = small_bundle()
-    changed = dataclasses.replace(bundle, manifest=bundle.manifest.model_copy(update={"precision": precision}))
+    changed = dataclasses.replace(
+        bundle, manifest=bundle.manifest.model_copy(update={"precision": precision})
+    )
     with torch.device("meta"):
-        types = {n: p.dtype for n, p in FlowMapTransformer(bundle.manifest.architecture, kind).named_parameters()}
+        types = {
+            n: p.dtype
+            for n, p in FlowMapTransformer(bundle.manifest.architecture, kind).named_parameters()
+        }
     stored = TorchWeights(torch, bundle, "cpu")
     weights = {name: stored[name].to(types.get(name, torch.float32)) for name in stored}
     with load_engine(bundle).start(oracle["latents"], oracle["text"]) as run:
         expected = run.velocity(900, 500)
-    assert difference(eager(changed, oracle["latents"], oracle["text"], weights), expected).relative_l2 < limit
+    assert (
+        difference(eager(changed, oracle["latents"], oracle["text"], weights), expected).relative_l2
+        < limit
+    )
 
 
-KEPT = ("blocks.0.attn1.to_q", "blocks.1.attn1.to_k", "blocks.1.ffn.net.0.proj", "blocks.2.attn2.to_k")
+KEPT = (
+    "blocks.0.attn1.to_q",
+    "blocks.1.attn1.to_k",
+    "blocks.1.ffn.net.0.proj",
+    "blocks.2.attn2.to_k",
+)
 """Their inputs are smoothed, although they are not quantized."""
 
 
-@pytest.mark.parametrize("how", [("int8", {"full_precision_layers": KEPT}), ("fp8", {})], ids=["int8", "fp8"])
+@pytest.mark.parametrize(
+    "how", [("int8", {"full_precision_layers": KEPT}), ("fp8", {})], ids=["int8", "fp8"]
+)
 def test_eight_bits_are_those_of_the_onnx_graph(
     export_quantized: Export, oracle: Arrays, how: tuple[str, dict[str, Any]]
 ) -> None:
     bundle = export_quantized(SMALL, how[0], **how[1])
     with load_engine(bundle).start(oracle["latents"], oracle["text"]) as run:
         expected = run.velocity(900, 500)
-    assert difference(eager(bundle, oracle["latents"], oracle["text"]), expected).relative_l2 < AGREES
+    assert (
+        difference(eager(bundle, oracle["latents"], oracle["text"]), expected).relative_l2 < AGREES
+    )
 
 
 def test_an_input_is_rounded_once_for_all_that_read_it(export_quantized: Export) -> None:
@@ -330,8 +394,14 @@ def test_an_input_is_rounded_once_for_all_that_read_it(export_quantized: Export)
     ("change", "message"),
     [
         ({"versions": {"torch": "2.12.0"}}, r"built with torch 2\.12\.0, and here is torch 2"),
-        ({"versions": {"processor instructions": "AVX512 (9, 0)"}}, r"built with processor instructions AVX512 \(9, 0\), and"),
-        ({"device": {"kind": "cuda", "name": "NVIDIA H100", "compute_capability": "9.0"}}, r"built for NVIDIA H100 \(comp.*9\.0"),
+        (
+            {"versions": {"processor instructions": "AVX512 (9, 0)"}},
+            r"built with processor instructions AVX512 \(9, 0\), and",
+        ),
+        (
+            {"device": {"kind": "cuda", "name": "NVIDIA H100", "compute_capability": "9.0"}},
+            r"built for NVIDIA H100 \(comp.*9\.0",
+        ),
     ],
 )
 def test_an_engine_from_elsewhere(
@@ -350,11 +420,17 @@ def test_an_engine_from_elsewhere(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests the absence of a GPU")
 def test_no_gpu(small_bundle: Export, folder: EngineFolder) -> None:
-    with pytest.raises(BackendError, match=r"provider is 'cuda', and PyTorch .* finds no GPU .*use provider 'cpu'"):
+    with pytest.raises(
+        BackendError, match=r"provider is 'cuda', and PyTorch .* finds no GPU .*use provider 'cpu'"
+    ):
         build_engine(small_bundle(), "aotinductor", AotInductorSettings(provider="cuda"))
     with pytest.raises(BackendError, match="finds no GPU"):
         load_engine(small_bundle(), "aotinductor", "cuda", engine=folder.path)
-    assert not list((small_bundle().path / "engines").iterdir()) if (small_bundle().path / "engines").exists() else True
+    assert (
+        not list((small_bundle().path / "engines").iterdir())
+        if (small_bundle().path / "engines").exists()
+        else True
+    )
 
 
 def test_no_compiler(small_bundle: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -373,13 +449,20 @@ def test_no_compiler(small_bundle: Export, monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError(28, "No space left on device"), r"No space left on device.*TORCHINDUCTOR_CACHE_DIR"),
+        (
+            OSError(28, "No space left on device"),
+            r"No space left on device.*TORCHINDUCTOR_CACHE_DIR",
+        ),
         (RuntimeError("g++ said no"), r"cannot be compiled \(RuntimeError\): g\+\+ said no"),
         (torch.OutOfMemoryError("CUDA out of memory"), r"no memory: .*--max-autotune"),
     ],
 )
 def test_a_compiler_that_fails_leaves_nothing(
-    small_bundle: Export, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, message: str
+    small_bundle: Export,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    error: Exception,
+    message: str,
 ) -> None:
     def fail(*_: Any, package_path: str, **__: Any) -> None:
         Path(package_path).write_bytes(b"half")
@@ -392,25 +475,43 @@ def test_a_compiler_that_fails_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_attention_that_was_not_fused_is_refused(small_bundle: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiler, "count_calls", lambda _: {"cpu_bmm_out": 12, "_scaled_dot_product_flash_attention_for_cpu": 5})
+def test_attention_that_was_not_fused_is_refused(
+    small_bundle: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        compiler,
+        "count_calls",
+        lambda _: {"cpu_bmm_out": 12, "_scaled_dot_product_flash_attention_for_cpu": 5},
+    )
     with pytest.raises(BackendError, match="5 of 6 attentions of transition became one operator"):
         compiler.summarize_package(small_bundle(), "transition", Path("transition.pt2"))
 
 
 def test_fp8_attention_is_refused(export_quantized: Export) -> None:
     manifest = SimpleNamespace(quantization=SimpleNamespace(attention="fp8"), precision="fp8")
-    with pytest.raises(BackendError, match=r"attention in fp8.*--attention high, or use backend tensorrt or onnxruntime"):
+    with pytest.raises(
+        BackendError,
+        match=r"attention in fp8.*--attention high, or use backend tensorrt or onnxruntime",
+    ):
         build.check_precision(torch, SimpleNamespace(path="bundle", manifest=manifest), "cpu", 0)  # type: ignore[arg-type]
 
 
-def test_fp8_needs_ada_and_int8_needs_rows_on_a_gpu(export_quantized: Export, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = SimpleNamespace(get_device_capability=lambda _: (8, 0), get_device_name=lambda _: "NVIDIA A100")
-    with pytest.raises(BackendError, match=r"NVIDIA A100 \(compute capability 8\.0\) has no FP8 products"):
+def test_fp8_needs_ada_and_int8_needs_rows_on_a_gpu(
+    export_quantized: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = SimpleNamespace(
+        get_device_capability=lambda _: (8, 0), get_device_name=lambda _: "NVIDIA A100"
+    )
+    with pytest.raises(
+        BackendError, match=r"NVIDIA A100 \(compute capability 8\.0\) has no FP8 products"
+    ):
         build.check_precision(SimpleNamespace(cuda=gpu), export_quantized(SMALL, "fp8"), "cuda", 0)
     bundle = export_quantized(SMALL, "int8", full_precision_layers=KEPT)
     ranges = build._buildable_ranges(bundle, "cuda")
-    assert ranges["text"].minimum == 17 and ranges["height"].minimum * ranges["width"].minimum // 4 >= 17
+    assert (
+        ranges["text"].minimum == 17
+        and ranges["height"].minimum * ranges["width"].minimum // 4 >= 17
+    )
     assert build._buildable_ranges(bundle, "cpu")["text"].minimum == 1
 
 
@@ -418,11 +519,21 @@ def test_fp8_needs_ada_and_int8_needs_rows_on_a_gpu(export_quantized: Export, mo
 def test_without_torch(small_bundle: Export, tmp_path: Path, command: str) -> None:
     embeddings = tmp_path / "fox.safetensors"
     save_file({"prompt_embeds": noise((1, 8, 32), 0)}, embeddings)
-    more = ["--prompt-embeds", embeddings, "--output", tmp_path / "z.safetensors"] if command == "generate" else []
-    words = [str(word) for word in (command, small_bundle().path, "--backend", "aotinductor", *more)]
-    done = subprocess.run([sys.executable, "-c", BARE, *words], capture_output=True, text=True, check=False)
+    more = (
+        ["--prompt-embeds", embeddings, "--output", tmp_path / "z.safetensors"]
+        if command == "generate"
+        else []
+    )
+    words = [
+        str(word) for word in (command, small_bundle().path, "--backend", "aotinductor", *more)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, *words], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "this backend's runtime. Run: pip install 'anyflow-deploy[aotinductor]'" in " ".join(done.stderr.split())
+    assert "this backend's runtime. Run: pip install 'anyflow-deploy[aotinductor]'" in " ".join(
+        done.stderr.split()
+    )
 
 
 def test_instructions_are_compared_not_kernels(tmp_path: Path) -> None:
@@ -436,7 +547,8 @@ def test_instructions_are_compared_not_kernels(tmp_path: Path) -> None:
     assert device.instruction_sets("DEFAULT", tmp_path / "missing").startswith("DEFAULT (1, ")
 
 
-# CUDA graphs, with a stand-in for CUDA: what is recorded, where inputs go, and that runs do not mix.
+# CUDA graphs, with a stand-in for CUDA: what is recorded, where inputs go, and that runs do not
+# mix.
 
 
 class Tape:
@@ -481,17 +593,28 @@ def recorded() -> tuple[CudaGraphRunner, list[str]]:
         return [out]
 
     cuda = SimpleNamespace(
-        CUDAGraph=Tape, graph=Recording, graph_pool_handle=lambda: "pool", synchronize=lambda: calls.append("settled")
+        CUDAGraph=Tape,
+        graph=Recording,
+        graph_pool_handle=lambda: "pool",
+        synchronize=lambda: calls.append("settled"),
     )
     return CudaGraphRunner(SimpleNamespace(cuda=cuda), double), calls
 
 
-def test_cuda_graphs_are_recorded_at_the_second_call_of_a_shape(recorded: tuple[CudaGraphRunner, list[str]]) -> None:
+def test_cuda_graphs_are_recorded_at_the_second_call_of_a_shape(
+    recorded: tuple[CudaGraphRunner, list[str]],
+) -> None:
     graph, calls = recorded
     first, second, third = (graph(torch.full((2,), value))[0] for value in (1.0, 2.0, 3.0))
     assert calls == ["called", "settled", "recorded", "replayed", "replayed"]
-    assert [float(x[0]) for x in (first, second, third)] == [2, 4, 6], "outputs are copies: later replays leave them alone"
-    assert float(graph(torch.ones(3))[0][0]) == 2 and calls[-1] == "called", "another shape begins anew"
+    assert [float(x[0]) for x in (first, second, third)] == [
+        2,
+        4,
+        6,
+    ], "outputs are copies: later replays leave them alone"
+    assert float(graph(torch.ones(3))[0][0]) == 2 and calls[-1] == "called", (
+        "another shape begins anew"
+    )
 
 
 def test_old_recordings_make_room(recorded: tuple[CudaGraphRunner, list[str]]) -> None:
@@ -502,7 +625,11 @@ def test_old_recordings_make_room(recorded: tuple[CudaGraphRunner, list[str]]) -
     assert len(graph._graphs) == 4
     calls.clear()
     graph(torch.ones(1))
-    assert calls == ["settled", "recorded", "replayed"], "an old shape is warm and only recorded again"
+    assert calls == [
+        "settled",
+        "recorded",
+        "replayed",
+    ], "an old shape is warm and only recorded again"
     graph.close()
     assert not graph._graphs
 

@@ -41,7 +41,9 @@ class Settings(BuildSettings):
         writer.add_existing("cache.bin")
         if self.fails:
             raise BackendError("the compiler gave up")
-        return BuildResult(HERE, {"maker": "1.2"}, narrow_ranges(bundle), achieved={"fp8_flops": 0.5})
+        return BuildResult(
+            HERE, {"maker": "1.2"}, narrow_ranges(bundle), achieved={"fp8_flops": 0.5}
+        )
 
 
 class MakerOptions(BuildOptions):
@@ -56,14 +58,20 @@ class Engine:
 
 @pytest.fixture
 def bundle(small_bundle: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
-    row = Backend("maker", f"{__name__}:Engine", {"cpu": "maker", "cuda": "maker"}, f"{__name__}:Settings")
+    row = Backend(
+        "maker", f"{__name__}:Engine", {"cpu": "maker", "cuda": "maker"}, f"{__name__}:Settings"
+    )
     monkeypatch.setitem(registry.BACKENDS, "maker", row)
-    shutil.copytree(small_bundle().path, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+    shutil.copytree(
+        small_bundle().path, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines")
+    )
     return load_bundle(tmp_path / "bundle")
 
 
 def run(bundle: Bundle, words: str = "") -> int:
-    return build(parse_options(MakerOptions, [str(bundle.path), "--backend", "maker", *words.split()]))
+    return build(
+        parse_options(MakerOptions, [str(bundle.path), "--backend", "maker", *words.split()])
+    )
 
 
 def test_build_find_load(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +80,10 @@ def test_build_find_load(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> 
     assert "NVIDIA One" in shown and "maker 1.2" in shown and "50 %" in shown
     folder = find_engine(bundle, "maker")
     assert folder.path == bundle.path / "engines" / "maker-cpu"
-    assert folder.file("engine.plan").read_bytes() == b"plan" and folder.file("cache.bin").read_bytes() == b"cache"
+    assert (
+        folder.file("engine.plan").read_bytes() == b"plan"
+        and folder.file("cache.bin").read_bytes() == b"cache"
+    )
     assert folder.record.settings["workspace"] == 7 and folder.record.bundle == bundle.digest
     assert folder.record.shape_ranges == bundle.manifest.shape_ranges
     assert load_bundle(bundle.path) == bundle, "building changes nothing in the bundle"
@@ -83,16 +94,23 @@ def test_build_find_load(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> 
 def test_names_and_places(bundle: Bundle, tmp_path: Path) -> None:
     run(bundle, "--name one")
     assert find_engine(bundle, "maker").path.name == "one"
-    with pytest.raises(BundleError, match=r"one exists\. Choose another --name or --output, or replace it with --overwrite"):
+    with pytest.raises(
+        BundleError,
+        match=r"one exists\. Choose another --name or --output, or replace it with --overwrite",
+    ):
         run(bundle, "--name one")
     run(bundle, "--name one --overwrite")
     run(bundle, "--name two")
-    with pytest.raises(BackendError, match=r"several maker engines \(one, two\): choose one with --engine NAME"):
+    with pytest.raises(
+        BackendError, match=r"several maker engines \(one, two\): choose one with --engine NAME"
+    ):
         find_engine(bundle, "maker")
     assert find_engine(bundle, "maker", "two").path.name == "two"
     run(bundle, f"--output {tmp_path / 'elsewhere'}")
     assert find_engine(bundle, "maker", tmp_path / "elsewhere").path == tmp_path / "elsewhere"
-    with pytest.raises(BackendError, match=r"no engine 'three'; .* has one, two\. Make one: anyflow-build"):
+    with pytest.raises(
+        BackendError, match=r"no engine 'three'; .* has one, two\. Make one: anyflow-build"
+    ):
         find_engine(bundle, "maker", "three")
 
 
@@ -105,7 +123,9 @@ def test_a_failed_build_leaves_nothing(bundle: Bundle) -> None:
     assert (bundle.path / "engines" / "maker-cpu" / ENGINE).read_bytes() == before
 
 
-def test_an_interrupted_build_leaves_nothing(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_build_leaves_nothing(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object) -> BuildResult:
         raise KeyboardInterrupt
 
@@ -117,7 +137,10 @@ def test_an_interrupted_build_leaves_nothing(bundle: Bundle, monkeypatch: pytest
 
 def test_a_folder_that_may_not_be_written(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(BackendError, match=r"engines cannot be written to\. Copy the bundle .* or give --output FOLDER"):
+    with pytest.raises(
+        BackendError,
+        match=r"engines cannot be written to\. Copy the bundle .* or give --output FOLDER",
+    ):
         run(bundle)
 
 
@@ -139,10 +162,19 @@ def test_refusals(bundle: Bundle, words: str, message: str) -> None:
 
 
 def test_a_flag_of_another_backend(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = Backend("other", f"{__name__}:Engine", {"cpu": "other"}, "anyflow_deploy.engines.build:BuildSettings")
+    row = Backend(
+        "other",
+        f"{__name__}:Engine",
+        {"cpu": "other"},
+        "anyflow_deploy.engines.build:BuildSettings",
+    )
     monkeypatch.setitem(registry.BACKENDS, "other", row)
-    options = parse_options(MakerOptions, [str(bundle.path), "--backend", "other", "--workspace", "7"])
-    with pytest.raises(AnyFlowError, match="--workspace means nothing to backend other; it is a flag of .*maker"):
+    options = parse_options(
+        MakerOptions, [str(bundle.path), "--backend", "other", "--workspace", "7"]
+    )
+    with pytest.raises(
+        AnyFlowError, match="--workspace means nothing to backend other; it is a flag of .*maker"
+    ):
         chosen_settings(options)
 
 
@@ -158,7 +190,10 @@ def edited(bundle: Bundle, changes: dict[str, object]) -> None:
         ({"bundle": 3}, "damaged at 'bundle'"),
         ({"surplus": 3}, "damaged at 'surplus'"),
         ({"files": {"../x": {"bytes": 1, "sha256": ""}}}, "leaves the engine's folder"),
-        ({"files": {"y": {"bytes": 1, "sha256": ""}}}, "lacks 'y', which its engine.json lists. Build it again"),
+        (
+            {"files": {"y": {"bytes": 1, "sha256": ""}}},
+            "lacks 'y', which its engine.json lists. Build it again",
+        ),
         ({"bundle": "0" * 64}, "was built from bundle 000000000000, and .* --overwrite"),
     ],
 )
@@ -178,7 +213,10 @@ def test_a_changed_file_is_found(bundle: Bundle) -> None:
 
 
 def test_no_engine_yet(bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match=r"no maker engine yet\. Make one on this machine: anyflow-build .* --backend maker"):
+    with pytest.raises(
+        BackendError,
+        match=r"no maker engine yet\. Make one on this machine: anyflow-build .* --backend maker",
+    ):
         find_engine(bundle, "maker")
     with pytest.raises(BundleError, match="is not an engine"):
         load_engine_folder(bundle.path)
@@ -188,7 +226,10 @@ def test_another_device_or_version_is_refused_with_both_names(bundle: Bundle) ->
     run(bundle)
     folder = find_engine(bundle, "maker")
     check_compatible(folder, HERE, {"maker": "1.2"})
-    with pytest.raises(BackendError, match=r"built for NVIDIA One \(compute capability 9\.0\), and this is NVIDIA Two"):
+    with pytest.raises(
+        BackendError,
+        match=r"built for NVIDIA One \(compute capability 9\.0\), and this is NVIDIA Two",
+    ):
         check_compatible(folder, HERE.model_copy(update={"name": "NVIDIA Two"}), {})
     with pytest.raises(BackendError, match=r"built with maker 1\.2, and here is maker 1\.3"):
         check_compatible(folder, HERE, {"maker": "1.3"})

@@ -50,7 +50,14 @@ def moving(frames: int, height: int = HEIGHT, width: int = WIDTH) -> NDArray[np.
 
 
 def asked(bundle: Bundle, embeddings: Path, **changes: object) -> GenerateOptions:
-    common = {"bundle": bundle.path, "prompt_embeds": embeddings, "steps": 2, "frames": 17, "height": HEIGHT, "width": WIDTH}
+    common = {
+        "bundle": bundle.path,
+        "prompt_embeds": embeddings,
+        "steps": 2,
+        "frames": 17,
+        "height": HEIGHT,
+        "width": WIDTH,
+    }
     return GenerateOptions(**{**common, "chunks": CHUNKS, **changes})  # type: ignore[arg-type]
 
 
@@ -58,7 +65,9 @@ def streamed(bundle: Bundle, words: NDArray[np.float32], **changes: object) -> N
     """The same video by the library's own loop."""
     arguments = {"policy": Schedule.uniform(2), "chunk_plan": CHUNKS, **changes}
     start = noise((1, sum(CHUNKS), 16, HEIGHT // 8, WIDTH // 8), 0)
-    return np.concatenate([c.latents for c in stream(load_engine(bundle), start, words, **arguments)], axis=1)  # type: ignore[arg-type]
+    return np.concatenate(
+        [c.latents for c in stream(load_engine(bundle), start, words, **arguments)], axis=1
+    )  # type: ignore[arg-type]
 
 
 # The VAE
@@ -77,7 +86,10 @@ def test_decoding_in_pieces_equals_diffusers_to_1e_4(far_pipeline: Path) -> None
     decoder = StreamingDecoder(far_pipeline)
     ours = torch.cat([decoder.pixels(latents[:, a:b]) for a, b in ((0, 3), (3, 4))], dim=2)
     vae = AutoencoderKLWan.from_pretrained(far_pipeline / "vae")
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (
+        torch.tensor(v).view(1, -1, 1, 1, 1)
+        for v in (vae.config.latents_mean, vae.config.latents_std)
+    )
     with torch.no_grad():
         theirs = vae.decode(torch.from_numpy(latents).permute(0, 2, 1, 3, 4) * std + mean).sample
     assert (ours - theirs).abs().max() <= 1e-4
@@ -99,10 +111,15 @@ def test_two_decoders_do_not_mix(far_pipeline: Path) -> None:
     [
         ((2, 1, 16, 4, 4), r"takes \(1, f, C, H, W\)"),
         ((1, 0, 16, 4, 4), "f at least 1"),
-        ((1, 1, 16, 4, 6), r"\(C, H, W\) \(16, 4, 6\) and those before had \(16, 4, 4\); make another decoder"),
+        (
+            (1, 1, 16, 4, 6),
+            r"\(C, H, W\) \(16, 4, 6\) and those before had \(16, 4, 4\); make another decoder",
+        ),
     ],
 )
-def test_pieces_that_do_not_belong_are_refused(far_pipeline: Path, shape: tuple[int, ...], message: str) -> None:
+def test_pieces_that_do_not_belong_are_refused(
+    far_pipeline: Path, shape: tuple[int, ...], message: str
+) -> None:
     decoder = StreamingDecoder(far_pipeline)
     decoder.decode(noise((1, 1, 16, 4, 4), 0))
     with pytest.raises(AnyFlowError, match=message):
@@ -115,7 +132,9 @@ def test_encoding_equals_diffusers(far_pipeline: Path) -> None:
     assert ours.shape == (1, 3, 16, HEIGHT // 8, WIDTH // 8) and ours.dtype == np.float32
     pipe = AnyFlowFARPipeline.from_pretrained(far_pipeline)
     with torch.no_grad():
-        theirs = pipe.encode_video(torch.from_numpy(frames).permute(0, 3, 1, 2)[None] / 255, HEIGHT, WIDTH).numpy()
+        theirs = pipe.encode_video(
+            torch.from_numpy(frames).permute(0, 3, 1, 2)[None] / 255, HEIGHT, WIDTH
+        ).numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert decode_video(far_pipeline, ours).shape == (1, 9, HEIGHT, WIDTH, 3)
 
@@ -129,7 +148,9 @@ def test_encoding_equals_diffusers(far_pipeline: Path) -> None:
         (moving(1).astype(np.float32), "frames are float32"),
     ],
 )
-def test_frames_that_cannot_be_encoded_are_refused(far_pipeline: Path, frames: NDArray[np.uint8], message: str) -> None:
+def test_frames_that_cannot_be_encoded_are_refused(
+    far_pipeline: Path, frames: NDArray[np.uint8], message: str
+) -> None:
     with pytest.raises(AnyFlowError, match=message):
         encode_video(far_pipeline, frames)
 
@@ -148,7 +169,9 @@ def test_a_growing_video_is_readable_while_it_grows(tmp_path: Path) -> None:
             assert shown.shape == (end, HEIGHT, WIDTH, 3)
             assert np.abs(shown.astype(int) - frames[:end]).mean() < 8
     with av.open(str(path)) as container:
-        packets = [(p.pts * p.time_base * 16, p.is_keyframe) for p in container.demux(video=0) if p.size]
+        packets = [
+            (p.pts * p.time_base * 16, p.is_keyframe) for p in container.demux(video=0) if p.size
+        ]
         assert container.streams.video[0].average_rate == 16
     assert [time for time, _ in packets] == list(range(21))
     assert all(packets[start][1] for start in (0, 1, 13))
@@ -181,7 +204,9 @@ def test_a_writer_refuses_what_it_cannot_append(tmp_path: Path) -> None:
         VideoWriter(tmp_path / "a.mp4", 16, (31, WIDTH))
     with VideoWriter(tmp_path / "a.mp4", 16, (HEIGHT, WIDTH)) as writer:
         for wrong in (moving(1, height=16), moving(1)[:0], moving(1).astype(np.float32)):
-            with pytest.raises(AnyFlowError, match=r"takes uint8 \(frames, 32, 64, 3\), at least one frame"):
+            with pytest.raises(
+                AnyFlowError, match=r"takes uint8 \(frames, 32, 64, 3\), at least one frame"
+            ):
                 writer.append(wrong)
     assert list(tmp_path.iterdir()) == []
 
@@ -206,7 +231,11 @@ def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_latents_are_those_of_stream(
-    far_bundle: Bundle, embeddings: Path, words: NDArray[np.float32], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    far_bundle: Bundle,
+    embeddings: Path,
+    words: NDArray[np.float32],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     output = tmp_path / "z.safetensors"
     assert generate(asked(far_bundle, embeddings, output=output)) == 0
@@ -214,22 +243,32 @@ def test_the_latents_are_those_of_stream(
     assert "3 chunks (1, 3, 1), cache of " in capsys.readouterr().err
 
 
-def test_more_steps_for_the_first_chunk(far_bundle: Bundle, embeddings: Path, words: NDArray[np.float32], tmp_path: Path) -> None:
+def test_more_steps_for_the_first_chunk(
+    far_bundle: Bundle, embeddings: Path, words: NDArray[np.float32], tmp_path: Path
+) -> None:
     output = tmp_path / "z.safetensors"
     generate(asked(far_bundle, embeddings, first_steps=4, output=output))
-    wanted = streamed(far_bundle, words, policy=FirstChunkPolicy(Schedule.uniform(4), Schedule.uniform(2)))
+    wanted = streamed(
+        far_bundle, words, policy=FirstChunkPolicy(Schedule.uniform(4), Schedule.uniform(2))
+    )
     np.testing.assert_array_equal(load_file(output)["latents"], wanted)
     assert np.abs(wanted - streamed(far_bundle, words)).max() > 1e-3
 
 
 def test_whole_and_streamed_show_the_same(
-    far_bundle: Bundle, far_pipeline: Path, embeddings: Path, words: NDArray[np.float32], tmp_path: Path,
+    far_bundle: Bundle,
+    far_pipeline: Path,
+    embeddings: Path,
+    words: NDArray[np.float32],
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     for name, grows in (("whole.mp4", False), ("grown.mp4", True)):
         assert generate(asked(far_bundle, embeddings, stream=grows, output=tmp_path / name)) == 0
         said = capsys.readouterr().err
-        assert all(stage in said for stage in ("first frame", "3 chunks", "text", "engine", "VAE", "mp4"))
+        assert all(
+            stage in said for stage in ("first frame", "3 chunks", "text", "engine", "VAE", "mp4")
+        )
     wanted = decode_video(far_pipeline, streamed(far_bundle, words))[0]
     save_video(tmp_path / "wanted.mp4", wanted, 16)
     with VideoWriter(tmp_path / "wanted-grown.mp4", 16, (HEIGHT, WIDTH)) as writer:
@@ -237,8 +276,11 @@ def test_whole_and_streamed_show_the_same(
             writer.append(wanted[start:end])
     assert load_video(tmp_path / "whole.mp4").shape == (17, HEIGHT, WIDTH, 3)
     for made, same in (("whole", "wanted"), ("grown", "wanted-grown")):
-        # x264 on several threads makes other blocks of the same frames now and then: 1 time in 50 here, 0.02 levels in the mean
-        difference = load_video(tmp_path / f"{made}.mp4").astype(int) - load_video(tmp_path / f"{same}.mp4")
+        # x264 on several threads makes other blocks of the same frames now and then: 1 time in 50
+        # here, 0.02 levels in the mean
+        difference = load_video(tmp_path / f"{made}.mp4").astype(int) - load_video(
+            tmp_path / f"{same}.mp4"
+        )
         assert np.abs(difference).mean() < 0.2 < np.abs(np.diff(wanted.astype(int), axis=0)).mean()
 
 
@@ -267,7 +309,9 @@ def test_an_interrupted_stream_keeps_its_chunks(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(video_pipeline, "stream", broken)
-    with pytest.raises(KeyboardInterrupt, match="grown.mp4 holds the first 13 frames, whole and playable"):
+    with pytest.raises(
+        KeyboardInterrupt, match="grown.mp4 holds the first 13 frames, whole and playable"
+    ):
         generate(asked(far_bundle, embeddings, stream=True, output=tmp_path / "grown.mp4"))
     assert len(load_video(tmp_path / "grown.mp4")) == 13
 
@@ -278,16 +322,25 @@ def test_a_video_begins_with_a_picture(
 ) -> None:
     Image.fromarray(moving(1)[0]).save(tmp_path / "first.png")
     output = tmp_path / "video.mp4"
-    generate(asked(far_bundle, embeddings, image=tmp_path / "first.png", stream=grows, output=output))
+    generate(
+        asked(far_bundle, embeddings, image=tmp_path / "first.png", stream=grows, output=output)
+    )
     wanted = decode_video(far_pipeline, encode_video(far_pipeline, moving(1)))[0]
     with VideoWriter(tmp_path / "wanted.mp4", 16, (HEIGHT, WIDTH)) as writer:
         writer.append(wanted)
     shown = load_video(output)
-    assert len(shown) == 17 and np.abs(shown[0].astype(int) - load_video(tmp_path / "wanted.mp4")[0]).mean() < 4
+    assert (
+        len(shown) == 17
+        and np.abs(shown[0].astype(int) - load_video(tmp_path / "wanted.mp4")[0]).mean() < 4
+    )
 
 
 def test_a_picture_and_a_clip_are_context(
-    far_bundle: Bundle, far_pipeline: Path, embeddings: Path, words: NDArray[np.float32], tmp_path: Path
+    far_bundle: Bundle,
+    far_pipeline: Path,
+    embeddings: Path,
+    words: NDArray[np.float32],
+    tmp_path: Path,
 ) -> None:
     Image.fromarray(moving(1)[0]).save(tmp_path / "first.png")
     save_video(tmp_path / "clip.mp4", moving(13), 16)
@@ -296,7 +349,9 @@ def test_a_picture_and_a_clip_are_context(
         ("video", "clip.mp4", load_video(tmp_path / "clip.mp4")),
     ):
         output = tmp_path / f"{flag}.safetensors"
-        generate(asked(far_bundle, embeddings, **{flag: tmp_path / name}, first_steps=3, output=output))
+        generate(
+            asked(far_bundle, embeddings, **{flag: tmp_path / name}, first_steps=3, output=output)
+        )
         context = encode_video(far_pipeline, frames)
         policy = FirstChunkPolicy(Schedule.uniform(3), Schedule.uniform(2))
         wanted = streamed(far_bundle, words, context=context, policy=policy)
@@ -308,21 +363,48 @@ def test_a_picture_and_a_clip_are_context(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chunks": None}, r"own chunk plan \(1, 3, .*2\) has 21 latent frames, and 17 frames are 5 .*--frames 81, .* 1,3,1\."),
-        ({"chunks": (1, 3, 3)}, r"plan \(1, 3, 3\) has 7 latent frames, and 17 frames are 5 latent frames. Give --frames 25"),
+        (
+            {"chunks": None},
+            (
+                r"own chunk plan \(1, 3, .*2\) has 21 latent frames, and 17 frames are 5 .*--frames"
+                r" 81, .* 1,3,1\."
+            ),
+        ),
+        (
+            {"chunks": (1, 3, 3)},
+            (
+                r"plan \(1, 3, 3\) has 7 latent frames, and 17 frames are 5 latent frames. Give"
+                r" --frames 25"
+            ),
+        ),
         ({"cache_budget": 0.00001}, r"takes [\d.]+ MB .*; 0.0 MB are allowed"),
         ({"height": 40}, "height is 40; allowed are multiples of 16"),
-        ({"image": "wide.png"}, r"wide.png is 32 x 96 and the video asked for is 32 x 64 .*--height and --width"),
-        ({"image": "first.png", "chunks": (3, 2)}, r"--image gives one latent frame; .*\(3, 2\) end after 3.*--chunks 1,3,1"),
-        ({"image": "first.png", "frames": 1, "chunks": (1,)}, "nothing would be left to make. Raise --frames"),
+        (
+            {"image": "wide.png"},
+            r"wide.png is 32 x 96 and the video asked for is 32 x 64 .*--height and --width",
+        ),
+        (
+            {"image": "first.png", "chunks": (3, 2)},
+            r"--image gives one latent frame; .*\(3, 2\) end after 3.*--chunks 1,3,1",
+        ),
+        (
+            {"image": "first.png", "frames": 1, "chunks": (1,)},
+            "nothing would be left to make. Raise --frames",
+        ),
         (
             {"video": "clip9.mp4"},
-            r"--video has 9 frames, which are 3 latent frames; .*--chunks 3,1,1, or a clip of 1 or 13 frames",
+            (
+                r"--video has 9 frames, which are 3 latent frames; .*--chunks 3,1,1, or a clip of 1"
+                r" or 13 frames"
+            ),
         ),
         ({"video": "clip8.mp4"}, r"frames is 8; allowed are 4n\+1"),
         ({"video": "none.mp4"}, "none.mp4 cannot be read as a video"),
         ({"image": "first.png", "video": "clip9.mp4"}, "give one of --image and --video"),
-        ({"stream": True, "output": "z.safetensors"}, r"--stream writes a video that grows, .*Give one that ends in .mp4"),
+        (
+            {"stream": True, "output": "z.safetensors"},
+            r"--stream writes a video that grows, .*Give one that ends in .mp4",
+        ),
         ({"stream": True, "output": "z.mkv"}, r"--stream writes a video that grows"),
         ({"sigmas": (1.0, 0.5), "steps": None, "first_steps": 3}, "leave out --first-steps"),
     ],
@@ -336,7 +418,9 @@ def test_bad_requests_are_refused(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(video_pipeline, "load_engine", lambda *_, **__: pytest.fail("the engine was loaded"))
+    monkeypatch.setattr(
+        video_pipeline, "load_engine", lambda *_, **__: pytest.fail("the engine was loaded")
+    )
     Image.fromarray(moving(1)[0]).save("first.png")
     Image.fromarray(moving(1, width=96)[0]).save("wide.png")
     save_video(Path("clip9.mp4"), moving(9), 16)
@@ -348,7 +432,15 @@ def test_bad_requests_are_refused(
 
 
 @pytest.mark.parametrize(
-    "flag", ["--stream", "--image=a.png", "--video=a.mp4", "--chunks=1,3", "--cache-budget=1", "--first-steps=8"]
+    "flag",
+    [
+        "--stream",
+        "--image=a.png",
+        "--video=a.mp4",
+        "--chunks=1,3",
+        "--cache-budget=1",
+        "--first-steps=8",
+    ],
 )
 def test_a_bidirectional_bundle_refuses_causal_flags(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
@@ -356,14 +448,32 @@ def test_a_bidirectional_bundle_refuses_causal_flags(
     monkeypatch.chdir(tmp_path)
     options = parse_options(GenerateOptions, [str(tiny_bundle.path), "--prompt", PROMPT, flag])
     name = flag.partition("=")[0]
-    with pytest.raises(AnyFlowError, match=rf"{name} needs a causal bundle, and .* is bidirectional \(tiny\)"):
+    with pytest.raises(
+        AnyFlowError, match=rf"{name} needs a causal bundle, and .* is bidirectional \(tiny\)"
+    ):
         generate(options)
 
 
 def test_flags_are_read_from_words() -> None:
-    words = ["b", "--prompt", "fox", "--stream", "--chunks", "1,3,3", "--cache-budget", "0.5", "--first-steps", "8"]
+    words = [
+        "b",
+        "--prompt",
+        "fox",
+        "--stream",
+        "--chunks",
+        "1,3,3",
+        "--cache-budget",
+        "0.5",
+        "--first-steps",
+        "8",
+    ]
     options = parse_options(GenerateOptions, words)
-    assert (options.stream, options.chunks, options.cache_budget, options.first_steps) == (True, (1, 3, 3), 0.5, 8)
+    assert (options.stream, options.chunks, options.cache_budget, options.first_steps) == (
+        True,
+        (1, 3, 3),
+        0.5,
+        8,
+    )
     for chunks in ("1,0", "1,x", ""):
         with pytest.raises(AnyFlowError, match="--chunks is"):
             parse_options(GenerateOptions, ["b", f"--chunks={chunks}"])
@@ -372,5 +482,7 @@ def test_flags_are_read_from_words() -> None:
 def test_the_causal_tiny_pipeline_is_diffusers(far_pipeline: Path) -> None:
     pipe = AnyFlowFARPipeline.from_pretrained(far_pipeline)
     assert type(pipe.transformer).__name__ == "AnyFlowFARTransformer3DModel"
-    with pytest.raises(AnyFlowError, match="far-1.3b cannot be made here; allowed are 'tiny' and 'far-tiny'"):
+    with pytest.raises(
+        AnyFlowError, match="far-1.3b cannot be made here; allowed are 'tiny' and 'far-tiny'"
+    ):
         save_tiny_pipeline(MODELS["far-1.3b"], far_pipeline.parent / "none")

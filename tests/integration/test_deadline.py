@@ -1,4 +1,5 @@
-"""Deadlines, with a clock of the tests' own: never late by more than a transition, and always clean at the end."""
+"""Deadlines, with a clock of the tests' own: never late by more than a transition, and always clean
+at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
-from anyflow_deploy import AnyFlowError, Deadline, Schedule, StepTimer, load_engine, noise, sample, stream
+from anyflow_deploy import (
+    AnyFlowError,
+    Deadline,
+    Schedule,
+    StepTimer,
+    load_engine,
+    noise,
+    sample,
+    stream,
+)
 from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.schedule import Step, next_timestep
 from tests.conftest import SMALL, Export
@@ -66,8 +76,13 @@ def test_late_by_at_most_one_transition_and_always_clean(
     if known:
         step_timer.record(SHAPE, 1.0)
     told: list[DeadlineResult] = []
-    walked(run, Deadline(seconds, shift, step_timer=step_timer, on_end=told.append, clock=lambda: run.now))
-    assert [(o.seconds, o.deadline, o.slack) for o in told] == [(run.now, seconds, seconds - run.now)]
+    walked(
+        run,
+        Deadline(seconds, shift, step_timer=step_timer, on_end=told.append, clock=lambda: run.now),
+    )
+    assert [(o.seconds, o.deadline, o.slack) for o in told] == [
+        (run.now, seconds, seconds - run.now)
+    ]
     assert told[0].steps + told[0].probe_step == len(run.path) + run.drafts
     assert run.now <= seconds + max(durations)
     assert run.path or run.drafts == 1
@@ -91,7 +106,9 @@ def test_a_slow_transition_shortens_the_way() -> None:
     run, step_timer = Clockwork([1.0, 4.0, 1.0]), StepTimer()
     step_timer.record(SHAPE, 1.0)
     walked(run, Deadline(8.5, step_timer=step_timer, clock=lambda: run.now))
-    assert len(run.path) == 3 and run.now == 6.0  # 8 were planned; after the slow one a second of 4 s might come
+    assert (
+        len(run.path) == 3 and run.now == 6.0
+    )  # 8 were planned; after the slow one a second of 4 s might come
 
 
 def test_the_first_request_begins_with_a_draft() -> None:
@@ -105,7 +122,12 @@ def test_the_first_request_begins_with_a_draft() -> None:
 def test_the_best_sample_now() -> None:
     run, step_timer = Clockwork([1.0]), StepTimer()
     step_timer.record(SHAPE, 1.0)
-    walked(run, Deadline(100, step_timer=step_timer, should_stop=lambda: run.now >= 2, clock=lambda: run.now))
+    walked(
+        run,
+        Deadline(
+            100, step_timer=step_timer, should_stop=lambda: run.now >= 2, clock=lambda: run.now
+        ),
+    )
     assert len(run.path) == 3 and run.path[-1][1] == 0.0
 
 
@@ -128,8 +150,12 @@ def test_another_thread_says_enough(small_bundle: Export) -> None:
             asker.start()
             asker.join()
 
-    made = sample(engine, latents, text, Deadline(600, max_steps=900, should_stop=now.is_set), on_step)
-    assert [(step.r == 0.0) for step in seen] == [False, False, False, True] and np.isfinite(made).all()
+    made = sample(
+        engine, latents, text, Deadline(600, max_steps=900, should_stop=now.is_set), on_step
+    )
+    assert [(step.r == 0.0) for step in seen] == [False, False, False, True] and np.isfinite(
+        made
+    ).all()
 
 
 def test_never_more_than_asked() -> None:
@@ -139,7 +165,9 @@ def test_never_more_than_asked() -> None:
     assert len(run.path) == 7
 
 
-@pytest.mark.parametrize(("seconds", "most"), [(0, 50), (-1, 50), (float("nan"), 50), (1, 0), (1, 1001)])
+@pytest.mark.parametrize(
+    ("seconds", "most"), [(0, 50), (-1, 50), (float("nan"), 50), (1, 0), (1, 1001)]
+)
 def test_impossible_deadlines(seconds: float, most: int) -> None:
     with pytest.raises(AnyFlowError, match="allowed"):
         Deadline(seconds, max_steps=most)
@@ -157,8 +185,12 @@ def test_on_an_engine(small_bundle: Export) -> None:
     latents, text = noise((1, 3, a.in_channels, 8, 8), 0), noise((1, 4, a.text_dim), 1)
     step_timer = StepTimer()
     probe_step = sample(engine, latents, text, Deadline(1e-9, step_timer=step_timer))
-    np.testing.assert_allclose(probe_step, sample(engine, latents, text, Schedule.uniform(1)), atol=1e-5)
-    made = sample(engine, latents, text, Deadline(60, max_steps=4, step_timer=step_timer), seen.append)
+    np.testing.assert_allclose(
+        probe_step, sample(engine, latents, text, Schedule.uniform(1)), atol=1e-5
+    )
+    made = sample(
+        engine, latents, text, Deadline(60, max_steps=4, step_timer=step_timer), seen.append
+    )
     assert [step.steps for step in seen] == [4] * 4
     np.testing.assert_allclose(made, sample(engine, latents, text, Schedule.uniform(4)), atol=1e-5)
 
@@ -167,7 +199,15 @@ def test_every_chunk_has_its_own(export_once: Export) -> None:
     engine, step_timer = load_engine(export_once(SMALL.parent / "causal")), StepTimer()
     a = engine.architecture
     latents, text = noise((1, 7, a.in_channels, 8, 8), 0), noise((1, 4, a.text_dim), 1)
-    made = list(stream(engine, latents, text, Deadline(60, max_steps=2, step_timer=step_timer), chunk_plan=(1, 3, 3)))
+    made = list(
+        stream(
+            engine,
+            latents,
+            text,
+            Deadline(60, max_steps=2, step_timer=step_timer),
+            chunk_plan=(1, 3, 3),
+        )
+    )
     plain = list(stream(engine, latents, text, Schedule.uniform(2), chunk_plan=(1, 3, 3)))
     for one, other in zip(made, plain, strict=True):
         np.testing.assert_allclose(one.latents, other.latents, atol=1e-5)

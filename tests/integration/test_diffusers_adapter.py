@@ -1,4 +1,5 @@
-"""Drop-in: diffusers' own AnyFlowPipeline on our engine gives what it gives on its own transformer."""
+"""Drop-in: diffusers' own AnyFlowPipeline on our engine gives what it gives on its own
+transformer."""
 
 from __future__ import annotations
 
@@ -30,9 +31,13 @@ def pair(tiny_pipeline: Path, tiny_bundle: Bundle) -> tuple[AnyFlowPipeline, Any
     return theirs, ours
 
 
-def both(pair: tuple[AnyFlowPipeline, AnyFlowPipeline], **call: Any) -> tuple[np.ndarray, np.ndarray]:
+def both(
+    pair: tuple[AnyFlowPipeline, AnyFlowPipeline], **call: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """The same call on both, with the same noise."""
-    results = [pipe(generator=torch.Generator().manual_seed(7), **{**SIZE, **call}).frames for pipe in pair]
+    results = [
+        pipe(generator=torch.Generator().manual_seed(7), **{**SIZE, **call}).frames for pipe in pair
+    ]
     return np.asarray(results[0]), np.asarray(results[1])
 
 
@@ -49,10 +54,18 @@ def conditioning() -> torch.Tensor:
         {"prompt": "a red fox", "num_inference_steps": 2, "num_videos_per_prompt": 3},
         {"prompt": "a red fox", "sigmas": [1.0, 0.7, 0.2]},
         {"prompt": "a red fox", "timesteps": [1000.0, 400.0]},
-        {"prompt": "a red fox", "num_inference_steps": 2, "guidance_scale": 3.0, "negative_prompt": "rain"},
+        {
+            "prompt": "a red fox",
+            "num_inference_steps": 2,
+            "guidance_scale": 3.0,
+            "negative_prompt": "rain",
+        },
         {"prompt": "a red fox", "num_inference_steps": 2, "use_mean_velocity": False},
         {"prompt": "a red fox", "num_inference_steps": 2, "max_sequence_length": 64},
-        {"prompt_embeds": torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(3)), "num_inference_steps": 2},
+        {
+            "prompt_embeds": torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(3)),
+            "num_inference_steps": 2,
+        },
         {"prompt": "a red fox", "num_inference_steps": 2, "latents": torch.ones(1, 16, 2, 4, 6)},
         {"prompt": "a red fox", "num_inference_steps": 2, "num_frames": 1},
     ],
@@ -70,8 +83,11 @@ def test_pixels_agree(pair: tuple[AnyFlowPipeline, AnyFlowPipeline]) -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-def test_conditioning_frames_stand_still(pair: tuple[AnyFlowPipeline, AnyFlowPipeline], tiny_pipeline: Path) -> None:
-    """diffusers leaves r above t for given frames; we feed t = r = 0, as the model was trained. The others must see them."""
+def test_conditioning_frames_stand_still(
+    pair: tuple[AnyFlowPipeline, AnyFlowPipeline], tiny_pipeline: Path
+) -> None:
+    """diffusers leaves r above t for given frames; we feed t = r = 0, as the model was trained. The
+    others must see them."""
     result = both(pair, prompt="a red fox", num_inference_steps=2, video_latents=conditioning())[1]
     free = both(pair, prompt="a red fox", num_inference_steps=2)[1]
     np.testing.assert_array_equal(result[:, :, :1], conditioning().permute(0, 2, 1, 3, 4))
@@ -81,7 +97,8 @@ def test_conditioning_frames_stand_still(pair: tuple[AnyFlowPipeline, AnyFlowPip
 def test_frames_at_time_zero_are_fed_as_the_model_was_trained(
     pair: tuple[AnyFlowPipeline, AnyFlowPipeline], tiny_pipeline: Path
 ) -> None:
-    """What the adapter makes of diffusers' t = 0, r = 500 is diffusers' own transformer at t = r = 0."""
+    """What the adapter makes of diffusers' t = 0, r = 500 is diffusers' own transformer at t = r =
+    0."""
     latents = torch.randn(1, 2, 16, 4, 6, generator=torch.Generator().manual_seed(2))
     text = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(3))
     t, r = torch.tensor([[0.0, 900.0]]), torch.tensor([[500.0, 500.0]])
@@ -94,7 +111,9 @@ def test_frames_at_time_zero_are_fed_as_the_model_was_trained(
 def test_callbacks_see_and_change_latents(pair: tuple[AnyFlowPipeline, AnyFlowPipeline]) -> None:
     seen: list[tuple[int, float]] = []
 
-    def halve(pipe: Any, index: int, timestep: torch.Tensor, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def halve(
+        pipe: Any, index: int, timestep: torch.Tensor, values: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         seen.append((index, float(timestep)))
         return {"latents": values["latents"] * 0.5}
 
@@ -103,22 +122,35 @@ def test_callbacks_see_and_change_latents(pair: tuple[AnyFlowPipeline, AnyFlowPi
     assert seen == [(0, 1000.0), (1, pytest.approx(833.3333))] * 2
 
 
-def test_the_pipeline_can_be_moved_and_saved_settings_read(pair: tuple[AnyFlowPipeline, AnyFlowPipeline]) -> None:
+def test_the_pipeline_can_be_moved_and_saved_settings_read(
+    pair: tuple[AnyFlowPipeline, AnyFlowPipeline],
+) -> None:
     ours = pair[1].to("cpu")
     assert ours.transformer.config.in_channels == 16 and ours.transformer.dtype == torch.float32
 
 
-def test_velocities_come_back_in_the_callers_type(pair: tuple[AnyFlowPipeline, AnyFlowPipeline]) -> None:
+def test_velocities_come_back_in_the_callers_type(
+    pair: tuple[AnyFlowPipeline, AnyFlowPipeline],
+) -> None:
     times = torch.full((1, 2), 500.0)
-    output = pair[1].transformer(torch.zeros(1, 2, 16, 4, 6, dtype=torch.bfloat16), times, times, torch.zeros(1, 3, 64))
+    output = pair[1].transformer(
+        torch.zeros(1, 2, 16, 4, 6, dtype=torch.bfloat16), times, times, torch.zeros(1, 3, 64)
+    )
     assert output.sample.dtype == torch.bfloat16 and output.sample.shape == (1, 2, 16, 4, 6)
 
 
 def test_lora_scales_are_refused(pair: tuple[AnyFlowPipeline, AnyFlowPipeline]) -> None:
     with pytest.raises(AnyFlowError, match="attention_kwargs"):
-        both((pair[1], pair[1]), prompt="a red fox", num_inference_steps=1, attention_kwargs={"scale": 0.5})
+        both(
+            (pair[1], pair[1]),
+            prompt="a red fox",
+            num_inference_steps=1,
+            attention_kwargs={"scale": 0.5},
+        )
 
 
-def test_sizes_outside_the_bundle_are_refused(pair: tuple[AnyFlowPipeline, AnyFlowPipeline]) -> None:
+def test_sizes_outside_the_bundle_are_refused(
+    pair: tuple[AnyFlowPipeline, AnyFlowPipeline],
+) -> None:
     with pytest.raises(ShapeError, match="frames is 257"):
         both((pair[1], pair[1]), prompt="a red fox", num_inference_steps=1, num_frames=1025)

@@ -1,6 +1,7 @@
 """Drop-in: diffusers' own AnyFlowFARPipeline on our causal engine.
 
-Sizes are chosen so that every token count is a multiple of 128: only there is diffusers' class right, and comparable.
+Sizes are chosen so that every token count is a multiple of 128: only there is diffusers' class
+right, and comparable.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from anyflow_deploy import AnyFlowError, load_engine
 from anyflow_deploy.pipelines.diffusers import EngineFARTransformer
 from tests.conftest import Export
 
-SIZE: dict[str, Any] = {"height": 256, "width": 256, "num_frames": 29, "chunk_partition": [2, 2, 2, 2], "output_type": "latent"}
+SIZE: dict[str, Any] = {
+    "height": 256,
+    "width": 256,
+    "num_frames": 29,
+    "chunk_partition": [2, 2, 2, 2],
+    "output_type": "latent",
+}
 Pair = tuple[AnyFlowFARPipeline, AnyFlowFARPipeline]
 
 
@@ -32,7 +39,12 @@ def pair(export_once: Export, far_pipeline: Path) -> Pair:
 
 
 def call(pipe: AnyFlowFARPipeline, **changes: Any) -> np.ndarray:
-    return np.asarray(pipe(generator=torch.Generator().manual_seed(7), **{**SIZE, "num_inference_steps": 1, **changes}).frames)
+    return np.asarray(
+        pipe(
+            generator=torch.Generator().manual_seed(7),
+            **{**SIZE, "num_inference_steps": 1, **changes},
+        ).frames
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,8 +53,16 @@ def call(pipe: AnyFlowFARPipeline, **changes: Any) -> np.ndarray:
         {"prompt": "a red fox"},
         {"prompt": "a red fox", "num_inference_steps": 2},
         {"prompt": ["a red fox", "rain in the city"]},
-        {"prompt": "a red fox", "video_latents": torch.randn(1, 2, 16, 32, 32, generator=torch.Generator().manual_seed(1))},
-        {"prompt": "a red fox", "video": torch.rand(1, 5, 3, 256, 256, generator=torch.Generator().manual_seed(1))},
+        {
+            "prompt": "a red fox",
+            "video_latents": torch.randn(
+                1, 2, 16, 32, 32, generator=torch.Generator().manual_seed(1)
+            ),
+        },
+        {
+            "prompt": "a red fox",
+            "video": torch.rand(1, 5, 3, 256, 256, generator=torch.Generator().manual_seed(1)),
+        },
         {"prompt": "a red fox", "num_frames": 13, "chunk_partition": [2, 2]},
     ],
     ids=lambda changes: "-".join(changes),

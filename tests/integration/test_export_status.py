@@ -1,4 +1,5 @@
-"""The exit status of `anyflow-export` speaks of the bundle: 0 where it is good or cannot be checked here, 1 where it is wrong."""
+"""The exit status of `anyflow-export` speaks of the bundle: 0 where it is good or cannot be checked
+here, 1 where it is wrong."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from tests.conftest import SMALL, Export
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Exports the small model with flags; returns the exit status, the bundle and what was said, in one line."""
+    """Exports the small model with flags; returns the exit status, the bundle and what was said, in
+    one line."""
 
     def export(flags: str) -> tuple[int, Bundle, str]:
         bundle = tmp_path / "bundle"
@@ -38,14 +40,18 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 def test_a_precision_that_the_cpu_lacks_is_not_checked(run: Any) -> None:
     status, bundle, said = run("--precision bf16 --target h100")
     assert status == 0 and "not checked (bf16 does not run on this machine's CPU" in said
-    assert "".join(f"anyflow-validate {bundle.path} --provider cuda".split()) in "".join(said.split())
+    assert "".join(f"anyflow-validate {bundle.path} --provider cuda".split()) in "".join(
+        said.split()
+    )
 
 
 def test_without_a_runtime_nothing_is_checked(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     status, bundle, said = run("")
     assert status == 0 and "not checked (ONNX Runtime cannot be imported" in said
-    assert "".join(f"check them with: anyflow-validate {bundle.path}".split()) in "".join(said.split())
+    assert "".join(f"check them with: anyflow-validate {bundle.path}".split()) in "".join(
+        said.split()
+    )
 
 
 def bf16_product() -> bytes:
@@ -53,22 +59,32 @@ def bf16_product() -> bytes:
     info = onnx.helper.make_tensor_value_info
     kind = onnx.TensorProto.BFLOAT16
     node = onnx.helper.make_node("MatMul", ["a", "a"], ["y"])
-    graph = onnx.helper.make_graph([node], "g", [info("a", kind, [2, 2])], [info("y", kind, [2, 2])])
+    graph = onnx.helper.make_graph(
+        [node], "g", [info("a", kind, [2, 2])], [info("y", kind, [2, 2])]
+    )
     opset = [onnx.helper.make_opsetid("", 20)]
-    return bytes(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9).SerializeToString())
+    return bytes(
+        onnx.helper.make_model(graph, opset_imports=opset, ir_version=9).SerializeToString()
+    )
 
 
-def test_a_runtime_without_a_kernel_checks_nothing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_runtime_without_a_kernel_checks_nothing(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The runtime's own answer to such a graph, from whichever graph of the bundle."""
     genuine = onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda graph, *a, **k: genuine(bf16_product(), *a, **k))
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda graph, *a, **k: genuine(bf16_product(), *a, **k)
+    )
     status, _, said = run("")
     assert status == 0 and "not checked (ONNX Runtime could not open" in said
     assert "--providercuda" in "".join(said.split())
 
 
 def test_a_check_that_fails_is_an_error(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(validation.THRESHOLDS, "fp32", validation.Threshold(0.0, 0.0, "nothing is that close"))
+    monkeypatch.setitem(
+        validation.THRESHOLDS, "fp32", validation.Threshold(0.0, 0.0, "nothing is that close")
+    )
     status, _, said = run("")
     assert status == 1 and "NOT VALID" in said and "not checked" not in said
 
@@ -93,9 +109,13 @@ def test_numbers_that_are_wrong_are_an_error(run: Any, monkeypatch: pytest.Monke
     assert status == 1 and "NOT VALID" in said
 
 
-def test_a_graph_that_the_runtime_refuses_is_an_error(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_the_runtime_refuses_is_an_error(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     genuine = onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda graph, *a, **k: genuine(b"no graph", *a, **k))
+    monkeypatch.setattr(
+        onnxruntime, "InferenceSession", lambda graph, *a, **k: genuine(b"no graph", *a, **k)
+    )
     with pytest.raises(BackendError, match="could not open") as caught:
         run("")
     assert not isinstance(caught.value, UnavailableError)

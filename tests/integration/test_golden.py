@@ -1,4 +1,5 @@
-"""The oracle: what the authors' own code computed, through the exported ONNX in ONNX Runtime, not only the module."""
+"""The oracle: what the authors' own code computed, through the exported ONNX in ONNX Runtime, not
+only the module."""
 
 from __future__ import annotations
 
@@ -21,16 +22,28 @@ from tests.conftest import GOLDEN, Export
 Golden = dict[str, NDArray[np.float32]]
 
 FLOAT32 = 1e-5
-HALF = THRESHOLDS["fp16"].transition if "ANYFLOW_GOLDEN" in os.environ else 5e-4  # 6e-5 was measured on this one
+HALF = (
+    THRESHOLDS["fp16"].transition if "ANYFLOW_GOLDEN" in os.environ else 5e-4
+)  # 6e-5 was measured on this one
 STEPS = (1, 2, 4, 8, 13)
-TIMES = [("timestep", "r_timestep", "velocity"), ("timestep_per_frame", "r_timestep_per_frame", "velocity_per_frame")]
+TIMES = [
+    ("timestep", "r_timestep", "velocity"),
+    ("timestep_per_frame", "r_timestep_per_frame", "velocity_per_frame"),
+]
 BUNDLES = [("fp32", 20, FLOAT32), ("fp32", 23, FLOAT32), ("fp16", 20, HALF), ("fp16", 23, HALF)]
 
 
 @pytest.mark.parametrize(("t", "r", "velocity"), TIMES)
 @pytest.mark.parametrize(("precision", "opset", "limit"), BUNDLES)
 def test_velocities_through_onnx_runtime(
-    golden: Golden, golden_bundle: Export, precision: str, opset: int, limit: float, t: str, r: str, velocity: str
+    golden: Golden,
+    golden_bundle: Export,
+    precision: str,
+    opset: int,
+    limit: float,
+    t: str,
+    r: str,
+    velocity: str,
 ) -> None:
     engine = load_engine(golden_bundle(precision, opset))
     with engine.start(golden["latents"], golden["text"]) as run:
@@ -49,7 +62,9 @@ def test_samples_through_onnx_runtime(
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_schedules(golden: Golden, steps: int) -> None:
-    np.testing.assert_allclose(Schedule.uniform(steps).timesteps, golden[f"schedule_{steps}"], rtol=1e-6)
+    np.testing.assert_allclose(
+        Schedule.uniform(steps).timesteps, golden[f"schedule_{steps}"], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -60,7 +75,9 @@ def test_the_module_itself(golden: Golden, fused: bool) -> None:
     module.load_state_dict(parameters, assign=True)
     for name, value in constants(checkpoint.architecture).items():
         module.get_buffer(name).copy_(value)
-    inputs = [torch.from_numpy(golden[key]) for key in ("latents", "timestep", "r_timestep", "text")]
+    inputs = [
+        torch.from_numpy(golden[key]) for key in ("latents", "timestep", "r_timestep", "text")
+    ]
     with torch.no_grad():
         z_r, velocity = module(*inputs)
     assert difference(velocity.numpy(), golden["velocity"]).relative_l2 < FLOAT32
@@ -87,4 +104,6 @@ def test_the_bundle_runs_as_it_stands(golden: Golden, golden_bundle: Export, ops
     outputs = session.run(["velocity", "z_r"], {name: golden[key] for name, key in feed.items()})
     assert difference(outputs[0], golden["velocity"]).relative_l2 < FLOAT32
     interval = (golden["timestep"] - golden["r_timestep"])[:, :, None, None, None] / 1000
-    np.testing.assert_allclose(outputs[1], golden["latents"] - interval * golden["velocity"], atol=1e-5)
+    np.testing.assert_allclose(
+        outputs[1], golden["latents"] - interval * golden["velocity"], atol=1e-5
+    )

@@ -36,7 +36,9 @@ GUIDANCE, SHIFT = 3.0, 5.0
 
 def network(kind: str, tensors: dict[str, Tensor] | None = None) -> TrainingTransformer:
     weights = open_checkpoint(FOLDER / kind)
-    return build_network(weights.architecture, tensors or {name: weights.read(name) for name in weights.shapes()})
+    return build_network(
+        weights.architecture, tensors or {name: weights.read(name) for name in weights.shapes()}
+    )
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -48,14 +50,21 @@ def frames_first(x: Tensor) -> Tensor:
 
 
 def flow_map(
-    kind: str, case: dict[str, Tensor], plan: ChunkPlan, noise: Tensor, difference: DerivativeConfig, checkpointing: bool = False
+    kind: str,
+    case: dict[str, Tensor],
+    plan: ChunkPlan,
+    noise: Tensor,
+    difference: DerivativeConfig,
+    checkpointing: bool = False,
 ) -> tuple[Tensor, TrainingTransformer]:
     model = network(kind)
     model.set_gradient_checkpointing(checkpointing)
     diffusion = case["is_diffusion"].bool()
     t, r = (1000 * shift_times(case[name], SHIFT) for name in ("t_unshifted", "r_unshifted"))
     negative = case["negative_text"].expand_as(case["text"])
-    pair = NoisePair(frames_first(case["clean_bcthw"])[:, : plan.frames], noise, case["text"], negative)
+    pair = NoisePair(
+        frames_first(case["clean_bcthw"])[:, : plan.frames], noise, case["text"], negative
+    )
     losses = flow_map_losses(model, pair, t, r, plan, GUIDANCE, SHIFT, difference)
     loss = rescale_losses(losses, diffusion, losses.detach()[diffusion].mean()).mean()
     loss.backward()  # type: ignore[no-untyped-call]
@@ -65,7 +74,9 @@ def flow_map(
 def test_flow_map_bidirectional() -> None:
     case = load_file(FOLDER / "training_flow_map_bidirectional.safetensors")
     frames = case["clean_bcthw"].shape[2]
-    loss, model = flow_map("bidirectional", case, ChunkPlan((frames,)), case["noise_btchw"], DerivativeConfig())
+    loss, model = flow_map(
+        "bidirectional", case, ChunkPlan((frames,)), case["noise_btchw"], DerivativeConfig()
+    )
     assert abs(loss.item() / float(case["loss"]) - 1) < LIMIT
     gradients = {name[5:]: value for name, value in case.items() if name.startswith("grad.")}
     assert len(gradients) >= 4
@@ -75,7 +86,8 @@ def test_flow_map_bidirectional() -> None:
 
 @pytest.mark.parametrize("kind", ["bidirectional", "causal"])
 def test_jvp_is_the_limit_of_the_central_difference(kind: str) -> None:
-    """Over a narrow interval: in 10 timesteps the fastest time frequency turns by more than a circle, on random networks too."""
+    """Over a narrow interval: in 10 timesteps the fastest time frequency turns by more than a
+    circle, on random networks too."""
     case = load_file(FOLDER / f"training_flow_map_{kind}.safetensors")
     model = network(kind)
     chunks = (case["clean_bcthw"].shape[2],) if kind == "bidirectional" else (1, 3, 3)
@@ -86,8 +98,19 @@ def test_jvp_is_the_limit_of_the_central_difference(kind: str) -> None:
     with torch.no_grad():
         seen = encode_context(model, x, text, plan)
     exact = derivative(model, x, v, t, r, text, plan, seen, DerivativeConfig("jvp"))
-    assert distance(derivative(model, x, v, t, r, text, plan, seen, DerivativeConfig("central", 0.05)), exact) < 2e-3
-    assert distance(derivative(model, x, v, t, r, text, plan, seen, DerivativeConfig("central", 5.0)), exact) > 2e-2
+    assert (
+        distance(
+            derivative(model, x, v, t, r, text, plan, seen, DerivativeConfig("central", 0.05)),
+            exact,
+        )
+        < 2e-3
+    )
+    assert (
+        distance(
+            derivative(model, x, v, t, r, text, plan, seen, DerivativeConfig("central", 5.0)), exact
+        )
+        > 2e-2
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -96,11 +119,17 @@ def test_flow_map_causal(context: str, checkpointing: bool) -> None:
     case = load_file(FOLDER / "training_flow_map_causal.safetensors")
     lengths = sorted(int(name.split(".")[1]) for name in case if name.startswith("loss."))
     chunks = lengths[0] if context == "short" else lengths[-1]
-    plan = chunk_plan(open_checkpoint(FOLDER / "causal").architecture, case["clean_bcthw"].shape[2]).head(chunks)
-    loss, model = flow_map("causal", case, plan, case[f"noise_btchw.{chunks}"], DerivativeConfig(), checkpointing)
+    plan = chunk_plan(
+        open_checkpoint(FOLDER / "causal").architecture, case["clean_bcthw"].shape[2]
+    ).head(chunks)
+    loss, model = flow_map(
+        "causal", case, plan, case[f"noise_btchw.{chunks}"], DerivativeConfig(), checkpointing
+    )
     assert abs(loss.item() / float(case[f"loss.{chunks}"]) - 1) < LIMIT
     prefix = f"grad.{chunks}."
-    gradients = {name[len(prefix) :]: value for name, value in case.items() if name.startswith(prefix)}
+    gradients = {
+        name[len(prefix) :]: value for name, value in case.items() if name.startswith(prefix)
+    }
     assert len(gradients) >= 4
     assert ("far_patch_embedding.weight" in gradients) == (context == "long")
     for name, value in gradients.items():
@@ -120,7 +149,11 @@ def test_dmd_gradient() -> None:
 
 def rollouts() -> list[tuple[int, int]]:
     names = load_file(FOLDER / "causal" / "golden.safetensors")
-    return [(int(n.split("_")[2]), int(n.split("_")[3])) for n in sorted(names) if n.startswith("shortcut_")]
+    return [
+        (int(n.split("_")[2]), int(n.split("_")[3]))
+        for n in sorted(names)
+        if n.startswith("shortcut_")
+    ]
 
 
 @pytest.mark.parametrize(("steps", "index"), rollouts())
@@ -142,6 +175,8 @@ def test_rollout_of_every_step_is_a_sample() -> None:
         noise = case[f"latents{layout}"]
         noise = frames_first(noise) if layout else noise
         plan = chunk_plan(model.architecture, noise.shape[1])
-        made = rollout(model, noise, case["text"], plan, list(Schedule.uniform(4, SHIFT).transitions))
+        made = rollout(
+            model, noise, case["text"], plan, list(Schedule.uniform(4, SHIFT).transitions)
+        )
         made = made.transpose(1, 2) if layout else made
         assert distance(made, case[f"sample{layout}_4"]) < 1e-5

@@ -20,16 +20,25 @@ def gpu(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     runpy.run_path(str(GPU), run_name="__main__")
 
 
-def test_the_gpu_benchmark_runs_in_small_on_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_gpu_benchmark_runs_in_small_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Every line of it but CUDA's; a backend that cannot run is named and does not end it."""
-    words = "--tiny --device cpu --engines onnxruntime:fp32,tensorrt:fp32 --rounds 1 --repeats 1 --skip-diffusers"
+    words = (
+        "--tiny --device cpu --engines onnxruntime:fp32,tensorrt:fp32 --rounds 1 --repeats 1"
+        " --skip-diffusers"
+    )
     gpu(monkeypatch, *words.split())
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["tokens"] == 3 * 4 * 6 and result["layers"] == 3
     ours = result["whole"]["contestants"]["onnxruntime:fp32"]
     assert ours["step_ms"] > 0 and set(ours["clip_ms"]) == {"1", "2", "4", "8"}
     assert result["whole"]["contestants"]["tensorrt:fp32"]["not_run"]
-    assert 0 < result["causal"]["onnxruntime:fp32"]["first_chunk_ms"] < result["causal"]["onnxruntime:fp32"]["clip_ms"]
+    assert (
+        0
+        < result["causal"]["onnxruntime:fp32"]["first_chunk_ms"]
+        < result["causal"]["onnxruntime:fp32"]["clip_ms"]
+    )
 
 
 def test_fewer_layers_where_minutes_are_short(monkeypatch: pytest.MonkeyPatch) -> None:

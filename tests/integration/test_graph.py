@@ -1,4 +1,5 @@
-"""The exported graph itself: names, types, operators, shapes; and what ONNX Runtime is given in its place."""
+"""The exported graph itself: names, types, operators, shapes; and what ONNX Runtime is given in its
+place."""
 
 from __future__ import annotations
 
@@ -23,10 +24,12 @@ from anyflow_deploy.shape_ranges import Range, narrow_ranges, widest_ranges
 from tests.conftest import SMALL, Export
 
 TENSORRT_10_3 = """
-Add Cast Concat Constant Conv Cos Div Expand Gelu Gemm Identity LayerNormalization MatMul Mul Pow Reciprocal ReduceMean
+Add Cast Concat Constant Conv Cos Div Expand Gelu Gemm Identity LayerNormalization MatMul Mul Pow
+Reciprocal ReduceMean
 Reshape Shape Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub Transpose Unsqueeze
 """
-"""Operators we use that the ONNX parser of TensorRT 10.3 takes in float32 and float16 (from its operator table)."""
+"""Operators we use that the ONNX parser of TensorRT 10.3 takes in float32 and float16 (from its
+operator table)."""
 
 
 def loaded(bundle: Bundle) -> onnx.ModelProto:
@@ -40,7 +43,9 @@ def test_opset_20_is_what_tensorrt_10_3_parses(small_bundle: Export, precision: 
     assert {node.op_type for node in model.graph.node} <= set(TENSORRT_10_3.split())
 
 
-def test_opset_23_has_the_large_operators(small_bundle: Export, small_config: dict[str, int]) -> None:
+def test_opset_23_has_the_large_operators(
+    small_bundle: Export, small_config: dict[str, int]
+) -> None:
     count = Counter(node.op_type for node in loaded(small_bundle("fp32", 23)).graph.node)
     assert count["Attention"] == 2 * small_config["num_layers"]
     assert count["RMSNormalization"] == 4 * small_config["num_layers"]
@@ -58,11 +63,16 @@ def test_every_parameter_keeps_its_name_and_is_stored_once(small_bundle: Export)
     for name in checkpoint.shapes():
         np.testing.assert_array_equal(stored[name], checkpoint.read(name).numpy())
     for tensor in model.graph.initializer:
-        assert {entry.key: entry.value for entry in tensor.external_data}["location"] == "weights.safetensors"
+        assert {entry.key: entry.value for entry in tensor.external_data}[
+            "location"
+        ] == "weights.safetensors"
 
 
 def test_half_precision_is_the_large_layers_only(small_bundle: Export) -> None:
-    kinds = {name: array.dtype for name, array in load_file(small_bundle("fp16", 20).path / "weights.safetensors").items()}
+    kinds = {
+        name: array.dtype
+        for name, array in load_file(small_bundle("fp16", 20).path / "weights.safetensors").items()
+    }
     half = {name for name, kind in kinds.items() if kind == np.float16}
     large = ("attn1.to_", "attn2.to_", "ffn.", "text_embedder.")
     assert half == {name for name in kinds if any(part in name for part in large)}
@@ -79,12 +89,19 @@ def test_the_achieved_precision_is_counted_from_the_graph(small_bundle: Export) 
 
 def test_modulation_is_never_expanded_to_tokens(small_bundle: Export) -> None:
     nodes = loaded(small_bundle("fp32", 20)).graph.node
-    assert not [n.name for n in nodes if n.op_type in {"Expand", "Tile"} and n.name.startswith("blocks")]
+    assert not [
+        n.name for n in nodes if n.op_type in {"Expand", "Tile"} and n.name.startswith("blocks")
+    ]
 
 
 def test_the_graph_says_nothing_about_the_machine_it_was_made_on(small_bundle: Export) -> None:
     data = (small_bundle("fp32", 20).path / "transition.onnx").read_bytes()
-    assert b"site-packages" not in data and b".py" not in data and b"/root" not in data and b"/home" not in data
+    assert (
+        b"site-packages" not in data
+        and b".py" not in data
+        and b"/root" not in data
+        and b"/home" not in data
+    )
 
 
 def test_nodes_are_named_after_their_modules(small_bundle: Export) -> None:
@@ -93,14 +110,19 @@ def test_nodes_are_named_after_their_modules(small_bundle: Export) -> None:
 
 
 @pytest.mark.parametrize("opset", [20, 23])
-def test_every_attention_is_fused_for_onnx_runtime(small_bundle: Export, small_config: dict[str, int], opset: int) -> None:
+def test_every_attention_is_fused_for_onnx_runtime(
+    small_bundle: Export, small_config: dict[str, int], opset: int
+) -> None:
     model = loaded(small_bundle("fp32", opset))
-    assert fuse_attention(model, small_config["num_attention_heads"]) == 2 * small_config["num_layers"]
+    assert (
+        fuse_attention(model, small_config["num_attention_heads"]) == 2 * small_config["num_layers"]
+    )
     assert not [n for n in model.graph.node if n.op_type in {"Softmax", "Attention"}]
 
 
 @pytest.mark.parametrize(
-    ("batch", "frames", "height", "width", "text"), [(1, 1, 2, 2, 1), (1, 5, 4, 16, 3), (3, 2, 6, 2, 12), (2, 1, 20, 8, 2)]
+    ("batch", "frames", "height", "width", "text"),
+    [(1, 1, 2, 2, 1), (1, 5, 4, 16, 3), (3, 2, 6, 2, 12), (2, 1, 20, 8, 2)],
 )
 @pytest.mark.parametrize("opset", [20, 23])
 def test_every_axis_is_dynamic(
@@ -108,7 +130,10 @@ def test_every_axis_is_dynamic(
 ) -> None:
     bundle = small_bundle("fp32", opset)
     a = bundle.manifest.architecture
-    latents, words = noise((batch, frames, a.in_channels, height, width), 3), noise((batch, text, a.text_dim), 4)
+    latents, words = (
+        noise((batch, frames, a.in_channels, height, width), 3),
+        noise((batch, text, a.text_dim), 4),
+    )
     velocities = []
     for engine in (load_engine(bundle), DiffusersEngine(open_checkpoint(SMALL))):
         with engine.start(latents, words) as run:
@@ -117,7 +142,13 @@ def test_every_axis_is_dynamic(
 
 
 @pytest.mark.parametrize(
-    "changes", [{"deltatime_type": "t-r"}, {"cross_attn_norm": False}, {"gate_value": 0.6}, {"patch_size": (1, 4, 4)}]
+    "changes",
+    [
+        {"deltatime_type": "t-r"},
+        {"cross_attn_norm": False},
+        {"gate_value": 0.6},
+        {"patch_size": (1, 4, 4)},
+    ],
 )
 def test_variants_of_the_architecture_agree_with_diffusers(changes: dict[str, object]) -> None:
     architecture = dataclasses.replace(MODELS["tiny"].architecture, num_layers=1, **changes)

@@ -1,7 +1,7 @@
 """The TensorRT lint: a small bad model for every rule, the bundles we export, and the command.
 
-`CASES` is the list of bad models. A test takes each rule away in turn and expects some case to go unnoticed, so a rule
-without a model of its own fails here.
+`CASES` is the list of bad models. A test takes each rule away in turn and expects some case to go
+unnoticed, so a rule without a model of its own fails here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,13 @@ from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines.tensorrt.lint import lint as tensorrt_lint
 from anyflow_deploy.engines.tensorrt.lint import model_rules, node_rules, qdq_rules
 from anyflow_deploy.engines.tensorrt.lint.lint import Finding, lint, lint_bundle
-from anyflow_deploy.engines.tensorrt.lint.operators import OPERATORS, accepted_types, first_version, max_opset, version_from_text
+from anyflow_deploy.engines.tensorrt.lint.operators import (
+    OPERATORS,
+    accepted_types,
+    first_version,
+    max_opset,
+    version_from_text,
+)
 from tests.conftest import SMALL, Export
 
 F = ["n", 4]
@@ -37,7 +43,9 @@ Kinds = dict[str, tuple[int, Sequence[int | str] | None]]
 
 
 def tensor(name: str, kind: int, values: Any, shape: Sequence[int] = ()) -> onnx.TensorProto:
-    return helper.make_tensor(name, kind, list(shape), values if isinstance(values, list) else [values])
+    return helper.make_tensor(
+        name, kind, list(shape), values if isinstance(values, list) else [values]
+    )
 
 
 def model(
@@ -47,10 +55,14 @@ def model(
     opset: int = 20,
     outputs: Kinds | None = None,
 ) -> onnx.ModelProto:
-    """A model from nodes; x is float (n, 4) where nothing else is said, and y the last node's result."""
+    """A model from nodes; x is float (n, 4) where nothing else is said, and y the last node's
+    result."""
     ins = inputs or {"x": (T.FLOAT, F)}
     outs = outputs or {nodes[-1].output[0]: (0, None)}
-    values = [[helper.make_tensor_value_info(n, k, s) for n, (k, s) in side.items()] for side in (ins, outs)]
+    values = [
+        [helper.make_tensor_value_info(n, k, s) for n, (k, s) in side.items()]
+        for side in (ins, outs)
+    ]
     graph = helper.make_graph(nodes, "g", values[0], values[1], list(weights))
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
@@ -61,7 +73,9 @@ def node(op: str, inputs: str, outputs: str = "y", **attributes: Any) -> onnx.No
     return helper.make_node(op, *names, name=f"the/{op}", **attributes)
 
 
-def one(op: str, inputs: str = "x", outputs: str = "y", kinds: Kinds | None = None, **rest: Any) -> onnx.ModelProto:
+def one(
+    op: str, inputs: str = "x", outputs: str = "y", kinds: Kinds | None = None, **rest: Any
+) -> onnx.ModelProto:
     """A model of one node."""
     weights, opset = rest.pop("weights", ()), rest.pop("opset", 20)
     return model([node(op, inputs, outputs, **rest)], kinds, weights, opset)
@@ -71,15 +85,27 @@ HEADS = {name: (T.FLOAT, ["b", 2, "n", 8]) for name in ("q", "k", "v")}
 ONE = tensor("s", T.FLOAT, 0.1)
 
 
-def attention(inputs: str = "q k v", outputs: str = "y", kinds: Kinds | None = None, **rest: Any) -> onnx.ModelProto:
-    return one("Attention", inputs, outputs, kinds or dict(HEADS), opset=rest.pop("opset", 23), **rest)
+def attention(
+    inputs: str = "q k v", outputs: str = "y", kinds: Kinds | None = None, **rest: Any
+) -> onnx.ModelProto:
+    return one(
+        "Attention", inputs, outputs, kinds or dict(HEADS), opset=rest.pop("opset", 23), **rest
+    )
 
 
-def quantized(kind: int = T.INT8, zero: Any = 0, *, scale: Any = 0.1, **rest: Any) -> onnx.ModelProto:
+def quantized(
+    kind: int = T.INT8, zero: Any = 0, *, scale: Any = 0.1, **rest: Any
+) -> onnx.ModelProto:
     """x through Q and DQ."""
     size = [len(scale)] if isinstance(scale, list) else []
-    weights = [tensor("s", T.FLOAT, scale, size), tensor("z", kind, zero, [len(zero)] if isinstance(zero, list) else [])]
-    nodes = [node("QuantizeLinear", "x s z", "q", **rest), node("DequantizeLinear", "q s z", **rest)]
+    weights = [
+        tensor("s", T.FLOAT, scale, size),
+        tensor("z", kind, zero, [len(zero)] if isinstance(zero, list) else []),
+    ]
+    nodes = [
+        node("QuantizeLinear", "x s z", "q", **rest),
+        node("DequantizeLinear", "q s z", **rest),
+    ]
     return model(nodes, {"x": (T.FLOAT, [3, 4])}, weights, 21)
 
 
@@ -91,26 +117,39 @@ def weight(kind: int, shape: Sequence[int], scales: Sequence[int], **rest: Any) 
     for length in scales:
         many *= length
     weights = [
-        tensor("w", kind, [0] * count, shape), tensor("s", T.FLOAT, [0.5] * many, scales), tensor("z", kind, [0] * many, scales),
+        tensor("w", kind, [0] * count, shape), tensor("s", T.FLOAT, [0.5] * many, scales),
+        tensor("z", kind, [0] * many, scales),
     ]  # fmt: skip
     return model([node("DequantizeLinear", "w s z", **rest)], weights=weights, opset=21)
 
 
 def branch(name: str, shape: Sequence[int]) -> onnx.GraphProto:
     made = node("Constant", "", name, value=tensor(name, T.FLOAT, [0.0, 0.0], shape))
-    return helper.make_graph([made], name, [], [helper.make_tensor_value_info(name, T.FLOAT, shape)])
+    return helper.make_graph(
+        [made], name, [], [helper.make_tensor_value_info(name, T.FLOAT, shape)]
+    )
 
 
 def collecting_loop() -> onnx.ModelProto:
-    turn, go = helper.make_tensor_value_info("i", T.INT64, []), helper.make_tensor_value_info("go", T.BOOL, [])
+    turn, go = (
+        helper.make_tensor_value_info("i", T.INT64, []),
+        helper.make_tensor_value_info("go", T.BOOL, []),
+    )
     nodes = [node("Identity", "go", "on"), node("Cast", "i", "item", to=T.FLOAT)]
-    outs = [helper.make_tensor_value_info("on", T.BOOL, []), helper.make_tensor_value_info("item", T.FLOAT, [])]
+    outs = [
+        helper.make_tensor_value_info("on", T.BOOL, []),
+        helper.make_tensor_value_info("item", T.FLOAT, []),
+    ]
     body = helper.make_graph(nodes, "body", [turn, go], outs)
-    return model([node("Loop", "count yes", body=body)], {"count": (T.INT64, []), "yes": (T.BOOL, [])})
+    return model(
+        [node("Loop", "count yes", body=body)], {"count": (T.INT64, []), "yes": (T.BOOL, [])}
+    )
 
 
 def foreign() -> onnx.ModelProto:
-    made = model([node("MultiHeadAttention", "x x x", domain="com.microsoft")], outputs={"y": (T.FLOAT, F)})
+    made = model(
+        [node("MultiHeadAttention", "x x x", domain="com.microsoft")], outputs={"y": (T.FLOAT, F)}
+    )
     made.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return made
 
@@ -150,42 +189,58 @@ class Case:
 
 CASES = {
     "unsupported": Case("operator", one("Unique"), "no TensorRT known here reads"),
-    "too new: Attention": Case("operator", attention(), "from TensorRT 10.14", "--opset 20", (OLD,)),
+    "too new: Attention": Case("operator", attention(), "from TensorRT 10.14", "--opset 20", (OLD,
+    )),
     "too new: RMSNormalization": Case(
-        "operator", one("RMSNormalization", "x w", weights=[tensor("w", T.FLOAT, [1.0] * 4, [4])], opset=23),
+        "operator", one("RMSNormalization", "x w", weights=[tensor("w", T.FLOAT, [1.0] * 4, [4])],
+        opset=23),
         "from TensorRT 10.15", "--opset 20", (OLD, "10.14"), (OLD, "10.14", "10.15"),
     ),
     "too new: RotaryEmbedding": Case(
-        "operator", one("RotaryEmbedding", "q c c p", kinds={**HEADS, "c": (T.FLOAT, [9, 4]), "p": (T.INT64, [1, 9])}, opset=23),
+        "operator", one("RotaryEmbedding", "q c c p", kinds={**HEADS, "c": (T.FLOAT, [9, 4]),
+        "p": (T.INT64, [1, 9])}, opset=23),
         "from TensorRT 10.15", "--opset 20", (OLD,),
     ),
-    "type": Case("type", one("Sin", kinds={"x": (T.INT64, F)}, outputs="y"), "'x' is INT64; allowed are FLOAT,", "cast"),
+    "type": Case("type", one("Sin", kinds={"x": (T.INT64, F)}, outputs="y"),
+    "'x' is INT64; allowed are FLOAT,", "cast"),
     "type: bool sum": Case("type", one("Mul", "x x", kinds={"x": (T.BOOL, F)}), "'x' is BOOL"),
     "type: FP8 constant": Case(
-        "type", one("Constant", "", value=tensor("v", T.FLOAT8E4M3FN, 0.0)), "FLOAT8E4M3FN", "initializer", (OLD,)
+        "type", one("Constant", "", value=tensor("v", T.FLOAT8E4M3FN, 0.0)), "FLOAT8E4M3FN",
+        "initializer", (OLD,)
     ),
-    "type: quantized product": Case("type", one("Transpose", kinds={"x": (T.INT8, [2, 4])}), "'x' is INT8", "between Q and DQ"),
-    "double": Case("tensor-type", one("Sin", kinds={"x": (T.DOUBLE, F)}), "'x' is DOUBLE", "cast to float32"),
-    "complex": Case("tensor-type", one("Mul", "x x", kinds={"x": (T.COMPLEX128, F)}), "COMPLEX128", "real float32"),
+    "type: quantized product": Case("type", one("Transpose", kinds={"x": (T.INT8, [2, 4])}),
+    "'x' is INT8", "between Q and DQ"),
+    "double": Case("tensor-type", one("Sin", kinds={"x": (T.DOUBLE, F)}), "'x' is DOUBLE",
+    "cast to float32"),
+    "complex": Case("tensor-type", one("Mul", "x x", kinds={"x": (T.COMPLEX128, F)}), "COMPLEX128",
+    "real float32"),
     "uint16": Case("tensor-type", one("Cast", to=T.UINT16), "'y' is UINT16", "int64"),
-    "opset": Case("opset", one("Sin", opset=23), "opset 23; TensorRT 10.3 reads 9 to 20", "--opset 20", (OLD,)),
-    "opset of tomorrow": Case("opset", one("Sin", opset=25), "opset 25; TensorRT 11.4", "--opset 23", (NEW,), (NEW, "11.5")),
+    "opset": Case("opset", one("Sin", opset=23), "opset 23; TensorRT 10.3 reads 9 to 20",
+    "--opset 20", (OLD,)),
+    "opset of tomorrow": Case("opset", one("Sin", opset=25), "opset 25; TensorRT 11.4",
+    "--opset 23", (NEW,), (NEW, "11.5")),
     "old opset": Case("opset", one("Sin", opset=8), "opset 8", "--opset 20"),
     "layer norm's mean": Case(
-        "outputs", one("LayerNormalization", "x w", "y mean", weights=[tensor("w", T.FLOAT, [1.0] * 4, [4])]), "2 outputs"
+        "outputs", one("LayerNormalization", "x w", "y mean", weights=[tensor("w", T.FLOAT,
+        [1.0] * 4, [4])]), "2 outputs"
     ),
-    "attention: present": Case("attention", attention("q k v - pk pv", "y a b", PAST), "more than one", "", (NEW,), (NEW,)),
-    "attention: past": Case("attention", attention("q k v - pk pv", kinds=PAST), "past_key is not", "", (NEW,), (NEW,)),
+    "attention: present": Case("attention", attention("q k v - pk pv", "y a b", PAST),
+    "more than one", "", (NEW,), (NEW,)),
+    "attention: past": Case("attention", attention("q k v - pk pv", kinds=PAST), "past_key is not",
+    "", (NEW,), (NEW,)),
     "attention: key lengths": Case(
-        "attention", attention("q k v - - - l", kinds={**HEADS, "l": (T.INT64, ["b"])}, opset=24), "nonpad_kv_seqlen",
+        "attention", attention("q k v - - - l", kinds={**HEADS, "l": (T.INT64, ["b"])}, opset=24),
+        "nonpad_kv_seqlen",
         "", (NEW,), (NEW,),
     ),
     "attention: softcap": Case("attention", attention(softcap=5.0), "softcap", "", (NEW,), (NEW,)),
     "attention: three axes": Case(
-        "attention", attention(kinds=dict(FLAT), q_num_heads=2, kv_num_heads=2), "four dimensions", "Reshape", ("10.15",),
+        "attention", attention(kinds=dict(FLAT), q_num_heads=2, kv_num_heads=2), "four dimensions",
+        "Reshape", ("10.15",),
         ("10.15", NEW),
     ),
-    "computed axes": Case("constant", one("ReduceMean", "x a", kinds=AXES), "axes 'a' is computed", "initializer"),
+    "computed axes": Case("constant", one("ReduceMean", "x a", kinds=AXES), "axes 'a' is computed",
+    "initializer"),
     "reshaped axes": Case(
         "constant",
         model(
@@ -195,7 +250,8 @@ CASES = {
         "axes 'a' is computed",
     ),
     "computed slice axes": Case(
-        "constant", one("Slice", "x a a a", kinds=AXES), "axes 'a'", "TensorRT 10.3", ("10.1",), ("10.1", OLD)
+        "constant", one("Slice", "x a a a", kinds=AXES), "axes 'a'", "TensorRT 10.3", ("10.1",),
+        ("10.1", OLD)
     ),
     "computed bias": Case(
         "constant",
@@ -205,43 +261,58 @@ CASES = {
     ),
     "squeeze": Case("squeeze", one("Squeeze"), "shape is not fixed", "axes", BOTH, (*BOTH, "11.5")),
     "attribute": Case(
-        "attribute", one("ScatterND", "x a u", kinds={"x": (T.FLOAT, [4]), "a": (T.INT64, [1, 1]), "u": (T.FLOAT, [1])},
+        "attribute", one("ScatterND", "x a u", kinds={"x": (T.FLOAT, [4]), "a": (T.INT64, [1, 1]),
+        "u": (T.FLOAT, [1])},
                          reduction="add"), "reduction is not supported"
     ),
     "dilations": Case(
-        "attribute", one("MaxPool", "i", kinds={"i": (T.FLOAT, [1, 1, 8, 8])}, kernel_shape=[2, 2], dilations=[2, 1]), "dilations"
+        "attribute", one("MaxPool", "i", kinds={"i": (T.FLOAT, [1, 1, 8, 8])}, kernel_shape=[2, 2],
+        dilations=[2, 1]), "dilations"
     ),
     "limit": Case("limit", one("TopK", "x big", "y i", weights=[BIG]), "K is 5000"),
     "large axes": Case("limit", one("Unsqueeze", "x a", weights=[WRONG_AXES]), "more than 32 bits"),
-    "shape from values": Case("data-dependent", one("Reshape", "x a", kinds=AXES), "values of input 'a'", "Shape"),
+    "shape from values": Case("data-dependent", one("Reshape", "x a", kinds=AXES),
+    "values of input 'a'", "Shape"),
     "nonzero": Case("data-dependent", one("NonZero"), "hangs on values"),
     "loop": Case("loop", collecting_loop(), "number of turns", "trip count"),
     "branch": Case("branch", branches(), r"ranks \[2\] and \[1\]"),
     "domain": Case("domain", foreign(), "'com.microsoft'"),
     "unnamed axis": Case("axis", one("Sin", kinds={"x": (T.FLOAT, [None, 4])}), "has no name"),  # type: ignore[list-item]
-    "parent folder": Case("weights", outside("../weights.bin"), "leaves the bundle's folder", "export again"),
+    "parent folder": Case("weights", outside("../weights.bin"), "leaves the bundle's folder",
+    "export again"),
     "absolute": Case("weights", outside("/weights.bin"), "leaves the bundle's folder"),
-    "absolute on Windows": Case("weights", outside("C:\\weights.bin"), "leaves the bundle's folder"),
+    "absolute on Windows": Case("weights", outside("C:\\weights.bin"),
+    "leaves the bundle's folder"),
     "nobody's weight": Case("weights", one("Add", "x w"), "'w', which nothing makes"),
     "unknown": Case("unknown", one("Add", "x w"), "cannot be inferred"),
-    "zero point": Case("quantization", quantized(zero=3), "zero point 'z' is not 0", "symmetrically"),
+    "zero point": Case("quantization", quantized(zero=3), "zero point 'z' is not 0",
+    "symmetrically"),
     "uint8": Case("quantization", quantized(T.UINT8), "quantizes to UINT8", "INT8"),
-    "E5M2": Case("quantization", quantized(T.FLOAT8E5M2, 0.0), "quantizes to FLOAT8E5M2", "FP8 E4M3"),
-    "FP4": Case("quantization", weight(T.FLOAT4E2M1, [2, 2], [], axis=0), "quantizes to FLOAT4E2M1", "", (OLD,)),
-    "no zero point": Case("quantization", one("QuantizeLinear", "x s", weights=[ONE]), "ONNX means UINT8", "zero point of 0"),
+    "E5M2": Case("quantization", quantized(T.FLOAT8E5M2, 0.0), "quantizes to FLOAT8E5M2",
+    "FP8 E4M3"),
+    "FP4": Case("quantization", weight(T.FLOAT4E2M1, [2, 2], [], axis=0), "quantizes to FLOAT4E2M1",
+    "", (OLD,)),
+    "no zero point": Case("quantization", one("QuantizeLinear", "x s", weights=[ONE]),
+    "ONNX means UINT8", "zero point of 0"),
     "negative scale": Case("quantization", quantized(scale=-0.1), "not positive"),
     "scale of zero": Case("quantization", quantized(scale=0.0), "not positive", "channel of zeros"),
     "computed scale": Case(
         "quantization",
-        one("QuantizeLinear", "x t z", kinds={"x": (T.FLOAT, F), "t": (T.FLOAT, [])}, weights=[tensor("z", T.INT8, 0)]),
+        one("QuantizeLinear", "x t z", kinds={"x": (T.FLOAT, F), "t": (T.FLOAT, [])},
+        weights=[tensor("z", T.INT8, 0)]),
         "scale 't' is computed",
     ),
     "zero points": Case("quantization", quantized(zero=[0, 0]), "2 zero points and 1 scales"),
-    "axis": Case("quantization", weight(T.INT8, [2, 4], [2], axis=1), "2 scales for 4 channels of axis 1"),
-    "no such axis": Case("quantization", weight(T.INT8, [2, 4], [2], axis=2), "axis 2 of a tensor with 2"),
-    "no axis": Case("quantization", weight(T.INT8, [4, 4], [4]), "without an axis", "write the axis"),
-    "scale's rank": Case("quantization", weight(T.INT8, [2, 2, 2], [2, 2], axis=0), "2 dimensions, the data 3"),
-    "channels of activations": Case("quantization", quantized(zero=[0] * 4, scale=[0.1] * 4, axis=1), "an activation has"),
+    "axis": Case("quantization", weight(T.INT8, [2, 4], [2], axis=1),
+    "2 scales for 4 channels of axis 1"),
+    "no such axis": Case("quantization", weight(T.INT8, [2, 4], [2], axis=2),
+    "axis 2 of a tensor with 2"),
+    "no axis": Case("quantization", weight(T.INT8, [4, 4], [4]), "without an axis",
+    "write the axis"),
+    "scale's rank": Case("quantization", weight(T.INT8, [2, 2, 2], [2, 2], axis=0),
+    "2 dimensions, the data 3"),
+    "channels of activations": Case("quantization", quantized(zero=[0] * 4, scale=[0.1] * 4,
+    axis=1), "an activation has"),
     "odd INT4": Case("quantization", weight(T.INT4, [2, 3], [], axis=0), "odd last axis"),
 }  # fmt: skip
 
@@ -273,7 +344,16 @@ def test_no_rule_for_nodes_is_idle(rule: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "rule", ["opset", "foreign_operators", "missing_tensors", "tensor_types", "unknown_types", "dynamic_axes", "weights"]
+    "rule",
+    [
+        "opset",
+        "foreign_operators",
+        "missing_tensors",
+        "tensor_types",
+        "unknown_types",
+        "dynamic_axes",
+        "weights",
+    ],
 )
 def test_no_rule_for_graphs_is_idle(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {name: lint(case.model, case.asked) for name, case in CASES.items()}
@@ -287,7 +367,11 @@ GOOD = {
     "negative axis": weight(T.INT8, [2, 4], [4], axis=-1),
     "FP8": quantized(T.FLOAT8E4M3FN, 0.0),
     "INT4 in blocks": weight(T.INT4, [4, 4], [2, 4], axis=0, block_size=2),
-    "end of a slice": one("Slice", "x a b a", weights=[tensor("a", T.INT64, [0], [1]), tensor("b", T.INT64, [2**63 - 1], [1])]),
+    "end of a slice": one(
+        "Slice",
+        "x a b a",
+        weights=[tensor("a", T.INT64, [0], [1]), tensor("b", T.INT64, [2**63 - 1], [1])],
+    ),
     "squeeze of a fixed shape": one("Squeeze", kinds={"x": (T.FLOAT, [1, 4])}),
     "attention": attention(),
 }
@@ -298,7 +382,9 @@ def test_good_models_are_clean(name: str) -> None:
     newest = GOOD[name].opset_import[0].version
     for version in (OLD, "10.16", NEW):
         found = lint(GOOD[name], [version])
-        assert [f for f in found if f.rule != "opset"] == [] or newest > max_opset(version_from_text(version)), found
+        assert [f for f in found if f.rule != "opset"] == [] or newest > max_opset(
+            version_from_text(version)
+        ), found
 
 
 @pytest.mark.parametrize("opset", [20, 21])
@@ -313,7 +399,10 @@ def test_quantized_graphs_are_clean_where_their_opset_is_read(kind: int, opset: 
 def test_a_declared_range_makes_an_axis_good() -> None:
     made = one("Sin")
     assert lint(made, axes=["n"]) == []
-    assert "axis 'n' of input 'x' has no declared range (known: batch)" in lint(made, axes=["batch"])[0].problem
+    assert (
+        "axis 'n' of input 'x' has no declared range (known: batch)"
+        in lint(made, axes=["batch"])[0].problem
+    )
 
 
 def test_nodes_of_subgraphs_are_looked_at() -> None:
@@ -327,7 +416,11 @@ def test_a_local_function_is_no_foreign_operator() -> None:
     made = foreign()
     body = [helper.make_node("Identity", ["q"], ["out"])]
     imports = [helper.make_opsetid("", 20)]
-    made.functions.append(helper.make_function("com.microsoft", "MultiHeadAttention", ["q", "k", "v"], ["out"], body, imports))
+    made.functions.append(
+        helper.make_function(
+            "com.microsoft", "MultiHeadAttention", ["q", "k", "v"], ["out"], body, imports
+        )
+    )
     assert not [f for f in lint(made) if f.rule == "domain"]
 
 
@@ -356,7 +449,9 @@ EXPORTS = [("fp32", 20), ("fp16", 20), ("bf16", 20), ("fp32", 23), ("fp16", 23),
 
 
 @pytest.mark.parametrize(("precision", "opset"), EXPORTS)
-def test_what_we_export_is_clean_where_its_opset_is_read(small_bundle: Export, precision: str, opset: int) -> None:
+def test_what_we_export_is_clean_where_its_opset_is_read(
+    small_bundle: Export, precision: str, opset: int
+) -> None:
     bundle = small_bundle(precision, opset, "h100" if precision == "bf16" else "cpu")
     assert lint_bundle(bundle, ["10.15", NEW]) == []
     for_jetpack = lint_bundle(bundle, [OLD])
@@ -398,23 +493,41 @@ def test_weights_that_are_not_where_they_should_be(copied: Path) -> None:
         entry(stored, "location").value = "other.safetensors"
 
     assert relinted(copied, lambda stored: None) == []
-    for change, words in ((moved, "holds that weight at"), (beyond, "which has"), (elsewhere, "cannot be read")):
+    for change, words in (
+        (moved, "holds that weight at"),
+        (beyond, "which has"),
+        (elsewhere, "cannot be read"),
+    ):
         hits = relinted(copied, change)
         assert [f.rule for f in hits] == ["weights"] and words in hits[0].problem
-    name = onnx.load(str(copied / "transition.onnx"), load_external_data=False).graph.initializer[0].name
+    name = (
+        onnx.load(str(copied / "transition.onnx"), load_external_data=False)
+        .graph.initializer[0]
+        .name
+    )
     data = (copied / "weights.safetensors").read_bytes()
-    (copied / "weights.safetensors").write_bytes(data.replace(f'"{name}"'.encode(), f'"{name[:-1]}?"'.encode(), 1))
+    (copied / "weights.safetensors").write_bytes(
+        data.replace(f'"{name}"'.encode(), f'"{name[:-1]}?"'.encode(), 1)
+    )
     assert "holds no weight of that name" in relinted(copied, lambda stored: None)[0].problem
 
 
 def test_scales_are_read_from_the_weights_file(tmp_path: Path) -> None:
     made = quantized(scale=-0.5)
-    onnx.save_model(made, str(tmp_path / "m.onnx"), save_as_external_data=True, location="w.bin", size_threshold=0)
+    onnx.save_model(
+        made,
+        str(tmp_path / "m.onnx"),
+        save_as_external_data=True,
+        location="w.bin",
+        size_threshold=0,
+    )
     stored = onnx.load(str(tmp_path / "m.onnx"), load_external_data=False)
     assert any("not positive" in f.problem for f in lint(stored, folder=tmp_path))
 
 
-def test_the_command_says_clean_or_not(small_bundle: Export, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_clean_or_not(
+    small_bundle: Export, capsys: pytest.CaptureFixture[str]
+) -> None:
     clean, newer = small_bundle("fp32", 20), small_bundle("fp32", 23)
     assert inspect(InspectOptions(bundle=clean.path, lint=True)) == 0
     assert "TensorRT 10.3, 11.4: nothing found" in capsys.readouterr().out
@@ -425,10 +538,14 @@ def test_the_command_says_clean_or_not(small_bundle: Export, capsys: pytest.Capt
     assert inspect(InspectOptions(bundle=newer.path, lint=True, json=True)) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert findings[0] == {
-        "rule": "opset", "graph": "transition.onnx", "node": "", "operator": "", "versions": ["10.3"],
+        "rule": "opset", "graph": "transition.onnx", "node": "", "operator": "",
+        "versions": ["10.3"],
         "problem": "opset 23; TensorRT 10.3 reads 9 to 20", "remedy": "export with --opset 20",
     }  # fmt: skip
-    assert all(f["node"] for f in findings[1:]) and {f["operator"] for f in findings[1:]} == {"Attention", "RMSNormalization"}
+    assert all(f["node"] for f in findings[1:]) and {f["operator"] for f in findings[1:]} == {
+        "Attention",
+        "RMSNormalization",
+    }
 
 
 def test_the_flags_refuse_nonsense() -> None:
@@ -439,7 +556,10 @@ def test_the_flags_refuse_nonsense() -> None:
     ):
         with pytest.raises(AnyFlowError, match=message):
             parse_options(InspectOptions, words)
-    assert parse_options(InspectOptions, ["b", "--lint", "--tensorrt", "10.3,11.4"]).tensorrt == (OLD, NEW)
+    assert parse_options(InspectOptions, ["b", "--lint", "--tensorrt", "10.3,11.4"]).tensorrt == (
+        OLD,
+        NEW,
+    )
 
 
 def test_a_damaged_graph_is_a_bundle_error(copied: Path) -> None:
@@ -454,7 +574,9 @@ def test_an_export_warns_about_its_target(
     small_bundle: Export, capsys: pytest.CaptureFixture[str], target: str, warned: bool
 ) -> None:
     bundle = small_bundle("fp32", 23)
-    for_target = Bundle(bundle.path, bundle.manifest.model_copy(update={"target": target}), bundle.digest)
+    for_target = Bundle(
+        bundle.path, bundle.manifest.model_copy(update={"target": target}), bundle.digest
+    )
     shown.warn_about_tensorrt(for_target)
     assert ("warning: transition.onnx: opset 23" in capsys.readouterr().err) == warned
 

@@ -1,4 +1,5 @@
-"""Memory before work: the parameters are the real ones, the sums are the parts, the advice holds."""
+"""Memory before work: the parameters are the real ones, the sums are the parts, the advice
+holds."""
 
 from __future__ import annotations
 
@@ -52,12 +53,18 @@ def made(a: Architecture) -> dict[str, tuple[int, ...]]:
 def test_parameters_are_those_of_the_network(model: str) -> None:
     a = MODELS[model].architecture
     assert parameter_shapes(a) == made(a)
-    assert sum(count_parameters(a).values()) == sum(math.prod(s) for s in parameter_shapes(a).values())
+    assert sum(count_parameters(a).values()) == sum(
+        math.prod(s) for s in parameter_shapes(a).values()
+    )
 
 
 def test_parameters_follow_the_variants_of_the_architecture() -> None:
     a = dataclasses.replace(
-        MODELS["tiny"].architecture, cross_attn_norm=False, patch_size=(1, 4, 4), in_channels=8, out_channels=8
+        MODELS["tiny"].architecture,
+        cross_attn_norm=False,
+        patch_size=(1, 4, 4),
+        in_channels=8,
+        out_channels=8,
     )
     assert parameter_shapes(a) == made(a)
 
@@ -75,12 +82,16 @@ def test_kinds_are_the_types_the_network_stores(model: str, precision: str) -> N
     with torch.device("meta"):
         network = (ChunkTransition if a.causal else FlowMapTransformer)(a, wanted)
     for name, parameter in network.named_parameters():
-        assert parameter.dtype == (torch.float32 if storage_kind(name) == "float32" else wanted), name
+        assert parameter.dtype == (torch.float32 if storage_kind(name) == "float32" else wanted), (
+            name
+        )
 
 
 def test_weights_are_the_bytes_of_a_bundle(tiny_bundle: Bundle) -> None:
     stored = sum(tiny_bundle.manifest.achieved.weight_bytes.values())
-    assert weight_bytes(MODELS["tiny"].architecture, "fp32", H100) == pytest.approx(stored, rel=0.05)
+    assert weight_bytes(MODELS["tiny"].architecture, "fp32", H100) == pytest.approx(
+        stored, rel=0.05
+    )
 
 
 def test_eight_bits_shrink_the_blocks_only() -> None:
@@ -117,7 +128,9 @@ def test_activations_are_near_what_was_measured_and_not_below(
 @pytest.mark.parametrize("model", ["1.3b", "14b", "far-14b"])
 def test_more_video_needs_more(model: str, precision: str) -> None:
     a = MODELS[model].architecture
-    small, large = (estimate_memory(a, precision, H100, LatentShape(frames, 60, 104)) for frames in (9, 21))
+    small, large = (
+        estimate_memory(a, precision, H100, LatentShape(frames, 60, 104)) for frames in (9, 21)
+    )
     assert small.total < large.total
     assert small.weights == large.weights
     assert large.total == large.weights + large.activations + large.cache + large.workspace
@@ -126,7 +139,10 @@ def test_more_video_needs_more(model: str, precision: str) -> None:
 
 def test_a_causal_model_counts_its_cache_and_a_window_shrinks_it() -> None:
     a, shape = MODELS["far-14b"].architecture, LatentShape(101, 60, 104)
-    whole, window = estimate_memory(a, "fp16", H100, shape), estimate_memory(a, "fp16", H100, shape, window=2)
+    whole, window = (
+        estimate_memory(a, "fp16", H100, shape),
+        estimate_memory(a, "fp16", H100, shape, window=2),
+    )
     assert 0 < window.cache < whole.cache
     assert estimate_memory(MODELS["14b"].architecture, "fp16", H100, shape).cache == 0
 
@@ -135,7 +151,11 @@ def test_shapes_are_read_and_refused() -> None:
     a = MODELS["14b"].architecture
     assert shape_from_pixels("480x832x81", a) == LatentShape(21, 60, 104) == default_shape("14b")
     assert str(LatentShape(21, 60, 104)) == "480x832x81"
-    for text, message in (("480x832", "HEIGHTxWIDTHxFRAMES"), ("480x832x80", "nearest is 81"), ("481x832x81", "multiples of 16")):
+    for text, message in (
+        ("480x832", "HEIGHTxWIDTHxFRAMES"),
+        ("480x832x80", "nearest is 81"),
+        ("481x832x81", "multiples of 16"),
+    ):
         with pytest.raises(AnyFlowError, match=message):
             shape_from_pixels(text, a)
 
@@ -155,7 +175,9 @@ def test_shapes_are_read_and_refused() -> None:
         ("--model 1.3b --precision fp32 --target orin-nano", 1),
     ],
 )
-def test_the_exit_status_is_the_verdict(line: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_status_is_the_verdict(
+    line: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(line) == status
     assert "GB" in "".join(capsys.readouterr())
 
@@ -172,7 +194,9 @@ def test_json_holds_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None
     report = json.loads(capsys.readouterr().out)
     cell = report["targets"]["h100"]["fp8"]
     assert (
-        cell["fits"] and cell["total"] == estimate_memory(MODELS["14b"].architecture, "fp8", H100, LatentShape(21, 60, 104)).total
+        cell["fits"]
+        and cell["total"]
+        == estimate_memory(MODELS["14b"].architecture, "fp8", H100, LatentShape(21, 60, 104)).total
     )
     assert report["targets"]["orin"]["fp8"] == {"fits": False, "refused": "orin does not run fp8"}
     assert report["shape"] == "480x832x81"
@@ -181,10 +205,16 @@ def test_json_holds_the_same_numbers(capsys: pytest.CaptureFixture[str]) -> None
 def test_what_does_not_fit_is_told_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     run("--model 14b --precision fp16 --target rtx5090")
     said = " ".join(capsys.readouterr().err.split())
-    assert "does not fit" in said and "--precision fp8 at 480x832x81" in said and "--target orin or thor" in said
+    assert (
+        "does not fit" in said
+        and "--precision fp8 at 480x832x81" in said
+        and "--target orin or thor" in said
+    )
 
 
-def test_a_window_is_advised_where_the_cache_is_too_large(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_window_is_advised_where_the_cache_is_too_large(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     run("--model far-1.3b --precision fp16 --target l4 --shape 480x832x1601")
     assert "a window of 8 chunks" in " ".join(capsys.readouterr().err.split())
 
@@ -210,7 +240,9 @@ def test_mistakes_are_refused_before_work(line: str, message: str) -> None:
 # Before an export
 
 
-def shown(a: Architecture, target: str, ranges: dict[str, Range], capsys: pytest.CaptureFixture[str]) -> str:
+def shown(
+    a: Architecture, target: str, ranges: dict[str, Range], capsys: pytest.CaptureFixture[str]
+) -> str:
     show_fit(a, "fp16", target, ranges)
     return " ".join(capsys.readouterr().err.split())
 
@@ -222,7 +254,9 @@ def test_an_export_says_what_it_will_need_and_warns(capsys: pytest.CaptureFixtur
     assert "warning: that does not fit NVIDIA L4 24GB." in shown(a, "l4", {}, capsys)
 
 
-def test_an_export_is_judged_by_its_largest_declared_shape(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_is_judged_by_its_largest_declared_shape(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     a = MODELS["1.3b"].architecture
     assert "at 480x832x161" in shown(a, "h100", {"frames": Range(1, 41)}, capsys)
     assert "at 480x832x81" in shown(a, "h100", {"frames": Range(1, None)}, capsys)
@@ -232,7 +266,11 @@ def test_an_export_is_judged_by_its_largest_declared_shape(capsys: pytest.Captur
 
 def test_another_variant_of_a_device() -> None:
     """The system's share is that of the row, or a third of little memory."""
-    for line, available in (("orin --memory 32", 26e9), ("orin-nano --memory 4", 4e9 * 2 / 3), ("orin-nano", 5.5e9)):
+    for line, available in (
+        ("orin --memory 32", 26e9),
+        ("orin-nano --memory 4", 4e9 * 2 / 3),
+        ("orin-nano", 5.5e9),
+    ):
         device = parse_options(FitOptions, shlex.split(f"--model 1.3b --target {line}")).device
         assert device is not None and available_memory(device) == pytest.approx(available)
 

@@ -83,7 +83,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
             assert f"{prefix}{path.relative_to(ROOT).as_posix()}" in names
     assert "anyflow_deploy/py.typed" in names
     assert "anyflow_deploy/engines/cpp/include/anyflow/anyflow.h" in names
-    assert {f"anyflow_deploy/serving/page/{name}" for name in ("index.html", "page.js", "page.css")} <= names
+    assert {
+        f"anyflow_deploy/serving/page/{name}" for name in ("index.html", "page.js", "page.css")
+    } <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -107,7 +109,9 @@ def list_with_git(*flags: str) -> set[str]:
     """Ask git for this repository's files."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("this is no git checkout: what the sdist has to hold is not known")
-    done = subprocess.run(["git", "ls-files", "-z", *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "ls-files", "-z", *flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return {name for name in done.stdout.split("\0") if name and os.path.lexists(ROOT / name)}
 
@@ -140,10 +144,17 @@ def test_the_sdist_runs_its_tests(unpacked: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     code = "import anyflow_deploy, tools.tensorrt_headers; print(anyflow_deploy.__file__)"
     found = subprocess.run(
-        [sys.executable, "-c", code], cwd=unpacked, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=unpacked,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert Path(found.stdout.strip()).is_relative_to(unpacked)
-    done = subprocess.run(command, cwd=unpacked, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=unpacked, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -159,16 +170,21 @@ def copy_without_links(folder: Path, as_files: bool) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("as_files", [True, False], ids=["links are text files", "links are missing"])
+@pytest.mark.parametrize(
+    "as_files", [True, False], ids=["links are text files", "links are missing"]
+)
 def test_a_checkout_without_links_says_so(tmp_path: Path, as_files: bool) -> None:
     folder = copy_without_links(tmp_path, as_files)
     command = [sys.executable, "-c", "import anyflow_deploy.engines"]
-    done = subprocess.run(command, cwd=folder, env=outside_environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=outside_environment(), capture_output=True, text=True, check=False
+    )
     last = done.stderr.strip().splitlines()[-1]
-    assert last == (
-        "ImportError: anyflow_deploy/engines is not the link to engines/ that it has to be: this copy was "
-        "made without symbolic links (as a zip archive or on Windows). Clone the repository with git on "
-        "Linux, or install the wheel."
+    assert (
+        last
+        == "ImportError: anyflow_deploy/engines is not the link to engines/ that it has to be: this"
+        " copy was made without symbolic links (as a zip archive or on Windows). Clone the"
+        " repository with git on Linux, or install the wheel."
     )
 
 
@@ -182,7 +198,9 @@ class Fresh:
         probe = self.run("pip", "download", "--no-deps", "--dest", str(folder / "probe"), "fire")
         if probe.returncode != 0:
             reason = (probe.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-            pytest.skip(f"the package index cannot be reached, so the wheel cannot be installed: {reason}")
+            pytest.skip(
+                f"the package index cannot be reached, so the wheel cannot be installed: {reason}"
+            )
         constraints = str(ROOT / "constraints.txt")
         done = self.run("pip", "install", "--quiet", "-c", constraints, f"{wheel}[cpu]")
         assert done.returncode == 0, done.stderr
@@ -191,7 +209,9 @@ class Fresh:
         """Run one of its commands."""
         environment = {**outside_environment(), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         command = [str(self.bin / words[0]), *words[1:]]
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+        )
 
 
 @pytest.fixture(scope="session")
@@ -259,7 +279,9 @@ def test_the_installed_commands_run(
 def test_every_installed_command_answers_help(fresh: Fresh) -> None:
     """No command needs more than `[cpu]` to say what it does."""
     commands = sorted(path.name for path in fresh.bin.glob("anyflow-*"))
-    assert commands == re.findall(r"^(anyflow-\w+) = ", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert commands == re.findall(
+        r"^(anyflow-\w+) = ", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
     for command in commands:
         done = fresh.run(command, "--help")
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""anyflow-precompute: what it writes is what the checkpoint's encoders make, whole or not at all, and trains."""
+"""anyflow-precompute: what it writes is what the checkpoint's encoders make, whole or not at all,
+and trains."""
 
 from __future__ import annotations
 
@@ -32,7 +33,16 @@ from anyflow_deploy.training.run_spec import RunSpec
 from anyflow_deploy.training.trainer import train
 
 COUNT = 5
-VALUES = {"frames": 2, "height": 4, "width": 6, "text_tokens": 64, "batch": 2, "micro_batch": 2, "steps": 1, "sample_every": 0}
+VALUES = {
+    "frames": 2,
+    "height": 4,
+    "width": 6,
+    "text_tokens": 64,
+    "batch": 2,
+    "micro_batch": 2,
+    "steps": 1,
+    "sample_every": 0,
+}
 CHOSEN = override_recipe(get_recipe("flow-map-tiny"), VALUES)
 
 
@@ -45,9 +55,18 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(clips: Path, pipeline: Path, output: Path, **changed: str) -> PrecomputeOptions:
-    values = {"frames": "5", "height": "32", "width": "48", "text_tokens": "64", "shard_samples": "2", **changed}
+    values = {
+        "frames": "5",
+        "height": "32",
+        "width": "48",
+        "text_tokens": "64",
+        "shard_samples": "2",
+        **changed,
+    }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-    return parse_options(PrecomputeOptions, [str(clips), f"--checkpoint={pipeline}", f"--output={output}", *flags])
+    return parse_options(
+        PrecomputeOptions, [str(clips), f"--checkpoint={pipeline}", f"--output={output}", *flags]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -64,26 +83,36 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_shards_hold_what_the_encoders_make(clips: Path, tiny_pipeline: Path, made: Path) -> None:
     shards = [f"shard-00000{n}.tar" for n in range(3)]
     assert sorted(files(made)) == sorted(["dataset.json", "negative.safetensors", *shards])
-    found = list(WebDataset([str(made / name) for name in shards], shardshuffle=False))  # undecoded: bytes
+    found = list(
+        WebDataset([str(made / name) for name in shards], shardshuffle=False)
+    )  # undecoded: bytes
     assert [one["__key__"] for one in found] == [f"{n:05d}" for n in range(COUNT)]
     for one in found:
         caption = (clips / f"{one['__key__']}.txt").read_text().strip()
         assert one["txt"].decode() == caption
         tensors = safetensors.torch.load(one["safetensors"])
         frames = load_video(clips / f"{one['__key__']}.mp4")
-        assert torch.equal(tensors["latents"], torch.from_numpy(encode_video(tiny_pipeline, frames))[0])
+        assert torch.equal(
+            tensors["latents"], torch.from_numpy(encode_video(tiny_pipeline, frames))[0]
+        )
         text = torch.from_numpy(encode_prompts(tiny_pipeline, [caption], 64))[0]
         length = len(tensors["text"])
-        assert torch.equal(tensors["text"], text[:length]) and not text[length:].any() and length < 64
+        assert (
+            torch.equal(tensors["text"], text[:length]) and not text[length:].any() and length < 64
+        )
 
 
-def test_what_is_missing_is_made_again_to_the_same_bytes(clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_made_again_to_the_same_bytes(
+    clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "shards"
     shutil.copytree(made, output)
     (output / "shard-000001.tar").unlink()
     (output / "shard-000002.tar").write_bytes(b"kept: it has its name")
     (output / ".shard-000001.tar.partial-999999999").write_bytes(b"of a run that was killed")
-    with pytest.raises(AnyFlowError, match=r"has 2 of 3 shards: anyflow-precompute was stopped. Run it again"):
+    with pytest.raises(
+        AnyFlowError, match=r"has 2 of 3 shards: anyflow-precompute was stopped. Run it again"
+    ):
         module.read_manifest(output).check(output, None)  # type: ignore[arg-type]
     assert work(options(clips, tiny_pipeline, output)) == 0
     assert files(output) == {**files(made), "shard-000002.tar": b"kept: it has its name"}
@@ -109,28 +138,57 @@ def test_training_takes_the_shards_and_the_videos_themselves(
         for path in sorted(clips.iterdir()):
             file.add(path, path.name)
     weights = open_checkpoint(tiny_pipeline)
-    stored, encoded = (open_source(str(f), CHOSEN, weights, DataShard(0, 1, 5)) for f in (made, raw))
-    assert "5 samples (latents) in 3 shards" in stored.check() and "(videos) in 1 shards" in encoded.check()
+    stored, encoded = (
+        open_source(str(f), CHOSEN, weights, DataShard(0, 1, 5)) for f in (made, raw)
+    )
+    assert (
+        "5 samples (latents) in 3 shards" in stored.check()
+        and "(videos) in 1 shards" in encoded.check()
+    )
     one, other = next(iter(stored)), next(iter(encoded))
     assert [n.partition("/")[2] for n in one.names] == [n.partition("/")[2] for n in other.names]
-    assert torch.allclose(one.latents, other.latents, atol=1e-5) and torch.allclose(one.text, other.text, atol=1e-5)
+    assert torch.allclose(one.latents, other.latents, atol=1e-5) and torch.allclose(
+        one.text, other.text, atol=1e-5
+    )
     assert torch.equal(one.negative_text, other.negative_text) and one.negative_text.any()
-    with pytest.raises(AnyFlowError, match=r"lacks vae, text_encoder, tokenizer to encode them. Start from a whole pipeline"):
-        open_source(str(raw), CHOSEN, open_checkpoint(Path(__file__).parents[1] / "golden" / "bidirectional"), DataShard(0, 1, 1))
+    with pytest.raises(
+        AnyFlowError,
+        match=r"lacks vae, text_encoder, tokenizer to encode them. Start from a whole pipeline",
+    ):
+        open_source(
+            str(raw),
+            CHOSEN,
+            open_checkpoint(Path(__file__).parents[1] / "golden" / "bidirectional"),
+            DataShard(0, 1, 1),
+        )
 
 
-def test_bfloat16_is_half_and_within_its_digits(clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_half_and_within_its_digits(
+    clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path
+) -> None:
     assert work(options(clips, tiny_pipeline, tmp_path / "half", type="bfloat16")) == 0
     weights = open_checkpoint(tiny_pipeline)
-    one, half = (next(iter(open_source(str(f), CHOSEN, weights, DataShard(0, 1, 5)))) for f in (made, tmp_path / "half"))
+    one, half = (
+        next(iter(open_source(str(f), CHOSEN, weights, DataShard(0, 1, 5))))
+        for f in (made, tmp_path / "half")
+    )
     assert 0 < (one.latents - half.latents).abs().max() / one.latents.abs().max() < 2**-8
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"frames": 3}, r"made with latents \(F, C, H, W\) \(2, 16, 4, 6\); .* Give --frames 2 --height 4 --width 6"),
-        ({"text_tokens": 8}, r"made with text \(64, 64\) .* at most \(8, 64\). Give --text-tokens 64"),
+        (
+            {"frames": 3},
+            (
+                r"made with latents \(F, C, H, W\) \(2, 16, 4, 6\); .* Give --frames 2 --height 4"
+                r" --width 6"
+            ),
+        ),
+        (
+            {"text_tokens": 8},
+            r"made with text \(64, 64\) .* at most \(8, 64\). Give --text-tokens 64",
+        ),
     ],
 )
 def test_a_recipe_of_another_shape_is_refused(
@@ -141,7 +199,9 @@ def test_a_recipe_of_another_shape_is_refused(
         train(RunSpec(chosen, tmp_path / "run", tiny_pipeline, data=str(made), device="cpu"))
 
 
-def test_broken_videos_are_skipped_until_they_are_too_many(clips: Path, tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_broken_videos_are_skipped_until_they_are_too_many(
+    clips: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
     given, output = tmp_path / "clips", tmp_path / "shards"
     shutil.copytree(clips, given)
     (given / "00001.mp4").write_bytes(b"not a video")
@@ -150,14 +210,24 @@ def test_broken_videos_are_skipped_until_they_are_too_many(clips: Path, tiny_pip
     assert work(options(given, tiny_pipeline, output)) == 0
     skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
     assert [line[:9] for line in skipped] == ["00001.mp4", "00002.mp4", "00003.mp4"]
-    assert "has 0.19 s; 5 frames at 16 a second take 0.31 s" in skipped[1] and "tokens and the model takes 64" in skipped[2]
-    assert "2 samples" in open_source(str(output), CHOSEN, open_checkpoint(tiny_pipeline), DataShard(0, 1, 1)).check()
+    assert (
+        "has 0.19 s; 5 frames at 16 a second take 0.31 s" in skipped[1]
+        and "tokens and the model takes 64" in skipped[2]
+    )
+    assert (
+        "2 samples"
+        in open_source(
+            str(output), CHOSEN, open_checkpoint(tiny_pipeline), DataShard(0, 1, 1)
+        ).check()
+    )
     (given / "00000.mp4").write_bytes(b"not a video either")
     with pytest.raises(AnyFlowError, match=r"4 of 4 videos cannot be used, too many"):
         work(options(given, tiny_pipeline, tmp_path / "other"))
 
 
-def test_what_is_refused_before_work(clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path) -> None:
+def test_what_is_refused_before_work(
+    clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path
+) -> None:
     for changed, message in (
         ({"type": "bfloat16"}, r"holds shards of other type. Choose another --output"),
         ({"frames": "9", "shard_samples": "3"}, r"of other latents, shards, shard_samples"),
@@ -167,7 +237,9 @@ def test_what_is_refused_before_work(clips: Path, tiny_pipeline: Path, made: Pat
             work(options(clips, tiny_pipeline, made, **changed))
     with pytest.raises(AnyFlowError, match=r"exists and holds something else"):
         work(options(clips, tiny_pipeline, clips))
-    with pytest.raises(AnyFlowError, match=r"lacks vae, text_encoder, tokenizer. Give the whole pipeline"):
+    with pytest.raises(
+        AnyFlowError, match=r"lacks vae, text_encoder, tokenizer. Give the whole pipeline"
+    ):
         work(options(clips, tmp_path, tmp_path / "x"))
     with pytest.raises(AnyFlowError, match=r"is not a folder"):
         work(options(tmp_path / "nowhere", tiny_pipeline, tmp_path / "x"))
@@ -176,24 +248,38 @@ def test_what_is_refused_before_work(clips: Path, tiny_pipeline: Path, made: Pat
     given = tmp_path / "clips"
     shutil.copytree(clips, given)
     (given / "00003.txt").unlink()
-    with pytest.raises(AnyFlowError, match=r"1 of 5 videos have no caption, as .*00003.mp4. Write .* into 00003.txt"):
+    with pytest.raises(
+        AnyFlowError,
+        match=r"1 of 5 videos have no caption, as .*00003.mp4. Write .* into 00003.txt",
+    ):
         work(options(given, tiny_pipeline, tmp_path / "x"))
     shutil.copy(given / "00001.mp4", given / "00001.MOV")
-    with pytest.raises(AnyFlowError, match=r"holds 2 videos whose name in a shard would be '00001'"):
+    with pytest.raises(
+        AnyFlowError, match=r"holds 2 videos whose name in a shard would be '00001'"
+    ):
         work(options(given, tiny_pipeline, tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
 
 def test_a_clip_plays_as_fast_as_it_was_and_is_cut_in_the_middle(tmp_path: Path) -> None:
-    frames = np.zeros((12, 32, 96, 3), np.uint8) + (20 * np.arange(12, dtype=np.uint8))[:, None, None, None]
+    frames = (
+        np.zeros((12, 32, 96, 3), np.uint8)
+        + (20 * np.arange(12, dtype=np.uint8))[:, None, None, None]
+    )
     frames[:, :, :24] = frames[:, :, -24:] = 255
     save_video(tmp_path / "fast.mp4", frames, 32)
-    found = read_clip(tmp_path / "fast.mp4", "fast", 5, 16, 24)  # every second frame; 48 of 96 columns stay
+    found = read_clip(
+        tmp_path / "fast.mp4", "fast", 5, 16, 24
+    )  # every second frame; 48 of 96 columns stay
     assert found.shape == (5, 16, 24, 3)
-    assert np.abs(found.astype(int).mean((1, 2, 3)) - [0, 40, 80, 120, 160]).max() <= 21  # one frame of rounding
+    assert (
+        np.abs(found.astype(int).mean((1, 2, 3)) - [0, 40, 80, 120, 160]).max() <= 21
+    )  # one frame of rounding
     assert found.max() < 190, "the bright sides are cut off"
     save_video(tmp_path / "slow.mp4", frames[:4], 8)
-    slow = read_clip((tmp_path / "slow.mp4").read_bytes(), "slow", 8, 32, 96)[:, :, 30:60].mean((1, 2, 3))
+    slow = read_clip((tmp_path / "slow.mp4").read_bytes(), "slow", 8, 32, 96)[:, :, 30:60].mean(
+        (1, 2, 3)
+    )
     assert np.abs(slow[::2] - slow[1::2]).max() < 5 and len(set((slow / 10).astype(int))) >= 3
     with pytest.raises(AnyFlowError, match=r"tiny is 32 x 96, too small for 480 x 832"):
         read_clip(tmp_path / "slow.mp4", "tiny", 1, 480, 832)
@@ -202,4 +288,6 @@ def test_a_clip_plays_as_fast_as_it_was_and_is_cut_in_the_middle(tmp_path: Path)
 def test_the_examples_parse() -> None:
     for example in PrecomputeOptions.EXAMPLES:
         words = shlex.split(example)
-        assert words[0] == PROGRAM and parse_options(PrecomputeOptions, words[1:]).output == Path("shards")
+        assert words[0] == PROGRAM and parse_options(PrecomputeOptions, words[1:]).output == Path(
+            "shards"
+        )

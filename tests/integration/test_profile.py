@@ -1,4 +1,5 @@
-"""anyflow-profile end to end on a small bundle: what it measures, writes, compares and estimates; its page in a real browser."""
+"""anyflow-profile end to end on a small bundle: what it measures, writes, compares and estimates;
+its page in a real browser."""
 
 from __future__ import annotations
 
@@ -37,7 +38,10 @@ def run(line: str) -> int:
 def made(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A profile of two shapes, with its page beside it."""
     folder = tmp_path_factory.mktemp("profile")
-    flags = f"--threads 1 --steps 1,3 --shapes {SMALL_SHAPE},64x64x9 --seconds 0.3 --skip text,vae --target h100"
+    flags = (
+        f"--threads 1 --steps 1,3 --shapes {SMALL_SHAPE},64x64x9 --seconds 0.3 --skip text,vae"
+        " --target h100"
+    )
     assert run(f"{tiny_bundle.path} {flags} --json {folder}/p.json --html {folder}/p.html") == 0
     return folder
 
@@ -48,17 +52,24 @@ def read(made: Path) -> Profile:
 
 
 def test_a_profile_says_what_how_and_where(read: Profile, tiny_bundle: Bundle) -> None:
-    assert read.subject.digest == tiny_bundle.digest and read.subject.engine.startswith("ONNX Runtime")
-    assert read.method.clock["name"] == "time.perf_counter" and 0 < read.method.clock["reading_seconds"] < 1, (
-        "seconds, whatever their number"
+    assert read.subject.digest == tiny_bundle.digest and read.subject.engine.startswith(
+        "ONNX Runtime"
     )
+    assert (
+        read.method.clock["name"] == "time.perf_counter"
+        and 0 < read.method.clock["reading_seconds"] < 1
+    ), "seconds, whatever their number"
     assert read.machine["versions"]["onnxruntime"] and read.machine["cores"] >= 1
-    assert "RAPL" in " ".join([*read.absent, *(power.name for power in read.power)]), "energy, or why there is none"
+    assert "RAPL" in " ".join([*read.absent, *(power.name for power in read.power)]), (
+        "energy, or why there is none"
+    )
     assert read.absent["text"] == "left out by --skip"
     nowhere = tiny_bundle.manifest.source.model_copy(update={"location": "/nowhere"})
     for part in (stages.TEXT, stages.VAE):
         with pytest.raises(MeasurementUnavailableError, match="not at hand"):
-            stages.find_pipeline_folder(tiny_bundle.manifest.model_copy(update={"source": nowhere}), None, part)
+            stages.find_pipeline_folder(
+                tiny_bundle.manifest.model_copy(update={"source": nowhere}), None, part
+            )
 
 
 def test_times_hang_together(read: Profile) -> None:
@@ -68,27 +79,43 @@ def test_times_hang_together(read: Profile) -> None:
         assert rounds >= 3 and [clip.steps for clip in point.clips] == [1, 3]
         assert point.transition.count == rounds * (1 + 3), "every transition of every clip"
         latency = point.transition
-        assert latency.minimum <= latency.median <= latency.p90 <= latency.p95 <= latency.p99 <= latency.maximum
+        assert (
+            latency.minimum
+            <= latency.median
+            <= latency.p90
+            <= latency.p95
+            <= latency.p99
+            <= latency.maximum
+        )
         assert latency.interval[0] <= latency.median <= latency.interval[1]
         longest = point.clips[1].latency
-        assert sum(latency.samples) < sum(clip.latency.mean * clip.latency.count for clip in point.clips)
+        assert sum(latency.samples) < sum(
+            clip.latency.mean * clip.latency.count for clip in point.clips
+        )
         assert longest.minimum > 2 * latency.minimum
         assert point.clips[1].frames_per_second == pytest.approx(point.frames / longest.median)
-        assert point.roofline is not None and point.roofline.efficiency is not None and 0 < point.roofline.efficiency < 1
+        assert (
+            point.roofline is not None
+            and point.roofline.efficiency is not None
+            and 0 < point.roofline.efficiency < 1
+        )
     assert 0 < read.memory.cpu_loaded <= read.memory.cpu_peak and read.memory.gpu_peak is None
 
 
 def test_layers_add_up_and_carry_their_work(read: Profile) -> None:
     (layers,) = read.layers
-    assert sum(row.share for row in layers.rows) == pytest.approx(1) and layers.rows[0].seconds >= layers.rows[-1].seconds
+    assert (
+        sum(row.share for row in layers.rows) == pytest.approx(1)
+        and layers.rows[0].seconds >= layers.rows[-1].seconds
+    )
     for groups in (layers.by_operator, layers.by_part):
         assert sum(row.seconds for row in groups) == pytest.approx(layers.seconds)
     assert {"attn1.to_q", "ffn.net.2", "patch_embedding"} <= {row.name for row in layers.by_part}
     counted = read.points[0].roofline
     assert counted is not None
-    assert sum(row.operations for row in layers.rows) == pytest.approx(sum(counted.operations.values()), rel=1e-3), (
-        "ONNX Runtime's shapes and the architecture's arithmetic agree"
-    )
+    assert sum(row.operations for row in layers.rows) == pytest.approx(
+        sum(counted.operations.values()), rel=1e-3
+    ), "ONNX Runtime's shapes and the architecture's arithmetic agree"
 
 
 def test_operations_are_those_of_the_graph(tiny_bundle: Bundle) -> None:
@@ -135,7 +162,9 @@ def test_wrong_flags_are_refused(line: str, message: str) -> None:
         parse_options(ProfileOptions, shlex.split(line))
 
 
-def test_what_cannot_be_measured_or_written_is_refused_before_work(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_or_written_is_refused_before_work(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
     (tmp_path / "there.json").write_text("")
     for flags, message in (
         (f"--json {tmp_path}/there.json", "exists"),
@@ -145,7 +174,10 @@ def test_what_cannot_be_measured_or_written_is_refused_before_work(tiny_bundle: 
         ("--target cpu", "any processor"),
     ):
         with pytest.raises(AnyFlowError, match=message):
-            run(f"{tiny_bundle.path} {flags} --seconds 0.1 --rounds 1 --skip layers,text,vae --steps 1")
+            run(
+                f"{tiny_bundle.path} {flags} --seconds 0.1 --rounds 1 --skip layers,text,vae"
+                " --steps 1"
+            )
     assert [path.name for path in tmp_path.iterdir()] == ["there.json"]
 
 
@@ -156,7 +188,9 @@ def test_an_estimate_is_labelled_and_is_a_bound(capsys: pytest.CaptureFixture[st
     assert run("--estimate --model 14b --precision int8 --target orin --json=-") == 0
     captured = capsys.readouterr()
     (estimate,) = json.loads(captured.out)
-    assert "not a measurement" in estimate["label"] and "not a measurement" in captured.err.replace("\n", " ")
+    assert "not a measurement" in estimate["label"] and "not a measurement" in captured.err.replace(
+        "\n", " "
+    )
     roof, orin = estimate["transition"], TARGETS["orin"]
     assert roof["compute_seconds"] == pytest.approx(
         sum(count / orin.tflops[kind] / 1e12 for kind, count in roof["operations"].items())
@@ -175,15 +209,25 @@ def test_faster_hardware_and_narrower_types_have_lower_bounds() -> None:
     a, shape = MODELS["far-1.3b"].architecture, LatentShape(21, 60, 104)
 
     def seconds(precision: str, base: str, target: str) -> float:
-        return estimate_latency("far-1.3b", a, precision, base, TARGETS[target], shape, (4,)).clips[0].seconds
+        return (
+            estimate_latency("far-1.3b", a, precision, base, TARGETS[target], shape, (4,))
+            .clips[0]
+            .seconds
+        )
 
-    assert seconds("fp8", "fp16", "h100") < seconds("fp16", "fp16", "h100") < seconds("fp16", "fp16", "orin")
+    assert (
+        seconds("fp8", "fp16", "h100")
+        < seconds("fp16", "fp16", "h100")
+        < seconds("fp16", "fp16", "orin")
+    )
 
 
 # Two profiles
 
 
-def test_compare_on_the_command_line(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_on_the_command_line(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old = made / "p.json"
     assert run(f"--compare {old} {old}") == 0
     slower = json.loads(old.read_text())
@@ -195,8 +239,12 @@ def test_compare_on_the_command_line(made: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / "slower.json").write_text(json.dumps(slower))
     capsys.readouterr()
     assert run(f"--compare {old} {tmp_path}/slower.json --json=-") == 1
-    verdicts = {name: row["verdict"] for name, row in json.loads(capsys.readouterr().out)["rows"].items()}
-    assert verdicts.pop(f"{SMALL_SHAPE}, 3 steps") == "regression" and set(verdicts.values()) == {"unchanged"}
+    verdicts = {
+        name: row["verdict"] for name, row in json.loads(capsys.readouterr().out)["rows"].items()
+    }
+    assert verdicts.pop(f"{SMALL_SHAPE}, 3 steps") == "regression" and set(verdicts.values()) == {
+        "unchanged"
+    }
     assert run(f"--compare {old} {tmp_path}/slower.json --time-threshold 20000") == 0
     (tmp_path / "no.json").write_text('{"schema": 1}')
     for path, message in (("no.json", "damaged at"), ("nowhere.json", "does not exist")):
@@ -218,7 +266,9 @@ class _Links(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.fetched += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "xlink:href")]
+        self.fetched += [
+            value or "" for name, value in attrs if name in ("src", "href", "srcset", "xlink:href")
+        ]
         if tag != "meta":
             self.open.append(tag)
 
@@ -236,13 +286,17 @@ def test_the_page_is_whole_in_itself(made: Path, read: Profile) -> None:
     parser.feed(text)
     assert parser.fetched == [] and "url(" not in text and "@import" not in text
     assert parser.open == [] and parser.tags.count("svg") >= 8
-    carried = re.search(r'<script type="application/json" id="profile">(.*?)</script>', text, re.DOTALL)
+    carried = re.search(
+        r'<script type="application/json" id="profile">(.*?)</script>', text, re.DOTALL
+    )
     assert carried is not None and Profile.model_validate_json(carried[1]) == read
     assert not re.search(r'="[^"]*\b(nan|inf)\b', text), "a mark has no place"
 
 
 def test_the_page_shows_foreign_words_as_text(read: Profile) -> None:
-    nasty = read.model_copy(update={"subject": read.subject.model_copy(update={"bundle": "<img src=x>&</script>"})})
+    nasty = read.model_copy(
+        update={"subject": read.subject.model_copy(update={"bundle": "<img src=x>&</script>"})}
+    )
     parser = _Links()
     parser.feed(html_from_profile(nasty))
     assert "img" not in parser.tags and parser.open == []
@@ -250,7 +304,11 @@ def test_the_page_shows_foreign_words_as_text(read: Profile) -> None:
 
 def test_the_page_in_a_browser(made: Path, tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    program = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     with playwright.sync_playwright() as session:
         try:
             browser = session.chromium.launch(executable_path=program, args=["--no-sandbox"])
@@ -272,30 +330,42 @@ def test_the_page_in_a_browser(made: Path, tmp_path: Path) -> None:
 
 
 def _look(page: Any, width: int) -> None:
-    """Nothing is wider than the window, every plot has a size, and no mark or word lies outside its plot."""
+    """Nothing is wider than the window, every plot has a size, and no mark or word lies outside its
+    plot."""
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    outside = page.evaluate(
-        """() => [...document.querySelectorAll('svg')].flatMap(svg => {
+    outside = page.evaluate("""() => [...document.querySelectorAll('svg')].flatMap(svg => {
             const box = svg.getBoundingClientRect();
             const marks = [...svg.querySelectorAll('circle, rect, text')];
             return marks.filter(mark => { const b = mark.getBoundingClientRect();
-                return !(b.width > 0) || b.left < box.left - 1 || b.right > box.right + 1 || b.top < box.top - 1
-                    || b.bottom > box.bottom + 1 }).map(mark => svg.ariaLabel + ': ' + mark.outerHTML);
-        })"""
-    )
+                return !(b.width > 0) || b.left < box.left - 1 || b.right > box.right + 1
+                    || b.top < box.top - 1
+                    || b.bottom > box.bottom + 1 })
+                    .map(mark => svg.ariaLabel + ': ' + mark.outerHTML);
+        })""")
     assert outside == []
     assert all(
-        size["height"] > 40 for size in page.locator("svg").evaluate_all("all => all.map(s => ({height: s.clientHeight}))")
+        size["height"] > 40
+        for size in page.locator("svg").evaluate_all(
+            "all => all.map(s => ({height: s.clientHeight}))"
+        )
     )
 
 
 # The documentation
 
 
-def test_every_command_in_the_documentation_runs(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a short budget and the tiny bundle, text encoder and VAE included; those for hardware that is not here are parsed."""
+def test_every_command_in_the_documentation_runs(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a short budget and the tiny bundle, text encoder and VAE included; those for hardware
+    that is not here are parsed."""
     text = (ROOT / "docs" / "how-to" / "profiling.md").read_text()
-    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines() if line]
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+        for line in block.splitlines()
+        if line
+    ]
     (tmp_path / "my-bundle").symlink_to(tiny_bundle.path)
     monkeypatch.chdir(tmp_path)
     assert all(line.startswith("anyflow-profile ") for line in lines) and len(lines) >= 7
@@ -312,7 +382,11 @@ def test_every_command_in_the_documentation_runs(tiny_bundle: Bundle, tmp_path: 
     assert ran >= 6
     read = Profile.model_validate_json((tmp_path / "profile.json").read_text())
     assert {stage.name for stage in read.stages} == {"text encoder", "VAE"}
-    assert read.ceilings is not None and read.ceilings.measured and read.ceilings.operations["fp32"] > 0
+    assert (
+        read.ceilings is not None
+        and read.ceilings.measured
+        and read.ceilings.operations["fp32"] > 0
+    )
     row = read.end_to_end[0]
     assert row.total == pytest.approx(sum(row.seconds.values())) and 0 < row.first_frame < row.total
     assert row.cold_start > read.subject.load_seconds

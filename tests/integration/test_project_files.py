@@ -41,7 +41,9 @@ def list_workflow_commands() -> list[str]:
     for job in read_yaml(WORKFLOW)["jobs"].values():
         targets = job.get("strategy", {}).get("matrix", {}).get("target", [""])
         runs = [step["run"] for step in job["steps"] if "run" in step]
-        commands += [run.replace("${{ matrix.target }}", target) for run in runs for target in targets]
+        commands += [
+            run.replace("${{ matrix.target }}", target) for run in runs for target in targets
+        ]
     return commands
 
 
@@ -70,7 +72,9 @@ def test_the_changelog_has_short_entries() -> None:
     text = (ROOT / "CHANGELOG.md").read_text().split("\n## ", 1)[1]
     lines = [line for line in text.splitlines()[1:] if line and not line.startswith("#")]
     assert [line for line in lines if not line.startswith(("- ", "  ")) or len(line) > 100] == []
-    assert [pair for pair in itertools.pairwise(lines) if all(line.startswith("  ") for line in pair)] == []
+    assert [
+        pair for pair in itertools.pairwise(lines) if all(line.startswith("  ") for line in pair)
+    ] == []
 
 
 def test_changelog_and_citation_name_this_version() -> None:
@@ -100,7 +104,11 @@ def test_the_workflow_runs_every_supported_python_and_arm() -> None:
 
 
 def test_the_hooks_call_make() -> None:
-    hooks = [hook for repo in read_yaml(ROOT / ".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    hooks = [
+        hook
+        for repo in read_yaml(ROOT / ".pre-commit-config.yaml")["repos"]
+        for hook in repo["hooks"]
+    ]
     assert {hook["entry"] for hook in hooks} == {"make format", "make lint"}
     assert {hook["entry"].split()[1] for hook in hooks} <= list_make_targets()
 

@@ -1,4 +1,5 @@
-"""`anyflow-export --precision int8` from the command line: it calibrates by itself, chooses, checks, and refuses."""
+"""`anyflow-export --precision int8` from the command line: it calibrates by itself, chooses,
+checks, and refuses."""
 
 from __future__ import annotations
 
@@ -27,14 +28,21 @@ def run_export(words: str) -> int:
 
 
 def test_it_calibrates_by_itself_and_ends_with_valid(
-    tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a red fox\n")
     monkeypatch.chdir(tmp_path)
     words = f"--checkpoint {tiny_pipeline} --precision int8 --output tiny-int8"
     assert run_export(f"{words} --prompts prompts.txt") == 0
     said = " ".join(capsys.readouterr().err.split())
-    assert "calibrating on the CPU" in said and "valid: ONNX Runtime" in said and "NOT VALID" not in said
+    assert (
+        "calibrating on the CPU" in said
+        and "valid: ONNX Runtime" in said
+        and "NOT VALID" not in said
+    )
     bundle = load_bundle(tmp_path / "tiny-int8", verify=True)
     assert bundle.manifest.quantization is not None and bundle.manifest.quantization.base == "fp32"
     assert load_calibration(bundle.path / "calibration.json").prompts == ["a red fox"]
@@ -50,7 +58,10 @@ def test_it_chooses_what_stays_high_and_sensitivity_reads_the_bundles_own_ranges
 ) -> None:
     write_calibration(tmp_path / "c.json", calibration_of(SMALL))
     bundle = tmp_path / "bundle"
-    words = f"--checkpoint {SMALL} --precision int8 --calibration {tmp_path / 'c.json'} {choice} --output {bundle}"
+    words = (
+        f"--checkpoint {SMALL} --precision int8 --calibration {tmp_path / 'c.json'} {choice}"
+        f" --output {bundle}"
+    )
     assert run_export(f"{words} --check none") == 0
     said = "".join(capsys.readouterr().err.split())
     kept = load_bundle(bundle).manifest.achieved.full_precision_layers
@@ -66,13 +77,25 @@ def test_it_chooses_what_stays_high_and_sensitivity_reads_the_bundles_own_ranges
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--precision fp8 --target orin", r"fp8 does not run on target 'orin'.*Choose --precision int8"),
-        ("--precision fp16 --calibration c.json", "--calibration is for --precision int8 or fp8, and fp16 is not 8-bit"),
+        (
+            "--precision fp8 --target orin",
+            r"fp8 does not run on target 'orin'.*Choose --precision int8",
+        ),
+        (
+            "--precision fp16 --calibration c.json",
+            "--calibration is for --precision int8 or fp8, and fp16 is not 8-bit",
+        ),
         ("--keep-layers 2", "--keep-layers is for --precision int8 or fp8, and fp32 is not 8-bit"),
         ("--no-smoothquant", "--no-smoothquant is for --precision int8 or fp8"),
         ("--precision fp16 --base fp32", "--base is for --precision int8 or fp8"),
-        ("--precision int8 --keep-layers 2 --min-psnr 30dB", "give one of --keep-layers N and --min-psnr DB"),
-        ("--precision int8 --calibration c.json --prompts p.txt", "--calibration has its own prompts; leave --prompts out"),
+        (
+            "--precision int8 --keep-layers 2 --min-psnr 30dB",
+            "give one of --keep-layers N and --min-psnr DB",
+        ),
+        (
+            "--precision int8 --calibration c.json --prompts p.txt",
+            "--calibration has its own prompts; leave --prompts out",
+        ),
         ("--precision fp8 --attention int8", "attention is 'int8'; allowed are high and fp8"),
         ("--precision fp8 --no-smoothquant", "--no-smoothquant is for int8; fp8 is never smoothed"),
         ("--precision int8 --base fp8", "base is 'fp8'; allowed are fp32, fp16, bf16"),
@@ -90,12 +113,22 @@ def test_flags_that_do_not_go_together(words: str, message: str) -> None:
 def test_choosing_layers_starts_only_with_ranges_of_these_weights_and_a_number_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measuring takes hours on a large model: what it would be refused for afterwards is refused before."""
-    monkeypatch.setattr("anyflow_deploy.cli.quantize.probe_for", lambda *a, **k: pytest.fail("measured before checking"))
+    """Measuring takes hours on a large model: what it would be refused for afterwards is refused
+    before."""
+    monkeypatch.setattr(
+        "anyflow_deploy.cli.quantize.probe_for",
+        lambda *a, **k: pytest.fail("measured before checking"),
+    )
     calibration = calibration_of(SMALL)
     write_calibration(tmp_path / "c.json", calibration)
-    words = f"--checkpoint {SMALL} --precision int8 --calibration {tmp_path / 'c.json'} --output {tmp_path / 'b'}"
-    with pytest.raises(AnyFlowError, match="--keep-layers is 30; allowed are 0 to 29, since 30 layers can be quantized"):
+    words = (
+        f"--checkpoint {SMALL} --precision int8 --calibration {tmp_path / 'c.json'} --output"
+        f" {tmp_path / 'b'}"
+    )
+    with pytest.raises(
+        AnyFlowError,
+        match="--keep-layers is 30; allowed are 0 to 29, since 30 layers can be quantized",
+    ):
         run_export(f"{words} --keep-layers 30")
     write_calibration(tmp_path / "c.json", calibration.model_copy(update={"weights": "0" * 64}))
     with pytest.raises(AnyFlowError, match="is of the weights 000000000000…"):
@@ -114,19 +147,25 @@ def test_layers_are_chosen_with_attention_as_it_will_be(monkeypatch: pytest.Monk
     monkeypatch.setattr("anyflow_deploy.cli.quantize.probe_for", probe)
     for attention in ("fp8", "high"):
         options = parse_options(
-            ExportOptions, shlex.split(f"--model tiny --precision fp8 --attention {attention} --min-psnr 30dB")
+            ExportOptions,
+            shlex.split(f"--model tiny --precision fp8 --attention {attention} --min-psnr 30dB"),
         )
         with pytest.raises(AnyFlowError, match="far enough"):
             layers_kept(options, options.spec, weights, made_up(WIDE_HEADS), NullProgress())
         assert given["spec"] == PrecisionSpec("fp8", "fp32", attention)
 
 
-def test_a_failed_export_keeps_its_own_calibrations_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_export_keeps_its_own_calibrations_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*arguments: object) -> None:
         raise AnyFlowError("no room")
 
     monkeypatch.setattr("anyflow_deploy.export.exporter.export_bundle", full)
-    monkeypatch.setattr("anyflow_deploy.cli.quantize._small", lambda weights: {"frames": 1, "height": 16, "width": 16})
+    monkeypatch.setattr(
+        "anyflow_deploy.cli.quantize._small",
+        lambda weights: {"frames": 1, "height": 16, "width": 16},
+    )
     with pytest.raises(AnyFlowError, match="no room"):
         run_export(f"--model tiny --random-weights --precision int8 --output {tmp_path / 'b'}")
     assert [path.name for path in tmp_path.iterdir()] == [".b-calibration.json.rollouts"]
@@ -135,16 +174,27 @@ def test_a_failed_export_keeps_its_own_calibrations_work(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--precision int8 --calibration none.json", r"none\.json does not exist\. Make one: anyflow-calibrate"),
-        ("--precision int8 --calibration c.json", "of another architecture than the weights: .* against"),
+        (
+            "--precision int8 --calibration none.json",
+            r"none\.json does not exist\. Make one: anyflow-calibrate",
+        ),
+        (
+            "--precision int8 --calibration c.json",
+            "of another architecture than the weights: .* against",
+        ),
         ("--precision fp8 --attention fp8 --opset 23", "it goes with opset 20 only"),
         ("--precision int8 --attention fp8", "attention is fp8 at precision int8"),
         ("--precision int8 --output taken", "taken exists"),
-        ("--precision int8 --calibration c.json --keep-layers 2", "of another architecture than the weights: .* against"),
+        (
+            "--precision int8 --calibration c.json --keep-layers 2",
+            "of another architecture than the weights: .* against",
+        ),
         ("--precision int8 --calibration taken", "taken cannot be read: Is a directory"),
     ],
 )
-def test_refusals_leave_nothing(words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_leave_nothing(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_calibration(tmp_path / "c.json", calibration_of(SMALL))
     (tmp_path / "taken").mkdir()

@@ -58,7 +58,9 @@ def frames_in(data: bytes, tmp_path: Path) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
-def messages_of(url: str, path: str, **options: object) -> tuple[list[dict[str, object]], list[bytes]]:
+def messages_of(
+    url: str, path: str, **options: object
+) -> tuple[list[dict[str, object]], list[bytes]]:
     """All that a stream sends, until its end."""
     texts, parts = [], []
     with connect(f"ws://{url}{path}", **options) as socket_:  # type: ignore[arg-type]
@@ -74,8 +76,17 @@ def messages_of(url: str, path: str, **options: object) -> tuple[list[dict[str, 
 
 
 def test_create_poll_content_delete(server: RunningServer, tmp_path: Path) -> None:
-    video = server.create_and_wait(size="48x32", seconds="1", num_inference_steps=2, seed=7, model="far-tiny")
-    expected = {"object": "video", "status": "completed", "progress": 100, "size": "48x32", "num_frames": 17, "seed": 7}
+    video = server.create_and_wait(
+        size="48x32", seconds="1", num_inference_steps=2, seed=7, model="far-tiny"
+    )
+    expected = {
+        "object": "video",
+        "status": "completed",
+        "progress": 100,
+        "size": "48x32",
+        "num_frames": 17,
+        "seed": 7,
+    }
     assert expected.items() <= video.items() and video["error"] is None
     assert video["steps"] == [2, 2, 2] and video["chunks"] == 3 and video["seconds"] == "1.0625"
     name = video["id"]
@@ -85,33 +96,54 @@ def test_create_poll_content_delete(server: RunningServer, tmp_path: Path) -> No
     part = server.client.get(f"/v1/videos/{name}/content", headers={"Range": "bytes=4-7"})
     assert part.status_code == 206 and part.content == b"ftyp"
     picture = server.client.get(f"/v1/videos/{name}/content?variant=thumbnail")
-    assert picture.headers["content-type"] == "image/jpeg" and picture.content[:3] == b"\xff\xd8\xff"
+    assert (
+        picture.headers["content-type"] == "image/jpeg" and picture.content[:3] == b"\xff\xd8\xff"
+    )
     assert {p.name for p in (server.folder / str(name)).iterdir()} == {"video.mp4", "video.json"}
     gone = server.client.delete(f"/v1/videos/{name}")
     assert gone.json() == {"id": name, "object": "video.deleted", "deleted": True}
     assert not (server.folder / str(name)).exists()
-    for answer in (server.client.get(f"/v1/videos/{name}"), server.client.get(f"/v1/videos/{name}/content")):
+    for answer in (
+        server.client.get(f"/v1/videos/{name}"),
+        server.client.get(f"/v1/videos/{name}/content"),
+    ):
         assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
 
 
 def test_sync_answers_with_the_file(server: RunningServer, tmp_path: Path) -> None:
     answer = server.client.post("/v1/videos/sync", json={"prompt": "fox", "num_frames": 5})
-    assert answer.headers["content-type"] == "video/mp4" and frames_in(answer.content, tmp_path) == 5
-    assert server.client.get(f"/v1/videos/{answer.headers['x-video-id']}").json()["status"] == "completed"
+    assert (
+        answer.headers["content-type"] == "video/mp4" and frames_in(answer.content, tmp_path) == 5
+    )
+    assert (
+        server.client.get(f"/v1/videos/{answer.headers['x-video-id']}").json()["status"]
+        == "completed"
+    )
 
 
 def test_a_form_is_taken_as_openais_client_sends_it(server: RunningServer) -> None:
-    fields = {name: (None, value) for name, value in {"prompt": "fox", "seconds": "1", "num_inference_steps": "3"}.items()}
+    fields = {
+        name: (None, value)
+        for name, value in {"prompt": "fox", "seconds": "1", "num_inference_steps": "3"}.items()
+    }
     answer = server.client.post("/v1/videos", files=fields)
-    assert answer.status_code == 200 and server.wait_until_ended(answer.json()["id"])["steps"] == [3, 3, 3]
-    picture = server.client.post("/v1/videos", data={"prompt": "x"}, files={"input_reference": ("a.png", b"1")})
+    assert answer.status_code == 200 and server.wait_until_ended(answer.json()["id"])["steps"] == [
+        3,
+        3,
+        3,
+    ]
+    picture = server.client.post(
+        "/v1/videos", data={"prompt": "x"}, files={"input_reference": ("a.png", b"1")}
+    )
     assert picture.status_code == 400 and picture.json()["error"]["param"] == "input_reference"
 
 
 def test_openais_own_client(server: RunningServer, tmp_path: Path) -> None:
     openai = pytest.importorskip("openai", reason="the openai package is not installed")
     client = openai.OpenAI(base_url=f"http://{server.url}/v1", api_key="none")
-    video = client.videos.create_and_poll(prompt="a red fox", seconds="1", size="48x32", extra_body={"num_inference_steps": 2})
+    video = client.videos.create_and_poll(
+        prompt="a red fox", seconds="1", size="48x32", extra_body={"num_inference_steps": 2}
+    )
     assert (video.status, video.progress, video.error) == ("completed", 100, None)
     client.videos.download_content(video.id).write_to_file(tmp_path / "fox.mp4")
     assert frames_in((tmp_path / "fox.mp4").read_bytes(), tmp_path) == 17
@@ -125,17 +157,25 @@ def test_pages_of_the_list(tmp_path: Path) -> None:
     with serving(PacedGenerator(), tmp_path) as server:
         names = [server.create_and_wait(num_frames=1)["id"] for _ in range(3)]
         first = server.client.get("/v1/videos", params={"limit": 2}).json()
-        assert [v["id"] for v in first["data"]] == names[:0:-1] and first["has_more"] and first["last_id"] == names[1]
+        assert (
+            [v["id"] for v in first["data"]] == names[:0:-1]
+            and first["has_more"]
+            and first["last_id"] == names[1]
+        )
         rest = server.client.get("/v1/videos", params={"after": names[1]}).json()
         assert [v["id"] for v in rest["data"]] == names[:1] and not rest["has_more"]
         assert [v["id"] for v in server.client.get("/v1/videos?order=asc").json()["data"]] == names
 
 
-def test_the_stream_sends_what_is_there_and_then_what_is_made(slow: tuple[RunningServer, PacedGenerator], tmp_path: Path) -> None:
+def test_the_stream_sends_what_is_there_and_then_what_is_made(
+    slow: tuple[RunningServer, PacedGenerator], tmp_path: Path
+) -> None:
     server, maker = slow
     name = server.create(num_frames=17, num_inference_steps=1).json()["id"]
     maker.permits.release()
-    eventually(lambda: server.client.get(f"/v1/videos/{name}").json()["chunks"] == 1)  # before anybody watches
+    eventually(
+        lambda: server.client.get(f"/v1/videos/{name}").json()["chunks"] == 1
+    )  # before anybody watches
     texts, parts = [], b""
     with connect(f"ws://{server.url}/v1/videos/{name}/stream") as socket_:
         for message in socket_:
@@ -155,7 +195,9 @@ def test_the_stream_sends_what_is_there_and_then_what_is_made(slow: tuple[Runnin
     assert texts[-1]["type"] == "end" and texts[-1]["video"]["status"] == "completed"
     assert parts == server.client.get(f"/v1/videos/{name}/content").content
     late, pictures = messages_of(server.url, f"/v1/videos/{name}/stream?format=jpeg")
-    assert [t["messages"] for t in late if t["type"] == "chunk"] == [1, 12, 4] and late[-1]["type"] == "end"
+    assert [t["messages"] for t in late if t["type"] == "chunk"] == [1, 12, 4] and late[-1][
+        "type"
+    ] == "end"
     assert len(pictures) == 17 and all(picture[:3] == b"\xff\xd8\xff" for picture in pictures)
 
 
@@ -195,7 +237,10 @@ def test_who_leaves_a_sync_request_cancels_it(slow: tuple[RunningServer, PacedGe
     server, _ = slow
     body = b'{"prompt": "fox"}'
     with socket.create_connection(server.url.split(":")) as raw:  # type: ignore[arg-type]
-        head = f"POST /v1/videos/sync HTTP/1.1\r\nHost: {server.url}\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = (
+            f"POST /v1/videos/sync HTTP/1.1\r\nHost: {server.url}\r\nContent-Length:"
+            f" {len(body)}\r\n\r\n"
+        )
         raw.sendall(head.encode() + body)
         eventually(lambda: server.client.get("/v1/videos").json()["data"])
     name = server.client.get("/v1/videos").json()["data"][0]["id"]
@@ -209,7 +254,10 @@ def test_a_full_queue_says_when_to_come_again(slow: tuple[RunningServer, PacedGe
     assert [server.create().status_code for _ in range(2)] == [200, 200]
     refused = server.create()
     assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-    assert refused.json()["error"]["code"] == "queue_full" and refused.json()["error"]["type"] == "rate_limit_error"
+    assert (
+        refused.json()["error"]["code"] == "queue_full"
+        and refused.json()["error"]["type"] == "rate_limit_error"
+    )
     stream = f"ws://{server.url}/v1/videos/{server.service.all()[0].id}/stream"
     with connect(stream), connect(stream):
         with pytest.raises(InvalidStatus) as third:
@@ -219,7 +267,10 @@ def test_a_full_queue_says_when_to_come_again(slow: tuple[RunningServer, PacedGe
     eventually(lambda: not server.service.waiting)
     assert server.create_and_wait(num_frames=1)["status"] == "completed"
     metrics = server.client.get("/metrics").text
-    assert 'anyflow_refused_total{reason="queue"} 1.0' in metrics and 'anyflow_videos_total{outcome="completed"} 4.0' in metrics
+    assert (
+        'anyflow_refused_total{reason="queue"} 1.0' in metrics
+        and 'anyflow_videos_total{outcome="completed"} 4.0' in metrics
+    )
 
 
 def test_a_video_that_fails_says_so_and_the_next_one_is_made(
@@ -230,7 +281,11 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
         for fault, code, message in (
             (RuntimeError("secret"), "server_error", "its log has it under req_"),
             (AnyFlowError("too wide; choose less."), "invalid_request", "too wide; choose less."),
-            (OSError(28, "No space left on device"), "server_error", "could not be written: No space left on device."),
+            (
+                OSError(28, "No space left on device"),
+                "server_error",
+                "could not be written: No space left on device.",
+            ),
         ):
             maker.fault = fault
             video = server.create_and_wait(num_frames=1)
@@ -241,7 +296,9 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
         assert failed.status_code == 500 and failed.json()["error"]["type"] == "server_error"
         maker.fault = None
         with monkeypatch.context() as broken:
-            broken.setattr("anyflow_deploy.serving.video_store.write_text_atomically", lambda *_: 1 / 0)
+            broken.setattr(
+                "anyflow_deploy.serving.video_store.write_text_atomically", lambda *_: 1 / 0
+            )
             assert server.create_and_wait(num_frames=1)["error"]["code"] == "server_error"  # type: ignore[index]
         assert server.create_and_wait(num_frames=1)["status"] == "completed"
         assert len([f for f in tmp_path.iterdir() if f.is_dir()]) == 1
@@ -268,7 +325,11 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
         ({"seconds": "12"}, "seconds", "this server allows 81"),
         ({"seconds": "1", "num_frames": 17}, "seconds", "give one of them"),
         ({"seconds": "inf"}, "seconds", "finite"),
-        ({"num_inference_steps": 51}, "num_inference_steps", "asks for 51 steps; this server allows 50"),
+        (
+            {"num_inference_steps": 51},
+            "num_inference_steps",
+            "asks for 51 steps; this server allows 50",
+        ),
         ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1"),
         ({"num_inference_steps": True}, "num_inference_steps", "allowed is a number"),
         ({"first_steps": 51}, "first_steps", "allows 50"),
@@ -277,14 +338,18 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
         ({"seed": -1}, "seed", "greater than or equal to 0"),
         ({"num_steps": 4}, "num_steps", "unknown field 'num_steps'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_made_is_refused_by_field(
     server: RunningServer, fields: dict[str, object], param: str, message: str
 ) -> None:
     before = len(server.service.all())
     answer = server.create(**fields)
     error = answer.json()["error"]
-    assert answer.status_code == 400 and error["type"] == "invalid_request_error" and error["param"] == param
+    assert (
+        answer.status_code == 400
+        and error["type"] == "invalid_request_error"
+        and error["param"] == param
+    )
     assert message in error["message"] and set(error) == {"message", "type", "param", "code"}
     assert len(server.service.all()) == before
 
@@ -292,15 +357,39 @@ def test_what_cannot_be_made_is_refused_by_field(
 @pytest.mark.parametrize(
     ("method", "path", "options", "status", "message"),
     [
-        ("POST", "/v1/videos", {"content": b"{", "headers": {"content-type": "application/json"}}, 400, "no JSON"),
+        (
+            "POST",
+            "/v1/videos",
+            {"content": b"{", "headers": {"content-type": "application/json"}},
+            400,
+            "no JSON",
+        ),
         ("POST", "/v1/videos", {"content": b"[" * 50000}, 400, "no JSON"),
         ("POST", "/v1/videos", {"json": [1]}, 400, "valid dictionary"),
         ("POST", "/v1/videos", {"json": {}}, 400, "prompt is missing"),
         ("POST", "/v1/videos", {"content": b'{"prompt": "\\ud800"}'}, 400, "half a character"),
-        ("POST", "/v1/videos", {"content": b'{"prompt": "x", "\\ud800": 1}'}, 400, "unable to parse"),
-        ("POST", "/v1/videos", {"content": b"x", "headers": {"content-type": "text/plain"}}, 415, "allowed are application/json"),
+        (
+            "POST",
+            "/v1/videos",
+            {"content": b'{"prompt": "x", "\\ud800": 1}'},
+            400,
+            "unable to parse",
+        ),
+        (
+            "POST",
+            "/v1/videos",
+            {"content": b"x", "headers": {"content-type": "text/plain"}},
+            415,
+            "allowed are application/json",
+        ),
         ("POST", "/v1/videos", {"content": b"x" * 70000}, 413, "larger than 65,536 bytes"),
-        ("POST", "/v1/videos", {"content": iter([b"x" * 40000] * 2)}, 413, "larger than 65,536 bytes"),
+        (
+            "POST",
+            "/v1/videos",
+            {"content": iter([b"x" * 40000] * 2)},
+            413,
+            "larger than 65,536 bytes",
+        ),
         ("GET", "/v1/videos/video_0", {}, 404, "is not here"),
         ("GET", "/v1/videos/..%2f..%2fetc/content", {}, 404, "."),
         ("GET", "/v1/videos?limit=1000", {}, 400, "allowed are 1 to 100"),
@@ -310,9 +399,14 @@ def test_what_cannot_be_made_is_refused_by_field(
         ("PUT", "/v1/videos", {}, 405, "Method Not Allowed"),
         ("GET", "/docs", {}, 404, "Not Found"),
     ],
-)  # fmt: skip
+)
 def test_other_mistakes_have_openais_shape_too(
-    server: RunningServer, method: str, path: str, options: dict[str, object], status: int, message: str
+    server: RunningServer,
+    method: str,
+    path: str,
+    options: dict[str, object],
+    status: int,
+    message: str,
 ) -> None:
     answer = server.client.request(method, path, **options)  # type: ignore[arg-type]
     assert answer.status_code == status and message in answer.json()["error"]["message"]
@@ -326,29 +420,48 @@ JSON = st.recursive(
     | st.floats()
     | st.text()
     | st.sampled_from([HALF, 10**400, -1, 1e308, "9" * 50, "48x32", "4"]),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.dictionaries(st.sampled_from([*VideoRequest.model_fields, HALF, "extra"]), JSON, max_size=5))
+@given(
+    st.dictionaries(st.sampled_from([*VideoRequest.model_fields, HALF, "extra"]), JSON, max_size=5)
+)
 def test_whatever_is_asked_becomes_a_request_or_a_refusal(fields: dict[str, object]) -> None:
     limits = Limits(frames=81, pixels=64 * 96)
     for name in ("far-tiny", "tiny"):
         try:
-            order = validate_request(VideoRequest.model_validate({"prompt": "x", **fields}), fake_manifest(name), limits, name)
+            order = validate_request(
+                VideoRequest.model_validate({"prompt": "x", **fields}),
+                fake_manifest(name),
+                limits,
+                name,
+            )
         except (AnyFlowError, ValidationError) as error:
             answer = api_error(error).answer()  # can be sent, too
             assert answer.status_code == 400
         else:
-            assert order.num_frames <= 81 and order.height * order.width <= 64 * 96 and order.num_inference_steps <= 50
+            assert (
+                order.num_frames <= 81
+                and order.height * order.width <= 64 * 96
+                and order.num_inference_steps <= 50
+            )
             assert order.plan is None or order.plan.frames == order.shape[0]
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(tmp_path: Path) -> None:
-    with serving(PacedGenerator(), tmp_path, body_seconds=0.2) as server, socket.create_connection(server.url.split(":")) as raw:  # type: ignore[arg-type]
-        raw.sendall(f"POST /v1/videos HTTP/1.1\r\nHost: {server.url}\r\nContent-Length: 10\r\n\r\n{{".encode())
+    with (
+        serving(PacedGenerator(), tmp_path, body_seconds=0.2) as server,
+        socket.create_connection(server.url.split(":")) as raw,
+    ):  # type: ignore[arg-type]
+        raw.sendall(
+            f"POST /v1/videos HTTP/1.1\r\nHost: {server.url}\r\n"
+            "Content-Length: 10\r\n\r\n{".encode()
+        )
         raw.settimeout(10)
         assert raw.recv(100).startswith(b"HTTP/1.1 408")
 
@@ -366,7 +479,10 @@ def test_a_bidirectional_model_has_no_chunks_to_choose(tmp_path: Path) -> None:
 
 def test_a_token_is_needed_for_everything_but_health_and_the_page(tmp_path: Path) -> None:
     with serving(PacedGenerator(), tmp_path, token=TOKEN) as server:
-        assert {server.client.get(path).status_code for path in ("/health", "/", "/page.js", "/page.css")} == {200}
+        assert {
+            server.client.get(path).status_code
+            for path in ("/health", "/", "/page.js", "/page.css")
+        } == {200}
         for path in ("/v1/videos", "/metrics", "/v1/models", "/openapi.json"):
             for headers in (
                 {},
@@ -377,7 +493,12 @@ def test_a_token_is_needed_for_everything_but_health_and_the_page(tmp_path: Path
                 answer = server.client.get(path, headers=headers)  # type: ignore[arg-type]
                 assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
                 assert answer.json()["error"]["code"] == "invalid_api_key"
-            assert server.client.get(path, headers={"Authorization": f"Bearer {TOKEN}", "Host": "fox.example"}).status_code == 200
+            assert (
+                server.client.get(
+                    path, headers={"Authorization": f"Bearer {TOKEN}", "Host": "fox.example"}
+                ).status_code
+                == 200
+            )
         server.client.headers["Authorization"] = f"Bearer {TOKEN}"
         name = server.create_and_wait(num_frames=1)["id"]
         path = f"/v1/videos/{name}/stream"
@@ -391,9 +512,16 @@ def test_a_token_is_needed_for_everything_but_health_and_the_page(tmp_path: Path
 
 def test_without_a_token_other_pages_and_names_are_refused(server: RunningServer) -> None:
     port = server.url.split(":")[1]
-    for headers in ({"Host": f"evil.example:{port}"}, {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Host": "[::"}):
+    for headers in (
+        {"Host": f"evil.example:{port}"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Host": "[::"},
+    ):
         answer = server.client.post("/v1/videos", json={"prompt": "x"}, headers=headers)
-        assert answer.status_code == 403 and answer.json()["error"]["type"] == "permission_error", headers
+        assert answer.status_code == 403 and answer.json()["error"]["type"] == "permission_error", (
+            headers
+        )
     with pytest.raises(InvalidStatus) as refused:
         connect(f"ws://{server.url}/v1/videos/x/stream", origin="https://evil.example")  # type: ignore[arg-type]
     assert refused.value.response.status_code == 403
@@ -419,7 +547,9 @@ def test_other_machines_need_a_token(
         monkeypatch.setenv("ANYFLOW_TOKEN", variable)
     (tmp_path / "token").write_text("with a space in it, long enough\n")
     with pytest.raises(AnyFlowError, match=message):
-        serve(parse_options(ServeOptions, ["bundle", *flags.format(file=tmp_path / "token").split()]))
+        serve(
+            parse_options(ServeOptions, ["bundle", *flags.format(file=tmp_path / "token").split()])
+        )
     monkeypatch.setenv("ANYFLOW_TOKEN", TOKEN)
     assert _token(ServeOptions(bundle=tmp_path, host="0.0.0.0")) == TOKEN
 
@@ -432,7 +562,11 @@ def test_finished_videos_outlive_the_server_and_half_ones_do_not(tmp_path: Path)
         video = server.create_and_wait(num_frames=17)
         with pytest.raises(AnyFlowError, match="belongs to another anyflow-serve that runs"):
             VideoStore(tmp_path, 1, 1)
-    half, foreign, newer = tmp_path / f"video_{'0' * 32}", tmp_path / "holidays", tmp_path / f"video_{'1' * 32}"
+    half, foreign, newer = (
+        tmp_path / f"video_{'0' * 32}",
+        tmp_path / "holidays",
+        tmp_path / f"video_{'1' * 32}",
+    )
     for folder in (half, foreign, newer):
         folder.mkdir()
         (folder / "video.mp4").write_bytes(b"half")
@@ -454,13 +588,19 @@ def test_the_shelf_has_a_bound_in_bytes_and_in_age(tmp_path: Path) -> None:
             str(server.create_and_wait(seed=0)["id"]) for _ in range(3)
         ]  # within a second, so that created_at orders nothing
         eventually(lambda: {f.name for f in tmp_path.iterdir() if f.is_dir()} == set(names[1:]))
-        stored = float(server.client.get("/metrics").text.split("\nanyflow_stored_bytes ")[1].split()[0])
+        stored = float(
+            server.client.get("/metrics").text.split("\nanyflow_stored_bytes ")[1].split()[0]
+        )
         assert stored <= 2.5 * size
         jobs = server.service.all()
-        assert [job.id for job in server.service.store.surplus(jobs, time.time() + 24 * 3601)] == names[1:]
+        assert [
+            job.id for job in server.service.store.surplus(jobs, time.time() + 24 * 3601)
+        ] == names[1:]
         assert server.service.store.surplus(jobs, time.time() + 3600) == []
     with serving(PacedGenerator(), tmp_path, disk_bytes=1) as server:
-        assert [v["id"] for v in server.client.get("/v1/videos").json()["data"]] == names[2:]  # the newest stays
+        assert [v["id"] for v in server.client.get("/v1/videos").json()["data"]] == names[
+            2:
+        ]  # the newest stays
 
 
 # How it stops
@@ -472,7 +612,9 @@ def test_stopping_lets_the_running_video_finish(tmp_path: Path) -> None:
         answers: list[int] = []
         waiting = threading.Thread(
             target=lambda: answers.append(
-                server.client.post("/v1/videos/sync", json={"prompt": "fox", "num_frames": 1}).status_code
+                server.client.post(
+                    "/v1/videos/sync", json={"prompt": "fox", "num_frames": 1}
+                ).status_code
             )
         )
         waiting.start()
@@ -521,13 +663,21 @@ def test_warming_up_leaves_no_trace_and_fails_loudly(tmp_path: Path) -> None:
 # Watching it
 
 
-def test_ids_of_requests_are_in_answers_and_logs(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_ids_of_requests_are_in_answers_and_logs(
+    server: RunningServer, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "anyflow.serve")
     own = server.client.get("/health").headers["x-request-id"]
     assert own.startswith("req_") and own != server.client.get("/health").headers["x-request-id"]
-    answer = server.client.post("/v1/videos", json={"prompt": "a secret fox"}, headers={"X-Request-ID": "fox-1"})
+    answer = server.client.post(
+        "/v1/videos", json={"prompt": "a secret fox"}, headers={"X-Request-ID": "fox-1"}
+    )
     assert answer.headers["x-request-id"] == "fox-1"
-    assert server.client.get("/health", headers={"X-Request-ID": "a b\tc"}).headers["x-request-id"].startswith("req_")
+    assert (
+        server.client.get("/health", headers={"X-Request-ID": "a b\tc"})
+        .headers["x-request-id"]
+        .startswith("req_")
+    )
     name = answer.json()["id"]
     server.wait_until_ended(name)
     eventually(lambda: "completed after" in caplog.text)
@@ -567,7 +717,10 @@ def test_many_clients_at_once(tmp_path: Path) -> None:
                 name = server.create(seed=seed, num_frames=5, num_inference_steps=1).json()["id"]
                 texts, parts = messages_of(server.url, f"/v1/videos/{name}/stream")
                 video = texts[-1]["video"]
-                assert isinstance(video, dict) and (video["seed"], video["status"]) == (seed, "completed")
+                assert isinstance(video, dict) and (video["seed"], video["status"]) == (
+                    seed,
+                    "completed",
+                )
                 assert b"".join(parts) == server.client.get(f"/v1/videos/{name}/content").content
             except BaseException as error:  # noqa: BLE001 - told on the main thread
                 problems.append(error)
@@ -603,7 +756,9 @@ def test_a_job_hears_nothing_after_it_let_go() -> None:
     assert heard == [1]
 
 
-def test_failures_are_forgotten_oldest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failures_are_forgotten_oldest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("anyflow_deploy.serving.service.REMEMBERED_FAILURES", 2)
     maker = PacedGenerator()
     maker.fault = AnyFlowError("no.")

@@ -1,4 +1,5 @@
-"""`anyflow-serve` as a user starts it: a real process on a tiny causal bundle; the documents' examples; the page in a browser."""
+"""`anyflow-serve` as a user starts it: a real process on a tiny causal bundle; the documents'
+examples; the page in a browser."""
 
 from __future__ import annotations
 
@@ -58,7 +59,17 @@ def command(far_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Ite
     (folder / "my-causal").symlink_to(far_bundle.path)
     log = folder / "log"
     with log.open("w") as file:
-        words = [*COMMAND, "my-causal", "--port", "0", "--max-steps", "400", "--warm-up", "--grace", "0"]
+        words = [
+            *COMMAND,
+            "my-causal",
+            "--port",
+            "0",
+            "--max-steps",
+            "400",
+            "--warm-up",
+            "--grace",
+            "0",
+        ]
         server = subprocess.Popen(words, cwd=folder, stderr=file)
     try:
         eventually(lambda: "serving" in log.read_text() or server.poll() is not None, 120)
@@ -67,14 +78,23 @@ def command(far_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Ite
         with httpx.Client(base_url=found[1], timeout=60) as client:
             eventually(lambda: _answers(client))
             yield Command(found[1], folder, client, far_bundle.path)
-            running = client.post("/v1/videos", json={"prompt": PROMPT, "num_inference_steps": 400}).json()["id"]
-            eventually(lambda: client.get(f"/v1/videos/{running}").json()["status"] == "in_progress")
+            running = client.post(
+                "/v1/videos", json={"prompt": PROMPT, "num_inference_steps": 400}
+            ).json()["id"]
+            eventually(
+                lambda: client.get(f"/v1/videos/{running}").json()["status"] == "in_progress"
+            )
             server.send_signal(signal.SIGTERM)
             assert server.wait(300) == 0, log.read_text()
-        assert "stopped; finished videos stay in anyflow-videos" in log.read_text() and "Traceback" not in log.read_text()
+        assert (
+            "stopped; finished videos stay in anyflow-videos" in log.read_text()
+            and "Traceback" not in log.read_text()
+        )
         assert "server_shutdown after" in log.read_text()
         videos = [f for f in (folder / "anyflow-videos").iterdir() if f.is_dir()]
-        assert running not in [f.name for f in videos] and all((f / "video.json").is_file() for f in videos)
+        assert running not in [f.name for f in videos] and all(
+            (f / "video.json").is_file() for f in videos
+        )
     finally:
         server.kill()
         server.wait()
@@ -95,12 +115,27 @@ def frames_of(path: Path) -> int:
 # The same videos as the command line's
 
 
-def test_a_served_video_is_anyflow_generates_byte_for_byte(command: Command, tmp_path: Path) -> None:
-    video = command.create_and_wait(num_frames=29, size="96x64", num_inference_steps=2, first_steps=3, seed=5)
-    assert video["status"] == "completed" and video["steps"] == [3, 2, 2, 2] and video["timings"]["first_frame"] > 0, video
+def test_a_served_video_is_anyflow_generates_byte_for_byte(
+    command: Command, tmp_path: Path
+) -> None:
+    video = command.create_and_wait(
+        num_frames=29, size="96x64", num_inference_steps=2, first_steps=3, seed=5
+    )
+    assert (
+        video["status"] == "completed"
+        and video["steps"] == [3, 2, 2, 2]
+        and video["timings"]["first_frame"] > 0
+    ), video
     output = tmp_path / "fox.mp4"
     chunks = (1, 3, 3, 1)
-    asked = {"bundle": command.bundle, "prompt": PROMPT, "output": output, "seed": 5, "steps": 2, "first_steps": 3}
+    asked = {
+        "bundle": command.bundle,
+        "prompt": PROMPT,
+        "output": output,
+        "seed": 5,
+        "steps": 2,
+        "first_steps": 3,
+    }
     generate(GenerateOptions(**asked, frames=29, chunks=chunks, height=64, width=96, stream=True))  # type: ignore[arg-type]
     assert command.client.get(f"/v1/videos/{video['id']}/content").content == output.read_bytes()
 
@@ -124,12 +159,16 @@ def test_enough_is_enough(command: Command) -> None:
     assert command.client.post(f"/v1/videos/{name}/finish").status_code == 200
     video = command.wait_until_ended(name)
     assert video["status"] == "completed" and video["steps"][-1] == 1 and video["steps"][0] < 400
-    refused = command.client.post(f"/v1/videos/{command.create_and_wait(num_frames=1)['id']}/finish")
+    refused = command.client.post(
+        f"/v1/videos/{command.create_and_wait(num_frames=1)['id']}/finish"
+    )
     assert refused.status_code == 400 and "only a deadline" in refused.json()["error"]["message"]
 
 
 def test_cancelling_in_the_middle_leaves_the_engine_fit(command: Command) -> None:
-    name = command.client.post("/v1/videos", json={"prompt": PROMPT, "num_inference_steps": 400}).json()["id"]
+    name = command.client.post(
+        "/v1/videos", json={"prompt": PROMPT, "num_inference_steps": 400}
+    ).json()["id"]
     eventually(lambda: command.snapshot(name)["progress"] > 0)
     command.client.post(f"/v1/videos/{name}/cancel")
     assert command.wait_until_ended(name)["error"]["code"] == "cancelled"
@@ -143,10 +182,17 @@ def test_a_prompt_of_too_many_tokens_is_refused_at_once(command: Command) -> Non
     assert "tokens and the model takes 512; shorten it" in answer.json()["error"]["message"]
 
 
-def test_a_port_that_is_taken_is_known_before_anything_is_loaded(command: Command, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_known_before_anything_is_loaded(
+    command: Command, tmp_path: Path
+) -> None:
     words = [*COMMAND, str(command.bundle), "--port", command.url.rsplit(":", 1)[1]]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 1 and "Address already in use. Choose another --port" in done.stderr.replace("\n", " ")
+    done = subprocess.run(
+        words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (
+        done.returncode == 1
+        and "Address already in use. Choose another --port" in done.stderr.replace("\n", " ")
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -156,17 +202,30 @@ def test_a_port_that_is_taken_is_known_before_anything_is_loaded(command: Comman
 def test_the_documents_commands_run(command: Command, tmp_path: Path) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    blocks = [block for block in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL) if "curl" in block]
+    blocks = [
+        block for block in re.findall(r"```sh\n(.*?)```", DOCUMENT, re.DOTALL) if "curl" in block
+    ]
     assert len(blocks) == 3
     for block in blocks:
-        script = re.sub(r"^anyflow-serve .*$", "", block, flags=re.MULTILINE).replace("http://127.0.0.1:8000", command.url)
-        done = subprocess.run(["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        script = re.sub(r"^anyflow-serve .*$", "", block, flags=re.MULTILINE).replace(
+            "http://127.0.0.1:8000", command.url
+        )
+        done = subprocess.run(
+            ["bash", "-euc", script],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr + done.stdout
         assert '"object":"list"' in done.stdout or '"error":{' not in done.stdout
     assert frames_of(tmp_path / "fox.mp4") == 17 and frames_of(tmp_path / "fox-sync.mp4") == 17
 
 
-def test_the_documents_python_runs(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documents_python_runs(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
     names: dict[str, Any] = {}
@@ -178,7 +237,11 @@ def test_the_documents_commands_for_other_machines_are_flags_there_are() -> None
     from anyflow_deploy.cli.options import parse_options
     from anyflow_deploy.cli.serve import ServeOptions
 
-    lines = [line.split("#")[0].split() for line in DOCUMENT.splitlines() if line.startswith("anyflow-serve ")]
+    lines = [
+        line.split("#")[0].split()
+        for line in DOCUMENT.splitlines()
+        if line.startswith("anyflow-serve ")
+    ]
     assert len(lines) == 2
     for words in lines:
         parse_options(ServeOptions, words[1:])
@@ -189,10 +252,18 @@ def test_the_documents_commands_for_other_machines_are_flags_there_are() -> None
 def test_the_document_names_every_field_and_metric(command: Command) -> None:
     from anyflow_deploy.serving.request import VideoRequest
 
-    assert not [name for name in VideoRequest.model_fields if f"`{name}`" not in DOCUMENT and name not in DOCUMENT]
-    served = set(re.findall(r"^# TYPE (anyflow_\w+)", command.client.get("/metrics").text, re.MULTILINE))
+    assert not [
+        name
+        for name in VideoRequest.model_fields
+        if f"`{name}`" not in DOCUMENT and name not in DOCUMENT
+    ]
+    served = set(
+        re.findall(r"^# TYPE (anyflow_\w+)", command.client.get("/metrics").text, re.MULTILINE)
+    )
     named = set(re.findall(r"anyflow_\w+", DOCUMENT)) - {"anyflow_deploy"}
-    assert named == {name for name in served if not name.endswith("_created")} - {"anyflow_build_info"}
+    assert named == {name for name in served if not name.endswith("_created")} - {
+        "anyflow_build_info"
+    }
 
 
 # The page
@@ -201,7 +272,10 @@ def test_the_document_names_every_field_and_metric(command: Command) -> None:
 def test_the_page_shows_frames_while_they_are_made(command: Command) -> None:
     with Browser() as page:
         problems: list[str] = []
-        page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+        page.on(
+            "console",
+            lambda message: problems.append(message.text) if message.type == "error" else None,
+        )
         page.on("pageerror", lambda error: problems.append(str(error)))
         asked: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
@@ -214,13 +288,16 @@ def test_the_page_shows_frames_while_they_are_made(command: Command) -> None:
         page.click("#go")
         # Frames are drawn although the video is not whole.
         _until(page, "Number(document.getElementById('screen').dataset.drawn || 0) >= 2")
-        assert "Working" in page.inner_text("#status") and page.locator("#timeline span").count() < 4
+        assert (
+            "Working" in page.inner_text("#status") and page.locator("#timeline span").count() < 4
+        )
         _shot(page, "working")
         _until(page, "document.getElementById('status').textContent === 'Done.'")
         assert page.locator("#timeline span").count() == 4 and page.is_enabled("#go")
         assert "24, 24, 24, 24" in page.inner_text("#numbers") and page.inner_text("#problem") == ""
         colours = page.evaluate(
-            "new Set(document.getElementById('screen').getContext('2d').getImageData(0, 0, 96, 64).data).size"
+            "new Set(document.getElementById('screen').getContext('2d').getImageData(0, 0, 96,"
+            " 64).data).size"
         )
         assert colours > 10  # a picture, not an empty canvas
         with page.expect_download() as download:
@@ -250,12 +327,16 @@ def test_the_page_shows_frames_while_they_are_made(command: Command) -> None:
 
 
 def _until(page: Any, true: str) -> None:
-    """Wait; Playwright's own way of it evaluates text inside the page, which the page's policy forbids."""
+    """Wait; Playwright's own way of it evaluates text inside the page, which the page's policy
+    forbids."""
     eventually(lambda: page.evaluate(true))
 
 
 def _slide(page: Any, name: str, value: int) -> None:
-    script = "([n, v]) => { const s = document.getElementById(n); s.value = v; s.dispatchEvent(new Event('input')); }"
+    script = (
+        "([n, v]) => { const s = document.getElementById(n); s.value = v; s.dispatchEvent(new"
+        " Event('input')); }"
+    )
     page.evaluate(script, [name, value])
 
 
@@ -265,20 +346,33 @@ def _shot(page: Any, name: str) -> None:
 
 
 class Browser:
-    """A page in headless Chromium: Playwright's own, else the system's; skips where there is none."""
+    """A page in headless Chromium: Playwright's own, else the system's; skips where there is
+    none."""
 
     def __enter__(self) -> Any:
-        playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+        playwright = pytest.importorskip(
+            "playwright.sync_api", reason="playwright is not installed"
+        )
         self._driver = playwright.sync_playwright().start()
         try:
             own = Path(self._driver.chromium.executable_path)
-            found = next((p for name in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(name))), None)
+            found = next(
+                (
+                    p
+                    for name in ("chromium", "chromium-browser", "google-chrome")
+                    if (p := shutil.which(name))
+                ),
+                None,
+            )
             if not own.exists() and found is None:
                 pytest.skip(
-                    "no Chromium: neither Playwright's (playwright install chromium) nor the system's (apt install chromium)"
+                    "no Chromium: neither Playwright's (playwright install chromium) nor the"
+                    " system's (apt install chromium)"
                 )
             flags = ["--no-sandbox"] if os.geteuid() == 0 else []
-            self._chrome = self._driver.chromium.launch(executable_path=None if own.exists() else found, args=flags)
+            self._chrome = self._driver.chromium.launch(
+                executable_path=None if own.exists() else found, args=flags
+            )
         except BaseException:
             self._driver.stop()
             raise

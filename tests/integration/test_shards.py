@@ -39,14 +39,23 @@ def sample(number: int) -> dict[str, Any]:
         "latents": seeded_normal(SHAPE.latents, 0, "l", number),
         "text": seeded_normal((1 + number % 4, 32), 0, "t", number),
     }
-    return {"__key__": f"clip-{number:02d}", "safetensors": safetensors.torch.save(tensors), "txt": b"a red fox"}
+    return {
+        "__key__": f"clip-{number:02d}",
+        "safetensors": safetensors.torch.save(tensors),
+        "txt": b"a red fox",
+    }
 
 
 def latents_of(number: int) -> Tensor:
     return seeded_normal(SHAPE.latents, 0, "l", number)
 
 
-def shards(folder: Path, count: int = 10, change: Callable[[dict[str, Any]], Any] = lambda s: None, each: int = 4) -> Path:
+def shards(
+    folder: Path,
+    count: int = 10,
+    change: Callable[[dict[str, Any]], Any] = lambda s: None,
+    each: int = 4,
+) -> Path:
     """`count` samples in shards made by webdataset itself."""
     folder.mkdir()
     for number in range(0, count, each):
@@ -65,7 +74,9 @@ def source(folder: Path, part: DataShard = PAIRS, seed: int = 0) -> ShardSource:
     return ShardSource(index_shards(folder), part, SHAPE, seed, None)
 
 
-def names(folder: Path, world: int, batch: int, steps: int, position: int = 0, seed: int = 0) -> list[str]:
+def names(
+    folder: Path, world: int, batch: int, steps: int, position: int = 0, seed: int = 0
+) -> list[str]:
     sources = [source(folder, DataShard(rank, world, batch), seed) for rank in range(world)]
     for one in sources:
         one.load_state_dict({**one.state_dict(), "samples": position})
@@ -79,7 +90,10 @@ def test_the_order_is_the_seeds_alone_and_each_epoch_has_all(tmp_path: Path) -> 
     folder = shards(tmp_path / "data")
     one = names(folder, 1, 4, 5)
     assert one == names(folder, 2, 2, 5) == names(folder, 4, 1, 5)
-    assert sorted(one[:10]) == sorted(one[10:]) == [e.name for e in index_shards(folder).entries] and one[:10] != one[10:]
+    assert (
+        sorted(one[:10]) == sorted(one[10:]) == [e.name for e in index_shards(folder).entries]
+        and one[:10] != one[10:]
+    )
     for position in (4, 8, 12):
         assert names(folder, 2, 1, 4, position) == one[position : position + 8]
     assert names(folder, 1, 4, 5, seed=1) != one
@@ -91,7 +105,10 @@ def test_a_batch_is_what_was_stored(tmp_path: Path) -> None:
         number = int(name[-2:])
         assert torch.equal(batch.latents[row], latents_of(number))
         stored = seeded_normal((1 + number % 4, 32), 0, "t", number)
-        assert torch.equal(batch.text[row, : len(stored)], stored) and not batch.text[row, len(stored) :].any()
+        assert (
+            torch.equal(batch.text[row, : len(stored)], stored)
+            and not batch.text[row, len(stored) :].any()
+        )
     assert batch.captions == ("a red fox",) * 5 and batch.negative_text.shape == (1, 4, 32)
 
 
@@ -104,7 +121,9 @@ def test_a_broken_sample_is_replaced_and_named_and_others_keep_their_places(tmp_
     whole = names(shards(tmp_path / "whole"), 1, 4, 10)
     folder = shards(tmp_path / "broken", change=break_sample)
     found = names(folder, 1, 4, 10)
-    assert [a == b for a, b in zip(found, whole, strict=True)] == ["clip-03" not in name for name in whole]
+    assert [a == b for a, b in zip(found, whole, strict=True)] == [
+        "clip-03" not in name for name in whole
+    ]
     assert "s-000.tar/clip-03" not in found
     assert found == names(folder, 2, 2, 10) and names(folder, 2, 1, 6, 8) == found[8:20]
     one = source(folder, DataShard(0, 1, 10))
@@ -119,7 +138,10 @@ def test_too_many_broken_samples_stop(tmp_path: Path) -> None:
         for number in range(1, 8):
             break_sample(one, number)
 
-    with pytest.raises(AnyFlowError, match=r"4 of \d+ samples read from .* are broken, too many .*clip-0\d: .*Mend or remove"):
+    with pytest.raises(
+        AnyFlowError,
+        match=r"4 of \d+ samples read from .* are broken, too many .*clip-0\d: .*Mend or remove",
+    ):
         names(shards(tmp_path / "data", change=spoil), 1, 4, 5)
 
 
@@ -140,7 +162,11 @@ def test_no_pickle_is_ever_loaded(tmp_path: Path) -> None:
     array = io.BytesIO()
     np.lib.format.write_array(array, np.array([Bomb()], dtype=object))
     for number, payload in enumerate(
-        [{"pyd": pickle.dumps(Bomb())}, {"pth": pickle.dumps(Bomb())}, {"latents.npy": array.getvalue(), "text.npy": b""}]
+        [
+            {"pyd": pickle.dumps(Bomb())},
+            {"pth": pickle.dumps(Bomb())},
+            {"latents.npy": array.getvalue(), "text.npy": b""},
+        ]
     ):
 
         def spoil(one: dict[str, Any], payload: dict[str, bytes] = payload) -> None:
@@ -158,7 +184,10 @@ def test_numpy_arrays_serve_too(tmp_path: Path) -> None:
             np.save(file, tensor.numpy())
             one[f"{name}.npy"] = file.getvalue()
 
-    plain, other = (next(iter(source(shards(tmp_path / n, change=c)))) for n, c in (("a", lambda s: None), ("b", numpy)))
+    plain, other = (
+        next(iter(source(shards(tmp_path / n, change=c))))
+        for n, c in (("a", lambda s: None), ("b", numpy))
+    )
     assert torch.equal(plain.latents, other.latents) and torch.equal(plain.text, other.text)
 
 
@@ -181,14 +210,28 @@ def stored(latents: Tensor, text: Tensor) -> Callable[[dict[str, Any]], None]:
             stored(torch.zeros(2, 4, 8, 8), torch.zeros(4, 32)),
             r"\(2, 4, 8, 8\), the recipe has \(3, 4, 8, 8\). Give the --frames",
         ),
-        (stored(torch.zeros(3, 4, 8, 8), torch.zeros(4, 31)), r"text \(tokens, channels\) \(4, 31\), the recipe has at most"),
+        (
+            stored(torch.zeros(3, 4, 8, 8), torch.zeros(4, 31)),
+            r"text \(tokens, channels\) \(4, 31\), the recipe has at most",
+        ),
         (stored(torch.full((3, 4, 8, 8), torch.nan), torch.zeros(4, 32)), "not finite"),
-        (stored(torch.zeros(3, 4, 8, 8, dtype=torch.int32), torch.zeros(4, 32)), r"numbers of type torch.int32"),
-        (replaced(safetensors=safetensors.torch.save({"text": torch.zeros(4, 32)})), "no tensor latents"),
-        (replaced(mp4=b"x"), r"10 of 10 samples .* have no video or no caption, as s-000.tar/clip-00 \(mp4\)"),
+        (
+            stored(torch.zeros(3, 4, 8, 8, dtype=torch.int32), torch.zeros(4, 32)),
+            r"numbers of type torch.int32",
+        ),
+        (
+            replaced(safetensors=safetensors.torch.save({"text": torch.zeros(4, 32)})),
+            "no tensor latents",
+        ),
+        (
+            replaced(mp4=b"x"),
+            r"10 of 10 samples .* have no video or no caption, as s-000.tar/clip-00 \(mp4\)",
+        ),
     ],
 )
-def test_samples_that_the_first_minute_refuses(tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
+def test_samples_that_the_first_minute_refuses(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
     with pytest.raises(AnyFlowError, match=message):
         source(shards(tmp_path / "data", change=change)).check()
 
@@ -199,10 +242,14 @@ def test_the_last_sample_is_looked_at_too(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(AnyFlowError, match=r"which is not a folder. Give 'synthetic', or a folder of shards"):
+    with pytest.raises(
+        AnyFlowError, match=r"which is not a folder. Give 'synthetic', or a folder of shards"
+    ):
         index_shards(tmp_path / "nowhere")
     (tmp_path / "clip.mp4").touch()
-    with pytest.raises(AnyFlowError, match=r"holds no shards \(\*.tar\) but clip.mp4. .*anyflow-precompute"):
+    with pytest.raises(
+        AnyFlowError, match=r"holds no shards \(\*.tar\) but clip.mp4. .*anyflow-precompute"
+    ):
         index_shards(tmp_path)
     folder = shards(tmp_path / "data")
     (folder / NEGATIVE).rename(tmp_path / NEGATIVE)
@@ -239,8 +286,16 @@ def test_a_position_in_other_data_is_refused(tmp_path: Path) -> None:
 def test_kill_9_while_reading_shards(tmp_path: Path) -> None:
     """Bit for bit, over epochs and past a broken sample, which is named in the run's folder."""
     folder, killed = shards(tmp_path / "data", change=break_sample), tmp_path / "killed"
-    words = command("flow-map-tiny", f"--init={SMALL}", f"--output={killed}", "--steps=100000", f"--data={folder}")
-    process = subprocess.Popen([sys.executable, "-m", *words], env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
+    words = command(
+        "flow-map-tiny",
+        f"--init={SMALL}",
+        f"--output={killed}",
+        "--steps=100000",
+        f"--data={folder}",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words], env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     log, deadline = killed / "losses.jsonl", time.monotonic() + 600
     while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
         assert process.poll() is None

@@ -1,4 +1,5 @@
-"""anyflow-build --backend tensorrt on the stand-in: flags, profiles, progress, Ctrl-C, timing cache, refusals."""
+"""anyflow-build --backend tensorrt on the stand-in: flags, profiles, progress, Ctrl-C, timing
+cache, refusals."""
 
 from __future__ import annotations
 
@@ -43,13 +44,22 @@ def copied(bundle: Bundle, folder: Path) -> Bundle:
 
 
 def command(bundle: Bundle, words: str = f"--shapes {SIZE}") -> dict[str, Any]:
-    assert build(parse_options(BuildOptions, [str(bundle.path), "--backend", "tensorrt", *words.split()])) == 0
-    record: dict[str, Any] = json.loads((bundle.path / "engines/tensorrt-cuda/engine.json").read_text())
+    assert (
+        build(
+            parse_options(BuildOptions, [str(bundle.path), "--backend", "tensorrt", *words.split()])
+        )
+        == 0
+    )
+    record: dict[str, Any] = json.loads(
+        (bundle.path / "engines/tensorrt-cuda/engine.json").read_text()
+    )
     return record
 
 
 def plan(bundle: Bundle, graph: str = "transition") -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((bundle.path / f"engines/tensorrt-cuda/{graph}.plan").read_bytes())
+    content: dict[str, Any] = json.loads(
+        (bundle.path / f"engines/tensorrt-cuda/{graph}.plan").read_bytes()
+    )
     return content
 
 
@@ -59,9 +69,15 @@ def nothing_left(bundle: Bundle) -> bool:
 
 
 @EVERY_RELEASE
-def test_the_record(fake_tensorrt: FakeTensorRT, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_record(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = command(bundle, "--shapes 64x96x5,128x96x1:t7")
-    assert record["device"] == {"kind": "cuda", "name": "NVIDIA Stand-in", "compute_capability": "9.0"}
+    assert record["device"] == {
+        "kind": "cuda",
+        "name": "NVIDIA Stand-in",
+        "compute_capability": "9.0",
+    }
     assert record["versions"]["tensorrt"] == fake_tensorrt.trt.__version__
     assert list(record["profiles"]["transition"]) == ["64x96x5", "128x96x1:t7"]
     assert record["profiles"]["transition"]["128x96x1:t7"]["latents"] == [[1, 1, 4, 16, 12]] * 3
@@ -77,8 +93,13 @@ def test_what_the_builder_is_told(fake_tensorrt: FakeTensorRT, bundle: Bundle) -
     command(bundle)
     trt = fake_tensorrt.trt
     assert plan(bundle)["flags"] == [], "TF32 is off, and nothing else is on"
-    assert trt.calls_of("IBuilderConfig.profiling_verbosity") == [{"value": trt.ProfilingVerbosity.DETAILED}]
-    flags = "--workspace 2.5 --optimization-level 5 --version-compatible --hardware-compatible ampere+ --refit --weight-streaming"
+    assert trt.calls_of("IBuilderConfig.profiling_verbosity") == [
+        {"value": trt.ProfilingVerbosity.DETAILED}
+    ]
+    flags = (
+        "--workspace 2.5 --optimization-level 5 --version-compatible --hardware-compatible ampere+"
+        " --refit --weight-streaming"
+    )
     command(bundle, f"--shapes {SIZE} --overwrite {flags}")
     assert plan(bundle)["flags"] == ["REFIT", "VERSION_COMPATIBLE", "WEIGHT_STREAMING"]
     assert trt.calls_of("IBuilderConfig.set_memory_pool_limit") == [
@@ -93,34 +114,54 @@ def test_what_the_builder_is_told(fake_tensorrt: FakeTensorRT, bundle: Bundle) -
 
 @pytest.mark.parametrize("fake_tensorrt", ["10.3"], indirect=True)
 def test_a_level_that_this_release_lacks(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match=r"same-capability is not in TensorRT 10.3.0, which has .*AMPERE_PLUS"):
+    with pytest.raises(
+        BackendError, match=r"same-capability is not in TensorRT 10.3.0, which has .*AMPERE_PLUS"
+    ):
         command(bundle, f"--shapes {SIZE} --hardware-compatible same-capability")
     assert nothing_left(bundle)
 
 
 def in_eight_bits(bundle: Bundle) -> Bundle:
-    """The same bundle with Q/DQ before every product of its blocks, in a second rather than by a calibration."""
+    """The same bundle with Q/DQ before every product of its blocks, in a second rather than by a
+    calibration."""
     path = bundle.path / "transition.onnx"
     model = onnx.load(path, load_external_data=False)
     nodes, graph = list(model.graph.node), model.graph
     graph.initializer.append(onnx.helper.make_tensor("scale", onnx.TensorProto.FLOAT, [], [0.1]))
-    graph.initializer.append(onnx.helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], [0.0]))
+    graph.initializer.append(
+        onnx.helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], [0.0])
+    )
     del graph.node[:]
     for node in nodes:
         if node.op_type == "Gemm" and node.name.startswith("blocks."):
             for index in range(2):
                 source, name = node.input[index], f"{node.name}.{index}"
-                graph.node.append(onnx.helper.make_node("QuantizeLinear", [source, "scale", "zero"], [f"{name}.q"], f"{name}.Q"))
                 graph.node.append(
-                    onnx.helper.make_node("DequantizeLinear", [f"{name}.q", "scale", "zero"], [f"{name}.d"], f"{name}.D")
+                    onnx.helper.make_node(
+                        "QuantizeLinear", [source, "scale", "zero"], [f"{name}.q"], f"{name}.Q"
+                    )
+                )
+                graph.node.append(
+                    onnx.helper.make_node(
+                        "DequantizeLinear",
+                        [f"{name}.q", "scale", "zero"],
+                        [f"{name}.d"],
+                        f"{name}.D",
+                    )
                 )
                 node.input[index] = f"{name}.d"
         graph.node.append(node)
     path.write_bytes(model.SerializeToString())
     manifest = bundle.path / "manifest.json"
     raw = json.loads(manifest.read_text())
-    raw |= {"precision": "fp8", "quantization": {"base": "fp32", "smooth": False, "attention": "high", "weights": "x"}}
-    raw["files"]["transition.onnx"] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    raw |= {
+        "precision": "fp8",
+        "quantization": {"base": "fp32", "smooth": False, "attention": "high", "weights": "x"},
+    }
+    raw["files"]["transition.onnx"] = {
+        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
     manifest.write_text(json.dumps(raw))
     return load_bundle(bundle.path)
 
@@ -147,7 +188,11 @@ class Recorder:
 def test_progress(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
     progress = Recorder()
     build_engine(bundle, "tensorrt", TensorRTSettings(shapes=(SIZE,)), progress=progress)
-    assert progress.stages == {"transition: Building Engine": 2, "transition: Timing": 2, "transition: inspecting": 0}
+    assert progress.stages == {
+        "transition: Building Engine": 2,
+        "transition: Timing": 2,
+        "transition: inspecting": 0,
+    }
     assert not progress.open, "deeper levels are not shown, and every stage was ended"
 
 
@@ -167,7 +212,9 @@ def cache_file(tmp_path: Path) -> Path:
 
 
 @EVERY_RELEASE
-def test_ctrl_c_stops_the_build_and_keeps_the_timing_cache(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path) -> None:
+def test_ctrl_c_stops_the_build_and_keeps_the_timing_cache(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path
+) -> None:
     ended = threading.Event()
 
     def interrupt() -> None:
@@ -191,14 +238,20 @@ def test_the_timing_cache(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path:
     file = cache_file(tmp_path)
     assert file.name == f"nvidia-stand-in-{fake_tensorrt.trt.__version__}.timing"
     fake_tensorrt.during_build = lambda: (
-        file.write_text(json.dumps({"version": fake_tensorrt.trt.__version__, "other": 2.0})) and None
+        file.write_text(json.dumps({"version": fake_tensorrt.trt.__version__, "other": 2.0}))
+        and None
     )
     command(bundle, f"--shapes {SIZE} --overwrite")
-    assert set(json.loads(file.read_bytes())) == {"version", "transition", "other"}, "what another build wrote meanwhile is kept"
+    assert set(json.loads(file.read_bytes())) == {
+        "version",
+        "transition",
+        "other",
+    }, "what another build wrote meanwhile is kept"
     given = fake_tensorrt.trt.calls_of("IBuilderConfig.create_timing_cache")
-    assert [bytes(call["serialized_timing_cache"])[:1] for call in given][:2] == [b"", b"{"], (
-        "the second build started from the first"
-    )
+    assert [bytes(call["serialized_timing_cache"])[:1] for call in given][:2] == [
+        b"",
+        b"{",
+    ], "the second build started from the first"
 
 
 def test_a_timing_cache_of_elsewhere(
@@ -211,7 +264,11 @@ def test_a_timing_cache_of_elsewhere(
 
 
 def test_a_timing_cache_that_cannot_be_kept(
-    fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    fake_tensorrt: FakeTensorRT,
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "file").write_text("")
     command(bundle, f"--shapes {SIZE} --timing-cache {tmp_path / 'file' / 'x.timing'}")
@@ -225,7 +282,10 @@ def test_a_timing_cache_that_cannot_be_kept(
             "[defaultAllocator.cpp] Cuda Runtime (out of memory): could not be allocated",
             r"lower --workspace, name fewer or smaller",
         ),
-        ("Could not find any implementation for node x due to insufficient workspace", r"raise --workspace, or leave it out"),
+        (
+            "Could not find any implementation for node x due to insufficient workspace",
+            r"raise --workspace, or leave it out",
+        ),
         ("Internal Error: assertion failed", "log of anyflow_deploy.tensorrt"),
     ],
 )
@@ -233,24 +293,35 @@ def test_a_build_that_fails_says_which_knob(
     fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path, said: str, advice: str
 ) -> None:
     fake_tensorrt.failure = said
-    with pytest.raises(BackendError, match=rf"TensorRT 11.* could not build 'transition' on NVIDIA Stand-in: .*{advice}"):
+    with pytest.raises(
+        BackendError,
+        match=rf"TensorRT 11.* could not build 'transition' on NVIDIA Stand-in: .*{advice}",
+    ):
         command(bundle)
     assert nothing_left(bundle)
     assert cache_file(tmp_path).exists(), "what was measured is kept"
 
 
-def test_a_disk_that_is_full(fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
-        BackendError, match=r"GB free, and the plans take about .* --output FOLDER, or build without weights .*--strip"
+        BackendError,
+        match=(
+            r"GB free, and the plans take about .* --output FOLDER, or build without weights"
+            r" .*--strip"
+        ),
     ):
         command(bundle)
     assert not fake_tensorrt.trt.calls, "before TensorRT has begun"
     monkeypatch.undo()
 
 
-def test_a_disk_that_fills_up(fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -263,19 +334,49 @@ def test_a_disk_that_fills_up(fake_tensorrt: FakeTensorRT, bundle: Bundle, monke
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        ("--shapes 480x832", AnyFlowError, r"--shapes is '480x832'; allowed is HEIGHTxWIDTHxFRAMES"),
+        (
+            "--shapes 480x832",
+            AnyFlowError,
+            r"--shapes is '480x832'; allowed is HEIGHTxWIDTHxFRAMES",
+        ),
         ("--shapes 480x832x80", ShapeError, r"frames is 80; allowed are 4n\+1"),
         ("--shapes 481x832x81", ShapeError, "height is 481; allowed are multiples of 16"),
-        ("--shapes 4096x832x81", ShapeError, r"--shapes 4096x832x81: height is 512, but this bundle declares"),
-        (f"--shapes {SIZE} --range-profile", AnyFlowError, r"batch range has no end .* Name video sizes with --shapes"),
-        (f"--shapes {SIZE} --workspace 0", AnyFlowError, "--workspace is 0.0; allowed are gigabytes above 0"),
-        (f"--shapes {SIZE} --optimization-level 6", AnyFlowError, "--optimization-level is 6; allowed are 0"),
-        (f"--shapes {SIZE} --hardware-compatible ampere", AnyFlowError, r"allowed are ampere\+, .* Did you mean 'ampere\+'"),
+        (
+            "--shapes 4096x832x81",
+            ShapeError,
+            r"--shapes 4096x832x81: height is 512, but this bundle declares",
+        ),
+        (
+            f"--shapes {SIZE} --range-profile",
+            AnyFlowError,
+            r"batch range has no end .* Name video sizes with --shapes",
+        ),
+        (
+            f"--shapes {SIZE} --workspace 0",
+            AnyFlowError,
+            "--workspace is 0.0; allowed are gigabytes above 0",
+        ),
+        (
+            f"--shapes {SIZE} --optimization-level 6",
+            AnyFlowError,
+            "--optimization-level is 6; allowed are 0",
+        ),
+        (
+            f"--shapes {SIZE} --hardware-compatible ampere",
+            AnyFlowError,
+            r"allowed are ampere\+, .* Did you mean 'ampere\+'",
+        ),
         (f"--shapes {SIZE} --strip --weight-streaming", AnyFlowError, "exclude each other"),
-        (f"--shapes {SIZE} --provider cpu", BackendError, "TensorRT runs on NVIDIA GPUs only; provider is 'cpu'"),
+        (
+            f"--shapes {SIZE} --provider cpu",
+            BackendError,
+            "TensorRT runs on NVIDIA GPUs only; provider is 'cpu'",
+        ),
     ],
 )
-def test_wrong_settings(fake_tensorrt: FakeTensorRT, bundle: Bundle, words: str, error: type[AnyFlowError], message: str) -> None:
+def test_wrong_settings(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, words: str, error: type[AnyFlowError], message: str
+) -> None:
     with pytest.raises(error, match=message):
         command(bundle, words)
     assert nothing_left(bundle) and not fake_tensorrt.trt.calls
@@ -284,12 +385,18 @@ def test_wrong_settings(fake_tensorrt: FakeTensorRT, bundle: Bundle, words: str,
 def test_a_precision_that_the_gpu_lacks(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
     fake_tensorrt.cuda.properties |= {"major": 8, "minor": 7, "name": b"Orin"}
     with pytest.raises(
-        BackendError, match=r"is fp8, which needs compute capability 8\.9; Orin has 8\.7\. .* fp32, fp16, bf16, int8"
+        BackendError,
+        match=(
+            r"is fp8, which needs compute capability 8\.9; Orin has 8\.7\. .* fp32, fp16, bf16,"
+            r" int8"
+        ),
     ):
         command(in_eight_bits(bundle))
 
 
-def test_a_graph_that_the_parser_refuses(fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_the_parser_refuses(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trt = fake_tensorrt.trt
     error = trt.make_object("ParserError")
     trt.behaviour |= {
@@ -300,7 +407,9 @@ def test_a_graph_that_the_parser_refuses(fake_tensorrt: FakeTensorRT, bundle: Bu
         "ParserError.node_name": lambda e: "blocks.0/X",
         "ParserError.node_operator": lambda e: "X",
     }
-    with pytest.raises(BackendError, match=r"cannot parse .*transition.onnx: blocks.0/X \(X\): unsupported"):
+    with pytest.raises(
+        BackendError, match=r"cannot parse .*transition.onnx: blocks.0/X \(X\): unsupported"
+    ):
         command(bundle)
     assert nothing_left(bundle)
 
@@ -311,19 +420,29 @@ def test_a_graph_that_the_lint_refuses(fake_tensorrt: FakeTensorRT, bundle: Bund
     model = onnx.load(path, load_external_data=False)
     model.opset_import[0].version = 23
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0 does not take this bundle: transition.onnx.*opset 23"):
-        build_engine(load_bundle(bundle.path, verify=False), "tensorrt", TensorRTSettings(shapes=(SIZE,)))
+    with pytest.raises(
+        BackendError,
+        match=r"TensorRT 10\.3\.0 does not take this bundle: transition.onnx.*opset 23",
+    ):
+        build_engine(
+            load_bundle(bundle.path, verify=False), "tensorrt", TensorRTSettings(shapes=(SIZE,))
+        )
     assert not fake_tensorrt.trt.calls
 
 
 def test_eight_bits_that_were_achieved(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
     in_eight_bits(bundle)
     record = command(bundle)
-    assert record["achieved"]["eight_bit_products"] == 1.0 and record["achieved"]["asked_in_eight_bits"] > 20
+    assert (
+        record["achieved"]["eight_bit_products"] == 1.0
+        and record["achieved"]["asked_in_eight_bits"] > 20
+    )
     assert record["achieved"]["run_wider"] == []
 
 
-def test_eight_bits_that_were_not(fake_tensorrt: FakeTensorRT, bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eight_bits_that_were_not(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As Thor builds have done: everything in float32, and no word about it."""
     in_eight_bits(bundle)
 
@@ -331,22 +450,34 @@ def test_eight_bits_that_were_not(fake_tensorrt: FakeTensorRT, bundle: Bundle, c
         rows = requested_layers(model)
         for row in rows:
             if "blocks.1.ffn" in row["Name"]:
-                row["TacticName"], row["Inputs"] = "sm90_xmma_gemm_f32f32_f32", [{"Format/Datatype": "Float"}]
+                row["TacticName"], row["Inputs"] = (
+                    "sm90_xmma_gemm_f32f32_f32",
+                    [{"Format/Datatype": "Float"}],
+                )
         return rows
 
     fake_tensorrt.layers = in_float
     with pytest.raises(
-        BackendError, match=r"2 of \d+ eight-bit matrix products run in a wider type \(blocks.1.ffn.*--allow-fallback"
+        BackendError,
+        match=(
+            r"2 of \d+ eight-bit matrix products run in a wider type"
+            r" \(blocks.1.ffn.*--allow-fallback"
+        ),
     ):
         command(bundle)
     assert nothing_left(bundle)
     record = command(bundle, f"--shapes {SIZE} --allow-fallback")
-    assert len(record["achieved"]["run_wider"]) == 2 and 0.8 < record["achieved"]["eight_bit_products"] < 1
+    assert (
+        len(record["achieved"]["run_wider"]) == 2
+        and 0.8 < record["achieved"]["eight_bit_products"] < 1
+    )
     shown = " ".join(capsys.readouterr().err.split())
     assert "run wider blocks.1.ffn" in shown and "fused attention 100 %" in shown
 
 
-def test_an_inspector_that_says_nothing_is_not_taken_for_success(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
+def test_an_inspector_that_says_nothing_is_not_taken_for_success(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle
+) -> None:
     fake_tensorrt.layers = lambda model: []
     with pytest.raises(BackendError, match=r"none of \d+ eight-bit matrix products could be found"):
         command(in_eight_bits(bundle))
@@ -354,13 +485,17 @@ def test_an_inspector_that_says_nothing_is_not_taken_for_success(fake_tensorrt: 
 
 def test_attention_that_was_not_fused(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
     fake_tensorrt.layers = lambda model: [
-        layer(n.name, (n.name,), "sm90_x", "Half") for n in model.graph.node if n.op_type in ("Gemm", "MatMul", "Softmax")
+        layer(n.name, (n.name,), "sm90_x", "Half")
+        for n in model.graph.node
+        if n.op_type in ("Gemm", "MatMul", "Softmax")
     ]
     assert command(bundle)["achieved"] == {"fused_attention": 0.0}
 
 
 def test_shapes_by_default(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path) -> None:
-    assert [made.name for made in TensorRTSettings().profiles(bundle)["transition"]] == ["480x832x81"], "the ranges have no end"
+    assert [made.name for made in TensorRTSettings().profiles(bundle)["transition"]] == [
+        "480x832x81"
+    ], "the ranges have no end"
     path = bundle.path / "manifest.json"
     raw = json.loads(path.read_text())
     raw["ranges"] |= {
@@ -375,8 +510,16 @@ def test_shapes_by_default(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path
     assert made.name == "ranges"
     assert made.shapes["latents"] == ((1, 1, 4, 30, 52), (1, 21, 4, 60, 104), (2, 21, 4, 60, 104))
     assert made.shapes["text"] == ((1, 8, 32), (1, 64, 32), (2, 64, 32))
-    both = TensorRTSettings(shapes=("480x832x81:t64",), range_profile=True).profiles(load_bundle(bundle.path))["transition"]
-    assert [profile.name for profile in both] == ["480x832x81:t64", "ranges"], "the fixed one is tried first"
+    both = TensorRTSettings(shapes=("480x832x81:t64",), range_profile=True).profiles(
+        load_bundle(bundle.path)
+    )["transition"]
+    assert [profile.name for profile in both] == [
+        "480x832x81:t64",
+        "ranges",
+    ], "the fixed one is tried first"
     assert np.isclose(
-        both[0].distance({"latents": (1, 21, 4, 60, 52), "text": (1, 64, 32), "t": (1, 21), "r": (1, 21)}), np.log(105 / 53)
+        both[0].distance(
+            {"latents": (1, 21, 4, 60, 52), "text": (1, 64, 32), "t": (1, 21), "r": (1, 21)}
+        ),
+        np.log(105 / 53),
     )

@@ -1,4 +1,5 @@
-"""The TensorRT backend on the stand-in: golden vectors through plans, buffers, streams, caches and captured graphs."""
+"""The TensorRT backend on the stand-in: golden vectors through plans, buffers, streams, caches and
+captured graphs."""
 
 from __future__ import annotations
 
@@ -13,7 +14,17 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from anyflow_deploy import AnyFlowError, BackendError, Bundle, Schedule, ShapeError, load_bundle, load_engine, sample, stream
+from anyflow_deploy import (
+    AnyFlowError,
+    BackendError,
+    Bundle,
+    Schedule,
+    ShapeError,
+    load_bundle,
+    load_engine,
+    sample,
+    stream,
+)
 from anyflow_deploy.engines.build import build_engine
 from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.engines.metrics import difference
@@ -51,9 +62,13 @@ def size_of(latents: NDArray[Any], text: NDArray[Any]) -> str:
     return f"{8 * height}x{8 * width}x{4 * frames - 3}:b{batch}:t{text.shape[1]}"
 
 
-def opened(bundle: Bundle, folder: Path, *shapes: str, cuda_graphs: bool = True, **settings: Any) -> Any:
+def opened(
+    bundle: Bundle, folder: Path, *shapes: str, cuda_graphs: bool = True, **settings: Any
+) -> Any:
     build_engine(bundle, "tensorrt", TensorRTSettings(shapes=shapes, **settings), folder / "engine")
-    return load_engine(bundle, "tensorrt", "cuda", engine=folder / "engine", cuda_graphs=cuda_graphs)
+    return load_engine(
+        bundle, "tensorrt", "cuda", engine=folder / "engine", cuda_graphs=cuda_graphs
+    )
 
 
 @pytest.fixture
@@ -68,7 +83,9 @@ def test_golden_samples(fake_tensorrt: FakeTensorRT, engine: Any, small: Golden)
         latents = sample(engine, small["latents"], small["text"], Schedule.uniform(steps))
         assert difference(latents, small[f"sample_{steps}"]).relative_l2 < LIMIT
     assert fake_tensorrt.cuda.launches > 10, "the later steps are replayed"
-    assert fake_tensorrt.trt.calls_of("Builder.create_network") == [{"flags": 1 << int(strongly_typed(fake_tensorrt))}]
+    assert fake_tensorrt.trt.calls_of("Builder.create_network") == [
+        {"flags": 1 << int(strongly_typed(fake_tensorrt))}
+    ]
 
 
 def strongly_typed(machine: FakeTensorRT) -> int:
@@ -76,13 +93,23 @@ def strongly_typed(machine: FakeTensorRT) -> int:
 
 
 @EVERY_RELEASE
-def test_golden_streams(fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
+def test_golden_streams(
+    fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path
+) -> None:
     engine = opened(causal, tmp_path, size_of(oracle["latents"], oracle["text"]).replace(":b1", ""))
     for steps in (1, 2, 8):
         chunks = list(stream(engine, oracle["latents"], oracle["text"], Schedule.uniform(steps)))
         made = np.concatenate([chunk.latents for chunk in chunks], axis=1)
         assert difference(made, oracle[f"sample_{steps}"]).relative_l2 < CAUSAL_LIMIT
-    given = list(stream(engine, oracle["latents"], oracle["text"], Schedule.uniform(4), context=oracle["context"]))
+    given = list(
+        stream(
+            engine,
+            oracle["latents"],
+            oracle["text"],
+            Schedule.uniform(4),
+            context=oracle["context"],
+        )
+    )
     assert np.isfinite(np.concatenate([chunk.latents for chunk in given], axis=1)).all()
     before = fake_tensorrt.cuda.reserved_bytes()
     engine.close()
@@ -90,13 +117,19 @@ def test_golden_streams(fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Gol
     assert fake_tensorrt.cuda.reserved_bytes() == 0 < before, "everything is given back"
 
 
-def test_the_profiles_of_a_causal_bundle(fake_tensorrt: FakeTensorRT, causal: Bundle, tmp_path: Path) -> None:
+def test_the_profiles_of_a_causal_bundle(
+    fake_tensorrt: FakeTensorRT, causal: Bundle, tmp_path: Path
+) -> None:
     opened(causal, tmp_path, "96x160x45")
     record = json.loads((tmp_path / "engine" / "engine.json").read_text())
     assert {f"{graph}.plan" for graph in ("text", "chunk", "compress")} <= set(record["files"])
     chunk = record["profiles"]["chunk"]
     assert chunk["96x160x45 first"]["past_key.0"] == [[1, 0, 4, 24]] * 3
-    assert [shape[1] for shape in chunk["96x160x45 later"]["past_key.0"]] == [1, 420, 420]  # (1 + 3) * 15 + (3 + 3) * 60
+    assert [shape[1] for shape in chunk["96x160x45 later"]["past_key.0"]] == [
+        1,
+        420,
+        420,
+    ]  # (1 + 3) * 15 + (3 + 3) * 60
     assert [shape[1] for shape in chunk["96x160x45 later"]["latents"]] == [1, 3, 3]
 
 
@@ -107,27 +140,47 @@ def test_streams_equal_onnx_runtime_with_a_window(
     plan = (1, 1, 1, 1, 1, 1)
     shorter = oracle["latents"][:, :6]
     engine = opened(causal, tmp_path, size_of(oracle["latents"], oracle["text"]).replace(":b1", ""))
-    ours = list(stream(engine, shorter, oracle["text"], Schedule.uniform(1), chunk_plan=plan, window=1))
-    theirs = list(stream(load_engine(causal), shorter, oracle["text"], Schedule.uniform(1), chunk_plan=plan, window=1))
+    ours = list(
+        stream(engine, shorter, oracle["text"], Schedule.uniform(1), chunk_plan=plan, window=1)
+    )
+    theirs = list(
+        stream(
+            load_engine(causal),
+            shorter,
+            oracle["text"],
+            Schedule.uniform(1),
+            chunk_plan=plan,
+            window=1,
+        )
+    )
     for ours_, theirs_ in zip(ours, theirs, strict=True):
         assert difference(ours_.latents, theirs_.latents).relative_l2 < LIMIT
 
 
-def test_two_streams_do_not_mix(fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
+def test_two_streams_do_not_mix(
+    fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path
+) -> None:
     engine = opened(causal, tmp_path, size_of(oracle["latents"], oracle["text"]).replace(":b1", ""))
     noises = (oracle["latents"], oracle["latents"][::-1] * 0.5)
-    alone = [[c.latents for c in stream(engine, z, oracle["text"], Schedule.uniform(2))] for z in noises]
-    pairs = list(zip(*(stream(engine, z, oracle["text"], Schedule.uniform(2)) for z in noises), strict=True))
+    alone = [
+        [c.latents for c in stream(engine, z, oracle["text"], Schedule.uniform(2))] for z in noises
+    ]
+    pairs = list(
+        zip(*(stream(engine, z, oracle["text"], Schedule.uniform(2)) for z in noises), strict=True)
+    )
     for which in range(2):
         for number, pair in enumerate(pairs):
             np.testing.assert_array_equal(pair[which].latents, alone[which][number])
 
 
-def test_a_stream_that_grows(fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
+def test_a_stream_that_grows(
+    fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path
+) -> None:
     """A run that is open while the cache moves elsewhere reads it where it is now."""
     engine = opened(causal, tmp_path, size_of(oracle["latents"], oracle["text"]).replace(":b1", ""))
     plans = [
-        cache_plan(engine.architecture, chunks, 12, 20, text_tokens=oracle["text"].shape[1]) for chunks in ((1, 3), (1, 3, 3, 3))
+        cache_plan(engine.architecture, chunks, 12, 20, text_tokens=oracle["text"].shape[1])
+        for chunks in ((1, 3), (1, 3, 3, 3))
     ]
     results = []
     for grown in (False, True):
@@ -163,7 +216,9 @@ def test_two_runs_do_not_mix(engine: Any, small: Golden) -> None:
             np.testing.assert_array_equal(run.read(), alone.read())
 
 
-def test_the_next_run_of_the_same_shape_reserves_nothing(fake_tensorrt: FakeTensorRT, engine: Any, small: Golden) -> None:
+def test_the_next_run_of_the_same_shape_reserves_nothing(
+    fake_tensorrt: FakeTensorRT, engine: Any, small: Golden
+) -> None:
     sample(engine, small["latents"], small["text"], Schedule.uniform(4))
     fake_tensorrt.cuda.calls.clear()
     fake_tensorrt.cuda.launches = 0
@@ -175,7 +230,9 @@ def test_the_next_run_of_the_same_shape_reserves_nothing(fake_tensorrt: FakeTens
     assert created == 3, "one for everything, one for each captured way"
 
 
-def test_without_cuda_graphs(fake_tensorrt: FakeTensorRT, bundle: Bundle, small: Golden, tmp_path: Path) -> None:
+def test_without_cuda_graphs(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, small: Golden, tmp_path: Path
+) -> None:
     engine = opened(bundle, tmp_path, size_of(small["latents"], small["text"]), cuda_graphs=False)
     latents = sample(engine, small["latents"], small["text"], Schedule.uniform(13))
     assert difference(latents, small["sample_13"]).relative_l2 < LIMIT
@@ -183,22 +240,34 @@ def test_without_cuda_graphs(fake_tensorrt: FakeTensorRT, bundle: Bundle, small:
 
 
 def test_a_capture_that_fails_is_said_and_survived(
-    fake_tensorrt: FakeTensorRT, engine: Any, small: Golden, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fake_tensorrt: FakeTensorRT,
+    engine: Any,
+    small: Golden,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    fails = lambda graph, flags: (fake_tensorrt.cuda.cudaError_t.cudaErrorNotSupported, None)  # noqa: E731
-    monkeypatch.setattr(fake_tensorrt.cuda, "_cudaGraphInstantiate", fails, raising=True)
+    failure = (fake_tensorrt.cuda.cudaError_t.cudaErrorNotSupported, None)
+    monkeypatch.setattr(
+        fake_tensorrt.cuda, "_cudaGraphInstantiate", lambda graph, flags: failure, raising=True
+    )
     latents = sample(engine, small["latents"], small["text"], Schedule.uniform(13))
     assert difference(latents, small["sample_13"]).relative_l2 < LIMIT
     assert "runs without CUDA graphs" in caplog.text
 
 
 @EVERY_RELEASE
-def test_weight_streaming(fake_tensorrt: FakeTensorRT, bundle: Bundle, small: Golden, tmp_path: Path) -> None:
-    engine = opened(bundle, tmp_path, size_of(small["latents"], small["text"]), weight_streaming=True)
+def test_weight_streaming(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, small: Golden, tmp_path: Path
+) -> None:
+    engine = opened(
+        bundle, tmp_path, size_of(small["latents"], small["text"]), weight_streaming=True
+    )
     latents = sample(engine, small["latents"], small["text"], Schedule.uniform(8))
     assert difference(latents, small["sample_8"]).relative_l2 < LIMIT
     assert not fake_tensorrt.cuda.launches, "TensorRT cannot capture it"
-    assert fake_tensorrt.trt.calls_of("ICudaEngine.weight_streaming_budget_v2") == [{"value": 1 << 20}]
+    assert fake_tensorrt.trt.calls_of("ICudaEngine.weight_streaming_budget_v2") == [
+        {"value": 1 << 20}
+    ]
 
 
 @EVERY_RELEASE
@@ -214,13 +283,19 @@ def test_a_stripped_plan_gets_the_bundles_weights(
 def test_a_shape_outside_every_profile_names_the_nearest(engine: Any, small: Golden) -> None:
     wide = np.concatenate([small["latents"]] * 2, axis=4)
     with pytest.raises(
-        ShapeError, match=r"no profile of this engine's 'transition' holds latents .*; the nearest is '.*' \(latents"
+        ShapeError,
+        match=(
+            r"no profile of this engine's 'transition' holds latents .*; the nearest is '.*'"
+            r" \(latents"
+        ),
     ):
         engine.start(wide, small["text"])
     sample(engine, small["latents"], small["text"], Schedule.uniform(1))
 
 
-def test_longer_streams_than_were_built_for(fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path) -> None:
+def test_longer_streams_than_were_built_for(
+    fake_tensorrt: FakeTensorRT, causal: Bundle, oracle: Golden, tmp_path: Path
+) -> None:
     engine = opened(causal, tmp_path, "96x160x1:t9")
     chunks = stream(engine, oracle["latents"], oracle["text"], Schedule.uniform(1))
     with pytest.raises(ShapeError, match=r"no profile .* the nearest is '96x160x1:t9 first'"):
@@ -238,8 +313,11 @@ def test_no_memory_left(fake_tensorrt: FakeTensorRT, engine: Any, small: Golden)
     sample(engine, small["latents"], small["text"], Schedule.uniform(1))
 
 
-def test_a_run_that_found_no_room_goes_on_when_there_is(fake_tensorrt: FakeTensorRT, engine: Any, small: Golden) -> None:
-    """What the stand-in wants for activations grows with the shapes; here it finds no room for them first."""
+def test_a_run_that_found_no_room_goes_on_when_there_is(
+    fake_tensorrt: FakeTensorRT, engine: Any, small: Golden
+) -> None:
+    """What the stand-in wants for activations grows with the shapes; here it finds no room for them
+    first."""
     run = engine.start(small["latents"], small["text"])
     fake_tensorrt.cuda.limit = fake_tensorrt.cuda.reserved_bytes() + 300
     for _ in range(2):
@@ -284,7 +362,9 @@ def test_a_closed_engine_and_a_closed_run(engine: Any, small: Golden) -> None:
         engine.start(small["latents"], small["text"])
 
 
-def test_each_kind_says_how_it_is_run(engine: Any, causal: Bundle, small: Golden, oracle: Golden, tmp_path: Path) -> None:
+def test_each_kind_says_how_it_is_run(
+    engine: Any, causal: Bundle, small: Golden, oracle: Golden, tmp_path: Path
+) -> None:
     with pytest.raises(AnyFlowError, match=r"bidirectional model: use sample\(\)"):
         engine.open_stream(small["text"][:1], None)
     (tmp_path / "far").mkdir()
@@ -294,13 +374,17 @@ def test_each_kind_says_how_it_is_run(engine: Any, causal: Bundle, small: Golden
 
 
 def test_the_cpu_is_refused(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
-    with pytest.raises(BackendError, match="runs on NVIDIA GPUs only; provider is 'cpu'. Choose provider 'cuda'"):
+    with pytest.raises(
+        BackendError, match="runs on NVIDIA GPUs only; provider is 'cpu'. Choose provider 'cuda'"
+    ):
         load_engine(bundle, "tensorrt", "cpu")
 
 
 def test_no_gpu(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path) -> None:
     fake_tensorrt.cuda.devices = 0
-    with pytest.raises(BackendError, match=r"CUDA could not find a GPU: .* \(cudaErrorInsufficientDriver\)"):
+    with pytest.raises(
+        BackendError, match=r"CUDA could not find a GPU: .* \(cudaErrorInsufficientDriver\)"
+    ):
         opened(bundle, tmp_path, "64x96x5")
     fake_tensorrt.cuda.devices = 1
     with pytest.raises(BackendError, match="there is no CUDA device 3: this machine has 1"):
@@ -310,10 +394,20 @@ def test_no_gpu(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("properties", "version", "settings", "message"),
     [
-        ({"name": b"NVIDIA Other"}, None, {}, r"built for NVIDIA Stand-in \(compute capability 9.0\), and this is NVIDIA Other"),
+        (
+            {"name": b"NVIDIA Other"},
+            None,
+            {},
+            r"built for NVIDIA Stand-in \(compute capability 9.0\), and this is NVIDIA Other",
+        ),
         ({"minor": 1}, None, {}, r"this is NVIDIA Stand-in \(compute capability 9.1\)"),
         ({"name": b"NVIDIA Other"}, None, {"hardware_compatible": "same-capability"}, None),
-        ({"name": b"B", "major": 12}, None, {"hardware_compatible": "same-capability"}, "this is B"),
+        (
+            {"name": b"B", "major": 12},
+            None,
+            {"hardware_compatible": "same-capability"},
+            "this is B",
+        ),
         ({"name": b"B", "major": 12}, None, {"hardware_compatible": "ampere+"}, None),
         ({"name": b"T", "major": 7}, None, {"hardware_compatible": "ampere+"}, "this is T"),
         ({}, "11.5.0.1", {}, r"built with tensorrt 11.4.0.106, and here is tensorrt 11.5.0.1"),
@@ -344,13 +438,20 @@ def test_plans_of_another_gpu_or_version(
             reopen()
 
 
-def test_a_plan_of_another_bundle(fake_tensorrt: FakeTensorRT, bundle: Bundle, causal: Bundle, tmp_path: Path) -> None:
+def test_a_plan_of_another_bundle(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, causal: Bundle, tmp_path: Path
+) -> None:
     opened(bundle, tmp_path, "64x96x5")
-    with pytest.raises(BackendError, match=rf"was built from bundle {bundle.digest[:12]}, and .* is {causal.digest[:12]}"):
+    with pytest.raises(
+        BackendError,
+        match=rf"was built from bundle {bundle.digest[:12]}, and .* is {causal.digest[:12]}",
+    ):
         load_engine(causal, "tensorrt", "cuda", engine=tmp_path / "engine")
 
 
-def test_a_plan_of_another_graph(fake_tensorrt: FakeTensorRT, causal: Bundle, tmp_path: Path) -> None:
+def test_a_plan_of_another_graph(
+    fake_tensorrt: FakeTensorRT, causal: Bundle, tmp_path: Path
+) -> None:
     """Two plans of one folder exchanged, hashes and all."""
     opened(causal, tmp_path, "96x160x45:t9")
     folder = tmp_path / "engine"
@@ -372,9 +473,14 @@ def test_what_is_no_plan(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: 
     plan, record = tmp_path / "engine/transition.plan", tmp_path / "engine/engine.json"
     plan.write_bytes(b"not a plan")
     raw = json.loads(record.read_text())
-    raw["files"]["transition.plan"] = {"bytes": 10, "sha256": hashlib.sha256(b"not a plan").hexdigest()}
+    raw["files"]["transition.plan"] = {
+        "bytes": 10,
+        "sha256": hashlib.sha256(b"not a plan").hexdigest(),
+    }
     record.write_text(json.dumps(raw))
-    with pytest.raises(BackendError, match=r"TensorRT 11.* cannot open .*transition.plan.*Build it on this machine"):
+    with pytest.raises(
+        BackendError, match=r"TensorRT 11.* cannot open .*transition.plan.*Build it on this machine"
+    ):
         load_engine(bundle, "tensorrt", "cuda", engine=tmp_path / "engine")
 
 
@@ -383,7 +489,9 @@ def test_bundles_are_left_alone(fake_tensorrt: FakeTensorRT, bundle: Bundle, eng
 
 
 @EVERY_RELEASE
-def test_layers_and_launches_are_profiled(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path) -> None:
+def test_layers_and_launches_are_profiled(
+    fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: Path
+) -> None:
     """The profiler sees layers of uncaptured runs, enqueueing is timed on captured ones."""
     from anyflow_deploy.engines.registry import EngineOptions
     from anyflow_deploy.profiling import layer_profiling
@@ -394,9 +502,17 @@ def test_layers_and_launches_are_profiled(fake_tensorrt: FakeTensorRT, bundle: B
     shapes = ("64x96x5", size_of(video.latents, video.text))
     build_engine(bundle, "tensorrt", TensorRTSettings(shapes=shapes), tmp_path / "engine")
     options = EngineOptions("cuda", engine=tmp_path / "engine")
-    layers, enqueue = layer_profiling.profile_layers(bundle, "tensorrt", options, video, sample_point())
-    assert enqueue is not None and enqueue.count == layer_profiling.ENQUEUES and fake_tensorrt.cuda.launches > 10
-    assert layers.seconds == pytest.approx(0.25e-3 * len(layers.rows)) and {row.operator for row in layers.rows} == {"gemm"}
+    layers, enqueue = layer_profiling.profile_layers(
+        bundle, "tensorrt", options, video, sample_point()
+    )
+    assert (
+        enqueue is not None
+        and enqueue.count == layer_profiling.ENQUEUES
+        and fake_tensorrt.cuda.launches > 10
+    )
+    assert layers.seconds == pytest.approx(0.25e-3 * len(layers.rows)) and {
+        row.operator for row in layers.rows
+    } == {"gemm"}
     assert {"attn1.to_q", "ffn.net.2"} <= {row.name for row in layers.by_part}
     gc.collect()
     assert fake_tensorrt.cuda.reserved_bytes() == 0, "everything is given back"

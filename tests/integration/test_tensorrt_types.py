@@ -1,7 +1,8 @@
-"""Our calls of TensorRT, held by mypy against the real bindings of three releases; and the stand-in, which is made of them.
+"""Our calls of TensorRT, held by mypy against the real bindings of three releases; and the
+stand-in, which is made of them.
 
-The stubs are made once and kept in .cache (tools/tensorrt_stubs.py): that needs the package index, gcc and
-pybind11-stubgen.
+The stubs are made once and kept in .cache (tools/tensorrt_stubs.py): that needs the package index,
+gcc and pybind11-stubgen.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ ignore_missing_imports = true
 
 WRONG = """
 from anyflow_deploy.engines.tensorrt.api import trt
-def wrong(engine: trt.ICudaEngine, config: trt.IBuilderConfig, context: trt.IExecutionContext) -> None:
+def wrong(
+    engine: trt.ICudaEngine, config: trt.IBuilderConfig, context: trt.IExecutionContext
+) -> None:
     trt.Bilder
     config.set_flag(trt.BuilderFlag.FP16)
     engine.device_memory_size
@@ -55,7 +58,12 @@ def test_our_calls_exist_in_every_release(release: str, tmp_path: Path) -> None:
     wrong.write_text(WRONG)
     files = [str(BACKEND / f"{name.replace('.', '/')}.py") for name in TENSORRT_MODULES]
     # one cache for all releases: only what sees tensorrt is read again
-    kept = ["--cache-dir", str(ROOT / ".cache" / "mypy-tensorrt"), "--config-file", str(tmp_path / "mypy.ini")]
+    kept = [
+        "--cache-dir",
+        str(ROOT / ".cache" / "mypy-tensorrt"),
+        "--config-file",
+        str(tmp_path / "mypy.ini"),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "mypy", *kept, "--no-error-summary", *files, str(wrong)],
         env={**os.environ, "MYPYPATH": f"{stubs}:{ROOT}"},
@@ -116,11 +124,15 @@ def test_what_is_missing_says_how_to_install_it(
     fake_tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(BackendError, match=r"cannot be imported .*pip install 'anyflow-deploy\[tensorrt\]'"):
+    with pytest.raises(
+        BackendError, match=r"cannot be imported .*pip install 'anyflow-deploy\[tensorrt\]'"
+    ):
         import anyflow_deploy.engines.tensorrt.engine  # noqa: F401
 
 
-def test_stubs_that_cannot_be_made_say_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stubs_that_cannot_be_made_say_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tensorrt_stubs, "CACHE", tmp_path)
     monkeypatch.setitem(tensorrt_stubs.RELEASES, "0.1", ("anyflow-deploy-no-such-package", "0.1"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -131,7 +143,10 @@ def test_stubs_that_cannot_be_made_say_what_is_missing(tmp_path: Path, monkeypat
 
 def test_what_the_cleaner_mends() -> None:
     head = 'class A:\n    """Text."""\n    x: bool\n'
-    source = head + '    def f(self, in: int = 1, b: ...) -> bool:\n        """\n        More.\n        """\n'
+    source = (
+        head
+        + '    def f(self, in: int = 1, b: ...) -> bool:\n        """\n        More.\n        """\n'
+    )
     cleaned = tensorrt_stubs.cleaned(source)
     assert "x: builtins.bool" in cleaned
     assert "def f(self, in_: int=..., b: typing.Any=...) -> builtins.bool:" in cleaned

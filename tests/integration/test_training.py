@@ -1,4 +1,5 @@
-"""Runs: nothing is lost, nothing is written half, and what comes out is AnyFlow in diffusers' layout."""
+"""Runs: nothing is lost, nothing is written half, and what comes out is AnyFlow in diffusers'
+layout."""
 
 from __future__ import annotations
 
@@ -33,9 +34,18 @@ from tests.conftest import CAUSAL, SMALL
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
-    "frames": 3, "height": 8, "width": 8, "text_tokens": 4, "batch": 4, "micro_batch": 2, "steps": 4, "checkpoint_every": 2,
-    "sample_every": 0, "ema_start": 1, "rollout_steps": "2,4",
-}  # fmt: skip
+    "frames": 3,
+    "height": 8,
+    "width": 8,
+    "text_tokens": 4,
+    "batch": 4,
+    "micro_batch": 2,
+    "steps": 4,
+    "checkpoint_every": 2,
+    "sample_every": 0,
+    "ema_start": 1,
+    "rollout_steps": "2,4",
+}
 LORA = {"lora_rank": 4, "lora_alpha": 4}
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
@@ -47,7 +57,13 @@ def small(name: str = "flow-map-tiny", **values: Any) -> Recipe:
 def request(output: Path, name: str = "flow-map-tiny", **values: Any) -> RunSpec:
     chosen = small(name, **values)
     causal = chosen.causal
-    return RunSpec(chosen, output, CAUSAL if causal else SMALL, SMALL if chosen.stage == "on-policy" else None, device="cpu")
+    return RunSpec(
+        chosen,
+        output,
+        CAUSAL if causal else SMALL,
+        SMALL if chosen.stage == "on-policy" else None,
+        device="cpu",
+    )
 
 
 def losses(output: Path) -> list[dict[str, float]]:
@@ -62,17 +78,26 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-RUNS = [("teacher-tiny", {}), ("flow-map-tiny", LORA), ("on-policy-tiny-causal", {"frames": 10, "batch": 2, **LORA})]
+RUNS = [
+    ("teacher-tiny", {}),
+    ("flow-map-tiny", LORA),
+    ("on-policy-tiny-causal", {"frames": 10, "batch": 2, **LORA}),
+]
 
 
 @pytest.mark.parametrize(("name", "values"), RUNS)
-def test_a_resumed_run_makes_the_same_numbers_bit_for_bit(tmp_path: Path, name: str, values: dict[str, Any]) -> None:
+def test_a_resumed_run_makes_the_same_numbers_bit_for_bit(
+    tmp_path: Path, name: str, values: dict[str, Any]
+) -> None:
     train(request(tmp_path / "whole", name, **values))
     train(request(tmp_path / "parts", name, **values, steps=2))
     assert len(losses(tmp_path / "parts")) == 2
     train(request(tmp_path / "parts", name, **values))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    whole, parts = weights_of(tmp_path / "whole" / "model"), weights_of(tmp_path / "parts" / "model")
+    whole, parts = (
+        weights_of(tmp_path / "whole" / "model"),
+        weights_of(tmp_path / "parts" / "model"),
+    )
     assert all(torch.equal(parts[n], whole[n]) for n in whole)
     before = open_checkpoint(CAUSAL if "causal" in name else SMALL)
     assert any(not torch.equal(whole[n], before.read(n)) for n in whole)
@@ -91,8 +116,16 @@ def environment() -> dict[str, str]:
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_kill_9_costs_nothing_but_time(tmp_path: Path, asynchronous: bool) -> None:
     killed = tmp_path / "killed"
-    words = command("flow-map-tiny", f"--init={SMALL}", f"--output={killed}", "--steps=100000", f"--asynchronous={asynchronous}")
-    process = subprocess.Popen([sys.executable, "-m", *words], env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL)
+    words = command(
+        "flow-map-tiny",
+        f"--init={SMALL}",
+        f"--output={killed}",
+        "--steps=100000",
+        f"--asynchronous={asynchronous}",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words], env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     log, deadline = killed / "losses.jsonl", time.monotonic() + 600
     while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
         assert process.poll() is None
@@ -109,28 +142,63 @@ def test_kill_9_costs_nothing_but_time(tmp_path: Path, asynchronous: bool) -> No
 
 
 def test_one_process_then_two_then_one(tmp_path: Path) -> None:
-    """FSDP2 over gloo; LoRA, gradient checkpointing, roll-outs of several chunks, and both scores in one network."""
-    values = {"frames": 10, "checkpointing": "true", "batch": 2, "micro_batch": 1, "learning_rate": "1e-4"}
+    """FSDP2 over gloo; LoRA, gradient checkpointing, roll-outs of several chunks, and both scores
+    in one network."""
+    values = {
+        "frames": 10,
+        "checkpointing": "true",
+        "batch": 2,
+        "micro_batch": 1,
+        "learning_rate": "1e-4",
+    }
     values |= {"checkpoint_every": 1, "rollout_steps": "2", **LORA}
     train(request(tmp_path / "one", "on-policy-tiny-causal", **values, steps=4))
     two = tmp_path / "two"
     train(request(two, "on-policy-tiny-causal", **values, steps=1))
-    flags = [f"--{n.replace('_', '-')}={v}" for n, v in {**SETTINGS, **values, "steps": 3, "asynchronous": True}.items()]
-    words = ["on-policy-tiny-causal", f"--init={CAUSAL}", f"--teacher={SMALL}", f"--output={two}", "--device=cpu", *flags]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "anyflow_deploy.train"]
+    flags = [
+        f"--{n.replace('_', '-')}={v}"
+        for n, v in {**SETTINGS, **values, "steps": 3, "asynchronous": True}.items()
+    ]
+    words = [
+        "on-policy-tiny-causal",
+        f"--init={CAUSAL}",
+        f"--teacher={SMALL}",
+        f"--output={two}",
+        "--device=cpu",
+        *flags,
+    ]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "anyflow_deploy.train",
+    ]
     done = subprocess.run(
-        [*launcher, *words], env=environment(), cwd=ROOT, capture_output=True, text=True, check=False, timeout=1200
+        [*launcher, *words],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr
     assert "on 2 x cpu" in done.stderr
-    assert len(list((two / "checkpoints" / "step-00000003").glob("*.safetensors"))) == 2, "a file of each process"
+    assert len(list((two / "checkpoints" / "step-00000003").glob("*.safetensors"))) == 2, (
+        "a file of each process"
+    )
     train(request(two, "on-policy-tiny-causal", **values, steps=4))
     for ours, theirs in zip(losses(two), losses(tmp_path / "one"), strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             assert ours[key] == pytest.approx(value, rel=2e-5), (key, theirs["step"])
     one = weights_of(tmp_path / "one" / "model")
-    assert max(distance(value, one[name]) for name, value in weights_of(two / "model").items()) < 1e-5
+    assert (
+        max(distance(value, one[name]) for name, value in weights_of(two / "model").items()) < 1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["flow-map-tiny", "on-policy-tiny"])
@@ -150,14 +218,19 @@ def test_a_checkpoint_holds_no_pickle_and_only_the_newest_are_kept(tmp_path: Pat
     files = [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
     stored = json.loads((tmp_path / "checkpoints" / "step-00000008" / "state.json").read_text())
-    assert stored["recipe"]["optimizing"]["learning_rate"] == 1e-3 and stored["data"] == {"samples": 32}
+    assert stored["recipe"]["optimizing"]["learning_rate"] == 1e-3 and stored["data"] == {
+        "samples": 32
+    }
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     train(request(tmp_path))
     file = next((tmp_path / "checkpoints" / "step-00000004").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match=r"step-00000004 cannot be read .* remove it to go on from the one before"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"step-00000004 cannot be read .* remove it to go on from the one before",
+    ):
         train(request(tmp_path))
 
 
@@ -180,16 +253,30 @@ def poisoned(latents: Callable[[Tensor], Tensor], step: int) -> Callable[..., An
         def __iter__(self) -> Iterator[Batch]:
             for number, batch in enumerate(super().__iter__()):
                 bad = number // 2 == step  # two micro-batches a step
-                yield Batch(latents(batch.latents) if bad else batch.latents, batch.text, batch.negative_text, batch.names)
+                yield Batch(
+                    latents(batch.latents) if bad else batch.latents,
+                    batch.text,
+                    batch.negative_text,
+                    batch.names,
+                )
 
-    return lambda data, r, w, part: Poisoned(part, (r.frames, w.architecture.in_channels, r.height, r.width), (4, 32))
+    return lambda data, r, w, part: Poisoned(
+        part, (r.frames, w.architecture.in_channels, r.height, r.width), (4, 32)
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [(lambda x: x * float("nan"), "loss, model_gradient not finite"), (lambda x: x * 100, "usually")]
+    ("change", "message"),
+    [
+        (lambda x: x * float("nan"), "loss, model_gradient not finite"),
+        (lambda x: x * 100, "usually"),
+    ],
 )
 def test_a_broken_loss_stops_the_run_before_the_update(
-    tmp_path: Path, change: Callable[[Tensor], Tensor], message: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    change: Callable[[Tensor], Tensor],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = request(tmp_path, steps=6)
     run = Trainer(given, ALONE, poisoned(change, 3))
@@ -197,14 +284,21 @@ def test_a_broken_loss_stops_the_run_before_the_update(
     original = run._check_loss
 
     def spy(*args: Any) -> None:
-        before.update({n: p.detach().clone() for n, p in run.stage.optimizer_states["model"].parameters.items()})
+        before.update(
+            {
+                n: p.detach().clone()
+                for n, p in run.stage.optimizer_states["model"].parameters.items()
+            }
+        )
         original(*args)
 
     monkeypatch.setattr(run, "_check_loss", spy)
     with pytest.raises(AnyFlowError, match=message) as caught:
         run.run()
     assert "step 3" in str(caught.value) and "synthetic-12" in str(caught.value)
-    assert all(torch.equal(p, before[n]) for n, p in run.stage.optimizer_states["model"].parameters.items())
+    assert all(
+        torch.equal(p, before[n]) for n, p in run.stage.optimizer_states["model"].parameters.items()
+    )
     (saved,) = (tmp_path / "failed").glob("*.safetensors")
     assert set(load_file(saved)) == {"latents.0", "latents.1", "text.0", "text.1"}
     assert run.checkpoints.latest() == tmp_path / "checkpoints" / "step-00000002"
@@ -215,7 +309,9 @@ def test_sigterm_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run = Trainer(request(tmp_path, steps=50), ALONE)
     original = run._train_step
     monkeypatch.setattr(
-        run, "_train_step", lambda b: (os.kill(os.getpid(), signal.SIGTERM) if run.step == 2 else None, original(b))[1]
+        run,
+        "_train_step",
+        lambda b: (os.kill(os.getpid(), signal.SIGTERM) if run.step == 2 else None, original(b))[1],
     )
     with pytest.raises(AnyFlowError, match=r"stopped at step 3 on request"):
         run.run()
@@ -250,15 +346,34 @@ def test_lora_is_diffusers_lora_and_the_model_is_diffusers_model(tmp_path: Path)
 def test_a_pipeline_comes_out_where_a_pipeline_went_in(tmp_path: Path, tiny_pipeline: Path) -> None:
     from diffusers import AnyFlowFARPipeline, AnyFlowPipeline
 
-    sizes = {**SETTINGS, "steps": 1, "sample_every": 1, "frames": 3, "width": 12, "sample_steps": "1,2"}
-    train(RunSpec(override_recipe(get_recipe("flow-map-tiny"), sizes), tmp_path / "run", tiny_pipeline, device="cpu"))
+    sizes = {
+        **SETTINGS,
+        "steps": 1,
+        "sample_every": 1,
+        "frames": 3,
+        "width": 12,
+        "sample_steps": "1,2",
+    }
+    train(
+        RunSpec(
+            override_recipe(get_recipe("flow-map-tiny"), sizes),
+            tmp_path / "run",
+            tiny_pipeline,
+            device="cpu",
+        )
+    )
     pipe = AnyFlowPipeline.from_pretrained(tmp_path / "run" / "model")
-    made = pipe("a red fox", num_inference_steps=2, height=64, width=96, num_frames=5, output_type="latent")
+    made = pipe(
+        "a red fox", num_inference_steps=2, height=64, width=96, num_frames=5, output_type="latent"
+    )
     assert torch.isfinite(torch.as_tensor(made.frames)).all()
     assert (tmp_path / "run" / "samples" / "step-00000001.png").stat().st_size > 5000
     causal = override_recipe(get_recipe("flow-map-tiny-causal"), sizes)
     train(RunSpec(causal, tmp_path / "causal", tmp_path / "run" / "model", device="cpu"))
-    assert AnyFlowFARPipeline.from_pretrained(tmp_path / "causal" / "model").scheduler.config.shift == 5
+    assert (
+        AnyFlowFARPipeline.from_pretrained(tmp_path / "causal" / "model").scheduler.config.shift
+        == 5
+    )
 
 
 def test_wan_is_completed_so_that_it_is_still_wan(tmp_path: Path) -> None:
@@ -266,15 +381,23 @@ def test_wan_is_completed_so_that_it_is_still_wan(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     wan = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=24, num_layers=2, ffn_dim=64, text_dim=32, freq_dim=32, in_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=24,
+        num_layers=2,
+        ffn_dim=64,
+        text_dim=32,
+        freq_dim=32,
+        in_channels=4,
         out_channels=4,
-    )  # fmt: skip
+    )
     wan.save_pretrained(tmp_path)
     row = get_recipe("teacher-tiny-causal").architecture
     weights = open_initial_weights(tmp_path, False, row)
     from anyflow_deploy.training.model.weight_init import build_network
 
-    network = build_network(weights.architecture, {name: weights.read(name) for name in weights.shapes()})
+    network = build_network(
+        weights.architecture, {name: weights.read(name) for name in weights.shapes()}
+    )
     case = load_file(SMALL / "golden.safetensors")
     z, text, t = case["latents"], case["text"], torch.tensor([700.0, 40.0])
     times = t[:, None].expand(-1, 3)
@@ -287,21 +410,30 @@ def test_wan_is_completed_so_that_it_is_still_wan(tmp_path: Path) -> None:
     coarse = torch.nn.functional.conv3d(patch, far)
     fine = torch.nn.functional.conv3d(patch, near, stride=(1, 2, 2)).mean((3, 4), keepdim=True)
     assert torch.allclose(coarse, fine, atol=1e-5)
-    with pytest.raises(CheckpointError, match="is a causal model and the recipe trains a bidirectional one"):
+    with pytest.raises(
+        CheckpointError, match="is a causal model and the recipe trains a bidirectional one"
+    ):
         open_initial_weights(CAUSAL, False, row)
 
 
 def test_the_order_of_samples_is_the_same_on_any_number_of_processes() -> None:
     def names(world: int, batch: int, steps: int, position: int = 0) -> list[str]:
-        sources = [SyntheticLatents(DataShard(rank, world, batch), (1, 2, 4, 4), (2, 3)) for rank in range(world)]
+        sources = [
+            SyntheticLatents(DataShard(rank, world, batch), (1, 2, 4, 4), (2, 3))
+            for rank in range(world)
+        ]
         for source in sources:
             source.load_state_dict({"samples": position})
         streams = [iter(source) for source in sources]
         found = [name for _ in range(steps) for stream in streams for name in next(stream).names]
-        assert {source.state_dict()["samples"] for source in sources} == {position + world * batch * steps}
+        assert {source.state_dict()["samples"] for source in sources} == {
+            position + world * batch * steps
+        }
         return found
 
-    assert names(1, 4, 2) == names(2, 2, 2) == names(4, 1, 2) == [f"synthetic-{i}" for i in range(8)]
+    assert (
+        names(1, 4, 2) == names(2, 2, 2) == names(4, 1, 2) == [f"synthetic-{i}" for i in range(8)]
+    )
     assert names(2, 1, 2, 4) == names(1, 4, 2)[4:]
 
 
@@ -309,6 +441,8 @@ def test_the_order_of_samples_is_the_same_on_any_number_of_processes() -> None:
 @pytest.mark.parametrize("name", ["flow-map-tiny", "flow-map-tiny-causal", "teacher-tiny"])
 def test_the_memory_estimate_counts_what_is_trained(name: str, values: dict[str, Any]) -> None:
     chosen = small(name, **values)
-    network = build_trained_network(RandomWeights(chosen.architecture, "tiny"), chosen, torch.device("cpu"), None)
+    network = build_trained_network(
+        RandomWeights(chosen.architecture, "tiny"), chosen, torch.device("cpu"), None
+    )
     found = sum(p.numel() for p in trained_parameters(network).values())
     assert count_trained_parameters(chosen, chosen.architecture) == found

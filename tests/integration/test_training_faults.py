@@ -1,4 +1,5 @@
-"""The seven faults found in the reference and its ports (see docs/how-to/training.md), each held off by a test."""
+"""The seven faults found in the reference and its ports (see docs/how-to/training.md), each held
+off by a test."""
 
 from __future__ import annotations
 
@@ -12,7 +13,13 @@ from torch import Tensor
 
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.training import rollout as rollouts
-from anyflow_deploy.training.chunks import EMPTY_CONTEXT, ChunkPlan, chunk_plan, encode_context, velocity
+from anyflow_deploy.training.chunks import (
+    EMPTY_CONTEXT,
+    ChunkPlan,
+    chunk_plan,
+    encode_context,
+    velocity,
+)
 from anyflow_deploy.training.losses import DerivativeConfig, derivative, rescale_losses
 from anyflow_deploy.training.model.network import TrainingAttention, TrainingTransformer
 from anyflow_deploy.training.model.weight_init import build_network
@@ -23,7 +30,9 @@ from tests.conftest import CAUSAL, SMALL
 
 def network(folder: Path, compute_type: torch.dtype = torch.float32) -> TrainingTransformer:
     weights = open_checkpoint(folder)
-    return build_network(weights.architecture, {name: weights.read(name) for name in weights.shapes()}, compute_type)
+    return build_network(
+        weights.architecture, {name: weights.read(name) for name in weights.shapes()}, compute_type
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +62,9 @@ def test_1_gradients_of_every_chunk_are_those_without_checkpointing(
     for on, offload in ((False, False), (True, False), (True, True)):
         model.set_gradient_checkpointing(on, offload)
         made = rollout(model, noise, text, plan, shortcut(4, 1, 5.0))
-        losses = [made[:, a:b].square().mean() for a, b in map(plan.frame_range, range(len(plan.chunks)))]
+        losses = [
+            made[:, a:b].square().mean() for a, b in map(plan.frame_range, range(len(plan.chunks)))
+        ]
         found.append([gradients(model, loss, keep=True) for loss in losses])
     model.set_gradient_checkpointing(False)
     for plain, again, offloaded in zip(*found, strict=True):
@@ -68,14 +79,26 @@ def test_2_times_and_differences_stay_float32(monkeypatch: pytest.MonkeyPatch) -
     asked: list[tuple[Tensor, Tensor]] = []
     original = TrainingTransformer.embed_conditions
     monkeypatch.setattr(
-        TrainingTransformer, "embed_conditions", lambda self, t, r: (asked.append((t, r)), original(self, t, r))[1]
+        TrainingTransformer,
+        "embed_conditions",
+        lambda self, t, r: (asked.append((t, r)), original(self, t, r))[1],
     )  # the place where times enter the network
     embedded: list[torch.dtype] = []
-    model.condition_embedder.time_embedder.linear_1.register_forward_hook(lambda _m, x, y: embedded.extend((x[0].dtype, y.dtype)))
+    model.condition_embedder.time_embedder.linear_1.register_forward_hook(
+        lambda _m, x, y: embedded.extend((x[0].dtype, y.dtype))
+    )
     z, text, t = case["latents"], case["text"], torch.tensor([777.0, 513.0])
     for compute in (torch.bfloat16, torch.float32):
         result = derivative(
-            model, z, z.flip(0), t, t - 300, text, ChunkPlan((3,)), EMPTY_CONTEXT, DerivativeConfig(compute=compute)
+            model,
+            z,
+            z.flip(0),
+            t,
+            t - 300,
+            text,
+            ChunkPlan((3,)),
+            EMPTY_CONTEXT,
+            DerivativeConfig(compute=compute),
         )
         assert result.dtype == torch.float32
         times, targets = asked.pop()
@@ -92,7 +115,15 @@ def test_2_float32_products_make_the_difference_exact_in_a_bfloat16_run() -> Non
 
     def change(model: TrainingTransformer, compute: torch.dtype) -> Tensor:
         return derivative(
-            model, z, z.flip(0), t, t - 300, text, ChunkPlan((3,)), EMPTY_CONTEXT, DerivativeConfig(compute=compute)
+            model,
+            z,
+            z.flip(0),
+            t,
+            t - 300,
+            text,
+            ChunkPlan((3,)),
+            EMPTY_CONTEXT,
+            DerivativeConfig(compute=compute),
         )
 
     exact = change(network(SMALL), torch.float32)
@@ -120,8 +151,14 @@ def test_3_the_buckets_have_their_shares_for_any_global_batch(count: int) -> Non
         t, r = sample_flow_map_times(count, 5.0, 0, step)
         assert bool((t >= r).all() and (r >= 0).all() and (t <= 1000).all())
         diffusion = t == r
-        assert not bool((diffusion[1:] & ~diffusion[:-1]).any()), "r = t first: the others are scaled to their mean"
-        same, clean, total = same + int(diffusion.sum()), clean + int(((r == 0) & ~diffusion).sum()), total + count
+        assert not bool((diffusion[1:] & ~diffusion[:-1]).any()), (
+            "r = t first: the others are scaled to their mean"
+        )
+        same, clean, total = (
+            same + int(diffusion.sum()),
+            clean + int(((r == 0) & ~diffusion).sum()),
+            total + count,
+        )
         if count == 32:
             assert (int(diffusion.sum()), int((r == 0).sum())) == (16, 8)
     assert abs(same / total - 0.5) < 0.07 and abs(clean / total - 0.25) < 0.07
@@ -136,11 +173,15 @@ def test_5_a_rollout_of_any_length_ends_clean_in_three_transitions(steps: int, i
     assert all(a[1] == b[0] for a, b in itertools.pairwise(pairs))
 
 
-def test_5_gradient_flows_through_all_three_transitions(causal: tuple[TrainingTransformer, Tensor, Tensor, ChunkPlan]) -> None:
+def test_5_gradient_flows_through_all_three_transitions(
+    causal: tuple[TrainingTransformer, Tensor, Tensor, ChunkPlan],
+) -> None:
     model, noise, text, _ = causal
     taken: list[Tensor] = []
     hook = model.register_forward_hook(lambda _m, _i, u: (u.retain_grad(), taken.append(u))[0])
-    rollout(model, noise[:, :1], text, ChunkPlan((1,), 3), shortcut(8, 3, 5.0)).square().mean().backward()  # type: ignore[no-untyped-call]
+    rollout(
+        model, noise[:, :1], text, ChunkPlan((1,), 3), shortcut(8, 3, 5.0)
+    ).square().mean().backward()  # type: ignore[no-untyped-call]
     hook.remove()
     assert len(taken) == 3
     assert all(u.grad is not None and bool(u.grad.abs().sum() > 0) for u in taken)
@@ -155,7 +196,9 @@ def test_6_every_chunk_walks_the_same_times(
     original = rollouts._denoise_chunk
 
     def spy(*given: object) -> Tensor:
-        hook = model.register_forward_pre_hook(lambda _m, x: walked.append((float(x[1][0, 0]), float(x[2][0, 0]))))
+        hook = model.register_forward_pre_hook(
+            lambda _m, x: walked.append((float(x[1][0, 0]), float(x[2][0, 0])))
+        )
         made = original(*given)  # type: ignore[arg-type]
         hook.remove()
         return made
@@ -171,14 +214,17 @@ def test_6_every_chunk_walks_the_same_times(
 def test_7_causal_attention_has_a_backward_on_the_cpu_and_is_the_masked_one(
     causal: tuple[TrainingTransformer, Tensor, Tensor, ChunkPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """flex_attention has none; runs of queries on their own keys have, and compute what a dense mask does."""
+    """flex_attention has none; runs of queries on their own keys have, and compute what a dense
+    mask does."""
     model, x, text, whole = causal
     plan = whole.head(4)
     start, stop = plan.window
     t = torch.tensor([700.0])
 
     def found() -> dict[str, Tensor]:
-        u = velocity(model, x[:, start:stop], t, 0 * t, text, plan, encode_context(model, x, text, plan))
+        u = velocity(
+            model, x[:, start:stop], t, 0 * t, text, plan, encode_context(model, x, text, plan)
+        )
         return gradients(model, u.square().mean())
 
     in_runs = found()
@@ -200,7 +246,11 @@ def test_7_causal_attention_has_a_backward_on_the_cpu_and_is_the_masked_one(
                 mask[a:b, first:last] = True
         scores = torch.nn.functional.scaled_dot_product_attention
         with monkeypatch.context() as patch:
-            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *q, **k: scores(*q, attn_mask=mask, **k))
+            patch.setattr(
+                torch.nn.functional,
+                "scaled_dot_product_attention",
+                lambda *q, **k: scores(*q, attn_mask=mask, **k),
+            )
             return original(self, h, memory, batch, rotation)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TrainingAttention, "forward", masked)

@@ -1,4 +1,5 @@
-"""What `anyflow-triton` writes and its model does, without a server; test_tritonserver_real.py asks a real one."""
+"""What `anyflow-triton` writes and its model does, without a server; test_tritonserver_real.py asks
+a real one."""
 
 from __future__ import annotations
 
@@ -49,13 +50,20 @@ def config_of(folder: Path) -> Any:
 
 
 def written(bundle: Bundle, folder: Path, *flags: str) -> Path:
-    assert triton(parse_options(TritonOptions, [str(bundle.path), "--output", str(folder), *flags])) == 0
+    assert (
+        triton(parse_options(TritonOptions, [str(bundle.path), "--output", str(folder), *flags]))
+        == 0
+    )
     return folder / "anyflow"
 
 
 def words(bundle: Bundle, tokens: int | None = None) -> np.ndarray[Any, Any]:
     tokens = tokens or bundle.manifest.video.text_tokens
-    return np.random.default_rng(3).standard_normal((tokens, bundle.manifest.architecture.text_dim)).astype(np.float32)
+    return (
+        np.random.default_rng(3)
+        .standard_normal((tokens, bundle.manifest.architecture.text_dim))
+        .astype(np.float32)
+    )
 
 
 # The repository
@@ -67,19 +75,39 @@ def test_a_repository_holds_everything(far_bundle: Bundle, tmp_path: Path) -> No
     assert (config.name, config.backend, config.max_batch_size) == ("anyflow", "python", 0)
     assert config.model_transaction_policy.decoupled
     for ports, tensors in ((INPUTS, config.input), (OUTPUTS, config.output)):
-        kinds = [(t.name, model_config_pb2.DataType.Name(t.data_type), tuple(t.dims)) for t in tensors]
+        kinds = [
+            (t.name, model_config_pb2.DataType.Name(t.data_type), tuple(t.dims)) for t in tensors
+        ]
         assert kinds == [(p.name, f"TYPE_{p.type}", p.shape) for p in ports]
     assert all(tensor.optional for tensor in config.input)
     (group,) = config.instance_group
     assert (group.kind, group.count) == (model_config_pb2.ModelInstanceGroup.KIND_CPU, 1)
     (warm,) = config.model_warmup
-    assert (model / "warmup" / warm.inputs["num_inference_steps"].input_data_file).read_bytes() == b"\1\0\0\0"
-    settings = settings_from({name: {"string_value": value.string_value} for name, value in config.parameters.items()})
-    assert (settings.threads, settings.cache_bytes, settings.text, settings.vae) == (2, 500_000_000, True, True)
-    held = {str(path.relative_to(model / "1")) for path in (model / "1").rglob("*") if path.is_file()}
-    assert {"model.py", "bundle/manifest.json", "pipeline/tokenizer/tokenizer.json", "pipeline/vae/config.json"} <= held
+    assert (
+        model / "warmup" / warm.inputs["num_inference_steps"].input_data_file
+    ).read_bytes() == b"\1\0\0\0"
+    settings = settings_from(
+        {name: {"string_value": value.string_value} for name, value in config.parameters.items()}
+    )
+    assert (settings.threads, settings.cache_bytes, settings.text, settings.vae) == (
+        2,
+        500_000_000,
+        True,
+        True,
+    )
+    held = {
+        str(path.relative_to(model / "1")) for path in (model / "1").rglob("*") if path.is_file()
+    }
+    assert {
+        "model.py",
+        "bundle/manifest.json",
+        "pipeline/tokenizer/tokenizer.json",
+        "pipeline/vae/config.json",
+    } <= held
     weights = "bundle/weights.safetensors"
-    assert (model / "1" / weights).samefile(far_bundle.path / "weights.safetensors")  # no second copy on one file system
+    assert (model / "1" / weights).samefile(
+        far_bundle.path / "weights.safetensors"
+    )  # no second copy on one file system
 
 
 def test_parts_that_are_not_served_are_not_there(far_bundle: Bundle, tmp_path: Path) -> None:
@@ -89,14 +117,18 @@ def test_parts_that_are_not_served_are_not_there(far_bundle: Bundle, tmp_path: P
     assert {path.name for path in (model / "1" / "pipeline").iterdir()} == {"vae"}
 
 
-def test_a_bundle_without_a_pipeline_names_the_way_out(small_bundle: Export, tmp_path: Path) -> None:
+def test_a_bundle_without_a_pipeline_names_the_way_out(
+    small_bundle: Export, tmp_path: Path
+) -> None:
     with pytest.raises(AnyFlowError, match="leave them out with --parts none"):
         written(small_bundle(), tmp_path)
     assert not (tmp_path / "anyflow").exists()
 
 
 def test_gpus_become_instances(far_bundle: Bundle, tmp_path: Path) -> None:
-    (group,) = config_of(written(far_bundle, tmp_path, "--gpus", "0,2", "--parts", "none")).instance_group
+    (group,) = config_of(
+        written(far_bundle, tmp_path, "--gpus", "0,2", "--parts", "none")
+    ).instance_group
     assert (group.kind, list(group.gpus)) == (model_config_pb2.ModelInstanceGroup.KIND_GPU, [0, 2])
 
 
@@ -134,10 +166,16 @@ def plan(bundle: Bundle, folder: Path, **settings: Any) -> EngineFolder:
     folder.mkdir()
     (folder / "transition.plan").write_bytes(b"plan")
     record = EngineRecord(
-        backend="tensorrt", bundle=bundle.digest, device=DeviceRecord(kind="cuda", name="a GPU"), versions={}, settings=settings,
-        ranges={}, profiles={"transition": {"small": {}, "large": {}}}, seconds=1.0,
+        backend="tensorrt",
+        bundle=bundle.digest,
+        device=DeviceRecord(kind="cuda", name="a GPU"),
+        versions={},
+        settings=settings,
+        ranges={},
+        profiles={"transition": {"small": {}, "large": {}}},
+        seconds=1.0,
         files={"transition.plan": FileRecord(bytes=4, sha256="")},
-    )  # fmt: skip
+    )
     return EngineFolder(folder, record)
 
 
@@ -167,9 +205,23 @@ def test_the_document_lists_every_tensor_parameter_and_metric() -> None:
     for line in DOCUMENT.splitlines():
         if line.startswith("anyflow-triton"):
             parse_options(TritonOptions, shlex.split(line, comments=True)[1:])
-    left_out = {"bundle", "pipeline", "text", "vae", "backend", "engine"}  # written by the flags that name them
-    assert not [name for name in Settings.model_fields if f"`{name}`" not in DOCUMENT and name not in left_out]
-    source = Path(sys.modules["anyflow_deploy.engines.tritonserver"].__file__ or "").parent / "metrics.py"
+    left_out = {
+        "bundle",
+        "pipeline",
+        "text",
+        "vae",
+        "backend",
+        "engine",
+    }  # written by the flags that name them
+    assert not [
+        name
+        for name in Settings.model_fields
+        if f"`{name}`" not in DOCUMENT and name not in left_out
+    ]
+    source = (
+        Path(sys.modules["anyflow_deploy.engines.tritonserver"].__file__ or "").parent
+        / "metrics.py"
+    )
     for line in source.read_text().splitlines():
         if '"anyflow_' in line:
             assert line.split('"')[1] in DOCUMENT
@@ -190,12 +242,19 @@ def test_the_document_lists_every_tensor_parameter_and_metric() -> None:
 def test_parameters_are_read_suspiciously(changed: dict[str, str | None], message: str) -> None:
     texts = {**SETTINGS.as_parameters(), **changed}
     with pytest.raises(AnyFlowError, match=message.replace("?", r"\?")):
-        settings_from({name: {"string_value": text} for name, text in texts.items() if text is not None})
+        settings_from(
+            {name: {"string_value": text} for name, text in texts.items() if text is not None}
+        )
 
 
 def test_parameters_come_back() -> None:
     settings = SETTINGS.model_copy(update={"threads": 3, "pipeline": "pipeline", "text": False})
-    assert settings_from({name: {"string_value": text} for name, text in settings.as_parameters().items()}) == settings
+    assert (
+        settings_from(
+            {name: {"string_value": text} for name, text in settings.as_parameters().items()}
+        )
+        == settings
+    )
 
 
 def test_a_request_is_read() -> None:
@@ -209,14 +268,26 @@ def test_a_request_is_read() -> None:
         "output_type": np.array([b"frames"], dtype=object),
     }
     wanted = parse_request(tensors, manifest, SETTINGS, "anyflow")
-    assert (wanted.request.prompt, wanted.request.num_inference_steps, wanted.request.seed, wanted.request.num_frames) == (
+    assert (
+        wanted.request.prompt,
+        wanted.request.num_inference_steps,
+        wanted.request.seed,
+        wanted.request.num_frames,
+    ) == (
         "a fox",
         3,
         9,
         13,
     )
-    assert (wanted.request.height, wanted.request.width, wanted.output_type) == (32, manifest.video.width, "frames")
-    assert wanted.request.plan is not None and wanted.cache_bytes(2) == wanted.request.plan.bytes(2) > 0
+    assert (wanted.request.height, wanted.request.width, wanted.output_type) == (
+        32,
+        manifest.video.width,
+        "frames",
+    )
+    assert (
+        wanted.request.plan is not None
+        and wanted.cache_bytes(2) == wanted.request.plan.bytes(2) > 0
+    )
 
 
 def test_what_is_not_served_is_refused() -> None:
@@ -227,7 +298,9 @@ def test_what_is_not_served_is_refused() -> None:
     embeds = {"prompt_embeds": np.zeros((512, manifest.architecture.text_dim), np.float32)}
     assert parse_request(embeds, manifest, bare, "anyflow").output_type == "latents"
     with pytest.raises(AnyFlowError, match=r"allowed are latents \(this server has no VAE\)"):
-        parse_request({**embeds, "output_type": np.array([b"mp4"], dtype=object)}, manifest, bare, "anyflow")
+        parse_request(
+            {**embeds, "output_type": np.array([b"mp4"], dtype=object)}, manifest, bare, "anyflow"
+        )
     with pytest.raises(AnyFlowError, match="seed has 2 values"):
         parse_request({**embeds, "seed": np.array([1, 2], np.int64)}, manifest, bare, "anyflow")
 
@@ -236,7 +309,8 @@ def test_what_is_not_served_is_refused() -> None:
 
 
 def test_turns_are_taken_in_order() -> None:
-    """Whoever has its turn ends it only when both others wait, so the order is the lock's and not the scheduler's."""
+    """Whoever has its turn ends it only when both others wait, so the order is the lock's and not
+    the scheduler's."""
     turns, order = FairLock(), []
 
     def one(name: int) -> None:
@@ -252,8 +326,14 @@ def test_turns_are_taken_in_order() -> None:
     assert all(len(set(midst[i : i + 3])) == 3 for i in range(len(midst) - 3))
 
 
-@given(costs=st.lists(st.integers(0, 10), min_size=1, max_size=12), streams=st.integers(1, 4), room=st.integers(10, 20))
-def test_admission_never_gives_more_than_there_is(costs: list[int], streams: int, room: int) -> None:
+@given(
+    costs=st.lists(st.integers(0, 10), min_size=1, max_size=12),
+    streams=st.integers(1, 4),
+    room=st.integers(10, 20),
+)
+def test_admission_never_gives_more_than_there_is(
+    costs: list[int], streams: int, room: int
+) -> None:
     told: list[tuple[int, int, int]] = []
     admission = Admission(streams, room, len(costs), lambda *now: told.append(now))
     tickets = [admission.ask(cost) for cost in costs]
@@ -281,7 +361,11 @@ def test_who_waits_may_give_up_and_the_next_one_goes() -> None:
     def unwanted() -> None:
         raise CancelledError
 
-    with admission.within(first, lambda: None), pytest.raises(CancelledError), admission.within(second, unwanted):
+    with (
+        admission.within(first, lambda: None),
+        pytest.raises(CancelledError),
+        admission.within(second, unwanted),
+    ):
         pytest.fail("there was no room")
     with admission.within(third, lambda: None):
         pass
@@ -297,7 +381,9 @@ def test_a_large_one_is_not_overtaken() -> None:
             entered.append(name)
             time.sleep(0.05)
 
-    threads = [threading.Thread(target=one, args=pair) for pair in (("large", large), ("small", small))]
+    threads = [
+        threading.Thread(target=one, args=pair) for pair in (("large", large), ("small", small))
+    ]
     with admission.within(first, lambda: None):
         for thread in threads:
             thread.start()
@@ -314,7 +400,10 @@ def test_a_large_one_is_not_overtaken() -> None:
 def test_streams_share_a_pipeline(far_bundle: Bundle) -> None:
     """Two at once, in turns: each gets what it gets alone."""
     manifest = far_bundle.manifest
-    with_seed = {"num_frames": np.array([17], np.int32), "num_inference_steps": np.array([2], np.int32)}
+    with_seed = {
+        "num_frames": np.array([17], np.int32),
+        "num_inference_steps": np.array([2], np.int32),
+    }
     bare = SETTINGS.model_copy(update={"text": False, "vae": False})
     embeds = words(far_bundle)
     pipeline = VideoPipeline(far_bundle, threads=1, device_lock=FairLock())
@@ -322,7 +411,11 @@ def test_streams_share_a_pipeline(far_bundle: Bundle) -> None:
 
     def one(seed: int) -> list[np.ndarray[Any, Any]]:
         tensors = {**with_seed, "prompt_embeds": embeds, "seed": np.array([seed], np.int64)}
-        pieces = list(generate_chunks(pipeline, parse_request(tensors, manifest, bare, "anyflow"), lambda: None))
+        pieces = list(
+            generate_chunks(
+                pipeline, parse_request(tensors, manifest, bare, "anyflow"), lambda: None
+            )
+        )
         assert [piece.steps for piece in pieces] == [2] * len(pieces)
         return [piece.content for piece in pieces]
 
@@ -331,7 +424,13 @@ def test_streams_share_a_pipeline(far_bundle: Bundle) -> None:
     shape = manifest.latent_shape(17, None, None)
     chunks = fit_chunks(manifest.architecture.chunk_partition or (), shape[0])
     for seed, latents in zip((1, 2), together, strict=True):
-        alone = stream(engine, noise((1, *shape), seed), embeds[None], Schedule.uniform(2, manifest.schedule.shift), chunks)
+        alone = stream(
+            engine,
+            noise((1, *shape), seed),
+            embeds[None],
+            Schedule.uniform(2, manifest.schedule.shift),
+            chunks,
+        )
         for got, chunk in zip(latents, alone, strict=True):
             np.testing.assert_array_equal(got, chunk.latents[0])
 
@@ -408,17 +507,27 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             return utils.metrics.setdefault((self._name, labels.get("end")), Counted())
 
     class TritonError:
-        INVALID_ARG, UNAVAILABLE, CANCELLED, INTERNAL = "invalid", "unavailable", "cancelled", "internal"
+        INVALID_ARG, UNAVAILABLE, CANCELLED, INTERNAL = (
+            "invalid",
+            "unavailable",
+            "cancelled",
+            "internal",
+        )
 
         def __init__(self, message: str, code: str) -> None:
             self.message, self.code = message, code
 
     utils.MetricFamily, utils.Tensor, utils.TritonError = MetricFamily, Tensor, TritonError
-    utils.InferenceResponse = lambda output_tensors, error=None: SimpleNamespace(tensors=output_tensors, error=error)
+    utils.InferenceResponse = lambda output_tensors, error=None: SimpleNamespace(
+        tensors=output_tensors, error=error
+    )
     utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
     utils.TritonModelException = type("TritonModelException", (Exception,), {})
     logged: list[str] = []
-    utils.logged, utils.Logger = logged, SimpleNamespace(log_info=logged.append, log_error=logged.append, log_warn=logged.append)
+    utils.logged, utils.Logger = (
+        logged,
+        SimpleNamespace(log_info=logged.append, log_error=logged.append, log_warn=logged.append),
+    )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
     yield utils
     sys.modules.pop("anyflow_deploy.engines.tritonserver.model", None)
@@ -428,13 +537,22 @@ def opened(server: Any, far_bundle: Bundle, tmp_path: Path, *flags: str, **chang
     from anyflow_deploy.engines.tritonserver.model import TritonPythonModel
 
     folder = written(far_bundle, tmp_path / "models", "--parts", "none", "--threads", "1", *flags)
-    parameters = {name: {"string_value": p.string_value} for name, p in config_of(folder).parameters.items()}
+    parameters = {
+        name: {"string_value": p.string_value} for name, p in config_of(folder).parameters.items()
+    }
     parameters |= {name: {"string_value": text} for name, text in changed.items()}
     model = TritonPythonModel()
-    model.initialize({
-        "model_name": "anyflow", "model_config": json.dumps({"parameters": parameters}), "model_repository": str(folder),
-        "model_version": "1", "model_instance_kind": "CPU", "model_instance_device_id": "0", "model_instance_name": "anyflow_0",
-    })  # fmt: skip
+    model.initialize(
+        {
+            "model_name": "anyflow",
+            "model_config": json.dumps({"parameters": parameters}),
+            "model_repository": str(folder),
+            "model_version": "1",
+            "model_instance_kind": "CPU",
+            "model_instance_device_id": "0",
+            "model_instance_name": "anyflow_0",
+        }
+    )
     return model
 
 
@@ -443,19 +561,41 @@ def request(sender: Sender, **tensors: Any) -> Any:
     return SimpleNamespace(inputs=lambda: sent, get_response_sender=lambda: sender)
 
 
-def test_the_model_answers_cancels_refuses_and_stops(server: Any, far_bundle: Bundle, tmp_path: Path) -> None:
+def test_the_model_answers_cancels_refuses_and_stops(
+    server: Any, far_bundle: Bundle, tmp_path: Path
+) -> None:
     model = opened(
-        server, far_bundle, tmp_path, "--max-streams", "1", "--max-waiting", "1", "--max-steps", "1000", grace_seconds="0"
+        server,
+        far_bundle,
+        tmp_path,
+        "--max-streams",
+        "1",
+        "--max-waiting",
+        "1",
+        "--max-steps",
+        "1000",
+        grace_seconds="0",
     )
     embeds, metrics = words(far_bundle), server.metrics
-    frames, short, long = np.array([17], np.int32), np.array([1], np.int32), np.array([1000], np.int32)
+    frames, short, long = (
+        np.array([17], np.int32),
+        np.array([1], np.int32),
+        np.array([1000], np.int32),
+    )
 
     answered = Sender()
-    model.execute([request(answered, prompt_embeds=embeds, num_frames=frames, num_inference_steps=short)])
+    model.execute(
+        [request(answered, prompt_embeds=embeds, num_frames=frames, num_inference_steps=short)]
+    )
     assert answered.final.wait(60)
-    outputs = [{tensor.name(): tensor.as_numpy() for tensor in response.tensors} for response in answered.sent]
+    outputs = [
+        {tensor.name(): tensor.as_numpy() for tensor in response.tensors}
+        for response in answered.sent
+    ]
     assert [int(output["chunk"][0]) for output in outputs] == list(range(len(outputs)))
-    assert {str(output["seconds"].dtype) for output in outputs} == {"float32"} and "latents" in outputs[0]
+    assert {str(output["seconds"].dtype) for output in outputs} == {
+        "float32"
+    } and "latents" in outputs[0]
 
     running, waiting, surplus, wrong = (Sender() for _ in range(4))
     for sender, steps in ((running, long), (waiting, long), (surplus, long), (wrong, long * 2)):
@@ -468,9 +608,16 @@ def test_the_model_answers_cancels_refuses_and_stops(server: Any, far_bundle: Bu
     eventually(lambda: metrics["anyflow_waiting_requests", None].value == 0)
     model.finalize()  # with one still running, and no grace
     assert waiting.final.is_set() and waiting.sent[-1].error.code == "unavailable"
-    ends = {end: metrics["anyflow_videos_total", end].value for end in ("completed", "cancelled", "refused", "failed")}
+    ends = {
+        end: metrics["anyflow_videos_total", end].value
+        for end in ("completed", "cancelled", "refused", "failed")
+    }
     assert ends == {"completed": 1, "cancelled": 2, "refused": 2, "failed": 0}
-    assert metrics["anyflow_cache_bytes", None].value == metrics["anyflow_active_streams", None].value == 0
+    assert (
+        metrics["anyflow_cache_bytes", None].value
+        == metrics["anyflow_active_streams", None].value
+        == 0
+    )
 
 
 def test_a_defect_ends_one_request_and_is_logged(
@@ -486,7 +633,9 @@ def test_a_defect_ends_one_request_and_is_logged(
     sender = Sender()
     model.execute([request(sender, prompt_embeds=words(far_bundle))])
     assert sender.final.wait(10) and sender.sent[0].error.code == "internal"
-    assert "here" not in sender.sent[0].error.message and any("ZeroDivisionError: here" in line for line in server.logged)
+    assert "here" not in sender.sent[0].error.message and any(
+        "ZeroDivisionError: here" in line for line in server.logged
+    )
     eventually(lambda: server.metrics["anyflow_active_streams", None].value == 0)
     model.finalize()
 

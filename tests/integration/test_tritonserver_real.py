@@ -1,4 +1,5 @@
-"""The repository that `anyflow-triton` writes, in the real Triton Inference Server: `make test-triton`."""
+"""The repository that `anyflow-triton` writes, in the real Triton Inference Server: `make
+test-triton`."""
 
 from __future__ import annotations
 
@@ -40,7 +41,10 @@ REFUSED = {"num_inference_steps": 0}
 
 pytestmark = [
     pytest.mark.triton,
-    pytest.mark.skipif(not (ENVIRONMENT / ".ready").exists(), reason="no Triton Inference Server here; make test-triton gets it"),
+    pytest.mark.skipif(
+        not (ENVIRONMENT / ".ready").exists(),
+        reason="no Triton Inference Server here; make test-triton gets it",
+    ),
 ]
 
 
@@ -91,17 +95,25 @@ def inputs(given: dict[str, Any]) -> list[Any]:
         if port.name in given:
             value = given[port.name]
             if port.type == "STRING":
-                array: Any = np.array([value if isinstance(value, bytes) else value.encode()], dtype=object)
+                array: Any = np.array(
+                    [value if isinstance(value, bytes) else value.encode()], dtype=object
+                )
             else:
-                array = np.array(value, dtype=TYPES[port.type]).reshape([-1] if np.ndim(value) == 0 else np.shape(value))
-            tensor = grpcclient.InferInput(port.name, list(array.shape), "BYTES" if port.type == "STRING" else port.type)
+                array = np.array(value, dtype=TYPES[port.type]).reshape(
+                    [-1] if np.ndim(value) == 0 else np.shape(value)
+                )
+            tensor = grpcclient.InferInput(
+                port.name, list(array.shape), "BYTES" if port.type == "STRING" else port.type
+            )
             tensor.set_data_from_numpy(array)
             tensors.append(tensor)
     return tensors
 
 
 def made(server: TritonServer, **given: Any) -> list[dict[str, np.ndarray[Any, Any]]]:
-    return Stream(server, **{"prompt": PROMPT, "seed": 7, "num_frames": 29, "num_inference_steps": 2, **given}).rest()
+    return Stream(
+        server, **{"prompt": PROMPT, "seed": 7, "num_frames": 29, "num_inference_steps": 2, **given}
+    ).rest()
 
 
 @pytest.fixture(autouse=True)
@@ -113,10 +125,21 @@ def nothing_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def repository(far_bundle: Bundle, tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(
+    far_bundle: Bundle, tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A causal and a bidirectional model, each with small limits."""
     folder = tmp_path_factory.mktemp("triton") / "models"
-    limits = ["--threads", "1", "--max-streams", str(STREAMS), "--max-waiting", str(WAITING), "--max-steps", "400"]
+    limits = [
+        "--threads",
+        "1",
+        "--max-streams",
+        str(STREAMS),
+        "--max-waiting",
+        str(WAITING),
+        "--max-steps",
+        "400",
+    ]
     for bundle, name in ((far_bundle, "anyflow"), (tiny_bundle, "flat")):
         words = [str(bundle.path), "--output", str(folder), "--name", name, *limits]
         assert triton(parse_options(TritonOptions, words)) == 0
@@ -149,22 +172,39 @@ def expected(far_bundle: Bundle, far_pipeline: Path) -> list[np.ndarray[Any, Any
 
     plan = fit_chunks(far_bundle.manifest.architecture.chunk_partition or (), shape[0])
     schedule = Schedule.uniform(2, far_bundle.manifest.schedule.shift)
-    return [chunk.latents[0] for chunk in stream(engine, noise((1, *shape), 7), text, schedule, plan)]
+    return [
+        chunk.latents[0] for chunk in stream(engine, noise((1, *shape), 7), text, schedule, plan)
+    ]
 
 
 def test_memory_stays_where_it_is(server: TritonServer) -> None:
-    """500 requests, four at a time, of all kinds: from the 200th on the server's processes grow by less than 24 MiB.
+    """500 requests, four at a time, of all kinds: from the 200th on the server's processes grow by
+    less than 24 MiB.
 
     It comes first: what other tests once took stays with a process, and would hide growth."""
     kinds: list[dict[str, Any]] = [
-        {"output_type": "latents"}, {"output_type": "frames"}, {"output_type": "mp4"}, {"output_type": "mp4-base64"},
-        {"prompt": PROMPT + " at sea", "num_frames": 17}, REFUSED,
-    ]  # fmt: skip
+        {"output_type": "latents"},
+        {"output_type": "frames"},
+        {"output_type": "mp4"},
+        {"output_type": "mp4-base64"},
+        {"prompt": PROMPT + " at sea", "num_frames": 17},
+        REFUSED,
+    ]
 
     def one(number: int) -> None:
         kind = kinds[number % len(kinds)]
-        given = {"prompt": PROMPT, "num_frames": 5, "num_inference_steps": 1, "seed": number, **kind}
-        with pytest.raises(Exception, match="steps is 0") if kind is REFUSED else contextlib.nullcontext():
+        given = {
+            "prompt": PROMPT,
+            "num_frames": 5,
+            "num_inference_steps": 1,
+            "seed": number,
+            **kind,
+        }
+        with (
+            pytest.raises(Exception, match="steps is 0")
+            if kind is REFUSED
+            else contextlib.nullcontext()
+        ):
             Stream(server, **given).rest()
 
     grown = []
@@ -177,14 +217,21 @@ def test_memory_stays_where_it_is(server: TritonServer) -> None:
         file.write(f"{' '.join(f'{size:.0f}' for size in grown)}\n")
 
 
-def test_chunks_are_those_of_the_library(server: TritonServer, expected: list[np.ndarray[Any, Any]]) -> None:
+def test_chunks_are_those_of_the_library(
+    server: TritonServer, expected: list[np.ndarray[Any, Any]]
+) -> None:
     chunks = made(server, output_type="latents")
     assert len(chunks) == len(expected) > 2
     for number, (chunk, latents) in enumerate(zip(chunks, expected, strict=True)):
-        np.testing.assert_allclose(chunk["latents"], latents, atol=1e-5)  # another numpy, and another process
+        np.testing.assert_allclose(
+            chunk["latents"], latents, atol=1e-5
+        )  # another numpy, and another process
         assert (chunk["chunk"], chunk["steps"], chunk["seed"]) == (number, 2, 7)
         assert "deadline_met" not in chunk
-    assert [int(chunk["first_frame"][0]) for chunk in chunks] == [0, *np.cumsum([4 * len(z) for z in expected])[:-1] - 3]
+    assert [int(chunk["first_frame"][0]) for chunk in chunks] == [
+        0,
+        *np.cumsum([4 * len(z) for z in expected])[:-1] - 3,
+    ]
     seconds = [float(chunk["seconds"][0]) for chunk in chunks]
     assert seconds[0] > 0 and seconds == sorted(seconds)
 
@@ -204,30 +251,58 @@ def test_frames_and_mp4_show_the_same(
 
 
 def test_embeddings_stand_in_for_the_prompt(
-    server: TritonServer, expected: list[np.ndarray[Any, Any]], far_bundle: Bundle, far_pipeline: Path
+    server: TritonServer,
+    expected: list[np.ndarray[Any, Any]],
+    far_bundle: Bundle,
+    far_pipeline: Path,
 ) -> None:
     text = encode_prompts(far_pipeline, [PROMPT], far_bundle.manifest.video.text_tokens)
-    given = {"prompt_embeds": text[0], "seed": 7, "num_frames": 29, "num_inference_steps": 2, "output_type": "latents"}
+    given = {
+        "prompt_embeds": text[0],
+        "seed": 7,
+        "num_frames": 29,
+        "num_inference_steps": 2,
+        "output_type": "latents",
+    }
     for chunk, latents in zip(Stream(server, **given).rest(), expected, strict=True):
         np.testing.assert_allclose(chunk["latents"], latents, atol=1e-5)
 
 
-def test_a_bidirectional_model(server: TritonServer, tiny_bundle: Bundle, tiny_pipeline: Path) -> None:
+def test_a_bidirectional_model(
+    server: TritonServer, tiny_bundle: Bundle, tiny_pipeline: Path
+) -> None:
     chunks = made(server, model="flat", num_frames=17, output_type="latents")
     manifest = tiny_bundle.manifest
     text = encode_prompts(tiny_pipeline, [PROMPT], manifest.video.text_tokens)
     start = noise((1, *manifest.latent_shape(17, None, None)), 7)
-    wanted = sample(load_engine(tiny_bundle, threads=1), start, text, Schedule.uniform(2, manifest.schedule.shift))
-    np.testing.assert_allclose(np.concatenate([chunk["latents"] for chunk in chunks]), wanted[0], atol=1e-5)
+    wanted = sample(
+        load_engine(tiny_bundle, threads=1),
+        start,
+        text,
+        Schedule.uniform(2, manifest.schedule.shift),
+    )
+    np.testing.assert_allclose(
+        np.concatenate([chunk["latents"] for chunk in chunks]), wanted[0], atol=1e-5
+    )
     assert [int(chunk["steps"][0]) for chunk in chunks] == [2, *[0] * (len(chunks) - 1)]
-    assert sum(len(chunk["frames"]) for chunk in made(server, model="flat", num_frames=17, output_type="frames")) == 17
+    assert (
+        sum(
+            len(chunk["frames"])
+            for chunk in made(server, model="flat", num_frames=17, output_type="frames")
+        )
+        == 17
+    )
 
 
 def test_deadlines(server: TritonServer) -> None:
     chunks = made(server, deadline_ms=1500.0, num_inference_steps=6)
-    assert all(chunk["deadline_met"][0] for chunk in chunks) and {int(chunk["steps"][0]) for chunk in chunks} == {6}
+    assert all(chunk["deadline_met"][0] for chunk in chunks) and {
+        int(chunk["steps"][0]) for chunk in chunks
+    } == {6}
     hasty = made(server, deadline_ms=0.001)
-    assert not any(chunk["deadline_met"][0] for chunk in hasty) and {int(chunk["steps"][0]) for chunk in hasty} == {1}
+    assert not any(chunk["deadline_met"][0] for chunk in hasty) and {
+        int(chunk["steps"][0]) for chunk in hasty
+    } == {1}
     assert server.value("anyflow_deadlines_missed_total", model="anyflow") >= len(hasty)
 
 
@@ -247,8 +322,14 @@ def test_a_seed_is_chosen_and_told(server: TritonServer) -> None:
         ({"prompt": " "}, "prompt is empty"),
         ({"prompt": b"\xff\xfe"}, "prompt is not UTF-8"),
         ({"prompt": "fox " * 600}, "the prompt has 601 tokens and the model takes 512"),
-        ({"prompt": None, "prompt_embeds": np.zeros((512, 8), np.float32)}, "allowed is (1 to any, 64): tokens, channels"),
-        ({"prompt": None, "prompt_embeds": np.full((512, 64), np.nan, np.float32)}, "holds NaN or infinity"),
+        (
+            {"prompt": None, "prompt_embeds": np.zeros((512, 8), np.float32)},
+            "allowed is (1 to any, 64): tokens, channels",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": np.full((512, 64), np.nan, np.float32)},
+            "holds NaN or infinity",
+        ),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_inference_steps": 401}, "this server allows 400"),
         ({"deadline_ms": -1.0}, "deadline_ms is -1.0"),
@@ -260,7 +341,7 @@ def test_a_seed_is_chosen_and_told(server: TritonServer) -> None:
         ({"window": 0}, "window is 0"),
         ({"output_type": "gif"}, "allowed are mp4, mp4-base64, frames, latents"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused(server: TritonServer, given: dict[str, Any], message: str) -> None:
     whole = {"prompt": PROMPT, **given}
     with pytest.raises(Exception, match=re.escape(message)):
@@ -281,12 +362,16 @@ def test_who_hangs_up_over_http_cancels(server: TritonServer) -> None:
     before = server.value("anyflow_videos_total", end="cancelled")
     body = f'{{"prompt": "{PROMPT}", "num_inference_steps": 400, "output_type": "mp4-base64"}}'
     url = f"http://{server.http}/v2/models/anyflow/generate_stream"
-    assert subprocess.run(["curl", "-s", "-N", "-m", "1", url, "-d", body], check=False).returncode == 28  # its own time was up
+    assert (
+        subprocess.run(["curl", "-s", "-N", "-m", "1", url, "-d", body], check=False).returncode
+        == 28
+    )  # its own time was up
     eventually(lambda: server.value("anyflow_videos_total", end="cancelled") == before + 1)
 
 
 def test_eight_streams_at_once(server: TritonServer, expected: list[np.ndarray[Any, Any]]) -> None:
-    """More than there is room for: half of them wait; each one's chunks are what it gets alone; they advance side by side."""
+    """More than there is room for: half of them wait; each one's chunks are what it gets alone;
+    they advance side by side."""
     seen, done = [0.0], threading.Event()
 
     def look() -> None:
@@ -298,7 +383,14 @@ def test_eight_streams_at_once(server: TritonServer, expected: list[np.ndarray[A
     arrived: list[tuple[int, int]] = []
 
     def one(number: int) -> list[np.ndarray[Any, Any]]:
-        request = Stream(server, prompt=PROMPT, seed=7, num_frames=29, num_inference_steps=2, output_type="latents")
+        request = Stream(
+            server,
+            prompt=PROMPT,
+            seed=7,
+            num_frames=29,
+            num_inference_steps=2,
+            output_type="latents",
+        )
         latents = []
         for chunk in iter(request.next, None):
             arrived.append((number, int(chunk["chunk"][0])))
@@ -314,15 +406,21 @@ def test_eight_streams_at_once(server: TritonServer, expected: list[np.ndarray[A
         for got, wanted in zip(latents, expected, strict=True):
             np.testing.assert_allclose(got, wanted, atol=1e-5)
     assert max(seen) == STREAMS
-    before_any_end = arrived[: next(i for i, (_, chunk) in enumerate(arrived) if chunk == len(expected) - 1)]
-    assert len({number for number, _ in before_any_end}) >= STREAMS  # none had to wait for another's end
+    before_any_end = arrived[
+        : next(i for i, (_, chunk) in enumerate(arrived) if chunk == len(expected) - 1)
+    ]
+    assert (
+        len({number for number, _ in before_any_end}) >= STREAMS
+    )  # none had to wait for another's end
 
 
 def test_who_finds_the_queue_full_is_told_so(server: TritonServer) -> None:
     long = {"prompt": PROMPT, "num_inference_steps": 400, "output_type": "latents"}
     accepted = [Stream(server, **long) for _ in range(STREAMS + WAITING)]
     eventually(lambda: server.value("anyflow_waiting_requests", model="anyflow") == WAITING)
-    with pytest.raises(Exception, match="4 videos are being made and 6 wait; this server takes no more"):
+    with pytest.raises(
+        Exception, match="4 videos are being made and 6 wait; this server takes no more"
+    ):
         Stream(server, **long).rest()
     answer = httpx.post(f"http://{server.http}/v2/models/anyflow/generate", json={"prompt": PROMPT})
     assert answer.status_code >= 400 and "Ask again later" in answer.json()["error"]
@@ -334,7 +432,11 @@ def test_who_finds_the_queue_full_is_told_so(server: TritonServer) -> None:
 
 
 def test_the_examples_of_the_document(server: TritonServer, tmp_path: Path) -> None:
-    ports = {"127.0.0.1:8000": server.http, "127.0.0.1:8001": server.grpc, "127.0.0.1:8002": server.metrics}
+    ports = {
+        "127.0.0.1:8000": server.http,
+        "127.0.0.1:8001": server.grpc,
+        "127.0.0.1:8002": server.metrics,
+    }
 
     def here(text: str) -> str:
         return re.sub("|".join(ports), lambda found: ports[found[0]], text)
@@ -343,14 +445,24 @@ def test_the_examples_of_the_document(server: TritonServer, tmp_path: Path) -> N
     asking = [(kind, here(block)) for kind, block in blocks if any(port in block for port in ports)]
     assert [kind for kind, _ in asking] == ["sh", "python", "sh"]
     for kind, block in asking:
-        words = ["bash", "-e", "-o", "pipefail", "-c", block] if kind == "sh" else [sys.executable, "-c", block]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        words = (
+            ["bash", "-e", "-o", "pipefail", "-c", block]
+            if kind == "sh"
+            else [sys.executable, "-c", block]
+        )
+        done = subprocess.run(
+            words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        )
         assert done.returncode == 0, done.stderr
-    assert len(load_video(tmp_path / "fox.mp4")) == len(load_video(tmp_path / "fox-python.mp4")) == 29
+    assert (
+        len(load_video(tmp_path / "fox.mp4")) == len(load_video(tmp_path / "fox-python.mp4")) == 29
+    )
     assert "anyflow_first_chunk_seconds_bucket" in done.stdout
 
 
-def test_killed_and_started_again(repository: Path, expected: list[np.ndarray[Any, Any]], tmp_path: Path) -> None:
+def test_killed_and_started_again(
+    repository: Path, expected: list[np.ndarray[Any, Any]], tmp_path: Path
+) -> None:
     first = TritonServer(ENVIRONMENT, repository, tmp_path / "log")
     first.start()
     try:
@@ -377,7 +489,8 @@ def test_killed_and_started_again(repository: Path, expected: list[np.ndarray[An
 
 
 def test_what_cannot_be_loaded_says_why(repository: Path, tmp_path: Path) -> None:
-    """A changed bundle, an unknown parameter, a numpy that the wheel's Python backend cannot read, a plan without its backend."""
+    """A changed bundle, an unknown parameter, a numpy that the wheel's Python backend cannot read,
+    a plan without its backend."""
     models = tmp_path / "models"
     shutil.copytree(repository / "anyflow", models / "changed")
     shutil.copytree(repository / "anyflow", models / "misspelt")
@@ -393,17 +506,25 @@ def test_what_cannot_be_loaded_says_why(repository: Path, tmp_path: Path) -> Non
     try:
         eventually(lambda: "Started GRPCInferenceService" in server.text, 120)
         assert "weights.safetensors was changed" in server.text
-        assert "unknown parameter 'max_stepps'" in server.text and "Did you mean 'max_steps'?" in server.text
+        assert (
+            "unknown parameter 'max_stepps'" in server.text
+            and "Did you mean 'max_steps'?" in server.text
+        )
     finally:
         server.kill()
     if int(np.__version__.split(".")[0]) < 2:
         pytest.skip("this Python has the older numpy itself")
     shutil.rmtree(models)
     shutil.copytree(repository / "anyflow", models / "anyflow")
-    server = TritonServer(ENVIRONMENT, models, tmp_path / "log-numpy", python=Path(sys.executable).parent)
+    server = TritonServer(
+        ENVIRONMENT, models, tmp_path / "log-numpy", python=Path(sys.executable).parent
+    )
     server.start()
     try:
         eventually(lambda: "Started GRPCInferenceService" in server.text, 120)
-        assert "cannot read arrays of numpy 2" in server.text and "pip install 'numpy<2'" in server.text
+        assert (
+            "cannot read arrays of numpy 2" in server.text
+            and "pip install 'numpy<2'" in server.text
+        )
     finally:
         server.kill()

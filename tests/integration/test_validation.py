@@ -21,7 +21,8 @@ from tests.conftest import SMALL, Export
 
 
 def damaged(bundle: Bundle, folder: Path, name: str, factor: float) -> Path:
-    """A copy of a bundle in which one weight was scaled and the manifest signed anew: only numbers can tell."""
+    """A copy of a bundle in which one weight was scaled and the manifest signed anew: only numbers
+    can tell."""
     shutil.copytree(bundle.path, folder)
     weights = folder / "weights.safetensors"
     entry = read_header(weights)[name]
@@ -41,8 +42,16 @@ def test_a_right_engine_is_valid(small_bundle: object, precision: str, tmp_path:
     bundle = small_bundle(precision)  # type: ignore[operator]
     assert validate(ValidateOptions(bundle=bundle.path, output=tmp_path)) == 0
     report = json.loads((tmp_path / "validation.json").read_text())
-    assert report["passed"] and report["failures"] == [] and report["bundle_sha256"] == bundle.digest
-    assert {item["kind"] for item in report["transitions"]} == {"next", "half", "clean", "same", "mixed"}
+    assert (
+        report["passed"] and report["failures"] == [] and report["bundle_sha256"] == bundle.digest
+    )
+    assert {item["kind"] for item in report["transitions"]} == {
+        "next",
+        "half",
+        "clean",
+        "same",
+        "mixed",
+    }
     assert [item["steps"] for item in report["rollouts"]] == [1, 2, 4, 8]
     assert all(math.isfinite(item["difference"]["psnr_db"]) for item in report["transitions"])
     assert (tmp_path / "validation.png").read_bytes().startswith(b"\x89PNG")
@@ -52,9 +61,16 @@ def test_a_right_causal_engine_is_valid_and_a_damaged_cache_is_not(
     export_once: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = export_once(SMALL.parent / "causal")
-    assert validate(ValidateOptions(bundle=bundle.path, output=tmp_path, steps=(1, 2), height=64, width=64)) == 0
+    assert (
+        validate(
+            ValidateOptions(bundle=bundle.path, output=tmp_path, steps=(1, 2), height=64, width=64)
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "validation.json").read_text())
-    assert report["chunks"] == [1, 3, 3, 3, 2] and {item["chunk"] for item in report["transitions"]} == {0, 4}
+    assert report["chunks"] == [1, 3, 3, 3, 2] and {
+        item["chunk"] for item in report["transitions"]
+    } == {0, 4}
     assert (tmp_path / "validation.png").read_bytes().startswith(b"\x89PNG")
     folder = damaged(bundle, tmp_path / "damaged", "far_patch_embedding.weight", 1.05)
     assert validate(ValidateOptions(bundle=folder, steps=(1, 2), height=64, width=64)) == 1
@@ -66,10 +82,18 @@ def test_a_right_causal_engine_is_valid_and_a_damaged_cache_is_not(
 
 @pytest.mark.parametrize(
     ("name", "factor"),
-    [("blocks.1.attn1.to_v.weight", 1.01), ("condition_embedder.delta_embedder.linear_2.weight", 0.99), ("proj_out.bias", 1.5)],
+    [
+        ("blocks.1.attn1.to_v.weight", 1.01),
+        ("condition_embedder.delta_embedder.linear_2.weight", 0.99),
+        ("proj_out.bias", 1.5),
+    ],
 )
 def test_a_damaged_engine_is_not(
-    tiny_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, factor: float
+    tiny_bundle: Bundle,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    factor: float,
 ) -> None:
     folder = damaged(tiny_bundle, tmp_path / "damaged", name, factor)
     assert validate(ValidateOptions(bundle=folder, steps=(1, 2))) == 1
@@ -82,7 +106,10 @@ def test_weights_that_are_not_finite_fail(tiny_bundle: Bundle, tmp_path: Path) -
     folder = damaged(tiny_bundle, tmp_path / "damaged", "blocks.0.ffn.net.2.weight", math.nan)
     assert validate(ValidateOptions(bundle=folder, steps=(1,))) == 1
     report = json.loads((folder / "validation.json").read_text())
-    assert "NaN" in report["failures"][0] and report["rollouts"][0]["difference"]["relative_l2"] is None
+    assert (
+        "NaN" in report["failures"][0]
+        and report["rollouts"][0]["difference"]["relative_l2"] is None
+    )
 
 
 def test_the_report_stays_where_it_can_be_written(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -109,10 +136,14 @@ def test_a_precision_without_thresholds_is_refused(tiny_bundle: Bundle) -> None:
         validation.validate(engine, engine, "fp4", (1, 1, 16, 4, 4), (1, 2, 64))
 
 
-def test_an_engine_agrees_with_itself_exactly_and_is_drawn(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_an_engine_agrees_with_itself_exactly_and_is_drawn(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
     engine = load_engine(tiny_bundle)
     result = validation.validate(engine, engine, "fp32", (1, 2, 16, 4, 4), (1, 2, 64), steps=(1,))
-    assert {item.difference.relative_l2 for item in result.transitions} == {0.0} and not result.failures
+    assert {item.difference.relative_l2 for item in result.transitions} == {
+        0.0
+    } and not result.failures
     plot_validation(result, tmp_path / "zero.png")
     assert (tmp_path / "zero.png").stat().st_size > 1000
 

@@ -1,4 +1,5 @@
-"""One way from a prompt to a video: `VideoPipeline`, and what it refuses before anything is loaded."""
+"""One way from a prompt to a video: `VideoPipeline`, and what it refuses before anything is
+loaded."""
 
 from __future__ import annotations
 
@@ -150,7 +151,10 @@ def test_every_policy_decides_the_steps(tiny_bundle: Bundle) -> None:
         ({"output_type": "pil"}, "output_type is 'pil'"),
         ({"chunks": (1, 3)}, "chunks is for causal models, and 'tiny' is bidirectional"),
         ({"image": np.zeros((32, 32, 3), np.uint8)}, "image is for causal models"),
-        ({"prompt": None, "prompt_embeds": np.zeros((3, 3), np.float32)}, "prompt_embeds has shape"),
+        (
+            {"prompt": None, "prompt_embeds": np.zeros((3, 3), np.float32)},
+            "prompt_embeds has shape",
+        ),
         ({"prompt": None, "prompt_embeds": np.zeros((2, 8, 64), np.float32)}, "are of 2 videos"),
     ],
 )
@@ -171,7 +175,9 @@ def test_a_pipeline_without_its_parts_is_refused_first(tiny_bundle: Bundle, tmp_
         pipe.stream(prompt_embeds=embeds_of(tiny_bundle))
 
 
-def test_the_embeddings_of_a_prompt_are_made_once(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embeddings_of_a_prompt_are_made_once(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with VideoPipeline(tiny_bundle) as pipe:
         first = pipe.encode_prompt(PROMPT)
         monkeypatch.setattr(pipe, "_text_encoder", lambda: pytest.fail("encoded twice"))
@@ -180,7 +186,9 @@ def test_the_embeddings_of_a_prompt_are_made_once(tiny_bundle: Bundle, monkeypat
         pipe(PROMPT)
 
 
-def test_a_video_is_saved_whole_or_not_at_all(tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_video_is_saved_whole_or_not_at_all(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = {**SIZE, "prompt_embeds": embeds_of(tiny_bundle), "num_inference_steps": 1}
     with VideoPipeline(tiny_bundle) as pipe:
         video = pipe(**options)
@@ -218,7 +226,9 @@ with VideoPipeline.from_bundle(sys.argv[1]) as pipe:
 """
 
 
-def test_latents_of_saved_embeddings_need_neither_torch_nor_diffusers(tiny_bundle: Bundle, tmp_path: Path) -> None:
+def test_latents_of_saved_embeddings_need_neither_torch_nor_diffusers(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
     output = tmp_path / "z.safetensors"
     words = [sys.executable, "-c", BARE, str(tiny_bundle.path), str(output)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -233,7 +243,11 @@ def test_a_request_knows_its_latents_and_chunks() -> None:
     request = GenerationRequest.from_manifest(fake_manifest("far-tiny"), num_frames=41, window=2)
     assert request.shape[0] == 11 and request.plan is not None
     assert sum(request.plan.chunks) == 11 and request.plan.window == 2
-    assert (request.num_samples, request.height, request.width) == (len(request.plan.chunks), 32, 48)
+    assert (request.num_samples, request.height, request.width) == (
+        len(request.plan.chunks),
+        32,
+        48,
+    )
     by_chunks = GenerationRequest.from_manifest(fake_manifest("far-tiny"), chunks=(1, 2))
     assert by_chunks.num_frames == 9 and by_chunks.check_context(1) == 1
 

@@ -107,7 +107,9 @@ def test_a_folder_is_replaced_where_that_is_wanted(tmp_path: Path) -> None:
     assert (tmp_path / "empty" / "other").is_file()
 
 
-def test_a_folder_that_cannot_be_named_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_named_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_folder(tmp_path / "it")
     rename = Path.rename
 
@@ -123,7 +125,9 @@ def test_a_folder_that_cannot_be_named_leaves_the_old_one(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
-def test_what_killed_writers_left_goes_and_what_others_write_stays(write: Write, dead: int, tmp_path: Path) -> None:
+def test_what_killed_writers_left_goes_and_what_others_write_stays(
+    write: Write, dead: int, tmp_path: Path
+) -> None:
     (tmp_path / f".it.partial-{dead}").write_text("half")
     (tmp_path / f".it.partial-{os.getppid()}").mkdir()
     (tmp_path / f".other.partial-{dead}").write_text("half")
@@ -133,7 +137,15 @@ def test_what_killed_writers_left_goes_and_what_others_write_stays(write: Write,
 
 
 def test_half_files_of_a_whole_folder_are_removed(dead: int, tmp_path: Path) -> None:
-    for name in (f".a.tar.partial-{dead}", f".b.tar.partial-{os.getppid()}", ".c.tar.partial-", "d.partial-1"):
+    for name in (
+        f".a.tar.partial-{dead}",
+        f".b.tar.partial-{os.getppid()}",
+        ".c.tar.partial-",
+        "d.partial-1",
+    ):
         (tmp_path / name).write_text("half")
     clear_partial_files(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {f".b.tar.partial-{os.getppid()}", "d.partial-1"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f".b.tar.partial-{os.getppid()}",
+        "d.partial-1",
+    }

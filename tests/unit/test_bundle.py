@@ -1,5 +1,6 @@
-"""Bundles are written whole or not at all, and read with suspicion. Everything here happens to small hand-made bundles:
-one file that stands in for a graph, one for its weights, and a manifest that could be real."""
+"""Bundles are written whole or not at all, and read with suspicion. Everything here happens to
+small hand-made bundles: one file that stands in for a graph, one for its weights, and a manifest
+that could be real."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ LIVING = os.getppid()
 
 def manifest(graph: str = GRAPH) -> Manifest:
     architecture = MODELS["tiny"].architecture
-    latents = GraphTensor(name="latents", dtype="float32", shape=["batch", "frames", 16, "height", "width"])
+    latents = GraphTensor(
+        name="latents", dtype="float32", shape=["batch", "frames", 16, "height", "width"]
+    )
     return Manifest(
         kind="bidirectional",
         model="tiny",
@@ -50,10 +53,20 @@ def manifest(graph: str = GRAPH) -> Manifest:
         precision="fp32",
         achieved=AchievedPrecision(weight_bytes={"F32": 1000}),
         target="cpu",
-        graphs={"transition": GraphRecord(file=graph, opset=20, inputs=[latents], outputs=[latents])},
+        graphs={
+            "transition": GraphRecord(file=graph, opset=20, inputs=[latents], outputs=[latents])
+        },
         ranges=ranges_to_records(widest_ranges(architecture)),
         schedule=ScheduleDefaults(shift=5.0, steps=4),
-        video=VideoDefaults(spatial_factor=8, temporal_factor=4, fps=16, text_tokens=512, frames=17, height=64, width=96),
+        video=VideoDefaults(
+            spatial_factor=8,
+            temporal_factor=4,
+            fps=16,
+            text_tokens=512,
+            frames=17,
+            height=64,
+            width=96,
+        ),
         tools={"torch": "2.13"},
         files={},
     )
@@ -111,7 +124,9 @@ def test_a_written_bundle_is_the_bundle_read(destination: Path) -> None:
     assert load_bundle(destination) == load_bundle(str(destination)) == written
     assert names(destination) == [MANIFEST, GRAPH, WEIGHTS]
     assert names(destination.parent) == ["bundle"]
-    assert written.manifest.files[GRAPH] == FileRecord(bytes=5, sha256=hashlib.sha256(b"graph").hexdigest())
+    assert written.manifest.files[GRAPH] == FileRecord(
+        bytes=5, sha256=hashlib.sha256(b"graph").hexdigest()
+    )
     assert written.manifest == manifest().model_copy(update={"files": written.manifest.files})
 
 
@@ -126,7 +141,9 @@ def test_manifest_gives_back_what_was_declared(bundle: Bundle) -> None:
     assert json.loads((bundle.path / MANIFEST).read_text())["schema"] == SCHEMA
 
 
-def test_architecture_and_ranges_are_computed_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architecture_and_ranges_are_computed_once(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counted: list[str] = []
 
     def count(config: dict[str, Any], where: str) -> Architecture:
@@ -140,9 +157,16 @@ def test_architecture_and_ranges_are_computed_once(bundle: Bundle, monkeypatch: 
 
 
 def test_what_a_manifest_computed_is_no_part_of_it(bundle: Bundle) -> None:
-    fresh, used = Manifest.model_validate_json((bundle.path / MANIFEST).read_bytes()), bundle.manifest
+    fresh, used = (
+        Manifest.model_validate_json((bundle.path / MANIFEST).read_bytes()),
+        bundle.manifest,
+    )
     assert used.shape_ranges.frames == widest_ranges(used.architecture).frames
-    assert used == fresh and used.model_dump_json() == fresh.model_dump_json() and repr(used) == repr(fresh)
+    assert (
+        used == fresh
+        and used.model_dump_json() == fresh.model_dump_json()
+        and repr(used) == repr(fresh)
+    )
     again = pickle.loads(pickle.dumps(used))
     assert again == fresh and again.architecture == used.architecture
     changed = used.model_copy(update={"config": MODELS["1.3b"].architecture.as_config()})
@@ -151,7 +175,13 @@ def test_what_a_manifest_computed_is_no_part_of_it(bundle: Bundle) -> None:
 
 
 def test_files_are_hashed_as_they_are_written_in_pieces(destination: Path) -> None:
-    pieces: list[Any] = [b"", b"a" * 1000, memoryview(b"b" * 7), memoryview(bytearray(range(8))).cast("h"), b"c"]
+    pieces: list[Any] = [
+        b"",
+        b"a" * 1000,
+        memoryview(b"b" * 7),
+        memoryview(bytearray(range(8))).cast("h"),
+        b"c",
+    ]
     with BundleWriter(destination) as writer:
         file = writer.create(WEIGHTS)
         for piece in pieces:
@@ -191,7 +221,10 @@ def test_finish_refuses_a_manifest_it_could_not_read_back(destination: Path) -> 
 
 
 def test_an_existing_destination_is_refused_before_any_work(bundle: Bundle) -> None:
-    with pytest.raises(BundleError, match=r"/bundle exists\. Choose another --output, or replace it with --overwrite\.$"):
+    with pytest.raises(
+        BundleError,
+        match=r"/bundle exists\. Choose another --output, or replace it with --overwrite\.$",
+    ):
         BundleWriter(bundle.path)
     assert load_bundle(bundle.path) == bundle
 
@@ -214,7 +247,9 @@ def test_overwrite_spares_what_is_no_bundle(destination: Path, kind: str) -> Non
         destination.mkdir()
     if kind == "full folder":
         (destination / "thesis.tex").write_text("thesis")
-    with pytest.raises(BundleError, match=r"exists and is not a bundle, so --overwrite does not replace it"):
+    with pytest.raises(
+        BundleError, match=r"exists and is not a bundle, so --overwrite does not replace it"
+    ):
         BundleWriter(destination, overwrite=True)
     assert destination.exists()
 
@@ -232,7 +267,10 @@ def test_what_appears_during_the_work_is_not_replaced(destination: Path) -> None
 @pytest.mark.parametrize("parent", ["missing", "file"])
 def test_the_parent_must_be_a_folder(tmp_path: Path, parent: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(BundleError, match=rf"/{parent} is not a folder that can be written to\. Choose another --output\.$"):
+    with pytest.raises(
+        BundleError,
+        match=rf"/{parent} is not a folder that can be written to\. Choose another --output\.$",
+    ):
         BundleWriter(tmp_path / parent / "bundle")
 
 
@@ -246,8 +284,12 @@ def partial(destination: Path, pid: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["bundle", "my bundle-1", pytest.param("a[1]", id="brackets")])  # the last: defect reported
-def test_leftovers_of_the_dead_are_cleared_but_not_those_of_the_living(tmp_path: Path, dead: int, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["bundle", "my bundle-1", pytest.param("a[1]", id="brackets")]
+)  # the last: defect reported
+def test_leftovers_of_the_dead_are_cleared_but_not_those_of_the_living(
+    tmp_path: Path, dead: int, name: str
+) -> None:
     destination = tmp_path / name
     abandoned, working = partial(destination, dead), partial(destination, LIVING)
     other = partial(tmp_path / "other", dead)
@@ -263,7 +305,9 @@ def test_a_star_is_a_name_like_any_other(tmp_path: Path, dead: int) -> None:
     assert other.exists()
 
 
-@pytest.mark.parametrize("pid", ["word", "", pytest.param("9" * 20, id="too large for a pid")])  # the last: defect reported
+@pytest.mark.parametrize(
+    "pid", ["word", "", pytest.param("9" * 20, id="too large for a pid")]
+)  # the last: defect reported
 def test_leftovers_without_a_process_are_cleared(destination: Path, pid: str) -> None:
     abandoned = partial(destination, pid)
     write_bundle(destination)
@@ -271,7 +315,8 @@ def test_leftovers_without_a_process_are_cleared(destination: Path, pid: str) ->
 
 
 def test_a_replacement_cut_short_is_taken_back(bundle: Bundle, dead: int) -> None:
-    """Killed between the two renames of `finish`: the old bundle has a hidden name, and nothing has its own."""
+    """Killed between the two renames of `finish`: the old bundle has a hidden name, and nothing has
+    its own."""
 
     bundle.path.rename(bundle.path.parent / f".bundle.replaced-{dead}")
     with BundleWriter(bundle.path, overwrite=True):
@@ -280,7 +325,9 @@ def test_a_replacement_cut_short_is_taken_back(bundle: Bundle, dead: int) -> Non
     assert load_bundle(bundle.path) == bundle
 
 
-def test_a_replacement_that_fails_puts_the_old_bundle_back(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replacement_that_fails_puts_the_old_bundle_back(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rename = Path.rename
 
     def fail_for_partial(path: Path, target: Path) -> Path:
@@ -303,7 +350,8 @@ def wait():
     print("ready", flush=True)
     time.sleep(60)
 if stage == "finishing":
-    atomic_io.fsync_path = lambda folder: wait()  # the manifest is written, the folder not yet renamed
+    # The manifest is written, the folder not yet renamed.
+    atomic_io.fsync_path = lambda folder: wait()
 with bundle.BundleWriter(destination, overwrite=True) as writer:
     file = writer.create("weights.safetensors")
     file.write(b"other")
@@ -337,7 +385,9 @@ def test_kill_9_leaves_no_half_bundle(destination: Path, stage: str, old: bool) 
 
 def test_file_names_what_there_is(bundle: Bundle) -> None:
     assert bundle.file(GRAPH) == bundle.path / GRAPH
-    with pytest.raises(BundleError, match=rf"has no file 'other\.onnx'; its manifest lists {WEIGHTS}, {GRAPH}\.$"):
+    with pytest.raises(
+        BundleError, match=rf"has no file 'other\.onnx'; its manifest lists {WEIGHTS}, {GRAPH}\.$"
+    ):
         bundle.file("other.onnx")
 
 
@@ -348,7 +398,10 @@ def test_no_bundle(destination: Path, kind: str) -> None:
     elif kind == "file":
         destination.touch()
     with pytest.raises(
-        BundleError, match=r"/bundle is not a bundle: manifest\.json cannot be read \(.+\)\. Make one with anyflow"
+        BundleError,
+        match=(
+            r"/bundle is not a bundle: manifest\.json cannot be read \(.+\)\. Make one with anyflow"
+        ),
     ):
         load_bundle(destination)
 
@@ -368,7 +421,10 @@ def test_no_bundle(destination: Path, kind: str) -> None:
 )
 def test_damaged_json(bundle: Bundle, text: str) -> None:
     (bundle.path / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(BundleError, match=r"manifest\.json is not a manifest: no JSON object with a 'schema'\. Export again\.$"):
+    with pytest.raises(
+        BundleError,
+        match=r"manifest\.json is not a manifest: no JSON object with a 'schema'\. Export again\.$",
+    ):
         load_bundle(bundle.path)
 
 
@@ -382,11 +438,19 @@ def test_a_manifest_cut_short(bundle: Bundle, cut: int) -> None:
 
 @pytest.mark.parametrize(
     ("schema", "advice"),
-    [(SCHEMA + 1, r"Update anyflow_deploy"), (0, r"Export again"), ("2", r"Export again"), (None, r"Export again")],
+    [
+        (SCHEMA + 1, r"Update anyflow_deploy"),
+        (0, r"Export again"),
+        ("2", r"Export again"),
+        (None, r"Export again"),
+    ],
 )
 def test_other_schemas_are_refused_by_name(bundle: Bundle, schema: object, advice: str) -> None:
     folder = edit(bundle, lambda m: m.update(schema=schema, novelty=1))
-    with pytest.raises(BundleError, match=rf"has manifest schema {schema!r}; this version reads {SCHEMA}\. {advice}\.$"):
+    with pytest.raises(
+        BundleError,
+        match=rf"has manifest schema {schema!r}; this version reads {SCHEMA}\. {advice}\.$",
+    ):
         load_bundle(folder)
 
 
@@ -401,19 +465,29 @@ def test_other_schemas_are_refused_by_name(bundle: Bundle, schema: object, advic
         (lambda m: m["schedule"].update(steps="4"), r"schedule\.steps"),
         (lambda m: m["files"][GRAPH].update(bytes=5.0), rf"files\.{GRAPH}\.bytes"),
         (lambda m: m.update(kind="sideways"), "kind"),
-        (lambda m: m["graphs"]["transition"]["inputs"][0].update(dtype="int4"), r"graphs\.transition\.inputs\.0\.dtype"),
+        (
+            lambda m: m["graphs"]["transition"]["inputs"][0].update(dtype="int4"),
+            r"graphs\.transition\.inputs\.0\.dtype",
+        ),
         (lambda m: m.update(schema=True), "schema"),
         (lambda m: m.update(files=[]), "files"),
     ],
 )
-def test_damaged_manifests_name_the_place(bundle: Bundle, change: Callable[[dict[str, Any]], object], place: str) -> None:
+def test_damaged_manifests_name_the_place(
+    bundle: Bundle, change: Callable[[dict[str, Any]], object], place: str
+) -> None:
     folder = edit(bundle, change)
-    with pytest.raises(BundleError, match=rf"manifest\.json is damaged at '{place}': .+\. Export again\.$"):
+    with pytest.raises(
+        BundleError, match=rf"manifest\.json is damaged at '{place}': .+\. Export again\.$"
+    ):
         load_bundle(folder)
 
 
 def test_graphs_of_another_kind_are_named(bundle: Bundle) -> None:
-    message = r"is damaged: value error, a causal bundle holds text, chunk, compress, not transition\. Export again\.$"
+    message = (
+        r"is damaged: value error, a causal bundle holds text, chunk, compress, not transition\."
+        r" Export again\.$"
+    )
     with pytest.raises(BundleError, match=message):
         load_bundle(edit(bundle, lambda m: m.update(kind="causal")))
 
@@ -450,7 +524,11 @@ def test_one_flipped_bit_is_found(bundle: Bundle, name: str, position: int) -> N
     data[position] ^= 1
     (bundle.path / name).write_bytes(data)
     with pytest.raises(
-        BundleError, match=rf"/{name} was changed: its SHA-256 is [0-9a-f]{{64}}, the manifest says [0-9a-f]{{64}}\."
+        BundleError,
+        match=(
+            rf"/{name} was changed: its SHA-256 is [0-9a-f]{{64}}, the manifest says"
+            r" [0-9a-f]{64}\."
+        ),
     ):
         load_bundle(bundle.path)
     assert load_bundle(bundle.path, verify=False) == bundle
@@ -460,7 +538,10 @@ def test_one_flipped_bit_is_found(bundle: Bundle, name: str, position: int) -> N
 @pytest.mark.parametrize("size", [0, 6, 8])
 def test_another_size_is_found_even_without_hashes(bundle: Bundle, size: int, verify: bool) -> None:
     (bundle.path / WEIGHTS).write_bytes(b"weights!"[:size])
-    with pytest.raises(BundleError, match=rf"/{WEIGHTS} has {size} bytes; the manifest says 7\. Copy the bundle again"):
+    with pytest.raises(
+        BundleError,
+        match=rf"/{WEIGHTS} has {size} bytes; the manifest says 7\. Copy the bundle again",
+    ):
         load_bundle(bundle.path, verify)
 
 
@@ -478,7 +559,10 @@ def test_a_missing_file_is_named(bundle: Bundle, instead: str | None, verify: bo
 
 
 @pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("name", ["../secret", "{parent}/secret", "link", "folder/secret", "a/../../secret", "..", "a\\secret"])
+@pytest.mark.parametrize(
+    "name",
+    ["../secret", "{parent}/secret", "link", "folder/secret", "a/../../secret", "..", "a\\secret"],
+)
 def test_paths_that_leave_the_folder_are_refused(bundle: Bundle, name: str, verify: bool) -> None:
     parent = bundle.path.parent
     (parent / "secret").write_bytes(b"graph")
@@ -487,12 +571,18 @@ def test_paths_that_leave_the_folder_are_refused(bundle: Bundle, name: str, veri
     name = name.format(parent=parent)
     folder = edit(bundle, lambda m: m["files"].update({name: m["files"][GRAPH]}))
     with pytest.raises(
-        BundleError, match=r"manifest\.json names '.*', which leaves the bundle's folder\. Do not use this bundle\."
+        BundleError,
+        match=(
+            r"manifest\.json names '.*', which leaves the bundle's folder\. Do not use this"
+            r" bundle\."
+        ),
     ):
         load_bundle(folder, verify)
 
 
-@pytest.mark.parametrize("name", ["loop", "a\0b", "a" * 300], ids=["loop of links", "NUL", "too long"])
+@pytest.mark.parametrize(
+    "name", ["loop", "a\0b", "a" * 300], ids=["loop of links", "NUL", "too long"]
+)
 def test_names_that_are_no_paths_are_refused(bundle: Bundle, name: str) -> None:
     (bundle.path / "loop").symlink_to("loop")
     folder = edit(bundle, lambda m: m["files"].update({name: m["files"][GRAPH]}))
@@ -514,11 +604,15 @@ def test_files_that_came_later_do_not_matter(bundle: Bundle) -> None:
 
 
 def test_verify_false_reads_no_file(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anyflow_deploy.bundle.atomic_io.file_sha256", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(
+        "anyflow_deploy.bundle.atomic_io.file_sha256", lambda path: pytest.fail(f"{path} was read")
+    )
     assert load_bundle(bundle.path, verify=False) == bundle
 
 
-def test_hash_of_a_file_larger_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_of_a_file_larger_than_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("anyflow_deploy.bundle.atomic_io._BLOCK", 10)
     (tmp_path / "file").write_bytes(bytes(range(256)))
     assert file_sha256(tmp_path / "file") == hashlib.sha256(bytes(range(256))).hexdigest()

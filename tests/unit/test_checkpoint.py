@@ -1,6 +1,8 @@
-"""Checkpoints come from strangers: the safetensors reader is held against the library that defines the format and fed
-headers that lie, folders of every layout are opened, and whatever is not a complete AnyFlow checkpoint in safetensors is
-refused with the next step to take. Random weights stand in for a checkpoint and must come out the same every time."""
+"""Checkpoints come from strangers: the safetensors reader is held against the library that defines
+the format and fed headers that lie, folders of every layout are opened, and whatever is not a
+complete AnyFlow checkpoint in safetensors is refused with the next step to take. Random weights
+stand in for a checkpoint and must come out the same every time.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ from anyflow_deploy.checkpoints.checkpoint import STEM, open_checkpoint, pipelin
 from anyflow_deploy.checkpoints.dtypes import CHECKPOINT_DTYPES, SAFETENSORS_NAMES
 from anyflow_deploy.checkpoints.hub import TRANSFORMER_FILES, download, pipeline_from_model
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
-from anyflow_deploy.checkpoints.safetensors_stream import TensorEntry, build_header, read_bytes, read_header
+from anyflow_deploy.checkpoints.safetensors_stream import (
+    TensorEntry,
+    build_header,
+    read_bytes,
+    read_header,
+)
 from anyflow_deploy.checkpoints.weights import check_parameters
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
@@ -49,10 +56,14 @@ def transformer(folder: Path, tensors: dict[str, torch.Tensor] | None = TENSORS)
 def sharded(folder: Path) -> Path:
     """The same weights, one shard a tensor, with an index."""
     transformer(folder, None)
-    weight_map = {name: f"{STEM}-{number:05d}-of-00004.safetensors" for number, name in enumerate(TENSORS, 1)}
+    weight_map = {
+        name: f"{STEM}-{number:05d}-of-00004.safetensors" for number, name in enumerate(TENSORS, 1)
+    }
     for name, file in weight_map.items():
         save_file({name: TENSORS[name]}, folder / file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -83,11 +94,17 @@ def test_reading_agrees_with_the_library(tmp_path: Path) -> None:
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(sorted(CHECKPOINT_DTYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)), max_size=6
+        st.tuples(
+            st.sampled_from(sorted(CHECKPOINT_DTYPES)),
+            st.lists(st.integers(0, 4), max_size=3).map(tuple),
+        ),
+        max_size=6,
     ),
     st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2),
 )
-def test_layout_is_read_by_the_library(tensors: list[tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> None:
+def test_layout_is_read_by_the_library(
+    tensors: list[tuple[str, tuple[int, ...]]], metadata: dict[str, str]
+) -> None:
     wide_first = sorted(tensors, key=lambda t: -CHECKPOINT_DTYPES[t[0]].itemsize)
     head, entries = build_header({f"tensor {i}": t for i, t in enumerate(wide_first)}, metadata)
     data = bytes(i % 64 for i in range(sum(e.bytes for e in entries.values())))
@@ -95,13 +112,21 @@ def test_layout_is_read_by_the_library(tensors: list[tuple[str, tuple[int, ...]]
     assert loaded.keys() == entries.keys()
     for name, entry in entries.items():
         start = entry.offset - len(head)
-        assert (SAFETENSORS_NAMES[loaded[name].dtype], tuple(loaded[name].shape)) == (entry.type, entry.shape)
+        assert (SAFETENSORS_NAMES[loaded[name].dtype], tuple(loaded[name].shape)) == (
+            entry.type,
+            entry.shape,
+        )
         assert entry.offset % CHECKPOINT_DTYPES[entry.type].itemsize == 0
-        assert loaded[name].reshape(-1).view(torch.uint8).numpy().tobytes() == data[start : start + entry.bytes]
+        assert (
+            loaded[name].reshape(-1).view(torch.uint8).numpy().tobytes()
+            == data[start : start + entry.bytes]
+        )
 
 
 def test_layout_is_read_by_ourselves(tmp_path: Path) -> None:
-    head, entries = build_header({"wide": ("F32", (2, 2)), "narrow": ("BF16", (3,))}, {"format": "pt"})
+    head, entries = build_header(
+        {"wide": ("F32", (2, 2)), "narrow": ("BF16", (3,))}, {"format": "pt"}
+    )
     (tmp_path / "file").write_bytes(head + bytes(22))
     assert len(head) % 64 == 0
     assert read_header(tmp_path / "file") == entries
@@ -111,7 +136,9 @@ def test_layout_is_read_by_ourselves(tmp_path: Path) -> None:
 def test_truncated_files_are_refused(tmp_path: Path, keep: int) -> None:
     path = transformer(tmp_path / "t") / SINGLE
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"(was cut short|lie outside the file\))\. Download it again\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"(was cut short|lie outside the file\))\. Download it again\.$"
+    ):
         read_header(path)
 
 
@@ -119,7 +146,9 @@ def test_a_file_cut_after_its_header_was_read_is_refused(tmp_path: Path) -> None
     path = transformer(tmp_path / "t") / SINGLE
     entry = read_header(path)["blocks.0.weight"]
     path.write_bytes(path.read_bytes()[: entry.offset + 3])
-    with pytest.raises(CheckpointError, match=r"ended in the middle of a tensor\. Download it again\.$"):
+    with pytest.raises(
+        CheckpointError, match=r"ended in the middle of a tensor\. Download it again\.$"
+    ):
         read_bytes(path, entry)
 
 
@@ -166,9 +195,14 @@ LIES: dict[str, object] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_lying_headers_are_refused(tmp_path: Path, lie: str) -> None:
     path = file_with_header(tmp_path / "file", LIES[lie])
-    with pytest.raises(CheckpointError, match=r"/file has a damaged safetensors header \(.*\)\. Download it again\.$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"/file has a damaged safetensors header \(.*\)\. Download it again\.$",
+    ):
         read_header(path)
-    with pytest.raises(SafetensorError, match="Error while deserializing"):  # we are not stricter than the library
+    with pytest.raises(
+        SafetensorError, match="Error while deserializing"
+    ):  # we are not stricter than the library
         load(path.read_bytes())
 
 
@@ -197,7 +231,9 @@ def test_source_can_be_told(tmp_path: Path) -> None:
     assert open_checkpoint(transformer(tmp_path / "t"), source).source == source
 
 
-def test_source_of_a_relative_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_of_a_relative_path_is_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transformer(tmp_path / "t")
     monkeypatch.chdir(tmp_path)
     assert open_checkpoint("t").source.location == str(tmp_path / "t")
@@ -213,7 +249,8 @@ def test_pipeline_folder_is_found_from_both_sides(tmp_path: Path) -> None:
 def test_not_a_folder(tmp_path: Path, path: str) -> None:
     transformer(tmp_path / "t")
     with pytest.raises(
-        CheckpointError, match=rf"/{path} is not a folder\. Give a diffusers pipeline folder, or its transformer/"
+        CheckpointError,
+        match=rf"/{path} is not a folder\. Give a diffusers pipeline folder, or its transformer/",
     ):
         open_checkpoint(tmp_path / path)
 
@@ -223,18 +260,25 @@ def test_neither_config_is_there(tmp_path: Path, files: list[str]) -> None:
     for name in files:
         (tmp_path / name).touch()
     holds = ", ".join(sorted(files)) or "nothing"
-    with pytest.raises(CheckpointError, match=rf"has neither model_index\.json .* nor config\.json .*It holds: {holds}\.$"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"has neither model_index\.json .* nor config\.json .*It holds: {holds}\.$",
+    ):
         open_checkpoint(tmp_path)
 
 
 def test_a_pipeline_without_transformer(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"transformer/config\.json cannot be read: No such file or directory\.$"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"transformer/config\.json cannot be read: No such file or directory\.$",
+    ):
         open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("{", r"config\.json is not JSON \("), ("[]", r"holds a list; expected a JSON object")]
+    ("text", "message"),
+    [("{", r"config\.json is not JSON \("), ("[]", r"holds a list; expected a JSON object")],
 )
 def test_a_damaged_config(tmp_path: Path, text: str, message: str) -> None:
     (transformer(tmp_path / "t") / "config.json").write_text(text)
@@ -243,8 +287,13 @@ def test_a_damaged_config(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_another_model_is_refused_by_its_class(tmp_path: Path) -> None:
-    (transformer(tmp_path / "t") / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
-    with pytest.raises(CheckpointError, match=r"t/config\.json describes a WanTransformer3DModel; allowed are AnyFlow"):
+    (transformer(tmp_path / "t") / "config.json").write_text(
+        '{"_class_name": "WanTransformer3DModel"}'
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"t/config\.json describes a WanTransformer3DModel; allowed are AnyFlow",
+    ):
         open_checkpoint(tmp_path / "t")
 
 
@@ -253,18 +302,28 @@ def test_missing_shards_are_named(tmp_path: Path) -> None:
     for number in (2, 4):
         (folder / f"{STEM}-{number:05d}-of-00004.safetensors").unlink()
     missing = f"{STEM}-00002-of-00004.safetensors, {STEM}-00004-of-00004.safetensors"
-    with pytest.raises(CheckpointError, match=rf"/t lacks 2 of 4 shards: {missing}\. Download them\.$"):
+    with pytest.raises(
+        CheckpointError, match=rf"/t lacks 2 of 4 shards: {missing}\. Download them\.$"
+    ):
         open_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
-    "shard", ["../outside.safetensors", "/outside.safetensors", "sub/inside.safetensors", "../t/x.safetensors"]
+    "shard",
+    [
+        "../outside.safetensors",
+        "/outside.safetensors",
+        "sub/inside.safetensors",
+        "../t/x.safetensors",
+    ],
 )
 def test_shards_lie_beside_their_index(tmp_path: Path, shard: str) -> None:
     folder = transformer(tmp_path / "t", None)
     save_file(TENSORS, tmp_path / "outside.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"gate": shard}}))
-    with pytest.raises(CheckpointError, match=rf"index\.json names {shard}; shards lie beside their index\.$"):
+    with pytest.raises(
+        CheckpointError, match=rf"index\.json names {shard}; shards lie beside their index\.$"
+    ):
         open_checkpoint(folder)
 
 
@@ -275,20 +334,27 @@ def test_an_index_of_nothing(tmp_path: Path, index: str) -> None:
         open_checkpoint(tmp_path / "t")
 
 
-@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {"a": 1}}'])
-def test_a_damaged_index(tmp_path: Path, index: str) -> None:  # the last three: defect reported, AttributeError or TypeError
+@pytest.mark.parametrize(
+    "index", ["{", "[]", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {"a": 1}}']
+)
+def test_a_damaged_index(
+    tmp_path: Path, index: str
+) -> None:  # the last three: defect reported, AttributeError or TypeError
     (transformer(tmp_path / "t") / INDEX).write_text(index)
     with pytest.raises(CheckpointError, match=r"index\.json"):
         open_checkpoint(tmp_path / "t")
 
 
 @pytest.mark.parametrize("name", [f"{STEM}.bin", "model.pt", "weights.pth", "last.ckpt"])
-def test_pickles_are_never_loaded(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pickles_are_never_loaded(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = transformer(tmp_path / "t", None)
     torch.save(TENSORS, folder / name)
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was loaded"))
     expected = (
-        rf"/t has only pickled weights \({name}\), which are never loaded: a pickle is a program\. .*safe_serialization=True"
+        rf"/t has only pickled weights \({name}\), which are never loaded: a pickle is a program\."
+        r" .*safe_serialization=True"
     )
     with pytest.raises(CheckpointError, match=expected):
         open_checkpoint(folder)
@@ -309,14 +375,21 @@ def test_a_pickle_under_the_name_of_safetensors_is_refused(tmp_path: Path) -> No
 
 def test_no_weights_at_all(tmp_path: Path) -> None:
     folder = transformer(tmp_path / "t", None)
-    with pytest.raises(CheckpointError, match=rf"/t has no {SINGLE} \(nor an index of shards\)\. Download the weights\.$"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"/t has no {SINGLE} \(nor an index of shards\)\. Download the weights\.$",
+    ):
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("name", ["blocks.0.attn1.to_q.lora_A.weight", "lora_unet_blocks_0.alpha", "blocks.0.LoRA.up"])
+@pytest.mark.parametrize(
+    "name", ["blocks.0.attn1.to_q.lora_A.weight", "lora_unet_blocks_0.alpha", "blocks.0.LoRA.up"]
+)
 def test_lora_weights_are_refused(tmp_path: Path, name: str) -> None:
     folder = transformer(tmp_path / "t", {**TENSORS, name: torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=rf"/t holds LoRA weights \({name}, …\)\. Merge them .*fuse_lora"):
+    with pytest.raises(
+        CheckpointError, match=rf"/t holds LoRA weights \({name}, …\)\. Merge them .*fuse_lora"
+    ):
         open_checkpoint(folder)
 
 
@@ -330,10 +403,13 @@ def test_lora_weights_are_refused(tmp_path: Path, name: str) -> None:
         (torch.complex64, "C64"),
     ],
 )
-def test_types_that_are_no_plain_floats_are_refused_by_name(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
+def test_types_that_are_no_plain_floats_are_refused_by_name(
+    tmp_path: Path, dtype: torch.dtype, name: str
+) -> None:
     folder = transformer(tmp_path / "t", {"blocks.0.weight": torch.zeros(2, dtype=dtype)})
     with pytest.raises(
-        CheckpointError, match=rf"/t stores blocks\.0\.weight \({name}\); allowed types are F64, F32, F16, BF16\.$"
+        CheckpointError,
+        match=rf"/t stores blocks\.0\.weight \({name}\); allowed types are F64, F32, F16, BF16\.$",
     ):
         open_checkpoint(folder)
 
@@ -367,13 +443,20 @@ WANTED = {"a": (1,), "b": (2, 3), "c": (4,), "d": (5,), "e": (6,)}
         ({}, r"\(5 missing: a, b, c\)"),
         ({**WANTED, "z": (1,), "y": ()}, r"\(2 unexpected: y, z\)"),
         ({**WANTED, "b": (3, 2)}, r"\(b is \(3, 2\), config\.json makes it \(2, 3\)\)"),
-        ({**WANTED, "b": (2, 3, 1), "d": (6,)}, r"\(b is \(2, 3, 1\), config\.json makes it \(2, 3\)\)"),
-        ({"b": (3, 2), "c": (4,), "d": (5,), "e": (6,), "f": (1,)}, r"\(1 missing: a; 1 unexpected: f; b is \(3, 2\)"),
+        (
+            {**WANTED, "b": (2, 3, 1), "d": (6,)},
+            r"\(b is \(2, 3, 1\), config\.json makes it \(2, 3\)\)",
+        ),
+        (
+            {"b": (3, 2), "c": (4,), "d": (5,), "e": (6,), "f": (1,)},
+            r"\(1 missing: a; 1 unexpected: f; b is \(3, 2\)",
+        ),
     ],
 )
 def test_check_names(given_: dict[str, tuple[int, ...]], message: str) -> None:
     expected = (
-        rf"^the weights in /somewhere do not fit their config\.json {message}.*\. Give the checkpoint they were saved with\.$"
+        rf"^the weights in /somewhere do not fit their config\.json {message}.*\. Give the"
+        r" checkpoint they were saved with\.$"
     )
     with pytest.raises(CheckpointError, match=expected):
         check_parameters(Shapes(given_), WANTED)
@@ -406,7 +489,9 @@ def test_a_failed_download_tells_the_ways_on(monkeypatch: pytest.MonkeyPatch) ->
         assert part in str(caught.value)
 
 
-def test_a_download_asks_for_what_is_needed_and_remembers_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_asks_for_what_is_needed_and_remembers_the_commit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked: list[object] = []
 
     def snapshot(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
@@ -416,7 +501,9 @@ def test_a_download_asks_for_what_is_needed_and_remembers_the_commit(monkeypatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     folder, source = pipeline_from_model(MODELS["14b"], TRANSFORMER_FILES)
     assert asked == [MODELS["14b"].hub_id, None, TRANSFORMER_FILES]
-    assert source == WeightsSource(kind="hub", location=str(MODELS["14b"].hub_id), revision="c0ffee")
+    assert source == WeightsSource(
+        kind="hub", location=str(MODELS["14b"].hub_id), revision="c0ffee"
+    )
     assert folder == download("x/y", "c0ffee", ["*.json"])
     assert asked[3:] == ["x/y", "c0ffee", ["*.json"]]
 
@@ -443,14 +530,19 @@ def test_random_weights_are_the_same_whatever_came_before() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize(("name", "seed"), [(NAME, 1), (NAME.replace("1", "2", 1), 0), (NAME.replace("to_q", "to_k"), 0)])
+@pytest.mark.parametrize(
+    ("name", "seed"), [(NAME, 1), (NAME.replace("1", "2", 1), 0), (NAME.replace("to_q", "to_k"), 0)]
+)
 def test_random_weights_depend_on_seed_and_name(name: str, seed: int) -> None:
-    assert not torch.equal(RandomWeights(TINY, "tiny", seed).read(name), RandomWeights(TINY, "tiny").read(NAME))
+    assert not torch.equal(
+        RandomWeights(TINY, "tiny", seed).read(name), RandomWeights(TINY, "tiny").read(NAME)
+    )
 
 
 def test_random_weights_do_not_depend_on_the_rest_of_the_model() -> None:
     assert torch.equal(
-        RandomWeights(MODELS["far-tiny"].architecture, "far-tiny").read(NAME), RandomWeights(TINY, "tiny").read(NAME)
+        RandomWeights(MODELS["far-tiny"].architecture, "far-tiny").read(NAME),
+        RandomWeights(TINY, "tiny").read(NAME),
     )
 
 
@@ -481,11 +573,19 @@ def test_random_weights_fill_every_parameter_with_the_right_scale() -> None:
 @pytest.mark.parametrize(("model", "billions"), [("1.3b", 1.42), ("14b", 14.3)])
 def test_parameters_are_counted_without_being_made(model: str, billions: float) -> None:
     shapes = parameter_shapes(MODELS[model].architecture)
-    assert sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e9 == pytest.approx(billions, abs=0.05)
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) / 1e9 == pytest.approx(
+        billions, abs=0.05
+    )
 
 
 def test_parameters_of_another_depth() -> None:
     def depth(architecture: Architecture) -> int:
-        return len({name.split(".")[1] for name in parameter_shapes(architecture) if name.startswith("blocks.")})
+        return len(
+            {
+                name.split(".")[1]
+                for name in parameter_shapes(architecture)
+                if name.startswith("blocks.")
+            }
+        )
 
     assert (depth(TINY), depth(MODELS["1.3b"].architecture)) == (3, 30)

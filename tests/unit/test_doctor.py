@@ -1,4 +1,5 @@
-"""anyflow-doctor on machines that are not there: broken installs, other GPUs, Jetsons; and on this one."""
+"""anyflow-doctor on machines that are not there: broken installs, other GPUs, Jetsons; and on this
+one."""
 
 from __future__ import annotations
 
@@ -18,14 +19,22 @@ from anyflow_deploy.cli.doctor import doctor
 from anyflow_deploy.cli.doctor_options import DoctorOptions
 from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.doctor import compiler, cpp, gpu, machine, packages, probes, subprocess_probe
-from anyflow_deploy.doctor.backends import PRECISIONS, REQUIREMENTS, check_requirement, judge_backends
+from anyflow_deploy.doctor.backends import (
+    PRECISIONS,
+    REQUIREMENTS,
+    check_requirement,
+    judge_backends,
+)
 from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, Probe, ProbeResult, run_probes
 from anyflow_deploy.doctor.report import format_plain, report_json, report_rows
 from anyflow_deploy.engines import registry
 
 ROOT = Path(__file__).parents[2]
 BROKEN = {
-    "raises": ("raise ImportError('libfake.so.1: cannot open shared object file')", "ImportError: libfake.so.1"),
+    "raises": (
+        "raise ImportError('libfake.so.1: cannot open shared object file')",
+        "ImportError: libfake.so.1",
+    ),
     "crashes": ("import ctypes; ctypes.string_at(0)", "crashed (SIGSEGV)"),
     "kills": ("import os, signal; os.kill(os.getpid(), signal.SIGILL)", "crashed (SIGILL)"),
     "leaves": ("import os; os._exit(3)", "ended with status 3"),
@@ -40,7 +49,12 @@ def works(detail: str = "", **facts: object) -> ProbeResult:
 
 
 def of_gpu(*capability: int) -> ProbeResult:
-    return works("a GPU", gpus=[{"name": "x", "compute_capability": list(capability), "total_bytes": 1, "free_bytes": 1}])
+    return works(
+        "a GPU",
+        gpus=[
+            {"name": "x", "compute_capability": list(capability), "total_bytes": 1, "free_bytes": 1}
+        ],
+    )
 
 
 def healthy(**changes: ProbeResult) -> dict[str, ProbeResult]:
@@ -63,7 +77,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str,
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_package_is_a_fault_of_its_own(installed: Callable[[str, str], None], kind: str) -> None:
+def test_a_broken_package_is_a_fault_of_its_own(
+    installed: Callable[[str, str], None], kind: str
+) -> None:
     installed("fragile", BROKEN[kind][0])
     limit = 1 if kind == "hangs" else 60  # a busy machine may need seconds to start a process
     code = "import fragile\nfound['detail'] = 'fine'"
@@ -73,28 +89,46 @@ def test_a_broken_package_is_a_fault_of_its_own(installed: Callable[[str, str], 
 
 
 def test_a_package_that_is_not_there_is_missing() -> None:
-    found = subprocess_probe.probe_import("nobody_has_this", "import nobody_has_this", "pip install it")
+    found = subprocess_probe.probe_import(
+        "nobody_has_this", "import nobody_has_this", "pip install it"
+    )
     assert found == ProbeResult(MISSING, "no module nobody_has_this", "pip install it")
 
 
-def test_what_a_package_prints_or_breaks_at_the_end_does_not_matter(installed: Callable[[str, str], None]) -> None:
-    installed("noisy", "import atexit, os\nprint('{\"error\": 1}')\natexit.register(lambda: os.abort())")
-    assert subprocess_probe.probe_import("noisy", "import noisy\nfound.update(detail='1.0', n=2)", "") == works("1.0", n=2)
+def test_what_a_package_prints_or_breaks_at_the_end_does_not_matter(
+    installed: Callable[[str, str], None],
+) -> None:
+    installed(
+        "noisy", "import atexit, os\nprint('{\"error\": 1}')\natexit.register(lambda: os.abort())"
+    )
+    assert subprocess_probe.probe_import(
+        "noisy", "import noisy\nfound.update(detail='1.0', n=2)", ""
+    ) == works("1.0", n=2)
 
 
-def test_no_file_in_the_working_folder_is_taken_for_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_in_the_working_folder_is_taken_for_a_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "fragile.py").write_text("raise RuntimeError")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    assert subprocess_probe.probe_import("fragile", "import fragile", "pip install it").state == MISSING
+    assert (
+        subprocess_probe.probe_import("fragile", "import fragile", "pip install it").state
+        == MISSING
+    )
 
 
 def test_a_probe_that_fails_is_a_fault_and_the_others_go_on() -> None:
     def fails() -> ProbeResult:
         raise PermissionError("/proc is closed")
 
-    found = run_probes([Probe("a", fails), Probe("none", lambda: None), Probe("b", lambda: works("fine"))])
-    assert found == {"a": ProbeResult(FAULT, "could not be looked at: PermissionError: /proc is closed"), "b": works("fine")}
+    found = run_probes(
+        [Probe("a", fails), Probe("none", lambda: None), Probe("b", lambda: works("fine"))]
+    )
+    assert found == {
+        "a": ProbeResult(FAULT, "could not be looked at: PermissionError: /proc is closed"),
+        "b": works("fine"),
+    }
 
 
 def test_a_program_that_is_not_there_tells_nothing() -> None:
@@ -108,35 +142,45 @@ def test_a_program_that_is_not_there_tells_nothing() -> None:
 
 def test_two_onnx_runtimes_are_a_fault() -> None:
     found = packages.probe_onnxruntime(["onnxruntime-gpu", "onnxruntime"])
-    assert found.state == FAULT and "onnxruntime and onnxruntime-gpu are both installed" in found.detail
-    assert found.remedy == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'anyflow-deploy[gpu]'"
+    assert (
+        found.state == FAULT
+        and "onnxruntime and onnxruntime-gpu are both installed" in found.detail
+    )
+    assert (
+        found.remedy
+        == "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'anyflow-deploy[gpu]'"
+    )
 
 
 def test_a_cuda_provider_that_does_not_start(installed: Callable[[str, str], None]) -> None:
     installed(
         "onnxruntime",
-        "__version__ = '9'\nget_available_providers = lambda: ['CUDAExecutionProvider']\nclass SessionOptions: pass\n"
-        "class InferenceSession:\n    def __init__(self, *a, **k): pass\n"
-        "    get_providers = lambda self: ['CPUExecutionProvider']\n",
+        "__version__ = '9'\nget_available_providers = lambda: ['CUDAExecutionProvider']\nclass"
+        " SessionOptions: pass\nclass InferenceSession:\n    def __init__(self, *a, **k): pass\n   "
+        " get_providers = lambda self: ['CPUExecutionProvider']\n",
     )
     found = packages.probe_onnxruntime_cuda()
-    assert found.state == FAULT and "CUDAExecutionProvider did not start" in found.detail and "[cuda,cudnn]" in found.remedy
+    assert (
+        found.state == FAULT
+        and "CUDAExecutionProvider did not start" in found.detail
+        and "[cuda,cudnn]" in found.remedy
+    )
 
 
 def test_a_tensorrt_without_a_gpu(installed: Callable[[str, str], None]) -> None:
     installed(
         "tensorrt",
-        "__version__ = '10.3.0'\nclass Logger:\n    ERROR = 1\n    def __init__(self, level): pass\n"
-        "Builder = lambda logger: None",
+        "__version__ = '10.3.0'\nclass Logger:\n    ERROR = 1\n    def __init__(self, level):"
+        " pass\nBuilder = lambda logger: None",
     )
     found = packages.probe_tensorrt()
     assert found.state == FAULT and "10.3.0 can be imported, and gives no builder" in found.detail
 
 
 def test_export_packages_are_read_from_the_metadata() -> None:
-    assert {"torch", "diffusers", "onnxscript"} <= set(packages.packages_of_extra("export")) and packages.packages_of_extra(
-        "nothing"
-    ) == []
+    assert {"torch", "diffusers", "onnxscript"} <= set(
+        packages.packages_of_extra("export")
+    ) and packages.packages_of_extra("nothing") == []
     assert packages.probe_export_packages().works
 
 
@@ -153,7 +197,10 @@ def test_a_jetson(tmp_path: Path) -> None:
         "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n"
     )
     found = machine.probe_jetson(tmp_path)
-    assert found is not None and found.detail == "NVIDIA Jetson AGX Orin Developer Kit, L4T 36.4.3 (JetPack 6)"
+    assert (
+        found is not None
+        and found.detail == "NVIDIA Jetson AGX Orin Developer Kit, L4T 36.4.3 (JetPack 6)"
+    )
 
 
 def test_memory_counts_the_containers_limit(tmp_path: Path) -> None:
@@ -191,16 +238,27 @@ def test_benchmarks_name_the_instructions(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_nvidia_smi() -> None:
-    rows = "NVIDIA H100 80GB HBM3, 9.0, 81559, 81008, 550.54.15\nNVIDIA L4, 8.9, 23034, 22565, 550.54.15\n"
-    facts = gpu.facts_from_smi(rows, "| NVIDIA-SMI 550.54.15  Driver Version: 550.54.15  CUDA Version: 12.4  |\n")
+    rows = (
+        "NVIDIA H100 80GB HBM3, 9.0, 81559, 81008, 550.54.15\nNVIDIA L4, 8.9, 23034, 22565,"
+        " 550.54.15\n"
+    )
+    facts = gpu.facts_from_smi(
+        rows, "| NVIDIA-SMI 550.54.15  Driver Version: 550.54.15  CUDA Version: 12.4  |\n"
+    )
     assert facts is not None and facts["cuda"] == "12.4" and facts["driver"] == "550.54.15"
     assert [g["compute_capability"] for g in facts["gpus"]] == [[9, 0], [8, 9]]
     found = gpu.probe_gpu([lambda: None, lambda: facts])
-    assert found.works and "NVIDIA H100 80GB HBM3 (compute capability 9.0, 85.5 GB, 84.9 GB free); NVIDIA L4" in found.detail
+    assert (
+        found.works
+        and "NVIDIA H100 80GB HBM3 (compute capability 9.0, 85.5 GB, 84.9 GB free); NVIDIA L4"
+        in found.detail
+    )
     assert found.detail.endswith("driver 550.54.15, CUDA 12.4")
 
 
-@pytest.mark.parametrize("rows", ["Orin (nvgpu), [N/A], [N/A], [N/A], N/A\n", "No devices were found\n", "a, b\n"])
+@pytest.mark.parametrize(
+    "rows", ["Orin (nvgpu), [N/A], [N/A], [N/A], N/A\n", "No devices were found\n", "a, b\n"]
+)
 def test_nvidia_smi_that_knows_too_little(rows: str) -> None:
     assert gpu.facts_from_smi(rows, "") is None
 
@@ -212,26 +270,39 @@ def test_a_gpu_whose_driver_does_not_answer(tmp_path: Path) -> None:
     (card / "vendor").write_text("0x10de\n")
     (card / "class").write_text("0x030200\n")
     found = gpu.probe_gpu([lambda: None], tmp_path)
-    assert found.state == FAULT and "0000:01:00.0" in found.detail and "driver does not answer" in found.detail
+    assert (
+        found.state == FAULT
+        and "0000:01:00.0" in found.detail
+        and "driver does not answer" in found.detail
+    )
 
 
 def test_nvml_is_asked_for_what_it_has() -> None:
     """On this machine it has no driver to ask; the names in the question have to be its own."""
     pynvml = pytest.importorskip("pynvml")
-    names = {word.split("(")[0] for word in gpu._NVML.replace(")", " ").replace("nv.", " nv.").split() if word.startswith("nv.")}
+    names = {
+        word.split("(")[0]
+        for word in gpu._NVML.replace(")", " ").replace("nv.", " nv.").split()
+        if word.startswith("nv.")
+    }
     assert len(names) == 8 and all(hasattr(pynvml, name.removeprefix("nv.")) for name in names)
 
 
 def test_nvml_as_it_would_answer(installed: Callable[[str, str], None]) -> None:
     installed(
         "pynvml",
-        "class M: total, free = 64 << 30, 60 << 30\n"
-        "nvmlInit = lambda: None\nnvmlSystemGetCudaDriverVersion = lambda: 12060\nnvmlSystemGetDriverVersion = lambda: b'560.1'\n"
-        "nvmlDeviceGetCount = lambda: 1\nnvmlDeviceGetHandleByIndex = lambda i: i\nnvmlDeviceGetMemoryInfo = lambda g: M\n"
-        "nvmlDeviceGetCudaComputeCapability = lambda g: (8, 7)\nnvmlDeviceGetName = lambda g: 'Orin'\n",
+        "class M: total, free = 64 << 30, 60 << 30\nnvmlInit = lambda:"
+        " None\nnvmlSystemGetCudaDriverVersion = lambda: 12060\nnvmlSystemGetDriverVersion ="
+        " lambda: b'560.1'\nnvmlDeviceGetCount = lambda: 1\nnvmlDeviceGetHandleByIndex = lambda i:"
+        " i\nnvmlDeviceGetMemoryInfo = lambda g: M\nnvmlDeviceGetCudaComputeCapability = lambda g:"
+        " (8, 7)\nnvmlDeviceGetName = lambda g: 'Orin'\n",
     )
     found = gpu.probe_gpu()
-    assert found.works and found.detail == "Orin (compute capability 8.7, 68.7 GB, 64.4 GB free); driver 560.1, CUDA 12.6"
+    assert (
+        found.works
+        and found.detail
+        == "Orin (compute capability 8.7, 68.7 GB, 64.4 GB free); driver 560.1, CUDA 12.6"
+    )
 
 
 # Compiling
@@ -239,7 +310,10 @@ def test_nvml_as_it_would_answer(installed: Callable[[str, str], None]) -> None:
 
 def test_a_compiler_that_lacks_openmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = tmp_path / "broken++"
-    fake.write_text("#!/bin/sh\necho 'probe.cpp:2:10: fatal error: omp.h: No such file or directory' >&2\nexit 1\n")
+    fake.write_text(
+        "#!/bin/sh\necho 'probe.cpp:2:10: fatal error: omp.h: No such file or directory'"
+        " >&2\nexit 1\n"
+    )
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
     found = compiler.probe_compiler()
@@ -252,8 +326,8 @@ def test_headers_and_their_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "include").mkdir()
     (tmp_path / "include/NvInferRuntime.h").write_text("")
     (tmp_path / "include/NvInferVersion.h").write_text(
-        "#define TRT_MAJOR_ENTERPRISE 10\n#define TRT_MINOR_ENTERPRISE 13 //!\n#define TRT_PATCH_ENTERPRISE 3\n"
-        "#define NV_TENSORRT_MAJOR TRT_MAJOR_ENTERPRISE\n"
+        "#define TRT_MAJOR_ENTERPRISE 10\n#define TRT_MINOR_ENTERPRISE 13 //!\n#define"
+        " TRT_PATCH_ENTERPRISE 3\n#define NV_TENSORRT_MAJOR TRT_MAJOR_ENTERPRISE\n"
     )
     (tmp_path / "include/cuda_runtime_api.h").write_text("")
     (tmp_path / "include/cuda.h").write_text("#define CUDA_VERSION 12060\n")
@@ -267,8 +341,13 @@ def test_headers_and_their_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_headers_looked_for_are_those_the_library_includes() -> None:
     """And what its CMake files look for; a header that nothing includes is nobody's business."""
     sources = "".join(path.read_text() for path in (ROOT / "engines/cpp/src").glob("*.?pp"))
-    listed = "".join((ROOT / "engines/cpp" / name).read_text() for name in ("CMakeLists.txt", "cmake/AnyflowDependencies.cmake"))
-    asked = re.findall(r'"([\w/]+\.h(?:pp)?)", (?:folders|include_folders)', Path(cpp.__file__).read_text())
+    listed = "".join(
+        (ROOT / "engines/cpp" / name).read_text()
+        for name in ("CMakeLists.txt", "cmake/AnyflowDependencies.cmake")
+    )
+    asked = re.findall(
+        r'"([\w/]+\.h(?:pp)?)", (?:folders|include_folders)', Path(cpp.__file__).read_text()
+    )
     assert len(asked) == 4 and not [name for name in asked if f"#include <{name}>" not in sources]
     assert f"cmake_minimum_required(VERSION {'.'.join(map(str, cpp.OLDEST_CMAKE))})" in listed
     assert "TensorRT_ROOT" in listed and "CMAKE_CXX_STANDARD 20" in listed
@@ -285,20 +364,32 @@ def test_what_the_cpp_library_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cpp, "include_folders", lambda *names: [tmp_path / "include"])
     found = cpp.probe_library()
     assert found.state == MISSING
-    assert found.detail == "no cmake; neither ninja nor make; none of no-such-compiler is there; no nlohmann/json.hpp"
-    assert all(word in found.remedy for word in ("pip install cmake", "ninja", "g++ (11 or later)", "nlohmann-json3-dev"))
+    assert (
+        found.detail == "no cmake; neither ninja nor make; none of no-such-compiler is there; no"
+        " nlohmann/json.hpp"
+    )
+    assert all(
+        word in found.remedy
+        for word in ("pip install cmake", "ninja", "g++ (11 or later)", "nlohmann-json3-dev")
+    )
     for name, answer in {"cmake": "cmake version 3.20.4", "ninja": "1.11", "c20": ""}.items():
         (programs / name).write_text(f"#!/bin/sh\necho '{answer}'\n")
         (programs / name).chmod(0o755)
     monkeypatch.setenv("CXX", "c20")
     (tmp_path / "include/nlohmann").mkdir(parents=True)
     numbers = zip(("MAJOR", "MINOR", "PATCH"), (3, 10, 5), strict=True)
-    (tmp_path / "include/nlohmann/json.hpp").write_text("".join(f"#define NLOHMANN_JSON_VERSION_{p} {n}\n" for p, n in numbers))
+    (tmp_path / "include/nlohmann/json.hpp").write_text(
+        "".join(f"#define NLOHMANN_JSON_VERSION_{p} {n}\n" for p, n in numbers)
+    )
     found = cpp.probe_library()
     assert found.state == FAULT and found.detail == "CMake 3.20.4, needed is 3.22 or later"
     (programs / "cmake").write_text("#!/bin/sh\necho 'cmake version 3.22.1'\n")
     found = cpp.probe_library()
-    assert found.works and "CMake 3.22.1, ninja, " in found.detail and "nlohmann-json 3.10.5 in " in found.detail
+    assert (
+        found.works
+        and "CMake 3.22.1, ninja, " in found.detail
+        and "nlohmann-json 3.10.5 in " in found.detail
+    )
 
 
 @pytest.mark.parametrize(
@@ -323,10 +414,18 @@ def test_int8_works_on_this_processor() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "running"),
-    [((8, 7), ["fp32", "fp16", "bf16", "int8"]), ((9, 0), list(PRECISIONS)), ((7, 5), ["fp32", "fp16", "int8"]), ((7, 0), [])],
+    [
+        ((8, 7), ["fp32", "fp16", "bf16", "int8"]),
+        ((9, 0), list(PRECISIONS)),
+        ((7, 5), ["fp32", "fp16", "int8"]),
+        ((7, 0), []),
+    ],
 )
 def test_precisions_follow_the_gpu(capability: tuple[int, int], running: list[str]) -> None:
-    verdicts = {(v.backend.name, v.backend.provider): v for v in judge_backends(healthy(**{probes.GPU: of_gpu(*capability)}))}
+    verdicts = {
+        (v.backend.name, v.backend.provider): v
+        for v in judge_backends(healthy(**{probes.GPU: of_gpu(*capability)}))
+    }
     assert verdicts["tensorrt", "cuda"].running == running
     assert verdicts["aotinductor", "cpu"].running == list(PRECISIONS)
     assert "int8" not in verdicts["torch-tensorrt", "cuda"].running
@@ -338,17 +437,49 @@ def test_precisions_follow_the_gpu(capability: tuple[int, int], running: list[st
     [
         ("onnxruntime:bf16", None, {}, "no bf16 matrix product"),
         ("onnxruntime:bf16", "cuda", {}, ""),
-        ("onnxruntime:int8", None, {probes.INT8: ProbeResult(FAULT, "its products overflow")}, "its products overflow"),
+        (
+            "onnxruntime:int8",
+            None,
+            {probes.INT8: ProbeResult(FAULT, "its products overflow")},
+            "its products overflow",
+        ),
         ("onnxruntime", None, {probes.INT8: ProbeResult(FAULT, "its products overflow")}, ""),
-        ("onnxruntime", "cuda", {probes.ORT_CUDA: ProbeResult(MISSING, "built without CUDA")}, "built without CUDA"),
-        ("tensorrt", None, {probes.GPU: ProbeResult(MISSING, "no NVIDIA GPU")}, "GPU: no NVIDIA GPU"),
-        ("tensorrt:fp8", None, {probes.GPU: of_gpu(8, 7)}, "needs compute capability 8.9, the first GPU has 8.7"),
-        ("aotinductor", "cuda", {probes.TORCH: works("2.13, CPU build", cuda=False)}, "PyTorch: 2.13, CPU build"),
-        ("aotinductor", None, {probes.COMPILER: ProbeResult(MISSING, "none of g++")}, "C++ compiler: none of g++"),
+        (
+            "onnxruntime",
+            "cuda",
+            {probes.ORT_CUDA: ProbeResult(MISSING, "built without CUDA")},
+            "built without CUDA",
+        ),
+        (
+            "tensorrt",
+            None,
+            {probes.GPU: ProbeResult(MISSING, "no NVIDIA GPU")},
+            "GPU: no NVIDIA GPU",
+        ),
+        (
+            "tensorrt:fp8",
+            None,
+            {probes.GPU: of_gpu(8, 7)},
+            "needs compute capability 8.9, the first GPU has 8.7",
+        ),
+        (
+            "aotinductor",
+            "cuda",
+            {probes.TORCH: works("2.13, CPU build", cuda=False)},
+            "PyTorch: 2.13, CPU build",
+        ),
+        (
+            "aotinductor",
+            None,
+            {probes.COMPILER: ProbeResult(MISSING, "none of g++")},
+            "C++ compiler: none of g++",
+        ),
         ("torch-tensorrt:int8", None, {}, "no such precision"),
     ],
 )
-def test_what_is_required(wish: str, provider: str | None, changes: dict[str, ProbeResult], why: str) -> None:
+def test_what_is_required(
+    wish: str, provider: str | None, changes: dict[str, ProbeResult], why: str
+) -> None:
     answer = check_requirement(wish, provider, judge_backends(healthy(**changes)))
     assert why in answer and bool(answer) == bool(why)
 
@@ -376,26 +507,43 @@ def test_a_provider_of_nothing() -> None:
 
 def test_backends_and_probes_name_each_other() -> None:
     names = {probe.name for probe in probes.PROBES}
-    assert {need for backend in REQUIREMENTS for need in backend.needs} | set(probes.FOR_A_GPU) <= names
+    assert {need for backend in REQUIREMENTS for need in backend.needs} | set(
+        probes.FOR_A_GPU
+    ) <= names
     assert {(row.name, row.provider) for row in REQUIREMENTS} == {
-        (backend.name, provider) for backend in registry.BACKENDS.values() for provider in backend.packages
+        (backend.name, provider)
+        for backend in registry.BACKENDS.values()
+        for provider in backend.packages
     }
 
 
 def test_nobody_without_a_gpu_is_told_to_install_for_one() -> None:
     found = healthy(
-        **{probes.GPU: ProbeResult(MISSING, "none"), probes.TENSORRT: ProbeResult(MISSING, "no module", "pip install x")}
+        **{
+            probes.GPU: ProbeResult(MISSING, "none"),
+            probes.TENSORRT: ProbeResult(MISSING, "no module", "pip install x"),
+        }
     )
     assert probes.adjust_remedies(found)[probes.TENSORRT].remedy == "only of use with an NVIDIA GPU"
-    assert probes.adjust_remedies({**found, probes.GPU: of_gpu(9, 0)})[probes.TENSORRT].remedy == "pip install x"
+    assert (
+        probes.adjust_remedies({**found, probes.GPU: of_gpu(9, 0)})[probes.TENSORRT].remedy
+        == "pip install x"
+    )
 
 
 def test_on_a_jetson_tensorrt_comes_with_jetpack() -> None:
-    found = healthy(**{probes.TENSORRT: ProbeResult(MISSING, "no module", "pip install x"), probes.JETSON: works()})
+    found = healthy(
+        **{
+            probes.TENSORRT: ProbeResult(MISSING, "no module", "pip install x"),
+            probes.JETSON: works(),
+        }
+    )
     assert "--system-site-packages" in probes.adjust_remedies(found)[probes.TENSORRT].remedy
     assert (
         "anyflow-deploy[jetpack6]"
-        in probes.adjust_remedies({**found, probes.GPU: ProbeResult(MISSING, "none")})[probes.GPU].remedy
+        in probes.adjust_remedies({**found, probes.GPU: ProbeResult(MISSING, "none")})[
+            probes.GPU
+        ].remedy
     )
     del found[probes.JETSON]
     assert probes.adjust_remedies(found)[probes.TENSORRT].remedy == "pip install x"
@@ -406,17 +554,29 @@ def test_the_report() -> None:
     verdicts = judge_backends({**found, probes.GPU: ProbeResult(MISSING, "no NVIDIA GPU")})
     text = format_plain(report_rows(found, verdicts))
     assert "full  ->  make room" in text and "no NVIDIA GPU" in text
-    assert json.loads(json.dumps(report_json(found, verdicts, {"x": "y"})))["findings"]["disk"]["remedy"] == "make room"
+    assert (
+        json.loads(json.dumps(report_json(found, verdicts, {"x": "y"})))["findings"]["disk"][
+            "remedy"
+        ]
+        == "make room"
+    )
 
 
 # The command
 
 
-def command(*words: str, path: str = str(ROOT), cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def command(
+    *words: str, path: str = str(ROOT), cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     code = "from anyflow_deploy.cli.doctor import main; main()"
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=environment, cwd=cwd
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=cwd,
     )
 
 
@@ -427,23 +587,38 @@ def test_on_this_machine(tmp_path: Path) -> None:
     for name in ("Python", "numpy", "ONNX Runtime", "PyTorch", "processor", "memory", "disk"):
         assert report["findings"][name]["state"] == WORKS, name
     assert done.returncode == (1 if "tensorrt:fp8" in report["unmet"] else 0)
-    assert ("error: tensorrt:fp8 does not run here: " in done.stderr) == ("tensorrt:fp8" in report["unmet"])
+    assert ("error: tensorrt:fp8 does not run here: " in done.stderr) == (
+        "tensorrt:fp8" in report["unmet"]
+    )
 
 
 @pytest.mark.parametrize("base", ["numpy", "pydantic", "rich", "fire"])
 def test_where_everything_is_broken_it_still_answers(tmp_path: Path, base: str) -> None:
-    heavy = {"torch": "crashes", "onnxruntime": "raises", "modelopt": "kills", "tensorrt": "exits", "pynvml": "leaves"}
+    heavy = {
+        "torch": "crashes",
+        "onnxruntime": "raises",
+        "modelopt": "kills",
+        "tensorrt": "exits",
+        "pynvml": "leaves",
+    }
     for name, kind in {**heavy, base: "raises"}.items():
         (tmp_path / f"{name}.py").write_text(BROKEN[kind][0])
     done = command(path=f"{tmp_path}{os.pathsep}{ROOT}", cwd=tmp_path)
     assert "Traceback" not in done.stderr
     words = " ".join(done.stdout.split())
-    assert "PyTorch does not work crashed (SIGSEGV)" in words and "ModelOpt does not work crashed (SIGILL)" in words
+    assert (
+        "PyTorch does not work crashed (SIGSEGV)" in words
+        and "ModelOpt does not work crashed (SIGILL)" in words
+    )
     assert "onnxruntime, cpu does not run" in words
     if base == "numpy":
         assert done.returncode == 0 and "numpy does not work ImportError: libfake.so.1" in words
     else:
-        assert done.returncode == 1 and "the packages that every command needs are broken (ImportError: libfake" in done.stderr
+        assert (
+            done.returncode == 1
+            and "the packages that every command needs are broken (ImportError: libfake"
+            in done.stderr
+        )
 
 
 def test_it_can_be_interrupted() -> None:
@@ -459,9 +634,12 @@ def test_it_can_be_interrupted() -> None:
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         start_new_session=True,
-    )  # fmt: skip
+    )
     assert process.stdout is not None and process.stdout.readline() == "looking\n"
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)

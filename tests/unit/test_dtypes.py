@@ -28,12 +28,18 @@ def test_a_row_has_the_size_that_torch_and_onnx_have(name: str) -> None:
 
 
 def test_every_table_is_a_part_of_it() -> None:
-    assert set(get_args(TensorType)) <= {name for name, row in DTYPES.items() if row.onnx and row.tensorrt and row.triton}
-    assert {row.tensor_type for row in PRECISIONS.values()} <= set(BUNDLE_DTYPES) <= set(SAFETENSORS)
+    assert set(get_args(TensorType)) <= {
+        name for name, row in DTYPES.items() if row.onnx and row.tensorrt and row.triton
+    }
+    assert (
+        {row.tensor_type for row in PRECISIONS.values()} <= set(BUNDLE_DTYPES) <= set(SAFETENSORS)
+    )
     assert {name: str(kind) for name, kind in BUNDLE_DTYPES.items()} == {
         name: f"torch.{SAFETENSORS[name].name}" for name in BUNDLE_DTYPES
     }
-    assert {name: kind.name for name, kind in ONNX_DTYPES.items()} == {name: SAFETENSORS[name].onnx for name in ONNX_DTYPES}
+    assert {name: kind.name for name, kind in ONNX_DTYPES.items()} == {
+        name: SAFETENSORS[name].onnx for name in ONNX_DTYPES
+    }
 
 
 def test_safetensors_names_are_the_librarys() -> None:

@@ -21,15 +21,26 @@ LOADERS = pytest.mark.parametrize("load", [load_calibration, load_sensitivity])
     ("content", "message"),
     [
         (None, "does not exist. Make one: anyflow-"),
-        ({"schema": 2, "something": "new"}, "schema 2; this version reads 1. Update anyflow_deploy"),
+        (
+            {"schema": 2, "something": "new"},
+            "schema 2; this version reads 1. Update anyflow_deploy",
+        ),
         ({"schema": 0}, "schema 0; this version reads 1. Make another: anyflow-"),
-        ({}, "is not a (calibration|sensitivity): no JSON object with a 'schema'. Make another: anyflow-"),
+        (
+            {},
+            (
+                "is not a (calibration|sensitivity): no JSON object with a 'schema'. Make another:"
+                " anyflow-"
+            ),
+        ),
         ({"schema": 1}, "is damaged at '.*': field required. Make another: anyflow-"),
         ([1], "is not a (calibration|sensitivity): no JSON object"),
         ("folder", "cannot be read: Is a directory"),
     ],
 )
-def test_what_is_refused(load: Callable[[Path], object], content: object, message: str, tmp_path: Path) -> None:
+def test_what_is_refused(
+    load: Callable[[Path], object], content: object, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "file.json"
     if content == "folder":
         path.mkdir()

@@ -1,5 +1,5 @@
-"""The model table and the reader of `config.json`: known rows, exact round trips, and a named refusal of every variant
-whose computation this project does not reproduce."""
+"""The model table and the reader of `config.json`: known rows, exact round trips, and a named
+refusal of every variant whose computation this project does not reproduce."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def config(model: str = "tiny", **changes: Any) -> dict[str, Any]:
         ("far-14b", "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers", 40, 5120, 13824, True),
     ],
 )
-def test_rows(name: str, hub_id: str | None, layers: int, inner: int, feed_forward: int, causal: bool) -> None:
+def test_rows(
+    name: str, hub_id: str | None, layers: int, inner: int, feed_forward: int, causal: bool
+) -> None:
     model = get_model(name)
     a = model.architecture
     assert (model.name, model.hub_id) == (name, hub_id)
@@ -65,15 +67,21 @@ def test_causal_differs_from_bidirectional_by_its_chunks_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "nearest"), [("1.3", "1.3b"), ("1.3B", "1.3b"), ("14", "14b"), ("far-1.3", "far-1.3b"), ("tny", "tiny")]
+    ("given", "nearest"),
+    [("1.3", "1.3b"), ("1.3B", "1.3b"), ("14", "14b"), ("far-1.3", "far-1.3b"), ("tny", "tiny")],
 )
 def test_get_model_suggests(given: str, nearest: str) -> None:
-    with pytest.raises(AnyFlowError, match=rf"^unknown model '{given}': known are tiny, 1\.3b.*Did you mean '{nearest}'\?$"):
+    with pytest.raises(
+        AnyFlowError,
+        match=rf"^unknown model '{given}': known are tiny, 1\.3b.*Did you mean '{nearest}'\?$",
+    ):
         get_model(given)
 
 
 def test_get_model_does_not_guess_wildly() -> None:
-    with pytest.raises(AnyFlowError, match=r"^unknown model 'stable-diffusion': known are .*far-14b\.$"):
+    with pytest.raises(
+        AnyFlowError, match=r"^unknown model 'stable-diffusion': known are .*far-14b\.$"
+    ):
         get_model("stable-diffusion")
 
 
@@ -84,27 +92,41 @@ def test_an_architecture_outside_the_table_is_custom() -> None:
 @pytest.mark.parametrize("row", MODELS.values(), ids=MODELS)
 def test_config_round_trip(row: Any) -> None:
     stored = json.loads(json.dumps(row.architecture.as_config()))
-    assert stored["_class_name"] == (CAUSAL_CLASS if row.architecture.causal else BIDIRECTIONAL_CLASS)
+    assert stored["_class_name"] == (
+        CAUSAL_CLASS if row.architecture.causal else BIDIRECTIONAL_CLASS
+    )
     assert (set(stored) >= set(CAUSAL_KEYS)) == row.architecture.causal
     assert architecture_from_config(stored) == row.architecture
 
 
-@pytest.mark.parametrize(("model", "class_name"), [("tiny", BIDIRECTIONAL_CLASS), ("far-tiny", CAUSAL_CLASS)])
+@pytest.mark.parametrize(
+    ("model", "class_name"), [("tiny", BIDIRECTIONAL_CLASS), ("far-tiny", CAUSAL_CLASS)]
+)
 def test_keys_are_those_that_diffusers_registers(model: str, class_name: str) -> None:
     diffusers = pytest.importorskip("diffusers")
-    arguments = inspect.signature(getattr(diffusers, class_name).__init__).parameters.keys() - {"self"}
+    arguments = inspect.signature(getattr(diffusers, class_name).__init__).parameters.keys() - {
+        "self"
+    }
     assert set(config(model)) == arguments | {"_class_name"}
 
 
 def test_diffusers_own_remarks_and_absent_defaults_are_fine() -> None:
-    small = {k: v for k, v in config().items() if k not in ("gate_value", "eps", "deltatime_type", "image_dim")}
-    assert architecture_from_config({**small, "_diffusers_version": "0.42.0"}) == MODELS["tiny"].architecture
+    small = {
+        k: v
+        for k, v in config().items()
+        if k not in ("gate_value", "eps", "deltatime_type", "image_dim")
+    }
+    assert (
+        architecture_from_config({**small, "_diffusers_version": "0.42.0"})
+        == MODELS["tiny"].architecture
+    )
 
 
 @pytest.mark.parametrize("name", [None, "WanTransformer3DModel", "anyflowtransformer3dmodel"])
 def test_other_classes_are_refused(name: str | None) -> None:
     expected = (
-        rf"^here\.json describes a {name or 'model without _class_name'}; allowed are {BIDIRECTIONAL_CLASS} and {CAUSAL_CLASS}"
+        rf"^here\.json describes a {name or 'model without _class_name'}; allowed are"
+        rf" {BIDIRECTIONAL_CLASS} and {CAUSAL_CLASS}"
     )
     with pytest.raises(CheckpointError, match=expected):
         architecture_from_config(config(_class_name=name), "here.json")
@@ -112,7 +134,8 @@ def test_other_classes_are_refused(name: str | None) -> None:
 
 def test_unknown_keys_are_named() -> None:
     with pytest.raises(
-        CheckpointError, match=r"^here\.json has keys this version does not know: novel, qk_norm\. .*update anyflow"
+        CheckpointError,
+        match=r"^here\.json has keys this version does not know: novel, qk_norm\. .*update anyflow",
     ):
         architecture_from_config(config(qk_norm="x", novel=1), "here.json")
 
@@ -121,7 +144,8 @@ def test_unknown_keys_are_named() -> None:
 def test_missing_keys_are_named(missing: tuple[str, ...]) -> None:
     rest = {k: v for k, v in config().items() if k not in missing}
     with pytest.raises(
-        CheckpointError, match=rf"^here\.json lacks {', '.join(missing)}; all of .*attention_head_dim.* are needed"
+        CheckpointError,
+        match=rf"^here\.json lacks {', '.join(missing)}; all of .*attention_head_dim.* are needed",
     ):
         architecture_from_config(rest, "here.json")
 
@@ -138,7 +162,9 @@ def test_missing_keys_are_named(missing: tuple[str, ...]) -> None:
     ],
 )
 def test_variants_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(CheckpointError, match=rf"^here\.json cannot be exported: {re.escape(message)}"):
+    with pytest.raises(
+        CheckpointError, match=rf"^here\.json cannot be exported: {re.escape(message)}"
+    ):
         architecture_from_config(config(**changes), "here.json")
 
 

@@ -1,6 +1,6 @@
-"""Command lines are read by Fire and checked by pydantic, before any work. These tests type what people type (misspelt
-flags, values that look like numbers, switches before the bundle, dashes) and look at what arrives, or at the one sentence
-that is answered; Fire itself must never be heard."""
+"""Command lines are read by Fire and checked by pydantic, before any work. These tests type what
+people type (misspelt flags, values that look like numbers, switches before the bundle, dashes) and
+look at what arrives, or at the one sentence that is answered; Fire itself must never be heard."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ from anyflow_deploy.cli.validate import ValidateOptions
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.shape_ranges import Range
 
-COMMANDS: list[type[Options]] = [ExportOptions, FitOptions, GenerateOptions, InspectOptions, ValidateOptions]
+COMMANDS: list[type[Options]] = [
+    ExportOptions,
+    FitOptions,
+    GenerateOptions,
+    InspectOptions,
+    ValidateOptions,
+]
 
 
 class Small(Options):
@@ -138,7 +144,9 @@ def test_values_arrive(line: str, values: dict[str, object]) -> None:
 )
 @pytest.mark.parametrize("words", [("--prompt={}",), ("--prompt", "{}"), ("--note={}",)])
 def test_text_stays_text(words: tuple[str, ...], text: str) -> None:
-    options = parse_options(Small, ["b", *(word.format(text) if "{" in word else word for word in words)])
+    options = parse_options(
+        Small, ["b", *(word.format(text) if "{" in word else word for word in words)]
+    )
     assert text in (options.prompt, options.note)
 
 
@@ -147,7 +155,9 @@ def test_any_text_survives_behind_an_equals_sign(text: str) -> None:
     assert parse_options(Small, ["b", f"--prompt={text}"]).prompt == text
 
 
-@pytest.mark.parametrize("bundle", ["1.3", "007", "True", "__doc__", "__class__", "FIRE_METADATA", "with space", "a,b"])
+@pytest.mark.parametrize(
+    "bundle", ["1.3", "007", "True", "__doc__", "__class__", "FIRE_METADATA", "with space", "a,b"]
+)
 def test_any_name_is_a_bundle(bundle: str) -> None:
     assert parse_options(Small, [bundle]).bundle == Path(bundle)
 
@@ -205,13 +215,17 @@ def test_mistakes_are_answered_with_one_sentence(line: str, message: str) -> Non
         parse_options(Small, shlex.split(line))
 
 
-@pytest.mark.parametrize("line", ["b --prompt", "b --prompt --dry-run", "--prompt --seed 3 b", "b --note"])
+@pytest.mark.parametrize(
+    "line", ["b --prompt", "b --prompt --dry-run", "--prompt --seed 3 b", "b --note"]
+)
 def test_a_text_flag_needs_a_value(line: str) -> None:
     with pytest.raises(AnyFlowError, match=r"^--(prompt|note) .*value"):
         parse_options(Small, shlex.split(line))
 
 
-@pytest.mark.parametrize("flag", ["--noprompt", "--no-prompt", "--nodry-run", "--no-dry-run", "--nobundle", "--notes"])
+@pytest.mark.parametrize(
+    "flag", ["--noprompt", "--no-prompt", "--nodry-run", "--no-dry-run", "--nobundle", "--notes"]
+)
 def test_fires_own_negations_are_unknown_flags(flag: str) -> None:
     with pytest.raises(AnyFlowError, match=rf"^unknown flag {flag}\."):
         parse_options(Small, ["b", flag])
@@ -233,9 +247,13 @@ def test_fires_own_negations_are_unknown_flags(flag: str) -> None:
     ],
 )
 def test_fires_own_separators_are_refused(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--` would hand the rest to Fire, which prints, starts an interpreter or drops it; `-` would end the arguments."""
+    """`--` would hand the rest to Fire, which prints, starts an interpreter or drops it; `-` would
+    end the arguments."""
 
-    monkeypatch.setattr("code.InteractiveConsole.interact", lambda *_, **__: pytest.fail("an interpreter was started"))
+    monkeypatch.setattr(
+        "code.InteractiveConsole.interact",
+        lambda *_, **__: pytest.fail("an interpreter was started"),
+    )
     with pytest.raises(AnyFlowError, match="-"):
         parse_options(Small, shlex.split(line))
 
@@ -253,7 +271,9 @@ def test_every_example_is_a_valid_command_line(options: type[Options]) -> None:
 def test_every_flag_misspelt_is_answered_with_the_right_one(options: type[Options]) -> None:
     for name, field in options.model_fields.items():
         flag = flag_of(name, field)
-        with pytest.raises(AnyFlowError, match=rf"^unknown flag {flag}x\. Did you mean '{flag}'\?$"):
+        with pytest.raises(
+            AnyFlowError, match=rf"^unknown flag {flag}x\. Did you mean '{flag}'\?$"
+        ):
             parse_options(options, [f"{flag}x=1"])
 
 
@@ -265,7 +285,10 @@ def test_inspect_takes_json(line: str) -> None:
 
 def test_export_lines() -> None:
     options = parse_options(
-        ExportOptions, shlex.split("--random_weights --model tiny --frames 1:81 --height 480 --width 256:832 --batch 1:4")
+        ExportOptions,
+        shlex.split(
+            "--random_weights --model tiny --frames 1:81 --height 480 --width 256:832 --batch 1:4"
+        ),
     )
     assert (options.model, options.random_weights, options.precision) == ("tiny", True, "fp32")
     assert options.ranges() == {
@@ -279,7 +302,13 @@ def test_export_lines() -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", r"^nothing to start from: give --checkpoint DIR, --model NAME, or --model NAME --random-weights\.$"),
+        (
+            "",
+            (
+                r"^nothing to start from: give --checkpoint DIR, --model NAME, or --model NAME"
+                r" --random-weights\.$"
+            ),
+        ),
         ("--model 1.3", r"^unknown model '1\.3': known are .* Did you mean '1\.3b'\?$"),
         ("--model", r"model"),
         ("--modle tiny", r"^unknown flag --modle\. Did you mean '--model'\?$"),
@@ -290,17 +319,32 @@ def test_export_lines() -> None:
             "--random-weights --checkpoint c",
             r"^--random-weights takes the architecture from --model NAME, and no --checkpoint\.$",
         ),
-        ("--random-weights --model tiny --checkpoint c", r"^--random-weights takes the architecture from --model NAME"),
+        (
+            "--random-weights --model tiny --checkpoint c",
+            r"^--random-weights takes the architecture from --model NAME",
+        ),
         ("--model tiny --precision fp15", r"^unknown precision 'fp15': .*Did you mean 'fp16'\?$"),
-        ("--model tiny --precision bf16", r"^bf16 does not run on target 'cpu' \(ONNX Runtime's CPU provider has no bf16"),
+        (
+            "--model tiny --precision bf16",
+            r"^bf16 does not run on target 'cpu' \(ONNX Runtime's CPU provider has no bf16",
+        ),
         ("--model tiny --target orinn", r"^unknown target 'orinn': .*Did you mean 'orin'\?$"),
         ("--model tiny --check maybe", r"^--check is 'maybe'; allowed are auto, full, none\.$"),
         ("--model tiny --frames 1:80", r"^frames is 80; allowed are 4n\+1 .*The nearest is 81\.$"),
-        ("--model tiny --height x", r"^--height is 'x'; allowed are one number \(4\) or a range \(1:4\)\.$"),
-        ("--model tiny --width 24", r"^width is 24; allowed are multiples of 16\. The nearest is 32\.$"),
+        (
+            "--model tiny --height x",
+            r"^--height is 'x'; allowed are one number \(4\) or a range \(1:4\)\.$",
+        ),
+        (
+            "--model tiny --width 24",
+            r"^width is 24; allowed are multiples of 16\. The nearest is 32\.$",
+        ),
         ("--model tiny --frames 81:1", r"^range 21 to 1 is empty"),
         ("--model tiny --batch 0", r"^range 0 starts below 1"),
-        ("--model tiny --seed -1", r"^--seed is '-1': input should be greater than or equal to 0\.$"),
+        (
+            "--model tiny --seed -1",
+            r"^--seed is '-1': input should be greater than or equal to 0\.$",
+        ),
         ("--model tiny --batch=", r"^--batch is ''; allowed are one number"),
         ("--model tiny --frames=", r"^--frames is ''; allowed are one number"),
     ],
@@ -373,21 +417,29 @@ def test_help_shows_types_and_defaults() -> None:
         r"--steps +numbers +numbers \(default 1,2\)$",
         r"--sigmas +numbers +fractions$",
     ):
-        assert re.search(rf"^  {line}", re.sub(r" +$", "", text, flags=re.MULTILINE), re.MULTILINE), line
+        assert re.search(
+            rf"^  {line}", re.sub(r" +$", "", text, flags=re.MULTILINE), re.MULTILINE
+        ), line
 
 
-def run_words(monkeypatch: pytest.MonkeyPatch, words: list[str], work: object = lambda options: 0) -> object:
+def run_words(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], work: object = lambda options: 0
+) -> object:
     monkeypatch.setattr(sys, "argv", ["small", *words])
     with pytest.raises(SystemExit) as left:
         run("small", Small, work)  # type: ignore[arg-type]
     return left.value.code
 
 
-@pytest.mark.parametrize("line", ["--help", "-h", "b --help", "b -- --help", "-- --help", "--nonsense --help"])
+@pytest.mark.parametrize(
+    "line", ["--help", "-h", "b --help", "b -- --help", "-- --help", "--nonsense --help"]
+)
 def test_run_shows_our_help_and_nothing_of_fire(
     line: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_words(monkeypatch, line.split(), lambda options: pytest.fail("work was started")) == 0
+    assert (
+        run_words(monkeypatch, line.split(), lambda options: pytest.fail("work was started")) == 0
+    )
     out, err = capfd.readouterr()
     assert out.startswith("usage: small BUNDLE [flags]")
     assert "small bundle --dry-run" in out
@@ -401,9 +453,15 @@ def test_run_exits_with_what_work_returns(status: int, monkeypatch: pytest.Monke
     assert seen == [Small(bundle=Path("b"))]
 
 
-@pytest.mark.parametrize(("words", "message"), [([], "bundle is missing"), (["b", "--seed=[/red]"], "--seed is '[/red]'")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [([], "bundle is missing"), (["b", "--seed=[/red]"], "--seed is '[/red]'")],
+)
 def test_run_answers_wrong_flags_before_any_work(
-    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert run_words(monkeypatch, words, lambda options: pytest.fail("work was started")) == 2
     out, err = capfd.readouterr()
@@ -414,10 +472,17 @@ def test_run_answers_wrong_flags_before_any_work(
 
 @pytest.mark.parametrize(
     ("error", "status", "said"),
-    [(AnyFlowError("no [bold] way"), 1, "error: no [bold] way\n"), (KeyboardInterrupt(), 130, "interrupted")],
+    [
+        (AnyFlowError("no [bold] way"), 1, "error: no [bold] way\n"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
 )
 def test_run_explains_failures(
-    error: BaseException, status: int, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    error: BaseException,
+    status: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     def work(options: Small) -> int:
         raise error

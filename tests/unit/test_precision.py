@@ -29,8 +29,14 @@ def test_what_is_left_open_is_filled_in(given: tuple[str, ...], expected: Precis
         (("fp16", "fp32"), "base is 'fp32', but fp16 is not quantized and has no other"),
         (("int8", "fp8"), "base is 'fp8'; allowed are fp32, fp16, bf16"),
         (("fp8", "fp16", "int8"), "attention is 'int8'; allowed are high and fp8"),
-        (("fp16", "fp16", "fp8"), "precision fp16 quantizes nothing, so attention fp8 would have no effect"),
-        (("int8", "fp16", "fp8"), "attention is fp8 at precision int8; it goes with precision fp8 only"),
+        (
+            ("fp16", "fp16", "fp8"),
+            "precision fp16 quantizes nothing, so attention fp8 would have no effect",
+        ),
+        (
+            ("int8", "fp16", "fp8"),
+            "attention is fp8 at precision int8; it goes with precision fp8 only",
+        ),
         (("fp8", "fp16", "high", True), "SmoothQuant is for int8; fp8 is never smoothed"),
     ],
 )

@@ -1,4 +1,5 @@
-"""The parts of a profile one by one: statistics, power on machines that are not here, rules of advice, comparison."""
+"""The parts of a profile one by one: statistics, power on machines that are not here, rules of
+advice, comparison."""
 
 from __future__ import annotations
 
@@ -28,7 +29,12 @@ from anyflow_deploy.profiling.nvml import NvmlGpu
 from anyflow_deploy.profiling.record import Conditions, Profile, Series, Warmup
 from anyflow_deploy.profiling.roofline import target_from_gpu_name
 from anyflow_deploy.profiling.sampler import ResourceSampler
-from anyflow_deploy.profiling.summary_statistics import drift, is_steady, latency_from_samples, median_interval
+from anyflow_deploy.profiling.summary_statistics import (
+    drift,
+    is_steady,
+    latency_from_samples,
+    median_interval,
+)
 from anyflow_deploy.profiling.terminal import format_latency
 from anyflow_deploy.profiling.timing import TimingRules, measure_cases, run_warm_up
 from anyflow_deploy.progress import NullProgress
@@ -40,7 +46,9 @@ from tests.fakes.profile_sample import sample_layers, sample_point, sample_profi
 def test_a_latency_is_what_numpy_says_and_counts_outliers() -> None:
     times = [*np.linspace(1, 2, 99), 50.0]
     latency = latency_from_samples(times)
-    assert latency.median == pytest.approx(np.median(times)) and latency.p99 == pytest.approx(np.percentile(times, 99))
+    assert latency.median == pytest.approx(np.median(times)) and latency.p99 == pytest.approx(
+        np.percentile(times, 99)
+    )
     assert (latency.count, latency.outliers, latency.maximum) == (100, 1, 50.0)
     assert latency.deviation == pytest.approx(np.std(times, ddof=1)) and latency.samples[-1] == 50.0
 
@@ -62,7 +70,9 @@ def test_drift_and_steadiness() -> None:
     assert is_steady([9, 1, 1, 1, 1, 1, 1, 1, 1], 4, 0.05) and not is_steady([4, 3, 2, 1], 2, 0.05)
 
 
-def test_warm_up_waits_until_it_is_steady_and_gives_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_waits_until_it_is_steady_and_gives_up_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = 0.0
     monkeypatch.setattr(timing, "clock", lambda: now)
     slow = iter([5.0, 4.0, 3.0, 2.0, *[1.0] * 100])
@@ -76,23 +86,37 @@ def test_warm_up_waits_until_it_is_steady_and_gives_up_in_time(monkeypatch: pyte
         times.append(2.0 ** (100 * now))
 
     done = run_warm_up(slower_each_time, times, TimingRules(0.1))
-    assert not done.steady and done.runs == 6 and done.seconds == pytest.approx(0.06), "half of the budget, and one run"
+    assert not done.steady and done.runs == 6 and done.seconds == pytest.approx(0.06), (
+        "half of the budget, and one run"
+    )
 
 
 def test_percentiles_that_there_are_no_samples_for_are_not_shown() -> None:
     for share, enough in ((0.9, 10), (0.95, 20), (0.99, 100)):
-        assert format_percentile(1.5, share, enough) == "1.5 s" and format_percentile(1.5, share, enough - 1) == "–"
-    assert format_latency(latency_from_samples(steady_samples(0.1, 21)))[-3:] == ["101 ms", "101 ms", "–"]
+        assert (
+            format_percentile(1.5, share, enough) == "1.5 s"
+            and format_percentile(1.5, share, enough - 1) == "–"
+        )
+    assert format_latency(latency_from_samples(steady_samples(0.1, 21)))[-3:] == [
+        "101 ms",
+        "101 ms",
+        "–",
+    ]
 
 
 def test_cases_take_turns() -> None:
     order: list[str] = []
     taken = measure_cases(
-        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, TimingRules(1, rounds=3), NullProgress(), "x"
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")},
+        TimingRules(1, rounds=3),
+        NullProgress(),
+        "x",
     )
     assert order == ["a", "b"] * 3 and len(taken.seconds("a")) == 3
     assert (
-        TimingRules(10).rounds_for(100) == 3 and TimingRules(10).rounds_for(1e-9) == 200 and TimingRules(10).rounds_for(0.5) == 20
+        TimingRules(10).rounds_for(100) == 3
+        and TimingRules(10).rounds_for(1e-9) == 200
+        and TimingRules(10).rounds_for(0.5) == 20
     )
 
 
@@ -111,7 +135,9 @@ def test_watts_are_integrated_and_counters_subtracted(monkeypatch: pytest.Monkey
         now = 0.005 * reading
         sampler._sample()
     for name, watts in (("w", 20.0), ("c", 30.0)):
-        assert sampler.joules(name, [(begin, end)]) == pytest.approx(watts * (end - begin), rel=0.02)
+        assert sampler.joules(name, [(begin, end)]) == pytest.approx(
+            watts * (end - begin), rel=0.02
+        )
         halves = [(begin, (begin + end) / 2), ((begin + end) / 2, end)]
         assert sampler.joules(name, halves) == pytest.approx(sampler.joules(name, [(begin, end)]))
         row = sampler.power(name, (begin, begin + 0.05), (begin, end))
@@ -141,39 +167,94 @@ def write(root: Path, **files: str) -> None:
 
 def test_a_jetsons_rails(tmp_path: Path) -> None:
     hwmon = tmp_path / "sys/class/hwmon"
-    rows = {"name": "ina3221\n", "in1_label": "VDD_GPU_SOC\n", "in1_input": "19000", "curr1_input": "500"}
-    rows |= {"in2_label": "VDD_CPU_CV", "in2_input": "19000", "curr2_input": "200", "in3_label": "VIN_SYS_5V0"}
-    rows |= {"in3_input": "5000", "curr3_input": "1000", "in7_label": "sum of shunt voltages", "in7_input": "3"}
+    rows = {
+        "name": "ina3221\n",
+        "in1_label": "VDD_GPU_SOC\n",
+        "in1_input": "19000",
+        "curr1_input": "500",
+    }
+    rows |= {
+        "in2_label": "VDD_CPU_CV",
+        "in2_input": "19000",
+        "curr2_input": "200",
+        "in3_label": "VIN_SYS_5V0",
+    }
+    rows |= {
+        "in3_input": "5000",
+        "curr3_input": "1000",
+        "in7_label": "sum of shunt voltages",
+        "in7_input": "3",
+    }
     write(hwmon / "hwmon3", **rows)
     write(hwmon / "hwmon0", name="tegra-thermal")
     found = power.jetson_sources(tmp_path)
-    assert [(rail.name, rail.kind) for rail in found] == [("VDD_GPU_SOC", "gpu"), ("VDD_CPU_CV", "cpu"), ("VIN_SYS_5V0", "board")]
+    assert [(rail.name, rail.kind) for rail in found] == [
+        ("VDD_GPU_SOC", "gpu"),
+        ("VDD_CPU_CV", "cpu"),
+        ("VIN_SYS_5V0", "board"),
+    ]
     assert [rail.watts() for rail in found if rail.watts] == pytest.approx([9.5, 3.8, 5.0])
     with pytest.raises(MeasurementUnavailableError, match="Jetsons have them"):
         power.jetson_sources(tmp_path / "else")
 
 
 def test_the_rails_of_an_orin_nano_and_of_a_thor(tmp_path: Path) -> None:
-    nano = {"name": "ina3221\n", "in1_label": "VDD_IN\n", "in2_label": "VDD_CPU_GPU_CV\n", "in3_label": "VDD_SOC\n"}
-    nano |= {f"in{n}_input": "5000" for n in (1, 2, 3)} | {f"curr{n}_input": "1000" for n in (1, 2, 3)}
+    nano = {
+        "name": "ina3221\n",
+        "in1_label": "VDD_IN\n",
+        "in2_label": "VDD_CPU_GPU_CV\n",
+        "in3_label": "VDD_SOC\n",
+    }
+    nano |= {f"in{n}_input": "5000" for n in (1, 2, 3)} | {
+        f"curr{n}_input": "1000" for n in (1, 2, 3)
+    }
     write(tmp_path / "nano/sys/class/hwmon/hwmon1", **nano)
     found = power.jetson_sources(tmp_path / "nano")
-    assert [(rail.name, rail.kind) for rail in found] == [(n, "board") for n in ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC")]
-    thor = {"name": "ina3221\n", "in1_label": "VDD_GPU\n", "in2_label": "VDD_CPU_SOC_MSS\n", "in3_label": "VIN_SYS_5V0\n"}
-    thor |= {f"in{n}_input": "12000" for n in (1, 2, 3)} | {f"curr{n}_input": "2000" for n in (1, 2, 3)}
+    assert [(rail.name, rail.kind) for rail in found] == [
+        (n, "board") for n in ("VDD_IN", "VDD_CPU_GPU_CV", "VDD_SOC")
+    ]
+    thor = {
+        "name": "ina3221\n",
+        "in1_label": "VDD_GPU\n",
+        "in2_label": "VDD_CPU_SOC_MSS\n",
+        "in3_label": "VIN_SYS_5V0\n",
+    }
+    thor |= {f"in{n}_input": "12000" for n in (1, 2, 3)} | {
+        f"curr{n}_input": "2000" for n in (1, 2, 3)
+    }
     write(tmp_path / "thor/sys/class/hwmon/hwmon4", **thor)
-    write(tmp_path / "thor/sys/class/hwmon/hwmon5", name="ina238\n", power1_input="61500000\n", in1_input="19000")
+    write(
+        tmp_path / "thor/sys/class/hwmon/hwmon5",
+        name="ina238\n",
+        power1_input="61500000\n",
+        in1_input="19000",
+    )
     found = power.jetson_sources(tmp_path / "thor")
-    kinds = [("VDD_GPU", "gpu"), ("VDD_CPU_SOC_MSS", "cpu"), ("VIN_SYS_5V0", "board"), ("VIN", "board")]
+    kinds = [
+        ("VDD_GPU", "gpu"),
+        ("VDD_CPU_SOC_MSS", "cpu"),
+        ("VIN_SYS_5V0", "board"),
+        ("VIN", "board"),
+    ]
     assert [(rail.name, rail.kind) for rail in found] == kinds
     assert found[-1].watts is not None and found[-1].watts() == pytest.approx(61.5)
 
 
 def test_rapl(tmp_path: Path) -> None:
     zones = tmp_path / "sys/class/powercap"
-    write(zones / "intel-rapl:0", name="package-0\n", energy_uj="5000000", max_energy_range_uj="262143328850")
+    write(
+        zones / "intel-rapl:0",
+        name="package-0\n",
+        energy_uj="5000000",
+        max_energy_range_uj="262143328850",
+    )
     write(zones / "intel-rapl:0:0", name="core\n", energy_uj="1")
-    write(zones / "intel-rapl:0:1", name="dram\n", energy_uj="7000000", max_energy_range_uj="65712999613")
+    write(
+        zones / "intel-rapl:0:1",
+        name="dram\n",
+        energy_uj="7000000",
+        max_energy_range_uj="65712999613",
+    )
     found = power.rapl_sources(tmp_path)
     assert [(zone.name, zone.kind, zone.joules()) for zone in found if zone.joules] == [
         ("RAPL package-0", "cpu", 5.0),
@@ -189,7 +270,8 @@ def test_rapl(tmp_path: Path) -> None:
 
 
 class FakeNvml:
-    """pynvml with one H100, strict about names: what the real module lacks is an AttributeError here."""
+    """pynvml with one H100, strict about names: what the real module lacks is an AttributeError
+    here."""
 
     def __init__(self, real: Any, refuse: tuple[str, ...] = ()) -> None:
         self.real, self.refuse, self.index = real, refuse, -1
@@ -218,7 +300,9 @@ class FakeNvml:
             "nvmlDeviceGetTemperature": 61,
             "nvmlDeviceGetEnforcedPowerLimit": 700_000,
             "nvmlDeviceGetCurrentClocksEventReasons": self.bits,
-            "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=os.getpid(), usedGpuMemory=5 << 30)],
+            "nvmlDeviceGetComputeRunningProcesses": [
+                SimpleNamespace(pid=os.getpid(), usedGpuMemory=5 << 30)
+            ],
             "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=6 << 30),
             "nvmlSystemGetDriverVersion": "580.1",
             "nvmlInit": None,
@@ -235,7 +319,12 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 def test_a_gpu_through_nvml(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = NvmlGpu(0)
-    assert (gpu.watts(), gpu.joules(), gpu.sm_clock(), gpu.temperature()) == (350.0, 42.0, 1755.0, 61.0)
+    assert (gpu.watts(), gpu.joules(), gpu.sm_clock(), gpu.temperature()) == (
+        350.0,
+        42.0,
+        1755.0,
+        61.0,
+    )
     assert gpu.throttle_reasons() == ["power cap"] and gpu.memory() == (5 << 30, 6 << 30)
     assert gpu.describe()["power_limit_watts"] == 700.0
     (source,) = power.nvml_sources(gpu)
@@ -277,10 +366,20 @@ def test_the_table_knows_a_gpu_by_its_name(name: str, target: str | None) -> Non
 
 def test_a_machine_on_paper(tmp_path: Path) -> None:
     stat = "cpu  1000 0 500 9000 0 0 0 100 0 0\n"
-    write(tmp_path / "proc", stat=stat, cpuinfo="model name : Test 9000\nflags: hypervisor\ncpu MHz : 2500.0\n", meminfo="")
+    write(
+        tmp_path / "proc",
+        stat=stat,
+        cpuinfo="model name : Test 9000\nflags: hypervisor\ncpu MHz : 2500.0\n",
+        meminfo="",
+    )
     write(tmp_path / "sys/devices/system/cpu/cpu0/cpufreq", scaling_governor="schedutil\n")
     found = machine.describe(None, tmp_path)
-    assert found["cpu"] == "Test 9000" and found["virtual"] and found["governor"] == "schedutil" and "gpu" not in found
+    assert (
+        found["cpu"] == "Test 9000"
+        and found["virtual"]
+        and found["governor"] == "schedutil"
+        and "gpu" not in found
+    )
     assert machine.cpu_clock(tmp_path)() == 2500.0
     load = machine.OtherLoad(tmp_path)
     (tmp_path / "proc/stat").write_text("cpu  9000000 0 500 9000 0 0 0 100 0 0\n")
@@ -294,35 +393,59 @@ def test_a_machine_on_paper(tmp_path: Path) -> None:
 MOVING = Series(name="GPU clock", unit="MHz", samples=[(0, 900), (1, 1800)])
 
 RULES: dict[str, Callable[[], Profile]] = {
-    "throttled": lambda: sample_profile(conditions=Conditions(other_load=0, throttle={"power cap": 0.4}, series=[])),
-    "drifting": lambda: sample_profile(points=[sample_point(transition=latency_from_samples([*[0.1] * 60, *[0.12] * 60]))]),
-    "machine busy": lambda: sample_profile(conditions=Conditions(other_load=0.8, throttle={}, series=[])),
-    "never steady": lambda: sample_profile(points=[sample_point(warm_up=Warmup(runs=2, seconds=9, steady=False))]),
-    "times vary": lambda: sample_profile(points=[sample_point(transition=latency_from_samples([0.1, 0.12] * 60))]),
+    "throttled": lambda: sample_profile(
+        conditions=Conditions(other_load=0, throttle={"power cap": 0.4}, series=[])
+    ),
+    "drifting": lambda: sample_profile(
+        points=[sample_point(transition=latency_from_samples([*[0.1] * 60, *[0.12] * 60]))]
+    ),
+    "machine busy": lambda: sample_profile(
+        conditions=Conditions(other_load=0.8, throttle={}, series=[])
+    ),
+    "never steady": lambda: sample_profile(
+        points=[sample_point(warm_up=Warmup(runs=2, seconds=9, steady=False))]
+    ),
+    "times vary": lambda: sample_profile(
+        points=[sample_point(transition=latency_from_samples([0.1, 0.12] * 60))]
+    ),
     "clocks not locked": lambda: sample_profile(
         points=[sample_point(transition=latency_from_samples([0.1, 0.12] * 60))],
         conditions=Conditions(other_load=0, throttle={}, series=[MOVING]),
     ),
-    "power mode": lambda: sample_profile(machine={"jetson": {"model": "Orin", "power_mode": "30W"}}),
-    "launch-bound": lambda: sample_profile(points=[sample_point(enqueue=latency_from_samples(steady_samples(0.09)))]),
+    "power mode": lambda: sample_profile(
+        machine={"jetson": {"model": "Orin", "power_mode": "30W"}}
+    ),
+    "launch-bound": lambda: sample_profile(
+        points=[sample_point(enqueue=latency_from_samples(steady_samples(0.09)))]
+    ),
     "memory-bound": lambda: with_roof(compute_seconds=0.02, memory_seconds=0.09, efficiency=0.9),
     "ceiling too low": lambda: with_roof(compute_seconds=0.2, memory_seconds=0.001, efficiency=2.0),
-    "far from the ceiling": lambda: with_roof(compute_seconds=0.02, memory_seconds=0.001, efficiency=0.2),
-    "many small operators": lambda: sample_profile(layers=[sample_layers(Gemm=0.5, Mul=0.3, Reshape=0.2)]),
-    "short tail": lambda: sample_profile(points=[sample_point(transition=latency_from_samples(steady_samples(0.1, 20)))]),
-}  # fmt: skip
+    "far from the ceiling": lambda: with_roof(
+        compute_seconds=0.02, memory_seconds=0.001, efficiency=0.2
+    ),
+    "many small operators": lambda: sample_profile(
+        layers=[sample_layers(Gemm=0.5, Mul=0.3, Reshape=0.2)]
+    ),
+    "short tail": lambda: sample_profile(
+        points=[sample_point(transition=latency_from_samples(steady_samples(0.1, 20)))]
+    ),
+}
 
 
 def with_roof(**changes: float) -> Profile:
     point = sample_point()
     assert point.roofline is not None
-    return sample_profile(points=[point.model_copy(update={"roofline": point.roofline.model_copy(update=changes)})])
+    return sample_profile(
+        points=[point.model_copy(update={"roofline": point.roofline.model_copy(update=changes)})]
+    )
 
 
 def test_a_steady_profile_gets_notes_only() -> None:
     found = advise(sample_profile())
     assert {advice.kind for advice in found} == {"compute-bound", "real time"}
-    assert all(advice.weight == "note" and any(c.isdigit() for c in advice.measurement) for advice in found)
+    assert all(
+        advice.weight == "note" and any(c.isdigit() for c in advice.measurement) for advice in found
+    )
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -341,28 +464,56 @@ def test_a_governor_that_saves_power_is_named() -> None:
 
 def test_more_than_a_threshold_and_more_than_chance() -> None:
     old = sample_profile(0.1)
-    verdicts = {row.name: row.verdict for row in compare_profiles(old, sample_profile(0.12), Thresholds()).rows}
-    assert verdicts["480x832x81, transition"] == "regression" and verdicts["480x832x81, 1 steps"] == "regression"
+    verdicts = {
+        row.name: row.verdict
+        for row in compare_profiles(old, sample_profile(0.12), Thresholds()).rows
+    }
+    assert (
+        verdicts["480x832x81, transition"] == "regression"
+        and verdicts["480x832x81, 1 steps"] == "regression"
+    )
     assert verdicts["engine, peak CPU memory"] == "unchanged"
     faster = compare_profiles(old, sample_profile(0.08), Thresholds())
-    assert not faster.has_regression and {row.verdict for row in faster.rows} == {"improvement", "unchanged"}
-    assert not compare_profiles(old, sample_profile(0.103), Thresholds()).has_regression, "3 % is below the threshold"
-    scattered = [sample_point(transition=latency_from_samples(list(np.linspace(low, 0.3, 20)))) for low in (0.01, 0.05)]
-    noisy = compare_profiles(sample_profile(points=scattered[:1]), sample_profile(points=scattered[1:]), Thresholds())
+    assert not faster.has_regression and {row.verdict for row in faster.rows} == {
+        "improvement",
+        "unchanged",
+    }
+    assert not compare_profiles(old, sample_profile(0.103), Thresholds()).has_regression, (
+        "3 % is below the threshold"
+    )
+    scattered = [
+        sample_point(transition=latency_from_samples(list(np.linspace(low, 0.3, 20))))
+        for low in (0.01, 0.05)
+    ]
+    noisy = compare_profiles(
+        sample_profile(points=scattered[:1]), sample_profile(points=scattered[1:]), Thresholds()
+    )
     assert {row.name: row.verdict for row in noisy.rows}["480x832x81, transition"] == "within noise"
 
 
 def test_what_vanished_is_a_regression_and_what_differs_is_named() -> None:
     old = sample_profile(points=[sample_point(), sample_point(shape="64x64x9")])
-    new = sample_profile(machine={"cpu": "another", "cores": 2, "versions": {"onnxruntime": "1.33.0"}})
+    new = sample_profile(
+        machine={"cpu": "another", "cores": 2, "versions": {"onnxruntime": "1.33.0"}}
+    )
     comparison = compare_profiles(old, new, Thresholds())
-    assert comparison.has_regression and {row.name for row in comparison.rows if row.verdict == "missing"} >= {
-        "64x64x9, transition"
-    }
-    assert comparison.differences["versions onnxruntime"] == ("1.32.0", "1.33.0") and "cpu" in comparison.differences
+    assert comparison.has_regression and {
+        row.name for row in comparison.rows if row.verdict == "missing"
+    } >= {"64x64x9, transition"}
+    assert (
+        comparison.differences["versions onnxruntime"] == ("1.32.0", "1.33.0")
+        and "cpu" in comparison.differences
+    )
     energy = sample_point()
-    hungry = [clip.model_copy(update={"joules": {"RAPL package-0": 9.0 * clip.steps}}) for clip in energy.clips]
-    more = compare_profiles(sample_profile(), sample_profile(points=[energy.model_copy(update={"clips": hungry})]), Thresholds())
+    hungry = [
+        clip.model_copy(update={"joules": {"RAPL package-0": 9.0 * clip.steps}})
+        for clip in energy.clips
+    ]
+    more = compare_profiles(
+        sample_profile(),
+        sample_profile(points=[energy.model_copy(update={"clips": hungry})]),
+        Thresholds(),
+    )
     assert [row.name for row in more.rows if row.verdict == "regression"] == [
         f"480x832x81, {steps} steps, energy of RAPL package-0" for steps in (1, 4)
     ]
@@ -395,11 +546,21 @@ def test_a_trace_is_cut_to_the_runs_that_count() -> None:
         "input_type_shape": [{"float": [5, 64]}, {"float": [96]}],
         "output_type_shape": [{"float": [5, 96]}],
     }
-    gemm = {"op_name": "Gemm", **shapes, "activation_size": "1280", "parameter_size": "384", "output_size": "1920"}
+    gemm = {
+        "op_name": "Gemm",
+        **shapes,
+        "activation_size": "1280",
+        "parameter_size": "384",
+        "output_size": "1920",
+    }
     events = [event(start, "Session", "model_run") for start in (0, 100, 200)]
     events += [event(start + 1, "Node", "a/Gemm_kernel_time", **gemm) for start in (0, 100, 200)]
     (row,) = timings_from_trace(events, 2)
-    assert (row.name, row.calls, row.operations) == ("a/Gemm", 2, 2 * 5 * 64 * 96) and row.seconds == pytest.approx(20e-6)
+    assert (row.name, row.calls, row.operations) == (
+        "a/Gemm",
+        2,
+        2 * 5 * 64 * 96,
+    ) and row.seconds == pytest.approx(20e-6)
     assert row.bytes == 1280 + 384 + 1920 + 4 * 64 * 96, "the packed weight is counted, too"
 
 

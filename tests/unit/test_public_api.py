@@ -10,9 +10,22 @@ import pytest
 import anyflow_deploy
 
 PROMISED = {
-    "AdaptiveSteps", "AnyFlowError", "Deadline", "MODELS", "Schedule", "TARGETS", "VideoPipeline", "build_engine",
-    "export_bundle", "load_bundle", "load_engine", "noise", "sample", "stream", "validate",
-}  # fmt: skip
+    "AdaptiveSteps",
+    "AnyFlowError",
+    "Deadline",
+    "MODELS",
+    "Schedule",
+    "TARGETS",
+    "VideoPipeline",
+    "build_engine",
+    "export_bundle",
+    "load_bundle",
+    "load_engine",
+    "noise",
+    "sample",
+    "stream",
+    "validate",
+}
 HEAVY = ("av", "diffusers", "numpy", "onnxruntime", "pydantic", "torch", "transformers")
 
 

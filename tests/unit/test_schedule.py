@@ -1,5 +1,5 @@
-"""Schedules are promises about times: they fall, start at noise, end at clean, follow the published shift formula, and
-everything else is refused with a sentence that names what was given."""
+"""Schedules are promises about times: they fall, start at noise, end at clean, follow the published
+shift formula, and everything else is refused with a sentence that names what was given."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def test_uniform_starts_at_exactly_1000(shift: float) -> None:
 def test_uniform_follows_the_shift_formula(steps: int, shift: float) -> None:
     for index, time in enumerate(Schedule.uniform(steps, shift).timesteps):
         s = 1 - index / steps
-        assert math.isclose(time, 1000 * shift * s / (1 + (shift - 1) * s), rel_tol=1e-9, abs_tol=1e-9)
+        assert math.isclose(
+            time, 1000 * shift * s / (1 + (shift - 1) * s), rel_tol=1e-9, abs_tol=1e-9
+        )
 
 
 @given(STEPS)
@@ -48,11 +50,17 @@ def test_shift_1_is_no_shift(steps: int) -> None:
 
 
 def test_released_grid_of_four_steps() -> None:
-    assert Schedule.uniform(4).timesteps == pytest.approx((1000.0, 937.5, 2500 / 3, 625.0, 0.0), rel=1e-12)
+    assert Schedule.uniform(4).timesteps == pytest.approx(
+        (1000.0, 937.5, 2500 / 3, 625.0, 0.0), rel=1e-12
+    )
 
 
 def test_transitions_are_the_neighbouring_pairs() -> None:
-    assert Schedule.from_timesteps([1000, 600, 200]).transitions == ((1000.0, 600.0), (600.0, 200.0), (200.0, 0.0))
+    assert Schedule.from_timesteps([1000, 600, 200]).transitions == (
+        (1000.0, 600.0),
+        (600.0, 200.0),
+        (200.0, 0.0),
+    )
 
 
 @given(st.lists(st.floats(1e-3, 1000.0), min_size=1, max_size=20, unique=True))
@@ -64,7 +72,9 @@ def test_from_timesteps_uses_the_values_as_given(times: list[float]) -> None:
 
 @pytest.mark.parametrize("sigmas", [[1.0, 0.5], [1.0, 0.5, 0.0]])
 @pytest.mark.parametrize(("shift", "middle"), [(1.0, 500.0), (3.0, 750.0)])
-def test_from_sigmas_closes_and_shifts_only_when_asked(sigmas: list[float], shift: float, middle: float) -> None:
+def test_from_sigmas_closes_and_shifts_only_when_asked(
+    sigmas: list[float], shift: float, middle: float
+) -> None:
     assert Schedule.from_sigmas(sigmas, shift).timesteps == (1000.0, middle, 0.0)
     assert Schedule.from_sigmas(iter(sigmas), shift) == Schedule.from_sigmas(sigmas, shift)
 
@@ -80,12 +90,17 @@ def test_shifts_are_undone_by_their_inverse(s: float, shift: float) -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, True, False, 4.0, "4", None])
 def test_uniform_refuses_steps(steps: object) -> None:
-    with pytest.raises(AnyFlowError, match=rf"^steps is {steps!r}; allowed are whole numbers from 1 to 1000\.$"):
+    with pytest.raises(
+        AnyFlowError, match=rf"^steps is {steps!r}; allowed are whole numbers from 1 to 1000\.$"
+    ):
         Schedule.uniform(steps)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shift", [0.0, -5.0, math.nan, math.inf])
-@pytest.mark.parametrize("make", [lambda shift: Schedule.uniform(4, shift), lambda shift: Schedule.from_sigmas([1.0], shift)])
+@pytest.mark.parametrize(
+    "make",
+    [lambda shift: Schedule.uniform(4, shift), lambda shift: Schedule.from_sigmas([1.0], shift)],
+)
 def test_shift_must_be_positive(make: Callable[[float], Schedule], shift: float) -> None:
     with pytest.raises(AnyFlowError, match=rf"^shift is {shift}; allowed is any positive number"):
         make(shift)
@@ -110,7 +125,10 @@ def test_a_vanishing_shift_still_starts_at_1000(shift: float) -> None:
         ([1000, -1], r"timestep 1 is -1\.0; allowed"),
         ([1000, math.nan], r"timestep 1 is nan; allowed"),
         ([math.inf, 500], r"timestep 0 is inf; allowed"),
-        ([1000 - i / 2 for i in range(1001)], r"a schedule of 1001 steps was given; allowed are 1 to 1000"),
+        (
+            [1000 - i / 2 for i in range(1001)],
+            r"a schedule of 1001 steps was given; allowed are 1 to 1000",
+        ),
     ],
 )
 def test_from_timesteps_refuses(times: list[float], message: str) -> None:

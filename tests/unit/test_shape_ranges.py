@@ -1,5 +1,6 @@
-"""Ranges decide which shapes an engine takes; a refusal names the axis, what was given, what is allowed, and the nearest
-size that fits, in the units of the tensors. The helpers turn frames and pixels into those units."""
+"""Ranges decide which shapes an engine takes; a refusal names the axis, what was given, what is
+allowed, and the nearest size that fits, in the units of the tensors. The helpers turn frames and
+pixels into those units."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ from anyflow_deploy.shape_ranges import (
     widest_ranges,
 )
 
-DECLARED = ShapeRanges(Range(1, 2), Range(1, 21), Range(8, 60, 2), Range(8, 104, 2), Range(512, 512))
+DECLARED = ShapeRanges(
+    Range(1, 2), Range(1, 21), Range(8, 60, 2), Range(8, 104, 2), Range(512, 512)
+)
 LATENTS, TEXT = (1, 5, 16, 32, 48), (1, 512, 64)
 
 
@@ -109,26 +112,45 @@ def test_check_names_axis_and_nearest(
     latents: tuple[int, ...], text: tuple[int, ...], axis: str, given_: int, nearest: int
 ) -> None:
     allowed = re.escape(str(getattr(DECLARED, axis)))
-    expected = rf"^{axis} is {given_}, but this bundle declares {axis} {allowed} .*the nearest that fits is {nearest}\."
+    expected = (
+        rf"^{axis} is {given_}, but this bundle declares {axis} {allowed} .*the nearest that fits"
+        rf" is {nearest}\."
+    )
     with pytest.raises(ShapeError, match=expected):
         DECLARED.check(latents, text)
 
 
 @pytest.mark.parametrize("odd", [33, 47])
 def test_check_offers_a_multiple(odd: int) -> None:
-    with pytest.raises(ShapeError, match=rf"height is {odd}.*in multiples of 2.*nearest that fits is ({odd - 1}|{odd + 1})\."):
+    with pytest.raises(
+        ShapeError,
+        match=rf"height is {odd}.*in multiples of 2.*nearest that fits is ({odd - 1}|{odd + 1})\.",
+    ):
         DECLARED.check((1, 5, 16, odd, 48), TEXT)
 
 
 @pytest.mark.parametrize(
     ("latents", "text", "message"),
     [
-        ((1, 16, 32, 48), TEXT, r"latents \(1, 16, 32, 48\) .* expected \(batch, frames, channels, height, width\)"),
-        (LATENTS, (512, 64), r"text \(512, 64\): expected .* diffusers' \(batch, channels, frames, …\) needs a transpose"),
+        (
+            (1, 16, 32, 48),
+            TEXT,
+            r"latents \(1, 16, 32, 48\) .* expected \(batch, frames, channels, height, width\)",
+        ),
+        (
+            LATENTS,
+            (512, 64),
+            (
+                r"text \(512, 64\): expected .* diffusers' \(batch, channels, frames, …\) needs a"
+                r" transpose"
+            ),
+        ),
         (LATENTS, (2, 512, 64), r"latents have batch 1 and text has batch 2: they must be equal"),
     ],
 )
-def test_check_refuses_shapes_that_do_not_belong_together(latents: tuple[int, ...], text: tuple[int, ...], message: str) -> None:
+def test_check_refuses_shapes_that_do_not_belong_together(
+    latents: tuple[int, ...], text: tuple[int, ...], message: str
+) -> None:
     with pytest.raises(ShapeError, match=message):
         DECLARED.check(latents, text)
 
@@ -140,7 +162,9 @@ def test_widest_is_limited_by_patch_and_rotary_table_alone(model: str) -> None:
     table = architecture.rope_max_seq_len
     assert (base.batch, base.text) == (Range(1, 1 if architecture.causal else None), Range(1, None))
     assert base.frames == Range(1, table)
-    smallest = 4 if architecture.causal else 2  # one coarse patch has to fit; the rest need not divide
+    smallest = (
+        4 if architecture.causal else 2
+    )  # one coarse patch has to fit; the rest need not divide
     assert base.height == base.width == Range(smallest, 2 * table, 2)
 
 
@@ -150,7 +174,12 @@ def test_widest_follows_the_patch() -> None:
 
 
 def test_narrowed_replaces_only_what_was_asked() -> None:
-    wanted = {"batch": Range(1, 1), "frames": Range(3, 21), "height": Range(60, 60, 2), "text": Range(512, None)}
+    wanted = {
+        "batch": Range(1, 1),
+        "frames": Range(3, 21),
+        "height": Range(60, 60, 2),
+        "text": Range(512, None),
+    }
     base = widest_ranges(MODELS["tiny"].architecture)
     assert narrow_ranges(base, wanted) == replace(base, **wanted)
     assert narrow_ranges(base, {}) == base
@@ -160,7 +189,10 @@ def test_narrowed_replaces_only_what_was_asked() -> None:
 def test_narrowed_refuses_wider(axis: str) -> None:
     allowed = getattr(DECLARED, axis)
     wider = Range(allowed.minimum, allowed.maximum + allowed.multiple, allowed.multiple)
-    message = rf"^{axis} {re.escape(str(wider))} reaches outside what the model allows: {re.escape(str(allowed))}"
+    message = (
+        rf"^{axis} {re.escape(str(wider))} reaches outside what the model allows:"
+        rf" {re.escape(str(allowed))}"
+    )
     with pytest.raises(AnyFlowError, match=message):
         narrow_ranges(DECLARED, {axis: wider})
 
@@ -180,17 +212,32 @@ def test_narrowed_refuses_what_reaches_outside(axis: str, wanted: Range) -> None
         narrow_ranges(DECLARED, {axis: wanted})
 
 
-@pytest.mark.parametrize(("text", "span"), [("4", (4, 4)), ("1:4", (1, 4)), (" 1 : 81 ", (1, 81)), ("4:1", (4, 1))])
+@pytest.mark.parametrize(
+    ("text", "span"), [("4", (4, 4)), ("1:4", (1, 4)), (" 1 : 81 ", (1, 81)), ("4:1", (4, 1))]
+)
 def test_parsed_span(text: str, span: tuple[int, int]) -> None:
     assert parse_span(text, "--frames") == span
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", ":", "1:", ":4", "1:2:3", "-4", "1.5", "a", "1-4", pytest.param("4²", id="superscript")],  # the last: defect reported
+    [
+        "",
+        ":",
+        "1:",
+        ":4",
+        "1:2:3",
+        "-4",
+        "1.5",
+        "a",
+        "1-4",
+        pytest.param("4²", id="superscript"),
+    ],  # the last: defect reported
 )
 def test_parsed_span_refuses(text: str) -> None:
-    message = rf"^--frames is {re.escape(repr(text))}; allowed are one number \(4\) or a range \(1:4\)\.$"
+    message = (
+        rf"^--frames is {re.escape(repr(text))}; allowed are one number \(4\) or a range \(1:4\)\.$"
+    )
     with pytest.raises(AnyFlowError, match=message):
         parse_span(text, "--frames")
 
@@ -204,7 +251,8 @@ def test_latent_frames_keeps_the_first_and_packs_the_rest(latent: int, factor: i
 def test_latent_frames_offers_the_nearest(frames: int) -> None:
     assume(frames < 1 or frames % 4 != 1)
     with pytest.raises(
-        ShapeError, match=rf"^frames is {frames}; allowed are 4n\+1 \(1, 5, 9, …\)\. The nearest is \d+\.$"
+        ShapeError,
+        match=rf"^frames is {frames}; allowed are 4n\+1 \(1, 5, 9, …\)\. The nearest is \d+\.$",
     ) as caught:
         latent_frames(frames, 4)
     nearest = int(re.findall(r"\d+", str(caught.value))[-1])
@@ -217,8 +265,13 @@ def test_latent_side_takes_multiples_of_16(count: int) -> None:
     assert latent_side(16 * count, 8, 2, "height") == 2 * count
 
 
-@pytest.mark.parametrize(("pixels", "nearest"), [(0, 16), (-16, 16), (8, 16), (24, 32), (481, 480), (854, 848)])
+@pytest.mark.parametrize(
+    ("pixels", "nearest"), [(0, 16), (-16, 16), (8, 16), (24, 32), (481, 480), (854, 848)]
+)
 @pytest.mark.parametrize("axis", ["height", "width"])
 def test_latent_side_offers_the_nearest(axis: str, pixels: int, nearest: int) -> None:
-    with pytest.raises(ShapeError, match=rf"^{axis} is {pixels}; allowed are multiples of 16\. The nearest is {nearest}\.$"):
+    with pytest.raises(
+        ShapeError,
+        match=rf"^{axis} is {pixels}; allowed are multiples of 16\. The nearest is {nearest}\.$",
+    ):
         latent_side(pixels, 8, 2, axis)

@@ -48,18 +48,26 @@ def test_every_known_precision_runs_somewhere() -> None:
 @pytest.mark.parametrize("name", ["orin", "a100"])
 def test_fp8_is_refused_with_int8_offered(name: str) -> None:
     with pytest.raises(
-        BackendError, match=rf"^fp8 does not run on target '{name}' .*no FP8.*Choose --precision int8, or a target"
+        BackendError,
+        match=(
+            rf"^fp8 does not run on target '{name}' .*no FP8.*Choose --precision int8, or a target"
+        ),
     ):
         check_precision(get_target(name), "fp8")
 
 
 def test_fp8_on_orin_is_refused_on_the_command_line() -> None:
-    with pytest.raises(AnyFlowError, match="Choose --precision int8, or a target that runs fp8: cpu, thor, l4,"):
+    with pytest.raises(
+        AnyFlowError, match="Choose --precision int8, or a target that runs fp8: cpu, thor, l4,"
+    ):
         parse_options(FitOptions, shlex.split("--model 14b --precision fp8 --target orin"))
 
 
 def test_bf16_on_the_cpu_is_refused_with_the_reason() -> None:
-    with pytest.raises(BackendError, match=r"\(ONNX Runtime's CPU provider has no bf16 matrix product\).*fp32 or fp16"):
+    with pytest.raises(
+        BackendError,
+        match=r"\(ONNX Runtime's CPU provider has no bf16 matrix product\).*fp32 or fp16",
+    ):
         check_precision(get_target("cpu"), "bf16")
 
 

@@ -15,7 +15,9 @@ from anyflow_deploy.errors import BackendError
 
 ROOT = Path(__file__).parents[2]
 PRIVATE = re.compile(r"\btorch\._(?!_version__)\w+|from torch\._\w+")
-ELSEWHERE = {"engines/aotinductor/compiler.py": "from torch._inductor import aoti_compile_and_package"}
+ELSEWHERE = {
+    "engines/aotinductor/compiler.py": "from torch._inductor import aoti_compile_and_package"
+}
 """Public for all that torch's documents say, under a private name."""
 
 
@@ -44,7 +46,11 @@ def test_private_names_stand_in_one_module() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             name = path.relative_to(ROOT).as_posix()
             lines = [line.strip() for line in path.read_text().splitlines()]
-            code = [line for line in lines if PRIVATE.search(line) and not line.startswith(("#", "- ", "`"))]
+            code = [
+                line
+                for line in lines
+                if PRIVATE.search(line) and not line.startswith(("#", "- ", "`"))
+            ]
             if not name.endswith("torch_common/compat.py"):
                 assert set(code) <= {ELSEWHERE.get(name.removeprefix("anyflow_deploy/"), "")}, name
 
@@ -55,9 +61,13 @@ def test_the_script_calls_the_compiler_and_links_to_its_own_functions(tmp_path: 
     source, library = tmp_path / "f.cpp", tmp_path / "f.so"
     source.write_text("int g() { return 1; }\nint f() { return g(); }\n")
     subprocess.run([script, "-shared", "-fPIC", "-O0", str(source), "-o", str(library)], check=True)
-    plain = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
+    plain = subprocess.run(
+        ["nm", "-D", str(library)], capture_output=True, text=True, check=True
+    ).stdout
     assert " T _Z1fv" in plain
-    relocations = subprocess.run(["readelf", "-r", str(library)], capture_output=True, text=True, check=True).stdout
+    relocations = subprocess.run(
+        ["readelf", "-r", str(library)], capture_output=True, text=True, check=True
+    ).stdout
     assert "_Z1gv" not in relocations, "the call of g() can be given to another library's g()"
 
 

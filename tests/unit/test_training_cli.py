@@ -43,11 +43,31 @@ def test_every_recipe_resolves_and_survives_json(name: str) -> None:
 
 def test_the_constants_are_the_papers() -> None:
     one, two = get_recipe("flow-map-1.3b"), get_recipe("on-policy-14b-causal")
-    assert (one.optimizing.steps, one.optimizing.batch, one.optimizing.learning_rate) == (6000, 32, 5e-5)
-    assert (one.optimizing.ema, one.optimizing.ema_start, one.adapting.lora_rank, one.flow.guidance) == (0.999, 1000, 256, 3)
-    assert (two.optimizing.learning_rate, two.optimizing.beta1, two.optimizing.beta2) == (2e-6, 0.0, 0.999)
-    assert (two.optimizing.ema, two.flow.rollout_steps, two.flow.real_guidance) == (0.99, (2, 4, 8, 16, 50), 3)
-    assert get_recipe("teacher-1.3b").flow.text_drop == 0.1 and not get_recipe("teacher-1.3b").adapting.lora_times
+    assert (one.optimizing.steps, one.optimizing.batch, one.optimizing.learning_rate) == (
+        6000,
+        32,
+        5e-5,
+    )
+    assert (
+        one.optimizing.ema,
+        one.optimizing.ema_start,
+        one.adapting.lora_rank,
+        one.flow.guidance,
+    ) == (0.999, 1000, 256, 3)
+    assert (two.optimizing.learning_rate, two.optimizing.beta1, two.optimizing.beta2) == (
+        2e-6,
+        0.0,
+        0.999,
+    )
+    assert (two.optimizing.ema, two.flow.rollout_steps, two.flow.real_guidance) == (
+        0.99,
+        (2, 4, 8, 16, 50),
+        3,
+    )
+    assert (
+        get_recipe("teacher-1.3b").flow.text_drop == 0.1
+        and not get_recipe("teacher-1.3b").adapting.lora_times
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +90,9 @@ def test_settings_that_are_refused(values: dict[str, str], message: str) -> None
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
-    with pytest.raises(AnyFlowError, match=r"unknown recipe 'flowmap-1.3b'.*Did you mean 'flow-map-1.3b'\?"):
+    with pytest.raises(
+        AnyFlowError, match=r"unknown recipe 'flowmap-1.3b'.*Did you mean 'flow-map-1.3b'\?"
+    ):
         get_recipe("flowmap-1.3b")
 
 
@@ -93,8 +115,16 @@ def test_every_setting_is_a_flag_and_the_examples_parse() -> None:
 
 
 def test_the_commands_of_the_documentation_parse() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "how-to" / "training.md").read_text().replace("\\\n", " ")
-    lines = [line.split("anyflow_deploy.train ", 1)[1] for line in text.splitlines() if "-m anyflow_deploy.train " in line]
+    text = (
+        (Path(__file__).parents[2] / "docs" / "how-to" / "training.md")
+        .read_text()
+        .replace("\\\n", " ")
+    )
+    lines = [
+        line.split("anyflow_deploy.train ", 1)[1]
+        for line in text.splitlines()
+        if "-m anyflow_deploy.train " in line
+    ]
     assert len(lines) >= 7
     for line in lines:
         chosen = parse_options(full_options(), shlex.split(line))
@@ -103,11 +133,15 @@ def test_the_commands_of_the_documentation_parse() -> None:
 
 def refused(tmp_path: Path, name: str = "flow-map-tiny", **given: Any) -> None:
     values = given.pop("values", {})
-    train(RunSpec(override_recipe(get_recipe(name), values), tmp_path / "run", device="cpu", **given))
+    train(
+        RunSpec(override_recipe(get_recipe(name), values), tmp_path / "run", device="cpu", **given)
+    )
 
 
 def test_checkpoints_that_are_missing_or_of_another_kind(tmp_path: Path) -> None:
-    with pytest.raises(AnyFlowError, match=r"--init is missing: the folder of a Wan2.1 or AnyFlow checkpoint"):
+    with pytest.raises(
+        AnyFlowError, match=r"--init is missing: the folder of a Wan2.1 or AnyFlow checkpoint"
+    ):
         refused(tmp_path, "flow-map-1.3b")
     with pytest.raises(AnyFlowError, match=r"--teacher is missing"):
         refused(tmp_path, "on-policy-tiny")
@@ -126,7 +160,9 @@ def test_checkpoints_that_are_missing_or_of_another_kind(tmp_path: Path) -> None
 
 def test_half_an_environment_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(AnyFlowError, match=r"has WORLD_SIZE and lacks LOCAL_RANK, MASTER_ADDR, MASTER_PORT, RANK"):
+    with pytest.raises(
+        AnyFlowError, match=r"has WORLD_SIZE and lacks LOCAL_RANK, MASTER_ADDR, MASTER_PORT, RANK"
+    ):
         init_distributed(device="cpu")
 
 
@@ -134,10 +170,18 @@ def test_a_full_disk_and_a_small_memory(tmp_path: Path, monkeypatch: pytest.Monk
     large, alone = get_recipe("flow-map-14b"), DistributedContext(0, 1, torch.device("cpu"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
-    with pytest.raises(AnyFlowError, match=r"4 checkpoints and the model take .* GiB; .* 0.9 GiB free. Lower --keep"):
+    with pytest.raises(
+        AnyFlowError,
+        match=r"4 checkpoints and the model take .* GiB; .* 0.9 GiB free. Lower --keep",
+    ):
         preflight.check_disk(large, large.architecture, tmp_path)
-    monkeypatch.setattr(preflight.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2**18)
-    with pytest.raises(AnyFlowError, match=r"weights, gradients and optimizer take 4.\.\d GiB a process; there are 1.0 GiB"):
+    monkeypatch.setattr(
+        preflight.os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 2**18
+    )
+    with pytest.raises(
+        AnyFlowError,
+        match=r"weights, gradients and optimizer take 4.\.\d GiB a process; there are 1.0 GiB",
+    ):
         preflight.check_memory(large, large.architecture, alone)
     tiny = get_recipe("flow-map-tiny")
     assert "estimated" in preflight.check_memory(tiny, tiny.architecture, alone)
@@ -145,11 +189,16 @@ def test_a_full_disk_and_a_small_memory(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(AnyFlowError, match=r"training needs tensorboard\. Run: pip install 'anyflow-deploy\[train\]'"):
+    with pytest.raises(
+        AnyFlowError,
+        match=r"training needs tensorboard\. Run: pip install 'anyflow-deploy\[train\]'",
+    ):
         refused(tmp_path)
     with pytest.raises(AnyFlowError, match=r"training needs tensorboard and peft"):
         refused(tmp_path, values={"lora_rank": 4})
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None if name == "wandb" else name)
+    monkeypatch.setattr(
+        preflight.importlib.util, "find_spec", lambda name: None if name == "wandb" else name
+    )
     with pytest.raises(AnyFlowError, match=r"--wandb needs the package wandb"):
         refused(tmp_path, wandb="project")
 
@@ -160,7 +209,16 @@ def test_data_of_another_shape_is_named() -> None:
     good = torch.zeros(1, chosen.frames, a.in_channels, chosen.height, chosen.width)
     with pytest.raises(AnyFlowError, match=r"samples clip-7 have latents"):
         preflight.check_batch(
-            Batch(good[:, :2], torch.zeros(1, 4, a.text_dim), torch.zeros(1, 4, a.text_dim), ("clip-7",)), chosen, a
+            Batch(
+                good[:, :2],
+                torch.zeros(1, 4, a.text_dim),
+                torch.zeros(1, 4, a.text_dim),
+                ("clip-7",),
+            ),
+            chosen,
+            a,
         )
     with pytest.raises(AnyFlowError, match=r"samples clip-7 have text"):
-        preflight.check_batch(Batch(good, torch.zeros(1, 4, 3), torch.zeros(1, 4, 3), ("clip-7",)), chosen, a)
+        preflight.check_batch(
+            Batch(good, torch.zeros(1, 4, 3), torch.zeros(1, 4, 3), ("clip-7",)), chosen, a
+        )

@@ -1,7 +1,7 @@
 """Videos as a model is trained on them: so many frames at Wan's rate, of one size.
 
-Frames are chosen by their times, so that a video of any rate plays as fast as it was. The picture is scaled until it covers
-the wanted size, and what sticks out is cut off evenly.
+Frames are chosen by their times, so that a video of any rate plays as fast as it was. The picture
+is scaled until it covers the wanted size, and what sticks out is cut off evenly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _MAX_UPSCALE = 2.0
 """A smaller video than this many times is not scaled up: it would teach blur."""
 
 
-def read_clip(source: Path | bytes, name: str, frames: int, height: int, width: int, fps: int = FPS) -> NDArray[np.uint8]:
+def read_clip(
+    source: Path | bytes, name: str, frames: int, height: int, width: int, fps: int = FPS
+) -> NDArray[np.uint8]:
     """The first frames of a video, uint8 (frames, height, width, 3).
 
     Args:
@@ -36,7 +38,9 @@ def read_clip(source: Path | bytes, name: str, frames: int, height: int, width: 
     images: list[NDArray[np.uint8]] = []
     start_time = end = 0.0
     try:
-        with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source), "r") as container:
+        with av.open(
+            io.BytesIO(source) if isinstance(source, bytes) else str(source), "r"
+        ) as container:
             stream = container.streams.video[0]
             rate = float(stream.average_rate or fps)
             for number, frame in enumerate(container.decode(stream)):
@@ -50,7 +54,9 @@ def read_clip(source: Path | bytes, name: str, frames: int, height: int, width: 
                     return np.stack(images)
     except (OSError, IndexError, av.error.FFmpegError) as error:
         raise AnyFlowError(f"{name} cannot be read as a video: {error}.") from None
-    raise AnyFlowError(f"{name} has {end:.2f} s; {frames} frames at {fps} a second take {frames / fps:.2f} s.")
+    raise AnyFlowError(
+        f"{name} has {end:.2f} s; {frames} frames at {fps} a second take {frames / fps:.2f} s."
+    )
 
 
 def _resize_and_crop(frame: object, name: str, height: int, width: int) -> NDArray[np.uint8]:
@@ -59,7 +65,9 @@ def _resize_and_crop(frame: object, name: str, height: int, width: int) -> NDArr
     assert isinstance(frame, av.VideoFrame)
     scale = max(height / frame.height, width / frame.width)
     if scale > _MAX_UPSCALE:
-        raise AnyFlowError(f"{name} is {frame.height} x {frame.width}, too small for {height} x {width}.")
+        raise AnyFlowError(
+            f"{name} is {frame.height} x {frame.width}, too small for {height} x {width}."
+        )
     rows, columns = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
     picture = frame.to_ndarray(format="rgb24", width=columns, height=rows, interpolation="BICUBIC")
     top, left = (rows - height) // 2, (columns - width) // 2

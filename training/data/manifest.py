@@ -50,18 +50,21 @@ class DatasetManifest(BaseModel):
         present = sum((folder / shard_name(number)).is_file() for number in range(self.shards))
         if present < self.shards:
             raise AnyFlowError(
-                f"{folder} has {present} of {self.shards} shards: anyflow-precompute was stopped. Run it again to go on."
+                f"{folder} has {present} of {self.shards} shards: anyflow-precompute was stopped."
+                " Run it again to go on."
             )
         if self.latents != shape.latents:
             f, _, h, w = self.latents
             raise AnyFlowError(
-                f"{folder} was made with latents (F, C, H, W) {self.latents}; the recipe has {shape.latents}. Give "
-                f"--frames {f} --height {h} --width {w}, or make other shards."
+                f"{folder} was made with latents (F, C, H, W) {self.latents}; the recipe has"
+                f" {shape.latents}. Give --frames {f} --height {h} --width {w}, or make other"
+                " shards."
             )
         if self.width != shape.text[1] or self.tokens > shape.text[0]:
             raise AnyFlowError(
-                f"{folder} was made with text ({self.tokens}, {self.width}) (tokens, channels); the model takes at most "
-                f"{shape.text}. Give --text-tokens {self.tokens}, or make shards with the text encoder of this model."
+                f"{folder} was made with text ({self.tokens}, {self.width}) (tokens, channels); the"
+                f" model takes at most {shape.text}. Give --text-tokens {self.tokens}, or make"
+                " shards with the text encoder of this model."
             )
 
 
@@ -80,7 +83,12 @@ def read_manifest(folder: Path) -> DatasetManifest:
         manifest = DatasetManifest.model_validate(json.loads((folder / MARKER).read_text()))
     except (OSError, ValueError, ValidationError) as error:
         cause = str(error).splitlines()[0]
-        raise AnyFlowError(f"{folder / MARKER} cannot be read ({cause}). Make the shards anew in another folder.") from None
+        raise AnyFlowError(
+            f"{folder / MARKER} cannot be read ({cause}). Make the shards anew in another folder."
+        ) from None
     if manifest.version != 1:
-        raise AnyFlowError(f"{folder / MARKER} has version {manifest.version}; this anyflow_deploy reads version 1.")
+        raise AnyFlowError(
+            f"{folder / MARKER} has version {manifest.version}; this anyflow_deploy reads"
+            " version 1."
+        )
     return manifest

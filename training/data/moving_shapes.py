@@ -1,11 +1,14 @@
-"""Moving shapes with captions: videos of which every one is known in full, for trying and testing training without a download.
+"""Moving shapes with captions: videos of which every one is known in full, for trying and testing
+training without a download.
 
-A scene is one shape of one colour that crosses a dark torus (what leaves on one side comes in on the other) at a constant
-speed. Its caption names shape, colour, direction and speed; where it starts, how large it is and how dark the ground, no
-caption says. So samples of one caption differ, and whether a generated video keeps to its caption can be measured.
-Scene i is a function of (seed, i), and can be drawn at any size and at any times.
+A scene is one shape of one colour that crosses a dark torus (what leaves on one side comes in on
+the other) at a constant speed. Its caption names shape, colour, direction and speed; where it
+starts, how large it is and how dark the ground, no caption says. So samples of one caption differ,
+and whether a generated video keeps to its caption can be measured. Scene i is a function of (seed,
+i), and can be drawn at any size and at any times.
 
-    python -m anyflow_deploy.training.data.moving_shapes FOLDER [COUNT]    mp4 files and captions for anyflow-precompute
+    # mp4 files and captions for anyflow-precompute:
+    python -m anyflow_deploy.training.data.moving_shapes FOLDER [COUNT]
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ from anyflow_deploy.training.timestep_sampling import seeded_generator
 
 SHAPES = ("circle", "square", "triangle", "ring")
 COLOURS = {
-    "red": (1.0, 0.1, 0.1), "green": (0.1, 0.9, 0.2), "blue": (0.15, 0.3, 1.0),
-    "yellow": (1.0, 0.9, 0.1), "purple": (0.7, 0.2, 0.9), "white": (1.0, 1.0, 1.0),
-}  # fmt: skip
+    "red": (1.0, 0.1, 0.1),
+    "green": (0.1, 0.9, 0.2),
+    "blue": (0.15, 0.3, 1.0),
+    "yellow": (1.0, 0.9, 0.1),
+    "purple": (0.7, 0.2, 0.9),
+    "white": (1.0, 1.0, 1.0),
+}
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0)}
 SPEEDS = {"slowly": 0.02, "quickly": 0.06}
 """Way in a frame of a video, in units of the picture's shorter side."""
@@ -56,13 +63,19 @@ class Scene:
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """Scene number `index` of the data set of that seed; all combinations of words are equally likely."""
+    """Scene number `index` of the data set of that seed; all combinations of words are equally
+    likely."""
     random = seeded_generator(seed, "scene", index)
 
     def choose(words: tuple[str, ...]) -> str:
         return words[int(torch.randint(len(words), (), generator=random))]
 
-    shape, colour, direction, speed = choose(SHAPES), choose(tuple(COLOURS)), choose(tuple(DIRECTIONS)), choose(tuple(SPEEDS))
+    shape, colour, direction, speed = (
+        choose(SHAPES),
+        choose(tuple(COLOURS)),
+        choose(tuple(DIRECTIONS)),
+        choose(tuple(SPEEDS)),
+    )
     row, column, size, grey = torch.rand(4, generator=random, dtype=torch.float64).tolist()
     return Scene(shape, colour, direction, speed, (row, column), 0.18 + 0.12 * size, 0.15 * grey)
 
@@ -85,7 +98,9 @@ def render_scene(scene: Scene, times: Tensor, height: int, width: int) -> Tensor
         length = size / side
         middle = scene.start[axis] * length + DIRECTIONS[scene.direction][axis] * way
         place = (torch.arange(size, dtype=torch.float64) + 0.5) / side
-        offsets.append((place[None] - middle[:, None] + length / 2) % length - length / 2)  # the nearest way around
+        offsets.append(
+            (place[None] - middle[:, None] + length / 2) % length - length / 2
+        )  # the nearest way around
     inside = _distance(scene.shape, offsets[0][:, :, None], offsets[1][:, None, :], scene.radius)
     cover = (0.5 - inside * side).clamp(0, 1).float()[..., None]
     colour = torch.tensor(COLOURS[scene.colour])
@@ -107,7 +122,9 @@ def render_video(scene: Scene, frames: int, height: int, width: int) -> Tensor:
     return (render_scene(scene, torch.arange(frames), height, width) * 255).round().to(torch.uint8)
 
 
-def save_videos(folder: Path, count: int, size: tuple[int, int, int] = TINY_VIDEO, seed: int = 0) -> None:
+def save_videos(
+    folder: Path, count: int, size: tuple[int, int, int] = TINY_VIDEO, seed: int = 0
+) -> None:
     """Write scenes 0 to count - 1 as 00000.mp4 and 00000.txt, …
 
     Args:
@@ -131,7 +148,11 @@ def save_videos(folder: Path, count: int, size: tuple[int, int, int] = TINY_VIDE
 def main() -> None:
     """Write the folder named on the command line."""
     words = sys.argv[1:]
-    if len(words) not in (1, 2) or words[0].startswith("-") or not (words[1:] or ["1"])[0].isdecimal():
+    if (
+        len(words) not in (1, 2)
+        or words[0].startswith("-")
+        or not (words[1:] or ["1"])[0].isdecimal()
+    ):
         sys.exit("usage: python -m anyflow_deploy.training.data.moving_shapes FOLDER [COUNT]")
     try:
         save_videos(Path(words[0]), int(words[1]) if len(words) == 2 else 16)

@@ -2,12 +2,14 @@
 
     OUTPUT/dataset.json            what they are made of, written first
     OUTPUT/negative.safetensors    the empty prompt's embedding
-    OUTPUT/shard-000000.tar        KEY.safetensors (latents, text) and KEY.txt for each video, in the order of names
+    OUTPUT/shard-000000.tar        KEY.safetensors (latents, text) and KEY.txt for each
+                                   video, in the order of names
     OUTPUT/skipped.jsonl           videos that could not be used, and why
 
-Which videos a shard holds follows from the list of names alone. A shard gets its name when it is whole and on the disk;
-going on means making those that have none yet, whichever process made the others. Shards are the unit of work: each
-worker has a VAE and a text encoder of its own, on a GPU of its own where there are several.
+Which videos a shard holds follows from the list of names alone. A shard gets its name when it is
+whole and on the disk; going on means making those that have none yet, whichever process made the
+others. Shards are the unit of work: each worker has a VAE and a text encoder of its own, on a GPU
+of its own where there are several.
 """
 
 from __future__ import annotations
@@ -18,7 +20,13 @@ import json
 import multiprocessing
 import os
 from collections import Counter
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import (
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,11 +81,18 @@ def find_pipeline(given: str) -> Path:
     if path.is_dir():
         folder = pipeline_folder(path)
     else:
-        folder = download(given, None, PIPELINE_FILES, "Give --checkpoint DIR, a pipeline folder on this machine.")
-    missing = [part for part in ("vae", "text_encoder", "tokenizer") if folder is None or not (folder / part).is_dir()]
+        folder = download(
+            given, None, PIPELINE_FILES, "Give --checkpoint DIR, a pipeline folder on this machine."
+        )
+    missing = [
+        part
+        for part in ("vae", "text_encoder", "tokenizer")
+        if folder is None or not (folder / part).is_dir()
+    ]
     if folder is None or missing:
         raise CheckpointError(
-            f"{given} lacks {', '.join(missing)}. Give the whole pipeline of Wan2.1 or AnyFlow in diffusers' layout."
+            f"{given} lacks {', '.join(missing)}. Give the whole pipeline of Wan2.1 or AnyFlow in"
+            " diffusers' layout."
         )
     return folder
 
@@ -89,27 +104,40 @@ def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[in
         How many videos the folder has, and how many of those encoded now were skipped.
 
     Raises:
-        AnyFlowError: no videos, missing captions, an output of something else, or too many broken videos.
+        AnyFlowError: no videos, missing captions, an output of something else, or too many broken
+            videos.
     """
     progress = progress or NullProgress()
     clips = find_videos(job.folder)
     encoders = Encoders(job.pipeline, _device(0))
     manifest = DatasetManifest(
-        latents=encoders.vae.check(*job.size), tokens=job.tokens, width=encoders.prompts.width, type=job.type,
-        encoders=_encoders_digest(job.pipeline), clips=_clips_digest(job.folder, clips), count=len(clips),
-        shards=-(-len(clips) // job.shard_samples), shard_samples=job.shard_samples,
-    )  # fmt: skip
+        latents=encoders.vae.check(*job.size),
+        tokens=job.tokens,
+        width=encoders.prompts.width,
+        type=job.type,
+        encoders=_encoders_digest(job.pipeline),
+        clips=_clips_digest(job.folder, clips),
+        count=len(clips),
+        shards=-(-len(clips) // job.shard_samples),
+        shard_samples=job.shard_samples,
+    )
     _claim_output(job.output, manifest)
     if not (job.output / NEGATIVE).is_file():
         text = torch.from_numpy(encoders.prompts.nothing(job.tokens)[0])
         write_bytes_atomically(
-            job.output / NEGATIVE, safetensors.torch.save({"text": _to_storage_type(_trim_padding(text), job.type)})
+            job.output / NEGATIVE,
+            safetensors.torch.save({"text": _to_storage_type(_trim_padding(text), job.type)}),
         )
-    missing_shards = [n for n in range(manifest.shards) if not (job.output / shard_name(n)).is_file()]
+    missing_shards = [
+        n for n in range(manifest.shards) if not (job.output / shard_name(n)).is_file()
+    ]
     skipped, tried = 0, 0
     workers = max(1, job.workers or torch.cuda.device_count())
     with progress.stage("videos", len(clips)) as advance, _pool(workers, job, encoders) as pool:
-        parts = {n: clips[n * job.shard_samples : (n + 1) * job.shard_samples] for n in range(manifest.shards)}
+        parts = {
+            n: clips[n * job.shard_samples : (n + 1) * job.shard_samples]
+            for n in range(manifest.shards)
+        }
         advance(sum(len(parts[n]) for n in parts if n not in set(missing_shards)))
         futures = {pool.submit(_write_shard, job, n, parts[n]): n for n in missing_shards}
         try:
@@ -119,8 +147,9 @@ def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[in
                 _append_skipped(job.output, broken)
                 if skipped > BROKEN_FREE + BROKEN_SHARE * tried:
                     raise AnyFlowError(
-                        f"{skipped} of {tried} videos cannot be used, too many to go on: {broken[-1]}. All are in "
-                        f"{job.output / SKIPPED}. Mend or remove them, and make the shards in another --output."
+                        f"{skipped} of {tried} videos cannot be used, too many to go on:"
+                        f" {broken[-1]}. All are in {job.output / SKIPPED}. Mend or remove them,"
+                        " and make the shards in another --output."
                     )
                 advance(len(parts[futures[done]]))
         except BaseException:
@@ -136,25 +165,46 @@ def find_videos(folder: Path) -> list[Path]:
         AnyFlowError: none, two of one name, or one without a caption.
     """
     if not folder.is_dir():
-        raise AnyFlowError(f"{folder} is not a folder. Give a folder of videos ({', '.join(VIDEOS)}) with captions (.txt).")
-    clips = sorted(p for p in folder.rglob("*") if p.suffix[1:].lower() in VIDEOS and not p.name.startswith("."))
+        raise AnyFlowError(
+            f"{folder} is not a folder. Give a folder of videos ({', '.join(VIDEOS)}) with captions"
+            " (.txt)."
+        )
+    clips = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix[1:].lower() in VIDEOS and not p.name.startswith(".")
+    )
     if not clips:
-        raise AnyFlowError(f"{folder} holds no videos ({', '.join('.' + v for v in VIDEOS)}). Give the folder they are in.")
+        raise AnyFlowError(
+            f"{folder} holds no videos ({', '.join('.' + v for v in VIDEOS)}). Give the folder they"
+            " are in."
+        )
     (key, times), *_ = Counter(_key(folder, path) for path in clips).most_common(1)
     if times > 1:
-        raise AnyFlowError(f"{folder} holds {times} videos whose name in a shard would be {key!r}. Rename all but one.")
+        raise AnyFlowError(
+            f"{folder} holds {times} videos whose name in a shard would be {key!r}. Rename all but"
+            " one."
+        )
     uncaptioned = [path for path in clips if not _caption(path)]
     if uncaptioned:
         raise AnyFlowError(
-            f"{len(uncaptioned)} of {len(clips)} videos have no caption, as {uncaptioned[0]}. Write what it shows into "
-            f"{uncaptioned[0].with_suffix('.txt').name} beside it, or take the video out of the folder."
+            f"{len(uncaptioned)} of {len(clips)} videos have no caption, as {uncaptioned[0]}. Write"
+            f" what it shows into {uncaptioned[0].with_suffix('.txt').name} beside it, or take the"
+            " video out of the folder."
         )
     return clips
 
 
 def _key(folder: Path, path: Path) -> str:
-    """Name of a sample: the path without its ending; webdataset ends a name at its first dot, and drops `__…`."""
-    return str(path.relative_to(folder).with_suffix("")).replace(".", "_").replace("/", "_").lstrip("_") or "video"
+    """Name of a sample: the path without its ending; webdataset ends a name at its first dot, and
+    drops `__…`."""
+    return (
+        str(path.relative_to(folder).with_suffix(""))
+        .replace(".", "_")
+        .replace("/", "_")
+        .lstrip("_")
+        or "video"
+    )
 
 
 def _caption(path: Path) -> str:
@@ -168,9 +218,16 @@ def _claim_output(output: Path, manifest: DatasetManifest) -> None:
     """The output is new, or of the very same work."""
     if (output / MARKER).exists():
         old = read_manifest(output)
-        changed = [name for name in DatasetManifest.model_fields if getattr(old, name) != getattr(manifest, name)]
+        changed = [
+            name
+            for name in DatasetManifest.model_fields
+            if getattr(old, name) != getattr(manifest, name)
+        ]
         if changed:
-            raise AnyFlowError(f"{output} holds shards of other {', '.join(changed)}. Choose another --output, or the same work.")
+            raise AnyFlowError(
+                f"{output} holds shards of other {', '.join(changed)}. Choose another --output, or"
+                " the same work."
+            )
         clear_partial_files(output)
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -184,7 +241,8 @@ _ENCODERS: Encoders | None = None
 
 
 def _pool(workers: int, job: PrecomputeJob, encoders: Encoders) -> Executor:
-    """One worker is a thread of this process, several are processes: they share neither VAE nor GPU."""
+    """One worker is a thread of this process, several are processes: they share neither VAE nor
+    GPU."""
     if workers == 1:
         return ThreadPoolExecutor(1, initializer=_set_encoders, initargs=(encoders,))
     context = multiprocessing.get_context("spawn")
@@ -235,7 +293,10 @@ def _encode_clip(job: PrecomputeJob, path: Path, encoders: Encoders) -> dict[str
     latents = torch.from_numpy(encoders.vae.encode(read_clip(path, path.name, *job.size))[0])
     if not (torch.isfinite(latents).all() and torch.isfinite(text).all()):
         raise ValueError("the encoders made numbers that are not finite")
-    return {"latents": _to_storage_type(latents, job.type), "text": _to_storage_type(_trim_padding(text), job.type)}
+    return {
+        "latents": _to_storage_type(latents, job.type),
+        "text": _to_storage_type(_trim_padding(text), job.type),
+    }
 
 
 def _trim_padding(text: torch.Tensor) -> torch.Tensor:
@@ -255,7 +316,8 @@ def _shard_result(done: Future[list[str]]) -> list[str]:
         return done.result()
     except BrokenProcessPool:
         raise AnyFlowError(
-            "a worker was ended by the system, most likely for want of memory. Give fewer --workers; the same command goes on."
+            "a worker was ended by the system, most likely for want of memory. Give fewer"
+            " --workers; the same command goes on."
         ) from None
 
 
@@ -278,5 +340,7 @@ def _encoders_digest(pipeline: Path) -> str:
     for part in ("vae", "text_encoder", "tokenizer"):
         for path in sorted((pipeline / part).iterdir()):
             size = path.stat().st_size
-            digest.update(repr((part, path.name, size, file_sha256(path) if size < 64 << 20 else "")).encode())
+            digest.update(
+                repr((part, path.name, size, file_sha256(path) if size < 64 << 20 else "")).encode()
+            )
     return digest.hexdigest()[:32]

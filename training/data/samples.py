@@ -1,14 +1,17 @@
-"""One sample out of a shard: latents and an embedding, or a video and a caption. No pickle is ever loaded.
+"""One sample out of a shard: latents and an embedding, or a video and a caption. No pickle is ever
+loaded.
 
 What a sample holds is told by its endings:
 
-    KEY.safetensors             tensors `latents` (F, C, H, W) and `text` (L, D), scaled and encoded as for training
-    KEY.latents.npy, KEY.text.npy    the same as numpy writes them; arrays of objects, which are pickles, are refused
+    KEY.safetensors             tensors `latents` (F, C, H, W) and `text` (L, D), scaled and
+                                encoded as for training
+    KEY.latents.npy, KEY.text.npy    the same as numpy writes them; arrays of objects,
+                                     which are pickles, are refused
     KEY.mp4 (.mkv, .mov)        a video, encoded while training by the pipeline that is trained
     KEY.txt                     the caption; with latents only for the eye
 
-webdataset's own decoders choose by ending, and `.pyd`, `.pickle` or `.pth` would run a program. They are not used: bytes
-come from `tar_index`, and the endings above are all that is decoded.
+webdataset's own decoders choose by ending, and `.pyd`, `.pickle` or `.pth` would run a program.
+They are not used: bytes come from `tar_index`, and the endings above are all that is decoded.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ class BrokenSampleError(Exception):
 
 @dataclass(frozen=True)
 class SampleShape:
-    """What the recipe wants: latents (F, C, H, W) and text (L, D), to which shorter texts are padded."""
+    """What the recipe wants: latents (F, C, H, W) and text (L, D), to which shorter texts are
+    padded."""
 
     latents: tuple[int, int, int, int]
     text: tuple[int, int]
@@ -90,7 +94,8 @@ def read_sample(entry: SampleEntry, shape: SampleShape, encoders: Encoders | Non
         encoders: for videos; None where there are none.
 
     Raises:
-        BrokenSampleError: it lacks something, cannot be decoded, has another shape, or a number that is not finite.
+        BrokenSampleError: it lacks something, cannot be decoded, has another shape, or a number
+            that is not finite.
     """
     try:
         caption = entry.read(CAPTION).decode().strip() if CAPTION in entry.members else ""
@@ -101,9 +106,15 @@ def read_sample(entry: SampleEntry, shape: SampleShape, encoders: Encoders | Non
     except (OSError, ValueError, AnyFlowError, SafetensorError) as error:
         raise BrokenSampleError(f"{entry.name}: {error}") from None
     if tuple(latents.shape) != shape.latents:
-        raise BrokenSampleError(f"{entry.name}: latents (F, C, H, W) {tuple(latents.shape)}, the recipe has {shape.latents}")
+        raise BrokenSampleError(
+            f"{entry.name}: latents (F, C, H, W) {tuple(latents.shape)}, the recipe has"
+            f" {shape.latents}"
+        )
     if text.ndim != 2 or text.shape[1] != shape.text[1] or not 1 <= len(text) <= shape.text[0]:
-        raise BrokenSampleError(f"{entry.name}: text (tokens, channels) {tuple(text.shape)}, the recipe has at most {shape.text}")
+        raise BrokenSampleError(
+            f"{entry.name}: text (tokens, channels) {tuple(text.shape)}, the recipe has at most"
+            f" {shape.text}"
+        )
     if not (torch.isfinite(latents).all() and torch.isfinite(text).all()):
         raise BrokenSampleError(f"{entry.name}: numbers that are not finite")
     padded = torch.zeros(shape.text)
@@ -121,7 +132,9 @@ def _read_tensors(entry: SampleEntry) -> tuple[Tensor, Tensor]:
     else:
         if TEXT_NPY not in entry.members:
             raise ValueError(f"no {TEXT_NPY}")
-        latents, text = (torch.from_numpy(_read_array(entry.read(ending))) for ending in (LATENTS_NPY, TEXT_NPY))
+        latents, text = (
+            torch.from_numpy(_read_array(entry.read(ending))) for ending in (LATENTS_NPY, TEXT_NPY)
+        )
     strange = [str(t.dtype) for t in (latents, text) if not t.is_floating_point()]
     if strange:
         raise ValueError(f"numbers of type {strange[0]}")
@@ -132,7 +145,9 @@ def _read_array(data: bytes) -> NDArray[Any]:
     return np.asarray(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
 
 
-def _encode_sample(entry: SampleEntry, caption: str, shape: SampleShape, encoders: Encoders | None) -> tuple[Tensor, Tensor]:
+def _encode_sample(
+    entry: SampleEntry, caption: str, shape: SampleShape, encoders: Encoders | None
+) -> tuple[Tensor, Tensor]:
     ending = video_ending(entry)
     if ending is None or encoders is None:
         raise ValueError(f"neither latents nor a video, but {', '.join(sorted(entry.members))}")
@@ -142,5 +157,8 @@ def _encode_sample(entry: SampleEntry, caption: str, shape: SampleShape, encoder
     size = (TEMPORAL_FACTOR * (frames - 1) + 1, SPATIAL_FACTOR * height, SPATIAL_FACTOR * width)
     pixels = read_clip(entry.read(ending), entry.name, *size)
     with encoders.lock:
-        latents, text = encoders.vae.encode(pixels)[0], encoders.prompts.encode([caption], shape.text[0])[0]
+        latents, text = (
+            encoders.vae.encode(pixels)[0],
+            encoders.prompts.encode([caption], shape.text[0])[0],
+        )
     return torch.from_numpy(latents), torch.from_numpy(text)

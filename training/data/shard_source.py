@@ -1,9 +1,10 @@
 """Shards as a source: a fixed order of all samples, any position in it, broken ones replaced.
 
-Position p of the global stream is sample `permutation(seed, p // N)[p % N]`: each epoch is an order of its own, and every
-process finds its samples without asking another. A broken sample's place is taken by one that is drawn from (seed, p): the
-others keep their places, on any number of processes. It is named once; when too many are broken, the data is not what the
-user thinks it is, and the run stops.
+Position p of the global stream is sample `permutation(seed, p // N)[p % N]`: each epoch is an order
+of its own, and every process finds its samples without asking another. A broken sample's place is
+taken by one that is drawn from (seed, p): the others keep their places, on any number of processes.
+It is named once; when too many are broken, the data is not what the user thinks it is, and the run
+stops.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def open_source(data: str, recipe: Recipe, weights: Weights, part: DataShard) ->
     """
     a = weights.architecture
     index = index_shards(Path(data))
-    shape = SampleShape((recipe.frames, a.in_channels, recipe.height, recipe.width), (recipe.text_tokens, a.text_dim))
+    shape = SampleShape(
+        (recipe.frames, a.in_channels, recipe.height, recipe.width),
+        (recipe.text_tokens, a.text_dim),
+    )
     encoders = None
     if not all(is_precomputed(entry) for entry in index.entries):
         encoders = _open_encoders(index, weights)
@@ -83,8 +87,21 @@ class ShardSource:
         encoders: for videos.
     """
 
-    def __init__(self, index: ShardIndex, part: DataShard, shape: SampleShape, seed: int, encoders: Encoders | None) -> None:
-        self._index, self._part, self._shape, self._seed, self._encoders = index, part, shape, seed, encoders
+    def __init__(
+        self,
+        index: ShardIndex,
+        part: DataShard,
+        shape: SampleShape,
+        seed: int,
+        encoders: Encoders | None,
+    ) -> None:
+        self._index, self._part, self._shape, self._seed, self._encoders = (
+            index,
+            part,
+            shape,
+            seed,
+            encoders,
+        )
         self._position = 0
         self._read_count = 0
         self._broken: dict[str, str] = {}
@@ -119,8 +136,9 @@ class ShardSource:
         position = state.get("samples")
         if state.get("data") != self._index.digest or not isinstance(position, int) or position < 0:
             raise AnyFlowError(
-                f"the checkpoint stands at sample {position} of other data than {self._index.folder} now is (shards were "
-                "changed, added or removed). Give the same --data, or another --output."
+                f"the checkpoint stands at sample {position} of other data than"
+                f" {self._index.folder} now is (shards were changed, added or removed). Give the"
+                " same --data, or another --output."
             )
         self._position = position
 
@@ -130,37 +148,57 @@ class ShardSource:
         return reported
 
     def check(self) -> str:
-        """See `DataSource`: everything the headers tell, then the first shard's first sample and the last one's last."""
+        """See `DataSource`: everything the headers tell, then the first shard's first sample and
+        the last one's last."""
         entries, folder = self._index.entries, self._index.folder
         if (folder / MARKER).is_file():
             read_manifest(folder).check(folder, self._shape)
-        useless = [e for e in entries if not is_precomputed(e) and (video_ending(e) is None or "txt" not in e.members)]
+        useless = [
+            e
+            for e in entries
+            if not is_precomputed(e) and (video_ending(e) is None or "txt" not in e.members)
+        ]
         if len(useless) > BROKEN_FREE + BROKEN_SHARE * len(entries):
             raise AnyFlowError(
-                f"{len(useless)} of {len(entries)} samples in {folder} have no video or no caption, as {useless[0].name} "
-                f"({', '.join(sorted(useless[0].members))}). A sample is KEY.mp4 and KEY.txt, or KEY.safetensors."
+                f"{len(useless)} of {len(entries)} samples in {folder} have no video or no caption,"
+                f" as {useless[0].name} ({', '.join(sorted(useless[0].members))}). A sample is"
+                " KEY.mp4 and KEY.txt, or KEY.safetensors."
             )
         for entry in (entries[0], entries[-1]):
             try:
                 read_sample(entry, self._shape, self._encoders)
             except BrokenSampleError as error:
                 raise AnyFlowError(
-                    f"{folder}: {error}. Give the --frames, --height, --width and --text-tokens that the data was made for, "
-                    "or other data."
+                    f"{folder}: {error}. Give the --frames, --height, --width and --text-tokens"
+                    " that the data was made for, or other data."
                 ) from None
         kind = "videos" if self._encoders else "latents"
-        return f"{len(entries)} samples ({kind}) in {len({e.shard for e in entries})} shards, first and last read"
+        return (
+            f"{len(entries)} samples ({kind}) in {len({e.shard for e in entries})} shards, first"
+            " and last read"
+        )
 
     def _permutation(self, epoch: int) -> Tensor:
-        return torch.randperm(len(self._index.entries), generator=seeded_generator(self._seed, "order", epoch))
+        return torch.randperm(
+            len(self._index.entries), generator=seeded_generator(self._seed, "order", epoch)
+        )
 
     def _read_batch(self, first: int) -> Batch:
         part = self._part
         places = range(first + part.rank * part.batch, first + (part.rank + 1) * part.batch)
         found = [self._read_usable_sample(place) for place in places]
         samples, names = [sample for _, sample in found], tuple(entry.name for entry, _ in found)
-        latents, text = torch.stack([s.latents for s in samples]), torch.stack([s.text for s in samples])
-        return Batch(latents, text, self._negative, names, tuple(s.caption or n for s, n in zip(samples, names, strict=True)))
+        latents, text = (
+            torch.stack([s.latents for s in samples]),
+            torch.stack([s.text for s in samples]),
+        )
+        return Batch(
+            latents,
+            text,
+            self._negative,
+            names,
+            tuple(s.caption or n for s, n in zip(samples, names, strict=True)),
+        )
 
     def _read_usable_sample(self, place: int) -> tuple[SampleEntry, Sample]:
         """The sample of a place in the stream, or what takes its place."""
@@ -173,9 +211,20 @@ class ShardSource:
                 return entries[number], read_sample(entries[number], self._shape, self._encoders)
             except BrokenSampleError as error:
                 self._record_broken(entries[number], str(error))
-            if attempt > _ATTEMPTS:  # a folder of a few samples, all broken: too few names to be too many
-                raise AnyFlowError(f"{attempt} samples in a row from {self._index.folder} are broken. Mend or replace the data.")
-            number = int(torch.randint(len(entries), (), generator=seeded_generator(self._seed, "instead", place, attempt)))
+            if (
+                attempt > _ATTEMPTS
+            ):  # a folder of a few samples, all broken: too few names to be too many
+                raise AnyFlowError(
+                    f"{attempt} samples in a row from {self._index.folder} are broken. Mend or"
+                    " replace the data."
+                )
+            number = int(
+                torch.randint(
+                    len(entries),
+                    (),
+                    generator=seeded_generator(self._seed, "instead", place, attempt),
+                )
+            )
         raise AssertionError("itertools.count ends")
 
     def _record_broken(self, entry: SampleEntry, reason: str) -> None:
@@ -185,8 +234,8 @@ class ShardSource:
         if len(self._broken) > BROKEN_FREE + BROKEN_SHARE * self._read_count:
             last = "; ".join(list(self._broken.values())[-3:])
             raise AnyFlowError(
-                f"{len(self._broken)} of {self._read_count} samples read from {self._index.folder} are broken, too many to go "
-                f"on: {last}. Mend or remove them."
+                f"{len(self._broken)} of {self._read_count} samples read from {self._index.folder}"
+                f" are broken, too many to go on: {last}. Mend or remove them."
             )
 
     def _read_negative_text(self) -> Tensor:
@@ -199,11 +248,15 @@ class ShardSource:
             text = safetensors.torch.load(path.read_bytes())["text"].float()
         except (OSError, KeyError, SafetensorError) as error:
             raise AnyFlowError(
-                f"{path} cannot be read ({error}): precomputed shards need the empty prompt's embedding beside them, a tensor "
-                "`text` (tokens, channels). anyflow-precompute writes it."
+                f"{path} cannot be read ({error}): precomputed shards need the empty prompt's"
+                " embedding beside them, a tensor `text` (tokens, channels). anyflow-precompute"
+                " writes it."
             ) from None
         if text.ndim != 2 or text.shape[1] != width or len(text) > tokens:
-            raise AnyFlowError(f"{path} has text {tuple(text.shape)}; the model takes at most {tokens} tokens of {width}.")
+            raise AnyFlowError(
+                f"{path} has text {tuple(text.shape)}; the model takes at most {tokens} tokens of"
+                f" {width}."
+            )
         padded = torch.zeros(1, tokens, width)
         padded[0, : len(text)] = text
         return padded
@@ -212,16 +265,22 @@ class ShardSource:
 def _open_encoders(index: ShardIndex, weights: Weights) -> Encoders:
     source = weights.source
     pipeline = pipeline_folder(Path(source.location)) if source.kind == "folder" else None
-    missing = [part for part in ("vae", "text_encoder", "tokenizer") if pipeline is None or not (pipeline / part).is_dir()]
+    missing = [
+        part
+        for part in ("vae", "text_encoder", "tokenizer")
+        if pipeline is None or not (pipeline / part).is_dir()
+    ]
     if pipeline is None or missing:
         raise AnyFlowError(
-            f"{index.folder} holds videos, and the checkpoint lacks {', '.join(missing)} to encode them. Start from a whole "
-            "pipeline (--init DIR with model_index.json), or encode them once with anyflow-precompute."
+            f"{index.folder} holds videos, and the checkpoint lacks {', '.join(missing)} to encode"
+            " them. Start from a whole pipeline (--init DIR with model_index.json), or encode them"
+            " once with anyflow-precompute."
         )
     return _shared_encoders(pipeline, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 @functools.cache
 def _shared_encoders(pipeline: Path, device: str) -> Encoders:
-    """Sample sheets read the data by a source of their own, and the text encoder is too large to have twice."""
+    """Sample sheets read the data by a source of their own, and the text encoder is too large to
+    have twice."""
     return Encoders(pipeline, device)

@@ -1,8 +1,10 @@
-"""What training asks of data: batches of clean latents with their text, in an order that can be taken up anywhere.
+"""What training asks of data: batches of clean latents with their text, in an order that can be
+taken up anywhere.
 
-A source stands at a position in one global stream of samples, the same for all processes. With W processes of batch b, each
-step takes W b samples, and process k gets those from k b on. So a run with the same global batch sees the same samples in
-the same order on any number of processes, and a checkpoint stores one position.
+A source stands at a position in one global stream of samples, the same for all processes. With W
+processes of batch b, each step takes W b samples, and process k gets those from k b on. So a run
+with the same global batch sees the same samples in the same order on any number of processes, and a
+checkpoint stores one position.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ class Batch:
     """Some samples.
 
     Attributes:
-        latents: clean, float32 (B, F, C, H, W), scaled as the VAE's `latents_mean` and `latents_std` ask.
+        latents: clean, float32 (B, F, C, H, W), scaled as the VAE's `latents_mean` and
+            `latents_std` ask.
         text: prompt embeddings, (B, L, D).
         negative_text: embeddings of the empty (or negative) prompt, (1, L, D) or (B, L, D).
         names: of the samples, for error messages.
@@ -37,7 +40,9 @@ class Batch:
         """On a device, in float32, with a negative text for every sample."""
         text = self.text.to(device, torch.float32)
         negative = self.negative_text.to(device, torch.float32).expand_as(text)
-        return Batch(self.latents.to(device, torch.float32), text, negative, self.names, self.captions)
+        return Batch(
+            self.latents.to(device, torch.float32), text, negative, self.names, self.captions
+        )
 
 
 class DataSource(Protocol):

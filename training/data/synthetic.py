@@ -1,12 +1,14 @@
-"""The built-in data: moving shapes as latents, with embeddings of their captions; no VAE and no text encoder take part.
+"""The built-in data: moving shapes as latents, with embeddings of their captions; no VAE and no
+text encoder take part.
 
-What Wan's VAE does in the large is done in small by a fixed linear map. A latent frame is the scene at the middle of the
-video frames it stands for. Each of its cells is drawn as 2 x 2 pixels; their mean and their differences down, across and
-both (a Haar transform), each in three colours, are the first twelve channels, and further ones are fixed mixtures of
-these. Scaled to about unit spread, as the VAE's latents are.
+What Wan's VAE does in the large is done in small by a fixed linear map. A latent frame is the scene
+at the middle of the video frames it stands for. Each of its cells is drawn as 2 x 2 pixels; their
+mean and their differences down, across and both (a Haar transform), each in three colours, are the
+first twelve channels, and further ones are fixed mixtures of these. Scaled to about unit spread, as
+the VAE's latents are.
 
-A caption's embedding has one row for each word, the same at any seed, and zeros behind; where there are fewer rows than
-words, several words add up in one.
+A caption's embedding has one row for each word, the same at any seed, and zeros behind; where there
+are fewer rows than words, several words add up in one.
 """
 
 from __future__ import annotations
@@ -28,15 +30,22 @@ _MEAN, _SPREAD = (0.13, 0.0, 0.0, 0.0), (0.18, 0.046, 0.046, 0.02)
 """Of the four Haar bands over many scenes on 8 x 12 cells, rounded."""
 
 _WORD_SEED = 0
-"""Seed of words and mixtures. Not the run's: a flow map with seed 1 has to understand a teacher with seed 0."""
+"""Seed of words and mixtures. Not the run's: a flow map with seed 1 has to understand a teacher
+with seed 0."""
 
 
 def scene_latents(seed: int, index: int, shape: tuple[int, int, int, int]) -> Tensor:
     """Latents of scene `index`, float32 (F, C, H, W) = `shape`."""
     frames, channels, height, width = shape
-    times = (torch.arange(frames) * TEMPORAL_FACTOR - (TEMPORAL_FACTOR - 1) / 2).clamp(min=0)  # the first stands alone
+    times = (torch.arange(frames) * TEMPORAL_FACTOR - (TEMPORAL_FACTOR - 1) / 2).clamp(
+        min=0
+    )  # the first stands alone
     fine = render_scene(make_scene(seed, index), times, 2 * height, 2 * width)
-    cells = fine.view(frames, height, 2, width, 2, 3).permute(0, 2, 4, 5, 1, 3).reshape(frames, 4, 3, height, width)
+    cells = (
+        fine.view(frames, height, 2, width, 2, 3)
+        .permute(0, 2, 4, 5, 1, 3)
+        .reshape(frames, 4, 3, height, width)
+    )
     bands = torch.einsum("bp,fpchw->fbchw", _HAAR, cells)
     mean, spread = (torch.tensor(numbers)[:, None, None, None] for numbers in (_MEAN, _SPREAD))
     first = ((bands - mean) / spread).reshape(frames, 12, height, width)
@@ -64,7 +73,13 @@ class SyntheticLatents:
         seed: of the scenes.
     """
 
-    def __init__(self, part: DataShard, shape: tuple[int, int, int, int], text: tuple[int, int], seed: int = 0) -> None:
+    def __init__(
+        self,
+        part: DataShard,
+        shape: tuple[int, int, int, int],
+        text: tuple[int, int],
+        seed: int = 0,
+    ) -> None:
         self._part, self._shape, self._text, self._seed = part, shape, text, seed
         self._position = 0
 
@@ -81,7 +96,13 @@ class SyntheticLatents:
         captions = [make_scene(self._seed, i).caption for i in indices]
         latents = torch.stack([scene_latents(self._seed, i, self._shape) for i in indices])
         text = torch.stack([caption_embedding(caption, self._text) for caption in captions])
-        return Batch(latents, text, torch.zeros(1, *self._text), tuple(f"synthetic-{i}" for i in indices), tuple(captions))
+        return Batch(
+            latents,
+            text,
+            torch.zeros(1, *self._text),
+            tuple(f"synthetic-{i}" for i in indices),
+            tuple(captions),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """See `DataSource`."""
@@ -91,7 +112,10 @@ class SyntheticLatents:
         """See `DataSource`."""
         position = state.get("samples")
         if not isinstance(position, int) or position < 0:
-            raise AnyFlowError(f"the checkpoint's data position is {state}; synthetic data has {{'samples': number}}.")
+            raise AnyFlowError(
+                f"the checkpoint's data position is {state}; synthetic data has {{'samples':"
+                " number}."
+            )
         self._position = position
 
     def skipped(self) -> list[str]:

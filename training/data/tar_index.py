@@ -1,11 +1,12 @@
 """Where every sample lies: an index of webdataset's shards, made by walking the tar headers.
 
-A shard is a tar file; members that share a name up to its first dot are one sample (`clip-7.mp4`, `clip-7.txt`), as the
-webdataset library has it. The library reads shards as streams, through shuffling buffers and workers, and can go on where
-it stopped only by reading everything again up to there. Here the headers are read once, 512 bytes of each member, and then
-any sample is one seek away: an order is a permutation, a position a number, and both are exact on any number of
-processes. Samples are megabytes, so that jumping costs little on a disk. It does mean that shards are files: no pipes, no
-URLs, no compressed tars.
+A shard is a tar file; members that share a name up to its first dot are one sample (`clip-7.mp4`,
+`clip-7.txt`), as the webdataset library has it. The library reads shards as streams, through
+shuffling buffers and workers, and can go on where it stopped only by reading everything again up to
+there. Here the headers are read once, 512 bytes of each member, and then any sample is one seek
+away: an order is a permutation, a position a number, and both are exact on any number of processes.
+Samples are megabytes, so that jumping costs little on a disk. It does mean that shards are files:
+no pipes, no URLs, no compressed tars.
 
 Nothing is decoded here, and nothing but bytes at an offset is ever read.
 """
@@ -89,28 +90,47 @@ def index_shards(folder: Path) -> ShardIndex:
         AnyFlowError: no folder, no shards, no samples, or a shard that is damaged or compressed.
     """
     if not folder.is_dir():
-        raise AnyFlowError(f"--data is '{folder}', which is not a folder. Give 'synthetic', or a folder of shards (*.tar).")
+        raise AnyFlowError(
+            f"--data is '{folder}', which is not a folder. Give 'synthetic', or a folder of shards"
+            " (*.tar)."
+        )
     shards = sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
-    packed = sorted(p.name for pattern in ("*.tgz", "*.tar.*") for p in folder.glob(pattern) if not p.name.startswith("."))
+    packed = sorted(
+        p.name
+        for pattern in ("*.tgz", "*.tar.*")
+        for p in folder.glob(pattern)
+        if not p.name.startswith(".")
+    )
     if packed:
-        raise AnyFlowError(f"{folder} holds {packed[0]}: compressed shards cannot be read at a position. Unpack them to .tar.")
+        raise AnyFlowError(
+            f"{folder} holds {packed[0]}: compressed shards cannot be read at a position. Unpack"
+            " them to .tar."
+        )
     if not shards:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:_SHOWN]) or "nothing"
         raise AnyFlowError(
-            f"{folder} holds no shards (*.tar) but {found}. Videos become shards by: anyflow-precompute {folder} --output DIR"
+            f"{folder} holds no shards (*.tar) but {found}. Videos become shards by:"
+            f" anyflow-precompute {folder} --output DIR"
         )
     with ThreadPoolExecutor(_THREADS) as pool:
         entries = [entry for found in pool.map(_index_shard, shards) for entry in found]
     if not entries:
-        raise AnyFlowError(f"{folder} has {len(shards)} shards and no sample in them. Give other data.")
+        raise AnyFlowError(
+            f"{folder} has {len(shards)} shards and no sample in them. Give other data."
+        )
     digest = hashlib.sha256()
     for entry in entries:
-        digest.update(repr((entry.name, sorted((k, m.offset, m.size) for k, m in entry.members.items()))).encode())
+        digest.update(
+            repr(
+                (entry.name, sorted((k, m.offset, m.size) for k, m in entry.members.items()))
+            ).encode()
+        )
     return ShardIndex(folder, entries, digest.hexdigest()[:32])
 
 
 def _index_shard(shard: Path) -> list[SampleEntry]:
-    """The samples of one shard. A key that comes back after another is another sample's, and refused."""
+    """The samples of one shard. A key that comes back after another is another sample's, and
+    refused."""
     samples: dict[str, SampleEntry] = {}
     last = None
     try:
@@ -120,17 +140,27 @@ def _index_shard(shard: Path) -> list[SampleEntry]:
                 key, ending = _split(info.name)
                 if not info.isreg() or info.sparse is not None or not key or key.startswith("__"):
                     continue
-                if (key in samples and last != key) or (key in samples and ending in samples[key].members):
+                if (key in samples and last != key) or (
+                    key in samples and ending in samples[key].members
+                ):
                     raise AnyFlowError(
-                        f"{shard} has {info.name} twice, or apart from its sample's other files. Make the shard anew."
+                        f"{shard} has {info.name} twice, or apart from its sample's other files."
+                        " Make the shard anew."
                     )
-                samples.setdefault(key, SampleEntry(shard, key, {})).members[ending] = TarMember(info.offset_data, info.size)
+                samples.setdefault(key, SampleEntry(shard, key, {})).members[ending] = TarMember(
+                    info.offset_data, info.size
+                )
                 last = key
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise AnyFlowError(f"{shard} is damaged ({error}). Copy or make it again, or take it out of the folder.") from None
+        raise AnyFlowError(
+            f"{shard} is damaged ({error}). Copy or make it again, or take it out of the folder."
+        ) from None
     ends = [m.offset + m.size for entry in samples.values() for m in entry.members.values()]
     if max(ends, default=0) > shard.stat().st_size:
-        raise AnyFlowError(f"{shard} is damaged (it ends within a file). Copy or make it again, or take it out of the folder.")
+        raise AnyFlowError(
+            f"{shard} is damaged (it ends within a file). Copy or make it again, or take it out of"
+            " the folder."
+        )
     return list(samples.values())
 
 

@@ -1,8 +1,8 @@
 """LoRA by peft on the training network: which layers, in which types, and how it is merged.
 
-The adapters' weights are float32 and multiply in the type of the layer they adapt. There is no dropout: two forwards of a
-finite difference have to see the same network. With alpha equal to the rank the update is B A, and any loader that does not
-know alpha applies it right.
+The adapters' weights are float32 and multiply in the type of the layer they adapt. There is no
+dropout: two forwards of a finite difference have to see the same network. With alpha equal to the
+rank the update is B A, and any loader that does not know alpha applies it right.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ FULLY_TRAINED = ("far_patch_embedding.",)
 
 
 def add_lora(network: TrainingTransformer, settings: LoRAConfig) -> None:
-    """Wrap the adapted layers (on the meta device), and let nothing train but adapters and `FULLY_TRAINED`."""
+    """Wrap the adapted layers (on the meta device), and let nothing train but adapters and
+    `FULLY_TRAINED`."""
     from peft import LoraConfig, inject_adapter_in_model
 
     network.requires_grad_(False)
@@ -50,7 +51,9 @@ def add_lora(network: TrainingTransformer, settings: LoRAConfig) -> None:
 
 
 def _to_cast_linear(plain: nn.Linear, base: CastLinear) -> CastLinear:
-    result = CastLinear(plain.in_features, plain.out_features, bias=False, dtype=torch.float32, device="meta")
+    result = CastLinear(
+        plain.in_features, plain.out_features, bias=False, dtype=torch.float32, device="meta"
+    )
     result.compute_type, result.large = base.compute_type, base.large
     return result
 
@@ -61,11 +64,14 @@ def lora_layers(network: nn.Module) -> dict[str, Any]:
 
 
 def initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """A uniform in +-1/sqrt(inputs), B zero: the adapted network starts as its base. By name: the same on any process."""
+    """A uniform in +-1/sqrt(inputs), B zero: the adapted network starts as its base. By name: the
+    same on any process."""
     if ".lora_B." in name:
         return torch.zeros(shape)
     bound = 1 / math.sqrt(shape[1])
-    return torch.empty(shape).uniform_(-bound, bound, generator=seeded_generator(seed, "lora", name))
+    return torch.empty(shape).uniform_(
+        -bound, bound, generator=seeded_generator(seed, "lora", name)
+    )
 
 
 def base_name(name: str) -> str:
@@ -80,9 +86,11 @@ def adapter_name(name: str) -> str:
 
 @contextlib.contextmanager
 def disable_adapters(network: nn.Module) -> Iterator[None]:
-    """Without the adapters: the frozen teacher and the fake score that started from it share one set of large weights.
+    """Without the adapters: the frozen teacher and the fake score that started from it share one
+    set of large weights.
 
-    peft's own switch also turns `requires_grad` off and on, which FSDP may not see change; so its flag is set directly.
+    peft's own switch also turns `requires_grad` off and on, which FSDP may not see change; so its
+    flag is set directly.
     """
     layers = list(lora_layers(network).values())
     for layer in layers:

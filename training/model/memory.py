@@ -1,7 +1,8 @@
 """What a process of a run needs, estimated before anything is loaded.
 
-Weights, gradients, optimizer and averages are counted exactly; activations are an estimate that has not been measured on a
-GPU: with gradient checkpointing the residual stream of every layer (float32) and one layer's worth of intermediate tensors.
+Weights, gradients, optimizer and averages are counted exactly; activations are an estimate that has
+not been measured on a GPU: with gradient checkpointing the residual stream of every layer (float32)
+and one layer's worth of intermediate tensors.
 
 Legend: N tokens that go through the network at once, D channels of the residual stream.
 """
@@ -18,10 +19,13 @@ from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.recipes import Recipe
 
 LAYER_TABLES = 26
-"""Tensors of N x D in float32 that one layer keeps for its backward pass, or makes in it: modulated inputs, queries, keys,
-values before and after norm and rotation, results, and their gradients. Counted, not measured."""
+"""Tensors of N x D in float32 that one layer keeps for its backward pass, or makes in it: modulated
+inputs, queries, keys, values before and after norm and rotation, results, and their gradients.
+Counted, not measured."""
 
-LORA_LAYERS = r"blocks\.\d+\.(attn1\.to_[qkv]|attn1\.to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)\.weight"
+LORA_LAYERS = (
+    r"blocks\.\d+\.(attn1\.to_[qkv]|attn1\.to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)\.weight"
+)
 LORA_TIMES = r"condition_embedder\.(time|delta)_embedder\.linear_[12]\.weight"
 
 
@@ -53,9 +57,15 @@ def count_trained_parameters(recipe: Recipe, a: Architecture) -> int:
     rank = recipe.adapting.lora_rank
     if not rank:
         return sum(math.prod(shape) for shape in shapes.values())
-    pattern = re.compile(f"{LORA_LAYERS}|{LORA_TIMES}" if recipe.adapting.lora_times else LORA_LAYERS)
-    adapters = sum(rank * sum(shape[:2]) for name, shape in shapes.items() if pattern.fullmatch(name))
-    return adapters + sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("far_patch"))
+    pattern = re.compile(
+        f"{LORA_LAYERS}|{LORA_TIMES}" if recipe.adapting.lora_times else LORA_LAYERS
+    )
+    adapters = sum(
+        rank * sum(shape[:2]) for name, shape in shapes.items() if pattern.fullmatch(name)
+    )
+    return adapters + sum(
+        math.prod(shape) for name, shape in shapes.items() if name.startswith("far_patch")
+    )
 
 
 def estimate_training_memory(recipe: Recipe, a: Architecture, processes: int) -> TrainingMemory:
@@ -66,7 +76,9 @@ def estimate_training_memory(recipe: Recipe, a: Architecture, processes: int) ->
     own = count_trained_parameters(recipe, a)
     learners = 2 if recipe.stage == "on-policy" else 1
     frozen = element * large + 4 * small
-    networks = learners * (frozen + 4 * own if adapted else 4 * own) + (frozen if learners == 2 and not adapted else 0)
+    networks = learners * (frozen + 4 * own if adapted else 4 * own) + (
+        frozen if learners == 2 and not adapted else 0
+    )
     training = learners * 12 * own + 4 * own  # gradient and two moments each; one average
     layer = large // a.num_layers
     return TrainingMemory(
@@ -90,13 +102,16 @@ def _activation_bytes(recipe: Recipe, a: Architecture, element: int) -> int:
 
 
 def tokens_per_forward(recipe: Recipe, a: Architecture) -> int:
-    """Tokens that keep activations in one forward: a causal model's clean copies and compressed chunks count, too."""
+    """Tokens that keep activations in one forward: a causal model's clean copies and compressed
+    chunks count, too."""
     size = (recipe.height // a.patch_size[1]) * (recipe.width // a.patch_size[2])
     if a.full_chunk_limit is None or a.chunk_partition is None or a.compressed_patch_size is None:
         return recipe.frames * size
     chunks = fit_chunks(a.chunk_partition, recipe.frames)
     window = sum(chunks[-a.full_chunk_limit :])
-    compressed = (recipe.height // a.compressed_patch_size[1]) * (recipe.width // a.compressed_patch_size[2])
+    compressed = (recipe.height // a.compressed_patch_size[1]) * (
+        recipe.width // a.compressed_patch_size[2]
+    )
     if recipe.stage == "on-policy":
         return recipe.frames * size  # every chunk's transitions keep theirs
     return (2 * window - chunks[-1]) * size + (recipe.frames - window) * compressed
@@ -110,4 +125,6 @@ def checkpoint_bytes(recipe: Recipe, a: Architecture) -> int:
 
 def model_bytes(recipe: Recipe, a: Architecture) -> int:
     """Of the merged transformer."""
-    return sum(math.prod(s) for s in parameter_shapes(a).values()) * (2 if recipe.running.save_type == "bfloat16" else 4)
+    return sum(math.prod(s) for s in parameter_shapes(a).values()) * (
+        2 if recipe.running.save_type == "bfloat16" else 4
+    )

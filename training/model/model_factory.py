@@ -1,7 +1,8 @@
-"""A network ready to train: built without memory, adapted, sharded, then filled one parameter at a time.
+"""A network ready to train: built without memory, adapted, sharded, then filled one parameter at a
+time.
 
-Weights are read from the checkpoint only after FSDP2 has cut the parameters, and each process keeps its own piece: no
-process ever holds the model whole.
+Weights are read from the checkpoint only after FSDP2 has cut the parameters, and each process keeps
+its own piece: no process ever holds the model whole.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from anyflow_deploy.training.model.weight_init import fill_constants
 from anyflow_deploy.training.recipes import Recipe
 
 
-def build_trained_network(weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None) -> TrainingTransformer:
+def build_trained_network(
+    weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
+) -> TrainingTransformer:
     """A network whose weights, or whose adapters, are trained.
 
     Args:
@@ -31,7 +34,9 @@ def build_trained_network(weights: Weights, recipe: Recipe, device: torch.device
     return _build_network(weights, recipe, device, mesh, trained=True)
 
 
-def build_frozen_network(weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None) -> TrainingTransformer:
+def build_frozen_network(
+    weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
+) -> TrainingTransformer:
     """A network that is only asked."""
     return _build_network(weights, recipe, device, mesh, trained=False)
 
@@ -46,7 +51,9 @@ def _build_network(
     network.requires_grad_(trained)
     if adapted:
         add_lora(network, recipe.adapting)
-    network.set_gradient_checkpointing(recipe.running.checkpointing and trained, recipe.running.offload)
+    network.set_gradient_checkpointing(
+        recipe.running.checkpointing and trained, recipe.running.offload
+    )
     if recipe.running.compile:
         for block in network.blocks:
             block.compile()
@@ -59,7 +66,8 @@ def _build_network(
 
 
 def shard_network(network: TrainingTransformer, mesh: DeviceMesh) -> None:
-    """FSDP2, block by block: a mesh of two dimensions replicates over the first and shards over the second."""
+    """FSDP2, block by block: a mesh of two dimensions replicates over the first and shards over the
+    second."""
     from torch.distributed.fsdp import fully_shard
 
     # The outputs are views, and nothing here changes one in place.
@@ -73,7 +81,11 @@ def shard_network(network: TrainingTransformer, mesh: DeviceMesh) -> None:
 def load_parameters(network: nn.Module, weights: Weights, seed: int) -> None:
     """Give every parameter its value: from the checkpoint, or the start of an adapter."""
     for name, parameter in network.named_parameters():
-        start = initial_adapter(name, tuple(parameter.shape), seed) if ".lora_" in name else weights.read(base_name(name))
+        start = (
+            initial_adapter(name, tuple(parameter.shape), seed)
+            if ".lora_" in name
+            else weights.read(base_name(name))
+        )
         assign_parameter(parameter, start)
 
 
@@ -82,7 +94,9 @@ def assign_parameter(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter, or this process's piece of it into its piece."""
     value = value.to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+        value = distribute_tensor(
+            value, parameter.device_mesh, parameter.placements, src_data_rank=None
+        ).to_local()
         parameter.to_local().copy_(value)
     else:
         parameter.copy_(value)
@@ -95,4 +109,6 @@ def gather_tensor(tensor: Tensor) -> Tensor:
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """What the optimizer gets, by name, in order."""
-    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad
+    }

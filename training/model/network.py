@@ -1,17 +1,21 @@
-"""The module that is trained: export's transformer, with what training needs and inference does not.
+"""The module that is trained: export's transformer, with what training needs and inference does
+not.
 
-The layers, their names and their arithmetic are `model/transformer.py`'s, so a trained checkpoint is exported as it is and
-there is one network to test. What is added:
+The layers, their names and their arithmetic are `model/transformer.py`'s, so a trained checkpoint
+is exported as it is and there is one network to test. What is added:
 
-- **types**: a trained weight is float32 and is cast to the compute type (bfloat16 on GPUs) for each product; a frozen one is
-  stored in the compute type. Times, modulation, norms and residual stream are float32 always: bfloat16 steps by 4 above
-  t = 512, so a time that passed through it is another time.
-- **spans**: which keys a run of queries sees. Several chunks go through the linear layers at once and only attention is
-  taken chunk by chunk: causal, without a mask and without flex attention (which has no backward on the CPU).
-- **memory**: keys and values of clean frames as tensors of their own, never a buffer that is written again. A buffer would
-  be changed by the time gradient checkpointing computes a chunk a second time.
-- **one entrance**: everything goes through `forward` of the whole and of a block, where FSDP gathers the parameters. So
-  the text's keys and values are made inside the block, not ahead of it.
+- **types**: a trained weight is float32 and is cast to the compute type (bfloat16 on GPUs) for each
+  product; a frozen one is stored in the compute type. Times, modulation, norms and residual stream
+  are float32 always: bfloat16 steps by 4 above t = 512, so a time that passed through it is another
+  time.
+- **spans**: which keys a run of queries sees. Several chunks go through the linear layers at once
+  and only attention is taken chunk by chunk: causal, without a mask and without flex attention
+  (which has no backward on the CPU).
+- **memory**: keys and values of clean frames as tensors of their own, never a buffer that is
+  written again. A buffer would be changed by the time gradient checkpointing computes a chunk a
+  second time.
+- **one entrance**: everything goes through `forward` of the whole and of a block, where FSDP
+  gathers the parameters. So the text's keys and values are made inside the block, not ahead of it.
 
 Legend: see `anyflow_deploy/model/transformer.py`; M tokens in memory.
 """
@@ -52,7 +56,8 @@ class CastLinear(Linear):
 
     Attributes:
         compute_type: of the product and its result.
-        large: one of those whose precision is chosen; the others (times, modulation, output) stay in float32.
+        large: one of those whose precision is chosen; the others (times, modulation, output) stay
+            in float32.
     """
 
     compute_type = torch.float32
@@ -61,7 +66,9 @@ class CastLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(rows, inputs) of any type to (rows, outputs) of the compute type."""
         dtype = self.compute_type
-        return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        return F.linear(
+            x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        )
 
 
 class TrainingAttention(Attention):
@@ -76,16 +83,28 @@ class TrainingAttention(Attention):
         return key.to(value.dtype), value
 
     def forward(
-        self, x: Tensor, memory: KeyValue, batch: int, rotation: Rotation | None = None, spans: Sequence[Span] | None = None
+        self,
+        x: Tensor,
+        memory: KeyValue,
+        batch: int,
+        rotation: Rotation | None = None,
+        spans: Sequence[Span] | None = None,
     ) -> Tensor:
-        """See `Attention`; with `spans`, each run of queries on its own keys. They cover all queries, in order."""
+        """See `Attention`; with `spans`, each run of queries on its own keys. They cover all
+        queries, in order."""
         query = self._split_heads(self.norm_q(self.to_q(x).float()), batch)
         if rotation is not None:
             query = apply_rotary(query, *rotation)
         if spans is None:
             mixed = self._attend(query, *memory)
         else:
-            mixed = torch.cat([self._attend(query[:, a:b], *_gather_keys(memory, keys)) for (a, b), keys in spans], dim=1)
+            mixed = torch.cat(
+                [
+                    self._attend(query[:, a:b], *_gather_keys(memory, keys))
+                    for (a, b), keys in spans
+                ],
+                dim=1,
+            )
         return cast(Tensor, self.to_out[0](mixed.flatten(2).flatten(0, 1))).float()
 
 
@@ -93,19 +112,23 @@ def _gather_keys(memory: KeyValue, keys: tuple[TokenRange, ...]) -> KeyValue:
     if len(keys) == 1:
         ((a, b),) = keys
         return memory[0][:, a:b], memory[1][:, a:b]
-    return cast(KeyValue, tuple(torch.cat([tensor[:, a:b] for a, b in keys], dim=1) for tensor in memory))
+    return cast(
+        KeyValue, tuple(torch.cat([tensor[:, a:b] for a, b in keys], dim=1) for tensor in memory)
+    )
 
 
 class TrainingBlock(Block):
     """One layer, see `Block`.
 
     Attributes:
-        checkpointing: keep only the inputs for the backward pass, and compute the layer again there.
+        checkpointing: keep only the inputs for the backward pass, and compute the layer again
+            there.
         offloading: keep these inputs in main memory.
 
-    Without `checkpointing`, what is only elementwise is computed again all the same: the result of GELU and the normed tokens
-    before modulation, a quarter of what would be kept, at the cost of reading it once more. (torch stops computing again
-    before the product that wanted the tensor.) Compiled blocks decide such things by themselves.
+    Without `checkpointing`, what is only elementwise is computed again all the same: the result of
+    GELU and the normed tokens before modulation, a quarter of what would be kept, at the cost of
+    reading it once more. (torch stops computing again before the product that wanted the tensor.)
+    Compiled blocks decide such things by themselves.
     """
 
     checkpointing = False
@@ -138,10 +161,14 @@ class TrainingBlock(Block):
         inputs = (x, text, modulation, rotation, ones, past, spans, outputs)
         if self.checkpointing and torch.is_grad_enabled():
             offload_context = (
-                torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if self.offloading else contextlib.nullcontext()
+                torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
+                if self.offloading
+                else contextlib.nullcontext()
             )
             with offload_context:
-                result = checkpoint(self._layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+                result = checkpoint(
+                    self._layer, *inputs, use_reentrant=False, preserve_rng_state=False
+                )
             return cast("tuple[Tensor | None, KeyValue | None]", result)
         return self._layer(*inputs)
 
@@ -157,20 +184,28 @@ class TrainingBlock(Block):
         outputs: str,
     ) -> tuple[Tensor | None, KeyValue | None]:
         batch, dtype = x.shape[0], compute_type_of(self.attn1.to_q)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
+            (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
+        )
         h = (
             self._recompute(modulate, x, shift, scale, ones, self.eps).flatten(0, 2).to(dtype)
         )  # cast and kept once for three products
         own = self.attn1.key_value(h, batch, rotation)
         if outputs == "memory":
             return None, own
-        memory = own if past is None else (torch.cat((past[0], own[0]), 1), torch.cat((past[1], own[1]), 1))
+        memory = (
+            own
+            if past is None
+            else (torch.cat((past[0], own[0]), 1), torch.cat((past[1], own[1]), 1))
+        )
         x = torch.addcmul(x, self.attn1(h, memory, batch, rotation, spans).view(x.shape), gate)
         text_kv = self.attn2.key_value(text.flatten(0, 1), batch)
         x = x + self.attn2(self.norm2(x).flatten(0, 2), text_kv, batch).view(x.shape)
         h = self._recompute(modulate, x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
         hidden = self.ffn.net[0].get_submodule("proj")(h)
-        x = torch.addcmul(x, self._recompute(self._ffn_down, hidden).float().view(x.shape), ffn_gate)
+        x = torch.addcmul(
+            x, self._recompute(self._ffn_down, hidden).float().view(x.shape), ffn_gate
+        )
         return x, own if outputs == "both" else None
 
     def _ffn_down(self, hidden: Tensor) -> Tensor:
@@ -181,7 +216,9 @@ class TrainingBlock(Block):
         """Call, and keep nothing that can be computed again from what is given."""
         if self.checkpointing or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return function(*inputs)
-        return cast(Tensor, checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False))
+        return cast(
+            Tensor, checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        )
 
 
 def compute_type_of(layer: nn.Module) -> torch.dtype:
@@ -189,7 +226,9 @@ def compute_type_of(layer: nn.Module) -> torch.dtype:
     return cast(CastLinear, getattr(layer, "base_layer", layer)).compute_type
 
 
-def _to_cast_linear(layer: Linear, large: bool, compute_type: torch.dtype, frozen: bool) -> CastLinear:
+def _to_cast_linear(
+    layer: Linear, large: bool, compute_type: torch.dtype, frozen: bool
+) -> CastLinear:
     dtype = compute_type if large else torch.float32
     stored = dtype if frozen else torch.float32
     result = CastLinear(layer.in_features, layer.out_features, layer.bias is not None, dtype=stored)
@@ -198,17 +237,21 @@ def _to_cast_linear(layer: Linear, large: bool, compute_type: torch.dtype, froze
 
 
 class TrainingTransformer(FlowMapTransformer):
-    """`FlowMapTransformer`, and for causal architectures `ChunkTransition`, by parameter names; see the module's text.
+    """`FlowMapTransformer`, and for causal architectures `ChunkTransition`, by parameter names; see
+    the module's text.
 
     Args:
         a: the architecture.
         compute_type: of the large products.
-        frozen: its weights are not trained themselves, so those of large products are stored in the compute type.
+        frozen: its weights are not trained themselves, so those of large products are stored in the
+            compute type.
 
     Build it under `torch.device("meta")`, then load parameters and `constants`.
     """
 
-    def __init__(self, a: Architecture, compute_type: torch.dtype = torch.float32, frozen: bool = False) -> None:
+    def __init__(
+        self, a: Architecture, compute_type: torch.dtype = torch.float32, frozen: bool = False
+    ) -> None:
         marker_type = torch.bfloat16  # export's layers say by their type which are large
         super().__init__(a, marker_type)
         self.architecture = a
@@ -216,9 +259,14 @@ class TrainingTransformer(FlowMapTransformer):
         self.compressed_patch = 0
         if a.compressed_patch_size is not None:
             self.compressed_patch = a.compressed_patch_size[1]
-            self.far_patch_embedding = nn.Conv3d(a.in_channels, a.inner_dim, a.compressed_patch_size, a.compressed_patch_size)
+            self.far_patch_embedding = nn.Conv3d(
+                a.in_channels, a.inner_dim, a.compressed_patch_size, a.compressed_patch_size
+            )
         for name, layer in [(n, m) for n, m in self.named_modules() if type(m) is Linear]:
-            self.set_submodule(name, _to_cast_linear(layer, layer.weight.dtype == marker_type, compute_type, frozen))
+            self.set_submodule(
+                name,
+                _to_cast_linear(layer, layer.weight.dtype == marker_type, compute_type, frozen),
+            )
 
     def forward(  # type: ignore[override]  # velocity or memory, of some frames
         self,
@@ -232,20 +280,27 @@ class TrainingTransformer(FlowMapTransformer):
         memory: bool = False,
         compressed: bool = False,
     ) -> Tensor | KVCache:
-        """The velocity of some frames, or what later ones remember of them. Everything float32 at the border.
+        """The velocity of some frames, or what later ones remember of them. Everything float32 at
+        the border.
 
         Args:
             latents: (B, F, C, H, W).
-            t, r: times of every frame, (B, F), in timesteps; slightly outside 0 to 1000 in finite differences.
+            t, r: times of every frame, (B, F), in timesteps; slightly outside 0 to 1000 in finite
+                differences.
             text: prompt embeddings, (B, L, text_dim).
             positions: int64 (F), absolute frame indices; None for 0, 1, 2, …
             past: memory of earlier frames, one entry a layer.
             spans: see `TimeSpan`.
-            memory: return keys and values instead of the velocity; the last layer then computes nothing else.
+            memory: return keys and values instead of the velocity; the last layer then computes
+                nothing else.
             compressed: through the embedding of old chunks (compressed to larger patches).
         """
         batch, frames, _, height, width = latents.shape
-        patch, embedding = (self.compressed_patch, self.far_patch_embedding) if compressed else (self.patch, self.patch_embedding)
+        patch, embedding = (
+            (self.compressed_patch, self.far_patch_embedding)
+            if compressed
+            else (self.patch, self.patch_embedding)
+        )
         rows, columns = height // patch, width // patch
         rotation = self.rope(frames, rows, columns, positions, COMPRESSED if compressed else "")
         x: Tensor | None = self.tokens(embedding, latents)
@@ -255,17 +310,31 @@ class TrainingTransformer(FlowMapTransformer):
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             outputs = "x" if not memory else "both" if index < last else "memory"
-            x, own = block(x, text_kv, modulation, rotation, ones, past[index] if past else None, spans, outputs)
+            x, own = block(
+                x,
+                text_kv,
+                modulation,
+                rotation,
+                ones,
+                past[index] if past else None,
+                spans,
+                outputs,
+            )
             present.append(own)
         if memory:
             return present
         assert x is not None
-        shift, scale = (self.scale_shift_table + times.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
+        shift, scale = (
+            (self.scale_shift_table + times.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
+        )
         x = modulate(x, shift, scale, ones, self.eps)
-        return self._unpatchify(self.proj_out(x.flatten(0, 2)).view(batch, frames, rows, columns, -1))
+        return self._unpatchify(
+            self.proj_out(x.flatten(0, 2)).view(batch, frames, rows, columns, -1)
+        )
 
     def set_gradient_checkpointing(self, enabled: bool = True, offload: bool = False) -> None:
-        """Keep only each layer's input for the backward pass (in main memory, with `offload`), and compute the rest again."""
+        """Keep only each layer's input for the backward pass (in main memory, with `offload`), and
+        compute the rest again."""
         for block in self.blocks:
             cast(TrainingBlock, block).checkpointing = enabled
             cast(TrainingBlock, block).offloading = offload

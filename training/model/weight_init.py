@@ -1,8 +1,10 @@
-"""Where training starts: the weights of a Wan2.1 or AnyFlow checkpoint, or of a seed, completed to what is trained.
+"""Where training starts: the weights of a Wan2.1 or AnyFlow checkpoint, or of a seed, completed to
+what is trained.
 
-Wan2.1 has neither a second time embedder nor an embedding of compressed chunks. The first starts as a copy of the time
-embedder, so that at r = t the network is Wan; the second as the first embedding spread over the larger patch, so that a
-coarse token starts as the mean of the fine ones it replaces.
+Wan2.1 has neither a second time embedder nor an embedding of compressed chunks. The first starts as
+a copy of the time embedder, so that at r = t the network is Wan; the second as the first embedding
+spread over the larger patch, so that a coarse token starts as the mean of the fine ones it
+replaces.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ import torch
 from torch import Tensor
 
 from anyflow_deploy.bundle.manifest import WeightsSource
-from anyflow_deploy.checkpoints.checkpoint import open_checkpoint, open_transformer, read_json, transformer_folder
+from anyflow_deploy.checkpoints.checkpoint import (
+    open_checkpoint,
+    open_transformer,
+    read_json,
+    transformer_folder,
+)
 from anyflow_deploy.checkpoints.weights import Weights, WeightsBase, check_parameters
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
@@ -25,14 +32,19 @@ from anyflow_deploy.models import BIDIRECTIONAL_CLASS, Architecture, architectur
 from anyflow_deploy.training.model.network import TrainingTransformer
 
 WAN_CLASS = "WanTransformer3DModel"
-_WAN_ONLY_KEYS = {"qk_norm": "rms_norm_across_heads", "added_kv_proj_dim": None, "pos_embed_seq_len": None}
+_WAN_ONLY_KEYS = {
+    "qk_norm": "rms_norm_across_heads",
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
 """Keys that only Wan's config has, with the one value that AnyFlow's network computes."""
 
 _DELTA, _TIME = "condition_embedder.delta_embedder.", "condition_embedder.time_embedder."
 
 
 class InitialWeights(WeightsBase):
-    """Weights of a base, and what it lacks; see the module's text. Stands for a checkpoint (`Weights`).
+    """Weights of a base, and what it lacks; see the module's text. Stands for a checkpoint
+    (`Weights`).
 
     Args:
         base: a checkpoint or random weights.
@@ -48,8 +60,14 @@ class InitialWeights(WeightsBase):
         self._base = base
         self._base_shapes = base.shapes()
         expected = parameter_shapes(architecture)
-        self.added = tuple(n for n in expected if n not in self._base_shapes and (n.startswith((_DELTA, "far_patch_embedding."))))
-        check_parameters(base, {name: shape for name, shape in expected.items() if name not in self.added})
+        self.added = tuple(
+            n
+            for n in expected
+            if n not in self._base_shapes and (n.startswith((_DELTA, "far_patch_embedding.")))
+        )
+        check_parameters(
+            base, {name: shape for name, shape in expected.items() if name not in self.added}
+        )
         self._shapes = expected
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -71,12 +89,15 @@ class InitialWeights(WeightsBase):
         return near.repeat(1, 1, 1, rows, columns) / (rows * columns)
 
 
-def open_initial_weights(path: str | Path, causal: bool | None, like: Architecture) -> InitialWeights:
+def open_initial_weights(
+    path: str | Path, causal: bool | None, like: Architecture
+) -> InitialWeights:
     """Open what a run starts from.
 
     Args:
         path: a pipeline or transformer folder, of Wan2.1 or AnyFlow.
-        causal: train a causal model: a bidirectional checkpoint is completed. None takes it as it is.
+        causal: train a causal model: a bidirectional checkpoint is completed. None takes it as it
+            is.
         like: gives the chunks where the checkpoint has none.
 
     Raises:
@@ -86,12 +107,17 @@ def open_initial_weights(path: str | Path, causal: bool | None, like: Architectu
     config = read_json(folder / "config.json")
     source = WeightsSource(kind="folder", location=str(Path(path).resolve()))
     if config.get("_class_name") == WAN_CLASS:
-        base: Weights = open_transformer(folder, architecture_from_wan(config, str(folder / "config.json")), source)
+        base: Weights = open_transformer(
+            folder, architecture_from_wan(config, str(folder / "config.json")), source
+        )
     else:
         base = open_checkpoint(path, source)
     architecture = base.architecture
     if architecture.causal and causal is False:
-        raise CheckpointError(f"{path} is a causal model and the recipe trains a bidirectional one. Add -causal to the recipe.")
+        raise CheckpointError(
+            f"{path} is a causal model and the recipe trains a bidirectional one. Add -causal to"
+            " the recipe."
+        )
     if causal and not architecture.causal:
         architecture = dataclasses.replace(
             architecture,
@@ -106,23 +132,41 @@ def architecture_from_wan(config: Mapping[str, Any], where: str) -> Architecture
     """The AnyFlow architecture that a Wan2.1 transformer's config.json becomes.
 
     Raises:
-        CheckpointError: a variant of Wan that AnyFlow's network does not compute (image conditioning, other norms).
+        CheckpointError: a variant of Wan that AnyFlow's network does not compute (image
+            conditioning, other norms).
     """
-    unsupported = [f"{key} {config[key]!r}" for key, value in _WAN_ONLY_KEYS.items() if key in config and config[key] != value]
+    unsupported = [
+        f"{key} {config[key]!r}"
+        for key, value in _WAN_ONLY_KEYS.items()
+        if key in config and config[key] != value
+    ]
     if unsupported:
-        raise CheckpointError(f"{where} has {', '.join(unsupported)}; AnyFlow starts from Wan2.1 text-to-video models.")
-    rest = {key: value for key, value in config.items() if key not in _WAN_ONLY_KEYS and not key.startswith("_")}
+        raise CheckpointError(
+            f"{where} has {', '.join(unsupported)}; AnyFlow starts from Wan2.1 text-to-video"
+            " models."
+        )
+    rest = {
+        key: value
+        for key, value in config.items()
+        if key not in _WAN_ONLY_KEYS and not key.startswith("_")
+    }
     return architecture_from_config({**rest, "_class_name": BIDIRECTIONAL_CLASS}, where)
 
 
 def build_network(
-    a: Architecture, tensors: Mapping[str, Tensor], compute_type: torch.dtype = torch.float32, frozen: bool = False
+    a: Architecture,
+    tensors: Mapping[str, Tensor],
+    compute_type: torch.dtype = torch.float32,
+    frozen: bool = False,
 ) -> TrainingTransformer:
     """A network on the CPU with copies of these parameters: what tests and small tools need."""
     with torch.device("meta"):
         network = TrainingTransformer(a, compute_type, frozen)
     expected = {name: parameter.dtype for name, parameter in network.named_parameters()}
-    network.load_state_dict({name: tensor.to(expected[name], copy=True) for name, tensor in tensors.items()}, assign=True)
+    network.load_state_dict(
+        {name: tensor.to(expected[name], copy=True) for name, tensor in tensors.items()},
+        assign=True,
+    )
     fill_constants(network, torch.device("cpu"))
     return network.requires_grad_(not frozen)
 

@@ -1,12 +1,13 @@
 """Bundle -> TensorRT plans, with the builder's own API.
 
-Each graph is parsed from its ONNX file (the weights lie beside it and are read by the parser), built as a strongly typed
-network, so that the graph's own types and Q/DQ nodes decide and nothing else, and inspected afterwards. TF32 is switched
-off: float32 means float32 here.
+Each graph is parsed from its ONNX file (the weights lie beside it and are read by the parser),
+built as a strongly typed network, so that the graph's own types and Q/DQ nodes decide and nothing
+else, and inspected afterwards. TF32 is switched off: float32 means float32 here.
 
-Polygraphy's loaders are not used: they keep the timing cache only of builds that succeed, log in a way of their own where
-an error of ours has to say why, and have no types, so the stubs of TensorRT's releases could not check the calls behind
-them. What they save is the hundred lines below.
+Polygraphy's loaders are not used: they keep the timing cache only of builds that succeed, log in a
+way of their own where an error of ours has to say why, and have no types, so the stubs of
+TensorRT's releases could not check the calls behind them. What they save is the hundred lines
+below.
 """
 
 from __future__ import annotations
@@ -20,9 +21,16 @@ from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.build import BuildResult
 from anyflow_deploy.engines.engine_folder import DeviceRecord, EngineWriter, narrow_ranges
 from anyflow_deploy.engines.tensorrt.api import VERSION, TensorRTLogger, trt
-from anyflow_deploy.engines.tensorrt.build.inspector import PrecisionReport, expected_precision, update_report
+from anyflow_deploy.engines.tensorrt.build.inspector import (
+    PrecisionReport,
+    expected_precision,
+    update_report,
+)
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Profile
-from anyflow_deploy.engines.tensorrt.build.progress_monitor import BuildProgressMonitor, run_interruptibly
+from anyflow_deploy.engines.tensorrt.build.progress_monitor import (
+    BuildProgressMonitor,
+    run_interruptibly,
+)
 from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
 from anyflow_deploy.engines.tensorrt.build.timing_cache import TimingCache, default_path
 from anyflow_deploy.engines.tensorrt.cuda import CudaDevice
@@ -34,22 +42,31 @@ T = TypeVar("T")
 _NEEDS = {"bf16": (8, 0), "int8": (7, 5), "fp8": (8, 9)}
 """Compute capability from which tensor cores have a type; NVIDIA's support matrix."""
 
-_NO_MEMORY = ("out of memory", "outofmemory", "could not be allocated", "insufficient memory", "cudaerrormemoryallocation")
+_NO_MEMORY = (
+    "out of memory",
+    "outofmemory",
+    "could not be allocated",
+    "insufficient memory",
+    "cudaerrormemoryallocation",
+)
 _NO_KERNEL = ("could not find any implementation", "insufficient workspace", "no implementation")
 
 
-def build_plans(settings: TensorRTSettings, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
+def build_plans(
+    settings: TensorRTSettings, bundle: Bundle, writer: EngineWriter, progress: Progress
+) -> BuildResult:
     """Build every graph of a bundle for one GPU.
 
     Raises:
-        BackendError: the GPU lacks the precision, the parser or the builder refuses, or a precision was not achieved.
+        BackendError: the GPU lacks the precision, the parser or the builder refuses, or a precision
+            was not achieved.
     """
     device = CudaDevice(settings.device)
     _check_precision(bundle, device)
     if settings.weight_streaming and device.integrated:
         raise BackendError(
-            f"--weight-streaming keeps weights in the processor's memory, and {device.name} has no other. Leave it out; for a "
-            "smaller model in memory, export with --precision int8."
+            f"--weight-streaming keeps weights in the processor's memory, and {device.name} has no"
+            " other. Leave it out; for a smaller model in memory, export with --precision int8."
         )
     _check_graphs(bundle)
     cache = TimingCache(_cache_path(settings, device))
@@ -65,22 +82,28 @@ def build_plans(settings: TensorRTSettings, bundle: Bundle, writer: EngineWriter
             update_report(precision_report, layers, expected_precision(_model(bundle, graph)))
     if precision_report.shortfall and not settings.allow_fallback:
         raise BackendError(
-            f"TensorRT {VERSION} on {device.name}: {precision_report.shortfall}. Keep such an engine with "
-            "--allow-fallback, try another "
-            "TensorRT or --optimization-level 5, or export in a precision without quantization."
+            f"TensorRT {VERSION} on {device.name}: {precision_report.shortfall}. Keep such an"
+            " engine with --allow-fallback, try another TensorRT or --optimization-level 5, or"
+            " export in a precision without quantization."
         )
     return BuildResult(
         device=device_record(device),
         versions={"tensorrt": VERSION},
         ranges=narrow_ranges(bundle),
-        profiles={graph: {p.name: _profile_record(p) for p in made} for graph, made in profiles.items() if made},
+        profiles={
+            graph: {p.name: _profile_record(p) for p in made}
+            for graph, made in profiles.items()
+            if made
+        },
         achieved=precision_report.record(),
     )
 
 
 def device_record(device: CudaDevice) -> DeviceRecord:
     """A GPU as engine.json names it."""
-    return DeviceRecord(kind="cuda", name=device.name, compute_capability="{}.{}".format(*device.compute_capability))
+    return DeviceRecord(
+        kind="cuda", name=device.name, compute_capability="{}.{}".format(*device.compute_capability)
+    )
 
 
 def _cache_path(settings: TensorRTSettings, device: CudaDevice) -> Path:
@@ -91,13 +114,23 @@ def _check_precision(bundle: Bundle, device: CudaDevice) -> None:
     for precision in {bundle.manifest.precision, bundle.manifest.base}:
         needed = _NEEDS.get(precision, (0, 0))
         if device.compute_capability < needed:
-            has, required = (".".join(map(str, pair)) for pair in (device.compute_capability, needed))
+            has, required = (
+                ".".join(map(str, pair)) for pair in (device.compute_capability, needed)
+            )
             able = ", ".join(
-                ["fp32", "fp16", *(name for name, minimum in _NEEDS.items() if device.compute_capability >= minimum)]
+                [
+                    "fp32",
+                    "fp16",
+                    *(
+                        name
+                        for name, minimum in _NEEDS.items()
+                        if device.compute_capability >= minimum
+                    ),
+                ]
             )
             raise BackendError(
-                f"{bundle.path} is {precision}, which needs compute capability {required}; {device.name} has {has}. "
-                f"Export with --precision one of {able}."
+                f"{bundle.path} is {precision}, which needs compute capability {required};"
+                f" {device.name} has {has}. Export with --precision one of {able}."
             )
 
 
@@ -107,7 +140,11 @@ def _check_graphs(bundle: Bundle) -> None:
 
     findings = lint_bundle(bundle, [".".join(VERSION.split(".")[:2])])
     if findings:
-        more = f" And {len(findings) - 1} more: anyflow-inspect {bundle.path} --lint" if len(findings) > 1 else ""
+        more = (
+            f" And {len(findings) - 1} more: anyflow-inspect {bundle.path} --lint"
+            if len(findings) > 1
+            else ""
+        )
         raise BackendError(f"TensorRT {VERSION} does not take this bundle: {findings[0]}{more}")
 
 
@@ -124,7 +161,14 @@ def _profile_record(profile: Profile) -> dict[str, list[list[int]]]:
 class _GraphBuild:
     """The build of one graph."""
 
-    def __init__(self, settings: TensorRTSettings, bundle: Bundle, graph: str, device: CudaDevice, progress: Progress) -> None:
+    def __init__(
+        self,
+        settings: TensorRTSettings,
+        bundle: Bundle,
+        graph: str,
+        device: CudaDevice,
+        progress: Progress,
+    ) -> None:
         self._settings, self._bundle, self._graph = settings, bundle, graph
         self._device, self._progress = device, progress
         self._logger = TensorRTLogger()
@@ -146,8 +190,11 @@ class _GraphBuild:
             raise self._build_error()
         return memoryview(cast(Any, plan))  # IHostMemory is a buffer, which its stub does not say
 
-    def _run(self, profiles: Sequence[Profile], cache: TimingCache, monitor: BuildProgressMonitor) -> trt.IHostMemory | None:
-        """Parse, configure, build; on the build's thread, which has to choose the device for itself."""
+    def _run(
+        self, profiles: Sequence[Profile], cache: TimingCache, monitor: BuildProgressMonitor
+    ) -> trt.IHostMemory | None:
+        """Parse, configure, build; on the build's thread, which has to choose the device for
+        itself."""
         self._device.use()
         builder = self._create(lambda: trt.Builder(self._logger), "start its builder")
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -169,15 +216,25 @@ class _GraphBuild:
         path = self._bundle.file(self._bundle.manifest.graphs[self._graph].file).resolve()
         if not parser.parse_from_file(str(path)):
             errors = [parser.get_error(number) for number in range(parser.num_errors)]
-            reason = "; ".join(f"{e.node_name() or 'graph'} ({e.node_operator()}): {e.desc()}" for e in errors[:3])
-            raise BackendError(f"TensorRT {VERSION} cannot parse {path}: {reason or self._logger.summary()}.")
+            reason = "; ".join(
+                f"{e.node_name() or 'graph'} ({e.node_operator()}): {e.desc()}" for e in errors[:3]
+            )
+            raise BackendError(
+                f"TensorRT {VERSION} cannot parse {path}: {reason or self._logger.summary()}."
+            )
 
     def _configure(self, config: trt.IBuilderConfig) -> None:
         settings = self._settings
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default: float32 products would keep 11 bits, and say nothing
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what the inspector can tell afterwards
+        config.clear_flag(
+            trt.BuilderFlag.TF32
+        )  # on by default: float32 products would keep 11 bits, and say nothing
+        config.profiling_verbosity = (
+            trt.ProfilingVerbosity.DETAILED
+        )  # what the inspector can tell afterwards
         if settings.workspace is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(settings.workspace * 1e9))
+            config.set_memory_pool_limit(
+                trt.MemoryPoolType.WORKSPACE, int(settings.workspace * 1e9)
+            )
         if settings.optimization_level is not None:
             config.builder_optimization_level = settings.optimization_level
         for enabled, flag in (
@@ -192,12 +249,18 @@ class _GraphBuild:
         if settings.hardware_compatible is not None:
             config.hardware_compatibility_level = _hardware_level(settings.hardware_compatible)
 
-    def _add_profile(self, builder: trt.Builder, config: trt.IBuilderConfig, profile: Profile) -> None:
+    def _add_profile(
+        self, builder: trt.Builder, config: trt.IBuilderConfig, profile: Profile
+    ) -> None:
         made = builder.create_optimization_profile()
         for name, (minimum, optimum, maximum) in profile.shapes.items():
-            made.set_shape(name, trt.Dims(list(minimum)), trt.Dims(list(optimum)), trt.Dims(list(maximum)))
+            made.set_shape(
+                name, trt.Dims(list(minimum)), trt.Dims(list(optimum)), trt.Dims(list(maximum))
+            )
         if config.add_optimization_profile(made) < 0:
-            raise BackendError(f"TensorRT {VERSION} refuses profile {profile}: {self._logger.summary()}.")
+            raise BackendError(
+                f"TensorRT {VERSION} refuses profile {profile}: {self._logger.summary()}."
+            )
 
     def layers(self, plan: memoryview) -> str:
         """What the inspector says of the built engine, as JSON."""
@@ -206,13 +269,21 @@ class _GraphBuild:
         runtime.engine_host_code_allowed = self._settings.version_compatible
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise BackendError(f"TensorRT {VERSION} cannot open the plan that it has just built: {self._logger.summary()}.")
-        return engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+            raise BackendError(
+                f"TensorRT {VERSION} cannot open the plan that it has just built:"
+                f" {self._logger.summary()}."
+            )
+        return engine.create_engine_inspector().get_engine_information(
+            trt.LayerInformationFormat.JSON
+        )
 
     def _create(self, make: Callable[[], T], action: str) -> T:
         with suppress(TypeError):  # pybind11's word for a factory that returned nothing
             return make()
-        raise BackendError(f"TensorRT {VERSION} could not {action} on {self._device.name}: {self._logger.summary()}.")
+        raise BackendError(
+            f"TensorRT {VERSION} could not {action} on {self._device.name}:"
+            f" {self._logger.summary()}."
+        )
 
     def _build_error(self) -> BackendError:
         reason = self._logger.summary()
@@ -221,18 +292,27 @@ class _GraphBuild:
         if any(sign in lowercase for sign in _NO_MEMORY):
             free, total = self._device.memory()
             advice = (
-                f"The GPU ran out of memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free now). Close what else uses "
-                f"{self._device.memory_name}; then, in this order: lower --workspace, name fewer or smaller --shapes, lower "
-                f"--optimization-level{self._device.streaming_advice}."
+                f"The GPU ran out of memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
+                f" now). Close what else uses {self._device.memory_name}; then, in this order:"
+                " lower --workspace, name fewer or smaller --shapes, lower"
+                f" --optimization-level{self._device.streaming_advice}."
             )
         elif any(sign in lowercase for sign in _NO_KERNEL):
-            advice = "No kernel fits the scratch memory it may use: raise --workspace, or leave it out."
-        return BackendError(f"TensorRT {VERSION} could not build {self._graph!r} on {self._device.name}: {reason}. {advice}")
+            advice = (
+                "No kernel fits the scratch memory it may use: raise --workspace, or leave it out."
+            )
+        return BackendError(
+            f"TensorRT {VERSION} could not build {self._graph!r} on {self._device.name}: {reason}."
+            f" {advice}"
+        )
 
 
 def _hardware_level(requested: str) -> trt.HardwareCompatibilityLevel:
     name = {"ampere+": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}[requested]
     levels: dict[str, trt.HardwareCompatibilityLevel] = trt.HardwareCompatibilityLevel.__members__
     if name not in levels:
-        raise BackendError(f"--hardware-compatible {requested} is not in TensorRT {VERSION}, which has {', '.join(levels)}.")
+        raise BackendError(
+            f"--hardware-compatible {requested} is not in TensorRT {VERSION}, which has"
+            f" {', '.join(levels)}."
+        )
     return levels[name]

@@ -1,11 +1,14 @@
-"""What TensorRT made of a graph: which matrix products run in eight bits, and whether attention is one kernel.
+"""What TensorRT made of a graph: which matrix products run in eight bits, and whether attention is
+one kernel.
 
-A strongly typed network says which products *may* run in eight bits; whether the builder found such kernels is another
-matter (on Thor, builds have run whole FP8 networks in float32, TensorRT issue 4590). The engine inspector lists the
-layers of a built engine as JSON, each with the ONNX nodes it came from (`[ONNX Layer: NAME]` in its metadata), the types
-it reads and the name of its kernel. So the products that the graph quantizes are looked up there by name.
+A strongly typed network says which products *may* run in eight bits; whether the builder found such
+kernels is another matter (on Thor, builds have run whole FP8 networks in float32, TensorRT issue
+4590). The engine inspector lists the layers of a built engine as JSON, each with the ONNX nodes it
+came from (`[ONNX Layer: NAME]` in its metadata), the types it reads and the name of its kernel. So
+the products that the graph quantizes are looked up there by name.
 
-Read from documentation and from listings that people have published; none of our own engines has been inspected yet.
+Read from documentation and from listings that people have published; none of our own engines has
+been inspected yet.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ class ExpectedPrecision:
 
     Attributes:
         eight_bit: names of the matrix products that take both operands from a DequantizeLinear.
-        attentions: for each attention, the names of its nodes: one `Attention`, or a softmax with the products around it.
+        attentions: for each attention, the names of its nodes: one `Attention`, or a softmax with
+            the products around it.
     """
 
     eight_bit: tuple[str, ...]
@@ -45,8 +49,8 @@ class PrecisionReport:
     """What the built engines hold; graphs are added up.
 
     Attributes:
-        eight_bit, wide, unknown: products that were to run in eight bits: those that do, those that do not, and those
-            that no layer of the inspector names.
+        eight_bit, wide, unknown: products that were to run in eight bits: those that do, those that
+            do not, and those that no layer of the inspector names.
         fused, attentions: attentions that are one kernel, and all.
     """
 
@@ -75,9 +79,15 @@ class PrecisionReport:
         expected = len(self.eight_bit) + len(self.wide) + len(self.unknown)
         if self.wide:
             some = ", ".join(self.wide[:4]) + (", …" if len(self.wide) > 4 else "")
-            return f"{len(self.wide)} of {expected} eight-bit matrix products run in a wider type ({some})"
+            return (
+                f"{len(self.wide)} of {expected} eight-bit matrix products run in a wider type"
+                f" ({some})"
+            )
         if expected and not self.eight_bit:
-            return f"none of {expected} eight-bit matrix products could be found in the inspector's list"
+            return (
+                f"none of {expected} eight-bit matrix products could be found in the inspector's"
+                " list"
+            )
         return None
 
 
@@ -112,7 +122,8 @@ def _producer(producers: dict[str, NodeProto], name: str) -> str:
 def _adjacent_products(
     softmax: NodeProto, producers: dict[str, NodeProto], consumers: dict[str, list[NodeProto]]
 ) -> Iterable[str]:
-    """The product that a softmax's scores come from, and the one its weights go into: the nearest on each side."""
+    """The product that a softmax's scores come from, and the one its weights go into: the nearest
+    on each side."""
     waiting, seen = [softmax.input[0]], set[str]()
     while waiting:
         node = producers.get(waiting.pop(0))
@@ -137,10 +148,13 @@ def update_report(progress: PrecisionReport, information: str, expected: Expecte
 
     Args:
         progress: what is added to.
-        information: from `EngineInspector.get_engine_information`, as JSON; made with detailed profiling verbosity.
+        information: from `EngineInspector.get_engine_information`, as JSON; made with detailed
+            profiling verbosity.
         expected: from `expected_precision`.
     """
-    layers = [layer for layer in json.loads(information).get("Layers", []) if isinstance(layer, dict)]
+    layers = [
+        layer for layer in json.loads(information).get("Layers", []) if isinstance(layer, dict)
+    ]
     of_node: dict[str, list[dict[str, Any]]] = {}
     for layer in layers:
         for name in _NODES.findall(str(layer.get("Metadata", ""))):
@@ -166,12 +180,20 @@ def _runs_in_eight_bits(layer: dict[str, Any]) -> bool:
         return True
     if _WIDE_KERNEL.search(kernel):
         return False
-    return any(_EIGHT_BIT_TYPE.search(str(tensor.get("Format/Datatype", ""))) for tensor in layer.get("Inputs", []))
+    return any(
+        _EIGHT_BIT_TYPE.search(str(tensor.get("Format/Datatype", "")))
+        for tensor in layer.get("Inputs", [])
+    )
 
 
 def _is_fused(nodes: tuple[str, ...], of_node: dict[str, list[dict[str, Any]]]) -> bool:
     """One layer does the softmax and both products, or calls itself an attention kernel."""
     softmax, products = of_node.get(nodes[0], []), nodes[1:]
-    if any(_ATTENTION_KERNEL.search(f"{layer.get('Name', '')} {layer.get('TacticName', '')}") for layer in softmax):
+    if any(
+        _ATTENTION_KERNEL.search(f"{layer.get('Name', '')} {layer.get('TacticName', '')}")
+        for layer in softmax
+    ):
         return True
-    return bool(products) and any(all(layer in of_node.get(name, []) for name in products) for layer in softmax)
+    return bool(products) and any(
+        all(layer in of_node.get(name, []) for name in products) for layer in softmax
+    )

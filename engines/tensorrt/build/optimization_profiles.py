@@ -1,13 +1,15 @@
-"""Optimization profiles: which shapes a TensorRT engine is built for, and which of them a call falls into.
+"""Optimization profiles: which shapes a TensorRT engine is built for, and which of them a call
+falls into.
 
-TensorRT chooses kernels for the shape in the middle of a profile and works for any between its ends. A *use* is one
-video size, written `480x832x81` (height, width and frames in pixels and frames; `:b2` adds a batch, `:t64` text tokens):
-it becomes a profile with fixed sides, the fastest. One more profile can cover the bundle's declared ranges.
+TensorRT chooses kernels for the shape in the middle of a profile and works for any between its
+ends. A *use* is one video size, written `480x832x81` (height, width and frames in pixels and
+frames; `:b2` adds a batch, `:t64` text tokens): it becomes a profile with fixed sides, the fastest.
+One more profile can cover the bundle's declared ranges.
 
-A causal model's graphs also take a cache of any length. Which lengths a video will need is found by walking through it
-with the same `CacheStream` that makes it; chunks may be shorter and caches emptier than that, so that windows and other
-chunk plans fit, too. A chunk without a past is a profile of its own: nothing has to be fast for both an empty cache and
-a full one.
+A causal model's graphs also take a cache of any length. Which lengths a video will need is found by
+walking through it with the same `CacheStream` that makes it; chunks may be shorter and caches
+emptier than that, so that windows and other chunk plans fit, too. A chunk without a past is a
+profile of its own: nothing has to be fast for both an empty cache and a full one.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Profile:
         return not self.distance(shapes)
 
     def distance(self, shapes: dict[str, Shape]) -> float:
-        """How far outside a call is: the sum of the ratios, in logarithms, by which axes exceed or fall short."""
+        """How far outside a call is: the sum of the ratios, in logarithms, by which axes exceed or
+        fall short."""
         total = 0.0
         for name, (low, _, high) in self.shapes.items():
             for length, smallest, largest in zip(shapes[name], low, high, strict=True):
@@ -58,7 +61,9 @@ class Profile:
         spans = []
         for name in [n for n in ("latents", "text", "past_key.0") if n in self.shapes]:
             low, _, high = self.shapes[name]
-            axes = "x".join(str(a) if a == b else f"{a}..{b}" for a, b in zip(low, high, strict=True))
+            axes = "x".join(
+                str(a) if a == b else f"{a}..{b}" for a, b in zip(low, high, strict=True)
+            )
             spans.append(f"{name} {axes}")
         return f"{self.name!r} ({', '.join(spans)})"
 
@@ -92,8 +97,8 @@ def parse_video_shape(text: str, manifest: Manifest) -> VideoShape:
     match = _VIDEO_SHAPE.fullmatch(text.strip())
     if not match:
         raise AnyFlowError(
-            f"--shapes is {text!r}; allowed is HEIGHTxWIDTHxFRAMES, as in 480x832x81, several with commas between. "
-            "A batch is added as :b2, a number of text tokens as :t64."
+            f"--shapes is {text!r}; allowed is HEIGHTxWIDTHxFRAMES, as in 480x832x81, several with"
+            " commas between. A batch is added as :b2, a number of text tokens as :t64."
         )
     height, width, frames = (int(number) for number in match.groups()[:3])
     extra = {part[0]: int(part[1:]) for part in match[4].split(":") if part}
@@ -119,7 +124,11 @@ def default_video_shape(manifest: Manifest) -> VideoShape:
 
 def _check_video_shape(video_shape: VideoShape, manifest: Manifest) -> None:
     a, ranges = manifest.architecture, manifest.shape_ranges
-    longest = video_shape.frames if a.chunk_partition is None else max(fit_chunks(a.chunk_partition, video_shape.frames))
+    longest = (
+        video_shape.frames
+        if a.chunk_partition is None
+        else max(fit_chunks(a.chunk_partition, video_shape.frames))
+    )
     try:
         ranges.check(
             (video_shape.batch, longest, a.in_channels, video_shape.height, video_shape.width),
@@ -129,7 +138,9 @@ def _check_video_shape(video_shape: VideoShape, manifest: Manifest) -> None:
         raise ShapeError(f"--shapes {video_shape.name}: {error}") from None
 
 
-def profiles(manifest: Manifest, video_shapes: Sequence[VideoShape], ranges: bool) -> dict[str, list[Profile]]:
+def profiles(
+    manifest: Manifest, video_shapes: Sequence[VideoShape], ranges: bool
+) -> dict[str, list[Profile]]:
     """Profiles of every graph, named uses first, since the first that holds a call is taken.
 
     Args:
@@ -143,16 +154,24 @@ def profiles(manifest: Manifest, video_shapes: Sequence[VideoShape], ranges: boo
     result: dict[str, list[Profile]] = {graph: [] for graph in manifest.graphs}
     for video_shape in video_shapes:
         for graph in manifest.graphs:
-            result[graph] += _without_duplicates(result[graph], _profiles_for_shape(manifest, graph, video_shape))
+            result[graph] += _without_duplicates(
+                result[graph], _profiles_for_shape(manifest, graph, video_shape)
+            )
     if ranges:
         for graph in manifest.graphs:
-            result[graph] += _without_duplicates(result[graph], _profiles_for_ranges(manifest, graph))
+            result[graph] += _without_duplicates(
+                result[graph], _profiles_for_ranges(manifest, graph)
+            )
     return result
 
 
 def _without_duplicates(existing: list[Profile], candidates: list[Profile]) -> list[Profile]:
     """Two uses can ask the same of a small graph: the text's keys and values know no video size."""
-    return [profile for profile in candidates if all(profile.shapes != other.shapes for other in existing)]
+    return [
+        profile
+        for profile in candidates
+        if all(profile.shapes != other.shapes for other in existing)
+    ]
 
 
 def is_bounded(manifest: Manifest) -> bool:
@@ -176,13 +195,15 @@ def _profiles_for_shape(manifest: Manifest, graph: str, video_shape: VideoShape)
 
 
 def _profiles_for_ranges(manifest: Manifest, graph: str) -> list[Profile]:
-    """From one end of the declared ranges to the other; kernels are chosen for the bundle's own video size if it is inside."""
+    """From one end of the declared ranges to the other; kernels are chosen for the bundle's own
+    video size if it is inside."""
     spans: dict[str, Range] = vars(manifest.shape_ranges)
     for axis, span in spans.items():
         if span.maximum is None:
             raise AnyFlowError(
-                f"the bundle's {axis} range has no end ({span}), so no profile can cover it. Name video sizes with --shapes, "
-                "or export with ranges (anyflow-export --help lists the flags)."
+                f"the bundle's {axis} range has no end ({span}), so no profile can cover it. Name"
+                " video sizes with --shapes, or export with ranges (anyflow-export --help lists"
+                " the flags)."
             )
     typical = default_axis_sizes(manifest)
     low = {axis: span.minimum for axis, span in spans.items()}
@@ -196,17 +217,32 @@ def _profiles_for_ranges(manifest: Manifest, graph: str) -> list[Profile]:
 
 
 def default_axis_sizes(manifest: Manifest) -> Sides:
-    """Lengths of the bundle's own video size, wherever its ranges lie; "video" is all its latent frames."""
+    """Lengths of the bundle's own video size, wherever its ranges lie; "video" is all its latent
+    frames."""
     video = manifest.video
     frames = latent_frames(video.frames, video.temporal_factor)
     height, width = video.height // video.spatial_factor, video.width // video.spatial_factor
-    return {"batch": 1, "frames": frames, "video": frames, "height": height, "width": width, "text": video.text_tokens}
+    return {
+        "batch": 1,
+        "frames": frames,
+        "video": frames,
+        "height": height,
+        "width": width,
+        "text": video.text_tokens,
+    }
 
 
 def _profiles_by_past(
-    manifest: Manifest, graph: str, name: str, low: Sides, middle: Sides, high: Sides, calls: list[tuple[int, int]]
+    manifest: Manifest,
+    graph: str,
+    name: str,
+    low: Sides,
+    middle: Sides,
+    high: Sides,
+    calls: list[tuple[int, int]],
 ) -> list[Profile]:
-    """One profile of calls without a past, one of those with. Calls are (latent frames, tokens of the past)."""
+    """One profile of calls without a past, one of those with. Calls are (latent frames, tokens of
+    the past)."""
     result = []
     for label, group, smallest in (
         (f"{name} first", [c for c in calls if not c[1]], 0),
@@ -217,21 +253,36 @@ def _profiles_by_past(
             typical = {"frames": Counter(frames).most_common(1)[0][0], "past": max(pasts)}
             largest = {"frames": max(c[0] for c in calls), "past": max(pasts)}
             result.append(
-                _profile(manifest, graph, label, low | {"frames": 1, "past": smallest}, middle | typical, high | largest)
+                _profile(
+                    manifest,
+                    graph,
+                    label,
+                    low | {"frames": 1, "past": smallest},
+                    middle | typical,
+                    high | largest,
+                )
             )
     return result
 
 
-def _profile(manifest: Manifest, graph: str, name: str, low: Sides, middle: Sides, high: Sides) -> Profile:
+def _profile(
+    manifest: Manifest, graph: str, name: str, low: Sides, middle: Sides, high: Sides
+) -> Profile:
     shapes = {}
     for tensor in manifest.graphs[graph].inputs:
-        smallest, optimum, largest = (tuple(n if isinstance(n, int) else s[n] for n in tensor.shape) for s in (low, middle, high))
+        smallest, optimum, largest = (
+            tuple(n if isinstance(n, int) else s[n] for n in tensor.shape)
+            for s in (low, middle, high)
+        )
         shapes[tensor.name] = (smallest, optimum, largest)
     return Profile(name, shapes)
 
 
-def _trace_calls(a: Architecture, frames: int, height: int, width: int) -> dict[str, list[tuple[int, int]]]:
-    """What making one video asks of `chunk` and `compress`: (latent frames, tokens of the past), in order."""
+def _trace_calls(
+    a: Architecture, frames: int, height: int, width: int
+) -> dict[str, list[tuple[int, int]]]:
+    """What making one video asks of `chunk` and `compress`: (latent frames, tokens of the past), in
+    order."""
     assert a.chunk_partition is not None
     plan = cache_plan(a, fit_chunks(a.chunk_partition, frames), height, width)
     recorder = _RecordingCache()
@@ -254,7 +305,9 @@ class _RecordingCache:
         self.calls["chunk"].append((latents.shape[1], past))
         return None  # type: ignore[return-value]  # nobody steps it
 
-    def write(self, graph: str, latents: Array, positions: Positions, past: int, tokens: int) -> None:
+    def write(
+        self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
+    ) -> None:
         self.calls[graph].append((latents.shape[1], past))
 
     def move(self, to: int, start: int, tokens: int) -> None: ...
@@ -274,10 +327,13 @@ def select_profile(available: Sequence[Profile], shapes: dict[str, Shape], graph
         if profile.holds(shapes):
             return index
     nearest = min(available, key=lambda profile: profile.distance(shapes))
-    shapes_text = ", ".join(f"{name} {'x'.join(map(str, shapes[name]))}" for name in _size_inputs(shapes))
+    shapes_text = ", ".join(
+        f"{name} {'x'.join(map(str, shapes[name]))}" for name in _size_inputs(shapes)
+    )
     raise ShapeError(
-        f"no profile of this engine's {graph!r} holds {shapes_text} (latent units); the nearest is {nearest}. "
-        "Build an engine with --shapes HEIGHTxWIDTHxFRAMES for this size, or change the input."
+        f"no profile of this engine's {graph!r} holds {shapes_text} (latent units); the nearest is"
+        f" {nearest}. Build an engine with --shapes HEIGHTxWIDTHxFRAMES for this size, or change"
+        " the input."
     )
 
 

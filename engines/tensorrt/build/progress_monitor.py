@@ -1,8 +1,8 @@
 """A build that shows its progress and can be stopped.
 
-TensorRT calls the monitor from threads of its own and stops at the next step when told so; an exception must not leave
-the callback, since there is C++ around it. The build itself runs on a second thread, so that the first is free to notice
-Ctrl-C: Python tells only that one.
+TensorRT calls the monitor from threads of its own and stops at the next step when told so; an
+exception must not leave the callback, since there is C++ around it. The build itself runs on a
+second thread, so that the first is free to notice Ctrl-C: Python tells only that one.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ class BuildProgressMonitor(trt.IProgressMonitor):
 
 
 def run_interruptibly(action: Callable[[], T], cancelled: threading.Event) -> T:
-    """Do `work` on another thread; Ctrl-C sets `cancelled` and is raised again once `work` has ended."""
+    """Do `work` on another thread; Ctrl-C sets `cancelled` and is raised again once `work` has
+    ended."""
     result: list[T] = []
     failure: list[BaseException] = []
 
@@ -115,7 +116,9 @@ def run_interruptibly(action: Callable[[], T], cancelled: threading.Event) -> T:
     interrupted = False
     while not finished.is_set():
         try:
-            while not finished.wait(0.1):  # Thread.join, interrupted, may call a living thread dead (Python up to 3.12)
+            while not finished.wait(
+                0.1
+            ):  # Thread.join, interrupted, may call a living thread dead (Python up to 3.12)
                 pass
         except KeyboardInterrupt:
             if interrupted:

@@ -1,4 +1,5 @@
-"""What a TensorRT build can be asked for, checked before TensorRT is even imported. `builder` does the work.
+"""What a TensorRT build can be asked for, checked before TensorRT is even imported. `builder` does
+the work.
 
     anyflow-build BUNDLE --backend tensorrt --shapes 480x832x81
 
@@ -24,7 +25,8 @@ from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 from anyflow_deploy.progress import Progress
 
 HARDWARE = ("ampere+", "same-capability")
-"""What a plan can be made compatible with: every GPU from compute capability 8.0 on, or every one of the same capability."""
+"""What a plan can be made compatible with: every GPU from compute capability 8.0 on, or every one
+of the same capability."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,18 @@ class TensorRTSettings(BuildSettings):
     """See `BuildSettings`.
 
     Attributes:
-        shapes: video sizes to build for, as in "480x832x81"; empty for the declared ranges, or, where they have no end,
-            the bundle's own size.
+        shapes: video sizes to build for, as in "480x832x81"; empty for the declared ranges, or,
+            where they have no end, the bundle's own size.
         range_profile: cover the declared ranges beside named shapes.
-        workspace: gigabytes that a layer may use for scratch; None for TensorRT's own limit, the whole device.
+        workspace: gigabytes that a layer may use for scratch; None for TensorRT's own limit, the
+            whole device.
         optimization_level: 0 (fast to build) to 5 (tries most); None for TensorRT's default, 3.
         version_compatible: the plan also runs on later TensorRT releases of the same major version.
         hardware_compatible: one of `HARDWARE`; None for this GPU alone.
         refit: weights can be replaced in the built engine.
         strip: the plan holds no weights; they are read from the bundle when the engine is opened.
-        weight_streaming: weights may stay in host memory and come to the GPU as they are needed; slow.
+        weight_streaming: weights may stay in host memory and come to the GPU as they are needed;
+            slow.
         allow_fallback: keep an engine in which TensorRT runs eight-bit layers in a wider type.
         timing_cache: file of measured kernel times; None for the user's cache folder.
     """
@@ -63,10 +67,15 @@ class TensorRTSettings(BuildSettings):
         """See `BuildSettings`."""
         super().check(bundle)
         if self.provider != "cuda":
-            raise BackendError(f"TensorRT runs on NVIDIA GPUs only; provider is {self.provider!r}. Leave it out, or give cuda.")
+            raise BackendError(
+                f"TensorRT runs on NVIDIA GPUs only; provider is {self.provider!r}. Leave it out,"
+                " or give cuda."
+            )
         level = self.optimization_level
         if level is not None and not 0 <= level <= 5:
-            raise AnyFlowError(f"--optimization-level is {level}; allowed are 0 (fast to build) to 5 (tries most).")
+            raise AnyFlowError(
+                f"--optimization-level is {level}; allowed are 0 (fast to build) to 5 (tries most)."
+            )
         if self.workspace is not None and self.workspace <= 0:
             raise AnyFlowError(f"--workspace is {self.workspace}; allowed are gigabytes above 0.")
         compatibility = self.hardware_compatible
@@ -76,7 +85,10 @@ class TensorRTSettings(BuildSettings):
                 f"{suggestion(compatibility, HARDWARE)}"
             )
         if self.strip and self.weight_streaming:
-            raise AnyFlowError("--strip and --weight-streaming exclude each other here: a stripped plan is refitted on the GPU.")
+            raise AnyFlowError(
+                "--strip and --weight-streaming exclude each other here: a stripped plan is"
+                " refitted on the GPU."
+            )
         self.profiles(bundle)
 
     def profiles(self, bundle: Bundle) -> dict[str, list[Profile]]:
@@ -96,12 +108,17 @@ class TensorRTSettings(BuildSettings):
         """See `BuildSettings`."""
         from anyflow_deploy.engines.tensorrt.build.builder import build_plans
 
-        needed = 0 if self.strip else sum(_weight_bytes(bundle) for _ in bundle.manifest.graphs if _ != "text")
+        needed = (
+            0
+            if self.strip
+            else sum(_weight_bytes(bundle) for _ in bundle.manifest.graphs if _ != "text")
+        )
         free = shutil.disk_usage(writer.folder).free
         if free < needed:
             raise BackendError(
-                f"{writer.folder.parent} has {free / 1e9:.1f} GB free, and the plans take about {needed / 1e9:.1f} GB. "
-                "Make room, give --output FOLDER, or build without weights in the plan: --strip."
+                f"{writer.folder.parent} has {free / 1e9:.1f} GB free, and the plans take about"
+                f" {needed / 1e9:.1f} GB. Make room, give --output FOLDER, or build without weights"
+                " in the plan: --strip."
             )
         return build_plans(self, bundle, writer, progress)
 

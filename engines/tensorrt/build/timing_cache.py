@@ -1,9 +1,11 @@
-"""The timing cache: how long each kernel took on this device, so that the next build need not try it again.
+"""The timing cache: how long each kernel took on this device, so that the next build need not try
+it again.
 
-One file for each kind of device and version of TensorRT, since times of another one mean nothing (and TensorRT refuses
-them). It is read before a build and written after it, also when the build was stopped or failed: what was measured until
-then is kept. It is replaced as a whole, and what another build has written meanwhile is merged in. A cache that cannot
-be read or written costs time and nothing else: a warning, never an error.
+One file for each kind of device and version of TensorRT, since times of another one mean nothing
+(and TensorRT refuses them). It is read before a build and written after it, also when the build was
+stopped or failed: what was measured until then is kept. It is replaced as a whole, and what another
+build has written meanwhile is merged in. A cache that cannot be read or written costs time and
+nothing else: a warning, never an error.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class TimingCache:
     def attach(self, config: trt.IBuilderConfig) -> None:
         """Give a build what is known so far."""
         if not config.set_timing_cache(config.create_timing_cache(self._read()), False):
-            _log.warning("%s is of another device or TensorRT version; its times are not used.", self.path)
+            _log.warning(
+                "%s is of another device or TensorRT version; its times are not used.", self.path
+            )
             config.set_timing_cache(config.create_timing_cache(b""), False)
 
     def save(self, config: trt.IBuilderConfig) -> None:
@@ -50,12 +54,18 @@ class TimingCache:
             return
         if other := self._read():
             cache.combine(config.create_timing_cache(other), False)
-        content = bytes(memoryview(cast(Any, cache.serialize())))  # IHostMemory is a buffer, which its stub does not say
+        content = bytes(
+            memoryview(cast(Any, cache.serialize()))
+        )  # IHostMemory is a buffer, which its stub does not say
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_atomically(self.path, content)
         except OSError as error:
-            _log.warning("the timing cache could not be written to %s (%s); the next build measures again.", self.path, error)
+            _log.warning(
+                "the timing cache could not be written to %s (%s); the next build measures again.",
+                self.path,
+                error,
+            )
 
     def _read(self) -> bytes:
         try:

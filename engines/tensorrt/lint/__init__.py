@@ -1,1 +1,2 @@
-"""What TensorRT's ONNX parser would refuse, found without TensorRT: a table of operators and small rules."""
+"""What TensorRT's ONNX parser would refuse, found without TensorRT: a table of operators and small
+rules."""

@@ -1,12 +1,14 @@
-"""Would TensorRT's ONNX parser take this graph? Asked before shipping, without TensorRT and without a GPU.
+"""Would TensorRT's ONNX parser take this graph? Asked before shipping, without TensorRT and without
+a GPU.
 
     for finding in lint(onnx.load("transition.onnx"), ["10.3", "11.4"]): print(finding)
     lint_bundle(load_bundle("bundle"), ["10.3"])
 
-A bundle is made on one machine and its engine is built on another, often one in a car or a robot: that is a late place
-to learn that an operator is too new. Every node is held against rules taken from the parser's published operator list
-and source code; docs/reference/lint.md lists them, each with its source. It needs onnx alone. What it cannot see: whether the
-builder finds a kernel and what that costs.
+A bundle is made on one machine and its engine is built on another, often one in a car or a robot:
+that is a late place to learn that an operator is too new. Every node is held against rules taken
+from the parser's published operator list and source code; docs/reference/lint.md lists them, each
+with its source. It needs onnx alone. What it cannot see: whether the builder finds a kernel and
+what that costs.
 """
 
 from __future__ import annotations
@@ -25,13 +27,19 @@ from anyflow_deploy.engines.tensorrt.lint import qdq_rules as quantization
 from anyflow_deploy.engines.tensorrt.lint.model_rules import LocatedProblem
 from anyflow_deploy.engines.tensorrt.lint.node_rules import RULES, node_problems
 from anyflow_deploy.engines.tensorrt.lint.onnx_graph import GraphView, graph_views
-from anyflow_deploy.engines.tensorrt.lint.operators import CURRENT, JETPACK_6, Version, version_from_text
+from anyflow_deploy.engines.tensorrt.lint.operators import (
+    CURRENT,
+    JETPACK_6,
+    Version,
+    version_from_text,
+)
 from anyflow_deploy.errors import BundleError
 
 DEFAULT_VERSIONS = (str(JETPACK_6), str(CURRENT))
 
 CACHE_AXES = ("past",)
-"""Axes that need no declared range: the cache's length follows from the chunk plan (engines/kv_cache.py)."""
+"""Axes that need no declared range: the cache's length follows from the chunk plan
+(engines/kv_cache.py)."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,9 @@ class Finding:
     versions: tuple[str, ...]
 
     def __str__(self) -> str:
-        place = " ".join(part for part in (self.graph, self.node, self.operator and f"({self.operator})") if part)
+        place = " ".join(
+            part for part in (self.graph, self.node, self.operator and f"({self.operator})") if part
+        )
         return f"{place}: {self.problem} [TensorRT {', '.join(self.versions)}]. {self.remedy}."
 
     def as_json(self) -> dict[str, Any]:
@@ -96,7 +106,10 @@ def lint(
             names = findings.setdefault((name, operator, problem), [])
             if str(version) not in names:
                 names.append(str(version))
-    return [Finding(p.rule, graph, node, op, p.problem, p.remedy, tuple(v)) for (node, op, p), v in findings.items()]
+    return [
+        Finding(p.rule, graph, node, op, p.problem, p.remedy, tuple(v))
+        for (node, op, p), v in findings.items()
+    ]
 
 
 def _infer_types(model: ModelProto) -> ModelProto:
@@ -104,10 +117,14 @@ def _infer_types(model: ModelProto) -> ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        return model  # a graph this broken has findings of its own; the rule for unknown types says what was not seen
+        # a graph this broken has findings of its own; the rule for unknown types says what was not
+        # seen
+        return model
 
 
-def _version_problems(model: ModelProto, all_views: list[GraphView], version: Version) -> Iterator[LocatedProblem]:
+def _version_problems(
+    model: ModelProto, all_views: list[GraphView], version: Version
+) -> Iterator[LocatedProblem]:
     yield from model_rules.opset(model, version)
     for view in all_views:
         for node in view.nodes:
@@ -116,7 +133,9 @@ def _version_problems(model: ModelProto, all_views: list[GraphView], version: Ve
                 yield LocatedProblem(node.name or ", ".join(node.output), node.op_type, problem)
 
 
-def _common_problems(model: ModelProto, view: GraphView, declared: frozenset[str] | None) -> Iterator[LocatedProblem]:
+def _common_problems(
+    model: ModelProto, view: GraphView, declared: frozenset[str] | None
+) -> Iterator[LocatedProblem]:
     yield from model_rules.foreign_operators(model, view)
     yield from model_rules.missing_tensors(view)
     yield from model_rules.tensor_types(view)
@@ -139,5 +158,11 @@ def lint_bundle(bundle: Bundle, versions: Sequence[str] = DEFAULT_VERSIONS) -> l
             model = onnx.load(str(path), load_external_data=False)
         except Exception as error:  # noqa: BLE001 - protobuf's errors have no common name across its versions
             raise BundleError(f"{path} is not an ONNX file ({error}). Export again.") from None
-        findings += lint(model, versions, graph=record.file, folder=bundle.path, axes=(*manifest.ranges, *CACHE_AXES))
+        findings += lint(
+            model,
+            versions,
+            graph=record.file,
+            folder=bundle.path,
+            axes=(*manifest.ranges, *CACHE_AXES),
+        )
     return findings

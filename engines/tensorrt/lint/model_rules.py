@@ -1,7 +1,8 @@
-"""What TensorRT's ONNX parser refuses in a whole graph: its opset, foreign operators, weights, types and axes.
+"""What TensorRT's ONNX parser refuses in a whole graph: its opset, foreign operators, weights,
+types and axes.
 
-Same form as the rules for nodes, but each looks at the model or at one graph of it, and says itself which tensor or node
-it means. Sources are named as there.
+Same form as the rules for nodes, but each looks at the model or at one graph of it, and says itself
+which tensor or node it means. Sources are named as there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from onnx import ModelProto, TensorProto
 
 from anyflow_deploy.engines.tensorrt.lint.node_rules import Problem
 from anyflow_deploy.engines.tensorrt.lint.onnx_graph import GraphView, is_standard
-from anyflow_deploy.engines.tensorrt.lint.operators import MIN_OPSET, TENSOR_TYPES, Version, max_opset
+from anyflow_deploy.engines.tensorrt.lint.operators import (
+    MIN_OPSET,
+    TENSOR_TYPES,
+    Version,
+    max_opset,
+)
 
 _EXPORTED = (20, 23)
 """Opsets that our exporter writes."""
@@ -31,7 +37,8 @@ class LocatedProblem(NamedTuple):
 
 
 def opset(model: ModelProto, version: Version) -> Iterator[LocatedProblem]:
-    """Source: first line of the operator list (10.1: 9 to 20; 10.15: to 24); release notes of 11.5 (25)."""
+    """Source: first line of the operator list (10.1: 9 to 20; 10.15: to 24); release notes of 11.5
+    (25)."""
     newest = max_opset(version)
     for entry in model.opset_import:
         if entry.domain not in ("", "ai.onnx"):
@@ -45,37 +52,65 @@ def opset(model: ModelProto, version: Version) -> Iterator[LocatedProblem]:
 
 
 def foreign_operators(model: ModelProto, view: GraphView) -> Iterator[LocatedProblem]:
-    """Source: guide, "Extending TensorRT with Custom Layers"; local functions are read since 9.0 (changelog)."""
+    """Source: guide, "Extending TensorRT with Custom Layers"; local functions are read since 9.0
+    (changelog)."""
     local = {(function.domain, function.name) for function in model.functions}
     for node in view.nodes:
         if not is_standard(node) and (node.domain, node.op_type) not in local:
-            problem = f"from domain {node.domain!r}, which TensorRT reads only where a plugin of that name is loaded"
-            yield LocatedProblem(node.name, node.op_type, Problem("domain", problem, "write it with ONNX's own operators"))
+            problem = (
+                f"from domain {node.domain!r}, which TensorRT reads only where a plugin of that"
+                " name is loaded"
+            )
+            yield LocatedProblem(
+                node.name,
+                node.op_type,
+                Problem("domain", problem, "write it with ONNX's own operators"),
+            )
 
 
 def missing_tensors(view: GraphView) -> Iterator[LocatedProblem]:
-    """Source: ONNX's specification: what a node reads has to be an input, a weight or another node's result."""
+    """Source: ONNX's specification: what a node reads has to be an input, a weight or another
+    node's result."""
     known = set(view.types) | set(view.producers) | set(view.tensors)
     for node in view.nodes:
         for name in node.input:
             if name and name not in known:
-                problem = Problem("weights", f"it reads {name!r}, which nothing makes", "export again")
+                problem = Problem(
+                    "weights", f"it reads {name!r}, which nothing makes", "export again"
+                )
                 yield LocatedProblem(node.name, node.op_type, problem)
 
 
 def tensor_types(view: GraphView) -> Iterator[LocatedProblem]:
-    """Source: list, types of tensors (double is read as float32, with its range cut; complex and strings are not)."""
-    used = {name for node in view.nodes for name in (*node.input, *node.output)} | {v.name for v in view.graph.input}
+    """Source: list, types of tensors (double is read as float32, with its range cut; complex and
+    strings are not)."""
+    used = {name for node in view.nodes for name in (*node.input, *node.output)} | {
+        v.name for v in view.graph.input
+    }
     for name in sorted(used):
         found = view.types.get(name)
         if not found or found in TENSOR_TYPES:
             continue
-        remedy = "cast to float32" if found == "DOUBLE" else "cast to int64" if "INT" in found else "do without that type"
-        remedy = "use real float32 tables instead of complex numbers" if found.startswith("COMPLEX") else remedy
+        remedy = (
+            "cast to float32"
+            if found == "DOUBLE"
+            else "cast to int64"
+            if "INT" in found
+            else "do without that type"
+        )
+        remedy = (
+            "use real float32 tables instead of complex numbers"
+            if found.startswith("COMPLEX")
+            else remedy
+        )
         maker = view.producers.get(name)
         place = maker.name if maker is not None and maker.name else name
         operator = maker.op_type if maker is not None else ""
-        yield LocatedProblem(place, operator, Problem("tensor-type", f"{name!r} is {found}, which TensorRT lacks", remedy))
+        yield LocatedProblem(
+            place,
+            operator,
+            Problem("tensor-type", f"{name!r} is {found}, which TensorRT lacks", remedy),
+        )
 
 
 def unknown_types(view: GraphView) -> Iterator[LocatedProblem]:
@@ -85,13 +120,16 @@ def unknown_types(view: GraphView) -> Iterator[LocatedProblem]:
             if name and name not in view.types and is_standard(node):
                 problem = f"the type of {name!r} cannot be inferred, so its types were not checked"
                 yield LocatedProblem(
-                    node.name, node.op_type, Problem("unknown", problem, "mend the findings above, and lint again")
+                    node.name,
+                    node.op_type,
+                    Problem("unknown", problem, "mend the findings above, and lint again"),
                 )
                 return
 
 
 def dynamic_axes(view: GraphView, declared: frozenset[str] | None) -> Iterator[LocatedProblem]:
-    """Source: guide, "Optimization Profiles": every dynamic axis of an input needs a minimum and a maximum."""
+    """Source: guide, "Optimization Profiles": every dynamic axis of an input needs a minimum and a
+    maximum."""
     if view.parent is not None:
         return
     for name in sorted(view.inputs):
@@ -99,14 +137,22 @@ def dynamic_axes(view: GraphView, declared: frozenset[str] | None) -> Iterator[L
             if axis == "":
                 problem = f"axis {index} of input {name!r} is dynamic and has no name"
             elif isinstance(axis, str) and declared is not None and axis not in declared:
-                problem = f"axis {axis!r} of input {name!r} has no declared range (known: {', '.join(sorted(declared))})"
+                problem = (
+                    f"axis {axis!r} of input {name!r} has no declared range (known:"
+                    f" {', '.join(sorted(declared))})"
+                )
             else:
                 continue
-            yield LocatedProblem(name, "", Problem("axis", problem, "declare its range in the manifest, or fix its length"))
+            yield LocatedProblem(
+                name,
+                "",
+                Problem("axis", problem, "declare its range in the manifest, or fix its length"),
+            )
 
 
 def weights(view: GraphView) -> Iterator[LocatedProblem]:
-    """Source: parser (`../` is refused); bundle format: each weight lies in weights.safetensors under its own name."""
+    """Source: parser (`../` is refused); bundle format: each weight lies in weights.safetensors
+    under its own name."""
     headers: dict[str, dict[str, Any] | None] = {}
     for tensor in view.graph.initializer:
         if tensor.data_location != TensorProto.EXTERNAL:
@@ -117,19 +163,33 @@ def weights(view: GraphView) -> Iterator[LocatedProblem]:
         if problem is None and view.folder is not None:
             if location not in headers:
                 headers[location] = safetensors_header(view.folder / location)
-            problem = _location_problem(tensor.name, where, view.folder / location, headers[location])
+            problem = _location_problem(
+                tensor.name, where, view.folder / location, headers[location]
+            )
         if problem is not None:
-            yield LocatedProblem(tensor.name, "", Problem("weights", problem, "export again, and keep weights beside the graph"))
+            yield LocatedProblem(
+                tensor.name,
+                "",
+                Problem("weights", problem, "export again, and keep weights beside the graph"),
+            )
 
 
 def _path_problem(location: str) -> str | None:
     path = PurePosixPath(location.replace("\\", "/"))
-    if not location or path.is_absolute() or ".." in path.parts or path.drive or location[1:2] == ":":
+    if (
+        not location
+        or path.is_absolute()
+        or ".." in path.parts
+        or path.drive
+        or location[1:2] == ":"
+    ):
         return f"its data is at {location!r}, which leaves the bundle's folder"
     return None
 
 
-def _location_problem(name: str, where: dict[str, str], path: Path, header: dict[str, Any] | None) -> str | None:
+def _location_problem(
+    name: str, where: dict[str, str], path: Path, header: dict[str, Any] | None
+) -> str | None:
     """What is wrong with a weight's place in its file."""
     try:
         size = path.stat().st_size
@@ -144,7 +204,10 @@ def _location_problem(name: str, where: dict[str, str], path: Path, header: dict
     if name not in header:
         return f"{path.name!r} holds no weight of that name"
     if header[name] != (start, end):
-        return f"its data is at bytes {start} to {end}; {path.name!r} holds that weight at {header[name][0]} to {header[name][1]}"
+        return (
+            f"its data is at bytes {start} to {end}; {path.name!r} holds that weight at"
+            f" {header[name][0]} to {header[name][1]}"
+        )
     return None
 
 

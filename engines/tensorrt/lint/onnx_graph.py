@@ -1,8 +1,10 @@
-"""One ONNX graph, laid out for questions: who makes this tensor, what type and shape has it, is it constant?
+"""One ONNX graph, laid out for questions: who makes this tensor, what type and shape has it, is it
+constant?
 
-A `GraphProto` is a list of nodes and lists of names. The lint asks the same few things of it again and again, so they
-are looked up once here. Subgraphs (of If, Loop and Scan) see their parent's names, as ONNX says. Weights stay on disk;
-`values` reads a single tensor where a rule needs its numbers (scales and zero points, which are small).
+A `GraphProto` is a list of nodes and lists of names. The lint asks the same few things of it again
+and again, so they are looked up once here. Subgraphs (of If, Loop and Scan) see their parent's
+names, as ONNX says. Weights stay on disk; `values` reads a single tensor where a rule needs its
+numbers (scales and zero points, which are small).
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ from typing import Any
 
 import onnx
 from numpy.typing import NDArray
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    numpy_helper,
+)
 
 Axis = int | str
 """A length, the name of a dynamic axis, or "" where nothing is known."""
@@ -35,14 +45,18 @@ class GraphView:
         parent: the view of the graph around this one.
     """
 
-    def __init__(self, graph: GraphProto, folder: Path | None = None, parent: GraphView | None = None) -> None:
+    def __init__(
+        self, graph: GraphProto, folder: Path | None = None, parent: GraphView | None = None
+    ) -> None:
         self.graph, self.folder, self.parent = graph, folder, parent
         self.nodes: list[NodeProto] = list(graph.node)
         self.producers: dict[str, NodeProto] = dict(parent.producers) if parent else {}
         self.tensors: dict[str, TensorProto] = dict(parent.tensors) if parent else {}
         self.types: dict[str, str] = dict(parent.types) if parent else {}
         self.shapes: dict[str, list[Axis]] = dict(parent.shapes) if parent else {}
-        self.inputs = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+        self.inputs = {value.name for value in graph.input} - {
+            tensor.name for tensor in graph.initializer
+        }
         self.producers.update((name, node) for node in graph.node for name in node.output if name)
         for value in [*graph.input, *graph.value_info, *graph.output]:
             self._add_value(value)
@@ -57,7 +71,9 @@ class GraphView:
             if kind.elem_type:
                 self.types[value.name] = type_name(kind.elem_type)
             if kind.HasField("shape"):
-                self.shapes[value.name] = [d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim]
+                self.shapes[value.name] = [
+                    d.dim_value if d.HasField("dim_value") else d.dim_param for d in kind.shape.dim
+                ]
 
     def _add_tensor(self, name: str, tensor: TensorProto) -> None:
         self.tensors[name] = tensor
@@ -73,8 +89,14 @@ class GraphView:
             elif a.name in ("value_int", "value_ints", "value_float", "value_floats"):
                 kind = TensorProto.INT64 if "int" in a.name else TensorProto.FLOAT
                 many = a.name.endswith("s")
-                items: list[Any] = list(onnx.helper.get_attribute_value(a)) if many else [onnx.helper.get_attribute_value(a)]
-                tensor = onnx.helper.make_tensor(node.output[0], kind, [len(items)] if many else [], items)
+                items: list[Any] = (
+                    list(onnx.helper.get_attribute_value(a))
+                    if many
+                    else [onnx.helper.get_attribute_value(a)]
+                )
+                tensor = onnx.helper.make_tensor(
+                    node.output[0], kind, [len(items)] if many else [], items
+                )
                 self._add_tensor(node.output[0], tensor)
 
     def values(self, name: str) -> NDArray[Any] | None:
@@ -94,16 +116,20 @@ class GraphView:
             return None
 
     def is_constant(self, name: str, through: bool = False) -> bool:
-        """Whether a tensor is a weight or a Constant; with `through`, also what only constants lead to."""
+        """Whether a tensor is a weight or a Constant; with `through`, also what only constants lead
+        to."""
         if name in self.tensors:
             return True
         node = self.producers.get(name)
         if not through or node is None or node.op_type.startswith("Random") or subgraphs(node):
             return False
-        return bool(node.input) and all(self.is_constant(source, through) for source in node.input if source)
+        return bool(node.input) and all(
+            self.is_constant(source, through) for source in node.input if source
+        )
 
     def find_data_source(self, name: str) -> str | None:
-        """What a tensor's *values* hang on: the first graph input or data-dependent node, or None for shapes and constants."""
+        """What a tensor's *values* hang on: the first graph input or data-dependent node, or None
+        for shapes and constants."""
         waiting, seen = [name], set[str]()
         while waiting:
             name = waiting.pop()
@@ -133,7 +159,9 @@ def graph_views(model: ModelProto, folder: Path | None = None) -> Iterator[Graph
     while waiting:
         view = waiting.pop()
         yield view
-        waiting.extend(GraphView(graph, folder, view) for node in view.nodes for graph in subgraphs(node))
+        waiting.extend(
+            GraphView(graph, folder, view) for node in view.nodes for graph in subgraphs(node)
+        )
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
