@@ -46,9 +46,8 @@ def distances(generated: VideoSet, data: VideoSet) -> dict[str, float]:
     """Both, by name; as many of one as of the other."""
     found, reference = features(generated), features(data)
     unit = reference.std(0)
-    unit = unit.clamp(
-        min=float(unit[: CHANNELS[1]].median()) / 4
-    )  # one that hardly fires must not decide
+    # One that hardly fires must not decide
+    unit = unit.clamp(min=float(unit[: CHANNELS[1]].median()) / 4)
     return {
         "frechet": frechet(found / unit, reference / unit),
         "sliced_wasserstein": sliced_wasserstein(generated.latents, data.latents),
@@ -68,9 +67,8 @@ def features(videos: VideoSet) -> Tensor:
         / (9 * CHANNELS[0] / 2) ** 0.5
     )
     bias = seeded_normal((CHANNELS[0],), 0, "features", "bias") / 2
-    x = F.pad(
-        videos.latents.flatten(1, 2), (1, 1, 1, 1), mode="circular"
-    )  # the scenes live on a torus
+    # The scenes live on a torus
+    x = F.pad(videos.latents.flatten(1, 2), (1, 1, 1, 1), mode="circular")
     x = F.pad(F.relu(F.conv2d(x, first, bias)), (1, 1, 1, 1), mode="circular")
     x = F.relu(F.conv2d(x, second)).mean((2, 3))
     words = videos.text.flatten(1) @ seeded_normal(

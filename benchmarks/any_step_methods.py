@@ -170,12 +170,10 @@ class Shapes:
 
     def __init__(self, part: DataShard, file: Path) -> None:
         held = load_file(file)
-        self._latents, self._text, self._part, self._position = (
-            held["latents"],
-            held["text"],
-            part,
-            0,
-        )
+        self._latents = held["latents"]
+        self._text = held["text"]
+        self._part = part
+        self._position = 0
 
     def __iter__(self) -> Iterator[Batch]:
         while True:

@@ -171,9 +171,8 @@ class Diffusers:
         with torch.device("meta"):
             model = AnyFlowTransformer3DModel(**config)
         model = model.to_empty(device=device).eval().requires_grad_(False)
-        fresh = AnyFlowTransformer3DModel(
-            **{**config, "num_layers": 1}
-        )  # buffers that the meta device lost
+        # Buffers that the meta device lost
+        fresh = AnyFlowTransformer3DModel(**{**config, "num_layers": 1})
         for name, buffer in fresh.named_buffers():
             model.get_submodule(name.rpartition(".")[0])._buffers[name.rpartition(".")[2]] = (
                 buffer.to(device)
@@ -360,10 +359,8 @@ def floor_seconds(
     )
     pairs = {shape: (make(shape[0], shape[1]), make(shape[2], shape[1])) for shape in set(shapes)}
     heads = (1, a.num_attention_heads)
-    video, text = (
-        make(*heads, tokens, a.attention_head_dim),
-        make(*heads, words, a.attention_head_dim),
-    )
+    video = make(*heads, tokens, a.attention_head_dim)
+    text = make(*heads, words, a.attention_head_dim)
 
     def products() -> None:
         for shape in shapes:

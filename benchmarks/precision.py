@@ -84,10 +84,8 @@ def variants(
         random_prompt_embeds(weights, ("probe",)).prompt_embeds, shape, (1, 4)
     )
     found = measure_sensitivity(SensitivityAnalyzer(weights, calibration, "fp8", settings))
-    rows, full_precision_layers = (
-        simple_variants(calibration),
-        select_full_precision_layers(found, keep_layers=len(found.layers) // 6),
-    )
+    rows = simple_variants(calibration)
+    full_precision_layers = select_full_precision_layers(found, keep_layers=len(found.layers) // 6)
     return {
         **rows,
         "fp8, kept": dataclasses.replace(
@@ -112,10 +110,8 @@ def distances(
     weights: Weights, calibration: Calibration, shape: tuple[int, int, int, int], folder: Path
 ) -> dict[str, Any]:
     """Every precision of one model against diffusers."""
-    latents, text = (
-        noise((1, *shape), 7),
-        random_prompt_embeds(weights, ("measured",)).prompt_embeds,
-    )
+    latents = noise((1, *shape), 7)
+    text = random_prompt_embeds(weights, ("measured",)).prompt_embeds
     expected = run_rollouts(DiffusersEngine(weights), latents, text)
     rows = {}
     for name, settings in variants(weights, calibration, shape).items():

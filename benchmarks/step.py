@@ -105,10 +105,8 @@ def bare_products(layers: int) -> Callable[[], Any]:
     shapes = [(*shape[:3], shape[3] * layers) for shape in block] + once
     linears = [(torch.randn(m, k), torch.randn(n, k), times) for m, k, n, times in shapes]
     heads = (1, a.num_attention_heads)
-    video, text = (
-        torch.randn(*heads, tokens, a.attention_head_dim),
-        torch.randn(*heads, words, a.attention_head_dim),
-    )
+    video = torch.randn(*heads, tokens, a.attention_head_dim)
+    text = torch.randn(*heads, words, a.attention_head_dim)
 
     def work() -> None:
         with torch.no_grad():

@@ -208,10 +208,8 @@ def check_compatible(
     Raises:
         BackendError: with both names.
     """
-    built_for, remedy = (
-        folder.record.device,
-        f"Build it on this machine: anyflow-build … --backend {folder.record.backend}",
-    )
+    built_for = folder.record.device
+    remedy = f"Build it on this machine: anyflow-build … --backend {folder.record.backend}"
     if built_for != device:
         raise BackendError(
             f"{folder.path} was built for {_device_label(built_for)}, and this is"

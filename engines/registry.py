@@ -160,9 +160,8 @@ def load_engine(
 
     check_backend(backend)
     row = BACKENDS[backend]
-    if (
-        engine is not None and row.build_settings is None
-    ):  # or the engine asked for would silently not be the one that runs
+    # Or the engine asked for would silently not be the one that runs
+    if engine is not None and row.build_settings is None:
         others = ", ".join(name for name, other in BACKENDS.items() if other.build_settings)
         raise BackendError(
             f"the engine {str(engine)!r} was built by another backend than {backend}, which runs"

@@ -310,10 +310,8 @@ def _target_times(t: float, r: float) -> list[tuple[float, str]]:
 def _compare_transition(
     starts: tuple[RunOpener, RunOpener], state: Array, t: float, r: float, kind: str, chunk: int
 ) -> Transition:
-    source, target = (
-        np.full(state.shape[:2], t, np.float32),
-        np.full(state.shape[:2], r, np.float32),
-    )
+    source = np.full(state.shape[:2], t, np.float32)
+    target = np.full(state.shape[:2], r, np.float32)
     if kind == "mixed":
         source[:, 0] = target[:, 0] = 0.0
     velocities = []

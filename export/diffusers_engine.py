@@ -44,9 +44,8 @@ class DiffusersEngine:
         self.architecture = architecture
         self._device = device
         config = {k: v for k, v in architecture.as_config().items() if not k.startswith("_")}
-        with init_empty_weights(
-            include_buffers=False
-        ):  # random weights that nobody wants would double time and memory
+        # Random weights that nobody wants would double time and memory
+        with init_empty_weights(include_buffers=False):
             model = AnyFlowTransformer3DModel(**config)
         model.load_state_dict(
             {name: weights.read(name).float() for name in weights.shapes()}, assign=True

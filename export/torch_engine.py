@@ -9,6 +9,8 @@ behind this one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -98,9 +100,8 @@ class TorchKVCache:
     def __init__(self, network: ChunkTransition, device: str, text: Array, plan: CachePlan) -> None:
         self._network, self._device = network, device
         with torch.no_grad():
-            self._text_keys_values = TextKVEncoder.forward(
-                network, torch.from_numpy(text).to(device)
-            )  # type: ignore[arg-type]
+            prompt_embeds = torch.from_numpy(text).to(device)
+            self._text_keys_values = TextKVEncoder.forward(network, prompt_embeds)  # type: ignore[arg-type]
         self._shape = (plan.heads, plan.channels)
         self._buffers = [
             torch.zeros(1, plan.capacity, *self._shape, device=device)
@@ -121,20 +122,17 @@ class TorchKVCache:
         self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
     ) -> None:
         """See `Cache`."""
-        z, position_ids = (
-            torch.from_numpy(latents).to(self._device),
-            torch.from_numpy(positions).to(self._device),
-        )
+        z = torch.from_numpy(latents).to(self._device)
+        position_ids = torch.from_numpy(positions).to(self._device)
         if graph == "chunk":
             zero_times = z.new_zeros(z.shape[:2])
-            present = self._network(z, zero_times, zero_times, position_ids, *self._attended(past))[
-                2:
-            ]
+            seen = self._attended(past)
+            present = self._network(z, zero_times, zero_times, position_ids, *seen)[2:]
         else:  # its last layer attends to nothing
-            prompt_embeds, seen = self._text_keys_values[:-2], self._buffers[:-2]
-            present = ChunkCompressor.forward(
-                self._network, z, position_ids, *prompt_embeds, *(b[:, :past] for b in seen)
-            )  # type: ignore[arg-type]
+            network: Any = self._network  # not a ChunkCompressor, and has all that forward uses
+            text = self._text_keys_values[:-2]
+            earlier = [buffer[:, :past] for buffer in self._buffers[:-2]]
+            present = ChunkCompressor.forward(network, z, position_ids, *text, *earlier)
         for buffer, own in zip(self._buffers, present, strict=True):
             buffer[:, past : past + tokens] = own
 

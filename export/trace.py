@@ -144,9 +144,8 @@ def _example_arguments(
         {n: axes[x][0] for n, x in enumerate(i.shape) if isinstance(x, str)}
         for i in inputs.values()
     ]
-    named = sum(
-        "." not in name for name in inputs
-    )  # the others, one for each layer, are one *argument
+    # The others, one for each layer, are one *argument
+    named = sum("." not in name for name in inputs)
     return example, (
         (*shapes[:named], tuple(shapes[named:])) if named < len(shapes) else tuple(shapes)
     )
@@ -168,9 +167,8 @@ def _io_spec(
     present = dict.fromkeys(names, own)
     if graph == "text":
         return text, {f"text_{name}": axes for name, axes in present.items()}
-    seen = (
-        names if graph == "chunk" else names[:-2]
-    )  # the last layer of compress attends to nothing
+    # The last layer of compress attends to nothing
+    seen = names if graph == "chunk" else names[:-2]
     memory = {
         f"{what}_{name}": _Input(("batch", what, *channels), compute_type)
         for what in ("text", "past")
@@ -191,10 +189,8 @@ def _dynamic_axis(name: str, allowed: Range) -> tuple[object, int]:
     if allowed.minimum == allowed.maximum:
         return Dim.STATIC, allowed.minimum
     unit = allowed.multiple
-    low, high = (
-        allowed.minimum // unit,
-        (None if allowed.maximum is None else allowed.maximum // unit),
-    )
+    low = allowed.minimum // unit
+    high = None if allowed.maximum is None else allowed.maximum // unit
     example = max(2, low, _EXAMPLE[name])
     example = example if high is None else min(example, high)
     symbol = Dim(name, min=low, max=high) if high is not None else Dim(name, min=low)

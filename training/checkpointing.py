@@ -67,12 +67,10 @@ class CheckpointManager:
     def __init__(
         self, folder: Path, world: DistributedContext, keep: int, asynchronous: bool
     ) -> None:
-        self._folder, self._world, self._keep, self._asynchronous = (
-            folder,
-            world,
-            keep,
-            asynchronous,
-        )
+        self._folder = folder
+        self._world = world
+        self._keep = keep
+        self._asynchronous = asynchronous
         self._pending: PendingCheckpoint | None = None
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)

@@ -317,10 +317,8 @@ class Trainer:
         for name, optimizer_state in self.stage.optimizer_states.items():
             optimizer_state.load_state(state["learners"][name])
         self.source.load_state_dict(state["data"])
-        self.stage.reference, self.mean_loss = (
-            _number_from_json(state["reference"]),
-            _number_from_json(state["usual"]),
-        )
+        self.stage.reference = _number_from_json(state["reference"])
+        self.mean_loss = _number_from_json(state["usual"])
         self.startup_lines.append(f"goes on from {path}")
 
     def _log_sample_grid(self, logger: MetricsLogger) -> None:

@@ -114,9 +114,8 @@ def convert_parameter(name: str, tensor: torch.Tensor, kind: str) -> torch.Tenso
         CheckpointError: a value that is not finite, or too large for the type.
     """
     result = tensor.to(CHECKPOINT_DTYPES[kind])
-    extremes = torch.aminmax(
-        result
-    )  # NaN comes through, and it is the cheapest pass over the data by far
+    # NaN comes through, and it is the cheapest pass over the data by far
+    extremes = torch.aminmax(result)
     if bool(extremes.min.isfinite() & extremes.max.isfinite()):
         return result
     if bool(tensor.isfinite().all()):
@@ -160,9 +159,8 @@ def write_weights(
         },
         **parameters,
     }
-    order = sorted(
-        specs, key=lambda name: -TYPE_BYTES[specs[name].type]
-    )  # stable: wide types first, so all are aligned
+    # Stable: wide types first, so all are aligned
+    order = sorted(specs, key=lambda name: -TYPE_BYTES[specs[name].type])
     head, entries = build_header(
         {n: (specs[n].type, specs[n].shape) for n in order}, {"format": "pt"}
     )

@@ -141,9 +141,8 @@ def export(options: ExportOptions) -> int:
     weights = options.weights()
     validate_export(weights, settings)
     show_fit(weights.architecture, options.precision, options.target, options.ranges())
-    BundleWriter(
-        output, options.overwrite
-    )  # refuses a destination that cannot be, before a calibration of hours
+    # Refuses a destination that cannot be, before a calibration of hours
+    BundleWriter(output, options.overwrite)
     with RichProgress(console) as bars:
         calibration = calibration_of(options, weights, output, bars)
         if calibration is not None:
@@ -155,9 +154,8 @@ def export(options: ExportOptions) -> int:
             )
         bundle = export_bundle(weights, output, settings, bars)
     if calibration is not None and options.calibration is None:
-        calibration_checkpoint_path(own_calibration(output)).unlink(
-            missing_ok=True
-        )  # kept until here: it may have taken hours
+        # Kept until here: it may have taken hours
+        calibration_checkpoint_path(own_calibration(output)).unlink(missing_ok=True)
     size = sum(record.bytes for record in bundle.manifest.files.values())
     console.print(
         f"[green]exported[/] {bundle.manifest.model} in {options.precision} to"

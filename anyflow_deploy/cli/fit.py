@@ -243,10 +243,8 @@ def _shown(cell: dict[str, Any]) -> str:
 
 
 def _print_details(options: FitOptions, target: Target, precision: str) -> None:
-    need, available = (
-        estimate_memory(options.architecture, precision, target, options.video, options.window),
-        available_memory(target),
-    )
+    need = estimate_memory(options.architecture, precision, target, options.video, options.window)
+    available = available_memory(target)
     table = Table(
         "what", "GB", title=f"{options.model} in {precision} on {target.device} at {options.video}"
     )

@@ -197,9 +197,8 @@ def help_of(program: str, options: type[Options]) -> list[Any]:
     examples = [f"  {example}" for example in options.EXAMPLES]
     head = f"[bold]usage:[/] {program}{usage} [dim]\\[flags][/]"
     paragraphs = inspect.cleandoc(options.__doc__ or "").split("\n\n")
-    text = "\n\n".join(
-        " ".join(paragraph.split()) for paragraph in paragraphs
-    )  # the console wraps lines
+    # The console wraps lines
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     return [head, "", text, "", flags, "", *examples]
 
 

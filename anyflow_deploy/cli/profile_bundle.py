@@ -262,22 +262,18 @@ def _estimate(options: ProfileOptions) -> int:
     if options.model is not None:
         model = get_model(options.model)
         precision = options.precision or "fp16"
-        name, a, base, attention = (
-            model.name,
-            model.architecture,
-            resolve_precision(precision, None, target.name).base,
-            "high",
-        )
+        name = model.name
+        a = model.architecture
+        base = resolve_precision(precision, None, target.name).base
+        attention = "high"
         shapes = options.shapes or (str(default_shape(model.name)),)
     else:
         manifest = load_bundle(Path(str(options.bundle)), verify=False).manifest
         video, quantization = manifest.video, manifest.quantization
-        name, a, precision, base = (
-            manifest.model,
-            manifest.architecture,
-            manifest.precision,
-            manifest.base,
-        )
+        name = manifest.model
+        a = manifest.architecture
+        precision = manifest.precision
+        base = manifest.base
         attention = quantization.attention if quantization else "high"
         shapes = options.shapes or (f"{video.height}x{video.width}x{video.frames}",)
     for text in shapes:

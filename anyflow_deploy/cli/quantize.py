@@ -88,9 +88,8 @@ def calibration_of(
         from anyflow_deploy.export.quantization.calibrate import check_calibration
 
         found = load_calibration(options.calibration)
-        with bars.stage(
-            "comparing the weights with the calibration's"
-        ):  # now: choosing layers may take hours
+        # Now: choosing layers may take hours
+        with bars.stage("comparing the weights with the calibration's"):
             check_calibration(found, weights)
         return found
     import torch

@@ -127,9 +127,8 @@ def sensitivity(options: SensitivityOptions) -> int:
             options.keep_layers,
             len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)),
         )
-        how = (
-            bundle.manifest.quantization if precision == own else None
-        )  # measured as this bundle rounds, or as by default
+        # Measured as this bundle rounds, or as by default
+        how = bundle.manifest.quantization if precision == own else None
         smooth = precision == "int8" and (how is None or how.smooth)
         spec = PrecisionSpec(precision, "fp32", "high" if how is None else how.attention, smooth)
         probe = probe_for(

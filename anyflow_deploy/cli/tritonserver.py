@@ -149,10 +149,8 @@ def triton(options: TritonOptions) -> int:
             write_plan(writer, bundle, engine, devices)
         else:
             write_streaming(writer, bundle, engine, pipeline, settings, devices)
-    shown, where = (
-        escape(str(options.output)),
-        ("the CPU" if devices is None else f"GPU {', '.join(map(str, devices))}"),
-    )
+    shown = escape(str(options.output))
+    where = "the CPU" if devices is None else f"GPU {', '.join(map(str, devices))}"
     console.print(f"[green]wrote[/] [bold]{escape(options.name)}[/] for {where} into {shown}")
     console.print(
         f"serve it, where anyflow-deploy is installed: tritonserver --model-repository {shown}"

@@ -143,11 +143,9 @@ def _shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The size asked for, moved to the nearest one the bundle declares when it is only the default;
     `frames` is settled."""
-    ranges, video, a = (
-        bundle.manifest.shape_ranges,
-        bundle.manifest.video,
-        bundle.manifest.architecture,
-    )
+    ranges = bundle.manifest.shape_ranges
+    video = bundle.manifest.video
+    a = bundle.manifest.architecture
     sizes = {"frames": latent_frames(options.frames, video.temporal_factor)}
     for axis in ("height", "width"):
         pixels, asked = getattr(options, axis), axis in options.model_fields_set

@@ -131,10 +131,8 @@ def _describe_gpus(facts: GpuFacts) -> str:
 
 def _is_nvidia_gpu(device: Path) -> bool:
     try:
-        vendor, kind = (
-            (device / "vendor").read_text().strip(),
-            (device / "class").read_text().strip(),
-        )
+        vendor = (device / "vendor").read_text().strip()
+        kind = (device / "class").read_text().strip()
     except OSError:
         return False
     return vendor == "0x10de" and kind.startswith("0x03")

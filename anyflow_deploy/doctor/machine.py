@@ -64,10 +64,8 @@ def probe_memory(
     rows: dict[str, str] = dict(
         re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
     )
-    total, free = (
-        int(rows["MemTotal"]) * 1024,
-        int(rows.get("MemAvailable", rows["MemTotal"])) * 1024,
-    )
+    total = int(rows["MemTotal"]) * 1024
+    free = int(rows.get("MemAvailable", rows["MemTotal"])) * 1024
     text = limit.read_text().strip() if limit.is_file() else "max"
     allowed = min(total, int(text)) if text.isdigit() else total
     capped = f", this container may take {_gb(allowed)}" if allowed < total else ""

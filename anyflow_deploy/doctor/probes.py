@@ -7,20 +7,16 @@ import dataclasses
 from anyflow_deploy.doctor import compiler, cpp, gpu, machine, packages
 from anyflow_deploy.doctor.probe import MISSING, Probe, ProbeResult, ProbeResults
 
-PYTHON, NUMPY, ORT, ORT_CUDA, INT8 = (
-    "Python",
-    "numpy",
-    "ONNX Runtime",
-    "ONNX Runtime on CUDA",
-    "int8 on the CPU",
-)
-TORCH, GPU, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT = (
-    "PyTorch",
-    "GPU",
-    "TensorRT",
-    "cuda-python",
-    "torch-tensorrt",
-)
+PYTHON = "Python"
+NUMPY = "numpy"
+ORT = "ONNX Runtime"
+ORT_CUDA = "ONNX Runtime on CUDA"
+INT8 = "int8 on the CPU"
+TORCH = "PyTorch"
+GPU = "GPU"
+TENSORRT = "TensorRT"
+CUDA_PYTHON = "cuda-python"
+TORCH_TENSORRT = "torch-tensorrt"
 COMPILER, LIBRARY = "C++ compiler", "C++ library"
 CUDA_HEADERS, TENSORRT_HEADERS = "CUDA headers", "TensorRT headers"
 JETSON = "Jetson"

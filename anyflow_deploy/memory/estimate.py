@@ -224,14 +224,12 @@ def _activation_bytes(
     tokens, cached = _count_tokens(a, shape, plan)
     on_cpu, d = target.compute_capability is None, a.inner_dim
     size = 4 if on_cpu or precision == "fp32" else 2
-    copies = (
-        0 if plan is None else 2 * tokens + 4 * cached
-    )  # joined to the cache: keys and values, twice
+    # Joined to the cache: keys and values, twice
+    copies = 0 if plan is None else 2 * tokens + 4 * cached
     attention = FLOAT32_TABLES * 4 * tokens + ATTENTION_TABLES * size * tokens + copies * size
     hidden = HIDDEN_TABLES.get(precision, 7) if on_cpu else GPU_HIDDEN_TABLES
-    rounded = (
-        1 if precision in EIGHT_BIT and not on_cpu else 0
-    )  # the 8-bit copy of a product's input
+    # The 8-bit copy of a product's input
+    rounded = 1 if precision in EIGHT_BIT and not on_cpu else 0
     feed_forward = FLOAT32_TABLES * 4 * tokens * d + (hidden * size + rounded) * tokens * a.ffn_dim
     text = TEXT_TOKENS * (4 * a.text_dim + 2 * size * d * a.num_layers)
     state = 3 * 4 * a.in_channels * math.prod((shape.frames, shape.height, shape.width))

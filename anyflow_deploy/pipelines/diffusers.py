@@ -135,9 +135,8 @@ class EngineFARTransformer(EngineTransformer):
             raise AnyFlowError("a causal engine always caches; leave use_kv_cache=True.")
         if attention_kwargs:
             raise AnyFlowError("an engine takes no attention_kwargs (LoRA): export a merged model.")
-        later = (
-            [1] if kv_cache_flag["is_cache_step"] else []
-        )  # what is remembered is for a chunk that is not named yet
+        # What is remembered is for a chunk that is not named yet
+        later = [1] if kv_cache_flag["is_cache_step"] else []
         streams = self._streams(
             kv_cache, encoder_hidden_states, [*chunk_partition, *later], hidden_states.shape[3:]
         )

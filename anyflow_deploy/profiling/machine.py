@@ -137,11 +137,9 @@ class OtherLoad:
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
-        self._busy, self._own, self._wall = (
-            _busy_seconds(root),
-            own_cpu_seconds(),
-            time.perf_counter(),
-        )
+        self._busy = _busy_seconds(root)
+        self._own = own_cpu_seconds()
+        self._wall = time.perf_counter()
 
     def cores(self) -> float | None:
         """On average since then; None where the kernel does not say."""

@@ -52,9 +52,8 @@ class PeakMemory:
     def mark_loaded(self) -> None:
         """Call it when what is measured is loaded."""
         self._loaded, self._gpu_loaded = resident_bytes(), self._gpu()
-        self._loading_peak = (
-            resident_bytes("VmHWM") if self._peak_was_reset else None
-        )  # else it may be of long before
+        # Else it may be of long before
+        self._loading_peak = resident_bytes("VmHWM") if self._peak_was_reset else None
         self._peak_was_reset = _reset_peak()
 
     def record(

@@ -84,9 +84,8 @@ def transition_cost(
     """
     frames, height, width = shape
     tokens, d = _tokens(a, shape), a.inner_dim
-    linear = (
-        2 * tokens * a.num_layers * (6 * d * d + 2 * d * a.ffn_dim)
-    )  # q, k, v, out; the text's query and out; feed-forward
+    # Q, k, v, out; the text's query and out; feed-forward
+    linear = 2 * tokens * a.num_layers * (6 * d * d + 2 * d * a.ffn_dim)
     attention = 4 * tokens * d * a.num_layers * (tokens + past + text)
     patch, pixels = math.prod(a.patch_size), math.prod(a.patch_size) * a.out_channels
     wide = 2 * tokens * d * (a.in_channels * patch + pixels) + _times_operations(a, frames)

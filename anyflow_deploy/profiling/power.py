@@ -93,11 +93,9 @@ def _require_reading(value: float | None) -> float:
     return value
 
 
-_GPU_RAILS, _CPU_RAILS, _MEMORY_RAILS = (
-    re.compile(r"GPU"),
-    re.compile(r"CPU"),
-    re.compile(r"VDDQ|DDR"),
-)
+_GPU_RAILS = re.compile(r"GPU")
+_CPU_RAILS = re.compile(r"CPU")
+_MEMORY_RAILS = re.compile(r"VDDQ|DDR")
 
 
 def jetson_sources(root: Path = Path("/")) -> list[PowerSource]:
@@ -140,11 +138,9 @@ def _ina238_sources(folder: Path) -> Iterator[PowerSource]:
 def _ina3221_sources(folder: Path) -> Iterator[PowerSource]:
     for label in sorted(folder.glob("in*_label")):
         number = label.name.removeprefix("in").removesuffix("_label")
-        volts, amperes, name = (
-            folder / f"in{number}_input",
-            folder / f"curr{number}_input",
-            _text(label),
-        )
+        volts = folder / f"in{number}_input"
+        amperes = folder / f"curr{number}_input"
+        name = _text(label)
         if not (name and volts.is_file() and amperes.is_file()) or name.lower().startswith(
             ("nc", "sum")
         ):
@@ -155,15 +151,14 @@ def _ina3221_sources(folder: Path) -> Iterator[PowerSource]:
             ("cpu", _CPU_RAILS),
         )
         kinds = [kind for kind, pattern in patterns if pattern.search(name)]
-        kind: PowerKind = (
-            kinds[0] if len(kinds) == 1 else "board"
-        )  # Orin Nano and NX: VDD_CPU_GPU_CV is neither's alone
+        # Orin Nano and NX: VDD_CPU_GPU_CV is neither's alone
+        kind: PowerKind = kinds[0] if len(kinds) == 1 else "board"
         yield PowerSource(
             name,
             kind,
             "INA3221 rail, sampled and integrated",
-            watts=lambda v=volts, a=amperes: _rail_watts(v, a),
-        )  # type: ignore[misc]
+            watts=lambda v=volts, a=amperes: _rail_watts(v, a),  # type: ignore[misc]
+        )
 
 
 def _rail_watts(volts: Path, amperes: Path) -> float:

@@ -260,10 +260,8 @@ class _Profiler:
                 return None
             if request.engine.provider == "cpu":
                 with self._progress.stage("what this processor can do"):
-                    kinds, seconds = (
-                        {request.bundle.manifest.precision, "fp32"},
-                        min(SECONDS, request.rules.seconds / 10),
-                    )
+                    kinds = {request.bundle.manifest.precision, "fp32"}
+                    seconds = min(SECONDS, request.rules.seconds / 10)
                     return measure_ceilings(request.engine.threads, kinds, seconds)
             name = (
                 self._board["model"]

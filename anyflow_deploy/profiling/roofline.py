@@ -202,9 +202,8 @@ class _OperatorBenchmark:
         for name, value in inputs.items():
             binding.bind_cpu_input(name, value)
         session.run_with_iobinding(_with_output(binding))
-        binding.bind_ortvalue_output(
-            "c", binding.get_outputs()[0]
-        )  # written again and again: no new pages are touched
+        # Written again and again: no new pages are touched
+        binding.bind_ortvalue_output("c", binding.get_outputs()[0])
         times: list[float] = []
         while len(times) < MIN_RUNS or sum(times) < self._budget:
             began = clock()

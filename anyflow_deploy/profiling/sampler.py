@@ -43,12 +43,10 @@ class ResourceSampler:
         flags: Callable[[], list[str]] = list,
         interval: float = INTERVAL,
     ) -> None:
-        self._powers, self._reads, self._flags, self._interval = (
-            list(powers),
-            dict(reads or {}),
-            flags,
-            interval,
-        )
+        self._powers = list(powers)
+        self._reads = dict(reads or {})
+        self._flags = flags
+        self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="anyflow-profile", daemon=True)
         self._watts: dict[str, list[tuple[float, float]]] = {

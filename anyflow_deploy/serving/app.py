@@ -35,9 +35,8 @@ def make_app(service: Service, token: str | None = None) -> ASGIApp:
         service: makes and keeps the videos.
         token: what clients have to know; None only where this machine alone can reach the server.
     """
-    app = FastAPI(
-        title="anyflow-serve", docs_url=None, redoc_url=None
-    )  # FastAPI's pages load scripts from elsewhere
+    # FastAPI's pages load scripts from elsewhere
+    app = FastAPI(title="anyflow-serve", docs_url=None, redoc_url=None)
     answer_in_shape(app)
     app.include_router(routes(service))
     app.include_router(sockets(service))

@@ -148,9 +148,8 @@ class _ResponseRecorder:
 
     def _note(self, status: int) -> None:
         seconds, scope = time.perf_counter() - self._started, self._scope
-        route = getattr(
-            scope.get("route"), "path", "none"
-        )  # the pattern, not the path: labels stay few
+        # The pattern, not the path: labels stay few
+        route = getattr(scope.get("route"), "path", "none")
         method = str(scope.get("method", "WS"))
         method = method if method in ("GET", "HEAD", "POST", "DELETE", "WS") else "other"
         self._metrics.requests.labels(route, method, str(status)).inc()

@@ -78,13 +78,11 @@ class Service:
         name: str,
         metrics: Metrics,
     ) -> None:
-        self.generator, self.manifest, self.limits, self.name, self.metrics = (
-            generator,
-            manifest,
-            limits,
-            name,
-            metrics,
-        )
+        self.generator = generator
+        self.manifest = manifest
+        self.limits = limits
+        self.name = name
+        self.metrics = metrics
         self.store = store
         self._jobs: dict[str, Job] = {job.id: job for job in store.restore()}  # oldest first
         self._queue: deque[Job] = deque()

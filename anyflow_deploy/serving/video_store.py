@@ -84,9 +84,8 @@ class VideoStore:
     def remove(self, name: str) -> None:
         """Remove a video, whole or half. Those who have its file open may read on."""
         folder = self.folder / name
-        with contextlib.suppress(
-            OSError
-        ):  # first, so that what is left of it is never taken for a video
+        # First, so that what is left of it is never taken for a video
+        with contextlib.suppress(OSError):
             (folder / RECORD).unlink()
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -104,9 +104,8 @@ class _Watching:
         async with news_of(self.job) as news:
             while True:
                 news.clear()
-                ended = (
-                    self.job.ended
-                )  # looked at first: what comes before the end is then sent before it
+                # Looked at first: what comes before the end is then sent before it
+                ended = self.job.ended
                 for piece in self.job.pieces[sent:]:
                     if not await self._piece(piece.index):
                         break

@@ -47,13 +47,11 @@ class AotInductorCache:
 
     def run(self, latents: Array, positions: Positions, past: int) -> AotInductorRun:
         """See `Cache`."""
-        chunk, past_kv = (
-            self._graphs["chunk"],
-            (
-                self._to_device(positions),
-                *self._text_kv,
-                *self._past(past),
-            ),
+        chunk = self._graphs["chunk"]
+        past_kv = (
+            self._to_device(positions),
+            *self._text_kv,
+            *self._past(past),
         )
         return AotInductorRun(
             self._torch, lambda z, t, r: chunk(z, t, r, *past_kv), latents, self._device
@@ -63,11 +61,9 @@ class AotInductorCache:
         self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
     ) -> None:
         """See `Cache`."""
-        z, frame_positions, past_kv = (
-            self._to_device(latents),
-            self._to_device(positions),
-            self._past(past),
-        )
+        z = self._to_device(latents)
+        frame_positions = self._to_device(positions)
+        past_kv = self._past(past)
         if graph == "chunk":
             zero_times = z.new_zeros(z.shape[:2])
             present = self._run(

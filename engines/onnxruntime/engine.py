@@ -80,9 +80,8 @@ class OnnxRuntimeEngine(BundleEngineBase):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve())
         )
-        if (
-            self.bundle.manifest.precision == "fp8"
-        ):  # up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
+        # Up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
+        if self.bundle.manifest.precision == "fp8":
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         return options
 
@@ -99,9 +98,8 @@ class OnnxRuntimeEngine(BundleEngineBase):
             )
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
             message = f"ONNX Runtime could not open {self.bundle.path} on {provider[0]}: {error}"
-            if (
-                type(error).__name__ == "NotImplemented"
-            ):  # a valid graph, an operator without a kernel for its types
+            # A valid graph, an operator without a kernel for its types
+            if type(error).__name__ == "NotImplemented":
                 raise UnavailableError(
                     message, "--provider cuda" if self.provider == "cpu" else ""
                 ) from error
@@ -198,9 +196,8 @@ def _import_runtime(provider: str) -> Any:
             f" {_ROW.install_command(provider)}"
         )
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # finds CUDA where pip put it; prints what it does not find
+        # Finds CUDA where pip put it; prints what it does not find
+        with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
     return onnxruntime
 

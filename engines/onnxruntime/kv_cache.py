@@ -59,9 +59,8 @@ class OnnxRuntimeCache:
         self._device, self._sessions = device, sessions
         self._type = _TYPES[dtype]
         self._heads = (plan.heads, plan.channels)
-        self._token_bytes = (
-            plan.heads * plan.channels * self._type.itemsize
-        )  # bytes of one token in a buffer
+        # Bytes of one token in a buffer
+        self._token_bytes = plan.heads * plan.channels * self._type.itemsize
         self._names = cache_tensor_names(plan.layers)
         self._text_kv = self._encode_text(text)
         self._capacity = plan.capacity
@@ -85,9 +84,8 @@ class OnnxRuntimeCache:
         if graph == "chunk":
             zero_times = self._device.upload(np.zeros(latents.shape[:2], np.float32))
             inputs |= {"t": zero_times, "r": zero_times}
-        attended_names = (
-            self._names if graph == "chunk" else self._names[:-2]
-        )  # the last layer of compress attends to nothing
+        # The last layer of compress attends to nothing
+        attended_names = self._names if graph == "chunk" else self._names[:-2]
         binding = self._sessions[graph].io_binding()
         for name, value in {
             **inputs,

@@ -83,10 +83,8 @@ def _node_timings(nodes: Iterator[dict[str, Any]]) -> Iterator[LayerTiming]:
     for event in nodes:
         arguments = event["args"]
         operator = arguments["op_name"]
-        inputs, outputs = (
-            _shapes(arguments, "input_type_shape"),
-            _shapes(arguments, "output_type_shape"),
-        )
+        inputs = _shapes(arguments, "input_type_shape")
+        outputs = _shapes(arguments, "output_type_shape")
         bytes_moved = sum(
             int(arguments.get(key) or 0)
             for key in ("activation_size", "parameter_size", "output_size")

@@ -181,9 +181,8 @@ class CudaStream:
         try:
             enqueue()
         except BaseException:
-            cuda.cudaStreamEndCapture(
-                self._stream
-            )  # leaves the stream usable; its own error is a consequence
+            # Leaves the stream usable; its own error is a consequence
+            cuda.cudaStreamEndCapture(self._stream)
             raise
         graph = _check_call(cuda.cudaStreamEndCapture(self._stream), "capture a CUDA graph")
         try:

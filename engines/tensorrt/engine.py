@@ -55,9 +55,8 @@ class TensorRTEngine(BundleEngineBase):
         check_plan_compatible(folder, self.device)
         self._record = folder.record
         streaming = bool(self._record.settings.get("weight_streaming"))
-        self._graphs = (
-            options.cuda_graphs and not streaming
-        )  # a run that waits for weights cannot be captured
+        # A run that waits for weights cannot be captured
+        self._graphs = options.cuda_graphs and not streaming
         self.plans = {
             graph: self._load_plan(folder, graph, streaming) for graph in self._record.profiles
         }
@@ -168,10 +167,8 @@ def check_plan_compatible(folder: EngineFolder, device: CudaDevice) -> None:
     """
     record, here = folder.record, device_record(device)
     expected_device = record.device
-    compatibility, built_for = (
-        record.settings.get("hardware_compatible"),
-        record.device.compute_capability,
-    )
+    compatibility = record.settings.get("hardware_compatible")
+    built_for = record.device.compute_capability
     if (compatibility == "ampere+" and device.compute_capability >= (8, 0)) or (
         compatibility == "same-capability" and built_for == here.compute_capability
     ):

@@ -196,9 +196,8 @@ class _Runner:
         if context is None:
             raise self._refusal("make an execution context")
         if self._slot.profiler is not None:
-            context.profiler = (
-                self._slot.profiler
-            )  # enqueue_emits_profile is on unless switched off
+            # Enqueue_emits_profile is on unless switched off
+            context.profiler = self._slot.profiler
         return _ContextState(context)
 
     def _capture_graph(self, state: _ContextState, key: CallKey, profile: int) -> CudaGraph | None:

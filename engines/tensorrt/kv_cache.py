@@ -71,13 +71,11 @@ class TensorRTCache:
             self._buffers = {
                 name: self._slot.acquire(self._capacity * self._token_bytes) for name in self._names
             }
-            self._text_kv, self._text_shape = (
-                self._encode_text(text),
-                (
-                    1,
-                    text.shape[1],
-                    *self._heads,
-                ),
+            self._text_kv = self._encode_text(text)
+            self._text_shape = (
+                1,
+                text.shape[1],
+                *self._heads,
             )
         except BaseException:
             self._slot.close()
@@ -90,10 +88,8 @@ class TensorRTCache:
         tokens = latents.shape[1] * self._full_tokens
         self._check_profile(plan, latents, past)
         self._reserve(past + tokens)
-        positions_buffer, staging = (
-            upload_array(self._slot, positions),
-            self._staging_buffers(past, tokens),
-        )
+        positions_buffer = upload_array(self._slot, positions)
+        staging = self._staging_buffers(past, tokens)
 
         def tensors() -> tuple[Inputs, dict[str, int]]:
             return {

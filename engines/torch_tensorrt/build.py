@@ -60,10 +60,8 @@ class TorchTensorRTSettings(BuildSettings):
         """See `BuildSettings`."""
         from anyflow_deploy.engines.torch_tensorrt.compiler import build_package
 
-        torch, device = (
-            import_cuda_torch(self.provider, self.device),
-            torch_device(self.provider, self.device),
-        )
+        torch = import_cuda_torch(self.provider, self.device)
+        device = torch_device(self.provider, self.device)
         axis_ranges, shapes = profile_ranges(bundle), input_profile(bundle)
         achieved = build_package(
             import_torch_tensorrt(), bundle, device, axis_ranges, shapes, writer, progress

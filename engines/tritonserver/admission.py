@@ -48,12 +48,10 @@ class Admission:
         waiting: int,
         changed: Callable[[int, int, int], None] = lambda *_: None,
     ) -> None:
-        self._most, self._bytes, self._most_waiting, self._changed = (
-            streams,
-            cache_bytes,
-            waiting,
-            changed,
-        )
+        self._most = streams
+        self._bytes = cache_bytes
+        self._most_waiting = waiting
+        self._changed = changed
         self._active: set[Ticket] = set()
         self._waiting: deque[Ticket] = deque()
         self._news = threading.Condition()

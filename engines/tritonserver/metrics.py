@@ -69,9 +69,8 @@ class Metrics:
             if histogram is not None:
                 histogram.observe(seconds)
             self._steps.increment(steps)
-            if (
-                steps and deadline_met is False
-            ):  # later pieces of a bidirectional video repeat the first one's
+            # Later pieces of a bidirectional video repeat the first one's
+            if steps and deadline_met is False:
                 self._missed.increment(1)
 
     def ended(self, end: str) -> None:

@@ -112,10 +112,8 @@ def run_calibration(
         )
         with progress.stage(f"{len(remaining)} of {len(rollouts)} rollouts", total) as advance:
             for rollout in remaining:
-                latents, text = (
-                    _rollout_noise(settings, rollout),
-                    settings.text.prompt_embeds[rollout.prompt][None],
-                )
+                latents = _rollout_noise(settings, rollout)
+                text = settings.text.prompt_embeds[rollout.prompt][None]
                 maxima = observed_network.observe(latents, text, rollout, advance, maxima)
                 partial.save(rollout.name, maxima)
     return _build_calibration(weights, settings, weights_fingerprint, shift, maxima)

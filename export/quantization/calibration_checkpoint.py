@@ -59,9 +59,8 @@ class CalibrationCheckpoint:
                         " be replaced."
                     )
                     return
-                done = set(
-                    json.loads(metadata["done"])
-                )  # first: without it nothing of the file counts
+                # First: without it nothing of the file counts
+                done = set(json.loads(metadata["done"]))
                 self.maxima = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 self.done = done
         except (SafetensorError, OSError, ValueError, KeyError) as error:

@@ -28,9 +28,8 @@ from anyflow_deploy.model.transformer import Attention, Linear
 from anyflow_deploy.quantization.layers import OPERANDS
 
 with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore"
-    )  # on import it compares the versions of libraries that are not used here
+    # On import it compares the versions of libraries that are not used here
+    warnings.simplefilter("ignore")
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.calib import MaxCalibrator
     from modelopt.torch.quantization.nn import (
@@ -74,10 +73,8 @@ class QuantizedAttention(QuantModule):  # type: ignore[misc]
             mixed: Tensor = super()._attend(query, key, value)
             return mixed
         query = self.query_quantizer((query * self.scale).to(value.dtype)).transpose(1, 2)
-        key, value = (
-            self.key_quantizer(key).transpose(1, 2),
-            self.value_quantizer(value).transpose(1, 2),
-        )
+        key = self.key_quantizer(key).transpose(1, 2)
+        value = self.value_quantizer(value).transpose(1, 2)
         rows = max(1, _MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
         pieces = [
             self.probabilities_quantizer(torch.softmax(piece @ key.transpose(-1, -2), dim=-1))
@@ -115,9 +112,8 @@ def install_quantizers(network: nn.Module, entries: list[dict[str, Any]]) -> Non
         entries: as in ModelOpt's `quant_cfg`, in order: `quantizer_name` (a pattern) and `cfg`.
     """
     config = {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *entries], "algorithm": None}
-    with contextlib.redirect_stdout(
-        io.StringIO()
-    ):  # it prints, and standard output is for programs
+    # It prints, and standard output is for programs
+    with contextlib.redirect_stdout(io.StringIO()):
         mtq.quantize(network, config)
 
 

@@ -45,9 +45,8 @@ def count_precisions(
         a, video: give sizes to the symbols in shapes.
         full_precision_layers: layers that were kept high -> why.
     """
-    names = {
-        name for model in models.values() for name in model.graph.initializers
-    }  # what two graphs share counts once
+    # What two graphs share counts once
+    names = {name for model in models.values() for name in model.graph.initializers}
     weight_bytes: dict[str, int] = {}
     for entry in (entries[name] for name in sorted(names)):
         weight_bytes[entry.type] = weight_bytes.get(entry.type, 0) + entry.bytes

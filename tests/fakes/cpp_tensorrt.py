@@ -174,10 +174,8 @@ def graph_records(config: dict[str, Any], kind: str, cache: str) -> dict[str, An
     batch: Any = "batch" if kind == "bidirectional" else 1
     state = ["frames", channels, "height", "width"]
     times = [tensor(name, "float32", batch, "frames") for name in ("t", "r")]
-    latents, words = (
-        tensor("latents", "float32", batch, *state),
-        tensor("text", "float32", batch, "text", text),
-    )
+    latents = tensor("latents", "float32", batch, *state)
+    words = tensor("text", "float32", batch, "text", text)
     moved = [tensor(name, "float32", batch, *state) for name in ("z_r", "velocity")]
     about = {"file": "weights.bin", "opset": 20}
     if kind == "bidirectional":
@@ -187,11 +185,9 @@ def graph_records(config: dict[str, Any], kind: str, cache: str) -> dict[str, An
     def cached(prefix: str, axis: str, which: list[str] = names) -> list[dict[str, Any]]:
         return [tensor(prefix + name, cache, 1, axis, *heads) for name in which]
 
-    where, own, of_text = (
-        tensor("positions", "int64", "frames"),
-        cached("", "tokens"),
-        cached("text_", "text"),
-    )
+    where = tensor("positions", "int64", "frames")
+    own = cached("", "tokens")
+    of_text = cached("text_", "text")
     seen = cached("past_", "past", names[:-2])  # `compress` does not use the last layer's
     return {
         "text": {**about, "inputs": [words], "outputs": of_text},

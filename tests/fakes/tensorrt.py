@@ -353,11 +353,9 @@ class FakeTensorRT:
         )
         memory, size = context.memory
         assert size >= self._memory_of(context), "too little activation memory"
-        shapes, addresses, path = (
-            dict(context.shapes),
-            dict(context.addresses),
-            context.of.plan["model"],
-        )
+        shapes = dict(context.shapes)
+        addresses = dict(context.addresses)
+        path = context.of.plan["model"]
         inputs = names[: context.of.inputs]
         assert set(shapes) == set(inputs), "a shape is missing"
         tensors = context.of.tensors

@@ -102,12 +102,10 @@ class ToyEngine:
     """See `Engine`."""
 
     def __init__(self, architecture: Architecture, ranges: ShapeRanges, state: ToyState) -> None:
-        self.architecture, self.ranges, self.state, self.description = (
-            architecture,
-            ranges,
-            state,
-            "toy",
-        )
+        self.architecture = architecture
+        self.ranges = ranges
+        self.state = state
+        self.description = "toy"
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> ToyRun:
         a = self.architecture

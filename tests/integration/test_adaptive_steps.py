@@ -82,9 +82,8 @@ def test_the_estimate_bounds_a_known_error_and_its_cost_is_counted(
     if error <= before / 2:  # what the estimate stands on, see the module
         assert error <= estimate + 1e-6
     if wrong <= 0.1 and pick.steps >= 16:
-        assert (
-            error <= 1.25 * estimate + 1e-6
-        )  # the first jumps of a strongly shifted grid halve it less
+        # The first jumps of a strongly shifted grid halve it less
+        assert error <= 1.25 * estimate + 1e-6
 
 
 @given(targets=st.lists(st.floats(1, 90), min_size=2, max_size=5), wrong=st.floats(1e-4, 1))

@@ -269,12 +269,13 @@ ONE_LAYER = dataclasses.replace(open_checkpoint(SMALL).architecture, num_layers=
 @pytest.mark.parametrize(
     ("precision", "base", "achieved", "least"),
     [
+        # Both types that ONNX Runtime has no CPU kernels for
         (
             "fp8",
             "bf16",
             "10 calls of _scaled_mm",
             1e-3,
-        ),  # both types that ONNX Runtime has no CPU kernels for
+        ),
         ("int8", "fp32", "10 calls of _int_mm", 1e-3),
         ("fp16", None, "", 1e-6),
     ],

@@ -63,12 +63,10 @@ class Changed(WeightsBase):
     def __init__(
         self, weights: Weights, changes: dict[str, Callable[[torch.Tensor], torch.Tensor]]
     ) -> None:
-        self.architecture, self.source, self._weights, self._changes = (
-            weights.architecture,
-            weights.source,
-            weights,
-            changes,
-        )
+        self.architecture = weights.architecture
+        self.source = weights.source
+        self._weights = weights
+        self._changes = changes
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._weights.shapes()

@@ -274,11 +274,9 @@ def test_an_abort_and_a_callback_that_throws(ask: Conformance, bundles: dict[str
 def test_shapes_are_refused_in_the_same_words(
     ask: Conformance, bundles: dict[str, Bundle], latents: tuple[int, ...], text: tuple[int, ...]
 ) -> None:
-    z, words, bundle = (
-        np.zeros(latents, np.float32),
-        np.zeros(text, np.float32),
-        bundles["bidirectional"],
-    )
+    z = np.zeros(latents, np.float32)
+    words = np.zeros(text, np.float32)
+    bundle = bundles["bidirectional"]
     answer = ask(
         "velocity", bundle=str(bundle.path), noise=as_json(z), text=as_json(words), t=[5], r=[1]
     )

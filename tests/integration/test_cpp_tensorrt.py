@@ -215,11 +215,9 @@ def test_runs_take_turns_and_outlive_the_engines_handle(
     machine: FakeTensorRTBuild, wan: Bundle
 ) -> None:
     """On the second of two GPUs: a thread that steps a run starts on the first."""
-    ask, times, zs = (
-        other(machine, devices=2),
-        [1000.0, 700.0, 400.0, 100.0, 0.0],
-        (Z, noise((1, 3, 4, 4, 8), 5)),
-    )
+    ask = other(machine, devices=2)
+    times = [1000.0, 700.0, 400.0, 100.0, 0.0]
+    zs = (Z, noise((1, 3, 4, 4, 8), 5))
     answer = ask(
         "interleaved",
         bundle=str(wan.path),

@@ -106,9 +106,8 @@ def test_a_slow_transition_shortens_the_way() -> None:
     run, step_timer = Clockwork([1.0, 4.0, 1.0]), StepTimer()
     step_timer.record(SHAPE, 1.0)
     walked(run, Deadline(8.5, step_timer=step_timer, clock=lambda: run.now))
-    assert (
-        len(run.path) == 3 and run.now == 6.0
-    )  # 8 were planned; after the slow one a second of 4 s might come
+    # 8 were planned; after the slow one a second of 4 s might come
+    assert len(run.path) == 3 and run.now == 6.0
 
 
 def test_the_first_request_begins_with_a_draft() -> None:

@@ -130,10 +130,8 @@ def test_every_axis_is_dynamic(
 ) -> None:
     bundle = small_bundle("fp32", opset)
     a = bundle.manifest.architecture
-    latents, words = (
-        noise((batch, frames, a.in_channels, height, width), 3),
-        noise((batch, text, a.text_dim), 4),
-    )
+    latents = noise((batch, frames, a.in_channels, height, width), 3)
+    words = noise((batch, text, a.text_dim), 4)
     velocities = []
     for engine in (load_engine(bundle), DiffusersEngine(open_checkpoint(SMALL))):
         with engine.start(latents, words) as run:

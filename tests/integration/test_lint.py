@@ -131,10 +131,8 @@ def branch(name: str, shape: Sequence[int]) -> onnx.GraphProto:
 
 
 def collecting_loop() -> onnx.ModelProto:
-    turn, go = (
-        helper.make_tensor_value_info("i", T.INT64, []),
-        helper.make_tensor_value_info("go", T.BOOL, []),
-    )
+    turn = helper.make_tensor_value_info("i", T.INT64, [])
+    go = helper.make_tensor_value_info("go", T.BOOL, [])
     nodes = [node("Identity", "go", "on"), node("Cast", "i", "item", to=T.FLOAT)]
     outs = [
         helper.make_tensor_value_info("on", T.BOOL, []),

@@ -157,10 +157,8 @@ def test_causal_attention_in_fp8_makes_the_video(
     nearer to that than to float32 (what falls to the other side of a border is carried on from
     chunk to chunk)."""
     weights, calibration = causal
-    latents, text = (
-        noise((1, *STREAM), 7),
-        random_prompt_embeds(weights, ("measured",), 40).prompt_embeds,
-    )
+    latents = noise((1, *STREAM), 7)
+    text = random_prompt_embeds(weights, ("measured",), 40).prompt_embeds
     made = streamed(load_engine(causal_bundle), latents, text)
     exact, reference = TorchEngine(weights), TorchEngine(weights)
     FakeQuant(
@@ -183,10 +181,8 @@ def streamed(engine: Engine, latents: Array, text: Array) -> Array:
 @pytest.fixture(scope="module")
 def broken(export_quantized: Export, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """One scale of one row, one per cent off."""
-    source, folder = (
-        export_quantized(SMALL, precision="int8").path,
-        tmp_path_factory.mktemp("broken"),
-    )
+    source = export_quantized(SMALL, precision="int8").path
+    folder = tmp_path_factory.mktemp("broken")
     for path in source.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return load_bundle(folder)

@@ -83,9 +83,8 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_shards_hold_what_the_encoders_make(clips: Path, tiny_pipeline: Path, made: Path) -> None:
     shards = [f"shard-00000{n}.tar" for n in range(3)]
     assert sorted(files(made)) == sorted(["dataset.json", "negative.safetensors", *shards])
-    found = list(
-        WebDataset([str(made / name) for name in shards], shardshuffle=False)
-    )  # undecoded: bytes
+    # Undecoded: bytes
+    found = list(WebDataset([str(made / name) for name in shards], shardshuffle=False))
     assert [one["__key__"] for one in found] == [f"{n:05d}" for n in range(COUNT)]
     for one in found:
         caption = (clips / f"{one['__key__']}.txt").read_text().strip()
@@ -268,13 +267,11 @@ def test_a_clip_plays_as_fast_as_it_was_and_is_cut_in_the_middle(tmp_path: Path)
     )
     frames[:, :, :24] = frames[:, :, -24:] = 255
     save_video(tmp_path / "fast.mp4", frames, 32)
-    found = read_clip(
-        tmp_path / "fast.mp4", "fast", 5, 16, 24
-    )  # every second frame; 48 of 96 columns stay
+    # Every second frame; 48 of 96 columns stay
+    found = read_clip(tmp_path / "fast.mp4", "fast", 5, 16, 24)
     assert found.shape == (5, 16, 24, 3)
-    assert (
-        np.abs(found.astype(int).mean((1, 2, 3)) - [0, 40, 80, 120, 160]).max() <= 21
-    )  # one frame of rounding
+    # One frame of rounding
+    assert np.abs(found.astype(int).mean((1, 2, 3)) - [0, 40, 80, 120, 160]).max() <= 21
     assert found.max() < 190, "the bright sides are cut off"
     save_video(tmp_path / "slow.mp4", frames[:4], 8)
     slow = read_clip((tmp_path / "slow.mp4").read_bytes(), "slow", 8, 32, 96)[:, :, 30:60].mean(

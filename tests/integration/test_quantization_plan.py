@@ -205,9 +205,8 @@ def test_the_share_is_what_a_formula_says(
     a, achieved, video = WIDE_HEADS, fp8_attention.manifest.achieved, fp8_attention.manifest.video
     frames, tokens, text, d = 2, 2 * 4 * 6, 40, a.inner_dim
     assert (video.frames, video.height, video.width, video.text_tokens) == (5, 64, 96, text)
-    linear = (
-        6 * tokens * d * d + 2 * text * d * d + tokens * d * a.ffn_dim
-    )  # attn1 4, attn2 2 and 2 of the text, ffn's first
+    # Attn1 4, attn2 2 and 2 of the text, ffn's first
+    linear = 6 * tokens * d * d + 2 * text * d * d + tokens * d * a.ffn_dim
     attention = 2 * tokens * tokens * d + 2 * tokens * text * d
     kept = tokens * a.ffn_dim * d
     patch = a.in_channels * 4

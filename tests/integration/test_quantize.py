@@ -166,10 +166,8 @@ def test_names_and_types_on_disk(
     export_quantized: Export, checkpoint: Path, how: dict[str, Any]
 ) -> None:
     bundle, weights = export_quantized(checkpoint, **how), open_checkpoint(checkpoint)
-    tensors, narrow = (
-        stored(bundle),
-        (torch.int8 if how["precision"] == "int8" else torch.float8_e4m3fn),
-    )
+    tensors = stored(bundle)
+    narrow = torch.int8 if how["precision"] == "int8" else torch.float8_e4m3fn
     eight = {f"{layer}.weight" for layer in quantizable_layers(weights.architecture)}
     for name, shape in weights.shapes().items():
         assert tensors[name].shape == shape and tensors[name].dtype == (
@@ -194,10 +192,8 @@ def test_weights_come_back_within_half_a_step(
     top = LARGEST[plan.kind]
     for layer in plan.inputs:
         name = f"{layer}.weight"
-        expected, scale = (
-            plan.apply_factors(name, weights.read(name)),
-            tensors[weight_scale_name(name)],
-        )
+        expected = plan.apply_factors(name, weights.read(name))
+        scale = tensors[weight_scale_name(name)]
         scale = scale.unsqueeze(1) if scale.ndim else scale
         assert bool((expected.abs() <= scale * top).all()) and bool((scale > 0).all()), name
         steps = (expected / scale - tensors[name].float()).abs()

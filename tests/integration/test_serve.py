@@ -173,9 +173,8 @@ def test_the_stream_sends_what_is_there_and_then_what_is_made(
     server, maker = slow
     name = server.create(num_frames=17, num_inference_steps=1).json()["id"]
     maker.permits.release()
-    eventually(
-        lambda: server.client.get(f"/v1/videos/{name}").json()["chunks"] == 1
-    )  # before anybody watches
+    # Before anybody watches
+    eventually(lambda: server.client.get(f"/v1/videos/{name}").json()["chunks"] == 1)
     texts, parts = [], b""
     with connect(f"ws://{server.url}/v1/videos/{name}/stream") as socket_:
         for message in socket_:
@@ -562,11 +561,9 @@ def test_finished_videos_outlive_the_server_and_half_ones_do_not(tmp_path: Path)
         video = server.create_and_wait(num_frames=17)
         with pytest.raises(AnyFlowError, match="belongs to another anyflow-serve that runs"):
             VideoStore(tmp_path, 1, 1)
-    half, foreign, newer = (
-        tmp_path / f"video_{'0' * 32}",
-        tmp_path / "holidays",
-        tmp_path / f"video_{'1' * 32}",
-    )
+    half = tmp_path / f"video_{'0' * 32}"
+    foreign = tmp_path / "holidays"
+    newer = tmp_path / f"video_{'1' * 32}"
     for folder in (half, foreign, newer):
         folder.mkdir()
         (folder / "video.mp4").write_bytes(b"half")
@@ -584,9 +581,8 @@ def test_the_shelf_has_a_bound_in_bytes_and_in_age(tmp_path: Path) -> None:
     with serving(PacedGenerator(), tmp_path) as server:
         size = int(server.create_and_wait()["bytes"])  # type: ignore[call-overload]
     with serving(PacedGenerator(), tmp_path, disk_bytes=2 * size + size // 2) as server:
-        names = [
-            str(server.create_and_wait(seed=0)["id"]) for _ in range(3)
-        ]  # within a second, so that created_at orders nothing
+        # Within a second, so that created_at orders nothing
+        names = [str(server.create_and_wait(seed=0)["id"]) for _ in range(3)]
         eventually(lambda: {f.name for f in tmp_path.iterdir() if f.is_dir()} == set(names[1:]))
         stored = float(
             server.client.get("/metrics").text.split("\nanyflow_stored_bytes ")[1].split()[0]
@@ -598,9 +594,8 @@ def test_the_shelf_has_a_bound_in_bytes_and_in_age(tmp_path: Path) -> None:
         ] == names[1:]
         assert server.service.store.surplus(jobs, time.time() + 3600) == []
     with serving(PacedGenerator(), tmp_path, disk_bytes=1) as server:
-        assert [v["id"] for v in server.client.get("/v1/videos").json()["data"]] == names[
-            2:
-        ]  # the newest stays
+        # The newest stays
+        assert [v["id"] for v in server.client.get("/v1/videos").json()["data"]] == names[2:]
 
 
 # How it stops

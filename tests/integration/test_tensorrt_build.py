@@ -450,10 +450,8 @@ def test_eight_bits_that_were_not(
         rows = requested_layers(model)
         for row in rows:
             if "blocks.1.ffn" in row["Name"]:
-                row["TacticName"], row["Inputs"] = (
-                    "sm90_xmma_gemm_f32f32_f32",
-                    [{"Format/Datatype": "Float"}],
-                )
+                row["TacticName"] = "sm90_xmma_gemm_f32f32_f32"
+                row["Inputs"] = [{"Format/Datatype": "Float"}]
         return rows
 
     fake_tensorrt.layers = in_float

@@ -125,11 +125,12 @@ def test_the_profiles_of_a_causal_bundle(
     assert {f"{graph}.plan" for graph in ("text", "chunk", "compress")} <= set(record["files"])
     chunk = record["profiles"]["chunk"]
     assert chunk["96x160x45 first"]["past_key.0"] == [[1, 0, 4, 24]] * 3
+    # (1 + 3) * 15 + (3 + 3) * 60
     assert [shape[1] for shape in chunk["96x160x45 later"]["past_key.0"]] == [
         1,
         420,
         420,
-    ]  # (1 + 3) * 15 + (3 + 3) * 60
+    ]
     assert [shape[1] for shape in chunk["96x160x45 later"]["latents"]] == [1, 3, 3]
 
 

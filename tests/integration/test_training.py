@@ -94,10 +94,8 @@ def test_a_resumed_run_makes_the_same_numbers_bit_for_bit(
     assert len(losses(tmp_path / "parts")) == 2
     train(request(tmp_path / "parts", name, **values))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    whole, parts = (
-        weights_of(tmp_path / "whole" / "model"),
-        weights_of(tmp_path / "parts" / "model"),
-    )
+    whole = weights_of(tmp_path / "whole" / "model")
+    parts = weights_of(tmp_path / "parts" / "model")
     assert all(torch.equal(parts[n], whole[n]) for n in whole)
     before = open_checkpoint(CAUSAL if "causal" in name else SMALL)
     assert any(not torch.equal(whole[n], before.read(n)) for n in whole)

@@ -78,11 +78,12 @@ def test_2_times_and_differences_stay_float32(monkeypatch: pytest.MonkeyPatch) -
     case = load_file(SMALL / "golden.safetensors")
     asked: list[tuple[Tensor, Tensor]] = []
     original = TrainingTransformer.embed_conditions
+    # The place where times enter the network
     monkeypatch.setattr(
         TrainingTransformer,
         "embed_conditions",
         lambda self, t, r: (asked.append((t, r)), original(self, t, r))[1],
-    )  # the place where times enter the network
+    )
     embedded: list[torch.dtype] = []
     model.condition_embedder.time_embedder.linear_1.register_forward_hook(
         lambda _m, x, y: embedded.extend((x[0].dtype, y.dtype))
@@ -154,11 +155,9 @@ def test_3_the_buckets_have_their_shares_for_any_global_batch(count: int) -> Non
         assert not bool((diffusion[1:] & ~diffusion[:-1]).any()), (
             "r = t first: the others are scaled to their mean"
         )
-        same, clean, total = (
-            same + int(diffusion.sum()),
-            clean + int(((r == 0) & ~diffusion).sum()),
-            total + count,
-        )
+        same = same + int(diffusion.sum())
+        clean = clean + int(((r == 0) & ~diffusion).sum())
+        total = total + count
         if count == 32:
             assert (int(diffusion.sum()), int((r == 0).sum())) == (16, 8)
     assert abs(same / total - 0.5) < 0.07 and abs(clean / total - 0.25) < 0.07

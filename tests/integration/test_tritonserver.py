@@ -105,9 +105,8 @@ def test_a_repository_holds_everything(far_bundle: Bundle, tmp_path: Path) -> No
         "pipeline/vae/config.json",
     } <= held
     weights = "bundle/weights.safetensors"
-    assert (model / "1" / weights).samefile(
-        far_bundle.path / "weights.safetensors"
-    )  # no second copy on one file system
+    # No second copy on one file system
+    assert (model / "1" / weights).samefile(far_bundle.path / "weights.safetensors")
 
 
 def test_parts_that_are_not_served_are_not_there(far_bundle: Bundle, tmp_path: Path) -> None:
@@ -205,6 +204,7 @@ def test_the_document_lists_every_tensor_parameter_and_metric() -> None:
     for line in DOCUMENT.splitlines():
         if line.startswith("anyflow-triton"):
             parse_options(TritonOptions, shlex.split(line, comments=True)[1:])
+    # Written by the flags that name them
     left_out = {
         "bundle",
         "pipeline",
@@ -212,7 +212,7 @@ def test_the_document_lists_every_tensor_parameter_and_metric() -> None:
         "vae",
         "backend",
         "engine",
-    }  # written by the flags that name them
+    }
     assert not [
         name
         for name in Settings.model_fields
@@ -507,12 +507,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             return utils.metrics.setdefault((self._name, labels.get("end")), Counted())
 
     class TritonError:
-        INVALID_ARG, UNAVAILABLE, CANCELLED, INTERNAL = (
-            "invalid",
-            "unavailable",
-            "cancelled",
-            "internal",
-        )
+        INVALID_ARG = "invalid"
+        UNAVAILABLE = "unavailable"
+        CANCELLED = "cancelled"
+        INTERNAL = "internal"
 
         def __init__(self, message: str, code: str) -> None:
             self.message, self.code = message, code
@@ -524,9 +522,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
     utils.TritonModelException = type("TritonModelException", (Exception,), {})
     logged: list[str] = []
-    utils.logged, utils.Logger = (
-        logged,
-        SimpleNamespace(log_info=logged.append, log_error=logged.append, log_warn=logged.append),
+    utils.logged = logged
+    utils.Logger = SimpleNamespace(
+        log_info=logged.append, log_error=logged.append, log_warn=logged.append
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
     yield utils
@@ -577,11 +575,9 @@ def test_the_model_answers_cancels_refuses_and_stops(
         grace_seconds="0",
     )
     embeds, metrics = words(far_bundle), server.metrics
-    frames, short, long = (
-        np.array([17], np.int32),
-        np.array([1], np.int32),
-        np.array([1000], np.int32),
-    )
+    frames = np.array([17], np.int32)
+    short = np.array([1], np.int32)
+    long = np.array([1000], np.int32)
 
     answered = Sender()
     model.execute(

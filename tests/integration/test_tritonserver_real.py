@@ -223,9 +223,8 @@ def test_chunks_are_those_of_the_library(
     chunks = made(server, output_type="latents")
     assert len(chunks) == len(expected) > 2
     for number, (chunk, latents) in enumerate(zip(chunks, expected, strict=True)):
-        np.testing.assert_allclose(
-            chunk["latents"], latents, atol=1e-5
-        )  # another numpy, and another process
+        # Another numpy, and another process
+        np.testing.assert_allclose(chunk["latents"], latents, atol=1e-5)
         assert (chunk["chunk"], chunk["steps"], chunk["seed"]) == (number, 2, 7)
         assert "deadline_met" not in chunk
     assert [int(chunk["first_frame"][0]) for chunk in chunks] == [
@@ -362,10 +361,11 @@ def test_who_hangs_up_over_http_cancels(server: TritonServer) -> None:
     before = server.value("anyflow_videos_total", end="cancelled")
     body = f'{{"prompt": "{PROMPT}", "num_inference_steps": 400, "output_type": "mp4-base64"}}'
     url = f"http://{server.http}/v2/models/anyflow/generate_stream"
+    # Its own time was up
     assert (
         subprocess.run(["curl", "-s", "-N", "-m", "1", url, "-d", body], check=False).returncode
         == 28
-    )  # its own time was up
+    )
     eventually(lambda: server.value("anyflow_videos_total", end="cancelled") == before + 1)
 
 
@@ -409,9 +409,8 @@ def test_eight_streams_at_once(server: TritonServer, expected: list[np.ndarray[A
     before_any_end = arrived[
         : next(i for i, (_, chunk) in enumerate(arrived) if chunk == len(expected) - 1)
     ]
-    assert (
-        len({number for number, _ in before_any_end}) >= STREAMS
-    )  # none had to wait for another's end
+    # None had to wait for another's end
+    assert len({number for number, _ in before_any_end}) >= STREAMS
 
 
 def test_who_finds_the_queue_full_is_told_so(server: TritonServer) -> None:

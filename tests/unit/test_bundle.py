@@ -157,10 +157,8 @@ def test_architecture_and_ranges_are_computed_once(
 
 
 def test_what_a_manifest_computed_is_no_part_of_it(bundle: Bundle) -> None:
-    fresh, used = (
-        Manifest.model_validate_json((bundle.path / MANIFEST).read_bytes()),
-        bundle.manifest,
-    )
+    fresh = Manifest.model_validate_json((bundle.path / MANIFEST).read_bytes())
+    used = bundle.manifest
     assert used.shape_ranges.frames == widest_ranges(used.architecture).frames
     assert (
         used == fresh
@@ -408,6 +406,7 @@ def test_no_bundle(destination: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
+    # Deep: defect reported
     [
         "",
         "{",
@@ -417,7 +416,7 @@ def test_no_bundle(destination: Path, kind: str) -> None:
         '{"model": "tiny"}',
         "\udcff",
         pytest.param("[" * 100_000, id="deep"),
-    ],  # deep: defect reported
+    ],
 )
 def test_damaged_json(bundle: Bundle, text: str) -> None:
     (bundle.path / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))

@@ -200,9 +200,8 @@ def test_lying_headers_are_refused(tmp_path: Path, lie: str) -> None:
         match=r"/file has a damaged safetensors header \(.*\)\. Download it again\.$",
     ):
         read_header(path)
-    with pytest.raises(
-        SafetensorError, match="Error while deserializing"
-    ):  # we are not stricter than the library
+    # We are not stricter than the library
+    with pytest.raises(SafetensorError, match="Error while deserializing"):
         load(path.read_bytes())
 
 

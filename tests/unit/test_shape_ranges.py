@@ -162,9 +162,8 @@ def test_widest_is_limited_by_patch_and_rotary_table_alone(model: str) -> None:
     table = architecture.rope_max_seq_len
     assert (base.batch, base.text) == (Range(1, 1 if architecture.causal else None), Range(1, None))
     assert base.frames == Range(1, table)
-    smallest = (
-        4 if architecture.causal else 2
-    )  # one coarse patch has to fit; the rest need not divide
+    # One coarse patch has to fit; the rest need not divide
+    smallest = 4 if architecture.causal else 2
     assert base.height == base.width == Range(smallest, 2 * table, 2)
 
 
@@ -221,6 +220,7 @@ def test_parsed_span(text: str, span: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     "text",
+    # The last: defect reported
     [
         "",
         ":",
@@ -232,7 +232,7 @@ def test_parsed_span(text: str, span: tuple[int, int]) -> None:
         "a",
         "1-4",
         pytest.param("4²", id="superscript"),
-    ],  # the last: defect reported
+    ],
 )
 def test_parsed_span_refuses(text: str) -> None:
     message = (

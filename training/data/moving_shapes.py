@@ -70,12 +70,10 @@ def make_scene(seed: int, index: int) -> Scene:
     def choose(words: tuple[str, ...]) -> str:
         return words[int(torch.randint(len(words), (), generator=random))]
 
-    shape, colour, direction, speed = (
-        choose(SHAPES),
-        choose(tuple(COLOURS)),
-        choose(tuple(DIRECTIONS)),
-        choose(tuple(SPEEDS)),
-    )
+    shape = choose(SHAPES)
+    colour = choose(tuple(COLOURS))
+    direction = choose(tuple(DIRECTIONS))
+    speed = choose(tuple(SPEEDS))
     row, column, size, grey = torch.rand(4, generator=random, dtype=torch.float64).tolist()
     return Scene(shape, colour, direction, speed, (row, column), 0.18 + 0.12 * size, 0.15 * grey)
 
@@ -98,9 +96,8 @@ def render_scene(scene: Scene, times: Tensor, height: int, width: int) -> Tensor
         length = size / side
         middle = scene.start[axis] * length + DIRECTIONS[scene.direction][axis] * way
         place = (torch.arange(size, dtype=torch.float64) + 0.5) / side
-        offsets.append(
-            (place[None] - middle[:, None] + length / 2) % length - length / 2
-        )  # the nearest way around
+        # The nearest way around
+        offsets.append((place[None] - middle[:, None] + length / 2) % length - length / 2)
     inside = _distance(scene.shape, offsets[0][:, :, None], offsets[1][:, None, :], scene.radius)
     cover = (0.5 - inside * side).clamp(0, 1).float()[..., None]
     colour = torch.tensor(COLOURS[scene.colour])

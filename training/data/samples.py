@@ -157,8 +157,6 @@ def _encode_sample(
     size = (TEMPORAL_FACTOR * (frames - 1) + 1, SPATIAL_FACTOR * height, SPATIAL_FACTOR * width)
     pixels = read_clip(entry.read(ending), entry.name, *size)
     with encoders.lock:
-        latents, text = (
-            encoders.vae.encode(pixels)[0],
-            encoders.prompts.encode([caption], shape.text[0])[0],
-        )
+        latents = encoders.vae.encode(pixels)[0]
+        text = encoders.prompts.encode([caption], shape.text[0])[0]
     return torch.from_numpy(latents), torch.from_numpy(text)

@@ -95,13 +95,11 @@ class ShardSource:
         seed: int,
         encoders: Encoders | None,
     ) -> None:
-        self._index, self._part, self._shape, self._seed, self._encoders = (
-            index,
-            part,
-            shape,
-            seed,
-            encoders,
-        )
+        self._index = index
+        self._part = part
+        self._shape = shape
+        self._seed = seed
+        self._encoders = encoders
         self._position = 0
         self._read_count = 0
         self._broken: dict[str, str] = {}
@@ -188,10 +186,8 @@ class ShardSource:
         places = range(first + part.rank * part.batch, first + (part.rank + 1) * part.batch)
         found = [self._read_usable_sample(place) for place in places]
         samples, names = [sample for _, sample in found], tuple(entry.name for entry, _ in found)
-        latents, text = (
-            torch.stack([s.latents for s in samples]),
-            torch.stack([s.text for s in samples]),
-        )
+        latents = torch.stack([s.latents for s in samples])
+        text = torch.stack([s.text for s in samples])
         return Batch(
             latents,
             text,
@@ -211,9 +207,8 @@ class ShardSource:
                 return entries[number], read_sample(entries[number], self._shape, self._encoders)
             except BrokenSampleError as error:
                 self._record_broken(entries[number], str(error))
-            if (
-                attempt > _ATTEMPTS
-            ):  # a folder of a few samples, all broken: too few names to be too many
+            # A folder of a few samples, all broken: too few names to be too many
+            if attempt > _ATTEMPTS:
                 raise AnyFlowError(
                     f"{attempt} samples in a row from {self._index.folder} are broken. Mend or"
                     " replace the data."

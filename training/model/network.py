@@ -187,9 +187,8 @@ class TrainingBlock(Block):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
             (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
         )
-        h = (
-            self._recompute(modulate, x, shift, scale, ones, self.eps).flatten(0, 2).to(dtype)
-        )  # cast and kept once for three products
+        # Cast and kept once for three products
+        h = self._recompute(modulate, x, shift, scale, ones, self.eps).flatten(0, 2).to(dtype)
         own = self.attn1.key_value(h, batch, rotation)
         if outputs == "memory":
             return None, own

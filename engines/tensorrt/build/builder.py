@@ -225,12 +225,10 @@ class _GraphBuild:
 
     def _configure(self, config: trt.IBuilderConfig) -> None:
         settings = self._settings
-        config.clear_flag(
-            trt.BuilderFlag.TF32
-        )  # on by default: float32 products would keep 11 bits, and say nothing
-        config.profiling_verbosity = (
-            trt.ProfilingVerbosity.DETAILED
-        )  # what the inspector can tell afterwards
+        # On by default: float32 products would keep 11 bits, and say nothing
+        config.clear_flag(trt.BuilderFlag.TF32)
+        # What the inspector can tell afterwards
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if settings.workspace is not None:
             config.set_memory_pool_limit(
                 trt.MemoryPoolType.WORKSPACE, int(settings.workspace * 1e9)

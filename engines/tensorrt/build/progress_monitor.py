@@ -116,9 +116,8 @@ def run_interruptibly(action: Callable[[], T], cancelled: threading.Event) -> T:
     interrupted = False
     while not finished.is_set():
         try:
-            while not finished.wait(
-                0.1
-            ):  # Thread.join, interrupted, may call a living thread dead (Python up to 3.12)
+            # Thread.join, interrupted, may call a living thread dead (Python up to 3.12)
+            while not finished.wait(0.1):
                 pass
         except KeyboardInterrupt:
             if interrupted:

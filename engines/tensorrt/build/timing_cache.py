@@ -54,9 +54,8 @@ class TimingCache:
             return
         if other := self._read():
             cache.combine(config.create_timing_cache(other), False)
-        content = bytes(
-            memoryview(cast(Any, cache.serialize()))
-        )  # IHostMemory is a buffer, which its stub does not say
+        # IHostMemory is a buffer, which its stub does not say
+        content = bytes(memoryview(cast(Any, cache.serialize())))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes_atomically(self.path, content)

@@ -172,10 +172,8 @@ def constant_operands(view: GraphView, node: NodeProto, version: Version) -> Ite
     free = {"Slice": Version(10, 3), "Pad": Version(10, 4)}.get(node.op_type)
     if index is None or (free is not None and version >= free):
         return
-    name, role = (
-        operand(node, index),
-        {"OneHot": "depth", "CumSum": "axis"}.get(node.op_type, "axes"),
-    )
+    name = operand(node, index)
+    role = {"OneHot": "depth", "CumSum": "axis"}.get(node.op_type, "axes")
     folds = version >= Version(10, 15) and not node.op_type.startswith("Reduce")
     if name and not view.is_constant(name, through=folds):
         advice = f"make {role} an initializer" + (f", or use TensorRT {free}" if free else "")

@@ -26,10 +26,8 @@ def quantized_type(view: GraphView, node: NodeProto, version: Version) -> Iterat
     """INT8, FP8 E4M3, INT4, and FP4 from 10.15 on; nothing unsaid."""
     known = QUANTIZED_TYPES if version >= Version(10, 15) else QUANTIZED_TYPES[:3]
     allowed = ", ".join(known)
-    point, written = (
-        operand(node, 2),
-        (attribute(node, "output_dtype", 0) if node.op_type == "QuantizeLinear" else 0),
-    )
+    point = operand(node, 2)
+    written = attribute(node, "output_dtype", 0) if node.op_type == "QuantizeLinear" else 0
     found = view.types.get(point) if point else type_name(written) if written else None
     if found is None and not point and node.op_type == "QuantizeLinear":
         yield Problem(
