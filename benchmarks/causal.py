@@ -66,7 +66,8 @@ def clips(engine: BundleEngine, pipeline: Any, rounds: int) -> dict[str, Any]:
     """Whole clips in turn."""
     import torch
 
-    latents, text = noise((1, 21, 16, SIDE, SIDE), 0), noise(TEXT, 1)
+    latents = noise((1, 21, 16, SIDE, SIDE), 0)
+    text = noise(TEXT, 1)
     tensors = torch.from_numpy(latents).permute(0, 2, 1, 3, 4), torch.from_numpy(text)
 
     def ours() -> None:
@@ -107,7 +108,8 @@ def long_video(
     engine: BundleEngine, window: int | None, rounds: int
 ) -> tuple[list[float], list[np.ndarray]]:
     """Median seconds of each chunk of a long video, cache writing included, and its latents."""
-    latents, text = noise((1, sum(LONG), 16, SIDE, SIDE), 0), noise(TEXT, 1)
+    latents = noise((1, sum(LONG), 16, SIDE, SIDE), 0)
+    text = noise(TEXT, 1)
     seconds: list[list[float]] = []
     for _ in range(rounds):
         seconds.append([])

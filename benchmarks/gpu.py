@@ -93,12 +93,20 @@ class Size:
 def sizes(tiny: bool, layers: int | None) -> Size:
     """The released 1.3B at 480p, or toys."""
     if tiny:
-        model, causal = MODELS["tiny"].architecture, MODELS["far-tiny"].architecture
+        model = MODELS["tiny"].architecture
+        causal = MODELS["far-tiny"].architecture
         frames = sum(causal.chunk_partition or ())
-        video, clip, words, peak = (1, 3, 16, 8, 12), (1, frames, 16, 8, 16), 32, (256, 1 << 20)
+        video = (1, 3, 16, 8, 12)
+        clip = (1, frames, 16, 8, 16)
+        words = 32
+        peak = (256, 1 << 20)
     else:
-        model, causal = MODELS["1.3b"].architecture, MODELS["far-1.3b"].architecture
-        video, clip, words, peak = (1, 21, 16, 60, 104), (1, 21, 16, 60, 104), 512, (8192, 1 << 29)
+        model = MODELS["1.3b"].architecture
+        causal = MODELS["far-1.3b"].architecture
+        video = (1, 21, 16, 60, 104)
+        clip = (1, 21, 16, 60, 104)
+        words = 512
+        peak = (8192, 1 << 29)
     if layers is not None:
         model, causal = (dataclasses.replace(a, num_layers=layers) for a in (model, causal))
     return Size(model, causal, video, clip, (1, words, model.text_dim), peak)
@@ -371,7 +379,9 @@ def floor_seconds(
         scaled_dot_product_attention(video, text, text)
 
     side, elements = size.peak
-    square, source, target = make(side, side), make(elements), make(elements)
+    square = make(side, side)
+    source = make(elements)
+    target = make(elements)
     works: dict[str, Work] = {
         "products": products,
         "attentions": attentions,
@@ -430,7 +440,8 @@ def causal(
 ) -> dict[str, Any]:
     """One clip of the causal model for every engine, and diffusers' pipeline."""
     weights = RandomWeights(size.causal, "far-1.3b")
-    latents, text = noise(size.causal_latents, 0), noise(size.text, 1)
+    latents = noise(size.causal_latents, 0)
+    text = noise(size.text, 1)
     frames = (latents.shape[1] - 1) * FRAMES_PER_LATENT + 1
     result: dict[str, Any] = {}
     for name in options.engines.split(","):
@@ -588,7 +599,8 @@ def main() -> None:
         raise SystemExit(
             "torch sees no CUDA device here. To see that the program works: --tiny --device cpu"
         )
-    machine, size = BenchmarkDevice(options.device), sizes(options.tiny, options.layers)
+    machine = BenchmarkDevice(options.device)
+    size = sizes(options.tiny, options.layers)
     result: dict[str, Any] = {
         "device": machine.describe(),
         "rounds": options.rounds,

@@ -176,7 +176,8 @@ def speed(
     """
     latents, text = noise(SHAPE, 0), noise(TEXT, 1)
     engine = load_engine(export_bundle(weights, folder, settings))
-    ours, theirs = engine.start(latents, text), DiffusersEngine(weights).start(latents, text)
+    ours = engine.start(latents, text)
+    theirs = DiffusersEngine(weights).start(latents, text)
     times: list[tuple[float, float]] = []
     for _ in range(rounds + 2):  # ONNX Runtime's arena settles in two runs
         times.append(
@@ -202,7 +203,8 @@ def main() -> None:
     options = parser.parse_args()
     result: dict[str, Any] = {}
     for name in options.models.split(","):
-        weights, (frames, height, width) = weights_of(name), SIZES[name]
+        weights = weights_of(name)
+        (frames, height, width) = SIZES[name]
         shape = (frames, weights.architecture.in_channels, height, width)
         print(f"{name}: calibration", flush=True)
         calibration = run_calibration(

@@ -37,7 +37,10 @@ from anyflow_deploy.engines.metrics import difference
 from anyflow_deploy.export.exporter import export_bundle
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
-COUNTS, LIMIT, SEEDS, TARGETS = (1, 2, 4, 8, 16, 32, 64), 256, (0, 1, 2), (26, 30, 34, 38, 42)
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+LIMIT = 256
+SEEDS = (0, 1, 2)
+TARGETS = (26, 30, 34, 38, 42)
 CHUNKS = (1, 3, 3, 3)
 
 

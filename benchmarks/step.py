@@ -94,7 +94,9 @@ def bare_products(layers: int) -> Callable[[], Any]:
     from torch.nn.functional import linear, scaled_dot_product_attention
 
     a = MODELS["1.3b"].architecture
-    d, tokens, words = a.inner_dim, SHAPE[1] * (SHAPE[3] // 2) * (SHAPE[4] // 2), TEXT[1]
+    d = a.inner_dim
+    tokens = SHAPE[1] * (SHAPE[3] // 2) * (SHAPE[4] // 2)
+    words = TEXT[1]
     block = [
         (tokens, d, d, 6),
         (words, d, d, 2),

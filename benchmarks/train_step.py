@@ -73,7 +73,8 @@ class DiffusersStep:
     def flow_map(self, pair: NoisePair) -> Tensor:
         t, r = TIMES, TARGETS
         s, far = (t / 1000).view(-1, 1, 1, 1, 1), STEP / 1000
-        z, v = (1 - s) * pair.clean + s * pair.noise, pair.noise - pair.clean
+        z = (1 - s) * pair.clean + s * pair.noise
+        v = pair.noise - pair.clean
         with torch.no_grad():
             ahead = self.u(self.model, z + far * v, t + STEP, r, pair.text)
             behind = self.u(self.model, z - far * v, t - STEP, r, pair.text)
@@ -123,7 +124,8 @@ class AnyFlowStep:
     ) -> None:
         self.model = model
         self.plan = ChunkPlan((frames,))
-        self.fake, self.real = Score(fake, self.plan), Score(real, self.plan)
+        self.fake = Score(fake, self.plan)
+        self.real = Score(real, self.plan)
 
     def flow_map(self, pair: NoisePair) -> Tensor:
         losses = flow_map_losses(

@@ -144,7 +144,9 @@ class DeadlineController:
         self._deadline, self._shape = deadline, shape
         self._started = deadline.clock()
         self._end = self._started + deadline.seconds
-        self.t, self.steps_done, self.steps_planned = TRAIN_TIMESTEPS, 0, 0
+        self.t = TRAIN_TIMESTEPS
+        self.steps_done = 0
+        self.steps_planned = 0
 
     def finish_sample(self, run: Run, on_step: Callable[[Step], None]) -> Array:
         """Take a run from noise to clean latents, float32 (B, F, C, H, W)."""

@@ -229,7 +229,8 @@ def prepare_inputs(
         ShapeError: outside the ranges, or with the wrong number of channels.
         AnyFlowError: not numbers, or not finite.
     """
-    z, prompt_embeds = prepare_array("latents", latents), prepare_array("text", text)
+    z = prepare_array("latents", latents)
+    prompt_embeds = prepare_array("text", text)
     ranges.check(z.shape, prompt_embeds.shape)
     for name, axis, channels_given, allowed in (
         ("latents", 2, z.shape[2], channels),

@@ -146,7 +146,8 @@ def cache_plan(
         raise AnyFlowError(
             f"window is {window}; allowed are whole numbers from 1, or None to keep every chunk."
         )
-    patch, compressed_patch = a.patch_size[1], a.compressed_patch_size[1]
+    patch = a.patch_size[1]
+    compressed_patch = a.compressed_patch_size[1]
     if height % patch or width % patch or height < compressed_patch or width < compressed_patch:
         raise ShapeError(
             f"latents of {height} x {width}: a causal model takes multiples of {patch}, from"

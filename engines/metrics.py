@@ -32,7 +32,8 @@ class Difference:
 def difference(candidate: Array, reference: Array) -> Difference:
     """Compare two arrays of one shape, in double precision. Where the candidate is not finite, so
     is the distance."""
-    c, r = candidate.astype(np.float64).ravel(), reference.astype(np.float64).ravel()
+    c = candidate.astype(np.float64).ravel()
+    r = reference.astype(np.float64).ravel()
     bad = int(np.size(c) - np.count_nonzero(np.isfinite(c)))
     if bad:
         return Difference(math.inf, math.nan, -math.inf, math.inf, bad)

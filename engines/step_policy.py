@@ -119,7 +119,8 @@ class StepSettings:
         fields = ("sigmas", "deadline_s", "target_psnr")
         given = [field for field in fields if getattr(self, field) is not None]
         sigmas, quality = name("sigmas"), name("target_psnr")
-        steps, first = name("num_inference_steps"), name("first_steps")
+        steps = name("num_inference_steps")
+        first = name("first_steps")
         problem = None
         if len(given) > 1:
             names = " and ".join(map(name, given))

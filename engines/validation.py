@@ -200,7 +200,8 @@ def validate(
             f"no thresholds for precision {precision!r}; there are some for"
             f" {', '.join(THRESHOLDS)}."
         )
-    latents, text = noise(shape, seed), noise(text_shape, seed + 1) if text is None else text
+    latents = noise(shape, seed)
+    text = noise(text_shape, seed + 1) if text is None else text
     progress = progress or NullProgress()
     schedules = [Schedule.uniform(n, shift) for n in steps]
     inputs = Inputs(latents, text, None if chunks is None else tuple(chunks))

@@ -66,7 +66,8 @@ class DiffusersEngine:
         """See `Engine`."""
         a = self.architecture
         z, prompt_embeds = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
-        model, prompt_tensor = self._model, torch.from_numpy(prompt_embeds).to(self._device)
+        model = self._model
+        prompt_tensor = torch.from_numpy(prompt_embeds).to(self._device)
         return TorchRun(
             lambda state, t, r: model(state, t, r, prompt_tensor, return_dict=False)[0],
             z,

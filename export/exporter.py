@@ -134,7 +134,8 @@ def export_bundle(
     Raises:
         AnyFlowError: whatever does not fit, before work starts; nothing is left at `output`.
     """
-    settings, progress = settings or ExportSettings(), progress or NullProgress()
+    settings = settings or ExportSettings()
+    progress = progress or NullProgress()
     architecture = weights.architecture
     ranges = validate_export(weights, settings)
     schedule = ScheduleDefaults(shift=schedule_shift(weights), steps=4)
@@ -286,7 +287,8 @@ def _check_space(folder: Path, architecture: Architecture, settings: ExportSetti
         if settings.spec.quantized
         else set()
     )
-    wide, narrow = get_precision(settings.spec.base).bytes, get_precision(settings.precision).bytes
+    wide = get_precision(settings.spec.base).bytes
+    narrow = get_precision(settings.precision).bytes
     needed = (
         sum(
             math.prod(shape) * (narrow if name in small else wide) for name, shape in shapes.items()

@@ -78,7 +78,8 @@ class TorchEngine:
         z, prompt_embeds = prepare_inputs(
             self.ranges, self.architecture.in_channels, self.architecture.text_dim, latents, text
         )
-        network, prompt_tensor = self.network, torch.from_numpy(prompt_embeds).to(self._device)
+        network = self.network
+        prompt_tensor = torch.from_numpy(prompt_embeds).to(self._device)
         return TorchRun(lambda state, t, r: network(state, t, r, prompt_tensor)[1], z, self._device)
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
@@ -110,7 +111,8 @@ class TorchKVCache:
 
     def run(self, latents: Array, positions: Positions, past: int) -> TorchRun:
         """See `Cache`."""
-        network, position_ids = self._network, torch.from_numpy(positions).to(self._device)
+        network = self._network
+        position_ids = torch.from_numpy(positions).to(self._device)
         return TorchRun(
             lambda z, t, r: network(z, t, r, position_ids, *self._attended(past))[1],
             latents,

@@ -49,7 +49,8 @@ def fetch_headers(release: str, repository: str = REPOSITORY) -> Path:
     tag, wheels = RELEASES[release]
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE) as name:
-        source, partial = Path(name) / "source", Path(name) / "headers"
+        source = Path(name) / "source"
+        partial = Path(name) / "headers"
         clone = [
             "git",
             "clone",

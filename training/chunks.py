@@ -174,7 +174,8 @@ def _encode_chunks(
 ) -> KVCache:
     """Run clean chunks at t = r = 0, each seeing what is before, earlier ones and itself; `size`
     tokens a frame."""
-    start, stop = plan.frame_range(chunks[0])[0], plan.frame_range(chunks[-1])[1]
+    start = plan.frame_range(chunks[0])[0]
+    stop = plan.frame_range(chunks[-1])[1]
     ends = [(plan.frame_range(c)[0] - start, plan.frame_range(c)[1] - start) for c in chunks]
     known = _cached_tokens(before)
     spans = [((a * size, b * size), ((0, known + b * size),)) for a, b in ends]
@@ -231,7 +232,8 @@ def velocity(
 def _window_spans(plan: ChunkPlan, size: int, context: Context) -> list[Span]:
     """A noisy chunk sees the old ones, the clean copies of the window's earlier ones, and
     itself."""
-    start, known = plan.window[0], _cached_tokens(context.memory)
+    start = plan.window[0]
+    known = _cached_tokens(context.memory)
     spans: list[Span] = []
     for chunk in range(plan.first, len(plan.chunks)):
         a, b = ((frame - start) * size for frame in plan.frame_range(chunk))

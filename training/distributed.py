@@ -81,7 +81,8 @@ def init_distributed(shard: int | None = None, device: str | None = None) -> Dis
         raise AnyFlowError(
             f"the environment has {', '.join(given)} and lacks {missing}. Start with torchrun."
         )
-    size, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    size = int(os.environ["WORLD_SIZE"])
+    local = int(os.environ["LOCAL_RANK"])
     if shard is not None and (shard < 1 or size % shard):
         raise AnyFlowError(f"--shard is {shard}; allowed are divisors of the {size} processes.")
     if kind == "cuda":

@@ -80,7 +80,8 @@ class MetricsLogger:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        speed, memory = samples / max(seconds, 1e-9), peak_memory() / 2**30
+        speed = samples / max(seconds, 1e-9)
+        memory = peak_memory() / 2**30
         for key, value in {**values, "samples_per_second": speed, "memory_gib": memory}.items():
             self._board.add_scalar(key, value, step)
         if self._wandb is not None:

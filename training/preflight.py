@@ -137,7 +137,8 @@ def check_resume(stored: dict[str, Any], recipe: Recipe, base: str, path: Path) 
     Raises:
         CheckpointError: with the settings that differ.
     """
-    old, new = _flatten(stored["recipe"]), _flatten(recipe_to_dict(recipe))
+    old = _flatten(stored["recipe"])
+    new = _flatten(recipe_to_dict(recipe))
     changed = [
         f"--{n.replace('_', '-')} {old.get(n)} there, {new[n]} here"
         for n in new

@@ -57,7 +57,8 @@ def sample_flow_map_times(count: int, shift: float, seed: int, step: int) -> tup
     offset = torch.rand((), generator=random, dtype=torch.float64)
     place = (torch.arange(count, dtype=torch.float64) + offset) / count
     pair = torch.rand(count, 2, generator=random, dtype=torch.float64)
-    t, r = shift_times(pair.amax(1), shift), shift_times(pair.amin(1), shift)
+    t = shift_times(pair.amax(1), shift)
+    r = shift_times(pair.amin(1), shift)
     r = torch.where(place < DIFFUSION_SHARE, t, r)
     r = torch.where(
         (place >= DIFFUSION_SHARE) & (place < DIFFUSION_SHARE + CLEAN_SHARE), torch.zeros_like(r), r

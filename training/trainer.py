@@ -80,7 +80,9 @@ class Trainer:
     def __init__(
         self, spec: RunSpec, world: DistributedContext, data_opener: OpenData = open_data
     ) -> None:
-        self.spec, self.recipe, self.world = spec, spec.recipe, world
+        self.spec = spec
+        self.recipe = spec.recipe
+        self.world = world
         optimizing, processes = self.recipe.optimizing, world.size
         if optimizing.batch % (optimizing.micro_batch * processes):
             raise AnyFlowError(
@@ -165,7 +167,8 @@ class Trainer:
             _set_sigterm_handler(before)
 
     def _loop(self, logger: MetricsLogger) -> None:
-        running, optimizing = self.recipe.running, self.recipe.optimizing
+        running = self.recipe.running
+        optimizing = self.recipe.optimizing
         batches: Iterator[Batch] | None = None
         while self.step < optimizing.steps and not self._stop_requested:
             batches = batches or iter(self.source)

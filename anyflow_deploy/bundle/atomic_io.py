@@ -177,7 +177,8 @@ def check_file(
     parts = PurePosixPath(name)
     path = folder / name
     try:
-        inside, present = path.resolve().is_relative_to(folder.resolve()), path.is_file()
+        inside = path.resolve().is_relative_to(folder.resolve())
+        present = path.is_file()
         hint = (
             " If the link is a hub cache's, copy the bundle with cp -rL."
             if path.is_symlink()

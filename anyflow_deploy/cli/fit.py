@@ -183,8 +183,10 @@ def show_fit(a: Architecture, precision: str, target: str, ranges: Mapping[str, 
     }
     if a.causal:
         largest.pop("frames", None)  # those are of one chunk
-    shape, row = dataclasses.replace(usual, **largest), get_target(target)
-    need, available = estimate_memory(a, precision, row, shape), available_memory(row)
+    shape = dataclasses.replace(usual, **largest)
+    row = get_target(target)
+    need = estimate_memory(a, precision, row, shape)
+    available = available_memory(row)
     parts = f"weights {_gb(need.weights)}, activations {_gb(need.activations + need.workspace)}"
     cache = f", cache {_gb(need.cache)}" if need.cache else ""
     console.print(
@@ -204,7 +206,8 @@ def _cell(
     """One combination: bytes and a verdict, or why it is refused."""
     if precision not in target.precisions:
         return {"fits": False, "refused": f"{target.name} does not run {precision}"}
-    need, available = estimate_memory(a, precision, target, shape, window), available_memory(target)
+    need = estimate_memory(a, precision, target, shape, window)
+    available = available_memory(target)
     return {
         "fits": need.total <= available,
         "total": need.total,

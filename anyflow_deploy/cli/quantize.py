@@ -122,7 +122,8 @@ def own_calibration(output: Path) -> Path:
 def _small(weights: Weights) -> dict[str, int]:
     """Video size for a CPU: never more than the model's own."""
     own = MODELS.get(model_name(weights.architecture), MODELS["1.3b"]).video
-    height, width = min(_CPU_HEIGHT, own[1]), min(_CPU_WIDTH, own[2])
+    height = min(_CPU_HEIGHT, own[1])
+    width = min(_CPU_WIDTH, own[2])
     frames = CAUSAL_FRAMES if weights.architecture.causal else min(FRAMES, own[0])
     return {"frames": frames, "height": height, "width": width}
 

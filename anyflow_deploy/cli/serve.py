@@ -118,7 +118,8 @@ def serve(options: ServeOptions) -> int:
     from anyflow_deploy.serving.warmup import warm_up
 
     log_to_stderr()
-    manifest, name = bundle.manifest, options.name or bundle.manifest.model
+    manifest = bundle.manifest
+    name = options.name or bundle.manifest.model
     with (
         listener,
         closing(VideoStore(options.folder, limits.disk_bytes, limits.keep_seconds)) as store,
@@ -162,7 +163,8 @@ def limits_of(options: ServeOptions, bundle: Bundle) -> Limits:
 def _token(options: ServeOptions) -> str | None:
     """The token, from its file or the environment; needed where other machines can reach the
     server."""
-    where, token = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)
+    where = TOKEN_VARIABLE
+    token = os.environ.get(TOKEN_VARIABLE)
     if options.token_file is not None:
         where = str(options.token_file)
         try:

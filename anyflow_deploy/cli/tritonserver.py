@@ -160,7 +160,8 @@ def triton(options: TritonOptions) -> int:
 
 def settings_of(options: TritonOptions, bundle: Bundle, engine: EngineFolder | None) -> Settings:
     """The parameters of config.pbtxt."""
-    video, parts = bundle.manifest.video, set(options.parts) & set(PARTS)
+    video = bundle.manifest.video
+    parts = set(options.parts) & set(PARTS)
     return Settings(
         pipeline="pipeline" if parts else None,
         text="text" in parts,

@@ -148,7 +148,8 @@ def _shapes(
     a = bundle.manifest.architecture
     sizes = {"frames": latent_frames(options.frames, video.temporal_factor)}
     for axis in ("height", "width"):
-        pixels, asked = getattr(options, axis), axis in options.model_fields_set
+        pixels = getattr(options, axis)
+        asked = axis in options.model_fields_set
         unit = a.patch_size[1]
         sizes[axis] = (
             latent_side(pixels, video.spatial_factor, unit, axis)

@@ -33,7 +33,8 @@ def probe_compiler() -> ProbeResult:
     if found is None:
         return ProbeResult(MISSING, f"none of {', '.join(wanted)} is there", install)
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
+        source = Path(folder, "probe.cpp")
+        library = Path(folder, "probe.so")
         source.write_text(_SOURCE)
         command = [
             found,

@@ -133,7 +133,8 @@ def include_folders(*variables: str) -> list[Path]:
 
 
 def _probe_cmake() -> ProbeResult:
-    path, wanted = _program("cmake"), ".".join(map(str, OLDEST_CMAKE))
+    path = _program("cmake")
+    wanted = ".".join(map(str, OLDEST_CMAKE))
     found = re.search(
         r"cmake version (\d+)\.(\d+)\.?\S*",
         (run_command([path, "--version"]) or "") if path else "",

@@ -100,7 +100,8 @@ def probe_disk(folder: Path | None = None) -> ProbeResult:
 
 def probe_jetson(root: Path = Path("/")) -> ProbeResult | None:
     """Model and L4T release of a Jetson; None on anything else."""
-    model, release = root / "proc/device-tree/model", root / "etc/nv_tegra_release"
+    model = root / "proc/device-tree/model"
+    release = root / "etc/nv_tegra_release"
     name = model.read_text(errors="replace").strip("\0 \n") if model.is_file() else ""
     text = release.read_text(errors="replace") if release.is_file() else ""
     found = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", text)

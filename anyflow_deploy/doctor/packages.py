@@ -109,7 +109,8 @@ def probe_onnxruntime(providers: Iterable[str] | None = None) -> ProbeResult:
     there."""
     names = distributions_of("onnxruntime") if providers is None else sorted(providers)
     if len(names) > 1:
-        both, keep = " and ".join(names), GPU if "onnxruntime-gpu" in names else CPU
+        both = " and ".join(names)
+        keep = GPU if "onnxruntime-gpu" in names else CPU
         remedy = f"pip uninstall -y {' '.join(names)} && {keep}"
         return ProbeResult(
             FAULT, f"{both} are both installed, and each overwrote files of the other", remedy

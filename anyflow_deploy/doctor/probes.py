@@ -18,7 +18,8 @@ TENSORRT = "TensorRT"
 CUDA_PYTHON = "cuda-python"
 TORCH_TENSORRT = "torch-tensorrt"
 COMPILER, LIBRARY = "C++ compiler", "C++ library"
-CUDA_HEADERS, TENSORRT_HEADERS = "CUDA headers", "TensorRT headers"
+CUDA_HEADERS = "CUDA headers"
+TENSORRT_HEADERS = "TensorRT headers"
 JETSON = "Jetson"
 
 OF_JETPACK = (

@@ -62,7 +62,8 @@ class ChunkTransition(FlowMapTransformer):
         _, frames, _, height, width = latents.shape
         rotation = self.rope(frames, height // self.patch, width // self.patch, positions)
         pairs = _group_pairs(memory)
-        text_kv, past = pairs[: len(self.blocks)], pairs[len(self.blocks) :]
+        text_kv = pairs[: len(self.blocks)]
+        past = pairs[len(self.blocks) :]
         z_r, velocity, present = self.transition(latents, t, r, text_kv, rotation, past)
         return z_r, velocity, *_flatten_pairs(present)
 
@@ -94,7 +95,9 @@ class ChunkCompressor(ChunkTransition):
         x = self.tokens(self.far_patch_embedding, latents)
         clean = latents.new_zeros(latents.shape[:2])
         _, modulation = self.embed_conditions(clean, clean)
-        ones, pairs, present = self.get_buffer("ones"), _group_pairs(memory), []
+        ones = self.get_buffer("ones")
+        pairs = _group_pairs(memory)
+        present = []
         layers = self.blocks[:-1]
         for block, text_kv, past in zip(
             layers, pairs[: len(layers)], pairs[len(layers) :], strict=True

@@ -121,7 +121,9 @@ class Attention(nn.Module):
         number otherwise.
         """
         query = (query * self.scale).to(value.dtype)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        query = query.transpose(1, 2)
+        key = key.transpose(1, 2)
+        value = value.transpose(1, 2)
         if self.fused:
             mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         else:

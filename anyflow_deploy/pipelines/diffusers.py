@@ -80,7 +80,8 @@ class EngineTransformer(nn.Module):
                 "an engine takes no image embeddings and no attention_kwargs (LoRA): export a"
                 " merged model."
             )
-        latents, text = _array(hidden_states), _array(encoder_hidden_states)
+        latents = _array(hidden_states)
+        text = _array(encoder_hidden_states)
         source = _array(timestep)
         with self.engine.start(latents, text) as run:
             velocity = run.velocity(source, np.minimum(_array(r_timestep), source))

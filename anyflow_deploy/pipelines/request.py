@@ -231,7 +231,8 @@ def check_prompt_embeds(manifest: Manifest, prompt_embeds: ArrayLike) -> Array:
     embeds = prepare_array("prompt_embeds", prompt_embeds)
     if embeds.ndim == 2:
         embeds = embeds[None]
-    tokens, channels = manifest.shape_ranges.text, manifest.architecture.text_dim
+    tokens = manifest.shape_ranges.text
+    channels = manifest.architecture.text_dim
     if embeds.ndim != 3 or embeds.shape[1] not in tokens or embeds.shape[2] != channels:
         raise ShapeError(
             f"prompt_embeds has shape {embeds.shape}; allowed is (videos, {tokens}, {channels}):"

@@ -254,7 +254,8 @@ def check_size(name: str, frames: NDArray[np.uint8], height: int, width: int) ->
         AnyFlowError: naming both sizes.
     """
     if frames.shape[1:3] != (height, width):
-        given, asked = _shown(frames.shape[1:3]), _shown((height, width))
+        given = _shown(frames.shape[1:3])
+        asked = _shown((height, width))
         raise AnyFlowError(
             f"{name} is {given} and the video asked for is {asked} (height x width). "
             "Crop or scale the file, or choose --height and --width."

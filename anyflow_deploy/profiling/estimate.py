@@ -81,7 +81,8 @@ def estimate_latency(
         AnyFlowError: a target without numbers, or one that does not run the precision.
     """
     check_precision(target, precision)
-    ceilings, types = ceilings_from_target(target), compute_types(precision, base, attention)
+    ceilings = ceilings_from_target(target)
+    types = compute_types(precision, base, attention)
     sides = (shape.height, shape.width)
     frames = (shape.frames - 1) * TEMPORAL_FACTOR + 1
     clips = []

@@ -53,7 +53,8 @@ def memory_used(root: Path = Path("/")) -> float | None:
     (`cudaMemGetInfo` counts that cache as taken, and the files of a bundle are in it once they were
     read.)
     """
-    total, free = _meminfo("MemTotal", root), _meminfo("MemAvailable", root)
+    total = _meminfo("MemTotal", root)
+    free = _meminfo("MemAvailable", root)
     return None if total is None or free is None else total - free
 
 

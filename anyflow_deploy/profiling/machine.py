@@ -143,7 +143,8 @@ class OtherLoad:
 
     def cores(self) -> float | None:
         """On average since then; None where the kernel does not say."""
-        busy, seconds = _busy_seconds(self._root), time.perf_counter() - self._wall
+        busy = _busy_seconds(self._root)
+        seconds = time.perf_counter() - self._wall
         if busy is None or self._busy is None or seconds <= 0:
             return None
         return max(0.0, (busy - self._busy - (own_cpu_seconds() - self._own)) / seconds)

@@ -45,13 +45,15 @@ class PeakMemory:
         self._shared_before = None if shared is None else shared()
         self._before = resident_bytes()
         self._gpu_before = self._gpu()
-        self._loaded, self._gpu_loaded = self._before, self._gpu_before
+        self._loaded = self._before
+        self._gpu_loaded = self._gpu_before
         self._loading_peak: int | None = None
         self._peak_was_reset = _reset_peak()
 
     def mark_loaded(self) -> None:
         """Call it when what is measured is loaded."""
-        self._loaded, self._gpu_loaded = resident_bytes(), self._gpu()
+        self._loaded = resident_bytes()
+        self._gpu_loaded = self._gpu()
         # Else it may be of long before
         self._loading_peak = resident_bytes("VmHWM") if self._peak_was_reset else None
         self._peak_was_reset = _reset_peak()

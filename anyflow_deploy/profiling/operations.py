@@ -87,7 +87,8 @@ def transition_cost(
     # Q, k, v, out; the text's query and out; feed-forward
     linear = 2 * tokens * a.num_layers * (6 * d * d + 2 * d * a.ffn_dim)
     attention = 4 * tokens * d * a.num_layers * (tokens + past + text)
-    patch, pixels = math.prod(a.patch_size), math.prod(a.patch_size) * a.out_channels
+    patch = math.prod(a.patch_size)
+    pixels = math.prod(a.patch_size) * a.out_channels
     wide = 2 * tokens * d * (a.in_channels * patch + pixels) + _times_operations(a, frames)
     cost = ComputeCost(
         _sum_by_type((types.linear, linear), (types.attention, attention), ("fp32", wide)), 0.0
@@ -167,7 +168,8 @@ def weight_bytes(a: Architecture, types: ComputeTypes, with_text: bool = True) -
     """All weights once, in the types they are stored in; without those of the text's keys and
     values if asked."""
     number = count_parameters(a)
-    base, large = PRECISIONS[types.base].bytes, PRECISIONS[types.linear].bytes
+    base = PRECISIONS[types.base].bytes
+    large = PRECISIONS[types.linear].bytes
     scales = 4 * count_quantized_channels(a) if types.linear in EIGHT_BIT else 0
     whole = large * number["blocks"] + base * number["base"] + 4 * number["float32"] + scales
     return float(

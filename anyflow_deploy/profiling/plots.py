@@ -176,7 +176,8 @@ def _roofline(profile: Profile) -> Iterator[str]:
         return
     roof = roofs[0][1]
     total = sum(roof.operations.values())
-    peak, bandwidth = total / roof.compute_seconds, ceilings.bandwidth
+    peak = total / roof.compute_seconds
+    bandwidth = ceilings.bandwidth
     dots = [
         (
             row.operations / row.bytes,

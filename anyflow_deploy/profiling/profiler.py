@@ -176,7 +176,8 @@ class _Profiler:
             for name, read in (("GPU memory", used), ("shared memory", shared))
             if read is not None
         }
-        throttled_before, load = machine.throttle_counts(), machine.OtherLoad()
+        throttled_before = machine.throttle_counts()
+        load = machine.OtherLoad()
         with closing(engine):
             subject = self._describe_subject(engine, loading)
             with ResourceSampler(
@@ -227,7 +228,8 @@ class _Profiler:
         )
 
     def _describe_subject(self, engine: BundleEngine, loading: float) -> Subject:
-        request, manifest = self._request, self._request.bundle.manifest
+        request = self._request
+        manifest = self._request.bundle.manifest
         a = manifest.architecture
         built = None
         if BACKENDS[request.backend].build_settings is not None:
@@ -326,7 +328,8 @@ class _Profiler:
         return [layers]
 
     def _measure_stages(self) -> list[StageTiming]:
-        request, manifest = self._request, self._request.bundle.manifest
+        request = self._request
+        manifest = self._request.bundle.manifest
         stage_records: list[StageTiming] = []
         for flag, part in (("text", stages.TEXT), ("vae", stages.VAE)):
             if flag in request.skip:

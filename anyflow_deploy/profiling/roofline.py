@@ -148,7 +148,9 @@ class _OperatorBenchmark:
     """Graphs of one operator, timed."""
 
     def __init__(self, onnx: Any, onnxruntime: Any, threads: int | None, budget: float) -> None:
-        self._onnx, self._runtime, self._budget = onnx, onnxruntime, budget
+        self._onnx = onnx
+        self._runtime = onnxruntime
+        self._budget = budget
         self._options = onnxruntime.SessionOptions()
         self._options.log_severity_level = 3
         if threads is not None:

@@ -109,7 +109,8 @@ class ResourceSampler:
             for time, value in (rows if source.watts else _watts_between(cumulative))
             if busy[0] <= time <= busy[1]
         ]
-        joules, seconds = self.joules(name, [busy]), busy[1] - busy[0]
+        joules = self.joules(name, [busy])
+        seconds = busy[1] - busy[0]
         resting = self.joules(name, [idle]) / (idle[1] - idle[0]) if idle[1] > idle[0] else None
         return PowerUsage(
             name=name,

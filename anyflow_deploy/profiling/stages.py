@@ -60,7 +60,8 @@ def measure_text_encoder(
 
     gc.collect()
     peak, began = PeakMemory(), clock()
-    encoder, tokens = PromptEncoder(folder), manifest.video.text_tokens
+    encoder = PromptEncoder(folder)
+    tokens = manifest.video.text_tokens
     encoder.load()
     loading = clock() - began
     peak.mark_loaded()

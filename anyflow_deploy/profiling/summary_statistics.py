@@ -57,7 +57,8 @@ def median_interval(
 ) -> tuple[float, float]:
     """Order statistics between which the true median lies with `CONFIDENCE`; with few samples, the
     smallest and the largest."""
-    ordered, n = np.sort(np.asarray(times, dtype=np.float64)), len(times)
+    ordered = np.sort(np.asarray(times, dtype=np.float64))
+    n = len(times)
     below, rank = 0.0, 0
     for k in range(n // 2):  # P(at most k samples lie below the median), a binomial with one half
         below += math.comb(n, k) * 0.5**n if n < 1000 else _normal_step(n, k)
@@ -96,5 +97,6 @@ def is_steady(times: Sequence[float], window: int, tolerance: float) -> bool:
     """Whether the last `window` samples are, in the median, as the `window` before them."""
     if len(times) < 2 * window:
         return False
-    before, now = np.median(times[-2 * window : -window]), np.median(times[-window:])
+    before = np.median(times[-2 * window : -window])
+    now = np.median(times[-window:])
     return bool(abs(now / before - 1) <= tolerance)

@@ -84,7 +84,8 @@ def run_warm_up(run: Callable[[], None], transitions: list[float], rules: Timing
     while True:
         run()
         runs += 1
-        steady, spent = is_steady(transitions, WINDOW, TOLERANCE), clock() - started
+        steady = is_steady(transitions, WINDOW, TOLERANCE)
+        spent = clock() - started
         if steady or (runs >= 2 and spent > WARM_UP_SHARE * rules.seconds):
             break
     transitions.clear()

@@ -53,7 +53,10 @@ class AuthMiddleware:
     """
 
     def __init__(self, app: ASGIApp, token: str | None, limits: Limits, metrics: Metrics) -> None:
-        self._app, self._token, self._limits, self._metrics = app, token, limits, metrics
+        self._app = app
+        self._token = token
+        self._limits = limits
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -133,7 +136,10 @@ class _ResponseRecorder:
     """Notes what is answered: the id as a header, a line in the log, a count."""
 
     def __init__(self, scope: Scope, send: Send, own: str, metrics: Metrics) -> None:
-        self._scope, self._send, self._own, self._metrics = scope, send, own, metrics
+        self._scope = scope
+        self._send = send
+        self._own = own
+        self._metrics = metrics
         self._started = time.perf_counter()
 
     async def __call__(self, message: Message) -> None:
@@ -147,7 +153,8 @@ class _ResponseRecorder:
         await self._send(message)
 
     def _note(self, status: int) -> None:
-        seconds, scope = time.perf_counter() - self._started, self._scope
+        seconds = time.perf_counter() - self._started
+        scope = self._scope
         # The pattern, not the path: labels stay few
         route = getattr(scope.get("route"), "path", "none")
         method = str(scope.get("method", "WS"))

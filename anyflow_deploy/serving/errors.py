@@ -60,7 +60,10 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.headers = status, message, param, headers
+        self.status = status
+        self.message = message
+        self.param = param
+        self.headers = headers
         self.code = code or _CODES.get(status, "error")
 
     def answer(self) -> JSONResponse:

@@ -33,7 +33,9 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, service: Service, grace: float) -> None:
         super().__init__(config)
-        self._service, self._grace, self._leaving = service, grace, False
+        self._service = service
+        self._grace = grace
+        self._leaving = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came: work on another thread, since locks may be held where this one was

@@ -23,7 +23,9 @@ from anyflow_deploy.bundle.atomic_io import fsync_path, write_text_atomically
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.serving.job import Fragment, Job, Video
 
-VIDEO, RECORD, LOCK = "video.mp4", "video.json", ".anyflow-serve.lock"
+VIDEO = "video.mp4"
+RECORD = "video.json"
+LOCK = ".anyflow-serve.lock"
 _log = logging.getLogger("anyflow.serve")
 NAME = re.compile(r"video_[0-9a-f]{32}")
 
@@ -49,7 +51,9 @@ class VideoStore:
     """
 
     def __init__(self, folder: Path, most_bytes: int, keep_seconds: float) -> None:
-        self.folder, self._most, self._keep = folder, most_bytes, keep_seconds
+        self.folder = folder
+        self._most = most_bytes
+        self._keep = keep_seconds
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock_folder(folder / LOCK)

@@ -114,7 +114,8 @@ def check_exporter() -> None:
 def _buildable_ranges(bundle: Bundle, provider: str) -> dict[str, AxisRange]:
     if bundle.manifest.precision != "int8" or provider != "cuda":
         return narrow_ranges(bundle)
-    declared, patch = bundle.manifest.shape_ranges, bundle.manifest.architecture.patch_size[1]
+    declared = bundle.manifest.shape_ranges
+    patch = bundle.manifest.architecture.patch_size[1]
     overrides = {"text": _range_from(declared.text, _INT8_ROWS)}
     side = (bundle.manifest.architecture.compressed_patch_size or (1, patch))[1]
     overrides |= {

@@ -40,7 +40,9 @@ class AotInductorCache:
         text: Array,
         plan: CachePlan,
     ) -> None:
-        self._torch, self._graphs, self._device = torch, graphs, device
+        self._torch = torch
+        self._graphs = graphs
+        self._device = device
         self._shape = (plan.heads, plan.channels)
         self._text_kv = self._run("text", torch.from_numpy(text))
         self._buffers = [self._allocate(plan.capacity) for _ in cache_tensor_names(plan.layers)]

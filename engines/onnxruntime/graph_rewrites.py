@@ -118,9 +118,11 @@ def _find_attentions(graph: onnx.GraphProto) -> Iterator[_Attention]:
             and _attribute(node, "scale") == 1.0
             and len(node.input) == 3
         ):
-            weighted_sum, names = node, (node.input[0], node.input[1], node.input[2])
+            weighted_sum = node
+            names = (node.input[0], node.input[1], node.input[2])
         elif node.op_type == "Softmax":
-            scores, weighted_sum = producer.get(node.input[0]), only_consumer(node.output[0])
+            scores = producer.get(node.input[0])
+            weighted_sum = only_consumer(node.output[0])
             keys = (
                 before_transpose(scores.input[1], _KEYS_LAST)
                 if scores is not None and scores.op_type == "MatMul"

@@ -142,7 +142,8 @@ class TensorRTEngine(BundleEngineBase):
     def release_slot(self, key: Hashable, slot: ExecutionSlot) -> None:
         """Hand a slot back; it is kept until one of other shapes is asked for."""
         with self._lock:
-            other, self._idle = self._idle, (None if self._closed else (key, slot))
+            other = self._idle
+            self._idle = None if self._closed else (key, slot)
             closed = self._closed
         if other is not None:
             other[1].close()

@@ -109,7 +109,8 @@ class ExecutionSlot:
             self.stream.synchronize()
             for runner in self._runners.values():
                 runner.drop_graphs()
-            old, self._activations = self._activations, self.device.buffer(0)
+            old = self._activations
+            self._activations = self.device.buffer(0)
             # first, to make room: and if there is none all the same, the next run begins with
             # nothing
             old.close()

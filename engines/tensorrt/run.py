@@ -41,7 +41,9 @@ class TensorRTRun:
         tensors: Callable[[], tuple[Inputs, dict[str, int]]],
         on_close: Callable[[], None],
     ) -> None:
-        self._slot, self._plan, self._shape = slot, plan, latents.shape
+        self._slot = slot
+        self._plan = plan
+        self._shape = latents.shape
         self._tensors, self._on_close = tensors, on_close
         self._state_buffers = [slot.acquire(latents.nbytes) for _ in range(3)]
         self._time_buffers = [

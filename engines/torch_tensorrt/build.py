@@ -62,7 +62,8 @@ class TorchTensorRTSettings(BuildSettings):
 
         torch = import_cuda_torch(self.provider, self.device)
         device = torch_device(self.provider, self.device)
-        axis_ranges, shapes = profile_ranges(bundle), input_profile(bundle)
+        axis_ranges = profile_ranges(bundle)
+        shapes = input_profile(bundle)
         achieved = build_package(
             import_torch_tensorrt(), bundle, device, axis_ranges, shapes, writer, progress
         )

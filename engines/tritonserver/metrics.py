@@ -22,9 +22,11 @@ class Metrics:
     """
 
     def __init__(self, server: Any, model: str, instance: str) -> None:
-        self._server, self._labels = server, {"model": model, "instance": instance}
+        self._server = server
+        self._labels = {"model": model, "instance": instance}
         self._families: list[Any] = []  # Triton forgets a family that nobody holds
-        gauge, counter = server.MetricFamily.GAUGE, server.MetricFamily.COUNTER
+        gauge = server.MetricFamily.GAUGE
+        counter = server.MetricFamily.COUNTER
         self._active = self._metric("anyflow_active_streams", "Videos that are being made", gauge)
         self._waiting = self._metric(
             "anyflow_waiting_requests", "Requests that wait for a place", gauge

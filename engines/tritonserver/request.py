@@ -66,7 +66,8 @@ def parse_request(
     """
     prompt_embeds = _prompt_embeds(tensors, manifest, settings)
     fields: dict[str, Any] = {field: _single(tensors, field) for field in _SAME if field in tensors}
-    height, width = _single(tensors, "height"), _single(tensors, "width")
+    height = _single(tensors, "height")
+    width = _single(tensors, "width")
     if height is not None or width is not None:
         video = manifest.video
         width = video.width if width is None else width

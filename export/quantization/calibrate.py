@@ -92,7 +92,9 @@ def run_calibration(
         AnyFlowError: a tensor that became infinite or NaN, by name; or ModelOpt is not installed.
         BackendError: torch cannot use the device.
     """
-    progress, a, shift = progress or NullProgress(), weights.architecture, schedule_shift(weights)
+    progress = progress or NullProgress()
+    a = weights.architecture
+    shift = schedule_shift(weights)
     with progress.stage("fingerprint of the weights"):
         weights_fingerprint = weights.fingerprint
     rollouts = list(_list_rollouts(settings, shift))

@@ -202,7 +202,10 @@ class _QuantizationPlanner:
     def __init__(
         self, plan: QuantizationPlan, weights: Weights, calibration: Calibration, smooth: bool
     ) -> None:
-        self.plan, self.weights, self.calibration, self.smooth = plan, weights, calibration, smooth
+        self.plan = plan
+        self.weights = weights
+        self.calibration = calibration
+        self.smooth = smooth
         self.shapes = weights.shapes()
         self.dtype = CHECKPOINT_DTYPES[get_precision(plan.base).tensor_type]
 

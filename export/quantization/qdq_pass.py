@@ -70,7 +70,8 @@ class _QdqRewriter:
         x, weight = node.inputs[0], node.inputs[1]
         assert x is not None and weight is not None
         operand = self._insert_qdq_pair(x, self.plan.inputs[layer], node)
-        base_type, weight.type = weight.type, ir.TensorType(ONNX_DTYPES[self.plan.kind])
+        base_type = weight.type
+        weight.type = ir.TensorType(ONNX_DTYPES[self.plan.kind])
         scale = self._get_constant(weight_scale_name(f"{layer}{_WEIGHT}"))
         inputs, attributes = [weight, scale], []
         if scale.shape is not None and len(scale.shape):
@@ -79,7 +80,8 @@ class _QdqRewriter:
         dequantized = self._insert_node(
             "DequantizeLinear", inputs, f"{layer}/DequantizeLinear", node, attributes
         )
-        dequantized.type, dequantized.shape = base_type, weight.shape
+        dequantized.type = base_type
+        dequantized.shape = weight.shape
         node.replace_input_with(0, operand)
         node.replace_input_with(1, dequantized)
         if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -92,7 +94,8 @@ class _QdqRewriter:
         )
         total = ir.Node("", "Add", [product.outputs[0], bias], name=f"{layer}/Add")
         product.outputs[0].name = f"{layer}_product"
-        product.outputs[0].type, product.outputs[0].shape = old.type, old.shape
+        product.outputs[0].type = old.type
+        product.outputs[0].shape = old.shape
         ir.convenience.replace_nodes_and_values(
             self.graph, node, [node], [product, total], [old], [total.outputs[0]]
         )
@@ -116,7 +119,8 @@ class _QdqRewriter:
 
     def quantize_attention(self, name: str) -> None:
         """Quantize the operands of both products of an attention, where the graph has it."""
-        scores, mixed = self.nodes.get(f"{name}/MatMul"), self.nodes.get(f"{name}/MatMul_2")
+        scores = self.nodes.get(f"{name}/MatMul")
+        mixed = self.nodes.get(f"{name}/MatMul_2")
         if scores is None and mixed is None:
             return
         if (
@@ -149,11 +153,13 @@ class _QdqRewriter:
         key = (id(x), scale_name)
         if key not in self._pairs:
             stem = scale_name.removesuffix("_scale")
-            scale, zero = self._get_constant(scale_name), self._get_constant(ZERO_POINT)
+            scale = self._get_constant(scale_name)
+            zero = self._get_constant(ZERO_POINT)
             quantized = self._insert_node(
                 "QuantizeLinear", [x, scale, zero], f"{stem}/QuantizeLinear", node
             )
-            quantized.type, quantized.shape = ir.TensorType(ONNX_DTYPES[self.plan.kind]), x.shape
+            quantized.type = ir.TensorType(ONNX_DTYPES[self.plan.kind])
+            quantized.shape = x.shape
             dequantized = self._insert_node(
                 "DequantizeLinear", [quantized, scale, zero], f"{stem}/DequantizeLinear", node
             )

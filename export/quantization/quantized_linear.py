@@ -47,7 +47,10 @@ class QuantizedInput:
     def __init__(
         self, network: nn.Module, name: str, smooth: bool, eight_bits: torch.dtype
     ) -> None:
-        self._network, self._name, self._smooth, self._type = network, name, smooth, eight_bits
+        self._network = network
+        self._name = name
+        self._smooth = smooth
+        self._type = eight_bits
         self._last_smoothed: tuple[Tensor, Tensor] | None = None
         self._last_quantized: tuple[Tensor, Tensor] | None = None
 
@@ -99,7 +102,8 @@ class EightBitLinear(nn.Module):
         self.quantized_input = quantized_input
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded, scale = self.quantized_input.quantize(x), self.get_buffer("weight_scale").float()
+        rounded = self.quantized_input.quantize(x)
+        scale = self.get_buffer("weight_scale").float()
         if self.weight.dtype == torch.int8:
             whole = multiply_int8(rounded, self.weight.t())
             product = (whole.float() * (self.quantized_input.scale * scale)).to(self.input_type)

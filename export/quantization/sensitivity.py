@@ -118,7 +118,9 @@ class SensitivityAnalyzer:
         settings: SensitivitySettings,
         smooth: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.settings, self.precision, self.fingerprint = settings, precision, calibration.weights
+        self.settings = settings
+        self.precision = precision
+        self.fingerprint = calibration.weights
         self._engine = TorchEngine(weights, settings.device)
         self._schedules = [Schedule.uniform(steps, calibration.shift) for steps in settings.steps]
         self._noise = noise((1, *settings.shape), settings.seed)
@@ -127,7 +129,8 @@ class SensitivityAnalyzer:
         self._fake_quant = FakeQuant(
             self._engine.network, a, calibration, precision, (), smooth, settings.attention
         )
-        self.layers, self.excluded = self._fake_quant.layers, self._fake_quant.excluded
+        self.layers = self._fake_quant.layers
+        self.excluded = self._fake_quant.excluded
 
     def measure_layer(self, layer: str) -> QuantizationError:
         """Quantize one layer."""

@@ -106,7 +106,9 @@ class FakeTensorRTBuild:
         trt, *cuda = header_folders()
         find_compiler()
         self.version = version_of(trt)
-        tensorrt, toolkit, made = folder / "tensorrt", folder / "cuda", folder / "made"
+        tensorrt = folder / "tensorrt"
+        toolkit = folder / "cuda"
+        made = folder / "made"
         for place in (tensorrt, toolkit / "include", made):
             place.mkdir(parents=True, exist_ok=True)
         headers = [
@@ -118,7 +120,8 @@ class FakeTensorRTBuild:
                 link.unlink(missing_ok=True)
                 link.symlink_to(header)
         (toolkit / "version.json").write_text('{"cuda": {"version": "12.9.0"}}')
-        classes, header = v_classes((trt / "NvInferImpl.h").read_text()), made / "v_classes.hpp"
+        classes = v_classes((trt / "NvInferImpl.h").read_text())
+        header = made / "v_classes.hpp"
         if not header.exists() or header.read_text() != classes:
             header.write_text(classes)
         if sanitize is None:
@@ -230,7 +233,8 @@ def plan_text(
 ) -> str:
     """A plan for the stand-in; see engines/cpp/tests/fakes/plan.cpp. Later lines overrule earlier
     ones."""
-    model, architecture = bundle.manifest.graphs[graph], bundle.manifest.architecture
+    model = bundle.manifest.graphs[graph]
+    architecture = bundle.manifest.architecture
     patch = architecture.compressed_patch_size if graph == "compress" else architecture.patch_size
     assert patch is not None
     text = [
@@ -355,7 +359,10 @@ class FakePlanRun:
     """See `engine.Run`."""
 
     def __init__(self, bundle: Bundle, graph: str, latents: Array, others: dict[str, Any]) -> None:
-        self._bundle, self._graph, self._z, self._others = bundle, graph, latents.copy(), others
+        self._bundle = bundle
+        self._graph = graph
+        self._z = latents.copy()
+        self._others = others
 
     def _compute(self, t: ArrayLike, r: ArrayLike) -> dict[str, Any]:
         source, target = frame_times(t, r, self._z.shape)
@@ -386,7 +393,9 @@ class FakePlanCache:
     """See `streaming.Cache`."""
 
     def __init__(self, bundle: Bundle, text: Array, plan: CachePlan) -> None:
-        self._bundle, self._names, self._plan = bundle, cache_tensor_names(plan.layers), plan
+        self._bundle = bundle
+        self._names = cache_tensor_names(plan.layers)
+        self._plan = plan
         dtype = next(
             tensor.dtype
             for tensor in bundle.manifest.graphs["chunk"].outputs
@@ -433,7 +442,8 @@ class FakePlanEngine:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle, self.description = bundle, "machine"
-        self.architecture, self.ranges = bundle.manifest.architecture, bundle.manifest.shape_ranges
+        self.architecture = bundle.manifest.architecture
+        self.ranges = bundle.manifest.shape_ranges
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> FakePlanRun:
         a = self.architecture

@@ -156,7 +156,8 @@ def assert_operations_match_graph(bundle: Bundle) -> None:
         symbol_sizes,
     )
 
-    a, video = bundle.manifest.architecture, bundle.manifest.video
+    a = bundle.manifest.architecture
+    video = bundle.manifest.video
     symbols = symbol_sizes(a, video)
     graph = bundle.manifest.graphs["chunk" if a.causal else "transition"]
     total, _ = count_product_flops(onnx_ir.load(bundle.file(graph.file)), symbols)

@@ -40,7 +40,9 @@ class ToyState:
 
 class ToyRun:
     def __init__(self, state: ToyState, latents: Array, bias: Any) -> None:
-        self._state, self._z, self._bias = state, latents.copy(), bias
+        self._state = state
+        self._z = latents.copy()
+        self._bias = bias
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
         self._state.spend()
@@ -69,7 +71,9 @@ class ToyRun:
 
 class ToyCache:
     def __init__(self, state: ToyState, text: Any, plan: CachePlan) -> None:
-        self._state, self._text, self._tokens = state, text, [0] * plan.capacity
+        self._state = state
+        self._text = text
+        self._tokens = [0] * plan.capacity
 
     def run(self, latents: Array, positions: Positions, past: int) -> ToyRun:
         self._state.calls.append(f"run {positions[0]} {len(positions)} {past}")

@@ -127,9 +127,11 @@ def test_on_the_golden_model(small_bundle: Export) -> None:
     to 1.4 times it).
 
     The network is the authors', its weights are random; docs/how-to/deadlines.md."""
-    engine, picks = load_engine(small_bundle()), list[AdaptiveResult]()
+    engine = load_engine(small_bundle())
+    picks = list[AdaptiveResult]()
     a = engine.architecture
-    latents, text = noise((1, 3, a.in_channels, 8, 12), 0), noise((1, 16, a.text_dim), 1)
+    latents = noise((1, 3, a.in_channels, 8, 12), 0)
+    text = noise((1, 16, a.text_dim), 1)
     fine = sample(engine, latents, text, Schedule.uniform(64))
     for target in (30, 38, 40, 44):
         made = sample(engine, latents, text, AdaptiveSteps(target, on_end=picks.append))
@@ -142,9 +144,11 @@ def test_on_the_golden_model(small_bundle: Export) -> None:
 
 
 def test_the_first_chunk_decides_for_all(export_once: Export) -> None:
-    engine, picks = load_engine(export_once(SMALL.parent / "causal")), list[AdaptiveResult]()
+    engine = load_engine(export_once(SMALL.parent / "causal"))
+    picks = list[AdaptiveResult]()
     a = engine.architecture
-    latents, text = noise((1, 7, a.in_channels, 8, 8), 0), noise((1, 4, a.text_dim), 1)
+    latents = noise((1, 7, a.in_channels, 8, 8), 0)
+    text = noise((1, 4, a.text_dim), 1)
     ask = AdaptiveSteps(37, on_end=picks.append)
     made = list(stream(engine, latents, text, ReuseFirstChunkSteps(ask), chunk_plan=(1, 3, 3)))
     assert len(picks) == 1 and picks[0].reached and picks[0].steps > 2

@@ -107,7 +107,8 @@ def test_golden_samples(oracle: Arrays, engine: Any, steps: int) -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 4, 2, 2), (3, 2, 4, 6, 4), (1, 7, 4, 10, 18)])
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_one_engine_takes_any_shape(engine: Any, shape: tuple[int, ...], tokens: int) -> None:
-    latents, text = noise(shape, 0), noise((shape[0], tokens, 32), 1)
+    latents = noise(shape, 0)
+    text = noise((shape[0], tokens, 32), 1)
     reference = DiffusersEngine(open_checkpoint(SMALL))
     made, expected = (sample(e, latents, text, Schedule.uniform(3)) for e in (engine, reference))
     assert difference(made, expected).relative_l2 < FLOAT32
@@ -243,7 +244,8 @@ def test_a_window_and_a_growing_plan_compute_what_onnx_runtime_does(
     causal: tuple[Any, Arrays], export_once: Export
 ) -> None:
     engine, oracle = causal
-    latents, other = noise((1, 19, 4, 12, 20), 3), load_engine(export_once(CAUSAL))
+    latents = noise((1, 19, 4, 12, 20), 3)
+    other = load_engine(export_once(CAUSAL))
     ours, theirs = (
         whole(
             stream(e, latents, oracle["text"], Schedule.uniform(1), (1, 3, 3, 3, 3, 3, 3), window=2)
@@ -300,7 +302,8 @@ def test_every_precision_is_compiled(
     bundle = export_bundle(weights, tmp_path_factory.mktemp("one") / "bundle", how)
     folder = build_aotinductor(bundle)
     assert folder.record.achieved["transition"].split(", ")[1:] == ([achieved] if achieved else [])
-    latents, text = noise((1, 2, 4, 8, 12), 0), noise((1, 40, 32), 1)
+    latents = noise((1, 2, 4, 8, 12), 0)
+    text = noise((1, 40, 32), 1)
     with load_engine(bundle, "aotinductor", engine=folder.path).start(latents, text) as run:
         found = run.velocity(900, 500)
     with TorchEngine(weights).start(latents, text) as run:

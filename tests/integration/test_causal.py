@@ -155,7 +155,8 @@ def reference(
     """A windowed stream of one step a chunk, in torch, with a list for a cache."""
     checkpoint = open_checkpoint(SMALL.parent / "causal")
     chunk = network_from_weights(checkpoint)
-    layers, z = checkpoint.architecture.num_layers, torch.from_numpy(latents)
+    layers = checkpoint.architecture.num_layers
+    z = torch.from_numpy(latents)
     words = TextKVEncoder.forward(chunk, torch.from_numpy(oracle["text"]))
     nothing = [torch.zeros(1, 0, 4, 24)] * (2 * layers)
 

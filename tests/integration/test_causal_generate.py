@@ -183,7 +183,8 @@ def test_a_growing_video_shows_what_a_whole_one_shows(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "grown.mp4", 16, (HEIGHT, WIDTH)) as writer:
         for start in (0, 6):
             writer.append(frames[start : start + 7] if start else frames[:6])
-    whole, grown = load_video(tmp_path / "whole.mp4"), load_video(tmp_path / "grown.mp4")
+    whole = load_video(tmp_path / "whole.mp4")
+    grown = load_video(tmp_path / "grown.mp4")
     assert whole.shape == grown.shape and np.abs(whole.astype(int) - grown).mean() < 2
 
 

@@ -173,7 +173,9 @@ def test_the_same_bits_as_pythons_engine(
     ask: Conformance, golden_question: dict[str, Any], small_bundle: Export, build_aotinductor: Any
 ) -> None:
     """One package, two languages, and a shape that no golden vector has."""
-    z, text, bundle = noise((2, 3, 4, 6, 10), 8), noise((2, 7, 32), 9), small_bundle()
+    z = noise((2, 3, 4, 6, 10), 8)
+    text = noise((2, 7, 32), 9)
+    bundle = small_bundle()
     engine = load_engine(bundle, "aotinductor", engine=build_aotinductor(bundle).path, threads=1)
     answer = ask(
         "sample",
@@ -192,7 +194,9 @@ def test_the_same_bits_as_pythons_engine(
 def test_threads_share_an_engine(
     ask: Conformance, golden_question: dict[str, Any], small_bundle: Export, build_aotinductor: Any
 ) -> None:
-    text, shape, seeds = noise((1, 3, 32), 1), (1, 2, 4, 4, 6), [5, 6, 7]
+    text = noise((1, 3, 32), 1)
+    shape = (1, 2, 4, 4, 6)
+    seeds = [5, 6, 7]
     engine = load_engine(
         small_bundle(), "aotinductor", engine=build_aotinductor(small_bundle()).path
     )

@@ -133,7 +133,8 @@ def test_velocities_and_times_of_each_frame(ask: Conformance, wan: Bundle) -> No
 def test_a_lane_is_kept_for_the_same_shapes_and_let_go_for_others(
     ask: Conformance, wan: Bundle
 ) -> None:
-    small, large = noise((1, 2, 4, 4, 4), 1), noise((2, 3, 4, 8, 12), 2)
+    small = noise((1, 2, 4, 4, 4), 1)
+    large = noise((2, 3, 4, 8, 12), 2)
     text = noise((1, 3, 32), 4)
     answer = ask(
         "samples",
@@ -296,7 +297,9 @@ def test_streams(ask: Conformance, far: Bundle, window: int | None, size: tuple[
 
 
 def test_a_stream_from_context_under_a_deadline(ask: Conformance, far: Bundle) -> None:
-    chunks, z, given = [1, 2, 2], noise((1, 5, 4, 4, 8), 5), noise((1, 3, 4, 4, 8), 6)
+    chunks = [1, 2, 2]
+    z = noise((1, 5, 4, 4, 8), 5)
+    given = noise((1, 3, 4, 4, 8), 6)
     answer = ask(
         "stream",
         **asked(far, z, chunks=chunks, context=as_json(given), deadline={"seconds": 1, "most": 3}),
@@ -601,7 +604,8 @@ def test_a_stream_that_found_no_room_is_asked_again(
 def test_memory_that_runs_out_for_one_sample_is_there_for_the_next(
     machine: FakeTensorRTBuild, wan: Bundle
 ) -> None:
-    small, large = noise((1, 1, 4, 4, 4), 1), noise((1, 4, 4, 12, 12), 1)
+    small = noise((1, 1, 4, 4, 4), 1)
+    large = noise((1, 4, 4, 12, 12), 1)
     ask = other(machine, memory=40_000)
     noises = [as_json(z) for z in (small, large, small)]
     made = ask(

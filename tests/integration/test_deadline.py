@@ -138,9 +138,12 @@ def test_enough_while_only_a_draft_exists() -> None:
 
 def test_another_thread_says_enough(small_bundle: Export) -> None:
     """The example of docs/how-to/deadlines.md."""
-    engine, now, seen = load_engine(small_bundle()), threading.Event(), list[Step]()
+    engine = load_engine(small_bundle())
+    now = threading.Event()
+    seen = list[Step]()
     a = engine.architecture
-    latents, text = noise((1, 3, a.in_channels, 8, 8), 0), noise((1, 4, a.text_dim), 1)
+    latents = noise((1, 3, a.in_channels, 8, 8), 0)
+    text = noise((1, 4, a.text_dim), 1)
 
     def on_step(step: Step) -> None:
         seen.append(step)
@@ -181,7 +184,8 @@ def test_time_after_is_the_grid() -> None:
 def test_on_an_engine(small_bundle: Export) -> None:
     engine, seen = load_engine(small_bundle()), list[Step]()
     a = engine.architecture
-    latents, text = noise((1, 3, a.in_channels, 8, 8), 0), noise((1, 4, a.text_dim), 1)
+    latents = noise((1, 3, a.in_channels, 8, 8), 0)
+    text = noise((1, 4, a.text_dim), 1)
     step_timer = StepTimer()
     probe_step = sample(engine, latents, text, Deadline(1e-9, step_timer=step_timer))
     np.testing.assert_allclose(
@@ -195,9 +199,11 @@ def test_on_an_engine(small_bundle: Export) -> None:
 
 
 def test_every_chunk_has_its_own(export_once: Export) -> None:
-    engine, step_timer = load_engine(export_once(SMALL.parent / "causal")), StepTimer()
+    engine = load_engine(export_once(SMALL.parent / "causal"))
+    step_timer = StepTimer()
     a = engine.architecture
-    latents, text = noise((1, 7, a.in_channels, 8, 8), 0), noise((1, 4, a.text_dim), 1)
+    latents = noise((1, 7, a.in_channels, 8, 8), 0)
+    text = noise((1, 4, a.text_dim), 1)
     made = list(
         stream(
             engine,

@@ -26,7 +26,8 @@ def pipeline(folder: Path) -> AnyFlowPipeline:
 @pytest.fixture(scope="module")
 def pair(tiny_pipeline: Path, tiny_bundle: Bundle) -> tuple[AnyFlowPipeline, AnyFlowPipeline]:
     """diffusers on its own transformer, and on our engine."""
-    theirs, ours = pipeline(tiny_pipeline), pipeline(tiny_pipeline)
+    theirs = pipeline(tiny_pipeline)
+    ours = pipeline(tiny_pipeline)
     ours.transformer = EngineTransformer(load_engine(tiny_bundle))
     return theirs, ours
 
@@ -101,7 +102,8 @@ def test_frames_at_time_zero_are_fed_as_the_model_was_trained(
     0."""
     latents = torch.randn(1, 2, 16, 4, 6, generator=torch.Generator().manual_seed(2))
     text = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(3))
-    t, r = torch.tensor([[0.0, 900.0]]), torch.tensor([[500.0, 500.0]])
+    t = torch.tensor([[0.0, 900.0]])
+    r = torch.tensor([[500.0, 500.0]])
     ours = pair[1].transformer(latents, t, r, text).sample
     with torch.no_grad():
         theirs = pair[0].transformer(latents, t, torch.minimum(t, r), text).sample

@@ -24,7 +24,8 @@ from anyflow_deploy import (
 from anyflow_deploy.engines.engine import BundleEngine
 from tests.conftest import Export
 
-LATENTS, TEXT = noise((1, 2, 4, 4, 6), 0), noise((1, 3, 32), 1)
+LATENTS = noise((1, 2, 4, 4, 6), 0)
+TEXT = noise((1, 3, 32), 1)
 
 
 @pytest.fixture(scope="module")

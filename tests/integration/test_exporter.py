@@ -87,7 +87,8 @@ def test_a_large_value_of_a_float32_layer_is_kept_in_fp16(tmp_path: Path) -> Non
 def test_a_bf16_checkpoint_is_widened_exactly(tmp_path: Path) -> None:
     source = checkpoint_with(tmp_path / "checkpoint", "proj_out.bias", 0.5, torch.bfloat16)
     bundle = export_bundle(open_checkpoint(source), tmp_path / "bundle")
-    stored, given = load_file(bundle.path / "weights.safetensors"), load_file(source / WEIGHTS)
+    stored = load_file(bundle.path / "weights.safetensors")
+    given = load_file(source / WEIGHTS)
     assert all(
         stored[name].dtype == torch.float32 and torch.equal(stored[name], given[name].float())
         for name in given

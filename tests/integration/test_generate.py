@@ -76,7 +76,8 @@ def test_saved_embeddings_stand_in_for_the_text_encoder(
 ) -> None:
     embeddings = tmp_path / "fox.safetensors"
     common = {"bundle": tiny_bundle.path, "steps": 1, "frames": 5, "height": 32, "width": 32}
-    first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    first = tmp_path / "a.safetensors"
+    second = tmp_path / "b.safetensors"
     assert (
         generate(
             GenerateOptions(prompt=PROMPT, save_prompt_embeds=embeddings, output=first, **common)

@@ -94,7 +94,9 @@ def test_jvp_is_the_limit_of_the_central_difference(kind: str) -> None:
     plan = ChunkPlan(chunks, len(chunks))
     x = frames_first(case["clean_bcthw"])[:2, : plan.frames]
     v = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    t, r, text = torch.tensor([600.0, 250.0]), torch.tensor([400.0, 0.0]), case["text"][:2]
+    t = torch.tensor([600.0, 250.0])
+    r = torch.tensor([400.0, 0.0])
+    text = case["text"][:2]
     with torch.no_grad():
         seen = encode_context(model, x, text, plan)
     exact = derivative(model, x, v, t, r, text, plan, seen, DerivativeConfig("jvp"))
@@ -141,7 +143,9 @@ def test_dmd_gradient() -> None:
     fake = {name[11:]: value for name, value in case.items() if name.startswith("fake_score.")}
     plan = ChunkPlan((case["pred_btchw"].shape[1],))
     scores = (Score(network("bidirectional"), plan), Score(network("bidirectional", fake), plan))
-    x, noise, t = case["pred_btchw"], case["noise_btchw"], case["timesteps"]
+    x = case["pred_btchw"]
+    noise = case["noise_btchw"]
+    t = case["timesteps"]
     assert distance(add_noise(x, noise, t), case["noisy_btchw"]) < 1e-6
     pair = NoisePair(x, noise, case["text"], case["negative_text"].expand_as(case["text"]))
     assert distance(dmd_gradient(*scores, x, noise, t, pair, GUIDANCE), case["kl_grad"]) < LIMIT
@@ -159,7 +163,8 @@ def rollouts() -> list[tuple[int, int]]:
 @pytest.mark.parametrize(("steps", "index"), rollouts())
 @torch.no_grad()
 def test_rollout(steps: int, index: int) -> None:
-    case, model = load_file(FOLDER / "causal" / "golden.safetensors"), network("causal")
+    case = load_file(FOLDER / "causal" / "golden.safetensors")
+    model = network("causal")
     noise = frames_first(case["latents_bcthw"])
     plan = chunk_plan(model.architecture, noise.shape[1])
     made = rollout(model, noise, case["text"], plan, shortcut(steps, index, SHIFT))
@@ -171,7 +176,8 @@ def test_rollout_of_every_step_is_a_sample() -> None:
     from anyflow_deploy.schedule import Schedule
 
     for kind, layout in (("causal", "_bcthw"), ("bidirectional", "")):
-        case, model = load_file(FOLDER / kind / "golden.safetensors"), network(kind)
+        case = load_file(FOLDER / kind / "golden.safetensors")
+        model = network(kind)
         noise = case[f"latents{layout}"]
         noise = frames_first(noise) if layout else noise
         plan = chunk_plan(model.architecture, noise.shape[1])

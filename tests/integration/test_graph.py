@@ -155,7 +155,8 @@ def test_variants_of_the_architecture_agree_with_diffusers(changes: dict[str, ob
     module.load_state_dict({name: weights.read(name) for name in weights.shapes()})
     for name, value in constants(architecture).items():
         module.get_buffer(name).copy_(value)
-    latents, text = noise((1, 2, 16, 8, 8), 0), noise((1, 3, architecture.text_dim), 1)
+    latents = noise((1, 2, 16, 8, 8), 0)
+    text = noise((1, 3, architecture.text_dim), 1)
     with torch.no_grad():
         times = torch.full((1, 2), 900.0), torch.full((1, 2), 250.0)
         _, ours = module(torch.from_numpy(latents), *times, torch.from_numpy(text))

@@ -77,7 +77,8 @@ def one(
     op: str, inputs: str = "x", outputs: str = "y", kinds: Kinds | None = None, **rest: Any
 ) -> onnx.ModelProto:
     """A model of one node."""
-    weights, opset = rest.pop("weights", ()), rest.pop("opset", 20)
+    weights = rest.pop("weights", ())
+    opset = rest.pop("opset", 20)
     return model([node(op, inputs, outputs, **rest)], kinds, weights, opset)
 
 
@@ -526,7 +527,8 @@ def test_scales_are_read_from_the_weights_file(tmp_path: Path) -> None:
 def test_the_command_says_clean_or_not(
     small_bundle: Export, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clean, newer = small_bundle("fp32", 20), small_bundle("fp32", 23)
+    clean = small_bundle("fp32", 20)
+    newer = small_bundle("fp32", 23)
     assert inspect(InspectOptions(bundle=clean.path, lint=True)) == 0
     assert "TensorRT 10.3, 11.4: nothing found" in capsys.readouterr().out
     assert inspect(InspectOptions(bundle=newer.path, lint=True, tensorrt=(NEW,))) == 0

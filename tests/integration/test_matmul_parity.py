@@ -160,7 +160,8 @@ def test_causal_attention_in_fp8_makes_the_video(
     latents = noise((1, *STREAM), 7)
     text = random_prompt_embeds(weights, ("measured",), 40).prompt_embeds
     made = streamed(load_engine(causal_bundle), latents, text)
-    exact, reference = TorchEngine(weights), TorchEngine(weights)
+    exact = TorchEngine(weights)
+    reference = TorchEngine(weights)
     FakeQuant(
         reference.network, weights.architecture, calibration, "fp8", attention=("attn1", "attn2")
     )

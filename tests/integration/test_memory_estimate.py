@@ -96,7 +96,8 @@ def test_weights_are_the_bytes_of_a_bundle(tiny_bundle: Bundle) -> None:
 
 def test_eight_bits_shrink_the_blocks_only() -> None:
     a = MODELS["14b"].architecture
-    half, eight = weight_bytes(a, "fp16", H100), weight_bytes(a, "fp8", H100)
+    half = weight_bytes(a, "fp16", H100)
+    eight = weight_bytes(a, "fp8", H100)
     assert half - eight == pytest.approx(count_parameters(a)["blocks"], rel=0.01)
     assert weight_bytes(a, "int8", H100) == eight
     assert weight_bytes(a, "int8", CPU) > weight_bytes(a, "int8", H100)  # the rest is float32 there
@@ -138,7 +139,8 @@ def test_more_video_needs_more(model: str, precision: str) -> None:
 
 
 def test_a_causal_model_counts_its_cache_and_a_window_shrinks_it() -> None:
-    a, shape = MODELS["far-14b"].architecture, LatentShape(101, 60, 104)
+    a = MODELS["far-14b"].architecture
+    shape = LatentShape(101, 60, 104)
     whole = estimate_memory(a, "fp16", H100, shape)
     window = estimate_memory(a, "fp16", H100, shape, window=2)
     assert 0 < window.cache < whole.cache

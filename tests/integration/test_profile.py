@@ -126,7 +126,8 @@ def test_a_stream_is_the_sum_of_its_chunks() -> None:
     from anyflow_deploy.engines.kv_cache import cache_plan
 
     a = MODELS["far-1.3b"].architecture
-    plan, types = cache_plan(a, None, 60, 104), compute_types("fp8", "bf16")
+    plan = cache_plan(a, None, 60, 104)
+    types = compute_types("fp8", "bf16")
     one, four = (stream_costs(a, types, plan, (60, 104), steps) for steps in (1, 4))
     assert len(one) == len(plan.chunks) and all(
         b.operations["fp8"] > a_.operations["fp8"] for a_, b in zip(one, four, strict=True)
@@ -206,7 +207,8 @@ def test_an_estimate_is_labelled_and_is_a_bound(capsys: pytest.CaptureFixture[st
 def test_faster_hardware_and_narrower_types_have_lower_bounds() -> None:
     from anyflow_deploy.profiling.estimate import estimate_latency
 
-    a, shape = MODELS["far-1.3b"].architecture, LatentShape(21, 60, 104)
+    a = MODELS["far-1.3b"].architecture
+    shape = LatentShape(21, 60, 104)
 
     def seconds(precision: str, base: str, target: str) -> float:
         return (

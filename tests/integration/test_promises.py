@@ -204,7 +204,8 @@ def test_the_readme_is_short_and_shows_pictures_that_exist() -> None:
 def test_the_layout_in_architecture_names_every_module() -> None:
     """Of each folder that has a line of its own for its modules: the commands and the services have
     one line for all."""
-    package, summed_up = ROOT / "anyflow_deploy", ("cli", "doctor", "profiling", "serving")
+    package = ROOT / "anyflow_deploy"
+    summed_up = ("cli", "doctor", "profiling", "serving")
     inner = [
         p
         for p in package.iterdir()

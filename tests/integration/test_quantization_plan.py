@@ -202,7 +202,9 @@ def test_fp8_attention_agrees_with_pytorch(
 def test_the_share_is_what_a_formula_says(
     fp8_attention: Bundle, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    a, achieved, video = WIDE_HEADS, fp8_attention.manifest.achieved, fp8_attention.manifest.video
+    a = WIDE_HEADS
+    achieved = fp8_attention.manifest.achieved
+    video = fp8_attention.manifest.video
     frames, tokens, text, d = 2, 2 * 4 * 6, 40, a.inner_dim
     assert (video.frames, video.height, video.width, video.text_tokens) == (5, 64, 96, text)
     # Attn1 4, attn2 2 and 2 of the text, ffn's first
@@ -245,7 +247,8 @@ def test_layers_that_stay_high_are_in_the_manifest(
 ) -> None:
     """And compute what the untouched ones do, though smoothing changes the norm that they read
     through."""
-    calibration, weights = changed(calibration_of(SMALL), **tensors), open_checkpoint(SMALL)
+    calibration = changed(calibration_of(SMALL), **tensors)
+    weights = open_checkpoint(SMALL)
     asked = tuple(sorted(kept)) if reason == "asked for" else ()
     bundle = export_bundle(
         weights,
@@ -264,7 +267,8 @@ def test_layers_that_stay_high_are_in_the_manifest(
     } == {
         f"{layer}.weight" for layer in quantizable_layers(weights.architecture) if layer not in kept
     }
-    reference, engine = TorchEngine(weights), load_engine(bundle)
+    reference = TorchEngine(weights)
+    engine = load_engine(bundle)
     factors = plan(calibration, full_precision_layers=asked).smooth
     FakeQuant(reference.network, weights.architecture, calibration, "int8", asked, smooth=factors)
     found = validate(engine, reference, "int8", (1, 2, 4, 8, 12), (1, 40, 32), steps=(1,))  # type: ignore[arg-type]
@@ -314,7 +318,8 @@ def test_scales_never_clip_nor_waste(dtype: torch.dtype, kind: str) -> None:
     amax = torch.cat((torch.logspace(-1, 4, 2000), torch.tensor([0.0, 1e-30])))
     scale = scale_from_amax(amax, kind, dtype).float()
     assert bool((scale * LARGEST[kind] >= amax).all()) and bool((scale > 0).all())
-    smallest, step = torch.finfo(dtype).tiny, torch.finfo(dtype).eps
+    smallest = torch.finfo(dtype).tiny
+    step = torch.finfo(dtype).eps
     assert bool(
         (
             scale <= torch.maximum(amax / LARGEST[kind] * (1 + 1.5 * step), torch.tensor(smallest))
@@ -585,8 +590,10 @@ def test_stored_types_have_a_largest_value() -> None:
 def test_a_smoothed_value_keeps_rows_that_a_float16_scale_can_hold() -> None:
     """Smoothing divides the rows of `to_v`; a row below 127 times float16's smallest normal number
     would lose levels."""
-    calibration, weights = calibration_of(SMALL), open_checkpoint(SMALL)
-    output, value = "blocks.0.attn1.to_out.0", "blocks.0.attn1.to_v.weight"
+    calibration = calibration_of(SMALL)
+    weights = open_checkpoint(SMALL)
+    output = "blocks.0.attn1.to_out.0"
+    value = "blocks.0.attn1.to_v.weight"
     loud = [4e3] * 96  # s near its limit: every row would be divided by hundreds
     calibration = changed(
         calibration, **{f"{output}.input".replace(".", "__"): TensorRange(amax=4e3, channels=loud)}

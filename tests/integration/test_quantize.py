@@ -73,7 +73,8 @@ def plan_of(bundle: Bundle, checkpoint: Path) -> QuantizationPlan:
     """The plan a bundle was made by, made again."""
     how = bundle.manifest.quantization
     assert how is not None
-    calibration, weights = calibration_of(checkpoint), open_checkpoint(checkpoint)
+    calibration = calibration_of(checkpoint)
+    weights = open_checkpoint(checkpoint)
     spec = PrecisionSpec(bundle.manifest.precision, how.base, how.attention, how.smooth)
     return plan_quantization(weights, calibration, spec, (), NullProgress())
 
@@ -107,7 +108,8 @@ def stored(bundle: Bundle) -> dict[str, torch.Tensor]:
 def test_onnx_runtime_rounds_as_pytorch_does(
     export_quantized: Export, checkpoint: Path, how: dict[str, Any]
 ) -> None:
-    bundle, weights = export_quantized(checkpoint, **how), open_checkpoint(checkpoint)
+    bundle = export_quantized(checkpoint, **how)
+    weights = open_checkpoint(checkpoint)
     reference = TorchEngine(weights)
     factors = plan_of(bundle, checkpoint).smooth
     assert bool(factors) == (how["precision"] == "int8" and how.get("smooth", True))
@@ -165,7 +167,8 @@ def test_smoothing_alone_changes_nothing(
 def test_names_and_types_on_disk(
     export_quantized: Export, checkpoint: Path, how: dict[str, Any]
 ) -> None:
-    bundle, weights = export_quantized(checkpoint, **how), open_checkpoint(checkpoint)
+    bundle = export_quantized(checkpoint, **how)
+    weights = open_checkpoint(checkpoint)
     tensors = stored(bundle)
     narrow = torch.int8 if how["precision"] == "int8" else torch.float8_e4m3fn
     eight = {f"{layer}.weight" for layer in quantizable_layers(weights.architecture)}
@@ -187,8 +190,10 @@ def test_weights_come_back_within_half_a_step(
 ) -> None:
     """Of the smoothed weights; and no scale is so small that anything would be clipped."""
     checkpoint, how = kind
-    bundle, weights = export_quantized(checkpoint, **how), open_checkpoint(checkpoint)
-    plan, tensors = plan_of(bundle, checkpoint), stored(export_quantized(checkpoint, **how))
+    bundle = export_quantized(checkpoint, **how)
+    weights = open_checkpoint(checkpoint)
+    plan = plan_of(bundle, checkpoint)
+    tensors = stored(export_quantized(checkpoint, **how))
     top = LARGEST[plan.kind]
     for layer in plan.inputs:
         name = f"{layer}.weight"
@@ -211,8 +216,10 @@ def test_activations_are_not_clipped(
     export_quantized: Export, kind: tuple[Path, dict[str, Any]]
 ) -> None:
     checkpoint, how = kind
-    bundle, ranges = export_quantized(checkpoint, **how), calibration_of(checkpoint).tensors
-    plan, tensors = plan_of(bundle, checkpoint), stored(export_quantized(checkpoint, **how))
+    bundle = export_quantized(checkpoint, **how)
+    ranges = calibration_of(checkpoint).tensors
+    plan = plan_of(bundle, checkpoint)
+    tensors = stored(export_quantized(checkpoint, **how))
     for layer, scale in plan.inputs.items():
         channels = torch.tensor(ranges[f"{layer}.input"].channels)
         smoothed = channels / plan.smooth[layer] if layer in plan.smooth else channels
@@ -342,7 +349,8 @@ def test_unsigned_activations_change_no_number(
     """
     bundle = export_quantized(SMALL, precision="int8")
     a = bundle.manifest.architecture
-    latents, text = noise((1, 2, a.in_channels, 4, 6), 0), noise((1, 5, a.text_dim), 1)
+    latents = noise((1, 2, a.in_channels, 4, 6), 0)
+    text = noise((1, 5, a.text_dim), 1)
     shifted = load_engine(bundle).start(latents, text).velocity(900, 500)
     overflows = saturates(onnxruntime)
     monkeypatch.setattr(graph_rewrites, "shift_activations", lambda model: 0)
@@ -410,7 +418,8 @@ def test_the_same_export_twice_is_the_same_to_the_byte(
 
 def outputs_of(bundle: Bundle) -> list[NDArray[np.float32]]:
     """A velocity, or the chunks of a stream, of an engine that is opened for it."""
-    engine, a = load_engine(bundle), bundle.manifest.architecture
+    engine = load_engine(bundle)
+    a = bundle.manifest.architecture
     text = noise((1, 5, a.text_dim), 1)
     if not a.causal:
         return [engine.start(noise((1, 2, a.in_channels, 4, 6), 0), text).velocity(900, 500)]

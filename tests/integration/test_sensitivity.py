@@ -75,7 +75,9 @@ def test_it_computes_what_quantize_and_dequantize_nodes_do(
 ) -> None:
     """What is left is float32 sums in another order, and the values they push over a rounding
     border."""
-    by_hand, engine, a = TorchEngine(weights), TorchEngine(weights), weights.architecture
+    by_hand = TorchEngine(weights)
+    engine = TorchEngine(weights)
+    a = weights.architecture
     smooth = {}
     for name in quantizable_layers(a):
         layer = by_hand.network.get_submodule(name)
@@ -121,7 +123,8 @@ def test_switched_off_it_changes_no_bit_and_layers_switch_one_by_one(
 
 
 def test_attention_rounds_its_operands_in_fp8(weights: Weights, calibration: Calibration) -> None:
-    engine, kept = TorchEngine(weights), tuple(quantizable_layers(weights.architecture))
+    engine = TorchEngine(weights)
+    kept = tuple(quantizable_layers(weights.architecture))
     plain = video(engine)
     FakeQuant(
         engine.network, weights.architecture, calibration, "fp8", kept, attention=("attn1", "attn2")
@@ -130,7 +133,8 @@ def test_attention_rounds_its_operands_in_fp8(weights: Weights, calibration: Cal
 
 
 def test_refusals(weights: Weights, calibration: Calibration) -> None:
-    network, a = TorchEngine(weights).network, weights.architecture
+    network = TorchEngine(weights).network
+    a = weights.architecture
     for arguments, message in [
         (("fp16",), "precision is 'fp16'; those that round layers to 8 bits are int8 and fp8"),
         (
@@ -310,7 +314,8 @@ def test_the_command(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    bundle, file = small_bundle().path, tmp_path / "calibration.json"
+    bundle = small_bundle().path
+    file = tmp_path / "calibration.json"
     write_calibration(file, calibration)
     words = (
         f"{bundle} --calibration {file} --frames 1 --height 64 --width 64 --steps 1 --keep-layers 2"

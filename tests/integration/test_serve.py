@@ -645,7 +645,8 @@ def test_a_video_that_takes_too_long_to_stop_is_cancelled(tmp_path: Path, signal
 
 
 def test_warming_up_leaves_no_trace_and_fails_loudly(tmp_path: Path) -> None:
-    maker, limits = PacedGenerator(), Limits(frames=81, pixels=64 * 96)
+    maker = PacedGenerator()
+    limits = Limits(frames=81, pixels=64 * 96)
     warm_up(maker, fake_manifest("far-tiny"), limits, "far-tiny")
     assert maker.began == ["a red fox"]
     maker.fault = AnyFlowError("no memory for this.")

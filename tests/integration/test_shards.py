@@ -285,7 +285,8 @@ def test_a_position_in_other_data_is_refused(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_kill_9_while_reading_shards(tmp_path: Path) -> None:
     """Bit for bit, over epochs and past a broken sample, which is named in the run's folder."""
-    folder, killed = shards(tmp_path / "data", change=break_sample), tmp_path / "killed"
+    folder = shards(tmp_path / "data", change=break_sample)
+    killed = tmp_path / "killed"
     words = command(
         "flow-map-tiny",
         f"--init={SMALL}",
@@ -296,7 +297,8 @@ def test_kill_9_while_reading_shards(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", *words], env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL
     )
-    log, deadline = killed / "losses.jsonl", time.monotonic() + 600
+    log = killed / "losses.jsonl"
+    deadline = time.monotonic() + 600
     while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.02)

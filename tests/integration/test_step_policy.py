@@ -36,7 +36,8 @@ def small(tiny_bundle: Bundle, tmp_path: Path) -> dict[str, object]:
 
 
 def latents_of(request: dict[str, object], steps: int) -> np.ndarray:
-    bundle, text = request["bundle"], load_file(str(request["prompt_embeds"]))["prompt_embeds"]
+    bundle = request["bundle"]
+    text = load_file(str(request["prompt_embeds"]))["prompt_embeds"]
     return sample(
         load_engine(str(bundle)), noise((1, 2, 16, 4, 4), 0), text, Schedule.uniform(steps)
     )
@@ -199,7 +200,8 @@ def test_the_first_interrupt_finishes_with_one_jump(
 
 
 def test_the_second_interrupt_interrupts() -> None:
-    enough, before = threading.Event(), signal.getsignal(signal.SIGINT)
+    enough = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
 
     def twice() -> None:
         with stop_on_interrupt(enough):

@@ -471,7 +471,8 @@ def test_what_is_no_plan(fake_tensorrt: FakeTensorRT, bundle: Bundle, tmp_path: 
     import hashlib
 
     opened(bundle, tmp_path, "64x96x5")
-    plan, record = tmp_path / "engine/transition.plan", tmp_path / "engine/engine.json"
+    plan = tmp_path / "engine/transition.plan"
+    record = tmp_path / "engine/engine.json"
     plan.write_bytes(b"not a plan")
     raw = json.loads(record.read_text())
     raw["files"]["transition.plan"] = {

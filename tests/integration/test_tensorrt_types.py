@@ -46,7 +46,9 @@ def wrong(
     context.set_tensor_address("x", "y")
     config.progress_monitor = 3
 """
-ALWAYS_WRONG, GONE_IN_11, NOT_YET_IN_10_3 = {4, 8, 9}, {5, 6}, {7}
+ALWAYS_WRONG = {4, 8, 9}
+GONE_IN_11 = {5, 6}
+NOT_YET_IN_10_3 = {7}
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -124,7 +124,8 @@ def test_kill_9_costs_nothing_but_time(tmp_path: Path, asynchronous: bool) -> No
     process = subprocess.Popen(
         [sys.executable, "-m", *words], env=environment(), cwd=ROOT, stderr=subprocess.DEVNULL
     )
-    log, deadline = killed / "losses.jsonl", time.monotonic() + 600
+    log = killed / "losses.jsonl"
+    deadline = time.monotonic() + 600
     while not (log.exists() and log.read_text().count("\n") >= 5) and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.02)
@@ -397,13 +398,16 @@ def test_wan_is_completed_so_that_it_is_still_wan(tmp_path: Path) -> None:
         weights.architecture, {name: weights.read(name) for name in weights.shapes()}
     )
     case = load_file(SMALL / "golden.safetensors")
-    z, text, t = case["latents"], case["text"], torch.tensor([700.0, 40.0])
+    z = case["latents"]
+    text = case["text"]
+    t = torch.tensor([700.0, 40.0])
     times = t[:, None].expand(-1, 3)
     with torch.no_grad():
         theirs = wan(z.transpose(1, 2), t, text, return_dict=False)[0].transpose(1, 2)
         assert distance(network(z, times, times, text), theirs) < 1e-5
     causal = open_initial_weights(tmp_path, True, row)
-    far, near = causal.read("far_patch_embedding.weight"), causal.read("patch_embedding.weight")
+    far = causal.read("far_patch_embedding.weight")
+    near = causal.read("patch_embedding.weight")
     patch = torch.randn(1, 4, 1, 4, 4)
     coarse = torch.nn.functional.conv3d(patch, far)
     fine = torch.nn.functional.conv3d(patch, near, stride=(1, 2, 2)).mean((3, 4), keepdim=True)

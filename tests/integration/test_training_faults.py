@@ -37,7 +37,8 @@ def network(folder: Path, compute_type: torch.dtype = torch.float32) -> Training
 
 @pytest.fixture(scope="module")
 def causal() -> tuple[TrainingTransformer, Tensor, Tensor, ChunkPlan]:
-    case, model = load_file(CAUSAL / "golden.safetensors"), network(CAUSAL)
+    case = load_file(CAUSAL / "golden.safetensors")
+    model = network(CAUSAL)
     noise = case["latents_bcthw"].transpose(1, 2)[..., :8, :8].contiguous()
     return model, noise, case["text"], chunk_plan(model.architecture, noise.shape[1])
 
@@ -88,7 +89,9 @@ def test_2_times_and_differences_stay_float32(monkeypatch: pytest.MonkeyPatch) -
     model.condition_embedder.time_embedder.linear_1.register_forward_hook(
         lambda _m, x, y: embedded.extend((x[0].dtype, y.dtype))
     )
-    z, text, t = case["latents"], case["text"], torch.tensor([777.0, 513.0])
+    z = case["latents"]
+    text = case["text"]
+    t = torch.tensor([777.0, 513.0])
     for compute in (torch.bfloat16, torch.float32):
         result = derivative(
             model,
@@ -112,7 +115,9 @@ def test_2_times_and_differences_stay_float32(monkeypatch: pytest.MonkeyPatch) -
 def test_2_float32_products_make_the_difference_exact_in_a_bfloat16_run() -> None:
     """Divided by 0.01, the rounding of bfloat16 products is a hundred times itself."""
     case = load_file(SMALL / "golden.safetensors")
-    z, text, t = case["latents"], case["text"], torch.tensor([777.0, 513.0])
+    z = case["latents"]
+    text = case["text"]
+    t = torch.tensor([777.0, 513.0])
 
     def change(model: TrainingTransformer, compute: torch.dtype) -> Tensor:
         return derivative(

@@ -373,7 +373,9 @@ def test_who_waits_may_give_up_and_the_next_one_goes() -> None:
 
 def test_a_large_one_is_not_overtaken() -> None:
     admission = Admission(4, 10, 4)
-    first, large, small = admission.ask(6), admission.ask(8), admission.ask(1)
+    first = admission.ask(6)
+    large = admission.ask(8)
+    small = admission.ask(1)
     entered: list[str] = []
 
     def one(name: str, ticket: Any) -> None:
@@ -515,7 +517,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         def __init__(self, message: str, code: str) -> None:
             self.message, self.code = message, code
 
-    utils.MetricFamily, utils.Tensor, utils.TritonError = MetricFamily, Tensor, TritonError
+    utils.MetricFamily = MetricFamily
+    utils.Tensor = Tensor
+    utils.TritonError = TritonError
     utils.InferenceResponse = lambda output_tensors, error=None: SimpleNamespace(
         tensors=output_tensors, error=error
     )

@@ -289,7 +289,8 @@ def test_leftovers_of_the_dead_are_cleared_but_not_those_of_the_living(
     tmp_path: Path, dead: int, name: str
 ) -> None:
     destination = tmp_path / name
-    abandoned, working = partial(destination, dead), partial(destination, LIVING)
+    abandoned = partial(destination, dead)
+    working = partial(destination, LIVING)
     other = partial(tmp_path / "other", dead)
     write_bundle(destination)
     assert not abandoned.exists()

@@ -41,7 +41,8 @@ TENSORS = {
     "gate": torch.tensor(0.25, dtype=torch.bfloat16),
     "table": torch.linspace(0, 1, 5, dtype=torch.float64),
 }
-SINGLE, INDEX = f"{STEM}.safetensors", f"{STEM}.safetensors.index.json"
+SINGLE = f"{STEM}.safetensors"
+INDEX = f"{STEM}.safetensors.index.json"
 
 
 def transformer(folder: Path, tensors: dict[str, torch.Tensor] | None = TENSORS) -> Path:

@@ -212,7 +212,8 @@ def test_the_site_has_a_page_for_each_command() -> None:
     assert set(COMMANDS) == set(
         re.findall(r'^(anyflow-[\w-]+) = "anyflow_deploy\.cli', project, re.MULTILINE)
     )
-    pages, site = generated_pages(), (ROOT / "mkdocs.yml").read_text()
+    pages = generated_pages()
+    site = (ROOT / "mkdocs.yml").read_text()
     assert not [page for page in pages if page not in site]
     for command, options in COMMANDS.items():
         page = pages[f"reference/commands/{command}.md"]

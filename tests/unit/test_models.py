@@ -60,7 +60,8 @@ def test_default_video_obeys_the_rules(row: Any) -> None:
 
 
 def test_causal_differs_from_bidirectional_by_its_chunks_alone() -> None:
-    causal, plain = MODELS["far-1.3b"].architecture, MODELS["1.3b"].architecture
+    causal = MODELS["far-1.3b"].architecture
+    plain = MODELS["1.3b"].architecture
     unchunked: dict[str, Any] = dict.fromkeys(CAUSAL_KEYS)
     assert dataclasses.replace(causal, **unchunked) == plain
     assert sum(causal.chunk_partition or ()) == (MODELS["far-1.3b"].video[0] - 1) // 4 + 1

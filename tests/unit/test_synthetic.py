@@ -94,7 +94,8 @@ def test_latents_have_unit_spread_and_depend_on_seed_and_number_alone() -> None:
 def test_the_first_channels_are_the_picture() -> None:
     """A cell's mean of a colour is that of the scene drawn coarsely; at half the time between
     frames 1 and 4."""
-    latents, shown = scene_latents(0, 3, (2, 3, 8, 12)), make_scene(0, 3)
+    latents = scene_latents(0, 3, (2, 3, 8, 12))
+    shown = make_scene(0, 3)
     fine = (
         render_scene(shown, torch.tensor([0.0, 2.5]), 16, 24)
         .view(2, 8, 2, 12, 2, 3)

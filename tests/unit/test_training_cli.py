@@ -42,7 +42,8 @@ def test_every_recipe_resolves_and_survives_json(name: str) -> None:
 
 
 def test_the_constants_are_the_papers() -> None:
-    one, two = get_recipe("flow-map-1.3b"), get_recipe("on-policy-14b-causal")
+    one = get_recipe("flow-map-1.3b")
+    two = get_recipe("on-policy-14b-causal")
     assert (one.optimizing.steps, one.optimizing.batch, one.optimizing.learning_rate) == (
         6000,
         32,
@@ -167,7 +168,8 @@ def test_half_an_environment_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_full_disk_and_a_small_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    large, alone = get_recipe("flow-map-14b"), DistributedContext(0, 1, torch.device("cpu"))
+    large = get_recipe("flow-map-14b")
+    alone = DistributedContext(0, 1, torch.device("cpu"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
     with pytest.raises(

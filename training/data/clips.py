@@ -68,7 +68,8 @@ def _resize_and_crop(frame: object, name: str, height: int, width: int) -> NDArr
         raise AnyFlowError(
             f"{name} is {frame.height} x {frame.width}, too small for {height} x {width}."
         )
-    rows, columns = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
+    rows = max(height, round(frame.height * scale))
+    columns = max(width, round(frame.width * scale))
     picture = frame.to_ndarray(format="rgb24", width=columns, height=rows, interpolation="BICUBIC")
     top, left = (rows - height) // 2, (columns - width) // 2
     return np.asarray(picture[top : top + height, left : left + width], dtype=np.uint8)

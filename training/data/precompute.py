@@ -143,7 +143,8 @@ def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[in
         try:
             for done in as_completed(futures):
                 broken = _shard_result(done)
-                skipped, tried = skipped + len(broken), tried + len(parts[futures[done]])
+                skipped = skipped + len(broken)
+                tried = tried + len(parts[futures[done]])
                 _append_skipped(job.output, broken)
                 if skipped > BROKEN_FREE + BROKEN_SHARE * tried:
                     raise AnyFlowError(

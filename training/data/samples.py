@@ -37,7 +37,9 @@ from anyflow_deploy.training.data.clips import read_clip
 from anyflow_deploy.training.data.tar_index import SampleEntry
 
 TENSORS = "safetensors"
-LATENTS_NPY, TEXT_NPY, CAPTION = "latents.npy", "text.npy", "txt"
+LATENTS_NPY = "latents.npy"
+TEXT_NPY = "text.npy"
+CAPTION = "txt"
 VIDEOS = ("mp4", "mkv", "mov")
 
 
@@ -71,7 +73,8 @@ class Encoders:
     """
 
     def __init__(self, pipeline: Path, device: str) -> None:
-        self.vae, self.prompts = VideoEncoder(pipeline, device), PromptEncoder(pipeline, device)
+        self.vae = VideoEncoder(pipeline, device)
+        self.prompts = PromptEncoder(pipeline, device)
         self.lock = threading.Lock()
 
 

@@ -185,7 +185,8 @@ class ShardSource:
         part = self._part
         places = range(first + part.rank * part.batch, first + (part.rank + 1) * part.batch)
         found = [self._read_usable_sample(place) for place in places]
-        samples, names = [sample for _, sample in found], tuple(entry.name for entry, _ in found)
+        samples = [sample for _, sample in found]
+        names = tuple(entry.name for entry, _ in found)
         latents = torch.stack([s.latents for s in samples])
         text = torch.stack([s.text for s in samples])
         return Batch(

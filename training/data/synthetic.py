@@ -26,7 +26,8 @@ from anyflow_deploy.training.data.source import Batch, DataShard
 from anyflow_deploy.training.timestep_sampling import seeded_normal
 
 _HAAR = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 4
-_MEAN, _SPREAD = (0.13, 0.0, 0.0, 0.0), (0.18, 0.046, 0.046, 0.02)
+_MEAN = (0.13, 0.0, 0.0, 0.0)
+_SPREAD = (0.18, 0.046, 0.046, 0.02)
 """Of the four Haar bands over many scenes on 8 x 12 cells, rounded."""
 
 _WORD_SEED = 0
@@ -79,7 +80,10 @@ class SyntheticLatents:
         text: tuple[int, int],
         seed: int = 0,
     ) -> None:
-        self._part, self._shape, self._text, self._seed = part, shape, text, seed
+        self._part = part
+        self._shape = shape
+        self._text = text
+        self._seed = seed
         self._position = 0
 
     def __iter__(self) -> Iterator[Batch]:

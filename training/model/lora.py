@@ -54,7 +54,8 @@ def _to_cast_linear(plain: nn.Linear, base: CastLinear) -> CastLinear:
     result = CastLinear(
         plain.in_features, plain.out_features, bias=False, dtype=torch.float32, device="meta"
     )
-    result.compute_type, result.large = base.compute_type, base.large
+    result.compute_type = base.compute_type
+    result.large = base.large
     return result
 
 

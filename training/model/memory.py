@@ -70,8 +70,10 @@ def count_trained_parameters(recipe: Recipe, a: Architecture) -> int:
 
 def estimate_training_memory(recipe: Recipe, a: Architecture, processes: int) -> TrainingMemory:
     """What one process takes, the weights being cut over `processes` of them."""
-    number, element = count_parameters(a), 2 if recipe.running.compute == "bfloat16" else 4
-    large, small = number["blocks"] + number["base"], number["float32"]
+    number = count_parameters(a)
+    element = 2 if recipe.running.compute == "bfloat16" else 4
+    large = number["blocks"] + number["base"]
+    small = number["float32"]
     adapted = recipe.adapting.lora_rank > 0
     own = count_trained_parameters(recipe, a)
     learners = 2 if recipe.stage == "on-policy" else 1

@@ -39,7 +39,8 @@ _WAN_ONLY_KEYS = {
 }
 """Keys that only Wan's config has, with the one value that AnyFlow's network computes."""
 
-_DELTA, _TIME = "condition_embedder.delta_embedder.", "condition_embedder.time_embedder."
+_DELTA = "condition_embedder.delta_embedder."
+_TIME = "condition_embedder.time_embedder."
 
 
 class InitialWeights(WeightsBase):
@@ -83,9 +84,11 @@ class InitialWeights(WeightsBase):
         near = self._base.read(name.removeprefix("far_"))
         if name.endswith("bias"):
             return near.clone()
-        compressed, fine = self.architecture.compressed_patch_size, self.architecture.patch_size
+        compressed = self.architecture.compressed_patch_size
+        fine = self.architecture.patch_size
         assert compressed is not None
-        rows, columns = compressed[1] // fine[1], compressed[2] // fine[2]
+        rows = compressed[1] // fine[1]
+        columns = compressed[2] // fine[2]
         return near.repeat(1, 1, 1, rows, columns) / (rows * columns)
 
 

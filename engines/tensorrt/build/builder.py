@@ -169,7 +169,9 @@ class _GraphBuild:
         device: CudaDevice,
         progress: Progress,
     ) -> None:
-        self._settings, self._bundle, self._graph = settings, bundle, graph
+        self._settings = settings
+        self._bundle = bundle
+        self._graph = graph
         self._device, self._progress = device, progress
         self._logger = TensorRTLogger()
 

@@ -221,7 +221,8 @@ def default_axis_sizes(manifest: Manifest) -> Sides:
     frames."""
     video = manifest.video
     frames = latent_frames(video.frames, video.temporal_factor)
-    height, width = video.height // video.spatial_factor, video.width // video.spatial_factor
+    height = video.height // video.spatial_factor
+    width = video.width // video.spatial_factor
     return {
         "batch": 1,
         "frames": frames,

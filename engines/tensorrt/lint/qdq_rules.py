@@ -83,7 +83,8 @@ def scale(view: GraphView, node: NodeProto, version: Version) -> Iterator[Proble
 def channels(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """One scale, one for each length of one axis, or a block table; per channel only for weights,
     with the axis written."""
-    data, scales = view.shapes.get(operand(node, 0)), view.shapes.get(operand(node, 1))
+    data = view.shapes.get(operand(node, 0))
+    scales = view.shapes.get(operand(node, 1))
     if scales is None or _size(view, operand(node, 1)) == 1:
         return
     if len(scales) != 1 and data is not None and len(scales) != len(data):
@@ -127,7 +128,8 @@ def channels(view: GraphView, node: NodeProto, version: Version) -> Iterator[Pro
 
 def packing(view: GraphView, node: NodeProto, version: Version) -> Iterator[Problem]:
     """Two 4-bit numbers share a byte: the last axis has to be even."""
-    kind, shape = view.types.get(operand(node, 2)), view.shapes.get(operand(node, 0))
+    kind = view.types.get(operand(node, 2))
+    shape = view.shapes.get(operand(node, 0))
     if kind in ("INT4", "FLOAT4E2M1") and shape and isinstance(shape[-1], int) and shape[-1] % 2:
         yield Problem(
             _RULE,
