@@ -57,6 +57,11 @@ class BuildSettings:
     provider: str = "cpu"
     device: int = 0
 
+    @property
+    def label(self) -> str:
+        """What tells engines of one bundle and backend apart: part of the folder's default name."""
+        return self.provider
+
     def check(self, bundle: Bundle) -> None:
         """Refuse what cannot be built, before any work.
 
@@ -104,7 +109,8 @@ def build_engine(
         bundle: an opened bundle.
         backend: a backend that compiles.
         settings: of that backend, see `settings_type`.
-        destination: folder to write; None for `BUNDLE/engines/BACKEND-PROVIDER`.
+        destination: folder to write; None for `BUNDLE/engines/BACKEND-LABEL`, where
+            the label is the provider or, for tensorrt-rtx, the target.
         overwrite: replace an engine that is there.
         progress: where progress goes.
         clock: seconds.
@@ -155,4 +161,4 @@ def _prepare_destination(
             f"{parent} cannot be written to. Copy the bundle to where you may write, or give"
             " --output FOLDER."
         )
-    return destination or parent / f"{backend}-{settings.provider}"
+    return destination or parent / f"{backend}-{settings.label}"

@@ -83,6 +83,14 @@ BACKENDS = {
             timed_on=("cuda",),
         ),
         Backend(
+            "tensorrt-rtx",
+            "anyflow_deploy.engines.tensorrt_rtx.engine:TensorRTRtxEngine",
+            {"cuda": "anyflow-deploy[tensorrt-rtx]"},
+            "anyflow_deploy.engines.tensorrt_rtx.settings:TensorRTRtxSettings",
+            probes=("TensorRT for RTX", "cuda-python"),
+            timed_on=("cuda",),
+        ),
+        Backend(
             "aotinductor",
             "anyflow_deploy.engines.aotinductor.engine:AotInductorEngine",
             {"cpu": "anyflow-deploy[aotinductor]", "cuda": "anyflow-deploy[aotinductor]"},

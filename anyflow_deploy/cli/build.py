@@ -34,12 +34,17 @@ class BuildOptions(Options):
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-build bundle --backend aotinductor",
         "anyflow-build bundle --backend tensorrt --shapes 480x832x81,480x832x17",
+        "anyflow-build bundle --backend tensorrt-rtx --target rtx4090 --shapes 480x832x81",
     )
 
     bundle: Path = Field(description="the bundle's folder")
     backend: str = Field(description="what to build for")
     name: str | None = Field(
-        None, description="of the engine in the bundle's folder (default: backend-provider)"
+        None,
+        description=(
+            "of the engine in the bundle's folder (default: backend-provider, or"
+            " tensorrt-rtx-target)"
+        ),
     )
     output: Path | None = Field(
         None, description="folder of the engine, in place of one in the bundle"
@@ -47,15 +52,26 @@ class BuildOptions(Options):
     overwrite: bool = Field(False, description="replace an engine that is there")
     provider: str | None = Field(None, description="what it will run on: cpu or cuda (default cpu)")
     device: int | None = Field(None, ge=0, description="which GPU, counted from 0 (default 0)")
+    target: str | None = Field(
+        None,
+        description=(
+            "tensorrt-rtx: GPU to build for, as rtx4090, which need not be here; any for"
+            " all (default: the GPU at hand, else any)"
+        ),
+    )
     max_autotune: bool = Field(
         False, description="aotinductor: time several kernels for each product; much slower builds"
     )
     shapes: Words = Field(
         (),
-        description="tensorrt: video sizes to build for, 480x832x81, several with commas between",
+        description=(
+            "tensorrt, tensorrt-rtx: video sizes to build for, 480x832x81, several with commas"
+            " between"
+        ),
     )
     range_profile: bool = Field(
-        False, description="tensorrt: cover the bundle's declared ranges beside --shapes"
+        False,
+        description="tensorrt, tensorrt-rtx: cover the bundle's declared ranges beside --shapes",
     )
     workspace: float | None = Field(
         None, description="tensorrt: gigabytes of scratch memory that a layer may use"
@@ -69,16 +85,25 @@ class BuildOptions(Options):
     hardware_compatible: str | None = Field(
         None, description="tensorrt: also runs on ampere+ or same-capability GPUs"
     )
-    refit: bool = Field(False, description="tensorrt: weights can be replaced in the built engine")
+    refit: bool = Field(
+        False, description="tensorrt, tensorrt-rtx: weights can be replaced in the built engine"
+    )
     strip: bool = Field(
         False,
-        description="tensorrt: no weights in the plan; the bundle's are read when it is opened",
+        description=(
+            "tensorrt, tensorrt-rtx: no weights in the plan; the bundle's are read when it is"
+            " opened"
+        ),
     )
     weight_streaming: bool = Field(
-        False, description="tensorrt: weights may stay in host memory; slow, for small GPUs"
+        False,
+        description="tensorrt, tensorrt-rtx: weights may stay in host memory; slow, for small GPUs",
     )
     allow_fallback: bool = Field(
-        False, description="tensorrt: keep an engine that runs eight-bit layers in a wider type"
+        False,
+        description=(
+            "tensorrt, tensorrt-rtx: keep an engine that runs eight-bit layers in a wider type"
+        ),
     )
     timing_cache: str | None = Field(
         None, description="tensorrt: file of measured kernel times (default: user's cache)"

@@ -19,8 +19,8 @@ from anyflow_deploy.engines.engine_folder import EngineFolder, check_compatible,
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.engines.streaming import CacheStream
-from anyflow_deploy.engines.tensorrt.api import VERSION
-from anyflow_deploy.engines.tensorrt.build.builder import device_record
+from anyflow_deploy.engines.tensorrt.api import LIBRARY, TITLE, VERSION
+from anyflow_deploy.engines.tensorrt.build.build_device import BuildDevice
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import select_profile
 from anyflow_deploy.engines.tensorrt.cuda import CudaDevice, DeviceBuffer
 from anyflow_deploy.engines.tensorrt.execution import ExecutionSlot
@@ -46,11 +46,11 @@ class TensorRTEngine(BundleEngineBase):
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         if options.provider != "cuda":
             raise BackendError(
-                f"TensorRT runs on NVIDIA GPUs only; provider is {options.provider!r}. Choose"
-                " provider 'cuda'."
+                f"{LIBRARY.title} runs on NVIDIA GPUs only; provider is {options.provider!r}."
+                " Choose provider 'cuda'."
             )
         super().__init__(bundle)
-        folder = find_engine(bundle, "tensorrt", options.engine)
+        folder = find_engine(bundle, LIBRARY.backend, options.engine)
         self.device = CudaDevice(options.device)
         check_plan_compatible(folder, self.device)
         self._record = folder.record
@@ -82,7 +82,7 @@ class TensorRTEngine(BundleEngineBase):
     @property
     def runtime(self) -> str:
         """See `BundleEngineBase`."""
-        return f"TensorRT {VERSION}, {self.device.name}"
+        return f"{TITLE}, {self.device.name}"
 
     @property
     def ranges(self) -> ShapeRanges:
@@ -166,7 +166,7 @@ def check_plan_compatible(folder: EngineFolder, device: CudaDevice) -> None:
     Raises:
         BackendError: with both names.
     """
-    record, here = folder.record, device_record(device)
+    record, here = folder.record, BuildDevice(device.name, device.compute_capability, device).record
     expected_device = record.device
     compatibility = record.settings.get("hardware_compatible")
     built_for = record.device.compute_capability

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from anyflow_deploy.engines.tensorrt.api import VERSION, trt
+from anyflow_deploy.engines.tensorrt.api import TITLE, trt
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Shape, select_profile
 from anyflow_deploy.engines.tensorrt.cuda import CudaDevice, CudaGraph, DeviceBuffer
 from anyflow_deploy.engines.tensorrt.plan import LoadedPlan
@@ -239,6 +239,5 @@ class _Runner:
 
     def _refusal(self, action: str) -> BackendError:
         return BackendError(
-            f"TensorRT {VERSION}: {self._plan.name!r} could not {action}:"
-            f" {self._plan.logger.summary()}."
+            f"{TITLE}: {self._plan.name!r} could not {action}: {self._plan.messages.summary()}."
         )

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from anyflow_deploy.bundle.manifest import GraphRecord
 from anyflow_deploy.dtypes import DTYPES
-from anyflow_deploy.engines.tensorrt.api import VERSION, TensorRTLogger, trt
+from anyflow_deploy.engines.tensorrt.api import LOGGER, TITLE, MessageLog, trt
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Profile, Shape
 from anyflow_deploy.errors import BackendError
 
@@ -55,7 +55,7 @@ class LoadedPlan:
 
     Attributes:
         engine: TensorRT's object; safe to share between threads.
-        logger: what TensorRT logged about it.
+        messages: what TensorRT logged about it.
         profiles: as the plan has them.
         types: element type of every tensor, by the manifest's names.
 
@@ -67,8 +67,8 @@ class LoadedPlan:
         self, path: Path, name: str, graph: GraphRecord, names: list[str], options: LoadOptions
     ) -> None:
         self.name, self._path = name, path
-        self.logger = TensorRTLogger()
-        self._runtime = self._create(lambda: trt.Runtime(self.logger))
+        self.messages = MessageLog()
+        self._runtime = self._create(lambda: trt.Runtime(LOGGER))
         self._runtime.engine_host_code_allowed = options.host_code
         self.engine: trt.ICudaEngine = self._deserialize()
         if options.refit_from is not None:
@@ -97,7 +97,7 @@ class LoadedPlan:
             engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise BackendError(
-                f"TensorRT {VERSION} cannot open {self._path}: {self.logger.summary()}. "
+                f"{TITLE} cannot open {self._path}: {self.messages.summary()}. "
                 "Build it on this machine: anyflow-build … --backend tensorrt --overwrite"
             )
         return engine
@@ -105,17 +105,15 @@ class LoadedPlan:
     def _create(self, make: Callable[[], T]) -> T:
         with suppress(TypeError):  # pybind11's word for a factory that returned nothing
             return make()
-        raise BackendError(
-            f"TensorRT {VERSION} could not start its runtime: {self.logger.summary()}."
-        )
+        raise BackendError(f"{TITLE} could not start its runtime: {self.messages.summary()}.")
 
     def _refit(self, model: Path) -> None:
-        refitter = trt.Refitter(self.engine, self.logger)
-        parser = trt.OnnxParserRefitter(refitter, self.logger)
+        refitter = trt.Refitter(self.engine, LOGGER)
+        parser = trt.OnnxParserRefitter(refitter, LOGGER)
         if not parser.refit_from_file(str(model.resolve())) or not refitter.refit_cuda_engine():
             raise BackendError(
-                f"the weights of {model} do not fit {self._path}: {self.logger.summary()}. Build it"
-                " again."
+                f"the weights of {model} do not fit {self._path}: {self.messages.summary()}. Build"
+                " it again."
             )
 
     def _check_tensors(self, graph: GraphRecord) -> None:

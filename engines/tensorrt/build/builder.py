@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.build import BuildResult
-from anyflow_deploy.engines.engine_folder import DeviceRecord, EngineWriter, narrow_ranges
-from anyflow_deploy.engines.tensorrt.api import VERSION, TensorRTLogger, trt
+from anyflow_deploy.engines.engine_folder import EngineWriter, narrow_ranges
+from anyflow_deploy.engines.tensorrt.api import LIBRARY, LOGGER, TITLE, VERSION, MessageLog, trt
+from anyflow_deploy.engines.tensorrt.build.build_device import BuildDevice
 from anyflow_deploy.engines.tensorrt.build.inspector import (
     PrecisionReport,
     expected_precision,
@@ -31,9 +31,8 @@ from anyflow_deploy.engines.tensorrt.build.progress_monitor import (
     BuildProgressMonitor,
     run_interruptibly,
 )
-from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
-from anyflow_deploy.engines.tensorrt.build.timing_cache import TimingCache, default_path
-from anyflow_deploy.engines.tensorrt.cuda import CudaDevice
+from anyflow_deploy.engines.tensorrt.build.settings import PlanSettings, TensorRTSettings
+from anyflow_deploy.engines.tensorrt.build.timing_cache import TimingCache, open_timing_cache
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.progress import Progress
 
@@ -53,7 +52,7 @@ _NO_KERNEL = ("could not find any implementation", "insufficient workspace", "no
 
 
 def build_plans(
-    settings: TensorRTSettings, bundle: Bundle, writer: EngineWriter, progress: Progress
+    settings: PlanSettings, bundle: Bundle, writer: EngineWriter, progress: Progress
 ) -> BuildResult:
     """Build every graph of a bundle for one GPU.
 
@@ -61,34 +60,36 @@ def build_plans(
         BackendError: the GPU lacks the precision, the parser or the builder refuses, or a precision
             was not achieved.
     """
-    device = CudaDevice(settings.device)
+    device = settings.choose_device()
     _check_precision(bundle, device)
-    if settings.weight_streaming and device.integrated:
+    if settings.weight_streaming and device.gpu is not None and device.gpu.integrated:
         raise BackendError(
             f"--weight-streaming keeps weights in the processor's memory, and {device.name} has no"
             " other. Leave it out; for a smaller model in memory, export with --precision int8."
         )
     _check_graphs(bundle)
-    cache = TimingCache(_cache_path(settings, device))
+    cache = open_timing_cache(settings, device)
     profiles = settings.profiles(bundle)
     precision_report = PrecisionReport()
     for graph in (name for name in bundle.manifest.graphs if profiles[name]):
         build = _GraphBuild(settings, bundle, graph, device, progress)
         plan = build.plan(profiles[graph], cache)
         writer.write(f"{graph}.plan", plan)
+        if device.gpu is None:
+            continue  # a plan cannot be opened without a GPU: the engine looks when it is
         with progress.stage(f"{graph}: inspecting"):
             layers = build.layers(plan)
             writer.write(f"{graph}.layers.json", layers.encode())
             update_report(precision_report, layers, expected_precision(_model(bundle, graph)))
     if precision_report.shortfall and not settings.allow_fallback:
         raise BackendError(
-            f"TensorRT {VERSION} on {device.name}: {precision_report.shortfall}. Keep such an"
+            f"{TITLE} on {device.name}: {precision_report.shortfall}. Keep such an"
             " engine with --allow-fallback, try another TensorRT or --optimization-level 5, or"
             " export in a precision without quantization."
         )
     return BuildResult(
-        device=device_record(device),
-        versions={"tensorrt": VERSION},
+        device=device.record,
+        versions={LIBRARY.version_key: VERSION},
         ranges=narrow_ranges(bundle),
         profiles={
             graph: {p.name: _profile_record(p) for p in made}
@@ -99,43 +100,31 @@ def build_plans(
     )
 
 
-def device_record(device: CudaDevice) -> DeviceRecord:
-    """A GPU as engine.json names it."""
-    return DeviceRecord(
-        kind="cuda", name=device.name, compute_capability="{}.{}".format(*device.compute_capability)
-    )
-
-
-def _cache_path(settings: TensorRTSettings, device: CudaDevice) -> Path:
-    return Path(settings.timing_cache) if settings.timing_cache else default_path(device.name)
-
-
-def _check_precision(bundle: Bundle, device: CudaDevice) -> None:
+def _check_precision(bundle: Bundle, device: BuildDevice) -> None:
+    minimum = device.minimum_capability
     for precision in {bundle.manifest.precision, bundle.manifest.base}:
         needed = _NEEDS.get(precision, (0, 0))
-        if device.compute_capability < needed:
-            has, required = (
-                ".".join(map(str, pair)) for pair in (device.compute_capability, needed)
-            )
-            able = ", ".join(
-                [
-                    "fp32",
-                    "fp16",
-                    *(
-                        name
-                        for name, minimum in _NEEDS.items()
-                        if device.compute_capability >= minimum
-                    ),
-                ]
-            )
+        if minimum >= needed:
+            continue
+        has, required = (".".join(map(str, pair)) for pair in (minimum, needed))
+        able = ["fp32", "fp16", *(name for name, least in _NEEDS.items() if minimum >= least)]
+        remedy = f"Export with --precision one of {', '.join(able)}."
+        if device.compute_capability is None:
             raise BackendError(
-                f"{bundle.path} is {precision}, which needs compute capability {required};"
-                f" {device.name} has {has}. Export with --precision one of {able}."
+                f"{bundle.path} is {precision}, which needs compute capability {required}, and an"
+                f" engine for {device.name!r} has to run from {has} on. Build it for one GPU with"
+                f" --target, as in --target rtx4090. Or: {remedy}"
             )
+        raise BackendError(
+            f"{bundle.path} is {precision}, which needs compute capability {required};"
+            f" {device.name} has {has}. {remedy}"
+        )
 
 
 def _check_graphs(bundle: Bundle) -> None:
     """Ask the lint first: the parser's own errors name a node and a source line of its C++."""
+    if LIBRARY.backend != "tensorrt":
+        return  # the lint's table is of TensorRT's releases
     from anyflow_deploy.engines.tensorrt.lint.lint import lint_bundle
 
     findings = lint_bundle(bundle, [".".join(VERSION.split(".")[:2])])
@@ -145,7 +134,7 @@ def _check_graphs(bundle: Bundle) -> None:
             if len(findings) > 1
             else ""
         )
-        raise BackendError(f"TensorRT {VERSION} does not take this bundle: {findings[0]}{more}")
+        raise BackendError(f"{TITLE} does not take this bundle: {findings[0]}{more}")
 
 
 def _model(bundle: Bundle, graph: str) -> Any:
@@ -163,19 +152,19 @@ class _GraphBuild:
 
     def __init__(
         self,
-        settings: TensorRTSettings,
+        settings: PlanSettings,
         bundle: Bundle,
         graph: str,
-        device: CudaDevice,
+        device: BuildDevice,
         progress: Progress,
     ) -> None:
         self._settings = settings
         self._bundle = bundle
         self._graph = graph
         self._device, self._progress = device, progress
-        self._logger = TensorRTLogger()
+        self._messages = MessageLog()
 
-    def plan(self, profiles: Sequence[Profile], cache: TimingCache) -> memoryview:
+    def plan(self, profiles: Sequence[Profile], cache: TimingCache | None) -> memoryview:
         """The serialized engine.
 
         Raises:
@@ -193,25 +182,27 @@ class _GraphBuild:
         return memoryview(cast(Any, plan))  # IHostMemory is a buffer, which its stub does not say
 
     def _run(
-        self, profiles: Sequence[Profile], cache: TimingCache, monitor: BuildProgressMonitor
+        self, profiles: Sequence[Profile], cache: TimingCache | None, monitor: BuildProgressMonitor
     ) -> trt.IHostMemory | None:
         """Parse, configure, build; on the build's thread, which has to choose the device for
         itself."""
         self._device.use()
-        builder = self._create(lambda: trt.Builder(self._logger), "start its builder")
+        builder = self._create(lambda: trt.Builder(LOGGER), "start its builder")
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, self._logger)  # its weights have to outlive the build
+        parser = trt.OnnxParser(network, LOGGER)  # its weights have to outlive the build
         self._parse(parser)
         config = builder.create_builder_config()
         self._configure(config)
         for profile in profiles:
             self._add_profile(builder, config, profile)
         config.progress_monitor = monitor
-        cache.attach(config)
+        if cache is not None:
+            cache.attach(config)
         try:
             return builder.build_serialized_network(network, config)
         finally:
-            cache.save(config)
+            if cache is not None:
+                cache.save(config)
             del parser
 
     def _parse(self, parser: trt.OnnxParser) -> None:
@@ -222,7 +213,7 @@ class _GraphBuild:
                 f"{e.node_name() or 'graph'} ({e.node_operator()}): {e.desc()}" for e in errors[:3]
             )
             raise BackendError(
-                f"TensorRT {VERSION} cannot parse {path}: {reason or self._logger.summary()}."
+                f"{TITLE} cannot parse {path}: {reason or self._messages.summary()}."
             )
 
     def _configure(self, config: trt.IBuilderConfig) -> None:
@@ -231,14 +222,7 @@ class _GraphBuild:
         config.clear_flag(trt.BuilderFlag.TF32)
         # What the inspector can tell afterwards
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        if settings.workspace is not None:
-            config.set_memory_pool_limit(
-                trt.MemoryPoolType.WORKSPACE, int(settings.workspace * 1e9)
-            )
-        if settings.optimization_level is not None:
-            config.builder_optimization_level = settings.optimization_level
         for enabled, flag in (
-            (settings.version_compatible, trt.BuilderFlag.VERSION_COMPATIBLE),
             (settings.refit, trt.BuilderFlag.REFIT),
             (settings.strip, trt.BuilderFlag.STRIP_PLAN),
             (settings.strip and not settings.refit, trt.BuilderFlag.REFIT_IDENTICAL),
@@ -246,8 +230,7 @@ class _GraphBuild:
         ):
             if enabled:
                 config.set_flag(flag)
-        if settings.hardware_compatible is not None:
-            config.hardware_compatibility_level = _hardware_level(settings.hardware_compatible)
+        settings.configure(config, self._device)
 
     def _add_profile(
         self, builder: trt.Builder, config: trt.IBuilderConfig, profile: Profile
@@ -258,20 +241,20 @@ class _GraphBuild:
                 name, trt.Dims(list(minimum)), trt.Dims(list(optimum)), trt.Dims(list(maximum))
             )
         if config.add_optimization_profile(made) < 0:
-            raise BackendError(
-                f"TensorRT {VERSION} refuses profile {profile}: {self._logger.summary()}."
-            )
+            raise BackendError(f"{TITLE} refuses profile {profile}: {self._messages.summary()}.")
 
     def layers(self, plan: memoryview) -> str:
         """What the inspector says of the built engine, as JSON."""
         self._device.use()
-        runtime = self._create(lambda: trt.Runtime(self._logger), "start its runtime")
-        runtime.engine_host_code_allowed = self._settings.version_compatible
+        runtime = self._create(lambda: trt.Runtime(LOGGER), "start its runtime")
+        settings = self._settings
+        runtime.engine_host_code_allowed = (
+            isinstance(settings, TensorRTSettings) and settings.version_compatible
+        )
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(
-                f"TensorRT {VERSION} cannot open the plan that it has just built:"
-                f" {self._logger.summary()}."
+                f"{TITLE} cannot open the plan that it has just built: {self._messages.summary()}."
             )
         return engine.create_engine_inspector().get_engine_information(
             trt.LayerInformationFormat.JSON
@@ -281,38 +264,26 @@ class _GraphBuild:
         with suppress(TypeError):  # pybind11's word for a factory that returned nothing
             return make()
         raise BackendError(
-            f"TensorRT {VERSION} could not {action} on {self._device.name}:"
-            f" {self._logger.summary()}."
+            f"{TITLE} could not {action} on {self._device.name}: {self._messages.summary()}."
         )
 
     def _build_error(self) -> BackendError:
-        reason = self._logger.summary()
+        reason = self._messages.summary()
         lowercase = reason.lower()
         advice = "The log of anyflow_deploy.tensorrt has the rest."
-        if any(sign in lowercase for sign in _NO_MEMORY):
-            free, total = self._device.memory()
+        gpu = self._device.gpu
+        if gpu is not None and any(sign in lowercase for sign in _NO_MEMORY):
+            free, total = gpu.memory()
             advice = (
                 f"The GPU ran out of memory ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free"
-                f" now). Close what else uses {self._device.memory_name}; then, in this order:"
+                f" now). Close what else uses {gpu.memory_name}; then, in this order:"
                 " lower --workspace, name fewer or smaller --shapes, lower"
-                f" --optimization-level{self._device.streaming_advice}."
+                f" --optimization-level{gpu.streaming_advice}."
             )
         elif any(sign in lowercase for sign in _NO_KERNEL):
             advice = (
                 "No kernel fits the scratch memory it may use: raise --workspace, or leave it out."
             )
         return BackendError(
-            f"TensorRT {VERSION} could not build {self._graph!r} on {self._device.name}: {reason}."
-            f" {advice}"
+            f"{TITLE} could not build {self._graph!r} on {self._device.name}: {reason}. {advice}"
         )
-
-
-def _hardware_level(requested: str) -> trt.HardwareCompatibilityLevel:
-    name = {"ampere+": "AMPERE_PLUS", "same-capability": "SAME_COMPUTE_CAPABILITY"}[requested]
-    levels: dict[str, trt.HardwareCompatibilityLevel] = trt.HardwareCompatibilityLevel.__members__
-    if name not in levels:
-        raise BackendError(
-            f"--hardware-compatible {requested} is not in TensorRT {VERSION}, which has"
-            f" {', '.join(levels)}."
-        )
-    return levels[name]

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from anyflow_deploy.bundle.atomic_io import write_bytes_atomically
-from anyflow_deploy.engines.tensorrt.api import VERSION, trt
+from anyflow_deploy.engines.tensorrt.api import LIBRARY, VERSION, trt
+from anyflow_deploy.engines.tensorrt.build.build_device import BuildDevice
+from anyflow_deploy.engines.tensorrt.build.settings import PlanSettings, TensorRTSettings
 
 _log = logging.getLogger("anyflow_deploy.tensorrt")
 
@@ -27,6 +29,14 @@ def default_path(device: str) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     return root / "anyflow_deploy" / "tensorrt" / f"{name}-{VERSION}.timing"
+
+
+def open_timing_cache(settings: PlanSettings, device: BuildDevice) -> TimingCache | None:
+    """Return the cache of a build; None where the library times no kernels."""
+    if not LIBRARY.times_kernels:
+        return None
+    path = settings.timing_cache if isinstance(settings, TensorRTSettings) else None
+    return TimingCache(Path(path) if path else default_path(device.name))
 
 
 class TimingCache:
