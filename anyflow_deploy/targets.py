@@ -116,9 +116,27 @@ TARGETS = {
             "Jetson Thor Series Modules Data Sheet",
         ),
         Target(
-            "l4", "NVIDIA L4 24GB", (8, 9), _GPU, 24 * GB, _DESKTOP, 300e9, _throughputs(30.3, 60.0,
-            121.0, 242.5, 242.5),
+            "l4", "NVIDIA L4 24GB", (8, 9), _GPU, 24 * GB, _DESKTOP, 300e9,
+            _throughputs(30.3, 60.0, 121.0, 242.5, 242.5),
             "10.3 to 11", "NVIDIA L4 Tensor Core GPU Datasheet",
+        ),
+        Target(
+            "rtx3090", "GeForce RTX 3090 24GB", (8, 6), _AMPERE, 24 * GB, _DESKTOP, 936e9,
+            _throughputs(35.6, 35.6, 71.0, 284.0), "10.3 to 11",
+            "NVIDIA Ampere GA102 GPU Architecture v2.0, appendix A",
+        ),
+        # 28 of that chip's units at 1.78 GHz: 12.7 TFLOPS float32, by the card's product page; the
+        # other types in the proportions of the RTX 3090.
+        Target(
+            "rtx3060", "GeForce RTX 3060 12GB", (8, 6), _AMPERE, 12 * GB, _DESKTOP, 360e9,
+            _throughputs(12.7, 12.7, 25.5, 101.9), "10.3 to 11",
+            "GeForce RTX 3060 specifications, with the rates per unit of the GA102 document",
+        ),
+        # 46 of the RTX 4090's units at 2.475 GHz; the types in its proportions.
+        Target(
+            "rtx4070", "GeForce RTX 4070 12GB", (8, 9), _GPU, 12 * GB, _DESKTOP, 504e9,
+            _throughputs(29.1, 29.1, 58.3, 233.2, 116.6), "10.3 to 11",
+            "GeForce RTX 4070 specifications, with the rates per unit of the Ada document",
         ),
         Target(
             "rtx4090", "GeForce RTX 4090 24GB", (8, 9), _GPU, 24 * GB, _DESKTOP, 1008e9,
@@ -129,6 +147,20 @@ TARGETS = {
             "rtx5090", "GeForce RTX 5090 32GB", (12, 0), _GPU, 32 * GB, _DESKTOP, 1792e9,
             _throughputs(104.8, 104.8, 209.5, 838.0, 419.0), "10.8 to 11",
             "NVIDIA RTX Blackwell GPU Architecture, appendix A",
+        ),
+        # 48 of the RTX 5090's units at 2.512 GHz; the types in its proportions.
+        Target(
+            "rtx5070", "GeForce RTX 5070 12GB", (12, 0), _GPU, 12 * GB, _DESKTOP, 672e9,
+            _throughputs(30.9, 30.9, 61.7, 246.9, 123.5), "10.8 to 11",
+            "GeForce RTX 5070 specifications, with the rates per unit of the RTX Blackwell document",
+        ),
+        # 31 TFLOPS float32 and 1000 sparse FP4; each wider type is half as fast. Whether float32
+        # accumulation halves that again, as on GeForce cards, is not published. The memory is the
+        # processor's, as on a Jetson.
+        Target(
+            "gb10", "NVIDIA GB10 (DGX Spark) 128GB", (12, 1), _GPU, 128 * GB, _JETSON, 273e9,
+            _throughputs(31.0, 62.0, 125.0, 250.0, 250.0), "10.13 to 11",
+            "NVIDIA DGX Spark hardware overview, and its GB10 talk at Hot Chips 2025",
         ),
         Target(
             "a100", "NVIDIA A100 SXM 80GB", (8, 0), _AMPERE, 80 * GB, _DESKTOP, 2039e9,

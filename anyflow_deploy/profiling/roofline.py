@@ -84,6 +84,10 @@ def ceilings_from_target(target: Target) -> Ceilings:
     )
 
 
+_OTHER_CHIP = r"(?!\s*(ti|super|d|laptop)\b)"
+"""A card whose name goes on like this is slower or faster than the one in the table."""
+
+
 def target_from_gpu_name(name: str) -> Target | None:
     """The table's row for a GPU's name as its driver gives it, such as "NVIDIA H100 80GB HBM3";
     None where none fits.
@@ -99,6 +103,7 @@ def target_from_gpu_name(name: str) -> Target | None:
     }
     for row in sorted(TARGETS.values(), key=lambda row: -len(row.name)):
         pattern = words.get(row.name) or row.name.replace("rtx", r"rtx\s*").join((r"\b", r"\b"))
+        pattern += _OTHER_CHIP if row.name.startswith("rtx") else ""
         if row.bandwidth is not None and re.search(pattern, name, re.IGNORECASE):
             return row
     return None
