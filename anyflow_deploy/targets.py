@@ -152,7 +152,7 @@ TARGETS = {
         Target(
             "rtx5070", "GeForce RTX 5070 12GB", (12, 0), _GPU, 12 * GB, _DESKTOP, 672e9,
             _throughputs(30.9, 30.9, 61.7, 246.9, 123.5), "10.8 to 11",
-            "GeForce RTX 5070 specifications, with the rates per unit of the RTX Blackwell document",
+            "GeForce RTX 5070 specifications, with the rates per unit of the Blackwell document",
         ),
         # 31 TFLOPS float32 and 1000 sparse FP4; each wider type is half as fast. Whether float32
         # accumulation halves that again, as on GeForce cards, is not published. The memory is the
