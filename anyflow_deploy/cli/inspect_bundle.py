@@ -63,24 +63,25 @@ def inspect(options: InspectOptions) -> int:
     """Do it; returns the exit status."""
     bundle = load_bundle(options.bundle, verify=options.verify)
     out = Console(highlight=False)
-    versions, findings = run_lint(bundle, options.tensorrt) if options.lint else ((), [])
+    result = run_lint(bundle, options.tensorrt) if options.lint else None
     if options.json_output:
         shown: dict[str, Any] = {
             "digest": bundle.digest,
             **bundle.manifest.model_dump(by_alias=True),
         }
-        if options.lint:
-            shown["findings"] = [finding.as_json() for finding in findings]
+        if result is not None:
+            shown["findings"] = [finding.as_json() for finding in result.findings]
+            shown["parsers"] = result.parsers
         print(json.dumps(shown, indent=1))  # noqa: T201
     else:
         out.print(*_tables(bundle), sep="\n")
-        if options.lint:
-            print_findings(out, findings, versions)
+        if result is not None:
+            print_findings(out, result)
     hashes = (
         "every SHA-256 agrees" if options.verify else "sizes agree; --verify compares every SHA-256"
     )
     console.print(f"[green]{escape(str(bundle.path))} is complete[/] ({hashes}).")
-    return 1 if findings else 0
+    return 1 if result is not None and result.findings else 0
 
 
 def _tables(bundle: Bundle) -> list[Table]:

@@ -4,6 +4,7 @@ the end of an export."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -11,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.engines.registry import BACKENDS
+from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.progress import console
 from anyflow_deploy.targets import get_target
 
@@ -34,19 +36,78 @@ def checked_versions(versions: Sequence[str]) -> None:
             raise ValueError(f"--tensorrt: {error}") from None
 
 
-def run_lint(bundle: Bundle, versions: Sequence[str] | None) -> tuple[Sequence[str], list[Finding]]:
-    """The versions asked about, or the usual ones, and what was found. Needs onnx, which reading a
-    manifest does not."""
+@dataclass(frozen=True)
+class LintResult:
+    """What a lint found.
+
+    Attributes:
+        versions: the TensorRT versions that the rule table was asked about.
+        findings: of the rule table and of the installed parsers.
+        parsers: one line for each of NVIDIA's parsers: who was asked, or why one was not.
+    """
+
+    versions: tuple[str, ...]
+    findings: list[Finding]
+    parsers: list[str]
+
+
+def run_lint(bundle: Bundle, versions: Sequence[str] | None) -> LintResult:
+    """Check a bundle against the rule table, and ask NVIDIA's own parsers where they are installed.
+
+    Args:
+        bundle: an opened bundle.
+        versions: of TensorRT, as "10.3"; None for the usual ones.
+    """
     from anyflow_deploy.engines.tensorrt.lint.lint import DEFAULT_VERSIONS, lint_bundle
+    from anyflow_deploy.engines.tensorrt.lint.real_parser import installed_parsers
 
-    versions = versions or DEFAULT_VERSIONS
-    return versions, lint_bundle(bundle, versions)
+    versions = tuple(versions or DEFAULT_VERSIONS)
+    result = LintResult(versions, lint_bundle(bundle, versions), [])
+    for backend in installed_parsers():
+        findings, line = _ask_parser(bundle, backend)
+        result.findings.extend(findings)
+        result.parsers.append(line)
+    if not result.parsers:
+        command = BACKENDS["tensorrt-rtx"].install_command("cuda")
+        result.parsers.append(f"NVIDIA's own parser is not installed; to ask it, too: {command}")
+    return result
 
 
-def print_findings(out: Console, findings: Sequence[Finding], versions: Sequence[str]) -> None:
-    """The table, one row for nodes that have the same thing wrong with them; `--json` lists every
-    node."""
-    named = ", ".join(versions)
+def _ask_parser(bundle: Bundle, backend: str) -> tuple[list[Finding], str]:
+    from anyflow_deploy.engines.tensorrt.lint.lint import Finding
+    from anyflow_deploy.engines.tensorrt.lint.real_parser import parse_graphs
+
+    paths = [bundle.file(record.file) for record in bundle.manifest.graphs.values()]
+    try:
+        answer = parse_graphs(paths, backend)
+    except BackendError as error:
+        return [], f"not asked: {error}"
+    version = answer.title.removeprefix("TensorRT ").removeprefix("for ")
+    findings = [
+        Finding(
+            rule="parser",
+            graph=problem.path.name,
+            node=problem.node,
+            operator=problem.operator,
+            problem=problem.message,
+            remedy="these are the parser's own words; docs/reference/lint.md says what to do",
+            versions=(version,),
+        )
+        for problem in answer.problems
+    ]
+    verdict = "refuses the bundle" if findings else "takes every graph"
+    return findings, f"asked: the parser of {answer.title}, which {verdict}"
+
+
+def print_findings(out: Console, result: LintResult) -> None:
+    """Print a table with one row for nodes that have the same thing wrong with them.
+
+    `--json` lists every node.
+    """
+    findings = result.findings
+    named = ", ".join(result.versions)
+    for line in result.parsers:
+        out.print(escape(line))
     if not findings:
         out.print(
             f"[green]TensorRT {escape(named)}: nothing found.[/] docs/reference/lint.md says what"
