@@ -16,6 +16,7 @@ from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array, Engine
 from anyflow_deploy.engines.metrics import difference
+from anyflow_deploy.engines.tensorrt.lint.real_parser import parse_graphs
 from anyflow_deploy.engines.validation import THRESHOLDS
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle
 from anyflow_deploy.export.quantization.calibrate import CalibrationSettings, run_calibration
@@ -133,6 +134,13 @@ def test_causal_attention_in_fp8_rounds_its_products(causal_bundle: Bundle) -> N
             == 4 * layers
             == sum(n.op_type == "MatMul" for n in graph.node if ".attn" in n.name)
         ), name
+
+
+def test_nvidias_parser_takes_attention_in_fp8(causal_bundle: Bundle) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    graphs = causal_bundle.manifest.graphs.values()
+    paths = [causal_bundle.file(record.file) for record in graphs]
+    assert parse_graphs(paths, "tensorrt-rtx").problems == ()
 
 
 def test_causal_attention_in_fp8_agrees_product_by_product(
