@@ -10,8 +10,8 @@ and `VideoPipeline` with saved prompt embeddings and `output_type="latent"`) nee
 backend's runtime, no torch. Prompts and frames, `export_bundle` and some builds need the `export`
 extra.
 
-A name is imported when it is first asked for, so importing this package is quick, and
-`anyflow-doctor` can speak where numpy cannot be imported.
+A name is imported when it is first used, so importing this package is quick, and `anyflow-doctor`
+works where numpy cannot be imported.
 """
 
 import importlib

@@ -1,8 +1,8 @@
-"""Types of numbers, and what everybody calls them.
+"""Types of numbers, and their name in each library.
 
 One row for each type. numpy, torch, safetensors, ONNX, TensorRT and Triton have a name of their own
-for it, and whoever translates between two of them reads both here. This module imports none of
-these libraries: it has their names, and `checkpoints/dtypes.py` torch's and ONNX's objects.
+for it, and code that translates between two of them reads both names here. This module imports none
+of these libraries: it has their names, and `checkpoints/dtypes.py` torch's and ONNX's objects.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DType:
-    """One row of the table. A name is None where nothing here needs it, or there is none.
+    """One row of the table. A name is None if the library has none, or if nothing needs it.
 
     Attributes:
         name: the manifest's and numpy's name, and torch's attribute (numpy has no bfloat16 and
             fp8).
-        bytes: of one number.
+        bytes: size of one number.
         safetensors: as in the header of a file.
         onnx: member of `onnx.TensorProto.DataType`.
         tensorrt: member of `tensorrt.DataType`.

@@ -1,8 +1,8 @@
-"""The one kind of error a user is meant to read.
+"""The errors that users read.
 
 Every refusal in this project is an `AnyFlowError` (or a subclass of it) whose text says three
 things: what was given, what is allowed, and what to do. Command lines print the text alone;
-anything else that escapes is a defect of ours and keeps its traceback.
+any other exception that escapes is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from collections.abc import Iterable
 
 
 class AnyFlowError(Exception):
-    """Bad input, a broken file or a missing dependency, explained for the person who can mend
-    it."""
+    """Bad input, a broken file or a missing dependency, with what to do about it."""
 
 
 class BundleError(AnyFlowError):
@@ -29,17 +28,16 @@ class ShapeError(AnyFlowError):
 
 
 class BackendError(AnyFlowError):
-    """A runtime, provider or precision that is not available where it was asked for."""
+    """A runtime, provider or precision that is not available."""
 
 
 class UnavailableError(BackendError):
-    """This machine has not what an engine needs: a runtime, a provider, or a kernel for the
-    bundle's types.
+    """This machine lacks what an engine needs: a runtime, a provider, or a kernel.
 
-    It says nothing against the bundle, which may run on another machine.
+    The bundle may be good and run on another machine.
 
     Attributes:
-        flags: what a command is given to run the bundle on a machine that has it, such as
+        flags: flags with which a command runs the bundle on another machine, such as
             "--provider cuda".
     """
 
@@ -60,7 +58,7 @@ class InvalidRequestError(AnyFlowError):
         self.param = param
 
 
-def suggestion(given: str, allowed: Iterable[str]) -> str:
-    """A sentence naming the nearest allowed word, or nothing when none is near."""
-    near = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+def suggestion(word: str, allowed: Iterable[str]) -> str:
+    """Return a sentence that names the nearest allowed word; empty when none is near."""
+    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""Precision is one value.
+"""The precisions that a model can run in; a precision is one value.
 
 `fp32`, `fp16` and `bf16` name the type in which the large matrix products and attention run. Three
 things stay float32 in every precision, because they are cheap and everything depends on them: the
@@ -7,8 +7,8 @@ the time path (timesteps near 1000 are not representable in bf16). So "fp16" mea
 linear layers, the text projection and attention are fp16".
 
 `int8` and `fp8` multiply the linear layers of the blocks in eight bits; everything that the other
-precisions would compute in their type stays in a *base* precision, one of the other three. See
-docs/how-to/quantization.md.
+precisions would compute in their type stays in a *base* precision, one of the other three.
+docs/how-to/quantization.md explains them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Precision:
     Attributes:
         name: what the user types.
         tensor_type: the name of the type in a safetensors header.
-        quantized: eight bits with scales, over a base precision.
+        quantized: whether it is eight bits with scales, over a base precision.
     """
 
     name: str
@@ -54,17 +54,17 @@ PRECISIONS = {
 EIGHT_BIT = tuple(name for name, row in PRECISIONS.items() if row.quantized)
 
 BASES = tuple(name for name, row in PRECISIONS.items() if not row.quantized)
-"""What the rest of a quantized model may be computed in."""
+"""Precisions in which the rest of a quantized model may be computed."""
 
 
 Attention = Literal["high", "fp8"]
-"""What the products in attention are computed in: the base, or eight bits."""
+"""Type of the products in attention: the base ("high"), or eight bits."""
 
 ATTENTIONS: tuple[str, ...] = get_args(Attention)
 
 
 def get_precision(name: str) -> Precision:
-    """The row called `name`.
+    """Return the row of a name.
 
     Raises:
         AnyFlowError: for an unknown name, with the nearest known one.
@@ -79,8 +79,9 @@ def get_precision(name: str) -> Precision:
 
 @dataclass(frozen=True)
 class PrecisionSpec:
-    """How a model is computed, checked when it is made. `resolve_precision` fills in what is left
-    open.
+    """How a model is computed; the values are checked when it is made.
+
+    `resolve_precision` fills in what a user left out.
 
     Attributes:
         precision: row of the table: what the large matrix products run in.
@@ -108,8 +109,8 @@ class PrecisionSpec:
             near = suggestion(self.base, BASES)
             raise AnyFlowError(f"base is {self.base!r}; allowed are {', '.join(BASES)}.{near}")
         if self.attention not in ATTENTIONS:
-            allowed = " and ".join(ATTENTIONS)
-            raise AnyFlowError(f"attention is {self.attention!r}; allowed are {allowed}.")
+            names = " and ".join(ATTENTIONS)
+            raise AnyFlowError(f"attention is {self.attention!r}; allowed are {names}.")
         if self.attention == "fp8" and not row.quantized:
             raise AnyFlowError(
                 f"precision {self.precision} quantizes nothing, so attention fp8 would have no"
@@ -131,21 +132,21 @@ class PrecisionSpec:
 def resolve_precision(
     precision: str, base: str | None, target: str, attention: str = "high", smooth: bool = True
 ) -> PrecisionSpec:
-    """Complete what a user asked for.
+    """Fill in what a user left out of a precision.
 
     Args:
         precision: row of the table.
         base: precision of the rest; None: fp32 for a CPU, which computes it fastest, fp16 for GPUs.
         target: row of the target table.
         attention: "high" or "fp8".
-        smooth: SmoothQuant wherever it exists, or nowhere.
+        smooth: whether to use SmoothQuant, at int8.
 
     Raises:
         AnyFlowError: an unknown name, or values that do not go together.
     """
     if base is None:
-        quantized = get_precision(precision).quantized
-        base = precision if not quantized else "fp32" if target == "cpu" else "fp16"
+        is_quantized = get_precision(precision).quantized
+        base = precision if not is_quantized else "fp32" if target == "cpu" else "fp16"
     return PrecisionSpec(
         precision, base, cast(Attention, attention), smooth and precision == "int8"
     )

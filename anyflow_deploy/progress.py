@@ -1,8 +1,8 @@
 """Progress bars for long work.
 
 Functions that take long accept a `Progress`: they announce a stage with its amount of work and
-advance it. The command line passes one that draws with rich on standard error; library users get
-silence unless they pass their own.
+advance it. The command line passes one that draws with rich on standard error; library users see
+nothing unless they pass their own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Advance = Callable[[float], None]
 
 
 class Progress(Protocol):
-    """Where long work announces its stages."""
+    """Interface through which long work reports its stages."""
 
     @contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[Advance]:
@@ -38,16 +38,16 @@ class Progress(Protocol):
 
 
 class NullProgress:
-    """Reports nothing."""
+    """Shows nothing."""
 
     @contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[Advance]:
-        """See `Progress`."""
+        """Enter a stage, and show nothing."""
         yield lambda amount: None
 
 
 class RichProgress:
-    """Draws one bar a stage. Use it as a context manager around all the work."""
+    """Draws one bar for each stage; a context manager around all the work."""
 
     def __init__(self, console: Console | None = None) -> None:
         columns = (
@@ -69,10 +69,11 @@ class RichProgress:
 
     @contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[Advance]:
-        """See `Progress`."""
-        # not earlier: an error before the first stage should not follow an empty line
+        """Draw the bar of a stage of `total` units (None: unknown)."""
+        # Not started earlier, so that an error before the first stage does not follow an empty
+        # line.
         self._progress.start()
         task = self._progress.add_task(name, total=total)
         yield lambda amount: self._progress.advance(task, amount)
-        done = total if total is not None else 1
-        self._progress.update(task, total=done, completed=done)
+        units = total if total is not None else 1
+        self._progress.update(task, total=units, completed=units)

@@ -24,7 +24,7 @@ TRAIN_TIMESTEPS = 1000.0
 """Timesteps between clean (0) and noise (1000): the unit of t and r everywhere in this project."""
 
 MAX_STEPS = 1000
-"""More transitions than training timesteps would be finer than the model can tell apart."""
+"""Largest number of steps: the model cannot tell times apart that are finer than in training."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Step:
 
     Attributes:
         index: 0 for the first.
-        steps: how many there are; under a deadline, how many are planned by now; of adaptive steps,
-            how many this candidate has.
-        t, r: where it went from and to, in timesteps.
+        steps: number of steps; under a deadline, the number planned by now; of adaptive steps, the
+            candidate's number.
+        t, r: times before and after, in timesteps.
         read: fetches the state z_r, float32 (B, F, C, H, W); on a GPU this is a copy, so call it
             only when you look at it.
     """
@@ -89,7 +89,7 @@ class Schedule:
 
     @classmethod
     def uniform(cls, steps: int, shift: float = 5.0) -> Schedule:
-        """`steps` transitions on the shifted uniform grid.
+        """Make `steps` transitions on the shifted uniform grid.
 
         Args:
             steps: 1 to 1000.
@@ -104,7 +104,7 @@ class Schedule:
 
     @classmethod
     def from_sigmas(cls, sigmas: Iterable[float], shift: float = 1.0) -> Schedule:
-        """Your own noise levels, 1 (noise) to 0 (clean).
+        """Make a schedule from your own noise levels, 1 (noise) to 0 (clean).
 
         A closing 0 is added where missing, as diffusers does. Unlike diffusers' scheduler, which
         applies the model's shift on top, the values are used as given unless you ask for a `shift`.
@@ -113,8 +113,10 @@ class Schedule:
 
     @classmethod
     def from_timesteps(cls, timesteps: Iterable[float]) -> Schedule:
-        """Your own timesteps, 1000 (noise) to 0 (clean), used as given; a closing 0 is added where
-        missing."""
+        """Make a schedule from your own timesteps, 1000 (noise) to 0 (clean).
+
+        They are used as given; a closing 0 is added where missing.
+        """
         return cls(_append_zero(timesteps))
 
     @property
@@ -130,7 +132,7 @@ class Schedule:
     def run(
         self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
     ) -> Array:
-        """Make one sample in these transitions, as every `StepPolicy` does.
+        """Run one sample through these transitions, as every `StepPolicy` does.
 
         Args:
             start: opens a run at the sample's noise.
@@ -152,10 +154,11 @@ class Schedule:
 
 
 def shift_sigmas(sigmas: Sequence[float], shift: float) -> list[float]:
-    """`shift * s / (1 + (shift - 1) * s)` of each s in [0, 1]: larger shifts spend more steps near
-    the noise.
+    """Shift each s in [0, 1] to `shift * s / (1 + (shift - 1) * s)`.
 
-    Written so that 1 stays exactly 1 whatever the rounding of `shift - 1`.
+    Larger shifts spend more steps near the noise.
+
+    It is written so that 1 stays exactly 1, whatever the rounding of `shift - 1`.
     """
     if not math.isfinite(shift) or shift <= 0:
         raise AnyFlowError(
@@ -168,8 +171,9 @@ def shift_sigmas(sigmas: Sequence[float], shift: float) -> list[float]:
 
 
 def next_timestep(t: float, steps: int, shift: float = 5.0) -> float:
-    """Where the first of `steps` transitions from `t` to 0 leads, on the shifted grid; 0 when it is
-    the only one.
+    """Return where the first of `steps` transitions from `t` to 0 leads, on the shifted grid.
+
+    It is 0 when there is only one.
 
     `Schedule.uniform` passes through the same times: from each of them, with one step fewer.
     """

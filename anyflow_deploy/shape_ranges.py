@@ -47,7 +47,7 @@ class Range:
         return span if self.multiple == 1 else f"{span} in multiples of {self.multiple}"
 
     def nearest(self, value: int) -> int:
-        """The allowed number closest to `value`."""
+        """Return the allowed number closest to `value`."""
         floor = max(self.minimum, round(value / self.multiple) * self.multiple)
         return floor if self.maximum is None else min(floor, self.maximum)
 
@@ -58,7 +58,7 @@ class ShapeRanges:
 
     Attributes:
         batch: videos at once.
-        frames, height, width: of the latents.
+        frames, height, width: size of the latents.
         text: tokens of the prompt embedding.
     """
 
@@ -76,7 +76,7 @@ class ShapeRanges:
             text: shape (B, L, D).
 
         Raises:
-            ShapeError: always saying what was given and what is allowed.
+            ShapeError: naming what was given and what is allowed.
         """
         if len(latents) != 5 or len(text) != 3:
             raise ShapeError(
@@ -102,8 +102,9 @@ class ShapeRanges:
 
 
 def widest_ranges(architecture: Architecture) -> ShapeRanges:
-    """All that patch sizes and rotary table allow; nothing in the model limits batch or text
-    length.
+    """Return all that patch sizes and rotary table allow.
+
+    Nothing in the model limits batch or text length.
 
     A causal model's frames are those of one chunk. Its sides hold at least one of the coarser
     patches, and it makes one video at a time: every stream owns its cache.
@@ -117,13 +118,13 @@ def widest_ranges(architecture: Architecture) -> ShapeRanges:
     )
 
 
-def narrow_ranges(base: ShapeRanges, requested: dict[str, Range]) -> ShapeRanges:
-    """`base` with some axes replaced by narrower ranges.
+def narrow_ranges(base: ShapeRanges, ranges: dict[str, Range]) -> ShapeRanges:
+    """Replace some axes of `base` by narrower ranges.
 
     Raises:
-        AnyFlowError: where a wanted range reaches outside `base`.
+        AnyFlowError: a range that reaches outside `base`.
     """
-    for axis, range_ in requested.items():
+    for axis, range_ in ranges.items():
         allowed: Range = getattr(base, axis)
         top_fits = allowed.maximum is None or (
             range_.maximum is not None and range_.maximum in allowed
@@ -134,12 +135,12 @@ def narrow_ranges(base: ShapeRanges, requested: dict[str, Range]) -> ShapeRanges
                 f"{axis} {range_} reaches outside what the model allows: {allowed} (latent units)."
             )
     return ShapeRanges(
-        **{f.name: requested.get(f.name, getattr(base, f.name)) for f in fields(ShapeRanges)}
+        **{f.name: ranges.get(f.name, getattr(base, f.name)) for f in fields(ShapeRanges)}
     )
 
 
 def parse_span(text: str, flag: str) -> tuple[int, int]:
-    """`"4"` as (4, 4) and `"1:4"` as (1, 4).
+    """Parse `"4"` to (4, 4) and `"1:4"` to (1, 4).
 
     Raises:
         AnyFlowError: anything else.
@@ -152,8 +153,9 @@ def parse_span(text: str, flag: str) -> tuple[int, int]:
 
 
 def latent_frames(frames: int, temporal_factor: int) -> int:
-    """Latent frames of a video: the VAE keeps the first frame and packs every `temporal_factor`
-    that follow.
+    """Return the latent frames of a video.
+
+    The VAE keeps the first frame and packs every `temporal_factor` that follow.
 
     Raises:
         ShapeError: unless `frames` is `temporal_factor * n + 1`.
@@ -168,7 +170,7 @@ def latent_frames(frames: int, temporal_factor: int) -> int:
 
 
 def latent_side(pixels: int, spatial_factor: int, patch: int, axis: str) -> int:
-    """Latent rows or columns of a video `pixels` high or wide.
+    """Return the latent rows or columns of a video `pixels` high or wide.
 
     Raises:
         ShapeError: unless `pixels` is a multiple of `spatial_factor * patch` (16 for Wan).

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 
 GB = 10**9
-"""Memory is counted as sold. What a driver reports lies 0.5 to 7 per cent higher, so this errs on
-the safe side."""
+"""Bytes of memory as sold. Drivers report 0.5 to 7 per cent more, so this is on the safe side."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,11 @@ class Target:
 
     Attributes:
         name: what `--target` takes.
-        device: what it is called in a shop, with the variant the numbers are of.
+        device: name of the product, and the variant that the numbers are of.
         compute_capability: NVIDIA's (major, minor); None for the CPU.
         precisions: names that its runtime executes, the best first. The export may know fewer.
         memory: bytes, as sold; None where it is a property of the machine (the CPU).
-        reserved: bytes of it that the operating system and driver keep. An estimate of ours, not a
+        system_memory: bytes of it that the operating system and driver keep; our estimate, not a
             published number.
         bandwidth: bytes per second between memory and processor; None for the CPU.
         tflops: dense 10^12 operations per second by type; "tf32" is what float32 products may be
@@ -48,7 +47,7 @@ class Target:
     compute_capability: tuple[int, int] | None
     precisions: tuple[str, ...]
     memory: int | None = None
-    reserved: int = 0
+    system_memory: int = 0
     bandwidth: float | None = None
     tflops: Mapping[str, float] = field(default_factory=dict)
     tensorrt: str = ""
@@ -57,22 +56,20 @@ class Target:
 
 _CPU = ("fp32", "fp16", "int8", "fp8")
 _AMPERE = ("fp32", "fp16", "bf16", "int8")
-"""No FP8: those units came with compute capability 8.9."""
+"""No FP8: its units came with compute capability 8.9."""
 _GPU = ("fp32", "fp16", "bf16", "int8", "fp8")
 
 _DESKTOP, _JETSON = GB, 6 * GB
-"""CUDA's own memory beside a driver; on a Jetson processor and GPU share one memory, and Linux
-lives in it too."""
+"""Memory of CUDA and the driver; on a Jetson, Linux is in the same memory, too."""
 
 _SMALL_JETSON = 5 * GB // 2
-"""Where there are 8 or 16 GB, nobody runs a desktop beside a model: CUDA, and a Linux without
-one."""
+"""The same on a Jetson with 8 or 16 GB: CUDA, and a Linux without a desktop."""
 
 
 def _throughputs(
     fp32: float, tf32: float, half: float, int8: float, fp8: float | None = None
 ) -> dict[str, float]:
-    """Throughputs by type; fp16 and bf16 are equal on all of these."""
+    """Return throughputs by type; fp16 and bf16 are equal on all of these devices."""
     rows = {"fp32": fp32, "tf32": tf32, "fp16": half, "bf16": half, "int8": int8}
     return rows if fp8 is None else {**rows, "fp8": fp8}
 
@@ -81,8 +78,9 @@ TARGETS = {
     row.name: row
     for row in (
         # fp8 on a CPU is arithmetic in float32 on values rounded to FP8: right numbers, no speed.
-        Target("cpu", "any CPU through ONNX Runtime (fp8 emulated)", None, _CPU,
-        source="this machine"),
+        Target(
+            "cpu", "any CPU through ONNX Runtime (fp8 emulated)", None, _CPU, source="this machine"
+        ),
         # 5.3 TFLOPS float32 and 170 sparse INT8 TOPS of the GPU, without the DLAs; FP16 is half of
         # INT8, TF32 a quarter.
         Target(
@@ -102,8 +100,7 @@ TARGETS = {
         # 32 at 1020 MHz, in its MAXN_SUPER mode (JetPack 6.2); without it 625 MHz and 68 GB/s.
         Target(
             "orin-nano", "Jetson Orin Nano Super 8GB", (8, 7), _AMPERE, 8 * GB, _SMALL_JETSON,
-            102.4e9,
-            _throughputs(2.1, 8.4, 16.7, 33.4),
+            102.4e9, _throughputs(2.1, 8.4, 16.7, 33.4),
             "10.3 (JetPack 6.1 and 6.2), from 11.4.1 on JetPack 7.2.2",
             "Jetson Orin Nano Super Developer Kit Datasheet",
         ),
@@ -117,8 +114,8 @@ TARGETS = {
         ),
         Target(
             "l4", "NVIDIA L4 24GB", (8, 9), _GPU, 24 * GB, _DESKTOP, 300e9,
-            _throughputs(30.3, 60.0, 121.0, 242.5, 242.5),
-            "10.3 to 11", "NVIDIA L4 Tensor Core GPU Datasheet",
+            _throughputs(30.3, 60.0, 121.0, 242.5, 242.5), "10.3 to 11",
+            "NVIDIA L4 Tensor Core GPU Datasheet",
         ),
         Target(
             "rtx3090", "GeForce RTX 3090 24GB", (8, 6), _AMPERE, 24 * GB, _DESKTOP, 936e9,
@@ -164,8 +161,8 @@ TARGETS = {
         ),
         Target(
             "a100", "NVIDIA A100 SXM 80GB", (8, 0), _AMPERE, 80 * GB, _DESKTOP, 2039e9,
-            _throughputs(19.5, 156.0, 312.0, 624.0),
-            "10.3 to 11", "NVIDIA A100 Tensor Core GPU Datasheet",
+            _throughputs(19.5, 156.0, 312.0, 624.0), "10.3 to 11",
+            "NVIDIA A100 Tensor Core GPU Datasheet",
         ),
         Target(
             "h100", "NVIDIA H100 SXM 80GB", (9, 0), _GPU, 80 * GB, _DESKTOP, 3350e9,
@@ -177,7 +174,7 @@ TARGETS = {
             _throughputs(67.0, 494.7, 989.4, 1978.9, 1978.9), "10.3 to 11",
             "NVIDIA H200 Tensor Core GPU Datasheet",
         ),
-        # The chip carries 192 GB; HGX and DGX systems, which are what is sold, give 180 of it.
+        # The chip carries 192 GB; the HGX and DGX systems that are sold give 180 of it.
         Target(
             "b200", "NVIDIA B200 (HGX, 1000 W) 180GB", (10, 0), _GPU, 180 * GB, _DESKTOP, 8000e9,
             _throughputs(80.0, 1100.0, 2250.0, 4500.0, 4500.0), "10.8 to 11",
@@ -192,7 +189,7 @@ _NO_FP8 = "its tensor cores have no FP8; INT8 takes the same memory and runs"
 
 
 def get_target(name: str) -> Target:
-    """The row called `name`.
+    """Return the row of a name.
 
     Raises:
         AnyFlowError: for an unknown name, with the nearest known one.
@@ -213,17 +210,17 @@ def check_precision(target: Target, precision: str) -> None:
     """
     if precision in target.precisions:
         return
-    able = [row.name for row in TARGETS.values() if precision in row.precisions]
-    offered = ["int8"] if precision == "fp8" else list(target.precisions)
+    names = [row.name for row in TARGETS.values() if precision in row.precisions]
+    choices = ["int8"] if precision == "fp8" else list(target.precisions)
     raise BackendError(
         f"{precision} does not run on target {target.name!r}{_reason(target, precision)}. Choose"
-        f" --precision {' or '.join(offered)}, or a target that runs {precision}:"
-        f" {', '.join(able) or 'none does'}."
+        f" --precision {' or '.join(choices)}, or a target that runs {precision}:"
+        f" {', '.join(names) or 'none does'}."
     )
 
 
 def _reason(target: Target, precision: str) -> str:
-    """Why, in brackets, where there is a short answer."""
+    """Return the reason in brackets, where there is a short one."""
     if target.name == "cpu" and precision == "bf16":
         return f" ({CPU_HAS_NO_BF16})"
     return f" ({target.device}: {_NO_FP8})" if precision == "fp8" else ""

@@ -1,5 +1,7 @@
-"""Train: `python -m anyflow_deploy.train RECIPE [flags]`, also under torchrun. See
-docs/how-to/training.md."""
+"""Train: `python -m anyflow_deploy.train RECIPE [flags]`, also under torchrun.
+
+docs/how-to/training.md describes it.
+"""
 
 from anyflow_deploy.cli.train import main
 

@@ -46,7 +46,7 @@ def distances(generated: VideoSet, data: VideoSet) -> dict[str, float]:
     """Both, by name; as many of one as of the other."""
     found, reference = features(generated), features(data)
     unit = reference.std(0)
-    # One that hardly fires must not decide
+    # A channel that hardly fires must not decide.
     unit = unit.clamp(min=float(unit[: CHANNELS[1]].median()) / 4)
     return {
         "frechet": frechet(found / unit, reference / unit),

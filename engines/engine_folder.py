@@ -21,7 +21,7 @@ from pydantic import Field
 from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter, check_file
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.json_records import FrozenRecord, RecordFormat
-from anyflow_deploy.bundle.manifest import AxisRange, FileRecord, ranges_to_records
+from anyflow_deploy.bundle.manifest import AxisRange, FileRecord, records_from_ranges
 from anyflow_deploy.errors import BackendError, BundleError
 from anyflow_deploy.shape_ranges import Range, ShapeRanges
 
@@ -248,7 +248,7 @@ class EngineWriter(AtomicFolderWriter):
 
 def narrow_ranges(bundle: Bundle, **narrower: Range) -> dict[str, AxisRange]:
     """A bundle's ranges, some of them narrower, as a record holds them."""
-    return ranges_to_records(ShapeRanges(**{**vars(bundle.manifest.shape_ranges), **narrower}))
+    return records_from_ranges(ShapeRanges(**{**vars(bundle.manifest.shape_ranges), **narrower}))
 
 
 def _read_backend(path: Path) -> str | None:

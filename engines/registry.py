@@ -168,7 +168,7 @@ def load_engine(
 
     check_backend(backend)
     row = BACKENDS[backend]
-    # Or the engine asked for would silently not be the one that runs
+    # Otherwise another engine than the requested one would run in silence.
     if engine is not None and row.build_settings is None:
         others = ", ".join(name for name, other in BACKENDS.items() if other.build_settings)
         raise BackendError(

@@ -44,7 +44,7 @@ class DiffusersEngine:
         self.architecture = architecture
         self._device = device
         config = {k: v for k, v in architecture.as_config().items() if not k.startswith("_")}
-        # Random weights that nobody wants would double time and memory
+        # Unneeded random weights would double time and memory.
         with init_empty_weights(include_buffers=False):
             model = AnyFlowTransformer3DModel(**config)
         model.load_state_dict(

@@ -29,7 +29,7 @@ from anyflow_deploy.bundle.manifest import (
     Quantization,
     ScheduleDefaults,
     VideoDefaults,
-    ranges_to_records,
+    records_from_ranges,
 )
 from anyflow_deploy.checkpoints.checkpoint import schedule_shift
 from anyflow_deploy.checkpoints.safetensors_stream import TensorEntry
@@ -324,7 +324,7 @@ def _build_manifest(
         achieved=precision_report,
         target=settings.target,
         graphs=graphs,
-        ranges=ranges_to_records(ranges),
+        ranges=records_from_ranges(ranges),
         schedule=schedule,
         video=video,
         tools={tool: importlib.metadata.version(tool) for tool in ("anyflow-deploy", *_TOOLS)},

@@ -67,7 +67,7 @@ class TorchRun:
     def _velocity(self, t: ArrayLike, r: ArrayLike) -> tuple[Tensor, Tensor, Tensor]:
         times = frame_times(t, r, tuple(self._state.shape))
         source, target = (torch.from_numpy(time).to(self._state.device) for time in times)
-        # On by default, and the patch embedding is a convolution
+        # TF32 is on by default for convolutions, and the patch embedding is one.
         with torch.backends.cudnn.flags(allow_tf32=False):
             return source, target, self._call(self._state, source, target)
 

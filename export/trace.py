@@ -144,7 +144,7 @@ def _example_arguments(
         {n: axes[x][0] for n, x in enumerate(i.shape) if isinstance(x, str)}
         for i in inputs.values()
     ]
-    # The others, one for each layer, are one *argument
+    # The other inputs, one for each layer, are one *argument.
     named = sum("." not in name for name in inputs)
     return example, (
         (*shapes[:named], tuple(shapes[named:])) if named < len(shapes) else tuple(shapes)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from anyflow_deploy.bundle.manifest import ranges_to_records
+from anyflow_deploy.bundle.manifest import records_from_ranges
 from anyflow_deploy.models import architecture_from_config
 from anyflow_deploy.shape_ranges import widest_ranges
 
@@ -90,7 +90,7 @@ def sample_manifest(kind: str) -> dict[str, Any]:
     graphs: dict[str, Any] = {"transition": graph}
     if kind == "causal":
         graphs = {"text": graph, "chunk": {**graph, "outputs": [tensor, keys]}, "compress": graph}
-    ranges = ranges_to_records(widest_ranges(architecture_from_config(config)))
+    ranges = records_from_ranges(widest_ranges(architecture_from_config(config)))
     return {
         "schema": 1,
         "kind": kind,

@@ -25,12 +25,12 @@ from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.fit import FitOptions
 from anyflow_deploy.cli.generate import GenerateOptions
 from anyflow_deploy.cli.inspect_bundle import InspectOptions
-from anyflow_deploy.cli.options import Options, help_of
+from anyflow_deploy.cli.options import Options, build_help
 from anyflow_deploy.cli.precompute import PrecomputeOptions
 from anyflow_deploy.cli.profile_bundle import ProfileOptions
 from anyflow_deploy.cli.sensitivity import SensitivityOptions
 from anyflow_deploy.cli.serve import ServeOptions
-from anyflow_deploy.cli.train import PROGRAM, full_options
+from anyflow_deploy.cli.train import PROGRAM, make_options_type
 from anyflow_deploy.cli.tritonserver import TritonOptions
 from anyflow_deploy.cli.validate import ValidateOptions
 
@@ -66,7 +66,7 @@ GROUPS = {
 
 def command_page(command: str, options: type[Options]) -> str:
     """A command's help as Markdown: usage, what it does, a table of its flags, examples."""
-    usage, _, about, _, flags, _, *examples = help_of(command, options)
+    usage, _, about, _, flags, _, *examples = build_help(command, options)
     plain = re.sub(r"\\?\[/?[a-z ]*\]", "", usage.replace("\\[flags]", "FLAGS")).replace(
         "usage: ", ""
     )
@@ -117,7 +117,7 @@ def architecture_page() -> str:
 
 def generated_pages() -> dict[str, str]:
     """Every page that is made here, by its path in docs/."""
-    train = full_options()
+    train = make_options_type()
     pages = {
         f"reference/commands/{name}.md": command_page(name, options)
         for name, options in COMMANDS.items()

@@ -1,9 +1,9 @@
 """Files and folders that are written whole or not at all, and that survive a power cut.
 
-Whatever this project writes for later goes through here. A file or folder is filled under a hidden
-name beside its destination, synced, renamed into place, and then the folder that holds the name is
-synced, too. The hidden name is `.NAME.partial-PID`; what a killed process left under such a name is
-cleared away by the next writer of the same destination.
+Everything that this project writes to keep goes through here. A file or folder is filled under a
+hidden name beside its destination, synced, renamed into place, and then the folder that holds the
+name is synced, too. The hidden name is `.NAME.partial-PID`; what a killed process left under such a
+name is cleared away by the next writer of the same destination.
 
     write_text_atomically(path, text)                      # one file, made in memory
     with atomic_file(path) as partial: save(partial)       # one file, written by something else
@@ -42,13 +42,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
         path: the destination; its folder must exist, and an older file is replaced.
 
     Yields:
-        A path in the same folder. Its name ends otherwise: name the format to what goes by endings.
+        A path in the same folder. Its suffix differs, so name the format to writers that choose
+        it by the suffix.
 
     Raises:
         OSError: it cannot be written. Then, and after any error in the block, `path` is as it was.
     """
     with suppress(OSError):  # writing will say what is wrong with the folder
-        _clear_abandoned(path)
+        _clear_leftovers(path)
     partial = _partial_path(path)
     try:
         yield partial
@@ -97,7 +98,7 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         OSError: it cannot be written, or the destination is taken. Then, and after any error in the
             block, `path` is as it was.
     """
-    _clear_abandoned(path)
+    _clear_leftovers(path)
     partial = _partial_path(path)
     partial.mkdir()
     try:
@@ -113,21 +114,21 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
 
 
 def replace_folder(partial: Path, path: Path) -> None:
-    """Rename a folder that is durable itself into place, durably; one that is there is removed.
+    """Rename a synced folder into place durably; a folder that is there is removed.
 
     Raises:
         OSError: it cannot be renamed; the old folder is in its place.
     """
     if path.exists():
-        replaced = path.parent / f".{path.name}.replaced-{os.getpid()}"
-        path.rename(replaced)
+        old = path.parent / f".{path.name}.replaced-{os.getpid()}"
+        path.rename(old)
         try:
             partial.rename(path)
         except BaseException:
-            replaced.rename(path)
+            old.rename(path)
             raise
         fsync_path(path.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(path)
         fsync_path(path.parent)
@@ -144,8 +145,8 @@ class ArtifactKind:
     Attributes:
         noun: "bundle" or "engine".
         marker: the file that is written last.
-        listing: what the marker is called.
-        flag: what the user chooses another destination with.
+        listing: what messages call the marker.
+        flag: the flag that chooses another destination.
         remedy: what to do about a damaged one, as a sentence.
     """
 
@@ -157,7 +158,7 @@ class ArtifactKind:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal, read in blocks."""
+    """Compute the SHA-256 of a file in blocks; return it in hexadecimal."""
     digest = hashlib.sha256()
     block = bytearray(_BLOCK)
     with path.open("rb", buffering=0) as file:
@@ -198,18 +199,18 @@ def check_file(
         raise BundleError(
             f"{path} has {size} bytes; the {kind.listing} says {record.bytes}. {kind.remedy}"
         )
-    if verify and (found := file_sha256(path)) != record.sha256:
+    if verify and (digest := file_sha256(path)) != record.sha256:
         raise BundleError(
-            f"{path} was changed: its SHA-256 is {found}, the {kind.listing} says {record.sha256}."
+            f"{path} was changed: its SHA-256 is {digest}, the {kind.listing} says {record.sha256}."
             f" {kind.remedy}"
         )
 
 
 class HashingFile:
-    """A file opened for writing that hashes what passes through, so nothing is read back to be
-    hashed.
+    """A file opened for writing that hashes the bytes on their way to the disk.
 
-    Hashing and writing go on side by side, on two threads: both let go of Python's lock.
+    Nothing is read back to be hashed. Hashing and writing run side by side on two threads, because
+    both release the interpreter's lock.
     """
 
     def __init__(self, path: Path) -> None:
@@ -219,22 +220,22 @@ class HashingFile:
         self._size = 0
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append `data` (whole: raw files may write less than asked)."""
+        """Append all of `data` (a raw file may write less than it is given)."""
         view = memoryview(data).cast("B")
-        hashed = self._hasher.submit(self._digest.update, view)
+        hash_update = self._hasher.submit(self._digest.update, view)
         self._size += len(view)
         while len(view):
             view = view[self._file.write(view) :]
-        hashed.result()
+        hash_update.result()
 
     def close(self) -> FileRecord:
-        """Make the file durable; returns its size and hash."""
+        """Make the file durable; return its size and hash."""
         os.fsync(self._file.fileno())
         self.abandon()
         return FileRecord(bytes=self._size, sha256=self._digest.hexdigest())
 
     def abandon(self) -> None:
-        """Close without promises, after an error."""
+        """Close the file without syncing it, after an error."""
         self._hasher.shutdown()
         self._file.close()
 
@@ -290,7 +291,7 @@ class AtomicFolderWriter:
             )
 
     def __enter__(self: W) -> W:
-        _clear_abandoned(self.path)
+        _clear_leftovers(self.path)
         self.folder.mkdir()
         return self
 
@@ -328,7 +329,7 @@ class AtomicFolderWriter:
         self.add(name, FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path)))
 
     def check(self) -> None:
-        """Look at the whole folder once more, marker included, before it gets its name."""
+        """Check the whole folder, marker included, before it is renamed into place."""
 
     def finish_folder(self, marker: str) -> None:
         """Write the marker, make everything durable and rename the folder into place."""
@@ -342,8 +343,10 @@ class AtomicFolderWriter:
 
 
 def fsync_path(path: Path) -> None:
-    """Make a folder or file durable: a rename survives a power cut only when the folder that holds
-    the name was synced."""
+    """Make a file or folder durable.
+
+    A rename survives a power cut only if the folder that holds the name was synced.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -362,16 +365,17 @@ def fsync_tree(folder: Path) -> None:
 
 
 def clear_partial_files(folder: Path) -> None:
-    """Remove the files in a folder that killed processes left half written, whatever their
-    names."""
+    """Remove the partial files that killed processes left in a folder."""
     for partial in folder.glob(".*.partial-*"):
         if not _is_running(partial.name.rpartition("-")[2]):
             partial.unlink(missing_ok=True)
 
 
-def _clear_abandoned(path: Path) -> None:
-    """Undo what a killed writer of the same destination left: half of it, or an old folder moved
-    aside."""
+def _clear_leftovers(path: Path) -> None:
+    """Undo what a killed writer of the same destination left behind.
+
+    That is a partial file or folder, or an old folder that was moved aside.
+    """
     for kind in ("partial", "replaced"):
         prefix = f".{path.name}.{kind}-"
         for folder in [f for f in path.parent.iterdir() if f.name.startswith(prefix)]:

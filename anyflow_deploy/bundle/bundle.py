@@ -1,6 +1,6 @@
-"""The bundle: the folder that crosses from export to engines.
+"""The bundle: the folder that export writes and engines read.
 
-Reading is suspicious: the schema must be known, every file must be inside the folder, present, of
+Reading trusts nothing: the schema must be known, every file must be inside the folder, present, of
 the right size and of the right SHA-256. Writing is all or nothing (`atomic_io`): a bundle that has
 a manifest was finished.
 
@@ -32,8 +32,8 @@ class Bundle:
     Attributes:
         path: the folder.
         manifest: its contents.
-        digest: SHA-256 of manifest.json, which names the hash of every other file: one word for the
-            whole bundle.
+        digest: SHA-256 of manifest.json, which names the hash of every other file; it
+            identifies the whole bundle.
     """
 
     path: Path
@@ -41,10 +41,10 @@ class Bundle:
     digest: str
 
     def file(self, name: str) -> Path:
-        """Path of a file that the manifest lists.
+        """Return the path of a file that the manifest lists.
 
         Raises:
-            BundleError: when it does not.
+            BundleError: the manifest does not list it.
         """
         if name not in self.manifest.files:
             raise BundleError(
@@ -90,7 +90,9 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
 
 
 class BundleWriter(AtomicFolderWriter):
-    """Writes a bundle whole or not at all, see `AtomicFolderWriter`.
+    """Writes a bundle whole or not at all.
+
+    An `AtomicFolderWriter` whose marker is the manifest:
 
         with BundleWriter(path) as writer:
             writer.write("transition.onnx", data)
@@ -105,11 +107,11 @@ class BundleWriter(AtomicFolderWriter):
         super().__init__(path, _KIND, overwrite)
 
     def check(self) -> None:
-        """See `AtomicFolderWriter`."""
+        """Load the finished folder as a bundle, without reading its files, to check it."""
         load_bundle(self.folder, verify=False)
 
     def finish(self, manifest: Manifest) -> Bundle:
-        """Write the manifest with the list of files, and give the bundle its name."""
+        """Write the manifest with the list of files, and rename the bundle into place."""
         self.finish_folder(
             manifest.model_copy(update={"files": dict(self.files)}).model_dump_json(
                 indent=1, by_alias=True

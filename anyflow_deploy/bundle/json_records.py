@@ -1,7 +1,7 @@
 """JSON files that one program writes and another reads: manifests, calibrations, reports.
 
-They are written whole or not at all (`atomic_io`), and read suspiciously: an unknown key, a value
-of another type and the schema of another version are refused by name, not half understood.
+They are written whole or not at all (`atomic_io`), and reading trusts nothing: an unknown key, a
+value of another type and the schema of another version are refused by name.
 
 This module imports no torch.
 """
@@ -39,10 +39,10 @@ class FrozenRecord(BaseModel):
             update: field -> its new value, which is not checked.
             deep: copy the values, too.
         """
-        copied = super().model_copy(update=update, deep=deep)
-        for name in vars(copied).keys() - type(copied).model_fields.keys():
-            del vars(copied)[name]
-        return copied
+        copy = super().model_copy(update=update, deep=deep)
+        for name in vars(copy).keys() - type(copy).model_fields.keys():
+            del vars(copy)[name]
+        return copy
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class RecordFormat(Generic[Record]):
             path: of the file, for the messages.
 
         Raises:
-            AnyFlowError: no such file, another schema, or a key or value that cannot be, by name.
-                It is of the class `error`.
+            AnyFlowError: not such a file, another schema, or an unknown key or a wrong value, which
+                it names. Its class is `error`.
         """
         try:
             content = json.loads(data)

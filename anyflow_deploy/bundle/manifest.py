@@ -2,7 +2,7 @@
 
 Tensor names, shapes and types are written here once, by the exporter; Python, C++ and Triton read
 them from here. The classes are pydantic models because a manifest crosses machines and versions:
-unknown keys, wrong types and newer schemas are refused by name instead of being half understood.
+unknown keys, wrong types and newer schemas are refused by name instead of being misread.
 See docs/reference/bundle.md for the format in prose.
 """
 
@@ -102,7 +102,7 @@ class VideoDefaults(FrozenRecord):
             after the first.
         fps: playback rate the model was trained for.
         text_tokens: length that prompt embeddings are padded to, with zeros, as in training.
-        frames, height, width: size of a video when nothing else is asked for, in frames and pixels.
+        frames, height, width: default size of a video, in frames and pixels.
     """
 
     spatial_factor: PositiveInt
@@ -129,7 +129,7 @@ class FileRecord(FrozenRecord):
 
 
 class AxisRange(FrozenRecord):
-    """`Range` as stored; `maximum` null means no limit."""
+    """One `Range` in the manifest's form; a `maximum` of null means no limit."""
 
     minimum: int
     maximum: int | None
@@ -137,7 +137,7 @@ class AxisRange(FrozenRecord):
 
 
 class Manifest(FrozenRecord):
-    """The whole file. `files` lists every file of the bundle but the manifest itself."""
+    """The whole manifest. `files` lists every file of the bundle but the manifest itself."""
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
     kind: Literal["bidirectional", "causal"]
@@ -172,8 +172,9 @@ class Manifest(FrozenRecord):
     def latent_shape(
         self, frames: int | None, height: int | None, width: int | None
     ) -> tuple[int, int, int, int]:
-        """(F, C, H, W) of the latents of a video, by the rules of VAE and patches; None for the
-        default size.
+        """Return (F, C, H, W) of a video's latents; None stands for the default size.
+
+        The rules of the VAE and of the patches decide.
 
         Args:
             frames: 4n+1.
@@ -214,8 +215,8 @@ class Manifest(FrozenRecord):
         )
 
 
-def ranges_to_records(ranges: ShapeRanges) -> dict[str, AxisRange]:
-    """`ShapeRanges` in the manifest's form."""
+def records_from_ranges(ranges: ShapeRanges) -> dict[str, AxisRange]:
+    """Convert `ShapeRanges` to the manifest's form."""
     return {
         axis: AxisRange(minimum=r.minimum, maximum=r.maximum, multiple=r.multiple)
         for axis, r in vars(ranges).items()

@@ -42,11 +42,11 @@ class Checkpoint(WeightsBase):
     tensors: dict[str, tuple[Path, TensorEntry]] = field(repr=False)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape, from the files' headers."""
+        """Return parameter name -> shape, from the files' headers."""
         return {name: entry.shape for name, (_, entry) in self.tensors.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """One parameter, on the CPU, in the type it is stored in."""
+        """Read one parameter, on the CPU, in the type it is stored in."""
         path, entry = self.tensors[name]
         data = read_bytes(path, entry)
         return torch.frombuffer(data, dtype=CHECKPOINT_DTYPES[entry.type]).reshape(entry.shape)
@@ -74,7 +74,7 @@ def open_checkpoint(path: str | Path, source: WeightsSource | None = None) -> Ch
 
 
 def open_transformer(folder: Path, architecture: Architecture, source: WeightsSource) -> Checkpoint:
-    """The weights in a transformer folder whose architecture is known.
+    """Open the weights in a transformer folder whose architecture is known.
 
     Raises:
         CheckpointError: as `open_checkpoint`.
@@ -90,18 +90,21 @@ def open_transformer(folder: Path, architecture: Architecture, source: WeightsSo
             f"{folder} holds LoRA weights ({lora[0]}, …). Merge them into the base model first"
             " (fuse_lora, save_pretrained)."
         )
-    strange = [
+    unsupported = [
         f"{n} ({e.type})" for n, (_, e) in tensors.items() if e.type not in CHECKPOINT_DTYPES
     ]
-    if strange:
+    if unsupported:
         raise CheckpointError(
-            f"{folder} stores {strange[0]}; allowed types are {', '.join(CHECKPOINT_DTYPES)}."
+            f"{folder} stores {unsupported[0]}; allowed types are {', '.join(CHECKPOINT_DTYPES)}."
         )
     return Checkpoint(folder, architecture, source, tensors)
 
 
 def transformer_folder(path: Path) -> Path:
-    """The folder with the transformer's config.json, given it or the pipeline around it."""
+    """Find the folder with the transformer's config.json.
+
+    `path` is that folder, or the pipeline around it.
+    """
     if not path.is_dir():
         raise CheckpointError(
             f"{path} is not a folder. Give a diffusers pipeline folder, or its transformer/ folder."
@@ -117,7 +120,7 @@ def transformer_folder(path: Path) -> Path:
 
 
 def pipeline_folder(path: Path) -> Path | None:
-    """The pipeline around a checkpoint path, or None when there is only the transformer."""
+    """Find the pipeline around a checkpoint; None where there is only the transformer."""
     return next((p for p in (path, path.parent) if (p / "model_index.json").is_file()), None)
 
 
@@ -133,10 +136,10 @@ def _weight_files(folder: Path) -> list[Path]:
                 " again."
             )
         names = sorted(set(weight_map.values()))
-        leaving = [n for n in names if len(PurePosixPath(n).parts) != 1]
-        if leaving or not names:
+        outside = [n for n in names if len(PurePosixPath(n).parts) != 1]
+        if outside or not names:
             raise CheckpointError(
-                f"{index} names {leaving[0] if leaving else 'no shards'}; shards lie beside their"
+                f"{index} names {outside[0] if outside else 'no shards'}; shards lie beside their"
                 " index."
             )
         missing = [n for n in names if not (folder / n).is_file()]
@@ -164,7 +167,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+    """Read a JSON file that holds an object.
 
     Raises:
         CheckpointError: it cannot be read, or holds something else.
@@ -181,8 +184,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def schedule_shift(weights: Weights) -> float:
-    """The schedule's shift: from the pipeline's scheduler where there is one, else the model's row,
-    else the released models'."""
+    """Return the shift of the sampling schedule.
+
+    It is the pipeline's where there is one, else that of the model's row, else the released models'
+    5.
+    """
     pipeline = (
         pipeline_folder(Path(weights.source.location)) if weights.source.kind == "folder" else None
     )

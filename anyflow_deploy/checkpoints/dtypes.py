@@ -1,5 +1,4 @@
-"""Types of weights in torch and in ONNX, by their name in safetensors. `dtypes.py` has the
-names."""
+"""Types of weights in torch and in ONNX, by the safetensors names of `dtypes.py`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""From a model's name to a checkpoint folder: the Hugging Face Hub, or, for the tiny models, this
-machine.
+"""Checkpoint folders by model name: from the Hugging Face Hub, or made here for tiny models.
 
 Nothing is downloaded that is not needed: an export asks for the transformer alone, generation for
 the rest.
@@ -32,18 +31,19 @@ _EXPORT_ADVICE = (
 
 
 def cache_folder() -> Path:
-    """Where this project keeps what it makes for itself: `$ANYFLOW_CACHE`, or
-    `~/.cache/anyflow_deploy`."""
+    """Return this project's cache: `$ANYFLOW_CACHE`, or `~/.cache/anyflow_deploy`."""
     return Path(os.environ.get("ANYFLOW_CACHE") or Path.home() / ".cache" / "anyflow_deploy")
 
 
 def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, WeightsSource]:
-    """A folder with the wanted files of a known model, downloaded or made where it is not there
-    yet.
+    """Find a known model's files; download or make those that are not there yet.
 
     Args:
         model: a row of the table.
         files: patterns, `TRANSFORMER_FILES` or `PIPELINE_FILES`.
+
+    Returns:
+        The folder, and where it came from, for the manifest.
 
     Raises:
         CheckpointError: the Hub cannot be reached and the cache does not have it.
@@ -60,13 +60,18 @@ def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, WeightsSo
 def download(
     hub_id: str, revision: str | None, files: list[str], advice: str = _EXPORT_ADVICE
 ) -> Path:
-    """Snapshot of a Hub repository, from the cache where it is complete there.
+    """Download files of a Hub repository, unless the cache has all of them.
 
-    The folder is named after the commit, which is how the Hub's cache is laid out. `advice` ends
-    the error's text: what the command that asked can do instead.
+    The folder is named after the commit, which is how the Hub's cache is laid out.
+
+    Args:
+        hub_id: OWNER/NAME of the repository.
+        revision: commit, branch or tag; None for the default branch.
+        files: patterns of the files.
+        advice: end of the error's text: what the calling command can do instead.
 
     Raises:
-        CheckpointError: with what was tried and the ways to go on without the network.
+        CheckpointError: with what was tried and what to do without the network.
     """
     from huggingface_hub import snapshot_download
 

@@ -1,4 +1,4 @@
-"""Weights from a seed, for an architecture whose checkpoint is not at hand.
+"""Weights from a seed, for an architecture without a checkpoint.
 
 `--random-weights` measures, profiles and tests everything but the picture. Values are drawn per
 parameter from a generator seeded with the seed and the parameter's name, so any one of them can be
@@ -19,10 +19,10 @@ from anyflow_deploy.models import Architecture
 
 
 class RandomWeights(WeightsBase):
-    """Stands in for a `Checkpoint`.
+    """Seeded random weights in the place of a `Checkpoint`.
 
     Attributes:
-        architecture: what was asked for.
+        architecture: of the network.
         source: says that the weights are random.
     """
 
@@ -33,19 +33,22 @@ class RandomWeights(WeightsBase):
         self._seed = seed
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape."""
+        """Return parameter name -> shape."""
         return dict(self._shapes)
 
     def read(self, name: str) -> torch.Tensor:
-        """One parameter, float32: scaled normals, so that activations neither die nor explode."""
+        """Draw one parameter, float32, on the CPU."""
         return random_parameter(name, self._shapes[name], self._seed)
 
 
 def random_parameter(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    """A seeded value for a parameter: ones and a little noise for norms, 1/sqrt(inputs) normals for
-    the rest."""
-    word = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
-    generator = torch.Generator().manual_seed(int.from_bytes(word, "little"))
+    """Draw a parameter from a seed and its name: a float32 tensor of this shape.
+
+    Norms are ones with a little noise; matrices are 1/sqrt(inputs) normals, so that activations
+    neither vanish nor explode.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
     values = torch.empty(shape, dtype=torch.float32).normal_(generator=generator)
     if "norm" in name and name.endswith("weight"):
         return 1.0 + 0.1 * values

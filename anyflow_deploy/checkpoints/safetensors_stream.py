@@ -1,4 +1,4 @@
-"""Reading and writing .safetensors one tensor at a time, in bounded memory.
+"""Read and write .safetensors one tensor at a time, in bounded memory.
 
 The safetensors library maps whole files into memory, so that every page it touches counts as
 resident, and it can save only a dictionary that is all in memory. A 14B checkpoint passes through
@@ -44,10 +44,10 @@ class TensorEntry:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a .safetensors file, by name, without reading them.
+    """Read which tensors a .safetensors file holds, by name, without their data.
 
     Raises:
-        CheckpointError: not a safetensors file, truncated, or with entries that lie outside the
+        CheckpointError: not a safetensors file, a truncated one, or entries that lie outside the
             file.
     """
     size = path.stat().st_size
@@ -81,7 +81,7 @@ def _parse_entry(raw: Mapping[str, Any], start: int, size: int) -> TensorEntry:
 
 
 def _check_gapless(entries: Mapping[str, TensorEntry], start: int, size: int) -> None:
-    """Tensors follow each other without gap or overlap, to the end of the file."""
+    """Check that tensors follow each other without gap or overlap, to the end of the file."""
     for entry in sorted(entries.values(), key=lambda e: (e.offset, e.bytes)):
         if entry.offset != start:
             raise ValueError("tensors overlap or leave a gap")
@@ -94,7 +94,11 @@ def _check_gapless(entries: Mapping[str, TensorEntry], start: int, size: int) ->
 
 
 def read_bytes(path: Path, entry: TensorEntry) -> bytearray:
-    """The data of one tensor, read without mapping the file."""
+    """Read the data of one tensor without mapping the file.
+
+    Raises:
+        CheckpointError: the file ends in the middle of the tensor.
+    """
     data = bytearray(entry.bytes)
     view = memoryview(data)
     with path.open("rb", buffering=0) as file:

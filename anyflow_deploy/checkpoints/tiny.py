@@ -4,7 +4,7 @@ Transformer, UMT5 text encoder, tokenizer, Wan VAE and scheduler, each the real 
 numbers and random weights, saved exactly as diffusers saves a pipeline. Everything this project
 does can be tried and tested on it without a download, and `AnyFlowPipeline.from_pretrained` (of
 `far-tiny`: `AnyFlowFARPipeline.from_pretrained`) loads it. The two differ in nothing but the
-transformer. What they cannot do is make a picture of anything.
+transformer. Their pictures are noise.
 
     python -m anyflow_deploy.checkpoints.tiny FOLDER [tiny | far-tiny]
 """
@@ -29,35 +29,13 @@ _REVISION = 1
 """Raised when the tiny pipeline changes, so that cached ones are made anew."""
 
 _WORDS = [
-    "a",
-    "an",
-    "the",
-    "of",
-    "in",
-    "on",
-    "at",
-    "and",
-    "with",
-    "red",
-    "green",
-    "blue",
-    "cat",
-    "dog",
-    "fox",
-    "sea",
-    "city",
-    "rain",
-    "snow",
-    "walks",
-    "runs",
-    "flies",
-    "slowly",
-    "video",
-]
+    "a", "an", "the", "of", "in", "on", "at", "and", "with", "red", "green", "blue", "cat", "dog",
+    "fox", "sea", "city", "rain", "snow", "walks", "runs", "flies", "slowly", "video",
+]  # fmt: skip
 
 
 def get_tiny_pipeline(model: Model, cache: Path) -> Path:
-    """The tiny pipeline in the cache, made first where it is missing."""
+    """Return the tiny pipeline in the cache; make it first where it is missing."""
     folder = cache / f"{model.name}-{_REVISION}"
     if not (folder / "model_index.json").is_file():
         save_tiny_pipeline(model, folder)
@@ -117,8 +95,7 @@ def _seed_parameters(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def _build_tokenizer() -> Any:
-    """A unigram tokenizer of single characters and a few words, in the class that Wan's pipelines
-    load."""
+    """Build a unigram tokenizer of characters and a few words, in the class that Wan uses."""
     from transformers import T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
@@ -154,17 +131,17 @@ def _build_vae() -> torch.nn.Module:
 
 def main() -> None:
     """Make a tiny pipeline in the folder named on the command line."""
-    words = sys.argv[1:]
-    if len(words) not in (1, 2) or any(word.startswith("-") for word in words):
+    arguments = sys.argv[1:]
+    if len(arguments) not in (1, 2) or any(argument.startswith("-") for argument in arguments):
         sys.exit(
             f"usage: python -m anyflow_deploy.checkpoints.tiny FOLDER [{' | '.join(TINY_MODELS)}]"
         )
     try:
-        model = get_model(words[1] if len(words) == 2 else "tiny")
-        save_tiny_pipeline(model, Path(words[0]))
+        model = get_model(arguments[1] if len(arguments) == 2 else "tiny")
+        save_tiny_pipeline(model, Path(arguments[0]))
     except AnyFlowError as error:
         sys.exit(f"error: {error}")
-    sys.stdout.write(f"{model.name} AnyFlow pipeline: {words[0]}\n")
+    sys.stdout.write(f"{model.name} AnyFlow pipeline: {arguments[0]}\n")
 
 
 if __name__ == "__main__":

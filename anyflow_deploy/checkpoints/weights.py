@@ -1,7 +1,7 @@
 """Stream weights from a checkpoint into a bundle, one tensor at a time.
 
 Each parameter is read, converted once to the type the graph asks for, checked to be finite, hashed
-and written. Three are in hand at a time: one being read, one being converted, one being written.
+and written. Three are in memory at a time: one being read, one being converted, one being written.
 Peak memory is therefore a few times the largest tensor, whatever the size of the model.
 """
 
@@ -35,11 +35,11 @@ class ParameterSpec:
 
 
 class Weights(Protocol):
-    """What an exporter needs of a checkpoint; `Checkpoint` and `RandomWeights` are such."""
+    """A set of weights as an exporter reads it; `Checkpoint` and `RandomWeights` are two."""
 
     @property
     def fingerprint(self) -> str:
-        """Which weights these are, see `compute_fingerprint`."""
+        """SHA-256 that identifies the weights, computed by `compute_fingerprint`."""
         ...
 
     @property
@@ -53,11 +53,11 @@ class Weights(Protocol):
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape, without reading values."""
+        """Return parameter name -> shape, without reading values."""
         ...
 
     def read(self, name: str) -> torch.Tensor:
-        """One parameter, on the CPU."""
+        """Read one parameter, on the CPU."""
         ...
 
 
@@ -74,31 +74,31 @@ class WeightsBase(ABC):
 
     @abstractmethod
     def read(self, name: str) -> torch.Tensor:
-        """Return one parameter, on the CPU."""
+        """Read one parameter, on the CPU."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Which weights these are, see `compute_fingerprint`; reads them the first time."""
+        """SHA-256 that identifies the weights; the first use reads all of them."""
         return compute_fingerprint(self)
 
 
 def check_parameters(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Every parameter of the network is there, with its shape, and nothing else is.
+    """Check that every parameter of the network is there with its shape, and no other.
 
     Raises:
         CheckpointError: naming the first few that are missing, unexpected or of another shape.
     """
-    given = weights.shapes()
+    shapes = weights.shapes()
     problems = []
     for title, names in (
-        ("missing", expected.keys() - given.keys()),
-        ("unexpected", given.keys() - expected.keys()),
+        ("missing", expected.keys() - shapes.keys()),
+        ("unexpected", shapes.keys() - expected.keys()),
     ):
         if names:
             problems.append(f"{len(names)} {title}: {', '.join(sorted(names)[:3])}")
-    for name in sorted(expected.keys() & given.keys()):
-        if given[name] != expected[name]:
-            problems.append(f"{name} is {given[name]}, config.json makes it {expected[name]}")
+    for name in sorted(expected.keys() & shapes.keys()):
+        if shapes[name] != expected[name]:
+            problems.append(f"{name} is {shapes[name]}, config.json makes it {expected[name]}")
             break
     if problems:
         raise CheckpointError(
@@ -108,13 +108,18 @@ def check_parameters(weights: Weights, expected: Mapping[str, tuple[int, ...]]) 
 
 
 def convert_parameter(name: str, tensor: torch.Tensor, kind: str) -> torch.Tensor:
-    """A parameter in a floating-point type.
+    """Convert a parameter to a floating-point type.
+
+    Args:
+        name: of the parameter, for the messages.
+        tensor: its values.
+        kind: safetensors name of the type, such as "F16".
 
     Raises:
         CheckpointError: a value that is not finite, or too large for the type.
     """
     result = tensor.to(CHECKPOINT_DTYPES[kind])
-    # NaN comes through, and it is the cheapest pass over the data by far
+    # aminmax passes NaN on, and it is the cheapest pass over the data by far.
     extremes = torch.aminmax(result)
     if bool(extremes.min.isfinite() & extremes.max.isfinite()):
         return result
@@ -141,10 +146,13 @@ def write_weights(
     """Write `weights.safetensors`.
 
     Args:
+        writer: of the bundle.
+        weights: the checkpoint.
         parameters: the types and shapes that the graph expects.
         constants: further tensors of the graph, written as they are.
-        convert: (name, parameter, safetensors type) to what is written; a plan of quantization
-            brings its own.
+        progress: shows the bytes written.
+        convert: (name, parameter, safetensors type) to what is written; a quantization plan has its
+            own.
 
     Returns:
         Where each tensor lies in the file.
@@ -159,7 +167,7 @@ def write_weights(
         },
         **parameters,
     }
-    # Stable: wide types first, so all are aligned
+    # A stable sort: wide types first, so that all tensors are aligned.
     order = sorted(specs, key=lambda name: -TYPE_BYTES[specs[name].type])
     head, entries = build_header(
         {n: (specs[n].type, specs[n].shape) for n in order}, {"format": "pt"}
@@ -170,29 +178,29 @@ def write_weights(
         progress.stage(f"writing weights ({total / 1e9:.2f} GB)", total) as advance,
         ThreadPoolExecutor(1) as executor,
     ):
-        written = executor.submit(file.write, head)
+        pending_write = executor.submit(file.write, head)
         for name, tensor in _read_ahead(
             weights, (n for n in order if n not in constants), constants, order
         ):
-            stored = tensor if name in constants else convert(name, tensor, specs[name].type)
-            data = stored.contiguous().reshape(-1).view(torch.uint8)
-            written.result()
-            written = executor.submit(file.write, data.numpy().data)
+            values = tensor if name in constants else convert(name, tensor, specs[name].type)
+            data = values.contiguous().reshape(-1).view(torch.uint8)
+            pending_write.result()
+            pending_write = executor.submit(file.write, data.numpy().data)
             advance(entries[name].bytes)
-        written.result()
+        pending_write.result()
     writer.add(WEIGHTS, file.close())
     return entries
 
 
 def _read_ahead(
     weights: Weights,
-    learned: Iterable[str],
+    parameter_names: Iterable[str],
     constants: Mapping[str, torch.Tensor],
     order: Iterable[str],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors in order, the next learned one being read while the last is written."""
+    """Yield tensors in order, while the next parameter is read in another thread."""
     with ThreadPoolExecutor(1) as reader:
-        remaining = iter(learned)
+        remaining = iter(parameter_names)
         first = next(remaining, None)
         pending = None if first is None else reader.submit(weights.read, first)
         for name in order:
@@ -201,8 +209,8 @@ def _read_ahead(
                 continue
             assert pending is not None
             tensor = pending.result()
-            following = next(remaining, None)
-            pending = None if following is None else reader.submit(weights.read, following)
+            next_name = next(remaining, None)
+            pending = None if next_name is None else reader.submit(weights.read, next_name)
             yield name, tensor
 
 

@@ -42,7 +42,7 @@ class BuildOptions(Options):
     name: str | None = Field(
         None,
         description=(
-            "of the engine in the bundle's folder (default: backend-provider, or"
+            "name of the engine in the bundle's folder (default: backend-provider, or"
             " tensorrt-rtx-target)"
         ),
     )
@@ -91,8 +91,8 @@ class BuildOptions(Options):
     strip: bool = Field(
         False,
         description=(
-            "tensorrt, tensorrt-rtx: no weights in the plan; the bundle's are read when it is"
-            " opened"
+            "tensorrt, tensorrt-rtx: no weights in the plan; they are read from the bundle at"
+            " loading"
         ),
     )
     weight_streaming: bool = Field(
@@ -111,8 +111,8 @@ class BuildOptions(Options):
 
 
 def build(options: BuildOptions) -> int:
-    """Do it; returns the exit status."""
-    settings = chosen_settings(options)
+    """Build an engine and print what was built; return the exit status."""
+    settings = settings_from_flags(options)
     bundle = load_bundle(options.bundle)
     with RichProgress(console) as bars:
         folder = build_engine(
@@ -125,30 +125,30 @@ def build(options: BuildOptions) -> int:
     return 0
 
 
-def chosen_settings(options: BuildOptions) -> BuildSettings:
-    """The backend's settings from the flags that were given.
+def settings_from_flags(options: BuildOptions) -> BuildSettings:
+    """Make the backend's settings from the flags that were given.
 
     Raises:
-        AnyFlowError: an unknown backend, or a flag that another backend has.
+        AnyFlowError: an unknown backend, or a flag of another backend.
     """
     kind = settings_type(options.backend)
     fields = {field.name for field in dataclasses.fields(kind)}
-    given: dict[str, Any] = {
+    values: dict[str, Any] = {
         name: getattr(options, name) for name in options.model_fields_set if name not in _COMMON
     }
-    for name in given:
+    for name in values:
         if name not in fields:
-            compiling = [backend for backend, row in BACKENDS.items() if row.build_settings]
-            able = [
+            compilers = [backend for backend, row in BACKENDS.items() if row.build_settings]
+            owners = [
                 b
-                for b in compiling
+                for b in compilers
                 if name in {field.name for field in dataclasses.fields(settings_type(b))}
             ]
             raise AnyFlowError(
                 f"--{name.replace('_', '-')} means nothing to backend {options.backend}; it is a"
-                f" flag of {', '.join(able)}."
+                f" flag of {', '.join(owners)}."
             )
-    return kind(**given)
+    return kind(**values)
 
 
 def _destination(options: BuildOptions) -> Path | None:
@@ -165,7 +165,7 @@ def _destination(options: BuildOptions) -> Path | None:
 
 
 def describe_engine(folder: EngineFolder) -> Table:
-    """What was built, for people."""
+    """Describe a built engine in a table."""
     record = folder.record
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim")
@@ -176,13 +176,13 @@ def describe_engine(folder: EngineFolder) -> Table:
     )
     table.add_row("size", f"{sum(file.bytes for file in record.files.values()) / 1e6:.1f} MB")
     for name, value in record.achieved.items():
-        shown = f"{100 * value:.0f} %" if isinstance(value, float) else _list_values(value)
-        table.add_row(name.replace("_", " "), escape(shown))
+        text = f"{100 * value:.0f} %" if isinstance(value, float) else _list_values(value)
+        table.add_row(name.replace("_", " "), escape(text))
     return table
 
 
 def _list_values(value: object) -> str:
-    """A list by its first items."""
+    """Format a list by its first items."""
     if not isinstance(value, list):
         return str(value)
     return (
@@ -192,5 +192,5 @@ def _list_values(value: object) -> str:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-build` with the flags of the command line."""
     run("anyflow-build", BuildOptions, build)

@@ -1,5 +1,4 @@
-"""`anyflow-calibrate`: how large activations become, measured once for all 8-bit exports of the
-same weights."""
+"""`anyflow-calibrate`: measure activation ranges once for all 8-bit exports of some weights."""
 
 from __future__ import annotations
 
@@ -28,11 +27,11 @@ Seeds = Annotated[
 
 
 class CalibrateOptions(WeightOptions):
-    """Measure activation ranges for int8 and fp8: ModelOpt watches rollouts of many lengths, in
-    float32.
+    """Measure activation ranges for int8 and fp8 over rollouts of many lengths, in float32.
 
-    An interrupted calibration goes on where it was when the same command is given again. A smaller
-    video is faster; the size that will be generated is the safest."""
+    ModelOpt measures them. If a calibration is interrupted, the same command resumes it. A smaller
+    video is faster; the size that will be generated is the safest.
+    """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-calibrate --model 1.3b --device cuda",
@@ -46,11 +45,11 @@ class CalibrateOptions(WeightOptions):
         None, description="text file, one prompt a line (default: eight built-in ones)"
     )
     steps: Steps = Field(
-        (1, 2, 4, 8), min_length=1, description="step counts; sweeps over all times come on top"
+        (1, 2, 4, 8), min_length=1, description="step counts; sweeps over all times are added"
     )
-    seeds: Seeds = Field((0,), min_length=1, description="of the noise")
+    seeds: Seeds = Field((0,), min_length=1, description="seeds of the noise")
     frames: int | None = Field(
-        None, ge=1, description="4n+1 (default: the video that the model generates)"
+        None, ge=1, description="frames of the video, 4n+1 (default: the model's)"
     )
     height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
@@ -60,14 +59,14 @@ class CalibrateOptions(WeightOptions):
 
 
 def calibrate(options: CalibrateOptions) -> int:
-    """Do it; returns the exit status."""
+    """Calibrate and write the file; return the exit status."""
     from anyflow_deploy.checkpoints.weights import check_parameters
     from anyflow_deploy.export.quantization.calibrate import (
         calibration_checkpoint_path,
         write_calibration,
     )
 
-    started = time.perf_counter()
+    start = time.perf_counter()
     check_output(options.output, options.overwrite)
     weights = options.weights()
     check_parameters(weights, parameter_shapes(weights.architecture))
@@ -75,7 +74,7 @@ def calibrate(options: CalibrateOptions) -> int:
         calibration = measure_calibration(options, weights, bars)
     write_calibration(options.output, calibration)
     calibration_checkpoint_path(options.output).unlink(missing_ok=True)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     console.print(
         f"[green]calibrated[/] {len(calibration.tensors)} tensors in {seconds:.1f} s:"
         f" [bold]{escape(str(options.output))}[/]"
@@ -84,9 +83,11 @@ def calibrate(options: CalibrateOptions) -> int:
 
 
 def measure_calibration(options: CalibrateOptions, weights: Weights, bars: Progress) -> Calibration:
-    """The calibration that the options ask for. Its rollouts are kept beside
-    `options.output` (`calibration_checkpoint_path`); whoever calls
-    removes them once the calibration is on disk."""
+    """Run the calibration that the options ask for.
+
+    It keeps its rollouts in `calibration_checkpoint_path(options.output)`. The caller removes that
+    file once the calibration is on disk.
+    """
     from anyflow_deploy.export.quantization.calibrate import (
         CalibrationSettings,
         calibration_checkpoint_path,
@@ -120,15 +121,15 @@ def measure_calibration(options: CalibrateOptions, weights: Weights, bars: Progr
     try:
         return run_calibration(weights, settings, bars)
     except KeyboardInterrupt:
-        console.print("finished rollouts are kept: the same command goes on from there.")
+        console.print("finished rollouts are kept; the same command resumes from there.")
         raise
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse an output file that is there, or cannot be, before any work.
+    """Refuse an output file that exists or cannot be written, before any work.
 
     Raises:
-        AnyFlowError: saying which.
+        AnyFlowError: naming the file and the reason.
     """
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise AnyFlowError(
@@ -141,5 +142,5 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-calibrate` with the flags of the command line."""
     run("anyflow-calibrate", CalibrateOptions, calibrate)

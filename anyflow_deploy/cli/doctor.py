@@ -1,7 +1,7 @@
 """`anyflow-doctor`: what works on this machine, and why not.
 
-Where even the packages that every command stands on are broken (pydantic, rich, fire, numpy), it
-still answers, in plain text and with no flags but --help.
+It also answers where the packages that every command needs (pydantic, rich, fire, numpy) are
+broken: then as plain text, and without flags.
 """
 
 from __future__ import annotations
@@ -24,34 +24,36 @@ from anyflow_deploy.errors import AnyFlowError
 if TYPE_CHECKING:
     from anyflow_deploy.cli.doctor_options import DoctorOptions
 
-UNMET = 1
+REQUIREMENT_FAILED = 1
 """Exit status where --require names something that does not run here."""
 
 
 def doctor(options: DoctorOptions) -> int:
-    """Do it; returns the exit status."""
-    wishes = options.require
-    for wish in wishes:  # refuse misspelt ones before looking at anything
-        check_requirement(wish, options.provider, judge_backends({}))
-    found, verdicts = probe_machine()
-    unmet = {
-        wish: why for wish in wishes if (why := check_requirement(wish, options.provider, verdicts))
+    """Probe this machine and print the report; return the exit status."""
+    requirements = options.require
+    for requirement in requirements:  # refuse misspelt ones before looking at anything
+        check_requirement(requirement, options.provider, judge_backends({}))
+    results, verdicts = probe_machine()
+    failures = {
+        requirement: why
+        for requirement in requirements
+        if (why := check_requirement(requirement, options.provider, verdicts))
     }
     if options.json_output:
-        print(json.dumps(report_json(found, verdicts, unmet), indent=1))  # noqa: T201
+        print(json.dumps(report_json(results, verdicts, failures), indent=1))  # noqa: T201
     else:
-        _show(report_rows(found, verdicts))
-    _complain(unmet)
-    return UNMET if unmet else 0
+        _print_table(report_rows(results, verdicts))
+    _print_failures(failures)
+    return REQUIREMENT_FAILED if failures else 0
 
 
 def probe_machine() -> tuple[dict[str, ProbeResult], list[BackendVerdict]]:
-    """Everything that can be said of this machine."""
-    found = adjust_remedies(run_probes(PROBES))
-    return found, judge_backends(found)
+    """Probe everything on this machine, and judge each backend from the results."""
+    results = adjust_remedies(run_probes(PROBES))
+    return results, judge_backends(results)
 
 
-def _show(rows: list[tuple[str, str, str, str]]) -> None:
+def _print_table(rows: list[tuple[str, str, str, str]]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -71,13 +73,13 @@ def _show(rows: list[tuple[str, str, str, str]]) -> None:
     Console(highlight=False).print(table)
 
 
-def _complain(unmet: dict[str, str]) -> None:
-    for wish, why in unmet.items():
-        print(f"error: {wish} does not run here: {why}", file=sys.stderr)  # noqa: T201
+def _print_failures(failures: dict[str, str]) -> None:
+    for requirement, why in failures.items():
+        print(f"error: {requirement} does not run here: {why}", file=sys.stderr)  # noqa: T201
 
 
-def _plain(reason: BaseException) -> int:
-    """What is left to say where the command's own packages cannot be imported."""
+def _report_plainly(reason: BaseException) -> int:
+    """Print what can be said where the command's own packages cannot be imported."""
     problem = (
         f"the packages that every command needs are broken ({type(reason).__name__}: {reason})."
     )
@@ -88,7 +90,7 @@ def _plain(reason: BaseException) -> int:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-doctor` with the flags of the command line."""
     run: Any
     try:
         from anyflow_deploy.cli.doctor_options import DoctorOptions
@@ -96,5 +98,5 @@ def main() -> None:
     except Exception as error:
         if isinstance(error, AnyFlowError):
             raise
-        sys.exit(_plain(error))
+        sys.exit(_report_plainly(error))
     run("anyflow-doctor", DoctorOptions, doctor)

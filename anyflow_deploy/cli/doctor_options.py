@@ -1,5 +1,7 @@
-"""The flags of `anyflow-doctor`, apart from it: they need pydantic, and it has to answer where that
-is broken."""
+"""The flags of `anyflow-doctor`, in a module of their own.
+
+They need pydantic, and the doctor has to answer where pydantic is broken.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,12 @@ Names = Annotated[
 
 
 class DoctorOptions(Options):
-    """Say what works on this machine: Python, GPU, runtimes, compilers, headers, and which backend
-    runs which precision.
+    """Say what works on this machine, and which backend runs which precision.
 
-    Each thing works, does not work (it is there, and broken) or is missing, with what to do about
-    it. The exit status is 0, unless something that --require names does not run."""
+    It looks at Python, GPU, runtimes, compilers and headers. Each thing works, does not work (it is
+    installed, and broken) or is missing, with what to do about it. The exit status is 0, unless
+    something that --require names does not run.
+    """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-doctor",
@@ -33,12 +36,12 @@ class DoctorOptions(Options):
     provider: str | None = Field(
         None,
         pattern="^(cpu|cuda)$",
-        description="of --require: cpu or cuda (default: cpu if it has it)",
+        description="where --require has to run: cpu or cuda (default: cpu if it can)",
     )
     json_output: bool = Field(False, alias="json", description="print everything as JSON")
 
     @model_validator(mode="after")
-    def _provider_of_something(self) -> DoctorOptions:
+    def _check_provider(self) -> DoctorOptions:
         if self.provider is not None and not self.require:
             raise ValueError(
                 "--provider says where --require has to run; give --require, or leave --provider"

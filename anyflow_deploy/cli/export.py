@@ -19,9 +19,9 @@ from anyflow_deploy.cli.lint import warn_about_tensorrt
 from anyflow_deploy.cli.options import run
 from anyflow_deploy.cli.quantize import (
     QuantizationOptions,
-    calibration_of,
-    layers_kept,
-    own_calibration,
+    choose_full_precision_layers,
+    export_calibration_path,
+    load_or_run_calibration,
 )
 from anyflow_deploy.cli.weights import check_name
 from anyflow_deploy.errors import AnyFlowError, UnavailableError
@@ -33,13 +33,11 @@ from anyflow_deploy.targets import CPU_HAS_NO_BF16, check_precision, get_target
 
 CHECKS = ("auto", "full", "none")
 _AUTO_CHECK_BYTES = 2 << 30
-"""Memory that checking the numbers may take without being asked for: reference and engine both hold
-the model."""
+"""Bytes that `--check auto` may take: the reference and the engine both hold the model."""
 
 
 class ExportOptions(QuantizationOptions):
-    """Export an AnyFlow checkpoint to a bundle: an ONNX graph, its weights and a manifest, in one
-    folder.
+    """Export an AnyFlow checkpoint to a bundle: an ONNX graph, its weights and a manifest.
 
     Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with
     --random-weights). Exit status 0: the bundle is good, as far as this machine can check its
@@ -75,13 +73,13 @@ class ExportOptions(QuantizationOptions):
 
     @field_validator("check")
     @classmethod
-    def _known_check(cls, name: str) -> str:
+    def _validate_check(cls, name: str) -> str:
         if name not in CHECKS:
             raise ValueError(f"--check is {name!r}; allowed are {', '.join(CHECKS)}.")
         return name
 
     @model_validator(mode="after")
-    def _consistent(self) -> ExportOptions:
+    def _check_consistency(self) -> ExportOptions:
         check_name(get_precision, self.precision)
         try:
             target = get_target(self.target)
@@ -94,40 +92,39 @@ class ExportOptions(QuantizationOptions):
 
     @cached_property
     def spec(self) -> PrecisionSpec:
-        """The precision, complete."""
+        """The precision, with base, attention and smoothing filled in."""
         return resolve_precision(
             self.precision, self.base, self.target, self.attention, not self.no_smoothquant
         )
 
     def ranges(self) -> dict[str, Range]:
-        """The axes that flags narrow, in latent units."""
-        found = {}
+        """Return the axes that flags narrow, in latent units."""
+        ranges = {}
         for axis in ("batch", "text"):
             if (text := getattr(self, axis)) is not None:
-                found[axis] = Range(*parse_span(text, f"--{axis}"))
+                ranges[axis] = Range(*parse_span(text, f"--{axis}"))
         if self.frames is not None:
             low, high = (
                 latent_frames(n, TEMPORAL_FACTOR) for n in parse_span(self.frames, "--frames")
             )
-            found["frames"] = Range(low, high)
+            ranges["frames"] = Range(low, high)
         for axis in ("height", "width"):
             if (text := getattr(self, axis)) is not None:
                 low, high = (
                     latent_side(n, SPATIAL_FACTOR, 2, axis) for n in parse_span(text, f"--{axis}")
                 )
-                found[axis] = Range(low, high, 2)
-        return found
+                ranges[axis] = Range(low, high, 2)
+        return ranges
 
 
 def export(options: ExportOptions) -> int:
-    """Export, then compare the numbers; returns the exit status: 0 for a good bundle, 1 for one
-    with wrong numbers."""
+    """Export a bundle and compare its numbers; return 0 if it is good, 1 if they are wrong."""
     from anyflow_deploy.export.exporter import ExportSettings, export_bundle, validate_export
     from anyflow_deploy.export.quantization.calibrate import calibration_checkpoint_path
     from anyflow_deploy.progress import RichProgress
 
-    started = time.perf_counter()
-    output = options.output or Path(f"{_label(options)}-{options.precision}")
+    start = time.perf_counter()
+    output = options.output or Path(f"{_model_label(options)}-{options.precision}")
     settings = ExportSettings(
         options.precision,
         options.target,
@@ -141,12 +138,14 @@ def export(options: ExportOptions) -> int:
     weights = options.weights()
     validate_export(weights, settings)
     show_fit(weights.architecture, options.precision, options.target, options.ranges())
-    # Refuses a destination that cannot be, before a calibration of hours
+    # Refuse an impossible destination before a calibration of hours.
     BundleWriter(output, options.overwrite)
     with RichProgress(console) as bars:
-        calibration = calibration_of(options, weights, output, bars)
+        calibration = load_or_run_calibration(options, weights, output, bars)
         if calibration is not None:
-            full_precision_layers = layers_kept(options, options.spec, weights, calibration, bars)
+            full_precision_layers = choose_full_precision_layers(
+                options, options.spec, weights, calibration, bars
+            )
             settings = dataclasses.replace(
                 settings,
                 calibration=calibration,
@@ -154,51 +153,49 @@ def export(options: ExportOptions) -> int:
             )
         bundle = export_bundle(weights, output, settings, bars)
     if calibration is not None and options.calibration is None:
-        # Kept until here: it may have taken hours
-        calibration_checkpoint_path(own_calibration(output)).unlink(missing_ok=True)
+        # It was kept until here because it may have taken hours.
+        calibration_checkpoint_path(export_calibration_path(output)).unlink(missing_ok=True)
     size = sum(record.bytes for record in bundle.manifest.files.values())
     console.print(
         f"[green]exported[/] {bundle.manifest.model} in {options.precision} to"
         f" [bold]{escape(str(bundle.path))}[/]: {size / 1e6:,.1f} MB in"
-        f" {time.perf_counter() - started:.1f} s"
+        f" {time.perf_counter() - start:.1f} s"
     )
     warn_about_tensorrt(bundle)
     return _check_numbers(bundle, weights, options)
 
 
-def _label(options: ExportOptions) -> str:
+def _model_label(options: ExportOptions) -> str:
     return options.model or Path(options.checkpoint or ".").resolve().name
 
 
 def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # type: ignore[no-untyped-def]
-    """Compare the new bundle with PyTorch where that is asked for, or cheap; returns the exit
-    status.
+    """Compare the new bundle with PyTorch if asked, or if cheap; return the exit status.
 
-    The status speaks of the bundle: 1 when it was compared and is wrong. A comparison that this
+    The status is about the bundle: 1 when it was compared and is wrong. A comparison that this
     machine cannot make says nothing of the bundle, so it is reported with the command that makes it
     elsewhere, and the status is 0.
     """
     from anyflow_deploy.cli.validate import ValidateOptions, validate_bundle
 
-    needed = 3 * 4 * sum(math.prod(shape) for shape in weights.shapes().values())
+    needed_bytes = 3 * 4 * sum(math.prod(shape) for shape in weights.shapes().values())
     on_cpu = bundle.manifest.base in get_target("cpu").precisions
     flags = "" if on_cpu else "--provider cuda"
     if options.check == "none":
-        return _leave_unchecked(bundle, "--check none", flags)
+        return _report_unchecked(bundle, "--check none", flags)
     if not on_cpu:
         why = f"{bundle.manifest.base} does not run on this machine's CPU: {CPU_HAS_NO_BF16}"
-        return _leave_unchecked(bundle, why, flags)
-    if options.check == "auto" and needed > _AUTO_CHECK_BYTES:
-        return _leave_unchecked(bundle, f"it takes about {needed / 2**30:.1f} GiB", flags)
+        return _report_unchecked(bundle, why, flags)
+    if options.check == "auto" and needed_bytes > _AUTO_CHECK_BYTES:
+        return _report_unchecked(bundle, f"it takes about {needed_bytes / 2**30:.1f} GiB", flags)
     try:
         return validate_bundle(bundle, ValidateOptions(bundle=bundle.path), weights)
     except UnavailableError as error:
-        return _leave_unchecked(bundle, str(error), error.flags)
+        return _report_unchecked(bundle, str(error), error.flags)
 
 
-def _leave_unchecked(bundle: Bundle, why: str, flags: str) -> int:
-    """Say why the numbers were not checked and which command checks them; returns the exit status
-    0."""
+def _report_unchecked(bundle: Bundle, why: str, flags: str) -> int:
+    """Print why the numbers were not checked, and the command that checks them; return 0."""
     command = " ".join(["anyflow-validate", shlex.quote(str(bundle.path)), *flags.split()])
     console.print(
         f"numbers [yellow]not checked[/] ({escape(why)}); check them with: {escape(command)}"
@@ -207,5 +204,5 @@ def _leave_unchecked(bundle: Bundle, why: str, flags: str) -> int:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-export` with the flags of the command line."""
     run("anyflow-export", ExportOptions, export)

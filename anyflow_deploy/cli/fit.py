@@ -76,20 +76,19 @@ class FitOptions(Options):
 
     @field_validator("model")
     @classmethod
-    def _known_model(cls, name: str) -> str:
+    def _normalize_model(cls, name: str) -> str:
         try:
             return get_model(name).name
         except AnyFlowError as error:
             raise ValueError(str(error)) from None
 
     @model_validator(mode="after")
-    def _consistent(self) -> FitOptions:
+    def _check_consistency(self) -> FitOptions:
         try:
             target = get_target(self.target or "cpu")
             if self.memory is not None and target.memory is None:
                 raise AnyFlowError(
-                    "--memory is of a variant of a device: give its row with --target NAME (not"
-                    " cpu), too."
+                    "--memory changes the memory of a target; give --target NAME with it (not cpu)."
                 )
             estimate_memory(
                 self.architecture, self.precision or "fp16", target, self.video, self.window
@@ -102,13 +101,15 @@ class FitOptions(Options):
 
     @property
     def architecture(self) -> Architecture:
-        """Of the model."""
+        """Architecture of the model."""
         return get_model(self.model).architecture
 
     @property
     def device(self) -> Target | None:
-        """The row asked for, with the memory asked for; a small one's system is counted as no more
-        than a third of it."""
+        """Row of --target, with --memory in the place of its own memory.
+
+        The system of a small variant is counted as no more than a third of its memory.
+        """
         row = get_target(self.target) if self.target else None
         if row is None or self.memory is None:
             return row
@@ -116,13 +117,13 @@ class FitOptions(Options):
         return dataclasses.replace(
             row,
             memory=memory,
-            reserved=min(row.reserved, memory // 3),
+            system_memory=min(row.system_memory, memory // 3),
             device=f"{row.device}, with {self.memory:g} GB",
         )
 
     @property
     def video(self) -> LatentShape:
-        """The shape asked for, or the model's own."""
+        """Shape of --shape, or the model's own."""
         return (
             default_shape(self.model)
             if self.shape is None
@@ -131,8 +132,10 @@ class FitOptions(Options):
 
 
 def default_shape(model: str) -> LatentShape:
-    """What a model makes when nothing else is asked for; of a model outside the table, Wan's 81
-    frames at 480x832."""
+    """Return the latent shape of the video that a model makes by default.
+
+    A model outside the table gets Wan's 81 frames at 480x832.
+    """
     frames, height, width = MODELS[model].video if model in MODELS else MODELS["1.3b"].video
     return LatentShape(
         latent_frames(frames, TEMPORAL_FACTOR), height // SPATIAL_FACTOR, width // SPATIAL_FACTOR
@@ -140,7 +143,7 @@ def default_shape(model: str) -> LatentShape:
 
 
 def fit(options: FitOptions) -> int:
-    """Do it; returns the exit status."""
+    """Print what the model needs and where it fits; return the exit status."""
     targets = [options.device] if options.device else list(TARGETS.values())
     precisions = (options.precision,) if options.precision else FIT_PRECISIONS
     cells = {
@@ -165,15 +168,15 @@ def fit(options: FitOptions) -> int:
 
 
 def show_fit(a: Architecture, precision: str, target: str, ranges: Mapping[str, Range]) -> None:
-    """One line with what a bundle will need on its target, and a warning where the target has less.
+    """Print what a bundle will need on its target, and warn where the target has less.
 
     A warning, not an error: a bundle also runs on a larger device of the family, and in smaller
     shapes.
 
     Args:
-        a: what is exported.
+        a: architecture of the exported model.
         precision, target: as named in the tables.
-        ranges: the declared ranges, in latent units; the largest shape in them counts.
+        ranges: the declared ranges, in latent units; their largest shape is used.
     """
     usual = default_shape(model_name(a))
     largest = {
@@ -182,7 +185,7 @@ def show_fit(a: Architecture, precision: str, target: str, ranges: Mapping[str, 
         if axis in ranges
     }
     if a.causal:
-        largest.pop("frames", None)  # those are of one chunk
+        largest.pop("frames", None)  # its declared frames are those of one chunk
     shape = dataclasses.replace(usual, **largest)
     row = get_target(target)
     need = estimate_memory(a, precision, row, shape)
@@ -203,7 +206,7 @@ def show_fit(a: Architecture, precision: str, target: str, ranges: Mapping[str, 
 def _cell(
     a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None
 ) -> dict[str, Any]:
-    """One combination: bytes and a verdict, or why it is refused."""
+    """Estimate one combination: bytes and a verdict, or why it is refused."""
     if precision not in target.precisions:
         return {"fits": False, "refused": f"{target.name} does not run {precision}"}
     need = estimate_memory(a, precision, target, shape, window)
@@ -230,16 +233,16 @@ def _print_overview(
         table.add_row(
             target.name,
             _gb(available_memory(target)),
-            *(_shown(cells[target.name][p]) for p in precisions),
+            *(_format_cell(cells[target.name][p]) for p in precisions),
         )
     Console(highlight=False).print(table)
     console.print(
-        "Memory is what the system leaves free; the text encoder and the VAE run apart. Where it"
-        " goes: --target, --precision."
+        "Memory is what the system leaves free. The text encoder and the VAE run separately."
+        " --target and --precision together print the parts of one sum."
     )
 
 
-def _shown(cell: dict[str, Any]) -> str:
+def _format_cell(cell: dict[str, Any]) -> str:
     if "refused" in cell:
         return "[dim]refused[/]"
     return f"{cell['total'] / GB:.1f} {'[green]yes[/]' if cell['fits'] else '[red]no[/]'}"
@@ -262,13 +265,13 @@ def _print_details(options: FitOptions, target: Target, precision: str) -> None:
         )
     table.add_section()
     for name, size in companion_weights(target).items():
-        table.add_row(f"[dim]apart: {name}[/]", f"[dim]{size / GB:.2f}[/]")
+        table.add_row(f"[dim]separately: {name}[/]", f"[dim]{size / GB:.2f}[/]")
     table.add_row(
         "[dim]scores, if attention is not fused[/]", f"[dim]{need.score_table / GB:.2f}[/]"
     )
     Console(highlight=False).print(table)
     if need.total <= available:
-        console.print(f"[green]fits[/]: {_gb(available - need.total)} are left.")
+        console.print(f"[green]fits[/]: {_gb(available - need.total)} left.")
     else:
         advice = _advice(options.architecture, precision, target, options.video, options.window)
         console.print(f"[red]does not fit[/]: {_gb(need.total - available)} too much. {advice}")
@@ -277,19 +280,19 @@ def _print_details(options: FitOptions, target: Target, precision: str) -> None:
 def _advice(
     a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None = None
 ) -> str:
-    """What would fit instead, each with its size; said only of what was computed."""
-    found = list(_alternatives(a, precision, target, shape, window))
+    """Say what would fit instead, each with its size."""
+    alternatives = list(_alternatives(a, precision, target, shape, window))
     return (
-        f"These would: {'; '.join(found)}."
-        if found
-        else "Nothing of this model does, at any precision, on any target here."
+        f"These would: {'; '.join(alternatives)}."
+        if alternatives
+        else "No target here has enough memory for this model in any precision."
     )
 
 
 def _alternatives(
     a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None
 ) -> Iterator[str]:
-    """Another precision, where needed with half the frames; a window; another target."""
+    """Yield what would fit: another precision, half the frames, a window, another target."""
     half = dataclasses.replace(shape, frames=(shape.frames + 1) // 2)
     for other in target.precisions:
         for video in (shape, half):
@@ -302,10 +305,10 @@ def _alternatives(
         if size <= available_memory(target):
             yield f"a window of {keep} chunks ({_gb(size)})"
             break
-    able = [t.name for t in TARGETS.values() if t.memory and precision in t.precisions]
+    capable = [t.name for t in TARGETS.values() if t.memory and precision in t.precisions]
     large = [
         name
-        for name in able
+        for name in capable
         if estimate_memory(a, precision, TARGETS[name], shape, window).total
         <= available_memory(TARGETS[name])
     ]
@@ -318,5 +321,5 @@ def _gb(size: float) -> str:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-fit` with the flags of the command line."""
     run("anyflow-fit", FitOptions, fit)

@@ -2,7 +2,7 @@
 
 A bidirectional bundle makes the whole video at once (`sample`), a causal one chunk by chunk
 (`stream`); they share everything else. With `--stream` each chunk is decoded and put on disk before
-the next is begun. Whatever can be refused is refused before text encoder and engine are loaded.
+the next one begins. Wrong requests are refused before text encoder and engine are loaded.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ Chunks = Annotated[
 
 
 class GenerateOptions(Options):
-    """Generate a video from a prompt: text encoder, engine, VAE, mp4. Choose any number of steps:
-    more steps give a better video.
+    """Generate a video from a prompt, with any number of steps.
+
+    More steps give a better video. The result is an mp4, or latents.
 
     If the device has no text encoder, give --prompt-embeds FILE (made elsewhere with
     --save-prompt-embeds). If it has no VAE, give an --output that ends in .safetensors, and the
@@ -103,10 +104,10 @@ class GenerateOptions(Options):
     target_quality: Decibels | None = Field(
         None, description="PSNR to reach against half as many steps, as 30dB"
     )
-    frames: int | None = Field(None, ge=1, description="4n+1 (default: the manifest's)")
+    frames: int | None = Field(None, ge=1, description="frames, 4n+1 (default: the manifest's)")
     height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
-    seed: int = Field(0, ge=0, description="of the noise; the same on every machine")
+    seed: int = Field(0, ge=0, description="seed of the noise, which is the same on every machine")
     stream: bool = Field(
         False, description="causal: write --output chunk by chunk, playable while it grows (.mp4)"
     )
@@ -144,24 +145,24 @@ class GenerateOptions(Options):
 
 @dataclass(frozen=True)
 class _Job:
-    """What is to be made, checked.
+    """A request that was checked, and what belongs to it.
 
     Attributes:
         request: the video.
-        steps: decides the steps, and shows them.
-        given: uint8 (frames, height, width, 3) that the video begins with.
-        decode: frames are made, not latents alone.
+        steps: decides the steps, and reports them.
+        context_frames: uint8 (frames, height, width, 3) that the video begins with.
+        decode: whether the VAE makes frames of the latents.
     """
 
     request: GenerationRequest
     steps: StepReport
-    given: NDArray[np.uint8] | None
+    context_frames: NDArray[np.uint8] | None
     decode: bool
 
 
 def generate(options: GenerateOptions) -> int:
     """Generate the video; returns the exit status."""
-    _check(options)
+    _check_options(options)
     timer = StageTimer()
     with timer.time("bundle"):
         pipe = VideoPipeline.from_bundle(
@@ -174,22 +175,24 @@ def generate(options: GenerateOptions) -> int:
         )
     with pipe:
         job = _prepare(options, pipe.bundle)
-        pipe.check_parts(text=options.prompt is not None, vae=job.decode or job.given is not None)
+        pipe.check_parts(
+            text=options.prompt is not None, vae=job.decode or job.context_frames is not None
+        )
         with timer.time("text"):
-            prompt_embeds = _prompt_embeds(options, pipe)
+            prompt_embeds = _get_prompt_embeds(options, pipe)
         with timer.time("engine"):
             _ = pipe.engine
-        first_frame = _write(options, pipe, job, prompt_embeds, timer)
+        first_frame = _write_video(options, pipe, job, prompt_embeds, timer)
     for line in job.steps.summary_lines():
         console.print(line)
     if job.request.plan is not None and first_frame is not None:
-        console.print(f"first frame made here on disk after {first_frame:.2f} s")
+        console.print(f"first generated frame on disk after {first_frame:.2f} s")
     console.print(f"[green]wrote[/] [bold]{escape(str(options.output))}[/] ({timer})")
     return 0
 
 
-def _prompt_embeds(options: GenerateOptions, pipe: VideoPipeline) -> Array:
-    """Prompt embeddings (B, L, D), read or made, and saved if asked."""
+def _get_prompt_embeds(options: GenerateOptions, pipe: VideoPipeline) -> Array:
+    """Load or compute the prompt embeddings (B, L, D), and save them if asked."""
     from anyflow_deploy.pipelines import text_encoder
 
     if options.prompt_embeds is not None:
@@ -210,31 +213,33 @@ def _prompt_embeds(options: GenerateOptions, pipe: VideoPipeline) -> Array:
     return embeds
 
 
-def _write(
+def _write_video(
     options: GenerateOptions,
     pipe: VideoPipeline,
     job: _Job,
     prompt_embeds: Array,
     timer: StageTimer,
 ) -> float | None:
-    """Make the video and write it.
+    """Generate the video and write it.
 
     Returns:
-        Seconds from the first transition to the first frame on disk that was made here; None where
-        only latents are written.
+        Seconds from the first transition to the first generated frame on disk; None where only
+        latents are written.
     """
     context = None
-    if job.given is not None:
+    if job.context_frames is not None:
         with timer.time("VAE"):
-            context = pipe.encode_video(job.given)
+            context = pipe.encode_video(job.context_frames)
     plan = job.request.plan
-    given = 0 if job.given is None else job.request.check_context(len(job.given))
-    sampling = job.steps.stage if plan is None else f"{len(plan.chunks)} chunks"
-    names = {"transformer": sampling, "vae": "VAE"}
-    started = time.perf_counter()
+    context_samples = 0
+    if job.context_frames is not None:
+        context_samples = job.request.check_context(len(job.context_frames))
+    label = job.steps.stage if plan is None else f"{len(plan.chunks)} chunks"
+    names = {"transformer": label, "vae": "VAE"}
+    start = time.perf_counter()
     with (
         RichProgress(console) as bars,
-        job.steps.show(bars, job.request.num_samples - given) as bar,
+        job.steps.show(bars, job.request.num_samples - context_samples) as bar,
         closing(
             pipe.generate(
                 job.request,
@@ -248,27 +253,28 @@ def _write(
         ) as chunks,
     ):
         if options.stream:
-            return _write_growing(options, pipe, job, chunks, timer)
+            return _stream_to_file(options, pipe, job, chunks, timer)
         video = Video.from_chunks(chunks, pipe.manifest.video.fps)
     if not job.decode:
         video.save(options.output)
         return None
     with timer.time("mp4"):
         video.save(options.output)
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
-def _write_growing(
+def _stream_to_file(
     options: GenerateOptions,
     pipe: VideoPipeline,
     job: _Job,
     chunks: Iterable[VideoChunk],
     timer: StageTimer,
 ) -> float | None:
-    """Put each chunk on disk before the next is begun."""
+    """Write each chunk to disk before the next one begins."""
     from anyflow_deploy.pipelines.video_io import VideoWriter
 
-    started, first_frame = time.perf_counter(), None
+    start = time.perf_counter()
+    first_frame = None
     size = (job.request.height, job.request.width)
     writer = VideoWriter(options.output, pipe.manifest.video.fps, size)
     try:
@@ -278,19 +284,19 @@ def _write_growing(
                 with timer.time("mp4"):
                     writer.append(chunk.frames)
                 if first_frame is None and not chunk.given:
-                    first_frame = time.perf_counter() - started
+                    first_frame = time.perf_counter() - start
     except BaseException as error:
-        kept = f"{options.output} holds the first {writer.frames} frames, whole and playable"
+        message = f"{options.output} holds the first {writer.frames} frames, whole and playable"
         if isinstance(error, KeyboardInterrupt):
-            raise (KeyboardInterrupt(kept) if writer.frames else error) from None
+            raise (KeyboardInterrupt(message) if writer.frames else error) from None
         if writer.frames:
-            console.print(f"{escape(kept)}.")
+            console.print(f"{escape(message)}.")
         raise
     return first_frame
 
 
-def _check(options: GenerateOptions) -> None:
-    """What can be refused without opening the bundle."""
+def _check_options(options: GenerateOptions) -> None:
+    """Refuse wrong flags without opening the bundle."""
     from anyflow_deploy.pipelines.video_io import GROWING_SUFFIXES, check_suffix
 
     if (options.prompt is None) == (options.prompt_embeds is None):
@@ -301,10 +307,10 @@ def _check(options: GenerateOptions) -> None:
             "give one of --image and --video: a video begins with a picture or with a clip."
         )
     if options.stream and options.output.suffix.lower() not in GROWING_SUFFIXES:
-        allowed = " or ".join(GROWING_SUFFIXES)
+        suffixes = " or ".join(GROWING_SUFFIXES)
         raise AnyFlowError(
             f"--stream writes a video that grows, and --output is {options.output}. Give one that"
-            f" ends in {allowed}."
+            f" ends in {suffixes}."
         )
     if options.output.suffix != LATENTS_SUFFIX:
         check_suffix(options.output)
@@ -325,10 +331,10 @@ def _prepare(options: GenerateOptions, bundle: Bundle) -> _Job:
     """Check the request against rules, ranges and budget before anything is loaded."""
     manifest = bundle.manifest
     causal = manifest.kind == "causal"
-    wrong = [name for name in CAUSAL_FLAGS if getattr(options, name) not in (None, False)]
-    if wrong and not causal:
+    causal_flags = [name for name in CAUSAL_FLAGS if getattr(options, name) not in (None, False)]
+    if causal_flags and not causal:
         raise AnyFlowError(
-            f"--{wrong[0].replace('_', '-')} needs a causal bundle, and {bundle.path} is "
+            f"--{causal_flags[0].replace('_', '-')} needs a causal bundle, and {bundle.path} is "
             f"bidirectional ({manifest.model}). Leave it out, or export a far model."
         )
     default_frames = None if options.chunks else manifest.video.frames
@@ -349,10 +355,10 @@ def _prepare(options: GenerateOptions, bundle: Bundle) -> _Job:
             check_budget(request.plan, element, options.cache_budget * 1e9)
         console.print(describe_plan(request.plan, element))
     steps = StepReport(request.steps, request.default_steps, request.default_shift)
-    given = load_context(request, options.image, options.video)
-    return _Job(request, steps, given, options.output.suffix != LATENTS_SUFFIX)
+    context_frames = load_context(request, options.image, options.video)
+    return _Job(request, steps, context_frames, options.output.suffix != LATENTS_SUFFIX)
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-generate` with the flags of the command line."""
     run("anyflow-generate", GenerateOptions, generate)

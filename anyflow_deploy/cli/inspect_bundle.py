@@ -13,16 +13,18 @@ from rich.table import Table
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.cli.lint import checked_versions, print_findings, run_lint
+from anyflow_deploy.cli.lint import check_versions, print_findings, run_lint
 from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.progress import console
 
 
 class InspectOptions(Options):
-    """Show what a bundle holds: model, precision, shapes, sizes, hashes; with --lint, what TensorRT
-    would refuse of it.
+    """Show what a bundle holds: model, precision, shapes, sizes and hashes.
 
-    Exit status: 0, or 1 where --lint found something."""
+    With --lint it also shows what TensorRT would refuse of it.
+
+    Exit status: 0, or 1 where --lint found something.
+    """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -49,30 +51,30 @@ class InspectOptions(Options):
     )
 
     @model_validator(mode="after")
-    def _versions_are_known(self) -> InspectOptions:
+    def _check_versions(self) -> InspectOptions:
         if self.tensorrt is not None:
             if not self.lint:
                 raise ValueError(
                     "--tensorrt names the versions that --lint is for: give both, or neither."
                 )
-            checked_versions(self.tensorrt)
+            check_versions(self.tensorrt)
         return self
 
 
 def inspect(options: InspectOptions) -> int:
-    """Do it; returns the exit status."""
+    """Print what a bundle holds, and lint it if asked; return the exit status."""
     bundle = load_bundle(options.bundle, verify=options.verify)
     out = Console(highlight=False)
     result = run_lint(bundle, options.tensorrt) if options.lint else None
     if options.json_output:
-        shown: dict[str, Any] = {
+        content: dict[str, Any] = {
             "digest": bundle.digest,
             **bundle.manifest.model_dump(by_alias=True),
         }
         if result is not None:
-            shown["findings"] = [finding.as_json() for finding in result.findings]
-            shown["parsers"] = result.parsers
-        print(json.dumps(shown, indent=1))  # noqa: T201
+            content["findings"] = [finding.as_json() for finding in result.findings]
+            content["parsers"] = result.parsers
+        print(json.dumps(content, indent=1))  # noqa: T201
     else:
         out.print(*_tables(bundle), sep="\n")
         if result is not None:
@@ -90,7 +92,7 @@ def _tables(bundle: Bundle) -> list[Table]:
     for name, value in _facts(manifest):
         facts.add_row(name, escape(value))
     facts.add_row("digest", bundle.digest)
-    border = Table("graph", "tensor", "type", "shape", title="graphs")
+    graphs = Table("graph", "tensor", "type", "shape", title="graphs")
     for graph in manifest.graphs.values():
         for role, tensors in (("in ", graph.inputs), ("out", graph.outputs)):
             for tensor in tensors:
@@ -98,16 +100,16 @@ def _tables(bundle: Bundle) -> list[Table]:
                 if layer.isdigit() and layer != "0":  # the cache is alike in every layer
                     continue
                 name = tensor.name if not layer.isdigit() else f"{tensor.name[:-1]}N"
-                border.add_row(
+                graphs.add_row(
                     graph.file, f"{role} {name}", tensor.dtype, " x ".join(map(str, tensor.shape))
                 )
     ranges = Table("axis", "allowed (latent units)", title="declared ranges")
-    for axis, allowed in vars(manifest.shape_ranges).items():
-        ranges.add_row(axis, str(allowed))
+    for axis, span in vars(manifest.shape_ranges).items():
+        ranges.add_row(axis, str(span))
     files = Table("file", "bytes", "SHA-256", title="files")
     for name, record in manifest.files.items():
         files.add_row(name, f"{record.bytes:,}", record.sha256)
-    return [facts, border, ranges, *_list_full_precision_layers(manifest), files]
+    return [facts, graphs, ranges, *_list_full_precision_layers(manifest), files]
 
 
 def _facts(manifest: Manifest) -> list[tuple[str, str]]:
@@ -141,32 +143,32 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _quantization_rows(manifest: Manifest) -> list[tuple[str, str]]:
-    """What an 8-bit bundle really has in eight bits."""
-    how, got = manifest.quantization, manifest.achieved
-    if how is None:
+    """List what an 8-bit bundle really has in eight bits."""
+    settings, achieved = manifest.quantization, manifest.achieved
+    if settings is None:
         return []
-    smooth = ", SmoothQuant" if how.smooth else ""
+    smooth = ", SmoothQuant" if settings.smooth else ""
     return [
         (
             "8-bit share",
             (
-                f"{got.quantized_flops:.1%} of the products' operations,"
-                f" {got.quantized_weights:.1%} of the weights"
+                f"{achieved.quantized_flops:.1%} of the products' operations,"
+                f" {achieved.quantized_weights:.1%} of the weights"
             ),
         ),
         (
             "the rest",
             (
-                f"{how.base}; attention"
-                f" {how.base if how.attention == 'high' else how.attention}{smooth}"
+                f"{settings.base}; attention"
+                f" {settings.base if settings.attention == 'high' else settings.attention}{smooth}"
             ),
         ),
-        ("calibrated on", f"weights {how.weights[:12]}…"),
+        ("calibrated on", f"weights {settings.weights[:12]}…"),
     ]
 
 
 def _list_full_precision_layers(manifest: Manifest) -> list[Table]:
-    """Layers that an 8-bit precision left in the base's type."""
+    """List the layers that an 8-bit precision left in the base's type."""
     table = Table("layer", "reason", title=f"kept in {manifest.base}")
     for layer, reason in manifest.achieved.full_precision_layers.items():
         table.add_row(layer, escape(reason))
@@ -174,5 +176,5 @@ def _list_full_precision_layers(manifest: Manifest) -> list[Table]:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-inspect` with the flags of the command line."""
     run("anyflow-inspect", InspectOptions, inspect)

@@ -1,5 +1,4 @@
-"""How commands show what the TensorRT lint found: a table for `anyflow-inspect --lint`, warnings at
-the end of an export."""
+"""Show the TensorRT lint's findings: a table, or warnings at the end of an export."""
 
 from __future__ import annotations
 
@@ -21,12 +20,12 @@ if TYPE_CHECKING:
     from anyflow_deploy.engines.tensorrt.lint.lint import Finding
 
 _JETSON_OF_JETPACK_6 = ("orin", "orin-nx", "orin-nano")
-_SHOWN = 5
+_MAX_WARNINGS = 5
 """Kinds of findings that an export prints; `anyflow-inspect --lint` has them all."""
 
 
-def checked_versions(versions: Sequence[str]) -> None:
-    """Refuse what is no TensorRT version, as an error that pydantic passes on."""
+def check_versions(versions: Sequence[str]) -> None:
+    """Refuse text that is no TensorRT version, with a ValueError for pydantic."""
     from anyflow_deploy.engines.tensorrt.lint.operators import version_from_text
 
     for text in versions:
@@ -38,12 +37,12 @@ def checked_versions(versions: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class LintResult:
-    """What a lint found.
+    """The findings of a lint.
 
     Attributes:
-        versions: the TensorRT versions that the rule table was asked about.
+        versions: the TensorRT versions that the rule table was checked for.
         findings: of the rule table and of the installed parsers.
-        parsers: one line for each of NVIDIA's parsers: who was asked, or why one was not.
+        parsers: one line for each of NVIDIA's parsers: its answer, or why it was not run.
     """
 
     versions: tuple[str, ...]
@@ -52,11 +51,11 @@ class LintResult:
 
 
 def run_lint(bundle: Bundle, versions: Sequence[str] | None) -> LintResult:
-    """Check a bundle against the rule table, and ask NVIDIA's own parsers where they are installed.
+    """Check a bundle against the rule table, and with NVIDIA's installed parsers.
 
     Args:
         bundle: an opened bundle.
-        versions: of TensorRT, as "10.3"; None for the usual ones.
+        versions: of TensorRT, as "10.3"; None for the default ones.
     """
     from anyflow_deploy.engines.tensorrt.lint.lint import DEFAULT_VERSIONS, lint_bundle
     from anyflow_deploy.engines.tensorrt.lint.real_parser import installed_parsers
@@ -100,17 +99,17 @@ def _ask_parser(bundle: Bundle, backend: str) -> tuple[list[Finding], str]:
 
 
 def print_findings(out: Console, result: LintResult) -> None:
-    """Print a table with one row for nodes that have the same thing wrong with them.
+    """Print the findings, one row for all nodes with the same fault.
 
     `--json` lists every node.
     """
     findings = result.findings
-    named = ", ".join(result.versions)
+    names = ", ".join(result.versions)
     for line in result.parsers:
         out.print(escape(line))
     if not findings:
         out.print(
-            f"[green]TensorRT {escape(named)}: nothing found.[/] docs/reference/lint.md says what"
+            f"[green]TensorRT {escape(names)}: nothing found.[/] docs/reference/lint.md says what"
             " was looked for."
         )
         return
@@ -134,7 +133,7 @@ def print_findings(out: Console, result: LintResult) -> None:
 
 
 def group_findings(findings: Sequence[Finding]) -> list[list[Finding]]:
-    """Findings that differ in the node alone, together, in the order they came."""
+    """Group findings that differ in the node alone, in the order they came."""
     groups: dict[tuple[object, ...], list[Finding]] = {}
     for finding in findings:
         key = (
@@ -150,8 +149,10 @@ def group_findings(findings: Sequence[Finding]) -> list[list[Finding]]:
 
 
 def warn_about_tensorrt(bundle: Bundle) -> None:
-    """Lint a new bundle for a GPU with the TensorRT of its target, and print what was found. Never
-    fails an export."""
+    """Lint a new bundle with its target's TensorRT and print what was found.
+
+    A bundle for the CPU is not linted. Findings never fail an export.
+    """
     from anyflow_deploy.engines.tensorrt.lint.lint import DEFAULT_VERSIONS, lint_bundle
 
     target = get_target(bundle.manifest.target)
@@ -159,11 +160,11 @@ def warn_about_tensorrt(bundle: Bundle) -> None:
         return
     versions = DEFAULT_VERSIONS if target.name in _JETSON_OF_JETPACK_6 else DEFAULT_VERSIONS[1:]
     groups = group_findings(lint_bundle(bundle, versions))
-    for group in groups[:_SHOWN]:
+    for group in groups[:_MAX_WARNINGS]:
         count = f" ({len(group)} nodes)" if len(group) > 1 else ""
         console.print(f"[yellow]warning:[/] {escape(str(group[0]))}{count}")
-    if len(groups) > _SHOWN:
+    if len(groups) > _MAX_WARNINGS:
         path = escape(str(bundle.path))
         console.print(
-            f"[yellow]warning:[/] {len(groups) - _SHOWN} more: anyflow-inspect {path} --lint"
+            f"[yellow]warning:[/] {len(groups) - _MAX_WARNINGS} more: anyflow-inspect {path} --lint"
         )

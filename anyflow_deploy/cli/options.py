@@ -1,10 +1,9 @@
-"""How every command reads its flags: Fire splits the words, pydantic checks them, and only then
-does work start.
+"""Read the flags of every command: Fire splits, pydantic checks, then work starts.
 
 Fire alone would run the function first and complain about a misspelt flag afterwards, and would
 turn `--model 1.3` into a number. So Fire is given a function that only collects, with every value
 left a string; a pydantic model (one per command) turns strings into types; what is unknown, missing
-or wrong is answered with one line and exit status 2.
+or wrong ends with one line and exit status 2.
 """
 
 from __future__ import annotations
@@ -56,25 +55,25 @@ class Options(BaseModel):
 O = TypeVar("O", bound=Options)  # noqa: E741 - the letter for options
 
 
-def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
-    """The body of a console script: parse, work, exit.
+def run(program: str, options_type: type[O], work: Callable[[O], int]) -> None:
+    """Run a console script: parse its flags, do its work, and exit.
 
     Exit status: what `work` returns; 2 for wrong flags; 1 for an `AnyFlowError`, a missing package
     or a file system that refuses; 130 after Ctrl-C.
     """
     words = sys.argv[1:]
     if "--help" in words or "-h" in words:
-        Console(highlight=False).print(*help_of(program, options), sep="\n")
+        Console(highlight=False).print(*build_help(program, options_type), sep="\n")
         sys.exit(0)
     try:
-        chosen = parse_options(options, words)
+        options = parse_options(options_type, words)
     except AnyFlowError as error:
         console.print(
             f"[bold red]error:[/] {escape(str(error))}\n[dim]{program} --help lists every flag.[/]"
         )
         sys.exit(USAGE_ERROR)
     try:
-        sys.exit(work(chosen))
+        sys.exit(work(options))
     except AnyFlowError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(WORK_ERROR)
@@ -89,7 +88,7 @@ def run(program: str, options: type[O], work: Callable[[O], int]) -> None:
     except OSError as error:  # a full disk, a folder that may not be read: for the user to fix
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(WORK_ERROR)
-    except KeyboardInterrupt as stop:  # whoever kept something says so in it
+    except KeyboardInterrupt as stop:  # its text says what was kept
         console.print(f"interrupted; {escape(str(stop)) or 'nothing half-written was left'}.")
         sys.exit(INTERRUPTED)
 
@@ -101,7 +100,7 @@ def parse_options(options: type[O], words: list[str]) -> O:
         AnyFlowError: an unknown flag (with the nearest known one), a wrong type, a missing or
             surplus argument.
     """
-    positional, flags = _collect_flags(_explicit(options, words))
+    positional, flags = _collect_flags(_normalize_words(options, words))
     if len(positional) > len(options.POSITIONAL):
         surplus = positional[len(options.POSITIONAL)]
         raise AnyFlowError(
@@ -117,8 +116,8 @@ def parse_options(options: type[O], words: list[str]) -> O:
         raise AnyFlowError(_first_problem(options, error)) from None
 
 
-def _explicit(options: type[Options], words: list[str]) -> list[str]:
-    """The same words, every flag as `--name=value`, so that nothing is left for Fire to guess.
+def _normalize_words(options: type[Options], words: list[str]) -> list[str]:
+    """Write every flag of the words as `--name=value`, so that Fire need not guess.
 
     Fire would read `--verify BUNDLE` as a flag and its value, `--prompt` at the end as "True",
     `--noprompt` as "False", and would take what follows `--` or `-` for itself.
@@ -137,7 +136,7 @@ def _explicit(options: type[Options], words: list[str]) -> list[str]:
                 " --prompt=-x."
             )
         if not flag.startswith("--") or name not in fields:
-            raise _unknown(flag, fields)
+            raise _unknown_flag_error(flag, fields)
         if not equals:
             value = "True" if fields[name].annotation is bool else next(rest, "--")
             if value.startswith("-") and not value[1:2].isdigit():
@@ -148,38 +147,38 @@ def _explicit(options: type[Options], words: list[str]) -> list[str]:
     return result
 
 
-def _unknown(flag: str, fields: Iterable[str]) -> AnyFlowError:
-    shown = flag.replace("_", "-")
-    known = [f"--{name.replace('_', '-')}" for name in fields]
-    return AnyFlowError(f"unknown flag {shown}.{suggestion(shown, known)}")
+def _unknown_flag_error(flag: str, fields: Iterable[str]) -> AnyFlowError:
+    name = flag.replace("_", "-")
+    flags = [f"--{field.replace('_', '-')}" for field in fields]
+    return AnyFlowError(f"unknown flag {name}.{suggestion(name, flags)}")
 
 
 def _collect_flags(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """What Fire makes of the words, all values still strings."""
-    caught: list[tuple[list[str], dict[str, str]]] = []
+    """Let Fire split the words into arguments and flags; all values stay strings."""
+    calls: list[tuple[list[str], dict[str, str]]] = []
 
     @SetParseFn(str)  # type: ignore[untyped-decorator]  # Fire has no types
     def collect(*positional: str, **flags: str) -> None:
-        caught.append((list(positional), flags))
+        calls.append((list(positional), flags))
 
     fire.Fire(collect, command=words, name="anyflow")
-    return caught[0]
+    return calls[0]
 
 
 def _first_problem(options: type[Options], error: ValidationError) -> str:
     problem = error.errors()[0]
     name = str(problem["loc"][0]) if problem["loc"] else ""
-    shown = name if name in options.POSITIONAL else f"--{name.replace('_', '-')}"
+    label = name if name in options.POSITIONAL else f"--{name.replace('_', '-')}"
     if problem["type"] == "missing":
-        return f"{shown} is missing: {options.model_fields[name].description}."
+        return f"{label} is missing: {options.model_fields[name].description}."
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, Exception):
         return str(cause)
-    return f"{shown} is {problem['input']!r}: {problem['msg'].lower()}."
+    return f"{label} is {problem['input']!r}: {problem['msg'].lower()}."
 
 
-def help_of(program: str, options: type[Options]) -> list[Any]:
-    """The help, as things rich can print."""
+def build_help(program: str, options: type[Options]) -> list[Any]:
+    """Build the help of a command, as objects that rich prints."""
     usage = "".join(f" {name.upper()}" for name in options.POSITIONAL)
     flags = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
     flags.add_column(no_wrap=True, style="bold")
@@ -187,7 +186,7 @@ def help_of(program: str, options: type[Options]) -> list[Any]:
     flags.add_column()
     for name, field in options.model_fields.items():
         silent = field.is_required() or field.default is False or field.default in (None, "", ())
-        default = "" if silent else f" [dim](default {_shown(field.default)})[/]"
+        default = "" if silent else f" [dim](default {_format_default(field.default)})[/]"
         label = (
             name.upper()
             if name in options.POSITIONAL
@@ -202,7 +201,7 @@ def help_of(program: str, options: type[Options]) -> list[Any]:
     return [head, "", text, "", flags, "", *examples]
 
 
-def _shown(value: object) -> str:
+def _format_default(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 

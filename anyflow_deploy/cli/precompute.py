@@ -1,5 +1,4 @@
-"""`anyflow-precompute`: videos and captions become shards of latents and embeddings, once, for all
-training."""
+"""`anyflow-precompute`: encode videos and captions to shards once, for all training."""
 
 from __future__ import annotations
 
@@ -20,9 +19,10 @@ class PrecomputeOptions(Options):
     """Encode a folder of videos with the VAE and the text encoder of a checkpoint, for training.
 
     NAME.txt beside NAME.mp4 is its caption. A video is taken from its start, at 16 frames a second,
-    scaled and cut to the size. One that cannot be used is skipped, counted and named in
-    OUTPUT/skipped.jsonl; too many stop the work. Stopped work goes on with the same command.
-    Training takes OUTPUT as --data."""
+    scaled and cut to the size. A video that cannot be used is skipped and listed in
+    OUTPUT/skipped.jsonl; too many of them stop the command. The same command resumes run_precompute
+    that was stopped. Training takes OUTPUT as --data.
+    """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("folder",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -40,21 +40,21 @@ class PrecomputeOptions(Options):
         description="diffusers pipeline with VAE and text encoder: a folder, or a Hub id"
     )
     output: Path = Field(description="folder of the shards; an unfinished one is resumed")
-    frames: int = Field(81, ge=1, description="4n+1")
+    frames: int = Field(81, ge=1, description="frames of each video, 4n+1")
     height: int = Field(480, ge=8, description="pixels, a multiple of 16")
     width: int = Field(832, ge=8, description="pixels, a multiple of 16")
     text_tokens: int = Field(TEXT_TOKENS, ge=1, description="longest caption")
     type: Literal["float32", "bfloat16"] = Field(
-        "float32", description="stored numbers; bfloat16 halves the shards"
+        "float32", description="type of the stored numbers; bfloat16 halves the shards"
     )
-    shard_samples: int = Field(64, ge=1, description="videos of a shard, which is made in memory")
+    shard_samples: int = Field(64, ge=1, description="videos in a shard, which is built in memory")
     workers: int = Field(
-        0, ge=0, description="processes, each with encoders of its own (0: one a GPU)"
+        0, ge=0, description="processes, each with its own encoders (0: one for each GPU)"
     )
 
 
-def work(chosen: PrecomputeOptions) -> int:
-    """Do it; returns the exit status."""
+def run_precompute(options: PrecomputeOptions) -> int:
+    """Encode the videos and print what was written; return the exit status."""
     from anyflow_deploy.training.data.precompute import (
         SKIPPED,
         PrecomputeJob,
@@ -63,25 +63,25 @@ def work(chosen: PrecomputeOptions) -> int:
     )
 
     job = PrecomputeJob(
-        chosen.folder,
-        find_pipeline(chosen.checkpoint),
-        chosen.output,
-        (chosen.frames, chosen.height, chosen.width),
-        chosen.text_tokens,
-        chosen.type,
-        chosen.shard_samples,
-        chosen.workers,
+        options.folder,
+        find_pipeline(options.checkpoint),
+        options.output,
+        (options.frames, options.height, options.width),
+        options.text_tokens,
+        options.type,
+        options.shard_samples,
+        options.workers,
     )
     with RichProgress(console) as bars:
-        count, skipped = precompute(job, bars)
-    console.print(f"[green]wrote[/] [bold]{escape(str(chosen.output))}[/] (of {count} videos)")
-    if skipped:
+        count, skipped_count = precompute(job, bars)
+    console.print(f"[green]wrote[/] [bold]{escape(str(options.output))}[/] (of {count} videos)")
+    if skipped_count:
         console.print(
-            f"skipped {skipped}: {escape(str(chosen.output / SKIPPED))} says which and why"
+            f"skipped {skipped_count}: {escape(str(options.output / SKIPPED))} says which and why"
         )
     return 0
 
 
 def main() -> None:
-    """Entry point."""
-    run(PROGRAM, PrecomputeOptions, work)
+    """Run `anyflow-precompute` with the flags of the command line."""
+    run(PROGRAM, PrecomputeOptions, run_precompute)

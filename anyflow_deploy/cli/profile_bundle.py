@@ -1,8 +1,7 @@
-"""`anyflow-profile`: what an engineer needs to know to decide: times, memory, energy, layers,
-ceilings, and what to do.
+"""`anyflow-profile`: measure a bundle's times, memory, energy and layers, and give advice.
 
-Three commands in one, by what is given: a bundle is profiled; with --compare two profiles are; with
---estimate a bound is computed for hardware that is not here.
+It is three commands in one: it profiles a bundle; with --compare it compares two profiles; with
+--estimate it computes a bound for hardware that is not here.
 """
 
 from __future__ import annotations
@@ -51,9 +50,10 @@ _ONLY_COMPARE = ("time_threshold", "memory_threshold", "energy_threshold")
 
 
 class ProfileOptions(Options):
-    """Measure a bundle on this machine: transitions and clips in each number of steps, first frame
-    and chunks, text encoder and VAE where they are at hand, memory, energy, layers, and the
-    hardware's ceilings; then say what to do.
+    """Measure a bundle on this machine, then say what to do about its speed and size.
+
+    It measures transitions and clips in each number of steps, first frame and chunks, text encoder
+    and VAE where they are available, memory, energy, layers, and the hardware's ceilings.
 
     --compare OLD NEW reads two profiles, prints what changed, and exits with 1 when something
     became worse by more than a threshold and by more than chance. --estimate --target orin computes
@@ -92,15 +92,17 @@ class ProfileOptions(Options):
     window: int | None = Field(
         None,
         ge=1,
-        description="causal: remember the first and this many of the newest old chunks only",
+        description="causal: keep the first and this many of the newest compressed chunks",
     )
     seconds: float = Field(
         20.0, gt=0, le=3600, description="budget of the measured rounds of each shape"
     )
     rounds: int | None = Field(
-        None, ge=1, le=100_000, description="exactly so many rounds, in place of --seconds"
+        None, ge=1, le=100_000, description="number of measured rounds, in place of --seconds"
     )
-    prompt: str = Field("a red fox in the snow", description="what the text encoder is timed with")
+    prompt: str = Field(
+        "a red fox in the snow", description="prompt that the text encoder is timed with"
+    )
     pipeline: str | None = Field(
         None,
         description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own",
@@ -108,7 +110,7 @@ class ProfileOptions(Options):
     skip: Words = Field((), description=f"leave out: {', '.join(SKIPPABLE)}")
     target: str | None = Field(
         None,
-        description="hardware to compare with (default: what is found here), or to estimate for",
+        description="hardware to compare with (default: this machine's), or to estimate for",
     )
     estimate: bool = Field(
         False, description="a bound for --target, from its data sheet; nothing is run"
@@ -119,41 +121,45 @@ class ProfileOptions(Options):
     precision: str | None = Field(None, description="--estimate: of --model (default fp16)")
     compare: Path | None = Field(None, description="the older profile; the newer one follows")
     time_threshold: float = Field(
-        100 * TIME, ge=0, description="--compare: per cent of a time that are too much more"
+        100 * TIME, ge=0, description="--compare: per cent by which a time may grow"
     )
-    memory_threshold: float = Field(100 * MEMORY, ge=0, description="--compare: the same of memory")
-    energy_threshold: float = Field(100 * ENERGY, ge=0, description="--compare: the same of energy")
+    memory_threshold: float = Field(
+        100 * MEMORY, ge=0, description="--compare: the same for memory"
+    )
+    energy_threshold: float = Field(
+        100 * ENERGY, ge=0, description="--compare: the same for energy"
+    )
     json_file: str | None = Field(
         None, alias="json", description="write the profile here; --json=- for standard output"
     )
-    html: Path | None = Field(None, description="write a page with plots here, whole in itself")
+    html: Path | None = Field(None, description="write a self-contained page with plots here")
     overwrite: bool = Field(False, description="replace --json and --html")
 
     @model_validator(mode="after")
-    def _consistent(self) -> ProfileOptions:
+    def _check_consistency(self) -> ProfileOptions:
         try:
-            _check(self)
+            _check_options(self)
         except AnyFlowError as error:
             raise ValueError(str(error)) from None
         return self
 
 
-def _check(options: ProfileOptions) -> None:
-    """What can be refused without opening anything."""
+def _check_options(options: ProfileOptions) -> None:
+    """Refuse wrong flags without opening anything."""
     if options.estimate and options.compare is not None:
         raise AnyFlowError("give one of --estimate and --compare.")
-    given = options.model_fields_set
-    for names, wanted, flag in (
+    flags = options.model_fields_set
+    for names, selected, flag in (
         (_ONLY_ESTIMATE, options.estimate, "estimate"),
         (_ONLY_COMPARE, options.compare, "compare"),
     ):
-        wrong = [name for name in names if name in given]
-        if wrong and not wanted:
+        extra = [name for name in names if name in flags]
+        if extra and not selected:
             raise AnyFlowError(
-                f"--{wrong[0].replace('_', '-')} belongs to --{flag}; give both or neither."
+                f"--{extra[0].replace('_', '-')} belongs to --{flag}; give both or neither."
             )
     if options.compare is not None:
-        surplus = given - {"compare", "bundle", "json_file", "overwrite", *_ONLY_COMPARE}
+        surplus = flags - {"compare", "bundle", "json_file", "overwrite", *_ONLY_COMPARE}
         if surplus:
             raise AnyFlowError(
                 f"--{sorted(surplus)[0].replace('_', '-')} means nothing to --compare OLD NEW;"
@@ -171,7 +177,7 @@ def _check(options: ProfileOptions) -> None:
         return
     if options.bundle is None:
         raise AnyFlowError(
-            "bundle is missing: the bundle's folder. (--compare and --estimate --model do without.)"
+            "bundle is missing: the bundle's folder. (--compare and --estimate --model need none.)"
         )
     check_backend(options.backend)
     for name in options.skip:
@@ -196,12 +202,12 @@ def _check_estimate(options: ProfileOptions) -> None:
 
 
 def profile(options: ProfileOptions) -> int:
-    """Do it; returns the exit status."""
+    """Profile, compare or estimate, as the flags say; return the exit status."""
     _check_outputs(options)
     if options.compare is not None:
-        return _compare(options)
+        return _run_compare(options)
     if options.estimate:
-        return _estimate(options)
+        return _run_estimate(options)
     bundle = load_bundle(Path(str(options.bundle)))
     request = ProfileRequest(
         bundle=bundle,
@@ -222,16 +228,16 @@ def profile(options: ProfileOptions) -> int:
         skip=options.skip,
     )
     with RichProgress(console) as bars:
-        made = run_profile(request, bars)
-    print_profile(made, _people(options))
-    _write(options, made.model_dump_json(by_alias=True, indent=1))
+        result = run_profile(request, bars)
+    print_profile(result, _report_console(options))
+    _write_json(options, result.model_dump_json(by_alias=True, indent=1))
     if options.html is not None:
-        write_text_atomically(options.html, html_from_profile(made))
+        write_text_atomically(options.html, html_from_profile(result))
         console.print(f"[green]wrote[/] [bold]{escape(str(options.html))}[/]")
     return 0
 
 
-def _compare(options: ProfileOptions) -> int:
+def _run_compare(options: ProfileOptions) -> int:
     assert options.compare is not None and options.bundle is not None
     old, new = (
         load_record(path, Profile, SCHEMA, MAKE) for path in (options.compare, options.bundle)
@@ -240,9 +246,9 @@ def _compare(options: ProfileOptions) -> int:
         options.time_threshold / 100, options.memory_threshold / 100, options.energy_threshold / 100
     )
     comparison = compare_profiles(old, new, thresholds)
-    print_comparison(comparison, _people(options))
+    print_comparison(comparison, _report_console(options))
     rows = {row.name: {"change": row.change, "verdict": row.verdict} for row in comparison.rows}
-    _write(
+    _write_json(
         options,
         json.dumps(
             {
@@ -256,9 +262,9 @@ def _compare(options: ProfileOptions) -> int:
     return 1 if comparison.has_regression else 0
 
 
-def _estimate(options: ProfileOptions) -> int:
+def _run_estimate(options: ProfileOptions) -> int:
     target = get_target(str(options.target))
-    made: list[RooflineEstimate] = []
+    estimates: list[RooflineEstimate] = []
     if options.model is not None:
         model = get_model(options.model)
         precision = options.precision or "fp16"
@@ -278,26 +284,26 @@ def _estimate(options: ProfileOptions) -> int:
         shapes = options.shapes or (f"{video.height}x{video.width}x{video.frames}",)
     for text in shapes:
         shape = shape_from_pixels(text, a)
-        made.append(
+        estimates.append(
             estimate_latency(
                 name, a, precision, base, target, shape, options.steps, options.window, attention
             )
         )
-    for estimate in made:
-        print_estimate(estimate, _people(options))
-    _write(options, json.dumps([estimate.model_dump() for estimate in made], indent=1))
+    for estimate in estimates:
+        print_estimate(estimate, _report_console(options))
+    _write_json(options, json.dumps([estimate.model_dump() for estimate in estimates], indent=1))
     return 0
 
 
-def _people(options: ProfileOptions) -> Console:
-    """Where the report goes."""
+def _report_console(options: ProfileOptions) -> Console:
+    """Return the console for the report."""
     if options.json_file == "-":
         return console
     plain = Console(highlight=False)
     return plain if plain.is_terminal else Console(highlight=False, width=WIDTH)
 
 
-def _write(options: ProfileOptions, text: str) -> None:
+def _write_json(options: ProfileOptions, text: str) -> None:
     if options.json_file == "-":
         sys.stdout.write(text + "\n")
     elif options.json_file is not None:
@@ -306,7 +312,7 @@ def _write(options: ProfileOptions, text: str) -> None:
 
 
 def _check_outputs(options: ProfileOptions) -> None:
-    """Refuse what could not be written, before minutes of measuring."""
+    """Refuse output files that cannot be written, before minutes of measuring."""
     for path in (
         options.html,
         None if options.json_file in (None, "-") else Path(str(options.json_file)),
@@ -319,11 +325,11 @@ def _check_outputs(options: ProfileOptions) -> None:
             )
         if not path.parent.is_dir() or path.is_dir():
             raise AnyFlowError(
-                f"{path} cannot be written: {path.parent} is no folder, or it is one itself. Choose"
+                f"{path} cannot be written: {path.parent} is not a folder, or {path} is one. Choose"
                 " another name."
             )
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-profile` with the flags of the command line."""
     run("anyflow-profile", ProfileOptions, profile)

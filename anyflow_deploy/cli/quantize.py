@@ -1,8 +1,7 @@
-"""The flags of an 8-bit export, and the work they ask for before it: calibrating, and choosing what
-stays high.
+"""The flags of an 8-bit export, its calibration, and the choice of full-precision layers.
 
-`anyflow-export --precision int8` does all of it by itself; `--calibration FILE` brings ranges that
-were measured elsewhere, on a GPU say.
+`anyflow-export --precision int8` does all of it; `--calibration FILE` gives it ranges that were
+measured elsewhere, such as on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +12,14 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 from rich.markup import escape
 
-from anyflow_deploy.cli.sensitivity import CAUSAL_FRAMES, FRAMES, HEIGHT, WIDTH, Decibels, probe_for
+from anyflow_deploy.cli.sensitivity import (
+    CAUSAL_FRAMES,
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    Decibels,
+    make_analyzer,
+)
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.models import MODELS, model_name
 from anyflow_deploy.precision import BASES, PRECISIONS, PrecisionSpec
@@ -26,7 +32,7 @@ if TYPE_CHECKING:  # torch, which --help does not need
 
 _ONLY = ("calibration", "prompts", "base", "no_smoothquant", "attention", "keep_layers", "min_psnr")
 _CPU_HEIGHT, _CPU_WIDTH = 256, 448
-"""What a CPU calibrates at: whole videos of a released model would take it days."""
+"""Size of the calibration videos on a CPU, where whole videos would take days."""
 
 
 class QuantizationOptions(WeightOptions):
@@ -44,7 +50,7 @@ class QuantizationOptions(WeightOptions):
         None,
         description=f"int8, fp8: type of all that is not 8-bit: {', '.join(BASES)} (by target)",
     )
-    no_smoothquant: bool = Field(False, description="int8: without SmoothQuant")
+    no_smoothquant: bool = Field(False, description="int8: leave SmoothQuant out")
     attention: str = Field(
         "high", description="fp8: also the products in attention (fp8), or not (high)"
     )
@@ -52,16 +58,16 @@ class QuantizationOptions(WeightOptions):
         None, ge=0, description="int8, fp8: keep the N most sensitive layers in the base type"
     )
     min_psnr: Decibels | None = Field(
-        None, description="int8, fp8: keep as many as it takes to reach this PSNR, as 30dB"
+        None, description="int8, fp8: keep as many layers as this PSNR takes, as 30dB"
     )
 
     @model_validator(mode="after")
-    def _quantization_fits(self) -> QuantizationOptions:
+    def _check_quantization(self) -> QuantizationOptions:
         row = PRECISIONS.get(self.precision)
-        given = [name for name in _ONLY if name in self.model_fields_set]
-        if row is not None and not row.quantized and given:
+        flags = [name for name in _ONLY if name in self.model_fields_set]
+        if row is not None and not row.quantized and flags:
             raise ValueError(
-                f"--{given[0].replace('_', '-')} is for --precision int8 or fp8, and"
+                f"--{flags[0].replace('_', '-')} is for --precision int8 or fp8, and"
                 f" {self.precision} is not 8-bit."
             )
         if self.keep_layers is not None and self.min_psnr is not None:
@@ -76,10 +82,10 @@ class QuantizationOptions(WeightOptions):
         return self
 
 
-def calibration_of(
+def load_or_run_calibration(
     options: QuantizationOptions, weights: Weights, output: Path, bars: Progress
 ) -> Calibration | None:
-    """The calibration an export needs: read, or made here; None where nothing is quantized."""
+    """Load the calibration of an export, or run one; None where nothing is quantized."""
     from anyflow_deploy.cli.calibrate import CalibrateOptions, measure_calibration
 
     if not PRECISIONS[options.precision].quantized:
@@ -87,21 +93,21 @@ def calibration_of(
     if options.calibration is not None:
         from anyflow_deploy.export.quantization.calibrate import check_calibration
 
-        found = load_calibration(options.calibration)
-        # Now: choosing layers may take hours
+        calibration = load_calibration(options.calibration)
+        # Check it now: choosing layers may take hours.
         with bars.stage("comparing the weights with the calibration's"):
-            check_calibration(found, weights)
-        return found
+            check_calibration(calibration, weights)
+        return calibration
     import torch
 
     size, device = {}, "cuda"
     if not torch.cuda.is_available():
-        size, device = _small(weights), "cpu"
+        size, device = _cpu_video_size(weights), "cpu"
         console.print(
             "calibrating on the CPU, with small videos. Better: anyflow-calibrate --device cuda,"
             " then --calibration FILE."
         )
-    path = own_calibration(output)
+    path = export_calibration_path(output)
     source = {
         name: getattr(options, name)
         for name in ("model", "checkpoint", "random_weights", "seed", "prompts")
@@ -113,14 +119,16 @@ def calibration_of(
     )
 
 
-def own_calibration(output: Path) -> Path:
-    """What an export's own calibration would be called; its rollouts are kept beside it until the
-    bundle is there."""
+def export_calibration_path(output: Path) -> Path:
+    """Return the path of the calibration that an export makes itself.
+
+    Its rollouts are kept beside that path until the bundle is written.
+    """
     return output.with_name(f"{output.name}-calibration.json")
 
 
-def _small(weights: Weights) -> dict[str, int]:
-    """Video size for a CPU: never more than the model's own."""
+def _cpu_video_size(weights: Weights) -> dict[str, int]:
+    """Return a video size for a CPU: at most the model's own."""
     own = MODELS.get(model_name(weights.architecture), MODELS["1.3b"]).video
     height = min(_CPU_HEIGHT, own[1])
     width = min(_CPU_WIDTH, own[2])
@@ -128,14 +136,14 @@ def _small(weights: Weights) -> dict[str, int]:
     return {"frames": frames, "height": height, "width": width}
 
 
-def layers_kept(
+def choose_full_precision_layers(
     options: QuantizationOptions,
     spec: PrecisionSpec,
     weights: Weights,
     calibration: Calibration,
     bars: Progress,
 ) -> list[str]:
-    """The layers that --keep-layers or --min-psnr choose, by measuring each one."""
+    """Measure each layer and choose those for --keep-layers or --min-psnr."""
     from anyflow_deploy.export.quantization.rollouts import latent_shape
     from anyflow_deploy.export.quantization.sensitivity import (
         check_keep_layers,
@@ -150,15 +158,15 @@ def layers_kept(
         options.keep_layers, len(quantizable_layers(a)) - len(unquantized_layers(a, calibration))
     )
     shape = latent_shape(a, CAUSAL_FRAMES if a.causal else FRAMES, HEIGHT, WIDTH)
-    probe = probe_for(weights, calibration, spec, shape, bars=bars)
-    chosen = select_full_precision_layers(
-        measure_sensitivity(probe, bars),
+    analyzer = make_analyzer(weights, calibration, spec, shape, bars=bars)
+    layers = select_full_precision_layers(
+        measure_sensitivity(analyzer, bars),
         options.keep_layers,
         options.min_psnr,
-        probe.psnr_all_except,
+        analyzer.psnr_all_except,
     )
     console.print(
-        f"{len(chosen)} of {len(probe.layers)} layers stay in {spec.base}:"
-        f" {escape(', '.join(chosen) or 'none has to')}"
+        f"{len(layers)} of {len(analyzer.layers)} layers stay in {spec.base}:"
+        f" {escape(', '.join(layers) or 'none')}"
     )
-    return chosen
+    return layers

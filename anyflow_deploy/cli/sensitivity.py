@@ -27,8 +27,7 @@ if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.export.quantization.sensitivity import SensitivityAnalyzer
 
 FRAMES, CAUSAL_FRAMES, HEIGHT, WIDTH = 9, 29, 96, 160
-"""Of the videos; the causal ones are four chunks of the models' own plan: the first that compress
-one."""
+"""Size of the videos. Causal ones are the model's first four chunks, which compress one chunk."""
 
 Decibels = Annotated[
     float,
@@ -41,12 +40,11 @@ Decibels = Annotated[
 
 
 class SensitivityOptions(Options):
-    """Rank a model's layers by what quantizing each one alone does to a video; PyTorch computes
-    both.
+    """Rank a model's layers by what quantizing each one alone does to a video.
 
-    Takes any bundle whose weights are still where it was exported from, and a calibration of them.
-    Writes sensitivity.json and sensitivity.png. With --keep-layers or --min-psnr it also says which
-    layers those flags choose.
+    PyTorch computes both videos. The bundle's weights have to be where it was exported from. The
+    command needs a calibration of them. It writes sensitivity.json and sensitivity.png. With
+    --keep-layers or --min-psnr it also says which layers those flags choose.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
@@ -67,20 +65,20 @@ class SensitivityOptions(Options):
     )
     steps: Steps = Field((1, 4), min_length=1, description="step counts of the videos")
     frames: int | None = Field(
-        None, ge=1, description=f"of the videos (default {FRAMES}; causal {CAUSAL_FRAMES})"
+        None, ge=1, description=f"frames of the videos (default {FRAMES}; causal {CAUSAL_FRAMES})"
     )
     height: int = Field(HEIGHT, description="pixels")
     width: int = Field(WIDTH, description="pixels")
-    seed: int = Field(0, ge=0, description="of the noise")
+    seed: int = Field(0, ge=0, description="seed of the noise")
     keep_layers: int | None = Field(None, ge=0, description="name the N worst layers")
     min_psnr: Decibels | None = Field(
-        None, description="name as many as have to stay high to reach this PSNR, as 30dB"
+        None, description="name the layers to keep to reach this PSNR, as 30dB"
     )
     device: str = Field("cpu", description="torch device, as cpu or cuda")
     output: Path | None = Field(None, description="folder for the report (default: the bundle)")
 
     @model_validator(mode="after")
-    def _consistent(self) -> SensitivityOptions:
+    def _check_consistency(self) -> SensitivityOptions:
         if self.precision is not None and self.precision not in EIGHT_BIT:
             raise ValueError(
                 f"--precision is {self.precision!r}; allowed are {' and '.join(EIGHT_BIT)}."
@@ -94,7 +92,7 @@ class SensitivityOptions(Options):
 
 
 def sensitivity(options: SensitivityOptions) -> int:
-    """Do it; returns the exit status."""
+    """Measure the layers and write the report; return the exit status."""
     from anyflow_deploy.export.diffusers_engine import weights_from_manifest
     from anyflow_deploy.export.quantization.calibrate import check_calibration
     from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
@@ -127,25 +125,27 @@ def sensitivity(options: SensitivityOptions) -> int:
             options.keep_layers,
             len(quantizable_layers(a)) - len(unquantized_layers(a, calibration)),
         )
-        # Measured as this bundle rounds, or as by default
-        how = bundle.manifest.quantization if precision == own else None
-        smooth = precision == "int8" and (how is None or how.smooth)
-        spec = PrecisionSpec(precision, "fp32", "high" if how is None else how.attention, smooth)
-        probe = probe_for(
+        # Round as this bundle does, or as the defaults do.
+        settings = bundle.manifest.quantization if precision == own else None
+        smooth = precision == "int8" and (settings is None or settings.smooth)
+        spec = PrecisionSpec(
+            precision, "fp32", "high" if settings is None else settings.attention, smooth
+        )
+        analyzer = make_analyzer(
             weights, calibration, spec, shape, options.steps, options.seed, options.device, bars
         )
-        found = measure_sensitivity(probe, bars)
-        chosen = None
+        result = measure_sensitivity(analyzer, bars)
+        layers = None
         if options.keep_layers is not None or options.min_psnr is not None:
             with bars.stage("choosing layers"):
-                chosen = select_full_precision_layers(
-                    found, options.keep_layers, options.min_psnr, probe.psnr_all_except
+                layers = select_full_precision_layers(
+                    result, options.keep_layers, options.min_psnr, analyzer.psnr_all_except
                 )
-    _write(folder, found, chosen)
+    _write_report(folder, result, layers)
     return 0
 
 
-def probe_for(
+def make_analyzer(
     weights: Weights,
     calibration: Calibration,
     spec: PrecisionSpec,
@@ -155,7 +155,7 @@ def probe_for(
     device: str = "cpu",
     bars: Progress | None = None,
 ) -> SensitivityAnalyzer:
-    """What measures a model's layers, rounding as an export with the same settings does."""
+    """Build the analyzer of a model's layers; it rounds as an export with `spec` does."""
     from anyflow_deploy.export.quantization.plan import plan_quantization
     from anyflow_deploy.export.quantization.sensitivity import (
         SensitivityAnalyzer,
@@ -169,15 +169,15 @@ def probe_for(
     attention: tuple[str, ...] = ()
     if spec.attention == "fp8":
         attention = tuple(quantized_attentions(weights.architecture, calibration))
-    with progress.stage("the untouched network"):
+    with progress.stage("running the unquantized network"):
         settings = SensitivitySettings(
-            calibrated_text(weights, calibration), shape, steps, seed, device, attention
+            embed_calibration_prompt(weights, calibration), shape, steps, seed, device, attention
         )
         return SensitivityAnalyzer(weights, calibration, spec.precision, settings, factors)
 
 
-def calibrated_text(weights: Weights, calibration: Calibration) -> Array:
-    """The first prompt of the calibration, embedded as it was there."""
+def embed_calibration_prompt(weights: Weights, calibration: Calibration) -> Array:
+    """Embed the first prompt of a calibration as the calibration embedded it."""
     from anyflow_deploy.export.quantization.prompts import embed_prompts, random_prompt_embeds
 
     prompts = tuple(calibration.prompts[:1])
@@ -194,31 +194,31 @@ def calibrated_text(weights: Weights, calibration: Calibration) -> Array:
     return text.prompt_embeds
 
 
-def _write(folder: Path, found, chosen: list[str] | None) -> None:  # type: ignore[no-untyped-def]
-    """sensitivity.json, sensitivity.png, the tables, and the layers that were chosen."""
+def _write_report(folder: Path, result, layers: list[str] | None) -> None:  # type: ignore[no-untyped-def]
+    """Write sensitivity.json and .png; print the tables and the chosen layers."""
     from anyflow_deploy.engines.validation_report import can_plot
     from anyflow_deploy.export.quantization import sensitivity_report
     from anyflow_deploy.export.quantization.sensitivity import SENSITIVITY, write_sensitivity
 
     path = folder / SENSITIVITY
-    write_sensitivity(path, found)
-    for table in sensitivity_report.sensitivity_tables(found):
+    write_sensitivity(path, result)
+    for table in sensitivity_report.sensitivity_tables(result):
         console.print(table)
     if can_plot():
         sensitivity_report.draw_sensitivity(
-            found, path.with_suffix(".png"), None if chosen is None else len(chosen)
+            result, path.with_suffix(".png"), None if layers is None else len(layers)
         )
-    if chosen is not None:
+    if layers is not None:
         console.print(
-            f"{len(chosen)} of {len(found.layers)} layers stay high:"
-            f" {', '.join(chosen) or 'none has to'}"
+            f"{len(layers)} of {len(result.layers)} layers stay in full precision:"
+            f" {', '.join(layers) or 'none'}"
         )
     console.print(
-        f"[green]measured[/] {len(found.layers)} layers in {found.precision}:"
+        f"[green]measured[/] {len(result.layers)} layers in {result.precision}:"
         f" [bold]{escape(str(path))}[/]"
     )
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-sensitivity` with the flags of the command line."""
     run("anyflow-sensitivity", SensitivityOptions, sensitivity)

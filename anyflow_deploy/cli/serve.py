@@ -1,7 +1,6 @@
 """`anyflow-serve`: one bundle over HTTP, in the shape of OpenAI's `/v1/videos`.
 
-This file reads the flags, refuses what can be refused, and loads; what serves is in
-`anyflow_deploy/serving/`.
+This file reads and checks the flags and loads the bundle; the server is `anyflow_deploy/serving/`.
 """
 
 from __future__ import annotations
@@ -30,16 +29,19 @@ _TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,256}")
 
 
 class ServeOptions(Options):
-    """Serve a bundle over HTTP: /v1/videos as OpenAI's, a WebSocket for the chunks, /health,
-    /metrics, and a page to try it.
+    """Serve a bundle over HTTP with OpenAI's /v1/videos.
 
-    One video is made at a time, the others wait in a queue with an end. Every request chooses its
-    steps, or a deadline. Without a token the server is for this machine only (127.0.0.1). For other
-    machines give --host and a token of at least 16 letters, digits or ._~- in a file (--token-file)
-    or in the variable ANYFLOW_TOKEN; put TLS in front of it.
+    It has a WebSocket for the chunks, /health, /metrics, and a page to try it. One video is made at
+    a time; the others wait in a queue of limited length. Every request chooses its steps, or a
+    deadline.
 
-    Ctrl-C lets the running video finish; a second one cancels it. What is finished stays in
-    --folder and is served again by the next server, until it is too old or there is too much."""
+    Without a token the server is for this machine only (127.0.0.1). For other machines give --host
+    and a token of at least 16 letters, digits or ._~- in a file (--token-file) or in the variable
+    ANYFLOW_TOKEN; put TLS in front of it.
+
+    Ctrl-C lets the running video finish; a second one cancels it. Finished videos stay in --folder,
+    and the next server serves them again, until they are too old or too many.
+    """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -102,12 +104,12 @@ class ServeOptions(Options):
 
 
 def serve(options: ServeOptions) -> int:
-    """Do it, until a signal; returns the exit status."""
-    token = _token(options)
-    _check_installed()
+    """Serve until a signal; return the exit status."""
+    token = _read_token(options)
+    _check_packages()
     bundle = load_bundle(options.bundle)
-    limits = limits_of(options, bundle)
-    listener = _listener(options.host, options.port)
+    limits = limits_from_options(options, bundle)
+    listener = _open_listener(options.host, options.port)
     from anyflow_deploy.serving.app import make_app
     from anyflow_deploy.serving.generator import VideoGenerator
     from anyflow_deploy.serving.logs import log_to_stderr
@@ -134,9 +136,9 @@ def serve(options: ServeOptions) -> int:
         service = Service(generator, manifest, store, limits, name, metrics)
         app = make_app(service, token)
         host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
+        address = f"[{host}]" if ":" in host else host
         console.print(
-            f"[green]serving[/] [bold]{escape(name)}[/] on http://{escape(shown)}:{port}"
+            f"[green]serving[/] [bold]{escape(name)}[/] on http://{escape(address)}:{port}"
             f" ({escape(engine)})"
         )
         Server(configure_uvicorn(app, host, port, limits), service, options.grace).run([listener])
@@ -145,8 +147,8 @@ def serve(options: ServeOptions) -> int:
     return 0
 
 
-def limits_of(options: ServeOptions, bundle: Bundle) -> Limits:
-    """What the flags allow; what they leave open is the size that the bundle makes by itself."""
+def limits_from_options(options: ServeOptions, bundle: Bundle) -> Limits:
+    """Make the limits from the flags; the defaults are the bundle's own video size."""
     video = bundle.manifest.video
     return Limits(
         frames=options.max_frames or video.frames,
@@ -160,9 +162,8 @@ def limits_of(options: ServeOptions, bundle: Bundle) -> Limits:
     )
 
 
-def _token(options: ServeOptions) -> str | None:
-    """The token, from its file or the environment; needed where other machines can reach the
-    server."""
+def _read_token(options: ServeOptions) -> str | None:
+    """Read the token from its file or the environment; other machines need one."""
     where = TOKEN_VARIABLE
     token = os.environ.get(TOKEN_VARIABLE)
     if options.token_file is not None:
@@ -181,14 +182,14 @@ def _token(options: ServeOptions) -> str | None:
         )
     if token is None and not is_local(options.host):
         raise AnyFlowError(
-            f"--host {options.host} lets other machines ask, and there is no token. Give"
+            f"--host {options.host} lets other machines connect, and there is no token. Give"
             f" --token-file FILE (openssl rand -hex 32 > FILE) or set {TOKEN_VARIABLE}; or leave"
             " --host at 127.0.0.1."
         )
     return token
 
 
-def _check_installed() -> None:
+def _check_packages() -> None:
     import importlib.util
 
     missing = [
@@ -198,13 +199,13 @@ def _check_installed() -> None:
     ]
     if missing:
         raise AnyFlowError(
-            f"serving needs {', '.join(missing)}, not installed here. Run: pip install"
+            f"serving needs {', '.join(missing)}, which are not installed. Run: pip install"
             " 'anyflow-deploy[serve]'"
         )
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    """The socket, bound before anything is loaded: a port that is taken is known at once."""
+def _open_listener(host: str, port: int) -> socket.socket:
+    """Bind the socket before anything is loaded, so that a taken port is known at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -242,5 +243,5 @@ def _load_pipeline(options: ServeOptions, bundle: Bundle) -> VideoPipeline:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-serve` with the flags of the command line."""
     run("anyflow-serve", ServeOptions, serve)

@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0}
 
 
-def _seconds(value: object) -> object:
+def _parse_seconds(value: object) -> object:
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|min)\s*", value.lower())
-    if found is None or not float(found[1]) > 0:
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|min)\s*", value.lower())
+    if match is None or not float(match[1]) > 0:
         raise ValueError(
             f"--deadline is {value!r}; allowed is a positive time with its unit, as 1500ms, 1.5s"
             " or 2m."
         )
-    return float(found[1]) * _UNITS[found[2]]
+    return float(match[1]) * _UNITS[match[2]]
 
 
-Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0, allow_inf_nan=False)]
-"""1500ms, 1.5s or 2m; a bare number only from Python, in seconds."""
+Seconds = Annotated[float, BeforeValidator(_parse_seconds), Field(gt=0, allow_inf_nan=False)]
+"""1500ms, 1.5s or 2m. A number without a unit, in seconds, is for Python only."""
 
 
 _FLAGS = {
@@ -49,7 +49,7 @@ def step_settings(options: GenerateOptions) -> StepSettings:
     """Read the flags that decide the steps.
 
     Raises:
-        InvalidRequestError: flags that contradict each other, naming which to leave out.
+        InvalidRequestError: flags that contradict each other; it names which to leave out.
     """
     settings = StepSettings(
         num_inference_steps=options.steps,

@@ -1,4 +1,4 @@
-"""What a command shows of the steps: a bar while they are made, and lines for the user at the end.
+"""What a command shows of the steps: a bar while they run, and lines at the end.
 
 The first Ctrl-C under a deadline finishes the sample with a single step; the second interrupts.
 """
@@ -52,7 +52,7 @@ class StepReport:
         )
 
     def add_result(self, result: DeadlineResult | AdaptiveResult) -> None:
-        """Note the result of a sample."""
+        """Add the result of a sample."""
         if isinstance(result, DeadlineResult):
             self.deadlines.append(result)
         else:
@@ -60,7 +60,7 @@ class StepReport:
 
     @property
     def stage(self) -> str:
-        """What the sampling is called in the closing line, such as `4 steps`."""
+        """Name of the sampling in the closing line, such as `4 steps`."""
         settings = self._settings
         if settings.deadline_s is not None or settings.target_psnr is not None:
             return "transitions"
@@ -70,46 +70,46 @@ class StepReport:
 
     @contextlib.contextmanager
     def show(self, progress: Progress, samples: int) -> Iterator[StepBar]:
-        """Draw a bar while steps are made; Ctrl-C is caught under a deadline.
+        """Draw a bar while steps run; under a deadline, catch Ctrl-C.
 
         Args:
             progress: draws the bar.
-            samples: that are made: chunks, or 1 for a whole video.
+            samples: number of chunks, or 1 for a whole video.
         """
-        catch: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        interrupt_handler: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self._settings.deadline_s is not None:
-            catch = stop_on_interrupt(self.stop_event)
+            interrupt_handler = stop_on_interrupt(self.stop_event)
         total = None if self._settings.target_psnr is not None else 1.0
-        with progress.stage("transitions", total) as advance, catch:
-            yield StepBar(samples, advance, known=total is not None)
+        with progress.stage("transitions", total) as advance, interrupt_handler:
+            yield StepBar(samples, advance, is_total_known=total is not None)
 
     def summary_lines(self) -> Iterator[str]:
-        """Say what became of the deadline or of the quality."""
+        """Yield lines that say how the deadline or the target quality was met."""
         if self.deadlines:
             yield _describe_deadlines(self.deadlines)
-        most = self._settings.num_inference_steps or MAX_ADAPTIVE_STEPS
+        max_steps = self._settings.num_inference_steps or MAX_ADAPTIVE_STEPS
         for result in self.qualities:
-            yield from _describe_quality(result, self._settings.target_psnr or 0.0, most)
+            yield from _describe_quality(result, self._settings.target_psnr or 0.0, max_steps)
 
 
 class StepBar:
     """Advances a progress bar with each step.
 
     Args:
-        samples: see `StepReport.show`.
+        samples: number of chunks, or 1 for a whole video.
         advance: moves the bar.
-        known: how many steps there will be is known.
+        is_total_known: whether the number of steps is known beforehand.
     """
 
-    def __init__(self, samples: int, advance: Advance, known: bool) -> None:
+    def __init__(self, samples: int, advance: Advance, is_total_known: bool) -> None:
         self._tracker = ProgressTracker(samples)
         self._advance = advance
-        self._known = known
+        self._is_total_known = is_total_known
         self._share = 0.0
 
     def update(self, step: Step) -> None:
-        """Note a step."""
-        if not self._known:
+        """Advance the bar by one step."""
+        if not self._is_total_known:
             self._advance(1)
             return
         share = self._tracker.update(step)
@@ -118,7 +118,7 @@ class StepBar:
 
 
 def _describe_quality(result: AdaptiveResult, target_psnr: float, max_steps: int) -> Iterator[str]:
-    """What was picked, and what it cost."""
+    """Describe which number of steps was picked, and what it cost."""
     candidates = ", ".join(
         f"{steps} steps {difference.psnr_db:.1f} dB" for steps, difference in result.candidates
     )
@@ -130,7 +130,7 @@ def _describe_quality(result: AdaptiveResult, target_psnr: float, max_steps: int
     )
     distance = f"{difference.psnr_db:.1f} dB (relative L2 {difference.relative_l2:.2g})"
     if result.reached:
-        yield f"picked {result.steps} steps: {distance}, and {target_psnr:g} dB were asked."
+        yield f"picked {result.steps} steps: {distance}, and the target is {target_psnr:g} dB."
         return
     why = ""
     if difference.not_finite:
@@ -142,23 +142,23 @@ def _describe_quality(result: AdaptiveResult, target_psnr: float, max_steps: int
 
 
 def _describe_deadlines(results: list[DeadlineResult]) -> str:
-    """What became of the deadlines of a video, or of its chunks."""
+    """Describe how the deadlines of a video, or of its chunks, were met."""
     deadline = results[0].deadline
     probe_steps = sum(result.probe_step for result in results)
     plural = "s" * (probe_steps > 1)
-    probing = f", after {probe_steps} draft{plural} to learn the pace" if probe_steps else ""
+    timing = f", after {probe_steps} probe step{plural} to measure the speed" if probe_steps else ""
     worst = min(result.slack for result in results)
     if len(results) == 1:
         only = results[0]
         end = f"met with {worst:.3f} s to spare" if worst >= 0 else f"missed by {-worst:.3f} s"
-        count = f"{only.steps} step{'s' * (only.steps > 1)}{probing}"
+        count = f"{only.steps} step{'s' * (only.steps > 1)}{timing}"
         return f"{count}, in {only.seconds:.3f} s: the deadline of {deadline:g} s was {end}."
     counts = ", ".join(str(result.steps) for result in results)
-    late = sum(result.slack < 0 for result in results)
+    late_count = sum(result.slack < 0 for result in results)
     end = f"met by all, with {worst:.3f} s to spare at least"
-    if late:
-        end = f"missed by {late} of {len(results)}, by {-worst:.3f} s at most"
-    return f"steps by chunk {counts}{probing}: the deadline of {deadline:g} s a chunk was {end}."
+    if late_count:
+        end = f"missed by {late_count} of {len(results)}, by {-worst:.3f} s at most"
+    return f"steps by chunk {counts}{timing}: the deadline of {deadline:g} s a chunk was {end}."
 
 
 @contextlib.contextmanager
@@ -175,10 +175,10 @@ def stop_on_interrupt(stop_event: threading.Event) -> Iterator[None]:
         if stop_event.is_set():
             raise KeyboardInterrupt
         stop_event.set()
-        console.print("finishing with one jump; Ctrl-C again interrupts.")
+        console.print("finishing with a single step; press Ctrl-C again to interrupt.")
 
-    before = signal.signal(signal.SIGINT, handle_signal)
+    old_handler = signal.signal(signal.SIGINT, handle_signal)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, old_handler)

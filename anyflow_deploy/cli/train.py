@@ -1,4 +1,4 @@
-"""`python -m anyflow_deploy.train`: a Wan2.1 checkpoint and data become an AnyFlow checkpoint."""
+"""`python -m anyflow_deploy.train`: train an AnyFlow checkpoint from a Wan2.1 checkpoint."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PROGRAM = "python -m anyflow_deploy.train"
 
 
 class TrainOptions(Options):
-    """Trains one stage of AnyFlow: teacher, flow-map or on-policy.
+    """Train one stage of AnyFlow: teacher, flow-map or on-policy.
 
-    RECIPE is STAGE-SIZE or STAGE-SIZE-causal, SIZE one of tiny, 1.3b, 14b. --show prints everything
-    it is made of; each of those settings is also a flag (--learning-rate 1e-5, --sample-steps 1,4).
-    A run that was stopped goes on with the same command. Several processes: torchrun
-    --nproc-per-node 8 -m anyflow_deploy.train RECIPE …
+    RECIPE is STAGE-SIZE or STAGE-SIZE-causal, SIZE one of tiny, 1.3b, 14b. --show prints all its
+    settings; each of them is also a flag (--learning-rate 1e-5, --sample-steps 1,4). The same
+    command resumes a run that was stopped. Several processes: torchrun --nproc-per-node 8 -m
+    anyflow_deploy.train RECIPE …
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("recipe",)
@@ -46,13 +46,13 @@ class TrainOptions(Options):
     )
     device: str | None = Field(None, description="cpu or cuda; cuda where there is any")
     wandb: str | None = Field(
-        None, description="project of Weights & Biases to log to, besides TensorBoard"
+        None, description="Weights & Biases project to log to, besides TensorBoard"
     )
     show: bool = Field(False, description="print the recipe as JSON, and do nothing")
 
 
-def full_options() -> type[TrainOptions]:
-    """The flags above, and one for each setting of a recipe."""
+def make_options_type() -> type[TrainOptions]:
+    """Make the options class with one more flag for each setting of a recipe."""
     from anyflow_deploy.training.recipes import recipe_fields
 
     settings: dict[str, Any] = {
@@ -64,8 +64,8 @@ def full_options() -> type[TrainOptions]:
     )
 
 
-def work(chosen: TrainOptions) -> int:
-    """Resolve the recipe, then show it or train."""
+def work(options: TrainOptions) -> int:
+    """Resolve the recipe, then show it or train; return the exit status."""
     from anyflow_deploy.training.recipes import (
         get_recipe,
         override_recipe,
@@ -74,42 +74,44 @@ def work(chosen: TrainOptions) -> int:
     )
 
     values = {
-        name: getattr(chosen, name)
+        name: getattr(options, name)
         for name, _, _ in recipe_fields()
-        if getattr(chosen, name) is not None
+        if getattr(options, name) is not None
     }
-    resolved = override_recipe(get_recipe(chosen.recipe), values)
-    if chosen.show:
-        sys.stdout.write(json.dumps(recipe_to_dict(resolved), indent=2) + "\n")
+    recipe = override_recipe(get_recipe(options.recipe), values)
+    if options.show:
+        sys.stdout.write(json.dumps(recipe_to_dict(recipe), indent=2) + "\n")
         return 0
-    return _train(chosen, resolved)
+    return _train(options, recipe)
 
 
-def _train(chosen: TrainOptions, resolved: Any) -> int:
+def _train(options: TrainOptions, recipe: Any) -> int:
     from pathlib import Path
 
     from anyflow_deploy.errors import AnyFlowError
     from anyflow_deploy.training.run_spec import RunSpec
     from anyflow_deploy.training.trainer import train
 
-    if chosen.output is None:
+    if options.output is None:
         raise AnyFlowError("--output is missing: the folder of the run.")
-    init, teacher = (None if path is None else Path(path) for path in (chosen.init, chosen.teacher))
+    init, teacher = (
+        None if path is None else Path(path) for path in (options.init, options.teacher)
+    )
     train(
         RunSpec(
-            resolved,
-            Path(chosen.output),
+            recipe,
+            Path(options.output),
             init,
             teacher,
-            chosen.data,
-            chosen.shard,
-            chosen.device,
-            chosen.wandb,
+            options.data,
+            options.shard,
+            options.device,
+            options.wandb,
         )
     )
     return 0
 
 
 def main() -> None:
-    """Entry point."""
-    run(PROGRAM, full_options(), work)
+    """Run `python -m anyflow_deploy.train` with the flags of the command line."""
+    run(PROGRAM, make_options_type(), work)

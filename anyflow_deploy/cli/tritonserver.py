@@ -33,8 +33,8 @@ class TritonOptions(Options):
     """Write a bundle into a model repository that the stock Triton Inference Server loads.
 
     The model is decoupled: a request (prompt or embeddings; steps or a deadline; a seed) is
-    answered chunk by chunk, several streams at once, with bounded memory. It runs in the server's
-    Python backend: install anyflow-deploy there. With --transition it is the bare transition
+    answered chunk by chunk. Several requests run at once in bounded memory. It runs in the server's
+    Python backend: install anyflow-deploy there. With --transition it serves one transition
     instead, as a TensorRT plan for the server's own tensorrt backend.
     """
 
@@ -51,7 +51,7 @@ class TritonOptions(Options):
 
     bundle: Path = Field(description="the bundle's folder")
     output: Path = Field(
-        description="model repository; made where it is missing, may hold other models"
+        description="model repository; created if missing, and may hold other models"
     )
     name: str = Field(
         "anyflow",
@@ -60,11 +60,11 @@ class TritonOptions(Options):
     )
     overwrite: bool = Field(False, description="replace a model of that name")
     transition: bool = Field(
-        False, description="the bare transition as a TensorRT plan, without text, VAE and sampling"
+        False, description="serve one transition as a TensorRT plan, without text, VAE, sampling"
     )
     parts: Words = Field(
         tuple(PARTS),
-        description="what is served with it: text (prompts), vae (frames and mp4); none: neither",
+        description="what is served with it: text (prompts), vae (frames, mp4), or none",
     )
     pipeline: str | None = Field(
         None,
@@ -99,7 +99,7 @@ class TritonOptions(Options):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> TritonOptions:
+    def _check_consistency(self) -> TritonOptions:
         try:
             check_backend(self.backend)
         except AnyFlowError as error:
@@ -127,19 +127,19 @@ class TritonOptions(Options):
 
 
 def triton(options: TritonOptions) -> int:
-    """Do it; returns the exit status."""
+    """Write the model repository; return the exit status."""
     bundle = load_bundle(options.bundle)
-    compiled = BACKENDS[options.backend].build_settings is not None
-    engine = find_engine(bundle, options.backend, options.engine) if compiled else None
+    needs_engine = BACKENDS[options.backend].build_settings is not None
+    engine = find_engine(bundle, options.backend, options.engine) if needs_engine else None
     devices = options.devices
     if options.transition:
         assert engine is not None
         check_plan(bundle, engine)
-    settings = None if options.transition else settings_of(options, bundle, engine)
+    settings = None if options.transition else settings_from_options(options, bundle, engine)
     pipeline = (
         None
         if settings is None or not settings.folders
-        else _pipeline(options, bundle, settings.folders)
+        else _find_pipeline(options, bundle, settings.folders)
     )
     writer = model_writer(options.output, options.name, options.overwrite)
     _check_room(options.output, bundle, pipeline)
@@ -149,17 +149,19 @@ def triton(options: TritonOptions) -> int:
             write_plan(writer, bundle, engine, devices)
         else:
             write_streaming(writer, bundle, engine, pipeline, settings, devices)
-    shown = escape(str(options.output))
+    repository = escape(str(options.output))
     where = "the CPU" if devices is None else f"GPU {', '.join(map(str, devices))}"
-    console.print(f"[green]wrote[/] [bold]{escape(options.name)}[/] for {where} into {shown}")
+    console.print(f"[green]wrote[/] [bold]{escape(options.name)}[/] for {where} into {repository}")
     console.print(
-        f"serve it, where anyflow-deploy is installed: tritonserver --model-repository {shown}"
+        f"serve it, where anyflow-deploy is installed: tritonserver --model-repository {repository}"
     )
     return 0
 
 
-def settings_of(options: TritonOptions, bundle: Bundle, engine: EngineFolder | None) -> Settings:
-    """The parameters of config.pbtxt."""
+def settings_from_options(
+    options: TritonOptions, bundle: Bundle, engine: EngineFolder | None
+) -> Settings:
+    """Make the parameters of config.pbtxt from the flags."""
     video = bundle.manifest.video
     parts = set(options.parts) & set(PARTS)
     return Settings(
@@ -178,7 +180,7 @@ def settings_of(options: TritonOptions, bundle: Bundle, engine: EngineFolder | N
     )
 
 
-def _pipeline(options: TritonOptions, bundle: Bundle, folders: list[str]) -> Path:
+def _find_pipeline(options: TritonOptions, bundle: Bundle, folders: list[str]) -> Path:
     from anyflow_deploy.pipelines.pipeline_folder import find_pipeline
 
     return find_pipeline(
@@ -187,7 +189,7 @@ def _pipeline(options: TritonOptions, bundle: Bundle, folders: list[str]) -> Pat
 
 
 def _check_room(repository: Path, bundle: Bundle, pipeline: Path | None) -> None:
-    """Where files cannot be linked, they are copied."""
+    """Refuse a full disk: where files cannot be linked, they are copied."""
     folders = [bundle.path, *([] if pipeline is None else [pipeline])]
     if all(folder.stat().st_dev == repository.stat().st_dev for folder in folders):
         return
@@ -211,5 +213,5 @@ def _size(folder: Path) -> int:
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-triton` with the flags of the command line."""
     run("anyflow-triton", TritonOptions, triton)

@@ -1,4 +1,4 @@
-"""`anyflow-validate`: an engine against PyTorch, with a verdict."""
+"""`anyflow-validate`: compare an engine with PyTorch, with a verdict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.markup import escape
 from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Options, Steps, run
-from anyflow_deploy.cli.sensitivity import calibrated_text
+from anyflow_deploy.cli.sensitivity import embed_calibration_prompt
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.registry import DEFAULT_BACKEND, load_engine
 from anyflow_deploy.errors import AnyFlowError
@@ -27,12 +27,13 @@ _TEXT_TOKENS = 32
 
 
 class ValidateOptions(Options):
-    """Compare a bundle's engine with PyTorch in float32: transitions at many (t, r), and whole
-    samples or streams.
+    """Compare a bundle's engine with PyTorch in float32.
 
-    The reference is diffusers' class, or for causal models this project's own module: diffusers'
-    attends to padding. Writes validation.json and validation.png. Exit status 0: within the
-    thresholds of its precision; 1: over.
+    It compares transitions at many (t, r), and whole samples or streams.
+
+    The reference is diffusers' class, or for causal models this project's own module, because
+    diffusers' class attends to padding. Writes validation.json and validation.png. Exit status 0:
+    within the thresholds of its precision; 1: over.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
@@ -42,7 +43,9 @@ class ValidateOptions(Options):
     )
 
     bundle: Path = Field(description="the bundle's folder")
-    checkpoint: str | None = Field(None, description="what it was exported from, if that has moved")
+    checkpoint: str | None = Field(
+        None, description="what the bundle was exported from, if that has moved"
+    )
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(
         None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)"
@@ -58,12 +61,12 @@ class ValidateOptions(Options):
     )
     height: int = Field(96, description="pixels")
     width: int = Field(160, description="pixels")
-    seed: int = Field(0, ge=0, description="of the test inputs")
+    seed: int = Field(0, ge=0, description="seed of the test inputs")
     output: Path | None = Field(None, description="folder for the report (default: the bundle)")
 
 
 def validate(options: ValidateOptions) -> int:
-    """Do it; returns the exit status."""
+    """Compare a bundle with the weights it came from; return the exit status."""
     from anyflow_deploy.export.diffusers_engine import weights_from_manifest
 
     bundle = load_bundle(options.bundle)
@@ -73,8 +76,7 @@ def validate(options: ValidateOptions) -> int:
 
 
 def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
-    """Compare a bundle with the weights it came from; prints, writes the report, returns the exit
-    status."""
+    """Compare a bundle with open weights, print and write the report; return the status."""
     from anyflow_deploy.engines import validation
     from anyflow_deploy.export.diffusers_engine import DiffusersEngine
     from anyflow_deploy.export.torch_engine import TorchEngine
@@ -86,7 +88,7 @@ def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> i
         )
     chunks = _chunks(bundle, options)
     shape, text = _shapes(bundle, options, sum(chunks) if chunks else None)
-    prompt_embeds = _calibrated_text(bundle, weights, text)
+    prompt_embeds = _calibration_prompt_embeds(bundle, weights, text)
     text = text if prompt_embeds is None else prompt_embeds.shape
     engine = load_engine(
         bundle, options.backend, options.provider, options.threads, engine=options.engine
@@ -108,7 +110,7 @@ def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> i
             chunks,
             prompt_embeds,
         )
-    _write(folder, bundle, result)
+    _write_report(folder, bundle, result)
     for failure in result.failures[:5]:
         console.print(f"[red]over:[/] {failure}")
     verdict = (
@@ -124,8 +126,10 @@ def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> i
 
 
 def _chunks(bundle: Bundle, options: ValidateOptions) -> tuple[int, ...] | None:
-    """The first chunks of a causal model's plan, until the cache holds two compressed ones; None of
-    a bidirectional model."""
+    """Return a causal plan's first chunks, until the cache holds two compressed ones.
+
+    None for a bidirectional model.
+    """
     a = bundle.manifest.architecture
     if a.chunk_partition is None or a.full_chunk_limit is None:
         return None
@@ -134,26 +138,29 @@ def _chunks(bundle: Bundle, options: ValidateOptions) -> tuple[int, ...] | None:
             f"{bundle.path} is causal: its first chunks are compared, whatever their length. Leave"
             " --frames out."
         )
-    allowed = bundle.manifest.shape_ranges.frames
-    return tuple(allowed.nearest(frames) for frames in a.chunk_partition[: a.full_chunk_limit + 2])
+    span = bundle.manifest.shape_ranges.frames
+    return tuple(span.nearest(frames) for frames in a.chunk_partition[: a.full_chunk_limit + 2])
 
 
 def _shapes(
     bundle: Bundle, options: ValidateOptions, frames: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The size asked for, moved to the nearest one the bundle declares when it is only the default;
-    `frames` is settled."""
+    """Return the shapes of the test video and of its prompt embeddings.
+
+    A size that is only the default moves to the nearest one that the bundle declares; `frames`
+    stays.
+    """
     ranges = bundle.manifest.shape_ranges
     video = bundle.manifest.video
     a = bundle.manifest.architecture
     sizes = {"frames": latent_frames(options.frames, video.temporal_factor)}
     for axis in ("height", "width"):
         pixels = getattr(options, axis)
-        asked = axis in options.model_fields_set
+        is_given = axis in options.model_fields_set
         unit = a.patch_size[1]
         sizes[axis] = (
             latent_side(pixels, video.spatial_factor, unit, axis)
-            if asked
+            if is_given
             else pixels // video.spatial_factor
         )
     for axis in sizes:
@@ -165,22 +172,26 @@ def _shapes(
     return (batch, frames or sizes["frames"], a.in_channels, sizes["height"], sizes["width"]), text
 
 
-def _calibrated_text(bundle: Bundle, weights: Any, shape: tuple[int, ...]) -> Array | None:
-    """What an 8-bit bundle was calibrated with: its first prompt, at full length. Random embeddings
-    would be cut off at ranges that were measured on a text encoder's, and padding belongs to the
-    ranges, too."""
+def _calibration_prompt_embeds(
+    bundle: Bundle, weights: Any, shape: tuple[int, ...]
+) -> Array | None:
+    """Embed the first prompt that an 8-bit bundle was calibrated with, at full length.
+
+    Random embeddings would be cut off at ranges that were measured on a text encoder's, and padding
+    belongs to the ranges, too.
+    """
     if bundle.manifest.quantization is None:
         return None
-    embeddings = calibrated_text(weights, load_calibration(bundle.path / CALIBRATION))
+    embeddings = embed_calibration_prompt(weights, load_calibration(bundle.path / CALIBRATION))
     tokens = bundle.manifest.shape_ranges.text.nearest(embeddings.shape[1])
-    padded = np.zeros((shape[0], tokens, shape[2]), np.float32)
-    known = embeddings[:, :tokens]
-    padded[:, : known.shape[1]] = known
-    return padded
+    prompt_embeds = np.zeros((shape[0], tokens, shape[2]), np.float32)
+    unpadded = embeddings[:, :tokens]
+    prompt_embeds[:, : unpadded.shape[1]] = unpadded
+    return prompt_embeds
 
 
-def _write(folder: Path, bundle: Bundle, result: Any) -> None:
-    """validation.json, validation.png and the tables."""
+def _write_report(folder: Path, bundle: Bundle, result: Any) -> None:
+    """Write validation.json and validation.png, and print the tables."""
     from anyflow_deploy.engines import validation_report
 
     content = {"bundle_sha256": bundle.digest, **result.as_json()}
@@ -191,10 +202,10 @@ def _write(folder: Path, bundle: Bundle, result: Any) -> None:
         validation_report.plot_validation(result, folder / "validation.png")
     else:
         console.print(
-            "no picture: matplotlib is not installed (it comes with anyflow-deploy[export])."
+            "no plot: matplotlib is not installed (it comes with anyflow-deploy[export])."
         )
 
 
 def main() -> None:
-    """Entry point."""
+    """Run `anyflow-validate` with the flags of the command line."""
     run("anyflow-validate", ValidateOptions, validate)

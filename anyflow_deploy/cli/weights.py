@@ -1,4 +1,4 @@
-"""The flags of commands that start from a checkpoint: which weights."""
+"""The flags of commands that start from a checkpoint: they choose the weights."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ if TYPE_CHECKING:  # it needs torch, and --help does not
 
 
 class WeightOptions(Options):
-    """Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with
-    --random-weights)."""
+    """Flags that choose weights: --checkpoint, the Hub (--model), or a seed.
+
+    A seed is for --model with --random-weights.
+    """
 
     model: str | None = Field(
         None, description=f"one of {', '.join(MODELS)}; not needed with --checkpoint"
@@ -26,17 +28,17 @@ class WeightOptions(Options):
         None, description="a diffusers pipeline folder, or its transformer/"
     )
     random_weights: bool = Field(
-        False, description="the architecture with seeded weights, nothing downloaded"
+        False, description="use seeded random weights; nothing is downloaded"
     )
-    seed: int = Field(0, ge=0, description="of --random-weights")
+    seed: int = Field(0, ge=0, description="seed of --random-weights")
 
     @field_validator("model")
     @classmethod
-    def _known_model(cls, name: str | None) -> str | None:
+    def _check_model(cls, name: str | None) -> str | None:
         return name if name is None else check_name(get_model, name)
 
     @model_validator(mode="after")
-    def _weights_are_named(self) -> WeightOptions:
+    def _check_source(self) -> WeightOptions:
         if self.model is None and self.checkpoint is None:
             raise ValueError(
                 "nothing to start from: give --checkpoint DIR, --model NAME, or --model NAME"
@@ -49,7 +51,7 @@ class WeightOptions(Options):
         return self
 
     def weights(self) -> Weights:
-        """Open them.
+        """Open the weights.
 
         Raises:
             CheckpointError: they are not there, or not AnyFlow's.
@@ -76,7 +78,7 @@ class WeightOptions(Options):
 
 
 def check_name(lookup: Callable[[str], object], name: str) -> str:
-    """A table's row exists; its error becomes one that pydantic passes on."""
+    """Check that a table has a row of this name; raise a ValueError for pydantic if not."""
     try:
         lookup(name)
     except AnyFlowError as error:

@@ -1,5 +1,4 @@
-"""Which backend runs which precision here, and why not: judged from the findings, with nothing
-looked at anew."""
+"""Judge from the probes' results which backend runs which precision here, and why not."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 BASES = PRECISIONS[:3]
 
 _CAPABILITY = {"bf16": (8, 0), "int8": (7, 5), "fp8": (8, 9)}
-"""The first NVIDIA GPUs with units for a type."""
+"""Compute capability of the first NVIDIA GPUs with units for a type."""
 
 _OLDEST_FOR_TENSORRT = (7, 5)
 
@@ -37,7 +36,7 @@ class BackendRequirements:
 
 
 def _requirements(backend: Backend, provider: str) -> BackendRequirements:
-    """What a row of the registry needs on a provider."""
+    """Return what a row of the registry needs on a provider."""
     needs = (probes.NUMPY, *((probes.GPU,) if provider == "cuda" else ()), *backend.probes)
     needs += backend.gpu_probes if provider == "cuda" else ()
     return BackendRequirements(
@@ -53,35 +52,41 @@ REQUIREMENTS = tuple(
 
 @dataclass(frozen=True)
 class BackendVerdict:
-    """A backend here: each precision with the reason why it does not run, or an empty one where it
-    does."""
+    """What a backend runs on this machine.
+
+    Attributes:
+        backend: the backend, on one provider.
+        reasons: precision -> why it does not run; empty where it does.
+    """
 
     backend: BackendRequirements
     reasons: dict[str, str]
 
     @property
-    def running(self) -> list[str]:
+    def runnable_precisions(self) -> list[str]:
         """The precisions that run."""
         return [name for name, reason in self.reasons.items() if not reason]
 
 
-def judge_backends(found: ProbeResults) -> list[BackendVerdict]:
-    """Judge every backend.
+def judge_backends(results: ProbeResults) -> list[BackendVerdict]:
+    """Judge every backend on every provider it has.
 
     Args:
-        found: what the probes said.
+        results: of the probes, by name.
     """
     return [
-        BackendVerdict(backend, {p: _reason(backend, p, found) for p in PRECISIONS})
+        BackendVerdict(backend, {p: _reason(backend, p, results) for p in PRECISIONS})
         for backend in REQUIREMENTS
     ]
 
 
-def check_requirement(wish: str, provider: str | None, verdicts: list[BackendVerdict]) -> str:
-    """Whether a backend, or one precision of it, runs.
+def check_requirement(
+    requirement: str, provider: str | None, verdicts: list[BackendVerdict]
+) -> str:
+    """Check whether a backend, or one precision of it, runs.
 
     Args:
-        wish: `backend` (any precision) or `backend:precision`.
+        requirement: `backend` (any precision) or `backend:precision`.
         provider: "cpu" or "cuda"; None: the CPU where the backend has one, else the GPU.
         verdicts: from `judge_backends`.
 
@@ -91,13 +96,13 @@ def check_requirement(wish: str, provider: str | None, verdicts: list[BackendVer
     Raises:
         AnyFlowError: an unknown backend, provider or precision.
     """
-    name, _, precision = wish.partition(":")
+    name, _, precision = requirement.partition(":")
     names = list(dict.fromkeys(verdict.backend.name for verdict in verdicts))
     if name not in names:
         raise AnyFlowError(
             f"--require names {name!r}; allowed are {', '.join(names)}.{suggestion(name, names)}"
         )
-    if precision not in PRECISIONS and ":" in wish:
+    if precision not in PRECISIONS and ":" in requirement:
         near = suggestion(precision, PRECISIONS)
         raise AnyFlowError(
             f"--require names precision {precision!r}; allowed are {', '.join(PRECISIONS)}.{near}"
@@ -109,41 +114,41 @@ def check_requirement(wish: str, provider: str | None, verdicts: list[BackendVer
         raise AnyFlowError(f"{name} has no provider {provider!r}; leave --provider out.")
     if precision:
         return rows[0].reasons[precision]
-    return "" if rows[0].running else rows[0].reasons["fp32"]
+    return "" if rows[0].runnable_precisions else rows[0].reasons["fp32"]
 
 
-def _reason(backend: BackendRequirements, precision: str, found: ProbeResults) -> str:
+def _reason(backend: BackendRequirements, precision: str, results: ProbeResults) -> str:
     for name in backend.needs:
-        finding = found.get(name, ProbeResult(MISSING, "not looked at"))
-        if not finding.works:
-            return f"{name}: {finding.detail}"
+        result = results.get(name, ProbeResult(MISSING, "was not probed"))
+        if not result.works:
+            return f"{name}: {result.detail}"
     if precision not in backend.precisions:
         return "this backend has no such precision"
     if backend.provider == "cpu":
-        return _on_cpu(backend, precision, found)
-    if backend.name == "aotinductor" and not found[probes.TORCH].facts.get("cuda"):
-        return f"{probes.TORCH}: {found[probes.TORCH].detail}"
-    return _on_gpu(
-        backend, precision, tuple(found[probes.GPU].facts["gpus"][0]["compute_capability"])
+        return _cpu_reason(backend, precision, results)
+    if backend.name == "aotinductor" and not results[probes.TORCH].facts.get("cuda"):
+        return f"{probes.TORCH}: {results[probes.TORCH].detail}"
+    return _gpu_reason(
+        backend, precision, tuple(results[probes.GPU].facts["gpus"][0]["compute_capability"])
     )
 
 
-def _on_cpu(backend: BackendRequirements, precision: str, found: ProbeResults) -> str:
+def _cpu_reason(backend: BackendRequirements, precision: str, results: ProbeResults) -> str:
     if backend.name != "onnxruntime":
         return ""
     if precision == "bf16":
         return CPU_HAS_NO_BF16
-    exact = found.get(probes.INT8, ProbeResult(MISSING, "not looked at"))
-    return f"{probes.INT8}: {exact.detail}" if precision == "int8" and not exact.works else ""
+    result = results.get(probes.INT8, ProbeResult(MISSING, "was not probed"))
+    return f"{probes.INT8}: {result.detail}" if precision == "int8" and not result.works else ""
 
 
-def _on_gpu(backend: BackendRequirements, precision: str, has: tuple[int, ...]) -> str:
-    shown = ".".join(map(str, has))
-    if "tensorrt" in backend.name and has < _OLDEST_FOR_TENSORRT:
-        return f"TensorRT needs compute capability 7.5, the first GPU has {shown}"
-    needed = _CAPABILITY.get(precision, (0, 0))
+def _gpu_reason(backend: BackendRequirements, precision: str, capability: tuple[int, ...]) -> str:
+    text = ".".join(map(str, capability))
+    if "tensorrt" in backend.name and capability < _OLDEST_FOR_TENSORRT:
+        return f"TensorRT needs compute capability 7.5, the first GPU has {text}"
+    minimum = _CAPABILITY.get(precision, (0, 0))
     return (
-        f"needs compute capability {'.'.join(map(str, needed))}, the first GPU has {shown}"
-        if has < needed
+        f"needs compute capability {'.'.join(map(str, minimum))}, the first GPU has {text}"
+        if capability < minimum
         else ""
     )

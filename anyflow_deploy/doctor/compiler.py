@@ -1,5 +1,7 @@
-"""What compiling an engine needs: a C++ compiler that works, with OpenMP. (`cpp.py` has what the
-C++ library needs.)"""
+"""Probe what compiling an engine needs: a C++ compiler that works, with OpenMP.
+
+`cpp.py` probes what the C++ library needs.
+"""
 
 from __future__ import annotations
 
@@ -26,43 +28,36 @@ extern "C" int probe(int count) {
 
 
 def probe_compiler() -> ProbeResult:
-    """A C++ compiler makes a library with OpenMP, as AOTInductor does, and the library runs."""
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    found = next((path for name in wanted if (path := shutil.which(name.split()[0]))), None)
+    """Compile a small library with OpenMP, as AOTInductor does, and call it."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
+    compiler = next((path for name in names if (path := shutil.which(name.split()[0]))), None)
     install = "apt-get install g++ (with clang also libomp-dev)"
-    if found is None:
-        return ProbeResult(MISSING, f"none of {', '.join(wanted)} is there", install)
+    if compiler is None:
+        return ProbeResult(MISSING, f"none of {', '.join(names)} is there", install)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         library = Path(folder, "probe.so")
         source.write_text(_SOURCE)
-        command = [
-            found,
-            "-std=c++17",
-            "-O2",
-            "-fPIC",
-            "-shared",
-            "-fopenmp",
-            str(source),
-            "-o",
-            str(library),
-        ]
-        done = subprocess.run(
+        flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp"]
+        command = [compiler, *flags, str(source), "-o", str(library)]
+        process = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=120, check=False
         )
-        if done.returncode:
+        if process.returncode:
             lines = (
-                [line for line in done.stderr.splitlines() if "error" in line]
-                or done.stderr.splitlines()
+                [line for line in process.stderr.splitlines() if "error" in line]
+                or process.stderr.splitlines()
                 or ["no reason given"]
             )
             return ProbeResult(
-                FAULT, f"{found} fails on a small OpenMP program: {lines[0][:200]}", install
+                FAULT, f"{compiler} fails on a small OpenMP program: {lines[0][:200]}", install
             )
         code = f"import ctypes\nfound['sum'] = ctypes.CDLL({str(library)!r}).probe(1000)"
         answer = run_python(code)
-    if answer.found.get("sum") != 1000:
+    if answer.facts.get("sum") != 1000:
         return ProbeResult(
-            FAULT, f"what {found} makes does not run: {answer.error or 'a wrong sum'}", install
+            FAULT,
+            f"a library made by {compiler} does not run: {answer.error or 'a wrong sum'}",
+            install,
         )
-    return ProbeResult(WORKS, f"{found}, C++17 and OpenMP")
+    return ProbeResult(WORKS, f"{compiler}, C++17 and OpenMP")

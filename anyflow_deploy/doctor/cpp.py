@@ -1,5 +1,4 @@
-"""What building the C++ library (`engines/cpp`, docs/how-to/cpp.md) needs, looked for where its
-CMake files look."""
+"""Probe what building the C++ library (`engines/cpp`) needs, where its CMake files look."""
 
 from __future__ import annotations
 
@@ -33,22 +32,22 @@ _JSON_VERSION = [
 
 
 def probe_library() -> ProbeResult:
-    """CMake, something that it writes files for, a compiler of C++20, and nlohmann-json."""
+    """Probe CMake, a program that builds, a C++20 compiler, and nlohmann-json."""
     parts = [_probe_cmake(), _probe_generator(), _probe_cpp20(), _probe_json()]
-    lacking = [part for part in parts if not part.works]
-    if lacking:
-        state = FAULT if any(part.state == FAULT for part in lacking) else MISSING
+    failures = [part for part in parts if not part.works]
+    if failures:
+        state = FAULT if any(part.state == FAULT for part in failures) else MISSING
         return ProbeResult(
             state,
-            "; ".join(part.detail for part in lacking),
-            "; ".join(part.remedy for part in lacking),
+            "; ".join(part.detail for part in failures),
+            "; ".join(part.remedy for part in failures),
         )
     return ProbeResult(WORKS, ", ".join(part.detail for part in parts))
 
 
 def probe_torch_headers() -> ProbeResult:
-    """For its AOTInductor backend."""
-    package = _package("torch")
+    """Probe the headers for the AOTInductor backend."""
+    package = _find_package("torch")
     folders = [*([package / "include"] if package else []), *include_folders()]
     install = (
         "pip install 'anyflow-deploy[aotinductor]' (torch's wheel has its headers and libraries)"
@@ -59,7 +58,7 @@ def probe_torch_headers() -> ProbeResult:
 
 
 def probe_tensorrt_headers() -> ProbeResult:
-    """For its TensorRT backend; libnvinfer itself has to be there, too."""
+    """Probe the headers for the TensorRT backend, which also needs libnvinfer."""
     parts = [
         ("NvInferVersion.h", rf"#define (?:NV_TENSORRT|TRT)_{part}(?:_ENTERPRISE)? (\d+)")
         for part in ("MAJOR", "MINOR", "PATCH")
@@ -69,7 +68,7 @@ def probe_tensorrt_headers() -> ProbeResult:
 
 
 def probe_cuda_headers() -> ProbeResult:
-    """For the same, and for AOTInductor in Python on a GPU."""
+    """Probe the headers for the TensorRT backend and for AOTInductor on a GPU."""
     folders = [
         *include_folders("CUDA_HOME", "CUDA_PATH"),
         Path("/usr/local/cuda/include"),
@@ -78,20 +77,20 @@ def probe_cuda_headers() -> ProbeResult:
     folders += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/include"))
     version = [("cuda.h", r"#define CUDA_VERSION (\d+)")]
     install = "apt-get install cuda-cudart-dev (NVIDIA's repository), or set CUDA_HOME"
-    found = probe_header("cuda_runtime_api.h", folders, version, install)
-    detail = re.sub(r"^(\d+)0(\d)0 ", r"\1.\2 ", found.detail)  # 12060 is 12.6
-    return ProbeResult(found.state, detail, found.remedy, found.facts)
+    result = probe_header("cuda_runtime_api.h", folders, version, install)
+    detail = re.sub(r"^(\d+)0(\d)0 ", r"\1.\2 ", result.detail)  # 12060 is 12.6
+    return ProbeResult(result.state, detail, result.remedy, result.facts)
 
 
 def probe_header(
     name: str, where: Sequence[Path], version: Sequence[tuple[str, str]], install: str
 ) -> ProbeResult:
-    """Look for a header.
+    """Look for a header and read its version.
 
     Args:
         name: of its file.
-        where: folders, the first that has it counts.
-        version: files beside it and patterns of the numbers that make its version.
+        where: folders; the first one that has the header is used.
+        version: files beside it, and patterns of the numbers that make its version.
         install: what to do where it is missing.
     """
     folder = next((folder for folder in where if (folder / name).is_file()), None)
@@ -100,12 +99,12 @@ def probe_header(
     numbers = []
     for file, pattern in version:
         path = (folder / name).parent / file
-        found = (
+        match = (
             re.search(pattern, path.read_text(errors="replace"), re.MULTILINE)
             if path.is_file()
             else None
         )
-        numbers += [found[1]] if found else []
+        numbers += [match[1]] if match else []
     return ProbeResult(
         WORKS,
         f"{'.'.join(numbers) + ' ' if numbers else ''}in {folder}",
@@ -114,18 +113,18 @@ def probe_header(
 
 
 def include_folders(*variables: str) -> list[Path]:
-    """Where a compiler, or a variable of the environment, says that headers are."""
+    """Return the folders of headers: the compiler's, and those that variables name."""
     paths = [Path(os.environ[name]) for name in variables if os.environ.get(name)]
-    named = [part for path in paths for part in (path / "include", path)]
-    listed = [
+    package_folders = [part for path in paths for part in (path / "include", path)]
+    compiler_folders = [
         Path(part)
         for name in ("CPLUS_INCLUDE_PATH", "CPATH")
-        for part in _parts(os.environ.get(name, ""))
+        for part in _split_paths(os.environ.get(name, ""))
     ]
     machine = sysconfig.get_config_var("MULTIARCH") or ""
     return [
-        *named,
-        *listed,
+        *package_folders,
+        *compiler_folders,
         Path("/usr/local/include"),
         Path("/usr/include"),
         Path("/usr/include", machine),
@@ -133,24 +132,24 @@ def include_folders(*variables: str) -> list[Path]:
 
 
 def _probe_cmake() -> ProbeResult:
-    path = _program("cmake")
-    wanted = ".".join(map(str, OLDEST_CMAKE))
-    found = re.search(
+    path = _find_program("cmake")
+    minimum = ".".join(map(str, OLDEST_CMAKE))
+    match = re.search(
         r"cmake version (\d+)\.(\d+)\.?\S*",
         (run_command([path, "--version"]) or "") if path else "",
     )
-    if found is None:
+    if match is None:
         return ProbeResult(
-            MISSING, "no cmake", f"pip install cmake, or apt-get install cmake ({wanted} or later)"
+            MISSING, "no cmake", f"pip install cmake, or apt-get install cmake ({minimum} or later)"
         )
-    shown = found[0].replace("cmake version", "CMake")
-    if (int(found[1]), int(found[2])) < OLDEST_CMAKE:
-        return ProbeResult(FAULT, f"{shown}, needed is {wanted} or later", "pip install cmake")
-    return ProbeResult(WORKS, shown)
+    version = match[0].replace("cmake version", "CMake")
+    if (int(match[1]), int(match[2])) < OLDEST_CMAKE:
+        return ProbeResult(FAULT, f"{version}; {minimum} or later is needed", "pip install cmake")
+    return ProbeResult(WORKS, version)
 
 
 def _probe_generator() -> ProbeResult:
-    name = next((name for name in ("ninja", "make") if _program(name)), None)
+    name = next((name for name in ("ninja", "make") if _find_program(name)), None)
     return (
         ProbeResult(WORKS, name)
         if name
@@ -159,43 +158,44 @@ def _probe_generator() -> ProbeResult:
 
 
 def _probe_cpp20() -> ProbeResult:
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    found = next((path for name in wanted if (path := shutil.which(name.split()[0]))), None)
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    compiler = next((path for name in names if (path := shutil.which(name.split()[0]))), None)
     install = "apt-get install g++ (11 or later)"
-    if found is None:
-        return ProbeResult(MISSING, f"none of {', '.join(wanted)} is there", install)
+    if compiler is None:
+        return ProbeResult(MISSING, f"none of {', '.join(names)} is there", install)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text(_CPP20)
-        command = [found, "-std=c++20", "-fsyntax-only", str(source)]
-        done = subprocess.run(
+        command = [compiler, "-std=c++20", "-fsyntax-only", str(source)]
+        process = subprocess.run(
             command, capture_output=True, text=True, errors="replace", timeout=60, check=False
         )
     return (
-        ProbeResult(FAULT, f"{found} does not take C++20", install)
-        if done.returncode
-        else ProbeResult(WORKS, f"{found} with C++20")
+        ProbeResult(FAULT, f"{compiler} does not take C++20", install)
+        if process.returncode
+        else ProbeResult(WORKS, f"{compiler} with C++20")
     )
 
 
 def _probe_json() -> ProbeResult:
-    package = _package("nlohmann_json")
+    package = _find_package("nlohmann_json")
     folders = [*([package / "include"] if package else []), *include_folders()]
     install = "pip install nlohmann-json, or apt-get install nlohmann-json3-dev"
-    found = probe_header("nlohmann/json.hpp", folders, _JSON_VERSION, install)
+    result = probe_header("nlohmann/json.hpp", folders, _JSON_VERSION, install)
     return ProbeResult(
-        found.state, f"nlohmann-json {found.detail}" if found.works else found.detail, found.remedy
+        result.state,
+        f"nlohmann-json {result.detail}" if result.works else result.detail,
+        result.remedy,
     )
 
 
-def _program(name: str) -> str | None:
-    """Where a program is: what pip installs lies beside this Python, also where its environment is
-    not active."""
+def _find_program(name: str) -> str | None:
+    """Find a program; what pip installs lies beside this Python, on PATH or not."""
     return shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
 
 
-def _package(name: str) -> Path | None:
-    """The folder of an installed package, which is not imported."""
+def _find_package(name: str) -> Path | None:
+    """Find the folder of an installed package without importing it."""
     spec = find_spec(name)
     return (
         Path(next(iter(spec.submodule_search_locations)))
@@ -204,5 +204,5 @@ def _package(name: str) -> Path | None:
     )
 
 
-def _parts(value: str) -> Iterable[str]:
+def _split_paths(value: str) -> Iterable[str]:
     return filter(None, value.split(os.pathsep))

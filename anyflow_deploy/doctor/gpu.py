@@ -1,5 +1,7 @@
-"""The GPU and its driver, from whoever can tell: NVML, nvidia-smi, or cuda-python (a Jetson has
-only the last)."""
+"""Probe the GPU and its driver: through NVML, nvidia-smi, or cuda-python.
+
+A Jetson has only cuda-python.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,14 @@ import pynvml as nv
 text = lambda value: value.decode() if isinstance(value, bytes) else value
 nv.nvmlInit()
 cuda = nv.nvmlSystemGetCudaDriverVersion()
-found["driver"] = text(nv.nvmlSystemGetDriverVersion())
-found["cuda"] = f"{cuda // 1000}.{cuda % 1000 // 10}"
-found["gpus"] = []
+facts["driver"] = text(nv.nvmlSystemGetDriverVersion())
+facts["cuda"] = f"{cuda // 1000}.{cuda % 1000 // 10}"
+facts["gpus"] = []
 for index in range(nv.nvmlDeviceGetCount()):
     gpu = nv.nvmlDeviceGetHandleByIndex(index)
     memory = nv.nvmlDeviceGetMemoryInfo(gpu)
     capability = list(nv.nvmlDeviceGetCudaComputeCapability(gpu))
-    found["gpus"].append({
+    facts["gpus"].append({
         "name": text(nv.nvmlDeviceGetName(gpu)), "compute_capability": capability,
         "total_bytes": int(memory.total), "free_bytes": int(memory.free),
     })
@@ -41,13 +43,13 @@ def value(answer):
         raise RuntimeError(f"CUDA says {answer[0].name}")
     return answer[1] if len(answer) == 2 else answer[1:]
 cuda = value(runtime.cudaDriverGetVersion()) if hasattr(runtime, "cudaDriverGetVersion") else 0
-found["driver"], found["cuda"] = "", f"{cuda // 1000}.{cuda % 1000 // 10}"
-found["gpus"] = []
+facts["driver"], facts["cuda"] = "", f"{cuda // 1000}.{cuda % 1000 // 10}"
+facts["gpus"] = []
 for index in range(value(runtime.cudaGetDeviceCount())):
     gpu = value(runtime.cudaGetDeviceProperties(index))
     value((runtime.cudaSetDevice(index)[0], 0))
     free, total = value(runtime.cudaMemGetInfo())
-    found["gpus"].append({
+    facts["gpus"].append({
         "name": gpu.name.decode(), "compute_capability": [gpu.major, gpu.minor],
         "total_bytes": int(total), "free_bytes": int(free),
     })
@@ -57,11 +59,11 @@ GpuFacts = dict[str, Any]
 
 
 def probe_gpu(
-    ways: Sequence[Callable[[], GpuFacts | None]] | None = None, root: Path = Path("/")
+    readers: Sequence[Callable[[], GpuFacts | None]] | None = None, root: Path = Path("/")
 ) -> ProbeResult:
-    """All GPUs, with compute capability, memory, driver and the CUDA version the driver knows."""
-    for way in (from_nvml, from_smi, from_cuda_python) if ways is None else ways:
-        facts = way()
+    """Probe all GPUs: compute capability, memory, driver, and the driver's CUDA version."""
+    for read in (read_nvml, read_nvidia_smi, read_cuda_python) if readers is None else readers:
+        facts = read()
         if facts is not None and facts["gpus"]:
             return ProbeResult(WORKS, _describe_gpus(facts), facts=facts)
     on_bus = [path for path in root.glob("sys/bus/pci/devices/*") if _is_nvidia_gpu(path)]
@@ -83,19 +85,22 @@ def probe_gpu(
     )
 
 
-def from_nvml() -> GpuFacts | None:
-    """By nvidia-ml-py, where it is installed and a driver answers."""
-    return run_python(_NVML).found or None
+def read_nvml() -> GpuFacts | None:
+    """Read the GPUs through nvidia-ml-py; None where it is missing or no driver answers."""
+    return run_python(_NVML).facts or None
 
 
-def from_smi() -> GpuFacts | None:
-    """By nvidia-smi. On a Jetson it has no memory to tell."""
+def read_nvidia_smi() -> GpuFacts | None:
+    """Read the GPUs from nvidia-smi; None where it is missing, or on a Jetson.
+
+    On a Jetson it does not know the memory.
+    """
     text = run_command(_SMI)
     return None if text is None else facts_from_smi(text, run_command(["nvidia-smi"]) or "")
 
 
 def facts_from_smi(rows: str, banner: str) -> GpuFacts | None:
-    """What nvidia-smi's table says; None where it does not say what is needed."""
+    """Parse nvidia-smi's table; None where a cell is missing."""
     gpus, driver = [], ""
     for line in filter(None, map(str.strip, rows.splitlines())):
         cells = [cell.strip() for cell in line.split(",")]
@@ -106,17 +111,17 @@ def facts_from_smi(rows: str, banner: str) -> GpuFacts | None:
         except ValueError:
             return None
         gpus.append({"name": name, "compute_capability": [major, minor], **sizes})
-    _, found, rest = banner.partition("CUDA Version:")
+    _, separator, rest = banner.partition("CUDA Version:")
     return {
         "driver": driver,
-        "cuda": rest.split()[0] if found and rest.split() else "",
+        "cuda": rest.split()[0] if separator and rest.split() else "",
         "gpus": gpus,
     }
 
 
-def from_cuda_python() -> GpuFacts | None:
-    """By CUDA itself."""
-    return run_python(_CUDA).found or None
+def read_cuda_python() -> GpuFacts | None:
+    """Read the GPUs through cuda-python; None where it is missing or fails."""
+    return run_python(_CUDA).facts or None
 
 
 def _describe_gpus(facts: GpuFacts) -> str:

@@ -1,5 +1,4 @@
-"""The packages that compute: what is installed, and whether it can be imported and does a small
-piece of work."""
+"""Probe the packages that compute: import each one and let it do a small piece of work."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ EXPORT = "pip install 'anyflow-deploy[export]'"
 _NUMPY = """
 import numpy
 assert float((numpy.eye(3) @ numpy.ones(3)).sum()) == 3
-found["detail"] = numpy.__version__
+facts["detail"] = numpy.__version__
 """
 
 _ORT = """
@@ -29,7 +28,7 @@ add = helper.make_node("Add", ["a", "a"], ["b"])
 graph = helper.make_graph([add], "probe", [value("a")], [value("b")])
 opset = helper.make_opsetid("", 20)
 model = helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
-def running(provider):
+def run_on(provider):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(model, options, providers=[provider], enable_fallback=0)
@@ -42,71 +41,73 @@ def running(provider):
 """
 
 _ORT_CPU = f"""{_ORT}
-running("CPUExecutionProvider")
-found["providers"] = onnxruntime.get_available_providers()
-names = [name.removesuffix("ExecutionProvider") for name in found["providers"]]
-found["detail"] = f"{{onnxruntime.__version__}}, providers {{' '.join(names)}}"
+run_on("CPUExecutionProvider")
+facts["providers"] = onnxruntime.get_available_providers()
+names = [name.removesuffix("ExecutionProvider") for name in facts["providers"]]
+facts["detail"] = f"{{onnxruntime.__version__}}, providers {{' '.join(names)}}"
 """
 
 _ORT_CUDA = f"""{_ORT}
 if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-    found["detail"] = ""
+    facts["detail"] = ""
 else:
-    running("CUDAExecutionProvider")
-    found["detail"] = f"{{onnxruntime.__version__}}, runs on the GPU"
+    run_on("CUDAExecutionProvider")
+    facts["detail"] = f"{{onnxruntime.__version__}}, runs on the GPU"
 """
 
 _INT8 = """
 import numpy, onnxruntime
 from anyflow_deploy.engines.onnxruntime.int8 import is_exact
 for weights in ("int8", "uint8"):
-    found[weights] = is_exact(onnxruntime, getattr(numpy, weights))
+    facts[weights] = is_exact(onnxruntime, getattr(numpy, weights))
 """
 
 _TORCH = """
 import torch
 assert float((torch.eye(3) @ torch.ones(3)).sum()) == 3
-found["cuda_build"], found["cuda"] = torch.version.cuda, torch.cuda.is_available()
+facts["cuda_build"], facts["cuda"] = torch.version.cuda, torch.cuda.is_available()
 build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-found["detail"] = f"{torch.__version__}, {build}"
-if found["cuda"]:
+facts["detail"] = f"{torch.__version__}, {build}"
+if facts["cuda"]:
     major, minor = torch.cuda.get_device_capability()
     assert float((torch.eye(3, device="cuda") @ torch.ones(3, device="cuda")).sum()) == 3
-    found["detail"] += ", runs on the GPU"
+    facts["detail"] += ", runs on the GPU"
 elif torch.version.cuda:
-    found["detail"] += ", sees no GPU"
+    facts["detail"] += ", sees no GPU"
 """
 
 _TENSORRT = """
 import tensorrt
-found["version"] = tensorrt.__version__
+facts["version"] = tensorrt.__version__
 builder = tensorrt.Builder(tensorrt.Logger(tensorrt.Logger.ERROR))
 if not builder:
     raise RuntimeError(
-        f"{tensorrt.__version__} can be imported, and gives no builder:"
+        f"{tensorrt.__version__} can be imported, but cannot make a builder:"
         " no GPU, or a driver too old for it"
     )
-found["detail"] = f"{tensorrt.__version__}, gives a builder"
+facts["detail"] = f"{tensorrt.__version__}, makes a builder"
 """
 
 _CUDA_PYTHON = """
 import importlib.metadata
 from cuda.bindings import runtime
-found["detail"] = importlib.metadata.version("cuda-bindings")
+facts["detail"] = importlib.metadata.version("cuda-bindings")
 status, count = runtime.cudaGetDeviceCount()
-found["gpus"] = 0 if int(status) else int(count)
-found["detail"] += f", sees {found['gpus']} GPUs"
+facts["gpus"] = 0 if int(status) else int(count)
+facts["detail"] += f", sees {facts['gpus']} GPUs"
 """
 
 
 def probe_numpy() -> ProbeResult:
-    """numpy multiplies."""
+    """Probe numpy: multiply matrices."""
     return probe_import("numpy", _NUMPY, "pip install numpy")
 
 
 def probe_onnxruntime(providers: Iterable[str] | None = None) -> ProbeResult:
-    """ONNX Runtime runs a graph on the CPU; and only one of the packages that install it is
-    there."""
+    """Probe ONNX Runtime: run a graph on the CPU.
+
+    Only one of the packages that install it may be there.
+    """
     names = distributions_of("onnxruntime") if providers is None else sorted(providers)
     if len(names) > 1:
         both = " and ".join(names)
@@ -115,39 +116,41 @@ def probe_onnxruntime(providers: Iterable[str] | None = None) -> ProbeResult:
         return ProbeResult(
             FAULT, f"{both} are both installed, and each overwrote files of the other", remedy
         )
-    found = probe_import("onnxruntime", _ORT_CPU, GPU if "onnxruntime-gpu" in names else CPU)
+    result = probe_import("onnxruntime", _ORT_CPU, GPU if "onnxruntime-gpu" in names else CPU)
     return (
-        ProbeResult(found.state, f"{found.detail} ({names[0]})", found.remedy, found.facts)
-        if names and found.works
-        else found
+        ProbeResult(result.state, f"{result.detail} ({names[0]})", result.remedy, result.facts)
+        if names and result.works
+        else result
     )
 
 
 def probe_onnxruntime_cuda() -> ProbeResult:
-    """ONNX Runtime's CUDA provider runs a graph on the GPU."""
+    """Probe ONNX Runtime's CUDA provider: run a graph on the GPU."""
     remedy = (
         "pip uninstall -y onnxruntime && pip install 'anyflow-deploy[gpu]'"
         " 'onnxruntime-gpu[cuda,cudnn]'"
     )
-    found = probe_import("onnxruntime", _ORT_CUDA, GPU)
-    if found.state == FAULT:
-        return ProbeResult(FAULT, found.detail, "pip install 'onnxruntime-gpu[cuda,cudnn]'")
-    if not found.works or not found.detail:
+    result = probe_import("onnxruntime", _ORT_CUDA, GPU)
+    if result.state == FAULT:
+        return ProbeResult(FAULT, result.detail, "pip install 'onnxruntime-gpu[cuda,cudnn]'")
+    if not result.works or not result.detail:
         return ProbeResult(
-            MISSING, found.detail or "this ONNX Runtime was built without CUDA", remedy
+            MISSING, result.detail or "this ONNX Runtime was built without CUDA", remedy
         )
-    return found
+    return result
 
 
 def probe_int8_on_cpu() -> ProbeResult:
-    """Whether products of 8 bits are exact, and with which weights; see
-    engines/onnxruntime/int8.py."""
+    """Probe whether 8-bit products are exact, and with which weights.
+
+    `engines/onnxruntime/int8.py` explains why they may not be.
+    """
     answer = run_python(_INT8)
-    return ProbeResult(FAULT, answer.error, CPU) if answer.error else int8_finding(**answer.found)
+    return ProbeResult(FAULT, answer.error, CPU) if answer.error else judge_int8(**answer.facts)
 
 
-def int8_finding(int8: bool, uint8: bool) -> ProbeResult:
-    """Say what the processor's products mean for int8 bundles.
+def judge_int8(int8: bool, uint8: bool) -> ProbeResult:
+    """Judge what the processor's products mean for int8 bundles.
 
     Args:
         int8: whether uint8 x int8 is exact.
@@ -168,22 +171,22 @@ def int8_finding(int8: bool, uint8: bool) -> ProbeResult:
 
 
 def probe_torch() -> ProbeResult:
-    """PyTorch multiplies, on the GPU too where it can."""
+    """Probe PyTorch: multiply matrices, on the GPU too if it can."""
     return probe_import("torch", _TORCH, EXPORT)
 
 
 def probe_tensorrt() -> ProbeResult:
-    """TensorRT loads and gives a builder."""
+    """Probe TensorRT: import it and make a builder."""
     return probe_import("tensorrt", _TENSORRT, TENSORRT)
 
 
 def probe_cuda_python() -> ProbeResult:
-    """cuda-python's bindings load."""
+    """Probe cuda-python: import its bindings and count GPUs."""
     return probe_import("cuda", _CUDA_PYTHON, "pip install cuda-python")
 
 
 def probe_torch_tensorrt() -> ProbeResult:
-    """torch-tensorrt loads."""
+    """Probe torch-tensorrt: import it."""
     return probe_import(
         "torch_tensorrt",
         "import torch_tensorrt\nfound['detail'] = torch_tensorrt.__version__",
@@ -192,36 +195,38 @@ def probe_torch_tensorrt() -> ProbeResult:
 
 
 def probe_modelopt() -> ProbeResult:
-    """ModelOpt loads."""
+    """Probe ModelOpt: import it."""
     code = "import modelopt, modelopt.torch.quantization\nfound['detail'] = modelopt.__version__"
     return probe_import("modelopt", code, "pip install 'anyflow-deploy[quantize]'")
 
 
 def probe_export_packages() -> ProbeResult:
-    """What `[export]` brings is installed; only looked up, not imported."""
+    """Probe whether the packages of `[export]` are installed, without importing them."""
     names = packages_of_extra("export")
     missing = [name for name in names if _version(name) is None]
     if missing or not names:
         return ProbeResult(
             MISSING, f"not installed: {', '.join(missing) or 'anyflow-deploy itself'}", EXPORT
         )
-    shown = ("diffusers", "transformers", "onnxscript", "av")
-    return ProbeResult(WORKS, ", ".join(f"{name} {_version(name)}" for name in shown))
+    main_packages = ("diffusers", "transformers", "onnxscript", "av")
+    return ProbeResult(WORKS, ", ".join(f"{name} {_version(name)}" for name in main_packages))
 
 
 def packages_of_extra(name: str) -> list[str]:
-    """The packages that an extra of anyflow-deploy names."""
+    """Return the packages that an extra of anyflow-deploy names."""
     try:
         rows = importlib.metadata.requires("anyflow-deploy") or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    found = [row for row in rows if re.search(rf"extra == ['\"]{name}['\"]", row)]
-    return [re.split(r"[ ><=!~;\[]", row, maxsplit=1)[0] for row in found]
+    requirements = [row for row in rows if re.search(rf"extra == ['\"]{name}['\"]", row)]
+    return [re.split(r"[ ><=!~;\[]", row, maxsplit=1)[0] for row in requirements]
 
 
 def distributions_of(module: str) -> list[str]:
-    """Names of the installed packages that bring a module, such as onnxruntime and
-    onnxruntime-gpu."""
+    """Return the installed packages that have a module, in alphabetical order.
+
+    onnxruntime and onnxruntime-gpu have the same one.
+    """
     owners = importlib.metadata.packages_distributions().get(module, [])
     return sorted({name.lower().replace("_", "-") for name in owners})
 

@@ -1,4 +1,7 @@
-"""A finding, and how probes are run: all at once, each so that its failure is one more finding."""
+"""The result of a probe, and how all probes run at once.
+
+A probe that raises is one more result: a fault of the thing it looks at.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ WORKS, FAULT, MISSING = "works", "does not work", "missing"
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What was found out about one thing.
+    """What a probe found out about one thing.
 
     Attributes:
-        state: "works", "does not work" (it is there, and broken), or "missing".
+        state: "works", "does not work" (it is installed, and broken), or "missing".
         detail: versions, sizes, or what went wrong.
         remedy: a command, or what else to do; empty where nothing has to be done.
-        facts: what other questions depend on, as JSON can hold it.
+        facts: values that later checks use, as JSON can hold them.
     """
 
     state: str
@@ -28,7 +31,7 @@ class ProbeResult:
 
     @property
     def works(self) -> bool:
-        """Whether it can be used."""
+        """Whether the thing can be used."""
         return self.state == WORKS
 
 
@@ -37,31 +40,33 @@ ProbeResults = Mapping[str, ProbeResult]
 
 @dataclass(frozen=True)
 class Probe:
-    """One row of the table: a name, and what looks. `run` returns None for a thing this kind of
-    machine has none of."""
+    """One row of the table: a name, and the function that looks.
+
+    `run` returns None for a thing that this kind of machine never has.
+    """
 
     name: str
     run: Callable[[], ProbeResult | None]
 
 
 def run_probes(probes: Sequence[Probe], workers: int = 4) -> dict[str, ProbeResult]:
-    """Run all probes.
+    """Run all probes, several at a time.
 
     Returns:
-        By name, in the order of the table; an exception in a probe is a fault of the thing it looks
-        at.
+        Result by name, in the order of the table. An exception in a probe is a fault of the thing
+        it looks at.
     """
     with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(lambda probe: _run_guarded(probe.run), probes))
+        results = list(pool.map(lambda probe: _run_safely(probe.run), probes))
     return {
-        probe.name: finding
-        for probe, finding in zip(probes, found, strict=True)
-        if finding is not None
+        probe.name: result
+        for probe, result in zip(probes, results, strict=True)
+        if result is not None
     }
 
 
-def _run_guarded(run: Callable[[], ProbeResult | None]) -> ProbeResult | None:
+def _run_safely(run: Callable[[], ProbeResult | None]) -> ProbeResult | None:
     try:
         return run()
     except Exception as error:  # noqa: BLE001 - a broken machine breaks probes in ways nobody foresees, and that is the answer
-        return ProbeResult(FAULT, f"could not be looked at: {type(error).__name__}: {error}")
+        return ProbeResult(FAULT, f"the probe failed: {type(error).__name__}: {error}")

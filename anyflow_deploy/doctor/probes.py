@@ -1,4 +1,4 @@
-"""All that is looked at: one row each, in the order it is shown."""
+"""The table of all probes, in the order in which they are shown."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ CUDA_HEADERS = "CUDA headers"
 TENSORRT_HEADERS = "TensorRT headers"
 JETSON = "Jetson"
 
-OF_JETPACK = (
+JETPACK_REMEDY = (
     "JetPack brings it: apt-get install nvidia-jetpack, and python3 -m venv --system-site-packages"
 )
 
-CUDA_OF_JETPACK = (
+JETPACK_CUDA_REMEDY = (
     "a Jetson's GPU answers through cuda-python in the version of its CUDA: pip install"
     " 'anyflow-deploy[jetpack6]', or [jetpack7]"
 )
 
-FOR_A_GPU = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS)
-"""Useless without one, so nobody is told to install them there."""
+GPU_ONLY = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS)
+"""Useless without a GPU, so nobody without one is told to install them."""
 
 PROBES = (
     Probe(PYTHON, machine.probe_python),
@@ -59,28 +59,31 @@ PROBES = (
 )
 
 
-def adjust_remedies(found: ProbeResults) -> dict[str, ProbeResult]:
-    """The same findings, without advice to install what only a GPU needs where there is none, or
-    what JetPack brings."""
-    if JETSON in found:
-        ways = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), OF_JETPACK)
-        ways |= dict.fromkeys((GPU, CUDA_PYTHON), CUDA_OF_JETPACK)
+def adjust_remedies(results: ProbeResults) -> dict[str, ProbeResult]:
+    """Replace advice that does not help on this machine.
+
+    Where there is no GPU, nothing that only a GPU needs has to be installed; on a Jetson, JetPack
+    brings some packages.
+    """
+    if JETSON in results:
+        remedies = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), JETPACK_REMEDY)
+        remedies |= dict.fromkeys((GPU, CUDA_PYTHON), JETPACK_CUDA_REMEDY)
         return {
             name: (
-                dataclasses.replace(finding, remedy=ways[name])
-                if name in ways and not finding.works
-                else finding
+                dataclasses.replace(result, remedy=remedies[name])
+                if name in remedies and not result.works
+                else result
             )
-            for name, finding in found.items()
+            for name, result in results.items()
         }
-    if GPU not in found or found[GPU].state != MISSING:
-        return dict(found)
-    useless = {name for name in FOR_A_GPU if name in found and found[name].state == MISSING}
+    if GPU not in results or results[GPU].state != MISSING:
+        return dict(results)
+    useless = {name for name in GPU_ONLY if name in results and results[name].state == MISSING}
     return {
         name: (
-            dataclasses.replace(finding, remedy="only of use with an NVIDIA GPU")
+            dataclasses.replace(result, remedy="useful only with an NVIDIA GPU")
             if name in useless
-            else finding
+            else result
         )
-        for name, finding in found.items()
+        for name, result in results.items()
     }

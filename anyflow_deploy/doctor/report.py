@@ -1,5 +1,4 @@
-"""The findings as text and as JSON, with the standard library alone: it is what remains where
-nothing else works."""
+"""Print the probes' results as text and as JSON, with the standard library alone."""
 
 from __future__ import annotations
 
@@ -17,23 +16,24 @@ NOTES = {("onnxruntime", "cpu", "fp8"): " (emulated: its numbers, not its speed)
 
 
 def report_rows(
-    found: ProbeResults, verdicts: Iterable[BackendVerdict]
+    results: ProbeResults, verdicts: Iterable[BackendVerdict]
 ) -> list[tuple[str, str, str, str]]:
-    """Rows of a table: name, state, detail, remedy. Backends come last; their state is the
-    precisions that run."""
-    rows = [
-        (name, finding.state, finding.detail, finding.remedy) for name, finding in found.items()
-    ]
+    """Make the rows of a table: name, state, detail, remedy.
+
+    Backends come last; their state is the precisions that run.
+    """
+    rows = [(name, result.state, result.detail, result.remedy) for name, result in results.items()]
     for verdict in verdicts:
         backend = verdict.backend
-        running = [
-            f"{p}{NOTES.get((backend.name, backend.provider, p), '')}" for p in verdict.running
+        precisions = [
+            f"{p}{NOTES.get((backend.name, backend.provider, p), '')}"
+            for p in verdict.runnable_precisions
         ]
         rows.append(
             (
                 f"{backend.name}, {backend.provider}",
-                "runs" if running else "does not run",
-                _describe_verdict(verdict, running),
+                "runs" if precisions else "does not run",
+                _describe_verdict(verdict, precisions),
                 "",
             )
         )
@@ -41,7 +41,7 @@ def report_rows(
 
 
 def format_plain(rows: Iterable[tuple[str, str, str, str]]) -> str:
-    """The table without any library."""
+    """Format the table as text, without any library."""
     return "\n".join(
         f"{name:22} {state:14} {detail}{f'  ->  {remedy}' if remedy else ''}"
         for name, state, detail, remedy in rows
@@ -49,9 +49,9 @@ def format_plain(rows: Iterable[tuple[str, str, str, str]]) -> str:
 
 
 def report_json(
-    found: ProbeResults, verdicts: Iterable[BackendVerdict], unmet: dict[str, str]
+    results: ProbeResults, verdicts: Iterable[BackendVerdict], failures: dict[str, str]
 ) -> dict[str, Any]:
-    """What --json prints; `schema` counts changes that a program would notice."""
+    """Make what --json prints; `schema` counts changes that a program would notice."""
     try:
         version = importlib.metadata.version("anyflow-deploy")
     except importlib.metadata.PackageNotFoundError:
@@ -59,26 +59,26 @@ def report_json(
     return {
         "schema": SCHEMA,
         "anyflow_deploy": version,
-        "findings": {name: dataclasses.asdict(finding) for name, finding in found.items()},
+        "findings": {name: dataclasses.asdict(result) for name, result in results.items()},
         "backends": [
             {
                 "backend": v.backend.name,
                 "provider": v.backend.provider,
-                "precisions": v.running,
+                "precisions": v.runnable_precisions,
                 "reasons": {name: reason for name, reason in v.reasons.items() if reason},
             }
             for v in verdicts
         ],
-        "unmet": unmet,
+        "unmet": failures,
     }
 
 
-def _describe_verdict(verdict: BackendVerdict, running: list[str]) -> str:
+def _describe_verdict(verdict: BackendVerdict, precisions: list[str]) -> str:
     reasons: dict[str, list[str]] = {}
     for precision, reason in verdict.reasons.items():
         if reason:
             reasons.setdefault(reason, []).append(precision)
-    if not running and len(reasons) == 1:
+    if not precisions and len(reasons) == 1:
         return next(iter(reasons))
-    missing = [f"no {', '.join(names)}: {reason}" for reason, names in reasons.items()]
-    return "; ".join([", ".join(running), *missing] if running else missing)
+    gaps = [f"no {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return "; ".join([", ".join(precisions), *gaps] if precisions else gaps)

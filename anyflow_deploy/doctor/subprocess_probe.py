@@ -1,5 +1,4 @@
-"""Asking in a process of its own: an import that crashes, hangs or prints takes only itself
-down."""
+"""Run probes in a process of their own: an import that crashes or hangs ends only that."""
 
 from __future__ import annotations
 
@@ -21,32 +20,32 @@ _MARK = "\n@anyflow-doctor@"
 _PROGRAM = f"""
 import json, os, sys, warnings
 warnings.simplefilter("ignore")
-# Not what happens to lie in the working folder.
+# Without the working folder, whose files could shadow a package.
 sys.path[:] = [folder for folder in sys.path if folder]
-found = {{}}
+facts = {{}}
 try:
-    exec(compile(sys.argv[1], "probe", "exec"), {{"found": found}})
+    exec(compile(sys.argv[1], "probe", "exec"), {{"facts": facts}})
 except ModuleNotFoundError as error:
-    found = {{"no module": error.name or "", "error": str(error)}}
+    facts = {{"no module": error.name or "", "error": str(error)}}
 except BaseException as error:
-    found = {{"error": f"{{type(error).__name__}}: {{error}}"}}
-sys.stdout.write({_MARK!r} + json.dumps(found))
+    facts = {{"error": f"{{type(error).__name__}}: {{error}}"}}
+sys.stdout.write({_MARK!r} + json.dumps(facts))
 sys.stdout.flush()
-os._exit(0)  # some libraries crash when they are taken down; that is not the question
+os._exit(0)  # some libraries crash at exit, which does not matter here
 """
 
 
 @dataclass(frozen=True)
 class SubprocessResult:
-    """What a child said.
+    """What the code in a subprocess reported.
 
     Attributes:
-        found: what its code put into `found`; empty when it failed.
+        facts: what the code put into the dict `facts`; empty when it failed.
         missing: name of the module that is not installed.
-        error: why there is no answer; empty when there is one.
+        error: why the code failed; empty when it did not.
     """
 
-    found: dict[str, Any]
+    facts: dict[str, Any]
     missing: str = ""
     error: str = ""
 
@@ -54,9 +53,9 @@ class SubprocessResult:
 def run_python(
     code: str, timeout: float = TIMEOUT, python: str = sys.executable
 ) -> SubprocessResult:
-    """Run Python code that puts what it learns (as JSON can hold it) into the dict `found`."""
+    """Run Python code that puts what it learns (as JSON can hold it) into the dict `facts`."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [python, "-c", _PROGRAM, code],
             capture_output=True,
             text=True,
@@ -69,27 +68,27 @@ def run_python(
         return SubprocessResult({}, error=f"gave no answer within {timeout:g} s")
     except OSError as error:
         return SubprocessResult({}, error=f"Python could not be started: {error}")
-    _, mark, answer = done.stdout.rpartition(_MARK)
-    if done.returncode < 0:
-        return SubprocessResult({}, error=f"crashed ({_signal_name(-done.returncode)})")
-    if not mark or done.returncode:
+    _, mark, answer = process.stdout.rpartition(_MARK)
+    if process.returncode < 0:
+        return SubprocessResult({}, error=f"crashed ({_signal_name(-process.returncode)})")
+    if not mark or process.returncode:
         return SubprocessResult(
             {},
-            error=_last_line(done.stderr)
-            or f"ended with status {done.returncode} and said nothing",
+            error=_last_line(process.stderr)
+            or f"ended with status {process.returncode} and said nothing",
         )
-    found = json.loads(answer)
+    facts = json.loads(answer)
     return (
-        SubprocessResult({}, found.get("no module", ""), found["error"])
-        if "error" in found
-        else SubprocessResult(found)
+        SubprocessResult({}, facts.get("no module", ""), facts["error"])
+        if "error" in facts
+        else SubprocessResult(facts)
     )
 
 
 def run_command(command: Sequence[str], timeout: float = 20.0) -> str | None:
-    """What a program prints; None where there is no such program or it fails."""
+    """Run a program and return what it prints; None where it is missing or fails."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             list(command),
             capture_output=True,
             text=True,
@@ -100,15 +99,15 @@ def run_command(command: Sequence[str], timeout: float = 20.0) -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout if done.returncode == 0 else None
+    return process.stdout if process.returncode == 0 else None
 
 
 def probe_import(module: str, code: str, install: str, timeout: float = TIMEOUT) -> ProbeResult:
-    """Look at a package by importing it.
+    """Probe a package by importing it.
 
     Args:
         module: its top-level name.
-        code: imports it and puts "detail" (words) into `found`, with any facts beside it.
+        code: imports it and puts "detail" (words) into `facts`, with any other facts.
         install: the command that installs it.
         timeout: seconds.
     """
@@ -121,8 +120,8 @@ def probe_import(module: str, code: str, install: str, timeout: float = TIMEOUT)
             answer.error,
             f"{install.replace('pip install', 'pip install --force-reinstall')}",
         )
-    detail = str(answer.found.pop("detail", ""))
-    return ProbeResult(WORKS, detail, facts=answer.found)
+    detail = str(answer.facts.pop("detail", ""))
+    return ProbeResult(WORKS, detail, facts=answer.facts)
 
 
 def _signal_name(number: int) -> str:

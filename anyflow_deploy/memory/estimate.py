@@ -1,4 +1,4 @@
-"""Does a model fit a device? Arithmetic, before anything is downloaded, exported or built.
+"""Estimate whether a model fits a device, before it is downloaded, exported or built.
 
 What a transition needs is the sum of four things:
 
@@ -6,7 +6,7 @@ What a transition needs is the sum of four things:
   two graphs, and runtimes give each its own copy;
 - **activations**: the most that is alive at once, in the attention or in the feed-forward of one
   block, and the keys and values of the text, which runtimes like to compute for all blocks first;
-- **cache**: what a causal model remembers (`engines/kv_cache.py`);
+- **cache**: the keys and values that a causal model keeps (`engines/kv_cache.py`);
 - **workspace**: the runtime itself, and a margin on the activations.
 
 Activations are counted in *tables*, one number for every token and channel. How many tables are
@@ -38,8 +38,8 @@ FLOAT32_TABLES = 9
 rotation."""
 
 ATTENTION_TABLES = 8
-"""Further ones in the compute type during attention: queries, keys, values and result, and the
-kernel's own order of them."""
+"""Tables in the compute type during attention: queries, keys, values and result, and the copies
+that the kernel reorders."""
 
 HIDDEN_TABLES = {"fp32": 3, "fp16": 7, "int8": 4, "fp8": 4}
 """Tables of the feed-forward's width on the CPU, float32. GELU works in a copy; fp16 is converted
@@ -53,25 +53,25 @@ CPU_HALF_BYTES = 5
 unpacking leaves gaps."""
 
 CPU_FP8_BYTES = 4
-"""An FP8 weight there: in float32, once the session is made. INT8 stays in eight bits."""
+"""Bytes of an FP8 weight there: it is float32 once the session is made. INT8 stays in one byte."""
 
 MARGIN = 0.15
-"""Of the activations: what a runtime's memory pool loses between its pieces, as far as it was
-measured (docs/how-to/fit.md)."""
+"""Share of the activations that a runtime's memory pool loses between its pieces, as measured
+(docs/how-to/fit.md)."""
 
 RUNTIME = 100_000_000
 """Bytes of the runtime itself: its code, Python, numpy."""
 
 UMT5_XXL_PARAMETERS = 5_680_910_336
-"""Wan's text encoder: 24 layers of 4096 channels, and a vocabulary of 256,384 words."""
+"""Parameters of Wan's text encoder: 24 layers of 4096 channels, a vocabulary of 256,384 words."""
 
 WAN_VAE_PARAMETERS = 126_892_531
-"""Encoder and decoder."""
+"""Parameters of Wan's VAE, encoder and decoder."""
 
 
 @dataclass(frozen=True)
 class LatentShape:
-    """A video, in latent frames, rows and columns."""
+    """Size of a video in latent frames, rows and columns."""
 
     frames: int
     height: int
@@ -82,16 +82,16 @@ class LatentShape:
         return f"{self.height * SPATIAL_FACTOR}x{self.width * SPATIAL_FACTOR}x{frames}"
 
     def tokens(self, a: Architecture) -> int:
-        """Tokens of the whole video."""
+        """Count the tokens of the whole video."""
         return self.frames * (self.height // a.patch_size[1]) * (self.width // a.patch_size[2])
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes, see the module's text.
+    """Bytes of weights, activations, cache and workspace, as the module's text explains.
 
     Attributes:
-        score_table: what attention would take on top in a runtime that writes its scores out; not
+        score_table: further bytes of attention in a runtime that writes its scores to memory; not
             in `total`.
     """
 
@@ -103,12 +103,12 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """All of it, with attention that keeps its scores on the chip."""
+        """Sum of all parts, with attention that keeps its scores on the chip."""
         return self.weights + self.activations + self.cache + self.workspace
 
 
 def shape_from_pixels(text: str, a: Architecture) -> LatentShape:
-    """`"480x832x81"` (height, width, frames) in latent units.
+    """Parse `"480x832x81"` (height, width, frames) into latent units.
 
     Raises:
         AnyFlowError: not three numbers, or sizes the model cannot make.
@@ -128,8 +128,10 @@ def shape_from_pixels(text: str, a: Architecture) -> LatentShape:
 
 
 def base_type(precision: str, target: Target) -> str:
-    """The type of everything large that is not 8 bits wide: with an 8-bit precision, the target's
-    natural one."""
+    """Return the type of the large tensors that are not 8 bits wide.
+
+    With an 8-bit precision it is the target's natural type: fp32 on a CPU, fp16 on a GPU.
+    """
     if precision not in EIGHT_BIT:
         return precision
     return "fp32" if target.compute_capability is None else "fp16"
@@ -138,12 +140,11 @@ def base_type(precision: str, target: Target) -> str:
 def estimate_memory(
     a: Architecture, precision: str, target: Target, shape: LatentShape, window: int | None = None
 ) -> MemoryEstimate:
-    """What one transition takes, batch 1.
+    """Estimate the bytes that one transition takes, batch 1.
 
     Args:
         a: the architecture.
-        precision: one of `FIT_PRECISIONS`; whether the target runs it is `check_precision`'s
-            question.
+        precision: one of `FIT_PRECISIONS`. `check_precision` says whether the target runs it.
         target: decides the base type and what is alive at once.
         shape: of the whole video; a causal model makes it chunk by chunk.
         window: of a causal model's cache, see `engines/kv_cache.py`.
@@ -165,7 +166,7 @@ def estimate_memory(
 
 
 def weight_bytes(a: Architecture, precision: str, target: Target) -> int:
-    """Weights in the target's memory."""
+    """Return the bytes of the weights in the target's memory."""
     base = 4 if base_type(precision, target) == "fp32" else 2
     if target.compute_capability is None and base == 2:
         base = CPU_HALF_BYTES
@@ -178,15 +179,17 @@ def weight_bytes(a: Architecture, precision: str, target: Target) -> int:
 
 
 def available_memory(target: Target) -> int:
-    """Bytes a model may take there: what is built in, less what the system keeps; for the CPU, this
-    machine's memory."""
+    """Return the bytes that a model may take on a target.
+
+    That is the built-in memory less what the system keeps; for the CPU, this machine's memory.
+    """
     if target.memory is None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return target.memory - target.reserved
+    return target.memory - target.system_memory
 
 
 def companion_weights(target: Target) -> dict[str, int]:
-    """Weights of the models that run before and after, not at the same time: bytes by name."""
+    """Return the bytes, by name, of the models that run before and after, not meanwhile."""
     element = 4 if target.compute_capability is None else 2
     return {
         "text encoder (UMT5-XXL)": element * UMT5_XXL_PARAMETERS,
@@ -196,10 +199,10 @@ def companion_weights(target: Target) -> dict[str, int]:
 
 def _check_arguments(a: Architecture, precision: str, window: int | None) -> None:
     if precision not in FIT_PRECISIONS:
-        known = ", ".join(FIT_PRECISIONS)
+        names = ", ".join(FIT_PRECISIONS)
         raise AnyFlowError(
             f"unknown precision {precision!r}: known are"
-            f" {known}.{suggestion(precision, FIT_PRECISIONS)}"
+            f" {names}.{suggestion(precision, FIT_PRECISIONS)}"
         )
     if window is not None and not a.causal:
         raise AnyFlowError(
@@ -208,7 +211,7 @@ def _check_arguments(a: Architecture, precision: str, window: int | None) -> Non
 
 
 def _plan_cache(a: Architecture, shape: LatentShape, window: int | None) -> CachePlan | None:
-    """The model's own chunks, as many as the video has."""
+    """Plan the cache for as many of the model's own chunks as the video has."""
     if a.chunk_partition is None:
         return None
     return cache_plan(
@@ -219,26 +222,27 @@ def _plan_cache(a: Architecture, shape: LatentShape, window: int | None) -> Cach
 def _activation_bytes(
     a: Architecture, precision: str, target: Target, shape: LatentShape, plan: CachePlan | None
 ) -> tuple[int, int]:
-    """Bytes at the peak, and of the table of scores that attention would add if it were written
-    out."""
-    tokens, cached = _count_tokens(a, shape, plan)
+    """Return the bytes at the peak, and those of the scores if attention writes them out."""
+    tokens, cache_tokens = _count_tokens(a, shape, plan)
     on_cpu, d = target.compute_capability is None, a.inner_dim
     size = 4 if on_cpu or precision == "fp32" else 2
-    # Joined to the cache: keys and values, twice
-    copies = 0 if plan is None else 2 * tokens + 4 * cached
+    # Keys and values joined to the cache, twice.
+    copies = 0 if plan is None else 2 * tokens + 4 * cache_tokens
     attention = FLOAT32_TABLES * 4 * tokens + ATTENTION_TABLES * size * tokens + copies * size
     hidden = HIDDEN_TABLES.get(precision, 7) if on_cpu else GPU_HIDDEN_TABLES
-    # The 8-bit copy of a product's input
-    rounded = 1 if precision in EIGHT_BIT and not on_cpu else 0
-    feed_forward = FLOAT32_TABLES * 4 * tokens * d + (hidden * size + rounded) * tokens * a.ffn_dim
+    # The 8-bit copy of a product's input.
+    rounded_bytes = 1 if precision in EIGHT_BIT and not on_cpu else 0
+    feed_forward = (
+        FLOAT32_TABLES * 4 * tokens * d + (hidden * size + rounded_bytes) * tokens * a.ffn_dim
+    )
     text = TEXT_TOKENS * (4 * a.text_dim + 2 * size * d * a.num_layers)
     state = 3 * 4 * a.in_channels * math.prod((shape.frames, shape.height, shape.width))
-    scores = 2 * size * a.num_attention_heads * tokens * (tokens + cached)
+    scores = 2 * size * a.num_attention_heads * tokens * (tokens + cache_tokens)
     return max(attention * d, feed_forward) + text + state, scores
 
 
 def _count_tokens(a: Architecture, shape: LatentShape, plan: CachePlan | None) -> tuple[int, int]:
-    """Tokens of the largest step, and those it finds in the cache."""
+    """Count the tokens of the largest step, and those it finds in the cache."""
     if plan is None:
         return shape.tokens(a), 0
     return plan.full_tokens * max(plan.chunks), plan.capacity

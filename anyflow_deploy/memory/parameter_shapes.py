@@ -1,8 +1,8 @@
-"""Every parameter of a model by name and shape, without building the model.
+"""List every parameter of a model by name and shape, without building the model.
 
 `model.transformer` and `model.causal` define the parameters and need torch to say how many there
 are. Here the same list follows from the numbers of an `Architecture` alone, so that a device
-without torch can tell how much memory a model takes; a test holds the two lists equal for every
+without torch can tell how much memory a model takes; a test compares the two lists for every
 model.
 
 A parameter is stored in one of three ways (`storage_kind`): the large layers of the blocks can be
@@ -27,7 +27,7 @@ _TEXT = "condition_embedder.text_embedder."
 
 
 def parameter_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter, named as in the checkpoint."""
+    """Return name -> shape of every parameter, named as in the checkpoint."""
     d = a.inner_dim
     shapes = dict(_convolution("patch_embedding", a, a.patch_size))
     if a.compressed_patch_size is not None:
@@ -44,14 +44,14 @@ def parameter_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def storage_kind(name: str) -> StorageKind:
-    """How the parameter of this name is stored, see the module's text."""
+    """Return how the parameter of this name is stored: one of the module's three ways."""
     if _LARGE.match(name):
         return "blocks" if name.endswith(".weight") else "base"
     return "base" if name.startswith(_TEXT) else "float32"
 
 
 def count_parameters(a: Architecture) -> dict[StorageKind, int]:
-    """Numbers in all parameters of a kind."""
+    """Count the numbers in all parameters of each kind."""
     result: dict[StorageKind, int] = {"blocks": 0, "base": 0, "float32": 0}
     for name, shape in parameter_shapes(a).items():
         result[storage_kind(name)] += math.prod(shape)
@@ -59,7 +59,10 @@ def count_parameters(a: Architecture) -> dict[StorageKind, int]:
 
 
 def count_quantized_channels(a: Architecture) -> int:
-    """Output channels of the layers that may be quantized: each has a scale of its own."""
+    """Count the output channels of the layers that may be quantized.
+
+    Each has a scale of its own.
+    """
     return sum(
         shape[0] for name, shape in parameter_shapes(a).items() if storage_kind(name) == "blocks"
     )

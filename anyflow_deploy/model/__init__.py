@@ -1,6 +1,5 @@
-"""The network as one traceable module (`transformer`), its positions (`rotary`) and its causal form
-(`causal`).
+"""The network as one traceable module, its positions and its causal form.
 
-Export records it, training subclasses it, and builds of compiled engines rebuild it from a bundle.
-It needs torch.
+`transformer` is the module, `rotary` its positions, `causal` its causal form. Export records it,
+training subclasses it, and builds of compiled engines rebuild it from a bundle. It needs torch.
 """

@@ -33,7 +33,7 @@ from anyflow_deploy.models import Architecture
 
 
 class ChunkTransition(FlowMapTransformer):
-    """One transition of one chunk, see the module's text."""
+    """One transition of one chunk on cached keys and values."""
 
     def __init__(
         self, a: Architecture, compute_type: torch.dtype = torch.float32, fused: bool = True
@@ -48,7 +48,7 @@ class ChunkTransition(FlowMapTransformer):
     def forward(  # type: ignore[override]  # another graph, other inputs
         self, latents: Tensor, t: Tensor, r: Tensor, positions: Tensor, *memory: Tensor
     ) -> tuple[Tensor, ...]:
-        """One transition.
+        """Move one chunk from t to r.
 
         Args:
             latents, t, r: as in `FlowMapTransformer`, for the chunk alone.
@@ -69,7 +69,7 @@ class ChunkTransition(FlowMapTransformer):
 
 
 class ChunkCompressor(ChunkTransition):
-    """Keys and values of an old chunk, see the module's text."""
+    """Computes the keys and values that the cache keeps of an old chunk."""
 
     def forward(self, latents: Tensor, positions: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Compress one clean chunk.
@@ -109,10 +109,10 @@ class ChunkCompressor(ChunkTransition):
 
 
 class TextKVEncoder(ChunkTransition):
-    """Keys and values of the prompt, see the module's text."""
+    """Computes the prompt's keys and values in every layer."""
 
     def forward(self, text: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        """Prompt embeddings (B, L, text_dim) to key and value (B, L, A, E) of each layer."""
+        """Turn prompt embeddings (B, L, text_dim) into (B, L, A, E) keys and values by layer."""
         return _flatten_pairs(list(self.text_key_values(text)))
 
 

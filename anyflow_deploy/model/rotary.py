@@ -22,14 +22,13 @@ _THETA = 10000.0
 
 
 def axis_channels(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's channels turn with the frame, the row and the column."""
+    """Split a head's channels into those that turn with frame, row and column."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
 
 
 def rotary_tables(architecture: Architecture) -> dict[str, Tensor]:
-    """The constants `cos_frames`, `sin_frames`, … of `Rotary`: each float32 (P, channels of the
-    axis / 2).
+    """Compute `cos_frames`, `sin_frames`, … of `Rotary`: float32 (P, channels of axis / 2).
 
     Causal models have a second set for the rows and columns of compressed chunks: the mean
     direction of the positions that one coarse token covers (diffusers' `avg_pool_complex`).
@@ -42,9 +41,11 @@ def rotary_tables(architecture: Architecture) -> dict[str, Tensor]:
         directions = torch.polar(torch.ones_like(angles), angles)
         tables |= _cos_sin_tables(axis, directions)
         if architecture.compressed_patch_size is not None and axis != "frames":
-            covered = architecture.compressed_patch_size[1] // architecture.patch_size[1]
-            compressed = len(directions) // covered
-            means = directions[: compressed * covered].view(compressed, covered, -1).mean(1)
+            tokens_per_patch = architecture.compressed_patch_size[1] // architecture.patch_size[1]
+            patches = len(directions) // tokens_per_patch
+            means = (
+                directions[: patches * tokens_per_patch].view(patches, tokens_per_patch, -1).mean(1)
+            )
             tables |= _cos_sin_tables(f"{axis}{COMPRESSED}", means / means.abs())
     return tables
 
@@ -69,10 +70,12 @@ class Rotary(nn.Module):
         positions: Tensor | None = None,
         suffix: str = "",
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of a grid of tokens, each float32 (N, 1, E/2): the 1 is for the heads.
+        """Look up cosines and sines of a grid of tokens: float32 (N, 1, E/2) each.
+
+        The 1 is for the heads.
 
         Args:
-            frames, rows, columns: of the grid, in tokens.
+            frames, rows, columns: size of the grid, in tokens.
             positions: absolute indices of the frames, int64 (F); None for 0, 1, 2, …
             suffix: `COMPRESSED` for the coarser grid of old chunks.
         """

@@ -44,7 +44,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class Linear(nn.Linear):
-    """A linear layer that takes its input in any type and answers in its own.
+    """A linear layer that takes its input in any type and returns its own type.
 
     Inputs are (rows, channels): two dimensions make one Gemm in ONNX, where three would need the
     weight transposed.
@@ -52,7 +52,7 @@ class Linear(nn.Linear):
 
     @property
     def input_type(self) -> torch.dtype:
-        """What it turns its input into, and answers in."""
+        """Type of the weights, of the converted input, and of the output."""
         return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,16 +93,18 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, memory: KeyValue, batch: int, rotation: Rotation | None = None
     ) -> Tensor:
-        """Queries from `x` (B N, D) on what `key_value` made; float32 (B N, D)."""
+        """Attend with queries from `x` (B N, D) to `memory`; return float32 (B N, D)."""
         query = self._split_heads(self.norm_q(self.to_q(x).float()), batch)
         if rotation is not None:
             query = apply_rotary(query, *rotation)
-        mixed = self._attend(query, *memory)
-        return cast(Tensor, self.to_out[0](mixed.flatten(2).flatten(0, 1))).float()
+        values = self._attend(query, *memory)
+        return cast(Tensor, self.to_out[0](values.flatten(2).flatten(0, 1))).float()
 
     def key_value(self, context: Tensor, batch: int, rotation: Rotation | None = None) -> KeyValue:
-        """Keys (rotated already, so that they can be cached) and values of `context` (B M, D): (B,
-        M, A, E) each."""
+        """Compute rotated keys, and values, of `context` (B M, D): (B, M, A, E) each.
+
+        Keys are rotated here so that they can be cached.
+        """
         context = context.to(self.to_k.input_type)
         value = self._split_heads(self.to_v(context), batch)
         key = self._split_heads(self.norm_k(self.to_k(context).float()), batch)
@@ -111,11 +113,11 @@ class Attention(nn.Module):
         return key.to(value.dtype), value
 
     def _split_heads(self, x: Tensor, batch: int) -> Tensor:
-        """(B N, D) to (B, N, A, E)."""
+        """Reshape (B N, D) to (B, N, A, E)."""
         return x.view(batch, x.shape[0] // batch, self.heads, -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Softmax attention over (B, N, A, E), in the type of `value`.
+        """Compute softmax attention over (B, N, A, E), in the type of `value`.
 
         The scale goes onto the queries in float32: scores in fp16 would come close to its largest
         number otherwise.
@@ -125,10 +127,10 @@ class Attention(nn.Module):
         key = key.transpose(1, 2)
         value = value.transpose(1, 2)
         if self.fused:
-            mixed = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+            result = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         else:
-            mixed = torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value
-        return mixed.transpose(1, 2)
+            result = torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value
+        return result.transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -149,8 +151,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text and feed-forward, modulated by the time embedding
-    of each frame."""
+    """Self-attention, cross-attention to the text, and feed-forward.
+
+    Each is modulated by the time embedding of each frame.
+    """
 
     def __init__(self, a: Architecture, compute_type: torch.dtype, fused: bool) -> None:
         super().__init__()
@@ -171,14 +175,14 @@ class Block(nn.Module):
         ones: Tensor,
         past: KeyValue | None = None,
     ) -> tuple[Tensor, KeyValue]:
-        """One layer.
+        """Run one layer.
 
         Args:
             x: float32 (B, F, S, D).
             text_kv: keys and values of the text, (B, L, A, E).
             modulation: float32 (B, F, 6, D).
             rotation: of the tokens of `x`.
-            ones: float32 (D), see `modulate`.
+            ones: float32 (D), the weight of the norms in `modulate`.
             past: keys and values of earlier chunks, which come before the own ones.
 
         Returns:
@@ -202,15 +206,14 @@ class Block(nn.Module):
     def key_value(
         self, x: Tensor, modulation: Tensor, rotation: Rotation, ones: Tensor
     ) -> KeyValue:
-        """The own keys and values alone: what the last layer is asked for when only the cache is
-        wanted."""
+        """Compute the layer's own keys and values alone, for a last layer that fills the cache."""
         shift, scale = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)[:2]
         h = modulate(x, shift, scale, ones, self.eps).flatten(0, 2)
         return self.attn1.key_value(h, x.shape[0], rotation)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, ones: Tensor, eps: float) -> Tensor:
-    """Layer norm, then scale and shift by the time: `x` (B, F, S, D), shift and scale (B, F, 1, D).
+    """Normalize `x` (B, F, S, D), then scale and shift it by the time, (B, F, 1, D) each.
 
     The norm has no weights of its own, but ONNX wants some: `ones` (D) is one constant for all.
     """
@@ -241,7 +244,7 @@ class ConditionEmbedder(nn.Module):
         self.register_buffer("frequencies", torch.empty(a.freq_dim // 2), persistent=False)
 
     def time_embedding(self, t: Tensor, r: Tensor) -> Tensor:
-        """`(1 - g) emb(t) + g emb_delta(r)`: float32 (rows) twice to (rows, D)."""
+        """Embed t and r, float32 (rows) each: `(1 - g) emb(t) + g emb_delta(r)`, (rows, D)."""
         first = self._embed_time(self.time_embedder, t)
         second = self._embed_time(self.delta_embedder, t - r if self.difference else r)
         return (1.0 - self.gate) * first + self.gate * second
@@ -252,18 +255,18 @@ class ConditionEmbedder(nn.Module):
         return cast(Tensor, layers.linear_2(F.silu(layers.linear_1(waves))))
 
     def embed_text(self, text: Tensor) -> Tensor:
-        """Prompt embeddings (B L, text_dim) to (B L, D), in the compute type."""
+        """Embed prompt embeddings (B L, text_dim) to (B L, D), in the compute type."""
         hidden = F.gelu(self.text_embedder.linear_1(text), approximate="tanh")
         return cast(Tensor, self.text_embedder.linear_2(hidden))
 
 
 class FlowMapTransformer(nn.Module):
-    """The transition of a flow map.
+    """The network that computes one transition of a flow map.
 
     Args:
         a: the architecture.
         compute_type: type of the large layers' weights and products.
-        fused: see the module's text.
+        fused: use torch's own attention and RMS norm, as the module's text explains.
 
     Build it under `torch.device("meta")` or a fake mode, or load parameters (diffusers' names) and
     `constants`.
@@ -285,7 +288,7 @@ class FlowMapTransformer(nn.Module):
         self.register_buffer("ones", torch.empty(d), persistent=False)
 
     def forward(self, latents: Tensor, t: Tensor, r: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """One transition. Everything float32 at the border.
+        """Move latents from t to r. Inputs and outputs are float32.
 
         Args:
             latents: z_t, (B, F, C, H, W).
@@ -311,10 +314,9 @@ class FlowMapTransformer(nn.Module):
         rotation: Rotation,
         past: Sequence[KeyValue] = (),
     ) -> tuple[Tensor, Tensor, list[KeyValue]]:
-        """`forward`, given the tokens' rotation and, layer by layer, the text's keys and values and
-        what came before.
+        """Run `forward` with the rotation, the text's keys and values, and the past's.
 
-        Also returns the own keys and values.
+        `text_kv` and `past` have one pair for each layer. It also returns the own keys and values.
         """
         batch, frames, _, height, width = latents.shape
         x = self.tokens(self.patch_embedding, latents)
@@ -338,33 +340,30 @@ class FlowMapTransformer(nn.Module):
         return latents - interval * velocity, velocity, present
 
     def tokens(self, embedding: nn.Module, latents: Tensor) -> Tensor:
-        """Latents (B, F, C, H, W) to tokens (B, F, S, D)."""
+        """Turn latents (B, F, C, H, W) into tokens (B, F, S, D)."""
         x = embedding(latents.flatten(0, 1).unsqueeze(2))
         return cast(Tensor, x.flatten(2).transpose(1, 2).unflatten(0, latents.shape[:2]))
 
     def embed_conditions(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-        """Time embedding (B F, D), and the modulation made of it (B, F, 6, D)."""
+        """Embed the times: time embedding (B F, D), and the modulation (B, F, 6, D)."""
         time_embedding = self.condition_embedder.time_embedding(t.flatten(), r.flatten())
         return time_embedding, self.condition_embedder.time_proj(F.silu(time_embedding)).view(
             *t.shape, 6, -1
         )
 
     def text_key_values(self, text: Tensor) -> Iterator[KeyValue]:
-        """Keys and values (B, L, A, E) of the text (B, L, text_dim) in each layer, made when the
-        layer is reached."""
-        embedded = self.condition_embedder.embed_text(text.flatten(0, 1))
-        return (
-            cast(Block, block).attn2.key_value(embedded, text.shape[0]) for block in self.blocks
-        )
+        """Yield keys and values (B, L, A, E) of the text (B, L, text_dim), layer by layer."""
+        embeds = self.condition_embedder.embed_text(text.flatten(0, 1))
+        return (cast(Block, block).attn2.key_value(embeds, text.shape[0]) for block in self.blocks)
 
     def _unpatchify(self, x: Tensor) -> Tensor:
-        """Patches (B, F, h, w, p p C) back to (B, F, C, H, W)."""
+        """Turn patches (B, F, h, w, p p C) back into (B, F, C, H, W)."""
         x = x.view(*x.shape[:-1], self.patch, self.patch, -1)
         return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 
 def constants(a: Architecture) -> dict[str, Tensor]:
-    """The tensors of `FlowMapTransformer` that are computed, not learned, by their names in it."""
+    """Compute the tensors of `FlowMapTransformer` that are not learned, by name."""
     half = a.freq_dim // 2
     frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, dtype=torch.float32) / half)
     tables = {f"rope.{name}": table for name, table in rotary_tables(a).items()}

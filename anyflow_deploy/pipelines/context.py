@@ -1,4 +1,4 @@
-"""The picture or clip that a causal video begins with: read, and held against the request."""
+"""Read the picture or clip that a causal video begins with, and check it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load_context(request: GenerationRequest, image: Any, video: Any) -> Frames |
         return None
     if image is not None and video is not None:
         raise InvalidRequestError("give one of image and video: a video begins with one.", "image")
-    given_as = "image" if image is not None else "video"
+    field = "image" if image is not None else "video"
     source = image if image is not None else video
     if isinstance(source, str | Path):
         load = load_image if image is not None else load_video
@@ -43,11 +43,11 @@ def load_context(request: GenerationRequest, image: Any, video: Any) -> Frames |
             frames = frames[None]
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
             raise InvalidRequestError(
-                f"{given_as} is {frames.dtype} {frames.shape}; allowed is uint8 (frames, height,"
+                f"{field} is {frames.dtype} {frames.shape}; allowed is uint8 (frames, height,"
                 " width, 3).",
-                given_as,
+                field,
             )
-    name = str(source) if isinstance(source, str | Path) else given_as
+    name = str(source) if isinstance(source, str | Path) else field
     check_size(name, frames, request.height, request.width)
-    request.check_context(len(frames), given_as)
+    request.check_context(len(frames), field)
     return frames

@@ -1,12 +1,12 @@
-"""An engine where diffusers expects its transformer.
+"""An engine in the place of the transformer in diffusers' pipelines.
 
     pipe = AnyFlowPipeline.from_pretrained("checkpoint", transformer=None)
     pipe.transformer = EngineTransformer(load_engine("bundle"))
     video = pipe("a red fox in the snow", num_inference_steps=4).frames[0]
 
-diffusers' pipeline keeps its own loop, scheduler, callbacks and guidance and asks the transformer
-for velocities; the engine's graph gives the velocity beside z_r, so nothing is computed back from a
-difference.
+diffusers' pipeline keeps its own loop, scheduler, callbacks and guidance and calls the
+transformer for velocities; the engine's graph returns the velocity beside z_r, so nothing is
+computed back from a difference.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class EngineTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type pipelines give their latents: float32, whatever the engine's precision."""
+        """Type that pipelines give their latents: float32, whatever the engine's precision."""
         return torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Where pipelines keep their latents."""
+        """Device on which pipelines keep their latents: the CPU."""
         return torch.device("cpu")
 
     def forward(
@@ -59,7 +59,7 @@ class EngineTransformer(nn.Module):
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """The average velocity, with diffusers' arguments.
+        """Compute the average velocity, with diffusers' arguments.
 
         diffusers' pipeline sets t of conditioning frames to 0 and leaves their r at the step's
         target; a flow map is defined for r <= t, so r is limited by t here. Those frames' velocity
@@ -72,7 +72,7 @@ class EngineTransformer(nn.Module):
             encoder_hidden_states_image, attention_kwargs: must be empty.
 
         Raises:
-            AnyFlowError: an argument the exported graph has no input for.
+            AnyFlowError: an argument that the exported graph does not take.
             ShapeError: shapes outside the bundle's ranges.
         """
         if encoder_hidden_states_image is not None or attention_kwargs:
@@ -90,20 +90,19 @@ class EngineTransformer(nn.Module):
 
 
 class EngineFARTransformer(EngineTransformer):
-    """Looks like `AnyFlowFARTransformer3DModel` to diffusers' `AnyFlowFARPipeline` and runs on a
-    causal engine.
+    """Looks like `AnyFlowFARTransformer3DModel` to a pipeline and runs on a causal engine.
 
         pipe = AnyFlowFARPipeline.from_pretrained("checkpoint", transformer=None)
         pipe.transformer = EngineFARTransformer(load_engine("bundle"))
 
-    The pipeline allocates a cache of its own and never looks into it; ours travels along inside
-    that dictionary, one stream a batch item, and ends with it. Results differ from diffusers' own
+    The pipeline allocates a cache of its own and never reads it; the engine's streams, one for each
+    batch item, are kept in that dictionary and end with it. Results differ from diffusers' own
     class where the tokens of a step are not a multiple of 128: there diffusers attends to padding,
-    and is wrong (see docs/how-to/streaming.md).
+    which is wrong (docs/how-to/streaming.md explains it).
     """
 
     def build_attention_mask(self, **_: Any) -> None:
-        """No mask is needed."""
+        """Build no mask: a causal engine needs none."""
 
     def forward(  # type: ignore[override]
         self,
@@ -118,11 +117,10 @@ class EngineFARTransformer(EngineTransformer):
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = False,
     ) -> tuple[Tensor | None, dict[Any, Any]]:
-        """Denoise one chunk, or enter it into the cache; diffusers' arguments.
+        """Denoise one chunk, or append it to the cache; the arguments are diffusers'.
 
         Args:
-            hidden_states: z_t of the chunk (B, F, C, H, W); for a cache step, all latents made so
-                far.
+            hidden_states: z_t of the chunk (B, F, C, H, W); for a cache step, all latents so far.
             timestep, r_timestep: (B, F).
             encoder_hidden_states: prompt embeddings (B, L, D).
             chunk_partition: latent frames of every chunk up to this one.
@@ -136,10 +134,13 @@ class EngineFARTransformer(EngineTransformer):
             raise AnyFlowError("a causal engine always caches; leave use_kv_cache=True.")
         if attention_kwargs:
             raise AnyFlowError("an engine takes no attention_kwargs (LoRA): export a merged model.")
-        # What is remembered is for a chunk that is not named yet
-        later = [1] if kv_cache_flag["is_cache_step"] else []
+        # A cache step prepares for a chunk that chunk_partition does not name yet.
+        next_chunk = [1] if kv_cache_flag["is_cache_step"] else []
         streams = self._streams(
-            kv_cache, encoder_hidden_states, [*chunk_partition, *later], hidden_states.shape[3:]
+            kv_cache,
+            encoder_hidden_states,
+            [*chunk_partition, *next_chunk],
+            hidden_states.shape[3:],
         )
         latents = _array(hidden_states[:, -chunk_partition[-1] :])
         if kv_cache_flag["is_cache_step"]:
@@ -159,8 +160,7 @@ class EngineFARTransformer(EngineTransformer):
     def _streams(
         self, kv_cache: dict[Any, Any], text: Tensor, chunks: list[int], size: torch.Size
     ) -> list[Stream]:
-        """The streams of a pipeline call, opened at its first step; they learn of later chunks as
-        these come."""
+        """Open the streams of a pipeline call at its first step, and extend them later."""
         height, width = size
         plan = cache_plan(
             self.engine.architecture, chunks, height, width, text_tokens=text.shape[1]

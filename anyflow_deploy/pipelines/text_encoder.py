@@ -2,8 +2,8 @@
 
 Encoding is diffusers' own `AnyFlowPipeline.encode_prompt`, so the embeddings are those the model
 was trained with: cleaned text, UMT5, padded with zeros. A file of embeddings is a .safetensors with
-one tensor, `prompt_embeds` (B, L, D), float32, and the prompts in its header; on a device it stands
-in for the text encoder.
+one tensor, `prompt_embeds` (B, L, D), float32, and the prompts in its header; it takes the place of
+the text encoder on a small device.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ TENSOR = "prompt_embeds"
 class PromptEncoder:
     """Encodes prompts with a text encoder that is loaded once, when it is first needed.
 
-    `check` may be called from any thread, also while another one encodes; `encode` by one at a
-    time.
+    Any thread may call `check`, also while another one encodes; only one thread at a time may call
+    `encode`.
 
     Args:
         pipeline: folder with tokenizer/ and text_encoder/.
@@ -41,27 +41,27 @@ class PromptEncoder:
 
         self.width = int(UMT5Config.from_pretrained(pipeline / "text_encoder").d_model)
         self._pipeline, self._device = pipeline, device
-        self._counter = self._tokenizer()
-        self._counting = threading.Lock()  # a tokenizer serves one thread at a time
+        self._tokenizer = self._load_tokenizer()
+        self._tokenizer_lock = threading.Lock()  # a tokenizer serves one thread at a time
         self._parts: Any = None
 
     def check(self, prompt: str, tokens: int) -> None:
-        """Refuse what cannot be encoded in so many tokens.
+        """Refuse a prompt that cannot be encoded in so many tokens.
 
         Raises:
-            AnyFlowError: an empty prompt, or one that is too long; it is not cut.
+            AnyFlowError: an empty prompt, or one that is too long; prompts are never cut.
         """
         if not prompt.strip():
             raise AnyFlowError("the prompt is empty; describe the video in a sentence.")
-        with self._counting:
-            length = len(self._counter(prompt).input_ids)
+        with self._tokenizer_lock:
+            length = len(self._tokenizer(prompt).input_ids)
         if length > tokens:
             raise AnyFlowError(
                 f"the prompt has {length} tokens and the model takes {tokens}; shorten it."
             )
 
     def load(self) -> None:
-        """Load the text encoder now, if that has not happened."""
+        """Load the text encoder, unless it is loaded."""
         if self._parts is not None:
             return
         from diffusers import AnyFlowPipeline
@@ -75,17 +75,21 @@ class PromptEncoder:
             .eval()
             .to(self._device)
         )
-        parts = {"tokenizer": self._tokenizer(), "text_encoder": encoder}
+        parts = {"tokenizer": self._load_tokenizer(), "text_encoder": encoder}
         self._parts = AnyFlowPipeline(**parts, transformer=None, vae=None, scheduler=None)
 
     def encode(self, prompts: list[str], tokens: int) -> Array:
-        """As `encode_prompts`."""
+        """Encode prompts: float32 (B, tokens, D), padded with zeros.
+
+        Raises:
+            AnyFlowError: an empty prompt, or one that is too long.
+        """
         for prompt in prompts:
             self.check(prompt, tokens)
         return self._encode(prompts, tokens)
 
-    def nothing(self, tokens: int) -> Array:
-        """The empty prompt's embedding, float32 (1, tokens, D): what guidance leads away from."""
+    def encode_empty(self, tokens: int) -> Array:
+        """Encode the empty prompt, which guidance leads away from: float32 (1, tokens, D)."""
         return self._encode([""], tokens)
 
     def _encode(self, prompts: list[str], tokens: int) -> Array:
@@ -101,14 +105,16 @@ class PromptEncoder:
             )
         return np.array(embeddings.float().cpu().numpy(), dtype=np.float32)
 
-    def _tokenizer(self) -> Any:
+    def _load_tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self._pipeline / "tokenizer")
 
 
 def encode_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
-    """Embeddings of prompts, float32 (B, tokens, D); see `PromptEncoder`, which stays loaded.
+    """Encode prompts with an encoder that is loaded for this call: float32 (B, tokens, D).
+
+    `PromptEncoder` stays loaded.
 
     Raises:
         AnyFlowError: an empty prompt, or one that is too long.
@@ -117,7 +123,7 @@ def encode_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
 
 
 def save_embeddings(path: Path, embeddings: Array, prompts: list[str]) -> None:
-    """Write embeddings, whole or not at all."""
+    """Write embeddings (B, L, D) and their prompts to a file, whole or not at all."""
     from safetensors.numpy import save_file
 
     with atomic_file(path) as partial:
@@ -125,7 +131,7 @@ def save_embeddings(path: Path, embeddings: Array, prompts: list[str]) -> None:
 
 
 def load_embeddings(path: Path) -> tuple[Array, list[str]]:
-    """Read embeddings and the prompts they came from.
+    """Read embeddings, float32 (B, L, D), and the prompts they came from.
 
     Raises:
         AnyFlowError: not such a file.

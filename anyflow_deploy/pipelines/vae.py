@@ -2,9 +2,9 @@
 
 This is the one place where latents are laid out (B, C, F, H, W), as diffusers' VAE wants them, and
 where the per-channel scaling that the transformer works in is undone. Wan's VAE is causal in time:
-a latent frame needs what its convolutions saw of earlier frames and nothing of later ones.
-`StreamingDecoder` keeps just that between calls, so a video decoded in pieces equals the one
-decoded whole.
+a latent frame needs the convolutions' features of earlier frames and nothing of later ones.
+`StreamingDecoder` keeps those features between calls, so a video decoded in parts equals the same
+video decoded whole.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from anyflow_deploy.shape_ranges import latent_frames, latent_side
 
 @dataclass(frozen=True)
 class LoadedVae:
-    """A VAE in memory, for those who decode many videos; from `load_vae`."""
+    """A VAE in memory that several decoders and encoders share; `load_vae` makes it."""
 
     module: Any
 
 
 def load_vae(pipeline: Path, device: str = "cpu") -> LoadedVae:
-    """Load a VAE once.
+    """Load a VAE.
 
     Args:
         pipeline: folder with vae/.
@@ -44,14 +44,14 @@ def load_vae(pipeline: Path, device: str = "cpu") -> LoadedVae:
 
 
 def decode_video(pipeline: Path, latents: Array) -> NDArray[np.uint8]:
-    """Pixels of clean latents.
+    """Decode clean latents to pixels.
 
     Args:
         pipeline: folder with vae/.
         latents: float32 (B, F, C, H, W).
 
     Returns:
-        (B, frames, height, width, 3), 0 to 255.
+        uint8 (B, frames, height, width, 3), 0 to 255.
     """
     vae = _load_module(pipeline)
     with torch.no_grad():
@@ -60,54 +60,55 @@ def decode_video(pipeline: Path, latents: Array) -> NDArray[np.uint8]:
 
 
 class StreamingDecoder:
-    """Decodes consecutive pieces of one video, each as soon as its latents are there.
+    """Decodes consecutive parts of one video, each as soon as its latents exist.
 
         decoder = StreamingDecoder(pipeline)
         for chunk in stream(engine, latents, text, schedule):
             frames = decoder.decode(chunk.latents)
 
-    The work and the memory of a piece depend on its own frames only. A decoder serves one video;
+    The work and the memory of a part depend on its own frames only. A decoder serves one video;
     make another for the next.
 
     Args:
-        pipeline: folder with vae/, or what `load_vae` gave. Decoders of one loaded VAE do not
-            disturb each other.
+        pipeline: folder with vae/, or a loaded VAE, which several decoders may share.
     """
 
     def __init__(self, pipeline: Path | LoadedVae) -> None:
         self._vae = load_vae(pipeline).module if isinstance(pipeline, Path) else pipeline.module
-        self._vae.clear_cache()  # makes a list of its own each time
+        self._vae.clear_cache()  # makes a new list each time
         self._features: list[Any] = self._vae._feat_map
         self._shape: tuple[int, ...] | None = None
 
     def decode(self, latents: Array) -> NDArray[np.uint8]:
-        """Pixels of the next piece: the video's first latent frame gives one frame, every later one
-        four.
+        """Decode the next part of the video to pixels.
+
+        The video's first latent frame gives one frame, every later one four.
 
         Args:
             latents: clean, float32 (1, f, C, H, W), f at least 1.
 
         Returns:
-            (frames, height, width, 3), 0 to 255.
+            uint8 (frames, height, width, 3), 0 to 255.
 
         Raises:
-            ShapeError: several videos, an empty piece, or another size than the pieces before.
+            ShapeError: several videos, no latent frame, or another size than the parts before.
         """
-        return np.asarray(_uint8_from_pixels(self.pixels(latents))[0], dtype=np.uint8)
+        return np.asarray(_uint8_from_pixels(self.decode_pixels(latents))[0], dtype=np.uint8)
 
-    def pixels(self, latents: Array) -> Tensor:
-        """As `decode`, in the VAE's own form: float32 (1, 3, frames, height, width), -1 to 1."""
+    def decode_pixels(self, latents: Array) -> Tensor:
+        """Decode the next part to float32 (1, 3, frames, height, width), -1 to 1."""
         self._check(latents.shape)
-        vae, pieces = self._vae, []
+        vae = self._vae
+        parts = []
         with torch.no_grad():
             z = vae.post_quant_conv(_unscale(vae, latents))
             for frame in z.split(1, dim=2):
                 first = self._shape is None
-                pieces.append(
+                parts.append(
                     vae.decoder(frame, feat_cache=self._features, feat_idx=[0], first_chunk=first)
                 )
                 self._shape = latents.shape[2:]
-        return torch.cat(pieces, dim=2).clamp(-1, 1)
+        return torch.cat(parts, dim=2).clamp(-1, 1)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) != 5 or shape[0] != 1 or shape[1] < 1:
@@ -126,22 +127,29 @@ class VideoEncoder:
     """Encodes videos, one after the other, with a VAE that is loaded once.
 
     Args:
-        pipeline: folder with vae/, or what `load_vae` gave.
+        pipeline: folder with vae/, or a loaded VAE.
         device: where it runs, as torch names it.
     """
 
     def __init__(self, pipeline: Path | LoadedVae, device: str = "cpu") -> None:
-        loaded = load_vae(pipeline, device) if isinstance(pipeline, Path) else pipeline
-        self._vae = loaded.module
+        vae = load_vae(pipeline, device) if isinstance(pipeline, Path) else pipeline
+        self._vae = vae.module
         self._device = device
 
     @property
     def channels(self) -> int:
-        """Of the latents."""
+        """Channels of the latents."""
         return int(self._vae.config.z_dim)
 
     def encode(self, frames: NDArray[np.uint8]) -> Array:
-        """Clean latents, as `encode_video`."""
+        """Encode a video to clean latents, float32 (1, f, C, H, W): the posterior's mode.
+
+        Args:
+            frames: uint8 (4n+1, height, width, 3), 0 to 255.
+
+        Raises:
+            ShapeError: another layout, type, number of frames or size.
+        """
         if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != np.uint8:
             raise ShapeError(
                 f"frames are {frames.dtype} {frames.shape}; allowed is uint8 (frames, height,"
@@ -155,11 +163,11 @@ class VideoEncoder:
         )
         with torch.no_grad():
             z = self._vae.encode(video, return_dict=False)[0].mode().cpu()
-        mean, std = _scaling(self._vae)
+        mean, std = _latent_statistics(self._vae)
         return np.array(((z - mean) / std).permute(0, 2, 1, 3, 4).numpy(), dtype=np.float32)
 
     def check(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """The latents' (F, C, H, W) of such a video.
+        """Check the size of a video, and return its latents' (F, C, H, W).
 
         Raises:
             ShapeError: the VAE does not take it.
@@ -178,8 +186,7 @@ class VideoEncoder:
 
 
 def encode_video(pipeline: Path, frames: NDArray[np.uint8]) -> Array:
-    """Clean latents of a video or, given one frame, of a picture: the posterior's mode, as the
-    model was trained on.
+    """Encode a video, or one frame as a picture, to clean latents: the posterior's mode.
 
     Args:
         pipeline: folder with vae/.
@@ -208,8 +215,8 @@ def _load_module(pipeline: Path) -> Any:
     return vae
 
 
-def _scaling(vae: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each latent channel, (1, C, 1, 1, 1)."""
+def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each latent channel, (1, C, 1, 1, 1)."""
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1, 1)
         for values in (vae.config.latents_mean, vae.config.latents_std)
@@ -218,12 +225,12 @@ def _scaling(vae: Any) -> tuple[Tensor, Tensor]:
 
 
 def _unscale(vae: Any, latents: Array) -> Tensor:
-    """The transformer's latents (B, F, C, H, W) as the VAE's, (B, C, F, H, W)."""
-    mean, std = _scaling(vae)
+    """Turn the transformer's latents (B, F, C, H, W) into the VAE's, (B, C, F, H, W)."""
+    mean, std = _latent_statistics(vae)
     return (torch.from_numpy(np.array(latents)).permute(0, 2, 1, 3, 4) * std + mean).to(vae.device)
 
 
 def _uint8_from_pixels(pixels: Tensor) -> NDArray[np.uint8]:
-    """(B, 3, frames, height, width), -1 to 1, as (B, frames, height, width, 3), 0 to 255."""
+    """Turn (B, 3, frames, height, width), -1 to 1, into uint8 (B, frames, height, width, 3)."""
     video = (pixels.permute(0, 2, 3, 4, 1).clamp(-1, 1) + 1) * 127.5
     return np.asarray(video.round().to(torch.uint8).cpu().numpy(), dtype=np.uint8)

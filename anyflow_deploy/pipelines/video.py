@@ -1,8 +1,8 @@
-"""A video that was made, whole or in parts, and how it was made.
+"""A generated video, whole or in parts, and how it was generated.
 
     video.save("fox.mp4")          # or .safetensors, for the latents
 
-`VideoPipeline` returns these; nothing here makes anything. Legend: B videos, f latent frames, F
+`VideoPipeline` returns these objects. Legend: B videos, f latent frames, F
 video frames, C channels, H W latent rows and columns.
 """
 
@@ -31,14 +31,14 @@ Frames = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class VideoChunk:
-    """A part of a video: a causal model's chunk, or a fragment of a bidirectional model's video.
+    """A part of a video: a causal model's chunk, or frames of a bidirectional model's video.
 
     Attributes:
         index: 0 for the first.
-        first_frame: of the video, counted in video frames.
+        first_frame: index of its first frame in the video.
         frames: uint8 (frames, height, width, 3); None with `output_type="latent"`.
         latents: clean, float32 (B, f, C, H, W).
-        given: it is what the video began with, not made here.
+        given: whether it is context that the video began with, and was not generated.
     """
 
     index: int
@@ -50,13 +50,12 @@ class VideoChunk:
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """How a video was made.
+    """How a video was generated.
 
     Attributes:
-        steps: transitions of each sample that was kept: of each chunk that was made, or of the
-            whole video.
-        results: of deadlines or qualities, one a sample.
-        seconds: by stage: "text", "transformer", "vae", and "engine" where it was loaded.
+        steps: transitions of each generated chunk, or of the whole video.
+        results: results of deadlines or target qualities, one for each of them.
+        seconds: by stage: "text", "transformer", "vae", and "engine" if it was loaded meanwhile.
     """
 
     steps: tuple[int, ...]
@@ -72,7 +71,7 @@ class Video:
         frames: uint8 (F, height, width, 3); None with `output_type="latent"`.
         latents: clean, float32 (B, f, C, H, W).
         fps: playback rate.
-        report: how it was made; None where nobody kept one.
+        report: how it was generated; None if that was not recorded.
     """
 
     frames: Frames | None
@@ -84,7 +83,7 @@ class Video:
     def from_chunks(
         cls, chunks: Iterable[VideoChunk], fps: int, report: GenerationReport | None = None
     ) -> Video:
-        """Join all chunks of a video."""
+        """Join all chunks of a video, in order."""
         parts = list(chunks)
         pixels = [chunk.frames for chunk in parts if chunk.frames is not None]
         latents = np.concatenate([chunk.latents for chunk in parts], axis=1)
@@ -123,10 +122,10 @@ class StageTimer:
 
     @contextlib.contextmanager
     def time(self, name: str) -> Iterator[None]:
-        """Time a stage; one that comes again is added."""
-        started = time.perf_counter()
+        """Time a stage in a `with` block; a repeated stage adds up."""
+        start = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())

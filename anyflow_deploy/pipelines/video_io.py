@@ -1,11 +1,12 @@
-"""Frames to a video file and back, by PyAV: the ffmpeg libraries in a wheel, so no program has to
-be installed.
+"""Frames to a video file and back, through PyAV.
 
-`save_video` writes a video that is there whole or not at all. `VideoWriter` writes one that grows:
-every piece is an encoder run of its own, so it begins with a keyframe and nothing of it is held
-back, and a fragment of its own (ISO 14496-12, movie fragments), so players read it while the next
-piece is made. Fragments of later runs are put behind the first file's header, which is the same for
-all of them; only their times and numbers differ.
+PyAV has the ffmpeg libraries in its wheel, so no program has to be installed.
+
+`save_video` writes a whole video or nothing. `VideoWriter` writes one that grows: every fragment is
+an encoder run of its own, so it begins with a keyframe and the encoder holds no frame back, and a
+movie fragment of its own (ISO 14496-12), so players read it while the next one is made. Fragments
+of later runs follow the first run's header, which is the same for all of them; only their times and
+numbers differ.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from anyflow_deploy.bundle.atomic_io import atomic_file
 from anyflow_deploy.errors import AnyFlowError
 
 _MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
-"""Ending of a file -> ffmpeg's name of the container."""
+"""Suffix of a file -> ffmpeg's name of the container."""
 
 SUFFIXES = tuple(_MUXERS)
 GROWING_SUFFIXES = (".mp4",)
@@ -39,12 +40,12 @@ def save_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
     """Encode frames as H.264, whole or not at all.
 
     Args:
-        path: destination; its ending chooses the container.
+        path: destination; its suffix chooses the container.
         frames: (frames, height, width, 3), even height and width.
         fps: playback rate.
 
     Raises:
-        AnyFlowError: another ending, or no H.264 encoder in this PyAV.
+        AnyFlowError: another suffix, or no H.264 encoder in this PyAV.
     """
     import av
 
@@ -59,16 +60,17 @@ def save_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
         raise AnyFlowError(f"{path} could not be encoded: {error}.") from None
 
 
-class Mp4Pieces:
-    """Makes the bytes of a video that grows: H.264 in fragmented mp4. All pieces, one behind the
-    other, are the file.
+class Mp4FragmentEncoder:
+    """Encodes the fragments of a video that grows: H.264 in fragmented mp4.
+
+    All fragments in order are the file.
 
     Args:
         fps: playback rate.
         size: height and width, both even.
 
     Attributes:
-        frames: how many were encoded.
+        frames: number of frames encoded so far.
 
     Raises:
         AnyFlowError: an odd size.
@@ -77,14 +79,16 @@ class Mp4Pieces:
     def __init__(self, fps: int, size: tuple[int, int]) -> None:
         if size[0] % 2 or size[1] % 2 or min(size) < 2:
             raise AnyFlowError(
-                f"a video of {_shown(size)} cannot be encoded as H.264; allowed are even heights"
-                " and widths."
+                f"a video of {_format_size(size)} cannot be encoded as H.264; allowed are even"
+                " heights and widths."
             )
-        self.fps, self.size, self.frames = fps, size, 0
-        self._fragments = 0
+        self.fps = fps
+        self.size = size
+        self.frames = 0
+        self._moof_count = 0
 
     def encode(self, frames: NDArray[np.uint8]) -> bytes:
-        """The next piece: the first one with the file's header, the others without.
+        """Encode the next fragment; the first one has the file's header, the others have not.
 
         Args:
             frames: uint8 (frames, height, width, 3), at least one.
@@ -100,62 +104,62 @@ class Mp4Pieces:
             or not len(frames)
             or frames.dtype != np.uint8
         ):
-            wanted = f"uint8 (frames, {self.size[0]}, {self.size[1]}, 3)"
+            expected = f"uint8 (frames, {self.size[0]}, {self.size[1]}, 3)"
             raise AnyFlowError(
-                f"frames are {frames.dtype} {frames.shape}; this video takes {wanted}, at least one"
-                " frame."
+                f"frames are {frames.dtype} {frames.shape}; this video takes {expected}, at least"
+                " one frame."
             )
         memory = io.BytesIO()
-        # Without avoid_negative_ts, ffmpeg would shift every piece to time zero.
+        # Without avoid_negative_ts, ffmpeg would shift every fragment to time zero.
         options = {
             "movflags": _FRAGMENTS,
-            "fragment_index": str(self._fragments + 1),
+            "fragment_index": str(self._moof_count + 1),
             "avoid_negative_ts": "disabled",
         }
         try:
             with av.open(memory, "w", format="mp4", options=options) as container:
-                # Without B-frames decoding order is display order, so that pieces join without
+                # Without B-frames, decoding order is display order, so that fragments join without
                 # overlapping times.
                 _encode(container, frames, self.fps, self.frames, {"bf": "0"})
         except av.error.FFmpegError as error:
             raise AnyFlowError(f"frames could not be encoded: {error}.") from None
         boxes = list(_boxes(memory.getvalue()))
-        header = () if self._fragments else _HEADER_BOXES
-        self._fragments += sum(kind == b"moof" for kind, _ in boxes)
+        header = () if self._moof_count else _HEADER_BOXES
+        self._moof_count += sum(kind == b"moof" for kind, _ in boxes)
         self.frames += len(frames)
         return b"".join(data for kind, data in boxes if kind in header or kind not in _HEADER_BOXES)
 
 
 class VideoWriter:
-    """A video file that grows piece by piece and can be played meanwhile, see `Mp4Pieces`.
+    """A video file that grows fragment by fragment and can be played meanwhile.
 
         with VideoWriter(Path("fox.mp4"), fps=16, size=(480, 832)) as writer:
-            for piece in pieces:
-                writer.append(piece)
+            for frames in parts:
+                writer.append(frames)
 
-    The file is made (or replaced) by the first `append`. After an exception it keeps the pieces
-    that were appended.
+    The first `append` makes (or replaces) the file. After an exception it keeps the fragments that
+    were appended.
 
     Args:
-        path: destination, ending in .mp4.
+        path: destination, with the suffix .mp4.
         fps: playback rate.
         size: height and width, both even.
 
     Raises:
-        AnyFlowError: another ending, or an odd size.
+        AnyFlowError: another suffix, or an odd size.
     """
 
     def __init__(self, path: Path, fps: int, size: tuple[int, int]) -> None:
         check_suffix(path, GROWING_SUFFIXES)
         self.path = path
-        self._pieces = Mp4Pieces(fps, size)
+        self._encoder = Mp4FragmentEncoder(fps, size)
         self._file: BinaryIO | None = None
-        self._closed = False
+        self._is_closed = False
 
     @property
     def frames(self) -> int:
-        """How many were appended."""
-        return self._pieces.frames
+        """Number of frames appended so far."""
+        return self._encoder.frames
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -164,7 +168,7 @@ class VideoWriter:
         self.close()
 
     def append(self, frames: NDArray[np.uint8]) -> int:
-        """Put frames behind those already there; they are in the file when this returns.
+        """Append frames as one fragment; they are in the file when this returns.
 
         Args:
             frames: uint8 (frames, height, width, 3), at least one.
@@ -175,27 +179,27 @@ class VideoWriter:
         Raises:
             AnyFlowError: frames of another size or type, a closed writer, or an encoder that fails.
         """
-        if self._closed:
+        if self._is_closed:
             raise AnyFlowError(
                 f"the writer of {self.path} is closed; open another for another file."
             )
-        piece = self._pieces.encode(frames)
+        fragment = self._encoder.encode(frames)
         if self._file is None:
             self._file = self.path.open("wb")
-        self._file.write(piece)
+        self._file.write(fragment)
         self._file.flush()
-        return len(piece)
+        return len(fragment)
 
     def close(self) -> None:
-        """Close the file; nothing is written here, every piece is already whole."""
-        self._closed = True
+        """Close the file; every fragment in it is already whole."""
+        self._is_closed = True
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def load_video(path: Path) -> NDArray[np.uint8]:
-    """All frames of a video file, uint8 (frames, height, width, 3).
+    """Read all frames of a video file, uint8 (frames, height, width, 3).
 
     Raises:
         AnyFlowError: no such file, or none that PyAV can decode.
@@ -204,7 +208,8 @@ def load_video(path: Path) -> NDArray[np.uint8]:
 
 
 def load_image(path: Path) -> NDArray[np.uint8]:
-    """A picture (png, jpg and whatever else PyAV decodes), uint8 (1, height, width, 3).
+    """Read a picture that PyAV decodes (png, jpg, …), uint8 (1, height, width, 3).
+
     Transparency is dropped.
 
     Raises:
@@ -213,19 +218,18 @@ def load_image(path: Path) -> NDArray[np.uint8]:
     return np.stack(_decode_frames(path, "an image", 1))
 
 
-def piece_frames(path: Path, start: int, end: int) -> NDArray[np.uint8]:
-    """The frames of one piece of a video that `VideoWriter` writes, also while it grows.
+def load_fragment(path: Path, start: int, end: int) -> NDArray[np.uint8]:
+    """Read the frames of one fragment of a `VideoWriter`'s file, also while it grows.
 
     Args:
         path: the file.
-        start, end: where the piece lies in it, in bytes; pieces lie one behind the other, the first
-            one at 0.
+        start, end: position of the fragment in the file, in bytes; the first one starts at 0.
 
     Returns:
         uint8 (frames, height, width, 3).
 
     Raises:
-        AnyFlowError: no such piece.
+        AnyFlowError: no such fragment.
     """
     with path.open("rb") as file:
         first = file.read(min(start, _LONGEST_HEADER))
@@ -234,39 +238,38 @@ def piece_frames(path: Path, start: int, end: int) -> NDArray[np.uint8]:
             for _, data in itertools.takewhile(lambda box: box[0] in _HEADER_BOXES, _boxes(first))
         )
         file.seek(start)
-        piece = header + file.read(end - start)
+        fragment = header + file.read(end - start)
     return np.stack(
         _decode_frames(
-            io.BytesIO(piece), "a piece of a video", None, f"{path}, bytes {start} to {end},"
+            io.BytesIO(fragment), "a fragment of a video", None, f"{path}, bytes {start} to {end},"
         )
     )
 
 
 def check_size(name: str, frames: NDArray[np.uint8], height: int, width: int) -> None:
-    """Refuse frames of another size than the video's: what to crop is the user's choice.
+    """Refuse frames of another size than the video's; what to crop is the user's choice.
 
     Args:
-        name: what they are, for the message.
+        name: of the frames, for the message.
         frames: (frames, height, width, 3).
-        height, width: of the video asked for, in pixels.
+        height, width: size of the requested video, in pixels.
 
     Raises:
         AnyFlowError: naming both sizes.
     """
     if frames.shape[1:3] != (height, width):
-        given = _shown(frames.shape[1:3])
-        asked = _shown((height, width))
         raise AnyFlowError(
-            f"{name} is {given} and the video asked for is {asked} (height x width). "
-            "Crop or scale the file, or choose --height and --width."
+            f"{name} is {_format_size(frames.shape[1:3])} and the requested video is"
+            f" {_format_size((height, width))} (height x width). Crop or scale the file, or choose"
+            " --height and --width."
         )
 
 
-def check_suffix(path: Path, allowed: tuple[str, ...] = SUFFIXES) -> None:
-    """Refuse an ending that is not a video container's."""
-    if path.suffix.lower() not in allowed:
+def check_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    """Refuse a suffix that is not one of a video container's."""
+    if path.suffix.lower() not in suffixes:
         raise AnyFlowError(
-            f"{path} ends in {path.suffix or 'nothing'}; allowed are {', '.join(allowed)}."
+            f"{path} ends in {path.suffix or 'nothing'}; allowed are {', '.join(suffixes)}."
         )
 
 
@@ -277,7 +280,7 @@ def _encode(
     first: int = 0,
     options: dict[str, str] | None = None,
 ) -> None:
-    """Encode frames as the only stream of a container; `first` is the number of the first one."""
+    """Encode frames as the only stream of a container, numbered from `first`."""
     import av
 
     stream = container.add_stream("libx264", rate=Fraction(fps))
@@ -292,12 +295,11 @@ def _encode(
 
 
 def _decode_frames(
-    source: Path | BinaryIO, wanted: str, limit: int | None, name: str = ""
+    source: Path | BinaryIO, kind: str, limit: int | None, name: str = ""
 ) -> list[NDArray[np.uint8]]:
     import av
 
     path = name or source
-
     frames: list[NDArray[np.uint8]] = []
     try:
         with av.open(str(source) if isinstance(source, Path) else source, "r") as container:
@@ -306,14 +308,14 @@ def _decode_frames(
                 if len(frames) == limit:
                     break
     except (OSError, IndexError, av.error.FFmpegError) as error:
-        raise AnyFlowError(f"{path} cannot be read as {wanted}: {error}.") from None
+        raise AnyFlowError(f"{path} cannot be read as {kind}: {error}.") from None
     if not frames:
-        raise AnyFlowError(f"{path} cannot be read as {wanted}: it has no frames.")
+        raise AnyFlowError(f"{path} cannot be read as {kind}: it has no frames.")
     return frames
 
 
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """The top-level boxes of an mp4: their kind, and all their bytes."""
+    """Yield the top-level boxes of an mp4: their kind, and all their bytes."""
     start = 0
     while start < len(data):
         length, kind = struct.unpack_from(">I4s", data, start)
@@ -323,5 +325,5 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         start += length
 
 
-def _shown(size: tuple[int, ...]) -> str:
+def _format_size(size: tuple[int, ...]) -> str:
     return f"{size[0]} x {size[1]}"

@@ -1,8 +1,7 @@
-"""What to do, in words, each piece with the measurement it rests on. Nothing is advised that was
-not measured.
+"""Advice in words, each piece with the measurement that it is based on.
 
 A rule is a function from a profile to advice or nothing, and `RULES` is the list. The limits have
-names and reasons, so that they can be argued with.
+names and reasons, so that they can be questioned.
 """
 
 from __future__ import annotations
@@ -14,37 +13,35 @@ from anyflow_deploy.profiling.record import Advice, Point, Profile
 from anyflow_deploy.profiling.summary_statistics import TAIL_SAMPLES
 
 LAUNCH_SHARE = 0.8
-"""Of a transition that handing it to the GPU may take; above, trtexec calls an engine
-enqueue-bound, and so do we."""
+"""Share of a transition that launching may take; above it, trtexec calls engines enqueue-bound."""
 
 VARIATION = 0.025
 """Coefficient of variation above which trtexec advises to lock the clocks."""
 
 CLOCK_SPREAD = 0.02
-"""By how much a clock may move, highest over lowest, before it is called unlocked: sensors
-round."""
+"""Change of a clock, highest over lowest, that a locked one may show: sensors round."""
 
 DRIFT = 0.05
-"""Of the median between the halves of a measurement; more is heat or somebody else."""
+"""Change of the median between the halves of a measurement; more is heat or another program."""
 
 OTHER_LOAD = 0.1
-"""Cores that others may use: below it is the system's own housekeeping."""
+"""Cores that other programs may use; the system itself uses less."""
 
 LOW_EFFICIENCY = 0.4
-"""Of the ceiling; good engines on large shapes reach more, on CPUs and GPUs."""
+"""Share of the ceiling; good engines on large shapes reach more, on CPUs and GPUs."""
 
 SMALL_OPERATORS = 0.3
-"""Of a transition's time in operators that are no matrix products; a fused engine stays below."""
+"""Share of a transition in operators that are no matrix products; fused engines stay below."""
 
 STAGE_SHARE = 0.4
-"""Of the end to end time that makes a stage beside the transformer worth a word."""
+"""Share of the end to end time above which a stage beside the transformer is reported."""
 
 
 def advise(profile: Profile) -> list[Advice]:
-    """All of it: problems first."""
+    """Return the advice of all rules, problems first."""
     order = {"problem": 0, "hint": 1, "note": 2}
-    found = [advice for rule in RULES for advice in rule(profile)]
-    return sorted(found, key=lambda advice: order[advice.weight])
+    results = [advice for rule in RULES for advice in rule(profile)]
+    return sorted(results, key=lambda advice: order[advice.weight])
 
 
 def _check_throttling(profile: Profile) -> Iterator[Advice]:
@@ -54,8 +51,8 @@ def _check_throttling(profile: Profile) -> Iterator[Advice]:
             weight="problem",
             text=(
                 "The hardware slowed itself down. Improve cooling or the power limit, or measure"
-                " for as long as it will run in earnest: these times are those of a machine that"
-                " holds back."
+                " for as long as the model will really run: these times are those of a throttled"
+                " machine."
             ),
             measurement=f"{reason}, in {100 * share:.0f} % of the samples",
         )
@@ -63,26 +60,24 @@ def _check_throttling(profile: Profile) -> Iterator[Advice]:
 
 def _check_drift(profile: Profile) -> Iterator[Advice]:
     for point in profile.points:
-        # Transitions of a causal clip differ by design: there whole clips are held against each
-        # other.
-        changed = (point.transition if not point.chunks else point.clips[-1].latency).drift
-        if abs(changed) > DRIFT:
-            slower = changed > 0
+        # Transitions of a causal clip differ by design, so whole clips are compared there.
+        drift = (point.transition if not point.chunks else point.clips[-1].latency).drift
+        if abs(drift) > DRIFT:
+            slower = drift > 0
             yield Advice(
                 kind="drifting",
                 weight="problem",
                 text=(
-                    "Transitions became slower while they were measured: heat, a clock that sank,"
-                    " or another program. Measure longer (--seconds), on a machine that does"
-                    " nothing else."
+                    "Transitions became slower while they were measured: heat, a lower clock,"
+                    " or another program. Measure longer (--seconds), on an idle machine."
                     if slower
                     else (
-                        "Transitions became faster while they were measured: it was not warm, or"
-                        " another program ended. Measure longer (--seconds)."
+                        "Transitions became faster while they were measured: the machine was not"
+                        " warm, or another program ended. Measure longer (--seconds)."
                     )
                 ),
                 measurement=(
-                    f"{point.shape}: the second half's median is {_percent(changed)} of the first's"
+                    f"{point.shape}: the second half's median is {_percent(drift)} of the first's"
                 ),
             )
 
@@ -94,8 +89,8 @@ def _check_other_load(profile: Profile) -> Iterator[Advice]:
             kind="machine busy",
             weight="problem",
             text=(
-                "Others used the processor at the same time (or the hypervisor took it away)."
-                " Compare nothing with these times; measure on a quiet machine."
+                "Other programs used the processor at the same time (or the hypervisor withheld"
+                " it). Do not compare these times; measure on an idle machine."
             ),
             measurement=(
                 f"{load:.2f} cores of {profile.machine.get('cores', '?')} were busy with something"
@@ -117,7 +112,7 @@ def _check_variation(profile: Profile) -> Iterator[Advice]:
             )
 
 
-_BLIND = " A virtual machine sees neither its processor's true clock nor its neighbours."
+_VIRTUAL_NOTE = " A virtual machine sees neither its processor's true clock nor its neighbours."
 
 
 def _check_clocks(profile: Profile) -> Iterator[Advice]:
@@ -125,18 +120,18 @@ def _check_clocks(profile: Profile) -> Iterator[Advice]:
     variation = worst.transition.variation
     if profile.subject.kind == "causal" or variation <= VARIATION:  # chunks differ by design
         return
-    moved = [
+    changes = [
         f"{series.name} {min(values):.0f} to {max(values):.0f} {series.unit}"
         for series in profile.conditions.series
         if series.unit == "MHz"
         for values in [[value for _, value in series.samples]]
         if max(values) > (1 + CLOCK_SPREAD) * min(values)
     ]
-    measured = (
+    measurement = (
         f"{worst.shape}: coefficient of variation {100 * variation:.1f} % (limit"
         f" {100 * VARIATION:g} %)"
     )
-    if moved:
+    if changes:
         yield Advice(
             kind="clocks not locked",
             weight="hint",
@@ -145,18 +140,18 @@ def _check_clocks(profile: Profile) -> Iterator[Advice]:
                 " --lock-gpu-clocks=MHZ on a card, jetson_clocks on a Jetson, the performance"
                 " governor on a processor (cpupower frequency-set -g performance)."
             ),
-            measurement=f"{measured}; {', '.join(moved)}",
+            measurement=f"{measurement}; {', '.join(changes)}",
         )
         return
     yield Advice(
         kind="times vary",
         weight="hint",
         text=(
-            "Times vary and no clock was seen to move: look for other load, and trust the median"
+            "Times vary, but no clock was seen to change: look for other load, and trust the median"
             " and its interval."
         )
-        + _BLIND * bool(profile.machine.get("virtual")),
-        measurement=measured,
+        + _VIRTUAL_NOTE * bool(profile.machine.get("virtual")),
+        measurement=measurement,
     )
 
 
@@ -168,7 +163,7 @@ def _check_governor(profile: Profile) -> Iterator[Advice]:
             weight="hint",
             text=(
                 "The processor's clock follows its load. cpupower frequency-set -g performance"
-                " holds it up."
+                " keeps it high."
             ),
             measurement=f"governor {governor}",
         )
@@ -178,9 +173,9 @@ def _check_governor(profile: Profile) -> Iterator[Advice]:
             kind="power mode",
             weight="hint",
             text=(
-                "The Jetson is held to a power budget. sudo nvpmodel -m N takes it away, if the"
-                " board may take the heat; N is the number of MAXN (MAXN_SUPER where there is one)"
-                " in /etc/nvpmodel.conf."
+                "The Jetson is limited to a power budget. sudo nvpmodel -m N lifts the limit, if"
+                " the board can take the heat; N is the number of MAXN (MAXN_SUPER where there is"
+                " one) in /etc/nvpmodel.conf."
             ),
             measurement=f"nvpmodel says {mode}",
         )
@@ -196,12 +191,12 @@ def _check_launches(profile: Profile) -> Iterator[Advice]:
                 kind="launch-bound",
                 weight="hint",
                 text=(
-                    "The GPU waits for the processor to hand it work. Let CUDA graphs be captured"
-                    " (weight streaming prevents it), make more at once, or use a faster core."
+                    "The GPU waits for the processor to launch its work. Use CUDA graphs (weight"
+                    " streaming prevents them), a larger batch, or a faster core."
                 ),
                 measurement=(
                     f"{point.shape}: {_ms(point.enqueue.median)} of {_ms(point.transition.median)}"
-                    " go into launching"
+                    " are spent on launching"
                 ),
             )
 
@@ -216,16 +211,16 @@ def _check_roofline(profile: Profile) -> Iterator[Advice]:
                 kind="ceiling too low",
                 weight="hint",
                 text=(
-                    "A transition was faster than the ceiling, so it is none: what it was measured"
-                    " with was disturbed, or the hardware is not the one of the data sheet"
-                    " (--target). Profile again on a quiet machine."
+                    "A transition was faster than the ceiling, so the ceiling is wrong: its"
+                    " measurement was disturbed, or the hardware is not that of the data sheet"
+                    " (--target). Profile again on an idle machine."
                 ),
                 measurement=(
                     f"{point.shape}: {_ms(point.transition.minimum)}; {profile.ceilings.name}:"
                     f" {_ms(roof.bound)}"
                 ),
             )
-        measured = (
+        measurement = (
             f"{point.shape}: {_ms(point.transition.median)} where {profile.ceilings.name} allows"
             f" {_ms(roof.bound)} ({_ms(roof.compute_seconds)} of products,"
             f" {_ms(roof.memory_seconds)} of memory traffic)"
@@ -239,41 +234,33 @@ def _check_roofline(profile: Profile) -> Iterator[Advice]:
                     " (int8, fp8), and so does more work for each read: larger chunks, more frames."
                     " A faster processor would not."
                 ),
-                measurement=measured,
+                measurement=measurement,
             )
         elif roof.efficiency >= LOW_EFFICIENCY:
             yield Advice(
                 kind="compute-bound",
                 weight="note",
                 text=(
-                    "The products decide. Fewer steps, a smaller shape or a narrower type make it"
-                    " faster; little else can."
+                    "Matrix products take most of the time. Fewer steps, a smaller shape or a"
+                    " narrower type make it faster; little else does."
                 ),
-                measurement=f"{measured}: {100 * roof.efficiency:.0f} % of what is possible",
+                measurement=f"{measurement}: {100 * roof.efficiency:.0f} % of what is possible",
             )
         if roof.efficiency < LOW_EFFICIENCY:
             yield Advice(
                 kind="far from the ceiling",
                 weight="hint",
                 text=(
-                    "Something else than products and weights takes the time: see the table of"
+                    "Something other than products and weights takes the time: see the table of"
                     " layers, and try another backend (anyflow-build) or a larger shape."
                 ),
-                measurement=f"{measured}: {100 * roof.efficiency:.0f} % of what is possible",
+                measurement=f"{measurement}: {100 * roof.efficiency:.0f} % of what is possible",
             )
 
 
 _PRODUCT_WORDS = (
-    "MatMul",
-    "Gemm",
-    "Attention",
-    "Conv",
-    "gemm",
-    "mha",
-    "matmul",
-    "CaskGemm",
-    "kgen_mha",
-)
+    "MatMul", "Gemm", "Attention", "Conv", "gemm", "mha", "matmul", "CaskGemm", "kgen_mha",
+)  # fmt: skip
 
 
 def _check_small_operators(profile: Profile) -> Iterator[Advice]:
@@ -333,10 +320,10 @@ def _check_real_time(profile: Profile) -> Iterator[Advice]:
             f"{clip.real_time_factor:.3g} in {format_steps(clip.steps)}" for clip in point.clips
         )
         text = (
-            f"Frames are made faster than they play in up to {format_steps(max(fast))} (latents;"
-            " the VAE comes on top)."
+            f"Frames are generated faster than they play in up to {format_steps(max(fast))}"
+            " (latents; the VAE takes further time)."
             if fast
-            else "Frames are made slower than they play at every number of steps that was tried."
+            else "Frames are generated slower than they play at every number of steps measured."
         )
         yield Advice(
             kind="real time",

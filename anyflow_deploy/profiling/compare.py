@@ -1,11 +1,10 @@
-"""Two profiles side by side: what became slower, larger or hungrier, by how much, and whether that
-is more than chance.
+"""Compare two profiles: what grew, by how much, and whether that is more than chance.
 
 A latency is a regression when its median grew by more than the threshold *and* the intervals of the
-two medians do not overlap: with few or scattered samples the second keeps noise from being called a
-regression, and the table says "within noise". Sizes and energies have no interval; their threshold
-decides alone. What the older profile has and the newer lacks counts as a regression, too: a
-measurement that vanished must not pass for a good one.
+two medians do not overlap: with few or scattered samples, the second condition keeps noise from
+counting as a regression, and the table says "within noise". Sizes and energies have no interval;
+only their threshold decides. A measurement that the newer profile lacks counts as a regression,
+too: it must not pass for a good one.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ TIME, MEMORY, ENERGY = 0.05, 0.05, 0.10
 
 @dataclass(frozen=True)
 class Thresholds:
-    """How much of the older value is too much more."""
+    """Growth, as a share of the older value, above which a number is a regression."""
 
     time: float = TIME
     memory: float = MEMORY
@@ -45,7 +44,7 @@ class ComparedValue:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One number in both.
+    """One number of both profiles.
 
     Attributes:
         change: new over old, less 1; None where one is missing.
@@ -60,22 +59,22 @@ class ComparisonRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, and what else is different: names with both values."""
+    """All rows, and the other differences: names with both values."""
 
     rows: list[ComparisonRow]
     differences: dict[str, tuple[str, str]]
 
     @property
     def has_regression(self) -> bool:
-        """Whether anything became worse, or vanished."""
+        """Whether anything became worse, or is missing."""
         return any(row.verdict in ("regression", "missing") for row in self.rows)
 
 
 def compare_profiles(old: Profile, new: Profile, thresholds: Thresholds) -> Comparison:
-    """Compare.
+    """Compare two profiles, number by number.
 
     Raises:
-        AnyFlowError: they have nothing in common.
+        AnyFlowError: they have no measurement in common.
     """
     before, after = dict(_values(old)), dict(_values(new))
     if not set(before) & set(after):
@@ -150,7 +149,7 @@ def _latency_value(latency: Latency) -> ComparedValue:
 
 
 def _differences(old: Profile, new: Profile) -> Iterator[tuple[str, tuple[str, str]]]:
-    """What the two were not made of alike."""
+    """Yield what differs in bundle, engine and machine."""
     for name in ("digest", "model", "precision", "engine", "provider", "threads"):
         values = str(getattr(old.subject, name)), str(getattr(new.subject, name))
         if values[0] != values[1]:

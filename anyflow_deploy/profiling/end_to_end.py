@@ -1,5 +1,7 @@
-"""From a prompt to frames: the medians of the stages, added up. Only where all three were measured;
-nothing is guessed."""
+"""Times from a prompt to frames: the medians of the stages, added up.
+
+They exist only where all three stages were measured; nothing is guessed.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,25 @@ def end_to_end(
     points: Sequence[Point],
     stages: Sequence[StageTiming],
     videos: Sequence[VideoWorkload],
-    loading: float,
+    load_seconds: float,
     fps: int,
 ) -> list[EndToEnd]:
-    """For the first shape (the one the VAE was timed on), at every number of steps.
+    """Add up the stages of the first shape, at every number of steps.
+
+    The VAE was timed on the first shape.
 
     Args:
         points, videos: in the same order.
         stages: text encoder and VAE; without both there is no end to end.
-        loading: seconds the engine took to load.
+        load_seconds: seconds that the engine took to load.
         fps: playback rate.
     """
-    found = {stage.name: stage for stage in stages}
-    if TEXT not in found or VAE not in found:
+    by_name = {stage.name: stage for stage in stages}
+    if TEXT not in by_name or VAE not in by_name:
         return []
-    text, vae = found[TEXT], found[VAE]
+    text, vae = by_name[TEXT], by_name[VAE]
     point, video = points[0], videos[0]
-    cold = loading + text.load_seconds + vae.load_seconds
+    cold = load_seconds + text.load_seconds + vae.load_seconds
     result = []
     for index, clip in enumerate(point.clips):
         seconds = {
@@ -44,8 +48,10 @@ def end_to_end(
         latents = (
             point.chunks[index].first.median if video.plan is not None else clip.latency.median
         )
-        decoding = vae.parts["first chunk" if video.plan is not None else "first frame"].median
-        first = text.latency.median + latents + decoding
+        decode_seconds = vae.parts[
+            "first chunk" if video.plan is not None else "first frame"
+        ].median
+        first = text.latency.median + latents + decode_seconds
         result.append(
             EndToEnd(
                 shape=point.shape,

@@ -1,8 +1,10 @@
-"""Something cannot be measured here, and that is no failure: the reason goes into the report in its
-place."""
+"""The error of a measurement that cannot be made here; its reason goes into the report."""
 
 from __future__ import annotations
 
 
 class MeasurementUnavailableError(Exception):
-    """Not there, not readable or not supported; the text says which, and what would change it."""
+    """A measurement that is missing, unreadable or unsupported.
+
+    The text says which, and what would change it.
+    """

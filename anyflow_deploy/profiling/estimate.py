@@ -1,7 +1,7 @@
-"""The bound for hardware one does not have: arithmetic on a data sheet, and labelled as that.
+"""Compute a bound for hardware that is not here, from its data sheet.
 
-No engine on that device can be faster than this. How much slower one will be is not known until it
-has run there; engines for large shapes reach a third to four fifths of the bound, and small shapes
+No engine on that device can be faster than this. How much slower one is has to be measured
+there; engines for large shapes reach a third to four fifths of the bound, and small shapes
 far less.
 """
 
@@ -23,7 +23,10 @@ LABEL = "a bound computed from a data sheet, not a measurement: nothing was run"
 
 
 class ClipBound(BaseModel):
-    """At least so long. Causal: `first_chunk`, and `slowest_chunk` of the later ones."""
+    """Least seconds of a clip; causal also of its `first_chunk` and `slowest_chunk`.
+
+    `slowest_chunk` is that of the later chunks.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -66,19 +69,19 @@ def estimate_latency(
     window: int | None = None,
     attention: str = "high",
 ) -> RooflineEstimate:
-    """The bound on a target.
+    """Compute the bound of one shape on a target.
 
     Args:
         model: its name, for the report.
         a: its architecture.
         precision, base, attention: of the bundle.
-        target: a row with numbers.
+        target: a row with throughputs.
         shape: of the video.
         steps: numbers of steps.
         window: of a causal cache.
 
     Raises:
-        AnyFlowError: a target without numbers, or one that does not run the precision.
+        AnyFlowError: a target without throughputs, or one that does not run the precision.
     """
     check_precision(target, precision)
     ceilings = ceilings_from_target(target)

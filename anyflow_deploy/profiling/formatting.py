@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Format numbers for people."""
 
 from __future__ import annotations
 
 
 def format_seconds(seconds: float) -> str:
-    """With three digits, in the unit that suits it."""
+    """Format seconds with three digits, in s, ms or µs."""
     if not seconds:
         return "0"
     if seconds >= 100:
@@ -19,16 +19,18 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """In MB or GB."""
+    """Format bytes in MB or GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def format_percentile(seconds: float, share: float, count: int) -> str:
-    """A percentile, or a dash where so few samples have none: of nine, the 90th is only another
-    name for the slowest."""
+    """Format a percentile, or a dash where there are too few samples for it.
+
+    Of nine samples, the 90th percentile is only another name for the slowest one.
+    """
     return format_seconds(seconds) if count * (1 - share) >= 1 - 1e-9 else "–"
 
 
 def format_steps(count: int) -> str:
-    """As words."""
+    """Format a number of steps in words."""
     return "1 step" if count == 1 else f"{count} steps"

@@ -1,8 +1,7 @@
-"""A profile as one HTML page: whole in itself (no network, no script), light and dark, readable
-when printed.
+"""Write a profile as one self-contained HTML page: no network, no script, light and dark.
 
-The page shows what the JSON holds and carries it, too, so that either can be made from the other:
-it is the last element.
+The page can be printed. It shows what the JSON holds, and carries the JSON as its last element, so
+that each can be made from the other.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ td.wrap { white-space: normal; text-align: left; overflow-wrap: anywhere }
 
 
 def html_from_profile(profile: Profile) -> str:
-    """The page's text."""
+    """Build the page's text."""
     title = f"{profile.subject.bundle}: profile"
     sections = [
         f"<h1>{escape(title)}</h1>",
@@ -93,7 +92,7 @@ def html_from_profile(profile: Profile) -> str:
         _advice(profile),
         "<h2>Plots</h2>",
         f'<div class="plots">{"".join(draw_plots(profile))}</div>',
-        "<h2>Every time that was taken</h2>",
+        "<h2>All times</h2>",
         _latencies(profile),
         _layers(profile),
         "<h2>How it was measured</h2>",
@@ -107,22 +106,22 @@ def html_from_profile(profile: Profile) -> str:
     body = "\n".join(sections)
     data = f'<script type="application/json" id="profile">{json}</script>'
     return (
-        "<!doctype html>\n<html"
-        f' lang="en"><head>{head}<style>{_STYLE}</style></head>\n'
+        "<!doctype html>\n"
+        f'<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n'
         f"<body>{body}\n{data}</body></html>\n"
     )
 
 
 def _tiles(profile: Profile) -> str:
     point = profile.points[0]
-    most = point.clips[-1]
+    last = point.clips[-1]
     tiles = [
         (
             format_seconds(point.transition.median),
             f"a transition at {point.shape} (median of {point.transition.count})",
         ),
-        (format_seconds(most.latency.median), f"a clip in {most.steps} steps"),
-        (f"{most.real_time_factor:.3g} ×", f"real time in {most.steps} steps"),
+        (format_seconds(last.latency.median), f"a clip in {last.steps} steps"),
+        (f"{last.real_time_factor:.3g} ×", f"real time in {last.steps} steps"),
     ]
     if point.chunks:
         tiles.append(
@@ -152,14 +151,14 @@ def _tiles(profile: Profile) -> str:
                 "of the memory they share, counted once",
             )
         )
-    for name, joules in most.joules.items():
-        tiles.append((f"{joules / point.frames:.3g} J", f"a frame, {name}, {most.steps} steps"))
+    for name, joules in last.joules.items():
+        tiles.append((f"{joules / point.frames:.3g} J", f"a frame, {name}, {last.steps} steps"))
     roof = point.roofline
     if roof is not None and roof.efficiency is not None:
         tiles.append((f"{100 * roof.efficiency:.0f} %", "of the ceiling reached"))
     cards = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><span>{escape(words)}</span></div>'
-        for value, words in tiles
+        f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
+        for value, label in tiles
     )
     return f'<div class="tiles">{cards}</div>'
 
@@ -177,32 +176,22 @@ def _latencies(profile: Profile) -> str:
     rows = []
     for shape, name, latency in latency_rows(profile):
         interval = f"{format_seconds(latency.interval[0])} to {format_seconds(latency.interval[1])}"
-        most = format_seconds(latency.maximum)
+        maximum = format_seconds(latency.maximum)
         rows.append(
             [
                 shape,
                 name,
                 *format_latency(latency),
-                most,
+                maximum,
                 interval,
                 str(latency.count),
                 str(latency.outliers),
             ]
         )
     head = (
-        "shape",
-        "what",
-        "min",
-        "mean",
-        "median",
-        "p90",
-        "p95",
-        "p99",
-        "max",
-        "median lies in (95 %)",
-        "n",
-        "outliers",
-    )
+        "shape", "what", "min", "mean", "median", "p90", "p95", "p99", "max",
+        "95 % interval of the median", "n", "outliers",
+    )  # fmt: skip
     return _table(head, rows, 2)
 
 
@@ -278,17 +267,16 @@ def _facts(profile: Profile) -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]], left: int) -> str:
-    """The first `left` columns hold words."""
+    """Build a table whose first `left` columns hold words."""
 
-    def line(cells: Iterable[str], tag: str) -> str:
+    def cells_html(cells: Iterable[str], tag: str) -> str:
         return "".join(
             f"<{tag}{' class=l' if index < left else ''}>{escape(cell)}</{tag}>"
             for index, cell in enumerate(cells)
         )
 
-    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows)
+    body = "".join(f"<tr>{cells_html(row, 'td')}</tr>" for row in rows)
     return (
-        "<div"
-        f' class="wide"><table><thead><tr>{line(head, "th")}</tr></thead>'
+        f'<div class="wide"><table><thead><tr>{cells_html(head, "th")}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )

@@ -1,9 +1,9 @@
-"""A Jetson: one chip, one memory, and what its kernel says where NVML has nothing to say.
+"""Read what a Jetson's kernel says about its chip and its one memory.
 
-On Orin NVML gives the GPU's name and refuses the rest; on Thor it also lists what processes take of
-the memory. Clocks are under /sys/class/devfreq, memory in /proc/meminfo, the power mode comes from
-`nvpmodel`. Written after NVIDIA's documentation and tested on files made up after it; not run on a
-Jetson yet.
+On Orin, NVML gives only the GPU's name; on Thor it also lists the memory of each process. Clocks
+are under /sys/class/devfreq, memory in /proc/meminfo, the power mode comes from `nvpmodel`. This is
+written from NVIDIA's documentation and tested on files modelled on it; it has not run on a Jetson
+yet.
 """
 
 from __future__ import annotations
@@ -14,44 +14,46 @@ from collections.abc import Callable
 from pathlib import Path
 
 _GPU = re.compile(r"gpu-gpc-\d+|[0-9a-f]+\.(gpu|ga10b|gv11b)")
-"""The GPU's folder under /sys/class/devfreq: on Thor, and on older ones (JetPack 6: gpu, JetPack 5:
-the chip's name)."""
+"""The GPU's folder in /sys/class/devfreq: gpu-gpc-N on Thor, gpu on JetPack 6, else the chip."""
 
 
 def describe(root: Path = Path("/")) -> dict[str, str] | None:
-    """Model, power mode (`nvpmodel -q`) and the range of the GPU's clock (one number under
-    `jetson_clocks`); None elsewhere."""
+    """Return model, power mode (`nvpmodel -q`) and GPU clock of a Jetson; None elsewhere.
+
+    The clock is a range, or one number under `jetson_clocks`.
+    """
     model = _text(root / "proc/device-tree/model").strip("\0 ")
     if not re.search(r"jetson|tegra", model, re.IGNORECASE):
         return None
     mode = re.search(r"NV Power Mode:\s*(\S+)", _run_command(["nvpmodel", "-q"]))
-    found = {
+    facts = {
         "model": model,
         "power_mode": mode[1] if mode else "unknown (nvpmodel -q said nothing)",
     }
     folder = _gpu_folder(root)
-    least, most = (
+    minimum, maximum = (
         _megahertz(folder / f"{which}_freq") if folder else None for which in ("min", "max")
     )
-    if least is not None and most is not None:
-        found["gpu_clock"] = (
-            f"locked at {most:.0f} MHz" if least == most else f"{least:.0f} to {most:.0f} MHz"
+    if minimum is not None and maximum is not None:
+        facts["gpu_clock"] = (
+            f"locked at {maximum:.0f} MHz"
+            if minimum == maximum
+            else f"{minimum:.0f} to {maximum:.0f} MHz"
         )
-    return found
+    return facts
 
 
 def gpu_clock(root: Path = Path("/")) -> Callable[[], float | None]:
-    """Reads the GPU's clock, MHz; None where the kernel does not say."""
+    """Return a function that reads the GPU's clock, MHz; None where the kernel does not say."""
     folder = _gpu_folder(root)
     return lambda: None if folder is None else _megahertz(folder / "cur_freq")
 
 
-def memory_used(root: Path = Path("/")) -> float | None:
-    """Bytes of the one memory that all processes and the GPU have together, without what Linux
-    would free of its file cache.
+def used_memory(root: Path = Path("/")) -> float | None:
+    """Return the bytes of the one memory that all processes and the GPU use.
 
-    (`cudaMemGetInfo` counts that cache as taken, and the files of a bundle are in it once they were
-    read.)
+    Linux's file cache does not count, because Linux would free it. `cudaMemGetInfo` counts it as
+    used, and a bundle's files are in it after they were read.
     """
     total = _meminfo("MemTotal", root)
     free = _meminfo("MemAvailable", root)
@@ -59,8 +61,10 @@ def memory_used(root: Path = Path("/")) -> float | None:
 
 
 def gpu_memory(root: Path = Path("/")) -> float | None:
-    """Bytes that the GPU has of it, for all processes (Orin and older); None where the kernel does
-    not count them."""
+    """Return the bytes that the GPU uses for all processes; None where that is not counted.
+
+    Orin and older Jetsons count them.
+    """
     return _meminfo("NvMapMemUsed", root)
 
 
@@ -75,8 +79,8 @@ def _megahertz(file: Path) -> float | None:
 
 
 def _meminfo(name: str, root: Path) -> float | None:
-    found = re.search(rf"^{name}:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
-    return float(found[1]) * 1024 if found else None
+    match = re.search(rf"^{name}:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    return float(match[1]) * 1024 if match else None
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The pass under the runtime's own profiler, for the backends that have one."""
+"""Time the layers under the runtime's own profiler, for the backends that have one."""
 
 from __future__ import annotations
 
@@ -12,39 +12,42 @@ from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.layer_timing import LayerTiming
 from anyflow_deploy.engines.registry import BACKENDS, EngineOptions
 from anyflow_deploy.profiling.errors import MeasurementUnavailableError
-from anyflow_deploy.profiling.layers import by_operator, by_part, layer_rows
+from anyflow_deploy.profiling.layers import layer_rows, sum_by_operator, sum_by_part
 from anyflow_deploy.profiling.record import Latency, Layers, Point
 from anyflow_deploy.profiling.summary_statistics import latency_from_samples
 from anyflow_deploy.profiling.timed_engine import TimedEngine
 from anyflow_deploy.profiling.workload import VideoWorkload, run_last_chunk
 
 WARM_UP_STEPS, MEASURED_STEPS = 2, 3
-"""Transitions under the profiler that are forgotten, and those that count."""
+"""Transitions under the profiler that are discarded, and those that are measured."""
 
 ENQUEUES_WARM, ENQUEUES = 8, 20
-"""The same for enqueueing: CUDA graphs are captured at a call's fourth run, and the two state
+"""The same for enqueueing. CUDA graphs are captured at a call's fourth run, and the two state
 buffers make two calls."""
 
 
 def profile_layers(
     bundle: Bundle, backend: str, options: EngineOptions, video: VideoWorkload, point: Point
 ) -> tuple[Layers, Latency | None]:
-    """Where one transition's time goes, and how long it takes to launch it where that can be told.
+    """Measure where one transition's time goes, and how long launching it takes.
+
+    The second value is None where the backend cannot tell.
 
     Raises:
         MeasurementUnavailableError: the backend has no profiler that times layers on its device.
     """
-    timed_on = BACKENDS[backend].timed_on
-    if options.provider in timed_on:
+    providers = BACKENDS[backend].timed_on
+    if options.provider in providers:
         return _PROFILERS[backend](bundle, options, video, point)
-    if timed_on:
+    if providers:
         raise MeasurementUnavailableError(
             "on a GPU ONNX Runtime's profiler times launches, not kernels; Nsight Systems shows"
             " those (nsys profile)"
         )
-    able = " and ".join(name for name, row in BACKENDS.items() if row.timed_on)
+    capable = " and ".join(name for name, row in BACKENDS.items() if row.timed_on)
     raise MeasurementUnavailableError(
-        f"the code that {backend} compiles has no layers left to time; the {able} backends have"
+        f"the code that {backend} compiles has no layers left to time; use one of the backends"
+        f" {capable}"
     )
 
 
@@ -59,8 +62,8 @@ def _profile_onnxruntime(
         closing(ProfiledEngine(bundle, options, Path(folder))) as engine,
     ):
         seconds = _time_steps(TimedEngine(engine), video)
-        timed = engine.layers(graph, MEASURED_STEPS)
-    return _layers_record("ONNX Runtime's profiler", graph, timed, seconds, point), None
+        timings = engine.layers(graph, MEASURED_STEPS)
+    return _layers_record("ONNX Runtime's profiler", graph, timings, seconds, point), None
 
 
 def _profile_tensorrt(
@@ -74,9 +77,9 @@ def _profile_tensorrt(
         enqueue = latency_from_samples(engine.enqueued)
     with closing(ProfiledEngine(bundle, options, layers=True)) as engine:
         seconds = _time_steps(TimedEngine(engine), video, engine)
-        timed = engine.layers(graph)
+        timings = engine.layers(graph)
     return (
-        _layers_record("TensorRT's IProfiler and engine inspector", graph, timed, seconds, point),
+        _layers_record("TensorRT's IProfiler and engine inspector", graph, timings, seconds, point),
         enqueue,
     )
 
@@ -87,25 +90,25 @@ _PROFILERS: dict[
     "onnxruntime": _profile_onnxruntime,
     "tensorrt": _profile_tensorrt,
 }
-"""How the backends are timed that say in the registry where they can be."""
+"""Functions that time the layers of the backends whose registry row has `timed_on`."""
 
 
 def transition_graph(bundle: Bundle) -> str:
-    """The graph that a transition runs."""
+    """Return the name of the graph that a transition runs."""
     return "transition" if bundle.manifest.kind == "bidirectional" else "chunk"
 
 
-def _time_steps(engine: TimedEngine, video: VideoWorkload, profiled: object = None) -> list[float]:
-    """Seconds of the transitions that count."""
-    forget = getattr(profiled, "forget", lambda: None)
+def _time_steps(engine: TimedEngine, video: VideoWorkload, profiler: object = None) -> list[float]:
+    """Return the seconds of the measured transitions."""
+    forget = getattr(profiler, "forget", lambda: None)
     run_last_chunk(engine, video, WARM_UP_STEPS, MEASURED_STEPS, forget)
     return engine.steps[-MEASURED_STEPS:]
 
 
 def _layers_record(
-    source: str, graph: str, timed: list[LayerTiming], seconds: list[float], point: Point
+    source: str, graph: str, timings: list[LayerTiming], seconds: list[float], point: Point
 ) -> Layers:
-    layers = layer_rows(timed, MEASURED_STEPS)
+    layers = layer_rows(timings, MEASURED_STEPS)
     return Layers(
         source=source,
         graph=graph,
@@ -114,6 +117,6 @@ def _layers_record(
         seconds=sum(layer.seconds for layer in layers),
         overhead=statistics.median(seconds) / point.largest_transition - 1,
         rows=layers,
-        by_operator=by_operator(layers),
-        by_part=by_part(layers),
+        by_operator=sum_by_operator(layers),
+        by_part=sum_by_part(layers),
     )

@@ -1,8 +1,8 @@
-"""Where a transition's time goes, layer by layer, from the runtime's own profiler.
+"""Summarize a transition's time by layer, from the runtime's own profiler.
 
-The profiler slows a run down and is never on while times are taken: it watches a few transitions of
-its own, and the record says by how much they were slower. Rows carry what the layer computed and
-moved where its shapes tell, so that each can be held against the ceilings.
+The profiler slows a run down and is never on while times are measured: it watches a few transitions
+of its own, and the record says by how much they were slower. Rows carry the operations and bytes of
+a layer where its shapes are known, so that each can be compared with the ceilings.
 `blocks.7.ffn.net.2/Gemm` is, by part, `ffn.net.2`.
 """
 
@@ -17,9 +17,9 @@ from anyflow_deploy.profiling.record import Layer
 _BLOCK = re.compile(r"^blocks\.\d+\.?")
 
 
-def layer_rows(timed: Iterable[LayerTiming], transitions: int) -> list[Layer]:
-    """As the record has them, slowest first: per transition."""
-    return _with_shares(
+def layer_rows(timings: Iterable[LayerTiming], transitions: int) -> list[Layer]:
+    """Make the record's rows, per transition, slowest first."""
+    return _add_shares(
         Layer(
             name=row.name,
             operator=row.operator,
@@ -30,22 +30,25 @@ def layer_rows(timed: Iterable[LayerTiming], transitions: int) -> list[Layer]:
             bytes=row.bytes * row.calls / transitions,
             module=row.module,
         )
-        for row in timed
+        for row in timings
     )
 
 
-def by_operator(layers: Iterable[Layer]) -> list[Layer]:
-    """Added up by operator."""
+def sum_by_operator(layers: Iterable[Layer]) -> list[Layer]:
+    """Sum layers by operator."""
     return _group_layers(layers, lambda layer: layer.operator)
 
 
-def by_part(layers: Iterable[Layer]) -> list[Layer]:
-    """Added up over the blocks, by the part of the network."""
+def sum_by_part(layers: Iterable[Layer]) -> list[Layer]:
+    """Sum layers over the blocks, by the part of the network."""
     return _group_layers(layers, lambda layer: network_part(layer.module or layer.name))
 
 
 def network_part(name: str) -> str:
-    """`blocks.3.attn1.to_q/Gemm` as `attn1.to_q`; what has no module's name is "other"."""
+    """Return a layer's part of the network: `attn1.to_q` for `blocks.3.attn1.to_q/Gemm`.
+
+    A layer without a module's name is "other".
+    """
     stem = name.split(" + ")[0]
     inside = _BLOCK.match(stem)
     words = stem[inside.end() :] if inside else stem
@@ -75,11 +78,11 @@ def _group_layers(layers: Iterable[Layer], key: Callable[[Layer], str]) -> list[
             operations=old.operations + layer.operations,
             bytes=old.bytes + layer.bytes,
         )
-    return _with_shares(groups.values())
+    return _add_shares(groups.values())
 
 
-def _with_shares(layers: Iterable[Layer]) -> list[Layer]:
-    """With each one's share, slowest first."""
-    found = sorted(layers, key=lambda layer: -layer.seconds)
-    total = sum(layer.seconds for layer in found) or 1.0
-    return [layer.model_copy(update={"share": layer.seconds / total}) for layer in found]
+def _add_shares(layers: Iterable[Layer]) -> list[Layer]:
+    """Compute each layer's share, and sort them slowest first."""
+    rows = sorted(layers, key=lambda layer: -layer.seconds)
+    total = sum(layer.seconds for layer in rows) or 1.0
+    return [layer.model_copy(update={"share": layer.seconds / total}) for layer in rows]

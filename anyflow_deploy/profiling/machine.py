@@ -1,8 +1,7 @@
-"""What identifies the machine, and what may disturb a measurement on it: clocks, governors, power
-modes, other load.
+"""Read what identifies the machine, and what may disturb a measurement on it.
 
-Everything is read from files of the kernel, under a root that tests replace. What is not there is
-left out.
+That is clocks, governors, power modes and other load. Everything is read from files of the kernel,
+under a root that tests replace. Missing files are left out.
 """
 
 from __future__ import annotations
@@ -21,27 +20,21 @@ from anyflow_deploy.profiling.memory import own_cpu_seconds
 from anyflow_deploy.profiling.nvml import NvmlGpu
 
 PACKAGES = (
-    "anyflow-deploy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "torch",
-    "tensorrt",
-    "torch-tensorrt",
-    "diffusers",
-    "numpy",
-)
+    "anyflow-deploy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "torch-tensorrt",
+    "diffusers", "numpy",
+)  # fmt: skip
 
 
 SAMPLED_CORES = 16
-"""Cores whose clock is read."""
+"""Number of cores whose clock is read."""
 
 
 def describe(gpu: NvmlGpu | None, root: Path = Path("/")) -> dict[str, Any]:
-    """For the record: processor, memory, governor, power mode, GPU, versions."""
+    """Describe the machine: processor, memory, governor, power mode, GPU, versions."""
     cpuinfo = _text(root / "proc/cpuinfo")
     name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     total = re.search(r"^MemTotal:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "cpu": name[1].strip() if name else platform.machine(),
         "cores": cores(),
         "memory_bytes": int(total[1]) * 1024 if total else None,
@@ -53,35 +46,35 @@ def describe(gpu: NvmlGpu | None, root: Path = Path("/")) -> dict[str, Any]:
         "jetson": jetson.describe(root),
         "gpu": None if gpu is None else gpu.describe(),
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in facts.items() if value is not None}
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Count the processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:
-    """Of what is installed and takes part."""
-    found = {}
+    """Return the versions of the installed packages that take part."""
+    result = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            result[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return result
 
 
 def governor(root: Path = Path("/")) -> str | None:
-    """How the kernel chooses the processor's clock: "performance" keeps it up."""
+    """Return how the kernel chooses the processor's clock; "performance" keeps it high."""
     return _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None
 
 
 def cpu_clock(root: Path = Path("/")) -> Callable[[], float | None]:
-    """Reads the mean clock of the first cores, MHz; None where the kernel does not say.
+    """Return a function that reads the mean clock of the first cores, MHz.
 
-    Of some only: each answer interrupts the core that is asked, and on a machine with a hundred of
-    them that would be felt.
+    It returns None where the kernel does not say. It reads only some cores, because each reading
+    interrupts the core, and a hundred of them would disturb the measurement.
     """
     files = sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq"))[
         :SAMPLED_CORES
@@ -105,7 +98,7 @@ def cpu_clock(root: Path = Path("/")) -> Callable[[], float | None]:
 
 
 def cpu_temperature(root: Path = Path("/")) -> Callable[[], float | None] | None:
-    """Reads the hottest thermal zone, degrees Celsius; None without zones."""
+    """Return a function that reads the hottest thermal zone, °C; None without zones."""
     files = sorted((root / "sys/class/thermal").glob("thermal_zone*/temp"))
 
     def read() -> float | None:
@@ -118,22 +111,23 @@ def cpu_temperature(root: Path = Path("/")) -> Callable[[], float | None] | None
 
 
 def throttle_counts(root: Path = Path("/")) -> dict[str, int]:
-    """How often the hardware has slowed down so far: Intel's thermal counters, a Jetson's
-    over-current events."""
-    found: dict[str, int] = {}
+    """Count how often the hardware has slowed down: heat (Intel), over-current (Jetson)."""
+    counts: dict[str, int] = {}
     for file in sorted(
         (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count")
     ):
         key = f"processor temperature ({file.name.removesuffix('_throttle_count')})"
-        found[key] = found.get(key, 0) + int(_text(file) or 0)
+        counts[key] = counts.get(key, 0) + int(_text(file) or 0)
     for file in sorted((root / "sys/class/hwmon").glob("hwmon*/oc*_event_cnt")):
-        found[f"over-current {file.name.removesuffix('_event_cnt')}"] = int(_text(file) or 0)
-    return found
+        counts[f"over-current {file.name.removesuffix('_event_cnt')}"] = int(_text(file) or 0)
+    return counts
 
 
 class OtherLoad:
-    """How many cores others keep busy, from its making on: the kernel's busy time less this
-    process's own."""
+    """Measures how many cores other programs keep busy, from its creation on.
+
+    That is the kernel's busy time less this process's own.
+    """
 
     def __init__(self, root: Path = Path("/")) -> None:
         self._root = root
@@ -142,7 +136,7 @@ class OtherLoad:
         self._wall = time.perf_counter()
 
     def cores(self) -> float | None:
-        """On average since then; None where the kernel does not say."""
+        """Return the mean number of busy cores; None where the kernel does not say."""
         busy = _busy_seconds(self._root)
         seconds = time.perf_counter() - self._wall
         if busy is None or self._busy is None or seconds <= 0:
@@ -151,11 +145,11 @@ class OtherLoad:
 
 
 def _busy_seconds(root: Path) -> float | None:
-    """User, nice, system, interrupts and stolen time of all cores; idle and waiting left out."""
-    found = re.match(r"cpu\s+([\d ]+)", _text(root / "proc/stat"))
-    if found is None:
+    """Sum user, nice, system, interrupt and stolen time of all cores, without idle and wait."""
+    match = re.match(r"cpu\s+([\d ]+)", _text(root / "proc/stat"))
+    if match is None:
         return None
-    user, nice, system, _idle, _wait, irq, soft, steal, *_ = [int(n) for n in found[1].split()] + [
+    user, nice, system, _idle, _wait, irq, soft, steal, *_ = [int(n) for n in match[1].split()] + [
         0
     ] * 8
     return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")

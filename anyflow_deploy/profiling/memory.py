@@ -1,9 +1,10 @@
-"""Peaks of memory: of this process by the kernel, of the GPU by NVML or CUDA. Apart, and never
-added up. Where both share one memory, a third number says what everything together took of it: that
-is what has to fit.
+"""Measure peaks of memory: this process's by the kernel, the GPU's by NVML or CUDA.
 
-Linux keeps a process's highest resident size and forgets it on request (/proc/self/clear_refs), so
-each stage has a peak of its own. Where it does not forget (some containers), the peak is that of
+The two are reported separately and never added. Where both share one memory, a third number says
+what everything together takes of it: that number has to fit.
+
+Linux keeps a process's highest resident size and resets it on request (/proc/self/clear_refs), so
+each stage has a peak of its own. Where it cannot be reset (some containers), the peak is that of
 the process so far, and the record says so.
 """
 
@@ -21,52 +22,54 @@ from anyflow_deploy.profiling.record import MemoryUsage
 MemoryReader = Callable[[], float | None]
 
 
-def resident_bytes(word: str = "VmRSS", status: Path = Path("/proc/self/status")) -> int:
-    """Bytes by the kernel's count: "VmRSS" now, "VmHWM" at the peak; 0 where there is no /proc."""
+def resident_bytes(field: str = "VmRSS", status: Path = Path("/proc/self/status")) -> int:
+    """Return this process's bytes: "VmRSS" now, "VmHWM" at the peak; 0 without /proc."""
     try:
-        found = re.search(rf"^{word}:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        match = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), re.MULTILINE)
     except OSError:
         return 0
-    return int(found[1]) * 1024 if found else 0
+    return int(match[1]) * 1024 if match else 0
 
 
 class PeakMemory:
-    """Memory from now on.
+    """Measures memory from its creation on.
 
     Args:
-        gpu_used: bytes on the device now, where there is one.
-        shared: bytes taken of the memory that processor and GPU share; None where each has its own.
+        read_gpu: returns the bytes in use on the device; None without a GPU.
+        read_shared: returns the bytes in use of the memory that processor and GPU share; None where
+            each has its own.
     """
 
     def __init__(
-        self, gpu_used: MemoryReader | None = None, shared: MemoryReader | None = None
+        self, read_gpu: MemoryReader | None = None, read_shared: MemoryReader | None = None
     ) -> None:
-        self._used, self._shared = gpu_used, shared
-        self._shared_before = None if shared is None else shared()
+        self._read_gpu = read_gpu
+        self._read_shared = read_shared
+        self._shared_before = None if read_shared is None else read_shared()
         self._before = resident_bytes()
-        self._gpu_before = self._gpu()
-        self._loaded = self._before
-        self._gpu_loaded = self._gpu_before
+        self._gpu_before = self._gpu_bytes()
+        self._after_loading = self._before
+        self._gpu_after_loading = self._gpu_before
         self._loading_peak: int | None = None
         self._peak_was_reset = _reset_peak()
 
     def mark_loaded(self) -> None:
-        """Call it when what is measured is loaded."""
-        self._loaded = resident_bytes()
-        self._gpu_loaded = self._gpu()
-        # Else it may be of long before
+        """Note that loading has ended; the peak is measured from here on."""
+        self._after_loading = resident_bytes()
+        self._gpu_after_loading = self._gpu_bytes()
+        # Without the reset, the peak may be an older one.
         self._loading_peak = resident_bytes("VmHWM") if self._peak_was_reset else None
         self._peak_was_reset = _reset_peak()
 
     def record(
         self, gpu_peak: float | None = None, shared_peak: float | None = None
     ) -> MemoryUsage:
-        """What was reached.
+        """Return the memory before and after loading, and the peaks.
 
         Args:
-            gpu_peak, shared_peak: the most that was sampled meanwhile.
+            gpu_peak, shared_peak: the largest values sampled meanwhile.
         """
-        now = self._gpu()
+        now = self._gpu_bytes()
         candidates = [value for value in (gpu_peak, now) if value is not None]
         cpu = (
             "VmHWM"
@@ -75,19 +78,19 @@ class PeakMemory:
         )
         return MemoryUsage(
             cpu_before=self._before,
-            cpu_loaded=self._loaded,
+            cpu_loaded=self._after_loading,
             cpu_loading_peak=self._loading_peak,
             cpu_peak=resident_bytes("VmHWM"),
-            gpu_loaded=_optional_int(self._gpu_loaded),
+            gpu_loaded=_optional_int(self._gpu_after_loading),
             gpu_peak=int(max(candidates)) if candidates else None,
-            unified=self._shared is not None,
+            unified=self._read_shared is not None,
             shared_before=_optional_int(self._shared_before),
             shared_peak=_optional_int(shared_peak),
-            method=f"CPU: {cpu}; GPU: {'sampled' if self._used is not None else 'none in use'}",
+            method=f"CPU: {cpu}; GPU: {'sampled' if self._read_gpu is not None else 'none in use'}",
         )
 
-    def _gpu(self) -> float | None:
-        return None if self._used is None else self._used()
+    def _gpu_bytes(self) -> float | None:
+        return None if self._read_gpu is None else self._read_gpu()
 
 
 def _reset_peak() -> bool:
@@ -105,16 +108,18 @@ def _optional_int(size: float | None) -> int | None:
 def gpu_memory_reader(
     gpu: NvmlGpu | None, device: int, unified: bool = False
 ) -> MemoryReader | None:
-    """How to read the device's memory: this process's share by NVML, else all that is taken, else
-    CUDA's own count.
+    """Return a function that reads the device's used bytes; None where nothing can.
+
+    It reads this process's share from NVML, or all used bytes from NVML, or CUDA's own count.
 
     Args:
-        gpu, device: which.
-        unified: it is the processor's memory, too. NVML or the kernel may tell the GPU's part of
-            it; CUDA's count, which takes Linux's file cache for used memory, does not serve.
+        gpu: the GPU in NVML, where it has one.
+        device: index of the GPU, for CUDA.
+        unified: whether it is the processor's memory, too. Then NVML or the kernel may know the
+            GPU's part of it; CUDA's count is not used, because it includes Linux's file cache.
     """
     if unified:
-        return lambda: _first_known(gpu.memory()[0] if gpu else None, jetson.gpu_memory())
+        return lambda: _first_number(gpu.memory()[0] if gpu else None, jetson.gpu_memory())
     if gpu is not None and gpu.memory() != (None, None):
         return lambda: next((float(size) for size in gpu.memory() if size is not None), None)
     try:
@@ -125,18 +130,18 @@ def gpu_memory_reader(
     if int(code):
         return None
 
-    def read_used() -> float | None:
+    def read_cuda() -> float | None:
         code, free, total = cuda.cudaMemGetInfo()
         return None if int(code) else float(total - free)
 
-    return read_used
+    return read_cuda
 
 
-def _first_known(*sizes: float | None) -> float | None:
+def _first_number(*sizes: float | None) -> float | None:
     return next((float(size) for size in sizes if size is not None), None)
 
 
 def own_cpu_seconds() -> float:
-    """Processor time that this process has used."""
+    """Return the processor time that this process has used."""
     times = os.times()
     return times.user + times.system

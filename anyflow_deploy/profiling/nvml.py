@@ -1,9 +1,8 @@
-"""What NVIDIA's management library knows of a GPU: power, clocks, temperature, throttling, memory.
-Through nvidia-ml-py.
+"""Read a GPU through NVIDIA's management library: power, clocks, heat, throttling, memory.
 
-Every number is asked for on its own, since old cards, virtual GPUs and Jetsons each refuse other
-ones: what is refused is None. Written against nvidia-ml-py 13.615's functions and tested on a
-stand-in that has exactly those; not run on a GPU yet.
+Every number is read on its own, since old cards, virtual GPUs and Jetsons each refuse different
+ones: a refused number is None. This is written against nvidia-ml-py 13.615's functions and tested
+on a fake that has exactly those; it has not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ THROTTLE = {
     "nvmlClocksEventReasonHwThermalSlowdown": "temperature (hardware)",
     "nvmlClocksEventReasonHwPowerBrakeSlowdown": "external power brake",
 }
-"""Reasons that mean lost speed, by NVML's names; idling and clocks that someone has set are
-none."""
+"""Reasons that mean lost speed, by NVML's names. Idling and locked clocks do not."""
 
 
 class NvmlGpu:
@@ -52,29 +50,29 @@ class NvmlGpu:
         self.name: str = name.decode() if isinstance(name, bytes) else str(name)
 
     def _find_handle(self, index: int) -> Any:
-        """CUDA counts the devices it may see; NVML counts all, in the order of the bus."""
+        """Find the device: CUDA counts visible devices, NVML all of them in bus order."""
         visible = [
-            word.strip()
-            for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            if word.strip()
+            name.strip()
+            for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            if name.strip()
         ]
-        chosen = visible[index] if index < len(visible) else str(index)
-        if chosen.isdecimal():
-            return self._nv.nvmlDeviceGetHandleByIndex(int(chosen))
-        return self._nv.nvmlDeviceGetHandleByUUID(chosen)
+        device = visible[index] if index < len(visible) else str(index)
+        if device.isdecimal():
+            return self._nv.nvmlDeviceGetHandleByIndex(int(device))
+        return self._nv.nvmlDeviceGetHandleByUUID(device)
 
     def watts(self) -> float | None:
-        """Power now."""
+        """Read the power now, in watts."""
         return _scale(self._query(lambda: self._nv.nvmlDeviceGetPowerUsage(self._handle)), 1e-3)
 
     def joules(self) -> float | None:
-        """Energy since the driver was loaded (from Volta on)."""
+        """Read the energy in joules since the driver was loaded (Volta and later)."""
         return _scale(
             self._query(lambda: self._nv.nvmlDeviceGetTotalEnergyConsumption(self._handle)), 1e-3
         )
 
     def sm_clock(self) -> float | None:
-        """Clock of the multiprocessors now, MHz."""
+        """Read the clock of the multiprocessors now, MHz."""
         return _scale(
             self._query(
                 lambda: self._nv.nvmlDeviceGetClockInfo(self._handle, self._nv.NVML_CLOCK_SM)
@@ -82,7 +80,7 @@ class NvmlGpu:
         )
 
     def max_sm_clock(self) -> float | None:
-        """The highest there is, MHz."""
+        """Read the highest clock of the multiprocessors, MHz."""
         return _scale(
             self._query(
                 lambda: self._nv.nvmlDeviceGetMaxClockInfo(self._handle, self._nv.NVML_CLOCK_SM)
@@ -90,7 +88,7 @@ class NvmlGpu:
         )
 
     def memory_clock(self) -> float | None:
-        """Of the memory, MHz."""
+        """Read the clock of the memory now, MHz."""
         return _scale(
             self._query(
                 lambda: self._nv.nvmlDeviceGetClockInfo(self._handle, self._nv.NVML_CLOCK_MEM)
@@ -98,7 +96,7 @@ class NvmlGpu:
         )
 
     def temperature(self) -> float | None:
-        """Degrees Celsius."""
+        """Read the temperature, degrees Celsius."""
         return _scale(
             self._query(
                 lambda: self._nv.nvmlDeviceGetTemperature(
@@ -108,35 +106,37 @@ class NvmlGpu:
         )
 
     def power_limit(self) -> float | None:
-        """Watts it may take."""
+        """Read the power limit, watts."""
         return _scale(
             self._query(lambda: self._nv.nvmlDeviceGetEnforcedPowerLimit(self._handle)), 1e-3
         )
 
     def throttle_reasons(self) -> list[str]:
-        """Why it is slower than it could be, now."""
-        ask = getattr(self._nv, "nvmlDeviceGetCurrentClocksEventReasons", None) or getattr(
+        """Return why the GPU is slower now than it could be."""
+        read = getattr(self._nv, "nvmlDeviceGetCurrentClocksEventReasons", None) or getattr(
             self._nv, "nvmlDeviceGetCurrentClocksThrottleReasons", None
         )
-        bits = self._query(lambda: ask(self._handle)) if ask is not None else None
+        bits = self._query(lambda: read(self._handle)) if read is not None else None
         return [
-            words
-            for name, words in THROTTLE.items()
+            reason
+            for name, reason in THROTTLE.items()
             if bits and int(bits) & int(getattr(self._nv, name, 0))
         ]
 
     def memory(self) -> tuple[int | None, int | None]:
-        """Bytes that this process takes (None: NVML does not say, as inside some containers), and
-        that are taken in all."""
+        """Read the used bytes: this process's (None where NVML does not say), and all.
+
+        Inside some containers NVML does not know the processes.
+        """
         rows = (
             self._query(lambda: self._nv.nvmlDeviceGetComputeRunningProcesses(self._handle)) or []
         )
-        mine = next((row.usedGpuMemory for row in rows if row.pid == os.getpid()), None)
-        whole = self._query(lambda: self._nv.nvmlDeviceGetMemoryInfo(self._handle).used)
-        return (None if mine is None else int(mine)), (None if whole is None else int(whole))
+        own = next((row.usedGpuMemory for row in rows if row.pid == os.getpid()), None)
+        total = self._query(lambda: self._nv.nvmlDeviceGetMemoryInfo(self._handle).used)
+        return (None if own is None else int(own)), (None if total is None else int(total))
 
     def describe(self) -> dict[str, Any]:
-        """What identifies it, for the record."""
+        """Describe the GPU for the record."""
         driver = self._query(self._nv.nvmlSystemGetDriverVersion)
         return {
             "name": self.name,
@@ -146,9 +146,9 @@ class NvmlGpu:
             "power_limit_watts": self.power_limit(),
         }
 
-    def _query(self, question: Callable[[], Any]) -> Any:
+    def _query(self, read: Callable[[], Any]) -> Any:
         try:
-            return question()
+            return read()
         except self._nv.NVMLError:
             return None
 

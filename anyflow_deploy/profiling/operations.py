@@ -1,11 +1,11 @@
-"""How much a transition computes and reads, from the architecture alone: the numerators of a
-roofline.
+"""Count what a transition computes and reads, from the architecture alone.
 
-Counted are the matrix products, two operations for each multiplication with addition, since nothing
-else costs a processor with matrix units as much; a test holds the count equal to the one in the
-exported graphs. Bytes are those that no engine can avoid: every weight once, the cache once, the
-state in and out. Activations may stay on the chip, so they are not among them, and the bound stays
-a bound.
+These are the numerators of a roofline.
+
+Matrix products are counted, two operations for each multiplication with addition, since nothing
+else costs a processor with matrix units as much; a test compares the count with the exported
+graphs. Bytes are those that no engine can avoid: every weight once, the cache once, the state in
+and out. Activations may stay on the chip, so they do not count, and the bound stays a bound.
 
 Legend: N tokens of a step, M cached tokens, L text tokens, D channels of the residual stream.
 """
@@ -23,7 +23,7 @@ from anyflow_deploy.precision import EIGHT_BIT, PRECISIONS
 
 @dataclass(frozen=True)
 class ComputeTypes:
-    """What a precision computes its products in.
+    """The types in which a precision computes its products.
 
     Attributes:
         linear: the blocks' linear layers.
@@ -37,7 +37,7 @@ class ComputeTypes:
 
 
 def compute_types(precision: str, base: str, attention: str = "high") -> ComputeTypes:
-    """Of a bundle: `attention` is the manifest's, "high" or "fp8"."""
+    """Return the types of a bundle; `attention` is the manifest's, "high" or "fp8"."""
     linear = precision if precision in EIGHT_BIT else base
     return ComputeTypes(linear, base if attention == "high" else attention, base)
 
@@ -51,13 +51,13 @@ class ComputeCost:
 
     def __add__(self, other: ComputeCost) -> ComputeCost:
         kinds = sorted({*self.operations, *other.operations})
-        merged = {
+        operations = {
             kind: self.operations.get(kind, 0.0) + other.operations.get(kind, 0.0) for kind in kinds
         }
-        return ComputeCost(merged, self.bytes + other.bytes)
+        return ComputeCost(operations, self.bytes + other.bytes)
 
-    def times(self, count: int) -> ComputeCost:
-        """The same, so many times."""
+    def scale(self, count: int) -> ComputeCost:
+        """Return the cost of doing it `count` times."""
         return ComputeCost(
             {kind: count * value for kind, value in self.operations.items()}, count * self.bytes
         )
@@ -71,20 +71,20 @@ def transition_cost(
     past: int = 0,
     with_text: bool = True,
 ) -> ComputeCost:
-    """One transition of one video.
+    """Count one transition of one video.
 
     Args:
         a: the architecture.
-        types: what the products run in.
+        types: types of the products.
         shape: latent frames, rows, columns of the step.
-        text: L.
-        past: M, of a causal model.
-        with_text: the text's keys and values are made, too; a causal model makes them once per
-            video (`text_cost`).
+        text: L, text tokens.
+        past: M, cached tokens of a causal model.
+        with_text: whether the text's keys and values are made, too. A causal model makes them once
+            for each video (`text_cost`).
     """
     frames, height, width = shape
     tokens, d = _tokens(a, shape), a.inner_dim
-    # Q, k, v, out; the text's query and out; feed-forward
+    # q, k, v and out; the text's query and out; feed-forward.
     linear = 2 * tokens * a.num_layers * (6 * d * d + 2 * d * a.ffn_dim)
     attention = 4 * tokens * d * a.num_layers * (tokens + past + text)
     patch = math.prod(a.patch_size)
@@ -95,12 +95,12 @@ def transition_cost(
     )
     state = 4 * 3 * a.in_channels * frames * height * width  # z_t in, z_r and the velocity out
     cache = 2 * a.num_layers * past * d * PRECISIONS[types.base].bytes
-    moved = ComputeCost({}, weight_bytes(a, types, with_text) + state + cache)
-    return cost + moved + (text_cost(a, types, text) if with_text else ComputeCost({}, 0.0))
+    traffic = ComputeCost({}, weight_bytes(a, types, with_text) + state + cache)
+    return cost + traffic + (text_cost(a, types, text) if with_text else ComputeCost({}, 0.0))
 
 
 def text_cost(a: Architecture, types: ComputeTypes, text: int) -> ComputeCost:
-    """The text's projection, and its keys and values in every layer."""
+    """Count the text's projection, and its keys and values in every layer."""
     d = a.inner_dim
     projection = 2 * text * (a.text_dim * d + d * d)
     return ComputeCost(
@@ -112,8 +112,10 @@ def text_cost(a: Architecture, types: ComputeTypes, text: int) -> ComputeCost:
 def append_cost(
     a: Architecture, types: ComputeTypes, tokens: int, past: int, text: int
 ) -> ComputeCost:
-    """Keys and values of a clean chunk in all layers: everything up to the last layer's
-    projections."""
+    """Count the keys and values of a clean chunk in all layers.
+
+    That is everything up to the last layer's projections.
+    """
     d, layers = a.inner_dim, a.num_layers - 1
     linear = 2 * tokens * (layers * (6 * d * d + 2 * d * a.ffn_dim) + 2 * d * d)
     attention = 4 * tokens * d * layers * (tokens + past + text)
@@ -126,14 +128,16 @@ def append_cost(
 def stream_costs(
     a: Architecture, types: ComputeTypes, plan: CachePlan, sides: tuple[int, int], steps: int
 ) -> list[ComputeCost]:
-    """Every chunk of a causal video: its transitions, and what is remembered of the chunk before
-    it."""
+    """Count every chunk of a causal video.
+
+    A chunk costs its transitions, and caching the chunk before it.
+    """
     result = []
     for index, frames in enumerate(plan.chunks):
         past = sum(plan.cached_tokens(index))
         cost = transition_cost(
             a, types, (frames, *sides), plan.text_tokens, past, with_text=False
-        ).times(steps)
+        ).scale(steps)
         cost = (
             cost + text_cost(a, types, plan.text_tokens)
             if index == 0
@@ -144,10 +148,15 @@ def stream_costs(
 
 
 def _append_costs(a: Architecture, types: ComputeTypes, plan: CachePlan, chunk: int) -> ComputeCost:
-    """What follows a chunk: it enters in full; where one falls out of the recent ones it is
-    compressed, and all of them again."""
+    """Count the caching of a chunk.
+
+    It enters the cache in full. Where an older chunk falls out of the recent ones, that chunk is
+    compressed, and all recent ones enter again.
+    """
     cost = ComputeCost({}, 0.0)
-    compressed = plan.compressed_tokens * sum(plan.chunks[c] for c in plan.kept_chunks(chunk + 1))
+    compressed_tokens = plan.compressed_tokens * sum(
+        plan.chunks[c] for c in plan.kept_chunks(chunk + 1)
+    )
     if chunk < plan.recent:
         before = plan.full_tokens * sum(plan.chunks[:chunk])
         return append_cost(
@@ -155,27 +164,29 @@ def _append_costs(a: Architecture, types: ComputeTypes, plan: CachePlan, chunk: 
         )
     old = chunk - plan.recent
     tokens = plan.compressed_tokens * plan.chunks[old]
-    cost = cost + append_cost(a, types, tokens, compressed - tokens, plan.text_tokens)
-    filled = compressed
+    cost = cost + append_cost(a, types, tokens, compressed_tokens - tokens, plan.text_tokens)
+    past = compressed_tokens
     for recent in range(old + 1, chunk + 1):
         tokens = plan.full_tokens * plan.chunks[recent]
-        cost = cost + append_cost(a, types, tokens, filled, plan.text_tokens)
-        filled += tokens
+        cost = cost + append_cost(a, types, tokens, past, plan.text_tokens)
+        past += tokens
     return cost
 
 
 def weight_bytes(a: Architecture, types: ComputeTypes, with_text: bool = True) -> float:
-    """All weights once, in the types they are stored in; without those of the text's keys and
-    values if asked."""
+    """Return the bytes of all weights, in the types they are stored in.
+
+    Without `with_text`, those of the text's keys and values do not count.
+    """
     number = count_parameters(a)
     base = PRECISIONS[types.base].bytes
     large = PRECISIONS[types.linear].bytes
     scales = 4 * count_quantized_channels(a) if types.linear in EIGHT_BIT else 0
-    whole = large * number["blocks"] + base * number["base"] + 4 * number["float32"] + scales
+    total = large * number["blocks"] + base * number["base"] + 4 * number["float32"] + scales
     return float(
-        whole
+        total
         if with_text
-        else whole - large * a.num_layers * 2 * a.inner_dim**2 - base * a.text_dim * a.inner_dim
+        else total - large * a.num_layers * 2 * a.inner_dim**2 - base * a.text_dim * a.inner_dim
     )
 
 
@@ -184,7 +195,7 @@ def _tokens(a: Architecture, shape: tuple[int, int, int]) -> int:
 
 
 def _times_operations(a: Architecture, frames: int) -> int:
-    """Two time embeddings of two layers each, and their projection to six modulations."""
+    """Count two time embeddings of two layers, and their projection to six modulations."""
     d = a.inner_dim
     return 2 * frames * (2 * (a.freq_dim * d + d * d) + d * 6 * d)
 

@@ -1,5 +1,4 @@
-"""The plots of a profile's page, each a function from a profile to SVG, or to nothing where it has
-no data."""
+"""The plots of a profile's page: functions from a profile to SVG, or to nothing."""
 
 from __future__ import annotations
 
@@ -14,12 +13,12 @@ LAYERS = 14
 """Rows of the bar chart of parts."""
 
 _MARKS = 400
-"""Most samples that are drawn; of more, every n-th."""
+"""Largest number of samples that are drawn; of more, every n-th is."""
 
 
 def draw_plots(profile: Profile) -> list[str]:
-    """What there is to draw, in the order of the page."""
-    return [figure for maker in PLOTS for figure in maker(profile)]
+    """Draw every plot that has data, in the order of the page."""
+    return [figure for draw in PLOTS for figure in draw(profile)]
 
 
 def _clips(profile: Profile) -> Iterator[str]:
@@ -82,10 +81,10 @@ def _clips(profile: Profile) -> Iterator[str]:
 def _transitions(profile: Profile) -> Iterator[str]:
     for index, point in enumerate(profile.points):
         samples = point.transition.samples
-        every = max(1, math.ceil(len(samples) / _MARKS))
+        stride = max(1, math.ceil(len(samples) / _MARKS))
         rows = [
             (n, value, f"number {n}: {format_seconds(value)}")
-            for n, value in list(enumerate(samples))[::every]
+            for n, value in list(enumerate(samples))[::stride]
         ]
         median = point.transition.median
         marks = [
@@ -103,8 +102,10 @@ def _transitions(profile: Profile) -> Iterator[str]:
             PlotAxis("time", format_seconds),
             marks,
         )
-        ordered = sorted(samples)
-        shares = [(value, 100 * (n + 1) / len(ordered)) for n, value in enumerate(ordered)]
+        sorted_samples = sorted(samples)
+        shares = [
+            (value, 100 * (n + 1) / len(sorted_samples)) for n, value in enumerate(sorted_samples)
+        ]
         lines = [
             PlotSeries("", shares, "plain", _color(index)),
             *(
@@ -115,7 +116,7 @@ def _transitions(profile: Profile) -> Iterator[str]:
                 )
             ),
         ]
-        minimum = PlotAxis("time of a transition", format_seconds, minimum=0.98 * ordered[0])
+        minimum = PlotAxis("time of a transition", format_seconds, minimum=0.98 * sorted_samples[0])
         yield plot_svg(
             f"Share of transitions that were faster, {point.shape}",
             minimum,
@@ -210,7 +211,7 @@ def _roofline(profile: Profile) -> Iterator[str]:
         PlotSeries("layers", dots, "dots", "s0"),
         PlotSeries("a whole transition (bytes: the least possible)", whole, "dots", "s1"),
     ]
-    rate = PlotAxis("operations per second", lambda value: f"{_si_text(value)}", log=True)
+    rate = PlotAxis("operations per second", lambda value: f"{_format_si(value)}", log=True)
     yield plot_svg(
         "Roofline",
         PlotAxis("operations per byte", lambda value: f"{value:g}", log=True),
@@ -225,11 +226,11 @@ def _layers(profile: Profile) -> Iterator[str]:
             ("part", layers.by_part, "s0"),
             ("operator", layers.by_operator, "s2"),
         ):
-            shown = [Bar(row.name, [("", row.seconds, color)]) for row in rows[:LAYERS]]
+            bars = [Bar(row.name, [("", row.seconds, color)]) for row in rows[:LAYERS]]
             rest = sum(row.seconds for row in rows[LAYERS:])
             if rest:
-                shown.append(Bar(f"{len(rows) - LAYERS} more", [("", rest, "s4")]))
-            yield bars_svg(f"One transition by {title}, {layers.shape}", shown, format_seconds)
+                bars.append(Bar(f"{len(rows) - LAYERS} more", [("", rest, "s4")]))
+            yield bars_svg(f"One transition by {title}, {layers.shape}", bars, format_seconds)
 
 
 def _power(profile: Profile) -> Iterator[str]:
@@ -241,21 +242,21 @@ def _power(profile: Profile) -> Iterator[str]:
     if marks:
         yield plot_svg("Power", PlotAxis("seconds"), PlotAxis("watts"), marks)
     for unit in dict.fromkeys(series.unit for series in profile.conditions.series):
-        found = [
+        series_list = [
             series
             for series in profile.conditions.series
             if series.unit == unit and len(series.samples) > 1
         ]
-        if found:
+        if series_list:
             marks = [
                 PlotSeries(series.name, _thin_out(series.samples), "plain", _color(index))
-                for index, series in enumerate(found)
+                for index, series in enumerate(series_list)
             ]
             name = {"MHz": "Clocks", "°C": "Temperatures", "B": "Memory of the GPU"}.get(unit, unit)
             yield plot_svg(
                 name,
                 PlotAxis("seconds"),
-                PlotAxis(unit, _si_text if unit == "B" else lambda value: f"{value:g}"),
+                PlotAxis(unit, _format_si if unit == "B" else lambda value: f"{value:g}"),
                 marks,
             )
 
@@ -279,8 +280,8 @@ def _color(index: int) -> str:
     return f"s{(0, 1, 2, 5, 4)[index % 5]}"
 
 
-def _si_text(value: float) -> str:
-    """With a prefix, as 2.5T."""
+def _format_si(value: float) -> str:
+    """Format a number with an SI prefix, as 2.5 T."""
     for prefix, power in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= power:
             return f"{value / power:g} {prefix}"

@@ -1,10 +1,9 @@
-"""Where power can be read: NVIDIA's library, a Jetson's INA3221 and INA238 monitors, Intel's and
-AMD's RAPL counters.
+"""Find where power can be read: NVML, a Jetson's INA3221 and INA238, RAPL counters.
 
-A source gives watts, or counts joules. Those that count are read as they are (nothing is missed
-between two samples); those that give watts are integrated by the trapezoidal rule over what the
-sampling thread saw. Each is listed with what it covers: a rail of a Jetson's board, a processor
-package, a graphics card. They are never added up here, since they may overlap.
+A source gives watts, or counts joules. Counters are read as they are (nothing is missed between two
+samples); watts are integrated by the trapezoidal rule over the readings of the sampling thread.
+Each source is listed with what it covers: a rail of a Jetson's board, a processor package, a
+graphics card. They are never added up here, since they may overlap.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class PowerSource:
         method: how it is read, in words.
         watts: power now; None for a source that counts.
         joules: energy since some moment; None for one that gives watts.
-        wraps: the counter starts again at this many joules.
+        wraps: joules at which the counter starts again from 0.
     """
 
     name: str
@@ -45,24 +44,28 @@ class PowerSource:
 def find_power_sources(
     gpu: NvmlGpu | None, root: Path = Path("/")
 ) -> tuple[list[PowerSource], dict[str, str]]:
-    """All that can be read here, and the reasons why others cannot, by name."""
-    found: list[PowerSource] = []
+    """Find all sources that can be read here, and the reasons why others cannot, by name."""
+    sources: list[PowerSource] = []
     absent: dict[str, str] = {}
-    ways: dict[str, Callable[[], list[PowerSource]]] = {
+    finders: dict[str, Callable[[], list[PowerSource]]] = {
         "NVML": lambda: nvml_sources(gpu),
         "Jetson's rails": lambda: jetson_sources(root),
         "RAPL": lambda: rapl_sources(root),
     }
-    for name, way in ways.items():
+    for name, find in finders.items():
         try:
-            found += way()
+            sources += find()
         except MeasurementUnavailableError as error:
             absent[name] = str(error)
-    return found, absent
+    return sources, absent
 
 
 def nvml_sources(gpu: NvmlGpu | None) -> list[PowerSource]:
-    """A graphics card as a whole."""
+    """Return the source for a graphics card as a whole.
+
+    Raises:
+        MeasurementUnavailableError: no GPU, or one without power readings.
+    """
     if gpu is None:
         raise MeasurementUnavailableError("no GPU that NVML knows is in use")
     name = f"NVML {gpu.name}"
@@ -87,7 +90,7 @@ def nvml_sources(gpu: NvmlGpu | None) -> list[PowerSource]:
 
 
 def _require_reading(value: float | None) -> float:
-    """A reading, or an error that the sampler passes over."""
+    """Return a reading, or raise an OSError, which the sampler passes over."""
     if value is None:
         raise OSError("no reading")
     return value
@@ -99,7 +102,7 @@ _MEMORY_RAILS = re.compile(r"VDDQ|DDR")
 
 
 def jetson_sources(root: Path = Path("/")) -> list[PowerSource]:
-    """A Jetson's power rails.
+    """Return the sources for a Jetson's power rails.
 
     An INA3221 has three: `inN_input` in millivolts times `currN_input` in milliamperes, named by
     `inN_label`. Thor's board also has an INA238, without names, where its power comes in:
@@ -114,13 +117,13 @@ def jetson_sources(root: Path = Path("/")) -> list[PowerSource]:
         raise MeasurementUnavailableError(
             "no INA3221 or INA238 power monitor under /sys/class/hwmon (Jetsons have them)"
         )
-    ways = {"ina3221": _ina3221_sources, "ina238": _ina238_sources}
-    found = [rail for folder in monitors for rail in ways[names[folder]](folder)]
-    if not found:
+    readers = {"ina3221": _ina3221_sources, "ina238": _ina238_sources}
+    rails = [rail for folder in monitors for rail in readers[names[folder]](folder)]
+    if not rails:
         raise MeasurementUnavailableError(
             f"{monitors[0]} names no rail that has both voltage and current"
         )
-    return found
+    return rails
 
 
 def _ina238_sources(folder: Path) -> Iterator[PowerSource]:
@@ -151,7 +154,7 @@ def _ina3221_sources(folder: Path) -> Iterator[PowerSource]:
             ("cpu", _CPU_RAILS),
         )
         kinds = [kind for kind, pattern in patterns if pattern.search(name)]
-        # Orin Nano and NX: VDD_CPU_GPU_CV is neither's alone
+        # On Orin Nano and NX, VDD_CPU_GPU_CV covers both.
         kind: PowerKind = kinds[0] if len(kinds) == 1 else "board"
         yield PowerSource(
             name,
@@ -166,7 +169,7 @@ def _rail_watts(volts: Path, amperes: Path) -> float:
 
 
 def rapl_sources(root: Path = Path("/")) -> list[PowerSource]:
-    """Processor packages and their memory, by the kernel's powercap counters (microjoules)."""
+    """Return the kernel's powercap counters (microjoules) of packages and their memory."""
     folder = root / "sys/class/powercap"
     zones = [zone for zone in sorted(folder.glob("intel-rapl:*")) if (zone / "name").is_file()]
     if not zones:
@@ -174,7 +177,7 @@ def rapl_sources(root: Path = Path("/")) -> list[PowerSource]:
             "the kernel offers no RAPL counters under /sys/class/powercap (virtual machines have"
             " none)"
         )
-    found: list[PowerSource] = []
+    sources: list[PowerSource] = []
     for zone in zones:
         name = _text(zone / "name") or zone.name
         if not re.match(r"package|dram|psys", name):  # cores and uncore are inside the package
@@ -187,20 +190,20 @@ def rapl_sources(root: Path = Path("/")) -> list[PowerSource]:
                 f"{counter} cannot be read ({error.strerror}): only root may, unless its mode is"
                 " changed"
             ) from None
-        most = _text(zone / "max_energy_range_uj")
+        maximum = _text(zone / "max_energy_range_uj")
         kind: PowerKind = (
             "memory" if name.startswith("dram") else "board" if name.startswith("psys") else "cpu"
         )
-        wraps = int(most) * 1e-6 if most else None
+        wraps = int(maximum) * 1e-6 if maximum else None
         read = lambda c=counter: int(c.read_text()) * 1e-6  # noqa: E731 - bound to this zone
-        found.append(
+        sources.append(
             PowerSource(f"RAPL {name}", kind, "RAPL energy counter", joules=read, wraps=wraps)
         )
-    if not found:
+    if not sources:
         raise MeasurementUnavailableError(
             "the kernel's powercap zones hold no package, memory or platform counter"
         )
-    return found
+    return sources
 
 
 def _text(path: Path) -> str:

@@ -1,9 +1,9 @@
-"""A bundle becomes a `Profile`: the order of the measurements, and what each is given.
+"""Profile a bundle: the order of the measurements, and the inputs of each.
 
 First the engine, alone in the process, since its memory is measured: warm-up, then every number of
-steps in turn, for each shape, while a thread reads power and clocks. Then it is closed, and what
-disturbs or takes memory of its own follows: the runtime's profiler, the ceilings, text encoder and
-VAE.
+steps in turn, for each shape, while a thread reads power and clocks. Then it is closed, and the
+measurements follow that disturb others or take memory of their own: the runtime's profiler, the
+ceilings, text encoder and VAE.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from anyflow_deploy.progress import Progress
 from anyflow_deploy.targets import Target
 
 IDLE = 0.5
-"""Seconds of doing nothing, engine loaded, for the power it takes to be there."""
+"""Seconds of doing nothing with the engine loaded, to measure the idle power."""
 
 SKIPPABLE = ("layers", "ceilings", "text", "vae")
 """Parts that can be left out."""
@@ -67,14 +67,15 @@ class ProfileRequest:
     Attributes:
         bundle: an opened bundle.
         backend: a name in `registry.BACKENDS`.
-        engine: how it is to run.
+        engine: how the engine runs.
         shapes: as "480x832x81"; empty for the bundle's own.
         steps: numbers of steps.
-        window: of a causal cache.
-        rules: how long.
-        target: row of the table to compare with; None for what is found here.
-        prompt, pipeline: for the text encoder and the VAE.
-        skip: of `SKIPPABLE`.
+        window: window of a causal cache, in chunks.
+        rules: how long to measure.
+        target: row of the table to compare with; None for this machine's own hardware.
+        prompt: what the text encoder is timed with.
+        pipeline: folder or Hub id of text encoder and VAE; None for the bundle's own.
+        skip: parts of `SKIPPABLE` to leave out.
     """
 
     bundle: Bundle
@@ -91,22 +92,22 @@ class ProfileRequest:
 
 
 def default_provider(backend: str, provider: str | None) -> str:
-    """As `load_engine` chooses it."""
+    """Return the provider that `load_engine` uses."""
     return provider or BACKENDS[backend].default_provider
 
 
 def run_profile(request: ProfileRequest, progress: Progress) -> Profile:
-    """Do it.
+    """Measure a bundle and return its profile.
 
     Raises:
-        AnyFlowError: shapes outside the ranges, or an engine that cannot run here; before anything
-            is timed.
+        AnyFlowError: shapes outside the ranges, or an engine that cannot run here; raised before
+            anything is timed.
     """
     return _Profiler(request, progress).profile()
 
 
 class _Profiler:
-    """One profile in the making."""
+    """Makes one profile."""
 
     def __init__(self, request: ProfileRequest, progress: Progress) -> None:
         self._request, self._progress = request, progress
@@ -162,24 +163,27 @@ class _Profiler:
     ) -> tuple[Subject, list[Point], MemoryUsage, list[PowerUsage], Conditions]:
         options = self._request.engine
         on_gpu = options.provider == "cuda"
-        shared = jetson.memory_used if self._board else None
-        used = gpu_memory_reader(self._gpu, options.device, shared is not None) if on_gpu else None
-        peak, began = PeakMemory(used, shared), clock()
+        read_shared = jetson.used_memory if self._board else None
+        read_gpu = None
+        if on_gpu:
+            read_gpu = gpu_memory_reader(self._gpu, options.device, read_shared is not None)
+        peak = PeakMemory(read_gpu, read_shared)
+        start = clock()
         engine = self._open_engine()
-        loading = clock() - began
+        load_seconds = clock() - start
         peak.mark_loaded()
         powers, absent = find_power_sources(self._gpu)
         self._absent |= {f"power: {name}": reason for name, reason in absent.items()}
         reads = _build_readers(self._gpu, self._board is not None)
         reads |= {
             name: read
-            for name, read in (("GPU memory", used), ("shared memory", shared))
+            for name, read in (("GPU memory", read_gpu), ("shared memory", read_shared))
             if read is not None
         }
-        throttled_before = machine.throttle_counts()
+        throttles_before = machine.throttle_counts()
         load = machine.OtherLoad()
         with closing(engine):
-            subject = self._describe_subject(engine, loading)
+            subject = self._describe_subject(engine, load_seconds)
             with ResourceSampler(
                 powers, reads, self._gpu.throttle_reasons if self._gpu else list
             ) as sampler:
@@ -205,7 +209,7 @@ class _Profiler:
         throttle = sampler.flag_shares() | {
             name: 1.0
             for name, count in machine.throttle_counts().items()
-            if count > throttled_before.get(name, count)
+            if count > throttles_before.get(name, count)
         }
         series = sampler.series({name: _UNITS[name.split()[-1]] for name in reads}, begin)
         conditions = Conditions(other_load=load.cores(), throttle=throttle, series=series)
@@ -227,13 +231,13 @@ class _Profiler:
             cuda_graphs=options.cuda_graphs,
         )
 
-    def _describe_subject(self, engine: BundleEngine, loading: float) -> Subject:
+    def _describe_subject(self, engine: BundleEngine, load_seconds: float) -> Subject:
         request = self._request
         manifest = self._request.bundle.manifest
         a = manifest.architecture
-        built = None
+        build_seconds = None
         if BACKENDS[request.backend].build_settings is not None:
-            built = find_engine(
+            build_seconds = find_engine(
                 request.bundle, request.backend, request.engine.engine, verify=False
             ).record.seconds
         return Subject(
@@ -249,8 +253,8 @@ class _Profiler:
             backend=request.backend,
             provider=request.engine.provider,
             threads=request.engine.threads,
-            load_seconds=loading,
-            build_seconds=built,
+            load_seconds=load_seconds,
+            build_seconds=build_seconds,
         )
 
     def _find_ceilings(self, points: list[Point]) -> Ceilings | None:
@@ -261,7 +265,7 @@ class _Profiler:
             if "ceilings" in request.skip:
                 return None
             if request.engine.provider == "cpu":
-                with self._progress.stage("what this processor can do"):
+                with self._progress.stage("measuring this processor's limits"):
                     kinds = {request.bundle.manifest.precision, "fp32"}
                     seconds = min(SECONDS, request.rules.seconds / 10)
                     return measure_ceilings(request.engine.threads, kinds, seconds)
@@ -272,13 +276,13 @@ class _Profiler:
                 if self._gpu is not None
                 else ""
             )
-            found = target_from_gpu_name(name)
-            if found is None:
+            target = target_from_gpu_name(name)
+            if target is None:
                 raise MeasurementUnavailableError(
                     f"no row of the target table is called {name or 'like this GPU'!r}; choose one"
                     " with --target"
                 )
-            return ceilings_from_target(found)
+            return ceilings_from_target(target)
         except MeasurementUnavailableError as error:
             self._absent["ceilings"] = str(error)
             return None
@@ -292,8 +296,8 @@ class _Profiler:
             manifest.precision, manifest.base, quantization.attention if quantization else "high"
         )
         a = manifest.architecture
-        # The samples of a causal model are of all chunks; held against the bound is the last chunk,
-        # alone.
+        # The samples of a causal model are of all chunks; only the last chunk is compared with the
+        # bound.
         cost = transition_cost(
             a,
             types,
@@ -352,12 +356,14 @@ class _Profiler:
 
 
 _UNITS = {"clock": "MHz", "temperature": "°C", "memory": "B"}
-"""Of what is read, by its last word."""
+"""Unit of a reading, by the last word of its name."""
 
 
 def _build_readers(gpu: NvmlGpu | None, on_jetson: bool) -> dict[str, Any]:
-    """What the sampling thread reads beside power. NVML has no clocks on a Jetson, the kernel
-    has."""
+    """Return what the sampling thread reads beside power.
+
+    On a Jetson, the kernel has the GPU's clocks and NVML does not.
+    """
     reads: dict[str, Any] = {"CPU clock": machine.cpu_clock()}
     if on_jetson:
         gpu, reads["GPU clock"] = None, jetson.gpu_clock()
@@ -374,7 +380,7 @@ def _build_readers(gpu: NvmlGpu | None, on_jetson: bool) -> dict[str, Any]:
 
 
 def _fill_cpu_rates(ceilings: Ceilings) -> Ceilings:
-    """Where rates were measured, a type without its own runs as float32."""
+    """Give a type without its own measured rate the rate of float32."""
     if not ceilings.measured:
         return ceilings
     float32 = ceilings.operations["fp32"]

@@ -1,12 +1,13 @@
-"""`profile.json`: everything a profile holds, typed. Times are seconds, memory bytes, energy
-joules, rates per second.
+"""`profile.json`: everything a profile holds, typed.
+
+Times are seconds, memory bytes, energy joules, rates per second.
 
 A profile names what it was made of (bundle, engine, machine, clocks, versions) and how (`Method`),
-so that two of them can be compared, or refused comparison. Whatever could not be measured is not
-left out in silence: its reason stands in `absent`.
+so that two profiles can be compared, or refused. What could not be measured is not left out in
+silence: `absent` has its reason.
 
-What was timed is in `record_times.py`, what it took of the machine in `record_device.py`; readers
-of profiles find all of it here.
+Times are in `record_times.py`, memory, power and clocks in `record_device.py`; this module exports
+all of them.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Method(ProfileRecord):
 
 
 class Subject(ProfileRecord):
-    """What was run."""
+    """The bundle and the engine that were measured."""
 
     bundle: str
     digest: str
@@ -94,10 +95,10 @@ class Subject(ProfileRecord):
 
 
 class StageTiming(ProfileRecord):
-    """Text encoder or VAE.
+    """Times and memory of the text encoder or the VAE.
 
     Args:
-        parts: such as "first chunk" of the VAE.
+        parts: times of parts, such as "first chunk" of the VAE.
     """
 
     name: str
@@ -109,13 +110,13 @@ class StageTiming(ProfileRecord):
 
 
 class EndToEnd(ProfileRecord):
-    """A prompt becomes frames, everything loaded: sums of medians.
+    """Times from a prompt to frames with everything loaded: sums of medians.
 
     Args:
-        seconds: by stage.
+        seconds: of each stage.
         first_frame: until the first frame is decoded: text, first chunk (bidirectional: the whole
             clip), its share of the VAE.
-        cold_start: loading everything comes before that.
+        cold_start: loading all three stages, before that.
     """
 
     shape: str
@@ -129,7 +130,7 @@ class EndToEnd(ProfileRecord):
 
 
 class Advice(ProfileRecord):
-    """What to do, and the measurement it rests on.
+    """What to do, and the measurement that it is based on.
 
     Args:
         kind: a short name, such as "memory-bound".

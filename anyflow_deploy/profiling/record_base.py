@@ -1,4 +1,4 @@
-"""What every part of a profile is: frozen, and strict about what it is read from."""
+"""The base of every part of a profile: frozen, and strict about its values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ProfileRecord(BaseModel):
-    """Unknown keys are refused, and so are numbers that are none."""
+    """Base of the records: unknown keys, NaN and infinity are refused."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False

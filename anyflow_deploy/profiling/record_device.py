@@ -1,5 +1,4 @@
-"""The part of a profile that says what a run took of the machine, and what state that was in:
-memory, power, clocks, heat, load.
+"""The part of a profile about the machine: memory, power, clocks, heat, load.
 
 Memory is bytes, energy joules; moments are seconds since the measured rounds began.
 """
@@ -12,17 +11,16 @@ from anyflow_deploy.profiling.record_base import ProfileRecord
 
 
 class MemoryUsage(ProfileRecord):
-    """Peaks; CPU and GPU apart, never added: on a Jetson they are parts of one memory.
+    """Peaks of CPU and GPU memory, which are never added up.
 
     Args:
-        cpu_before, cpu_loaded, cpu_peak: resident bytes of this process, before loading, after it,
-            and at most from then on.
-        cpu_loading_peak: the most while it was loaded.
+        cpu_before, cpu_loaded, cpu_peak: resident bytes of this process: before loading, after
+            loading, and the largest from then on.
+        cpu_loading_peak: largest resident bytes during loading.
         gpu_peak: bytes on the device; None without one.
-        unified: processor and GPU share one memory.
-        shared_before, shared_peak: what all processes and the GPU had taken of that, before
-            anything was loaded and at most; their difference is what this engine needs there,
-            whichever side counts it.
+        unified: whether processor and GPU share one memory (as on a Jetson).
+        shared_before, shared_peak: used bytes of that memory, by all processes and the GPU: before
+            loading, and the largest. Their difference is what this engine needs.
         method: how each was read.
     """
 
@@ -43,9 +41,9 @@ class PowerUsage(ProfileRecord):
 
     Args:
         kind: what it covers.
-        idle_watts: before the rounds began, engine loaded.
-        joules: in the measured rounds.
-        samples: seconds since the rounds began, watts.
+        idle_watts: power before the rounds, with the engine loaded.
+        joules: energy in the measured rounds.
+        samples: pairs of seconds since the rounds began, and watts.
     """
 
     name: str
@@ -59,7 +57,7 @@ class PowerUsage(ProfileRecord):
 
 
 class Series(ProfileRecord):
-    """Something read again and again, such as a clock: seconds since the rounds began, value."""
+    """Repeated readings of a value such as a clock: seconds since the rounds began, value."""
 
     name: str
     unit: str
@@ -67,10 +65,10 @@ class Series(ProfileRecord):
 
 
 class Conditions(ProfileRecord):
-    """What the machine was doing meanwhile.
+    """The machine's load, throttling, clocks and temperatures during the measurement.
 
     Args:
-        other_load: processor cores that others kept busy, on average; None where it cannot be told.
+        other_load: mean number of cores that other programs kept busy; None where it is unknown.
         throttle: reasons that the hardware gave, with the share of samples.
         series: clocks and temperatures.
     """

@@ -1,5 +1,4 @@
-"""The part of a profile that holds times: what was timed, held against what the hardware could do,
-and split into layers.
+"""The part of a profile that holds times: latencies, ceilings and layers.
 
 Times are seconds, memory bytes, rates per second.
 """
@@ -12,14 +11,14 @@ from anyflow_deploy.profiling.record_base import ProfileRecord
 
 
 class Latency(ProfileRecord):
-    """Seconds of one thing that was done `count` times.
+    """Seconds of something that ran `count` times.
 
     Args:
         interval: where the true median lies, with 95 % confidence.
         deviation: standard deviation.
-        outliers: samples far out above; they are in all the other numbers.
+        outliers: number of far too long samples; the other numbers include them.
         drift: median of the second half over that of the first, less 1.
-        samples: all of them, in order.
+        samples: all seconds, in order.
     """
 
     count: int = Field(ge=1)
@@ -43,7 +42,7 @@ class Latency(ProfileRecord):
 
 
 class Warmup(ProfileRecord):
-    """What ran before anything counted."""
+    """The runs before the measured ones."""
 
     runs: int
     seconds: float
@@ -51,12 +50,12 @@ class Warmup(ProfileRecord):
 
 
 class ClipLatency(ProfileRecord):
-    """A whole video's latents, without text encoder and VAE.
+    """Times of a whole video's latents, without text encoder and VAE.
 
     Args:
-        frames_per_second: video frames made in a second, at the median.
-        real_time_factor: that, over the playback rate; above 1 is faster than it plays.
-        joules: of each power source, for one clip.
+        frames_per_second: video frames generated in a second, at the median.
+        real_time_factor: frames_per_second over the playback rate; above 1 is faster than it plays.
+        joules: energy of one clip, by power source.
     """
 
     steps: int
@@ -67,16 +66,16 @@ class ClipLatency(ProfileRecord):
 
 
 class ChunkLatencies(ProfileRecord):
-    """A causal clip chunk by chunk, at one number of steps.
+    """Times of a causal clip chunk by chunk, at one number of steps.
 
     Args:
-        first: from the call to the first chunk's latents.
-        later: from asking for a chunk to having it; what is remembered of the one before is in it.
+        first: seconds from the call to the first chunk's latents.
+        later: seconds of each later chunk, including caching the one before it.
         by_index: median of every chunk.
-        remember: making the cache's entries after a chunk.
+        remember: seconds of caching a chunk.
         frames: video frames of every chunk.
-        cached_tokens: that every chunk finds.
-        worst_real_time_factor: of the slowest later chunk's median: below 1 a player runs dry.
+        cached_tokens: tokens that every chunk finds in the cache.
+        worst_real_time_factor: of the slowest later chunk's median; below 1, playback stalls.
     """
 
     steps: int
@@ -90,7 +89,7 @@ class ChunkLatencies(ProfileRecord):
 
 
 class Ceilings(ProfileRecord):
-    """What the hardware can do at most.
+    """The highest rates of the hardware.
 
     Args:
         operations: per second, by type.
@@ -107,13 +106,13 @@ class Ceilings(ProfileRecord):
 
 
 class Roofline(ProfileRecord):
-    """One transition against the ceilings.
+    """One transition compared with the ceilings.
 
     Args:
-        operations: by the type they run in, two for each multiplication with addition.
-        bytes: that have to be read at least: weights and cache once, state in and out.
-        compute_seconds, memory_seconds: what each alone would take at the ceiling; the larger one
-            is the bound.
+        operations: by the type they run in; two for each multiplication with addition.
+        bytes: least bytes that move: weights and cache once, state in and out.
+        compute_seconds, memory_seconds: seconds of each alone at the ceiling; the larger one is the
+            bound.
         efficiency: the bound over the measured median.
     """
 
@@ -125,7 +124,7 @@ class Roofline(ProfileRecord):
 
     @property
     def bound(self) -> float:
-        """Seconds that no engine can go below."""
+        """Seconds that no engine can beat."""
         return max(self.compute_seconds, self.memory_seconds)
 
     @property
@@ -135,18 +134,17 @@ class Roofline(ProfileRecord):
 
 
 class Point(ProfileRecord):
-    """One shape.
+    """All times of one shape.
 
     Args:
         shape: "480x832x81".
         latents: (1, F, C, H, W).
         tokens: of a transition (causal: of the largest chunk).
-        transition: every transition in every clip.
-        largest_transition: median of the one with the most tokens in it and in its cache (causal:
-            the others are smaller).
-        enqueue: until a transition was handed to the GPU, where the backend can tell.
-        fixed_seconds: of a clip that do not depend on the number of steps, by a straight line
-            through the medians.
+        transition: times of every transition in every clip.
+        largest_transition: median of the transition with the most tokens in itself and its cache.
+        enqueue: times of launching a transition on the GPU; None where they are unknown.
+        fixed_seconds: seconds of a clip that do not depend on the number of steps, from a straight
+            line through the medians.
     """
 
     shape: str
@@ -165,12 +163,12 @@ class Point(ProfileRecord):
 
 
 class Layer(ProfileRecord):
-    """One layer (or all of a kind), in one transition.
+    """One layer, or all of a kind, in one transition.
 
     Args:
-        seconds: in one transition.
-        operations, bytes: 0 where they cannot be told from the profiler.
-        module: the ONNX node it came from, where the name is another.
+        seconds: of one transition.
+        operations, bytes: 0 where they are unknown.
+        module: name of the ONNX node, where `name` is another.
     """
 
     name: str
@@ -184,15 +182,16 @@ class Layer(ProfileRecord):
 
 
 class Layers(ProfileRecord):
-    """Where a transition's time goes.
+    """The time of a transition, layer by layer.
 
     Args:
-        source: which profiler.
-        graph: of the bundle.
-        transitions: that were profiled.
-        seconds: of all layers of one transition.
-        overhead: a transition under the profiler over one without, less 1.
-        rows: slowest first; by_operator and by_part: the same, added up.
+        source: name of the profiler.
+        graph: name of the bundle's graph.
+        transitions: number of profiled transitions.
+        seconds: sum over all layers of one transition.
+        overhead: a transition's time under the profiler over its time without, less 1.
+        rows: layers, slowest first.
+        by_operator, by_part: the same, summed.
     """
 
     source: str

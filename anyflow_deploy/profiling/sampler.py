@@ -1,8 +1,8 @@
-"""A thread that reads power, clocks, temperatures and memory while others work.
+"""A thread that reads power, clocks, temperatures and memory during the work.
 
-Everything is kept with the time it was read, by the clock that times the work, so that energy can
-afterwards be cut to the spans that counted: by interpolation in a counter, by the trapezoidal rule
-over watts.
+Every reading is kept with its time, by the clock that times the work, so that the energy of the
+measured spans can be computed later: by interpolation in a counter, by the trapezoidal rule over
+watts.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ TimeSpan = tuple[float, float]
 
 
 class ResourceSampler:
-    """Use it as a context manager around the work.
+    """Samples the machine in a thread; a context manager around the work.
 
     Args:
-        powers: energy sources.
-        reads: anything else that is a number, by name; a reading may be None.
-        flags: gives the words that hold now, such as reasons for throttling.
-        interval: seconds.
+        powers: power sources.
+        reads: functions that read other numbers, by name; a reading may be None.
+        flags: returns the words that are true now, such as reasons for throttling.
+        interval: seconds between two readings.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ResourceSampler:
         }
         self._values: dict[str, list[tuple[float, float]]] = {name: [] for name in self._reads}
         self._flag_rows: list[list[str]] = []
-        self.began = clock()
+        self.start = clock()
 
     def __enter__(self) -> ResourceSampler:
         self._sample()
@@ -83,14 +83,14 @@ class ResourceSampler:
                 self._watts[source.name].append((clock(), read()))
             except (OSError, ValueError):  # a reading that failed; the next one may not
                 continue
-        for name, ask in self._reads.items():
-            value = ask()
+        for name, read_value in self._reads.items():
+            value = read_value()
             if value is not None:
                 self._values[name].append((clock(), value))
         self._flag_rows.append(self._flags())
 
     def joules(self, name: str, spans: Sequence[TimeSpan]) -> float:
-        """Energy of a source in these spans together."""
+        """Return the energy of a source in these spans together."""
         source = next(source for source in self._powers if source.name == name)
         cumulative = _cumulative_joules(source, self._watts[name])
         return sum(
@@ -98,7 +98,7 @@ class ResourceSampler:
         )
 
     def power(self, name: str, idle: TimeSpan, busy: TimeSpan) -> PowerUsage | None:
-        """A source over the whole run; None when it could not be read twice."""
+        """Return a source's record of the whole run; None if it was not read twice."""
         source = next(source for source in self._powers if source.name == name)
         rows = self._watts[name]
         cumulative = _cumulative_joules(source, rows)
@@ -111,12 +111,12 @@ class ResourceSampler:
         ]
         joules = self.joules(name, [busy])
         seconds = busy[1] - busy[0]
-        resting = self.joules(name, [idle]) / (idle[1] - idle[0]) if idle[1] > idle[0] else None
+        idle_watts = self.joules(name, [idle]) / (idle[1] - idle[0]) if idle[1] > idle[0] else None
         return PowerUsage(
             name=name,
             kind=source.kind,
             method=source.method,
-            idle_watts=resting,
+            idle_watts=idle_watts,
             mean_watts=joules / seconds,
             peak_watts=max((value for _, value in watts), default=joules / seconds),
             joules=joules,
@@ -124,7 +124,7 @@ class ResourceSampler:
         )
 
     def series(self, units: Mapping[str, str], start: float) -> list[Series]:
-        """Everything that `reads` gave, from `start` on."""
+        """Return all readings of `reads`, from `start` on."""
         return [
             Series(
                 name=name,
@@ -136,11 +136,11 @@ class ResourceSampler:
         ]
 
     def maximum(self, name: str) -> float | None:
-        """The largest value of a reading."""
+        """Return the largest value of a reading; None without readings."""
         return max((value for _, value in self._values.get(name, [])), default=None)
 
     def flag_shares(self) -> dict[str, float]:
-        """How often each flag was up, as a share of the samples."""
+        """Return the share of samples in which each flag was true."""
         words = {word for row in self._flag_rows for word in row}
         return {
             word: sum(word in row for row in self._flag_rows) / len(self._flag_rows)
@@ -151,7 +151,7 @@ class ResourceSampler:
 def _cumulative_joules(
     source: PowerSource, rows: list[tuple[float, float]]
 ) -> list[tuple[float, float]]:
-    """Joules by time, growing: a counter with its wraps undone, or watts integrated."""
+    """Add up joules over time: integrated watts, or a counter without its wraps."""
     total, result = 0.0, rows[:1] and [(rows[0][0], 0.0)]
     for (before, first), (now, second) in itertools.pairwise(rows):
         if source.watts is not None:
@@ -165,7 +165,7 @@ def _cumulative_joules(
 
 
 def _watts_between(cumulative: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Watts between the readings of a counter."""
+    """Compute the watts between the readings of a counter."""
     pairs = itertools.pairwise(cumulative)
     return [((a + b) / 2, (second - first) / (b - a)) for (a, first), (b, second) in pairs if b > a]
 

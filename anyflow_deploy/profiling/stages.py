@@ -1,8 +1,7 @@
-"""Text encoder and VAE, timed apart from the transformer: what else a prompt goes through on its
-way to frames.
+"""Time the text encoder and the VAE, apart from the transformer.
 
 Both are PyTorch on the CPU here, as `anyflow-generate` runs them. Each is loaded, run until warm,
-run again, and let go.
+run again, and released.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from anyflow_deploy.profiling.workload import VideoWorkload
 TEXT, VAE = "text encoder", "VAE"
 
 SHARE = 0.25
-"""Of the budget of a shape that a stage may take."""
+"""Share of a shape's budget that a stage may take."""
 
 MIN_RUNS, MAX_RUNS = 3, 30
 
 
 def find_pipeline_folder(manifest: Manifest, pipeline: str | None, part: str) -> Path:
-    """Where text encoder or VAE are.
+    """Find the folder of the text encoder or the VAE.
 
     Raises:
-        MeasurementUnavailableError: they are not at hand, or the packages that run them are not.
+        MeasurementUnavailableError: the folder, or a package that runs the part, is missing.
     """
     try:
         from anyflow_deploy.pipelines.pipeline_folder import find_pipeline
@@ -49,27 +48,28 @@ def find_pipeline_folder(manifest: Manifest, pipeline: str | None, part: str) ->
     except AnyFlowError as error:
         if pipeline is not None:
             raise
-        raise MeasurementUnavailableError(f"not at hand: {error}") from None
+        raise MeasurementUnavailableError(f"not available: {error}") from None
 
 
 def measure_text_encoder(
     folder: Path, manifest: Manifest, prompt: str, rules: TimingRules
 ) -> StageTiming:
-    """The text encoder on one prompt, padded as always."""
+    """Time the text encoder on one prompt, padded as always."""
     from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 
     gc.collect()
-    peak, began = PeakMemory(), clock()
+    peak = PeakMemory()
+    start = clock()
     encoder = PromptEncoder(folder)
     tokens = manifest.video.text_tokens
     encoder.load()
-    loading = clock() - began
+    load_seconds = clock() - start
     peak.mark_loaded()
     times = _time_repeatedly(lambda: encoder.encode([prompt], tokens), rules)
     record = StageTiming(
         name=TEXT,
         device="cpu",
-        load_seconds=loading,
+        load_seconds=load_seconds,
         latency=latency_from_samples(times),
         memory=peak.record(),
     )
@@ -77,51 +77,51 @@ def measure_text_encoder(
 
 
 def measure_vae(folder: Path, video: VideoWorkload, rules: TimingRules) -> StageTiming:
-    """The VAE's decoder on the latents of one video: whole, and its first latent frame and first
-    chunk alone."""
+    """Time the VAE's decoder on a whole video, its first latent frame, and its first chunk."""
     from anyflow_deploy.pipelines.vae import StreamingDecoder, load_vae
 
     gc.collect()
-    peak, began = PeakMemory(), clock()
+    peak = PeakMemory()
+    start = clock()
     vae = load_vae(folder)
-    loading = clock() - began
+    load_seconds = clock() - start
     peak.mark_loaded()
     first = video.plan.chunks[0] if video.plan is not None else video.shape.frames
     cuts = (
         {"first frame": 1, "first chunk": first} if video.plan is not None else {"first frame": 1}
     )
-    pieces = {
+    parts_latents = {
         name: np.ascontiguousarray(video.latents[:, :frames]) for name, frames in cuts.items()
     }
-    whole = _time_repeatedly(lambda: StreamingDecoder(vae).decode(video.latents), rules)
+    whole_times = _time_repeatedly(lambda: StreamingDecoder(vae).decode(video.latents), rules)
     parts = {
-        name: _time_repeatedly(_piece_decoder(StreamingDecoder, vae, piece), rules)
-        for name, piece in pieces.items()
+        name: _time_repeatedly(_make_decode_call(StreamingDecoder, vae, latents), rules)
+        for name, latents in parts_latents.items()
     }
     record = StageTiming(
         name=VAE,
         device="cpu",
-        load_seconds=loading,
-        latency=latency_from_samples(whole),
+        load_seconds=load_seconds,
+        latency=latency_from_samples(whole_times),
         parts={name: latency_from_samples(times) for name, times in parts.items()},
         memory=peak.record(),
     )
     return record
 
 
-def _piece_decoder(decoder: Any, vae: Any, piece: Any) -> Callable[[], Any]:
-    return lambda: decoder(vae).decode(piece)
+def _make_decode_call(decoder: Any, vae: Any, latents: Any) -> Callable[[], Any]:
+    return lambda: decoder(vae).decode(latents)
 
 
 def _time_repeatedly(run: Callable[[], Any], rules: TimingRules) -> list[float]:
-    """One run that does not count, then as many as a share of the budget holds."""
+    """Run once without counting, then as often as a share of the budget allows."""
     run()
     times: list[float] = []
     with pause_garbage_collection():
         while len(times) < (rules.rounds or MIN_RUNS) or (
             rules.rounds is None and len(times) < MAX_RUNS and sum(times) < SHARE * rules.seconds
         ):
-            began = clock()
+            start = clock()
             run()
-            times.append(clock() - began)
+            times.append(clock() - start)
     return times

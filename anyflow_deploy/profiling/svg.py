@@ -1,7 +1,7 @@
-"""Plots as inline SVG: lines, dots and bars on linear or logarithmic axes, and nothing else.
+"""Draw plots as inline SVG: lines, dots and bars on linear or logarithmic axes.
 
-A page made on a Jetson has to be whole without a network, and the device has no plotting library;
-so the few plots that a profile needs are drawn here. Colours are classes of the page's style sheet
+A page made on a Jetson has to work without a network, and the device has no plotting library; so
+the few plots that a profile needs are drawn here. Colours are classes of the page's style sheet
 (`s0` … `s5`), which knows light and dark; every mark has a `<title>`, which browsers show under the
 pointer and screen readers read.
 """
@@ -17,21 +17,21 @@ from typing import Literal
 WIDTH, HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 12, 44
 _HALF_LETTER = 3.6
-"""Of a label's letters, more rather than less."""
+"""Half the width of a label's letter in pixels, rounded up."""
 
 Text = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class PlotAxis:
-    """One axis.
+    """One axis of a plot.
 
     Attributes:
-        label: with its unit.
-        text: how a value is written.
-        log: logarithmic; all values are then positive.
-        least, most: ends; None to follow the data. A linear axis begins at 0 unless told otherwise.
-        ticks: where, if not at round numbers.
+        label: name and unit.
+        text: formats a value.
+        log: whether it is logarithmic; then all values have to be positive.
+        minimum, maximum: ends; None to follow the data. A linear axis begins at 0 by default.
+        ticks: positions of the ticks; empty for round numbers.
     """
 
     label: str
@@ -44,11 +44,11 @@ class PlotAxis:
 
 @dataclass(frozen=True)
 class PlotSeries:
-    """A series.
+    """One series of a plot.
 
     Attributes:
         name: in the legend; empty for none.
-        points: (x, y), or (x, y, what the pointer is told).
+        points: (x, y), or (x, y, text under the pointer).
         kind: "line" (with dots), "plain" (without), "dots" or "dash".
         color: class of the style sheet.
     """
@@ -69,7 +69,7 @@ class Bar:
 
 @dataclass
 class _Scale:
-    """From values to pixels."""
+    """Maps values to pixels."""
 
     axis: PlotAxis
     values: list[float]
@@ -112,26 +112,26 @@ class _Scale:
 def _log_ticks(low: float, high: float) -> list[float]:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     wide = math.log10(high / low) > 3
-    found = [
+    ticks = [
         m * 10.0**d
         for d in decades
         for m in ((1,) if wide else (1, 2, 5))
         if low <= m * 10.0**d <= high
     ]
-    return found[:: max(1, len(found) // 8)]
+    return ticks[:: max(1, len(ticks) // 8)]
 
 
 def _round_step(step: float) -> float:
-    """The nearest of 1, 2, 2.5 and 5 times a power of ten."""
+    """Return the nearest of 1, 2, 2.5 and 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step)) if step > 0 else 1.0
     return min((power * m for m in (1, 2, 2.5, 5, 10)), key=lambda candidate: abs(candidate - step))
 
 
 def plot_svg(title: str, x: PlotAxis, y: PlotAxis, marks: Sequence[PlotSeries]) -> str:
-    """A plot of lines and dots.
+    """Draw a plot of lines and dots.
 
     Args:
-        title: for those who cannot see it.
+        title: caption, and text for screen readers.
         x, y: axes.
         marks: series, drawn in order.
     """
@@ -145,7 +145,7 @@ def plot_svg(title: str, x: PlotAxis, y: PlotAxis, marks: Sequence[PlotSeries]) 
 
 
 def _frame(across: _Scale, up: _Scale) -> str:
-    """Grid, ticks and labels."""
+    """Draw grid, ticks and labels."""
     parts = []
     for tick in up.ticks():
         place = up.at(tick)
@@ -158,14 +158,14 @@ def _frame(across: _Scale, up: _Scale) -> str:
             f' text-anchor="end">{escape(up.axis.text(tick))}</text>'
         )
     for tick in across.ticks():
-        place, shown = across.at(tick), across.axis.text(tick)
+        place, text = across.at(tick), across.axis.text(tick)
         parts.append(
             f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{_TOP}"'
             f' y2="{HEIGHT - _BOTTOM}"/>'
         )
         parts.append(
-            f'<text x="{_clip_points(place, shown):.1f}" y="{HEIGHT - _BOTTOM + 16}"'
-            f' text-anchor="middle">{escape(shown)}</text>'
+            f'<text x="{_label_position(place, text):.1f}" y="{HEIGHT - _BOTTOM + 16}"'
+            f' text-anchor="middle">{escape(text)}</text>'
         )
     middle = (_LEFT + WIDTH - _RIGHT) / 2
     parts.append(
@@ -173,16 +173,16 @@ def _frame(across: _Scale, up: _Scale) -> str:
         f' text-anchor="middle">{escape(across.axis.label)}</text>'
     )
     centre = (HEIGHT - _BOTTOM + _TOP) / 2
-    turned = f'transform="translate(13 {centre}) rotate(-90)"'
+    transform = f'transform="translate(13 {centre}) rotate(-90)"'
     parts.append(
-        f'<text class="label" {turned} text-anchor="middle">{escape(up.axis.label)}</text>'
+        f'<text class="label" {transform} text-anchor="middle">{escape(up.axis.label)}</text>'
     )
     return "".join(parts)
 
 
-def _clip_points(place: float, shown: str) -> float:
-    """The middle of a label below `place`, moved so far that the label stays in the picture."""
-    return min(place, WIDTH - _HALF_LETTER * len(shown))
+def _label_position(place: float, text: str) -> float:
+    """Return the middle of a tick's label, moved so that the label stays in the picture."""
+    return min(place, WIDTH - _HALF_LETTER * len(text))
 
 
 def _draw_series(mark: PlotSeries, across: _Scale, up: _Scale) -> str:
@@ -199,8 +199,8 @@ def _draw_series(mark: PlotSeries, across: _Scale, up: _Scale) -> str:
         )
     if mark.kind in ("line", "dots"):
         size = 3.5 if mark.kind == "line" or len(places) < 80 else 2
-        for a, b, told in places:
-            title = f"<title>{escape(told)}</title>" if told else ""
+        for a, b, text in places:
+            title = f"<title>{escape(text)}</title>" if text else ""
             parts.append(
                 f'<circle class="fill {mark.color}" cx="{a:.1f}" cy="{b:.1f}"'
                 f' r="{size}">{title}</circle>'
@@ -209,12 +209,12 @@ def _draw_series(mark: PlotSeries, across: _Scale, up: _Scale) -> str:
 
 
 def bars_svg(title: str, rows: Sequence[Bar], text: Text) -> str:
-    """Horizontal bars, each of one or more parts side by side.
+    """Draw horizontal bars, each of one or more parts side by side.
 
     Args:
-        title: for those who cannot see it.
+        title: caption, and text for screen readers.
         rows: from top to bottom.
-        text: how a value is written.
+        text: formats a value.
     """
     label_width, line = 190, 24
     maximum = max((sum(value for _, value, _ in row.parts) for row in rows), default=1.0) or 1.0
@@ -222,17 +222,17 @@ def bars_svg(title: str, rows: Sequence[Bar], text: Text) -> str:
     body = []
     for index, row in enumerate(rows):
         top, left = 6 + index * line, float(label_width)
-        shown = row.label if len(row.label) <= 26 else row.label[:25] + "…"
+        label = row.label if len(row.label) <= 26 else row.label[:25] + "…"
         body.append(
-            f'<text x="{label_width - 8}" y="{top + 13}" text-anchor="end">{escape(shown)}'
+            f'<text x="{label_width - 8}" y="{top + 13}" text-anchor="end">{escape(label)}'
             f"<title>{escape(row.label)}</title></text>"
         )
         for name, value, color in row.parts:
             width = room * value / maximum
-            told = f"{name or row.label}: {text(value)}"
+            title_text = f"{name or row.label}: {text(value)}"
             body.append(
                 f'<rect class="fill {color}" x="{left:.1f}" y="{top}" width="{max(width, 0.5):.1f}"'
-                f' height="{line - 7}"><title>{escape(told)}</title></rect>'
+                f' height="{line - 7}"><title>{escape(title_text)}</title></rect>'
             )
             left += width
         body.append(
@@ -245,9 +245,9 @@ def bars_svg(title: str, rows: Sequence[Bar], text: Text) -> str:
 
 def _figure(title: str, height: int, body: str, legend: Sequence[tuple[str, str]]) -> str:
     keys = "".join(f'<span><i class="{color}"></i>{escape(name)}</span>' for name, color in legend)
-    listed = f'<div class="legend">{keys}</div>' if keys else ""
+    legend_html = f'<div class="legend">{keys}</div>' if keys else ""
     picture = (
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img"'
         f' aria-label="{escape(title, quote=True)}">{body}</svg>'
     )
-    return f"<figure><figcaption>{escape(title)}</figcaption>{picture}{listed}</figure>"
+    return f"<figure><figcaption>{escape(title)}</figcaption>{picture}{legend_html}</figure>"

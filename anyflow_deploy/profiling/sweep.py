@@ -1,5 +1,4 @@
-"""One shape, measured: warm-up, clips of every number of steps in turn, and what follows from
-them."""
+"""Measure one shape: warm-up, then clips of every number of steps in turn."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from anyflow_deploy.profiling.sampler import ResourceSampler
 from anyflow_deploy.profiling.summary_statistics import latency_from_samples
 from anyflow_deploy.profiling.timed_engine import TimedEngine
 from anyflow_deploy.profiling.timing import TimedRuns, TimingRules, measure_cases, run_warm_up
-from anyflow_deploy.profiling.workload import ChunkTimes, VideoWorkload, clip_runner
+from anyflow_deploy.profiling.workload import ChunkTimes, VideoWorkload, make_clip_run
 from anyflow_deploy.progress import Progress
 
 
@@ -31,24 +30,25 @@ def measure_point(
     """Measure one shape.
 
     Args:
-        engine: what runs.
+        engine: the engine, timed.
         video: the shape.
         steps: numbers of steps.
-        rules: how long.
-        sampler, powers: running meanwhile.
-        progress: for progress.
+        rules: how long to measure.
+        sampler: reads power meanwhile.
+        powers: the sampler's power sources.
+        progress: shows warm-up and rounds.
     """
     counts = sorted(set(steps))
     times = {count: ChunkTimes([], []) for count in counts}
     with progress.stage(f"{video.shape}: warm-up"):
-        warm_up = run_warm_up(clip_runner(engine, video, counts[0], None), engine.steps, rules)
+        warm_up = run_warm_up(make_clip_run(engine, video, counts[0], None), engine.steps, rules)
         for count in counts[1:]:
-            clip_runner(engine, video, count, None)()
+            make_clip_run(engine, video, count, None)()
     engine.steps.clear()
     engine.append_seconds.clear()
     last_step_seconds: list[float] = []
     cases = {
-        count: _recording_last_step(engine, video, count, times[count], last_step_seconds)
+        count: _make_recorded_run(engine, video, count, times[count], last_step_seconds)
         for count in counts
     }
     timed_runs = measure_cases(cases, rules, progress, f"{video.shape}: rounds")
@@ -75,15 +75,15 @@ def measure_point(
     )
 
 
-def _recording_last_step(
+def _make_recorded_run(
     engine: TimedEngine,
     video: VideoWorkload,
     count: int,
     chunk_times: ChunkTimes,
     last_step_seconds: list[float],
 ) -> Callable[[], None]:
-    """A clip, and the time of the transition that had the fullest cache."""
-    run = clip_runner(engine, video, count, chunk_times)
+    """Return a function that runs a clip and records its largest transition's time."""
+    run = make_clip_run(engine, video, count, chunk_times)
 
     def run_and_record() -> None:
         run()
@@ -93,7 +93,7 @@ def _recording_last_step(
 
 
 def _largest_step_index(video: VideoWorkload, steps: int) -> int:
-    """Index, from the end, of a transition of the chunk with the most tokens in and before it."""
+    """Return the index, from the end, of a transition of the chunk with the most tokens."""
     if video.plan is None:
         return -1
     plan = video.plan
@@ -133,8 +133,7 @@ def _clip_record(
 
 
 def _fixed_seconds(timed_runs: TimedRuns, counts: Sequence[int]) -> float | None:
-    """The straight line's value at no steps; a flow map's clip is that and a transition for each
-    step."""
+    """Fit a line through the medians, and return its value at no steps."""
     if len(counts) < 2:
         return None
     medians = [median(timed_runs.seconds(count)) for count in counts]

@@ -1,4 +1,4 @@
-"""A profile, a comparison or an estimate as tables for a terminal."""
+"""Print a profile, a comparison or an estimate as tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from anyflow_deploy.profiling.formatting import (
 )
 from anyflow_deploy.profiling.record import Latency, Layers, Point, Profile
 
-SHOWN_LAYERS = 12
+MAX_LAYERS = 12
 
 _COLORS = {"problem": "bold red", "hint": "yellow", "note": "cyan"}
 _VERDICTS = {
@@ -32,7 +32,10 @@ _VERDICTS = {
 
 
 def print_profile(profile: Profile, console: Console) -> None:
-    """All of it that fits a screen or two; the rest is in the JSON and the page."""
+    """Print the part of a profile that fits a screen or two.
+
+    The JSON and the page have the rest.
+    """
     console.print(f"[bold]{escape(profile.subject.bundle)}[/]: {escape(describe(profile))}")
     console.print(f"[dim]{escape(describe_machine(profile))}[/]")
     for point in profile.points:
@@ -52,14 +55,14 @@ def print_profile(profile: Profile, console: Console) -> None:
 
 
 def describe(profile: Profile) -> str:
-    """What was run, in one line."""
+    """Describe model and engine in one line."""
     s = profile.subject
     threads = f", {s.threads} threads" if s.threads else ""
-    return f"{s.model} ({s.kind}, {_count(s.parameters)} parameters), {s.engine}{threads}"
+    return f"{s.model} ({s.kind}, {_format_count(s.parameters)} parameters), {s.engine}{threads}"
 
 
-def _count(number: int) -> str:
-    """In thousands, millions or billions."""
+def _format_count(number: int) -> str:
+    """Format a number in thousands, millions or billions."""
     return (
         f"{number / 1e9:.1f} B"
         if number >= 1e9
@@ -70,7 +73,7 @@ def _count(number: int) -> str:
 
 
 def describe_machine(profile: Profile) -> str:
-    """Where, in one line."""
+    """Describe the machine in one line."""
     m = profile.machine
     gpu = f", {m['gpu']['name']}" if m.get("gpu") else ""
     return (
@@ -80,7 +83,7 @@ def describe_machine(profile: Profile) -> str:
 
 
 def latency_rows(profile: Profile) -> Iterator[tuple[str, str, Latency]]:
-    """Shape, what, and its numbers: everything that was timed."""
+    """Yield shape, name and latency of everything that was timed."""
     for point in profile.points:
         yield point.shape, "transition", point.transition
         if point.enqueue is not None:
@@ -94,7 +97,7 @@ def latency_rows(profile: Profile) -> Iterator[tuple[str, str, Latency]]:
             if chunks.remember is not None:
                 yield (
                     point.shape,
-                    f"remembering a chunk, {format_steps(chunks.steps)}",
+                    f"caching a chunk, {format_steps(chunks.steps)}",
                     chunks.remember,
                 )
     for stage in profile.stages:
@@ -104,10 +107,10 @@ def latency_rows(profile: Profile) -> Iterator[tuple[str, str, Latency]]:
 
 
 def format_latency(latency: Latency) -> list[str]:
-    """Minimum, mean, median, and the percentiles that there are samples for."""
+    """Format minimum, mean, median, and the percentiles that have enough samples."""
     tail = ((latency.p90, 0.9), (latency.p95, 0.95), (latency.p99, 0.99))
-    shown = [format_percentile(value, share, latency.count) for value, share in tail]
-    return [*map(format_seconds, (latency.minimum, latency.mean, latency.median)), *shown]
+    percentiles = [format_percentile(value, share, latency.count) for value, share in tail]
+    return [*map(format_seconds, (latency.minimum, latency.mean, latency.median)), *percentiles]
 
 
 def _latencies(point: Point) -> Table:
@@ -161,21 +164,23 @@ def _other_rows(profile: Profile) -> Table:
             f" {format_seconds(stage.latency.maximum)}); {rest}",
         )
     for row in profile.end_to_end:
-        shown = ", ".join(
+        parts = ", ".join(
             f"{name} {format_seconds(seconds)}" for name, seconds in row.seconds.items()
         )
         table.add_row(
             f"prompt to video, {format_steps(row.steps)}",
-            f"{format_seconds(row.total)} ({shown}); first frame after"
+            f"{format_seconds(row.total)} ({parts}); first frame after"
             f" {format_seconds(row.first_frame)}",
         )
     memory = profile.memory
-    meanwhile = (
-        f" ({format_bytes(memory.cpu_loading_peak)} on the way)" if memory.cpu_loading_peak else ""
+    loading_peak = (
+        f" ({format_bytes(memory.cpu_loading_peak)} while loading)"
+        if memory.cpu_loading_peak
+        else ""
     )
     table.add_row(
         "memory, CPU",
-        f"loaded {format_bytes(memory.cpu_loaded)}{meanwhile}, peak"
+        f"loaded {format_bytes(memory.cpu_loaded)}{loading_peak}, peak"
         f" {format_bytes(memory.cpu_peak)}",
     )
     if memory.gpu_peak is not None:
@@ -185,10 +190,10 @@ def _other_rows(profile: Profile) -> Table:
             + (" (of the CPU's memory)" if memory.unified else ""),
         )
     if memory.shared_peak is not None and memory.shared_before is not None:
-        grown = format_bytes(memory.shared_peak - memory.shared_before)
+        growth = format_bytes(memory.shared_peak - memory.shared_before)
         table.add_row(
             "memory, both",
-            f"{grown} more than before, counted once; {format_bytes(memory.shared_peak)} with all"
+            f"{growth} more than before, counted once; {format_bytes(memory.shared_peak)} with all"
             " else",
         )
     for power in profile.power:
@@ -222,7 +227,7 @@ def _layers(layers: Layers) -> Table:
     table = Table("part", "operator", "time", "share", "calls", "GFLOP/s", title=title)
     for column in table.columns[2:]:
         column.justify = "right"
-    for row in layers.by_part[:SHOWN_LAYERS]:
+    for row in layers.by_part[:MAX_LAYERS]:
         rate = (
             f"{row.operations / row.seconds / 1e9:,.0f}" if row.operations and row.seconds else ""
         )
@@ -247,9 +252,9 @@ def _advice(profile: Profile) -> Iterator[str]:
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Everything that changed, and what else is different."""
+    """Print every number of both profiles, and the other differences."""
     for name, (old, new) in comparison.differences.items():
-        console.print(f"[yellow]not alike:[/] {escape(name)}: {escape(old)}, now {escape(new)}")
+        console.print(f"[yellow]different:[/] {escape(name)}: {escape(old)}, now {escape(new)}")
     table = Table("", "before", "now", "change", "")
     for row in comparison.rows:
         style = _VERDICTS.get(row.verdict, "")
@@ -268,7 +273,7 @@ def _value(value: ComparedValue | None) -> str:
 
 
 def print_estimate(estimate: RooflineEstimate, console: Console) -> None:
-    """The bound, with its label first."""
+    """Print the bound, with its label first."""
     console.print(f"[bold yellow]estimate:[/] {estimate.label}.")
     roof = estimate.transition
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
@@ -294,11 +299,11 @@ def print_estimate(estimate: RooflineEstimate, console: Console) -> None:
             if clip.first_chunk is None
             else f"; first chunk at least {format_seconds(clip.first_chunk)}"
         )
-        shown = (
+        text = (
             f"at least {format_seconds(clip.seconds)}, at most {clip.real_time_factor:.3g} × real"
             f" time{chunk}"
         )
-        table.add_row(f"a clip, {format_steps(clip.steps)}", shown)
+        table.add_row(f"a clip, {format_steps(clip.steps)}", text)
     memory = estimate.memory
     fits = "fits" if memory["fits"] else "does not fit"
     table.add_row(
@@ -307,6 +312,6 @@ def print_estimate(estimate: RooflineEstimate, console: Console) -> None:
     )
     console.print(table)
     console.print(
-        "[dim]Transformer alone: text encoder and VAE come on top. Measured engines stay below such"
-        " bounds.[/]"
+        "[dim]For the transformer alone, without text encoder and VAE. Real engines are slower than"
+        " such bounds.[/]"
     )

@@ -1,4 +1,4 @@
-"""An engine that notes how long its calls take, around any other."""
+"""An engine around another one that records how long its calls take."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from anyflow_deploy.profiling.timing import clock
 
 
 class TimedEngine(EngineWrapper):
-    """See `EngineWrapper`.
+    """Runs another engine and records the seconds of its transitions and appends.
 
     Args:
-        engine: does the work.
+        engine: the engine to time.
 
     Attributes:
         steps: seconds of every transition since the list was last emptied.
-        append_seconds: the same of every chunk that went into a cache.
+        append_seconds: the same of every chunk that was appended to a cache.
     """
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(engine, self._timed)
+        super().__init__(engine, self._time_operation)
         self.steps: list[float] = []
         self.append_seconds: list[float] = []
 
     @contextlib.contextmanager
-    def _timed(self, operation: EngineOperation) -> Iterator[None]:
-        began = clock()
+    def _time_operation(self, operation: EngineOperation) -> Iterator[None]:
+        start = clock()
         yield
         if operation != "open":
-            (self.steps if operation == "step" else self.append_seconds).append(clock() - began)
+            (self.steps if operation == "step" else self.append_seconds).append(clock() - start)

@@ -2,11 +2,11 @@
 
 Everything is timed by `time.perf_counter` (monotonic, with the best resolution there is) around
 work that has finished when it returns: engines wait for their device. Python's garbage collector
-rests meanwhile, as in `timeit`.
+is off meanwhile, as in `timeit`.
 
 Warm-up ends when the last few transitions take as long as the few before them: first runs allocate,
 autotune, capture CUDA graphs and raise clocks. Then the cases run in turn, round after round, so
-that whatever drifts (heat, a neighbour's work) meets all of them alike.
+that drift (heat, other programs) affects all of them alike.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from anyflow_deploy.profiling.summary_statistics import is_steady
 from anyflow_deploy.progress import Progress
 
 WINDOW, TOLERANCE = 4, 0.05
-"""Warm-up: so many transitions, against so many before them, and how far apart their medians may
-be."""
+"""Transitions that are compared with those before, and the most that their medians may differ."""
 
 WARM_UP_SHARE = 0.5
-"""Of the budget that warm-up may take on top before it is given up as unsteady. (Two runs are
-always made.)"""
+"""Share of the budget that warm-up may take in addition. (Two runs are always made.)"""
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 
@@ -43,15 +41,15 @@ class TimingRules:
 
     Attributes:
         seconds: budget of the measured rounds of one shape.
-        rounds: exactly so many; None for as many as the budget holds, within `MIN_ROUNDS` and
+        rounds: number of rounds; None for as many as the budget holds, within `MIN_ROUNDS` and
             `MAX_ROUNDS`.
     """
 
     seconds: float = 20.0
     rounds: int | None = None
 
-    def rounds_for(self, one_round: float) -> int:
-        """How many rounds to make, when one takes so many seconds."""
+    def count_rounds(self, one_round: float) -> int:
+        """Return the number of rounds, when one takes so many seconds."""
         if self.rounds is not None:
             return self.rounds
         return max(MIN_ROUNDS, min(MAX_ROUNDS, int(self.seconds / max(one_round, 1e-9))))
@@ -59,7 +57,7 @@ class TimingRules:
 
 @dataclass
 class TimedRuns:
-    """What the rounds gave.
+    """The times of all runs.
 
     Attributes:
         spans: (begin, end) of every run of each case, by the clock.
@@ -68,28 +66,29 @@ class TimedRuns:
     spans: dict[Any, list[tuple[float, float]]] = field(default_factory=dict)
 
     def seconds(self, case: Any) -> list[float]:
-        """Durations of a case, in order."""
+        """Return the durations of a case, in order."""
         return [end - begin for begin, end in self.spans[case]]
 
 
 def run_warm_up(run: Callable[[], None], transitions: list[float], rules: TimingRules) -> Warmup:
-    """Run until it is steady.
+    """Run until the times are steady, or the budget is spent.
 
     Args:
-        run: one run; adds its transitions' seconds to `transitions`.
-        transitions: emptied when this returns.
+        run: runs once and adds its transitions' seconds to `transitions`.
+        transitions: seconds so far; the list is empty when this returns.
         rules: the budget.
     """
-    started, runs = clock(), 0
+    start = clock()
+    runs = 0
     while True:
         run()
         runs += 1
         steady = is_steady(transitions, WINDOW, TOLERANCE)
-        spent = clock() - started
-        if steady or (runs >= 2 and spent > WARM_UP_SHARE * rules.seconds):
+        elapsed = clock() - start
+        if steady or (runs >= 2 and elapsed > WARM_UP_SHARE * rules.seconds):
             break
     transitions.clear()
-    return Warmup(runs=runs, seconds=spent, steady=steady)
+    return Warmup(runs=runs, seconds=elapsed, steady=steady)
 
 
 def measure_cases(
@@ -98,15 +97,16 @@ def measure_cases(
     """Run all cases in turn, round after round.
 
     Args:
-        cases: what to run, by a key; each has run before.
-        rules: how long.
-        progress, name: for the progress bar.
+        cases: functions to run, by a key; each has run before.
+        rules: how long to measure.
+        progress: shows the rounds.
+        name: of the progress bar.
     """
     timed_runs = TimedRuns({case: [] for case in cases})
     with pause_garbage_collection():
-        began = clock()
+        start = clock()
         _run_round(cases, timed_runs)
-        rounds = rules.rounds_for(clock() - began)
+        rounds = rules.count_rounds(clock() - start)
         with progress.stage(name, rounds) as advance:
             advance(1)
             for _ in range(rounds - 1):
@@ -124,7 +124,7 @@ def _run_round(cases: Mapping[Any, Callable[[], None]], timed_runs: TimedRuns) -
 
 @contextmanager
 def pause_garbage_collection() -> Iterator[None]:
-    """As `timeit`: collected once before, and not during."""
+    """Collect garbage once, and not again during the block, as `timeit` does."""
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -136,7 +136,7 @@ def pause_garbage_collection() -> Iterator[None]:
 
 
 def describe_method(rules: TimingRules, sample_interval: float) -> Method:
-    """The rules in words, for the record."""
+    """Describe the rules in words, for the record."""
     info = time.get_clock_info("perf_counter")
     readings = [clock() for _ in range(1001)]
     step = statistics.median(b - a for a, b in itertools.pairwise(readings))

@@ -1,8 +1,6 @@
-"""What is run: the clips of a bundle in some shapes and numbers of steps, with noise and embeddings
-of random numbers.
+"""The clips that a profile runs: a bundle's shapes and steps, with random inputs.
 
-Values do not change how long a transition takes, so neither a prompt nor trained weights are needed
-here.
+Values do not change how long a transition takes, so it needs neither a prompt nor trained weights.
 """
 
 from __future__ import annotations
@@ -33,10 +31,10 @@ class VideoWorkload:
         shape: in latent units.
         latents: noise, (1, F, C, H, W).
         text: random embeddings, (1, L, D).
-        plan: of a causal model's chunks.
-        frames: of the video.
+        plan: cache and chunks of a causal model; None otherwise.
+        frames: number of video frames.
         fps: playback rate.
-        shift: of the schedules.
+        shift: shift of the schedules.
     """
 
     shape: LatentShape
@@ -48,7 +46,7 @@ class VideoWorkload:
     shift: float
 
     def schedule(self, steps: int) -> Schedule:
-        """As `anyflow-generate` makes it."""
+        """Make the schedule that `anyflow-generate` makes."""
         return Schedule.uniform(steps, shift=self.shift)
 
     @property
@@ -59,23 +57,24 @@ class VideoWorkload:
 
     @property
     def max_cached_tokens(self) -> int:
-        """Tokens that a chunk finds in the cache at most."""
+        """Largest number of tokens that a chunk finds in the cache."""
         return 0 if self.plan is None else self.plan.capacity
 
 
 def build_workloads(
     manifest: Manifest, shapes: tuple[str, ...], window: int | None
 ) -> list[VideoWorkload]:
-    """The shapes asked for, or the bundle's own, checked against its ranges.
+    """Make the workloads of these shapes, or of the bundle's own, within its ranges.
 
     Raises:
-        AnyFlowError: what is no shape, or lies outside; a window for a bidirectional bundle.
+        AnyFlowError: text that is no shape, a shape outside the ranges, or a window for a
+            bidirectional bundle.
     """
     a = manifest.architecture
     if window is not None and not a.causal:
         raise AnyFlowError(
-            f"--window is kept in the cache of a causal model, and this is {manifest.model}. Leave"
-            " it out."
+            f"--window is for the cache of a causal model, and this is {manifest.model}. Leave it"
+            " out."
         )
     video = manifest.video
     shapes_or_default = shapes or (f"{video.height}x{video.width}x{video.frames}",)
@@ -106,16 +105,16 @@ def _build_workload(manifest: Manifest, text: str, window: int | None) -> VideoW
 
 @dataclass
 class ChunkTimes:
-    """Seconds from asking for each chunk to having it, a row a clip; and what remembering took."""
+    """Seconds of each chunk, a row for each clip, and seconds of each append to the cache."""
 
     rows: list[list[float]]
     append_seconds: list[float]
 
 
-def clip_runner(
+def make_clip_run(
     engine: TimedEngine, video: VideoWorkload, steps: int, chunk_times: ChunkTimes | None
 ) -> Callable[[], None]:
-    """One clip of some steps, as something to run."""
+    """Return a function that runs one clip of some steps."""
     schedule = video.schedule(steps)
     if video.plan is None:
         return lambda: _check_finite(sample(engine, video.latents, video.text, schedule))
@@ -123,14 +122,14 @@ def clip_runner(
 
     def run() -> None:
         row: list[float] = []
-        began = clock()
+        start = clock()
         with closing(
             stream(engine, video.latents, video.text, schedule, chunks, window=window)
-        ) as chunks_made:
-            for chunk in chunks_made:
-                row.append(clock() - began)
+        ) as chunk_iterator:
+            for chunk in chunk_iterator:
+                row.append(clock() - start)
                 _check_finite(chunk.latents)
-                began = clock()
+                start = clock()
         if chunk_times is not None:
             chunk_times.rows.append(row)
             chunk_times.append_seconds += engine.append_seconds
@@ -142,12 +141,15 @@ def clip_runner(
 def run_last_chunk(
     engine: TimedEngine, video: VideoWorkload, warm: int, count: int, before: Callable[[], None]
 ) -> None:
-    """Some transitions of the last chunk (bidirectional: of the clip), where the cache is fullest.
+    """Run some transitions of the last chunk, where the cache is fullest.
+
+    A bidirectional model's clip is its last chunk.
 
     Args:
-        engine: what runs them.
-        video: what is made.
-        warm, count: transitions that are to be forgotten, and those that count.
+        engine: runs them.
+        video: the shape.
+        warm: number of transitions before the measured ones.
+        count: number of measured transitions.
         before: called between the two.
     """
     if video.plan is None:
@@ -158,11 +160,11 @@ def run_last_chunk(
     with closing(engine.open_stream(video.text, plan)) as memory:
         for index, frames in enumerate(plan.chunks):
             first = plan.first_frame(index)
-            piece = np.ascontiguousarray(video.latents[:, first : first + frames])
+            latents = np.ascontiguousarray(video.latents[:, first : first + frames])
             if index + 1 < len(plan.chunks):
-                memory.append(piece)
+                memory.append(latents)
                 continue
-            with memory.start(piece) as run:
+            with memory.start(latents) as run:
                 _run_steps(run.step, warm, count, before)
 
 
@@ -177,9 +179,9 @@ def _run_steps(
 
 
 def _check_finite(latents: Array) -> None:
-    """An engine that makes NaN may be fast for that very reason."""
+    """Refuse NaN and infinity, which may be the very reason why an engine is fast."""
     if not np.isfinite(latents).all():
         raise AnyFlowError(
-            "the engine made NaN or infinity, and its times mean nothing. anyflow-validate says"
+            "the engine made NaN or infinity, so its times mean nothing. anyflow-validate says"
             " where; random weights in fp16 may overflow: try --precision fp32."
         )

@@ -1,8 +1,8 @@
-"""`calibration.json`: how large the inputs of every quantized layer become, over any step.
+"""`calibration.json`: the largest inputs of every quantized layer, over any step.
 
-Ranges are measured once (`anyflow-calibrate`, on a GPU where one is at hand) and used wherever the
+Ranges are measured once (`anyflow-calibrate`, on a GPU if possible) and used wherever the
 same weights are exported; the fingerprint of the weights is stored, and a calibration of other
-weights is refused. See docs/how-to/quantization.md for the format in prose.
+weights is refused. docs/how-to/quantization.md describes the format.
 
 This module imports no torch.
 """
@@ -26,7 +26,7 @@ class TensorRange(FrozenRecord):
     """The largest absolute values a tensor took.
 
     Attributes:
-        amax: over everything.
+        amax: over the whole tensor.
         channels: over each input channel, for SmoothQuant; None where it is not needed (attention).
     """
 
@@ -35,13 +35,13 @@ class TensorRange(FrozenRecord):
 
 
 class Calibration(FrozenRecord):
-    """The whole file.
+    """The whole calibration file.
 
     Attributes:
         config: `config.json` of the architecture.
-        weights: fingerprint of the weights, see `checkpoints.weights.compute_fingerprint`.
-        prompts, steps, seeds, shift, shapes: the rollouts that were run: latents (B, F, C, H, W)
-            each.
+        weights: fingerprint of the weights (`checkpoints.weights.compute_fingerprint`).
+        prompts, steps, seeds, shift, shapes: settings of the rollouts; shapes are those of the
+            latents, (B, F, C, H, W).
         sweeps: timesteps of further rollouts, which visit times that uniform schedules jump over.
         text: "encoder" when the prompts went through the model's own text encoder, "random" when
             there was none and seeded standard-normal embeddings stood in.

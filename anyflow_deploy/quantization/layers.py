@@ -1,10 +1,11 @@
-"""Which layers 8-bit precisions touch, and with what scale: the rules that PyTorch and the ONNX
-pass share.
+"""Which layers 8-bit precisions quantize, and with what scale.
+
+PyTorch and the ONNX pass share these rules.
 
 Candidates are the large matrix products of the blocks: queries, keys, values and outputs of both
 attentions, and the two layers of the feed-forward. Everything else is small and matters much
-(times, text embedding, patches, output). A candidate stays high where 8-bit kernels do not fit it,
-or where calibration saw nothing but zeros.
+(times, text embedding, patches, output). A candidate keeps the base precision where 8-bit kernels
+do not fit it, or where calibration saw nothing but zeros.
 
 This module imports no torch.
 """
@@ -22,8 +23,7 @@ ALIGNMENT = 16
 cuBLAS."""
 
 OPERANDS = ("query", "key", "value", "probabilities")
-"""What the two products of an attention multiply; calibrated by these names behind
-`blocks.N.attn1.`"""
+"""Operands of the two products of an attention; calibration names them `blocks.N.attn1.OPERAND`."""
 
 GROUPS = (
     ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
@@ -34,16 +34,15 @@ GROUPS = (
     ("ffn.net.0.proj",),
     ("ffn.net.2",),
 )
-"""The candidates of a block in the network's order; those in one group read the same tensor, and
-share its scale."""
+"""Candidates of a block in the network's order; a group reads one tensor, and shares its scale."""
 
 
 TEXT = "text"
-"""The text's keys and values read one tensor in all layers."""
+"""Name of the tensor that the text's keys and values read in all layers."""
 
 
 def quantizable_layers(a: Architecture) -> dict[str, tuple[int, int]]:
-    """Layer name -> (inputs, outputs), in the order of the network."""
+    """Return layer name -> (inputs, outputs), in the order of the network."""
     shapes = {"ffn.net.0.proj": (a.inner_dim, a.ffn_dim), "ffn.net.2": (a.ffn_dim, a.inner_dim)}
     names = [name for group in GROUPS for name in group]
     return {
@@ -54,39 +53,45 @@ def quantizable_layers(a: Architecture) -> dict[str, tuple[int, int]]:
 
 
 def split_layer(layer: str) -> tuple[str, str]:
-    """`blocks.0.attn1.to_q` as `blocks.0` and `attn1.to_q`."""
+    """Split `blocks.0.attn1.to_q` into `blocks.0` and `attn1.to_q`."""
     parts = layer.split(".")
     return ".".join(parts[:2]), ".".join(parts[2:])
 
 
 def layer_group(layer: str) -> list[str]:
-    """The layers that read the same tensor as this one, itself included."""
+    """Return the layers that read the same tensor as this one, itself included."""
     block, name = split_layer(layer)
     return [f"{block}.{other}" for other in next(group for group in GROUPS if name in group)]
 
 
 def shared_input(layer: str) -> str:
-    """What the input of a layer is called in a bundle: after the first layer that reads it. The
-    text is one for all layers."""
+    """Return a bundle's name of a layer's input: that of the first layer that reads it.
+
+    The text is one tensor for all layers.
+    """
     first = layer_group(layer)[0]
     return TEXT if first.endswith(".attn2.to_k") else f"{first}.input"
 
 
 def input_amax(calibration: Calibration, layer: str) -> float:
-    """The range that a layer's input is quantized with: the largest of its group.
+    """Return the range that quantizes a layer's input: the largest of its group.
 
     Raises:
-        AnyFlowError: the calibration does not know the layer.
+        AnyFlowError: the calibration does not have the layer.
     """
     return max(_tensor_range(calibration, f"{name}.input").amax for name in layer_group(layer))
 
 
 def input_channels(calibration: Calibration, layer: str) -> list[float]:
-    """The same for each input channel."""
-    found = [
+    """Return the range of each input channel of a layer: the largest of its group.
+
+    Raises:
+        AnyFlowError: the calibration does not have the layer.
+    """
+    channels = [
         _tensor_range(calibration, f"{name}.input").channels or [] for name in layer_group(layer)
     ]
-    return [max(values) for values in zip(*found, strict=True)]
+    return [max(values) for values in zip(*channels, strict=True)]
 
 
 def _tensor_range(calibration: Calibration, tensor: str) -> TensorRange:
@@ -98,7 +103,7 @@ def _tensor_range(calibration: Calibration, tensor: str) -> TensorRange:
 
 
 def operand_amax(calibration: Calibration, attention: str) -> dict[str, float]:
-    """The range of each operand of the two products of an attention (`blocks.0.attn1`), by name."""
+    """Return the ranges, by name, of the operands of an attention (`blocks.0.attn1`)."""
     return {
         name: _tensor_range(calibration, name).amax
         for name in (f"{attention}.{operand}" for operand in OPERANDS)
@@ -106,22 +111,27 @@ def operand_amax(calibration: Calibration, attention: str) -> dict[str, float]:
 
 
 def unquantized_attentions(a: Architecture, calibration: Calibration) -> dict[str, str]:
-    """Attentions (`blocks.0.attn1`) whose products cannot be quantized -> the reason, in words."""
-    found = {}
+    """Return the attentions whose products cannot be quantized -> the reason, in words.
+
+    An attention is named `blocks.0.attn1`.
+    """
+    reasons = {}
     for name in (
         f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")
     ):
         if a.attention_head_dim % ALIGNMENT:
-            found[name] = f"heads of {a.attention_head_dim} channels: not a multiple of {ALIGNMENT}"
-        elif silent := [
+            reasons[name] = (
+                f"heads of {a.attention_head_dim} channels: not a multiple of {ALIGNMENT}"
+            )
+        elif zeros := [
             operand for operand, amax in operand_amax(calibration, name).items() if amax == 0
         ]:
-            found[name] = f"{silent[0].rpartition('.')[2]} was zero throughout calibration"
-    return found
+            reasons[name] = f"{zeros[0].rpartition('.')[2]} was zero throughout calibration"
+    return reasons
 
 
 def quantized_attentions(a: Architecture, calibration: Calibration) -> list[str]:
-    """The others."""
+    """Return the attentions whose products can be quantized."""
     unquantized = unquantized_attentions(a, calibration)
     names = (
         f"blocks.{index}.{kind}" for index in range(a.num_layers) for kind in ("attn1", "attn2")
@@ -130,27 +140,28 @@ def quantized_attentions(a: Architecture, calibration: Calibration) -> list[str]
 
 
 def unquantized_layers(a: Architecture, calibration: Calibration) -> dict[str, str]:
-    """Candidates that cannot be quantized -> the reason, in words."""
-    found = {}
+    """Return the candidates that cannot be quantized -> the reason, in words."""
+    reasons = {}
     for layer, (inputs, outputs) in quantizable_layers(a).items():
         if inputs % ALIGNMENT or outputs % ALIGNMENT:
-            found[layer] = f"{inputs} to {outputs} channels: not multiples of {ALIGNMENT}"
+            reasons[layer] = f"{inputs} to {outputs} channels: not multiples of {ALIGNMENT}"
         elif input_amax(calibration, layer) == 0:
-            found[layer] = "its input was zero throughout calibration"
-    return found
+            reasons[layer] = "its input was zero throughout calibration"
+    return reasons
 
 
 def validate_layers(a: Architecture, names: Iterable[str]) -> tuple[str, ...]:
-    """Names of candidates, as given.
+    """Check that all names are candidates, and return them.
 
     Raises:
-        AnyFlowError: one that is none, with the nearest that is.
+        AnyFlowError: a name that is no candidate, with the nearest one.
     """
-    allowed, requested = quantizable_layers(a), tuple(names)
-    for name in requested:
-        if name not in allowed:
+    candidates, layers = quantizable_layers(a), tuple(names)
+    for name in layers:
+        if name not in candidates:
             raise AnyFlowError(
-                f"{name!r} is no layer that is quantized; those are blocks.N. attn1 and attn2 to_q,"
-                f" to_k, to_v, to_out.0, ffn.net.0.proj, ffn.net.2.{suggestion(name, allowed)}"
+                f"{name!r} is not a layer that can be quantized; those are blocks.N. attn1 and"
+                " attn2 to_q, to_k, to_v, to_out.0, ffn.net.0.proj,"
+                f" ffn.net.2.{suggestion(name, candidates)}"
             )
-    return requested
+    return layers

@@ -1,4 +1,4 @@
-"""The parts put together: routes, socket and page behind the guard."""
+"""The ASGI app: routes, WebSocket and page behind the authentication."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from starlette.responses import FileResponse
 from starlette.types import ASGIApp
 
 from anyflow_deploy.serving.auth import AuthMiddleware
-from anyflow_deploy.serving.errors import answer_in_shape
-from anyflow_deploy.serving.routes import routes
+from anyflow_deploy.serving.errors import install_error_handlers
+from anyflow_deploy.serving.routes import make_routes
 from anyflow_deploy.serving.service import Service
-from anyflow_deploy.serving.websocket import sockets
+from anyflow_deploy.serving.websocket import make_socket_routes
 
 _PAGE = Path(__file__).parent / "page"
 _FILES = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
@@ -29,23 +29,25 @@ _HEADERS = {
 
 
 def make_app(service: Service, token: str | None = None) -> ASGIApp:
-    """The ASGI app of a service.
+    """Make the ASGI app of a service.
 
     Args:
         service: makes and keeps the videos.
-        token: what clients have to know; None only where this machine alone can reach the server.
+        token: what clients have to send; None only where this machine alone can reach the server.
     """
-    # FastAPI's pages load scripts from elsewhere
+    # FastAPI's own pages load scripts from other servers, so they are off.
     app = FastAPI(title="anyflow-serve", docs_url=None, redoc_url=None)
-    answer_in_shape(app)
-    app.include_router(routes(service))
-    app.include_router(sockets(service))
+    install_error_handlers(app)
+    app.include_router(make_routes(service))
+    app.include_router(make_socket_routes(service))
     for path, name in _FILES.items():
-        app.add_api_route(path, _file(name), include_in_schema=False, response_model=None)
+        app.add_api_route(
+            path, _make_file_route(name), include_in_schema=False, response_model=None
+        )
     return AuthMiddleware(app, token, service.limits, service.metrics)
 
 
-def _file(name: str) -> Callable[[], Awaitable[FileResponse]]:
+def _make_file_route(name: str) -> Callable[[], Awaitable[FileResponse]]:
     async def answer() -> FileResponse:
         return FileResponse(_PAGE / name, headers=_HEADERS)
 

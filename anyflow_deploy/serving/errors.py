@@ -1,8 +1,7 @@
-"""Errors in the shape that OpenAI's clients read: `{"error": {"message", "type", "param",
-"code"}}`.
+"""Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`.
 
-Every answer of this server that is not a success has it, also those of the framework (no such page,
-no such method).
+Every answer of this server that is not a success has this form, also those of the framework (no
+such page, no such method).
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ class ApiError(Exception):
     """An answer that is not a success.
 
     Args:
-        status: HTTP's.
-        message: for the person who asked.
+        status: HTTP status.
+        message: for people.
         param: the field that is wrong.
-        code: for programs; the status's own where not given.
-        headers: to send along.
+        code: for programs; by default that of the status.
+        headers: additional headers.
     """
 
     def __init__(
@@ -66,18 +65,23 @@ class ApiError(Exception):
         self.headers = headers
         self.code = code or _CODES.get(status, "error")
 
-    def answer(self) -> JSONResponse:
-        """As HTTP."""
+    def to_response(self) -> JSONResponse:
+        """Make the HTTP response."""
         kind = _TYPES.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )
-        param = None if self.param is None else _sendable(self.param)
-        body = {"message": _sendable(self.message), "type": kind, "param": param, "code": self.code}
+        param = None if self.param is None else _escape_surrogates(self.param)
+        body = {
+            "message": _escape_surrogates(self.message),
+            "type": kind,
+            "param": param,
+            "code": self.code,
+        }
         return JSONResponse({"error": body}, self.status, self.headers)
 
 
-def api_error(error: Exception) -> ApiError:
-    """What a client is told of an error."""
+def api_error_from_exception(error: Exception) -> ApiError:
+    """Turn an exception into the answer that a client gets."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InvalidRequestError):
@@ -87,7 +91,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ClosingError):
         return ApiError(503, str(error), code="server_shutdown", headers={"Retry-After": "30"})
     if isinstance(error, ValidationError):
-        return _invalid(error)
+        return _api_error_from_validation(error)
     if isinstance(error, AnyFlowError):
         return ApiError(400, str(error))
     if isinstance(error, HTTPException):
@@ -97,30 +101,30 @@ def api_error(error: Exception) -> ApiError:
     )
 
 
-def answer_in_shape(app: FastAPI) -> None:
-    """Have every error of an app answered in this shape."""
+def install_error_handlers(app: FastAPI) -> None:
+    """Let every error of an app be answered in this form."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
-        return api_error(error).answer()
+        return api_error_from_exception(error).to_response()
 
     for kind in (ApiError, AnyFlowError, HTTPException, ValidationError, Exception):
         app.add_exception_handler(kind, answer)
 
 
-def _sendable(text: str) -> str:
-    """What a client wrote may hold half a character, which UTF-8 cannot."""
+def _escape_surrogates(text: str) -> str:
+    """Escape half characters, which a client may send and UTF-8 cannot hold."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _invalid(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a request's fields."""
+def _api_error_from_validation(error: ValidationError) -> ApiError:
+    """Report the first thing that is wrong with a request's fields."""
     problem: Any = error.errors(include_url=False)[0]
     field = str(problem["loc"][0])[:40] if problem["loc"] else None
     if problem["type"] == "missing":
         return ApiError(400, f"{field} is missing.", field, "missing_required_parameter")
     if problem["type"] == "extra_forbidden":
-        known = list(VideoRequest.model_fields)
-        advice = suggestion(str(field), known) or f" Allowed are {', '.join(known)}."
+        fields = list(VideoRequest.model_fields)
+        advice = suggestion(str(field), fields) or f" Allowed are {', '.join(fields)}."
         return ApiError(400, f"unknown field {field!r}.{advice}", field, "unknown_parameter")
-    given = repr(problem["input"])
-    return ApiError(400, f"{field or 'the body'} is {given[:60]}: {problem['msg'].lower()}.", field)
+    value = repr(problem["input"])
+    return ApiError(400, f"{field or 'the body'} is {value[:60]}: {problem['msg'].lower()}.", field)

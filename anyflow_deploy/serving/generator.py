@@ -1,8 +1,8 @@
-"""A job becomes a video file that grows: the service's use of `VideoPipeline`.
+"""Generate a job's video as a file that grows, through `VideoPipeline`.
 
-A causal model's chunks are decoded and put into the file before the next one is begun. A
-bidirectional model's latents are whole before the VAE begins, and are then decoded in fragments of
-a few frames; so both kinds make a file that grows.
+A causal model's chunk is decoded and appended to the file before the next one begins. A
+bidirectional model's latents are complete before the VAE begins, and are then decoded in fragments
+of a few frames; so both kinds make a file that grows.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from anyflow_deploy.pipelines.video_io import VideoWriter
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.schedule import Step
 from anyflow_deploy.serving.job import Job
-from anyflow_deploy.serving.job_progress import Report
+from anyflow_deploy.serving.job_progress import JobProgress
 
 
 class VideoGenerator:
-    """Makes the service's videos; one thread at a time may call `make`.
+    """Generates the service's videos; only one thread at a time may call `make`.
 
     Args:
-        pipeline: makes frames of prompts.
+        pipeline: generates frames from prompts.
     """
 
     def __init__(self, pipeline: VideoPipeline) -> None:
@@ -35,29 +35,28 @@ class VideoGenerator:
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest of the bundle that runs."""
+        """Manifest of the bundle that runs."""
         return self._pipeline.manifest
 
     def check(self, prompt: str) -> None:
-        """Refuse a prompt that cannot be encoded; from any thread.
+        """Refuse a prompt that cannot be encoded; any thread may call this.
 
         Raises:
-            AnyFlowError: saying why.
+            AnyFlowError: an empty prompt, or one that is too long.
         """
         self._pipeline.check_prompt(prompt)
 
-    def make(self, job: Job, path: Path, report: Report) -> None:
-        """Make a video and write it.
+    def make(self, job: Job, path: Path, progress: JobProgress) -> None:
+        """Generate a video and write it.
 
         Args:
-            job: with a request.
-            path: of the file to write.
-            report: told of everything; it raises `CancelledError` where nobody wants the video any
-                more.
+            job: the video, with a request.
+            path: the file to write.
+            progress: records every step; it raises `CancelledError` once the video is cancelled.
         """
         request = job.request
         assert request is not None
-        with report.stage("text"):
+        with progress.stage("text"):
             prompt_embeds = self._pipeline.encode_prompt(request.prompt)
         job.check()
         results: list[DeadlineResult | AdaptiveResult] = []
@@ -66,14 +65,14 @@ class VideoGenerator:
         tracker = ProgressTracker(request.num_samples)
 
         def on_step(step: Step) -> None:
-            report.step(step, tracker.update(step))
+            progress.add_step(step, tracker.update(step))
 
         @contextlib.contextmanager
         def stage(name: str) -> Iterator[None]:
-            with report.stage(name):
+            with progress.stage(name):
                 yield
             if name == "transformer":
-                _report_sample(results, report)
+                _report_sample(results, progress)
 
         chunks = self._pipeline.generate(
             request, prompt_embeds, policy, on_step=on_step, stage=stage
@@ -82,14 +81,14 @@ class VideoGenerator:
         with VideoWriter(path, self.manifest.video.fps, size) as writer, closing(chunks):
             for chunk in chunks:
                 assert chunk.frames is not None
-                with report.stage("mp4"):
-                    written = writer.append(chunk.frames)
-                report.piece(len(chunk.frames), written)
+                with progress.stage("mp4"):
+                    size_in_bytes = writer.append(chunk.frames)
+                progress.add_fragment(len(chunk.frames), size_in_bytes)
 
 
-def _report_sample(results: list[DeadlineResult | AdaptiveResult], report: Report) -> None:
-    """The transitions of a chunk, or of the whole video, are done."""
-    report.finish_sample()
+def _report_sample(results: list[DeadlineResult | AdaptiveResult], progress: JobProgress) -> None:
+    """Record that the transitions of a chunk, or of the whole video, are done."""
+    progress.finish_sample()
     deadlines = [result for result in results if isinstance(result, DeadlineResult)]
     if deadlines:
-        report.deadlines(deadlines)
+        progress.add_deadlines(deadlines)

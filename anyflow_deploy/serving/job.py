@@ -1,7 +1,7 @@
 """One video on its way from request to file.
 
-`Video` is what clients see of it, in OpenAI's shape with fields of ours behind; `Job` adds what the
-server needs: the request, two flags that other threads raise, and those who wait for news.
+`Video` is what clients see of it: OpenAI's fields, then ours. `Job` adds what the server needs: the
+request, two events that other threads set, and listeners.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ Status = Literal["queued", "in_progress", "completed", "failed"]
 
 
 class JobError(BaseModel):
-    """Why a video was not made. `code` is `cancelled`, `server_shutdown`, `invalid_request` or
-    `server_error`."""
+    """Why a video was not made.
+
+    `code` is `cancelled`, `server_shutdown`, `invalid_request` or `server_error`.
+    """
 
     code: str
     message: str
 
 
 class Fragment(BaseModel):
-    """Frames that were put into the file together.
+    """Frames that were appended to the file together.
 
     Attributes:
         index: 0 for the first.
-        first_frame, frames: which ones, in frames of the video.
-        start, end: where they lie in the file, in bytes.
-        seconds: since work on this video began.
+        first_frame: index of its first frame in the video.
+        frames: number of frames.
+        start, end: position in the file, in bytes.
+        seconds: time since work on this video began.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -49,15 +52,17 @@ class Fragment(BaseModel):
 
 
 class Video(BaseModel):
-    """A video as clients see it: OpenAI's fields, then ours. A cancelled one has `failed`, as
-    OpenAI's clients know no other end.
+    """A video as clients see it: OpenAI's fields, then ours.
+
+    A cancelled video has the status `failed`, the only other end that OpenAI's clients know.
 
     Attributes:
         progress: 0 to 100.
-        seconds: length, as text; `size` is WIDTHxHEIGHT.
-        steps: transitions made, of each chunk (or of the whole).
+        seconds: length, as text.
+        size: WIDTHxHEIGHT.
+        steps: transitions of each finished chunk, or of the whole video.
         deadline_met: whether every chunk was in time; None without a deadline, or before the first.
-        queue_position: videos before this one, counting the one being made; None once it is begun.
+        queue_position: number of videos before this one, with the running one; None once it runs.
         timings: seconds by stage: `queued`, `text`, `first_frame`, `transformer`, `vae`, `mp4`,
             `total`.
     """
@@ -90,53 +95,53 @@ class Video(BaseModel):
 
 
 class CancelledError(Exception):
-    """Raised between two transitions of a video that nobody wants any more."""
+    """Raised between two transitions of a video that was cancelled."""
 
 
 @dataclass(eq=False)
 class Job:
-    """See the module.
+    """A video, its request, and what the server's threads share about it.
 
     Attributes:
         video: what clients see.
-        request: what was asked for, checked; None for one that an earlier server made.
-        request_id: of the HTTP request it came with.
-        pieces: what the file holds so far.
-        created: seconds, `time.monotonic()`.
-        unwanted: set to cancel; `reason` says why.
-        enough: set to finish a deadline with one jump.
-        lock: held by whoever changes or copies `video` and `pieces`.
+        request: the checked request; None for a video that an earlier server made.
+        request_id: id of the HTTP request.
+        fragments: what the file holds so far.
+        created_time: seconds of `time.monotonic()`.
+        cancel_event: set to cancel; `cancel_reason` says why.
+        stop_event: set to finish a deadline with a single step.
+        lock: held while `video` and `fragments` are changed or copied.
     """
 
     video: Video
     request: GenerationRequest | None
     request_id: str = ""
-    pieces: list[Fragment] = field(default_factory=list)
-    created: float = field(default_factory=time.monotonic)
+    fragments: list[Fragment] = field(default_factory=list)
+    created_time: float = field(default_factory=time.monotonic)
     cancel_event: threading.Event = field(default_factory=threading.Event)
     stop_event: threading.Event = field(default_factory=threading.Event)
-    reason: JobError | None = None
+    cancel_reason: JobError | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     _listeners: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def id(self) -> str:
-        """Of the video."""
+        """Id of the video."""
         return self.video.id
 
     @property
-    def ended(self) -> bool:
-        """Nothing more will happen to it."""
+    def has_ended(self) -> bool:
+        """Whether nothing more will happen to the video."""
         return self.video.status in ("completed", "failed")
 
     def snapshot(self) -> Video:
-        """A copy of what clients see, whole at one moment."""
+        """Copy what clients see, at one moment."""
         with self.lock:
             return self.video.model_copy(deep=True)
 
     @contextlib.contextmanager
     def subscribe(self, listener: Callable[[], None]) -> Iterator[None]:
-        """Within it `listener` is called, from any thread, whenever something changed."""
+        """Call `listener`, from any thread, whenever something changes during the block."""
         with self.lock:
             self._listeners.append(listener)
         try:
@@ -146,17 +151,17 @@ class Job:
                 self._listeners.remove(listener)
 
     def notify(self) -> None:
-        """Something changed."""
+        """Call all listeners."""
         with self.lock:
             listeners = list(self._listeners)
         for listener in listeners:
             listener()
 
     def check(self) -> None:
-        """Called between transitions.
+        """Raise an error if the video was cancelled; called between transitions.
 
         Raises:
-            Cancelled: nobody wants it any more.
+            CancelledError: it was cancelled.
         """
         if self.cancel_event.is_set():
             raise CancelledError

@@ -1,5 +1,4 @@
-"""What a generator reports while it works: into the video that clients see, and into the
-metrics."""
+"""Report a generator's progress to the video that clients see, and to the metrics."""
 
 from __future__ import annotations
 
@@ -12,81 +11,87 @@ from anyflow_deploy.schedule import Step
 from anyflow_deploy.serving.job import Fragment, Job
 from anyflow_deploy.serving.metrics import Metrics
 
-_STEPS_SHARE, _FRAMES_SHARE = 90, 9  # of the progress; the last hundredth is the finished file
+_STEPS_SHARE, _FRAMES_SHARE = 90, 9
+"""Per cent of the progress for steps and for frames; the last per cent is the finished file."""
 
 
-class Report:
-    """Of one video; its clock runs from here.
+class JobProgress:
+    """Records the progress of one video; its clock starts when it is made.
 
     Args:
-        job: to be made.
-        metrics: of the server.
+        job: the video.
+        metrics: the server's metrics.
     """
 
     def __init__(self, job: Job, metrics: Metrics) -> None:
-        self.job, self._metrics = job, metrics
-        self._started = self._last_piece = self._last_step = time.perf_counter()
-        self._way = 0.0
-        self._made = 0
+        self.job = job
+        self._metrics = metrics
+        self._start = self._last_fragment = self._last_step = time.perf_counter()
+        self._share = 0.0
+        self._step_count = 0
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; one that comes again is added up."""
-        self._last_step = started = time.perf_counter()
+        """Time a stage in a `with` block; a repeated stage adds up."""
+        self._last_step = start = time.perf_counter()
         yield
         with self.job.lock:
             timings = self.job.video.timings
-            timings[name] = round(timings.get(name, 0.0) + time.perf_counter() - started, 4)
+            timings[name] = round(timings.get(name, 0.0) + time.perf_counter() - start, 4)
 
-    def step(self, step: Step, way: float) -> None:
-        """A transition was made.
+    def add_step(self, step: Step, share: float) -> None:
+        """Record a transition.
 
         Args:
-            step: which.
-            way: of all transitions, 0 to 1.
+            step: the transition.
+            share: share of all transitions so far, 0 to 1.
 
         Raises:
-            Cancelled: nobody wants the video any more.
+            CancelledError: the video was cancelled.
         """
         now = time.perf_counter()
         self._metrics.step_seconds.observe(now - self._last_step)
         self._metrics.steps.inc()
-        self._last_step, self._made = now, step.index + 1
-        self._way = min(1.0, way)
+        self._last_step = now
+        self._step_count = step.index + 1
+        self._share = min(1.0, share)
         self._update_progress()
         self.job.check()
 
     def finish_sample(self) -> None:
-        """The transitions of a chunk, or of the whole video, are done."""
+        """Record that the transitions of a chunk, or of the whole video, are done."""
         with self.job.lock:
-            self.job.video.steps.append(self._made)
+            self.job.video.steps.append(self._step_count)
 
-    def deadlines(self, outcomes: list[DeadlineResult]) -> None:
-        """What came of the deadlines so far; the last one is new."""
-        self._metrics.deadlines.labels("met" if outcomes[-1].slack >= 0 else "missed").inc()
-        self._metrics.drafts.inc(outcomes[-1].probe_step)
+    def add_deadlines(self, results: list[DeadlineResult]) -> None:
+        """Record the results of all deadlines so far; the last one is new."""
+        self._metrics.deadlines.labels("met" if results[-1].slack >= 0 else "missed").inc()
+        self._metrics.probe_steps.inc(results[-1].probe_step)
         with self.job.lock:
-            self.job.video.deadline_met = all(outcome.slack >= 0 for outcome in outcomes)
+            self.job.video.deadline_met = all(result.slack >= 0 for result in results)
 
-    def piece(self, frames: int, size: int) -> None:
-        """Frames are in the file.
+    def add_fragment(self, frames: int, size: int) -> None:
+        """Record that frames are in the file.
 
         Args:
-            frames: how many.
+            frames: number of frames.
             size: bytes by which the file grew.
 
         Raises:
-            Cancelled: nobody wants the video any more.
+            CancelledError: the video was cancelled.
         """
-        now, pieces = time.perf_counter(), self.job.pieces
+        now = time.perf_counter()
+        fragments = self.job.fragments
         first, start = (
-            (pieces[-1].first_frame + pieces[-1].frames, pieces[-1].end) if pieces else (0, 0)
+            (fragments[-1].first_frame + fragments[-1].frames, fragments[-1].end)
+            if fragments
+            else (0, 0)
         )
-        seconds = round(now - self._started, 4)
+        seconds = round(now - self._start, 4)
         with self.job.lock:
-            pieces.append(
+            fragments.append(
                 Fragment(
-                    index=len(pieces),
+                    index=len(fragments),
                     first_frame=first,
                     frames=frames,
                     start=start,
@@ -94,22 +99,24 @@ class Report:
                     seconds=seconds,
                 )
             )
-            self.job.video.chunks = len(pieces)
+            self.job.video.chunks = len(fragments)
             self.job.video.timings.setdefault("first_frame", seconds)
         if first == 0:
             self._metrics.first_frame_seconds.observe(seconds)
-        self._metrics.chunk_seconds.observe(now - self._last_piece)
+        self._metrics.chunk_seconds.observe(now - self._last_fragment)
         self._metrics.frames.inc(frames)
-        self._last_piece = now
+        self._last_fragment = now
         self._update_progress()
         self.job.check()
 
-    def ended(self) -> None:
-        """Nothing more comes: note the whole, and every stage's time. Said twice, it counts
-        once."""
+    def finish(self) -> None:
+        """Record that nothing more comes: the total and every stage's time.
+
+        A second call does nothing.
+        """
         if "total" in self.job.video.timings:
             return
-        seconds = time.perf_counter() - self._started
+        seconds = time.perf_counter() - self._start
         self._metrics.video_seconds.observe(seconds)
         with self.job.lock:
             self.job.video.timings["total"] = round(seconds, 4)
@@ -120,8 +127,10 @@ class Report:
     def _update_progress(self) -> None:
         with self.job.lock:
             video = self.job.video
-            shown = sum(piece.frames for piece in self.job.pieces) / video.num_frames
+            frames_share = (
+                sum(fragment.frames for fragment in self.job.fragments) / video.num_frames
+            )
             video.progress = max(
-                video.progress, int(_STEPS_SHARE * self._way + _FRAMES_SHARE * shown)
+                video.progress, int(_STEPS_SHARE * self._share + _FRAMES_SHARE * frames_share)
             )
         self.job.notify()

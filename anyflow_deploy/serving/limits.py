@@ -1,5 +1,7 @@
-"""What a server lets anybody ask of it. Every number is a flag of `anyflow-serve`; every refusal
-names it."""
+"""What a server lets clients ask of it.
+
+Every number is a flag of `anyflow-serve`; every refusal names it.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +10,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """Upper ends.
+    """Upper limits of requests, and of what is kept.
 
     Attributes:
         queue: videos that may wait; one more is refused (429).
         steps: transitions of a chunk, or of a whole video.
-        frames: of a video.
+        frames: frames of a video.
         pixels: height times width of a video.
-        deadline_seconds: of a chunk, or of a whole video.
-        prompt_characters: of the text.
-        body_bytes: of a request.
-        body_seconds: in which a request's body has to arrive.
-        disk_bytes: of all videos on the shelf; the oldest go first.
+        deadline_seconds: deadline of a chunk, or of a whole video.
+        prompt_characters: length of a prompt.
+        body_bytes: size of a request's body.
+        body_seconds: time in which a request's body has to arrive.
+        disk_bytes: size of all finished videos; the oldest are removed first.
         keep_seconds: how long a finished video is kept.
-        streams: WebSockets at once.
+        streams: open WebSockets.
     """
 
     frames: int

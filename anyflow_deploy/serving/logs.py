@@ -1,7 +1,6 @@
-"""Log lines: time, level, what happened, and `request=` and `video=` where they are known: one word
-finds all of a request.
+"""Log lines: time, level, message, and `request=` and `video=` where they are known.
 
-Prompts are never logged.
+The id of a request finds all of its lines. Prompts are never logged.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ import logging
 import time
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
-"""Of the HTTP request that is being answered."""
+"""Id of the HTTP request that is being answered."""
 
 
 class LogFormatter(logging.Formatter):
-    """One line a record; tracebacks follow on lines of their own."""
+    """Formats a record as one line; a traceback follows on lines of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See `logging.Formatter`."""
+        """Format a record."""
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         request = getattr(record, "request", "") or request_id.get()
         video = getattr(record, "video", "")
@@ -35,7 +34,7 @@ class LogFormatter(logging.Formatter):
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
-    """Have the server's lines, and uvicorn's, on standard error."""
+    """Write the server's log lines, and uvicorn's, to standard error."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter())
     for name in ("anyflow.serve", "uvicorn.error"):

@@ -1,4 +1,4 @@
-"""Which addresses only this machine can reach."""
+"""Tell which addresses only this machine can reach."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ipaddress
 
 
 def is_local(host: str) -> bool:
-    """Whether a name or address is this machine's own, whatever a resolver says."""
+    """Return whether a name or address is this machine's own, whatever a resolver says."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,7 +1,7 @@
-"""What Prometheus is told. One `Metrics` for each server, on a registry of its own.
+"""The metrics for Prometheus: one `Metrics` for each server, on a registry of its own.
 
-Times are histograms in seconds, so that first frame and chunk have percentiles; labels are few and
-closed, so nothing a client sends can make more of them.
+Times are histograms in seconds, so that first frame and chunk have percentiles; labels
+have few and fixed values, so nothing a client sends can add more.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Metrics:
     """The server's metrics.
 
     Attributes:
-        registry: what `/metrics` writes out.
+        registry: the registry that `/metrics` writes.
     """
 
     def __init__(self) -> None:
@@ -28,43 +28,59 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "anyflow_request_seconds",
-            "until the answer began",
+            "seconds until the answer began",
             ["route"],
             registry=r,
             buckets=_SHORT,
         )
         self.videos = Counter("anyflow_videos", "videos by how they ended", ["outcome"], registry=r)
-        self.refused = Counter(
+        self.refusals = Counter(
             "anyflow_refused", "requests for videos that were refused", ["reason"], registry=r
         )
         self.queue_seconds = Histogram(
-            "anyflow_queue_seconds", "a video's wait for its turn", registry=r, buckets=_LONG
+            "anyflow_queue_seconds",
+            "seconds that a video waited in the queue",
+            registry=r,
+            buckets=_LONG,
         )
         self.video_seconds = Histogram(
-            "anyflow_video_seconds", "from its turn to its end", registry=r, buckets=_LONG
+            "anyflow_video_seconds",
+            "seconds from the start of a video to its end",
+            registry=r,
+            buckets=_LONG,
         )
         self.stage_seconds = Histogram(
-            "anyflow_stage_seconds", "of a video, by stage", ["stage"], registry=r, buckets=_LONG
+            "anyflow_stage_seconds",
+            "seconds of a video, by stage",
+            ["stage"],
+            registry=r,
+            buckets=_LONG,
         )
         self.first_frame_seconds = Histogram(
             "anyflow_first_frame_seconds",
-            "from a video's turn to its first frames",
+            "seconds from the start of a video to its first frames",
             registry=r,
             buckets=_LONG,
         )
         self.chunk_seconds = Histogram(
-            "anyflow_chunk_seconds", "between pieces of a video", registry=r, buckets=_LONG
+            "anyflow_chunk_seconds",
+            "seconds between fragments of a video",
+            registry=r,
+            buckets=_LONG,
         )
         self.step_seconds = Histogram(
-            "anyflow_step_seconds", "of a transition", registry=r, buckets=(0.001, *_SHORT, 60, 120)
+            "anyflow_step_seconds",
+            "seconds of a transition",
+            registry=r,
+            buckets=(0.001, *_SHORT, 60, 120),
         )
         self.frames = Counter("anyflow_frames", "frames made", registry=r)
         self.steps = Counter("anyflow_steps", "transitions made", registry=r)
         self.deadlines = Counter(
             "anyflow_deadlines", "deadlines of chunks or videos", ["outcome"], registry=r
         )
-        self.drafts = Counter(
-            "anyflow_drafts", "transitions made to learn the pace, and thrown away", registry=r
+        self.probe_steps = Counter(
+            "anyflow_drafts", "single steps made only to measure the speed", registry=r
         )
         self.streams = Gauge("anyflow_streams", "open WebSockets", registry=r)
         for outcome in ("completed", "failed", "cancelled"):
@@ -73,16 +89,28 @@ class Metrics:
             self.deadlines.labels(outcome)
 
     def watch(
-        self, queued: Callable[[], float], running: Callable[[], float], stored: Callable[[], float]
+        self,
+        count_queued: Callable[[], float],
+        count_running: Callable[[], float],
+        count_stored_bytes: Callable[[], float],
     ) -> None:
-        """Read these whenever somebody asks: videos waiting, videos being made, bytes of finished
-        ones."""
-        Gauge("anyflow_queued", "videos that wait", registry=self.registry).set_function(queued)
-        Gauge("anyflow_running", "videos being made", registry=self.registry).set_function(running)
-        Gauge("anyflow_stored_bytes", "of finished videos", registry=self.registry).set_function(
-            stored
+        """Read these numbers at every scrape.
+
+        Args:
+            count_queued: returns the number of videos that wait.
+            count_running: returns the number of videos being made.
+            count_stored_bytes: returns the bytes of finished videos.
+        """
+        Gauge("anyflow_queued", "videos in the queue", registry=self.registry).set_function(
+            count_queued
         )
+        Gauge("anyflow_running", "videos being made", registry=self.registry).set_function(
+            count_running
+        )
+        Gauge(
+            "anyflow_stored_bytes", "bytes of finished videos", registry=self.registry
+        ).set_function(count_stored_bytes)
 
     def describe(self, **labels: str) -> None:
-        """Say once what this server runs."""
+        """Set the labels that say what this server runs."""
         Info("anyflow_build", "what this server runs", registry=self.registry).info(labels)

@@ -1,8 +1,8 @@
-"""What a client asks for, checked as far as it can be before anything runs.
+"""Check a client's request as far as possible before anything runs.
 
 `VideoRequest` is the body of `POST /v1/videos`: OpenAI's fields (`prompt`, `model`, `seconds`,
 `size`) and ours. `validate_request` checks it against the bundle and the server's limits and makes
-a `GenerationRequest` of it.
+a `GenerationRequest` from it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _HUGE = 10**9
 
 
 class VideoRequest(BaseModel):
-    """The body of a request for a video. Only `prompt` is needed.
+    """The body of a request for a video; only `prompt` is required.
 
-    `num_inference_steps` is how many transitions a video (a chunk, of a causal model) gets; with
-    `deadline_ms` in its place there are as many as fit into that time, and `num_inference_steps` is
-    then the most there may be.
+    `num_inference_steps` is the number of transitions of a video, or of each chunk of a causal
+    model. With `deadline_ms` there are as many as fit into that time, and `num_inference_steps` is
+    the largest number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -55,14 +55,19 @@ class VideoRequest(BaseModel):
         mode="before",
     )
     @classmethod
-    def _no_truth_values(cls, value: object) -> object:
+    def _refuse_booleans(cls, value: object) -> object:
         if isinstance(value, bool):
             raise ValueError("is true or false; allowed is a number")
         return value
 
 
 def validate_request(
-    request: VideoRequest, manifest: Manifest, limits: Limits, name: str, *, embedded: bool = False
+    request: VideoRequest,
+    manifest: Manifest,
+    limits: Limits,
+    name: str,
+    *,
+    has_embeddings: bool = False,
 ) -> GenerationRequest:
     """Check a request against the bundle and the server's limits.
 
@@ -70,8 +75,8 @@ def validate_request(
         request: parsed, so that types are right.
         manifest: of the bundle.
         limits: of this server.
-        name: what the model is called here.
-        embedded: the prompt comes as embeddings, and its text is empty.
+        name: this server's name of the model.
+        has_embeddings: whether the prompt comes as embeddings, and its text is empty.
 
     Raises:
         InvalidRequestError: naming the field, what was given and what is allowed.
@@ -81,10 +86,10 @@ def validate_request(
             f"model is {request.model!r}; this server has {name!r}. Give that, or leave model out.",
             "model",
         )
-    if not embedded:
+    if not has_embeddings:
         _check_prompt(request.prompt, limits)
-    num_frames = _num_frames(request, manifest)
-    height, width = _height_and_width(request.size, manifest)
+    num_frames = _count_frames(request, manifest)
+    height, width = _parse_size(request.size, manifest)
     _check_limit(
         "num_frames" if request.seconds is None else "seconds", num_frames, limits.frames, "frames"
     )
@@ -111,7 +116,7 @@ def _check_prompt(prompt: str, limits: Limits) -> None:
         )
 
 
-def _num_frames(request: VideoRequest, manifest: Manifest) -> int:
+def _count_frames(request: VideoRequest, manifest: Manifest) -> int:
     if request.num_frames is not None and request.seconds is not None:
         raise InvalidRequestError(
             "seconds and num_frames both say how long the video is; give one of them.", "seconds"
@@ -122,28 +127,28 @@ def _num_frames(request: VideoRequest, manifest: Manifest) -> int:
     return request.num_frames or manifest.video.frames
 
 
-def _height_and_width(size: str | None, manifest: Manifest) -> tuple[int, int]:
-    """Height and width; a size is written the other way round, as in OpenAI's interface."""
+def _parse_size(size: str | None, manifest: Manifest) -> tuple[int, int]:
+    """Parse a size into height and width; OpenAI writes it as WIDTHxHEIGHT."""
     if size is None:
         return manifest.video.height, manifest.video.width
-    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
-    if found is None:
-        shown = f"{manifest.video.width}x{manifest.video.height}"
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", size)
+    if match is None:
+        default_size = f"{manifest.video.width}x{manifest.video.height}"
         raise InvalidRequestError(
-            f"size is {size[:40]!r}; allowed is WIDTHxHEIGHT in pixels, as {shown}.", "size"
+            f"size is {size[:40]!r}; allowed is WIDTHxHEIGHT in pixels, as {default_size}.", "size"
         )
-    return int(found[2]), int(found[1])
+    return int(match[2]), int(match[1])
 
 
 def _step_settings(request: VideoRequest, manifest: Manifest, limits: Limits) -> StepSettings:
-    """Read the fields that decide the steps; what they leave open stays below the limits."""
+    """Read the fields that decide the steps; their defaults stay below the limits."""
     for field in ("num_inference_steps", "first_steps"):
         _check_limit(field, getattr(request, field) or 1, limits.steps, "steps")
     default = manifest.schedule.steps
     deadline_s = None
     if request.deadline_ms is not None:
-        most = limits.deadline_seconds * 1000
-        _check_limit("deadline_ms", request.deadline_ms, most, "milliseconds")
+        max_milliseconds = limits.deadline_seconds * 1000
+        _check_limit("deadline_ms", request.deadline_ms, max_milliseconds, "milliseconds")
         default = MAX_DEADLINE_STEPS
         deadline_s = request.deadline_ms / 1000
     return StepSettings(
@@ -154,10 +159,10 @@ def _step_settings(request: VideoRequest, manifest: Manifest, limits: Limits) ->
     )
 
 
-def _check_limit(field: str, given: float, most: float, unit: str) -> None:
-    if given > most:
+def _check_limit(field: str, value: float, limit: float, unit: str) -> None:
+    if value > limit:
         raise InvalidRequestError(
-            f"{field} asks for {given:,.12g} {unit}; this server allows {most:,.12g}. Ask for"
+            f"{field} asks for {value:,.12g} {unit}; this server allows {limit:,.12g}. Ask for"
             " less.",
             field,
         )

@@ -1,13 +1,13 @@
-"""`/v1/videos` and what goes with it, in OpenAI's shape; `/v1/models`, `/health`, `/metrics`.
+"""`/v1/videos` as OpenAI has it, and `/v1/models`, `/health`, `/metrics`.
 
 POST   /v1/videos               put a video into the queue
 POST   /v1/videos/sync          the same, and wait: the answer is the mp4
 GET    /v1/videos               list (after, limit, order)
-GET    /v1/videos/ID            how far it is
+GET    /v1/videos/ID            its status and progress
 GET    /v1/videos/ID/content    the mp4 (variant=thumbnail: its first frame as JPEG)
 POST   /v1/videos/ID/cancel     stop it between two transitions
-POST   /v1/videos/ID/finish     under a deadline: finish with one jump now
-DELETE /v1/videos/ID            forget it; one that is not finished is cancelled
+POST   /v1/videos/ID/finish     under a deadline: finish with a single step now
+DELETE /v1/videos/ID            remove it; one that is not finished is cancelled
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from anyflow_deploy.serving.job import Job, Video
 from anyflow_deploy.serving.logs import request_id
 from anyflow_deploy.serving.request import VideoRequest
 from anyflow_deploy.serving.service import Service
-from anyflow_deploy.serving.thumbnails import thumbnail
+from anyflow_deploy.serving.thumbnails import encode_thumbnail
 
 _POLL = {"openai-poll-after-ms": "500"}
 _FAILURES = {"cancelled": 409, "server_shutdown": 503, "invalid_request": 400}
 
 
-def routes(service: Service) -> APIRouter:
-    """The routes of a service."""
+def make_routes(service: Service) -> APIRouter:
+    """Make the routes of a service."""
     api = APIRouter()
 
     @api.post("/v1/videos", response_model=Video)
     async def create(request: Request) -> JSONResponse:
-        return _shown(service, await _submitted(service, request))
+        return _video_response(service, await _submit_request(service, request))
 
     @api.post("/v1/videos/sync")
     async def create_and_wait(request: Request) -> Response:
-        job = await _submitted(service, request)
-        await _ended(service, request, job)
+        job = await _submit_request(service, request)
+        await _wait_until_end(service, request, job)
         _check_completed(job)
-        return _file(service, job)
+        return _file_response(service, job)
 
     @api.get("/v1/videos")
-    async def listed(
+    async def list_videos(
         after: str | None = None, limit: str = "20", order: str = "desc"
     ) -> JSONResponse:
         return JSONResponse(_page(service, after, limit, order))
 
     @api.get("/v1/videos/{video_id}", response_model=Video)
     async def retrieve(video_id: str) -> JSONResponse:
-        return _shown(service, job_of(service, video_id))
+        return _video_response(service, find_job(service, video_id))
 
     @api.get("/v1/videos/{video_id}/content")
     async def content(video_id: str, variant: str = "video") -> Response:
@@ -67,40 +67,40 @@ def routes(service: Service) -> APIRouter:
             raise ApiError(
                 400, f"variant is {variant[:40]!r}; allowed are video and thumbnail.", "variant"
             )
-        job = job_of(service, video_id)
+        job = find_job(service, video_id)
         _check_completed(job)
         if variant == "thumbnail":
-            piece = job.pieces[0]
+            fragment = job.fragments[0]
             return Response(
-                await run_in_threadpool(thumbnail, service.store.path(job.id), piece),
+                await run_in_threadpool(encode_thumbnail, service.store.path(job.id), fragment),
                 media_type="image/jpeg",
             )
-        return _file(service, job)
+        return _file_response(service, job)
 
     @api.delete("/v1/videos/{video_id}")
     async def delete(video_id: str) -> JSONResponse:
-        job = job_of(service, video_id)
+        job = find_job(service, video_id)
         await run_in_threadpool(service.delete, job)
         return JSONResponse({"id": job.id, "object": "video.deleted", "deleted": True})
 
     @api.post("/v1/videos/{video_id}/cancel", response_model=Video)
     async def cancel(video_id: str) -> JSONResponse:
-        job = job_of(service, video_id)
+        job = find_job(service, video_id)
         service.cancel(job)
-        return _shown(service, job)
+        return _video_response(service, job)
 
     @api.post("/v1/videos/{video_id}/finish", response_model=Video)
     async def finish(video_id: str) -> JSONResponse:
-        job = job_of(service, video_id)
-        finish_now(job)
-        return _shown(service, job)
+        job = find_job(service, video_id)
+        finish_deadline(job)
+        return _video_response(service, job)
 
-    _about(api, service)
+    _add_server_routes(api, service)
     return api
 
 
-def _about(api: APIRouter, service: Service) -> None:
-    """What the server says of itself."""
+def _add_server_routes(api: APIRouter, service: Service) -> None:
+    """Add the routes about the server itself."""
 
     @api.get("/v1/models")
     async def models() -> JSONResponse:
@@ -121,7 +121,7 @@ def _about(api: APIRouter, service: Service) -> None:
     async def health() -> JSONResponse:
         state = "ok" if service.healthy else "unavailable"
         return JSONResponse(
-            {"status": state, "model": service.name, "queued": service.waiting},
+            {"status": state, "model": service.name, "queued": service.queue_length},
             200 if service.healthy else 503,
         )
 
@@ -133,8 +133,12 @@ def _about(api: APIRouter, service: Service) -> None:
         )
 
 
-def job_of(service: Service, video_id: str) -> Job:
-    """A video by its id; raises `ApiError`."""
+def find_job(service: Service, video_id: str) -> Job:
+    """Find a video by its id.
+
+    Raises:
+        ApiError: no such video.
+    """
     job = service.get(video_id)
     if job is None:
         raise ApiError(
@@ -145,8 +149,12 @@ def job_of(service: Service, video_id: str) -> Job:
     return job
 
 
-def finish_now(job: Job) -> None:
-    """Finish a deadline with one jump; raises `InvalidRequestError`."""
+def finish_deadline(job: Job) -> None:
+    """Finish a deadline with a single step.
+
+    Raises:
+        InvalidRequestError: the video has no deadline.
+    """
     if job.video.deadline_ms is None:
         raise InvalidRequestError(
             "this video has a number of steps, not a deadline; only a deadline can be finished"
@@ -157,7 +165,7 @@ def finish_now(job: Job) -> None:
 
 
 def describe_service(service: Service) -> dict[str, Any]:
-    """The model, with what may be asked of it."""
+    """Describe the model and the limits of requests, as JSON."""
     manifest, limits = service.manifest, service.limits
     video, schedule = manifest.video, manifest.schedule
     default = {
@@ -183,8 +191,8 @@ def describe_service(service: Service) -> dict[str, Any]:
     }
 
 
-async def _submitted(service: Service, request: Request) -> Job:
-    video_request = service.validate(VideoRequest.model_validate(await _fields(request)))
+async def _submit_request(service: Service, request: Request) -> Job:
+    video_request = service.validate(VideoRequest.model_validate(await _read_fields(request)))
     try:
         await run_in_threadpool(service.generator.check, video_request.prompt)
     except AnyFlowError as error:
@@ -192,8 +200,8 @@ async def _submitted(service: Service, request: Request) -> Job:
     return service.submit(video_request, request_id.get())
 
 
-async def _fields(request: Request) -> object:
-    """The body, as JSON or as a form (which is what OpenAI's client sends)."""
+async def _read_fields(request: Request) -> object:
+    """Read the body, as JSON or as a form (which OpenAI's client sends)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         async with request.form(max_files=1, max_fields=32) as form:
@@ -212,36 +220,36 @@ async def _fields(request: Request) -> object:
     try:
         return json.loads(await request.body())
     except (ValueError, RecursionError):
-        raise ApiError(400, "the body is no JSON.", code="invalid_json") from None
+        raise ApiError(400, "the body is not JSON.", code="invalid_json") from None
 
 
-async def _ended(service: Service, request: Request, job: Job) -> None:
-    """Wait for a video; who goes away does not want it any more."""
+async def _wait_until_end(service: Service, request: Request, job: Job) -> None:
+    """Wait for a video; cancel it if the client disconnects."""
     try:
-        async with news_of(job) as news:
-            while not job.ended:
-                news.clear()
+        async with watch_job(job) as change_event:
+            while not job.has_ended:
+                change_event.clear()
                 if await request.is_disconnected():
                     service.cancel(job)
                     return
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(news.wait(), 0.5)
+                    await asyncio.wait_for(change_event.wait(), 0.5)
     except asyncio.CancelledError:
         service.cancel(job)
         raise
 
 
 @contextlib.asynccontextmanager
-async def news_of(job: Job) -> AsyncIterator[asyncio.Event]:
-    """An event that is set whenever something about a video changed."""
-    news, loop = asyncio.Event(), asyncio.get_running_loop()
+async def watch_job(job: Job) -> AsyncIterator[asyncio.Event]:
+    """Yield an event that is set whenever a video changes."""
+    change_event, loop = asyncio.Event(), asyncio.get_running_loop()
 
-    def told() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(news.set)
+    def set_event() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing waits any more
+            loop.call_soon_threadsafe(change_event.set)
 
-    with job.subscribe(told):
-        yield news
+    with job.subscribe(set_event):
+        yield change_event
 
 
 def _check_completed(job: Job) -> None:
@@ -259,7 +267,7 @@ def _check_completed(job: Job) -> None:
         )
 
 
-def _file(service: Service, job: Job) -> Response:
+def _file_response(service: Service, job: Job) -> Response:
     path = service.store.path(job.id)
     if not path.is_file():
         raise ApiError(404, f"video {job.id} was removed to make room.", "video_id")
@@ -267,8 +275,8 @@ def _file(service: Service, job: Job) -> Response:
     return FileResponse(path, media_type="video/mp4", filename=f"{job.id}.mp4", headers=headers)
 
 
-def _shown(service: Service, job: Job) -> JSONResponse:
-    return JSONResponse(service.snapshot(job).model_dump(), headers={} if job.ended else _POLL)
+def _video_response(service: Service, job: Job) -> JSONResponse:
+    return JSONResponse(service.snapshot(job).model_dump(), headers={} if job.has_ended else _POLL)
 
 
 def _page(service: Service, after: str | None, limit: str, order: str) -> dict[str, Any]:
@@ -276,7 +284,7 @@ def _page(service: Service, after: str | None, limit: str, order: str) -> dict[s
         raise ApiError(400, f"limit is {limit[:40]!r}; allowed are 1 to 100.", "limit")
     if order not in ("asc", "desc"):
         raise ApiError(400, f"order is {order[:40]!r}; allowed are asc and desc.", "order")
-    jobs = service.all() if order == "asc" else service.all()[::-1]
+    jobs = service.list_jobs() if order == "asc" else service.list_jobs()[::-1]
     if after is not None:
         ids = [job.id for job in jobs]
         if after not in ids:

@@ -1,9 +1,9 @@
-"""uvicorn, stopped gently.
+"""Run uvicorn, and stop it gently.
 
-The first SIGTERM or Ctrl-C: no more videos are taken (503), those that wait end as
-`server_shutdown`, and the one being made has its grace to finish. Meanwhile everything is still
-answered, so whoever waits gets the file. The second one cancels it between two transitions. A video
-is whole or was never there, whenever that happens.
+After the first SIGTERM or Ctrl-C, no more videos are accepted (503), those that wait end as
+`server_shutdown`, and the running one has its grace time to finish. Meanwhile all requests are
+still answered, so clients that wait get the file. The second signal cancels the running video
+between two transitions. Either way, a video is whole or leaves nothing.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.service import Service
 
 _LINGER = 0.3
-"""Seconds in which those who wait hear how it ended, before their connections are closed."""
+"""Seconds for the last answers to clients that wait, before their connections are closed."""
 
 
 class Server(uvicorn.Server):
-    """See the module.
+    """A uvicorn server that drains the service before it closes connections.
 
     Args:
-        config: from `configured`.
-        service: is drained before the connections are closed.
+        config: from `configure_uvicorn`.
+        service: the service to drain.
         grace: seconds for the running video.
     """
 
@@ -35,33 +35,32 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service = service
         self._grace = grace
-        self._leaving = False
+        self._is_stopping = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal came: work on another thread, since locks may be held where this one was
-        interrupted."""
-        work = self._service.abandon if self._leaving else self._leave
-        self._leaving = True
-        threading.Thread(target=work, name="anyflow-stop", daemon=True).start()
+        """Handle a signal on another thread, since the interrupted one may hold locks."""
+        stop = self._service.abandon if self._is_stopping else self._stop_gently
+        self._is_stopping = True
+        threading.Thread(target=stop, name="anyflow-stop", daemon=True).start()
 
-    def _leave(self) -> None:
+    def _stop_gently(self) -> None:
         self._service.drain(self._grace)
         time.sleep(_LINGER)
         self.should_exit = True
 
 
 def configure_uvicorn(app: ASGIApp, host: str, port: int, limits: Limits) -> uvicorn.Config:
-    """uvicorn's settings for an app of ours."""
+    """Make uvicorn's settings for the app."""
     return uvicorn.Config(
         app,
         host=host,
         port=port,
         log_config=None,
-        access_log=False,  # the guard writes these lines
+        access_log=False,  # AuthMiddleware writes these lines
         server_header=False,
         lifespan="off",
         ws="websockets-sansio",
-        ws_max_size=4096,  # what clients send us: a word or two
+        ws_max_size=4096,  # clients send a few words
         limit_concurrency=limits.streams + 256,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=5,

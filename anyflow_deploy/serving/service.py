@@ -1,8 +1,8 @@
-"""The queue, the thread that makes videos, and everything that is known of them.
+"""The queue, the thread that makes videos, and all of their states.
 
-Nothing here knows of HTTP. Clients' threads (or the event loop) submit, look, cancel and delete;
-one thread takes the oldest request and has it made. All of the service's own state is under one
-lock, held for moments only, never while a video is made.
+Nothing here knows of HTTP. Clients' threads (or the event loop) submit, read, cancel and delete;
+one thread takes the oldest request and makes its video. All of the service's own state is under one
+lock, which is held briefly, never while a video is made.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.pipelines.request import GenerationRequest
 from anyflow_deploy.serving.generator import VideoGenerator
 from anyflow_deploy.serving.job import CancelledError, Job, JobError, Video
-from anyflow_deploy.serving.job_progress import Report
+from anyflow_deploy.serving.job_progress import JobProgress
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.metrics import Metrics
 from anyflow_deploy.serving.request import VideoRequest, validate_request
@@ -27,10 +27,10 @@ from anyflow_deploy.serving.video_store import VideoStore
 
 _log = logging.getLogger("anyflow.serve")
 
-REMEMBERED_FAILURES = 1000
-"""Videos that failed are only a few words; more than this many are forgotten, oldest first."""
+MAX_FAILURES = 1000
+"""Number of failed videos that are kept; older ones are removed."""
 
-_TIDY_EVERY = 30.0
+_CLEANUP_SECONDS = 30.0
 _SHUTDOWN = JobError(
     code="server_shutdown",
     message="the server was stopped before this video was finished; ask again later.",
@@ -42,12 +42,12 @@ class BusyError(AnyFlowError):
     """The queue is full.
 
     Attributes:
-        seconds: after which it is worth asking again.
+        seconds: time after which the client should ask again.
     """
 
-    def __init__(self, waiting: int, seconds: int) -> None:
+    def __init__(self, queue_length: int, seconds: int) -> None:
         super().__init__(
-            f"{waiting} videos wait already, and this server takes no more. Ask again in"
+            f"{queue_length} videos wait already, and this server takes no more. Ask again in"
             f" {seconds} s."
         )
         self.seconds = seconds
@@ -58,15 +58,15 @@ class ClosingError(AnyFlowError):
 
 
 class Service:
-    """See the module.
+    """Queues requests, makes their videos in a thread, and keeps the results.
 
     Args:
         generator: makes the videos.
         manifest: of the bundle.
-        shelf: keeps them.
+        store: keeps the videos.
         limits: of this server.
-        name: what the model is called here.
-        metrics: told of everything.
+        name: this server's name of the model.
+        metrics: counts everything.
     """
 
     def __init__(
@@ -86,23 +86,27 @@ class Service:
         self.store = store
         self._jobs: dict[str, Job] = {job.id: job for job in store.restore()}  # oldest first
         self._queue: deque[Job] = deque()
-        self._running: Job | None = None
-        self._closing = False
-        self._recent: deque[float] = deque(maxlen=5)
-        self._news = threading.Condition()
-        self._tidy()
+        self._running_job: Job | None = None
+        self._is_closing = False
+        self._recent_seconds: deque[float] = deque(maxlen=5)
+        self._condition = threading.Condition()
+        self._remove_expired()
         metrics.watch(
             lambda: len(self._queue),
-            lambda: float(self._running is not None),
+            lambda: float(self._running_job is not None),
             self._count_stored_bytes,
         )
-        self._thread = threading.Thread(target=self._work, name="anyflow-videos", daemon=True)
+        self._thread = threading.Thread(target=self._run_queue, name="anyflow-videos", daemon=True)
         self._thread.start()
 
-    # Asked by clients
+    # For clients
 
     def validate(self, request: VideoRequest) -> GenerationRequest:
-        """Check a request; raises `InvalidRequestError`."""
+        """Check a request against the bundle and the limits.
+
+        Raises:
+            InvalidRequestError: naming the field, what was given and what is allowed.
+        """
         return validate_request(request, self.manifest, self.limits, self.name)
 
     def submit(self, request: GenerationRequest, request_id: str = "") -> Job:
@@ -112,182 +116,188 @@ class Service:
             BusyError: the queue is full.
             ClosingError: the server is being stopped.
         """
-        job = Job(self._video(request), request, request_id)
-        with self._news:
-            if self._closing:
+        job = Job(self._make_video(request), request, request_id)
+        with self._condition:
+            if self._is_closing:
                 raise ClosingError(
                     "the server is being stopped and takes no more videos; ask again later."
                 )
             if len(self._queue) >= self.limits.queue:
-                self.metrics.refused.labels("queue").inc()
-                raise BusyError(len(self._queue), self._wait())
+                self.metrics.refusals.labels("queue").inc()
+                raise BusyError(len(self._queue), self._estimate_wait())
             self._jobs[job.id] = job
             self._queue.append(job)
-            self._news.notify()
+            self._condition.notify()
         _log.info("queued", extra={"request": request_id, "video": job.id})
         return job
 
     def get(self, name: str) -> Job | None:
-        """A video by its id."""
-        with self._news:
+        """Return a video by its id; None if there is none."""
+        with self._condition:
             return self._jobs.get(name)
 
-    def all(self) -> list[Job]:
-        """All videos, oldest first."""
-        with self._news:
+    def list_jobs(self) -> list[Job]:
+        """Return all videos, oldest first."""
+        with self._condition:
             return list(self._jobs.values())
 
     def snapshot(self, job: Job) -> Video:
-        """What clients see of a video now."""
-        with self._news:
+        """Copy what clients see of a video now, with its place in the queue."""
+        with self._condition:
             position = (
-                self._queue.index(job) + (self._running is not None) if job in self._queue else None
+                self._queue.index(job) + (self._running_job is not None)
+                if job in self._queue
+                else None
             )
             video = job.snapshot()
         return video.model_copy(update={"queue_position": position})
 
     def cancel(self, job: Job, reason: JobError = _CANCELLED) -> None:
-        """Nobody wants this video: at once if it waits, else after the transition that runs. What
-        has ended stays as it is."""
-        with self._news:
+        """Cancel a video.
+
+        One that waits is cancelled at once, the running one after its current transition. A video
+        that has ended stays as it is.
+        """
+        with self._condition:
             if job in self._queue:
                 self._queue.remove(job)
                 self._fail(job, reason)
-            elif not job.ended:
-                job.reason = job.reason or reason
+            elif not job.has_ended:
+                job.cancel_reason = job.cancel_reason or reason
                 job.cancel_event.set()
         job.notify()
 
     def delete(self, job: Job) -> None:
-        """Forget a video and remove its file; one that is not finished is cancelled."""
+        """Remove a video and its file; one that is not finished is cancelled."""
         self.cancel(job)
-        with self._news:
+        with self._condition:
             self._jobs.pop(job.id, None)
-            running = self._running is job
-        if not running:  # else its folder goes when the transition that runs is done
+            is_running = self._running_job is job
+        if not is_running:  # otherwise its folder is removed after the current transition
             self.store.remove(job.id)
         _log.info("deleted", extra={"video": job.id})
 
     @property
-    def waiting(self) -> int:
-        """Videos in the queue."""
+    def queue_length(self) -> int:
+        """Number of videos in the queue."""
         return len(self._queue)
 
     @property
     def healthy(self) -> bool:
-        """Videos are being taken and made."""
-        return self._thread.is_alive() and not self._closing
+        """Whether videos are accepted and made."""
+        return self._thread.is_alive() and not self._is_closing
 
     # Stopping
 
     def drain(self, grace: float) -> None:
-        """Take no more videos, give up those that wait, and let the one being made finish.
+        """Accept no more videos, end those that wait, and let the running one finish.
 
         Args:
-            grace: seconds it has for that; it is then cancelled between two transitions.
+            grace: seconds for that; then it is cancelled between two transitions.
         """
-        with self._news:
-            self._closing = True
-            self._news.notify_all()
-            waiting = list(self._queue)
-        for job in waiting:
+        with self._condition:
+            self._is_closing = True
+            self._condition.notify_all()
+            queued_jobs = list(self._queue)
+        for job in queued_jobs:
             self.cancel(job, _SHUTDOWN)
         self._thread.join(max(0.0, grace))
         self.abandon()
         self._thread.join()
 
     def abandon(self) -> None:
-        """Cancel the video that is being made, because the server stops."""
-        running = self._running
-        if running is not None:
-            self.cancel(running, _SHUTDOWN)
+        """Cancel the running video, because the server stops."""
+        job = self._running_job
+        if job is not None:
+            self.cancel(job, _SHUTDOWN)
 
-    # The thread
+    # The thread that makes videos
 
-    def _work(self) -> None:
+    def _run_queue(self) -> None:
         while True:
-            with self._news:
-                if not self._queue and not self._closing:
-                    self._news.wait(_TIDY_EVERY)
-                if self._closing and not self._queue:
+            with self._condition:
+                if not self._queue and not self._is_closing:
+                    self._condition.wait(_CLEANUP_SECONDS)
+                if self._is_closing and not self._queue:
                     return
                 job = self._queue.popleft() if self._queue else None
-                self._running = job
+                self._running_job = job
             if job is not None:
                 self._make(job)
-                with self._news:
-                    self._running = None
-                    deleted = job.id not in self._jobs
-                if deleted:
+                with self._condition:
+                    self._running_job = None
+                    is_deleted = job.id not in self._jobs
+                if is_deleted:
                     self.store.remove(job.id)
                 job.notify()
-            self._tidy()
+            self._remove_expired()
 
     def _make(self, job: Job) -> None:
-        """Make one video; whatever happens, the thread goes on."""
-        about = {"request": job.request_id, "video": job.id}
+        """Make one video; the thread continues whatever happens."""
+        log_fields = {"request": job.request_id, "video": job.id}
         self._begin(job)
-        report, problem = Report(job, self.metrics), None
+        progress = JobProgress(job, self.metrics)
+        problem = None
         try:
-            self.generator.make(job, self.store.begin(job.id), report)
-            report.ended()
+            self.generator.make(job, self.store.begin(job.id), progress)
+            progress.finish()
             self._finish(job)
-            self._recent.append(job.video.timings["total"])
+            self._recent_seconds.append(job.video.timings["total"])
         except CancelledError:
-            problem = job.reason or _CANCELLED
+            problem = job.cancel_reason or _CANCELLED
         except AnyFlowError as error:
             problem = JobError(code="invalid_request", message=str(error))
         except OSError as error:
-            _log.exception("failed", extra=about)
+            _log.exception("failed", extra=log_fields)
             problem = JobError(
                 code="server_error", message=f"the video could not be written: {error.strerror}."
             )
         except Exception:  # noqa: BLE001 - the next video may do better; this one is in the log
-            _log.exception("failed", extra=about)
+            _log.exception("failed", extra=log_fields)
             where = job.request_id or job.id
             problem = JobError(
                 code="server_error",
                 message=f"an error of the server; its log has it under {where}.",
             )
         if problem is not None:
-            report.ended()
+            progress.finish()
             self.store.remove(job.id)
             self._fail(job, problem)
-        how = "completed" if problem is None else problem.code
-        _log.info("%s after %.3f s", how, job.video.timings["total"], extra=about)
+        outcome = "completed" if problem is None else problem.code
+        _log.info("%s after %.3f s", outcome, job.video.timings["total"], extra=log_fields)
 
     def _begin(self, job: Job) -> None:
-        waited = time.monotonic() - job.created
-        self.metrics.queue_seconds.observe(waited)
+        wait_seconds = time.monotonic() - job.created_time
+        self.metrics.queue_seconds.observe(wait_seconds)
         with job.lock:
             job.video.status = "in_progress"
-            job.video.timings["queued"] = round(waited, 4)
+            job.video.timings["queued"] = round(wait_seconds, 4)
         _log.info(
             "begun after %.3f s in the queue",
-            waited,
+            wait_seconds,
             extra={"request": job.request_id, "video": job.id},
         )
         job.notify()
 
     def _finish(self, job: Job) -> None:
-        """The file is whole: say so, on disk first."""
-        done = int(time.time())
-        finished = {
+        """Mark a video as completed, on disk first."""
+        now = int(time.time())
+        changes = {
             "bytes": self.store.path(job.id).stat().st_size,
-            "completed_at": done,
-            "expires_at": done + int(self.limits.keep_seconds),
+            "completed_at": now,
+            "expires_at": now + int(self.limits.keep_seconds),
             "progress": 100,
             "status": "completed",
         }
-        self.store.finish(job, job.video.model_copy(update=finished))
+        self.store.finish(job, job.video.model_copy(update=changes))
         with job.lock:
-            for name, value in finished.items():
+            for name, value in changes.items():
                 setattr(job.video, name, value)
         self.metrics.videos.labels("completed").inc()
 
     def _fail(self, job: Job, problem: JobError) -> None:
         with job.lock:
-            job.pieces.clear()
+            job.fragments.clear()
             job.video.error, job.video.chunks = problem, 0
             job.video.completed_at = int(time.time())
             job.video.status = "failed"
@@ -295,30 +305,33 @@ class Service:
             "cancelled" if problem.code in ("cancelled", "server_shutdown") else "failed"
         ).inc()
 
-    def _tidy(self) -> None:
-        """Remove what is too old or too much."""
-        with self._news:
-            ended = [job for job in self._jobs.values() if job.ended]
-            finished = [job for job in ended if job.video.status == "completed"]
-            failed = [job for job in ended if job.video.status == "failed"]
-            gone = (
-                self.store.surplus(finished) + failed[: max(0, len(failed) - REMEMBERED_FAILURES)]
+    def _remove_expired(self) -> None:
+        """Remove videos that are too old, or too many."""
+        with self._condition:
+            ended_jobs = [job for job in self._jobs.values() if job.has_ended]
+            completed_jobs = [job for job in ended_jobs if job.video.status == "completed"]
+            failed_jobs = [job for job in ended_jobs if job.video.status == "failed"]
+            expired_jobs = (
+                self.store.find_surplus(completed_jobs)
+                + failed_jobs[: max(0, len(failed_jobs) - MAX_FAILURES)]
             )
-            for job in gone:
+            for job in expired_jobs:
                 del self._jobs[job.id]
-        for job in gone:
+        for job in expired_jobs:
             self.store.remove(job.id)
             _log.info("removed: too old, or no room", extra={"video": job.id})
 
-    def _wait(self) -> int:
-        """Seconds until the running video should be done, and a place in the queue free."""
-        usual = sum(self._recent) / len(self._recent) if self._recent else 5.0
+    def _estimate_wait(self) -> int:
+        """Estimate the seconds until a place in the queue is free."""
+        usual = (
+            sum(self._recent_seconds) / len(self._recent_seconds) if self._recent_seconds else 5.0
+        )
         return max(1, min(600, math.ceil(usual)))
 
     def _count_stored_bytes(self) -> float:
-        return float(sum(job.video.bytes or 0 for job in self.all()))
+        return float(sum(job.video.bytes or 0 for job in self.list_jobs()))
 
-    def _video(self, request: GenerationRequest) -> Video:
+    def _make_video(self, request: GenerationRequest) -> Video:
         fps = self.manifest.video.fps
         return Video(
             id=f"video_{secrets.token_hex(16)}",

@@ -1,9 +1,9 @@
 """The folder with the videos: one folder for each, bounded in size and age.
 
-A video grows in `ID/video.mp4`. When it is whole, `ID/video.json` is written beside it, at once or
-not at all: a folder that has one holds a finished video, and is served again after a restart. All
-other folders are what a killed server left, and go when the next one opens the shelf. One server at
-a time has a shelf; a lock that ends with its process sees to that.
+A video grows in `ID/video.mp4`. When it is whole, `ID/video.json` is written beside it, whole
+or not at all: a folder with that file holds a finished video, which is served again after a
+restart. All other folders were left by a killed server, and the next one removes them. A lock,
+which ends with its process, lets only one server at a time use the folder.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _log = logging.getLogger("anyflow.serve")
 NAME = re.compile(r"video_[0-9a-f]{32}")
 
 
-class Stored(BaseModel):
-    """`video.json`."""
+class VideoRecord(BaseModel):
+    """The contents of `video.json`."""
 
     schema_version: int = 1
     video: Video
@@ -39,21 +39,21 @@ class Stored(BaseModel):
 
 
 class VideoStore:
-    """See the module.
+    """Stores the service's videos in a folder.
 
     Args:
-        folder: made if it is not there.
-        most_bytes: of all finished videos.
-        keep_seconds: after which a finished one goes.
+        folder: created if it is missing.
+        max_bytes: largest size of all finished videos together.
+        keep_seconds: time after which a finished video is removed.
 
     Raises:
-        AnyFlowError: not a folder that can be written to, or one that another server has.
+        AnyFlowError: a folder that cannot be written to, or that another server uses.
     """
 
-    def __init__(self, folder: Path, most_bytes: int, keep_seconds: float) -> None:
+    def __init__(self, folder: Path, max_bytes: int, keep_seconds: float) -> None:
         self.folder = folder
-        self._most = most_bytes
-        self._keep = keep_seconds
+        self._max_bytes = max_bytes
+        self._keep_seconds = keep_seconds
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _lock_folder(folder / LOCK)
@@ -67,34 +67,34 @@ class VideoStore:
             ) from None
 
     def close(self) -> None:
-        """Let another server have it."""
+        """Release the folder for another server."""
         self._lock.close()
 
     def path(self, name: str) -> Path:
-        """Where a video's file is, or will be."""
+        """Return the path of a video's file, which need not exist yet."""
         return self.folder / name / VIDEO
 
     def begin(self, name: str) -> Path:
-        """Make a video's folder; returns where its file goes."""
+        """Create a video's folder; return the path of its file."""
         (self.folder / name).mkdir()
         return self.path(name)
 
     def finish(self, job: Job, video: Video) -> None:
-        """Say that a video is whole, for good; `video` is what clients will see of it."""
+        """Mark a video as whole, durably; `video` is what clients will see."""
         fsync_path(self.path(job.id))
-        stored = Stored(video=video, pieces=job.pieces)
-        write_text_atomically(self.folder / job.id / RECORD, stored.model_dump_json(indent=1))
+        record = VideoRecord(video=video, pieces=job.fragments)
+        write_text_atomically(self.folder / job.id / RECORD, record.model_dump_json(indent=1))
 
     def remove(self, name: str) -> None:
-        """Remove a video, whole or half. Those who have its file open may read on."""
+        """Remove a video, whole or partial; readers with an open file can continue."""
         folder = self.folder / name
-        # First, so that what is left of it is never taken for a video
+        # The record goes first, so that a partly removed folder is never taken for a video.
         with contextlib.suppress(OSError):
             (folder / RECORD).unlink()
         shutil.rmtree(folder, ignore_errors=True)
 
     def restore(self) -> list[Job]:
-        """The videos that earlier servers finished, oldest first; clears away what they did not.
+        """Return the videos that earlier servers finished, oldest first; remove unfinished ones.
 
         A folder with a record that this version cannot read is left alone.
         """
@@ -104,7 +104,7 @@ class VideoStore:
                 continue  # not ours
             if not (folder / RECORD).exists():
                 self.remove(folder.name)
-            elif job := _read(folder):
+            elif job := _read_job(folder):
                 jobs.append(job)
             else:
                 _log.warning("%s is no video that this version can read; it is left alone", folder)
@@ -116,21 +116,22 @@ class VideoStore:
             ),
         )
 
-    def surplus(self, finished: list[Job], now: float | None = None) -> list[Job]:
-        """Which finished videos have to go, by age and by size; the newest one stays, however
-        large.
+    def find_surplus(self, jobs: list[Job], now: float | None = None) -> list[Job]:
+        """Return the finished videos that have to be removed, by age and by size.
+
+        The newest one stays, however large it is.
 
         Args:
-            finished: oldest first.
-            now: Unix seconds, for tests.
+            jobs: finished videos, oldest first.
+            now: Unix seconds; None for the time now.
         """
         moment = time.time() if now is None else now
-        old = [job for job in finished if moment - (job.video.completed_at or 0) > self._keep]
-        kept = [job for job in finished if job not in old]
-        total = sum(job.video.bytes or 0 for job in kept)
-        while len(kept) > 1 and total > self._most:
-            total -= kept[0].video.bytes or 0
-            old.append(kept.pop(0))
+        old = [job for job in jobs if moment - (job.video.completed_at or 0) > self._keep_seconds]
+        remaining = [job for job in jobs if job not in old]
+        total = sum(job.video.bytes or 0 for job in remaining)
+        while len(remaining) > 1 and total > self._max_bytes:
+            total -= remaining[0].video.bytes or 0
+            old.append(remaining.pop(0))
         return old
 
 
@@ -144,18 +145,18 @@ def _lock_folder(path: Path) -> IO[bytes]:
     return file
 
 
-def _read(folder: Path) -> Job | None:
-    """A finished video, if this is one."""
+def _read_job(folder: Path) -> Job | None:
+    """Read a finished video's record; None if the folder holds none."""
     try:
-        stored = Stored.model_validate_json((folder / RECORD).read_bytes())
+        record = VideoRecord.model_validate_json((folder / RECORD).read_bytes())
         size = (folder / VIDEO).stat().st_size
     except (OSError, ValidationError):
         return None
-    whole = (
-        stored.schema_version == 1 and stored.video.id == folder.name and stored.video.bytes == size
+    is_whole = (
+        record.schema_version == 1 and record.video.id == folder.name and record.video.bytes == size
     )
     return (
-        Job(stored.video, None, pieces=stored.pieces)
-        if whole and stored.video.status == "completed"
+        Job(record.video, None, fragments=record.pieces)
+        if is_whole and record.video.status == "completed"
         else None
     )

@@ -1,5 +1,7 @@
-"""One video before the first client's: kernels are chosen, memory is there, and the pace of every
-chunk is known to deadlines."""
+"""Make one video before the first client's.
+
+It lets runtimes choose kernels and allocate memory, and tells deadlines how long steps take.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,14 @@ from anyflow_deploy.serving.video_store import VideoStore
 
 
 def warm_up(generator: VideoGenerator, manifest: Manifest, limits: Limits, name: str) -> None:
-    """Make a video of default size, in one timed jump a chunk, and throw it away; neither shelf nor
-    metrics see it.
+    """Make a video of default size with one timed step for each chunk, and discard it.
+
+    Neither the server's folder nor its metrics contain it.
 
     Raises:
         AnyFlowError: it could not be made, or the limits do not allow the default size.
     """
-    ended = threading.Event()
+    end_event = threading.Event()
     with tempfile.TemporaryDirectory(prefix="anyflow-warm-up-") as folder:
         with closing(VideoStore(Path(folder), limits.disk_bytes, limits.keep_seconds)) as store:
             service = Service(generator, manifest, store, limits, name, Metrics())
@@ -33,9 +36,9 @@ def warm_up(generator: VideoGenerator, manifest: Manifest, limits: Limits, name:
                 job = service.submit(
                     service.validate(VideoRequest(prompt="a red fox", deadline_ms=0.001, seed=0))
                 )
-                with job.subscribe(lambda: ended.set() if job.ended else None):
-                    while not job.ended:
-                        ended.wait(1.0)
+                with job.subscribe(lambda: end_event.set() if job.has_ended else None):
+                    while not job.has_ended:
+                        end_event.wait(1.0)
             finally:
                 service.drain(0)
         if job.video.error is not None:

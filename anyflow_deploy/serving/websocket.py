@@ -1,18 +1,18 @@
-"""The WebSocket of a video, `/v1/videos/ID/stream`: its pieces as they are made, and how far it is.
+"""The WebSocket of a video, `/v1/videos/ID/stream`: its fragments and its progress.
 
 The server sends, as JSON text:
 
-    {"type": "progress", "video": …}                               whenever something changed
+    {"type": "progress", "video": …}                               after every change
     {"type": "chunk", "index": …, "first_frame": …, "frames": …, "seconds": …, "messages": n}
                                                                    n binary messages follow
     {"type": "end", "video": …}                                    and the connection is closed
 
-A piece is one binary message of mp4 (all pieces, one behind the other, are the file), or with
-`?format=jpeg` one JPEG a frame. Who comes late gets what is there first. The client may send
-{"type": "cancel"} and {"type": "finish"}. Leaving cancels nothing.
+A fragment is one binary message of mp4 (all fragments in order are the file), or with
+`?format=jpeg` one JPEG for each frame. A client that connects late gets the earlier fragments
+first. The client may send {"type": "cancel"} and {"type": "finish"}. Disconnecting cancels nothing.
 
-Everything is read from the file, one piece at a time and only when the one before was sent, so a
-slow client needs no memory.
+Fragments are read from the file one at a time, each after the one before was sent, so a slow client
+needs no memory.
 """
 
 from __future__ import annotations
@@ -30,53 +30,53 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.serving.auth import PROTOCOL
 from anyflow_deploy.serving.errors import ApiError
 from anyflow_deploy.serving.job import Job, Video
-from anyflow_deploy.serving.routes import finish_now, job_of, news_of
+from anyflow_deploy.serving.routes import find_job, finish_deadline, watch_job
 from anyflow_deploy.serving.service import Service
-from anyflow_deploy.serving.thumbnails import jpegs, part
+from anyflow_deploy.serving.thumbnails import encode_jpegs, read_fragment
 
 FORMATS = ("mp4", "jpeg")
 _BROKEN = 1011
 
 
-def sockets(service: Service) -> APIRouter:
-    """The WebSocket route of a service."""
+def make_socket_routes(service: Service) -> APIRouter:
+    """Make the WebSocket route of a service."""
     api = APIRouter()
 
     @api.websocket("/v1/videos/{video_id}/stream")
     async def stream(socket: WebSocket, video_id: str, format: str = "mp4") -> None:  # noqa: A002 - its name in the URL
         try:
-            job = job_of(service, video_id)
+            job = find_job(service, video_id)
             if format not in FORMATS:
                 raise ApiError(
                     400,
                     f"format is {format[:40]!r}; allowed are {' and '.join(FORMATS)}.",
                     "format",
                 )
-            if len(open_now) >= service.limits.streams:
+            if len(open_sockets) >= service.limits.streams:
                 raise ApiError(
                     429,
-                    f"{len(open_now)} streams are open, as many as this server allows.",
+                    f"{len(open_sockets)} streams are open, as many as this server allows.",
                     headers={"Retry-After": "5"},
                 )
         except ApiError as error:
-            await socket.send_denial_response(error.answer())
+            await socket.send_denial_response(error.to_response())
             return
         await socket.accept(PROTOCOL if PROTOCOL in socket.scope.get("subprotocols", []) else None)
-        open_now.add(socket)
-        service.metrics.streams.set(len(open_now))
+        open_sockets.add(socket)
+        service.metrics.streams.set(len(open_sockets))
         try:
-            await _Watching(socket, service, job, format).run()
+            await _VideoStream(socket, service, job, format).run()
         finally:
-            open_now.discard(socket)
-            service.metrics.streams.set(len(open_now))
+            open_sockets.discard(socket)
+            service.metrics.streams.set(len(open_sockets))
 
-    open_now: set[WebSocket] = set()
+    open_sockets: set[WebSocket] = set()
     return api
 
 
 @dataclass(frozen=True)
-class _Watching:
-    """One connection."""
+class _VideoStream:
+    """Streams one video to one connection."""
 
     socket: WebSocket
     service: Service
@@ -84,7 +84,7 @@ class _Watching:
     format: str
 
     async def run(self) -> None:
-        """Send and listen, until the video or the connection ends."""
+        """Send and receive until the video or the connection ends."""
         tasks = [asyncio.ensure_future(self._send()), asyncio.ensure_future(self._listen())]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -99,45 +99,45 @@ class _Watching:
                 raise result
 
     async def _send(self) -> None:
-        sent = 0
+        sent_count = 0
         last: Video | None = None
-        async with news_of(self.job) as news:
+        async with watch_job(self.job) as change_event:
             while True:
-                news.clear()
-                # Looked at first: what comes before the end is then sent before it
-                ended = self.job.ended
-                for piece in self.job.pieces[sent:]:
-                    if not await self._piece(piece.index):
+                change_event.clear()
+                # Read this first, so that all fragments before the end are sent before it.
+                has_ended = self.job.has_ended
+                for fragment in self.job.fragments[sent_count:]:
+                    if not await self._send_fragment(fragment.index):
                         break
-                    sent += 1
+                    sent_count += 1
                 video = self.service.snapshot(self.job)
-                if ended:
-                    await self._say("end", video)
+                if has_ended:
+                    await self._send_event("end", video)
                     await self.socket.close()
                     return
                 if video != last:
-                    await self._say("progress", video)
+                    await self._send_event("progress", video)
                     last = video
-                await news.wait()
+                await change_event.wait()
 
-    async def _piece(self, index: int) -> bool:
-        """Send a piece; false where the video was cancelled or removed meanwhile."""
+    async def _send_fragment(self, index: int) -> bool:
+        """Send a fragment; return False if the video was cancelled or removed meanwhile."""
         path = self.service.store.path(self.job.id)
         try:
-            piece = self.job.pieces[index]
+            fragment = self.job.fragments[index]
             if self.format == "jpeg":
-                parts = await run_in_threadpool(jpegs, path, piece)
+                parts = await run_in_threadpool(encode_jpegs, path, fragment)
             else:
-                parts = [await run_in_threadpool(part, path, piece)]
+                parts = [await run_in_threadpool(read_fragment, path, fragment)]
         except (OSError, IndexError, AnyFlowError):
             return False
-        about = {
+        fields = {
             "index": index,
-            "first_frame": piece.first_frame,
-            "frames": piece.frames,
-            "seconds": piece.seconds,
+            "first_frame": fragment.first_frame,
+            "frames": fragment.frames,
+            "seconds": fragment.seconds,
         }
-        await self.socket.send_text(json.dumps({"type": "chunk", **about, "messages": len(parts)}))
+        await self.socket.send_text(json.dumps({"type": "chunk", **fields, "messages": len(parts)}))
         for data in parts:
             await self.socket.send_bytes(data)
         return True
@@ -149,16 +149,16 @@ class _Watching:
                 if kind == "cancel":
                     self.service.cancel(self.job)
                 elif kind == "finish":
-                    finish_now(self.job)
+                    finish_deadline(self.job)
                 else:
                     raise ApiError(400, "type is neither cancel nor finish.", "type")
             except (ValueError, TypeError, KeyError, RecursionError):
-                await self._complain("a message is no JSON with a type.")
+                await self._send_error("a message is not JSON with a type.")
             except (ApiError, AnyFlowError) as error:
-                await self._complain(str(error))
+                await self._send_error(str(error))
 
-    async def _complain(self, message: str) -> None:
+    async def _send_error(self, message: str) -> None:
         await self.socket.send_text(json.dumps({"type": "error", "error": {"message": message}}))
 
-    async def _say(self, kind: str, video: Video) -> None:
+    async def _send_event(self, kind: str, video: Video) -> None:
         await self.socket.send_text(json.dumps({"type": kind, "video": video.model_dump()}))

@@ -80,7 +80,8 @@ class OnnxRuntimeEngine(BundleEngineBase):
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(self.bundle.path.resolve())
         )
-        # Up to 1.31 fused into integer operators, and then INVALID_GRAPH (22269)
+        # ONNX Runtime up to 1.31 fuses fp8 into integer operators, then fails with INVALID_GRAPH
+        # (its issue 22269).
         if self.bundle.manifest.precision == "fp8":
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         return options
@@ -98,7 +99,7 @@ class OnnxRuntimeEngine(BundleEngineBase):
             )
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
             message = f"ONNX Runtime could not open {self.bundle.path} on {provider[0]}: {error}"
-            # A valid graph, an operator without a kernel for its types
+            # The graph is valid, but an operator has no kernel for its types.
             if type(error).__name__ == "NotImplemented":
                 raise UnavailableError(
                     message, "--provider cuda" if self.provider == "cpu" else ""
@@ -196,7 +197,7 @@ def _import_runtime(provider: str) -> Any:
             f" {_ROW.install_command(provider)}"
         )
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        # Finds CUDA where pip put it; prints what it does not find
+        # It finds CUDA where pip put it, and prints what it does not find.
         with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
     return onnxruntime

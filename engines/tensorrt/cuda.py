@@ -181,7 +181,7 @@ class CudaStream:
         try:
             enqueue()
         except BaseException:
-            # Leaves the stream usable; its own error is a consequence
+            # This leaves the stream usable; its own error follows from the first one.
             cuda.cudaStreamEndCapture(self._stream)
             raise
         graph = _check_call(cuda.cudaStreamEndCapture(self._stream), "capture a CUDA graph")

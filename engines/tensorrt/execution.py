@@ -197,7 +197,7 @@ class _Runner:
         if context is None:
             raise self._refusal("make an execution context")
         if self._slot.profiler is not None:
-            # Enqueue_emits_profile is on unless switched off
+            # enqueue_emits_profile is on by default.
             context.profiler = self._slot.profiler
         return _ContextState(context)
 

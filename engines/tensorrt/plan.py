@@ -73,7 +73,7 @@ class LoadedPlan:
         self.engine: trt.ICudaEngine = self._deserialize()
         if options.refit_from is not None:
             self._refit(options.refit_from)
-        # Before the first context: its scratch memory is part of a context's
+        # Set this before the first context: its scratch memory is part of a context's.
         if options.weight_streaming:
             self.engine.weight_streaming_budget_v2 = (
                 self.engine.get_weight_streaming_automatic_budget()

@@ -20,7 +20,7 @@ from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
 from anyflow_deploy.engines.tritonserver.request import ParsedRequest
 from anyflow_deploy.pipelines.video import VideoChunk
-from anyflow_deploy.pipelines.video_io import Mp4Pieces
+from anyflow_deploy.pipelines.video_io import Mp4FragmentEncoder
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.schedule import Step
 
@@ -83,7 +83,7 @@ def generate_chunks(
     output = OUTPUT_TYPES[parsed.output_type]
     encoder = None
     if parsed.output_type in ("mp4", "mp4-base64"):
-        encoder = Mp4Pieces(pipeline.manifest.video.fps, (request.height, request.width))
+        encoder = Mp4FragmentEncoder(pipeline.manifest.video.fps, (request.height, request.width))
     decode = parsed.output_type != "latents"
     chunks = pipeline.generate(
         request, prompt_embeds, policy, decode=decode, on_step=on_step, stage=stage
@@ -98,7 +98,7 @@ def generate_chunks(
             check()
 
 
-def _pack(chunk: VideoChunk, encoder: Mp4Pieces | None, output_type: str) -> NDArray[Any]:
+def _pack(chunk: VideoChunk, encoder: Mp4FragmentEncoder | None, output_type: str) -> NDArray[Any]:
     """The tensor that a client gets of a chunk."""
     if chunk.frames is None:
         return np.ascontiguousarray(chunk.latents[0])

@@ -83,7 +83,7 @@ def parse_request(
             f"{field} is {first['input']!r}: {first['msg'].lower()}.", field
         ) from None
     checked = validate_request(
-        request, manifest, settings.limits, name, embedded=prompt_embeds is not None
+        request, manifest, settings.limits, name, has_embeddings=prompt_embeds is not None
     )
     return ParsedRequest(checked, prompt_embeds, _output_type(tensors, settings))
 

@@ -59,7 +59,7 @@ class CalibrationCheckpoint:
                         " be replaced."
                     )
                     return
-                # First: without it nothing of the file counts
+                # Read this first: without it, nothing of the file counts.
                 done = set(json.loads(metadata["done"]))
                 self.maxima = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 self.done = done

@@ -28,7 +28,7 @@ from anyflow_deploy.model.transformer import Attention, Linear
 from anyflow_deploy.quantization.layers import OPERANDS
 
 with warnings.catch_warnings():
-    # On import it compares the versions of libraries that are not used here
+    # On import, ModelOpt compares the versions of libraries that are not used here.
     warnings.simplefilter("ignore")
     import modelopt.torch.quantization as mtq
     from modelopt.torch.quantization.calib import MaxCalibrator
@@ -112,7 +112,7 @@ def install_quantizers(network: nn.Module, entries: list[dict[str, Any]]) -> Non
         entries: as in ModelOpt's `quant_cfg`, in order: `quantizer_name` (a pattern) and `cfg`.
     """
     config = {"quant_cfg": [{"quantizer_name": "*", "enable": False}, *entries], "algorithm": None}
-    # It prints, and standard output is for programs
+    # ModelOpt prints, and standard output is for programs.
     with contextlib.redirect_stdout(io.StringIO()):
         mtq.quantize(network, config)
 

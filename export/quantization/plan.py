@@ -285,7 +285,7 @@ class _QuantizationPlanner:
         constants, kind = self.plan.constants, self.plan.kind
         self._check_range(f"the input of {names[0]}", amax)
         own = scale_from_amax(torch.tensor(amax), kind, self.dtype)
-        # The text's is the same in all layers
+        # The text's scale is the same in all layers.
         constants[scale] = torch.maximum(constants.get(scale, own), own)
         for name in names:
             self.plan.inputs[name] = scale

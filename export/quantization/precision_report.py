@@ -45,7 +45,7 @@ def count_precisions(
         a, video: give sizes to the symbols in shapes.
         full_precision_layers: layers that were kept high -> why.
     """
-    # What two graphs share counts once
+    # Weights that two graphs share count once.
     names = {name for model in models.values() for name in model.graph.initializers}
     weight_bytes: dict[str, int] = {}
     for entry in (entries[name] for name in sorted(names)):

@@ -27,14 +27,14 @@ from anyflow_deploy.bundle.manifest import (
     ScheduleDefaults,
     VideoDefaults,
     WeightsSource,
-    ranges_to_records,
+    records_from_ranges,
 )
 from anyflow_deploy.pipelines.video_io import VideoWriter
 from anyflow_deploy.schedule import Step
 from anyflow_deploy.serving.app import make_app
 from anyflow_deploy.serving.generator import VideoGenerator
 from anyflow_deploy.serving.job import Job
-from anyflow_deploy.serving.job_progress import Report
+from anyflow_deploy.serving.job_progress import JobProgress
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.metrics import Metrics
 from anyflow_deploy.serving.server import Server, configure_uvicorn
@@ -59,7 +59,7 @@ def fake_manifest(name: str) -> Manifest:
             graph: GraphRecord(file=f"{graph}.onnx", opset=20, inputs=[], outputs=[])
             for graph in graphs
         },
-        ranges=ranges_to_records(widest_ranges(a)),
+        ranges=records_from_ranges(widest_ranges(a)),
         schedule=ScheduleDefaults(shift=5.0, steps=4),
         video=VideoDefaults(
             spatial_factor=8,
@@ -95,7 +95,7 @@ class PacedGenerator(VideoGenerator):
         if "unspeakable" in prompt:
             raise AnyFlowError("the prompt has 600 tokens and the model takes 512; shorten it.")
 
-    def make(self, job: Job, path: Path, report: Report) -> None:
+    def make(self, job: Job, path: Path, progress: JobProgress) -> None:
         request = job.request
         assert request is not None
         self.began.append(request.prompt)
@@ -106,15 +106,15 @@ class PacedGenerator(VideoGenerator):
                 for index in range(request.num_inference_steps):
                     while not self.free.is_set() and not self.permits.acquire(timeout=0.02):
                         job.check()
-                    report.step(
+                    progress.add_step(
                         Step(index, request.num_inference_steps, 0, 0, lambda: np.zeros(1)),
                         (number * request.num_inference_steps + index + 1) / total,
                     )
                 if self.fault is not None:
                     raise self.fault
-                report.finish_sample()
+                progress.finish_sample()
                 count = 1 + 4 * (frames - 1) if number == 0 else 4 * frames
-                report.piece(
+                progress.add_fragment(
                     count,
                     writer.append(
                         np.full(

@@ -82,7 +82,7 @@ def test_the_estimate_bounds_a_known_error_and_its_cost_is_counted(
     if error <= before / 2:  # what the estimate stands on, see the module
         assert error <= estimate + 1e-6
     if wrong <= 0.1 and pick.steps >= 16:
-        # The first jumps of a strongly shifted grid halve it less
+        # The first steps of a strongly shifted grid halve the error less.
         assert error <= 1.25 * estimate + 1e-6
 
 

@@ -271,7 +271,7 @@ ONE_LAYER = dataclasses.replace(open_checkpoint(SMALL).architecture, num_layers=
 @pytest.mark.parametrize(
     ("precision", "base", "achieved", "least"),
     [
-        # Both types that ONNX Runtime has no CPU kernels for
+        # ONNX Runtime has no CPU kernels for either type.
         (
             "fp8",
             "bf16",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from anyflow_deploy import AnyFlowError, BackendError, Bundle, BundleError, load_bundle, load_engine
-from anyflow_deploy.cli.build import BuildOptions, build, chosen_settings
+from anyflow_deploy.cli.build import BuildOptions, build, settings_from_flags
 from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines import registry
 from anyflow_deploy.engines.build import BuildResult, BuildSettings, build_engine
@@ -175,7 +175,7 @@ def test_a_flag_of_another_backend(bundle: Bundle, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         AnyFlowError, match="--workspace means nothing to backend other; it is a flag of .*maker"
     ):
-        chosen_settings(options)
+        settings_from_flags(options)
 
 
 def edited(bundle: Bundle, changes: dict[str, object]) -> None:

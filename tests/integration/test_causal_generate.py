@@ -84,7 +84,7 @@ def test_decoding_in_pieces_equals_decoding_the_whole(far_pipeline: Path) -> Non
 def test_decoding_in_pieces_equals_diffusers_to_1e_4(far_pipeline: Path) -> None:
     latents = noise((1, 4, 16, 4, 4), 4)
     decoder = StreamingDecoder(far_pipeline)
-    ours = torch.cat([decoder.pixels(latents[:, a:b]) for a, b in ((0, 3), (3, 4))], dim=2)
+    ours = torch.cat([decoder.decode_pixels(latents[:, a:b]) for a, b in ((0, 3), (3, 4))], dim=2)
     vae = AutoencoderKLWan.from_pretrained(far_pipeline / "vae")
     mean, std = (
         torch.tensor(v).view(1, -1, 1, 1, 1)

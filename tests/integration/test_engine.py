@@ -242,7 +242,7 @@ def test_threads_are_the_callers_choice(small_bundle: Export) -> None:
         sample(load_engine(small_bundle(), threads=n), LATENTS, TEXT, Schedule.uniform(2))
         for n in (1, 2)
     )
-    # Threads split sums, by instructions and sizes of caches
+    # Threads split sums, depending on instructions and cache sizes.
     np.testing.assert_allclose(one, two, atol=1e-5)
 
 

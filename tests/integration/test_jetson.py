@@ -258,7 +258,7 @@ def test_shared_memory_is_counted_once(tmp_path: Path, monkeypatch: pytest.Monke
         " kB\n"
     )
     write(tmp_path / "proc", meminfo=rows)
-    assert jetson.memory_used(tmp_path) == 14_000_000 * 1024 and jetson.gpu_memory(tmp_path) is None
+    assert jetson.used_memory(tmp_path) == 14_000_000 * 1024 and jetson.gpu_memory(tmp_path) is None
     write(tmp_path / "proc", meminfo=f"{rows}NvMapMemUsed: 5000000 kB\n")
     assert jetson.gpu_memory(tmp_path) == 5_000_000 * 1024
     monkeypatch.setattr("anyflow_deploy.profiling.memory.jetson.gpu_memory", lambda: 3.0e9)

@@ -18,7 +18,7 @@ from webdataset import WebDataset
 
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
 from anyflow_deploy.cli.options import parse_options
-from anyflow_deploy.cli.precompute import PROGRAM, PrecomputeOptions, work
+from anyflow_deploy.cli.precompute import PROGRAM, PrecomputeOptions, run_precompute
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.pipelines.text_encoder import encode_prompts
 from anyflow_deploy.pipelines.vae import encode_video
@@ -72,7 +72,7 @@ def options(clips: Path, pipeline: Path, output: Path, **changed: str) -> Precom
 @pytest.fixture(scope="module")
 def made(clips: Path, tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("made") / "shards"
-    assert work(options(clips, tiny_pipeline, output)) == 0
+    assert run_precompute(options(clips, tiny_pipeline, output)) == 0
     return output
 
 
@@ -83,7 +83,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_shards_hold_what_the_encoders_make(clips: Path, tiny_pipeline: Path, made: Path) -> None:
     shards = [f"shard-00000{n}.tar" for n in range(3)]
     assert sorted(files(made)) == sorted(["dataset.json", "negative.safetensors", *shards])
-    # Undecoded: bytes
+    # WebDataset yields undecoded bytes here.
     found = list(WebDataset([str(made / name) for name in shards], shardshuffle=False))
     assert [one["__key__"] for one in found] == [f"{n:05d}" for n in range(COUNT)]
     for one in found:
@@ -113,7 +113,7 @@ def test_what_is_missing_is_made_again_to_the_same_bytes(
         AnyFlowError, match=r"has 2 of 3 shards: anyflow-precompute was stopped. Run it again"
     ):
         module.read_manifest(output).check(output, None)  # type: ignore[arg-type]
-    assert work(options(clips, tiny_pipeline, output)) == 0
+    assert run_precompute(options(clips, tiny_pipeline, output)) == 0
     assert files(output) == {**files(made), "shard-000002.tar": b"kept: it has its name"}
 
 
@@ -122,7 +122,7 @@ def test_several_workers_make_the_same_bytes(
 ) -> None:
     """With as many threads each as `made` had: sums are split by threads."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2 * torch.get_num_threads())
-    assert work(options(clips, tiny_pipeline, tmp_path / "shards", workers="2")) == 0
+    assert run_precompute(options(clips, tiny_pipeline, tmp_path / "shards", workers="2")) == 0
     assert files(tmp_path / "shards") == files(made)
 
 
@@ -165,7 +165,7 @@ def test_training_takes_the_shards_and_the_videos_themselves(
 def test_bfloat16_is_half_and_within_its_digits(
     clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path
 ) -> None:
-    assert work(options(clips, tiny_pipeline, tmp_path / "half", type="bfloat16")) == 0
+    assert run_precompute(options(clips, tiny_pipeline, tmp_path / "half", type="bfloat16")) == 0
     weights = open_checkpoint(tiny_pipeline)
     one, half = (
         next(iter(open_source(str(f), CHOSEN, weights, DataShard(0, 1, 5))))
@@ -206,7 +206,7 @@ def test_broken_videos_are_skipped_until_they_are_too_many(
     (given / "00001.mp4").write_bytes(b"not a video")
     save_video(given / "00002.mp4", np.zeros((3, 32, 48, 3), np.uint8), 16)
     (given / "00003.txt").write_text("rain " * 80)
-    assert work(options(given, tiny_pipeline, output)) == 0
+    assert run_precompute(options(given, tiny_pipeline, output)) == 0
     skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
     assert [line[:9] for line in skipped] == ["00001.mp4", "00002.mp4", "00003.mp4"]
     assert (
@@ -221,7 +221,7 @@ def test_broken_videos_are_skipped_until_they_are_too_many(
     )
     (given / "00000.mp4").write_bytes(b"not a video either")
     with pytest.raises(AnyFlowError, match=r"4 of 4 videos cannot be used, too many"):
-        work(options(given, tiny_pipeline, tmp_path / "other"))
+        run_precompute(options(given, tiny_pipeline, tmp_path / "other"))
 
 
 def test_what_is_refused_before_work(
@@ -233,17 +233,17 @@ def test_what_is_refused_before_work(
         ({"frames": "6"}, r"frames is 6; allowed are 4n\+1"),
     ):
         with pytest.raises(AnyFlowError, match=message):
-            work(options(clips, tiny_pipeline, made, **changed))
+            run_precompute(options(clips, tiny_pipeline, made, **changed))
     with pytest.raises(AnyFlowError, match=r"exists and holds something else"):
-        work(options(clips, tiny_pipeline, clips))
+        run_precompute(options(clips, tiny_pipeline, clips))
     with pytest.raises(
         AnyFlowError, match=r"lacks vae, text_encoder, tokenizer. Give the whole pipeline"
     ):
-        work(options(clips, tmp_path, tmp_path / "x"))
+        run_precompute(options(clips, tmp_path, tmp_path / "x"))
     with pytest.raises(AnyFlowError, match=r"is not a folder"):
-        work(options(tmp_path / "nowhere", tiny_pipeline, tmp_path / "x"))
+        run_precompute(options(tmp_path / "nowhere", tiny_pipeline, tmp_path / "x"))
     with pytest.raises(AnyFlowError, match=r"holds no videos"):
-        work(options(tmp_path, tiny_pipeline, tmp_path / "x"))
+        run_precompute(options(tmp_path, tiny_pipeline, tmp_path / "x"))
     given = tmp_path / "clips"
     shutil.copytree(clips, given)
     (given / "00003.txt").unlink()
@@ -251,12 +251,12 @@ def test_what_is_refused_before_work(
         AnyFlowError,
         match=r"1 of 5 videos have no caption, as .*00003.mp4. Write .* into 00003.txt",
     ):
-        work(options(given, tiny_pipeline, tmp_path / "x"))
+        run_precompute(options(given, tiny_pipeline, tmp_path / "x"))
     shutil.copy(given / "00001.mp4", given / "00001.MOV")
     with pytest.raises(
         AnyFlowError, match=r"holds 2 videos whose name in a shard would be '00001'"
     ):
-        work(options(given, tiny_pipeline, tmp_path / "x"))
+        run_precompute(options(given, tiny_pipeline, tmp_path / "x"))
     assert not (tmp_path / "x").exists()
 
 
@@ -267,10 +267,10 @@ def test_a_clip_plays_as_fast_as_it_was_and_is_cut_in_the_middle(tmp_path: Path)
     )
     frames[:, :, :24] = frames[:, :, -24:] = 255
     save_video(tmp_path / "fast.mp4", frames, 32)
-    # Every second frame; 48 of 96 columns stay
+    # Every second frame and 48 of 96 columns stay.
     found = read_clip(tmp_path / "fast.mp4", "fast", 5, 16, 24)
     assert found.shape == (5, 16, 24, 3)
-    # One frame of rounding
+    # 21 levels are one frame of rounding.
     assert np.abs(found.astype(int).mean((1, 2, 3)) - [0, 40, 80, 120, 160]).max() <= 21
     assert found.max() < 190, "the bright sides are cut off"
     save_video(tmp_path / "slow.mp4", frames[:4], 8)

@@ -66,7 +66,7 @@ def test_a_profile_says_what_how_and_where(read: Profile, tiny_bundle: Bundle) -
     assert read.absent["text"] == "left out by --skip"
     nowhere = tiny_bundle.manifest.source.model_copy(update={"location": "/nowhere"})
     for part in (stages.TEXT, stages.VAE):
-        with pytest.raises(MeasurementUnavailableError, match="not at hand"):
+        with pytest.raises(MeasurementUnavailableError, match="not available"):
             stages.find_pipeline_folder(
                 tiny_bundle.manifest.model_copy(update={"source": nowhere}), None, part
             )

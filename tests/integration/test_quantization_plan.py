@@ -22,7 +22,7 @@ from anyflow_deploy.checkpoints.dtypes import BUNDLE_DTYPES
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.inspect_bundle import InspectOptions, inspect
-from anyflow_deploy.cli.quantize import calibration_of as calibration_of_export
+from anyflow_deploy.cli.quantize import load_or_run_calibration
 from anyflow_deploy.engines.validation import THRESHOLDS, validate
 from anyflow_deploy.export.exporter import ExportSettings, export_bundle, validate_export
 from anyflow_deploy.export.quantization.calibrate import (
@@ -207,7 +207,7 @@ def test_the_share_is_what_a_formula_says(
     video = fp8_attention.manifest.video
     frames, tokens, text, d = 2, 2 * 4 * 6, 40, a.inner_dim
     assert (video.frames, video.height, video.width, video.text_tokens) == (5, 64, 96, text)
-    # Attn1 4, attn2 2 and 2 of the text, ffn's first
+    # attn1 has 4, attn2 has 2 and 2 of the text, ffn has its first layer.
     linear = 6 * tokens * d * d + 2 * text * d * d + tokens * d * a.ffn_dim
     attention = 2 * tokens * tokens * d + 2 * tokens * text * d
     kept = tokens * a.ffn_dim * d
@@ -434,7 +434,7 @@ def test_an_export_takes_the_fingerprint_once(
     path = tmp_path / "calibration.json"
     write_calibration(path, own(RandomWeights(WIDE_HEADS, "one block")))
     options = ExportOptions(model="tiny", precision="int8", calibration=path)
-    calibration = calibration_of_export(options, weights, tmp_path / "bundle", NullProgress())
+    calibration = load_or_run_calibration(options, weights, tmp_path / "bundle", NullProgress())
     assert set(weights.reads) == set(weights.shapes()) and set(weights.reads.values()) == {1}
 
     def stop(*_: object) -> None:

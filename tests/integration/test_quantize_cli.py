@@ -13,7 +13,7 @@ from anyflow_deploy import AnyFlowError, load_bundle
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.cli.export import ExportOptions, export
 from anyflow_deploy.cli.options import parse_options
-from anyflow_deploy.cli.quantize import layers_kept
+from anyflow_deploy.cli.quantize import choose_full_precision_layers
 from anyflow_deploy.cli.sensitivity import SensitivityOptions, sensitivity
 from anyflow_deploy.export.quantization.calibrate import write_calibration
 from anyflow_deploy.precision import PrecisionSpec
@@ -116,7 +116,7 @@ def test_choosing_layers_starts_only_with_ranges_of_these_weights_and_a_number_t
     """Measuring takes hours on a large model: what it would be refused for afterwards is refused
     before."""
     monkeypatch.setattr(
-        "anyflow_deploy.cli.quantize.probe_for",
+        "anyflow_deploy.cli.quantize.make_analyzer",
         lambda *a, **k: pytest.fail("measured before checking"),
     )
     calibration = calibration_of(SMALL)
@@ -144,14 +144,16 @@ def test_layers_are_chosen_with_attention_as_it_will_be(monkeypatch: pytest.Monk
         given["spec"] = arguments[2]
         raise AnyFlowError("far enough")
 
-    monkeypatch.setattr("anyflow_deploy.cli.quantize.probe_for", probe)
+    monkeypatch.setattr("anyflow_deploy.cli.quantize.make_analyzer", probe)
     for attention in ("fp8", "high"):
         options = parse_options(
             ExportOptions,
             shlex.split(f"--model tiny --precision fp8 --attention {attention} --min-psnr 30dB"),
         )
         with pytest.raises(AnyFlowError, match="far enough"):
-            layers_kept(options, options.spec, weights, made_up(WIDE_HEADS), NullProgress())
+            choose_full_precision_layers(
+                options, options.spec, weights, made_up(WIDE_HEADS), NullProgress()
+            )
         assert given["spec"] == PrecisionSpec("fp8", "fp32", attention)
 
 
@@ -163,7 +165,7 @@ def test_a_failed_export_keeps_its_own_calibrations_work(
 
     monkeypatch.setattr("anyflow_deploy.export.exporter.export_bundle", full)
     monkeypatch.setattr(
-        "anyflow_deploy.cli.quantize._small",
+        "anyflow_deploy.cli.quantize._cpu_video_size",
         lambda weights: {"frames": 1, "height": 16, "width": 16},
     )
     with pytest.raises(AnyFlowError, match="no room"):

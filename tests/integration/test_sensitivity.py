@@ -330,7 +330,7 @@ def test_the_command(
     )
     said = capsys.readouterr()
     assert (
-        f"2 of 30 layers stay high: {', '.join(list(found.layers)[:2])}"
+        f"2 of 30 layers stay in full precision: {', '.join(list(found.layers)[:2])}"
         in said.err.replace("\n", "")
         and said.out == ""
     )

@@ -21,9 +21,9 @@ from websockets.sync.client import connect
 
 from anyflow_deploy import AnyFlowError
 from anyflow_deploy.cli.options import parse_options
-from anyflow_deploy.cli.serve import ServeOptions, _token, serve
-from anyflow_deploy.pipelines.video_io import VideoWriter, piece_frames
-from anyflow_deploy.serving.errors import api_error
+from anyflow_deploy.cli.serve import ServeOptions, _read_token, serve
+from anyflow_deploy.pipelines.video_io import VideoWriter, load_fragment
+from anyflow_deploy.serving.errors import api_error_from_exception
 from anyflow_deploy.serving.job import Job
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.metrics import Metrics
@@ -173,7 +173,7 @@ def test_the_stream_sends_what_is_there_and_then_what_is_made(
     server, maker = slow
     name = server.create(num_frames=17, num_inference_steps=1).json()["id"]
     maker.permits.release()
-    # Before anybody watches
+    # Wait until a chunk exists before anybody watches.
     eventually(lambda: server.client.get(f"/v1/videos/{name}").json()["chunks"] == 1)
     texts, parts = [], b""
     with connect(f"ws://{server.url}/v1/videos/{name}/stream") as socket_:
@@ -257,13 +257,13 @@ def test_a_full_queue_says_when_to_come_again(slow: tuple[RunningServer, PacedGe
         refused.json()["error"]["code"] == "queue_full"
         and refused.json()["error"]["type"] == "rate_limit_error"
     )
-    stream = f"ws://{server.url}/v1/videos/{server.service.all()[0].id}/stream"
+    stream = f"ws://{server.url}/v1/videos/{server.service.list_jobs()[0].id}/stream"
     with connect(stream), connect(stream):
         with pytest.raises(InvalidStatus) as third:
             connect(stream)
         assert third.value.response.status_code == 429
     maker.free.set()
-    eventually(lambda: not server.service.waiting)
+    eventually(lambda: not server.service.queue_length)
     assert server.create_and_wait(num_frames=1)["status"] == "completed"
     metrics = server.client.get("/metrics").text
     assert (
@@ -341,7 +341,7 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
 def test_what_cannot_be_made_is_refused_by_field(
     server: RunningServer, fields: dict[str, object], param: str, message: str
 ) -> None:
-    before = len(server.service.all())
+    before = len(server.service.list_jobs())
     answer = server.create(**fields)
     error = answer.json()["error"]
     assert (
@@ -350,7 +350,7 @@ def test_what_cannot_be_made_is_refused_by_field(
         and error["param"] == param
     )
     assert message in error["message"] and set(error) == {"message", "type", "param", "code"}
-    assert len(server.service.all()) == before
+    assert len(server.service.list_jobs()) == before
 
 
 @pytest.mark.parametrize(
@@ -361,9 +361,9 @@ def test_what_cannot_be_made_is_refused_by_field(
             "/v1/videos",
             {"content": b"{", "headers": {"content-type": "application/json"}},
             400,
-            "no JSON",
+            "not JSON",
         ),
-        ("POST", "/v1/videos", {"content": b"[" * 50000}, 400, "no JSON"),
+        ("POST", "/v1/videos", {"content": b"[" * 50000}, 400, "not JSON"),
         ("POST", "/v1/videos", {"json": [1]}, 400, "valid dictionary"),
         ("POST", "/v1/videos", {"json": {}}, 400, "prompt is missing"),
         ("POST", "/v1/videos", {"content": b'{"prompt": "\\ud800"}'}, 400, "half a character"),
@@ -441,7 +441,7 @@ def test_whatever_is_asked_becomes_a_request_or_a_refusal(fields: dict[str, obje
                 name,
             )
         except (AnyFlowError, ValidationError) as error:
-            answer = api_error(error).answer()  # can be sent, too
+            answer = api_error_from_exception(error).to_response()  # can be sent, too
             assert answer.status_code == 400
         else:
             assert (
@@ -550,7 +550,7 @@ def test_other_machines_need_a_token(
             parse_options(ServeOptions, ["bundle", *flags.format(file=tmp_path / "token").split()])
         )
     monkeypatch.setenv("ANYFLOW_TOKEN", TOKEN)
-    assert _token(ServeOptions(bundle=tmp_path, host="0.0.0.0")) == TOKEN
+    assert _read_token(ServeOptions(bundle=tmp_path, host="0.0.0.0")) == TOKEN
 
 
 # What is kept
@@ -581,20 +581,20 @@ def test_the_shelf_has_a_bound_in_bytes_and_in_age(tmp_path: Path) -> None:
     with serving(PacedGenerator(), tmp_path) as server:
         size = int(server.create_and_wait()["bytes"])  # type: ignore[call-overload]
     with serving(PacedGenerator(), tmp_path, disk_bytes=2 * size + size // 2) as server:
-        # Within a second, so that created_at orders nothing
+        # All within a second, so that created_at does not order them.
         names = [str(server.create_and_wait(seed=0)["id"]) for _ in range(3)]
         eventually(lambda: {f.name for f in tmp_path.iterdir() if f.is_dir()} == set(names[1:]))
         stored = float(
             server.client.get("/metrics").text.split("\nanyflow_stored_bytes ")[1].split()[0]
         )
         assert stored <= 2.5 * size
-        jobs = server.service.all()
+        jobs = server.service.list_jobs()
         assert [
-            job.id for job in server.service.store.surplus(jobs, time.time() + 24 * 3601)
+            job.id for job in server.service.store.find_surplus(jobs, time.time() + 24 * 3601)
         ] == names[1:]
-        assert server.service.store.surplus(jobs, time.time() + 3600) == []
+        assert server.service.store.find_surplus(jobs, time.time() + 3600) == []
     with serving(PacedGenerator(), tmp_path, disk_bytes=1) as server:
-        # The newest stays
+        # The newest one stays.
         assert [v["id"] for v in server.client.get("/v1/videos").json()["data"]] == names[2:]
 
 
@@ -727,7 +727,7 @@ def test_many_clients_at_once(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert not problems
-        assert not [job for job in server.service.all() if job._listeners]
+        assert not [job for job in server.service.list_jobs() if job._listeners]
 
 
 def test_a_piece_of_a_growing_file_is_read_alone(tmp_path: Path) -> None:
@@ -735,12 +735,12 @@ def test_a_piece_of_a_growing_file_is_read_alone(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "v.mp4", 16, (32, 48)) as writer:
         for count, shade in enumerate(shades, start=1):
             ends.append(ends[-1] + writer.append(np.full((count, 32, 48, 3), shade, np.uint8)))
-            frames = piece_frames(tmp_path / "v.mp4", ends[-2], ends[-1])  # while it grows
+            frames = load_fragment(tmp_path / "v.mp4", ends[-2], ends[-1])  # while it grows
             assert len(frames) == count and abs(frames.astype(int) - shade).max() <= 4
     assert ends[-1] == (tmp_path / "v.mp4").stat().st_size
     for start, end in ((ends[1], ends[1]), (ends[-1], ends[-1] + 100), (ends[1] + 7, ends[2])):
         with pytest.raises(AnyFlowError, match="cannot be read as a piece of a video"):
-            piece_frames(tmp_path / "v.mp4", start, end)
+            load_fragment(tmp_path / "v.mp4", start, end)
 
 
 def test_a_job_hears_nothing_after_it_let_go() -> None:
@@ -755,10 +755,10 @@ def test_a_job_hears_nothing_after_it_let_go() -> None:
 def test_failures_are_forgotten_oldest_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anyflow_deploy.serving.service.REMEMBERED_FAILURES", 2)
+    monkeypatch.setattr("anyflow_deploy.serving.service.MAX_FAILURES", 2)
     maker = PacedGenerator()
     maker.fault = AnyFlowError("no.")
     with serving(maker, tmp_path) as server:
         names = [server.create_and_wait(num_frames=1)["id"] for _ in range(3)]
-        eventually(lambda: [job.id for job in server.service.all()] == names[1:])
+        eventually(lambda: [job.id for job in server.service.list_jobs()] == names[1:])
     assert isinstance(server.service, Service) and isinstance(server.service.metrics, Metrics)

@@ -85,7 +85,7 @@ def test_a_deadline_with_time_enough_makes_the_steps_it_may(
     assert generate(GenerateOptions(**small, deadline="2m", steps=3)) == 0  # type: ignore[arg-type]
     said = capsys.readouterr().err
     assert (
-        "3 steps, after 1 draft to learn the pace, in 0." in said
+        "3 steps, after 1 probe step to measure the speed, in 0." in said
         and "the deadline of 120 s was met with 119." in said
     )
     np.testing.assert_allclose(
@@ -123,8 +123,8 @@ def test_every_chunk_has_the_deadline(
     assert generate(GenerateOptions(**common, **size, deadline="60s", steps=3, first_steps=2)) == 0  # type: ignore[arg-type]
     said = capsys.readouterr().err
     assert (
-        "steps by chunk 2, 3, 3, after 2 drafts to learn the pace: the deadline of 60 s a chunk was"
-        " met by all" in said
+        "steps by chunk 2, 3, 3, after 2 probe steps to measure the speed: the deadline of 60 s a"
+        " chunk was met by all" in said
     )
     assert generate(GenerateOptions(**common, **size, target_quality="30dB")) == 0  # type: ignore[arg-type]
     assert capsys.readouterr().err.count("picked ") == 1
@@ -140,8 +140,8 @@ def test_missed_deadlines_of_chunks_are_counted() -> None:
         ]
     )
     assert list(report.summary_lines()) == [
-        "steps by chunk 4, 4, 3, after 1 draft to learn the pace: the deadline of 1 s a chunk was"
-        " missed by 2 of 3, by 0.250 s at most."
+        "steps by chunk 4, 4, 3, after 1 probe step to measure the speed: the deadline of 1 s a"
+        " chunk was missed by 2 of 3, by 0.250 s at most."
     ]
 
 
@@ -193,8 +193,8 @@ def test_the_first_interrupt_finishes_with_one_jump(
     said = capsys.readouterr().err
     assert [step.r == 0.0 for step in seen] == [False, False, True]
     assert (
-        "finishing with one jump; Ctrl-C again interrupts." in said
-        and "3 steps, after 1 draft" in said
+        "finishing with a single step; press Ctrl-C again to interrupt." in said
+        and "3 steps, after 1 probe step" in said
     )
     assert Path(str(small["output"])).is_file() and signal.getsignal(signal.SIGINT) is before
 

@@ -204,7 +204,7 @@ def test_the_document_lists_every_tensor_parameter_and_metric() -> None:
     for line in DOCUMENT.splitlines():
         if line.startswith("anyflow-triton"):
             parse_options(TritonOptions, shlex.split(line, comments=True)[1:])
-    # Written by the flags that name them
+    # These are written only by the flags that name them.
     left_out = {
         "bundle",
         "pipeline",

@@ -223,7 +223,7 @@ def test_chunks_are_those_of_the_library(
     chunks = made(server, output_type="latents")
     assert len(chunks) == len(expected) > 2
     for number, (chunk, latents) in enumerate(zip(chunks, expected, strict=True)):
-        # Another numpy, and another process
+        # The server has another numpy, in another process.
         np.testing.assert_allclose(chunk["latents"], latents, atol=1e-5)
         assert (chunk["chunk"], chunk["steps"], chunk["seed"]) == (number, 2, 7)
         assert "deadline_met" not in chunk
@@ -361,7 +361,7 @@ def test_who_hangs_up_over_http_cancels(server: TritonServer) -> None:
     before = server.value("anyflow_videos_total", end="cancelled")
     body = f'{{"prompt": "{PROMPT}", "num_inference_steps": 400, "output_type": "mp4-base64"}}'
     url = f"http://{server.http}/v2/models/anyflow/generate_stream"
-    # Its own time was up
+    # curl's time was up.
     assert (
         subprocess.run(["curl", "-s", "-N", "-m", "1", url, "-d", body], check=False).returncode
         == 28

@@ -30,7 +30,7 @@ from anyflow_deploy.bundle.manifest import (
     ScheduleDefaults,
     VideoDefaults,
     WeightsSource,
-    ranges_to_records,
+    records_from_ranges,
 )
 from anyflow_deploy.errors import BundleError
 from anyflow_deploy.models import MODELS, Architecture, architecture_from_config
@@ -56,7 +56,7 @@ def manifest(graph: str = GRAPH) -> Manifest:
         graphs={
             "transition": GraphRecord(file=graph, opset=20, inputs=[latents], outputs=[latents])
         },
-        ranges=ranges_to_records(widest_ranges(architecture)),
+        ranges=records_from_ranges(widest_ranges(architecture)),
         schedule=ScheduleDefaults(shift=5.0, steps=4),
         video=VideoDefaults(
             spatial_factor=8,
@@ -407,7 +407,7 @@ def test_no_bundle(destination: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    # Deep: defect reported
+    # The deeply nested one was a reported defect.
     [
         "",
         "{",

@@ -201,7 +201,7 @@ def test_lying_headers_are_refused(tmp_path: Path, lie: str) -> None:
         match=r"/file has a damaged safetensors header \(.*\)\. Download it again\.$",
     ):
         read_header(path)
-    # We are not stricter than the library
+    # The library refuses the file, too.
     with pytest.raises(SafetensorError, match="Error while deserializing"):
         load(path.read_bytes())
 

@@ -82,7 +82,7 @@ def test_a_broken_package_is_a_fault_of_its_own(
 ) -> None:
     installed("fragile", BROKEN[kind][0])
     limit = 1 if kind == "hangs" else 60  # a busy machine may need seconds to start a process
-    code = "import fragile\nfound['detail'] = 'fine'"
+    code = "import fragile\nfacts['detail'] = 'fine'"
     found = subprocess_probe.probe_import("fragile", code, "pip install fragile", timeout=limit)
     assert found.state == FAULT and BROKEN[kind][1] in found.detail
     assert found.remedy == "pip install --force-reinstall fragile"
@@ -102,7 +102,7 @@ def test_what_a_package_prints_or_breaks_at_the_end_does_not_matter(
         "noisy", "import atexit, os\nprint('{\"error\": 1}')\natexit.register(lambda: os.abort())"
     )
     assert subprocess_probe.probe_import(
-        "noisy", "import noisy\nfound.update(detail='1.0', n=2)", ""
+        "noisy", "import noisy\nfacts.update(detail='1.0', n=2)", ""
     ) == works("1.0", n=2)
 
 
@@ -126,7 +126,7 @@ def test_a_probe_that_fails_is_a_fault_and_the_others_go_on() -> None:
         [Probe("a", fails), Probe("none", lambda: None), Probe("b", lambda: works("fine"))]
     )
     assert found == {
-        "a": ProbeResult(FAULT, "could not be looked at: PermissionError: /proc is closed"),
+        "a": ProbeResult(FAULT, "the probe failed: PermissionError: /proc is closed"),
         "b": works("fine"),
     }
 
@@ -174,7 +174,9 @@ def test_a_tensorrt_without_a_gpu(installed: Callable[[str, str], None]) -> None
         " pass\nBuilder = lambda logger: None",
     )
     found = packages.probe_tensorrt()
-    assert found.state == FAULT and "10.3.0 can be imported, and gives no builder" in found.detail
+    assert (
+        found.state == FAULT and "10.3.0 can be imported, but cannot make a builder" in found.detail
+    )
 
 
 def test_export_packages_are_read_from_the_metadata() -> None:
@@ -382,7 +384,7 @@ def test_what_the_cpp_library_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "".join(f"#define NLOHMANN_JSON_VERSION_{p} {n}\n" for p, n in numbers)
     )
     found = cpp.probe_library()
-    assert found.state == FAULT and found.detail == "CMake 3.20.4, needed is 3.22 or later"
+    assert found.state == FAULT and found.detail == "CMake 3.20.4; 3.22 or later is needed"
     (programs / "cmake").write_text("#!/bin/sh\necho 'cmake version 3.22.1'\n")
     found = cpp.probe_library()
     assert (
@@ -401,7 +403,7 @@ def test_what_the_cpp_library_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_int8_on_processors_of_every_kind(int8: bool, uint8: bool, state: str, said: str) -> None:
-    found = packages.int8_finding(int8, uint8)
+    found = packages.judge_int8(int8, uint8)
     assert found.state == state and re.search(said, found.detail)
 
 
@@ -426,10 +428,10 @@ def test_precisions_follow_the_gpu(capability: tuple[int, int], running: list[st
         (v.backend.name, v.backend.provider): v
         for v in judge_backends(healthy(**{probes.GPU: of_gpu(*capability)}))
     }
-    assert verdicts["tensorrt", "cuda"].running == running
-    assert verdicts["aotinductor", "cpu"].running == list(PRECISIONS)
-    assert "int8" not in verdicts["torch-tensorrt", "cuda"].running
-    assert verdicts["onnxruntime", "cpu"].running == ["fp32", "fp16", "int8", "fp8"]
+    assert verdicts["tensorrt", "cuda"].runnable_precisions == running
+    assert verdicts["aotinductor", "cpu"].runnable_precisions == list(PRECISIONS)
+    assert "int8" not in verdicts["torch-tensorrt", "cuda"].runnable_precisions
+    assert verdicts["onnxruntime", "cpu"].runnable_precisions == ["fp32", "fp16", "int8", "fp8"]
 
 
 @pytest.mark.parametrize(
@@ -508,7 +510,7 @@ def test_a_provider_of_nothing() -> None:
 def test_backends_and_probes_name_each_other() -> None:
     names = {probe.name for probe in probes.PROBES}
     assert {need for backend in REQUIREMENTS for need in backend.needs} | set(
-        probes.FOR_A_GPU
+        probes.GPU_ONLY
     ) <= names
     assert {(row.name, row.provider) for row in REQUIREMENTS} == {
         (backend.name, provider)
@@ -524,7 +526,7 @@ def test_nobody_without_a_gpu_is_told_to_install_for_one() -> None:
             probes.TENSORRT: ProbeResult(MISSING, "no module", "pip install x"),
         }
     )
-    assert probes.adjust_remedies(found)[probes.TENSORRT].remedy == "only of use with an NVIDIA GPU"
+    assert probes.adjust_remedies(found)[probes.TENSORRT].remedy == "useful only with an NVIDIA GPU"
     assert (
         probes.adjust_remedies({**found, probes.GPU: of_gpu(9, 0)})[probes.TENSORRT].remedy
         == "pip install x"

@@ -22,7 +22,7 @@ from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.fit import FitOptions
 from anyflow_deploy.cli.generate import GenerateOptions
 from anyflow_deploy.cli.inspect_bundle import InspectOptions
-from anyflow_deploy.cli.options import Numbers, Options, Steps, help_of, parse_options, run
+from anyflow_deploy.cli.options import Numbers, Options, Steps, build_help, parse_options, run
 from anyflow_deploy.cli.validate import ValidateOptions
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.shape_ranges import Range
@@ -384,7 +384,7 @@ def test_validate_refuses_impossible_steps(steps: str) -> None:
 def help_text(options: type[Options], width: int = 80) -> str:
     console = Console(width=width, highlight=False)
     with console.capture() as capture:
-        console.print(*help_of("anyflow-x", options), sep="\n")
+        console.print(*build_help("anyflow-x", options), sep="\n")
     return capture.get()
 
 

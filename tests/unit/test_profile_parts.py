@@ -30,9 +30,9 @@ from anyflow_deploy.profiling.record import Conditions, Profile, Series, Warmup
 from anyflow_deploy.profiling.roofline import target_from_gpu_name
 from anyflow_deploy.profiling.sampler import ResourceSampler
 from anyflow_deploy.profiling.summary_statistics import (
-    drift,
     is_steady,
     latency_from_samples,
+    measure_drift,
     median_interval,
 )
 from anyflow_deploy.profiling.terminal import format_latency
@@ -66,7 +66,7 @@ def test_the_interval_holds_the_true_median_as_often_as_it_says() -> None:
 
 
 def test_drift_and_steadiness() -> None:
-    assert drift([1, 1, 1, 2, 2, 2]) == pytest.approx(1) and drift([1, 2]) == 0
+    assert measure_drift([1, 1, 1, 2, 2, 2]) == pytest.approx(1) and measure_drift([1, 2]) == 0
     assert is_steady([9, 1, 1, 1, 1, 1, 1, 1, 1], 4, 0.05) and not is_steady([4, 3, 2, 1], 2, 0.05)
 
 
@@ -114,9 +114,9 @@ def test_cases_take_turns() -> None:
     )
     assert order == ["a", "b"] * 3 and len(taken.seconds("a")) == 3
     assert (
-        TimingRules(10).rounds_for(100) == 3
-        and TimingRules(10).rounds_for(1e-9) == 200
-        and TimingRules(10).rounds_for(0.5) == 20
+        TimingRules(10).count_rounds(100) == 3
+        and TimingRules(10).count_rounds(1e-9) == 200
+        and TimingRules(10).count_rounds(0.5) == 20
     )
 
 

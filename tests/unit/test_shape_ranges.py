@@ -220,7 +220,7 @@ def test_parsed_span(text: str, span: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    # The last: defect reported
+    # The last one was a reported defect.
     [
         "",
         ":",

@@ -19,7 +19,7 @@ GPUS = [row for row in TARGETS.values() if row.compute_capability is not None]
 @pytest.mark.parametrize("row", GPUS, ids=lambda row: row.name)
 def test_every_gpu_has_all_its_numbers(row: Target) -> None:
     assert row.memory is not None and row.bandwidth is not None
-    assert 0 < row.reserved < row.memory < 200e9
+    assert 0 < row.system_memory < row.memory < 200e9
     assert f"{row.memory // 10**9}GB" in row.device
     assert row.source and row.tensorrt
     assert set(row.precisions) | {"tf32"} == set(row.tflops)

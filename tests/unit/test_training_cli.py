@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from anyflow_deploy.cli.options import help_of, parse_options
-from anyflow_deploy.cli.train import PROGRAM, full_options, work
+from anyflow_deploy.cli.options import build_help, parse_options
+from anyflow_deploy.cli.train import PROGRAM, make_options_type, work
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.training import preflight
 from anyflow_deploy.training.data.source import Batch
@@ -99,16 +99,16 @@ def test_an_unknown_recipe_is_answered_with_the_nearest() -> None:
 
 def test_show_prints_the_resolved_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["on-policy-1.3b-causal", "--show", "--learning-rate", "1e-6", "--rollout-steps", "2,4"]
-    assert work(parse_options(full_options(), words)) == 0
+    assert work(parse_options(make_options_type(), words)) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["optimizing"]["learning_rate"] == 1e-6 and shown["flow"]["rollout_steps"] == [2, 4]
     assert shown["model"] == "far-1.3b"
 
 
 def test_every_setting_is_a_flag_and_the_examples_parse() -> None:
-    options = full_options()
+    options = make_options_type()
     assert {name for name, _, _ in recipe_fields()} < set(options.model_fields)
-    assert help_of(PROGRAM, options)
+    assert build_help(PROGRAM, options)
     for example in options.EXAMPLES:
         words = shlex.split(example)
         assert " ".join(words[:3]) == PROGRAM
@@ -128,7 +128,7 @@ def test_the_commands_of_the_documentation_parse() -> None:
     ]
     assert len(lines) >= 7
     for line in lines:
-        chosen = parse_options(full_options(), shlex.split(line))
+        chosen = parse_options(make_options_type(), shlex.split(line))
         assert chosen.recipe in recipe_names()
 
 

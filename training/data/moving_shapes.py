@@ -96,7 +96,7 @@ def render_scene(scene: Scene, times: Tensor, height: int, width: int) -> Tensor
         length = size / side
         middle = scene.start[axis] * length + DIRECTIONS[scene.direction][axis] * way
         place = (torch.arange(size, dtype=torch.float64) + 0.5) / side
-        # The nearest way around
+        # Take the nearest way around the torus.
         offsets.append((place[None] - middle[:, None] + length / 2) % length - length / 2)
     inside = _distance(scene.shape, offsets[0][:, :, None], offsets[1][:, None, :], scene.radius)
     cover = (0.5 - inside * side).clamp(0, 1).float()[..., None]

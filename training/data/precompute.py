@@ -123,7 +123,7 @@ def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[in
     )
     _claim_output(job.output, manifest)
     if not (job.output / NEGATIVE).is_file():
-        text = torch.from_numpy(encoders.prompts.nothing(job.tokens)[0])
+        text = torch.from_numpy(encoders.prompts.encode_empty(job.tokens)[0])
         write_bytes_atomically(
             job.output / NEGATIVE,
             safetensors.torch.save({"text": _to_storage_type(_trim_padding(text), job.type)}),

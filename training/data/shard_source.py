@@ -239,7 +239,7 @@ class ShardSource:
         tokens, width = self._shape.text
         path = self._index.folder / NEGATIVE
         if self._encoders is not None:
-            return torch.from_numpy(self._encoders.prompts.nothing(tokens))
+            return torch.from_numpy(self._encoders.prompts.encode_empty(tokens))
         try:
             text = safetensors.torch.load(path.read_bytes())["text"].float()
         except (OSError, KeyError, SafetensorError) as error:

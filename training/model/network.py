@@ -187,7 +187,7 @@ class TrainingBlock(Block):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
             (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
         )
-        # Cast and kept once for three products
+        # Cast once, and kept once for backward, for three products.
         h = self._recompute(modulate, x, shift, scale, ones, self.eps).flatten(0, 2).to(dtype)
         own = self.attn1.key_value(h, batch, rotation)
         if outputs == "memory":

@@ -218,9 +218,9 @@ class _GraphBuild:
 
     def _configure(self, config: trt.IBuilderConfig) -> None:
         settings = self._settings
-        # On by default: float32 products would keep 11 bits, and say nothing
+        # TF32 is on by default: float32 products would silently keep 11 bits.
         config.clear_flag(trt.BuilderFlag.TF32)
-        # What the inspector can tell afterwards
+        # The inspector needs this detail afterwards.
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         for enabled, flag in (
             (settings.refit, trt.BuilderFlag.REFIT),

@@ -117,8 +117,8 @@ def _infer_types(model: ModelProto) -> ModelProto:
     try:
         return onnx.shape_inference.infer_shapes(model, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
-        # a graph this broken has findings of its own; the rule for unknown types says what was not
-        # seen
+        # A graph this broken has findings of its own; the rule for unknown types says what was
+        # not seen.
         return model
 
 
