@@ -55,8 +55,8 @@ class BuildOptions(Options):
     target: str | None = Field(
         None,
         description=(
-            "tensorrt-rtx: GPU to build for, as rtx4090, which need not be here; any for"
-            " all (default: the GPU at hand, else any)"
+            "tensorrt-rtx: GPU to build for, such as rtx4090, which need not be in this machine,"
+            " or any (default: this machine's GPU, else any)"
         ),
     )
     max_autotune: bool = Field(

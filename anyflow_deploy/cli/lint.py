@@ -63,16 +63,16 @@ def run_lint(bundle: Bundle, versions: Sequence[str] | None) -> LintResult:
     versions = tuple(versions or DEFAULT_VERSIONS)
     result = LintResult(versions, lint_bundle(bundle, versions), [])
     for backend in installed_parsers():
-        findings, line = _ask_parser(bundle, backend)
+        findings, line = _run_parser(bundle, backend)
         result.findings.extend(findings)
         result.parsers.append(line)
     if not result.parsers:
         command = BACKENDS["tensorrt-rtx"].install_command("cuda")
-        result.parsers.append(f"NVIDIA's own parser is not installed; to ask it, too: {command}")
+        result.parsers.append(f"NVIDIA's own parser is not installed; to run it, too: {command}")
     return result
 
 
-def _ask_parser(bundle: Bundle, backend: str) -> tuple[list[Finding], str]:
+def _run_parser(bundle: Bundle, backend: str) -> tuple[list[Finding], str]:
     from anyflow_deploy.engines.tensorrt.lint.lint import Finding
     from anyflow_deploy.engines.tensorrt.lint.real_parser import parse_graphs
 
@@ -80,7 +80,7 @@ def _ask_parser(bundle: Bundle, backend: str) -> tuple[list[Finding], str]:
     try:
         answer = parse_graphs(paths, backend)
     except BackendError as error:
-        return [], f"not asked: {error}"
+        return [], f"NVIDIA's parser was not run: {error}"
     version = answer.title.removeprefix("TensorRT ").removeprefix("for ")
     findings = [
         Finding(
@@ -94,8 +94,8 @@ def _ask_parser(bundle: Bundle, backend: str) -> tuple[list[Finding], str]:
         )
         for problem in answer.problems
     ]
-    verdict = "refuses the bundle" if findings else "takes every graph"
-    return findings, f"asked: the parser of {answer.title}, which {verdict}"
+    verdict = "refuses the bundle" if findings else "accepts every graph"
+    return findings, f"the parser of {answer.title} {verdict}"
 
 
 def print_findings(out: Console, result: LintResult) -> None:

@@ -85,7 +85,7 @@ def ceilings_from_target(target: Target) -> Ceilings:
 
 
 _OTHER_CHIP = r"(?!\s*(ti|super|d|laptop)\b)"
-"""A card whose name goes on like this is slower or faster than the one in the table."""
+"""A card whose name continues like this is slower or faster than the one in the table."""
 
 
 def target_from_gpu_name(name: str) -> Target | None:

@@ -131,7 +131,7 @@ def test_the_lint_asks_the_installed_parser(
 ) -> None:
     assert inspect(InspectOptions(bundle=tiny_bundle.path, lint=True)) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"asked: the parser of TensorRT for RTX {RTX.__version__}, which takes" in text
+    assert f"the parser of TensorRT for RTX {RTX.__version__} accepts" in text
 
 
 def test_the_parser_answers_in_its_own_words(
