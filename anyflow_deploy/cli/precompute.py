@@ -20,8 +20,8 @@ class PrecomputeOptions(Options):
 
     NAME.txt beside NAME.mp4 is its caption. A video is taken from its start, at 16 frames a second,
     scaled and cut to the size. A video that cannot be used is skipped and listed in
-    OUTPUT/skipped.jsonl; too many of them stop the command. The same command resumes run_precompute
-    that was stopped. Training takes OUTPUT as --data.
+    OUTPUT/skipped.jsonl; too many of them stop the command. The same command resumes stopped
+    work. Training takes OUTPUT as --data.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("folder",)

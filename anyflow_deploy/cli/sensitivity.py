@@ -42,9 +42,9 @@ Decibels = Annotated[
 class SensitivityOptions(Options):
     """Rank a model's layers by what quantizing each one alone does to a video.
 
-    PyTorch computes both videos. The bundle's weights have to be where it was exported from. The
-    command needs a calibration of them. It writes sensitivity.json and sensitivity.png. With
-    --keep-layers or --min-psnr it also says which layers those flags choose.
+    PyTorch computes both videos. The command needs the weights that the bundle was exported
+    from, and their calibration. It writes sensitivity.json and sensitivity.png. With --keep-layers
+    or --min-psnr it also says which layers those flags choose.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
