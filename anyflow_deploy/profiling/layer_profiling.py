@@ -34,15 +34,15 @@ def profile_layers(
     Raises:
         MeasurementUnavailableError: the backend has no profiler that times layers on its device.
     """
-    timed_on = BACKENDS[backend].timed_on
-    if options.provider in timed_on:
+    profiled_providers = BACKENDS[backend].profiled_providers
+    if options.provider in profiled_providers:
         return _PROFILERS[backend](bundle, options, video, point)
-    if timed_on:
+    if profiled_providers:
         raise MeasurementUnavailableError(
             "on a GPU ONNX Runtime's profiler times launches, not kernels; Nsight Systems shows"
             " those (nsys profile)"
         )
-    able = " and ".join(name for name, row in BACKENDS.items() if row.timed_on)
+    able = " and ".join(name for name, row in BACKENDS.items() if row.profiled_providers)
     raise MeasurementUnavailableError(
         f"the code that {backend} compiles has no layers left to time; the {able} backends have"
     )

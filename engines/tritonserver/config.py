@@ -1,4 +1,4 @@
-"""config.pbtxt, in protobuf's text form: what Triton reads of a model."""
+"""Writes config.pbtxt, which describes a model to Triton, in protobuf's text form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def streaming_config(
     embeds: tuple[int, int],
     warm_up: str,
 ) -> str:
-    """Of the decoupled model.
+    """Return the config.pbtxt of the decoupled model.
 
     Args:
         name: of the model, and of its folder.
@@ -69,7 +69,7 @@ def plan_config(
     gpus: Sequence[int],
     profiles: int,
 ) -> str:
-    """Of a bare TensorRT plan.
+    """Return the config.pbtxt of a bare TensorRT plan.
 
     Args:
         name: of the model, and of its folder.

@@ -1,5 +1,7 @@
-"""The inputs and outputs of the served model: one list, for config.pbtxt, for reading requests, and
-for the documentation."""
+"""The inputs and outputs of the served model.
+
+config.pbtxt, the reader of requests and the documentation's table use this one list.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output.
+    """An input or output of the served model.
 
     Attributes:
         name: of the tensor.
-        type: Triton's, without `TYPE_`.
+        type: Triton's data type, without `TYPE_`.
         shape: -1 for any length.
-        about: for people.
+        about: description in the documentation.
     """
 
     name: str
@@ -55,7 +57,7 @@ INPUTS = (
     _number("window", "INT32", "causal: compressed chunks that are remembered beside the first"),
     TensorSpec("output_type", "STRING", (1,), "mp4, mp4-base64, frames or latents"),
 )
-"""All optional, but one of the first two."""
+"""All are optional, but a request has one of the first two."""
 
 OUTPUTS = (
     _number("chunk", "INT32", "0 for the first"),
@@ -86,4 +88,4 @@ OUTPUTS = (
 )
 
 OUTPUT_TYPES = {"mp4": "mp4", "mp4-base64": "mp4", "frames": "frames", "latents": "latents"}
-"""What a request may ask for, and the output that holds it."""
+"""Values of `output_type`, each with the output that holds the result."""

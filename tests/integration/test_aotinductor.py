@@ -458,7 +458,7 @@ def test_no_compiler(small_bundle: Export, monkeypatch: pytest.MonkeyPatch, tmp_
             r"No space left on device.*TORCHINDUCTOR_CACHE_DIR",
         ),
         (RuntimeError("g++ said no"), r"cannot be compiled \(RuntimeError\): g\+\+ said no"),
-        (torch.OutOfMemoryError("CUDA out of memory"), r"no memory: .*--max-autotune"),
+        (torch.OutOfMemoryError("CUDA out of memory"), r"out of memory: .*--max-autotune"),
     ],
 )
 def test_a_compiler_that_fails_leaves_nothing(
