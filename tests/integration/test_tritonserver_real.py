@@ -316,7 +316,10 @@ def test_a_seed_is_chosen_and_told(server: TritonServer) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompt": None}, "a request has either prompt or prompt_embeds, and this one has neither"),
+        (
+            {"prompt": None},
+            "a request has either prompt or prompt_embeds, and this one has neither",
+        ),
         ({"prompt_embeds": np.zeros((512, 64), np.float32)}, "and this one has both"),
         ({"prompt": " "}, "prompt is empty"),
         ({"prompt": b"\xff\xfe"}, "prompt is not UTF-8"),
@@ -417,9 +420,7 @@ def test_who_finds_the_queue_full_is_told_so(server: TritonServer) -> None:
     long = {"prompt": PROMPT, "num_inference_steps": 400, "output_type": "latents"}
     accepted = [Stream(server, **long) for _ in range(STREAMS + WAITING)]
     eventually(lambda: server.value("anyflow_waiting_requests", model="anyflow") == WAITING)
-    with pytest.raises(
-        Exception, match="the server is full: 4 videos are running and 6 wait"
-    ):
+    with pytest.raises(Exception, match="the server is full: 4 videos are running and 6 wait"):
         Stream(server, **long).rest()
     answer = httpx.post(f"http://{server.http}/v2/models/anyflow/generate", json={"prompt": PROMPT})
     assert answer.status_code >= 400 and "Try again later" in answer.json()["error"]
