@@ -191,7 +191,7 @@ class Shapes:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._position = int(state["samples"])
 
-    def skipped(self) -> list[str]:
+    def pop_broken_samples(self) -> list[str]:
         return []
 
     def check(self) -> str:

@@ -23,7 +23,7 @@ from anyflow_deploy.export.quantization.sensitivity import (
 from anyflow_deploy.quantization.layers import GROUPS
 
 KINDS = [name for group in GROUPS for name in group]
-_SHOWN = 10
+_MAX_LAYERS = 10
 _FLOOR = 1e-9  # an error of zero is drawn at this value: a logarithm has no zero
 
 
@@ -36,7 +36,7 @@ def sensitivity_tables(sensitivity: Sensitivity) -> list[Table]:
         "PSNR",
         title=f"quantized alone to {sensitivity.precision}, the worst first",
     )
-    for rank, (name, error) in enumerate(list(sensitivity.layers.items())[:_SHOWN], 1):
+    for rank, (name, error) in enumerate(list(sensitivity.layers.items())[:_MAX_LAYERS], 1):
         worst.add_row(str(rank), name, *_cells(error))
     keep_table = Table(
         "kept high", "quantized", "relative L2", "PSNR", title="all others quantized"
@@ -116,7 +116,7 @@ def _draw_layers(figure: Any, axes: Any, sensitivity: Sensitivity) -> None:
     axes.set_yticks(range(len(KINDS)), KINDS, fontsize=8, family="monospace")
     axes.set(xlabel="block", title="One layer alone")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    for rank, name in enumerate(list(sensitivity.layers)[:_SHOWN], 1):
+    for rank, name in enumerate(list(sensitivity.layers)[:_MAX_LAYERS], 1):
         _, block, kind = name.split(".", 2)
         place = (int(block), KINDS.index(kind))
         axes.text(*place, str(rank), ha="center", va="center", fontsize=7, color="white")
