@@ -210,7 +210,7 @@ def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     begin = time.monotonic()
     seconds_left = lambda: options.budget - (time.monotonic() - begin)  # noqa: E731
     logs = options.output.parent
-    untimed, timed = list_parts(options, folder)
+    untimed_parts, timed_parts = list_parts(options, folder)
     parts: dict[str, Any] = {}
     result = {
         "benchmark": "gpu_suite",
@@ -219,12 +219,14 @@ def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "parts": parts,
     }
     with ThreadPoolExecutor(options.jobs) as pool:
-        futures = {part.name: pool.submit(run_part, part, seconds_left(), logs) for part in untimed}
+        futures = {
+            part.name: pool.submit(run_part, part, seconds_left(), logs) for part in untimed_parts
+        }
         for name, future in futures.items():
             parts[name] = future.result()
             print(f"{seconds_left():6.0f} s left  {name}: {summarize(parts[name])}", flush=True)
             write_result(options.output, result)
-    for part in timed:
+    for part in timed_parts:
         parts[part.name] = run_part(part, seconds_left(), logs)
         print(
             f"{seconds_left():6.0f} s left  {part.name}: {summarize(parts[part.name])}", flush=True

@@ -108,17 +108,17 @@ def main() -> None:
         )
         for shape in SHAPES:
             sizes = (shape.frames, shape.height, shape.width)
-            measured = json.loads(run_python(_ONE, str(bundle), *map(str, sizes))["output"])
+            memory = json.loads(run_python(_ONE, str(bundle), *map(str, sizes))["output"])
             need = estimate_memory(a, options.precision, TARGETS["cpu"], shape)
-            estimated = need.activations + need.workspace - RUNTIME
+            estimate = need.activations + need.workspace - RUNTIME
             rows.append(
                 {
                     "tokens": shape.tokens(a),
-                    "weights_mb": round(measured["weights"] / 1e6),
+                    "weights_mb": round(memory["weights"] / 1e6),
                     "estimated_weights_mb": round(need.weights / 1e6),
-                    "activations_mb": round(measured["activations"] / 1e6),
-                    "estimated_activations_mb": round(estimated / 1e6),
-                    "deviation": round(estimated / measured["activations"] - 1, 3),
+                    "activations_mb": round(memory["activations"] / 1e6),
+                    "estimated_activations_mb": round(estimate / 1e6),
+                    "deviation": round(estimate / memory["activations"] - 1, 3),
                 }
             )
     print_result("memory", {**vars(options), "rows": rows})

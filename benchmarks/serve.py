@@ -99,8 +99,8 @@ def measure_overhead(url: str, pid: int, count: int) -> dict[str, Any]:
     }
 
 
-def _ms(ordered: list[float], share: float) -> float:
-    return round(1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2)
+def _ms(values: list[float], share: float) -> float:
+    return round(1000 * values[min(len(values) - 1, int(share * len(values)))], 2)
 
 
 def main() -> None:

@@ -244,13 +244,13 @@ def prepare_inputs(
     z = prepare_array("latents", latents)
     prompt_embeds = prepare_array("text", text)
     ranges.check(z.shape, prompt_embeds.shape)
-    for name, axis, channels_given, allowed in (
+    for name, axis, count, expected in (
         ("latents", 2, z.shape[2], channels),
         ("text", 2, prompt_embeds.shape[2], text_dim),
     ):
-        if channels_given != allowed:
+        if count != expected:
             raise ShapeError(
-                f"{name} has {channels_given} channels on axis {axis}; this model takes {allowed}."
+                f"{name} has {count} channels on axis {axis}; this model takes {expected}."
             )
     return z, prompt_embeds
 
@@ -319,8 +319,8 @@ def _broadcast_per_frame(name: str, time: ArrayLike, shape: tuple[int, ...]) -> 
     try:
         return np.array(np.broadcast_to(values, shape), order="C")
     except ValueError:
-        allowed = f"one number, or (batch, frames) = {tuple(shape)}"
-        raise ShapeError(f"{name} has shape {values.shape}; allowed is {allowed}.") from None
+        expected = f"one number, or (batch, frames) = {tuple(shape)}"
+        raise ShapeError(f"{name} has shape {values.shape}; allowed is {expected}.") from None
 
 
 def _summarize_times(times: Array) -> Any:

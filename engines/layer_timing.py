@@ -30,12 +30,12 @@ class LayerTiming:
 
 def merge_timings(timings: Iterable[LayerTiming]) -> list[LayerTiming]:
     """Add up the timings of the same layer, by name."""
-    merged: dict[str, LayerTiming] = {}
+    timings_by_name: dict[str, LayerTiming] = {}
     for row in timings:
-        old = merged.get(row.name)
-        merged[row.name] = (
+        old = timings_by_name.get(row.name)
+        timings_by_name[row.name] = (
             row
             if old is None
             else replace(old, seconds=old.seconds + row.seconds, calls=old.calls + row.calls)
         )
-    return list(merged.values())
+    return list(timings_by_name.values())

@@ -42,21 +42,21 @@ _NAMES: dict[ir.DataType, TensorType] = {
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def onnx_from_traced(traced: TracedGraph, opset: int) -> ir.Model:
+def onnx_from_traced(graph: TracedGraph, opset: int) -> ir.Model:
     """Translate a recorded graph to ONNX.
 
     Initializers have names, types and shapes, but no data yet.
     """
     with _silence_exporter():
         program = torch.onnx.export(
-            traced.program,
+            graph.program,
             (),
             dynamo=True,
             opset_version=opset,
             optimize=False,
             verbose=False,
-            input_names=list(traced.inputs),
-            output_names=list(traced.outputs),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
         )
     if program is None:
         raise AnyFlowError(
@@ -65,7 +65,7 @@ def onnx_from_traced(traced: TracedGraph, opset: int) -> ir.Model:
     model = program.model
     _name_nodes(model)
     make_axes_constant(model)
-    _name_axes(model, traced.symbols, {**traced.inputs, **traced.outputs})
+    _name_axes(model, graph.symbols, {**graph.inputs, **graph.outputs})
     _drop_unused_weights(model)
     _strip_machine_details(model)
     return model

@@ -137,14 +137,14 @@ class TorchKVCache:
         if graph == "chunk":
             zero_times = z.new_zeros(z.shape[:2])
             kv_inputs = self._cached_inputs(past)
-            present = self._network(z, zero_times, zero_times, position_ids, *kv_inputs)[2:]
+            new_kv = self._network(z, zero_times, zero_times, position_ids, *kv_inputs)[2:]
         else:  # its last layer attends to nothing
             network: Any = self._network  # not a ChunkCompressor, but has all that forward uses
             text = self._text_keys_values[:-2]
             past_kv = [buffer[:, :past] for buffer in self._buffers[:-2]]
-            present = ChunkCompressor.forward(network, z, position_ids, *text, *past_kv)
-        for buffer, new_values in zip(self._buffers, present, strict=True):
-            buffer[:, past : past + tokens] = new_values
+            new_kv = ChunkCompressor.forward(network, z, position_ids, *text, *past_kv)
+        for buffer, values in zip(self._buffers, new_kv, strict=True):
+            buffer[:, past : past + tokens] = values
 
     def move(self, to: int, start: int, tokens: int) -> None:
         """Move tokens within every buffer; source and destination may overlap."""

@@ -168,9 +168,9 @@ def _io_spec(
     channels = (a.num_attention_heads, a.attention_head_dim)
     names = [f"{part}.{layer}" for layer in range(a.num_layers) for part in ("key", "value")]
     kv_axes: Axes = ("batch", "text" if graph == "text" else "tokens", *channels)
-    present = dict.fromkeys(names, kv_axes)
+    kv_outputs = dict.fromkeys(names, kv_axes)
     if graph == "text":
-        return text, {f"text_{name}": axes for name, axes in present.items()}
+        return text, {f"text_{name}": axes for name, axes in kv_outputs.items()}
     # The last layer of compress attends to nothing
     kv_names = names if graph == "chunk" else names[:-2]
     kv_inputs = {
@@ -180,11 +180,11 @@ def _io_spec(
     }
     positions = {"positions": _Input(("frames",), torch.int64)}
     if graph == "compress":
-        return {**latents, **positions, **kv_inputs}, present
+        return {**latents, **positions, **kv_inputs}, kv_outputs
     return {**latents, **times, **positions, **kv_inputs}, {
         "z_r": video,
         "velocity": video,
-        **present,
+        **kv_outputs,
     }
 
 
@@ -192,13 +192,13 @@ def _axis_size(axis: int | str, axes: dict[str, tuple[object, int]]) -> int:
     return axis if isinstance(axis, int) else axes[axis][1]
 
 
-def _dynamic_axis(name: str, allowed: Range) -> tuple[object, int]:
+def _dynamic_axis(name: str, axis_range: Range) -> tuple[object, int]:
     """Return torch's description of an axis, and the size to trace it at."""
-    if allowed.minimum == allowed.maximum:
-        return Dim.STATIC, allowed.minimum
-    unit = allowed.multiple
-    low = allowed.minimum // unit
-    high = None if allowed.maximum is None else allowed.maximum // unit
+    if axis_range.minimum == axis_range.maximum:
+        return Dim.STATIC, axis_range.minimum
+    unit = axis_range.multiple
+    low = axis_range.minimum // unit
+    high = None if axis_range.maximum is None else axis_range.maximum // unit
     example = max(2, low, _EXAMPLE[name])
     example = example if high is None else min(example, high)
     symbol = Dim(name, min=low, max=high) if high is not None else Dim(name, min=low)

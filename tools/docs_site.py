@@ -92,14 +92,16 @@ def _cell(text: object) -> str:
 def python_page() -> str:
     """Return directives of mkdocstrings for every public name, under headings."""
     public = [name for name in anyflow_deploy.__all__ if name != "__version__"]
-    grouped = {title: [name for name in names if name in public] for title, names in GROUPS.items()}
+    names_by_title = {
+        title: [name for name in names if name in public] for title, names in GROUPS.items()
+    }
     grouped_names = {name for names in GROUPS.values() for name in names}
-    grouped["More"] = [name for name in public if name not in grouped_names]
+    names_by_title["More"] = [name for name in public if name not in grouped_names]
     parts = [
         "# Python API",
         "`from anyflow_deploy import …`: these names are the public interface.",
     ]
-    for title, names in grouped.items():
+    for title, names in names_by_title.items():
         if names:
             parts += [
                 f"## {title}",

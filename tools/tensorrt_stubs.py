@@ -243,7 +243,7 @@ def _annotation(node: ast.expr | None) -> ast.expr | None:
     if node is None:
         return None
     text = re.sub(
-        r"(?<![\w.])(bool|capsule)(?![\w.])", lambda found: _BUILTIN[found[1]], ast.unparse(node)
+        r"(?<![\w.])(bool|capsule)(?![\w.])", lambda match: _BUILTIN[match[1]], ast.unparse(node)
     )
     text = re.sub(r"\.\.\.(?!\])", "typing.Any", text) if text != "..." else "typing.Any"
     return ast.parse(text, mode="eval").body

@@ -190,8 +190,8 @@ def derivative(
             plan,
             context.rows(torch.arange(len(t), device=t.device).repeat(2)),
         )
-        ahead, behind = velocities.chunk(2)
-        return (ahead - behind) / (2 * half_width)
+        forward_velocity, backward_velocity = velocities.chunk(2)
+        return (forward_velocity - backward_velocity) / (2 * half_width)
 
 
 def rescale_losses(losses: Tensor, diffusion: Tensor, reference: Tensor) -> Tensor:

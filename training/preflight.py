@@ -50,8 +50,8 @@ def check_packages(recipe: Recipe, wandb: str | None) -> None:
     packages = {"tensorboard": True, "peft": recipe.adapting.lora_rank > 0}
     missing = [
         name
-        for name, required in packages.items()
-        if required and importlib.util.find_spec(name) is None
+        for name, is_needed in packages.items()
+        if is_needed and importlib.util.find_spec(name) is None
     ]
     if missing:
         raise AnyFlowError(
@@ -116,13 +116,13 @@ def check_batch(batch: Batch, recipe: Recipe, a: Architecture) -> None:
     Raises:
         AnyFlowError: with the names of the samples.
     """
-    required = (recipe.frames, a.in_channels, recipe.height, recipe.width)
-    actual = tuple(batch.latents.shape[1:])
+    recipe_shape = (recipe.frames, a.in_channels, recipe.height, recipe.width)
+    batch_shape = tuple(batch.latents.shape[1:])
     names = ", ".join(batch.names[:4])
-    if actual != required:
+    if batch_shape != recipe_shape:
         raise AnyFlowError(
-            f"samples {names} have latents (F, C, H, W) {actual}; the recipe has {required}. "
-            "Give --frames, --height and --width of the data."
+            f"samples {names} have latents (F, C, H, W) {batch_shape}; the recipe has"
+            f" {recipe_shape}. Give --frames, --height and --width of the data."
         )
     if batch.text.shape[-1] != a.text_dim or batch.text.shape[0] != len(batch.latents):
         raise AnyFlowError(

@@ -104,6 +104,6 @@ def time_weight(t: Tensor, shift: float) -> Tensor:
     """
     grid, weight = _weights(shift)
     s = t.detach().double().cpu() / TRAIN_TIMESTEPS
-    after = torch.searchsorted(grid, s).clamp(1, len(grid) - 1)
-    nearest = torch.where(s - grid[after - 1] <= grid[after] - s, after - 1, after)
+    upper = torch.searchsorted(grid, s).clamp(1, len(grid) - 1)
+    nearest = torch.where(s - grid[upper - 1] <= grid[upper] - s, upper - 1, upper)
     return weight[nearest].float().to(t.device)

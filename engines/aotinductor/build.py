@@ -118,17 +118,17 @@ def check_exporter() -> None:
 def _buildable_ranges(bundle: Bundle, provider: str) -> dict[str, AxisRange]:
     if bundle.manifest.precision != "int8" or provider != "cuda":
         return narrow_ranges(bundle)
-    declared = bundle.manifest.shape_ranges
+    ranges = bundle.manifest.shape_ranges
     patch = bundle.manifest.architecture.patch_size[1]
-    overrides = {"text": _raise_minimum(declared.text, _INT8_ROWS)}
+    overrides = {"text": _raise_minimum(ranges.text, _INT8_ROWS)}
     side = (bundle.manifest.architecture.compressed_patch_size or (1, patch))[1]
     overrides |= {
-        axis: _raise_minimum(getattr(declared, axis), 5 * side) for axis in ("height", "width")
+        axis: _raise_minimum(getattr(ranges, axis), 5 * side) for axis in ("height", "width")
     }
     return narrow_ranges(bundle, **overrides)
 
 
-def _raise_minimum(declared: Range, minimum: int) -> Range:
+def _raise_minimum(axis_range: Range, minimum: int) -> Range:
     """Raise a range's minimum to at least `minimum`, in the range's own multiples."""
-    low = max(declared.minimum, -(-minimum // declared.multiple) * declared.multiple)
-    return Range(low, declared.maximum, declared.multiple)
+    low = max(axis_range.minimum, -(-minimum // axis_range.multiple) * axis_range.multiple)
+    return Range(low, axis_range.maximum, axis_range.multiple)

@@ -67,13 +67,13 @@ class AotInductorCache:
         past_kv = self._past(past)
         if graph == "chunk":
             zero_times = z.new_zeros(z.shape[:2])
-            present = self._run(
+            new_kv = self._run(
                 graph, z, zero_times, zero_times, frame_positions, *self._text_kv, *past_kv
             )[2:]
         else:  # its last layer attends to nothing
-            present = self._run(graph, z, frame_positions, *self._text_kv[:-2], *past_kv[:-2])
-        for buffer, new_values in zip(self._buffers, present, strict=True):
-            buffer[:, past : past + tokens].copy_(new_values)
+            new_kv = self._run(graph, z, frame_positions, *self._text_kv[:-2], *past_kv[:-2])
+        for buffer, values in zip(self._buffers, new_kv, strict=True):
+            buffer[:, past : past + tokens].copy_(values)
 
     def move(self, to: int, start: int, tokens: int) -> None:
         """Move tokens within every buffer.

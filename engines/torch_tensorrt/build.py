@@ -96,9 +96,9 @@ def profile_ranges(bundle: Bundle) -> dict[str, Range]:
         "width": video.width // video.spatial_factor,
         "text": video.text_tokens,
     }
-    declared = vars(manifest.shape_ranges)
+    ranges = vars(manifest.shape_ranges)
     return {
-        axis: Range(declared[axis].minimum, size, declared[axis].multiple)
+        axis: Range(ranges[axis].minimum, size, ranges[axis].multiple)
         for axis, size in largest.items()
     }
 

@@ -77,7 +77,7 @@ def plan_config(
         gpus: one instance on each.
         profiles: how many optimization profiles the plan has; the server chooses the one that fits.
     """
-    chosen = ", ".join(f'"{number}"' for number in range(profiles))
+    profile_names = ", ".join(f'"{number}"' for number in range(profiles))
     lines = [
         _HEAD,
         f"name: {_text(name)}",
@@ -86,8 +86,8 @@ def plan_config(
         *_ports("input", inputs),
         *_ports("output", outputs),
         (
-            f"instance_group [ {{ kind: KIND_GPU count: 1 gpus: {_list(gpus)} profile: [ {chosen} ]"
-            " } ]"
+            f"instance_group [ {{ kind: KIND_GPU count: 1 gpus: {_list(gpus)}"
+            f" profile: [ {profile_names} ] }} ]"
         ),
     ]
     return "\n".join(lines) + "\n"

@@ -193,12 +193,12 @@ class TritonPythonModel:
             responses.end()
             self._metrics.count_end("completed")
         except CancelledError:
-            stopped = self._stopping.is_set()
-            code = server.TritonError.UNAVAILABLE if stopped else server.TritonError.CANCELLED
+            is_stopping = self._stopping.is_set()
+            code = server.TritonError.UNAVAILABLE if is_stopping else server.TritonError.CANCELLED
             responses.fail(
                 (
                     "the server is stopping; try again later."
-                    if stopped
+                    if is_stopping
                     else "cancelled on request."
                 ),
                 code,

@@ -98,11 +98,11 @@ def settings_from_parameters(parameters: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "?"
-        known = list(Settings.model_fields)
+        field_names = list(Settings.model_fields)
         if first["type"] == "extra_forbidden":
             raise AnyFlowError(
                 f"config.pbtxt has an unknown parameter {name!r}; allowed are"
-                f" {', '.join(known)}.{suggestion(name, known)}"
+                f" {', '.join(field_names)}.{suggestion(name, field_names)}"
             ) from None
         if first["type"] == "missing":
             raise AnyFlowError(

@@ -103,9 +103,9 @@ def run_calibration(
         settings.checkpoint_path, _checkpoint_key(settings, weights_fingerprint, shift)
     )
     maxima = checkpoint.maxima
-    finished = checkpoint.finished_rollouts
-    rollouts_left = [rollout for rollout in rollouts if rollout.name not in finished]
-    if checkpoint.note or finished:
+    finished_names = checkpoint.finished_rollouts
+    rollouts_left = [rollout for rollout in rollouts if rollout.name not in finished_names]
+    if checkpoint.note or finished_names:
         count = f"{len(rollouts) - len(rollouts_left)} of {len(rollouts)} rollouts"
         settings.notify(checkpoint.note or f"resuming after {count} ({settings.checkpoint_path})")
     if rollouts_left:

@@ -105,12 +105,12 @@ class QuantizationPlan:
         if kind != self.kind:
             return convert_parameter(name, tensor, kind)
         scale = self.constants[weight_scale_name(name)].float()
-        scaled = convert_parameter(name, tensor, "F32").div(
+        values = convert_parameter(name, tensor, "F32").div(
             scale.unsqueeze(1) if scale.ndim else scale
         )
         limit = LARGEST[kind]
         return (
-            (scaled.round_() if kind == "I8" else scaled)
+            (values.round_() if kind == "I8" else values)
             .clamp_(-limit, limit)
             .to(BUNDLE_DTYPES[kind])
         )

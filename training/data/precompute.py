@@ -148,15 +148,15 @@ def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[in
         futures = {pool.submit(_write_shard, job, n, parts[n]): n for n in missing_shards}
         try:
             for future in as_completed(futures):
-                broken = _shard_result(future)
-                skipped_count = skipped_count + len(broken)
+                skipped_lines = _shard_result(future)
+                skipped_count = skipped_count + len(skipped_lines)
                 tried_count = tried_count + len(parts[futures[future]])
-                _append_skipped(job.output, broken)
+                _append_skipped(job.output, skipped_lines)
                 if skipped_count > BROKEN_FREE + BROKEN_SHARE * tried_count:
                     raise AnyFlowError(
                         f"{skipped_count} of {tried_count} videos cannot be used, too many to"
-                        f" continue: {broken[-1]}. {job.output / SKIPPED} lists all. Repair or"
-                        " remove them, and make the shards in another --output."
+                        f" continue: {skipped_lines[-1]}. {job.output / SKIPPED} lists all. Repair"
+                        " or remove them, and make the shards in another --output."
                     )
                 advance(len(parts[futures[future]]))
         except BaseException:
@@ -285,19 +285,19 @@ def _write_shard(job: PrecomputeJob, number: int, clips: list[Path]) -> list[str
     from webdataset import TarWriter
 
     assert _ENCODERS is not None
-    broken: list[str] = []
+    skipped_lines: list[str] = []
     memory = io.BytesIO()
     with TarWriter(memory, encoder=False, mtime=0.0, format="PAX_FORMAT") as writer:
         for path in clips:
             try:
                 tensors = _encode_clip(job, path, _ENCODERS)
             except (AnyFlowError, OSError, ValueError) as error:
-                broken.append(f"{path.relative_to(job.folder)}: {error}")
+                skipped_lines.append(f"{path.relative_to(job.folder)}: {error}")
                 continue
             content = {TENSORS: safetensors.torch.save(tensors), CAPTION: _caption(path).encode()}
             writer.write({"__key__": _key(job.folder, path), **content})
     write_bytes_atomically(job.output / shard_name(number), memory.getvalue())
-    return broken
+    return skipped_lines
 
 
 def _encode_clip(job: PrecomputeJob, path: Path, encoders: Encoders) -> dict[str, torch.Tensor]:
@@ -333,10 +333,10 @@ def _shard_result(future: Future[list[str]]) -> list[str]:
         ) from None
 
 
-def _append_skipped(output: Path, broken: list[str]) -> None:
-    if broken:
+def _append_skipped(output: Path, skipped_lines: list[str]) -> None:
+    if skipped_lines:
         with (output / SKIPPED).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in broken)
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped_lines)
 
 
 def _clips_digest(folder: Path, clips: list[Path]) -> str:

@@ -75,13 +75,14 @@ def estimate_training_memory(recipe: Recipe, a: Architecture, processes: int) ->
     large = number["blocks"] + number["base"]
     small = number["float32"]
     has_adapters = recipe.adapting.lora_rank > 0
-    trained = count_trained_parameters(recipe, a)
+    trained_count = count_trained_parameters(recipe, a)
     learners = 2 if recipe.stage == "on-policy" else 1
     frozen = element * large + 4 * small
-    networks = learners * (frozen + 4 * trained if has_adapters else 4 * trained) + (
+    networks = learners * (frozen + 4 * trained_count if has_adapters else 4 * trained_count) + (
         frozen if learners == 2 and not has_adapters else 0
     )
-    training = learners * 12 * trained + 4 * trained  # gradient and two moments each; one average
+    # A gradient and two moments each, and one average
+    training = learners * 12 * trained_count + 4 * trained_count
     layer = large // a.num_layers
     return TrainingMemory(
         weights=networks // processes,
@@ -93,13 +94,14 @@ def estimate_training_memory(recipe: Recipe, a: Architecture, processes: int) ->
 
 def _activation_bytes(recipe: Recipe, a: Architecture, element: int) -> int:
     tokens = tokens_per_forward(recipe, a)
-    one = recipe.optimizing.micro_batch * 4 * tokens * a.inner_dim
+    layer_input = recipe.optimizing.micro_batch * 4 * tokens * a.inner_dim
     forwards = 3 if recipe.stage == "on-policy" else 1
-    layer = LAYER_TABLES * one + recipe.optimizing.micro_batch * 4 * element * tokens * a.ffn_dim
+    hidden = recipe.optimizing.micro_batch * 4 * element * tokens * a.ffn_dim
+    layer = LAYER_TABLES * layer_input + hidden
     if recipe.running.checkpointing and recipe.running.offload:
-        return one + layer
+        return layer_input + layer
     if recipe.running.checkpointing:
-        return forwards * a.num_layers * one + layer
+        return forwards * a.num_layers * layer_input + layer
     return forwards * a.num_layers * layer
 
 

@@ -62,7 +62,7 @@ class CastLinear(Linear):
     large = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, inputs) of any type to (rows, outputs) of the compute type."""
+        """Multiply (rows, inputs) of any type into (rows, outputs) of the compute type."""
         dtype = self.compute_type
         return F.linear(
             x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
@@ -312,7 +312,8 @@ class TrainingTransformer(FlowMapTransformer):
         x: Tensor | None = self.tokens(embedding, latents)
         times, modulation = self.embed_conditions(t, r)
         text_kv = self.condition_embedder.embed_text(text.flatten(0, 1)).view(*text.shape[:2], -1)
-        ones, present = self.get_buffer("ones"), []
+        ones = self.get_buffer("ones")
+        cache: KVCache = []
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             outputs = "x" if not memory else "both" if index < last else "memory"
@@ -326,9 +327,9 @@ class TrainingTransformer(FlowMapTransformer):
                 spans,
                 outputs,
             )
-            present.append(new_kv)
+            cache.append(new_kv)
         if memory:
-            return present
+            return cache
         assert x is not None
         shift, scale = (
             (self.scale_shift_table + times.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
