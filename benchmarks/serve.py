@@ -114,7 +114,7 @@ def main() -> None:
             bundle = Path(folder) / "bundle"
             save_tiny_pipeline(MODELS["far-tiny"], Path(folder) / "pipeline")
             export_bundle(open_checkpoint(Path(folder) / "pipeline"), bundle)
-        words = [
+        command = [
             sys.executable,
             "-c",
             "from anyflow_deploy.cli.serve import main; main()",
@@ -124,7 +124,7 @@ def main() -> None:
         ]
         log = Path(folder) / "log"
         with log.open("w") as file:
-            server = subprocess.Popen([*words, "--warm-up"], cwd=folder, stderr=file)
+            server = subprocess.Popen([*command, "--warm-up"], cwd=folder, stderr=file)
         try:
             while not (match := re.search(r"on http://(127\.0\.0\.1:\d+)", log.read_text())):
                 if server.poll() is not None:

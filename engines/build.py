@@ -114,7 +114,7 @@ def build_engine(
         destination: folder to write; None for `BUNDLE/engines/BACKEND-LABEL`, where
             the label is the provider or, for tensorrt-rtx, the target.
         overwrite: replace an engine that is there.
-        progress: where progress goes.
+        progress: shows the progress of the work.
         clock: seconds.
 
     Raises:

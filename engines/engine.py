@@ -1,10 +1,10 @@
 """What a backend is: an `Engine` that opens runs, and a `Run` that holds one sample on its way from
 noise to clean.
 
-The split keeps the sampler free of devices. A run owns the state z where its backend wants it (a
-numpy array, a buffer on the GPU), advances it in place, and copies it back only when asked; two
-runs on one engine do not disturb each other. A backend implements these two protocols in its folder
-and has a row in `registry.BACKENDS`.
+With this split the sampler does not depend on devices. A run owns the state z in the form of its
+backend (a numpy array, a buffer on the GPU), advances it in place, and copies it back only in
+`read`. Runs on one engine are independent of each other. A backend implements these two protocols
+in its folder and has a row in `registry.BACKENDS`.
 
 Legend: B batch, F latent frames, C channels, H W latent rows and columns, L text tokens, D text
 channels.

@@ -1,4 +1,4 @@
-"""How far apart two arrays are: the numbers that reports and thresholds speak of."""
+"""Distances between two arrays, for reports and thresholds."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 
-if TYPE_CHECKING:  # they stand on numpy and pydantic
+if TYPE_CHECKING:  # these modules need numpy and pydantic
     from anyflow_deploy.bundle.bundle import Bundle
     from anyflow_deploy.engines.engine import BundleEngine
 

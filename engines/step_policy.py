@@ -197,7 +197,7 @@ class ProgressTracker:
     """Turns steps into the fraction of a video that has been sampled, for any policy.
 
     Args:
-        samples: that are made one after the other: chunks, or 1 for a whole video.
+        samples: number of samples that are generated in turn: chunks, or 1 for a whole video.
     """
 
     def __init__(self, samples: int) -> None:

@@ -188,7 +188,7 @@ def validate(
         steps: step counts of the rollouts.
         shift: of their schedules.
         seed: of the latents and embeddings, standard normal.
-        progress: where progress goes.
+        progress: shows the progress of the work.
         chunks: of a causal model: latent frames of each chunk.
         text: prompt embeddings in place of normal ones: a quantized engine is right only within its
             calibrated ranges.

@@ -131,7 +131,7 @@ def export_bundle(
         weights: a `Checkpoint` or `RandomWeights`.
         output: folder to create.
         settings: see `ExportSettings`.
-        progress: where progress goes.
+        progress: shows the progress of the work.
 
     Raises:
         AnyFlowError: a setting or a weight that cannot be exported, before work starts. Nothing is
@@ -188,7 +188,7 @@ def translate_graph(
         architecture, ranges: see `trace_graph`.
         precision: of everything that is not quantized.
         opset: in `OPSETS`.
-        progress: where progress goes.
+        progress: shows the progress of the work.
     """
     with progress.stage(f"tracing {name}, {architecture.num_layers} layers"):
         graph = trace_graph(name, architecture, ranges, precision, fused=opset == FUSED_OPSET)

@@ -3,7 +3,7 @@
 - reference/commands/: a page for each command, from its options class, which is also what `--help`
   prints.
 - reference/python.md: each name in `anyflow_deploy.__all__`, for mkdocstrings to fill in.
-- explanation/architecture.md: ARCHITECTURE.md, which lives at the top of the repository.
+- explanation/architecture.md: ARCHITECTURE.md, which is at the top of the repository.
 
 Links from a page to a file outside docs/ work on a code host, but not on the site: there they
 become the path as code.

@@ -57,7 +57,7 @@ class CheckpointManager:
     """The checkpoints of one run.
 
     Args:
-        folder: `OUTPUT/checkpoints`; made where missing.
+        folder: `OUTPUT/checkpoints`; created where missing.
         world: the processes that write together.
         keep: how many to keep; the oldest are deleted first.
         asynchronous: return from `save` once tensors are copied, and write in the background.

@@ -55,7 +55,7 @@ class CompiledGraph:
 
     def load_weights(self, weights: TorchWeights) -> None:
         """Give the package its weights, without a copy."""
-        self._shared_weights = weights  # lives as long as this
+        self._shared_weights = weights  # a reference, so that the weights are not released earlier
         self._loader.load_constants(weights.share(self.weights), False, True, True)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:

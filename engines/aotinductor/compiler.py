@@ -58,7 +58,7 @@ def compile_graphs(
         device: torch device.
         writer: of the engine.
         max_autotune: see `AotInductorSettings`.
-        progress: where progress goes.
+        progress: shows the progress of the work.
 
     Raises:
         BackendError: the compiler failed, or there is no space or no memory.

@@ -45,7 +45,7 @@ def build_package(
         axis_ranges: ranges of the axes.
         shapes: least, usual and largest shape of each input, in order.
         writer: of the engine.
-        progress: where progress goes.
+        progress: shows the progress of the work.
 
     Raises:
         BackendError: torch-tensorrt failed.

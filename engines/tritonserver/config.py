@@ -42,8 +42,8 @@ def streaming_config(
         *_ports("input", INPUTS, optional=True),
         *_ports("output", OUTPUTS),
         f"instance_group [ {{ {kind} }} ]",
-        # The server is ready when one video was made: from embeddings, which are taken with and
-        # without a text encoder.
+        # The server is ready when it has generated one video. It is generated from embeddings,
+        # which work with and without a text encoder.
         'model_warmup [ { name: "one video" batch_size: 1 count: 1',
         (
             f'  inputs {{ key: "prompt_embeds" value {{ data_type: TYPE_FP32 dims: {_list(embeds)}'

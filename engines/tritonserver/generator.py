@@ -32,7 +32,7 @@ class GeneratedChunk:
     Attributes:
         index: 0 for the first.
         first_frame: of the video.
-        steps: transitions made for it; a bidirectional video's are all made for its first part.
+        steps: number of its transitions; the first part of a bidirectional video has all of them.
         deadline_met: None without a deadline.
         output: name of the tensor, one of `OUTPUTS`.
         content: the tensor.

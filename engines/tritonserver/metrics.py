@@ -65,7 +65,7 @@ class Metrics:
         Args:
             index: 0 for the first of its video.
             seconds: since the request came, or since the chunk before.
-            steps: transitions made for it.
+            steps: number of its transitions.
             deadline_met: None without a deadline.
         """
         histogram = self._chunk if index else self._first_chunk

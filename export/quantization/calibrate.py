@@ -87,7 +87,7 @@ def run_calibration(
     Args:
         weights: a checkpoint, or random weights.
         settings: see `CalibrationSettings`.
-        progress: where progress goes.
+        progress: shows the progress of the work.
 
     Raises:
         AnyFlowError: a tensor that became infinite or NaN, by name; or ModelOpt is not installed.

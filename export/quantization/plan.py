@@ -174,7 +174,7 @@ def plan_quantization(
         weights, calibration: of one model.
         spec: a quantized precision, complete.
         full_precision_layers: names of layers to keep in the base's precision.
-        progress: where progress goes.
+        progress: shows the progress of the work.
 
     Raises:
         AnyFlowError: a layer without a range in the calibration, a name in `full_precision_layers`
@@ -266,7 +266,7 @@ class _QuantizationPlanner:
             )
 
     def _fold(self, names: Sequence[str], s: Tensor) -> None:
-        """Multiply the layers' columns by s, and divide whatever makes their input.
+        """Multiply the layers' columns by s, and divide the weights that compute their input.
 
         That includes layers kept in full precision.
         """

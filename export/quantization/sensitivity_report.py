@@ -39,7 +39,7 @@ def sensitivity_tables(sensitivity: Sensitivity) -> list[Table]:
     for rank, (name, error) in enumerate(list(sensitivity.layers.items())[:_MAX_LAYERS], 1):
         worst.add_row(str(rank), name, *_cells(error))
     keep_table = Table(
-        "kept high", "quantized", "relative L2", "PSNR", title="all others quantized"
+        "in full precision", "quantized", "relative L2", "PSNR", title="all others quantized"
     )
     for count, error in sensitivity.kept.items():
         keep_table.add_row(str(count), str(len(sensitivity.layers) - count), *_cells(error))
@@ -146,7 +146,7 @@ def _draw_keep_curve(axes: Any, sensitivity: Sensitivity, selected_count: int | 
     axes.set_xticks([p[0] for p in points], [str(p[0]) for p in points])
     total = len(sensitivity.layers)
     axes.set(
-        xlabel=f"worst layers kept high, of {total}",
+        xlabel=f"worst layers in full precision, of {total}",
         ylabel="PSNR of the video, dB",
         title="All others quantized",
     )

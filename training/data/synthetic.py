@@ -39,7 +39,7 @@ as a teacher with seed 0."""
 def scene_latents(seed: int, index: int, shape: tuple[int, int, int, int]) -> Tensor:
     """Return the latents of scene `index`, float32 (F, C, H, W) = `shape`."""
     frames, channels, height, width = shape
-    # The first stands alone
+    # The first latent frame stands for one video frame only
     times = (torch.arange(frames) * TEMPORAL_FACTOR - (TEMPORAL_FACTOR - 1) / 2).clamp(min=0)
     fine = render_scene(make_scene(seed, index), times, 2 * height, 2 * width)
     cells = (
