@@ -88,7 +88,7 @@ BACKENDS = {
             {"cuda": "anyflow-deploy[tensorrt-rtx]"},
             "anyflow_deploy.engines.tensorrt_rtx.settings:TensorRTRtxSettings",
             probes=("TensorRT for RTX", "cuda-python"),
-            timed_on=("cuda",),
+            profiled_providers=("cuda",),
         ),
         Backend(
             "aotinductor",
