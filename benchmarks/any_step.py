@@ -1,20 +1,21 @@
-"""The paper's claim in small: a flow map distilled on policy is good at any number of steps.
+"""A small test of the paper's claim: a flow map distilled on policy is good at any number of steps.
 
     python benchmarks/any_step.py [--work FOLDER] [--processes 2] [--picture
     docs/images/any_step.png] [--tiny]
 
-One tiny teacher learns the synthetic data (moving shapes with captions). From it, at the same cost,
-counted in passes of the network, are distilled
+One tiny teacher learns the synthetic data (moving shapes with captions). Three methods distill it
+at the same cost, counted in passes of the network, each with several seeds:
 
     (a) the full method     a flow map, then on policy
     (b) the flow map alone  the same run, longer
     (c) consistency         distillation, and its usual sampling in several steps
 
-each with several seeds, and their samples of 1, 2, 4 … 32 steps are held against the data, beside
-the teacher's own. (a) and (b) are the project's own trainer; (c) is in any_step_methods.py, the
-distances are in any_step_distance.py.
+Their samples of 1, 2, 4 … 32 steps are compared with the data, as are the teacher's own. (a) and
+(b) use the project's own trainer; (c) is in any_step_methods.py, the distances are in
+any_step_distance.py.
 
-Under 20 minutes on two cores. With --work what is made is kept, and a run that was stopped goes on.
+It takes under 20 minutes on two cores. With --work the files are kept, and a run that was stopped
+resumes.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ Row = tuple[str, int, list[dict[str, float]]]
 
 
 def distill_and_measure(name: str, seed: int, work: Path, size: Size) -> Row:
-    """Train one method with one seed (the teacher is there already), and measure it."""
+    """Train one method with one seed, and measure it.
+
+    The teacher is trained already.
+    """
     runs = {
         "full": methods.full_run,
         "flow-map": methods.flow_map_alone,
@@ -66,10 +70,12 @@ def distill_and_measure(name: str, seed: int, work: Path, size: Size) -> Row:
 
 
 def measure_distances(name: str, seed: int, model: Path, work: Path, size: Size) -> Row:
-    """Distances to the data for each of COUNTS."""
+    """Measure the distances to the data for each of COUNTS."""
     data = load_videos(work, "data")
-    made = (methods.samples(model, SAMPLERS[name], n, data.text, size.shift, seed) for n in COUNTS)
-    return name, seed, [distances(one, data) for one in made]
+    videos = (
+        methods.sample_videos(model, SAMPLERS[name], n, data.text, size.shift, seed) for n in COUNTS
+    )
+    return name, seed, [distances(one, data) for one in videos]
 
 
 def load_videos(work: Path, name: str) -> VideoSet:
@@ -77,7 +83,7 @@ def load_videos(work: Path, name: str) -> VideoSet:
 
 
 def make_executor(processes: int) -> Executor:
-    """Processes of one thread each: matrices this small gain little from a second one."""
+    """Return processes of one thread each: matrices this small gain little from a second one."""
     if processes == 1:
         return ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
     return ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))
@@ -89,16 +95,16 @@ def compare_methods(work: Path, size: Size, processes: int) -> dict[str, Any]:
     methods.teacher_run(work, size)
     seeds = range(size.seeds)
     with make_executor(processes) as pool:
-        begun = [pool.submit(methods.flow_map_run, work, size, seed) for seed in seeds]
+        first_runs = [pool.submit(methods.flow_map_run, work, size, seed) for seed in seeds]
         rows = [pool.submit(distill_and_measure, "consistency", seed, work, size) for seed in seeds]
-        wait(begun)  # what follows goes on from them
+        wait(first_runs)  # the other methods start from them
         rows += [
             pool.submit(distill_and_measure, name, seed, work, size)
             for name in ("full", "flow-map", "teacher")
             for seed in seeds
         ]
-        found = [row.result() for row in rows]
-    by_name = {name: [one for which, _, one in found if which == name] for name in NAMES}
+        results = [row.result() for row in rows]
+    by_name = {name: [one for which, _, one in results if which == name] for name in NAMES}
     table = {
         distance: {
             name: [summary([one[i][distance] for one in by_name[name]]) for i in range(len(COUNTS))]
@@ -113,13 +119,15 @@ def compare_methods(work: Path, size: Size, processes: int) -> dict[str, Any]:
 
 
 def summary(values: list[float]) -> list[float]:
-    """Mean, and standard deviation over seeds."""
+    """Return the mean and the standard deviation over seeds."""
     return [round(statistics.fmean(values), 5), round(statistics.stdev(values), 5)]
 
 
 def claims(table: dict[str, list[list[float]]]) -> dict[str, Any]:
-    """What the paper says, looked up in a table of one distance. "Worse" is by more than both
-    standard deviations together."""
+    """Check the paper's claims in a table of one distance.
+
+    "Worse" means by more than both standard deviations together.
+    """
 
     def worse(later: list[float], earlier: list[float]) -> bool:
         return later[0] - earlier[0] > later[1] + earlier[1]
@@ -135,7 +143,10 @@ def claims(table: dict[str, list[list[float]]]) -> dict[str, Any]:
 
 
 def costs(work: Path, size: Size) -> dict[str, Any]:
-    """Optimizer steps and seconds of every run, and passes a sample of each kind of step."""
+    """Return the optimizer steps and seconds of every run, and the passes for each kind of step.
+
+    The passes are counted for one sample.
+    """
     runs = {
         path.parent.name: methods.read_progress(path.parent)
         for path in sorted(work.glob("*/done.json"))
@@ -147,8 +158,10 @@ def costs(work: Path, size: Size) -> dict[str, Any]:
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
-    """A panel for each distance: lines are means over seeds, bars a standard deviation, the dotted
-    line the floor."""
+    """Draw a panel for each distance.
+
+    Lines are means over seeds, bars a standard deviation, the dotted line the floor.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -199,9 +212,9 @@ def print_table(result: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def work_folder(given: Path | None) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as made:
-        work = given or Path(made)
+def work_folder(folder: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = folder or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         yield work
 
@@ -210,14 +223,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, help="keep what is made here")
+    parser.add_argument("--work", type=Path, help="keep the files in this folder")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--picture", type=Path)
     parser.add_argument(
-        "--tiny", action="store_true", help="seconds, to see that it runs; the numbers mean nothing"
+        "--tiny", action="store_true", help="a test of seconds; the numbers mean nothing"
     )
     options = parser.parse_args()
-    started = time.perf_counter()
+    start = time.perf_counter()
     size = TINY if options.tiny else Size()
     with work_folder(options.work) as work:
         result = compare_methods(work, size, options.processes)
@@ -228,7 +241,7 @@ def main() -> None:
     if options.picture is not None:
         draw(options.picture, result)
     print_table(result)
-    seconds = round(time.perf_counter() - started)
+    seconds = round(time.perf_counter() - start)
     print_result(
         "any_step",
         {"size": dataclasses.asdict(size), "counts": COUNTS, "seconds": seconds, **result},

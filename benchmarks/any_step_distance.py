@@ -1,4 +1,4 @@
-"""How far generated samples are from the data: two distances between sets of latents with captions.
+"""Two distances between sets of latents with captions: generated samples and data.
 
 **Fréchet** distance over fixed random features: two layers of convolutions with random weights,
 averaged over the frame, with a random projection of the caption's embedding beside them, all in
@@ -43,20 +43,20 @@ class VideoSet:
 
 
 def distances(generated: VideoSet, data: VideoSet) -> dict[str, float]:
-    """Both, by name; as many of one as of the other."""
-    found, reference = features(generated), features(data)
+    """Return both distances by name; the sets have the same size."""
+    generated_features, reference = features(generated), features(data)
     unit = reference.std(0)
     # A channel that hardly fires must not decide.
     unit = unit.clamp(min=float(unit[: CHANNELS[1]].median()) / 4)
     return {
-        "frechet": frechet(found / unit, reference / unit),
+        "frechet": frechet(generated_features / unit, reference / unit),
         "sliced_wasserstein": sliced_wasserstein(generated.latents, data.latents),
     }
 
 
 @torch.no_grad()
 def features(videos: VideoSet) -> Tensor:
-    """float64 (N, 80): random, and the same ones always."""
+    """Return random features, float64 (N, 80), the same ones in every run."""
     frames, channels = videos.latents.shape[1:3]
     first = (
         seeded_normal((CHANNELS[0], frames * channels, 3, 3), 0, "features", 1)
@@ -78,21 +78,21 @@ def features(videos: VideoSet) -> Tensor:
 
 
 def frechet(first: Tensor, second: Tensor) -> float:
-    """Between the normal distributions with the means and covariances of two sets (N, K)."""
+    """Return the distance of two normal distributions with the moments of two sets (N, K)."""
     means, covariances = zip(*((x.mean(0), torch.cov(x.T)) for x in (first, second)), strict=True)
     values, vectors = torch.linalg.eigh(covariances[0])
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    shared = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp(min=0).sqrt().sum()
     return float(
         (means[0] - means[1]).square().sum()
         + covariances[0].trace()
         + covariances[1].trace()
-        - 2 * shared
+        - 2 * cross
     )
 
 
 def sliced_wasserstein(first: Tensor, second: Tensor) -> float:
-    """Between two sets of as many latents."""
+    """Return the distance between two sets of latents of the same size."""
     directions = F.normalize(seeded_normal((first[0].numel(), SLICES), 0, "slices"), dim=0)
     a, b = ((x.flatten(1) @ directions).sort(0).values for x in (first, second))
     return float((a - b).square().mean().sqrt())

@@ -1,9 +1,9 @@
-"""What benchmarks/any_step.py compares: the project's own stages at a tiny size, and consistency
-distillation beside them.
+"""The methods that benchmarks/any_step.py compares: our stages at a tiny size, and consistency
+distillation.
 
-Everything of AnyFlow goes through `Trainer` as a run from the command line does, with its
-checkpoints: a benchmark that was stopped goes on. Consistency distillation (Song et al., arXiv
-2303.01469) is the benchmark's own, on the same network, data, optimizer and moving average:
+The stages of AnyFlow run through `Trainer`, as from the command line, with its checkpoints, so a
+benchmark that was stopped resumes. Consistency distillation (Song et al., arXiv 2303.01469) is the
+benchmark's own, on the same network, data, optimizer and moving average:
 
     f(z, t) = z - t/1000 u(z, t, t)       a consistency function: f(z, 0) = z; it starts as
                                           the teacher's guess of what is clean
@@ -12,10 +12,10 @@ checkpoints: a benchmark that was stopped goes on. Consistency distillation (Son
     loss = d(f(z_t, t), sg f(z_r, r))     d is pseudo-Huber, and the target has no average of
                                           its own (arXiv 2310.14189)
 
-Its usual sampler jumps to clean, adds fresh noise for the next lower time, and jumps again.
+Its usual sampler goes to clean, adds new noise for the next lower time, and goes to clean again.
 
-Guidance is off throughout: guided samples are *meant* to differ from the data, so their distance to
-it would say little.
+Guidance is off throughout: guided samples differ from the data on purpose, so their distance to it
+would say little.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ NETWORK = Architecture(
 WHOLE = ChunkPlan((SHAPE[0],))
 ALONE = DistributedContext(0, 1, torch.device("cpu"))
 GRID = 32
-"""Steps between the times of consistency distillation: the most that are sampled with, so it
-samples where it was trained."""
+"""Steps of the grid of consistency distillation. It is the largest number of steps that are
+sampled with, so samples use times that were trained."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,9 @@ TINY = Size(samples=64, judged=16, batch=4, teacher=4, flow_map=2, on_policy=1, 
 
 
 def count_passes(stage_recipe: Recipe) -> dict[str, float]:
-    """Forwards of the network for each sample of an optimizer step, on average; a backward counts
-    as two.
+    """Count the passes of the network for each sample of an optimizer step, on average.
+
+    A backward counts as two.
 
     A flow-map step: one with gradient, two without for the half of the batch with r < t. On policy:
     a roll-out with gradient and one without, three scores, one update of the fake score, and a
@@ -135,14 +136,14 @@ def count_passes(stage_recipe: Recipe) -> dict[str, float]:
 
 
 def settings(stage: str, size: Size, seed: int, **values: Any) -> Recipe:
-    """The tiny recipe of a stage at the benchmark's size."""
+    """Return the tiny recipe of a stage at the benchmark's size."""
     rates = {
         "teacher": size.teacher_rate,
         "flow-map": size.flow_map_rate,
         "on-policy": size.on_policy_rate,
     }
     steps = {"teacher": size.teacher, "flow-map": size.flow_map, "on-policy": size.on_policy}[stage]
-    shared: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "frames": SHAPE[0],
         "height": SHAPE[2],
         "width": SHAPE[3],
@@ -162,16 +163,16 @@ def settings(stage: str, size: Size, seed: int, **values: Any) -> Recipe:
         "checkpoint_every": 1000,
         "keep": 1,
     }
-    return override_recipe(get_recipe(f"{stage}-tiny"), {**shared, **values})
+    return override_recipe(get_recipe(f"{stage}-tiny"), {**defaults, **values})
 
 
 class Shapes:
-    """The synthetic data set's first samples, drawn once and kept in a file: a source."""
+    """A `DataSource` of the synthetic data set's first samples, drawn once and kept in a file."""
 
     def __init__(self, part: DataShard, file: Path) -> None:
-        held = load_file(file)
-        self._latents = held["latents"]
-        self._text = held["text"]
+        tensors = load_file(file)
+        self._latents = tensors["latents"]
+        self._text = tensors["text"]
         self._part = part
         self._position = 0
 
@@ -191,7 +192,7 @@ class Shapes:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._position = int(state["samples"])
 
-    def skipped(self) -> list[str]:
+    def pop_broken_samples(self) -> list[str]:
         return []
 
     def check(self) -> str:
@@ -199,8 +200,11 @@ class Shapes:
 
 
 def prepare(work: Path, size: Size) -> None:
-    """Data to train on (seed 0), data to compare with (seed 1, and seed 2 for the floor), and
-    random weights to start from."""
+    """Write the data and the initial weights.
+
+    The data to train on has seed 0, the data to compare with seed 1, and the data for the floor
+    seed 2.
+    """
     for name, seed, count in (
         ("train", 0, size.samples),
         ("data", 1, size.judged),
@@ -224,72 +228,79 @@ def prepare(work: Path, size: Size) -> None:
 def train_stage(
     work: Path, output: Path, stage_recipe: Recipe, init: Path, teacher: Path | None = None
 ) -> Path:
-    """A run of the project's trainer; the model's folder, at once where it is there already."""
+    """Run the project's trainer, and return the model's folder.
 
-    def opening(_: str, __: Recipe, ___: Weights, part: DataShard) -> Shapes:
+    A finished run is not repeated.
+    """
+
+    def open_shapes(_: str, __: Recipe, ___: Weights, part: DataShard) -> Shapes:
         return Shapes(part, work / "train.safetensors")
 
     request = RunSpec(stage_recipe, output, init, teacher, device="cpu")
     return run_once(
-        output, stage_recipe.optimizing.steps, lambda: Trainer(request, ALONE, opening).run()
+        output, stage_recipe.optimizing.steps, lambda: Trainer(request, ALONE, open_shapes).run()
     )
 
 
 def run_once(output: Path, steps: int, run: Any) -> Path:
-    """The model in a folder, trained so far; `run` makes it where it is not. The seconds that took
-    are kept beside it."""
-    before = read_progress(output)
-    if before["steps"] != steps:
-        started = time.perf_counter()
+    """Return the model's folder; call `run` where it is not trained yet.
+
+    The seconds that took are kept beside it.
+    """
+    previous = read_progress(output)
+    if previous["steps"] != steps:
+        start = time.perf_counter()
         run()
-        now = {
+        progress = {
             "steps": steps,
-            "seconds": round(before["seconds"] + time.perf_counter() - started, 1),
+            "seconds": round(previous["seconds"] + time.perf_counter() - start, 1),
         }
-        (output / "done.json").write_text(json.dumps(now))
+        (output / "done.json").write_text(json.dumps(progress))
     return output / "model"
 
 
 def read_progress(output: Path) -> dict[str, float]:
-    """Optimizer steps that a run finished, and the seconds they took."""
-    note = output / "done.json"
-    found: dict[str, float] = (
-        json.loads(note.read_text()) if note.exists() else {"steps": 0, "seconds": 0}
+    """Return the optimizer steps that a run finished, and the seconds they took."""
+    path = output / "done.json"
+    progress: dict[str, float] = (
+        json.loads(path.read_text()) if path.exists() else {"steps": 0, "seconds": 0}
     )
-    return found
+    return progress
 
 
 def teacher_run(work: Path, size: Size) -> Path:
-    """Flow matching from random weights."""
+    """Train the teacher: flow matching from random weights."""
     return train_stage(work, work / "teacher", settings("teacher", size, 0), work / "start")
 
 
 def flow_map_run(work: Path, size: Size, seed: int) -> Path:
-    """The full method's first part, which is the first part of the flow map alone, too. A copy of
-    the model at this point."""
+    """Train the full method's first part, and return a copy of the model at this point.
+
+    It is also the first part of the flow map alone.
+    """
     output = work / f"flow-map-{seed}"
-    kept = output / "first"
-    if not kept.exists():
+    snapshot = output / "first"
+    if not snapshot.exists():
         model = train_stage(
             work, output, settings("flow-map", size, seed), work / "teacher" / "model"
         )
-        shutil.copytree(model, kept)
-    return kept
+        shutil.copytree(model, snapshot)
+    return snapshot
 
 
 def flow_map_alone(work: Path, size: Size, seed: int) -> Path:
-    """Goes on where `flow_map_run` stopped, for as long as training on policy would cost."""
+    """Continue where `flow_map_run` stopped, at the cost of training on policy."""
     stage_recipe = settings("flow-map", size, seed)
     cost = count_passes(stage_recipe)
     steps = size.flow_map + round(size.on_policy * cost["on-policy"] / cost["flow-map"])
-    longer = settings(
+    recipe = settings(
         "flow-map", size, seed, steps=steps, ema_start=stage_recipe.optimizing.ema_start
     )
-    return train_stage(work, work / f"flow-map-{seed}", longer, work / "teacher" / "model")
+    return train_stage(work, work / f"flow-map-{seed}", recipe, work / "teacher" / "model")
 
 
 def full_run(work: Path, size: Size, seed: int) -> Path:
-    """The full method's second part."""
+    """Train the full method's second part."""
     stage_recipe = settings("on-policy", size, seed)
     return train_stage(
         work,
@@ -301,7 +312,7 @@ def full_run(work: Path, size: Size, seed: int) -> Path:
 
 
 def consistency_run(work: Path, size: Size, seed: int) -> Path:
-    """Consistency distillation at the full method's cost."""
+    """Train consistency distillation at the full method's cost."""
     stage_recipe = settings("flow-map", size, seed)
     cost = count_passes(stage_recipe)
     steps = round(
@@ -337,9 +348,9 @@ def _consistency(work: Path, output: Path, size: Size, base: Recipe, steps: int)
             lower = z - (sigma(t) - sigma(r)) * velocity(
                 teacher, z, t, t, batch.text, WHOLE, EMPTY_CONTEXT
             )
-            target = clean_from(optimizer_state.network, lower, r, batch.text)
+            target = predict_clean(optimizer_state.network, lower, r, batch.text)
         error = (
-            (clean_from(optimizer_state.network, z, t, batch.text) - target)
+            (predict_clean(optimizer_state.network, z, t, batch.text) - target)
             .square()
             .flatten(1)
             .sum(1)
@@ -355,43 +366,43 @@ def _consistency(work: Path, output: Path, size: Size, base: Recipe, steps: int)
         save_pretrained(output, optimizer_state, ALONE, size.shift, "float32", None)
 
 
-def clean_from(network: TrainingTransformer, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
-    """The consistency function f(z, t), t (B)."""
+def predict_clean(network: TrainingTransformer, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """Return the consistency function f(z, t), t (B)."""
     return z - sigma(t) * velocity(network, z, t, t, text, WHOLE, EMPTY_CONTEXT)
 
 
 @torch.no_grad()
-def samples(
+def sample_videos(
     model: Path, sampler: str, count: int, text: Tensor, shift: float, seed: int
 ) -> VideoSet:
-    """Samples of `count` steps for these captions.
+    """Generate samples of `count` steps for these captions.
 
     Args:
-        how: "ode" follows the instantaneous velocity (the teacher), "jumps" is the flow map's own,
-            "noised" is consistency sampling.
+        sampler: "ode" follows the instantaneous velocity (the teacher), "jumps" is that of the flow
+            map, and "noised" is consistency sampling.
     """
     weights = open_checkpoint(model)
     network = build_network(
         NETWORK, {name: weights.read(name) for name in weights.shapes()}, frozen=True
     )
     pairs = list(Schedule.uniform(count, shift).transitions)
-    made = []
+    videos = []
     for number, words in enumerate(text.split(256)):
         z = seeded_normal((len(words), *SHAPE), seed, "judged", number)
         if sampler == "jumps":
             z = rollout(network, z, words, WHOLE, pairs)
         for t, r in pairs if sampler != "jumps" else ():
-            now, after = (torch.full((len(z),), s) for s in (t, r))
+            source, target = (torch.full((len(z),), s) for s in (t, r))
             if sampler == "ode":
-                z = z - (sigma(now) - sigma(after)) * velocity(
-                    network, z, now, now, words, WHOLE, EMPTY_CONTEXT
+                z = z - (sigma(source) - sigma(target)) * velocity(
+                    network, z, source, source, words, WHOLE, EMPTY_CONTEXT
                 )
             else:
-                clean = clean_from(network, z, now, words)
+                clean = predict_clean(network, z, source, words)
                 z = (
-                    add_noise(clean, seeded_normal(z.shape, seed, "again", number, r), after)
+                    add_noise(clean, seeded_normal(z.shape, seed, "again", number, r), target)
                     if r
                     else clean
                 )
-        made.append(z)
-    return VideoSet(torch.cat(made), text)
+        videos.append(z)
+    return VideoSet(torch.cat(videos), text)

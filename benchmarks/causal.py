@@ -1,5 +1,4 @@
-"""A causal clip: our stream against diffusers' AnyFlowFARPipeline, and what a window does to a long
-one.
+"""Our stream of a causal model against diffusers' AnyFlowFARPipeline, and the effect of a window.
 
     python benchmarks/causal.py [--layers 2] [--rounds 3]
 
@@ -9,8 +8,8 @@ one.
 1. The released chunk plan (21 latent frames): whole clips in turn, the same noise and embeddings;
    the ratio is the median of the rounds' ratios. Text encoder and VAE are left out on both sides.
 2. 42 chunks with a window of 8 compressed chunks: seconds of chunk 40 over seconds of chunk 10
-   (medians over rounds and over three neighbours each), with and without the window, and how far
-   the windowed video is from the whole one.
+   (medians over rounds and over three neighbours each), with and without the window, and the
+   distance between the two videos.
 3. Tokens sent through the network for the cache alone, at 480x832: ours against the reference's
   re-encoding.
 
@@ -44,7 +43,7 @@ LONG = (1, *(3,) * 41)
 
 
 def diffusers_pipeline(weights: RandomWeights) -> Any:
-    """diffusers' pipeline around its own transformer with the same weights, and nothing else."""
+    """Return diffusers' pipeline around its own transformer with the same weights."""
     from diffusers import (
         AnyFlowFARPipeline,
         AnyFlowFARTransformer3DModel,
@@ -63,7 +62,7 @@ def diffusers_pipeline(weights: RandomWeights) -> Any:
 
 
 def clips(engine: BundleEngine, pipeline: Any, rounds: int) -> dict[str, Any]:
-    """Whole clips in turn."""
+    """Time whole clips in turn."""
     import torch
 
     latents = noise((1, 21, 16, SIDE, SIDE), 0)
@@ -89,9 +88,9 @@ def clips(engine: BundleEngine, pipeline: Any, rounds: int) -> dict[str, Any]:
     ours()
     for _ in range(rounds):
         for name, work in (("stream", ours), ("diffusers", theirs)):
-            started = time.perf_counter()
+            start = time.perf_counter()
             work()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(time.perf_counter() - start)
     ratios = np.array(times["diffusers"]) / np.array(times["stream"])
     medians = {
         f"{name}_clip_seconds": round(statistics.median(values), 2)
@@ -107,40 +106,45 @@ def clips(engine: BundleEngine, pipeline: Any, rounds: int) -> dict[str, Any]:
 def long_video(
     engine: BundleEngine, window: int | None, rounds: int
 ) -> tuple[list[float], list[np.ndarray]]:
-    """Median seconds of each chunk of a long video, cache writing included, and its latents."""
+    """Return the median seconds of each chunk of a long video, and its latents.
+
+    The seconds include writing the cache.
+    """
     latents = noise((1, sum(LONG), 16, SIDE, SIDE), 0)
     text = noise(TEXT, 1)
     seconds: list[list[float]] = []
     for _ in range(rounds):
         seconds.append([])
-        made = []
-        started = time.perf_counter()
+        chunk_latents = []
+        start = time.perf_counter()
         for chunk in stream(
             engine, latents, text, Schedule.uniform(1), chunk_plan=LONG, window=window
         ):
-            seconds[-1].append(time.perf_counter() - started)
-            made.append(chunk.latents)
-            started = time.perf_counter()
-    return [statistics.median(values) for values in zip(*seconds, strict=True)], made
+            seconds[-1].append(time.perf_counter() - start)
+            chunk_latents.append(chunk.latents)
+            start = time.perf_counter()
+    return [statistics.median(values) for values in zip(*seconds, strict=True)], chunk_latents
 
 
 def growth(seconds: list[float]) -> float:
-    """Chunk 40 over chunk 10, each the median of itself and its neighbours."""
+    """Return the ratio of chunk 40 to chunk 10, each the median of itself and its neighbours."""
     return round(statistics.median(seconds[39:42]) / statistics.median(seconds[9:12]), 3)
 
 
 def reference_tokens(plan: CachePlan) -> int:
-    """Tokens the reference encodes for its cache: after every chunk, all older ones compressed and
-    the last two in full."""
+    """Count the tokens that the reference encodes for its cache.
+
+    After every chunk it encodes all older ones compressed and the last two in full.
+    """
     total = 0
-    for done in range(1, len(plan.chunks)):
-        compressed, full = plan.cached_tokens(done)
+    for count in range(1, len(plan.chunks)):
+        compressed, full = plan.cached_tokens(count)
         total += compressed + full
     return total
 
 
 def main() -> None:
-    """Run it."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -152,9 +156,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         engine = load_engine(export_bundle(weights, Path(folder) / "bundle"))
         result = clips(engine, diffusers_pipeline(weights), options.rounds)
-        windowed, kept = long_video(engine, WINDOW, options.rounds)
-        unlimited, everything = long_video(engine, None, options.rounds)
-    apart = [difference(a, b).relative_l2 for a, b in zip(kept, everything, strict=True)]
+        window_seconds, window_latents = long_video(engine, WINDOW, options.rounds)
+        full_seconds, full_latents = long_video(engine, None, options.rounds)
+    distances = [
+        difference(a, b).relative_l2 for a, b in zip(window_latents, full_latents, strict=True)
+    ]
     plan = cache_plan(MODELS["far-1.3b"].architecture, None, 60, 104)
     print_result(
         "causal",
@@ -163,10 +169,12 @@ def main() -> None:
             "steps": STEPS,
             "rounds": options.rounds,
             **result,
-            "chunk_40_over_10_windowed": growth(windowed),
-            "chunk_40_over_10_unlimited": growth(unlimited),
+            "chunk_40_over_10_windowed": growth(window_seconds),
+            "chunk_40_over_10_unlimited": growth(full_seconds),
             "window": WINDOW,
-            "window_relative_l2_chunk_10_20_40": [round(apart[chunk], 4) for chunk in (10, 20, 40)],
+            "window_relative_l2_chunk_10_20_40": [
+                round(distances[chunk], 4) for chunk in (10, 20, 40)
+            ],
             "cache_tokens_per_clip_480p": plan.encoded_tokens,
             "cache_tokens_per_clip_480p_reference": reference_tokens(plan),
         },

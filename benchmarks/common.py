@@ -1,5 +1,4 @@
-"""What the benchmarks share: the machine's description, peak memory of a child process, and the
-closing JSON line."""
+"""Functions that the benchmarks share."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from anyflow_deploy.doctor.machine import probe_processor
 
 
 def describe_machine() -> dict[str, Any]:
-    """What identifies a measurement: processor, its instructions, cores, memory, versions, date."""
+    """Return what identifies a measurement: processor, cores, memory, versions, date."""
     names = (
         line.split(":")[1].strip()
         for line in _lines("/proc/cpuinfo")
@@ -56,16 +55,17 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def run_process(words: Sequence[str], **options: Any) -> dict[str, Any]:
-    """Run a command; returns its wall seconds, peak resident memory of it and its children (MiB),
-    and standard output.
+def run_process(command: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Run a command, and return its seconds, peak memory (MiB) and standard output.
+
+    The peak is the resident memory of the command and its children.
 
     Raises:
         SystemExit: when it fails, with what it said.
     """
-    started = time.perf_counter()
+    start = time.perf_counter()
     process = subprocess.Popen(
-        list(words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        list(command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
     errors: list[str] = []
     assert process.stderr is not None and process.stdout is not None
@@ -75,9 +75,9 @@ def run_process(words: Sequence[str], **options: Any) -> dict[str, Any]:
     reader.join()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{' '.join(words)} failed:\n{errors[0][-3000:]}")
+        sys.exit(f"{' '.join(command)} failed:\n{errors[0][-3000:]}")
     return {
-        "seconds": time.perf_counter() - started,
+        "seconds": time.perf_counter() - start,
         "peak_mib": usage.ru_maxrss / 1024,
         "output": output,
         "errors": errors[0],
@@ -85,12 +85,12 @@ def run_process(words: Sequence[str], **options: Any) -> dict[str, Any]:
 
 
 def run_python(code: str, *arguments: str) -> dict[str, Any]:
-    """`run_process` for a piece of Python."""
+    """Run a piece of Python like `run_process`."""
     return run_process([sys.executable, "-c", code, *arguments])
 
 
 def gpu_name(device: str) -> str:
-    """What a torch device is called: the GPU's name, or the device itself."""
+    """Return the GPU's name of a torch device, or the device itself."""
     if not device.startswith("cuda"):
         return device
     import torch
@@ -99,5 +99,5 @@ def gpu_name(device: str) -> str:
 
 
 def print_result(name: str, result: dict[str, Any]) -> None:
-    """Print the result as one JSON line, the last."""
+    """Print the result as one JSON line, which is the last."""
     print(json.dumps({"benchmark": name, "machine": describe_machine(), **result}))

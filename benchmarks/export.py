@@ -1,14 +1,13 @@
-"""What an export costs: time and peak memory, against what the disk itself can do.
+"""Measures the time and peak memory of an export, beside a plain copy of the same bytes.
 
     python benchmarks/export.py [--folder DIR]
 
 1. The 14B graph traced and written as ONNX, without weights (limits: 120 s, 2 GiB).
 2. A 1.3B-size checkpoint of random float32 weights (5.7 GB, in shards) exported to fp16 (limit: 3
-   GiB), beside a plain copy: the same number of bytes read and written in blocks and synced, with
-   nothing done to them.
+   GiB), beside a plain copy: the same number of bytes read, written in blocks and synced.
 
-Every measurement is a process of its own; peaks are the operating system's. Needs 15 GB of disk in
---folder.
+Every measurement is a process of its own; peaks are the operating system's. It needs 15 GB of disk
+in --folder.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ started = time.perf_counter()
 from anyflow_deploy import MODELS
 from anyflow_deploy.export.onnx_graph import onnx_from_traced
 from anyflow_deploy.export.trace import trace_graph
-from anyflow_deploy.shape_ranges import widest
+from anyflow_deploy.shape_ranges import widest_ranges
 architecture = MODELS["14b"].architecture
-traced = trace_graph("transition", architecture, widest(architecture), "fp16", fused=False)
-model = onnx_from_traced(traced, 20)
+graph = trace_graph("transition", architecture, widest_ranges(architecture), "fp16", fused=False)
+model = onnx_from_traced(graph, 20)
 assert len(model.graph.initializers) > 1000
 print(time.perf_counter() - started)
 """
@@ -59,7 +58,7 @@ _BLOCK = 64 << 20
 
 
 def save_random_checkpoint(folder: Path, name: str) -> int:
-    """A sharded float32 checkpoint in diffusers' layout; returns its size in bytes."""
+    """Save a sharded float32 checkpoint in diffusers' layout, and return its size in bytes."""
     import torch
 
     from anyflow_deploy import MODELS
@@ -92,29 +91,31 @@ def save_random_checkpoint(folder: Path, name: str) -> int:
     return size
 
 
-def copy_seconds(checkpoint: Path, written: int, folder: Path) -> float:
-    """Read all of the checkpoint and write `written` bytes, synced: what any export has to wait
-    for."""
-    started = time.perf_counter()
+def copy_seconds(checkpoint: Path, bytes_to_write: int, folder: Path) -> float:
+    """Time reading all of the checkpoint and writing `bytes_to_write` bytes, synced.
+
+    Any export takes at least that long.
+    """
+    start = time.perf_counter()
     block = bytearray(_BLOCK)
     with (folder / "copy").open("wb", buffering=0) as target:
         for path in sorted(checkpoint.glob("*.safetensors")):
             with path.open("rb", buffering=0) as source:
                 while count := source.readinto(block):
-                    share = min(count, written)
+                    share = min(count, bytes_to_write)
                     target.write(memoryview(block)[:share])
-                    written -= share
+                    bytes_to_write -= share
         os.fsync(target.fileno())
     (folder / "copy").unlink()
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def main() -> None:
-    """Run it."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, default=None, help="where to put 15 GB for a while")
+    parser.add_argument("--folder", type=Path, default=None, help="folder for 15 GB of files")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     trace = run_python(_TRACE)
@@ -125,9 +126,10 @@ def main() -> None:
         for _ in range(options.rounds):
             export = run_python(_EXPORT, str(folder / "checkpoint"), str(folder / "bundle"))
             stages = json.loads(export["output"])
-            written = (folder / "bundle" / "weights.safetensors").stat().st_size
-            plain = copy_seconds(folder / "checkpoint", written, folder)
-            rounds.append((export["seconds"], export["peak_mib"], stages["writing weights"], plain))
+            bytes_to_write = (folder / "bundle" / "weights.safetensors").stat().st_size
+            copy_time = copy_seconds(folder / "checkpoint", bytes_to_write, folder)
+            writing_time = stages["writing weights"]
+            rounds.append((export["seconds"], export["peak_mib"], writing_time, copy_time))
         seconds, peaks, writing, copies = zip(*rounds, strict=True)
     print_result(
         "export",
@@ -135,7 +137,7 @@ def main() -> None:
             "trace_14b_seconds": round(float(trace["output"]), 1),
             "trace_14b_peak_mib": round(trace["peak_mib"]),
             "checkpoint_bytes": size,
-            "bundle_bytes": written,
+            "bundle_bytes": bytes_to_write,
             "rounds": options.rounds,
             "export_seconds": round(statistics.median(seconds), 1),
             "export_peak_mib": round(max(peaks)),

@@ -1,12 +1,12 @@
-"""The golden vectors of the AnyFlow authors' code through every engine of this machine's GPU.
+"""Compares every engine of this machine's GPU with golden vectors of the AnyFlow authors' code.
 
     python benchmarks/gpu_golden.py --engines aotinductor:fp32,aotinductor:bf16
-    python benchmarks/gpu_golden.py --device cpu --engines onnxruntime:fp32  # does it work?
+    python benchmarks/gpu_golden.py --device cpu --engines onnxruntime:fp32  # a test of the script
 
 For each BACKEND:PRECISION the small golden models of `tests/golden` are exported, built and run:
 velocities, samples of 1, 2, 4, 8 and 13 steps, and streams of the causal model. The result is the
-largest relative distance (L2) from what the authors computed, beside the limit for that precision.
-An engine that cannot run is named with its reason.
+largest relative distance (L2) from the authors' vectors, beside the limit for that precision. For
+an engine that cannot run it is the reason.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ from anyflow_deploy.export.quantization.prompts import PROMPTS, random_prompt_em
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
 LIMITS = {"fp32": 1e-4, "fp16": 5e-3, "bf16": 3e-2, "int8": 0.15, "fp8": 0.15}
-"""Of relative distance, as in the tests: TF32 is off, so float32 differs by the order of sums
-alone."""
+"""Limits of the relative distance, as in the tests. TF32 is off, so float32 results differ only by
+the order of sums."""
 STEPS = (1, 2, 4, 8, 13)
 CAUSAL_STEPS = (1, 2, 8)
 QUANTIZED = ("int8", "fp8")
 
 
 def export_golden(kind: str, precision: str, folder: Path, device: str) -> Bundle:
-    """Export the golden model of a kind, calibrated here where the precision has 8 bits."""
+    """Export the golden model of a kind.
+
+    It is calibrated here where the precision has 8 bits.
+    """
     weights = open_checkpoint(GOLDEN / kind)
     settings = ExportSettings(precision, target="h100" if device.startswith("cuda") else "cpu")
     if precision in QUANTIZED:
@@ -59,7 +62,10 @@ def export_golden(kind: str, precision: str, folder: Path, device: str) -> Bundl
 def open_engine(
     bundle: Bundle, backend: str, provider: str, shapes: tuple[str, ...]
 ) -> tuple[Any, dict[str, Any]]:
-    """Build an engine where its backend compiles, and open it; also what the build achieved."""
+    """Build an engine where its backend compiles, and open it.
+
+    Also returns what the build achieved.
+    """
     achieved: dict[str, Any] = {}
     if BACKENDS[backend].build_settings is not None:
         settings_class = settings_type(backend)
@@ -74,24 +80,24 @@ def open_engine(
 
 def bidirectional_distance(engine: Any, golden: dict[str, Any]) -> dict[str, float]:
     """Return distances of velocities and samples."""
-    found = {}
+    distances = {}
     with engine.start(golden["latents"], golden["text"]) as run:
         velocity = run.velocity(golden["timestep_per_frame"], golden["r_timestep_per_frame"])
-    found["velocity"] = difference(velocity, golden["velocity_per_frame"]).relative_l2
+    distances["velocity"] = difference(velocity, golden["velocity_per_frame"]).relative_l2
     for steps in STEPS:
         latents = sample(engine, golden["latents"], golden["text"], Schedule.uniform(steps))
-        found[f"sample_{steps}"] = difference(latents, golden[f"sample_{steps}"]).relative_l2
-    return found
+        distances[f"sample_{steps}"] = difference(latents, golden[f"sample_{steps}"]).relative_l2
+    return distances
 
 
 def causal_distance(engine: Any, golden: dict[str, Any]) -> dict[str, float]:
     """Return distances of streams."""
-    found = {}
+    distances = {}
     for steps in CAUSAL_STEPS:
         chunks = stream(engine, golden["latents"], golden["text"], Schedule.uniform(steps))
         latents = np.concatenate([chunk.latents for chunk in chunks], axis=1)
-        found[f"stream_{steps}"] = difference(latents, golden[f"sample_{steps}"]).relative_l2
-    return found
+        distances[f"stream_{steps}"] = difference(latents, golden[f"sample_{steps}"]).relative_l2
+    return distances
 
 
 def load_golden(kind: str) -> dict[str, Any]:
@@ -113,13 +119,13 @@ def measure(kind: str, choice: str, folder: Path, device: str) -> dict[str, Any]
     shape = f"{8 * height}x{8 * width}x{4 * frames - 3}:t{golden['text'].shape[1]}" + (
         f":b{batch}" if batch > 1 else ""
     )
-    started = time.perf_counter()
+    start = time.perf_counter()
     bundle = export_golden(kind, precision, folder / f"{kind}-{backend}-{precision}", device)
     engine, achieved = open_engine(
         bundle, backend, "cuda" if device.startswith("cuda") else "cpu", (shape,)
     )
     with closing(engine):
-        ready = time.perf_counter() - started
+        seconds_to_ready = time.perf_counter() - start
         distances = (causal_distance if kind == "causal" else bidirectional_distance)(
             engine, golden
         )
@@ -128,7 +134,7 @@ def measure(kind: str, choice: str, folder: Path, device: str) -> dict[str, Any]
         )
         return {
             "engine": engine.description,
-            "seconds_to_ready": round(ready, 1),
+            "seconds_to_ready": round(seconds_to_ready, 1),
             "achieved": achieved,
             "worst": worst,
             "limit": LIMITS[precision],
@@ -138,7 +144,7 @@ def measure(kind: str, choice: str, folder: Path, device: str) -> dict[str, Any]
 
 
 def main() -> None:
-    """Run every engine on both models; a failure of one is recorded and the others go on."""
+    """Run every engine on both models; if one fails, its error is recorded and the others run."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -166,11 +172,11 @@ def main() -> None:
             for kind in options.kinds.split(","):
                 print(f"{choice} {kind}", flush=True)
                 try:
-                    found = measure(kind, choice, Path(temporary), options.device)
+                    row = measure(kind, choice, Path(temporary), options.device)
                 except (AnyFlowError, ImportError, RuntimeError) as error:
-                    found = {"not_run": str(error).split("\n")[0][:600]}
-                print(f"  {found.get('worst', found.get('not_run'))}", flush=True)
-                result.setdefault(choice, {})[kind] = found
+                    row = {"not_run": str(error).split("\n")[0][:600]}
+                print(f"  {row.get('worst', row.get('not_run'))}", flush=True)
+                result.setdefault(choice, {})[kind] = row
     print_result("gpu_golden", {"device": gpu_name(options.device), "engines": result})
 
 

@@ -1,14 +1,14 @@
-"""Everything that is worth knowing of a GPU in one command, in minutes: `make gpu`.
+"""Runs all benchmarks of a GPU in one command, in minutes: `make gpu`.
 
     python benchmarks/gpu_suite.py --output gpu.json                 # on a machine with a GPU
-    python benchmarks/gpu_suite.py --output gpu.json --tiny --device cpu   # in small, without one
+    python benchmarks/gpu_suite.py --output gpu.json --tiny --device cpu   # toy sizes, on the CPU
 
-It needs torch (2.11 or newer), diffusers, and whatever backends are to be tried. Each part is a
-process of its own with a limit of time, so that a part that crashes or hangs costs only itself; the
+It needs torch (2.11 or newer), diffusers, and the backends to be measured. Each part is a process
+of its own with a time limit, so that a part that crashes or hangs does not affect the others; the
 result file is written again after every part.
 
-First come the parts that are not timed, several at once: golden vectors through every engine, and
-the builds of the large models. Then, one after the other, what is timed: the device's ceilings, a
+The parts that are not timed run first, several at once: golden vectors through every engine, and
+the builds of the large models. The timed parts follow one after the other: the device's ceilings, a
 step and a clip of the 1.3B model beside diffusers, a causal clip, a training step, and the same
 beside torch.compile.
 """
@@ -39,26 +39,28 @@ TAIL = 1500
 
 @dataclass(frozen=True)
 class Part:
-    """One process.
+    """One benchmark process.
 
     Attributes:
         name: in the result.
-        words: script in this folder, and its arguments.
-        limit: seconds after which it is ended.
+        arguments: script in this folder, and its arguments.
+        limit: seconds after which it is killed.
     """
 
     name: str
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     limit: float
 
 
 def list_parts(options: argparse.Namespace, folder: Path) -> tuple[list[Part], list[Part]]:
-    """What runs at once, and what runs alone."""
+    """Return the parts that run at once, and those that run alone."""
     device = ("--device", options.device)
     size = ("--tiny", *device) if options.tiny else device
-    kept = (*size, "--folder", str(folder))
+    folder_options = (*size, "--folder", str(folder))
     rounds = ("--rounds", "1" if options.tiny else "3")
-    whole, causal = options.engines, options.causal_engines
+    whole_part = ("gpu.py", *folder_options, *rounds, "--part", "whole")
+    whole_engines = options.engines
+    causal = options.causal_engines
     cpu = options.device == "cpu"
     golden = [
         Part(f"golden {choice}", ("gpu_golden.py", *device, "--engines", choice), 240)
@@ -67,40 +69,48 @@ def list_parts(options: argparse.Namespace, folder: Path) -> tuple[list[Part], l
     ]
     builds = [
         *(
-            Part(f"build {c}", ("gpu.py", *kept, "--part", "build-whole", "--engines", c), 300)
-            for c in whole.split(",")
+            Part(
+                f"build {c}",
+                ("gpu.py", *folder_options, "--part", "build-whole", "--engines", c),
+                300,
+            )
+            for c in whole_engines.split(",")
         ),
         *(
             Part(
                 f"build causal {c}",
-                ("gpu.py", *kept, "--part", "build-causal", "--engines", c),
+                ("gpu.py", *folder_options, "--part", "build-causal", "--engines", c),
                 300,
             )
             for c in causal.split(",")
         ),
     ]
     width = ("--width", "half" if cpu else "1.3b", "--compute", "float32" if cpu else "bfloat16")
-    timed = [
+    timed_parts = [
         Part("ceilings", ("gpu.py", *size, *rounds, "--part", "ceilings"), 60),
         Part(
             "whole",
-            ("gpu.py", *kept, *rounds, "--part", "whole", "--engines", whole, "--skip-compile"),
+            (*whole_part, "--engines", whole_engines, "--skip-compile"),
             120,
         ),
-        Part("causal", ("gpu.py", *kept, *rounds, "--part", "causal", "--engines", causal), 90),
+        Part(
+            "causal",
+            ("gpu.py", *folder_options, *rounds, "--part", "causal", "--engines", causal),
+            90,
+        ),
         Part(
             "train_step",
             ("train_step.py", *device, *rounds, *width, "--layers", "1" if options.tiny else "4"),
             60,
         ),
     ]
-    compiled = Part(
+    compile_part = Part(
         "whole beside torch.compile",
-        ("gpu.py", *kept, *rounds, "--part", "whole", "--engines", whole),
+        (*whole_part, "--engines", whole_engines),
         240,
     )
     if not cpu:
-        timed.append(compiled)
+        timed_parts.append(compile_part)
     if options.rtx or importlib.util.find_spec("tensorrt_rtx_bindings"):
         rtx = ("--rtx", "current")
         precisions = "tensorrt:fp32,tensorrt:fp16,tensorrt:bf16,tensorrt:fp8"
@@ -124,7 +134,7 @@ def list_parts(options: argparse.Namespace, folder: Path) -> tuple[list[Part], l
         golden.append(Part("golden TensorRT for RTX portable", portable, 120))
         step = (
             "gpu.py",
-            *kept,
+            *folder_options,
             *rtx,
             *rounds,
             "--part",
@@ -133,25 +143,25 @@ def list_parts(options: argparse.Namespace, folder: Path) -> tuple[list[Part], l
             "tensorrt:bf16",
             "--skip-compile",
         )
-        timed.insert(2, Part("whole TensorRT for RTX", step, 240))
-    skipped = options.skip.split(",")
+        timed_parts.insert(2, Part("whole TensorRT for RTX", step, 240))
+    skip_names = options.skip.split(",")
     return (
-        [p for p in (*golden, *builds) if p.name.split(" ")[0] not in skipped],
-        [p for p in timed if p.name not in skipped],
+        [p for p in (*golden, *builds) if p.name.split(" ")[0] not in skip_names],
+        [p for p in timed_parts if p.name not in skip_names],
     )
 
 
-def run_part(part: Part, left: float, logs: Path) -> dict[str, Any]:
-    """Run a part; returns its JSON, or why there is none."""
-    limit = min(part.limit, left)
+def run_part(part: Part, seconds_left: float, logs: Path) -> dict[str, Any]:
+    """Run a part, and return its JSON, or the reason why there is none."""
+    limit = min(part.limit, seconds_left)
     if limit < 5:
         return {"not_run": "no time was left"}
-    started = time.monotonic()
+    start = time.monotonic()
     log = logs / f"{part.name.replace(' ', '_').replace(':', '_')}.log"
     with log.open("w+b") as file:
-        words = [sys.executable, str(HERE / part.words[0]), *part.words[1:]]
+        command = [sys.executable, str(HERE / part.arguments[0]), *part.arguments[1:]]
         process = subprocess.Popen(
-            words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             status: int | None = process.wait(limit)
@@ -159,7 +169,7 @@ def run_part(part: Part, left: float, logs: Path) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             status = None
-    seconds = round(time.monotonic() - started, 1)
+    seconds = round(time.monotonic() - start, 1)
     text = log.read_text(errors="replace")
     lines = [line for line in text.splitlines() if line.startswith('{"benchmark"')]
     if status == 0 and lines:
@@ -174,14 +184,14 @@ def run_part(part: Part, left: float, logs: Path) -> dict[str, Any]:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write the result so far, whole."""
+    """Write the results so far atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(result, indent=1))
     partial.replace(path)
 
 
 def describe_gpu() -> str:
-    """Return what nvidia-smi says of the GPU and its driver."""
+    """Return nvidia-smi's description of the GPU and its driver."""
     query = [
         "nvidia-smi",
         "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit",
@@ -198,9 +208,9 @@ def describe_gpu() -> str:
 def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run every part."""
     begin = time.monotonic()
-    left = lambda: options.budget - (time.monotonic() - begin)  # noqa: E731
+    seconds_left = lambda: options.budget - (time.monotonic() - begin)  # noqa: E731
     logs = options.output.parent
-    together, alone = list_parts(options, folder)
+    untimed_parts, timed_parts = list_parts(options, folder)
     parts: dict[str, Any] = {}
     result = {
         "benchmark": "gpu_suite",
@@ -209,29 +219,33 @@ def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "parts": parts,
     }
     with ThreadPoolExecutor(options.jobs) as pool:
-        futures = {part.name: pool.submit(run_part, part, left(), logs) for part in together}
+        futures = {
+            part.name: pool.submit(run_part, part, seconds_left(), logs) for part in untimed_parts
+        }
         for name, future in futures.items():
             parts[name] = future.result()
-            print(f"{left():6.0f} s left  {name}: {summarize(parts[name])}", flush=True)
+            print(f"{seconds_left():6.0f} s left  {name}: {summarize(parts[name])}", flush=True)
             write_result(options.output, result)
-    for part in alone:
-        parts[part.name] = run_part(part, left(), logs)
-        print(f"{left():6.0f} s left  {part.name}: {summarize(parts[part.name])}", flush=True)
+    for part in timed_parts:
+        parts[part.name] = run_part(part, seconds_left(), logs)
+        print(
+            f"{seconds_left():6.0f} s left  {part.name}: {summarize(parts[part.name])}", flush=True
+        )
         write_result(options.output, result)
     result["seconds"] = round(time.monotonic() - begin, 1)
     write_result(options.output, result)
     return result
 
 
-def summarize(found: dict[str, Any]) -> str:
+def summarize(result: dict[str, Any]) -> str:
     """Return one line for the screen."""
-    if "not_run" in found:
-        return f"{found['not_run']}: {found.get('output', '')[-300:]!r}"
-    rest = {key: value for key, value in found.items() if key not in ("benchmark", "seconds")}
-    return f"{found['seconds']} s {json.dumps(rest)[:700]}"
+    if "not_run" in result:
+        return f"{result['not_run']}: {result.get('output', '')[-300:]!r}"
+    rest = {key: value for key, value in result.items() if key not in ("benchmark", "seconds")}
+    return f"{result['seconds']} s {json.dumps(rest)[:700]}"
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Read the arguments, run, print the result as one JSON line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -263,7 +277,7 @@ def main(words: Sequence[str] | None = None) -> None:
         action="store_true",
         help="try TensorRT for RTX even if it does not seem to be installed",
     )
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         result = run_all(options, options.folder or Path(temporary))

@@ -1,12 +1,11 @@
-"""What a transition really takes in ONNX Runtime on the CPU, against what
-`anyflow_deploy/memory/estimate.py` says.
+"""Compares a transition's memory in ONNX Runtime on the CPU with our estimate of it.
 
     python benchmarks/memory.py [--model 1.3b] [--layers 2] [--precision fp32]
 
-The model's width with a few layers, random weights. Each shape runs in a process of its own, two
-steps; the highest resident memory during the steps, less what the loaded model took, is compared
-with the estimate's activations and margin. Linux only: the peak is reset between loading and
-running through /proc.
+The estimate is that of `anyflow_deploy/memory/estimate.py`. The model has its real width, few
+layers and random weights. Each shape runs in a process of its own, two steps; the highest resident
+memory during the steps, less that of the loaded model, is compared with the estimate's activations
+and margin. Linux only: the peak is reset between loading and running through /proc.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from anyflow_deploy.checkpoints.weights import Weights
 
 AMAX = 6.0
-"""Of every activation: what a range is does not change what its layer takes."""
+"""The range of every activation. Its value does not change the memory of a layer."""
 
 SHAPES = (
     LatentShape(1, 30, 52),
@@ -63,8 +62,8 @@ print(json.dumps({"weights": loaded - empty, "activations": now("VmHWM") - loade
 """
 
 
-def by_hand(weights: Weights) -> Calibration:
-    """The same range for all activations."""
+def constant_calibration(weights: Weights) -> Calibration:
+    """Return a calibration with the same range for all activations."""
 
     a = weights.architecture
     return Calibration(
@@ -84,7 +83,7 @@ def by_hand(weights: Weights) -> Calibration:
 
 
 def main() -> None:
-    """Run it."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -101,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         weights = RandomWeights(a, options.model)
-        calibration = by_hand(weights) if options.precision in EIGHT_BIT else None
+        calibration = constant_calibration(weights) if options.precision in EIGHT_BIT else None
         export_bundle(
             weights,
             bundle,
@@ -109,17 +108,17 @@ def main() -> None:
         )
         for shape in SHAPES:
             sizes = (shape.frames, shape.height, shape.width)
-            seen = json.loads(run_python(_ONE, str(bundle), *map(str, sizes))["output"])
+            memory = json.loads(run_python(_ONE, str(bundle), *map(str, sizes))["output"])
             need = estimate_memory(a, options.precision, TARGETS["cpu"], shape)
-            estimated = need.activations + need.workspace - RUNTIME
+            estimate = need.activations + need.workspace - RUNTIME
             rows.append(
                 {
                     "tokens": shape.tokens(a),
-                    "weights_mb": round(seen["weights"] / 1e6),
+                    "weights_mb": round(memory["weights"] / 1e6),
                     "estimated_weights_mb": round(need.weights / 1e6),
-                    "activations_mb": round(seen["activations"] / 1e6),
-                    "estimated_activations_mb": round(estimated / 1e6),
-                    "deviation": round(estimated / seen["activations"] - 1, 3),
+                    "activations_mb": round(memory["activations"] / 1e6),
+                    "estimated_activations_mb": round(estimate / 1e6),
+                    "deviation": round(estimate / memory["activations"] - 1, 3),
                 }
             )
     print_result("memory", {**vars(options), "rows": rows})

@@ -1,4 +1,4 @@
-"""Precisions side by side: how far from float32, how large, how fast.
+"""Compares precisions: the distance from float32, the size, and the speed.
 
     python benchmarks/precision.py [--models tiny,golden,wide] [--rounds 7]
 
@@ -58,15 +58,17 @@ SIZES = {"tiny": (3, 8, 12), "golden": (3, 12, 20), "wide": (2, 16, 24)}
 
 
 def weights_of(name: str) -> Weights:
-    """The models of the table."""
+    """Return the weights of a model of the table."""
     if name == "golden":
         return open_checkpoint(GOLDEN)
-    base = MODELS["tiny" if name == "tiny" else "1.3b"].architecture
-    return RandomWeights(base if name == "tiny" else dataclasses.replace(base, num_layers=2), name)
+    if name == "tiny":
+        return RandomWeights(MODELS["tiny"].architecture, name)
+    architecture = dataclasses.replace(MODELS["1.3b"].architecture, num_layers=2)
+    return RandomWeights(architecture, name)
 
 
 def simple_variants(calibration: Calibration) -> dict[str, ExportSettings]:
-    """The rows of the table that need no choice of layers."""
+    """Return the rows of the table that need no choice of layers."""
     return {
         "fp32": ExportSettings(),
         "fp16": ExportSettings("fp16"),
@@ -79,13 +81,15 @@ def simple_variants(calibration: Calibration) -> dict[str, ExportSettings]:
 def variants(
     weights: Weights, calibration: Calibration, shape: tuple[int, int, int, int]
 ) -> dict[str, ExportSettings]:
-    """All rows."""
+    """Return all rows."""
     settings = SensitivitySettings(
         random_prompt_embeds(weights, ("probe",)).prompt_embeds, shape, (1, 4)
     )
-    found = measure_sensitivity(SensitivityAnalyzer(weights, calibration, "fp8", settings))
+    sensitivity = measure_sensitivity(SensitivityAnalyzer(weights, calibration, "fp8", settings))
     rows = simple_variants(calibration)
-    full_precision_layers = select_full_precision_layers(found, keep_layers=len(found.layers) // 6)
+    full_precision_layers = select_full_precision_layers(
+        sensitivity, keep_layers=len(sensitivity.layers) // 6
+    )
     return {
         **rows,
         "fp8, kept": dataclasses.replace(
@@ -97,7 +101,7 @@ def variants(
 def run_rollouts(
     engine: Engine, latents: Array, text: Array, steps: tuple[int, ...] = STEPS
 ) -> dict[str, Array]:
-    """One velocity, and whole samples."""
+    """Compute one velocity, and whole samples."""
     with engine.start(latents, text) as run:
         velocity = run.velocity(900, 500)
     return {
@@ -109,7 +113,7 @@ def run_rollouts(
 def distances(
     weights: Weights, calibration: Calibration, shape: tuple[int, int, int, int], folder: Path
 ) -> dict[str, Any]:
-    """Every precision of one model against diffusers."""
+    """Compare every precision of one model with diffusers."""
     latents = noise((1, *shape), 7)
     text = random_prompt_embeds(weights, ("measured",)).prompt_embeds
     expected = run_rollouts(DiffusersEngine(weights), latents, text)
@@ -117,9 +121,9 @@ def distances(
     for name, settings in variants(weights, calibration, shape).items():
         print(f"  {name}", flush=True)
         bundle = export_bundle(weights, folder / name.replace(", ", "-"), settings)
-        made = run_rollouts(load_engine(bundle), latents, text)
+        results = run_rollouts(load_engine(bundle), latents, text)
         rows[name] = {
-            key: float(f"{difference(made[key], expected[key]).relative_l2:.3g}")
+            key: float(f"{difference(results[key], expected[key]).relative_l2:.3g}")
             for key in expected
         }
         rows[name]["megabytes"] = round(
@@ -128,7 +132,7 @@ def distances(
         rows[name]["flops_8_bit"] = bundle.manifest.achieved.quantized_flops
         if settings.calibration is not None:
             rows[name]["agreement"] = measure_agreement(
-                bundle, weights, settings, latents, text, made
+                bundle, weights, settings, latents, text, results
             )
     return rows
 
@@ -139,10 +143,12 @@ def measure_agreement(
     s: ExportSettings,
     latents: Array,
     text: Array,
-    made: dict[str, Array],
+    results: dict[str, Array],
 ) -> dict[str, float]:
-    """How far ONNX Runtime is from the same rounding in PyTorch: the whole, and the worst product
-    alone."""
+    """Measure the distance of ONNX Runtime to the same rounding in PyTorch.
+
+    It is measured for the whole network, and for the worst product alone.
+    """
     assert s.calibration is not None
     spec = resolve_precision(s.precision, "fp32", s.target, smooth=s.smooth)
     plan = plan_quantization(weights, s.calibration, spec, s.full_precision_layers, NullProgress())
@@ -155,21 +161,26 @@ def measure_agreement(
         s.full_precision_layers,
         plan.smooth,
     )
-    theirs = run_rollouts(engine, latents, text, steps=(4,))
-    found = {key: difference(made[key], values).relative_l2 for key, values in theirs.items()}
-    alone = compare_products(
+    reference = run_rollouts(engine, latents, text, steps=(4,))
+    network_distances = {
+        key: difference(results[key], values).relative_l2 for key, values in reference.items()
+    }
+    product_distances = compare_products(
         bundle, engine, plan.smooth, lambda e: e.start(latents, text).velocity(900, 500)
     )
     return {
         key: float(f"{value:.3g}")
-        for key, value in {**found, "products": max(alone.values())}.items()
+        for key, value in {
+            **network_distances,
+            "products": max(product_distances.values()),
+        }.items()
     }
 
 
 def speed(
     weights: Weights, settings: ExportSettings, folder: Path, rounds: int
 ) -> dict[str, float]:
-    """Seconds of a transition, and how many times as fast as diffusers, which takes turns with it.
+    """Time a transition in turn with diffusers, and return the seconds and the speedup.
 
     One precision at a time: the idle threads of several ONNX Runtime sessions wait actively and
     would slow each other.
@@ -177,23 +188,26 @@ def speed(
     latents, text = noise(SHAPE, 0), noise(TEXT, 1)
     engine = load_engine(export_bundle(weights, folder, settings))
     ours = engine.start(latents, text)
-    theirs = DiffusersEngine(weights).start(latents, text)
+    reference = DiffusersEngine(weights).start(latents, text)
     times: list[tuple[float, float]] = []
     for _ in range(rounds + 2):  # ONNX Runtime's arena settles in two runs
         times.append(
-            (seconds(lambda: ours.velocity(900, 500)), seconds(lambda: theirs.velocity(900, 500)))
+            (
+                seconds(lambda: ours.velocity(900, 500)),
+                seconds(lambda: reference.velocity(900, 500)),
+            )
         )
-    own, base = np.array(times[2:]).T
+    engine_times, diffusers_times = np.array(times[2:]).T
     return {
-        "seconds": round(float(np.median(own)), 3),
-        "diffusers_seconds": round(float(np.median(base)), 3),
-        "speedup": round(float(np.median(base / own)), 2),
-        "speedup_min": round(float((base / own).min()), 2),
+        "seconds": round(float(np.median(engine_times)), 3),
+        "diffusers_seconds": round(float(np.median(diffusers_times)), 3),
+        "speedup": round(float(np.median(diffusers_times / engine_times)), 2),
+        "speedup_min": round(float((diffusers_times / engine_times).min()), 2),
     }
 
 
 def main() -> None:
-    """Run it."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

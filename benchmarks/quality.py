@@ -1,11 +1,11 @@
-"""Does the distance between two tries say how far a sample is from the limit?
+"""Tests whether the distance between two candidates tells how far a sample is from the limit.
 
     python benchmarks/quality.py [--picture docs/images/quality.png]
 
 On four small models (the golden ones, whose network is the AnyFlow authors', and the tiny
-pipelines; all weights random) samples are made in 1, 2, 4 … 64 steps from three noises. The
-estimate is the distance to half as many steps, the truth the distance to 256. For causal models it
-also says how well the first chunk speaks for the others.
+pipelines; all weights random) samples are generated in 1, 2, 4 … 64 steps from three noises. The
+estimate is the distance to half as many steps, the truth the distance to 256 steps. For causal
+models it also measures how far the first chunk's error is from that of the others.
 """
 
 from __future__ import annotations
@@ -55,42 +55,45 @@ def engines(folder: Path) -> dict[str, Engine]:
     }
 
 
-def chunks(engine: Engine, seed: int, course: Schedule | AdaptiveSteps) -> list[Array]:
-    """All chunks of a video; a bidirectional model has one."""
+def chunks(engine: Engine, seed: int, policy: Schedule | AdaptiveSteps) -> list[Array]:
+    """Generate all chunks of a video; a bidirectional model has one."""
     a = engine.architecture
     text = noise((1, 16, a.text_dim), seed + 100)
     if a.chunk_partition is None:
-        return [sample(engine, noise((1, 3, a.in_channels, 8, 12), seed), text, course)]
+        return [sample(engine, noise((1, 3, a.in_channels, 8, 12), seed), text, policy)]
     return [
         c.latents
         for c in stream(
-            engine, noise((1, sum(CHUNKS), a.in_channels, 8, 8), seed), text, course, CHUNKS
+            engine, noise((1, sum(CHUNKS), a.in_channels, 8, 8), seed), text, policy, CHUNKS
         )
     ]
 
 
 def measure_tracking(engine: Engine) -> dict[str, Any]:
-    """Estimate and truth by steps (medians), the range of their ratio, and the first chunk against
-    the others."""
+    """Compare estimate and truth for each number of steps.
+
+    Also returns the range of their ratio, and the first chunk's deviation from the others.
+    """
     runs = [
         {n: chunks(engine, seed, Schedule.uniform(n)) for n in (*COUNTS, LIMIT)} for seed in SEEDS
     ]
-    rows, ratios, spread = [], [], 0.0
+    rows = []
+    ratios: list[float] = []
+    spread = 0.0
     for steps in COUNTS[1:]:
-        found = [
+        distances = [
             [
                 (difference(*pair), difference(pair[1], limit))
                 for *pair, limit in zip(run[steps // 2], run[steps], run[LIMIT], strict=True)
             ]
             for run in runs
         ]
-        every = [pair for run in found for pair in run]
-        ratios += [estimate.relative_l2 / true.relative_l2 for estimate, true in every]
-        spread = max(
-            [spread, *(abs(run[0][1].psnr_db - true.psnr_db) for run in found for _, true in run)]
-        )
+        pairs = [pair for run in distances for pair in run]
+        ratios += [estimate.relative_l2 / true.relative_l2 for estimate, true in pairs]
+        spreads = [abs(run[0][1].psnr_db - true.psnr_db) for run in distances for _, true in run]
+        spread = max([spread, *spreads])
         numbers = zip(
-            *((e.relative_l2, t.relative_l2, e.psnr_db, t.psnr_db) for e, t in every), strict=True
+            *((e.relative_l2, t.relative_l2, e.psnr_db, t.psnr_db) for e, t in pairs), strict=True
         )
         rows.append((steps, *(round(statistics.median(column), 4) for column in numbers)))
     return {
@@ -101,13 +104,13 @@ def measure_tracking(engine: Engine) -> dict[str, Any]:
 
 
 def measure_selection(engine: Engine) -> dict[int, list[int]]:
-    """Steps that a target picks, and all transitions that took."""
-    found = {}
+    """Return the steps that each target selects, and all transitions that took."""
+    selection = {}
     for target in TARGETS:
-        picks: list[AdaptiveResult] = []
-        chunks(engine, 0, AdaptiveSteps(target, on_end=picks.append))
-        found[target] = [picks[0].steps, picks[0].transitions]
-    return found
+        results: list[AdaptiveResult] = []
+        chunks(engine, 0, AdaptiveSteps(target, on_end=results.append))
+        selection[target] = [results[0].steps, results[0].transitions]
+    return selection
 
 
 def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
@@ -154,8 +157,8 @@ def main() -> None:
         print(
             "  "
             + ", ".join(
-                f"{target} dB: {steps} steps, {made} made"
-                for target, (steps, made) in result["picked"].items()
+                f"{target} dB: {steps} steps, {transitions} transitions"
+                for target, (steps, transitions) in result["picked"].items()
             )
         )
     if options.picture is not None:

@@ -1,8 +1,8 @@
-"""TensorRT for RTX under the name of TensorRT, so that our TensorRT backend runs on it unchanged.
+"""Makes `import tensorrt` import TensorRT for RTX, so that our TensorRT backend runs on it.
 
-Imported before `anyflow_deploy.engines.tensorrt…`. It exists until the backend `tensorrt-rtx` does:
-TensorRT for RTX has no timing cache to keep (kernels are made when an engine is opened), and builds
-for the GPU at hand when asked for `CURRENT`.
+Import it before `anyflow_deploy.engines.tensorrt…`. It is needed until there is a backend
+`tensorrt-rtx`. TensorRT for RTX has no timing cache (kernels are compiled when an engine is
+opened), and builds for the GPU of this machine with `CURRENT`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 
 def use_tensorrt_rtx(current: bool = True) -> str:
-    """Make `import tensorrt` mean TensorRT for RTX; returns its version.
+    """Make `import tensorrt` import TensorRT for RTX, and return its version.
 
     Args:
-        current: build for the GPU at hand; False builds the portable engine (compute capability 8.0
-            and later).
+        current: build for the GPU of this machine; False builds the portable engine (compute
+            capability 8.0 and later).
 
     Raises:
         ImportError: it is not installed.
@@ -27,9 +27,9 @@ def use_tensorrt_rtx(current: bool = True) -> str:
     from anyflow_deploy.engines.tensorrt.build import builder, timing_cache
 
     def do_nothing(*_: Any) -> None:
-        """There is nothing to time."""
+        """Replace the timing cache, which TensorRT for RTX does not have."""
 
-    builder._check_graphs = do_nothing  # type: ignore[assignment]  # its table knows TensorRT's releases alone
+    builder._check_graphs = do_nothing  # type: ignore[assignment]  # its table has TensorRT's releases only
     timing_cache.TimingCache.attach = timing_cache.TimingCache.save = do_nothing  # type: ignore[method-assign]
     configure = builder._GraphBuild._configure
 

@@ -1,11 +1,11 @@
-"""What the HTTP service costs beside the video itself, and whether it grows.
+"""Measures the overhead of the HTTP service, and whether its memory grows.
 
     python benchmarks/serve.py [BUNDLE] [--videos 100]
 
-Starts `anyflow-serve` on a bundle (without one: a tiny causal pipeline, random weights) and makes
-short videos one after the other, each watched through its WebSocket while another thread polls. The
-overhead of a video is what the client waits, from its request to the end of the stream, less what
-the server says that text, steps, VAE and mp4 took.
+It starts `anyflow-serve` on a bundle (without one: a tiny causal pipeline, random weights) and
+generates short videos one after the other, each watched through its WebSocket while another thread
+polls. The overhead of a video is the time that the client waits, from its request to the end of the
+stream, less the time that the server reports for text, steps, VAE and mp4.
 """
 
 from __future__ import annotations
@@ -36,35 +36,35 @@ SHORT = {"prompt": "a red fox", "num_frames": 17, "num_inference_steps": 2, "see
 
 
 TENTHS = 10
-"""How often the server's memory is read: whether it grows without end shows in a row of numbers,
-not in two."""
+"""How often the server's memory is read. A row of numbers shows whether it grows without bound, two
+would not."""
 
 
 def watch_video(url: str, client: httpx.Client) -> tuple[float, float, dict[str, Any]]:
-    """Seconds to the first chunk and to the end, as the client sees them, and the video as it
-    ended."""
-    started, first = time.perf_counter(), 0.0
+    """Generate a video; return the seconds to its first chunk and to its end, and the video."""
+    start = time.perf_counter()
+    first = 0.0
     name = client.post("/v1/videos", json=SHORT).raise_for_status().json()["id"]
     with connect(f"ws://{url}/v1/videos/{name}/stream") as socket:
         for message in socket:
             if isinstance(message, bytes):
-                first = first or time.perf_counter() - started
-            elif (news := json.loads(message))["type"] == "end":
-                ended = time.perf_counter() - started
+                first = first or time.perf_counter() - start
+            elif (event := json.loads(message))["type"] == "end":
+                end = time.perf_counter() - start
     client.delete(f"/v1/videos/{name}")
-    return first, ended, news["video"]
+    return first, end, event["video"]
 
 
 def resident_mb(pid: int) -> float:
-    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) / 1024 if found else 0.0
+    match = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(match[1]) / 1024 if match else 0.0
 
 
 def poll_list(client: httpx.Client, times: list[float], stop: threading.Event) -> None:
     while not stop.wait(0.05):
-        started = time.perf_counter()
+        start = time.perf_counter()
         client.get("/v1/videos?limit=1")
-        times.append(time.perf_counter() - started)
+        times.append(time.perf_counter() - start)
 
 
 def measure_overhead(url: str, pid: int, count: int) -> dict[str, Any]:
@@ -86,12 +86,12 @@ def measure_overhead(url: str, pid: int, count: int) -> dict[str, Any]:
                 resident.append(resident_mb(pid))
         stop.set()
         thread.join()
-    overhead = sorted(ended - video["timings"]["total"] for _, ended, video in runs)
+    overhead = sorted(end - video["timings"]["total"] for _, end, video in runs)
     late = sorted(first - video["timings"]["first_frame"] for first, _, video in runs)
     polls.sort()
     return {
         "videos": count,
-        "video_s": round(statistics.median(ended for _, ended, _ in runs), 4),
+        "video_s": round(statistics.median(end for _, end, _ in runs), 4),
         "overhead_ms": {"p50": _ms(overhead, 0.5), "p99": _ms(overhead, 0.99)},
         "first_chunk_later_ms": {"p50": _ms(late, 0.5), "p99": _ms(late, 0.99)},
         "poll_while_working_ms": {"p50": _ms(polls, 0.5), "p99": _ms(polls, 0.99)},
@@ -99,8 +99,8 @@ def measure_overhead(url: str, pid: int, count: int) -> dict[str, Any]:
     }
 
 
-def _ms(ordered: list[float], share: float) -> float:
-    return round(1000 * ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2)
+def _ms(values: list[float], share: float) -> float:
+    return round(1000 * values[min(len(values) - 1, int(share * len(values)))], 2)
 
 
 def main() -> None:
@@ -114,7 +114,7 @@ def main() -> None:
             bundle = Path(folder) / "bundle"
             save_tiny_pipeline(MODELS["far-tiny"], Path(folder) / "pipeline")
             export_bundle(open_checkpoint(Path(folder) / "pipeline"), bundle)
-        words = [
+        command = [
             sys.executable,
             "-c",
             "from anyflow_deploy.cli.serve import main; main()",
@@ -124,14 +124,14 @@ def main() -> None:
         ]
         log = Path(folder) / "log"
         with log.open("w") as file:
-            server = subprocess.Popen([*words, "--warm-up"], cwd=folder, stderr=file)
+            server = subprocess.Popen([*command, "--warm-up"], cwd=folder, stderr=file)
         try:
-            while not (found := re.search(r"on http://(127\.0\.0\.1:\d+)", log.read_text())):
+            while not (match := re.search(r"on http://(127\.0\.0\.1:\d+)", log.read_text())):
                 if server.poll() is not None:
                     sys.exit(log.read_text())
                 time.sleep(0.1)
             time.sleep(1)
-            result = measure_overhead(found[1], server.pid, options.videos)
+            result = measure_overhead(match[1], server.pid, options.videos)
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(60)

@@ -3,13 +3,12 @@
     python benchmarks/step.py [--layers 2] [--rounds 9] [--aotinductor]
 
 1.3B width (12 heads x 128, feed-forward 8960, 512 text tokens of 4096), 5 x 15 x 26 = 1,950 video
-tokens, float32, random weights, all cores. Both models live in one process and take turns, so that
-a drifting clock hits both; the ratio is the median of the rounds' ratios. A third takes turns with
-them: the bare products, all linear layers and attentions of one transition in torch with nothing
-between them. What a model takes beyond that is its overhead; what the processor can do in float32
-is the floor of both. Peak memory is of two further processes that hold one model each. With
---aotinductor our bundle is compiled for torch as well (with --max-autotune if that is given), and
-takes its turn, too.
+tokens, float32, random weights, all cores. Both models are in one process and take turns, so that a
+changing clock rate affects both; the ratio is the median of the rounds' ratios. The bare products
+take turns with them: all linear layers and attentions of one transition in torch, with nothing
+between them. The time beyond that is a model's overhead. Peak memory is that of two further
+processes that hold one model each. With --aotinductor our bundle is also compiled for torch (with
+--max-autotune if that is given), and takes its turn, too.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ from common import print_result, run_python
 from anyflow_deploy import MODELS
 from anyflow_deploy.engines.engine_folder import load_engine_folder
 
-SHAPE, TEXT = (1, 5, 16, 30, 52), (1, 512, 4096)
+SHAPE = (1, 5, 16, 30, 52)
+TEXT = (1, 512, 4096)
 
 _INPUTS = f"""
 import numpy as np, os, resource, sys
@@ -60,7 +60,7 @@ with torch.no_grad():
 
 
 def prepare_models(layers: int, folder: Path) -> tuple[Path, Path]:
-    """A checkpoint of 1.3B width as diffusers saves it, and the bundle exported from it."""
+    """Save a checkpoint of 1.3B width with diffusers, and export a bundle from it."""
     import torch
     from diffusers import AnyFlowTransformer3DModel
 
@@ -81,34 +81,33 @@ def prepare_models(layers: int, folder: Path) -> tuple[Path, Path]:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
+    """Return the wall time of one call."""
+    start = time.perf_counter()
     work()
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def bare_products(layers: int) -> Callable[[], Any]:
-    """The matrix products and attentions of one transition, as torch computes them, and nothing
-    else."""
+    """Return a function that computes the products and attentions of one transition in torch."""
     import torch
     from torch.nn.functional import linear, scaled_dot_product_attention
 
     a = MODELS["1.3b"].architecture
     d = a.inner_dim
     tokens = SHAPE[1] * (SHAPE[3] // 2) * (SHAPE[4] // 2)
-    words = TEXT[1]
+    text_tokens = TEXT[1]
     block = [
         (tokens, d, d, 6),
-        (words, d, d, 2),
+        (text_tokens, d, d, 2),
         (tokens, d, a.ffn_dim, 1),
         (tokens, a.ffn_dim, d, 1),
     ]
-    once = [(words, a.text_dim, d, 1), (words, d, d, 1)]
-    shapes = [(*shape[:3], shape[3] * layers) for shape in block] + once
+    conditioning = [(text_tokens, a.text_dim, d, 1), (text_tokens, d, d, 1)]
+    shapes = [(*shape[:3], shape[3] * layers) for shape in block] + conditioning
     linears = [(torch.randn(m, k), torch.randn(n, k), times) for m, k, n, times in shapes]
     heads = (1, a.num_attention_heads)
     video = torch.randn(*heads, tokens, a.attention_head_dim)
-    text = torch.randn(*heads, words, a.attention_head_dim)
+    text = torch.randn(*heads, text_tokens, a.attention_head_dim)
 
     def work() -> None:
         with torch.no_grad():
@@ -123,15 +122,19 @@ def bare_products(layers: int) -> Callable[[], Any]:
 
 
 def compile_bundle(bundle: Path, max_autotune: bool) -> dict[str, Any]:
-    """The bundle for torch's compiler, and what that took, in a process of its own: a child's peak
-    is at least its parent's size when it began."""
-    words = [str(bundle), "--backend", "aotinductor", *(["--max-autotune"] if max_autotune else [])]
-    made = run_python("from anyflow_deploy.cli.build import main; main()", *words)
+    """Build the bundle's AOTInductor engine, and measure the build.
+
+    It runs in a process of its own: a child's peak is at least its parent's size when it began.
+    """
+    arguments = [str(bundle), "--backend", "aotinductor"]
+    if max_autotune:
+        arguments.append("--max-autotune")
+    build = run_python("from anyflow_deploy.cli.build import main; main()", *arguments)
     record = load_engine_folder(bundle / "engines" / "aotinductor-cpu").record
     size = sum(file.bytes for file in record.files.values())
     return {
         "aotinductor_build_seconds": record.seconds,
-        "aotinductor_build_peak_mib": round(made["peak_mib"]),
+        "aotinductor_build_peak_mib": round(build["peak_mib"]),
         "aotinductor_engine_mb": round(size / 1e6, 2),
     }
 
@@ -139,7 +142,7 @@ def compile_bundle(bundle: Path, max_autotune: bool) -> dict[str, Any]:
 def time_in_turns(
     checkpoint: Path, bundle: Path, rounds: int, backends: Sequence[str]
 ) -> dict[str, Any]:
-    """All in turn; also how far apart their velocities are."""
+    """Time all in turn, and compare their velocities."""
     import numpy as np
     import torch
 
@@ -155,7 +158,7 @@ def time_in_turns(
         name: functools.partial(run.velocity, 900, 500) for name, run in runs.items()
     }
     exact = works["diffusers"]()
-    apart = {
+    distances = {
         f"{name}_relative_l2": difference(works[name](), exact).relative_l2 for name in backends
     }
     works["bare_products"] = bare_products(load_bundle(bundle).manifest.architecture.num_layers)
@@ -173,24 +176,26 @@ def time_in_turns(
     for name in backends:
         ratios = np.array(times["diffusers"]) / np.array(times[name])
         prefix = "" if name == "onnxruntime" else f"{name}_"
-        found = {
+        ratios_by_key = {
             "speedup": np.median(ratios),
             "speedup_min": ratios.min(),
             "speedup_max": ratios.max(),
         }
-        speedups |= {f"{prefix}{key}": round(float(value), 2) for key, value in found.items()}
+        speedups |= {
+            f"{prefix}{key}": round(float(value), 2) for key, value in ratios_by_key.items()
+        }
     return {
         **medians,
         **bests,
         **speedups,
-        **apart,
+        **distances,
         "threads": torch.get_num_threads(),
         "rounds": rounds,
     }
 
 
 def main() -> None:
-    """Run it."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -202,14 +207,16 @@ def main() -> None:
     backends = ["onnxruntime", *(["aotinductor"] if options.aotinductor else [])]
     with tempfile.TemporaryDirectory() as folder:
         checkpoint, bundle = prepare_models(options.layers, Path(folder))
-        built = compile_bundle(bundle, options.max_autotune) if options.aotinductor else {}
+        build_result = compile_bundle(bundle, options.max_autotune) if options.aotinductor else {}
         peaks = {
             f"{name}_peak_mib": round(run_python(_ONE_OURS, str(bundle), name)["peak_mib"])
             for name in backends
         }
         peaks["diffusers_peak_mib"] = round(run_python(_ONE_DIFFUSERS, str(checkpoint))["peak_mib"])
         result = time_in_turns(checkpoint, bundle, options.rounds, backends)
-    print_result("step", {"layers": options.layers, "tokens": 1950, **result, **built, **peaks})
+    print_result(
+        "step", {"layers": options.layers, "tokens": 1950, **result, **build_result, **peaks}
+    )
 
 
 if __name__ == "__main__":

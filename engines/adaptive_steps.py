@@ -1,20 +1,20 @@
-"""Quality in place of a number of steps: the sampler takes as many as it needs to agree with
-itself.
+"""Adaptive steps: sampling refines until two candidates agree to a given quality.
 
-A flow map that is right goes from t to r in one jump or in two half jumps and arrives at the same
-point. How far the two arrive from each other is therefore an error one can measure without a
-teacher, a reference or a second model. Here it is measured on the whole way: a sample is made in 1
-step, then in 2, 4, 8 …, where each jump of one try is two half jumps of the next
-(`Schedule.uniform` of 2N passes through all times of N), until two tries are as near as asked. The
-last try is the sample, so nothing is made that was not compared.
+A perfect flow map arrives at the same point whether it goes from t to r in one transition or in two
+half as long. The distance between the two results is therefore an error that can be measured
+without a teacher, a reference or a second model. Here it is measured over the whole trajectory: a
+candidate is generated in 1 step, then in 2, 4, 8 …, where each transition of one candidate becomes
+two of the next (`Schedule.uniform` of 2N passes through all times of N), until two candidates are
+as close as the caller wants. The last candidate is the sample.
 
-If halving all jumps at least halves the error, the distance between the last two tries bounds the
-distance of the last one to the limit of infinitely many steps: |z_2N - z_N| >= |z_N - z*| - |z_2N -
-z*| >= |z_2N - z*|. (Between the first tries of a strongly shifted grid, where one jump stays long,
-it halves less, and the distance is too small.) That limit is the model's own flow, not the truth:
-how good the model is cannot be seen this way. docs/how-to/deadlines.md has measurements.
+If halving all transitions at least halves the error, the distance between the last two candidates
+bounds the distance of the last one to the limit of infinitely many steps: |z_2N - z_N| >= |z_N -
+z*| - |z_2N - z*| >= |z_2N - z*|. (Between the first candidates of a strongly shifted grid, where
+one transition stays long, the error halves less, and the distance is too small.) That limit is the
+model's own flow: the distance does not tell how good the model is. docs/how-to/deadlines.md has
+measurements.
 
-The price: a sample of 2N steps costs 4N - 1 transitions, nearly twice its own. For a stream
+The cost: a sample of 2N steps takes 4N - 1 transitions, nearly twice its own. In a stream
 `ReuseFirstChunkSteps` pays it once.
 """
 
@@ -32,13 +32,13 @@ from anyflow_deploy.schedule import MAX_STEPS, Schedule, Step
 
 @dataclass(frozen=True)
 class AdaptiveResult:
-    """A number of steps, and what speaks for it.
+    """The number of steps that was chosen, and the comparisons that led to it.
 
     Attributes:
-        steps: of the sample that was kept.
-        candidates: step counts that were compared with the one before, and how far that was: from
-            the coarser to the finer.
-        reached: whether the last of them is as near as asked.
+        steps: of the sample that was returned.
+        candidates: each further step count, and the difference of its candidate from the one
+            before.
+        reached: whether the last candidate has the quality.
     """
 
     steps: int
@@ -47,25 +47,27 @@ class AdaptiveResult:
 
     @property
     def difference(self) -> Difference:
-        """Of the last two tries; see the module for what it bounds."""
+        """Between the last two candidates; the module says what it bounds."""
         return self.candidates[-1][1]
 
     @property
     def transitions(self) -> int:
-        """All that were made, with those of the coarser tries."""
+        """All transitions that were run, those of the coarser candidates included."""
         return 1 + sum(steps for steps, _ in self.candidates)
 
 
 @dataclass(frozen=True)
 class AdaptiveSteps:
-    """The `StepPolicy` of a quality, in `sample` and, for every chunk anew, in `stream`.
+    """The `StepPolicy` of a quality.
+
+    In `stream` it holds for each chunk separately.
 
     Attributes:
         psnr_db: what to reach between the sample and the one of half as many steps, in decibels,
             with the range of the latents as peak.
         shift: of the grid, see `Schedule.uniform`.
-        max_steps: steps are never more than this; tries are powers of two.
-        on_end: told what was picked, after each sample or chunk.
+        max_steps: upper limit of the steps; candidates have powers of two.
+        on_end: called with the result after each sample or chunk.
     """
 
     psnr_db: float
@@ -80,14 +82,14 @@ class AdaptiveSteps:
             )
         if not 2 <= self.max_steps <= MAX_STEPS:
             raise AnyFlowError(
-                f"at most {self.max_steps} steps were asked for a quality; allowed are 2 to"
+                f"the maximum number of steps for a quality is {self.max_steps}; allowed are 2 to"
                 f" {MAX_STEPS}."
             )
 
     def run(
         self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
     ) -> Array:
-        """Make a sample in ever more steps until two agree.
+        """Generate a sample in more and more steps until two candidates agree.
 
         Args:
             start: opens a run, always at the same noise.
@@ -121,31 +123,32 @@ class AdaptiveSteps:
 
 
 class ReuseFirstChunkSteps:
-    """The `StepPolicy` of a stream whose first chunk finds its number of steps; all others take it.
+    """The `StepPolicy` of a stream whose first chunk decides the steps of all chunks.
 
-    It remembers that number until a first chunk is made again, so each stream needs one of its own.
+    It keeps that number until a first chunk is generated again, so each stream needs a policy of
+    its own.
 
     Args:
-        search: what the first chunk has to reach.
+        search: the quality that the first chunk has to reach.
     """
 
     def __init__(self, search: AdaptiveSteps) -> None:
         self._search = search
         self._result: AdaptiveResult | None = None
-        self._first = replace(search, on_end=self._end)
+        self._first = replace(search, on_end=self._record_result)
 
     def run(
         self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
     ) -> Array:
-        """Make one sample, as the first chunk is made; see `AdaptiveSteps.run`."""
+        """Generate one sample with the policy of the first chunk, float32 (B, F, C, H, W)."""
         return self._first.run(start, shape, on_step)
 
     def for_chunk(self, index: int) -> AdaptiveSteps | Schedule:
-        """Return the search for the first chunk that is made, and what it found for the others."""
+        """Return the search for the first generated chunk, and its steps for the others."""
         if index == 0 or self._result is None:
             return self._first
         return Schedule.uniform(self._result.steps, self._search.shift)
 
-    def _end(self, result: AdaptiveResult) -> None:
+    def _record_result(self, result: AdaptiveResult) -> None:
         self._result = result
         self._search.on_end(result)

@@ -3,7 +3,8 @@
     folder = build_engine(load_bundle("bundle"), "aotinductor", Settings(provider="cuda"))
 
 A backend that compiles names its `BuildSettings` in its row of the registry. Their `build` fills a
-folder that is written whole or not at all, and says what came of it; what all builds share is here.
+folder that is written whole or not at all, and returns a `BuildResult`. This module holds the parts
+that all builds share.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from anyflow_deploy.progress import NullProgress, Progress
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a builder answers; see `EngineRecord`."""
+    """What the build of a backend returns; `EngineRecord` describes the fields."""
 
     device: DeviceRecord
     versions: dict[str, str]
@@ -46,8 +47,9 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What every build can be asked for; a backend adds fields of its own, each of which is a flag
-    of `anyflow-build`.
+    """The settings that every build takes.
+
+    A backend adds fields of its own. Each field is a flag of `anyflow-build`.
 
     Attributes:
         provider: "cpu" or "cuda".
@@ -63,7 +65,7 @@ class BuildSettings:
         return self.provider
 
     def check(self, bundle: Bundle) -> None:
-        """Refuse what cannot be built, before any work.
+        """Refuse what cannot be built, before any work starts.
 
         Raises:
             AnyFlowError: with the reason.
@@ -71,7 +73,7 @@ class BuildSettings:
         check_provider(self.provider)
 
     def build(self, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
-        """Put the engine's files into `writer`.
+        """Write the engine's files through `writer`.
 
         Raises:
             BackendError: the device, or the compiler, refuses.
@@ -80,7 +82,7 @@ class BuildSettings:
 
 
 def settings_type(backend: str) -> type[BuildSettings]:
-    """The class of a backend's settings.
+    """Return the class of a backend's build settings.
 
     Raises:
         AnyFlowError: an unknown backend, or one that needs no building.
@@ -103,7 +105,7 @@ def build_engine(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> EngineFolder:
-    """Build an engine.
+    """Build an engine folder for the device of this machine.
 
     Args:
         bundle: an opened bundle.
@@ -112,7 +114,7 @@ def build_engine(
         destination: folder to write; None for `BUNDLE/engines/BACKEND-LABEL`, where
             the label is the provider or, for tensorrt-rtx, the target.
         overwrite: replace an engine that is there.
-        progress: where progress goes.
+        progress: shows the progress of the work.
         clock: seconds.
 
     Raises:
@@ -121,7 +123,7 @@ def build_engine(
     """
     settings.check(bundle)
     writer = EngineWriter(_prepare_destination(bundle, backend, settings, destination), overwrite)
-    started = clock()
+    start_time = clock()
     with writer:
         result = settings.build(bundle, writer, progress or NullProgress())
         return writer.finish(
@@ -137,7 +139,7 @@ def build_engine(
                 ranges=result.ranges,
                 profiles=result.profiles,
                 achieved=result.achieved,
-                seconds=round(clock() - started, 3),
+                seconds=round(clock() - start_time, 3),
             )
         )
 
@@ -145,7 +147,7 @@ def build_engine(
 def _prepare_destination(
     bundle: Bundle, backend: str, settings: BuildSettings, destination: Path | None
 ) -> Path:
-    """The destination, with the bundle's folder of engines made if it goes there."""
+    """Return the destination; create the bundle's folder of engines where it lies in it."""
     parent = bundle.path / ENGINES
     if destination is not None and destination.parent != parent:
         return destination
@@ -153,8 +155,8 @@ def _prepare_destination(
         parent.mkdir(exist_ok=True)
     except OSError as error:
         raise BackendError(
-            f"{parent} cannot be made ({error.strerror}). Copy the bundle to where you may write,"
-            " or give --output FOLDER."
+            f"{parent} cannot be created ({error.strerror}). Copy the bundle to where you may"
+            " write, or give --output FOLDER."
         ) from None
     if not os.access(parent, os.W_OK):
         raise BackendError(

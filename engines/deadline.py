@@ -1,20 +1,21 @@
-"""Deadlines: as many steps as the time allows, and a clean sample whenever time is up.
+"""Deadlines: as many steps as the time allows, and a clean sample when time is up.
 
 Only a flow map can promise this: from any time t it reaches r = 0 in one transition. So the number
-of steps need not be chosen beforehand. Before each transition the time that is left, divided by
-what a transition takes, says how many there will be; when only one more fits, it goes straight to r
-= 0. As long as the pace holds, the times passed through are those of `Schedule.uniform`.
+of steps need not be chosen beforehand. Before each transition the remaining time is divided by the
+time of one transition, which gives the number of steps; when only one more fits, it goes straight
+to r = 0. As long as transitions take equally long, the times are those of `Schedule.uniform`.
 
-How long a transition takes is learnt while sampling and kept in a `StepTimer`, which many requests
-share. The first request on a new shape, which knows nothing yet, begins with a draft: one jump to r
-= 0, timed and kept. It is the result when there is no time for two better steps.
+The time of a transition is measured while sampling and kept in a `StepTimer`, which many requests
+share. The first request of a new shape has no measurement, so it begins with a probe step: one
+transition to r = 0, timed and kept. The probe step is the result when there is no time for two
+better steps.
 
 A deadline is missed by at most one transition, unless one takes more than twice as long as the
 slowest of the last five.
 
-Whoever waits may also say "enough" at any moment (`Deadline.should_stop`): the next transition is
-then the jump to r = 0, so the best sample that can be had now is one transition away. In a stream
-it holds for every chunk from there on. docs/how-to/deadlines.md has an example.
+The caller may also end sampling at any moment (`Deadline.should_stop`): the next transition then
+goes to r = 0, so the best sample available is one transition away. In a stream this holds for every
+later chunk. docs/how-to/deadlines.md has an example.
 """
 
 from __future__ import annotations
@@ -37,31 +38,35 @@ _RECENT_STEPS = 5
 
 
 class StepTimer:
-    """Seconds a transition takes, for each shape of latents; share one between the requests on an
-    engine."""
+    """Seconds that a transition takes, for each shape of latents.
+
+    Requests to the same engine should share one timer.
+    """
 
     def __init__(self) -> None:
         self._recent: dict[Shape, deque[float]] = {}
 
     def record(self, shape: Shape, seconds: float) -> None:
-        """Learn from a transition that was made."""
+        """Record how many seconds a transition took."""
         self._recent.setdefault(shape, deque(maxlen=_RECENT_STEPS)).append(seconds)
 
     def seconds(self, shape: Shape) -> float | None:
-        """What to reckon with: the slowest of the last five, since late is worse than idle. None
-        before the first."""
+        """Return the seconds to plan with, or None before the first transition of a shape.
+
+        That is the slowest of the last five: a late sample is worse than an idle device.
+        """
         recent = self._recent.get(shape)
         return max(recent) if recent else None
 
 
 @dataclass(frozen=True)
 class DeadlineResult:
-    """What came of a deadline, for one sample or one chunk.
+    """The outcome of a deadline, for one sample or one chunk.
 
     Attributes:
         steps: transitions from noise to the sample.
-        probe_step: one more was made to learn the pace, and thrown away.
-        seconds: from the start to the sample in the caller's hands.
+        probe_step: whether a further transition was run to measure its time, and discarded.
+        seconds: from the start until the sample was complete.
         deadline: seconds that were allowed.
     """
 
@@ -78,18 +83,20 @@ class DeadlineResult:
 
 @dataclass(frozen=True)
 class Deadline:
-    """The `StepPolicy` of a time limit, in `sample` and, for every chunk anew, in `stream`.
+    """The `StepPolicy` of a time limit.
+
+    In `stream` it holds for each chunk separately.
 
     Attributes:
         seconds: for the transitions of the sample (of the chunk); text encoder, cache and VAE are
             not in it.
         shift: of the grid, see `Schedule.uniform`.
-        max_steps: steps are never more than this, however much time there is.
-        step_timer: what is known of the engine.
-        should_stop: asked before every transition; true means: finish now, with one jump.
-            `threading.Event().is_set` serves.
-        on_end: told what came of it, after each sample or chunk.
-        clock: seconds; for tests.
+        max_steps: upper limit of the steps, however much time there is.
+        step_timer: measured times of the engine's transitions.
+        should_stop: called before every transition; where it returns True, that transition goes to
+            r = 0 and ends the sample. `threading.Event().is_set` is a suitable function.
+        on_end: called with the result after each sample or chunk.
+        clock: returns seconds; tests replace it.
     """
 
     seconds: float
@@ -107,17 +114,17 @@ class Deadline:
             )
         if not 1 <= self.max_steps <= MAX_STEPS:
             raise AnyFlowError(
-                f"at most {self.max_steps} steps were asked for; allowed are 1 to {MAX_STEPS}."
+                f"the maximum number of steps is {self.max_steps}; allowed are 1 to {MAX_STEPS}."
             )
 
     def run(
         self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
     ) -> Array:
-        """Make one sample in as many transitions as fit; see the module.
+        """Generate one sample in as many transitions as fit into the time.
 
         Args:
             start: opens a run at the sample's noise; the clock runs once it is open.
-            shape: of the latents, (B, F, C, H, W); the pace is remembered for it.
+            shape: of the latents, (B, F, C, H, W); times are measured for each shape.
             on_step: called after each transition; an exception it raises ends the sample.
 
         Returns:
@@ -132,18 +139,19 @@ class Deadline:
 
 
 class DeadlineController:
-    """One sample under a deadline: the clock runs from here.
+    """Decides the steps of one sample under a deadline; its clock starts when it is made.
 
     Attributes:
-        t: where it stands, in timesteps.
+        t: timestep of the current state.
         steps_done: transitions so far.
-        steps_planned: transitions there will be, as things look.
+        steps_planned: transitions of the whole sample, as currently planned.
     """
 
     def __init__(self, deadline: Deadline, shape: Shape) -> None:
-        self._deadline, self._shape = deadline, shape
-        self._started = deadline.clock()
-        self._end = self._started + deadline.seconds
+        self._deadline = deadline
+        self._shape = shape
+        self._start_time = deadline.clock()
+        self._end = self._start_time + deadline.seconds
         self.t = TRAIN_TIMESTEPS
         self.steps_done = 0
         self.steps_planned = 0
@@ -159,7 +167,8 @@ class DeadlineController:
             t = self.t
             r = self.next_time()
             if probe_step is not None and (self.steps_done, r) == (0, 0.0):
-                clean: Array = run.read() - probe_step  # the probe made this very transition
+                # The probe step was the same transition
+                clean: Array = run.read() - probe_step
                 self.finish(1, probe_step=False)
                 on_step(Step(0, 1, t, r, clean.copy))
                 return clean
@@ -172,17 +181,17 @@ class DeadlineController:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the pace on this shape has been measured."""
+        """Whether a transition of this shape has been timed."""
         return self._deadline.step_timer.seconds(self._shape) is not None
 
     def time_step(self, transition: Callable[[], None]) -> None:
-        """Make a transition and learn how long it takes."""
-        started = self._deadline.clock()
+        """Run a transition and record how long it takes."""
+        start_time = self._deadline.clock()
         transition()
-        self._deadline.step_timer.record(self._shape, self._deadline.clock() - started)
+        self._deadline.step_timer.record(self._shape, self._deadline.clock() - start_time)
 
     def next_time(self) -> float:
-        """The time r to go to from `t`: 0 when no two transitions fit any more."""
+        """Return the timestep r to go to from `t`: 0 when no two transitions fit any more."""
         step_seconds = self._deadline.step_timer.seconds(self._shape)
         seconds_left = self._end - self._deadline.clock()
         steps_that_fit = (
@@ -199,10 +208,11 @@ class DeadlineController:
         return next_timestep(self.t, count, self._deadline.shift)
 
     def advance_to(self, r: float) -> None:
-        """A transition to `r` was made."""
-        self.t, self.steps_done = r, self.steps_done + 1
+        """Record that a transition to the timestep `r` has been run."""
+        self.t = r
+        self.steps_done += 1
 
     def finish(self, steps: int, probe_step: bool) -> None:
-        """The sample is there; say so."""
-        seconds = self._deadline.clock() - self._started
+        """Report the finished sample to `Deadline.on_end`."""
+        seconds = self._deadline.clock() - self._start_time
         self._deadline.on_end(DeadlineResult(steps, probe_step, seconds, self._deadline.seconds))

@@ -1,10 +1,10 @@
 """What a backend is: an `Engine` that opens runs, and a `Run` that holds one sample on its way from
 noise to clean.
 
-The split keeps the sampler free of devices. A run owns the state z where its backend wants it (a
-numpy array, a buffer on the GPU), advances it in place, and copies it back only when asked; two
-runs on one engine do not disturb each other. A backend implements these two protocols in its folder
-and has a row in `registry.BACKENDS`.
+With this split the sampler does not depend on devices. A run owns the state z in the form of its
+backend (a numpy array, a buffer on the GPU), advances it in place, and copies it back only in
+`read`. Runs on one engine are independent of each other. A backend implements these two protocols
+in its folder and has a row in `registry.BACKENDS`.
 
 Legend: B batch, F latent frames, C channels, H W latent rows and columns, L text tokens, D text
 channels.
@@ -30,7 +30,10 @@ Array = NDArray[np.float32]
 
 
 class Run(Protocol):
-    """One sample on its way. Close it, or use it as a context manager, to give its memory back."""
+    """One sample between noise and clean latents.
+
+    Close it, or use it as a context manager, to give its memory back.
+    """
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
         """Replace the state z_t by z_r; it is there when this returns.
@@ -44,12 +47,14 @@ class Run(Protocol):
         ...
 
     def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
-        """The average velocity u(z_t, t, r), (B, F, C, H, W), leaving the state as it is. r = t is
-        the instantaneous one."""
+        """Return the average velocity u(z_t, t, r), float32 (B, F, C, H, W).
+
+        The state stays as it is. r = t gives the instantaneous velocity.
+        """
         ...
 
     def read(self) -> Array:
-        """A copy of the state, float32 (B, F, C, H, W)."""
+        """Return a copy of the state, float32 (B, F, C, H, W)."""
         ...
 
     def close(self) -> None:
@@ -113,8 +118,10 @@ class Engine(Protocol):
 
 
 class Stream(Protocol):
-    """One video being made chunk by chunk, with the cache of what came before. Close it to give the
-    cache back."""
+    """A video that is generated chunk by chunk, with the cache of its earlier chunks.
+
+    Close it to give the cache back.
+    """
 
     def start(self, latents: Array) -> Run:
         """Open a run of the next chunk, on the cache as it is.
@@ -125,8 +132,7 @@ class Stream(Protocol):
         ...
 
     def append(self, latents: Array) -> None:
-        """Enter the next chunk, now clean (or given), into the cache; the one after it becomes the
-        next.
+        """Encode the next chunk, clean, into the cache; the chunk after it becomes the next.
 
         Raises:
             AnyFlowError: nothing comes after it in the plan.
@@ -134,8 +140,10 @@ class Stream(Protocol):
         ...
 
     def extend(self, plan: CachePlan) -> None:
-        """Go on with another plan that agrees on the chunks already made; the cache grows where it
-        has to."""
+        """Replace the plan by one that agrees on the finished chunks.
+
+        The cache grows where the new plan needs more room.
+        """
         ...
 
     def close(self) -> None:
@@ -153,7 +161,9 @@ class BundleEngine(Engine, Protocol):
 
 
 class BundleEngineBase(ABC):
-    """What the engines of all backends share; a backend adds how it opens, starts and closes.
+    """The parts that the engines of all backends share.
+
+    A backend adds how an engine opens, starts and closes.
 
     Args:
         bundle: an opened bundle.
@@ -184,7 +194,7 @@ class BundleEngineBase(ABC):
         return self.bundle.manifest.shape_ranges
 
     def close(self) -> None:
-        """Refuse whatever is started from now on; a backend releases its memory, too."""
+        """Refuse every later start; a backend also releases its memory."""
         self._closed = True
 
     def _prepare_run(self, latents: ArrayLike, text: ArrayLike) -> tuple[Array, Array]:
@@ -196,9 +206,10 @@ class BundleEngineBase(ABC):
         """
         self._check_open()
         if self.bundle.manifest.kind == "causal":
-            place = self.bundle.path
-            advice = "which is made chunk by chunk: use stream(), not sample()."
-            raise AnyFlowError(f"{place} is a causal model, {advice}")
+            raise AnyFlowError(
+                f"{self.bundle.path} is a causal model, which generates chunk by chunk: use"
+                " stream(), not sample()."
+            )
         a = self.architecture
         return prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
 
@@ -211,8 +222,9 @@ class BundleEngineBase(ABC):
         """
         self._check_open()
         if self.bundle.manifest.kind != "causal":
-            place = self.bundle.path
-            raise AnyFlowError(f"{place} is a bidirectional model: use sample(), not stream().")
+            raise AnyFlowError(
+                f"{self.bundle.path} is a bidirectional model: use sample(), not stream()."
+            )
         return prepare_text(self.ranges, self.architecture.text_dim, text)
 
     def _check_open(self) -> None:
@@ -223,7 +235,7 @@ class BundleEngineBase(ABC):
 def prepare_inputs(
     ranges: ShapeRanges, channels: int, text_dim: int, latents: ArrayLike, text: ArrayLike
 ) -> tuple[Array, Array]:
-    """Latents and text as contiguous float32 copies.
+    """Check latents and text, and return them as contiguous float32 copies.
 
     Raises:
         ShapeError: outside the ranges, or with the wrong number of channels.
@@ -232,19 +244,19 @@ def prepare_inputs(
     z = prepare_array("latents", latents)
     prompt_embeds = prepare_array("text", text)
     ranges.check(z.shape, prompt_embeds.shape)
-    for name, axis, channels_given, allowed in (
+    for name, axis, count, expected in (
         ("latents", 2, z.shape[2], channels),
         ("text", 2, prompt_embeds.shape[2], text_dim),
     ):
-        if channels_given != allowed:
+        if count != expected:
             raise ShapeError(
-                f"{name} has {channels_given} channels on axis {axis}; this model takes {allowed}."
+                f"{name} has {count} channels on axis {axis}; this model takes {expected}."
             )
     return z, prompt_embeds
 
 
 def prepare_text(ranges: ShapeRanges, text_dim: int, text: ArrayLike) -> Array:
-    """Prompt embeddings of one stream, (1, L, D), as a contiguous float32 copy.
+    """Check the prompt embeddings of one stream, and return a contiguous float32 (1, L, D).
 
     Raises:
         ShapeError: another shape, or outside the ranges.
@@ -265,7 +277,7 @@ def prepare_text(ranges: ShapeRanges, text_dim: int, text: ArrayLike) -> Array:
 
 
 def prepare_array(name: str, values: ArrayLike) -> Array:
-    """A contiguous float32 copy.
+    """Check an array, and return a contiguous float32 copy of it.
 
     Raises:
         AnyFlowError: not numbers, or not finite.
@@ -273,16 +285,16 @@ def prepare_array(name: str, values: ArrayLike) -> Array:
     array = np.array(values, order="C")
     if array.dtype.kind != "f":
         raise AnyFlowError(
-            f"{name} has type {array.dtype}; allowed are floating-point arrays (float32 is what"
-            " runs)."
+            f"{name} has type {array.dtype}; allowed are floating-point arrays (they are run in"
+            " float32)."
         )
     if not np.isfinite(array).all():
-        raise AnyFlowError(f"{name} holds NaN or infinity; nothing useful can come of it.")
+        raise AnyFlowError(f"{name} holds NaN or infinity; allowed are finite numbers.")
     return array.astype(np.float32, copy=False)
 
 
 def frame_times(t: ArrayLike, r: ArrayLike, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Source and target times as float32 (B, F).
+    """Return source and target times as float32 (B, F).
 
     Args:
         t, r: numbers, or arrays that broadcast to (B, F).
@@ -307,8 +319,8 @@ def _broadcast_per_frame(name: str, time: ArrayLike, shape: tuple[int, ...]) -> 
     try:
         return np.array(np.broadcast_to(values, shape), order="C")
     except ValueError:
-        allowed = f"one number, or (batch, frames) = {tuple(shape)}"
-        raise ShapeError(f"{name} has shape {values.shape}; allowed is {allowed}.") from None
+        expected = f"one number, or (batch, frames) = {tuple(shape)}"
+        raise ShapeError(f"{name} has shape {values.shape}; allowed is {expected}.") from None
 
 
 def _summarize_times(times: Array) -> Any:

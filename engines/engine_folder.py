@@ -1,10 +1,10 @@
-"""Engine folders: what `anyflow-build` makes of a bundle for one device, and `load_engine` opens.
+"""Engine folders, which `anyflow-build` makes from a bundle for one device.
 
     BUNDLE/engines/NAME/   engine.json and the backend's own files
 
-`engine.json` names the bundle by its digest, the device and the versions it was built with. An
-engine is not portable: whatever does not match is refused with both names, since a plan of another
-GPU may load and then fail, or be slow.
+`load_engine` opens them. `engine.json` names the bundle by its digest, the device and the versions
+it was built with. An engine is not portable: one that was built for another device or version is
+refused with both names, since a plan of another GPU may load and then fail, or be slow.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _KIND = ArtifactKind("engine", ENGINE, "engine.json", "--name or --output", _REM
 
 
 class DeviceRecord(FrozenRecord):
-    """What an engine was built on.
+    """The device that an engine was built on.
 
     Args:
         kind: "cpu" or "cuda".
@@ -48,19 +48,20 @@ class DeviceRecord(FrozenRecord):
 
 
 class EngineRecord(FrozenRecord):
-    """`engine.json`.
+    """The contents of `engine.json`.
 
     Args:
         backend: a name in `registry.BACKENDS`.
         bundle: digest of the bundle it was built from.
         device: what it was built on.
-        versions: of everything that has to be the same, or is good to know, when it is loaded.
-        settings: what the build was asked for.
+        versions: of the software it was built with; a backend says which have to be the same when
+            it is loaded.
+        settings: of the build.
         ranges: shapes it accepts, within the bundle's.
         profiles: optimization profiles, where the backend has them: graph -> profile, in order ->
             tensor -> (least, best, most).
         achieved: what the built engine really holds, read back from it.
-        seconds: the build took.
+        seconds: duration of the build.
         files: size and SHA-256 of every other file.
     """
 
@@ -78,7 +79,7 @@ class EngineRecord(FrozenRecord):
 
     @cached_property
     def shape_ranges(self) -> ShapeRanges:
-        """The accepted shapes, ready to check with; made once."""
+        """The accepted shapes, as ranges that check a shape; computed once."""
         return ShapeRanges(
             **{axis: Range(r.minimum, r.maximum, r.multiple) for axis, r in self.ranges.items()}
         )
@@ -89,7 +90,7 @@ _FORMAT = RecordFormat(EngineRecord, SCHEMA, "engine", _REMEDY, BundleError)
 
 @dataclass(frozen=True)
 class EngineFolder:
-    """An engine on disk whose record was read.
+    """An engine on disk whose record has been read.
 
     Attributes:
         path: the folder.
@@ -100,7 +101,7 @@ class EngineFolder:
     record: EngineRecord
 
     def file(self, name: str) -> Path:
-        """Path of a file that the record lists.
+        """Return the path of a file that the record lists.
 
         Raises:
             BundleError: when it does not.
@@ -138,7 +139,7 @@ def load_engine_folder(path: Path, verify: bool = True) -> EngineFolder:
 def find_engine(
     bundle: Bundle, backend: str, engine: str | Path | None = None, verify: bool = True
 ) -> EngineFolder:
-    """The engine of a backend that was built from a bundle.
+    """Find the engine of a backend that was built from a bundle.
 
     Args:
         bundle: an opened bundle.
@@ -177,7 +178,7 @@ def find_engine(
     folder = load_engine_folder(path, verify)
     if folder.record.backend != backend:
         raise BackendError(
-            f"{path} is an engine of backend {folder.record.backend}, and {backend} was asked for."
+            f"{path} is an engine of backend {folder.record.backend}, not of {backend}."
         )
     if folder.record.bundle != bundle.digest:
         raise BackendError(
@@ -188,7 +189,7 @@ def find_engine(
 
 
 def list_engines(bundle: Bundle) -> list[Path]:
-    """The folders of engines inside a bundle, by name."""
+    """List the engine folders inside a bundle, sorted by name."""
     folder = bundle.path / ENGINES
     return sorted(
         path.parent for path in folder.glob(f"*/{ENGINE}") if not path.parent.name.startswith(".")
@@ -202,17 +203,17 @@ def check_compatible(
 
     Args:
         folder: from `find_engine`.
-        device: what it would run on.
-        versions: what is installed here, of those that have to be the same.
+        device: that it would run on.
+        versions: installed here, of the software that has to be the same.
 
     Raises:
         BackendError: with both names.
     """
-    built_for = folder.record.device
+    built_device = folder.record.device
     remedy = f"Build it on this machine: anyflow-build … --backend {folder.record.backend}"
-    if built_for != device:
+    if built_device != device:
         raise BackendError(
-            f"{folder.path} was built for {_device_label(built_for)}, and this is"
+            f"{folder.path} was built for {_device_label(built_device)}, and this is"
             f" {_device_label(device)}. {remedy}"
         )
     for name, version in versions.items():
@@ -236,19 +237,19 @@ class EngineWriter(AtomicFolderWriter):
         super().__init__(path, _KIND, overwrite)
 
     def check(self) -> None:
-        """See `AtomicFolderWriter`."""
+        """Read the written folder back, before it gets its name."""
         load_engine_folder(self.folder, verify=False)
 
     def finish(self, record: EngineRecord) -> EngineFolder:
         """Write the record with the list of files, and give the engine its name."""
-        full = record.model_copy(update={"files": dict(self.files)})
-        self.finish_folder(full.model_dump_json(indent=1, by_alias=True) + "\n")
+        complete = record.model_copy(update={"files": dict(self.files)})
+        self.finish_folder(complete.model_dump_json(indent=1, by_alias=True) + "\n")
         return load_engine_folder(self.path, verify=False)
 
 
-def narrow_ranges(bundle: Bundle, **narrower: Range) -> dict[str, AxisRange]:
-    """A bundle's ranges, some of them narrower, as a record holds them."""
-    return records_from_ranges(ShapeRanges(**{**vars(bundle.manifest.shape_ranges), **narrower}))
+def narrow_ranges(bundle: Bundle, **axes: Range) -> dict[str, AxisRange]:
+    """Return a bundle's ranges with some of them replaced, as an engine's record holds them."""
+    return records_from_ranges(ShapeRanges(**{**vars(bundle.manifest.shape_ranges), **axes}))
 
 
 def _read_backend(path: Path) -> str | None:

@@ -1,18 +1,18 @@
-"""How much a causal model remembers, computed before anything runs.
+"""The cache of a causal model, planned before anything runs.
 
 AnyFlow-FAR keeps the last `full_chunk_limit - 1` finished chunks at full resolution and every older
 one compressed to a fraction of its tokens (1/4 with Wan's patches). In a layer's buffer the
 compressed chunks come first, in order, and the recent ones behind them:
 
-    [ chunk 0 | chunk 1 | … | chunk k-3 ][ chunk k-2 | chunk k-1 ]   while chunk k is made
-      compressed, written once             full, written again whenever what precedes them changed
+    [ chunk 0 | chunk 1 | … | chunk k-3 ][ chunk k-2 | chunk k-1 ]   while chunk k is generated
+      compressed, written once             full, written again whenever their past changes
 
-so the cache of any moment is one contiguous piece from the start, and is handed to the graph
-without a copy.
+so the cache at any moment is one contiguous piece from the start, and the graph reads it without a
+copy.
 
-For streams without end, a *window* forgets: of the compressed chunks only the first and the last
-`window` are kept, so memory and time per chunk stay flat. (The first one anchors the picture.) What
-that costs is in docs/how-to/streaming.md.
+A *window* limits the cache of long streams: of the compressed chunks only the first and the last
+`window` are kept, so memory and time per chunk stay constant. (The first one keeps the picture
+stable.) docs/how-to/streaming.md says what a window costs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from anyflow_deploy.models import TEXT_TOKENS, Architecture
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The cache of one stream.
+    """The cache of one stream: which chunks it keeps, and how many tokens they take.
 
     Build it with `cache_plan`.
 
@@ -55,18 +55,18 @@ class CachePlan:
         return sum(self.chunks)
 
     def first_frame(self, chunk: int) -> int:
-        """Absolute index of a chunk's first latent frame."""
+        """Return the absolute index of a chunk's first latent frame."""
         return sum(self.chunks[:chunk])
 
     def kept_chunks(self, chunk: int) -> list[int]:
-        """The compressed chunks that chunk number `chunk` finds in the cache, in order."""
+        """Return the compressed chunks that chunk number `chunk` finds in the cache, in order."""
         old = list(range(max(0, chunk - self.recent)))
         return (
             old if self.window is None or len(old) <= 1 + self.window else [0, *old[-self.window :]]
         )
 
     def cached_tokens(self, chunk: int) -> tuple[int, int]:
-        """(compressed, full) tokens that chunk number `chunk` finds in the cache."""
+        """Return the (compressed, full) tokens that chunk number `chunk` finds in the cache."""
         recent = self.chunks[max(0, chunk - self.recent) : chunk]
         return self.compressed_tokens * sum(
             self.chunks[c] for c in self.kept_chunks(chunk)
@@ -78,8 +78,10 @@ class CachePlan:
         return max(sum(self.cached_tokens(chunk)) for chunk in range(len(self.chunks)))
 
     def bytes(self, element_bytes: int) -> int:
-        """Memory of all layers' keys and values, those of the text included, with elements of this
-        size."""
+        """Return the memory of all layers' keys and values, those of the text included.
+
+        `element_bytes` is the size of one element: 4 in fp32, 2 in fp16 and bf16.
+        """
         return (
             2
             * self.layers
@@ -91,8 +93,7 @@ class CachePlan:
 
     @property
     def encoded_tokens(self) -> int:
-        """Tokens sent through the network for the cache alone, over the whole video: what
-        remembering costs."""
+        """Tokens sent through the network to fill the cache, over the whole video."""
         total = 0
         for chunk in range(len(self.chunks) - 1):
             if chunk < self.recent:
@@ -167,7 +168,10 @@ def cache_plan(
 
 
 def fit_chunks(chunks: Sequence[int], frames: int) -> tuple[int, ...]:
-    """A plan like `chunks` with so many latent frames: cut short, or its longest chunk repeated."""
+    """Return a plan like `chunks` that has `frames` latent frames.
+
+    It is cut short, or its longest chunk is repeated.
+    """
     result: list[int] = []
     for length in [*chunks, *[max(chunks)] * frames]:
         frames_left = frames - sum(result)
@@ -182,17 +186,17 @@ def check_budget(plan: CachePlan, element_bytes: int, budget_bytes: float) -> No
 
     Args:
         plan: from `cache_plan`.
-        element_bytes: of a key's or value's element: 4 in fp32, 2 in fp16 and bf16.
-        budget_bytes: memory that may be taken.
+        element_bytes: size of a key's or value's element: 4 in fp32, 2 in fp16 and bf16.
+        budget_bytes: the most memory it may take.
 
     Raises:
-        AnyFlowError: with both numbers, and what would make it smaller.
+        AnyFlowError: with both numbers, and what would make the cache smaller.
     """
     needed = plan.bytes(element_bytes)
     if needed > budget_bytes:
         raise AnyFlowError(
             f"the cache of {len(plan.chunks)} chunks takes {needed / 1e6:,.1f} MB"
             f" ({plan.capacity:,} tokens and {plan.text_tokens} of text in {plan.layers} layers);"
-            f" {budget_bytes / 1e6:,.1f} MB are allowed. Make fewer or shorter chunks, smaller"
-            " frames, or keep a window of them."
+            f" {budget_bytes / 1e6:,.1f} MB are allowed. Ask for fewer or shorter chunks, smaller"
+            " frames, or a window."
         )

@@ -1,5 +1,4 @@
-"""What every profiler of layers gives: a name, an operator, seconds. See
-`anyflow_deploy/profiling/layers.py`."""
+"""The record that every profiler of layers returns, for `anyflow_deploy/profiling/layers.py`."""
 
 from __future__ import annotations
 
@@ -9,12 +8,15 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """What a profiler saw of one layer, over all transitions it watched.
+    """The time of one layer, over all transitions that were profiled.
 
     Attributes:
-        seconds: together.
-        operations, bytes: of one call; 0 where they cannot be told.
-        module: the ONNX node it came from, where the name is another.
+        name: of the layer.
+        operator: its kind, as the runtime calls it.
+        seconds: of all calls together.
+        calls: how often it ran.
+        operations, bytes: of one call; 0 where they are unknown.
+        module: the ONNX node it came from, where that has another name.
     """
 
     name: str
@@ -27,13 +29,13 @@ class LayerTiming:
 
 
 def merge_timings(timings: Iterable[LayerTiming]) -> list[LayerTiming]:
-    """Rows of the same layer added up, by name."""
-    merged: dict[str, LayerTiming] = {}
+    """Add up the timings of the same layer, by name."""
+    timings_by_name: dict[str, LayerTiming] = {}
     for row in timings:
-        old = merged.get(row.name)
-        merged[row.name] = (
+        old = timings_by_name.get(row.name)
+        timings_by_name[row.name] = (
             row
             if old is None
             else replace(old, seconds=old.seconds + row.seconds, calls=old.calls + row.calls)
         )
-    return list(merged.values())
+    return list(timings_by_name.values())

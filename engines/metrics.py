@@ -1,4 +1,4 @@
-"""How far apart two arrays are: the numbers that reports and thresholds speak of."""
+"""Distances between two arrays, for reports and thresholds."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ class Difference:
 
 
 def difference(candidate: Array, reference: Array) -> Difference:
-    """Compare two arrays of one shape, in double precision. Where the candidate is not finite, so
-    is the distance."""
+    """Compare two arrays of one shape, in double precision.
+
+    Where the candidate is not finite, the distances are infinite or undefined.
+    """
     c = candidate.astype(np.float64).ravel()
     r = reference.astype(np.float64).ravel()
     bad = int(np.size(c) - np.count_nonzero(np.isfinite(c)))

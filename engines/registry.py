@@ -1,10 +1,10 @@
 """Find the backend that runs a bundle.
 
 `BACKENDS` is the whole registry: one row for each backend says all that the rest of the project has
-to know of it. Commands, builds, the doctor and the profiler read their part there. A backend's
-modules are imported only when it is asked for, so a device needs the runtime of the one it uses and
-no other. This module imports nothing but errors, so that the doctor can read it on a broken
-machine.
+to know about it. Commands, builds, the doctor and the profiler read their part there. A backend's
+modules are imported only when that backend is loaded, so a device needs the runtime of the one it
+uses and no other. This module imports nothing but errors, so that the doctor can read it where a
+runtime is missing or broken.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 
-if TYPE_CHECKING:  # they stand on numpy and pydantic
+if TYPE_CHECKING:  # these modules need numpy and pydantic
     from anyflow_deploy.bundle.bundle import Bundle
     from anyflow_deploy.engines.engine import BundleEngine
 
@@ -31,12 +31,12 @@ class Backend:
     Attributes:
         name: what `--backend` takes, and the folder's name with `-` for `_`.
         engine: module:class of the engine, which is made from `(bundle, options)`.
-        packages: provider -> what pip installs for it. Providers it lacks are refused.
+        packages: what pip installs, by provider. Other providers are refused.
         build_settings: module:class of the settings of a build; None: it runs the bundle as it is.
-        probes: names of the doctor's probes that have to work on every provider.
-        gpu_probes: those that have to work on a GPU beside them.
+        probes: names of the doctor's probes that have to pass on every provider.
+        gpu_probes: further probes that have to pass on a GPU.
         quantized: whether it runs the eight-bit precisions.
-        timed_on: providers on which its `profiler.py` times layers.
+        profiled_providers: providers on which its `profiler.py` times layers.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Backend:
     probes: tuple[str, ...] = ()
     gpu_probes: tuple[str, ...] = ()
     quantized: bool = True
-    timed_on: tuple[str, ...] = ()
+    profiled_providers: tuple[str, ...] = ()
 
     @property
     def gpu_only(self) -> bool:
@@ -55,11 +55,11 @@ class Backend:
 
     @property
     def default_provider(self) -> str:
-        """The provider when nobody says: the CPU where the backend has one."""
+        """The provider when the caller names none: the CPU where the backend has one."""
         return "cuda" if self.gpu_only else "cpu"
 
     def install_command(self, provider: str) -> str:
-        """Return what to run where the runtime is missing."""
+        """Return the shell command that installs the runtime."""
         return f"pip install '{self.packages[provider]}'"
 
 
@@ -72,7 +72,7 @@ BACKENDS = {
             {"cpu": "anyflow-deploy[cpu]", "cuda": "anyflow-deploy[gpu]"},
             probes=("ONNX Runtime",),
             gpu_probes=("ONNX Runtime on CUDA",),
-            timed_on=("cpu",),
+            profiled_providers=("cpu",),
         ),
         Backend(
             "tensorrt",
@@ -80,7 +80,7 @@ BACKENDS = {
             {"cuda": "anyflow-deploy[tensorrt]"},
             "anyflow_deploy.engines.tensorrt.build.settings:TensorRTSettings",
             probes=("TensorRT", "cuda-python"),
-            timed_on=("cuda",),
+            profiled_providers=("cuda",),
         ),
         Backend(
             "tensorrt-rtx",
@@ -88,7 +88,7 @@ BACKENDS = {
             {"cuda": "anyflow-deploy[tensorrt-rtx]"},
             "anyflow_deploy.engines.tensorrt_rtx.settings:TensorRTRtxSettings",
             probes=("TensorRT for RTX", "cuda-python"),
-            timed_on=("cuda",),
+            profiled_providers=("cuda",),
         ),
         Backend(
             "aotinductor",
@@ -110,7 +110,7 @@ BACKENDS = {
 }
 
 DEFAULT_BACKEND = next(iter(BACKENDS))
-"""The backend when nobody says: the one that runs on every machine."""
+"""The backend when the caller names none: the one that runs on every machine."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ def load_engine(
         bundle: from `load_bundle`, or the folder (all hashes are then verified).
         backend: a name in `BACKENDS`. All but onnxruntime need an engine built on this machine:
             `anyflow-build`.
-        provider: "cpu" or "cuda"; None for cuda with a backend that knows nothing else, cpu with
-            all others.
+        provider: "cpu" or "cuda"; None for cuda with a backend that runs on GPUs only, cpu with all
+            others.
         threads, device, engine, cuda_graphs: see `EngineOptions`.
 
     Raises:
@@ -168,12 +168,12 @@ def load_engine(
 
     check_backend(backend)
     row = BACKENDS[backend]
-    # Otherwise another engine than the requested one would run in silence.
+    # Otherwise the engine that the caller names would silently not be the one that runs
     if engine is not None and row.build_settings is None:
         others = ", ".join(name for name, other in BACKENDS.items() if other.build_settings)
         raise BackendError(
-            f"the engine {str(engine)!r} was built by another backend than {backend}, which runs"
-            f" the bundle itself: name that, one of {others}, or leave the engine out."
+            f"the engine {str(engine)!r} cannot run with backend {backend}, which runs the bundle"
+            f" itself. Name the backend that built it, one of {others}, or leave the engine out."
         )
     options = EngineOptions(provider or row.default_provider, device, threads, engine, cuda_graphs)
     loaded_bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -181,13 +181,13 @@ def load_engine(
 
 
 def import_name(place: str) -> Any:
-    """Import what a row names as module:name."""
+    """Import an object that a row names as `module:name`."""
     module, name = place.split(":")
     return getattr(importlib.import_module(module), name)
 
 
 def check_provider(provider: str) -> None:
-    """Refuse an unknown name.
+    """Refuse an unknown provider.
 
     Raises:
         AnyFlowError: with the known ones.
@@ -197,7 +197,7 @@ def check_provider(provider: str) -> None:
 
 
 def check_backend(backend: str) -> None:
-    """Refuse an unknown name.
+    """Refuse an unknown backend.
 
     Raises:
         AnyFlowError: with the nearest known one.

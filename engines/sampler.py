@@ -2,8 +2,8 @@
 
     z_0 = sample(engine, noise((1, 21, 16, 60, 104), seed=0), text, Schedule.uniform(4))
 
-There is nothing to it, and that is the point of a flow map: no noise is added between steps and no
-guidance is run, so a sample is N transitions and depends on nothing but its inputs.
+A flow map needs no noise between steps and no guidance, so a sample is N transitions and depends on
+nothing but its inputs.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ def sample(
 
 
 def _ignore(step: Step) -> None:
-    """Nobody watches the steps."""
+    """Do nothing with a step."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A finished piece of a streamed video.
+    """A finished part of a streamed video.
 
     Attributes:
         index: 0 for the first.
         first_frame: absolute index of its first latent frame.
         latents: float32 (1, frames, C, H, W).
-        given: it is context of the caller's, not made here.
+        given: whether the caller gave it as context, so that it was not generated.
     """
 
     index: int
@@ -82,9 +82,9 @@ def stream(
     window: int | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Generator[Chunk, None, None]:
-    """Make a video chunk by chunk with a causal model.
+    """Generate a video chunk by chunk with a causal model.
 
-    The next chunk is not begun before the one before it was taken; closing the iterator at any
+    A chunk is generated when the iterator is asked for it, not earlier. Closing the iterator at any
     moment releases the cache.
 
     Args:
@@ -92,16 +92,16 @@ def stream(
         latents: noise of the whole video, (1, F, C, H, W).
         text: prompt embeddings, (1, L, D).
         policy: decides the steps, see `sample`; each chunk gets `policy.for_chunk(index)`, where 0
-            is the first chunk that is made.
+            is the first generated chunk.
         chunk_plan: latent frames of each chunk; None for the model's own.
-        context: clean latents of the first chunk or chunks, (1, Fc, C, H, W); they are remembered,
-            not made.
+        context: clean latents of the first chunk or chunks, (1, Fc, C, H, W); they enter the cache
+            and are not generated.
         window: keep only the first and this many of the newest compressed chunks; None for all. See
             `kv_cache`.
         on_step: called after each transition, see `sample`.
 
     Returns:
-        An iterator over the chunks, the given ones included.
+        An iterator over the chunks, those of the context included.
 
     Raises:
         AnyFlowError: a plan that does not sum to F, or a context that does not end where a chunk
@@ -125,12 +125,14 @@ def stream(
         )
     for frames in sorted(set(plan.chunks)):
         engine.ranges.check((1, frames, *z.shape[2:]), prompt_embeds.shape)
-    given = _split_context(plan, z, context)
-    return _generate_chunks(engine, z, prompt_embeds, policy, plan, given, on_step or _ignore)
+    clean_chunks = _split_context(plan, z, context)
+    return _generate_chunks(
+        engine, z, prompt_embeds, policy, plan, clean_chunks, on_step or _ignore
+    )
 
 
 def _split_context(plan: CachePlan, latents: Array, context: ArrayLike | None) -> list[Array]:
-    """The context, cut into chunks."""
+    """Cut the context into chunks of the plan."""
     if context is None:
         return []
     clean = prepare_array("context", context)
@@ -160,28 +162,28 @@ def _generate_chunks(
     text: Array,
     policy: StepPolicy,
     plan: CachePlan,
-    given: list[Array],
+    context_chunks: list[Array],
     on_step: Callable[[Step], None],
 ) -> Generator[Chunk, None, None]:
     with contextlib.closing(engine.open_stream(text, plan)) as kv_stream:
         for index in range(len(plan.chunks)):
             first = plan.first_frame(index)
-            if index < len(given):
-                clean = np.ascontiguousarray(given[index])
+            if index < len(context_chunks):
+                clean = np.ascontiguousarray(context_chunks[index])
             else:
                 chunk_noise = np.ascontiguousarray(latents[:, first : plan.first_frame(index + 1)])
                 start = functools.partial(kv_stream.start, chunk_noise)
-                chunk_policy = policy.for_chunk(index - len(given))
+                chunk_policy = policy.for_chunk(index - len(context_chunks))
                 clean = chunk_policy.run(start, chunk_noise.shape, on_step)
-            yield Chunk(index, first, clean.copy(), index < len(given))
+            yield Chunk(index, first, clean.copy(), index < len(context_chunks))
             if index + 1 < len(plan.chunks):
                 kv_stream.append(clean)
 
 
 def noise(shape: Sequence[int], seed: int) -> Array:
-    """Standard normal latents that are the same on every machine, with or without torch.
+    """Return standard normal latents, float32, the same on every machine for one seed.
 
-    numpy's PCG64 in double precision, rounded to float32. (torch's generator gives other numbers
-    for the same seed.)
+    They come from numpy's PCG64 in double precision, rounded to float32. torch's generator gives
+    other numbers for the same seed.
     """
     return np.random.default_rng(seed).standard_normal(tuple(shape)).astype(np.float32)

@@ -1,9 +1,10 @@
-"""What decides how many steps a video gets: a number, a deadline, or a quality.
+"""Policies that decide how many steps a video gets: a number, a deadline, or a quality.
 
 `StepPolicy` is the protocol that the sampler runs. It is implemented by `Schedule` (a number of
-steps), `Deadline` (as many as fit), `AdaptiveSteps` (as many as two candidates need to agree), and
-for streams by `FirstChunkPolicy` and `ReuseFirstChunkSteps`. `StepSettings` is what a request says
-about its steps, by the same words for the command line, the servers and Python.
+steps), `Deadline` (as many as fit into the time), `AdaptiveSteps` (as many as two candidates need
+to agree), and for streams by `FirstChunkPolicy` and `ReuseFirstChunkSteps`. `StepSettings` is what
+a request says about its steps; its fields have the same names on the command line, in the servers
+and in Python.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ MAX_ADAPTIVE_STEPS = 32
 
 
 class StepPolicy(Protocol):
-    """Decides the steps of samples, and makes them."""
+    """Decides how many steps a sample gets, and runs them."""
 
     def run(
         self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
     ) -> Array:
-        """Make one sample.
+        """Generate one sample.
 
         Args:
             start: opens a run at the sample's noise; a policy may open several, one after the
@@ -51,21 +52,21 @@ class StepPolicy(Protocol):
         ...
 
     def for_chunk(self, index: int) -> StepPolicy:
-        """Return what decides the steps of one chunk of a stream; called when the chunk begins.
+        """Return the policy of one chunk of a stream; called when the chunk begins.
 
         Args:
-            index: 0 for the first chunk that is made; chunks that were given do not count.
+            index: 0 for the first generated chunk; chunks of the context do not count.
         """
         ...
 
 
 @dataclass(frozen=True)
 class FirstChunkPolicy:
-    """The first chunk that is made has one policy, all later ones another.
+    """One policy for the first generated chunk of a stream, and another for all later ones.
 
     Attributes:
-        first: of the first chunk.
-        others: of all later ones.
+        first: policy of the first generated chunk.
+        others: policy of all later chunks.
     """
 
     first: StepPolicy
@@ -74,11 +75,11 @@ class FirstChunkPolicy:
     def run(
         self, start: Callable[[], Run], shape: tuple[int, ...], on_step: Callable[[Step], None]
     ) -> Array:
-        """Make one sample, as the first chunk is made; see `StepPolicy.run`."""
+        """Generate one sample with the policy of the first chunk, float32 (B, F, C, H, W)."""
         return self.first.run(start, shape, on_step)
 
     def for_chunk(self, index: int) -> StepPolicy:
-        """Return `first` for the first chunk that is made, else `others`."""
+        """Return `first` for the first generated chunk, else `others`."""
         return (self.first if index == 0 else self.others).for_chunk(index)
 
 
@@ -92,12 +93,12 @@ class StepSettings:
 
     Attributes:
         num_inference_steps: transitions of a video (of each chunk); with `deadline_s` or
-            `target_psnr`, the most there may be.
-        first_steps: the same for the first chunk that is made.
+            `target_psnr`, the maximum.
+        first_steps: the same for the first generated chunk.
         shift: of the grid, see `Schedule.uniform`.
         sigmas: noise levels, in place of steps and shift.
         deadline_s: seconds for the transitions of a video (of each chunk).
-        target_psnr: decibels to reach between the sample and one of half as many steps.
+        target_psnr: PSNR in decibels to reach between the sample and one of half as many steps.
     """
 
     num_inference_steps: int | None = None
@@ -117,30 +118,30 @@ class StepSettings:
             InvalidRequestError: naming which to leave out.
         """
         fields = ("sigmas", "deadline_s", "target_psnr")
-        given = [field for field in fields if getattr(self, field) is not None]
+        choices = [field for field in fields if getattr(self, field) is not None]
         sigmas, quality = name("sigmas"), name("target_psnr")
         steps = name("num_inference_steps")
         first = name("first_steps")
         problem = None
-        if len(given) > 1:
-            names = " and ".join(map(name, given))
+        if len(choices) > 1:
+            names = " and ".join(map(name, choices))
             problem = f"{names} each decide how many steps there are; give one of them."
-        elif given == ["sigmas"] and (self.num_inference_steps, self.shift) != (None, None):
+        elif choices == ["sigmas"] and (self.num_inference_steps, self.shift) != (None, None):
             problem = f"{sigmas} is the whole schedule; leave out {steps} and {name('shift')}."
-        elif given == ["sigmas"] and self.first_steps is not None:
+        elif choices == ["sigmas"] and self.first_steps is not None:
             problem = f"{sigmas} is the whole schedule, of every chunk; leave out {first}."
-        elif given == ["target_psnr"] and self.first_steps is not None:
+        elif choices == ["target_psnr"] and self.first_steps is not None:
             problem = (
                 f"{quality} is decided on the first chunk, and the others follow; leave out"
                 f" {first}."
             )
-        elif given == ["target_psnr"] and self.num_inference_steps == 1:
+        elif choices == ["target_psnr"] and self.num_inference_steps == 1:
             problem = (
                 f"{quality} compares one step with two, and {steps} 1 allows one; allowed are 2 or"
                 " more."
             )
         if problem is not None:
-            raise InvalidRequestError(problem, given[0])
+            raise InvalidRequestError(problem, choices[0])
 
     def make_policy(
         self,
@@ -154,9 +155,9 @@ class StepSettings:
 
         Args:
             default_steps, default_shift: of the bundle, where the request does not say.
-            step_timer: what is known of the engine's pace; share one between its requests.
+            step_timer: measured times of the engine's transitions; share one between its requests.
             should_stop: see `Deadline`.
-            on_end: told the result of each sample, of a deadline or a quality.
+            on_end: called with the result of each sample, of a deadline or a quality.
 
         Raises:
             AnyFlowError: a number out of range.
@@ -164,10 +165,10 @@ class StepSettings:
         shift = default_shift if self.shift is None else self.shift
         steps = self.num_inference_steps
         if self.deadline_s is not None:
-            return self._deadlines(shift, step_timer or StepTimer(), should_stop, on_end)
+            return self._make_deadline(shift, step_timer or StepTimer(), should_stop, on_end)
         if self.target_psnr is not None:
-            most = MAX_ADAPTIVE_STEPS if steps is None else steps
-            return ReuseFirstChunkSteps(AdaptiveSteps(self.target_psnr, shift, most, on_end))
+            max_steps = MAX_ADAPTIVE_STEPS if steps is None else steps
+            return ReuseFirstChunkSteps(AdaptiveSteps(self.target_psnr, shift, max_steps, on_end))
         if self.sigmas is not None:
             return Schedule.from_sigmas(self.sigmas)
         schedule = Schedule.uniform(default_steps if steps is None else steps, shift)
@@ -175,7 +176,7 @@ class StepSettings:
             return schedule
         return FirstChunkPolicy(Schedule.uniform(self.first_steps, shift), schedule)
 
-    def _deadlines(
+    def _make_deadline(
         self,
         shift: float,
         step_timer: StepTimer,
@@ -184,8 +185,8 @@ class StepSettings:
     ) -> StepPolicy:
         assert self.deadline_s is not None
         steps = self.num_inference_steps
-        most = MAX_DEADLINE_STEPS if steps is None else steps
-        deadline = Deadline(self.deadline_s, shift, most, step_timer, should_stop, on_end)
+        max_steps = MAX_DEADLINE_STEPS if steps is None else steps
+        deadline = Deadline(self.deadline_s, shift, max_steps, step_timer, should_stop, on_end)
         if self.first_steps is None:
             return deadline
         first = Deadline(self.deadline_s, shift, self.first_steps, step_timer, should_stop, on_end)
@@ -193,25 +194,26 @@ class StepSettings:
 
 
 class ProgressTracker:
-    """Turns steps into the share of a video that is sampled. It needs no memory of a policy's kind.
+    """Turns steps into the fraction of a video that has been sampled, for any policy.
 
     Args:
-        samples: that are made one after the other: chunks, or 1 for a whole video.
+        samples: number of samples that are generated in turn: chunks, or 1 for a whole video.
     """
 
     def __init__(self, samples: int) -> None:
         self._samples = max(1, samples)
-        self._finished = 0
+        self._finished_samples = 0
         self._current = 0.0
 
     def update(self, step: Step) -> float:
-        """Note a step.
+        """Record a step and return the progress.
 
         Returns:
-            The share that is done, 0 to 1; a plan that grew does not turn it back.
+            The fraction that is done, 0 to 1. It never decreases, even where a deadline plans more
+            steps than before.
         """
         if step.index == 0 and self._current > 0.0:
-            self._finished += 1
+            self._finished_samples += 1
             self._current = 0.0
         self._current = max(self._current, (step.index + 1) / step.steps)
-        return min(1.0, (self._finished + self._current) / self._samples)
+        return min(1.0, (self._finished_samples + self._current) / self._samples)

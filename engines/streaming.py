@@ -1,12 +1,12 @@
-"""What a causal stream does, and in which order, whatever the backend.
+"""The order of operations in a causal stream, the same for every backend.
 
-A backend lends a `Cache`: buffers of keys and values per layer, and the graphs that read and write
-them. `CacheStream` knows what belongs where in them (`CachePlan`) and when it has to be written:
+A backend provides a `Cache`: buffers of keys and values per layer, and the graphs that read and
+write them. `CacheStream` decides what is written where (`CachePlan`), and when:
 
-- a finished chunk enters in full, behind everything else;
-- once there are more than `recent` full ones, the oldest is compressed for good, and what stood
-  behind it is written again, since it now follows something else;
-- chunks outside the window are forgotten, and what stood behind them moves up.
+- a finished chunk is written in full, behind everything else;
+- once there are more than `recent` full chunks, the oldest is compressed for good, and the chunks
+  behind it are written again, since their past has changed;
+- chunks outside the window are removed, and the chunks behind them move up.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ Positions = NDArray[np.int64]
 
 
 class Cache(Protocol):
-    """A backend's buffers of one stream, counted in tokens from the start, and its graphs on
-    them."""
+    """A backend's cache buffers of one stream, and the graphs that use them.
+
+    Positions in a buffer are counted in tokens from its start.
+    """
 
     def run(self, latents: Array, positions: Positions, past: int) -> Run:
-        """A run of graph `chunk` that sees the first `past` tokens.
+        """Open a run of the graph `chunk` that sees the first `past` tokens.
 
         Args:
             latents: noise of the chunk, float32 (1, F, C, H, W).
@@ -41,16 +43,18 @@ class Cache(Protocol):
     def write(
         self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
     ) -> None:
-        """Run `chunk` (at t = r = 0) or `compress` on the first `past` tokens, and put its own
-        `tokens` behind them."""
+        """Run `chunk` (at t = r = 0) or `compress`, and store the keys and values it returns.
+
+        The graph sees the first `past` tokens. Its own `tokens` are written right behind them.
+        """
         ...
 
     def move(self, to: int, start: int, tokens: int) -> None:
-        """Move tokens within every buffer; the places may overlap."""
+        """Move tokens within every buffer; source and destination may overlap."""
         ...
 
     def grow(self, capacity: int) -> None:
-        """Make room for more tokens, keeping what is there."""
+        """Make room for `capacity` tokens, and keep the contents."""
         ...
 
     def close(self) -> None:
@@ -59,57 +63,79 @@ class Cache(Protocol):
 
 
 class CacheStream:
-    """See `engine.Stream`.
+    """A `Stream` over a backend's `Cache`: it decides what is written where, and when.
 
     Args:
         cache: with room for `plan.capacity` tokens.
-        plan: what is kept, and where.
+        plan: decides which chunks are kept, and where.
     """
 
     def __init__(self, cache: Cache, plan: CachePlan) -> None:
         self._cache: Cache | None = cache
         self._plan = plan
         self._capacity = plan.capacity
-        self._chunk = self._compressed = 0
-        self._recent: deque[tuple[int, Array]] = deque()
-        self._kept_compressed: list[int] = []
+        self._chunk = 0
+        self._compressed_end = 0  # in tokens
+        self._recent_chunks: deque[tuple[int, Array]] = deque()
+        self._compressed_chunks: list[int] = []
 
     def start(self, latents: Array) -> Run:
-        """See `Stream`."""
+        """Open a run of the next chunk, on the cache as it is.
+
+        Args:
+            latents: noise of the chunk, float32 (1, F, C, H, W); left as it is.
+
+        Raises:
+            AnyFlowError: the stream is closed, the plan has no further chunk, or its chunk has
+                another number of frames.
+        """
         cache = self._check_next_chunk(latents)
-        # A copy: a run works in the array it is given (ONNX Runtime does not copy on the CPU), and
-        # noise may be asked for again.
+        # A copy: a run works in its array (ONNX Runtime does not copy on the CPU), and a policy may
+        # start from the same noise again.
         return cache.run(
             latents.copy(), self._positions(self._chunk), sum(self._plan.cached_tokens(self._chunk))
         )
 
     def append(self, latents: Array) -> None:
-        """See `Stream`."""
+        """Encode the next chunk into the cache; the chunk after it becomes the next.
+
+        Args:
+            latents: clean, float32 (1, F, C, H, W).
+
+        Raises:
+            AnyFlowError: as for `start`, or it is the last chunk of the plan.
+        """
         cache = self._check_next_chunk(latents)
         if self._chunk + 1 == len(self._plan.chunks):  # no room was planned for it
             raise AnyFlowError(
-                f"chunk {self._chunk} is the last of the plan and nothing would see it; extend()"
-                " the plan first."
+                f"chunk {self._chunk} is the last of the plan, so no chunk would read its cache;"
+                " extend() the plan first."
             )
-        self._recent.append((self._chunk, latents))
-        to_write = [self._recent[-1]]
-        if len(self._recent) > self._plan.recent:
-            self._compress(cache, *self._recent.popleft())
-            to_write = list(self._recent)  # what precedes them has changed
-        filled = self._compressed + sum(
-            self._full_tokens(chunk) for chunk, _ in list(self._recent)[: -len(to_write)]
+        self._recent_chunks.append((self._chunk, latents))
+        to_write = [self._recent_chunks[-1]]
+        if len(self._recent_chunks) > self._plan.recent:
+            self._compress(cache, *self._recent_chunks.popleft())
+            to_write = list(self._recent_chunks)  # what precedes them has changed
+        end = self._compressed_end + sum(
+            self._full_tokens(chunk) for chunk, _ in list(self._recent_chunks)[: -len(to_write)]
         )
         for chunk, clean in to_write:
-            cache.write("chunk", clean, self._positions(chunk), filled, self._full_tokens(chunk))
-            filled += self._full_tokens(chunk)
+            cache.write("chunk", clean, self._positions(chunk), end, self._full_tokens(chunk))
+            end += self._full_tokens(chunk)
         self._chunk += 1
 
     def extend(self, plan: CachePlan) -> None:
-        """See `Stream`."""
+        """Replace the plan by one that agrees on the finished chunks.
+
+        The cache grows where it has to.
+
+        Raises:
+            AnyFlowError: the stream is closed, or the plan changes a finished chunk.
+        """
         cache = self._require_open()
         if plan.chunks[: self._chunk] != self._plan.chunks[: self._chunk]:
             raise AnyFlowError(
-                f"the plan {list(plan.chunks)} changes chunks that are made already:"
+                f"the plan {list(plan.chunks)} changes chunks that are finished already:"
                 f" {list(self._plan.chunks)}."
             )
         if plan.capacity > self._capacity:
@@ -118,33 +144,36 @@ class CacheStream:
         self._plan = plan
 
     def close(self) -> None:
-        """See `Stream`."""
+        """Release the cache."""
         if self._cache is not None:
             self._cache.close()
         self._cache = None
-        self._recent.clear()
+        self._recent_chunks.clear()
 
     def _compress(self, cache: Cache, chunk: int, clean: Array) -> None:
-        """Append an old chunk to the compressed part, for good; what the window lets go of makes
-        room first."""
+        """Append an old chunk to the compressed part, after evicting what the window drops."""
         self._evict(cache, set(self._plan.kept_chunks(chunk + 1 + self._plan.recent)))
-        self._kept_compressed.append(chunk)
+        self._compressed_chunks.append(chunk)
         tokens = self._compressed_tokens(chunk)
-        cache.write("compress", clean, self._positions(chunk), self._compressed, tokens)
-        self._compressed += tokens
+        cache.write("compress", clean, self._positions(chunk), self._compressed_end, tokens)
+        self._compressed_end += tokens
 
-    def _evict(self, cache: Cache, kept: set[int]) -> None:
-        """Close the gaps of compressed chunks outside the window. Their order does not matter, but
-        their place does."""
-        for chunk in [c for c in self._kept_compressed if c not in kept]:
+    def _evict(self, cache: Cache, keep: set[int]) -> None:
+        """Close the gaps of compressed chunks outside the window.
+
+        The order of the remaining chunks does not matter, but their position does.
+        """
+        for chunk in [c for c in self._compressed_chunks if c not in keep]:
             tokens_before = sum(
                 self._compressed_tokens(c)
-                for c in self._kept_compressed[: self._kept_compressed.index(chunk)]
+                for c in self._compressed_chunks[: self._compressed_chunks.index(chunk)]
             )
             gap = self._compressed_tokens(chunk)
-            cache.move(tokens_before, tokens_before + gap, self._compressed - tokens_before - gap)
-            self._kept_compressed.remove(chunk)
-            self._compressed -= gap
+            cache.move(
+                tokens_before, tokens_before + gap, self._compressed_end - tokens_before - gap
+            )
+            self._compressed_chunks.remove(chunk)
+            self._compressed_end -= gap
 
     def _positions(self, chunk: int) -> Positions:
         first = self._plan.first_frame(chunk)
@@ -162,11 +191,12 @@ class CacheStream:
         return self._cache
 
     def _check_next_chunk(self, latents: Array) -> Cache:
-        """The cache, if these latents may be the next chunk's."""
+        """Return the cache if these latents may be the next chunk's."""
         cache = self._require_open()
         if self._chunk >= len(self._plan.chunks):
             raise AnyFlowError(
-                f"all {len(self._plan.chunks)} chunks of the plan are made; open another stream."
+                f"all {len(self._plan.chunks)} chunks of the plan are finished; open another"
+                " stream."
             )
         frames = self._plan.chunks[self._chunk]
         if latents.shape[1] != frames:
@@ -178,5 +208,5 @@ class CacheStream:
 
 
 def cache_tensor_names(layers: int) -> list[str]:
-    """What the graphs call a cached tensor: `key.0`, `value.0`, `key.1`, …"""
+    """Return the graphs' names of the cached tensors: `key.0`, `value.0`, `key.1`, …"""
     return [f"{part}.{layer}" for layer in range(layers) for part in ("key", "value")]

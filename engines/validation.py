@@ -1,15 +1,14 @@
-"""Does an engine compute what the model computes? Two engines, the same inputs, measured against
-named thresholds.
+"""Validation of an engine: two engines, the same inputs, compared against named thresholds.
 
-Two questions are asked, because they fail differently. *Transitions*: along a path that the
+There are two comparisons, because they fail differently. *Transitions*: along a path that the
 reference itself takes from noise to clean, each state is sent from its time t to several targets r,
 and the velocities are compared; this finds a wrong operator, and at which times it matters.
 *Rollouts*: whole samples at several step counts are compared; this finds errors that add up. Both
 engines start every transition from the reference's state.
 
-A causal model is asked the same of a stream: transitions in its first chunk, which has no past, and
-in its last, whose cache holds compressed and full chunks that each engine has written itself, from
-the same clean latents.
+For a causal model the comparison is made in a stream: transitions in its first chunk, which has no
+past, and in its last, whose cache holds compressed and full chunks that each engine has written
+itself, from the same clean latents.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ RunOpener = Callable[[Array], Run]
 
 @dataclass(frozen=True)
 class Threshold:
-    """The most an engine may differ, as relative L2, and why that much."""
+    """The largest difference allowed of an engine, as relative L2, and the reason for it."""
 
     transition: float
     rollout: float
@@ -84,9 +83,11 @@ THRESHOLDS = {
 
 @dataclass(frozen=True)
 class Transition:
-    """Velocities compared at one state. `kind` names the target: "next" on the path, "half" way,
-    "clean" (r = 0), "same" (r = t), or "mixed": the first frame already clean, as when a video is
-    continued. `chunk` is 0 where there is no other.
+    """The difference between two velocities at one state.
+
+    `kind` names the target: "next" on the path, "half" way, "clean" (r = 0), "same" (r = t), or
+    "mixed": the first frame already clean, as when a video is continued. `chunk` is 0 where there
+    is no other.
     """
 
     t: float
@@ -98,7 +99,7 @@ class Transition:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Whole samples compared."""
+    """The difference between two whole samples."""
 
     steps: int
     difference: Difference
@@ -106,11 +107,11 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Validation:
-    """What came out.
+    """The result of comparing two engines.
 
     Attributes:
         candidate, reference: their descriptions.
-        precision: whose threshold applies.
+        precision: of the candidate; it decides the thresholds.
         shape, text: of the inputs.
         chunks: latent frames of each chunk, of a causal model.
         seed: of the inputs.
@@ -129,34 +130,34 @@ class Validation:
 
     @property
     def threshold(self) -> Threshold:
-        """What was allowed."""
+        """The limits of this precision."""
         return THRESHOLDS[self.precision]
 
     @property
     def failures(self) -> list[str]:
-        """Every measurement over its threshold, in words; empty when the engine is right."""
+        """Every measurement over its threshold, as a sentence; empty when the engine passed."""
         limit = self.threshold
-        failures_found = []
+        messages = []
         for item in self.transitions:
             if not item.difference.relative_l2 <= limit.transition:
                 where = (
                     f"transition {item.t:.0f} ->"
                     f" {item.r:.0f}{f' of chunk {item.chunk}' if item.chunk else ''}"
                 )
-                failures_found.append(
+                messages.append(
                     f"{where}: {_describe_difference(item.difference)}, allowed"
                     f" {limit.transition:g}"
                 )
         for rollout in self.rollouts:
             if not rollout.difference.relative_l2 <= limit.rollout:
-                failures_found.append(
+                messages.append(
                     f"rollout of {rollout.steps} steps: {_describe_difference(rollout.difference)},"
                     f" allowed {limit.rollout:g}"
                 )
-        return failures_found
+        return messages
 
     def as_json(self) -> dict[str, Any]:
-        """For validation.json. Infinite and undefined numbers become null."""
+        """Return the contents of validation.json. Infinite and undefined numbers become null."""
         raw = dataclasses.asdict(self)
         raw["threshold"] = dataclasses.asdict(self.threshold)
         raw["failures"] = self.failures
@@ -177,7 +178,7 @@ def validate(
     chunks: Sequence[int] | None = None,
     text: Array | None = None,
 ) -> Validation:
-    """Compare two engines.
+    """Compare two engines of the same model, in single transitions and in whole samples.
 
     Args:
         candidate, reference: engines of the same model.
@@ -187,7 +188,7 @@ def validate(
         steps: step counts of the rollouts.
         shift: of their schedules.
         seed: of the latents and embeddings, standard normal.
-        progress: where progress goes.
+        progress: shows the progress of the work.
         chunks: of a causal model: latent frames of each chunk.
         text: prompt embeddings in place of normal ones: a quantized engine is right only within its
             calibrated ranges.
@@ -238,7 +239,7 @@ def validate(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both engines are given."""
+    """The inputs that both engines are given."""
 
     latents: Array
     text: Array
@@ -246,7 +247,7 @@ class Inputs:
 
 
 def _sample_video(engine: Engine, inputs: Inputs, schedule: Schedule) -> Array:
-    """A whole sample."""
+    """Generate a whole sample."""
     if inputs.chunks is None:
         return sample(engine, inputs.latents, inputs.text, schedule)
     return np.concatenate(
@@ -258,8 +259,7 @@ def _sample_video(engine: Engine, inputs: Inputs, schedule: Schedule) -> Array:
 def _comparison_points(
     candidate: Engine, reference: Engine, inputs: Inputs
 ) -> Iterator[tuple[int, Array, tuple[RunOpener, RunOpener]]]:
-    """Where transitions are compared: chunk, the noise of it, and what opens a run of it on each
-    engine."""
+    """Yield each chunk to compare: its index, its noise, and what opens a run on each engine."""
     if inputs.chunks is None:
         yield (
             0,
@@ -293,7 +293,7 @@ def _run_opener(engine: Engine, text: Array) -> RunOpener:
 
 
 def _reference_states(start: RunOpener, latents: Array) -> list[tuple[float, float, Array]]:
-    """The states the reference passes through, each with its time and the next."""
+    """Return the states the reference passes through, each with its time and the next."""
     states = []
     with start(np.ascontiguousarray(latents)) as run:
         for t, r in REFERENCE_SCHEDULE.transitions:
@@ -303,7 +303,7 @@ def _reference_states(start: RunOpener, latents: Array) -> list[tuple[float, flo
 
 
 def _target_times(t: float, r: float) -> list[tuple[float, str]]:
-    """Where a state at `t` is sent. The last step of the path goes to clean itself."""
+    """Return the target times of a state at `t`. The last step of the path goes to clean itself."""
     targets = [(t / 2, "half"), (0.0, "clean"), (t, "same"), (t / 2, "mixed")]
     return targets if r == 0.0 else [(r, "next"), *targets]
 

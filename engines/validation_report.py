@@ -1,8 +1,7 @@
-"""A validation as people read it: a table on the terminal, and a picture of error against time and
-against steps.
+"""Tables and a picture of a validation: error against time, and error against steps.
 
-The picture needs matplotlib (the `export` extra); without it the numbers still come, and a line
-says what is missing.
+The picture needs matplotlib (the `export` extra). Without it the tables are still printed, and a
+line says what is missing.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _FLOOR = 1e-9  # what a difference of exactly zero is drawn at: a logarithm has 
 
 
 def validation_tables(validation: Validation) -> list[Table]:
-    """The worst transition of each kind, and every rollout."""
+    """Make the tables of the worst transition of each kind and of every rollout."""
     numbers = ("relative L2", "cosine", "PSNR", "max abs")
     worst = Table("transition", "worst at t", *numbers, title="velocity, engine against reference")
     for kind, (title, _, _) in KINDS.items():
@@ -52,12 +51,12 @@ def _cells(d: Difference, limit: float) -> tuple[str, ...]:
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
+    """Tell whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def plot_validation(validation: Validation, path: Path) -> None:
-    """Write the picture, a PNG."""
+    """Draw a validation and write it as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

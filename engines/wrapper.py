@@ -1,8 +1,8 @@
-"""An engine with something around its work, around any other: a clock (profiles), a turn among many
-(Triton).
+"""An engine that runs each of its operations inside a context of the caller's.
 
-The sampling loop stays the one and only (`sampler.py`): it is given this engine, and every piece of
-work it asks for happens within a context, in the midst of a real clip.
+The profiler gives a clock as the context, and the Triton server a lock that requests take in turn.
+The sampling loop (`sampler.py`) is the usual one: it is given the wrapper in place of the engine,
+so what is measured or locked is the work of a real video.
 """
 
 from __future__ import annotations
@@ -20,56 +20,58 @@ from anyflow_deploy.models import Architecture
 from anyflow_deploy.shape_ranges import ShapeRanges
 
 EngineOperation = Literal["open", "step", "append"]
-"""A run or stream is opened (the text's keys and values are made), a transition is made, a chunk
-enters the cache."""
+"""`open` opens a run or stream and computes the text's keys and values, `step` runs a transition,
+and `append` encodes a chunk into the cache."""
 
 OperationHook = Callable[[EngineOperation], AbstractContextManager[object]]
 
 
 class EngineWrapper:
-    """See `Engine`.
+    """An `Engine` that passes every call on to another engine, inside a context.
 
     Args:
-        engine: does the work.
-        hook: gives the context for each piece of work.
+        engine: runs the operations.
+        hook: returns the context for each operation.
     """
 
     def __init__(self, engine: Engine, hook: OperationHook) -> None:
-        self._engine, self._hook = engine, hook
+        self._engine = engine
+        self._hook = hook
 
     @property
     def description(self) -> str:
-        """See `Engine`."""
+        """Backend, version, device and precision, for people and reports."""
         return self._engine.description
 
     @property
     def architecture(self) -> Architecture:
-        """See `Engine`."""
+        """The network it runs."""
         return self._engine.architecture
 
     @property
     def ranges(self) -> ShapeRanges:
-        """See `Engine`."""
+        """The shapes it accepts."""
         return self._engine.ranges
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> Run:
-        """See `Engine`."""
+        """Open a run at latents (B, F, C, H, W) for text (B, L, D), inside the context `open`."""
         with self._hook("open"):
             return _RunWrapper(self._engine.start(latents, text), self._hook)
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> Stream:
-        """See `Engine`."""
+        """Open a stream for text (1, L, D), inside the context `open`."""
         with self._hook("open"):
             return _StreamWrapper(self._engine.open_stream(text, plan), self._hook)
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Release the engine."""
         self._engine.close()
 
 
 class _RunWrapper:
     def __init__(self, run: Run, hook: OperationHook) -> None:
-        self._run, self._hook = run, hook
+        self._run = run
+        self._hook = hook
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
         with self._hook("step"):
@@ -99,7 +101,8 @@ class _RunWrapper:
 
 class _StreamWrapper:
     def __init__(self, stream: Stream, hook: OperationHook) -> None:
-        self._stream, self._hook = stream, hook
+        self._stream = stream
+        self._hook = hook
 
     def start(self, latents: Array) -> Run:
         return _RunWrapper(self._stream.start(latents), self._hook)

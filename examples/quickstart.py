@@ -1,7 +1,7 @@
 """A video from a prompt: `python examples/quickstart.py my-bundle "a red fox in the snow" fox.mp4`.
 
-The bundle's own pipeline folder gives the text encoder and the VAE; both run in PyTorch. The engine
-is ONNX Runtime.
+The text encoder and the VAE come from the bundle's own pipeline folder, and run in PyTorch. The
+engine is ONNX Runtime.
 """
 
 import sys

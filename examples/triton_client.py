@@ -17,9 +17,9 @@ server, prompt, output = sys.argv[1:]
 
 def tensor(name: str, kind: str, value: np.ndarray) -> grpc.InferInput:
     """Make an input of the request."""
-    given = grpc.InferInput(name, value.shape, kind)
-    given.set_data_from_numpy(value)
-    return given
+    request_input = grpc.InferInput(name, value.shape, kind)
+    request_input.set_data_from_numpy(value)
+    return request_input
 
 
 request = [
@@ -35,7 +35,7 @@ with grpc.InferenceServerClient(server) as client, Path(output).open("wb") as fi
         result, error = answers.get()
         if error is not None:
             raise error
-        if result.as_numpy("mp4") is None:  # the end
+        if result.as_numpy("mp4") is None:  # the last response is empty
             break
-        file.write(result.as_numpy("mp4")[0])  # playable from the first one on
+        file.write(result.as_numpy("mp4")[0])  # the file is playable from the first chunk on
         print(f"chunk {result.as_numpy('chunk')[0]} after {result.as_numpy('seconds')[0]:.2f} s")

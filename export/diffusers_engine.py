@@ -1,9 +1,8 @@
-"""PyTorch as the reference: a checkpoint in diffusers' own class, float32, behind the same `Engine`
-protocol.
+"""The reference engine for bidirectional models: diffusers' own class, in float32.
 
-Validation compares an engine with this. It is diffusers' code and not ours, so a mistake in our
-module shows. (That is right for bidirectional models only: diffusers' causal class pads attention
-without a mask and is wrong by percents.)
+Validation compares an engine with this one. It is diffusers' code and not ours, so a mistake in our
+module shows. Causal models have another reference: diffusers' causal class pads attention without a
+mask, and its results are wrong by percents.
 """
 
 from __future__ import annotations
@@ -24,11 +23,15 @@ from anyflow_deploy.shape_ranges import ShapeRanges, widest_ranges
 
 
 class DiffusersEngine:
-    """diffusers' transformer as an engine.
+    """An `Engine` that runs diffusers' transformer, float32.
 
     Args:
         weights: a checkpoint, or random weights.
-        device: torch device; "cuda" makes large models bearable.
+        device: torch device; large models need "cuda".
+
+    Raises:
+        AnyFlowError: a causal model.
+        BackendError: torch cannot use the device.
     """
 
     def __init__(self, weights: Weights, device: str = "cpu") -> None:
@@ -38,13 +41,12 @@ class DiffusersEngine:
         architecture = weights.architecture
         if architecture.causal:
             raise AnyFlowError(
-                "diffusers' causal class is not a safe reference: it attends to padding. Use"
-                " TorchEngine."
+                "diffusers' causal class is no reference: it attends to padding. Use TorchEngine."
             )
         self.architecture = architecture
         self._device = device
         config = {k: v for k, v in architecture.as_config().items() if not k.startswith("_")}
-        # Unneeded random weights would double time and memory.
+        # Otherwise diffusers would fill the model with random weights first
         with init_empty_weights(include_buffers=False):
             model = AnyFlowTransformer3DModel(**config)
         model.load_state_dict(
@@ -54,16 +56,16 @@ class DiffusersEngine:
 
     @property
     def description(self) -> str:
-        """See `Engine`."""
+        """torch's version and the device, for people and reports."""
         return f"PyTorch {torch.__version__.split('+')[0]} (diffusers), {self._device}, float32"
 
     @property
     def ranges(self) -> ShapeRanges:
-        """See `Engine`."""
+        """The shapes it accepts: all that the network allows."""
         return widest_ranges(self.architecture)
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> TorchRun:
-        """See `Engine`."""
+        """Open a run at latents (B, F, C, H, W) for text (B, L, D)."""
         a = self.architecture
         z, prompt_embeds = prepare_inputs(self.ranges, a.in_channels, a.text_dim, latents, text)
         model = self._model
@@ -75,24 +77,24 @@ class DiffusersEngine:
         )
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> Stream:
-        """See `Engine`."""
+        """Raise AnyFlowError: a bidirectional model has no streams."""
         raise AnyFlowError("this is a bidirectional model: use sample(), not stream().")
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Release the model."""
         self._model = None
 
 
 def weights_from_manifest(manifest: Manifest, checkpoint: str | None = None) -> Weights:
-    """The weights a bundle was exported from.
+    """Open the weights that a bundle was exported from.
 
     Args:
         manifest: of the bundle.
-        checkpoint: where they are now, when that is not where the manifest says.
+        checkpoint: their folder, where that is not the one that the manifest names.
 
     Raises:
-        CheckpointError: they are not there any more.
-        AnyFlowError: they are of another architecture.
+        CheckpointError: the weights are not there any more.
+        AnyFlowError: the weights are of another architecture.
     """
     source = manifest.source
     if checkpoint is None and source.kind == "random":
@@ -107,7 +109,7 @@ def weights_from_manifest(manifest: Manifest, checkpoint: str | None = None) -> 
     weights = open_checkpoint(checkpoint or source.location)
     if weights.architecture != manifest.architecture:
         raise AnyFlowError(
-            f"{weights.folder} is another model than the bundle was exported from. Give"
-            " --checkpoint its checkpoint."
+            f"{weights.folder} is another model than the one the bundle was exported from. Give"
+            " --checkpoint the bundle's own checkpoint."
         )
     return weights

@@ -1,9 +1,9 @@
-"""Export: weights in, bundle out.
+"""Exports weights into a bundle.
 
     bundle = export_bundle(open_checkpoint("checkpoint/"), Path("bundle"), precision="fp16")
 
-Everything that can be refused is refused first (names, shapes, precision, target, ranges, disk
-space, destination); then the graph is traced, the weights are streamed, ONNX's own checker reads
+Everything that can be checked is checked first (names, shapes, precision, target, ranges, disk
+space, destination). Then the graph is traced, the weights are streamed, ONNX's own checker reads
 the result, and the folder gets its name.
 """
 
@@ -77,11 +77,11 @@ _TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "diffusers")
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """How to export.
+    """The settings of an export.
 
     Attributes:
         precision: "fp32", "fp16", "bf16", "int8" or "fp8".
-        target: row of the target table the bundle is meant for.
+        target: name of the target that the bundle is meant for, a row of `TARGETS`.
         opset: 20 (primitive operators) or 23 (`Attention`, `RMSNormalization`).
         ranges: axes narrower than the model allows, in latent units.
         overwrite: replace a bundle at the destination.
@@ -89,9 +89,11 @@ class ExportSettings:
     The rest is for int8 and fp8 only:
 
         base: precision of everything that is not quantized; None chooses by the target.
-        calibration: ranges of the layers' inputs, of these weights. smooth: SmoothQuant, in int8.
-        full_precision_layers: names of layers that stay in the base. attention: "high", the base,
-        or "fp8": also the products in attention, at precision fp8 and opset 20.
+        calibration: ranges of the layers' inputs, of these weights.
+        smooth: SmoothQuant, in int8.
+        full_precision_layers: names of layers that stay in the base.
+        attention: "high" for the base, or "fp8", which also quantizes the products in attention, at
+            precision fp8 and opset 20.
     """
 
     precision: str = "fp32"
@@ -123,16 +125,17 @@ def export_bundle(
     settings: ExportSettings | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a model.
+    """Export a model into a bundle.
 
     Args:
         weights: a `Checkpoint` or `RandomWeights`.
         output: folder to create.
         settings: see `ExportSettings`.
-        progress: where progress goes.
+        progress: shows the progress of the work.
 
     Raises:
-        AnyFlowError: whatever does not fit, before work starts; nothing is left at `output`.
+        AnyFlowError: a setting or a weight that cannot be exported, before work starts. Nothing is
+            left at `output`.
     """
     settings = settings or ExportSettings()
     progress = progress or NullProgress()
@@ -146,7 +149,7 @@ def export_bundle(
         models: dict[str, ir.Model] = {}
         parameters: dict[str, ParameterSpec] = {}
         for name in GRAPHS[_model_kind(architecture)]:
-            # the parameters are the same in every graph
+            # The parameters are the same in every graph
             models[name], parameters = translate_graph(
                 name, architecture, ranges, settings.spec.base, settings.opset, progress
             )
@@ -176,32 +179,33 @@ def translate_graph(
     opset: int,
     progress: Progress,
 ) -> tuple[ir.Model, dict[str, ParameterSpec]]:
-    """One graph in ONNX, and what the weights must provide for it. Which weights they are makes no
-    difference.
+    """Trace one graph, and return it in ONNX with the parameters that its weights must provide.
+
+    The result does not depend on the values of the weights.
 
     Args:
         name: a name in `MODULES`.
         architecture, ranges: see `trace_graph`.
         precision: of everything that is not quantized.
         opset: in `OPSETS`.
-        progress: where progress goes.
+        progress: shows the progress of the work.
     """
     with progress.stage(f"tracing {name}, {architecture.num_layers} layers"):
-        traced = trace_graph(name, architecture, ranges, precision, fused=opset == FUSED_OPSET)
+        graph = trace_graph(name, architecture, ranges, precision, fused=opset == FUSED_OPSET)
     with progress.stage(f"translating to ONNX opset {opset}"):
-        return onnx_from_traced(traced, opset), traced.parameters
+        return onnx_from_traced(graph, opset), graph.parameters
 
 
 def _plan_quantization(
     weights: Weights, settings: ExportSettings, progress: Progress
 ) -> QuantizationPlan | None:
-    """What is quantized, once the calibration is known to be of these weights."""
+    """Check that the calibration belongs to these weights, and plan what is quantized."""
     calibration = settings.calibration
     if not settings.spec.quantized:
         return None
     if calibration is None:
         raise AnyFlowError(
-            f"precision {settings.precision} needs a calibration. Make one: anyflow-calibrate."
+            f"precision {settings.precision} needs a calibration. Make one with anyflow-calibrate."
         )
     with progress.stage("comparing the weights with the calibration's"):
         check_calibration(calibration, weights)
@@ -217,14 +221,14 @@ def _write_weights(
     plan: QuantizationPlan | None,
     progress: Progress,
 ) -> dict[str, TensorEntry]:
-    fixed = constants(weights.architecture)
+    fixed_tensors = constants(weights.architecture)
     if plan is None:
-        return write_weights(writer, weights, parameters, fixed, progress)
+        return write_weights(writer, weights, parameters, fixed_tensors, progress)
     return write_weights(
         writer,
         weights,
-        plan.parameters(parameters),
-        {**fixed, **plan.constants},
+        plan.convert_specs(parameters),
+        {**fixed_tensors, **plan.constants},
         progress,
         plan.convert_parameter,
     )
@@ -233,7 +237,7 @@ def _write_weights(
 def _write_graph(
     writer: BundleWriter, name: str, model: ir.Model, entries: dict[str, TensorEntry], opset: int
 ) -> GraphRecord:
-    """Write one graph and let ONNX's own checker read it back."""
+    """Write one graph, and read it back with ONNX's own checker."""
     file = f"{name}.onnx"
     attach_weights(model, entries)
     writer.write(file, serialize_model(model))
@@ -242,8 +246,7 @@ def _write_graph(
 
 
 def validate_export(weights: Weights, settings: ExportSettings) -> ShapeRanges:
-    """Refuse what cannot be exported, without touching the disk; returns the ranges that will be
-    declared."""
+    """Refuse an invalid export without touching the disk, and return the ranges it will declare."""
     architecture = weights.architecture
     if settings.opset not in OPSETS:
         raise AnyFlowError(
@@ -259,13 +262,16 @@ def validate_export(weights: Weights, settings: ExportSettings) -> ShapeRanges:
 def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
     """Refuse settings of quantization that do not go together."""
     if not s.spec.quantized:
-        given = [
+        useless = [
             name
-            for name, value in (("calibration", s.calibration), ("kept", s.full_precision_layers))
+            for name, value in (
+                ("calibration", s.calibration),
+                ("full_precision_layers", s.full_precision_layers),
+            )
             if value
         ]
-        if given:
-            what = " and ".join(given)
+        if useless:
+            what = " and ".join(useless)
             raise AnyFlowError(
                 f"precision {s.precision} quantizes nothing, so {what} would have no effect. Leave"
                 " it out."
@@ -275,31 +281,32 @@ def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
         check_architecture(s.calibration, architecture)
     if s.spec.attention == "fp8" and s.opset != PRIMITIVE_OPSET:
         raise AnyFlowError(
-            f"attention is fp8 at opset {s.opset}; it goes with opset {PRIMITIVE_OPSET} only."
+            f"attention is fp8 at opset {s.opset}; allowed is opset {PRIMITIVE_OPSET}."
         )
 
 
 def _check_space(folder: Path, architecture: Architecture, settings: ExportSettings) -> None:
-    """The bundle has to fit on the disk beside whatever it replaces."""
+    """Refuse a bundle that does not fit on the disk beside the one it replaces."""
     shapes = parameter_shapes(architecture)
-    small = (
+    quantized_weights = (
         {f"{layer}.weight" for layer in quantizable_layers(architecture)}
         if settings.spec.quantized
         else set()
     )
-    wide = get_precision(settings.spec.base).bytes
-    narrow = get_precision(settings.precision).bytes
-    needed = (
+    base_bytes = get_precision(settings.spec.base).bytes
+    quantized_bytes = get_precision(settings.precision).bytes
+    needed_bytes = (
         sum(
-            math.prod(shape) * (narrow if name in small else wide) for name, shape in shapes.items()
+            math.prod(shape) * (quantized_bytes if name in quantized_weights else base_bytes)
+            for name, shape in shapes.items()
         )
         * 1.05
     )
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
         raise AnyFlowError(
-            f"the bundle takes about {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB"
-            " free. Make room."
+            f"the bundle takes about {needed_bytes / 1e9:.1f} GB, and {folder} has"
+            f" {free_bytes / 1e9:.1f} GB free. Free disk space, or choose another --output."
         )
 
 
@@ -346,8 +353,10 @@ def _model_kind(a: Architecture) -> Literal["bidirectional", "causal"]:
 
 
 def _default_video(a: Architecture, ranges: ShapeRanges) -> VideoDefaults:
-    """Wan's factors, and the model's default size moved into the ranges; a causal model's length is
-    its chunk plan's."""
+    """Return the model's default video, moved into the ranges, with Wan's factors.
+
+    A causal model's length is that of its chunk plan.
+    """
     frames, height, width = MODELS.get(model_name(a), MODELS["1.3b"]).video
     latent = (
         sum(a.chunk_partition)

@@ -1,9 +1,9 @@
-"""From a recorded graph to ONNX, whose weights are bytes of another file.
+"""Translates a recorded graph to ONNX, with weights that are bytes of another file.
 
 torch's exporter translates node by node; `optimize=False` keeps every parameter under its own name
-(its optimizer would fold transposes into the weights and rename them, which ends refitting and
-quantizing by name). Weights never pass through here: each initializer becomes a reference into
-`weights.safetensors`, by offset and length.
+(its optimizer would fold transposes into the weights and rename them, and then neither refitting
+nor quantizing by name would work). Weights never pass through here: each initializer becomes a
+reference into `weights.safetensors`, by offset and length.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from anyflow_deploy.export.passes import make_axes_constant
 from anyflow_deploy.export.trace import Axes, TracedGraph
 
 PRIMITIVE_OPSET = 20
-"""The newest opset that TensorRT 10.3 (JetPack 6) parses: attention and RMS norm are spelled
-out."""
+"""The newest opset that TensorRT 10.3 (JetPack 6) parses. Attention and RMS norm consist of
+primitive operators."""
 
 FUSED_OPSET = 23
-"""Has `Attention` and `RMSNormalization`, which TensorRT reads from 10.14 and 10.15 on."""
+"""The opset with `Attention` and `RMSNormalization`, which TensorRT reads from 10.14 and 10.15
+on."""
 
 OPSETS = (PRIMITIVE_OPSET, FUSED_OPSET)
 
@@ -41,19 +42,21 @@ _NAMES: dict[ir.DataType, TensorType] = {
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def onnx_from_traced(traced: TracedGraph, opset: int) -> ir.Model:
-    """Translate a recorded transition; initializers have names, types and shapes, but no data
-    yet."""
+def onnx_from_traced(graph: TracedGraph, opset: int) -> ir.Model:
+    """Translate a recorded graph to ONNX.
+
+    Initializers have names, types and shapes, but no data yet.
+    """
     with _silence_exporter():
         program = torch.onnx.export(
-            traced.program,
+            graph.program,
             (),
             dynamo=True,
             opset_version=opset,
             optimize=False,
             verbose=False,
-            input_names=list(traced.inputs),
-            output_names=list(traced.outputs),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
         )
     if program is None:
         raise AnyFlowError(
@@ -62,7 +65,7 @@ def onnx_from_traced(traced: TracedGraph, opset: int) -> ir.Model:
     model = program.model
     _name_nodes(model)
     make_axes_constant(model)
-    _name_axes(model, traced.symbols, {**traced.inputs, **traced.outputs})
+    _name_axes(model, graph.symbols, {**graph.inputs, **graph.outputs})
     _drop_unused_weights(model)
     _strip_machine_details(model)
     return model
@@ -70,8 +73,10 @@ def onnx_from_traced(traced: TracedGraph, opset: int) -> ir.Model:
 
 @contextlib.contextmanager
 def _silence_exporter() -> Iterator[None]:
-    """torch's exporter warns about torchvision, which nothing here uses, and about its own
-    internals."""
+    """Silence torch's exporter.
+
+    It warns about torchvision, which nothing here uses, and about its own internals.
+    """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -84,8 +89,10 @@ def _silence_exporter() -> Iterator[None]:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """Name nodes after the module they come from (`blocks.0.attn1.to_q/Gemm`), for profilers,
-    inspectors and humans."""
+    """Name nodes after the module they come from, such as `blocks.0.attn1.to_q/Gemm`.
+
+    Profilers and inspectors show these names.
+    """
     used: dict[str, int] = {}
     for node in model.graph:
         scopes = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
@@ -116,14 +123,13 @@ def _name_axes(model: ir.Model, symbols: Mapping[str, str], io_axes: Mapping[str
 
 
 def _drop_unused_weights(model: ir.Model) -> None:
-    """A graph that needs only some of the network's parameters should refer to no others."""
+    """Remove the parameters that this graph does not use."""
     for name in [name for name, value in model.graph.initializers.items() if not value.uses()]:
         del model.graph.initializers[name]
 
 
 def _strip_machine_details(model: ir.Model) -> None:
-    """Drop stack traces and file names: large, different on every machine, and nobody's
-    business."""
+    """Remove stack traces and file names, which are large and differ on every machine."""
     model.graph.metadata_props.clear()
     model.metadata_props.clear()
     for node in model.graph:
@@ -136,7 +142,7 @@ def _strip_machine_details(model: ir.Model) -> None:
 
 
 def attach_weights(model: ir.Model, entries: Mapping[str, TensorEntry]) -> None:
-    """Point every initializer at its place in `weights.safetensors`.
+    """Set each initializer to its place in `weights.safetensors`.
 
     Raises:
         AnyFlowError: an initializer without an entry, or an entry of another type or shape.
@@ -167,12 +173,12 @@ def attach_weights(model: ir.Model, entries: Mapping[str, TensorEntry]) -> None:
 
 
 def serialize_model(model: ir.Model) -> bytes:
-    """The .onnx file."""
+    """Return the bytes of the .onnx file."""
     return bytes(ir.serde.serialize_model(model).SerializeToString(deterministic=True))
 
 
 def describe_graph(model: ir.Model, file: str, opset: int) -> GraphRecord:
-    """The graph's border, for the manifest."""
+    """Describe the graph's inputs and outputs, for the manifest."""
     return GraphRecord(
         file=file,
         opset=opset,

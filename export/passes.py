@@ -1,10 +1,10 @@
-"""Axes of reductions as constants of the graph.
+"""Makes the axes of reductions constants of the graph.
 
 torch's exporter writes `mean(dim=-1)` as ReduceMean whose axes are a Reshape of a constant. ONNX
-allows that; TensorRT's parser wants them as a constant and stops otherwise ("Axis input must be an
-initializer", NVIDIA/TensorRT issue 4393, seen there on 10.9; the parser's source has that check in
-10.1 and 10.16). `optimize=True` would fold it and rename weights besides, so this one pattern is
-folded here. Nothing that is computed changes.
+allows that, but TensorRT's parser requires a constant ("Axis input must be an initializer",
+NVIDIA/TensorRT issue 4393, reported for 10.9; the parser's source has that check in 10.1 and
+10.16). `optimize=True` would fold it, but would also rename weights, so this one pattern is folded
+here. The results stay the same.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 
 def make_axes_constant(model: ir.Model) -> int:
-    """Replace every reshaped constant that a Reduce operator takes as axes by one constant; returns
-    how many there were."""
-    found = 0
+    """Make the axes of every Reduce operator a constant, and return how many were changed.
+
+    It replaces reshaped constants by one constant.
+    """
+    count = 0
     for node in list(model.graph):
         if not node.op_type.startswith("Reduce") or len(node.inputs) < 2 or node.inputs[1] is None:
             continue
@@ -41,12 +43,12 @@ def make_axes_constant(model: ir.Model) -> int:
         model.graph.insert_before(node, axes)
         node.replace_input_with(1, axes.outputs[0])
         _remove_unused(model, reshape)
-        found += 1
-    return found
+        count += 1
+    return count
 
 
 def _constant_values(node: ir.Node) -> NDArray[np.int64] | None:
-    """What a Constant holds, as int64; None for any other node."""
+    """Return the values of a Constant, as int64; None for any other node."""
     if node.op_type != "Constant":
         return None
     for attribute in node.attributes.values():
@@ -58,7 +60,7 @@ def _constant_values(node: ir.Node) -> NDArray[np.int64] | None:
 
 
 def _remove_unused(model: ir.Model, node: ir.Node) -> None:
-    """Remove a node nobody reads, and then what only it read."""
+    """Remove a node that nothing reads, and then the nodes that only it read."""
     if any(output.uses() or output.is_graph_output() for output in node.outputs):
         return
     sources = [value.producer() for value in node.inputs if value is not None]

@@ -1,9 +1,8 @@
-"""From a bundle back to the program it was exported from: what AOTInductor and torch-tensorrt
-compile.
+"""Rebuilds the program of a bundle, which AOTInductor and torch-tensorrt compile.
 
 ONNX is one translation of the network, compiled engines of torch are another, and both start from
 the same module: it is built without weights, takes those of the bundle (types, scales and constants
-as they are stored) and is recorded by `torch.export`. The weights are lent, not copied.
+as they are stored) and is recorded by `torch.export`. The weights are shared, not copied.
 """
 
 from __future__ import annotations
@@ -26,12 +25,14 @@ from anyflow_deploy.shape_ranges import ShapeRanges
 def network_from_bundle(
     bundle: Bundle, graph: str, weights: Mapping[str, Tensor]
 ) -> FlowMapTransformer:
-    """The torch module of one of a bundle's graphs, with attention and norms as single operators.
+    """Build the torch module of one of a bundle's graphs.
+
+    Attention and norms are single operators.
 
     Args:
         bundle: an opened bundle.
         graph: a name in `MODULES`.
-        weights: all of its weights, on the device it is to run on.
+        weights: all of its weights, on the device that it will run on.
     """
     compute_type = CHECKPOINT_DTYPES[get_precision(bundle.manifest.base).tensor_type]
     with torch.device("meta"):
@@ -54,7 +55,7 @@ def program_from_bundle(
     device: str,
     ranges: ShapeRanges | None = None,
 ) -> ExportedProgram:
-    """That module, recorded.
+    """Build the torch module of one of a bundle's graphs, and record it.
 
     Args:
         bundle, graph, weights: see `network_from_bundle`.

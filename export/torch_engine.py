@@ -1,10 +1,9 @@
-"""Our own torch module as an engine: the reference for causal models, and what calibration and
-sensitivity run.
+"""Our own torch module as an engine, in eager PyTorch and float32.
 
-Eager PyTorch, float32, no export involved. For bidirectional models validation uses diffusers'
-class instead (`diffusers_engine`), so that a mistake in our module shows; for causal ones
-diffusers' class is wrong by percents, and the authors' own results (tests/golden/causal) stand
-behind this one.
+It is the reference for causal models, and the network that calibration and sensitivity run. For
+bidirectional models validation uses diffusers' class instead (`diffusers_engine`), so that a
+mistake in our module shows. For causal ones diffusers' class is wrong by percents, and this module
+is tested against the authors' own results (tests/golden/causal).
 """
 
 from __future__ import annotations
@@ -28,8 +27,10 @@ from anyflow_deploy.shape_ranges import ShapeRanges, widest_ranges
 
 
 def network_from_weights(weights: Weights) -> FlowMapTransformer:
-    """The torch module of a model with its weights, float32: `ChunkTransition` when it is
-    causal."""
+    """Build the torch module of a model with its weights, float32.
+
+    It is a `ChunkTransition` for a causal model, else a `FlowMapTransformer`.
+    """
     with torch.device("meta"):
         network = (ChunkTransition if weights.architecture.causal else FlowMapTransformer)(
             weights.architecture
@@ -44,14 +45,17 @@ def network_from_weights(weights: Weights) -> FlowMapTransformer:
 
 
 class TorchEngine:
-    """See `engine.Engine`.
+    """An `Engine` that runs our torch module, float32.
 
     Args:
         weights: a checkpoint, or random weights.
         device: torch device.
 
     Attributes:
-        network: the module; changing its weights in place changes what the engine computes.
+        network: the module. A change of its weights in place changes the engine's results.
+
+    Raises:
+        BackendError: torch cannot use the device.
     """
 
     def __init__(self, weights: Weights, device: str = "cpu") -> None:
@@ -61,19 +65,20 @@ class TorchEngine:
 
     @property
     def description(self) -> str:
-        """See `Engine`."""
+        """torch's version and the device, for people and reports."""
         return f"PyTorch {torch.__version__.split('+')[0]}, {self._device}, float32"
 
     @property
     def ranges(self) -> ShapeRanges:
-        """See `Engine`."""
+        """The shapes it accepts: all that the network allows."""
         return widest_ranges(self.architecture)
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> TorchRun:
-        """See `Engine`."""
+        """Open a run at latents (B, F, C, H, W) for text (B, L, D)."""
         if self.architecture.causal:
             raise AnyFlowError(
-                "this is a causal model, which is made chunk by chunk: use stream(), not sample()."
+                "this is a causal model, which generates chunk by chunk: use stream(), not"
+                " sample()."
             )
         z, prompt_embeds = prepare_inputs(
             self.ranges, self.architecture.in_channels, self.architecture.text_dim, latents, text
@@ -83,23 +88,26 @@ class TorchEngine:
         return TorchRun(lambda state, t, r: network(state, t, r, prompt_tensor)[1], z, self._device)
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
-        """See `Engine`."""
+        """Open a stream for text (1, L, D), with room for `plan.capacity` tokens."""
         if not isinstance(self.network, ChunkTransition):
             raise AnyFlowError("this is a bidirectional model: use sample(), not stream().")
         prompt_embeds = prepare_text(self.ranges, self.architecture.text_dim, text)
         return CacheStream(TorchKVCache(self.network, self._device, prompt_embeds, plan), plan)
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Release the network."""
         self.network.to("meta")
 
 
 class TorchKVCache:
-    """See `streaming.Cache`: the three modules are one, since they differ in nothing but
-    `forward`."""
+    """The `Cache` of one stream in torch tensors.
+
+    One network serves as all three modules, since they differ in nothing but `forward`.
+    """
 
     def __init__(self, network: ChunkTransition, device: str, text: Array, plan: CachePlan) -> None:
-        self._network, self._device = network, device
+        self._network = network
+        self._device = device
         with torch.no_grad():
             prompt_embeds = torch.from_numpy(text).to(device)
             self._text_keys_values = TextKVEncoder.forward(network, prompt_embeds)  # type: ignore[arg-type]
@@ -110,11 +118,11 @@ class TorchKVCache:
         ]
 
     def run(self, latents: Array, positions: Positions, past: int) -> TorchRun:
-        """See `Cache`."""
+        """Open a run of the chunk's graph that sees the first `past` tokens."""
         network = self._network
         position_ids = torch.from_numpy(positions).to(self._device)
         return TorchRun(
-            lambda z, t, r: network(z, t, r, position_ids, *self._attended(past))[1],
+            lambda z, t, r: network(z, t, r, position_ids, *self._cached_inputs(past))[1],
             latents,
             self._device,
         )
@@ -123,36 +131,37 @@ class TorchKVCache:
     def write(
         self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
     ) -> None:
-        """See `Cache`."""
+        """Run `chunk` or `compress`, and store its keys and values behind `past` tokens."""
         z = torch.from_numpy(latents).to(self._device)
         position_ids = torch.from_numpy(positions).to(self._device)
         if graph == "chunk":
             zero_times = z.new_zeros(z.shape[:2])
-            seen = self._attended(past)
-            present = self._network(z, zero_times, zero_times, position_ids, *seen)[2:]
+            kv_inputs = self._cached_inputs(past)
+            new_kv = self._network(z, zero_times, zero_times, position_ids, *kv_inputs)[2:]
         else:  # its last layer attends to nothing
-            network: Any = self._network  # not a ChunkCompressor, and has all that forward uses
+            network: Any = self._network  # not a ChunkCompressor, but has all that forward uses
             text = self._text_keys_values[:-2]
-            earlier = [buffer[:, :past] for buffer in self._buffers[:-2]]
-            present = ChunkCompressor.forward(network, z, position_ids, *text, *earlier)
-        for buffer, own in zip(self._buffers, present, strict=True):
-            buffer[:, past : past + tokens] = own
+            past_kv = [buffer[:, :past] for buffer in self._buffers[:-2]]
+            new_kv = ChunkCompressor.forward(network, z, position_ids, *text, *past_kv)
+        for buffer, values in zip(self._buffers, new_kv, strict=True):
+            buffer[:, past : past + tokens] = values
 
     def move(self, to: int, start: int, tokens: int) -> None:
-        """See `Cache`."""
+        """Move tokens within every buffer; source and destination may overlap."""
         for buffer in self._buffers:
             buffer[:, to : to + tokens] = buffer[:, start : start + tokens].clone()
 
     def grow(self, capacity: int) -> None:
-        """See `Cache`."""
-        added = capacity - self._buffers[0].shape[1]
+        """Make room for `capacity` tokens, and keep the contents."""
+        extra = capacity - self._buffers[0].shape[1]
         self._buffers = [
-            torch.cat((b, b.new_zeros(1, added, *self._shape)), 1) for b in self._buffers
+            torch.cat((b, b.new_zeros(1, extra, *self._shape)), 1) for b in self._buffers
         ]
 
     def close(self) -> None:
-        """See `Cache`."""
-        self._buffers, self._text_keys_values = [], ()
+        """Release the buffers."""
+        self._buffers.clear()
+        self._text_keys_values = ()
 
-    def _attended(self, past: int) -> tuple[Tensor, ...]:
+    def _cached_inputs(self, past: int) -> tuple[Tensor, ...]:
         return (*self._text_keys_values, *(buffer[:, :past] for buffer in self._buffers))

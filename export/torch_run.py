@@ -1,4 +1,4 @@
-"""A sample on its way in torch: what both engines made of PyTorch modules share."""
+"""The run of the two engines that consist of PyTorch modules."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class TorchRun:
-    """See `engine.Run`.
+    """A `Run` whose state is a torch tensor.
 
     Args:
-        velocity: state z_t (B, F, C, H, W) and times t, r (B, F) to u(z_t, t, r).
+        velocity: computes u(z_t, t, r) of the state z_t (B, F, C, H, W) and the times t, r (B, F).
         latents: the state to start from.
         device: torch device.
     """
@@ -34,22 +34,22 @@ class TorchRun:
         self._state = torch.from_numpy(latents).to(device)
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
-        """See `Run`."""
+        """Replace the state z_t by z_r; timesteps are numbers or (B, F)."""
         source, target, velocity = self._velocity(t, r)
         self._state = (
             self._state - ((source - target) / TRAIN_TIMESTEPS)[:, :, None, None, None] * velocity
         )
 
     def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
-        """See `Run`."""
+        """Return the average velocity u(z_t, t, r), float32 (B, F, C, H, W)."""
         return np.asarray(self._velocity(t, r)[2].cpu().numpy(), dtype=np.float32)
 
     def read(self) -> Array:
-        """See `Run`."""
+        """Return a copy of the state, float32 (B, F, C, H, W)."""
         return np.array(self._state.cpu().numpy(), dtype=np.float32)
 
     def close(self) -> None:
-        """See `Run`."""
+        """Release the state."""
         self._state = torch.empty(0)
 
     def __enter__(self) -> TorchRun:
@@ -73,7 +73,7 @@ class TorchRun:
 
 
 def move_to_device(model: M, device: str) -> M:
-    """The model on a device, ready for inference.
+    """Move a model to a device, and set it to inference.
 
     Raises:
         BackendError: no such device, no CUDA, no memory.

@@ -1,4 +1,4 @@
-"""From an architecture to a graph, without weights.
+"""Records the graph of an architecture, without weights.
 
 The network is built on fake tensors, which have shapes and types but no memory, and `torch.export`
 records it with every declared axis symbolic. A 14B model is traced this way in about a minute and
@@ -31,7 +31,7 @@ MODULES = {
     "chunk": ChunkTransition,
     "compress": ChunkCompressor,
 }
-"""What computes each graph of a bundle (`manifest.GRAPHS` says which kind of model has which)."""
+"""The module of each graph of a bundle (`manifest.GRAPHS` lists the graphs of a kind of model)."""
 
 _EXAMPLE = {"batch": 2, "frames": 3, "height": 6, "width": 10, "text": 7, "past": 11}
 """Sizes to trace at, in patches where the axis has patches: all different and above 1, so that
@@ -49,9 +49,9 @@ class TracedGraph:
 
     Attributes:
         program: the graph; its weights are fake.
-        parameters: what the checkpoint must provide, by name.
-        symbols: torch's name of a symbolic size -> what it counts (`rows` and `columns` are patches
-            of height and width).
+        parameters: the tensors that the checkpoint must provide, by name.
+        symbols: the axis of each symbolic size, by torch's name of the size (`rows` and `columns`
+            are patches of height and width).
         inputs, outputs: names in order, with their axes.
     """
 
@@ -64,7 +64,7 @@ class TracedGraph:
 
 @dataclass(frozen=True)
 class _Input:
-    """A graph's input: its axes (numbers are fixed sizes) and its type."""
+    """An input of a graph: its axes (numbers are fixed sizes) and its type."""
 
     shape: Axes
     dtype: torch.dtype = torch.float32
@@ -77,7 +77,7 @@ def trace_graph(
 
     Args:
         graph: a name in `MODULES`.
-        a: which network.
+        a: architecture of the network.
         ranges: axes with one allowed size become constants, all others stay symbolic.
         precision: "fp32", "fp16" or "bf16".
         fused: attention and RMS norm as single operators, see `transformer`.
@@ -121,8 +121,10 @@ def record_network(
 def example_arguments(
     graph: str, a: Architecture, ranges: ShapeRanges, precision: str, device: str
 ) -> tuple[tuple[Tensor, ...], Any]:
-    """What to call a network with while it is recorded, and torch's description of the axes; see
-    `trace_graph`."""
+    """Return example inputs to record a network with, and torch's description of their axes.
+
+    The parameters are those of `trace_graph`, and the torch device of the inputs.
+    """
     return _example_arguments(
         _io_spec(graph, a, CHECKPOINT_DTYPES[get_precision(precision).tensor_type])[0],
         ranges,
@@ -133,7 +135,7 @@ def example_arguments(
 def _example_arguments(
     inputs: dict[str, _Input], ranges: ShapeRanges, device: str
 ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
-    """What to call a network with while it is recorded, and torch's description of the axes."""
+    """Return example inputs to record a network with, and torch's description of their axes."""
     axes = {axis: _dynamic_axis(axis, getattr(ranges, axis)) for axis in AXES}
     axes["past"] = (Dim("past"), _EXAMPLE["past"])
     example = tuple(
@@ -144,17 +146,19 @@ def _example_arguments(
         {n: axes[x][0] for n, x in enumerate(i.shape) if isinstance(x, str)}
         for i in inputs.values()
     ]
-    # The other inputs, one for each layer, are one *argument.
-    named = sum("." not in name for name in inputs)
+    # The others, one for each layer, are one *argument
+    named_count = sum("." not in name for name in inputs)
     return example, (
-        (*shapes[:named], tuple(shapes[named:])) if named < len(shapes) else tuple(shapes)
+        (*shapes[:named_count], tuple(shapes[named_count:]))
+        if named_count < len(shapes)
+        else tuple(shapes)
     )
 
 
 def _io_spec(
     graph: str, a: Architecture, compute_type: torch.dtype
 ) -> tuple[dict[str, _Input], dict[str, Axes]]:
-    """Inputs and outputs of a graph."""
+    """Return the inputs and outputs of a graph."""
     video: Axes = ("batch", "frames", a.in_channels, "height", "width")
     latents = {"latents": _Input(video)}
     times = {name: _Input(("batch", "frames")) for name in ("t", "r")}
@@ -163,34 +167,38 @@ def _io_spec(
         return {**latents, **times, **text}, {"z_r": video, "velocity": video}
     channels = (a.num_attention_heads, a.attention_head_dim)
     names = [f"{part}.{layer}" for layer in range(a.num_layers) for part in ("key", "value")]
-    own: Axes = ("batch", "text" if graph == "text" else "tokens", *channels)
-    present = dict.fromkeys(names, own)
+    kv_axes: Axes = ("batch", "text" if graph == "text" else "tokens", *channels)
+    kv_outputs = dict.fromkeys(names, kv_axes)
     if graph == "text":
-        return text, {f"text_{name}": axes for name, axes in present.items()}
+        return text, {f"text_{name}": axes for name, axes in kv_outputs.items()}
     # The last layer of compress attends to nothing
-    seen = names if graph == "chunk" else names[:-2]
-    memory = {
+    kv_names = names if graph == "chunk" else names[:-2]
+    kv_inputs = {
         f"{what}_{name}": _Input(("batch", what, *channels), compute_type)
         for what in ("text", "past")
-        for name in seen
+        for name in kv_names
     }
     positions = {"positions": _Input(("frames",), torch.int64)}
     if graph == "compress":
-        return {**latents, **positions, **memory}, present
-    return {**latents, **times, **positions, **memory}, {"z_r": video, "velocity": video, **present}
+        return {**latents, **positions, **kv_inputs}, kv_outputs
+    return {**latents, **times, **positions, **kv_inputs}, {
+        "z_r": video,
+        "velocity": video,
+        **kv_outputs,
+    }
 
 
 def _axis_size(axis: int | str, axes: dict[str, tuple[object, int]]) -> int:
     return axis if isinstance(axis, int) else axes[axis][1]
 
 
-def _dynamic_axis(name: str, allowed: Range) -> tuple[object, int]:
-    """torch's description of an axis, and the size to trace it at."""
-    if allowed.minimum == allowed.maximum:
-        return Dim.STATIC, allowed.minimum
-    unit = allowed.multiple
-    low = allowed.minimum // unit
-    high = None if allowed.maximum is None else allowed.maximum // unit
+def _dynamic_axis(name: str, axis_range: Range) -> tuple[object, int]:
+    """Return torch's description of an axis, and the size to trace it at."""
+    if axis_range.minimum == axis_range.maximum:
+        return Dim.STATIC, axis_range.minimum
+    unit = axis_range.multiple
+    low = axis_range.minimum // unit
+    high = None if axis_range.maximum is None else axis_range.maximum // unit
     example = max(2, low, _EXAMPLE[name])
     example = example if high is None else min(example, high)
     symbol = Dim(name, min=low, max=high) if high is not None else Dim(name, min=low)
@@ -198,18 +206,18 @@ def _dynamic_axis(name: str, allowed: Range) -> tuple[object, int]:
 
 
 def _name_symbols(program: ExportedProgram, inputs: dict[str, _Input]) -> dict[str, str]:
-    """What each symbol counts: torch forgets the names it was given."""
-    found: dict[str, str] = {}
+    """Return the axis of each of torch's symbols, which loses the names it was given."""
+    names: dict[str, str] = {}
     placeholders = [
         node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
     ]
-    for node, given in zip(placeholders, inputs.values(), strict=True):
-        for axis, length in zip(given.shape, node.meta["val"].shape, strict=True):
+    for node, spec in zip(placeholders, inputs.values(), strict=True):
+        for axis, length in zip(spec.shape, node.meta["val"].shape, strict=True):
             if isinstance(axis, str) and isinstance(length, torch.SymInt):
-                found.update(
+                names.update(
                     {
                         str(symbol): _PATCHES.get(axis, axis)
                         for symbol in length.node.expr.free_symbols
                     }
                 )
-    return found
+    return names

@@ -1,1 +1,1 @@
-"""Tools for working on the project; not part of what is installed."""
+"""Tools for working on the project; they are not installed with it."""

@@ -1,11 +1,10 @@
-"""What a release of cuda-python offers, as JSON: functions with their parameters, enums, constants
-and structures.
+"""Reads the interface of a release of cuda-python: functions, enums, constants and structures.
 
     python tools/cuda_surface.py
 
-cuda-python's bindings are an ordinary wheel that is imported without a GPU, so their surface is
+cuda-python's bindings are an ordinary wheel that can be imported without a GPU, so the interface is
 read from the module itself, in a process of its own since two releases cannot be imported at once.
-The tests' stand-in is made from it. Kept in .cache.
+The fake CUDA of the tests is made from it. The result is JSON, and is kept in .cache.
 """
 
 from __future__ import annotations
@@ -47,23 +46,23 @@ json.dump(surface, sys.stdout)
 
 
 def load_surface(cuda: str) -> dict[str, Any]:
-    """The surface of a release in `RELEASES`, from .cache or from the package index.
+    """Return the interface of a release in `RELEASES`, from .cache or from the package index.
 
     Raises:
         RuntimeError: no package index, or no wheel for this Python.
     """
     requirement = RELEASES[cuda]
-    kept = (
+    cache_file = (
         CACHE
         / f"{requirement.partition('==')[2]}-{sys.version_info.major}.{sys.version_info.minor}.json"
     )
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}")
+    if not cache_file.exists():
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache_file.with_suffix(f".{os.getpid()}")
         partial.write_text(_read(requirement))
-        partial.replace(kept)
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found
+        partial.replace(cache_file)
+    surface: dict[str, Any] = json.loads(cache_file.read_text())
+    return surface
 
 
 def _read(requirement: str) -> str:
@@ -82,16 +81,16 @@ def _read(requirement: str) -> str:
         return _run([sys.executable, "-c", _READ], {"PYTHONPATH": folder})
 
 
-def _run(command: list[str], more: dict[str, str]) -> str:
-    done = subprocess.run(
-        command, env={**os.environ, **more}, capture_output=True, text=True, check=False
+def _run(command: list[str], variables: dict[str, str]) -> str:
+    process = subprocess.run(
+        command, env={**os.environ, **variables}, capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+    if process.returncode:
+        last = (process.stderr or process.stdout).strip().splitlines()[-1:]
         raise RuntimeError(
             f"the surface of cuda-python needs the package index once: {' '.join(last)}"
         )
-    return done.stdout
+    return process.stdout
 
 
 if __name__ == "__main__":

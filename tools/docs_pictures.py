@@ -1,10 +1,11 @@
-"""Draw the pictures of the README and of docs/index.md: `python -m tools.docs_pictures` writes them
-to docs/images/.
+"""Draws the pictures of the README and of docs/index.md.
 
-- `overview.svg`: the way of a model through this project, from a checkpoint to a video.
+`python -m tools.docs_pictures` writes them to docs/images/:
+
+- `overview.svg`: the stages of a model in this project, from a checkpoint to a video.
 - `any_step_schedule.png`: what "any number of steps" means, on frames of the moving-shapes data
-  set. The frames are training data mixed with noise, as a flow map sees them while it trains. No
-  trained model is needed to draw them, and none drew them.
+  set. The frames are training data mixed with noise, as in the training of a flow map. They are not
+  the output of a model.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ SCENE = Scene("circle", "red", "right", "quickly", (0.5, 0.5), 0.26, 0.12)
 
 
 def overview_svg() -> str:
-    """Four boxes in a row with arrows between them; readable on a light and on a dark page."""
+    """Draw four boxes in a row with arrows between them.
+
+    They are readable on a light and on a dark page.
+    """
     parts = []
     for index, (title, lines, command) in enumerate(BOXES):
         left = 4 + index * (WIDTH + GAP)
@@ -77,8 +81,10 @@ def _arrow(start: float, end: float) -> str:
 
 
 def any_step_figure() -> Figure:
-    """Frames at the times of a four-step schedule, and the steps of the schedules of 4, 2 and 1
-    steps under them."""
+    """Draw frames at the times of a four-step schedule.
+
+    The steps of the schedules of 4, 2 and 1 steps are drawn under them.
+    """
     times = list(Schedule.uniform(max(STEPS)).timesteps)
     clean = render_scene(SCENE, torch.tensor(FRAMES), 48, 72)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)) * 0.25 + 0.5
@@ -112,7 +118,7 @@ def any_step_figure() -> Figure:
     below.set_ylim(len(STEPS), 0)
     for row, steps in enumerate(STEPS):
         stops = [
-            times.index(min(times, key=lambda known, t=t: abs(known - t)))
+            times.index(min(times, key=lambda time, t=t: abs(time - t)))
             for t in Schedule.uniform(steps).timesteps
         ]
         for start, end in itertools.pairwise(stops):

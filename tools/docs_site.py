@@ -1,10 +1,9 @@
-"""A hook of mkdocs (mkdocs.yml names it): pages that are made from the code, so that they cannot
-fall behind it.
+"""A hook of mkdocs (mkdocs.yml names it) that generates pages from the code.
 
 - reference/commands/: a page for each command, from its options class, which is also what `--help`
   prints.
 - reference/python.md: each name in `anyflow_deploy.__all__`, for mkdocstrings to fill in.
-- explanation/architecture.md: ARCHITECTURE.md, which lives at the top of the repository.
+- explanation/architecture.md: ARCHITECTURE.md, which is at the top of the repository.
 
 Links from a page to a file outside docs/ work on a code host, but not on the site: there they
 become the path as code.
@@ -61,25 +60,27 @@ GROUPS = {
     "Models": ("MODELS", "Model", "Architecture"),
     "Errors": ("AnyFlowError", "BackendError", "BundleError", "CheckpointError", "ShapeError"),
 }
-"""Headings of the page on Python; a public name that is not here stands under "More"."""
+"""Headings of the Python page. A public name that is not listed here is put under "More"."""
 
 
 def command_page(command: str, options: type[Options]) -> str:
-    """A command's help as Markdown: usage, what it does, a table of its flags, examples."""
+    """Return a command's help as Markdown: usage, description, a table of its flags, examples."""
     usage, _, about, _, flags, _, *examples = build_help(command, options)
-    plain = re.sub(r"\\?\[/?[a-z ]*\]", "", usage.replace("\\[flags]", "FLAGS")).replace(
+    usage_text = re.sub(r"\\?\[/?[a-z ]*\]", "", usage.replace("\\[flags]", "FLAGS")).replace(
         "usage: ", ""
     )
     rows = ["| flag | value | |", "|---|---|---|"]
     columns = [[_cell(text) for text in column.cells] for column in flags.columns]
     rows += [f"| `{name}` | {kind} | {text} |" for name, kind, text in zip(*columns, strict=True)]
-    shown = "\n".join(example.strip() for example in examples)
-    parts = [f"# {command}", f"```text\n{plain}\n```", _paragraphs(about), "\n".join(rows)]
-    return "\n\n".join([*parts, f"## Examples\n\n```sh\n{shown}\n```"] if shown else parts) + "\n"
+    examples_text = "\n".join(example.strip() for example in examples)
+    parts = [f"# {command}", f"```text\n{usage_text}\n```", _paragraphs(about), "\n".join(rows)]
+    if examples_text:
+        parts.append(f"## Examples\n\n```sh\n{examples_text}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def _paragraphs(text: str) -> str:
-    """The text with words such as --steps as code, so that no two dashes become one."""
+    """Mark words such as --steps as code, so that no two dashes become one."""
     return re.sub(r"(?<![\w`-])(--[a-z][a-z-]*)", r"`\1`", inspect.cleandoc(text))
 
 
@@ -89,16 +90,18 @@ def _cell(text: object) -> str:
 
 
 def python_page() -> str:
-    """Directives of mkdocstrings for every public name, under headings."""
+    """Return directives of mkdocstrings for every public name, under headings."""
     public = [name for name in anyflow_deploy.__all__ if name != "__version__"]
-    grouped = {title: [name for name in names if name in public] for title, names in GROUPS.items()}
-    known = {name for names in GROUPS.values() for name in names}
-    grouped["More"] = [name for name in public if name not in known]
+    names_by_title = {
+        title: [name for name in names if name in public] for title, names in GROUPS.items()
+    }
+    grouped_names = {name for names in GROUPS.values() for name in names}
+    names_by_title["More"] = [name for name in public if name not in grouped_names]
     parts = [
         "# Python API",
         "`from anyflow_deploy import …`: these names are the public interface.",
     ]
-    for title, names in grouped.items():
+    for title, names in names_by_title.items():
         if names:
             parts += [
                 f"## {title}",
@@ -111,12 +114,12 @@ def python_page() -> str:
 
 
 def architecture_page() -> str:
-    """ARCHITECTURE.md with its links as seen from docs/explanation/."""
+    """Return ARCHITECTURE.md with its links as seen from docs/explanation/."""
     return re.sub(r"\]\(docs/", "](../", (ROOT / "ARCHITECTURE.md").read_text())
 
 
 def generated_pages() -> dict[str, str]:
-    """Every page that is made here, by its path in docs/."""
+    """Return every page that is generated, by its path in docs/."""
     train = make_options_type()
     pages = {
         f"reference/commands/{name}.md": command_page(name, options)

@@ -1,5 +1,4 @@
-"""NVIDIA's headers of TensorRT and CUDA, for testing the C++ library's TensorRT backend on a
-machine that has neither.
+"""Fetches NVIDIA's headers of TensorRT and CUDA, to test the C++ library without either.
 
     python tools/tensorrt_headers.py 10.16     # into .cache/tensorrt-headers; or 10.3, or 11.1
     python tools/tensorrt_headers.py 10.16 --from URL # a mirror of github.com/NVIDIA/TensorRT
@@ -24,21 +23,23 @@ RELEASES = {
     "10.16": ("v10.16", ("nvidia-cuda-runtime-cu12==12.9.79", "nvidia-cuda-nvcc-cu12==12.9.86")),
     "11.1": ("v11.1", ("nvidia-cuda-runtime==13.5.37", "nvidia-cuda-crt==13.5.37")),
 }
-"""The tag, and the wheels with CUDA's headers."""
+"""By release of TensorRT: the tag, and the wheels with CUDA's headers."""
 
 REPOSITORY = "https://github.com/NVIDIA/TensorRT"
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tensorrt-headers"
 
 
 def cached_header_folders() -> list[Path]:
-    """The folders of the newest release in the cache, TensorRT's first; empty where there is
-    none."""
-    there = [release for release in RELEASES if (CACHE / release).is_dir()]
-    return [CACHE / there[-1] / part for part in ("tensorrt", "cuda")] if there else []
+    """Return the folders of the newest release in the cache, TensorRT's first.
+
+    The list is empty where there is none.
+    """
+    releases = [release for release in RELEASES if (CACHE / release).is_dir()]
+    return [CACHE / releases[-1] / part for part in ("tensorrt", "cuda")] if releases else []
 
 
 def fetch_headers(release: str, repository: str = REPOSITORY) -> Path:
-    """Put a release's headers into the cache; the folder.
+    """Fetch a release's headers into the cache, and return their folder.
 
     Raises:
         subprocess.CalledProcessError: git or pip failed; they have said why.
@@ -82,7 +83,7 @@ def fetch_headers(release: str, repository: str = REPOSITORY) -> Path:
 
 
 def main() -> None:
-    """Fetch what was asked for."""
+    """Fetch the release that the command line names."""
     parser = argparse.ArgumentParser(
         description="Headers for tests/integration/test_cpp_tensorrt.py."
     )

@@ -1,17 +1,15 @@
-"""Type stubs of a TensorRT release, made from NVIDIA's own Python bindings on a machine that has no
-TensorRT.
+"""Makes type stubs of a TensorRT release from NVIDIA's Python bindings, without TensorRT.
 
     python tools/tensorrt_stubs.py            # every release in RELEASES, into .cache/tensorrt
 
-TensorRT cannot be installed everywhere, but its Python bindings are a small wheel, and they know
-every class, signature and enum of their release. To be imported they only ask for a handful of C
-functions of the missing libraries; three shared objects that define those and do nothing satisfy
-them. pybind11-stubgen then writes down what is there, and `cleaned` makes Python of it. What comes
-out is an oracle of names and types (for mypy, and for the tests' stand-in): nothing can be built or
-run with it.
+TensorRT cannot be installed everywhere, but its Python bindings are a small wheel, and they contain
+every class, signature and enum of their release. Their import needs only a few C functions of the
+missing libraries, which three shared objects with empty functions provide. pybind11-stubgen then
+writes stubs, and `clean_stubs` turns them into valid Python. The result is a reference of names and
+types, for mypy and for the tests' fake TensorRT; nothing can be built or run with it.
 
 The stubs are not checked in, since they derive from NVIDIA's wheel; they are made once and kept in
-.cache. It takes two seconds a release, and needs the package index, gcc and pybind11-stubgen.
+.cache. That takes two seconds a release, and needs the package index, gcc and pybind11-stubgen.
 """
 
 from __future__ import annotations
@@ -50,22 +48,23 @@ _SYMBOLS = (
 )
 
 
-_failed: dict[str, StubsError] = {}
+_failures: dict[str, StubsError] = {}
 _LAST_PYTHON = {"10.3": (3, 12)}
-"""Where a release has no wheels for newer Pythons."""
+"""The last Python that a release has wheels for, where there are newer ones."""
 
 
 class StubsError(Exception):
-    """The stubs could not be made: what failed, and what it needs."""
+    """The stubs could not be made; the message says what failed, and what it needs."""
 
 
 class NotOnThisMachineError(StubsError):
-    """They never can be here: no compiler, or a Python that the release has no wheel for."""
+    """This machine has no compiler, or a Python that the release has no wheel for."""
 
 
 def stubs(release: str) -> Path:
-    """A folder for MYPYPATH that holds `tensorrt/__init__.pyi` of a release in `RELEASES`; made if
-    it is not there.
+    """Return a folder for MYPYPATH with `tensorrt/__init__.pyi` of a release in `RELEASES`.
+
+    The stubs are made where they are missing.
 
     Raises:
         NotOnThisMachineError: no wheel for this Python, or no gcc.
@@ -77,16 +76,16 @@ def stubs(release: str) -> Path:
             f"TensorRT {release} has no bindings for Python"
             f" {sys.version_info[0]}.{sys.version_info[1]}."
         )
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode()).hexdigest()[:12]
-    folder = CACHE / f"{version}-{recipe}"
+    digest = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode()).hexdigest()[:12]
+    folder = CACHE / f"{version}-{digest}"
     target = folder / "tensorrt" / "__init__.pyi"
     if not target.exists():
-        if release in _failed:
-            raise _failed[release]
+        if release in _failures:
+            raise _failures[release]
         try:
-            source = cleaned(_written(package, version))
+            source = clean_stubs(_generate_stubs(package, version))
         except StubsError as error:
-            _failed[release] = error  # tests ask again and again
+            _failures[release] = error  # many tests ask for the same release
             raise
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}")
@@ -95,8 +94,8 @@ def stubs(release: str) -> Path:
     return folder
 
 
-def _written(package: str, version: str) -> str:
-    """What pybind11-stubgen says of a release."""
+def _generate_stubs(package: str, version: str) -> str:
+    """Return the stubs of a release, as pybind11-stubgen writes them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         download = [
@@ -141,7 +140,7 @@ def _satisfy(folder: Path, major: str) -> None:
     )
     for library in _LIBRARIES:
         soname = f"{library}.so.{major}"
-        words = [
+        arguments = [
             "-shared",
             "-fPIC",
             f"-Wl,-soname,{soname}",
@@ -149,20 +148,20 @@ def _satisfy(folder: Path, major: str) -> None:
             str(folder / soname),
             str(folder / "none.c"),
         ]
-        _run(["gcc", *words], "gcc")
+        _run(["gcc", *arguments], "gcc")
 
 
 def _run(command: list[str], needs: str, environment: dict[str, str] | None = None) -> None:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if process.returncode:
+        last = (process.stderr or process.stdout).strip().splitlines()[-1:]
         raise StubsError(
             f"TensorRT's stubs could not be made. This step needs {needs}: {' '.join(last)}"
         )
 
 
-def cleaned(source: str) -> str:
-    """Python that mypy reads, from what pybind11-stubgen wrote.
+def clean_stubs(source: str) -> str:
+    """Turn pybind11-stubgen's output into Python that mypy reads.
 
     Parameters called like keywords are renamed; after one default all have one; docstrings go;
     `bool`, which the module redefines as a `DataType`, becomes the builtin again; types that were
@@ -173,7 +172,7 @@ def cleaned(source: str) -> str:
     """
     text = re.sub(r"(?<=[(, ])in: ", "in_: ", source).replace("tensorrt_bindings.tensorrt.", "")
     text = "\n".join(
-        _with_all_defaults(line) if line.lstrip().startswith("def ") else line
+        _add_defaults(line) if line.lstrip().startswith("def ") else line
         for line in text.split("\n")
     )
     try:
@@ -188,8 +187,8 @@ def cleaned(source: str) -> str:
     return ast.unparse(ast.fix_missing_locations(module)) + "\n"
 
 
-def _with_all_defaults(line: str) -> str:
-    """`def f(a = 1, b)` as `def f(a = 1, b = ...)`."""
+def _add_defaults(line: str) -> str:
+    """Rewrite `def f(a = 1, b)` as `def f(a = 1, b = ...)`."""
     head, _, rest = line.partition("(")
     parameters, close, tail = rest.rpartition(")")
     parts, depth = [""], 0
@@ -205,7 +204,7 @@ def _with_all_defaults(line: str) -> str:
 
 
 class _Cleaner(ast.NodeTransformer):
-    """What `cleaned` says, on the tree."""
+    """Applies the rules of `clean_stubs` to the syntax tree."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         node.body = [ast.Expr(ast.Constant(...))]
@@ -244,7 +243,7 @@ def _annotation(node: ast.expr | None) -> ast.expr | None:
     if node is None:
         return None
     text = re.sub(
-        r"(?<![\w.])(bool|capsule)(?![\w.])", lambda found: _BUILTIN[found[1]], ast.unparse(node)
+        r"(?<![\w.])(bool|capsule)(?![\w.])", lambda match: _BUILTIN[match[1]], ast.unparse(node)
     )
     text = re.sub(r"\.\.\.(?!\])", "typing.Any", text) if text != "..." else "typing.Any"
     return ast.parse(text, mode="eval").body

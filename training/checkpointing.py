@@ -1,15 +1,14 @@
-"""Checkpoints of a run: written whole or not at all, read on any number of processes, without a
-pickle.
+"""Checkpoints of a run: written atomically, and read on any number of processes, without a pickle.
 
     OUTPUT/checkpoints/step-00000250/
         *.safetensors      weights, optimizer and averages, a file per process
                            (torch.distributed.checkpoint as safetensors)
-        state.json         step, recipe, data position, running means; what else a run is made of
+        state.json         step, recipe, data position, running means, and other counts
 
-Tensors are cut as FSDP cut them, and put together again on reading, whatever the number of
-processes then. A checkpoint is filled under a hidden name and renamed when every file is on the
-disk: what has its name is whole. There is no state of random generators: every draw is a function
-of seed and step (see `timestep_sampling`).
+Each process writes its FSDP pieces, and any number of processes can read them. A checkpoint is
+written under a hidden name and renamed when every file is on the disk, so a checkpoint with its
+final name is complete. There is no state of random generators: every draw is a function of seed and
+step (see `timestep_sampling`).
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from anyflow_deploy.training.distributed import DistributedContext
 warnings.filterwarnings(
     "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
 )
-"""One process is meant to be one process."""
+"""Runs of one process do not use torch.distributed on purpose."""
 
 STATE = "state.json"
 VERSION = 1
@@ -47,21 +46,21 @@ VERSION = 1
 
 @dataclass
 class PendingCheckpoint:
-    """A checkpoint on its way to the disk."""
+    """A checkpoint that is being written."""
 
     partial: Path
-    final: Path
-    done: Future[Any] | None
+    path: Path
+    future: Future[Any] | None
 
 
 class CheckpointManager:
     """The checkpoints of one run.
 
     Args:
-        folder: `OUTPUT/checkpoints`; made where missing.
+        folder: `OUTPUT/checkpoints`; created where missing.
         world: the processes that write together.
-        keep: how many to keep; the oldest go first.
-        asynchronous: return from `save` when tensors are copied, and write meanwhile.
+        keep: how many to keep; the oldest are deleted first.
+        asynchronous: return from `save` once tensors are copied, and write in the background.
     """
 
     def __init__(
@@ -79,14 +78,15 @@ class CheckpointManager:
         world.barrier()
 
     def latest(self) -> Path | None:
-        """The last whole checkpoint."""
-        found = sorted(path for path in self._folder.glob("step-*") if (path / STATE).is_file())
-        return found[-1] if found else None
+        """Return the last complete checkpoint, or None."""
+        folders = self._folder.glob("step-*")
+        checkpoints = sorted(path for path in folders if (path / STATE).is_file())
+        return checkpoints[-1] if checkpoints else None
 
     def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint; every process calls it with its pieces, and the same state."""
         self.finish()
-        final = self._folder / f"step-{step:08d}"
+        path = self._folder / f"step-{step:08d}"
         partial = self._folder / f".step-{step:08d}.partial"
         if self._world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -96,43 +96,46 @@ class CheckpointManager:
             )
         self._world.barrier()
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        alone = self._world.size == 1
+        is_single = self._world.size == 1
         if self._asynchronous:
             group = self._world.writers
-            done = async_save(
-                dict(tensors), storage_writer=writer, process_group=group, no_dist=alone
+            future = async_save(
+                dict(tensors), storage_writer=writer, process_group=group, no_dist=is_single
             )
-            self._pending = PendingCheckpoint(partial, final, cast("Future[Any]", done))
+            self._pending = PendingCheckpoint(partial, path, cast("Future[Any]", future))
         else:
-            save(dict(tensors), storage_writer=writer, no_dist=alone)
-            self._pending = PendingCheckpoint(partial, final, None)
+            save(dict(tensors), storage_writer=writer, no_dist=is_single)
+            self._pending = PendingCheckpoint(partial, path, None)
             self.finish()
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, and give it its name."""
         if self._pending is None:
             return
-        pending, self._pending = self._pending, None
-        if pending.done is not None:
-            pending.done.result()
+        pending = self._pending
+        self._pending = None
+        if pending.future is not None:
+            pending.future.result()
         self._world.barrier()
         if self._world.is_main:
             fsync_tree(pending.partial)
-            replace_folder(pending.partial, pending.final)
+            replace_folder(pending.partial, pending.path)
             for old in sorted(self._folder.glob("step-*"))[: -self._keep]:
                 shutil.rmtree(old, ignore_errors=True)
         self._world.barrier()
 
     def poll(self) -> None:
-        """Give a finished checkpoint its name; call it now and then, on every process at the same
-        step."""
-        if self._pending is not None and self._pending.done is not None:
-            ready = self._world.sum(_flag(self._world, self._pending.done.done()))
-            if int(ready) == self._world.size:
+        """Give a finished checkpoint its name.
+
+        Call it repeatedly, on every process at the same step.
+        """
+        if self._pending is not None and self._pending.future is not None:
+            finished_count = self._world.sum(_flag(self._world, self._pending.future.done()))
+            if int(finished_count) == self._world.size:
                 self.finish()
 
     def load(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        """Read into these tensors, in place.
+        """Read a checkpoint into these tensors, in place.
 
         Raises:
             CheckpointError: files are missing or damaged, or hold other tensors.
@@ -145,12 +148,12 @@ class CheckpointManager:
             raise CheckpointError(
                 f"{path} cannot be read into this run"
                 f" ({cause[-1] if cause else type(error).__name__}). It is damaged or of another"
-                " recipe: remove it to go on from the one before."
+                " recipe: remove it to resume from the one before."
             ) from None
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint.
+    """Read the state.json of a checkpoint.
 
     Raises:
         CheckpointError: it is damaged, or of another version.
@@ -159,11 +162,11 @@ def read_state(path: Path) -> dict[str, Any]:
         state = json.loads((path / STATE).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path / STATE} cannot be read: {error}. Remove {path} to go on from the one before."
+            f"{path / STATE} cannot be read: {error}. Remove {path} to resume from the one before."
         ) from None
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} was written by another version of anyflow_deploy. Go on with that one."
+            f"{path} was written by another version of anyflow_deploy. Resume it with that version."
         )
     return state
 

@@ -1,4 +1,4 @@
-"""Bidirectional and causal as one thing: a plan of chunks, and what a chunk sees.
+"""The plan of chunks that bidirectional and causal training share, and what each chunk sees.
 
 A causal model trains on noisy chunks that see clean copies of earlier ones:
 
@@ -6,10 +6,10 @@ A causal model trains on noisy chunks that see clean copies of earlier ones:
       old: clean,          the window: noisy; chunk 4 sees the old ones,
       compressed           clean copies of 2 and 3, and itself
 
-A bidirectional model is the plan with one chunk: nothing old, no copies, everything sees
-everything. So losses and roll-outs below know chunks only.
+A bidirectional model has a plan with one chunk: no old chunks, no copies, and every token sees
+every other. So losses and roll-outs handle chunks only.
 
-What is clean does not change with the noise, so its keys and values are made once
+Clean chunks do not change with the noise, so their keys and values are computed once
 (`encode_context`) and shared by every forward of a loss, those of the finite difference included;
 their gradient flows through one of them.
 """
@@ -41,7 +41,7 @@ class ChunkPlan:
 
     @property
     def frames(self) -> int:
-        """Of all chunks."""
+        """Latent frames of all chunks."""
         return sum(self.chunks)
 
     @property
@@ -50,7 +50,7 @@ class ChunkPlan:
         return max(0, len(self.chunks) - self.limit)
 
     def frame_range(self, chunk: int) -> TokenRange:
-        """Frames of a chunk: first, and one past the last."""
+        """Return the frames of a chunk: the first, and one past the last."""
         start = sum(self.chunks[:chunk])
         return start, start + self.chunks[chunk]
 
@@ -60,16 +60,15 @@ class ChunkPlan:
         return sum(self.chunks[: self.first]), self.frames
 
     def head(self, count: int) -> ChunkPlan:
-        """The first `count` chunks alone."""
+        """Return the plan of the first `count` chunks."""
         return ChunkPlan(self.chunks[:count], self.limit)
 
 
 def chunk_plan(a: Architecture, frames: int, chunks: Sequence[int] | None = None) -> ChunkPlan:
-    """The plan of an architecture for videos of so many latent frames.
+    """Return the plan of an architecture for videos of so many latent frames.
 
     Args:
-        chunks: instead of the model's own (causal only); cut or repeated to the frames by the
-            caller.
+        chunks: latent frames of each chunk, in place of the model's own (causal only).
 
     Raises:
         AnyFlowError: chunks that do not sum to the frames.
@@ -87,24 +86,26 @@ def chunk_plan(a: Architecture, frames: int, chunks: Sequence[int] | None = None
 
 @dataclass(frozen=True)
 class Context:
-    """What the noisy chunks of a window see besides themselves.
+    """The keys and values that the noisy chunks of a window see besides their own.
 
     Attributes:
         memory: keys and values of the old chunks and of the window's clean copies, layer by layer;
             empty when there are none.
-        old: tokens of the old ones among them.
+        old_tokens: how many of these tokens belong to old chunks.
     """
 
     memory: KVCache
-    old: int
+    old_tokens: int
 
     def detach(self) -> Context:
-        """The same without gradient."""
-        return Context([(key.detach(), value.detach()) for key, value in self.memory], self.old)
+        """Return the same context without gradient."""
+        memory = [(key.detach(), value.detach()) for key, value in self.memory]
+        return Context(memory, self.old_tokens)
 
     def rows(self, indices: Tensor) -> Context:
-        """The same for some samples of the batch, int64 or bool."""
-        return Context([(key[indices], value[indices]) for key, value in self.memory], self.old)
+        """Return the context of some samples of the batch; `indices` are int64 or bool."""
+        memory = [(key[indices], value[indices]) for key, value in self.memory]
+        return Context(memory, self.old_tokens)
 
 
 EMPTY_CONTEXT = Context([], 0)
@@ -113,12 +114,12 @@ EMPTY_CONTEXT = Context([], 0)
 def encode_context(
     network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan
 ) -> Context:
-    """Encode the clean chunks of a plan that its noisy ones look at: the old ones, and all of the
-    window but the last.
+    """Encode the clean chunks of a plan that its noisy ones see.
+
+    They are the old ones, and all of the window but the last.
 
     Args:
-        clean: latents (B, F, C, H, W); those of the last chunk are not looked at and may be
-            missing.
+        clean: latents (B, F, C, H, W); those of the last chunk are not used and may be missing.
         text: prompt embeddings (B, L, D).
     """
     if len(plan.chunks) == 1:
@@ -134,26 +135,26 @@ def compress_chunks(
     text: Tensor,
     plan: ChunkPlan,
     chunks: range,
-    before: KVCache,
+    past: KVCache,
 ) -> KVCache:
-    """Compress some chunks that follow each other; each sees those before it. What is `before`
-    stays as it is.
+    """Compress some consecutive chunks; each sees those before it.
+
+    The tensors of `past` stay as they are.
 
     Returns:
-        `before`, and the new ones behind it, in new tensors.
+        Keys and values of `past` and of the new chunks behind it, in new tensors.
     """
     if not chunks:
-        return before
+        return past
     patch = network.compressed_patch
     size = (clean.shape[3] // patch) * (clean.shape[4] // patch)
-    return _encode_chunks(network, clean, text, plan, chunks, before, size, compressed=True)
+    return _encode_chunks(network, clean, text, plan, chunks, past, size, compressed=True)
 
 
 def encode_recent(
     network: TrainingTransformer, clean: Tensor, text: Tensor, plan: ChunkPlan, old: KVCache
 ) -> KVCache:
-    """The old ones' memory, and that of the window's clean chunks behind it, without the last
-    chunk's."""
+    """Encode the window's clean chunks, without the last, and append them to the old memory."""
     chunks = range(plan.first, len(plan.chunks) - 1)
     if not chunks:
         return old
@@ -168,35 +169,37 @@ def _encode_chunks(
     text: Tensor,
     plan: ChunkPlan,
     chunks: range,
-    before: KVCache,
+    past: KVCache,
     size: int,
     compressed: bool,
 ) -> KVCache:
-    """Run clean chunks at t = r = 0, each seeing what is before, earlier ones and itself; `size`
-    tokens a frame."""
+    """Run clean chunks at t = r = 0, each seeing the past, earlier ones and itself.
+
+    `size` is the number of tokens a frame.
+    """
     start = plan.frame_range(chunks[0])[0]
     stop = plan.frame_range(chunks[-1])[1]
     ends = [(plan.frame_range(c)[0] - start, plan.frame_range(c)[1] - start) for c in chunks]
-    known = _cached_tokens(before)
-    spans = [((a * size, b * size), ((0, known + b * size),)) for a, b in ends]
+    past_tokens = _cached_tokens(past)
+    spans = [((a * size, b * size), ((0, past_tokens + b * size),)) for a, b in ends]
     zero_times = clean.new_zeros(clean.shape[0], stop - start)
     positions = torch.arange(start, stop, device=clean.device)
-    own = network(
+    new_kv = network(
         clean[:, start:stop],
         zero_times,
         zero_times,
         text,
         positions,
-        before,
+        past,
         spans if len(spans) > 1 else None,
         memory=True,
         compressed=compressed,
     )
-    if not before:
-        return list(own)
+    if not past:
+        return list(new_kv)
     return [
         (torch.cat((a, c), 1), torch.cat((b, d), 1))
-        for (a, b), (c, d) in zip(before, own, strict=True)
+        for (a, b), (c, d) in zip(past, new_kv, strict=True)
     ]
 
 
@@ -209,7 +212,7 @@ def velocity(
     plan: ChunkPlan,
     context: Context,
 ) -> Tensor:
-    """u(z, t, r) of a plan's window.
+    """Return u(z, t, r) of a plan's window, (B, F, C, H, W).
 
     Args:
         z: noisy latents of the window (B, F, C, H, W).
@@ -230,14 +233,16 @@ def velocity(
 
 
 def _window_spans(plan: ChunkPlan, size: int, context: Context) -> list[Span]:
-    """A noisy chunk sees the old ones, the clean copies of the window's earlier ones, and
-    itself."""
+    """Return the spans of a window.
+
+    A noisy chunk sees the old ones, the clean copies of the window's earlier ones, and itself.
+    """
     start = plan.window[0]
-    known = _cached_tokens(context.memory)
+    past_tokens = _cached_tokens(context.memory)
     spans: list[Span] = []
     for chunk in range(plan.first, len(plan.chunks)):
         a, b = ((frame - start) * size for frame in plan.frame_range(chunk))
-        spans.append(((a, b), ((0, context.old + a), (known + a, known + b))))
+        spans.append(((a, b), ((0, context.old_tokens + a), (past_tokens + a, past_tokens + b))))
     return spans
 
 

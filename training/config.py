@@ -1,5 +1,7 @@
-"""The settings of a recipe, in four groups. A field's type is its check; `recipes` says which
-values a run takes."""
+"""The settings of a recipe, in four groups.
+
+A field's type is its check; `recipes` has the values of each recipe.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,13 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, and how long.
+    """AdamW, the batch, and the number of steps.
 
     Attributes:
         steps: optimizer steps of the whole run.
         batch: samples of one optimizer step, over all processes.
-        micro_batch: samples that one process holds at once; what is missing to `batch` is
-            accumulated.
+        micro_batch: samples that one process holds at once; gradients are accumulated up to
+            `batch`.
         clip: largest norm of the gradient.
         ema, ema_start: decay of the moving average of the trained weights, and the step it starts
             from.
@@ -40,12 +42,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """LoRA, without dropout always: it would corrupt the finite difference.
+    """LoRA, always without dropout, which would corrupt the finite difference.
 
     Attributes:
         lora_rank: 0 trains all weights instead.
-        lora_alpha: the update is scaled by alpha / rank; equal to the rank, any LoRA loader applies
-            it right.
+        lora_alpha: the update is scaled by alpha / rank. With alpha equal to the rank, every LoRA
+            loader applies it correctly.
         lora_times: adapt both time embedders, too.
     """
 
@@ -56,17 +58,17 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class FlowMapConfig:
-    """The losses' constants.
+    """The constants of the losses.
 
     Attributes:
         shift: of all schedules.
-        guidance: g that is fused into the flow map.
+        guidance: guidance scale g that is fused into the flow map.
         derivative, epsilon, derivative_type: of du/dt, see `losses.DerivativeConfig`.
-        text_drop: share of samples that are trained without their text (teacher).
-        long_context: share of steps in which a causal model sees compressed chunks.
+        text_drop: fraction of samples that are trained without their text (teacher).
+        long_context: fraction of steps in which a causal model sees compressed chunks.
         rollout_steps: numbers of steps that roll-outs simulate.
-        real_guidance: g of the real score.
-        flow_map_weight: of stage 1's loss while training on policy.
+        real_guidance: guidance scale g of the real score.
+        flow_map_weight: weight of stage 1's loss while training on policy.
     """
 
     shift: PositiveFloat = 5.0
@@ -83,19 +85,21 @@ class FlowMapConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How it is computed and kept.
+    """How a run is computed, and what it saves.
 
     Attributes:
+        seed: of all random numbers.
         compute: type of the large products.
-        checkpointing: compute each layer again in the backward pass instead of keeping it.
-        offload: keep what checkpointing keeps in main memory, not on the GPU.
+        checkpointing: recompute each layer in the backward pass instead of keeping its tensors.
+        offload: keep the inputs of recomputed layers in main memory, not on the GPU.
         compile: torch.compile each layer.
         checkpoint_every, keep: steps between checkpoints, and how many are kept.
-        asynchronous: write checkpoints while training goes on.
-        sample_every, sample_steps: steps between sample sheets (0: none), and their columns.
-        spike: a loss so many times its running mean stops the run (0: never; not finite always
-            does).
-        save_type: of the finished weights.
+        asynchronous: write checkpoints while training continues.
+        sample_every, sample_steps: steps between sample grids (0: none), and the numbers of steps
+            in their columns.
+        spike: stop when the loss is more than this many times its running mean (0: never). A loss
+            that is not finite always stops the run.
+        save_type: type of the finished weights.
     """
 
     seed: NonNegativeInt = 0

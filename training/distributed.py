@@ -1,5 +1,4 @@
-"""The processes of a run: one, or what torchrun (or accelerate) started, with FSDP2's mesh over
-them.
+"""The processes of a run: one, or those that torchrun (or accelerate) started, with FSDP2's mesh.
 
     torchrun --nnodes 4 --nproc-per-node 8 -m anyflow_deploy.train flow-map-14b --shard 8 …
 
@@ -23,13 +22,13 @@ from anyflow_deploy.errors import AnyFlowError
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among the others.
+    """The place of this process among the others.
 
     Attributes:
         rank, size: of the process group.
         device: of this process.
         mesh: FSDP's, None for one process.
-        writers: a group of its own for checkpoints that are written while training goes on.
+        writers: a group of its own for checkpoints that are written while training continues.
     """
 
     rank: int
@@ -44,42 +43,42 @@ class DistributedContext:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Over all processes, in place."""
+        """Sum a tensor over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             dist.barrier()
 
 
 def init_distributed(shard: int | None = None, device: str | None = None) -> DistributedContext:
-    """Join the process group that the environment describes; without one, be alone.
+    """Join the process group that the environment describes; without one, run as one process.
 
     Args:
         shard: processes that share one copy of the weights; None for all.
         device: "cpu" or "cuda"; None for CUDA where there is any.
 
     Raises:
-        AnyFlowError: half an environment, a `shard` that does not divide, or no group within two
-            minutes.
+        AnyFlowError: an incomplete environment, a `shard` that does not divide the processes, or no
+            group within two minutes.
     """
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = [name for name in names if name in os.environ]
-    if not given or os.environ.get("WORLD_SIZE") == "1":
+    variables = [name for name in names if name in os.environ]
+    if not variables or os.environ.get("WORLD_SIZE") == "1":
         if shard not in (None, 1):
             raise AnyFlowError(
                 f"--shard is {shard} and there is one process. Start more with torchrun, or leave"
                 " it out."
             )
         return DistributedContext(0, 1, torch.device(kind))
-    if len(given) < len(names):
-        missing = ", ".join(sorted(set(names) - set(given)))
+    if len(variables) < len(names):
+        missing = ", ".join(sorted(set(names) - set(variables)))
         raise AnyFlowError(
-            f"the environment has {', '.join(given)} and lacks {missing}. Start with torchrun."
+            f"the environment has {', '.join(variables)} and lacks {missing}. Start with torchrun."
         )
     size = int(os.environ["WORLD_SIZE"])
     local = int(os.environ["LOCAL_RANK"])
@@ -94,16 +93,18 @@ def init_distributed(shard: int | None = None, device: str | None = None) -> Dis
         dist.barrier()
     except (RuntimeError, ValueError) as error:
         raise AnyFlowError(
-            f"the process group of {size} did not come together: {error}. Check MASTER_ADDR and"
-            " ports."
+            f"the process group of {size} could not be formed: {error}. Check MASTER_ADDR and"
+            " MASTER_PORT."
         ) from None
     pieces = shard or size
     if pieces == size:
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     else:
         mesh = init_device_mesh(kind, (size // pieces, pieces), mesh_dim_names=("copy", "shard"))
-    where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-    return DistributedContext(dist.get_rank(), size, where, mesh, dist.new_group(backend="gloo"))
+    process_device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+    return DistributedContext(
+        dist.get_rank(), size, process_device, mesh, dist.new_group(backend="gloo")
+    )
 
 
 def shutdown_distributed(world: DistributedContext) -> None:

@@ -1,5 +1,6 @@
-"""The losses (AnyFlow, arXiv 2605.13724), each for a batch of samples, held against the authors'
-code by tests.
+"""The losses (AnyFlow, arXiv 2605.13724), each for a batch of samples.
+
+Tests compare them with the authors' code.
 
 **Flow matching** (teacher, fake score): u(z_t, t, t) should be noise - x.
 
@@ -8,14 +9,14 @@ du/dt follows the straight path through x and noise. A central difference or a J
 product gives it, without gradient. Classifier-free guidance g is fused in: the prediction is
 compared as (u_cond + (g - 1) sg(u_uncond)) / g, and du/dt is divided by g.
 
-**Distribution matching** (DMD): the gradient at a generated sample is the difference of what the
-fake score and the guided real score take its noised form for.
+**Distribution matching** (DMD): the gradient at a generated sample is the difference between the
+clean samples that the fake score and the guided real score predict from its noised form.
 
-du/dt is only computed for samples with r < t: half of a batch has r = t, where (t - r) is nothing.
+du/dt is only computed for samples with r < t: half of a batch has r = t, where (t - r) is zero.
 
-Everything here is float32 except the network's large products; with `DerivativeConfig.compute =
-float32` those of du/dt too, since the difference is divided by 0.01, and the rounding of bfloat16
-products with it.
+Everything here is float32 except the network's large products. With `DerivativeConfig.compute =
+float32` those of du/dt are, too: the difference is divided by 0.01, which would multiply the
+rounding of bfloat16 products by 100.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from anyflow_deploy.training.timestep_sampling import time_weight
 
 @dataclass(frozen=True)
 class NoisePair:
-    """Clean samples and the noise that is mixed in.
+    """Clean samples and the noise that is mixed in, with their text.
 
     Attributes:
         clean: latents of the whole plan, float32 (B, F, C, H, W).
@@ -50,14 +51,14 @@ class NoisePair:
     negative: Tensor
 
     def target(self, plan: ChunkPlan) -> Tensor:
-        """The window's clean frames."""
+        """Return the window's clean frames, (B, Fw, C, H, W)."""
         start, stop = plan.window
         return self.clean[:, start:stop]
 
 
 @dataclass(frozen=True)
 class DerivativeConfig:
-    """How du/dt is computed.
+    """The method that computes du/dt.
 
     Attributes:
         method: "central" or "jvp".
@@ -71,20 +72,20 @@ class DerivativeConfig:
 
 
 def add_noise(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """z_t = (1 - s) x + s n; t float32 (B), in timesteps."""
+    """Return z_t = (1 - s) x + s n; t is float32 (B), in timesteps."""
     s = sigma(t)
     return (1 - s) * clean + s * noise
 
 
 def sigma(t: Tensor) -> Tensor:
-    """t (B) as s = t/1000, (B, 1, 1, 1, 1)."""
+    """Return t (B) as s = t/1000, (B, 1, 1, 1, 1)."""
     return (t / TRAIN_TIMESTEPS)[:, None, None, None, None]
 
 
 def flow_matching_losses(
     network: TrainingTransformer, pair: NoisePair, t: Tensor, plan: ChunkPlan
 ) -> Tensor:
-    """Mean squared error of the instantaneous velocity, for each sample: (B)."""
+    """Return the mean squared error of the instantaneous velocity, for each sample: (B)."""
     clean = pair.target(plan)
     u = velocity(
         network,
@@ -109,13 +110,13 @@ def flow_map_losses(
     derivative_config: DerivativeConfig,
     moving: bool | None = None,
 ) -> Tensor:
-    """The weighted flow-map loss of each sample, before `rescale_losses`: (B).
+    """Return the weighted flow-map loss of each sample, before `rescale_losses`: (B).
 
     Args:
         t, r: float32 (B), timesteps.
         guidance: g of the fusion; 1 for none.
-        moving: whether any process has a sample with r < t in this batch: then all call the network
-            as often, as FSDP needs. None looks at this batch alone.
+        moving: whether any process has a sample with r < t in this batch. Then all processes call
+            the network equally often, as FSDP needs. None looks at this batch alone.
     """
     clean = pair.target(plan)
     z, v = add_noise(clean, pair.noise, t), pair.noise - clean
@@ -163,7 +164,7 @@ def derivative(
     context: Context,
     derivative_config: DerivativeConfig,
 ) -> Tensor:
-    """du/ds along the straight path, d(z, s) = (v, 1), at fixed r; without gradient.
+    """Return du/ds along the straight path, d(z, s) = (v, 1), at fixed r; without gradient.
 
     Times, states and the difference are float32 whatever the network computes in: t +- 5 in
     bfloat16 would be 8 apart, not 10.
@@ -189,8 +190,8 @@ def derivative(
             plan,
             context.rows(torch.arange(len(t), device=t.device).repeat(2)),
         )
-        ahead, behind = velocities.chunk(2)
-        return (ahead - behind) / (2 * half_width)
+        forward_velocity, backward_velocity = velocities.chunk(2)
+        return (forward_velocity - backward_velocity) / (2 * half_width)
 
 
 def rescale_losses(losses: Tensor, diffusion: Tensor, reference: Tensor) -> Tensor:
@@ -199,8 +200,8 @@ def rescale_losses(losses: Tensor, diffusion: Tensor, reference: Tensor) -> Tens
     Args:
         losses: from `flow_map_losses`, (B).
         diffusion: bool (B), samples with r = t.
-        reference: mean loss of the r = t samples of the global batch, without gradient; not finite
-            where there was none yet, and then nothing is scaled.
+        reference: mean loss of the r = t samples of the global batch, without gradient. Where it is
+            not finite, because there was none yet, nothing is scaled.
     """
     tiny = torch.finfo(losses.dtype).tiny
     factor = torch.where(
@@ -218,7 +219,7 @@ class Score:
     Attributes:
         network: bidirectional, or causal (then it sees the sample itself as clean context).
         plan: of that network.
-        without_adapters: the frozen base of a network whose adapters are the other score.
+        without_adapters: use the frozen base of a network whose adapters are the other score.
     """
 
     network: TrainingTransformer
@@ -226,13 +227,15 @@ class Score:
     without_adapters: bool = False
 
     def for_plan(self, plan: ChunkPlan) -> Score:
-        """The same score for samples of this plan: a bidirectional one sees all their frames as one
-        chunk."""
-        own = plan if self.network.architecture.causal else ChunkPlan((plan.frames,))
-        return replace(self, plan=own)
+        """Return the same score for samples of this plan.
+
+        A bidirectional score sees all their frames as one chunk.
+        """
+        score_plan = plan if self.network.architecture.causal else ChunkPlan((plan.frames,))
+        return replace(self, plan=score_plan)
 
     def predict_clean(self, z: Tensor, t: Tensor, sample: Tensor, text: Tensor) -> Tensor:
-        """What the network takes z_t for, in the plan's window."""
+        """Return the clean sample that the network predicts from z_t, in the plan's window."""
         with disable_adapters(self.network) if self.without_adapters else contextlib.nullcontext():
             context = encode_context(self.network, sample, text, self.plan)
             return z - sigma(t) * velocity(self.network, z, t, t, text, self.plan, context)
@@ -248,20 +251,20 @@ def dmd_gradient(
     texts: NoisePair,
     guidance: float,
 ) -> Tensor:
-    """The normalised gradient of distribution matching at generated samples.
+    """Return the normalised gradient of distribution matching at generated samples.
 
     `(fake - real) / mean|x - real|`, `real = cond + g (cond - uncond)`, each the clean sample that
-    a score takes z_t for.
+    a score predicts from z_t.
 
     Args:
         sample: generated, (B, F, C, H, W), all frames.
         noise: of the scores' window.
         t: float32 (B), timesteps.
-        texts: gives `text` and `negative`.
+        texts: its `text` and `negative` are used.
         guidance: g of the real score.
 
     Returns:
-        Of the window's frames, (B, Fw, C, H, W).
+        The gradient at the window's frames, (B, Fw, C, H, W).
     """
     start, stop = real.plan.window
     x = sample[:, start:stop]
@@ -277,7 +280,9 @@ def dmd_gradient(
 
 
 def dmd_losses(sample: Tensor, gradient: Tensor, window: tuple[int, int]) -> Tensor:
-    """mse(x, sg(x - gradient)) of each sample's window: (B). Its value says how large the gradient
-    is."""
+    """Return mse(x, sg(x - gradient)) of each sample's window: (B).
+
+    Its value says how large the gradient is.
+    """
     x = sample[:, window[0] : window[1]]
     return (x - (x - gradient).detach()).square().flatten(1).mean(1)

@@ -1,8 +1,7 @@
-"""What can be seen of a run: a line of progress, `losses.jsonl`, TensorBoard, and wandb where asked
-for.
+"""Logs a run: a line of progress, `losses.jsonl`, TensorBoard, and wandb if requested.
 
-`losses.jsonl` has one line a step, numbers in full, and is cut back to the checkpoint on resuming:
-one line for each step that counts, however often the run was killed.
+`losses.jsonl` has one line a step, with full precision. It is cut back to the checkpoint when a run
+resumes, so it has one line for each step that counts, however often the run was killed.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from anyflow_deploy.bundle.atomic_io import write_text_atomically
 
 
 class MetricsLogger:
-    """Where a run tells how it goes; only the first process has one that shows anything.
+    """The logs of a run; only the first process writes any.
 
     Args:
         output: the run's folder.
         name: of the recipe.
-        first_step, steps: where it stands, and where it ends.
+        first_step, steps: of the run: the current step, and the last.
         enabled: False for the other processes.
-        wandb: a project of wandb's; None for none.
+        wandb: name of a wandb project; None for none.
         settings: of the run, for wandb.
     """
 
@@ -51,7 +50,7 @@ class MetricsLogger:
         self._wandb = _wandb_run(wandb, output, name, settings) if wandb else None
         self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
         path = output / "losses.jsonl"
-        kept = (
+        lines = (
             [
                 line
                 for line in path.read_text().splitlines(keepends=True)
@@ -60,7 +59,7 @@ class MetricsLogger:
             if path.exists()
             else []
         )
-        write_text_atomically(path, "".join(kept))
+        write_text_atomically(path, "".join(lines))
         self._file = path.open("a")
         columns = (
             TextColumn("{task.description}"),
@@ -75,7 +74,7 @@ class MetricsLogger:
         self._progress.start()
 
     def step(self, step: int, values: dict[str, float], samples: int, seconds: float) -> None:
-        """One optimizer step was made."""
+        """Log one optimizer step."""
         if not self._enabled:
             return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
@@ -92,7 +91,7 @@ class MetricsLogger:
         self._progress.update(self._task, completed=step, state=state)
 
     def log_image(self, step: int, path: Path) -> None:
-        """A sample sheet was drawn."""
+        """Log a sample grid."""
         if not self._enabled:
             return
         from matplotlib import pyplot
@@ -104,12 +103,12 @@ class MetricsLogger:
             self._wandb.log({"samples": wandb.Image(str(path))}, step=step)
 
     def log(self, text: str) -> None:
-        """A line above the progress."""
+        """Print a line above the progress."""
         if self._enabled:
             self._progress.console.print(text)
 
     def close(self) -> None:
-        """Stop drawing, and write out what is buffered."""
+        """Stop the progress, and write buffered data."""
         if not self._enabled:
             return
         self._progress.stop()
@@ -120,7 +119,7 @@ class MetricsLogger:
 
 
 def peak_memory() -> int:
-    """Bytes this process took at most: of the GPU where there is one, else of main memory."""
+    """Return this process's peak memory in bytes: the GPU's if there is one, else main memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
@@ -129,7 +128,7 @@ def peak_memory() -> int:
 
 
 def clock() -> float:
-    """Seconds, for differences."""
+    """Return a time in seconds, for differences."""
     return time.perf_counter()
 
 

@@ -1,5 +1,4 @@
-"""A network that learns: its optimizer, the clipping of its gradient, and the moving average of
-what it learned."""
+"""The state of a network in training: its optimizer, and the moving average of its weights."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from anyflow_deploy.training.model.network import TrainingTransformer
 
 
 class OptimizerState:
-    """See the module's text.
+    """A network in training, its optimizer, and the moving average of its weights.
 
     Args:
         network: from `model_factory.build_trained_network`.
@@ -24,10 +23,10 @@ class OptimizerState:
         use_average: keep a moving average.
 
     Attributes:
-        network: that learns.
-        parameters: trained ones, by name.
-        average: their moving average, empty without one.
-        steps: updates made.
+        network: the module.
+        parameters: the trained ones, by name.
+        average: their moving average; empty without one.
+        steps: number of updates.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class OptimizerState:
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
-        for parameter in self.parameters.values():  # so that there is something to load into
+        for parameter in self.parameters.values():  # a checkpoint is loaded into these tensors
             self._optimizer.state[parameter] = {
                 "step": torch.tensor(0.0),
                 "exp_avg": torch.zeros_like(parameter),
@@ -54,13 +53,15 @@ class OptimizerState:
             }
 
     def clip_gradients(self) -> float:
-        """Of all gradients together; they are clipped to the recipe's largest. Every process has to
-        call it."""
+        """Clip all gradients together to the recipe's largest norm, and return their norm.
+
+        Every process has to call it.
+        """
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.config.clip)
         return float(gather_tensor(norm))
 
     def update(self) -> None:
-        """One step of the optimizer and of the moving average; gradients are cleared."""
+        """Run one step of the optimizer and of the moving average, and clear the gradients."""
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.steps += 1
@@ -71,11 +72,11 @@ class OptimizerState:
                     self.average[name].lerp_(parameter.detach(), 1.0 - decay)
 
     def clear_gradients(self) -> None:
-        """Drop what was accumulated."""
+        """Drop the accumulated gradients."""
         self._optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that has to survive, by name; loading writes into the same tensors."""
+        """Return every tensor of a checkpoint, by name; loading writes into the same tensors."""
         result: dict[str, Tensor] = {
             f"average.{name}": value for name, value in self.average.items()
         }
@@ -89,15 +90,17 @@ class OptimizerState:
         return result
 
     def state(self) -> dict[str, object]:
-        """The counts beside `tensors`, for JSON: a parameter that had no gradient in some step has
-        fewer updates."""
+        """Return the counts of a checkpoint, as JSON values.
+
+        A parameter that had no gradient in some step has fewer updates.
+        """
         counts = [
             int(self._optimizer.state[parameter]["step"]) for parameter in self.parameters.values()
         ]
         return {"steps": self.steps, "updates": counts}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """After `tensors` were loaded: the counts they come from."""
+        """Restore the counts, after the tensors were loaded."""
         self.steps = int(state["steps"])
         for parameter, count in zip(self.parameters.values(), state["updates"], strict=True):
             self._optimizer.state[parameter]["step"] = torch.tensor(float(count))
@@ -105,8 +108,8 @@ class OptimizerState:
     @contextlib.contextmanager
     @torch.no_grad()
     def use_average(self) -> Iterator[None]:
-        """Put the moving average into the network meanwhile."""
-        saved = (
+        """Put the moving average into the network until the block ends."""
+        backup = (
             {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
             if self.average
             else {}
@@ -116,5 +119,5 @@ class OptimizerState:
         try:
             yield
         finally:
-            for name, value in saved.items():
+            for name, value in backup.items():
                 self.parameters[name].copy_(value)

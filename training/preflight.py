@@ -1,5 +1,4 @@
-"""What can fail is made to fail in the first minute: data, disk, memory, and whether a checkpoint
-belongs to this run."""
+"""Checks before the first step: data, disk, memory, and whether a checkpoint is of this run."""
 
 from __future__ import annotations
 
@@ -39,20 +38,20 @@ CHANGEABLE = {
     "spike",
     "save_type",
 }
-"""Settings that a run may go on with changed: they decide how long and how, not what is learned."""
+"""Settings that may change when a run resumes: they do not change what is learned."""
 
 
 def check_packages(recipe: Recipe, wandb: str | None) -> None:
-    """What the run will import is there.
+    """Check that the packages which the run imports are installed.
 
     Raises:
         AnyFlowError: with the command that installs it.
     """
-    needed = {"tensorboard": True, "peft": recipe.adapting.lora_rank > 0}
+    packages = {"tensorboard": True, "peft": recipe.adapting.lora_rank > 0}
     missing = [
         name
-        for name, required in needed.items()
-        if required and importlib.util.find_spec(name) is None
+        for name, is_needed in packages.items()
+        if is_needed and importlib.util.find_spec(name) is None
     ]
     if missing:
         raise AnyFlowError(
@@ -63,28 +62,28 @@ def check_packages(recipe: Recipe, wandb: str | None) -> None:
 
 
 def check_memory(recipe: Recipe, a: Architecture, world: DistributedContext) -> str:
-    """A line that tells the estimate.
+    """Estimate the memory of a process, and return a line that tells it.
 
     Raises:
         AnyFlowError: weights and optimizer alone, which are counted and not estimated, do not fit.
     """
     pieces = world.mesh.size(world.mesh.ndim - 1) if world.mesh is not None else 1
-    need = estimate_training_memory(recipe, a, pieces)
+    memory = estimate_training_memory(recipe, a, pieces)
     if world.device.type == "cuda":
         available = torch.cuda.get_device_properties(world.device).total_memory
     else:
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.size
-    fixed = need.weights + need.training
-    if fixed > available:
+    fixed_bytes = memory.weights + memory.training
+    if fixed_bytes > available:
         raise AnyFlowError(
-            f"weights, gradients and optimizer take {fixed / 2**30:.1f} GiB a process; there are"
-            f" {available / 2**30:.1f} GiB. Use more processes, or adapters (--lora-rank 256)."
+            f"weights, gradients and optimizer take {fixed_bytes / 2**30:.1f} GiB a process; there"
+            f" are {available / 2**30:.1f} GiB. Use more processes, or adapters (--lora-rank 256)."
         )
-    parts = f"activations {need.activations / 2**30:.2f}, estimated"
-    line = f"memory {need.total / 2**30:.2f} GiB a process ({parts}) of {available / 2**30:.1f}"
+    parts = f"activations {memory.activations / 2**30:.2f}, estimated"
+    line = f"memory {memory.total / 2**30:.2f} GiB a process ({parts}) of {available / 2**30:.1f}"
     return (
         line
-        if need.total <= available
+        if memory.total <= available
         else (
             f"{line}: likely too little. Use --micro-batch 1, --checkpointing true, more processes."
         )
@@ -92,7 +91,7 @@ def check_memory(recipe: Recipe, a: Architecture, world: DistributedContext) -> 
 
 
 def check_disk(recipe: Recipe, a: Architecture, output: Path) -> str:
-    """A line that tells what will be written.
+    """Check that the disk has room for the run's files, and return a line that tells their size.
 
     Raises:
         AnyFlowError: the disk has no room for it, or the folder cannot be written to.
@@ -100,56 +99,57 @@ def check_disk(recipe: Recipe, a: Architecture, output: Path) -> str:
     output.mkdir(parents=True, exist_ok=True)
     if not os.access(output, os.W_OK):
         raise AnyFlowError(f"{output} cannot be written to. Choose another --output.")
-    need = (recipe.running.keep + 1) * checkpoint_bytes(recipe, a) + model_bytes(recipe, a)
-    free = shutil.disk_usage(output).free
-    if need > free:
+    needed_bytes = (recipe.running.keep + 1) * checkpoint_bytes(recipe, a) + model_bytes(recipe, a)
+    free_bytes = shutil.disk_usage(output).free
+    if needed_bytes > free_bytes:
         raise AnyFlowError(
-            f"{recipe.running.keep + 1} checkpoints and the model take {need / 2**30:.1f} GiB; "
-            f"{output} has {free / 2**30:.1f} GiB free. Lower --keep, or choose another --output."
+            f"{recipe.running.keep + 1} checkpoints and the model take"
+            f" {needed_bytes / 2**30:.1f} GiB; {output} has {free_bytes / 2**30:.1f} GiB free."
+            " Lower --keep, or choose another --output."
         )
-    return f"disk {need / 2**30:.2f} GiB of {free / 2**30:.1f} free"
+    return f"disk {needed_bytes / 2**30:.2f} GiB of {free_bytes / 2**30:.1f} free"
 
 
 def check_batch(batch: Batch, recipe: Recipe, a: Architecture) -> None:
-    """A batch is what the recipe says.
+    """Check that a batch has the recipe's shapes.
 
     Raises:
         AnyFlowError: with the names of the samples.
     """
-    required = (recipe.frames, a.in_channels, recipe.height, recipe.width)
-    actual = tuple(batch.latents.shape[1:])
-    named = ", ".join(batch.names[:4])
-    if actual != required:
+    recipe_shape = (recipe.frames, a.in_channels, recipe.height, recipe.width)
+    batch_shape = tuple(batch.latents.shape[1:])
+    names = ", ".join(batch.names[:4])
+    if batch_shape != recipe_shape:
         raise AnyFlowError(
-            f"samples {named} have latents (F, C, H, W) {actual}; the recipe has {required}. "
-            "Give --frames, --height and --width of the data."
+            f"samples {names} have latents (F, C, H, W) {batch_shape}; the recipe has"
+            f" {recipe_shape}. Give --frames, --height and --width of the data."
         )
     if batch.text.shape[-1] != a.text_dim or batch.text.shape[0] != len(batch.latents):
         raise AnyFlowError(
-            f"samples {named} have text {tuple(batch.text.shape)}; the model takes (B, tokens,"
+            f"samples {names} have text {tuple(batch.text.shape)}; the model takes (B, tokens,"
             f" {a.text_dim})."
         )
 
 
-def check_resume(stored: dict[str, Any], recipe: Recipe, base: str, path: Path) -> None:
-    """A checkpoint belongs to this run.
+def check_resume(state: dict[str, Any], recipe: Recipe, base: str, path: Path) -> None:
+    """Check that a checkpoint belongs to this run.
 
     Raises:
         CheckpointError: with the settings that differ.
     """
-    old = _flatten(stored["recipe"])
+    old = _flatten(state["recipe"])
     new = _flatten(recipe_to_dict(recipe))
-    changed = [
-        f"--{n.replace('_', '-')} {old.get(n)} there, {new[n]} here"
+    changes = [
+        f"--{n.replace('_', '-')} {old.get(n)} in it, {new[n]} now"
         for n in new
         if n not in CHANGEABLE and old.get(n) != new[n]
     ]
-    if changed:
+    if changes:
         raise CheckpointError(
-            f"{path} is of a run with other settings: {'; '.join(changed[:4])}. Set them so, or"
-            " choose another --output."
+            f"{path} is of a run with other settings: {'; '.join(changes[:4])}. Give the same"
+            " settings, or choose another --output."
         )
-    if stored["base"] != base:
+    if state["base"] != base:
         raise CheckpointError(
             f"{path} is of a run that started from other weights. Give the same --init and"
             " --teacher, or another --output."
@@ -164,7 +164,10 @@ def _flatten(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def quick_fingerprint(*all_weights: Weights | None) -> str:
-    """Tells sets of weights apart by their small tensors: whole ones would take minutes to read."""
+    """Return a fingerprint of weights, from their small tensors.
+
+    To read whole tensors would take minutes.
+    """
     digest = hashlib.sha256()
     for weights in all_weights:
         if weights is None:

@@ -1,4 +1,4 @@
-"""Recipes: everything a run is made of, as frozen values that derive from each other.
+"""Recipes: all settings of a run, as frozen values that derive from each other.
 
     # STAGE-SIZE[-causal]; STAGE is teacher, flow-map or on-policy:
     get_recipe("on-policy-1.3b-causal")
@@ -28,7 +28,7 @@ SIZES = ("tiny", "1.3b", "14b")
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run.
+    """The settings of one run.
 
     Attributes:
         frames, height, width: of the latents.
@@ -54,12 +54,15 @@ class Recipe:
 
     @property
     def architecture(self) -> Architecture:
-        """Of the model's row; a checkpoint that a run starts from may differ in it."""
+        """The architecture of the model's row.
+
+        A checkpoint that a run starts from may have another.
+        """
         return self.row.architecture
 
     @property
     def causal(self) -> bool:
-        """See `Architecture`."""
+        """Whether the model is causal."""
         return self.architecture.causal
 
 
@@ -67,14 +70,14 @@ GROUPS = ("optimizing", "adapting", "flow", "running")
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Of all recipes."""
+    """Return the names of all recipes."""
     return tuple(
         f"{stage}-{size}{end}" for stage in STAGES for size in SIZES for end in ("", "-causal")
     )
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe of that name.
+    """Return the recipe of a name.
 
     Raises:
         AnyFlowError: an unknown name, with the nearest known one.
@@ -112,12 +115,12 @@ def get_recipe(name: str) -> Recipe:
 
 
 def _teacher_optimizer(size: str) -> OptimizerConfig:
-    """Flow matching; the number of steps is ours."""
+    """Return the settings for flow matching; the number of steps is ours."""
     return OptimizerConfig(steps=2000, batch=16 if size == "14b" else 32, learning_rate=5e-5)
 
 
 def _flow_map_optimizer(size: str) -> OptimizerConfig:
-    """The reference's stage 1."""
+    """Return the settings of the reference's stage 1."""
     large = size == "14b"
     return OptimizerConfig(
         steps=4000 if large else 6000, batch=16 if large else 32, learning_rate=5e-5, ema_start=1000
@@ -125,7 +128,7 @@ def _flow_map_optimizer(size: str) -> OptimizerConfig:
 
 
 def _on_policy_optimizer(size: str) -> OptimizerConfig:
-    """The reference's stage 2."""
+    """Return the settings of the reference's stage 2."""
     return dataclasses.replace(
         _flow_map_optimizer(size),
         steps=1000,
@@ -145,7 +148,7 @@ _STAGE_OPTIMIZERS = {
 
 
 def _shrink_to_tiny(base: Recipe) -> Recipe:
-    """For a CPU: all weights, float32, minutes."""
+    """Return a recipe for a CPU: all weights, float32, minutes."""
     rate = 1e-3 if base.stage != "on-policy" else 2e-5
     return dataclasses.replace(
         base,
@@ -174,7 +177,7 @@ def _shrink_to_tiny(base: Recipe) -> Recipe:
 def recipe_fields(
     recipe: type[Any] = Recipe,
 ) -> Iterator[tuple[str, str | None, dataclasses.Field[Any]]]:
-    """Everything that can be overridden: (name, group, field)."""
+    """Yield every field that can be overridden: (name, group, field)."""
     for one in dataclasses.fields(recipe):
         if one.name not in (*GROUPS, "name", "stage", "model"):
             yield one.name, None, one
@@ -189,15 +192,15 @@ def recipe_fields(
 
 
 def override_recipe(base: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """A recipe with other values.
+    """Return a recipe with other values.
 
     Args:
         base: to start from.
         values: by field name; strings are parsed ("5e-5", "1,2,4").
 
     Raises:
-        AnyFlowError: an unknown name, a value that is not allowed, or values that do not go
-            together.
+        AnyFlowError: an unknown name, a value that is not allowed, or values that contradict each
+            other.
     """
     groups = {name: group for name, group, _ in recipe_fields()}
     content = recipe_to_dict(base)
@@ -206,21 +209,21 @@ def override_recipe(base: Recipe, values: Mapping[str, Any]) -> Recipe:
             raise AnyFlowError(f"unknown setting {name!r}.{suggestion(name, groups)}")
         group = groups[name]
         target = content if group is None else content[group]
-        listed = isinstance(target[name], list) and isinstance(value, str)
-        target[name] = value.split(",") if listed else value
+        is_list = isinstance(target[name], list) and isinstance(value, str)
+        target[name] = value.split(",") if is_list else value
     result = recipe_from_dict(content)
     _check_consistency(result)
     return result
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """For JSON."""
+    """Return a recipe as JSON values."""
     content: dict[str, Any] = TypeAdapter(Recipe).dump_python(recipe, mode="json")
     return content
 
 
 def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
-    """What `recipe_to_dict` made.
+    """Return the recipe of JSON values from `recipe_to_dict`.
 
     Raises:
         AnyFlowError: with the field that is wrong.
@@ -236,12 +239,13 @@ def recipe_from_dict(content: Mapping[str, Any]) -> Recipe:
 
 
 def _check_consistency(recipe: Recipe) -> None:
-    """What goes together."""
-    optimizing, a = recipe.optimizing, recipe.architecture
-    if optimizing.batch % optimizing.micro_batch:
+    """Refuse values that contradict each other."""
+    a = recipe.architecture
+    optimizer_config = recipe.optimizing
+    if optimizer_config.batch % optimizer_config.micro_batch:
         raise AnyFlowError(
-            f"--batch {optimizing.batch} is not a multiple of --micro-batch"
-            f" {optimizing.micro_batch}. Change one."
+            f"--batch {optimizer_config.batch} is not a multiple of --micro-batch"
+            f" {optimizer_config.micro_batch}. Change one."
         )
     compressed_side = (a.compressed_patch_size or a.patch_size)[1]
     if (

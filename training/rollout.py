@@ -1,14 +1,13 @@
-"""Flow-map backward simulation: a sample of any number of steps in at most three forwards, all of
-them with gradient.
+"""Flow-map backward simulation: samples of any number of steps in at most three forwards.
 
-Of the N-step schedule one index g is drawn. A flow map may jump, so the roll-out makes
+One index g of the N-step schedule is drawn. A flow map can skip times, so the roll-out runs
 
     s_0 -> s_g,   s_g -> s_{g+1},   s_{g+1} -> 0
 
-(empty ones are skipped): the errors of all N-step trajectories are seen, at a cost that does not
-grow with N, and the end is a clean sample, never a half-denoised one. A causal model makes every
-chunk so, one after the other; what later chunks remember of it is encoded without gradient, into
-tensors that no later write touches.
+(empty transitions are skipped), all of them with gradient. So the errors of all N-step trajectories
+are covered, at a cost that does not grow with N, and the result is a clean sample, never a
+half-denoised one. A causal model generates every chunk this way, one after the other; a finished
+chunk is encoded for later ones without gradient, into tensors that are never overwritten.
 
 Checked against the authors' code: `shortcut_bcthw_N_g` of the causal golden vectors.
 """
@@ -29,7 +28,7 @@ Transition = tuple[float, float]
 
 
 def shortcut(steps: int, index: int, shift: float) -> list[Transition]:
-    """The pairs (t, r), in timesteps, of the roll-out that stops at step `index` of `steps`."""
+    """Return the pairs (t, r), in timesteps, of the roll-out to step `index` of `steps`."""
     times = Schedule.uniform(steps, shift).timesteps
     stops = (times[0], times[index], times[index + 1], times[-1])
     return [(t, r) for t, r in itertools.pairwise(stops) if t > r]
@@ -38,7 +37,7 @@ def shortcut(steps: int, index: int, shift: float) -> list[Transition]:
 def sample_shortcut(
     choices: tuple[int, ...], shift: float, seed: int, step: int | str
 ) -> list[Transition]:
-    """`shortcut` of a drawn number of steps and index: the same on all processes."""
+    """Draw steps and index, and return their `shortcut`: the same on all processes."""
     random = seeded_generator(seed, "shortcut", step)
     steps = choices[int(torch.randint(len(choices), (), generator=random))]
     return shortcut(steps, int(torch.randint(steps, (), generator=random)), shift)
@@ -51,14 +50,14 @@ def rollout(
     plan: ChunkPlan,
     transitions: list[Transition],
 ) -> Tensor:
-    """Make samples from noise.
+    """Generate samples from noise.
 
     Args:
         noise: of all frames, float32 (B, F, C, H, W).
         text: prompt embeddings (B, L, D).
-        plan: chunks, made in order.
-        transitions: of every chunk, the same ones; from `shortcut`, or `Schedule.transitions` to
-            sample with all steps.
+        plan: the chunks, which are generated in order.
+        transitions: of every chunk; from `shortcut`, or `Schedule.transitions` to sample with all
+            steps.
 
     Returns:
         Clean latents, float32 (B, F, C, H, W), with gradient where the caller has it switched on.
@@ -96,7 +95,7 @@ def _denoise_chunk(
     positions: Tensor,
     memory: KVCache,
 ) -> Tensor:
-    """One chunk from noise to clean."""
+    """Take one chunk from noise to clean."""
     for t, r in transitions:
         times = (torch.full(z.shape[:2], s, dtype=torch.float32, device=z.device) for s in (t, r))
         z = z - (t - r) / TRAIN_TIMESTEPS * network(z, *times, text, positions, memory)

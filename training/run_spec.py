@@ -1,4 +1,4 @@
-"""What a run was asked for, and what it names opened: weights, the teacher, data."""
+"""The request for a run, and functions that open its weights, teacher and data."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ OpenData = Callable[[str, Recipe, Weights, DataShard], DataSource]
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run that was asked for.
+    """A request for a run.
 
     Attributes:
-        recipe: what to do.
-        output: folder of the run; a checkpoint in it is gone on from.
+        recipe: all settings.
+        output: folder of the run; if it has a checkpoint, the run resumes from it.
         init: checkpoint to start from; None makes a tiny recipe start from random weights.
         teacher: checkpoint of the score, for the stage on policy.
-        data: "synthetic", or what `anyflow_deploy.training.data.shard_source` opens.
+        data: "synthetic", or a folder of shards.
         shard: processes that share one copy of the weights.
         device: "cpu" or "cuda"; None for CUDA where there is any.
         wandb: project to log to.
@@ -45,10 +45,10 @@ class RunSpec:
 
 
 def open_weights(spec: RunSpec) -> tuple[Weights, Weights | None]:
-    """What is trained, and the teacher.
+    """Open the weights that are trained, and the teacher.
 
     Raises:
-        AnyFlowError: one is missing, of another kind, or not needed.
+        AnyFlowError: a checkpoint is missing, of another kind, or not needed.
     """
     recipe = spec.recipe
     row = recipe.row
@@ -63,7 +63,7 @@ def open_weights(spec: RunSpec) -> tuple[Weights, Weights | None]:
     if recipe.stage != "on-policy":
         if spec.teacher is not None:
             raise AnyFlowError(
-                f"--teacher belongs to the stage on-policy; {recipe.name} takes --init alone."
+                f"--teacher belongs to the stage on-policy; {recipe.name} takes only --init."
             )
         return weights, None
     if spec.teacher is None:
@@ -73,13 +73,13 @@ def open_weights(spec: RunSpec) -> tuple[Weights, Weights | None]:
     teacher = open_initial_weights(spec.teacher, None, row.architecture)
     if teacher.architecture.in_channels != weights.architecture.in_channels:
         raise AnyFlowError(
-            "--teacher and --init have latents of other channels; they have to be of one family."
+            "--teacher and --init have latents with different channels; give two of one family."
         )
     return weights, teacher
 
 
 def open_data(data: str, recipe: Recipe, weights: Weights, part: DataShard) -> DataSource:
-    """A source by its name.
+    """Open a source by its name.
 
     Raises:
         AnyFlowError: there is none of that name.
@@ -95,11 +95,11 @@ def open_data(data: str, recipe: Recipe, weights: Weights, part: DataShard) -> D
     except ModuleNotFoundError as error:
         if error.name != "anyflow_deploy.training.data.shard_source":
             raise
-        raise AnyFlowError(f"--data is {data!r}; this version knows 'synthetic' alone.") from None
+        raise AnyFlowError(f"--data is {data!r}; this version allows only 'synthetic'.") from None
     return open_source(data, recipe, weights, part)
 
 
 def find_vae_pipeline(start: Path | None) -> Path | None:
-    """The pipeline around a starting checkpoint, when it can decode."""
+    """Return the pipeline around a starting checkpoint, or None where it cannot decode."""
     pipeline = pipeline_folder(start) if start else None
     return pipeline if pipeline is not None and (pipeline / "vae").is_dir() else None

@@ -1,4 +1,4 @@
-"""Sample sheets: one picture that shows what the model makes of some prompts in 1, 2, 4, 8 and 16
+"""Sample grids: one picture of what the model generates for some prompts in 1, 2, 4, 8 and 16
 steps.
 
 Rows are prompts, columns numbers of steps, all from the same noise, so that a flow map that works
@@ -36,8 +36,10 @@ def generate_grid_samples(
     shift: float,
     seed: int,
 ) -> list[Tensor]:
-    """For each number of steps, samples (rows, F, C, H, W) of the batch's first prompts. Every
-    process calls it (FSDP)."""
+    """Generate the samples of a grid, one tensor (rows, F, C, H, W) for each number of steps.
+
+    They are of the batch's first prompts. Every process has to call it (FSDP).
+    """
     rows = min(ROWS, len(batch.latents))
     noise = seeded_normal((rows, *batch.latents.shape[1:]), seed, "sheet").to(batch.latents.device)
     text = batch.text[:rows]
@@ -54,8 +56,10 @@ def draw_sample_grid(
     steps: tuple[int, ...],
     pipeline: Path | None,
 ) -> None:
-    """Write the sheet as PNG: the middle frame of each sample; `names` or captions stand beside the
-    rows."""
+    """Draw the middle frame of each sample, and write the grid as a PNG.
+
+    `names` are written beside the rows.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

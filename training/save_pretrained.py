@@ -1,13 +1,12 @@
-"""What a run leaves: a checkpoint in diffusers' own layout, and the adapters alone in diffusers'
-LoRA layout.
+"""Writes the result of a run: a checkpoint in diffusers' layout, and the adapters alone.
 
     OUTPUT/model/    a pipeline: `AnyFlowPipeline.from_pretrained`, `anyflow-export --checkpoint`
-    OUTPUT/lora/     pytorch_lora_weights.safetensors; trained_weights.safetensors for what is
-                     trained without adapters
+    OUTPUT/lora/     pytorch_lora_weights.safetensors; trained_weights.safetensors has the
+                     parameters that are trained without adapters
 
 Weights are merged (W + alpha/rank B A), in float32, one tensor at a time: no process holds more
-than the largest, twice. The pipeline's other parts are those the run started from, as hard links
-where the disk allows.
+than two copies of the largest. The pipeline's other parts are those the run started from, as hard
+links where the file system allows it.
 """
 
 from __future__ import annotations
@@ -50,12 +49,14 @@ def save_pretrained(
     save_type: str,
     start: Path | None,
 ) -> Path:
-    """Write `model/` and, with adapters, `lora/`; what was there is replaced when the new one is
-    whole.
+    """Write `model/` and, with adapters, `lora/`.
+
+    A folder that is there is replaced when the new one is complete.
 
     Args:
-        optimizer_state: its moving average is put in by the caller where that is wanted.
-        start: the folder the run started from: its text encoder, tokenizer and VAE are taken over.
+        optimizer_state: its network's current weights are written; the caller puts the moving
+            average in first.
+        start: the folder the run started from; its text encoder, tokenizer and VAE are copied.
 
     Returns:
         The model's folder.
@@ -77,8 +78,10 @@ def save_pretrained(
 
 @torch.no_grad()
 def merge_weight(optimizer_state: OptimizerState, name: str) -> Tensor:
-    """A parameter of the network, by its name in it, with its adapter's update: float32, whole.
-    Every process calls it."""
+    """Return a whole parameter of the network with its adapter's update, float32.
+
+    Every process has to call it.
+    """
     network = optimizer_state.network
     value = gather_tensor(network.get_parameter(name).detach()).float()
     module = name.removesuffix(".base_layer.weight")
@@ -99,7 +102,7 @@ def _save_transformer(
     world: DistributedContext,
     kind: torch.dtype,
 ) -> None:
-    """Write `transformer/` into the model's folder; processes that have none help to gather."""
+    """Write `transformer/` into the model's folder; the other processes help to gather."""
     names = [name for name, _ in optimizer_state.network.named_parameters() if ".lora_" not in name]
     head, _ = build_header(
         {
@@ -131,10 +134,10 @@ def _save_transformer(
 
 
 def _write_pipeline(folder: Path, a: Architecture, shift: float, start: Path | None) -> None:
-    """The parts around the transformer, where the run started from a pipeline."""
+    """Write the parts around the transformer, where the run started from a pipeline."""
     pipeline = pipeline_folder(start) if start else None
     if pipeline is None:
-        for path in (folder / "transformer").iterdir():  # a transformer alone, as it was given
+        for path in (folder / "transformer").iterdir():  # the run started from a transformer alone
             path.rename(folder / path.name)
         (folder / "transformer").rmdir()
         return

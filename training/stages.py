@@ -1,12 +1,12 @@
-"""One optimizer step of each stage: what is drawn, which losses, whose gradients.
+"""The stages of training: for each, what one optimizer step draws and which losses it computes.
 
-The trainer calls `accumulate` for each micro-batch and then updates every learner. A stage keeps no
-state of its own but `reference`, the running mean loss of r = t samples, for the rare step without
-one.
+The trainer calls `accumulate` for each micro-batch and then updates every optimizer state. A stage
+keeps no state of its own but `reference`, the running mean loss of r = t samples, for the rare step
+without one.
 
-What is random is drawn for the global batch of the step, by sample number (`timestep_sampling`):
-micro-batch m of W processes with b samples each holds the samples m W b … (m + 1) W b - 1, this
-process those from m W b + rank b on.
+Random numbers are drawn for the global batch of the step, by sample number (`timestep_sampling`):
+micro-batch m of W processes with b samples each holds the samples m W b … (m + 1) W b - 1, and this
+process has those from m W b + rank b on.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Where a micro-batch stands.
+    """The position of a micro-batch within its step.
 
     Attributes:
         step: of the optimizer.
@@ -68,11 +68,14 @@ class MicroBatch:
     world: DistributedContext
 
     def local_rows(self, values: Tensor) -> Tensor:
-        """This process's of values for the global batch."""
+        """Return this process's rows of values for the global batch."""
         return values[self.local_first : self.local_first + self.count].to(self.world.device)
 
     def noise(self, like: Tensor, seed: int, purpose: str) -> Tensor:
-        """Standard normal of a tensor's shape (B, …), a sample's own whoever computes it."""
+        """Return standard normal noise of a tensor's shape (B, …), on the device.
+
+        Each sample has noise of its own, the same on whichever process it is computed.
+        """
         shape = like.shape[1:]
         noise = [
             seeded_normal(shape, seed, purpose, self.step, self.local_first + i)
@@ -81,34 +84,42 @@ class MicroBatch:
         return torch.stack(noise).to(self.world.device)
 
     def mean(self, losses: Tensor) -> Tensor:
-        """This micro-batch's share of the mean over the global batch (FSDP averages over
-        processes)."""
+        """Return this micro-batch's share of the mean over the global batch.
+
+        FSDP averages over processes.
+        """
         return losses.sum() * self.world.size / self.step_count
 
 
 class Stage(Protocol):
-    """See the module's text.
+    """A stage of training.
 
     Attributes:
-        optimizer_states: by name; "model" is what the run is for.
-        reference: mean loss of r = t samples so far; NaN where none was met or none is needed.
+        optimizer_states: by name; "model" is the result of the run.
+        reference: mean loss of r = t samples so far; NaN before the first, or where the stage needs
+            none.
     """
 
     optimizer_states: dict[str, OptimizerState]
     reference: float
 
     def accumulate(self, batch: Batch, micro: MicroBatch) -> Losses:
-        """Backpropagate one micro-batch; its shares of the step's mean losses, without gradient."""
+        """Backpropagate one micro-batch, and return its shares of the step's mean losses.
+
+        They have no gradient.
+        """
         ...
 
     def finish(self) -> None:
-        """After the last micro-batch of a step."""
+        """Complete a step after its last micro-batch."""
         ...
 
 
 def sample_chunk_plan(plan: ChunkPlan, long_context: float, seed: int, step: int) -> ChunkPlan:
-    """The chunks of one step, the same on all processes: the first window, or (long context) a
-    later one."""
+    """Draw the chunks of one step, the same on all processes.
+
+    They are the first window, or (long context) a later one.
+    """
     extra = len(plan.chunks) - plan.limit
     random = seeded_generator(seed, "chunks", step)
     if extra <= 0 or float(torch.rand((), generator=random)) >= long_context:
@@ -126,17 +137,17 @@ class Teacher:
     reference: float = math.nan
 
     def accumulate(self, batch: Batch, micro: MicroBatch) -> Losses:
-        """See `StageTiming`."""
+        """Backpropagate one micro-batch, and return its share of the loss."""
         flow, seed = self.recipe.flow, self.recipe.running.seed
         plan = sample_chunk_plan(self.plan, flow.long_context, seed, micro.step)
         start, stop = plan.window
-        dropped = (
+        drop_text = (
             micro.local_rows(
                 torch.rand(micro.step_count, generator=seeded_generator(seed, "drop", micro.step))
             )
             < flow.text_drop
         )
-        text = torch.where(dropped[:, None, None], batch.negative_text, batch.text)
+        text = torch.where(drop_text[:, None, None], batch.negative_text, batch.text)
         clean = batch.latents[:, : plan.frames]
         pair = NoisePair(
             clean, micro.noise(clean[:, start:stop], seed, "noise"), text, batch.negative_text
@@ -151,7 +162,7 @@ class Teacher:
         return {"loss": loss.detach()}
 
     def finish(self) -> None:
-        """See `StageTiming`."""
+        """Do nothing: this stage needs no reference loss."""
 
 
 @dataclass
@@ -165,13 +176,13 @@ class FlowMap:
     _sums: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def accumulate(self, batch: Batch, micro: MicroBatch) -> Losses:
-        """See `StageTiming`."""
+        """Backpropagate one micro-batch, and return its share of the loss."""
         loss = self.loss(batch, micro)
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": loss.detach()}
 
     def loss(self, batch: Batch, micro: MicroBatch) -> Tensor:
-        """This micro-batch's share of the balanced flow-map loss."""
+        """Return this micro-batch's share of the balanced flow-map loss."""
         flow, seed = self.recipe.flow, self.recipe.running.seed
         plan = sample_chunk_plan(self.plan, flow.long_context, seed, micro.step)
         start, stop = plan.window
@@ -206,7 +217,7 @@ class FlowMap:
         )
 
     def finish(self) -> None:
-        """See `StageTiming`."""
+        """Update the reference loss with the step's r = t samples."""
         if self._sums[1]:
             mean = self._reference_mean()
             self.reference = (
@@ -215,12 +226,14 @@ class FlowMap:
         self._sums = [0.0, 0.0]
 
     def _add_reference_losses(self, losses: Tensor, world: DistributedContext) -> None:
-        """Enter losses of r = t samples, which come first in a step: the others find the mean of
-        all of them."""
-        found = world.sum(
+        """Add losses of r = t samples to their sum.
+
+        They come first in a step, so the other samples are scaled with the mean of all of them.
+        """
+        totals = world.sum(
             torch.stack((losses.sum(), losses.new_tensor(float(len(losses))))).double()
         )
-        self._sums = [old + float(new) for old, new in zip(self._sums, found, strict=True)]
+        self._sums = [old + float(new) for old, new in zip(self._sums, totals, strict=True)]
 
     def _reference_mean(self) -> float:
         return self._sums[0] / self._sums[1] if self._sums[1] else self.reference
@@ -228,11 +241,11 @@ class FlowMap:
 
 @dataclass
 class OnPolicy:
-    """Flow-map backward simulation, distribution matching, and stage 1's loss along with them.
+    """Flow-map backward simulation and distribution matching, together with stage 1's loss.
 
     Attributes:
         optimizer_states: "model" and "fake".
-        real, fake: the scores; their plan is made for each step.
+        real, fake: the scores; each step gives them its plan.
     """
 
     recipe: Recipe
@@ -246,7 +259,7 @@ class OnPolicy:
         self._flow_map = FlowMap(self.recipe, self.plan, self.optimizer_states, self.reference)
 
     def accumulate(self, batch: Batch, micro: MicroBatch) -> Losses:
-        """See `StageTiming`."""
+        """Backpropagate one micro-batch, and return its shares of the losses."""
         self._flow_map.reference = self.reference
         flow, seed = self.recipe.flow, self.recipe.running.seed
         plan = sample_chunk_plan(self.plan, flow.long_context, seed, micro.step)
@@ -267,12 +280,12 @@ class OnPolicy:
         }
 
     def finish(self) -> None:
-        """See `StageTiming`."""
+        """Update the reference loss with the step's r = t samples."""
         self._flow_map.finish()
         self.reference = self._flow_map.reference
 
     def _accumulate_dmd(self, batch: Batch, micro: MicroBatch, plan: ChunkPlan) -> Tensor:
-        """DMD on one roll-out."""
+        """Backpropagate the DMD loss of one roll-out."""
         flow, seed = self.recipe.flow, self.recipe.running.seed
         sample = self._sample_rollout(batch, micro, plan, "generator")
         scores = [score.for_plan(plan) for score in (self.real, self.fake)]
@@ -288,7 +301,7 @@ class OnPolicy:
         return loss.detach()
 
     def _accumulate_fake_score(self, batch: Batch, micro: MicroBatch, plan: ChunkPlan) -> Tensor:
-        """Flow matching of the fake score on another roll-out."""
+        """Backpropagate the fake score's flow matching on another roll-out."""
         flow, seed = self.recipe.flow, self.recipe.running.seed
         with torch.no_grad():
             sample = self._sample_rollout(batch, micro, plan, "fake")

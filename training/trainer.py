@@ -1,10 +1,10 @@
-"""The loop: one for all stages, bidirectional and causal.
+"""The training loop: one for all stages, bidirectional and causal.
 
     train(RunSpec(get_recipe("flow-map-tiny"), Path("runs/tiny")))
 
 Before the first step everything that can be checked is checked (`preflight`). A run that finds a
-checkpoint of its own goes on from it, on any number of processes; a run that was killed loses what
-came after its last checkpoint, and makes the same numbers again.
+checkpoint of its own resumes from it, on any number of processes. A run that was killed loses the
+steps after its last checkpoint, and computes the same numbers again.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ from anyflow_deploy.training.stages import FlowMap, MicroBatch, OnPolicy, Stage,
 
 
 def train(spec: RunSpec) -> Path:
-    """Run, or go on with, what was asked for.
+    """Start a run, or resume it from its last checkpoint.
 
     Returns:
         The folder of the finished model.
 
     Raises:
-        AnyFlowError: bad settings, data or checkpoints (within the first minute); a loss that is
-            not finite or explodes.
+        AnyFlowError: invalid settings, data or checkpoints (within the first minute); a loss that
+            is not finite, or far above its mean.
     """
     world = init_distributed(spec.shard, spec.device)
     try:
@@ -75,7 +75,7 @@ def train(spec: RunSpec) -> Path:
 
 
 class Trainer:
-    """One process of a run, see the module's text."""
+    """One process of a run."""
 
     def __init__(
         self, spec: RunSpec, world: DistributedContext, data_opener: OpenData = open_data
@@ -83,22 +83,25 @@ class Trainer:
         self.spec = spec
         self.recipe = spec.recipe
         self.world = world
-        optimizing, processes = self.recipe.optimizing, world.size
-        if optimizing.batch % (optimizing.micro_batch * processes):
+        optimizer_config = self.recipe.optimizing
+        processes = world.size
+        if optimizer_config.batch % (optimizer_config.micro_batch * processes):
             raise AnyFlowError(
-                f"--batch {optimizing.batch} does not divide into {processes} processes of"
-                f" --micro-batch {optimizing.micro_batch}. Change one."
+                f"--batch {optimizer_config.batch} does not divide into {processes} processes of"
+                f" --micro-batch {optimizer_config.micro_batch}. Change one."
             )
         check_packages(self.recipe, spec.wandb)
         weights, teacher = open_weights(spec)
         a = weights.architecture
         self._open_source = functools.partial(data_opener, spec.data, self.recipe, weights)
         self._grid_batch: Batch | None = None
-        self.source = self._open_source(DataShard(world.rank, processes, optimizing.micro_batch))
+        self.source = self._open_source(
+            DataShard(world.rank, processes, optimizer_config.micro_batch)
+        )
         self.startup_lines = [
             (
-                f"{self.recipe.name}: {optimizing.steps} steps of {optimizing.batch} samples on"
-                f" {processes} x {world.device.type}"
+                f"{self.recipe.name}: {optimizer_config.steps} steps of {optimizer_config.batch}"
+                f" samples on {processes} x {world.device.type}"
             ),
             f"data {self.source.check()}",
             check_disk(self.recipe, a, spec.output),
@@ -111,22 +114,24 @@ class Trainer:
             self.recipe.running.asynchronous,
         )
         self.base = quick_fingerprint(weights, teacher)
-        found = self.checkpoints.latest()
-        state = read_state(found) if found else None
-        if state is not None and found is not None:
-            check_resume(state, self.recipe, self.base, found)
+        latest = self.checkpoints.latest()
+        state = read_state(latest) if latest else None
+        if state is not None and latest is not None:
+            check_resume(state, self.recipe, self.base, latest)
         chunks = fit_chunks(a.chunk_partition, self.recipe.frames) if a.chunk_partition else None
         self.plan = chunk_plan(a, self.recipe.frames, chunks)
         self.architecture = a
         self.stage = self._build_stage(weights, teacher)
-        self.step, self.mean_loss = 0, math.nan
-        if state is not None and found is not None:
-            self._resume(found, state)
+        self.step = 0
+        self.mean_loss = math.nan
+        if state is not None and latest is not None:
+            self._resume(latest, state)
         self._stop_requested = False
 
     def run(self) -> Path:
-        """Train to the end, and write the model."""
-        recipe, world = self.recipe, self.world
+        """Train to the last step, and write the model."""
+        recipe = self.recipe
+        world = self.world
         if world.is_main:
             (self.spec.output / "recipe.json").write_text(
                 json.dumps(recipe_to_dict(recipe), indent=1)
@@ -142,13 +147,13 @@ class Trainer:
         )
         for line in self.startup_lines:
             logger.log(line)
-        before = _set_sigterm_handler(self._stop)
+        previous_handler = _set_sigterm_handler(self._stop)
         try:
             self._loop(logger)
             self.checkpoints.finish()
             if self._stop_requested:
                 raise AnyFlowError(
-                    f"stopped at step {self.step} on request; the same command goes on from there."
+                    f"stopped at step {self.step} on request; the same command resumes from there."
                 )
             model = self.stage.optimizer_states["model"]
             with model.use_average():
@@ -164,56 +169,56 @@ class Trainer:
             return folder
         finally:
             logger.close()
-            _set_sigterm_handler(before)
+            _set_sigterm_handler(previous_handler)
 
     def _loop(self, logger: MetricsLogger) -> None:
-        running = self.recipe.running
-        optimizing = self.recipe.optimizing
+        run_config = self.recipe.running
+        optimizer_config = self.recipe.optimizing
         batches: Iterator[Batch] | None = None
-        while self.step < optimizing.steps and not self._stop_requested:
+        while self.step < optimizer_config.steps and not self._stop_requested:
             batches = batches or iter(self.source)
             start_time = clock()
             values = self._train_step(batches)
-            logger.step(self.step, values, optimizing.batch, clock() - start_time)
-            self._log_skipped(logger)
+            logger.step(self.step, values, optimizer_config.batch, clock() - start_time)
+            self._log_broken_samples(logger)
             self.checkpoints.poll()
             self._sync_stop_request()
             if (
-                self.step % running.checkpoint_every == 0
-                or self.step == optimizing.steps
+                self.step % run_config.checkpoint_every == 0
+                or self.step == optimizer_config.steps
                 or self._stop_requested
             ):
                 self._save()
-            if running.sample_every and self.step % running.sample_every == 0:
+            if run_config.sample_every and self.step % run_config.sample_every == 0:
                 self._log_sample_grid(logger)
 
-    def _log_skipped(self, logger: MetricsLogger) -> None:
-        """Name broken samples: every process in a file of its own, the first one on the screen,
-        too."""
-        if lines := self.source.skipped():
+    def _log_broken_samples(self, logger: MetricsLogger) -> None:
+        """Log broken samples, on the terminal and in a file of each process."""
+        if lines := self.source.pop_broken_samples():
             with (self.spec.output / f"skipped-{self.world.rank}.txt").open("a") as file:
                 file.writelines(f"step {self.step}: {line}\n" for line in lines)
             logger.log("\n".join(f"skipped {line}" for line in lines))
 
     def _train_step(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """Accumulate, check, update."""
-        optimizing, world = self.recipe.optimizing, self.world
-        global_count = optimizing.micro_batch * world.size
+        """Accumulate gradients, check the loss, and update the weights."""
+        optimizer_config = self.recipe.optimizing
+        world = self.world
+        global_count = optimizer_config.micro_batch * world.size
         shares: dict[str, Tensor] = {}
         step_batches: list[Batch] = []
-        for number in range(optimizing.batch // global_count):
+        for number in range(optimizer_config.batch // global_count):
             batch = next(batches)
             check_batch(batch, self.recipe, self.architecture)
             step_batches.append(batch)
             first = number * global_count
-            local_first = first + world.rank * optimizing.micro_batch
+            local_first = first + world.rank * optimizer_config.micro_batch
             micro = MicroBatch(
                 self.step,
                 first,
                 local_first,
-                optimizing.micro_batch,
+                optimizer_config.micro_batch,
                 global_count,
-                optimizing.batch,
+                optimizer_config.batch,
                 world,
             )
             for name, value in self.stage.accumulate(batch.to(world.device), micro).items():
@@ -234,15 +239,17 @@ class Trainer:
         return {**values, **norms}
 
     def _check_loss(self, values: dict[str, float], step_batches: list[Batch]) -> None:
-        """Stop before the update that a broken loss would make.
+        """Raise before the update if the loss is broken.
 
         Raises:
-            AnyFlowError: not finite, or exploded; the batch was saved.
+            AnyFlowError: a value is not finite, or the loss is far above its mean. The batch has
+                been saved.
         """
-        loss, spike = values["loss"], self.recipe.running.spike
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        exploded = spike > 0 and not math.isnan(self.mean_loss) and loss > spike * self.mean_loss
-        if not broken and not exploded:
+        loss = values["loss"]
+        spike = self.recipe.running.spike
+        broken_names = [name for name, value in values.items() if not math.isfinite(value)]
+        is_spike = spike > 0 and not math.isnan(self.mean_loss) and loss > spike * self.mean_loss
+        if not broken_names and not is_spike:
             self.mean_loss = (
                 loss if math.isnan(self.mean_loss) else 0.95 * self.mean_loss + 0.05 * loss
             )
@@ -260,18 +267,19 @@ class Trainer:
             tensors, path, metadata={"names": json.dumps(names), "values": json.dumps(values)}
         )
         cause = (
-            f"{', '.join(broken)} not finite"
-            if broken
-            else f"loss {loss:.4g}, usually {self.mean_loss:.4g}"
+            f"{', '.join(broken_names)} not finite"
+            if broken_names
+            else f"loss {loss:.4g}, on average {self.mean_loss:.4g}"
         )
         raise AnyFlowError(
             f"step {self.step}: {cause}. Nothing was updated; the batch ({', '.join(names[:4])}, …)"
-            f" is in {path}. Look at it, lower --learning-rate, or (for a loss that is only large)"
-            " raise --spike; the same command goes on from the last checkpoint."
+            f" is in {path}. Check it, lower --learning-rate, or (for a loss that is only large)"
+            " raise --spike; the same command resumes from the last checkpoint."
         )
 
     def _build_stage(self, weights: Weights, teacher: Weights | None) -> Stage:
-        recipe, world = self.recipe, self.world
+        recipe = self.recipe
+        world = self.world
         model = OptimizerState(
             build_trained_network(weights, recipe, world.device, world.mesh), recipe.optimizing
         )
@@ -283,14 +291,17 @@ class Trainer:
             recipe.optimizing,
             use_average=False,
         )
-        shared = recipe.adapting.lora_rank > 0
+        share_base = recipe.adapting.lora_rank > 0
         real = (
             fake.network
-            if shared
+            if share_base
             else build_frozen_network(teacher, recipe, world.device, world.mesh)
         )
-        whole = ChunkPlan((self.plan.frames,))
-        scores = (Score(real, whole, without_adapters=shared), Score(fake.network, whole))
+        whole_plan = ChunkPlan((self.plan.frames,))
+        scores = (
+            Score(real, whole_plan, without_adapters=share_base),
+            Score(fake.network, whole_plan),
+        )
         return OnPolicy(recipe, self.plan, {"model": model, "fake": fake}, *scores)
 
     def _state_tensors(self) -> dict[str, Tensor]:
@@ -322,11 +333,12 @@ class Trainer:
         self.source.load_state_dict(state["data"])
         self.stage.reference = _number_from_json(state["reference"])
         self.mean_loss = _number_from_json(state["usual"])
-        self.startup_lines.append(f"goes on from {path}")
+        self.startup_lines.append(f"resumes from {path}")
 
     def _log_sample_grid(self, logger: MetricsLogger) -> None:
-        """Draw what the averaged model makes of the first prompts."""
-        recipe, world = self.recipe, self.world
+        """Draw samples of the averaged model for the first prompts."""
+        recipe = self.recipe
+        world = self.world
         batch = self._sample_grid_batch()
         model = self.stage.optimizer_states["model"]
         with model.use_average():
@@ -346,8 +358,10 @@ class Trainer:
             logger.log_image(self.step, path)
 
     def _sample_grid_batch(self) -> Batch:
-        """The very first samples, read by a source of its own: the same ones in every sheet, on
-        every process."""
+        """Return the first samples of the data.
+
+        A source of its own reads them, so they are the same in every grid and on every process.
+        """
         if self._grid_batch is None:
             self._grid_batch = next(iter(self._open_source(DataShard(0, 1, ROWS)))).to(
                 self.world.device
@@ -358,14 +372,17 @@ class Trainer:
         self._stop_requested = True
 
     def _sync_stop_request(self) -> None:
-        """A signal may reach one process a step earlier than another."""
+        """Share the request to stop, which may reach one process a step earlier than another."""
         if self.world.size > 1:
             flag = torch.tensor(int(self._stop_requested), device=self.world.device)
             self._stop_requested = bool(self.world.sum(flag))
 
 
 def _set_sigterm_handler(handler: Any) -> Any:
-    """Set what SIGTERM does; returns what it did. Only the main thread may."""
+    """Set the handler of SIGTERM, and return the previous one.
+
+    Only the main thread may do that; on others it does nothing.
+    """
     try:
         return signal.signal(signal.SIGTERM, handler)
     except ValueError:

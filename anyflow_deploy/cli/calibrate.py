@@ -99,7 +99,7 @@ def measure_calibration(options: CalibrateOptions, weights: Weights, bars: Progr
 
     prompts = PROMPTS if options.prompts is None else read_prompts(options.prompts)
     shape = latent_shape(weights.architecture, options.frames, options.height, options.width)
-    partial = calibration_checkpoint_path(options.output)
+    checkpoint_path = calibration_checkpoint_path(options.output)
     with bars.stage("loading ModelOpt"):
         load_modelopt()
     with bars.stage(f"embedding {len(prompts)} prompts"):
@@ -115,7 +115,7 @@ def measure_calibration(options: CalibrateOptions, weights: Weights, bars: Progr
         options.steps,
         options.seeds,
         options.device,
-        partial,
+        checkpoint_path,
         lambda line: console.print(escape(line)),
     )
     try:

@@ -36,15 +36,15 @@ def profile_layers(
     Raises:
         MeasurementUnavailableError: the backend has no profiler that times layers on its device.
     """
-    providers = BACKENDS[backend].timed_on
-    if options.provider in providers:
+    profiled_providers = BACKENDS[backend].profiled_providers
+    if options.provider in profiled_providers:
         return _PROFILERS[backend](bundle, options, video, point)
-    if providers:
+    if profiled_providers:
         raise MeasurementUnavailableError(
             "on a GPU ONNX Runtime's profiler times launches, not kernels; Nsight Systems shows"
             " those (nsys profile)"
         )
-    capable = " and ".join(name for name, row in BACKENDS.items() if row.timed_on)
+    capable = " and ".join(name for name, row in BACKENDS.items() if row.profiled_providers)
     raise MeasurementUnavailableError(
         f"the code that {backend} compiles has no layers left to time; use one of the backends"
         f" {capable}"
@@ -90,7 +90,7 @@ _PROFILERS: dict[
     "onnxruntime": _profile_onnxruntime,
     "tensorrt": _profile_tensorrt,
 }
-"""Functions that time the layers of the backends whose registry row has `timed_on`."""
+"""Functions that time the layers of the backends whose registry row has `profiled_providers`."""
 
 
 def transition_graph(bundle: Bundle) -> str:

@@ -1,8 +1,8 @@
-"""Building for AOTInductor: one `.pt2` package for each graph of a bundle.
+"""Builds for AOTInductor: one `.pt2` package for each graph of a bundle.
 
 The network is rebuilt from the bundle (`export/program.py`), recorded with every declared axis
 symbolic, and compiled for this device. The weights stay in the bundle, where all packages read
-them: a package is native code, a few MB whatever the model, and a chunk and its compression share
+them: a package is native code, a few MB whatever the model, and the graphs of a causal bundle share
 one copy in memory.
 """
 
@@ -30,22 +30,26 @@ _FP8_CAPABILITY = (8, 9)
 """Ada. Hopper is 9.0."""
 
 _INT8_ROWS = 17
-"""cuBLAS takes no integer product of fewer rows."""
+"""The fewest rows of an integer product in cuBLAS."""
 
 
 @dataclass(frozen=True)
 class AotInductorSettings(BuildSettings):
-    """See `BuildSettings`.
+    """The settings of an AOTInductor build.
 
     Attributes:
-        max_autotune: time several kernels for each product and keep the fastest; builds take many
-            times as long.
+        max_autotune: time several kernels for each product and keep the fastest; a build takes
+            many times as long.
     """
 
     max_autotune: bool = False
 
     def check(self, bundle: Bundle) -> None:
-        """See `BuildSettings`."""
+        """Refuse a device, a precision or a machine without compiler, before any work starts.
+
+        Raises:
+            BackendError: with what to install or to choose.
+        """
         super().check(bundle)
         torch = import_torch(self.provider, self.device)
         check_precision(torch, bundle, self.provider, self.device)
@@ -53,7 +57,7 @@ class AotInductorSettings(BuildSettings):
         find_cpp_compiler()
 
     def build(self, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
-        """See `BuildSettings`."""
+        """Compile one package for each graph, and check that they open."""
         from anyflow_deploy.engines.aotinductor.compiler import compile_graphs, summarize_package
 
         torch = import_torch(self.provider, self.device)
@@ -62,7 +66,7 @@ class AotInductorSettings(BuildSettings):
         compile_graphs(bundle, device, writer, self.max_autotune, progress)
         for graph in bundle.manifest.graphs:
             achieved[graph] = summarize_package(bundle, graph, writer.folder / f"{graph}.pt2")
-        with progress.stage("opening what was compiled"):
+        with progress.stage("opening the compiled packages"):
             index = self.device if self.provider == "cuda" else -1
             check_packages_open(
                 [writer.folder / f"{graph}.pt2" for graph in bundle.manifest.graphs], index
@@ -76,7 +80,7 @@ class AotInductorSettings(BuildSettings):
 
 
 def check_precision(torch: Any, bundle: Bundle, provider: str, index: int) -> None:
-    """Refuse what the device cannot multiply.
+    """Refuse a bundle whose precision the device cannot multiply in.
 
     Raises:
         BackendError: with what to do instead.
@@ -98,7 +102,7 @@ def check_precision(torch: Any, bundle: Bundle, provider: str, index: int) -> No
 
 
 def check_exporter() -> None:
-    """The network is rebuilt by the exporter's modules.
+    """Check that the exporter is installed, which rebuilds the network.
 
     Raises:
         BackendError: they are not installed.
@@ -114,17 +118,17 @@ def check_exporter() -> None:
 def _buildable_ranges(bundle: Bundle, provider: str) -> dict[str, AxisRange]:
     if bundle.manifest.precision != "int8" or provider != "cuda":
         return narrow_ranges(bundle)
-    declared = bundle.manifest.shape_ranges
+    ranges = bundle.manifest.shape_ranges
     patch = bundle.manifest.architecture.patch_size[1]
-    overrides = {"text": _range_from(declared.text, _INT8_ROWS)}
+    overrides = {"text": _raise_minimum(ranges.text, _INT8_ROWS)}
     side = (bundle.manifest.architecture.compressed_patch_size or (1, patch))[1]
     overrides |= {
-        axis: _range_from(getattr(declared, axis), 5 * side) for axis in ("height", "width")
+        axis: _raise_minimum(getattr(ranges, axis), 5 * side) for axis in ("height", "width")
     }
     return narrow_ranges(bundle, **overrides)
 
 
-def _range_from(declared: Range, minimum: int) -> Range:
-    """A range from `least` on, in its own multiples."""
-    low = max(declared.minimum, -(-minimum // declared.multiple) * declared.multiple)
-    return Range(low, declared.maximum, declared.multiple)
+def _raise_minimum(axis_range: Range, minimum: int) -> Range:
+    """Raise a range's minimum to at least `minimum`, in the range's own multiples."""
+    low = max(axis_range.minimum, -(-minimum // axis_range.multiple) * axis_range.multiple)
+    return Range(low, axis_range.maximum, axis_range.multiple)

@@ -1,5 +1,4 @@
-"""A compiled graph, ready to be called: torch's loader of `.pt2` packages, and CUDA graphs around
-it.
+"""A compiled graph that can be called: torch's loader of `.pt2` packages, and CUDA graphs.
 
 The loader unpacks the shared library into a private folder and opens it; no pickle is involved, and
 Python's own archive reader, which could meet one, is not used. A call takes and returns tensors on
@@ -22,13 +21,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MAX_GRAPHS = 4
-"""Shapes whose recordings are kept. They share one pool of memory, as large as the largest
-needs."""
+"""Shapes whose recordings are kept. They share one pool of memory of the largest one's size."""
 
 
 class CompiledGraph:
-    """One package. Calls from several threads wait for each other: a package has one set of
-    buffers.
+    """One package.
+
+    Calls from several threads wait for each other: a package has one set of buffers.
 
     Args:
         torch: the module.
@@ -36,7 +35,7 @@ class CompiledGraph:
         index: of the GPU; -1 for the CPU.
 
     Attributes:
-        weights: names of the weights it wants.
+        weights: names of the weights it reads.
 
     Raises:
         BackendError: the package cannot be opened.
@@ -55,12 +54,12 @@ class CompiledGraph:
         self.weights: list[str] = self._loader.get_constant_fqns()
 
     def load_weights(self, weights: TorchWeights) -> None:
-        """Lend it its weights; they are not copied."""
-        self._shared_weights = weights  # lives as long as this
+        """Give the package its weights, without a copy."""
+        self._shared_weights = weights  # a reference, so that the weights are not released earlier
         self._loader.load_constants(weights.share(self.weights), False, True, True)
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        """Outputs in the graph's order.
+        """Run the graph and return its outputs, in the graph's order.
 
         Raises:
             AnyFlowError: it is closed, or the device has no memory left.
@@ -83,12 +82,13 @@ class CompiledGraph:
 
 
 class CudaGraphRunner:
-    """A compiled graph that is recorded as a CUDA graph, once for each shape, and replayed: one
-    launch for all kernels.
+    """A compiled graph that is recorded as a CUDA graph for each shape, and replayed.
 
-    The first call of a shape runs as it is, which loads kernels and settles libraries; the second
-    records. Inputs are copied to where the recording reads them and outputs to memory of their own,
-    on the device, so runs do not mix.
+    A replay is one launch for all kernels.
+
+    The first call of a shape runs without recording, which loads kernels and initializes libraries;
+    the second records. Inputs are copied to where the recording reads them and outputs to memory of
+    their own, on the device, so runs do not mix.
 
     Args:
         torch: the module.
@@ -96,14 +96,15 @@ class CudaGraphRunner:
     """
 
     def __init__(self, torch: Any, call: Callable[..., Sequence[Tensor]]) -> None:
-        self._torch, self._call = torch, call
+        self._torch = torch
+        self._call = call
         self._lock = threading.Lock()
         self._seen_shapes: set[Any] = set()
         self._graphs: OrderedDict[Any, tuple[Any, list[Tensor], Sequence[Tensor]]] = OrderedDict()
         self._pool: Any = None
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        """See `CompiledGraph`."""
+        """Run the graph and return its outputs, in the graph's order."""
         key = tuple(tuple(tensor.shape) for tensor in inputs)
         with self._lock:
             if key not in self._graphs:

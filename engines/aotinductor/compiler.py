@@ -1,4 +1,4 @@
-"""AOTInductor's compiler on a bundle's programs, and what it made of them.
+"""Compiles a bundle's programs with AOTInductor, and summarizes the packages.
 
 Options that differ from torch's defaults, and why:
 
@@ -51,17 +51,17 @@ _PRODUCTS = {"fp8": "_scaled_mm", "int8": "_int_mm"}
 def compile_graphs(
     bundle: Bundle, device: str, writer: EngineWriter, max_autotune: bool, progress: Progress
 ) -> None:
-    """Put a package for each graph into the folder.
+    """Compile a package for each graph into the engine's folder.
 
     Args:
         bundle: an opened bundle.
         device: torch device.
         writer: of the engine.
         max_autotune: see `AotInductorSettings`.
-        progress: where progress goes.
+        progress: shows the progress of the work.
 
     Raises:
-        BackendError: the compiler gave up; no space or no memory.
+        BackendError: the compiler failed, or there is no space or no memory.
     """
     compiler = make_symbolic_compiler(find_cpp_compiler())
     options = select_known_options(
@@ -74,13 +74,13 @@ def compile_graphs(
         for graph in bundle.manifest.graphs:
             with (
                 _translate_errors(bundle),
-                best_attention(device),
+                prefer_fused_attention(device),
                 progress.stage(f"tracing {graph}"),
             ):
                 program = program_from_bundle(bundle, graph, tensors, device)
             with (
                 _translate_errors(bundle),
-                best_attention(device),
+                prefer_fused_attention(device),
                 progress.stage(f"compiling {graph}"),
             ):
                 path = writer.folder / f"{graph}.pt2"
@@ -92,9 +92,11 @@ def compile_graphs(
 
 
 @contextlib.contextmanager
-def best_attention(device: str) -> Any:
-    """On a GPU: cuDNN's attention where it fits, then flash, then the memory-efficient one, never a
-    table of scores."""
+def prefer_fused_attention(device: str) -> Any:
+    """Prefer fused attention on a GPU, and never one that writes out its scores.
+
+    The order is cuDNN's, flash, then the memory-efficient one.
+    """
     if device == "cpu":
         yield
         return
@@ -113,13 +115,13 @@ def best_attention(device: str) -> Any:
 
 @contextlib.contextmanager
 def _translate_errors(bundle: Bundle) -> Any:
-    """Errors of the compiler in a user's words."""
+    """Turn the compiler's errors into a `BackendError` that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         raise BackendError(
-            f"{bundle.path} cannot be compiled, no memory: {reason} Leave --max-autotune out."
+            f"{bundle.path} cannot be compiled, out of memory: {reason} Leave --max-autotune out."
         ) from None
     except OSError as error:
         raise BackendError(
@@ -134,7 +136,7 @@ def _translate_errors(bundle: Bundle) -> Any:
 
 
 def summarize_package(bundle: Bundle, graph: str, package: Path) -> str:
-    """What a package calls, read back from its code, in words.
+    """Describe the calls of a package in words, read back from its code.
 
     Raises:
         BackendError: an attention that writes out its table of scores.
@@ -166,7 +168,7 @@ def summarize_package(bundle: Bundle, graph: str, package: Path) -> str:
 
 
 def count_calls(package: Path) -> Counter[str]:
-    """torch's operators that a package's wrapper calls, each as often as it stands there."""
+    """Count the calls of torch's operators in a package's wrapper."""
     with zipfile.ZipFile(package) as archive:
         sources = [
             archive.read(name).decode()

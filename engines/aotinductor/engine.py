@@ -1,11 +1,10 @@
-"""AOTInductor: the network compiled by torch's own compiler, ahead of time, for the device it runs
-on.
+"""AOTInductor: the network compiled ahead of time by torch, for the device it runs on.
 
 `anyflow-build BUNDLE --backend aotinductor` makes one package for each graph (`build`); this opens
 them. torch is the runtime here, so unlike the other backends this one needs it on the device,
 though nothing of the exporter.
 
-Packages hold no weights: the bundle's are read once and lent to all of them. On a GPU a
+Packages hold no weights: the bundle's are read once and shared by all of them. On a GPU a
 bidirectional step is recorded as a CUDA graph for each shape. (Chunks of a stream are not: their
 cache has another length each time.)
 """
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class AotInductorEngine(PackageEngine):
-    """A bundle's graphs in AOTInductor packages.
+    """An engine that runs a bundle's graphs in AOTInductor packages.
 
     Args:
         bundle: an opened bundle.
@@ -37,7 +36,8 @@ class AotInductorEngine(PackageEngine):
         BackendError: torch or the device is missing, nothing was built, or it was built elsewhere.
     """
 
-    backend, title = "aotinductor", "AOTInductor"
+    backend = "aotinductor"
+    title = "AOTInductor"
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         super().__init__(bundle, options)
@@ -45,9 +45,11 @@ class AotInductorEngine(PackageEngine):
         self._weights = TorchWeights(self._torch, bundle, self._device, names)
         for graph in self._graphs.values():
             graph.load_weights(self._weights)
-        record = options.cuda_graphs and options.provider == "cuda" and "transition" in self._graphs
+        use_cuda_graphs = (
+            options.cuda_graphs and options.provider == "cuda" and "transition" in self._graphs
+        )
         self._graph_runner: CudaGraphRunner | None = None
-        if record:
+        if use_cuda_graphs:
             self._graph_runner = CudaGraphRunner(self._torch, self._graphs["transition"])
 
     def _import_torch(self, options: EngineOptions) -> Any:
@@ -60,7 +62,7 @@ class AotInductorEngine(PackageEngine):
         return self._graph_runner or super()._transition()
 
     def close(self) -> None:
-        """See `Engine`. Runs and streams that are still open can no longer step."""
+        """Release packages and weights; open runs and streams can no longer step."""
         if self._graph_runner is not None:
             self._graph_runner.close()
         super().close()

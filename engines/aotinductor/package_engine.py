@@ -1,9 +1,10 @@
-"""The engine that runs `.pt2` packages, which torch opens: what its two backends share.
+"""The engine that runs `.pt2` packages, for the two backends whose packages torch opens.
 
 AOTInductor's packages and torch-tensorrt's are opened, called and closed alike. They differ in what
 has to be imported, in the versions that have to be the same, and in where the weights are.
 
-State, text and cache are tensors on the device from the first step to `read`; only times cross.
+State, text and cache are tensors on the device from the first step to `read`; only times are copied
+to it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class PackageEngine(BundleEngineBase):
-    """A bundle's graphs in packages, one each.
+    """An engine that runs a bundle's graphs in packages, one each.
 
     `threads` sets torch's number of threads, which is one for the whole process: the engine loaded
     last decides.
@@ -48,7 +49,7 @@ class PackageEngine(BundleEngineBase):
     """Name in the registry."""
 
     title: ClassVar[str]
-    """Name for people."""
+    """Name in messages and reports."""
 
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
         super().__init__(bundle)
@@ -57,8 +58,8 @@ class PackageEngine(BundleEngineBase):
         self._index = options.device if options.provider == "cuda" else -1
         self._device = torch_device(options.provider, options.device)
         self.folder = find_engine(bundle, self.backend, options.engine)
-        here = describe_device(torch, options.provider, options.device)
-        check_compatible(self.folder, here, self._required_versions())
+        this_device = describe_device(torch, options.provider, options.device)
+        check_compatible(self.folder, this_device, self._required_versions())
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         self._graphs = {}
@@ -68,19 +69,19 @@ class PackageEngine(BundleEngineBase):
 
     @abstractmethod
     def _import_torch(self, options: EngineOptions) -> Any:
-        """Return torch, once all that runs a package is imported."""
+        """Return torch, after importing everything that runs a package."""
 
     @abstractmethod
     def _required_versions(self) -> dict[str, str]:
-        """Return what has to be the same as when the engine was built."""
+        """Return the versions that have to be the same as when the engine was built."""
 
     def _transition(self) -> Callable[..., Sequence[Tensor]]:
-        """Return what a step calls."""
+        """Return the function that a step calls."""
         return self._graphs["transition"]
 
     @property
     def runtime(self) -> str:
-        """See `BundleEngineBase`."""
+        """Backend, torch's version and the provider, for people and reports."""
         version = str(self._torch.__version__).split("+")[0]
         return f"{self.title}, torch {version}, {self.provider}"
 
@@ -90,20 +91,20 @@ class PackageEngine(BundleEngineBase):
         return self.folder.record.shape_ranges
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> AotInductorRun:
-        """See `Engine`."""
+        """Open a run at latents (B, F, C, H, W) for text (B, L, D)."""
         z, prompt_embeds = self._prepare_run(latents, text)
         call = self._transition()
         prompt = self._torch.from_numpy(prompt_embeds).to(self._device)
         return AotInductorRun(self._torch, lambda z, t, r: call(z, t, r, prompt), z, self._device)
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
-        """See `BundleEngine`."""
+        """Open a stream for text (1, L, D), with room for `plan.capacity` tokens."""
         prompt_embeds = self._prepare_stream(text)
         cache = AotInductorCache(self._torch, self._graphs, self._device, prompt_embeds, plan)
         return CacheStream(cache, plan)
 
     def close(self) -> None:
-        """See `Engine`. Runs and streams that are still open can no longer step."""
+        """Release the packages; open runs and streams can no longer step."""
         super().close()
         for graph in self._graphs.values():
             graph.close()

@@ -1,4 +1,4 @@
-"""One sample on its way through compiled torch graphs; its state stays on the device."""
+"""A run through compiled torch graphs; its state stays on the device."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class AotInductorRun:
-    """See `engine.Run`.
+    """A `Run` whose state is a tensor on the device.
 
     Args:
         torch: the module.
-        call: state z_t (B, F, C, H, W) and times t, r (B, F) to z_r and the velocity, first of all
-            outputs.
+        call: runs the graph on the state z_t (B, F, C, H, W) and times t, r (B, F); its first two
+            outputs are z_r and the velocity.
         latents: the state to start from.
         device: torch's name of it.
     """
@@ -35,26 +35,28 @@ class AotInductorRun:
         latents: Array,
         device: str,
     ) -> None:
-        self._torch, self._call, self._device = torch, call, device
+        self._torch = torch
+        self._call = call
+        self._device = device
         self._shape = latents.shape
         self._state: Tensor | None = torch.from_numpy(latents).to(device, copy=True)
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
-        """See `Run`."""
+        """Replace the state z_t by z_r; timesteps are numbers or (B, F)."""
         self._state = self._outputs(t, r)[0]
         if self._device != "cpu":
             self._torch.cuda.current_stream(self._device).synchronize()
 
     def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
-        """See `Run`."""
+        """Return the average velocity u(z_t, t, r), float32 (B, F, C, H, W)."""
         return _to_numpy(self._outputs(t, r)[1])
 
     def read(self) -> Array:
-        """See `Run`."""
+        """Return a copy of the state, float32 (B, F, C, H, W)."""
         return _to_numpy(self._require_open())
 
     def close(self) -> None:
-        """See `Run`."""
+        """Release the state."""
         self._state = None
 
     def __enter__(self) -> AotInductorRun:
@@ -73,7 +75,7 @@ class AotInductorRun:
         times = [
             self._torch.from_numpy(time).to(self._device) for time in frame_times(t, r, self._shape)
         ]
-        with without_tf32(self._torch, self._device):
+        with disable_tf32(self._torch, self._device):
             return self._call(state, *times)
 
     def _require_open(self) -> Tensor:
@@ -85,9 +87,11 @@ class AotInductorRun:
 
 
 @contextlib.contextmanager
-def without_tf32(torch: Any, device: str) -> Any:
-    """On the right GPU, and without TF32: it is on by default in convolutions, and the patch
-    embedding is one."""
+def disable_tf32(torch: Any, device: str) -> Any:
+    """Select the device, and compute in it without TF32.
+
+    TF32 is on by default in convolutions, and the patch embedding is one.
+    """
     if device == "cpu":
         yield
         return
@@ -96,5 +100,5 @@ def without_tf32(torch: Any, device: str) -> Any:
 
 
 def _to_numpy(tensor: Tensor) -> Array:
-    """An array that owns its memory."""
+    """Return an array that owns its memory."""
     return np.array(tensor.cpu().numpy(), dtype=np.float32)

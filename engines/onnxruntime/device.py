@@ -1,4 +1,4 @@
-"""Where the buffers of a session lie, and how bytes get there."""
+"""The device that holds a session's buffers, and copies to and within it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class OrtDevice:
-    """Where a session's buffers lie."""
+    """The device that holds a session's buffers."""
 
     def __init__(self, runtime: Any, name: str, index: int = 0) -> None:
         self._value = runtime.OrtValue
@@ -19,15 +19,18 @@ class OrtDevice:
         self.index = index
 
     def upload(self, array: NDArray[Any]) -> Any:
-        """A buffer with the contents of an array."""
+        """Return a buffer with the contents of an array."""
         return self._value.ortvalue_from_numpy(array, self.name, self.index)
 
     def empty(self, shape: Sequence[int], dtype: np.dtype[Any]) -> Any:
-        """A buffer of a shape, not initialized."""
+        """Return an uninitialized buffer of a shape."""
         return self._value.ortvalue_from_shape_and_type(list(shape), dtype, self.name, self.index)
 
     def move(self, target: Any, to: int, source: Any, start: int, count: int) -> None:
-        """Copy `count` bytes of a buffer into another, or into another place of itself."""
+        """Copy `count` bytes from one buffer to another, or within one buffer.
+
+        `to` and `start` are offsets in bytes; the two pieces may overlap.
+        """
         if self.name == "cpu":
             ctypes.memmove(target.data_ptr() + to, source.data_ptr() + start, count)
             return

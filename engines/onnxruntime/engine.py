@@ -1,12 +1,12 @@
-"""ONNX Runtime: the backend that works everywhere.
+"""The ONNX Runtime engine.
 
 One session serves every run. A run keeps its buffers on the provider's device (`IOBinding`): a step
-writes z_r into a second buffer and the two are exchanged, so nothing crosses to the device but two
-small arrays of times. The CPU and CUDA providers share this code; CUDA has not been run by us yet
-(see the README's table).
+writes z_r into a second buffer and the two are exchanged, so nothing is copied to the device but
+two small arrays of times. The CPU and CUDA providers share this code; CUDA has not been run by us
+yet (see the README's table).
 
 The provider is the caller's choice and is never replaced by another: ONNX Runtime itself falls back
-to the CPU with a warning, which on a server means a hundred times slower and nobody notices.
+to the CPU with a warning, and a server would be a hundred times slower without an error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _ROW = BACKENDS["onnxruntime"]
 
 
 class OnnxRuntimeEngine(BundleEngineBase):
-    """A bundle's transition in an ONNX Runtime session.
+    """An engine that runs a bundle's graphs in ONNX Runtime sessions.
 
     Args:
         bundle: an opened bundle.
@@ -115,11 +115,11 @@ class OnnxRuntimeEngine(BundleEngineBase):
 
     @property
     def runtime(self) -> str:
-        """See `BundleEngineBase`."""
+        """ONNX Runtime's version and the provider, for people and reports."""
         return f"ONNX Runtime {self._runtime.__version__}, {self.provider}"
 
     def start(self, latents: ArrayLike, text: ArrayLike) -> OnnxRuntimeRun:
-        """See `Engine`."""
+        """Open a run at latents (B, F, C, H, W) for text (B, L, D)."""
         z, prompt_embeds = self._prepare_run(latents, text)
         device = OrtDevice(self._runtime, self.provider, self._index)
         return OnnxRuntimeRun(
@@ -127,7 +127,7 @@ class OnnxRuntimeEngine(BundleEngineBase):
         )
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
-        """See `BundleEngine`."""
+        """Open a stream for text (1, L, D), with room for `plan.capacity` tokens."""
         prompt_embeds = self._prepare_stream(text)
         device = OrtDevice(self._runtime, self.provider, self._index)
         return CacheStream(
@@ -136,24 +136,26 @@ class OnnxRuntimeEngine(BundleEngineBase):
         )
 
     def close(self) -> None:
-        """See `Engine`."""
+        """Release the sessions and refuse every later start."""
         super().close()
         self._sessions.clear()
 
 
 def _return_freed_memory() -> None:
-    """Give what glibc's allocator keeps for later back to the system; elsewhere do nothing.
+    """Return freed memory from glibc's allocator to the system; elsewhere do nothing.
 
     ONNX Runtime frees each shifted weight once it has packed it for its product. The allocator
     would keep up to a third of the weights' size of that (measured: 217 MB beside 713, 12 layers at
-    1.3B width)."""
+    1.3B width).
+    """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _count_fusable_attentions(manifest: Manifest, graph: str) -> int:
-    """How many attentions of a graph become one operator: one to itself and one to the text in each
-    layer.
+    """Count the attentions of a graph that become one operator.
+
+    There are two in each layer, self-attention and cross-attention to the text.
 
     Not those in FP8, which round between the products: only TensorRT fuses that, here it is
     emulated.
@@ -170,15 +172,18 @@ def _count_fusable_attentions(manifest: Manifest, graph: str) -> int:
 
 
 def _provider_options(provider: str, index: int) -> dict[str, str]:
-    """TF32 is on by default in the CUDA provider: float32 products would keep 11 bits of mantissa,
-    and say nothing."""
+    """Return the provider's options, which turn TF32 off.
+
+    TF32 is on by default in the CUDA provider: float32 products would silently keep 11 bits of
+    mantissa.
+    """
     return {"device_id": str(index), "use_tf32": "0"} if provider == "cuda" else {}
 
 
 def _import_runtime(provider: str) -> Any:
-    """The onnxruntime module, having checked that it is there once and has the provider."""
-    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
-    if len(installed) == 2:
+    """Import onnxruntime, after checking that it is installed once and has the provider."""
+    distributions = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if len(distributions) == 2:
         raise UnavailableError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. "
             "Uninstall both, then install anyflow-deploy[cpu] or anyflow-deploy[gpu]."
@@ -189,11 +194,11 @@ def _import_runtime(provider: str) -> Any:
         raise UnavailableError(
             f"ONNX Runtime cannot be imported ({error}). Run: {_ROW.install_command(provider)}"
         ) from None
-    available = onnxruntime.get_available_providers()
-    if PROVIDERS[provider] not in available:
+    providers = onnxruntime.get_available_providers()
+    if PROVIDERS[provider] not in providers:
         raise UnavailableError(
             f"provider {provider!r} is not in this ONNX Runtime {onnxruntime.__version__}, which"
-            f" has {', '.join(available)}. Run: pip uninstall onnxruntime onnxruntime-gpu &&"
+            f" has {', '.join(providers)}. Run: pip uninstall onnxruntime onnxruntime-gpu &&"
             f" {_ROW.install_command(provider)}"
         )
     if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):

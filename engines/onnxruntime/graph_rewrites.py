@@ -1,8 +1,7 @@
-"""What ONNX Runtime is given instead of the bundle's graph: the same, with attention as one
-operator and unsigned integers.
+"""Rewrites of a bundle's graph for ONNX Runtime: fused attention and unsigned integers.
 
 The bundle is standard ONNX: attention is two matrix products and a softmax (opset 20), or
-`Attention` (opset 23). Taken literally, both write out the whole table of scores: 51 GB at 480x832
+`Attention` (opset 23). Run literally, both write out the whole table of scores: 51 GB at 480x832
 and 81 frames. ONNX Runtime has a kernel that does not, `com.microsoft.MultiHeadAttention`, but does
 not recognise the pattern. So the graph is rewritten in memory, on the way into the session; the
 bundle on disk stays as it is. A test compares both, and counts that none is missed. Activations
@@ -29,14 +28,16 @@ _KEYS_LAST = [0, 1, 3, 2]
 def build_session_graph(
     bundle: Bundle, graph: str, attentions: int, provider: str, unsigned_weights: bool = False
 ) -> bytes:
-    """The rewritten model, without its weights: they stay in the bundle's file.
+    """Build the serialized model of a session, without its weights.
+
+    The weights stay in the bundle's file.
 
     Args:
         bundle: an opened bundle.
         graph: its name in the manifest.
-        attentions: how many there have to be.
+        attentions: how many the graph must have.
         provider: "cpu" or "cuda".
-        unsigned_weights: shift int8 weights to uint8 as well, for a CPU that gets u8 x s8 wrong.
+        unsigned_weights: shift int8 weights to uint8 as well, for a CPU that overflows in u8 x s8.
 
     Raises:
         BundleError: the graph refers to a file that the manifest does not list.
@@ -66,8 +67,10 @@ def build_session_graph(
 
 @dataclass(frozen=True)
 class _Attention:
-    """A found pattern: its inputs and output as (B, N, heads, channels), and the node whose place
-    it takes."""
+    """One attention in a graph.
+
+    Inputs and output are (B, N, heads, channels). `last` is the node whose place it takes.
+    """
 
     query: str
     key: str
@@ -77,12 +80,12 @@ class _Attention:
 
 
 def fuse_attention(model: onnx.ModelProto, heads: int) -> int:
-    """Replace every attention in place; returns how many there were."""
+    """Replace every attention of a model in place, and return how many there were."""
     patterns = {id(pattern.last): pattern for pattern in _find_attentions(model.graph)}
     nodes: list[NodeProto] = []
     for node in model.graph.node:
         pattern = patterns.get(id(node))
-        nodes.extend([node] if pattern is None else _fused_attention_nodes(pattern, heads))
+        nodes.extend([node] if pattern is None else _make_attention_nodes(pattern, heads))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     _drop_unused(model.graph)
@@ -100,12 +103,12 @@ def _find_attentions(graph: onnx.GraphProto) -> Iterator[_Attention]:
 
     def before_transpose(name: str, order: list[int]) -> str | None:
         node = producer.get(name)
-        fits = (
+        is_match = (
             node is not None
             and node.op_type == "Transpose"
             and list(node.attribute[0].ints) == order
         )
-        return node.input[0] if fits and node is not None else None
+        return node.input[0] if is_match and node is not None else None
 
     def only_consumer(name: str) -> NodeProto | None:
         return consumers[name][0] if len(consumers.get(name, ())) == 1 else None
@@ -154,17 +157,22 @@ def _attribute(node: NodeProto, name: str) -> object:
     return next((helper.get_attribute_value(a) for a in node.attribute if a.name == name), None)
 
 
-def _fused_attention_nodes(pattern: _Attention, heads: int) -> Iterator[NodeProto]:
-    """Heads into channels, MultiHeadAttention, channels into heads. Queries are scaled already,
-    hence scale 1."""
+def _make_attention_nodes(pattern: _Attention, heads: int) -> Iterator[NodeProto]:
+    """Make the nodes that replace an attention: Reshape, MultiHeadAttention, Reshape.
+
+    Queries are scaled already, hence scale 1.
+    """
     stem = pattern.output
-    joined, split = f"{stem}_joined", f"{stem}_split"
-    yield helper.make_node("Constant", [], [joined], name=joined, value_ints=[0, 0, -1])
-    yield helper.make_node("Constant", [], [split], name=split, value_ints=[0, 0, heads, -1])
+    joined_shape = f"{stem}_joined"
+    split_shape = f"{stem}_split"
+    yield helper.make_node("Constant", [], [joined_shape], name=joined_shape, value_ints=[0, 0, -1])
+    yield helper.make_node(
+        "Constant", [], [split_shape], name=split_shape, value_ints=[0, 0, heads, -1]
+    )
     flat = []
     for role, name in (("query", pattern.query), ("key", pattern.key), ("value", pattern.value)):
         flat.append(f"{stem}_{role}")
-        yield helper.make_node("Reshape", [name, joined], [flat[-1]], name=flat[-1])
+        yield helper.make_node("Reshape", [name, joined_shape], [flat[-1]], name=flat[-1])
     weighted_sum = f"{stem}_mixed"
     name = pattern.last.name.removesuffix("/Transpose") + "/MultiHeadAttention"
     yield helper.make_node(
@@ -176,16 +184,18 @@ def _fused_attention_nodes(pattern: _Attention, heads: int) -> Iterator[NodeProt
         num_heads=heads,
         scale=1.0,
     )
-    yield helper.make_node("Reshape", [weighted_sum, split], [pattern.output], name=f"{stem}_heads")
+    yield helper.make_node(
+        "Reshape", [weighted_sum, split_shape], [pattern.output], name=f"{stem}_heads"
+    )
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove nodes whose results nobody reads, back to front."""
-    needed = {output.name for output in graph.output}
-    needed_nodes = []
+    """Remove the nodes whose results no other node and no output reads."""
+    used_names = {output.name for output in graph.output}
+    used_nodes = []
     for node in reversed(graph.node):
-        if needed.intersection(node.output):
-            needed_nodes.append(node)
-            needed.update(node.input)
+        if used_names.intersection(node.output):
+            used_nodes.append(node)
+            used_names.update(node.input)
     del graph.node[:]
-    graph.node.extend(reversed(needed_nodes))
+    graph.node.extend(reversed(used_nodes))

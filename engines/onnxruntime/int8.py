@@ -1,14 +1,15 @@
-"""INT8 on a processor: exact on every one, and fast.
+"""INT8 on a CPU: exact on every processor, and fast.
 
 ONNX Runtime's fast product takes unsigned activations, u8 x s8. Given signed ones it takes twelve
 times as long (1950 x 1536 x 1536: 140 ms against 11.6) and does not even pack the weights. It makes
 signed activations unsigned itself, but not where several layers read one: there each layer has its
-own DequantizeLinear by then, and the rewrite wants one. `shift_activations` does it before.
+own DequantizeLinear by then, and ONNX Runtime's rewrite expects a single one. `shift_activations`
+does it before.
 
 x86 processors with AVX2 or AVX-512 but without VNNI (Intel before Ice Lake, AMD before Zen 4) add
 two u8 x s8 products in 16 bits, which overflows: the results are then wrong, without a message.
-`saturates` asks the processor, with one small product. Where it does, `shift_weights` makes the
-weights unsigned as well: u8 x u8 is exact there. (ONNX Runtime's own remedy, the session option
+`saturates` tests the processor with one small product. Where it overflows, `shift_weights` makes
+the weights unsigned as well: u8 x u8 is exact there. (ONNX Runtime's own remedy, the session option
 `x64quantprecision`, fails on our graphs in 1.32.)
 
 [-128, 127] about 0 and [0, 255] about 128 are the same numbers, so neither shift changes a result.
@@ -28,12 +29,15 @@ _SIGN_BIT = "sign_bit"
 
 @functools.cache
 def saturates(runtime: Any) -> bool:
-    """True where a sum of u8 x s8 products comes out wrong. `runtime` is the onnxruntime module."""
+    """Tell whether a sum of u8 x s8 products comes out wrong on this processor.
+
+    `runtime` is the onnxruntime module.
+    """
     return not is_exact(runtime, np.int8)
 
 
 def is_exact(runtime: Any, weights: type[np.int8] | type[np.uint8]) -> bool:
-    """Whether ONNX Runtime gets a sum of 64 of the largest products right, on the CPU.
+    """Tell whether ONNX Runtime adds up 64 of the largest products correctly on the CPU.
 
     Args:
         runtime: the onnxruntime module.
@@ -53,30 +57,36 @@ def is_exact(runtime: Any, weights: type[np.int8] | type[np.uint8]) -> bool:
 
 
 def shift_activations(model: ModelProto) -> int:
-    """Round activations to unsigned instead of signed integers, in place; returns how many there
-    were."""
+    """Round activations to unsigned instead of signed integers, in place.
+
+    Returns how many activations there were.
+    """
     graph = model.graph
-    signed = {
+    int8_zero_points = {
         tensor.name
         for tensor in graph.initializer
         if tensor.data_type == TensorProto.INT8 and not tensor.dims
     }
-    rounded: set[str] = set()
+    quantized_names: set[str] = set()
     for node in graph.node:
-        if node.op_type == "QuantizeLinear" and len(node.input) == 3 and node.input[2] in signed:
+        if (
+            node.op_type == "QuantizeLinear"
+            and len(node.input) == 3
+            and node.input[2] in int8_zero_points
+        ):
             node.input[2] = _UNSIGNED_ZERO_POINT
-            rounded.add(node.output[0])
+            quantized_names.add(node.output[0])
     for node in graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in rounded:
+        if node.op_type == "DequantizeLinear" and node.input[0] in quantized_names:
             node.input[2] = _UNSIGNED_ZERO_POINT
     for value in graph.value_info:
-        if value.name in rounded:
+        if value.name in quantized_names:
             value.type.tensor_type.elem_type = TensorProto.UINT8
-    if rounded:
+    if quantized_names:
         graph.initializer.append(
             numpy_helper.from_array(np.array(128, np.uint8), _UNSIGNED_ZERO_POINT)
         )
-    return len(rounded)
+    return len(quantized_names)
 
 
 def shift_weights(model: ModelProto) -> int:
@@ -95,22 +105,26 @@ def shift_weights(model: ModelProto) -> int:
     """
     graph = model.graph
     weights = {t.name: t for t in graph.initializer if t.data_type == TensorProto.INT8 and t.dims}
-    middles: dict[tuple[int, ...], str] = {}
+    zero_point_names: dict[tuple[int, ...], str] = {}
     shifts: dict[str, NodeProto] = {}
     for node in graph.node:
         if node.op_type != "DequantizeLinear" or node.input[0] not in weights:
             continue
         name = node.input[0]
-        shifted = f"{name}_unsigned"
+        unsigned_name = f"{name}_unsigned"
         weights[name].data_type = TensorProto.UINT8
-        shifts[name] = helper.make_node("BitwiseXor", [name, _SIGN_BIT], [shifted], name=shifted)
+        shifts[name] = helper.make_node(
+            "BitwiseXor", [name, _SIGN_BIT], [unsigned_name], name=unsigned_name
+        )
         dims = tuple(weights[node.input[2]].dims)
-        middle = middles.setdefault(dims, "_".join(map(str, ("weight_zero_point", *dims))))
-        node.input[0] = shifted
-        node.input[2] = middle
+        zero_point = zero_point_names.setdefault(
+            dims, "_".join(map(str, ("weight_zero_point", *dims)))
+        )
+        node.input[0] = unsigned_name
+        node.input[2] = zero_point
     if shifts:
         constants = {_SIGN_BIT: np.array(128, np.uint8)}
-        constants |= {name: np.full(dims, 128, np.uint8) for dims, name in middles.items()}
+        constants |= {name: np.full(dims, 128, np.uint8) for dims, name in zero_point_names.items()}
         graph.initializer.extend(
             numpy_helper.from_array(array, name) for name, array in constants.items()
         )

@@ -1,10 +1,9 @@
-"""The causal cache in ONNX Runtime: one buffer per layer for keys and one for values, written in
-place.
+"""The causal cache in ONNX Runtime: one buffer of keys and one of values per layer.
 
 The graphs take the cache as inputs of any length and give a chunk's own keys and values as outputs.
 Both are bound to the same buffers by address: inputs to the piece from the start, outputs to the
 piece right behind it. Nothing is copied, nothing grows, and the memory of a stream is known before
-it starts (`CachePlan.bytes`). The text's keys and values are made once, when the stream opens.
+it starts (`CachePlan.bytes`). The text's keys and values are computed once, when the stream opens.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ _TYPES: dict[str, np.dtype[Any]] = {
 
 
 class OnnxRuntimeCache:
-    """See `streaming.Cache`.
+    """The `Cache` of one stream in ONNX Runtime's buffers.
 
     Args:
-        device: where the buffers lie.
+        device: of the buffers.
         sessions: of the graphs `text`, `chunk` and `compress`.
         manifest: of the bundle.
         text: prompt embeddings, float32 (1, L, D).
-        plan: how much has to fit.
+        plan: decides the size of the buffers.
 
     Raises:
         BackendError: the bundle's keys and values are of a type that ONNX Runtime's Python
@@ -68,7 +67,7 @@ class OnnxRuntimeCache:
         self._empty = self._allocate(0)
 
     def run(self, latents: Array, positions: Positions, past: int) -> OnnxRuntimeRun:
-        """See `Cache`."""
+        """Open a run of the graph `chunk` that sees the first `past` tokens."""
         inputs = {**self._text_kv, "positions": self._device.upload(positions)}
         bind = lambda binding: self._bind_past(binding, self._names, past)  # noqa: E731 - one call, handed on
         return OnnxRuntimeRun(self._device, self._sessions["chunk"], latents, inputs, bind)
@@ -76,7 +75,7 @@ class OnnxRuntimeCache:
     def write(
         self, graph: str, latents: Array, positions: Positions, past: int, tokens: int
     ) -> None:
-        """See `Cache`."""
+        """Run `chunk` or `compress`, and store its keys and values behind `past` tokens."""
         inputs = {
             "latents": self._device.upload(latents),
             "positions": self._device.upload(positions),
@@ -85,14 +84,14 @@ class OnnxRuntimeCache:
             zero_times = self._device.upload(np.zeros(latents.shape[:2], np.float32))
             inputs |= {"t": zero_times, "r": zero_times}
         # The last layer of compress attends to nothing
-        attended_names = self._names if graph == "chunk" else self._names[:-2]
+        past_names = self._names if graph == "chunk" else self._names[:-2]
         binding = self._sessions[graph].io_binding()
         for name, value in {
             **inputs,
-            **{f"text_{n}": self._text_kv[f"text_{n}"] for n in attended_names},
+            **{f"text_{n}": self._text_kv[f"text_{n}"] for n in past_names},
         }.items():
             binding.bind_ortvalue_input(name, value)
-        self._bind_past(binding, attended_names, past)
+        self._bind_past(binding, past_names, past)
         for name in self._names:
             address = self._buffers[name].data_ptr() + past * self._token_bytes
             binding.bind_output(
@@ -106,7 +105,7 @@ class OnnxRuntimeCache:
         self._sessions[graph].run_with_iobinding(binding)
 
     def move(self, to: int, start: int, tokens: int) -> None:
-        """See `Cache`."""
+        """Move tokens within every buffer; source and destination may overlap."""
         for buffer in self._buffers.values():
             self._device.move(
                 buffer,
@@ -117,7 +116,7 @@ class OnnxRuntimeCache:
             )
 
     def grow(self, capacity: int) -> None:
-        """See `Cache`."""
+        """Make room for `capacity` tokens, and keep the contents."""
         for name, old in self._buffers.items():
             larger = self._allocate(capacity)
             self._device.move(larger, 0, old, 0, self._capacity * self._token_bytes)
@@ -125,11 +124,12 @@ class OnnxRuntimeCache:
         self._capacity = capacity
 
     def close(self) -> None:
-        """See `Cache`."""
-        self._buffers, self._text_kv = {}, {}
+        """Release the buffers."""
+        self._buffers = {}
+        self._text_kv = {}
 
     def _encode_text(self, text: Array) -> dict[str, Any]:
-        """The text's keys and values in every layer."""
+        """Compute the text's keys and values in every layer."""
         names = [f"text_{name}" for name in self._names]
         binding = self._sessions["text"].io_binding()
         binding.bind_ortvalue_input("text", self._device.upload(text))

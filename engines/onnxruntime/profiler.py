@@ -1,9 +1,9 @@
-"""ONNX Runtime's own profiler: how long each operator of a graph took, with the shapes it saw.
+"""ONNX Runtime's own profiler: the time of each operator of a graph, with its shapes.
 
-The profiler is switched on when a session is made, so a profiled engine is another one than the one
-that is timed. What it writes is a list of events in Chrome's trace format; those of category "Node"
-are operators. Weights that ONNX Runtime has packed for its products are missing from an operator's
-shapes and sizes, so a product is counted from its input and output.
+The profiler is switched on when a session is opened, so layers are profiled in another engine than
+the one whose steps are timed. It writes a list of events in Chrome's trace format; those of
+category "Node" are operators. Weights that ONNX Runtime has packed for its products are missing
+from an operator's shapes and sizes, so a product is counted from its input and output.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ProfiledEngine(OnnxRuntimeEngine):
     Args:
         bundle: an opened bundle.
         options: how to run.
-        folder: where the traces go.
+        folder: of the traces.
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions, folder: Path) -> None:
@@ -53,18 +53,18 @@ class ProfiledEngine(OnnxRuntimeEngine):
         return options
 
     def layers(self, graph: str, last: int) -> list[LayerTiming]:
-        """Stop watching a graph, and say what its last runs were made of.
+        """Stop profiling a graph and return the timings of its last runs.
 
         Args:
             graph: its name in the manifest.
-            last: how many runs count, from the end; those before were warm-up.
+            last: how many runs to count, from the end; earlier runs were warm-up.
         """
         trace = Path(self._sessions[graph].end_profiling())
         return timings_from_trace(json.loads(trace.read_text()), last)
 
 
 def timings_from_trace(events: list[dict[str, Any]], last: int) -> list[LayerTiming]:
-    """The operators of the last runs in a trace, added up by node."""
+    """Add up the operators of the last runs in a trace, by node."""
     runs = sorted(
         (e["ts"], e["ts"] + e["dur"])
         for e in events
@@ -100,7 +100,7 @@ def _node_timings(nodes: Iterator[dict[str, Any]]) -> Iterator[LayerTiming]:
 
 
 def _shapes(arguments: dict[str, Any], key: str) -> list[tuple[str, list[int]]]:
-    """(type, shape) of each tensor."""
+    """Return (type, shape) of each tensor."""
     tensors = arguments.get(key) or []
     tensors = json.loads(tensors) if isinstance(tensors, str) else tensors
     return [next(iter(tensor.items())) for tensor in tensors if tensor]
@@ -109,7 +109,7 @@ def _shapes(arguments: dict[str, Any], key: str) -> list[tuple[str, list[int]]]:
 def _count_operations(
     operator: str, inputs: list[tuple[str, list[int]]], outputs: list[tuple[str, list[int]]]
 ) -> float:
-    """Two for each multiplication with addition; 0 for what is no product."""
+    """Count two for each multiplication with addition; 0 for an operator that is no product."""
     if not inputs or not outputs:
         return 0.0
     first, output = inputs[0][1], outputs[0][1]
@@ -125,7 +125,7 @@ def _count_operations(
 def _packed_weight_bytes(
     operator: str, inputs: list[tuple[str, list[int]]], outputs: list[tuple[str, list[int]]]
 ) -> int:
-    """Bytes of a product's weight that the trace leaves out."""
+    """Return the bytes of a product's weight that the trace leaves out."""
     if (
         operator not in _PRODUCTS
         or not inputs

@@ -1,4 +1,4 @@
-"""One sample on its way in ONNX Runtime, in two buffers on the provider's device."""
+"""A run in ONNX Runtime; its state lies in two buffers on the provider's device."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from anyflow_deploy.errors import AnyFlowError
 
 
 class OnnxRuntimeRun:
-    """One sample, in two buffers on the provider's device.
+    """A `Run` whose state lies in two buffers on the provider's device.
 
     Args:
-        device: where.
+        device: of the buffers.
         session: of a graph with inputs `latents`, `t`, `r` and outputs `z_r`, `velocity`.
         latents: the state to start from.
         inputs: further inputs, by name, that stay the same for the whole run.
-        bind: adds what cannot be expressed as a whole buffer to each binding.
+        bind: adds inputs that are parts of a buffer to each binding.
     """
 
     def __init__(
@@ -42,22 +42,22 @@ class OnnxRuntimeRun:
         self._bind = bind
 
     def step(self, t: ArrayLike, r: ArrayLike) -> None:
-        """See `Run`."""
+        """Replace the state z_t by z_r; timesteps are numbers or (B, F)."""
         self._run(t, r, "z_r", self._next)
         self._state, self._next = self._next, self._state
 
     def velocity(self, t: ArrayLike, r: ArrayLike) -> Array:
-        """See `Run`."""
+        """Return the average velocity u(z_t, t, r), float32 (B, F, C, H, W)."""
         self._run(t, r, "velocity", self._next)
         return _to_numpy(self._next)
 
     def read(self) -> Array:
-        """See `Run`."""
+        """Return a copy of the state, float32 (B, F, C, H, W)."""
         self._check_open()
         return _to_numpy(self._state)
 
     def close(self) -> None:
-        """See `Run`."""
+        """Release the run's buffers."""
         self._state = self._next = self._bind = None
         self._inputs = {}
 
@@ -92,5 +92,5 @@ class OnnxRuntimeRun:
 
 
 def _to_numpy(value: Any) -> Array:
-    """An array that owns its memory: on the CPU, `numpy()` is a view of the run's buffer."""
+    """Return an array that owns its memory: on the CPU, `numpy()` is a view of the buffer."""
     return np.array(value.numpy(), dtype=np.float32)

@@ -1,2 +1,4 @@
-"""What backends whose runtime is torch share: the device and the bundle's weights. Torch is
-imported when it is asked for."""
+"""What backends whose runtime is torch share: the device and the bundle's weights.
+
+torch is imported inside the functions that use it.
+"""

@@ -2,9 +2,10 @@
 
 torch's public interface has no call for some of what a deployment needs: opening a compiled package
 with its weights outside, asking which C++ compiler would be used, recording a network on fake
-tensors, 8-bit matrix products. Those calls are made here and nowhere else. `PRIVATE` names them
-with the releases they were seen in, and a canary test (`tests/unit/test_torch_compat.py`) fails
-with the name of the one that a new release of torch has moved.
+tensors, 8-bit matrix products. Those calls are made here and nowhere else. `PRIVATE_NAMES` lists
+them, `TESTED_RELEASES` the releases they were run with, and a test
+(`tests/unit/test_torch_compat.py`) fails with the name of the one that a new release of torch has
+moved.
 
 torch is imported inside the functions: this module can be imported without it.
 """
@@ -26,10 +27,10 @@ from anyflow_deploy.errors import BackendError
 if TYPE_CHECKING:
     from torch import Tensor
 
-SEEN = ("2.11.0", "2.13.0")
+TESTED_RELEASES = ("2.11.0", "2.13.0")
 """Releases of torch in which everything below was run."""
 
-PRIVATE = (
+PRIVATE_NAMES = (
     "torch._C._aoti.AOTIModelPackageLoader",
     "torch._inductor.aoti_compile_and_package",
     "torch._inductor.config.get_config_copy",
@@ -59,7 +60,7 @@ def open_package(path: Path, index: int) -> Any:
     Returns:
         torch's loader: `get_constant_fqns`, `load_constants`, `boxed_run`.
         `torch._inductor.aoti_load_package`, the public one, reads the archive through Python first,
-        where a pickle could be met.
+        which could load a pickle.
 
     Raises:
         RuntimeError: the file is damaged, or of another release.
@@ -82,35 +83,38 @@ def check_packages_open(paths: Sequence[Path], index: int, timeout: float = 300)
         timeout: seconds.
 
     Raises:
-        BackendError: the process failed, with its signal or its last words.
+        BackendError: the process failed, with its signal or its last message.
     """
-    words = [sys.executable, "-c", _OPEN, str(index), *map(str, paths)]
+    command = [sys.executable, "-c", _OPEN, str(index), *map(str, paths)]
     try:
-        finished = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise BackendError(
-            f"a process that opens the compiled packages did not end within {timeout:.0f} s."
+            f"the process that opens the compiled packages did not end within {timeout:.0f} s."
         ) from None
-    if finished.returncode == 0:
+    if process.returncode == 0:
         return
-    if finished.returncode < 0:
-        reason = f"ends the process that opens it (signal {-finished.returncode})"
+    if process.returncode < 0:
+        reason = f"crash the process that opens them (signal {-process.returncode})"
     else:
-        reason = f"cannot be opened: {(finished.stderr.strip().splitlines() or ['no message'])[-1]}"
+        last = (process.stderr.strip().splitlines() or ["no message"])[-1]
+        reason = f"cannot be opened: {last}"
     raise BackendError(
-        f"what was compiled {reason}. Nothing was written. Try another C++ compiler (CXX=clang++ or"
-        " an older g++) or another release of torch, and please report this with the output of"
-        " python -m torch.utils.collect_env."
+        f"the compiled packages {reason}. Nothing was written. Try another C++ compiler"
+        " (CXX=clang++ or an older g++) or another release of torch, and please report this with"
+        " the output of python -m torch.utils.collect_env."
     )
 
 
 def select_known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of Inductor's options that this release of torch has; line tables, for example,
-    came with 2.13."""
+    """Return those of Inductor's options that this release of torch has.
+
+    Line tables, for example, came with 2.13.
+    """
     from torch._inductor import config
 
-    known = config.get_config_copy()
-    return {name: value for name, value in options.items() if name in known}
+    known_options = config.get_config_copy()
+    return {name: value for name, value in options.items() if name in known_options}
 
 
 def find_cpp_compiler() -> str:
@@ -127,7 +131,7 @@ def find_cpp_compiler() -> str:
         subprocess.run([compiler, "--version"], check=True, capture_output=True)
     except (InvalidCxxCompiler, OSError, subprocess.CalledProcessError):
         raise BackendError(
-            "there is no C++ compiler, and AOTInductor writes C++. Install g++ (Debian, Ubuntu: apt"
+            "AOTInductor needs a C++ compiler, and none was found. Install g++ (Debian, Ubuntu: apt"
             " install g++; Fedora: dnf install gcc-c++), or name another in the environment"
             " variable CXX."
         ) from None
@@ -135,7 +139,7 @@ def find_cpp_compiler() -> str:
 
 
 def make_symbolic_compiler(compiler: str, cache: Path | None = None) -> str:
-    """Return a script that calls a C++ compiler and makes what it links use its own functions.
+    """Return a script that makes a C++ compiler's output call its own functions.
 
     A package contains copies of templates of the C++ library (std::regex, for one) that libtorch
     exports as well. Without `-Bsymbolic-functions` the dynamic linker may give a package libtorch's
@@ -183,8 +187,9 @@ def multiply_int8(a: Tensor, b: Tensor) -> Tensor:
 
 
 def multiply_fp8(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: Any) -> Tensor:
-    """Multiply float8_e4m3fn matrices (N, K) and (K, M), the second by columns in memory, into
-    `dtype` (N, M).
+    """Multiply float8_e4m3fn matrices (N, K) and (K, M) into `dtype` (N, M).
+
+    The second matrix lies by columns in memory.
 
     Args:
         a, b: the rounded matrices.

@@ -1,10 +1,10 @@
 """Where a compiled torch package runs: the device, the versions, and the processor's instructions.
 
 The only backends of `engines/` that use torch are those whose runtime it is, and they import it
-here, when they are asked for. A package is native code: made for one kind of GPU, for one release
+here, when an engine is loaded. A package is native code: made for one kind of GPU, for one release
 of torch, and (since compilers are told to use all that the processor has) for its instructions. All
-three are recorded by the builder and compared before anything is loaded: code with an instruction
-that is not there ends the process, without a message.
+three are recorded by the builder and compared before anything is loaded: an instruction that the
+processor lacks ends the process without a message.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _INSTRUCTIONS = re.compile(
     r"sse|ssse|pni$|avx|fma$|f16c$|bmi|abm$|popcnt$|movbe$|gfni$|vaes$|vpclmul|amx|adx$|clwb$|cldemote$|"
     r"asimd|sve|sme|fp16|fphp|bf16|i8mm|atomics$|dcpop$|fcma$|jscvt$|lrcpc"
 )
-"""Names in /proc/cpuinfo of what a compiler may use; the kernel lists much else, which changes with
-its version."""
+"""Names in /proc/cpuinfo of instructions that a compiler may use. The kernel lists many other
+flags, which change with its version."""
 
-INSTALL = BACKENDS["aotinductor"].install_command("cpu")
+INSTALL_COMMAND = BACKENDS["aotinductor"].install_command("cpu")
 
 
 def import_torch(provider: str, index: int) -> Any:
-    """The torch module, once it is known to have the device.
+    """Import torch, and check that it has the device.
 
     Raises:
         BackendError: torch is missing, or has no such device.
@@ -39,7 +39,8 @@ def import_torch(provider: str, index: int) -> Any:
         import torch
     except ImportError as error:
         raise BackendError(
-            f"PyTorch cannot be imported ({error}); it is this backend's runtime. Run: {INSTALL}"
+            f"PyTorch cannot be imported ({error}); it is this backend's runtime. Run:"
+            f" {INSTALL_COMMAND}"
         ) from None
     if provider == "cuda":
         if not torch.cuda.is_available():
@@ -61,12 +62,12 @@ def import_torch(provider: str, index: int) -> Any:
 
 
 def torch_device(provider: str, index: int) -> str:
-    """What torch calls the device."""
+    """Return torch's name of the device."""
     return f"cuda:{index}" if provider == "cuda" else "cpu"
 
 
 def describe_device(torch: Any, provider: str, index: int) -> DeviceRecord:
-    """What runs here, for engine.json."""
+    """Return the record of this machine's device, for engine.json."""
     if provider == "cuda":
         major, minor = torch.cuda.get_device_capability(index)
         return DeviceRecord(
@@ -78,8 +79,10 @@ def describe_device(torch: Any, provider: str, index: int) -> DeviceRecord:
 
 
 def runtime_versions(torch: Any, provider: str) -> dict[str, str]:
-    """What has to be the same when a package is loaded. The GPU's packages hold code for the
-    processor, too."""
+    """Return the versions that have to be the same when a package is loaded.
+
+    The GPU's packages hold code for the processor, too.
+    """
     versions = {
         "torch": str(torch.__version__),
         "processor instructions": instruction_sets(torch.backends.cpu.get_cpu_capability()),
@@ -88,8 +91,9 @@ def runtime_versions(torch: Any, provider: str) -> dict[str, str]:
 
 
 def instruction_sets(level: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's instruction sets in one word: torch's name of the widest, how many there are,
-    and their hash.
+    """Return the processor's instruction sets as one string.
+
+    It holds torch's name of the widest, how many there are, and their hash.
 
     Args:
         level: as torch calls it: "AVX512", "AVX2", "DEFAULT", …
@@ -103,9 +107,8 @@ def instruction_sets(level: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         (line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))),
         [],
     )
-    relevant = sorted(flag for flag in flags if _INSTRUCTIONS.match(flag)) or [
+    relevant_flags = sorted(flag for flag in flags if _INSTRUCTIONS.match(flag)) or [
         platform.processor() or platform.machine()
     ]
-    return (
-        f"{level} ({len(relevant)}, {hashlib.sha256(' '.join(relevant).encode()).hexdigest()[:8]})"
-    )
+    digest = hashlib.sha256(" ".join(relevant_flags).encode()).hexdigest()
+    return f"{level} ({len(relevant_flags)}, {digest[:8]})"

@@ -2,8 +2,8 @@
 
 Compiled packages hold no weights: they are read from the bundle's own `weights.safetensors`, with
 plain reads, one tensor at a time. `release` gives the memory back even where a package still refers
-to a tensor: AOTInductor's runtime keeps a reference of its own to what it was lent, and never lets
-go of it.
+to a tensor: AOTInductor's runtime keeps references to the tensors it was given, and never drops
+them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class TorchWeights:
-    """Weights by name.
+    """A bundle's weights by name, as torch tensors on one device.
 
     Args:
         torch: the module.
         bundle: an opened bundle.
         device: torch's name of it.
-        names: which; None for all.
+        names: of the weights to load; None for all.
 
     Raises:
         BackendError: a name that the bundle lacks, or no memory.
@@ -39,19 +39,18 @@ class TorchWeights:
         self, torch: Any, bundle: Bundle, device: str, names: Collection[str] | None = None
     ) -> None:
         self._tensors: dict[str, Tensor] = {}
-        self._end: weakref.finalize[[dict[str, Any]], TorchWeights] | None = None
+        self._finalizer: weakref.finalize[[dict[str, Any]], TorchWeights] | None = None
         with safe_open(str(bundle.file(WEIGHTS)), "pt") as file:
-            stored = set(file.keys())
-            requested = sorted(stored if names is None else names)
-            if missing := [name for name in requested if name not in stored]:
+            bundle_names = set(file.keys())
+            load_names = sorted(bundle_names if names is None else names)
+            if missing := [name for name in load_names if name not in bundle_names]:
                 raise BackendError(
-                    f"{bundle.path} has no weight {missing[0]!r}, which the engine wants. Build it"
+                    f"{bundle.path} has no weight {missing[0]!r}, which the engine reads. Build it"
                     " again with anyflow-build."
                 )
             try:
-                for (
-                    name
-                ) in requested:  # a copy: the file's own pages are let go of with each tensor
+                # A copy, so that the file's own pages are released after each tensor
+                for name in load_names:
                     self._tensors[name] = file.get_tensor(name).to(device, copy=True)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 self.release()
@@ -71,19 +70,21 @@ class TorchWeights:
         return iter(self._tensors)
 
     def select(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Those of a graph."""
+        """Return the tensors of these names."""
         return {name: self._tensors[name] for name in names}
 
     def share(self, names: Collection[str]) -> dict[str, Tensor]:
-        """Those of a graph, for AOTInductor's runtime: from now on they are released with this
-        object at the latest."""
-        if self._end is None:
-            self._end = weakref.finalize(self, _free_storage, self._tensors)
-            self._end.atexit = False
+        """Return tensors for AOTInductor's runtime.
+
+        From then on they are released with this object at the latest.
+        """
+        if self._finalizer is None:
+            self._finalizer = weakref.finalize(self, _free_storage, self._tensors)
+            self._finalizer.atexit = False
         return self.select(names)
 
     def release(self) -> None:
-        """Give the memory back, whoever still holds the tensors."""
+        """Give the memory back, even where something else still refers to the tensors."""
         _free_storage(self._tensors)
 
 

@@ -1,9 +1,9 @@
-"""Building with torch-tensorrt: the program of a bundle, for shapes up to the bundle's own video.
+"""Builds with torch-tensorrt: the program of a bundle, for shapes up to the default video.
 
-TensorRT wants a least, a usual and a largest shape, and plans memory for the largest; the bundle's
+TensorRT takes a least, a usual and a largest shape, and plans memory for the largest; the bundle's
 default video is both of the latter, since a declared range may have no end. Causal bundles are
 refused: a stream begins with an empty cache, which is no shape for TensorRT here. So are eight
-bits: this way has no place for the bundle's scales.
+bits: this backend has no place for the bundle's scales.
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class TorchTensorRTSettings(BuildSettings):
-    """See `BuildSettings`."""
+    """The settings of a torch-tensorrt build."""
 
     provider: str = "cuda"
 
     def check(self, bundle: Bundle) -> None:
-        """See `BuildSettings`."""
+        """Refuse a bundle or a machine that torch-tensorrt cannot build on.
+
+        Raises:
+            BackendError: with what to install or to choose.
+        """
         super().check(bundle)
         if bundle.manifest.kind == "causal":
             raise BackendError(
@@ -57,7 +61,7 @@ class TorchTensorRTSettings(BuildSettings):
         find_cpp_compiler()
 
     def build(self, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
-        """See `BuildSettings`."""
+        """Compile the package of the bundle's transition."""
         from anyflow_deploy.engines.torch_tensorrt.compiler import build_package
 
         torch = import_cuda_torch(self.provider, self.device)
@@ -83,7 +87,7 @@ class TorchTensorRTSettings(BuildSettings):
 
 
 def profile_ranges(bundle: Bundle) -> dict[str, Range]:
-    """Each axis from its least size to that of the bundle's own video."""
+    """Return each axis's range, from its least size to that of the bundle's default video."""
     manifest, video = bundle.manifest, bundle.manifest.video
     largest = {
         "batch": manifest.shape_ranges.batch.nearest(1),
@@ -92,15 +96,15 @@ def profile_ranges(bundle: Bundle) -> dict[str, Range]:
         "width": video.width // video.spatial_factor,
         "text": video.text_tokens,
     }
-    declared = vars(manifest.shape_ranges)
+    ranges = vars(manifest.shape_ranges)
     return {
-        axis: Range(declared[axis].minimum, size, declared[axis].multiple)
+        axis: Range(ranges[axis].minimum, size, ranges[axis].multiple)
         for axis, size in largest.items()
     }
 
 
 def input_profile(bundle: Bundle) -> dict[str, Shapes]:
-    """Input name -> its least, usual and largest shape."""
+    """Return the least, usual and largest shape of each input, by name."""
     ranges = profile_ranges(bundle)
     low, high = (
         {axis: getattr(r, end) for axis, r in ranges.items()} for end in ("minimum", "maximum")

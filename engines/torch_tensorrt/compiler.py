@@ -15,7 +15,7 @@ import torch
 from torch.export import ExportedProgram
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.aotinductor.compiler import best_attention
+from anyflow_deploy.engines.aotinductor.compiler import prefer_fused_attention
 from anyflow_deploy.engines.engine_folder import EngineWriter
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
 from anyflow_deploy.errors import BackendError
@@ -36,7 +36,7 @@ def build_package(
     writer: EngineWriter,
     progress: Progress,
 ) -> dict[str, str]:
-    """Put the package into the folder; returns what was achieved.
+    """Build the package into the engine's folder, and return what it consists of.
 
     Args:
         trt: the torch_tensorrt module.
@@ -45,19 +45,19 @@ def build_package(
         axis_ranges: ranges of the axes.
         shapes: least, usual and largest shape of each input, in order.
         writer: of the engine.
-        progress: where progress goes.
+        progress: shows the progress of the work.
 
     Raises:
-        BackendError: torch-tensorrt gave up.
+        BackendError: torch-tensorrt failed.
     """
     ranges = ShapeRanges(**axis_ranges)
     weights = TorchWeights(torch, bundle, device)
     try:
-        with best_attention(device), progress.stage("tracing transition"):
+        with prefer_fused_attention(device), progress.stage("tracing transition"):
             program = program_from_bundle(
                 bundle, "transition", weights.select(list(weights)), device, ranges
             )
-        with best_attention(device), progress.stage("building with TensorRT"):
+        with prefer_fused_attention(device), progress.stage("building with TensorRT"):
             _, dynamic = example_arguments(
                 "transition", bundle.manifest.architecture, ranges, bundle.manifest.base, device
             )
@@ -83,7 +83,7 @@ def compile_program(
     device: str,
     path: Path,
 ) -> str:
-    """Compile and save one program; returns how many engines it became, in words.
+    """Compile and save one program, and return how many engines it became, in words.
 
     Args:
         trt: the torch_tensorrt module.

@@ -1,5 +1,4 @@
-"""torch-tensorrt: the same program, with TensorRT for what TensorRT takes and AOTInductor around
-it.
+"""torch-tensorrt: TensorRT for the parts it supports, and AOTInductor around it.
 
 The result is a `.pt2` package like AOTInductor's and runs in the same class; TensorRT's engines,
 weights included, lie in it. NVIDIA GPUs only. **Not run yet**: it is written against torch-tensorrt
@@ -16,11 +15,11 @@ from anyflow_deploy.engines.registry import BACKENDS, EngineOptions
 from anyflow_deploy.engines.torch_common.device import import_torch, runtime_versions
 from anyflow_deploy.errors import BackendError
 
-INSTALL = BACKENDS["torch-tensorrt"].install_command("cuda")
+INSTALL_COMMAND = BACKENDS["torch-tensorrt"].install_command("cuda")
 
 
 class TorchTensorRTEngine(PackageEngine):
-    """A bundle's graphs in packages with TensorRT's engines and their weights inside.
+    """An engine whose packages hold TensorRT's engines and their weights.
 
     Args:
         bundle: an opened bundle.
@@ -31,11 +30,12 @@ class TorchTensorRTEngine(PackageEngine):
             built elsewhere.
     """
 
-    backend, title = "torch-tensorrt", "torch-tensorrt"
+    backend = "torch-tensorrt"
+    title = "torch-tensorrt"
 
     def _import_torch(self, options: EngineOptions) -> Any:
         torch = import_cuda_torch(options.provider, options.device)
-        import_torch_tensorrt()  # registers what runs an engine inside a package
+        import_torch_tensorrt()  # registers the operator that runs an engine inside a package
         return torch
 
     def _required_versions(self) -> dict[str, str]:
@@ -43,7 +43,7 @@ class TorchTensorRTEngine(PackageEngine):
 
 
 def import_cuda_torch(provider: str, index: int) -> Any:
-    """torch with a GPU.
+    """Import torch, and check that it has the GPU.
 
     Raises:
         BackendError: another provider, no torch, no GPU.
@@ -57,7 +57,7 @@ def import_cuda_torch(provider: str, index: int) -> Any:
 
 
 def import_torch_tensorrt() -> Any:
-    """The torch_tensorrt module.
+    """Import torch_tensorrt.
 
     Raises:
         BackendError: it, or TensorRT, is missing, or was built for another torch.
@@ -73,12 +73,12 @@ def import_torch_tensorrt() -> Any:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackendError(
             f"torch-tensorrt cannot be imported ({reason}). It has to be of the same release as"
-            f" torch. Run: {INSTALL}"
+            f" torch. Run: {INSTALL_COMMAND}"
         ) from None
 
 
 def package_versions() -> dict[str, str]:
-    """Of what has to be the same when a package is loaded."""
+    """Return the package versions that have to be the same when a package is loaded."""
     import tensorrt  # type: ignore[import-not-found, unused-ignore]  # only where torch-tensorrt is
 
     return {

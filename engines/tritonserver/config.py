@@ -1,4 +1,4 @@
-"""config.pbtxt, in protobuf's text form: what Triton reads of a model."""
+"""Writes config.pbtxt, which describes a model to Triton, in protobuf's text form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def streaming_config(
     embeds: tuple[int, int],
     warm_up: str,
 ) -> str:
-    """Of the decoupled model.
+    """Return the config.pbtxt of the decoupled model.
 
     Args:
         name: of the model, and of its folder.
@@ -42,8 +42,8 @@ def streaming_config(
         *_ports("input", INPUTS, optional=True),
         *_ports("output", OUTPUTS),
         f"instance_group [ {{ {kind} }} ]",
-        # The server is ready when one video was made: from embeddings, which are taken with and
-        # without a text encoder.
+        # The server is ready when it has generated one video. It is generated from embeddings,
+        # which work with and without a text encoder.
         'model_warmup [ { name: "one video" batch_size: 1 count: 1',
         (
             f'  inputs {{ key: "prompt_embeds" value {{ data_type: TYPE_FP32 dims: {_list(embeds)}'
@@ -69,7 +69,7 @@ def plan_config(
     gpus: Sequence[int],
     profiles: int,
 ) -> str:
-    """Of a bare TensorRT plan.
+    """Return the config.pbtxt of a bare TensorRT plan.
 
     Args:
         name: of the model, and of its folder.
@@ -77,7 +77,7 @@ def plan_config(
         gpus: one instance on each.
         profiles: how many optimization profiles the plan has; the server chooses the one that fits.
     """
-    chosen = ", ".join(f'"{number}"' for number in range(profiles))
+    profile_names = ", ".join(f'"{number}"' for number in range(profiles))
     lines = [
         _HEAD,
         f"name: {_text(name)}",
@@ -86,8 +86,8 @@ def plan_config(
         *_ports("input", inputs),
         *_ports("output", outputs),
         (
-            f"instance_group [ {{ kind: KIND_GPU count: 1 gpus: {_list(gpus)} profile: [ {chosen} ]"
-            " } ]"
+            f"instance_group [ {{ kind: KIND_GPU count: 1 gpus: {_list(gpus)}"
+            f" profile: [ {profile_names} ] }} ]"
         ),
     ]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
-"""Turns on one device, in the order in which they were asked for.
+"""A fair lock: threads get the device in the order in which they asked for it.
 
-A plain lock lets whoever has just put it down take it again at once, and a stream of many
-transitions would hold up all others.
+A thread that releases a plain lock may take it again at once, and a stream of many transitions
+would block all others.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import threading
 
 
 class FairLock:
-    """A fair lock; use it as a context manager, from any thread."""
+    """A lock that is first come, first served; use it as a context manager, from any thread."""
 
     def __init__(self) -> None:
-        self._news = threading.Condition()
-        self._given = self._due = 0
+        self._condition = threading.Condition()
+        self._next_ticket = 0
+        self._now_serving = 0
 
     def __enter__(self) -> None:
-        with self._news:
-            mine = self._given
-            self._given += 1
-            self._news.wait_for(lambda: self._due == mine)
+        with self._condition:
+            ticket = self._next_ticket
+            self._next_ticket += 1
+            self._condition.wait_for(lambda: self._now_serving == ticket)
 
     def __exit__(self, *_: object) -> None:
-        with self._news:
-            self._due += 1
-            self._news.notify_all()
+        with self._condition:
+            self._now_serving += 1
+            self._condition.notify_all()

@@ -1,6 +1,6 @@
-"""Requests become chunks: Triton's use of `VideoPipeline`, which all streams share.
+"""Generates the chunks of a request with a `VideoPipeline` that all requests share.
 
-Nothing here knows of Triton. Any number of threads may generate; they take turns on the device.
+Nothing here depends on Triton. Any number of threads may generate; they take turns on the device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class GeneratedChunk:
     Attributes:
         index: 0 for the first.
         first_frame: of the video.
-        steps: transitions made for it; a bidirectional video's are all made for its first part.
+        steps: number of its transitions; the first part of a bidirectional video has all of them.
         deadline_met: None without a deadline.
         output: name of the tensor, one of `OUTPUTS`.
         content: the tensor.
@@ -51,12 +51,12 @@ def generate_chunks(
     parsed: ParsedRequest,
     check: Callable[[], None],
 ) -> Generator[GeneratedChunk, None, None]:
-    """Make a video, chunk by chunk.
+    """Generate a video, chunk by chunk.
 
     Args:
         pipeline: with a lock, where several threads make videos.
-        parsed: what was asked for.
-        check: called before every piece of work; what it raises ends the video.
+        parsed: the request.
+        check: called before every operation; an exception it raises ends the video.
 
     Returns:
         An iterator over the chunks; closing it releases the cache.
@@ -91,19 +91,21 @@ def generate_chunks(
     with closing(chunks):
         for chunk in chunks:
             last = results[-1] if results else None
-            met = last.slack >= 0 if isinstance(last, DeadlineResult) else None
+            deadline_met = last.slack >= 0 if isinstance(last, DeadlineResult) else None
             content = _pack(chunk, encoder, parsed.output_type)
-            yield GeneratedChunk(chunk.index, chunk.first_frame, steps, met, output, content)
+            yield GeneratedChunk(
+                chunk.index, chunk.first_frame, steps, deadline_met, output, content
+            )
             steps = 0
             check()
 
 
 def _pack(chunk: VideoChunk, encoder: Mp4FragmentEncoder | None, output_type: str) -> NDArray[Any]:
-    """The tensor that a client gets of a chunk."""
+    """Return the tensor of a chunk that is sent to the client."""
     if chunk.frames is None:
         return np.ascontiguousarray(chunk.latents[0])
     if encoder is None:
         return chunk.frames
     fragment = encoder.encode(chunk.frames)
-    coded = base64.b64encode(fragment) if output_type == "mp4-base64" else fragment
-    return np.array([coded], dtype=object)
+    encoded = base64.b64encode(fragment) if output_type == "mp4-base64" else fragment
+    return np.array([encoded], dtype=object)

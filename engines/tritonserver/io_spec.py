@@ -1,5 +1,7 @@
-"""The inputs and outputs of the served model: one list, for config.pbtxt, for reading requests, and
-for the documentation."""
+"""The inputs and outputs of the served model.
+
+config.pbtxt, the reader of requests and the documentation's table use this one list.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output.
+    """An input or output of the served model.
 
     Attributes:
         name: of the tensor.
-        type: Triton's, without `TYPE_`.
+        type: Triton's data type, without `TYPE_`.
         shape: -1 for any length.
-        about: for people.
+        about: description in the documentation.
     """
 
     name: str
@@ -28,7 +30,7 @@ def _number(name: str, kind: str, about: str) -> TensorSpec:
 
 
 INPUTS = (
-    TensorSpec("prompt", "STRING", (1,), "what to show, UTF-8; this or prompt_embeds"),
+    TensorSpec("prompt", "STRING", (1,), "description of the video, UTF-8; this or prompt_embeds"),
     TensorSpec(
         "prompt_embeds",
         "FP32",
@@ -38,7 +40,7 @@ INPUTS = (
     _number(
         "num_inference_steps",
         "INT32",
-        "transitions of each chunk (causal) or of the video; under a deadline: the most",
+        "transitions of each chunk (causal) or of the video; with a deadline: the maximum",
     ),
     _number(
         "deadline_ms",
@@ -46,16 +48,16 @@ INPUTS = (
         "time for the transitions of each chunk, or of the video, waiting for other streams"
         " included",
     ),
-    _number("seed", "INT64", "of the noise; random where it is not given, and answered"),
+    _number("seed", "INT64", "of the noise; random if missing, and returned"),
     _number("num_frames", "INT32", "4n+1"),
     _number("height", "INT32", "pixels, a multiple of 16"),
     _number("width", "INT32", "pixels, a multiple of 16"),
     _number("shift", "FP32", "timestep shift"),
     _number("first_steps", "INT32", "causal: transitions of the first chunk"),
-    _number("window", "INT32", "causal: compressed chunks that are remembered beside the first"),
+    _number("window", "INT32", "causal: newest compressed chunks to keep beside the first"),
     TensorSpec("output_type", "STRING", (1,), "mp4, mp4-base64, frames or latents"),
 )
-"""All optional, but one of the first two."""
+"""All are optional, but a request has one of the first two."""
 
 OUTPUTS = (
     _number("chunk", "INT32", "0 for the first"),
@@ -63,9 +65,9 @@ OUTPUTS = (
     _number(
         "steps",
         "INT32",
-        "transitions that were made for it (bidirectional: all of them for the first)",
+        "its transitions (bidirectional: the first has those of the whole video)",
     ),
-    _number("seconds", "FP32", "since the request came"),
+    _number("seconds", "FP32", "since the request arrived"),
     _number("deadline_met", "BOOL", "only under a deadline"),
     _number("seed", "INT64", "of the noise"),
     TensorSpec(
@@ -86,4 +88,4 @@ OUTPUTS = (
 )
 
 OUTPUT_TYPES = {"mp4": "mp4", "mp4-base64": "mp4", "frames": "frames", "latents": "latents"}
-"""What a request may ask for, and the output that holds it."""
+"""Values of `output_type`, each with the output that holds the result."""

@@ -1,8 +1,8 @@
-"""Triton's side: the class that its Python backend loads, by the `model.py` of a repository.
+"""The class that Triton's Python backend loads, through the `model.py` of a repository.
 
-Triton calls `execute` from one thread and expects it back at once; every request goes on in a
-thread of its own and answers through its response sender. Closing the sender is what ends a
-request, so it happens whatever else does.
+Triton calls `execute` from one thread, and the call must return at once. Every request runs in a
+thread of its own and answers through its response sender. A request ends when its sender is closed,
+so the sender is closed in every case.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from anyflow_deploy.engines.tritonserver.generator import GeneratedChunk, genera
 from anyflow_deploy.engines.tritonserver.io_spec import OUTPUTS
 from anyflow_deploy.engines.tritonserver.metrics import TRITON_API_LOCK, Metrics
 from anyflow_deploy.engines.tritonserver.request import ParsedRequest, parse_request
-from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from
+from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from_parameters
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.pipelines.request import cache_element_bytes
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
@@ -40,8 +40,9 @@ _TYPES: dict[str, Any] = {port.name: _NUMPY[port.type] for port in OUTPUTS if po
 
 
 class ResponseStream:
-    """Where the chunks of one request go: Triton's response sender, used by one thread of this
-    process at a time.
+    """The chunks that go to the client of one request, through Triton's response sender.
+
+    One thread of this process uses it at a time.
 
     Args:
         sender: of the request.
@@ -52,12 +53,12 @@ class ResponseStream:
 
     @property
     def cancelled(self) -> bool:
-        """Nobody waits for it any more."""
+        """Whether the client no longer waits for it."""
         with TRITON_API_LOCK:
             return bool(self._sender.is_cancelled())
 
     def send(self, tensors: list[tuple[str, NDArray[Any]]]) -> None:
-        """Send a chunk."""
+        """Send the tensors of a chunk."""
         with TRITON_API_LOCK:
             self._sender.send(
                 server.InferenceResponse(
@@ -66,12 +67,12 @@ class ResponseStream:
             )
 
     def end(self) -> None:
-        """There are no more chunks."""
+        """Close the stream: no more chunks follow."""
         with TRITON_API_LOCK:
             self._sender.send(flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def fail(self, message: str, code: Any) -> None:
-        """It ends with an error."""
+        """End the stream with an error."""
         with TRITON_API_LOCK:
             response = server.InferenceResponse(
                 output_tensors=[], error=server.TritonError(message, code)
@@ -79,19 +80,23 @@ class ResponseStream:
             self._sender.send(response, flags=server.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def refuse(self, error: AnyFlowError) -> None:
-        """It ends with what was wrong with it."""
-        full = isinstance(error, CapacityError)
+        """End the stream with the error of an invalid or rejected request."""
+        over_capacity = isinstance(error, CapacityError)
         self.fail(
-            str(error), server.TritonError.UNAVAILABLE if full else server.TritonError.INVALID_ARG
+            str(error),
+            server.TritonError.UNAVAILABLE if over_capacity else server.TritonError.INVALID_ARG,
         )
 
 
 class TritonPythonModel:
-    """See the module."""
+    """The served model: Triton calls `initialize`, `execute` and `finalize` by name."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load everything; the server reports the model as not ready until then, and until it is
-        warm."""
+        """Load engine, text encoder and VAE; the server reports the model as not ready until then.
+
+        Raises:
+            TritonModelException: with the reason why something cannot be loaded.
+        """
         try:
             check_arrays()
             self._open(args)
@@ -100,7 +105,9 @@ class TritonPythonModel:
 
     def _open(self, args: dict[str, str]) -> None:
         self._name = args["model_name"]
-        self._settings = settings = settings_from(json.loads(args["model_config"])["parameters"])
+        self._settings = settings = settings_from_parameters(
+            json.loads(args["model_config"])["parameters"]
+        )
         folder = Path(args["model_repository"]) / args["model_version"]
         gpu = (
             int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
@@ -110,7 +117,7 @@ class TritonPythonModel:
         self._metrics = Metrics(server, self._name, args["model_instance_name"])
         self._element, most = cache_of(bundle.manifest, settings)
         self._admission = Admission(
-            settings.max_streams, most, settings.max_waiting, self._metrics.streams
+            settings.max_streams, most, settings.max_waiting, self._metrics.set_streams
         )
         self._threads: set[threading.Thread] = set()
         self._stopping = threading.Event()
@@ -119,37 +126,37 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: list[Any]) -> None:
-        """Take requests; see the module."""
+        """Check each request, and start a thread that generates its video."""
         for request in requests:
-            began = time.perf_counter()
+            start_time = time.perf_counter()
             with TRITON_API_LOCK:
-                answer = ResponseStream(request.get_response_sender())
+                responses = ResponseStream(request.get_response_sender())
             try:
                 with TRITON_API_LOCK:
                     tensors = {
                         tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()
                     }
-                wanted = parse_request(tensors, self._pipeline.manifest, self._settings, self._name)
-                if wanted.prompt_embeds is None:
-                    self._pipeline.check_prompt(wanted.request.prompt)
-                ticket = self._admission.ask(wanted.cache_bytes(self._element))
+                parsed = parse_request(tensors, self._pipeline.manifest, self._settings, self._name)
+                if parsed.prompt_embeds is None:
+                    self._pipeline.check_prompt(parsed.request.prompt)
+                ticket = self._admission.enqueue(parsed.cache_bytes(self._element))
             except AnyFlowError as error:
-                answer.refuse(error)
-                self._metrics.ended("refused")
+                responses.refuse(error)
+                self._metrics.count_end("refused")
                 continue
-            except Exception:  # noqa: BLE001 - this request is lost, the next may do better
-                self._fail(answer)
+            except Exception:  # noqa: BLE001 - one request fails, the server continues
+                self._fail(responses)
                 continue
             thread = threading.Thread(
-                target=self._run, args=(wanted, ticket, answer, began), daemon=True
+                target=self._run, args=(parsed, ticket, responses, start_time), daemon=True
             )
             self._threads.add(thread)
             try:
                 thread.start()
             except RuntimeError:  # no more threads
                 self._threads.discard(thread)
-                self._admission.leave(ticket)
-                self._fail(answer)
+                self._admission.release(ticket)
+                self._fail(responses)
 
     def finalize(self) -> None:
         """Let running videos finish for a while, then end them before their next transition."""
@@ -162,66 +169,69 @@ class TritonPythonModel:
         self._pipeline.close()
 
     def _run(
-        self, wanted: ParsedRequest, ticket: Ticket, answer: ResponseStream, began: float
+        self, parsed: ParsedRequest, ticket: Ticket, responses: ResponseStream, start_time: float
     ) -> None:
-        """One request."""
+        """Generate and send the video of one request."""
 
         def check() -> None:
-            if self._stopping.is_set() or answer.cancelled:
+            if self._stopping.is_set() or responses.cancelled:
                 raise CancelledError
 
         try:
             with (
-                self._admission.within(ticket, check),
-                closing(generate_chunks(self._pipeline, wanted, check)) as pieces,
+                self._admission.admit(ticket, check),
+                closing(generate_chunks(self._pipeline, parsed, check)) as chunks,
             ):
-                before = began
-                for made in pieces:
+                previous = start_time
+                for chunk in chunks:
                     now = time.perf_counter()
-                    answer.send(_tensors(made, wanted, now - began))
-                    self._metrics.chunk(made.index, now - before, made.steps, made.deadline_met)
-                    before = now
-            answer.end()
-            self._metrics.ended("completed")
+                    responses.send(_tensors(chunk, parsed, now - start_time))
+                    self._metrics.count_chunk(
+                        chunk.index, now - previous, chunk.steps, chunk.deadline_met
+                    )
+                    previous = now
+            responses.end()
+            self._metrics.count_end("completed")
         except CancelledError:
-            stopped = self._stopping.is_set()
-            code = server.TritonError.UNAVAILABLE if stopped else server.TritonError.CANCELLED
-            answer.fail(
+            is_stopping = self._stopping.is_set()
+            code = server.TritonError.UNAVAILABLE if is_stopping else server.TritonError.CANCELLED
+            responses.fail(
                 (
-                    "the server is being stopped; ask again later."
-                    if stopped
+                    "the server is stopping; try again later."
+                    if is_stopping
                     else "cancelled on request."
                 ),
                 code,
             )
-            self._metrics.ended("cancelled")
+            self._metrics.count_end("cancelled")
         except AnyFlowError as error:
-            answer.refuse(error)
-            self._metrics.ended("refused")
-        except Exception:  # noqa: BLE001 - the other streams go on
-            self._fail(answer)
+            responses.refuse(error)
+            self._metrics.count_end("refused")
+        except Exception:  # noqa: BLE001 - one request fails, the other streams continue
+            self._fail(responses)
         finally:
             self._threads.discard(threading.current_thread())
 
-    def _fail(self, answer: ResponseStream) -> None:
-        """A defect of ours: the log has all of it."""
+    def _fail(self, responses: ResponseStream) -> None:
+        """Log an unexpected error, and end the request with it."""
         server.Logger.log_error(f"{self._name}: {traceback.format_exc()}")
-        answer.fail("an error of the server; its log has it.", server.TritonError.INTERNAL)
-        self._metrics.ended("failed")
+        responses.fail("internal error; the server's log has it.", server.TritonError.INTERNAL)
+        self._metrics.count_end("failed")
 
 
 def check_arrays() -> None:
-    """Refuse a numpy that this server's Python backend cannot read: it would take the whole server
-    down with the first text.
+    """Refuse a numpy that this server's Python backend cannot read.
+
+    Such a numpy would crash the whole server at the first text.
 
     Raises:
         BackendError: naming the version, and what to install.
     """
-    sent = np.arange(6, dtype=np.float32).reshape(2, 3)
-    received = server.Tensor.from_dlpack(
-        "received", server.Tensor("sent", sent).to_dlpack()
+    original = np.arange(6, dtype=np.float32).reshape(2, 3)
+    copy = server.Tensor.from_dlpack(
+        "received", server.Tensor("sent", original).to_dlpack()
     ).as_numpy()
-    if not np.array_equal(sent, received):
+    if not np.array_equal(original, copy):
         raise BackendError(
             "this server's Python backend was built before numpy 2 and cannot read arrays of numpy"
             f" {np.__version__}. Where the server runs: pip install 'numpy<2', or take a newer"
@@ -238,14 +248,14 @@ def load_pipeline(
         bundle: to serve.
         folder: of the model's version in the repository.
         settings: of the model.
-        gpu: its number; None for the CPU.
+        gpu: index of the GPU; None for the CPU.
 
     Raises:
         AnyFlowError: config.pbtxt names no pipeline, or something cannot be loaded.
     """
     if (settings.text or settings.vae) and settings.pipeline is None:
         raise AnyFlowError(
-            "config.pbtxt serves text or vae and names no pipeline. Write it again with"
+            "config.pbtxt serves text or vae but names no pipeline. Write it again with"
             " anyflow-triton."
         )
     pipeline = VideoPipeline(
@@ -261,13 +271,15 @@ def load_pipeline(
     )
     pipeline.load(text=settings.text, vae=settings.vae)
     if settings.text:
-        pipeline.encode_prompt("a red fox")  # warms the text encoder up
+        pipeline.encode_prompt("a red fox")  # warm-up
     return pipeline
 
 
 def cache_of(manifest: Manifest, settings: Settings) -> tuple[int, int]:
-    """Bytes of an element of the cache, and of all caches together at most; (0, 0) for a
-    bidirectional model, which has none."""
+    """Return the bytes of a cache element, and the most bytes of all caches together.
+
+    Both are 0 for a bidirectional model, which has no cache.
+    """
     if manifest.kind == "bidirectional":
         return 0, 0
     element = cache_element_bytes(manifest)
@@ -277,17 +289,17 @@ def cache_of(manifest: Manifest, settings: Settings) -> tuple[int, int]:
 
 
 def _tensors(
-    made: GeneratedChunk, wanted: ParsedRequest, seconds: float
+    chunk: GeneratedChunk, parsed: ParsedRequest, seconds: float
 ) -> list[tuple[str, NDArray[Any]]]:
     numbers = {
-        "chunk": made.index,
-        "first_frame": made.first_frame,
-        "steps": made.steps,
+        "chunk": chunk.index,
+        "first_frame": chunk.first_frame,
+        "steps": chunk.steps,
         "seconds": seconds,
-        "deadline_met": made.deadline_met,
-        "seed": wanted.request.seed,
+        "deadline_met": chunk.deadline_met,
+        "seed": parsed.request.seed,
     }
     tensors = [
         (name, np.array([n], dtype=_TYPES[name])) for name, n in numbers.items() if n is not None
     ]
-    return [*tensors, (made.output, made.content)]
+    return [*tensors, (chunk.output, chunk.content)]

@@ -7,7 +7,8 @@
     REPOSITORY/NAME/1/pipeline/           tokenizer, text encoder and VAE, where they are served
 
 Everything the server needs is inside, so that a repository can be mounted or copied. Files of a
-bundle are never changed in place, so hard links are made where that is possible, and cost no room.
+bundle are never changed in place, so they are hard links where the file system allows it, and take
+no space.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def write_streaming(
     settings: Settings,
     gpus: Sequence[int] | None,
 ) -> None:
-    """The decoupled model: prompts in, chunks out.
+    """Write the decoupled model, which takes prompts and answers with chunks.
 
     Args:
         writer: from `model_writer`, entered.
@@ -84,7 +85,7 @@ def write_streaming(
 def write_plan(
     writer: AtomicFolderWriter, bundle: Bundle, engine: EngineFolder, gpus: Sequence[int]
 ) -> None:
-    """A TensorRT plan of the bare transition, for the server's own `tensorrt` backend.
+    """Write a TensorRT plan of the bare transition, for the server's own `tensorrt` backend.
 
     Args:
         writer: from `model_writer`, entered.
@@ -102,7 +103,7 @@ def write_plan(
 
 
 def check_plan(bundle: Bundle, engine: EngineFolder) -> None:
-    """Refuse what the server's own backend cannot run.
+    """Refuse an engine that the server's own `tensorrt` backend cannot run.
 
     Raises:
         AnyFlowError: a causal bundle, or an engine that is not TensorRT's.
@@ -128,8 +129,9 @@ def check_plan(bundle: Bundle, engine: EngineFolder) -> None:
 
 
 def model_writer(repository: Path, name: str, overwrite: bool) -> AtomicFolderWriter:
-    """For a model's folder; the repository is made where it is missing, and holds other models,
-    too.
+    """Return the writer of a model's folder.
+
+    The repository is made where it is missing, and may hold other models.
 
     Raises:
         BundleError: the model is there already, or the repository cannot be written to.
@@ -154,8 +156,10 @@ def _link_all(source: Path, destination: Path) -> None:
 
 
 def _link(source: Path, destination: Path) -> None:
-    """A hard link, or a copy on another file system. What a symbolic link (of a hub's cache) points
-    to is what is taken."""
+    """Make a hard link, or a copy on another file system.
+
+    A symbolic link (of a hub's cache) is followed first.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
     source = source.resolve()
     try:

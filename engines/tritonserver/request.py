@@ -1,4 +1,4 @@
-"""A request's tensors become a request, checked before anything runs."""
+"""Reads a request from its tensors, and checks it before anything runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from anyflow_deploy.errors import InvalidRequestError, ShapeError
 from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
 from anyflow_deploy.serving.request import VideoRequest, validate_request
 
-_SAME = (
+_SHARED_FIELDS = (
     "num_inference_steps",
     "first_steps",
     "deadline_ms",
@@ -32,7 +32,7 @@ _SAME = (
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A request that can be carried out.
+    """A request that has passed all checks.
 
     Attributes:
         request: what to make.
@@ -45,15 +45,17 @@ class ParsedRequest:
     output_type: str
 
     def cache_bytes(self, element: int) -> int:
-        """Keys and values that the stream will hold, with elements of this size; 0 for a
-        bidirectional model."""
+        """Return the bytes of the stream's keys and values; 0 for a bidirectional model.
+
+        `element` is the size of one element in bytes.
+        """
         return 0 if self.request.plan is None else self.request.plan.bytes(element)
 
 
 def parse_request(
     tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings, name: str
 ) -> ParsedRequest:
-    """Read a request.
+    """Read and check a request.
 
     Args:
         tensors: by name, as `INPUTS` lists them.
@@ -65,7 +67,9 @@ def parse_request(
         AnyFlowError: naming the tensor, what was given and what is allowed.
     """
     prompt_embeds = _prompt_embeds(tensors, manifest, settings)
-    fields: dict[str, Any] = {field: _single(tensors, field) for field in _SAME if field in tensors}
+    fields: dict[str, Any] = {
+        field: _single(tensors, field) for field in _SHARED_FIELDS if field in tensors
+    }
     height = _single(tensors, "height")
     width = _single(tensors, "width")
     if height is not None or width is not None:
@@ -82,20 +86,21 @@ def parse_request(
         raise InvalidRequestError(
             f"{field} is {first['input']!r}: {first['msg'].lower()}.", field
         ) from None
-    checked = validate_request(
+    generation_request = validate_request(
         request, manifest, settings.limits, name, has_embeddings=prompt_embeds is not None
     )
-    return ParsedRequest(checked, prompt_embeds, _output_type(tensors, settings))
+    return ParsedRequest(generation_request, prompt_embeds, _output_type(tensors, settings))
 
 
 def _prompt_embeds(
     tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings
 ) -> Array | None:
-    given = [field for field in ("prompt", "prompt_embeds") if field in tensors]
-    if len(given) != 1:
-        what = "both" if given else "neither"
+    sources = [field for field in ("prompt", "prompt_embeds") if field in tensors]
+    if len(sources) != 1:
+        what = "both" if sources else "neither"
         raise InvalidRequestError(
-            f"prompt and prompt_embeds say what to show, and {what} came; send one of them."
+            f"a request has either prompt or prompt_embeds, and this one has {what}; send one of"
+            " them."
         )
     if "prompt" in tensors:
         if not settings.text:
@@ -110,20 +115,21 @@ def _prompt_embeds(
 
 
 def _output_type(tensors: Mapping[str, NDArray[Any]], settings: Settings) -> str:
-    given = _text(tensors, "output_type")
-    if given is None:
+    output_type = _text(tensors, "output_type")
+    if output_type is None:
         return "mp4" if settings.vae else "latents"
     allowed = [name for name in OUTPUT_TYPES if settings.vae or name == "latents"]
-    if given not in allowed:
+    if output_type not in allowed:
         why = "" if settings.vae else " (this server has no VAE)"
         raise InvalidRequestError(
-            f"output_type is {given[:40]!r}; allowed are {', '.join(allowed)}{why}.", "output_type"
+            f"output_type is {output_type[:40]!r}; allowed are {', '.join(allowed)}{why}.",
+            "output_type",
         )
-    return given
+    return output_type
 
 
 def _single(tensors: Mapping[str, NDArray[Any]], name: str) -> Any:
-    """A number; None where it was not sent."""
+    """Return the number in a tensor; None where it was not sent."""
     if name not in tensors:
         return None
     if np.size(tensors[name]) != 1:

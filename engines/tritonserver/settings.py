@@ -1,5 +1,4 @@
-"""How a served model runs and what it lets anybody ask for: the `parameters` of config.pbtxt,
-typed.
+"""How a served model runs, and the limits of its requests: the `parameters` of config.pbtxt.
 
 They are written by `anyflow-triton` and may be changed in the file; the model reads them whenever
 the server loads it.
@@ -16,26 +15,26 @@ from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.serving.limits import Limits
 
 PARTS = {"text": ("tokenizer", "text_encoder"), "vae": ("vae",)}
-"""What may be served beside the engine, and the folders of a pipeline that it needs."""
+"""Parts that may be served beside the engine, each with its folders in a pipeline."""
 
 
 class Settings(BaseModel):
-    """See the module.
+    """The typed `parameters` of config.pbtxt.
 
     Attributes:
-        bundle: folder, seen from the version's folder.
-        pipeline: folder with tokenizer, text encoder and VAE, seen from the version's folder; None
-            where neither is served.
-        text: prompts are taken; else embeddings only.
-        vae: frames and mp4 are given; else latents only.
-        backend, engine, threads: see `load_engine`; whether it runs on a CPU or a GPU,
-            `instance_group` says.
-        max_streams: videos that an instance makes at once.
-        max_waiting: videos that may wait for a place; one more is refused.
-        cache_bytes: of all streams' keys and values together; None for what `max_streams` videos of
-            default size take.
-        max_steps, max_frames, max_pixels, max_deadline_ms, max_prompt: of one request.
-        grace_seconds: that running videos have when the model is unloaded.
+        bundle: its folder, relative to the version's folder.
+        pipeline: folder with tokenizer, text encoder and VAE, relative to the version's folder;
+            None where neither is served.
+        text: serve the text encoder, so that requests may send prompts; else embeddings only.
+        vae: serve the VAE, so that requests may ask for frames and mp4; else latents only.
+        backend, engine, threads: see `load_engine`. `instance_group` in config.pbtxt decides
+            between CPU and GPU.
+        max_streams: videos that an instance generates at once.
+        max_waiting: videos that may wait; further ones are refused.
+        cache_bytes: the most bytes of all streams' keys and values together; None for those of
+            `max_streams` videos of default size.
+        max_steps, max_frames, max_pixels, max_deadline_ms, max_prompt: limits of one request.
+        grace_seconds: time that running videos have to finish when the model is unloaded.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,14 +58,14 @@ class Settings(BaseModel):
 
     @property
     def folders(self) -> list[str]:
-        """Of the pipeline, that are served."""
+        """The folders of the pipeline that are served."""
         return [
             folder for part, folders in PARTS.items() if getattr(self, part) for folder in folders
         ]
 
     @property
     def limits(self) -> Limits:
-        """Of one request, as every server has them."""
+        """The limits of one request, as every server has them."""
         return Limits(
             frames=self.max_frames,
             pixels=self.max_pixels,
@@ -76,12 +75,12 @@ class Settings(BaseModel):
         )
 
     def as_parameters(self) -> dict[str, str]:
-        """As config.pbtxt holds them: text; what is None is left out."""
+        """Return the parameters of config.pbtxt, as text; fields that are None are left out."""
         return {name: str(value) for name, value in self.model_dump().items() if value is not None}
 
 
-def settings_from(parameters: Mapping[str, Any]) -> Settings:
-    """Read them back.
+def settings_from_parameters(parameters: Mapping[str, Any]) -> Settings:
+    """Read the settings from the parameters of config.pbtxt.
 
     Args:
         parameters: of the model's configuration, name -> {"string_value": text}.
@@ -89,21 +88,21 @@ def settings_from(parameters: Mapping[str, Any]) -> Settings:
     Raises:
         AnyFlowError: naming the parameter, what was given and what is allowed.
     """
-    given = {
+    values = {
         name: value["string_value"]
         for name, value in parameters.items()
         if name not in SERVER_PARAMETERS
     }
     try:
-        return Settings.model_validate(given)
+        return Settings.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "?"
-        known = list(Settings.model_fields)
+        field_names = list(Settings.model_fields)
         if first["type"] == "extra_forbidden":
             raise AnyFlowError(
                 f"config.pbtxt has an unknown parameter {name!r}; allowed are"
-                f" {', '.join(known)}.{suggestion(name, known)}"
+                f" {', '.join(field_names)}.{suggestion(name, field_names)}"
             ) from None
         if first["type"] == "missing":
             raise AnyFlowError(
@@ -115,4 +114,4 @@ def settings_from(parameters: Mapping[str, Any]) -> Settings:
 
 
 SERVER_PARAMETERS = ("EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS")
-"""Parameters that are the Python backend's own."""
+"""Parameters that Triton's Python backend reads itself."""

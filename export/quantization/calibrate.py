@@ -1,13 +1,13 @@
-"""How large the inputs of every quantized layer become, at any number of steps.
+"""Calibration: measures how large the inputs of quantized layers become.
 
 8-bit engines round activations on a fixed grid, whose width has to be known beforehand. The time
-embedding scales every block's input, so ranges seen at one schedule are not those of another; here
-ModelOpt's quantizers watch whole rollouts of many schedules (see `rollouts`), prompts and seeds, in
-float32. What is kept is maxima: per tensor, and per input channel of linear layers, which
+embedding scales every block's input, so ranges of one schedule are not those of another. Here
+ModelOpt's quantizers observe whole rollouts of many schedules (see `rollouts`), prompts and seeds,
+in float32. The result is maxima: per tensor, and per input channel of linear layers, which
 SmoothQuant needs.
 
-Maxima can be merged in any order, so an interrupted calibration goes on where it was: after each
-rollout they are saved in a partial file beside the output, with the settings they belong to.
+Maxima can be merged in any order, so an interrupted calibration can resume: after each rollout they
+are saved in a checkpoint beside the output, with the settings they belong to.
 
 Legend: F latent frames, C channels, H W latent rows and columns, L text tokens, D text channels.
 """
@@ -44,21 +44,22 @@ from anyflow_deploy.schedule import Schedule
 STEPS = (1, 2, 4, 8)
 _TOOLS = ("anyflow-deploy", "torch", "nvidia-modelopt")
 _FIVE_DIGITS = Context(prec=5, rounding=ROUND_CEILING)
-"""What is kept of a range in the file: 14B has 2.4 million of them."""
+"""Digits of a range in the file: 14B has 2.4 million ranges."""
 
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """What is run.
+    """The prompts, sizes and schedules that a calibration runs.
 
     Attributes:
         text: prompts and their embeddings.
         shape: (F, C, H, W) of the latents.
-        steps: step counts of the uniform schedules; the sweeps come on top.
-        seeds: of the noise, which every prompt has its own of.
+        steps: step counts of the uniform schedules; the sweeps run in addition.
+        seeds: of the noise, which differs between prompts, too.
         device: torch device.
-        partial: where unfinished work is kept; None for nowhere.
-        notify: called with what a user should know: work that is taken up again, or cannot be.
+        checkpoint_path: file that keeps finished rollouts; None for none.
+        notify: called with a message for the user: that an unfinished calibration is resumed, or
+            why it cannot be.
     """
 
     text: CalibrationPrompts
@@ -66,7 +67,7 @@ class CalibrationSettings:
     steps: tuple[int, ...] = STEPS
     seeds: tuple[int, ...] = (0,)
     device: str = "cpu"
-    partial: Path | None = None
+    checkpoint_path: Path | None = None
     notify: Callable[[str], None] = lambda text: None
 
 
@@ -81,12 +82,12 @@ class _Rollout:
 def run_calibration(
     weights: Weights, settings: CalibrationSettings, progress: Progress | None = None
 ) -> Calibration:
-    """Measure ranges.
+    """Run the rollouts of a calibration, and return the measured ranges.
 
     Args:
         weights: a checkpoint, or random weights.
         settings: see `CalibrationSettings`.
-        progress: where progress goes.
+        progress: shows the progress of the work.
 
     Raises:
         AnyFlowError: a tensor that became infinite or NaN, by name; or ModelOpt is not installed.
@@ -98,26 +99,27 @@ def run_calibration(
     with progress.stage("fingerprint of the weights"):
         weights_fingerprint = weights.fingerprint
     rollouts = list(_list_rollouts(settings, shift))
-    partial = CalibrationCheckpoint(
-        settings.partial, _checkpoint_key(settings, weights_fingerprint, shift)
+    checkpoint = CalibrationCheckpoint(
+        settings.checkpoint_path, _checkpoint_key(settings, weights_fingerprint, shift)
     )
-    maxima = partial.maxima
-    remaining = [rollout for rollout in rollouts if rollout.name not in partial.done]
-    if partial.note or partial.done:
-        done = f"{len(rollouts) - len(remaining)} of {len(rollouts)} rollouts"
-        settings.notify(partial.note or f"resuming after {done} ({settings.partial})")
-    if remaining:
+    maxima = checkpoint.maxima
+    finished_names = checkpoint.finished_rollouts
+    rollouts_left = [rollout for rollout in rollouts if rollout.name not in finished_names]
+    if checkpoint.note or finished_names:
+        count = f"{len(rollouts) - len(rollouts_left)} of {len(rollouts)} rollouts"
+        settings.notify(checkpoint.note or f"resuming after {count} ({settings.checkpoint_path})")
+    if rollouts_left:
         with progress.stage("loading the network"):
             observed_network = _ObservedNetwork(weights, settings.device)
         total = sum(
-            count_transitions(a, settings.shape[0], rollout.schedule) for rollout in remaining
+            count_transitions(a, settings.shape[0], rollout.schedule) for rollout in rollouts_left
         )
-        with progress.stage(f"{len(remaining)} of {len(rollouts)} rollouts", total) as advance:
-            for rollout in remaining:
+        with progress.stage(f"{len(rollouts_left)} of {len(rollouts)} rollouts", total) as advance:
+            for rollout in rollouts_left:
                 latents = _rollout_noise(settings, rollout)
                 text = settings.text.prompt_embeds[rollout.prompt][None]
                 maxima = observed_network.observe(latents, text, rollout, advance, maxima)
-                partial.save(rollout.name, maxima)
+                checkpoint.save(rollout.name, maxima)
     return _build_calibration(weights, settings, weights_fingerprint, shift, maxima)
 
 
@@ -136,28 +138,29 @@ def check_calibration(calibration: Calibration, weights: Weights) -> None:
 
 
 def check_architecture(calibration: Calibration, a: Architecture) -> None:
-    """The part of `check_calibration` that reads no weights.
+    """Refuse a calibration of another architecture; this reads no weights.
 
     Raises:
-        AnyFlowError: another architecture, or ranges of as many channels as no layer of this one
-            has.
+        AnyFlowError: another architecture, or a range with another number of channels than its
+            layer has.
     """
-    theirs, ours = calibration.config, a.as_config()
-    if theirs != ours:
-        differing = sorted(
-            key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)
+    config = a.as_config()
+    other = calibration.config
+    if other != config:
+        keys = sorted(
+            key for key in other.keys() | config.keys() if other.get(key) != config.get(key)
         )
         changes = ", ".join(
-            f"{key} {theirs.get(key)!r} against {ours.get(key)!r}" for key in differing[:3]
+            f"{key} {other.get(key)!r} against {config.get(key)!r}" for key in keys[:3]
         )
         raise AnyFlowError(
             f"the calibration is of another architecture than the weights: {changes}."
             f" {_CALIBRATE_ADVICE}"
         )
     for layer, (inputs, _) in quantizable_layers(a).items():
-        found = calibration.tensors.get(f"{layer}.input")
-        if found is not None and len(found.channels or ()) != inputs:
-            count = len(found.channels or ())
+        tensor_range = calibration.tensors.get(f"{layer}.input")
+        if tensor_range is not None and len(tensor_range.channels or ()) != inputs:
+            count = len(tensor_range.channels or ())
             raise AnyFlowError(
                 f"the calibration has ranges of {count} channels for {layer}.input, which has"
                 f" {inputs}. {_CALIBRATE_ADVICE}"
@@ -177,15 +180,18 @@ def _list_rollouts(settings: CalibrationSettings, shift: float) -> Iterator[_Rol
 
 
 def _rollout_noise(settings: CalibrationSettings, rollout: _Rollout) -> Array:
-    """Another start for every prompt, so that eight prompts are eight samples of the noise, too."""
+    """Return the noise of a rollout.
+
+    Every prompt has another noise, so eight prompts are also eight samples of the noise.
+    """
     return noise((1, *settings.shape), rollout.seed + _SEED_STRIDE * rollout.prompt)
 
 
-_SEED_STRIDE = 1_000_003  # keeps `--seeds 0,1,2` and prompts apart
+_SEED_STRIDE = 1_000_003  # no seed of `--seeds 0,1,2` equals that of another prompt
 
 
 class _ObservedNetwork:
-    """A network with quantizers that only look."""
+    """A network whose quantizers record maxima and round nothing."""
 
     def __init__(self, weights: Weights, device: str) -> None:
         from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
@@ -200,9 +206,9 @@ class _ObservedNetwork:
     def observe(
         self, latents: Array, text: Array, rollout: _Rollout, advance: Any, maxima: Maxima
     ) -> Maxima:
-        """Run one rollout and raise the maxima by what was seen."""
+        """Run one rollout, and return the maxima of all rollouts so far."""
         run_rollout(self._engine, latents, text, rollout.schedule, on_step=lambda step: advance(1))
-        found: Maxima = {}
+        new_maxima: Maxima = {}
         for name, quantizer in self._quantizers.items():
             largest = quantizer.compute_amax()
             if largest is None:
@@ -210,17 +216,18 @@ class _ObservedNetwork:
             values = largest.float().cpu()
             if not bool(values.isfinite().all()):
                 raise AnyFlowError(
-                    f"{name} became infinite or NaN at {rollout.name}: no 8-bit grid can hold that."
-                    " Look at the checkpoint with anyflow-validate, or calibrate a smaller video."
+                    f"{name} became infinite or NaN at {rollout.name}, which no 8-bit grid can"
+                    " represent. Check the checkpoint with anyflow-validate, or calibrate with a"
+                    " smaller video."
                 )
-            found[name] = values if name not in maxima else values.maximum(maxima[name])
-        return {**maxima, **found}
+            new_maxima[name] = values if name not in maxima else values.maximum(maxima[name])
+        return {**maxima, **new_maxima}
 
 
 def _checkpoint_key(
     settings: CalibrationSettings, weights_fingerprint: str, shift: float
 ) -> dict[str, Any]:
-    """Everything the ranges depend on."""
+    """Return everything that the ranges depend on."""
     return {
         "weights": weights_fingerprint,
         "prompts": list(settings.text.prompts),
@@ -259,20 +266,20 @@ def _build_calibration(
 
 
 def _tensor_range(values: list[float], channels: bool) -> TensorRange:
-    rounded = [round_up(value) for value in values]
-    return TensorRange(amax=max(rounded), channels=rounded if channels else None)
+    channel_maxima = [round_up(value) for value in values]
+    return TensorRange(amax=max(channel_maxima), channels=channel_maxima if channels else None)
 
 
 def round_up(value: float) -> float:
-    """The smallest number of five digits that is not below a value >= 0."""
+    """Round a number >= 0 up to five significant digits."""
     return float(_FIVE_DIGITS.plus(Decimal(repr(value))))
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
-    """Write a `calibration.json`, whole or not at all."""
+    """Write a `calibration.json` atomically."""
     write_text_atomically(path, calibration.model_dump_json(by_alias=True) + "\n")
 
 
 def calibration_checkpoint_path(output: Path) -> Path:
-    """Where the unfinished work on an output is kept."""
+    """Return the path of the checkpoint that belongs to an output."""
     return output.with_name(f".{output.name or CALIBRATION}.rollouts")

@@ -1,8 +1,8 @@
-"""What an unfinished calibration has seen: maxima, and the names of the rollouts they come from.
+"""The checkpoint of a calibration: maxima, and the rollouts they come from.
 
-A safetensors file beside the output, written anew after each rollout and renamed into place, so
-that a calibration which is killed at any moment loses at most one rollout. Its header holds the
-settings; a file of other settings is put aside.
+It is a safetensors file beside the output, replaced atomically after each rollout, so a calibration
+that is killed at any moment loses at most one rollout. Its header holds the settings; a file of
+other settings is not used.
 """
 
 from __future__ import annotations
@@ -22,32 +22,35 @@ Maxima = dict[str, torch.Tensor]
 
 
 class CalibrationCheckpoint:
-    """The file of one calibration; without a path nothing is kept.
+    """The checkpoint file of one calibration; without a path nothing is written.
 
     Attributes:
-        maxima: what the finished rollouts saw.
-        done: their names.
-        note: what was found on disk and could not be used, in words; "" when there is nothing to
-            say.
+        maxima: of the finished rollouts.
+        finished_rollouts: their names.
+        note: why a file on disk could not be used; "" where there is none.
     """
 
     def __init__(self, path: Path | None, key: dict[str, Any]) -> None:
         self._path = path
         self._key = json.dumps(key, sort_keys=True)
         self.maxima: Maxima = {}
-        self.done: set[str] = set()
+        self.finished_rollouts: set[str] = set()
         self.note = ""
         if path is not None and path.exists():
             self._read(path)
 
     def save(self, rollout: str, maxima: Maxima) -> None:
-        """Enter a finished rollout."""
+        """Add a finished rollout, and write the file."""
         self.maxima = maxima
-        self.done.add(rollout)
+        self.finished_rollouts.add(rollout)
         if self._path is None:
             return
         with atomic_file(self._path) as partial:
-            save_file(maxima, partial, {"key": self._key, "done": json.dumps(sorted(self.done))})
+            save_file(
+                maxima,
+                partial,
+                {"key": self._key, "done": json.dumps(sorted(self.finished_rollouts))},
+            )
 
     def _read(self, path: Path) -> None:
         try:
@@ -59,9 +62,9 @@ class CalibrationCheckpoint:
                         " be replaced."
                     )
                     return
-                # Read this first: without it, nothing of the file counts.
-                done = set(json.loads(metadata["done"]))
+                # Read first: without it the rest of the file is not used
+                finished_rollouts = set(json.loads(metadata["done"]))
                 self.maxima = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                self.done = done
+                self.finished_rollouts = finished_rollouts
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             self.note = f"{path} cannot be read ({error}), and was not used; it will be replaced."

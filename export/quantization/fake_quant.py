@@ -1,4 +1,4 @@
-"""8-bit arithmetic in PyTorch: what an engine with Q/DQ nodes would compute, without making one.
+"""8-bit arithmetic in PyTorch: the results of an engine with Q/DQ nodes, without an engine.
 
 Every quantized layer rounds its input and its weight to the 8-bit grid and back, and multiplies in
 float32. The grids:
@@ -8,10 +8,10 @@ float32. The grids:
 - fp8 (E4M3): one scale a tensor for both; scale = amax / 448, the format's largest number.
 
 An input's amax comes from the calibration, a weight's from the weight itself; `layers` has the
-rules. Attention stays high, unless fp8 is asked to round the operands of its two products, too.
+rules. Attention stays in full precision; fp8 can also round the operands of its two products.
 
-Switching layers on and off costs nothing (a flag in each quantizer), which is what sensitivity
-needs.
+Layers are switched on and off by a flag in each quantizer, which costs nothing, and sensitivity
+depends on that.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ from anyflow_deploy.quantization.layers import (
 
 @dataclass(frozen=True)
 class QuantizationGrid:
-    """How ModelOpt is told of a precision: bits (exponent and mantissa for floats), and the axis of
-    a weight's scales."""
+    """A precision in ModelOpt's terms.
+
+    Bits are exponent and mantissa for floats; the axis is that of a weight's scales.
+    """
 
     bits: int | tuple[int, int]
     weight_axis: int | None
@@ -56,8 +58,8 @@ class FakeQuant:
         a: its architecture.
         calibration: of its weights.
         precision: "int8" or "fp8".
-        full_precision_layers: layers that stay high.
-        smooth: SmoothQuant's factors: layer -> s (K), one for each input channel. The input is
+        full_precision_layers: layers that are not quantized.
+        smooth: SmoothQuant's factors s (K) by layer, one for each input channel. The input is
             divided by s before it is rounded, and the weight's columns multiplied. Layers of one
             group need the same.
         attention: attentions whose products round their operands, fp8 only: by name
@@ -66,11 +68,11 @@ class FakeQuant:
 
     Attributes:
         layers: those that can be quantized, in the network's order.
-        excluded: candidates that cannot -> why.
+        excluded: by layer that cannot be quantized, the reason.
 
     Raises:
-        AnyFlowError: another precision, an unknown layer in `kept`, or a calibration that lacks a
-            tensor.
+        AnyFlowError: another precision, an unknown layer in `full_precision_layers`, or a
+            calibration that lacks a tensor.
         BackendError: ModelOpt is not installed.
     """
 
@@ -108,32 +110,31 @@ class FakeQuant:
         self.quantize_only([name for name in self.layers if name not in full_precision])
 
     def quantize_only(self, layers: Collection[str]) -> None:
-        """Quantize exactly these layers; every other one computes as if nothing had been
-        converted."""
+        """Quantize exactly these layers; every other one computes in float32."""
         for name in validate_layers(self._architecture, layers):
             if name in self.excluded:
                 raise AnyFlowError(
                     f"{name} cannot be quantized ({self.excluded[name]}). Leave it out."
                 )
-        selected = set(layers)
+        enabled_names = set(layers)
         for name, pair in self._pairs.items():
             for quantizer in pair:
-                if name in selected:
+                if name in enabled_names:
                     quantizer.enable()
                 else:
                     quantizer.disable()
 
 
-def _select_attentions(a: Architecture, selected: Collection[str]) -> list[str]:
+def _select_attentions(a: Architecture, attention: Collection[str]) -> list[str]:
     names = (f"blocks.{n}.{kind}" for n in range(a.num_layers) for kind in ("attn1", "attn2"))
-    return [name for name in names if name in selected or name.rpartition(".")[2] in selected]
+    return [name for name in names if name in attention or name.rpartition(".")[2] in attention]
 
 
 def get_grid(precision: str, attention: Collection[str] = ()) -> QuantizationGrid:
-    """The row of a precision.
+    """Return the grid of a precision.
 
     Raises:
-        AnyFlowError: there is none, or it does not go with quantized attention.
+        AnyFlowError: the precision has no grid, or quantized attention is not allowed in it.
     """
     if precision not in GRIDS:
         raise AnyFlowError(
@@ -142,8 +143,8 @@ def get_grid(precision: str, attention: Collection[str] = ()) -> QuantizationGri
         )
     if attention and precision != "fp8":
         raise AnyFlowError(
-            f"{precision} attention does not exist beyond 512 tokens; quantized attention goes with"
-            " fp8 only."
+            f"{precision} attention does not exist beyond 512 tokens; quantized attention is"
+            " allowed in fp8 only."
         )
     return GRIDS[precision]
 
@@ -151,7 +152,7 @@ def get_grid(precision: str, attention: Collection[str] = ()) -> QuantizationGri
 def _input_range(
     calibration: Calibration, layer: str, smooth: Tensor | None
 ) -> tuple[float, Tensor | None]:
-    """The range of a layer's input after smoothing, and the factors."""
+    """Return the range of a layer's input after smoothing, and the factors."""
     if smooth is None:
         return input_amax(calibration, layer), None
     return float((torch.tensor(input_channels(calibration, layer)) / smooth.cpu()).max()), smooth

@@ -1,14 +1,14 @@
-"""Every 8-bit product of a bundle alone: ONNX Runtime against PyTorch, both given the same input.
+"""Compares every 8-bit product of a bundle on its own: ONNX Runtime against PyTorch.
 
 Two programs that round on the same grid drift apart over a whole network though neither is wrong:
 sums in another order differ by 1e-7, a value on a rounding border falls to the other side, and the
-next grid spreads that step over a row. So the whole says little about a single wrong scale. Here
-each product stands alone: what PyTorch's fake quantization (`fake_quant`) gave a layer is cut out
-of its run with hooks, the same nodes (Q/DQ, product, bias) are cut out of the bundle's graph, and
-run on it.
+next grid spreads that step over a row. So a comparison of whole networks would not show a single
+wrong scale. Here each product is compared alone: hooks record the inputs and outputs of each layer
+in a run with PyTorch's fake quantization (`fake_quant`), the same nodes (Q/DQ, product, bias) are
+extracted from the bundle's graph, and run on the recorded inputs.
 
-The graph's layers see smoothed inputs and make smoothed values (`plan`); inputs and results are
-brought to the same side by the factors s.
+The graph's layers take smoothed inputs and return smoothed values (`plan`); the factors s convert
+the recorded inputs and outputs.
 
 Legend: N rows, K channels in, M channels out; B batch, A heads, E channels of a head.
 """
@@ -32,7 +32,7 @@ from anyflow_deploy.export.torch_engine import TorchEngine
 from anyflow_deploy.quantization.layers import OPERANDS
 
 ModuleRecords = dict[str, tuple[Array, Array]]
-"""Module -> what it was given and what it made, the last time it ran."""
+"""Input and output of each module's last call, by the module's name."""
 
 
 def compare_products(
@@ -41,21 +41,22 @@ def compare_products(
     smooth: Mapping[str, Tensor],
     run: Callable[[TorchEngine], object],
 ) -> dict[str, float]:
-    """Compare every quantized product.
+    """Compare every quantized product of a bundle with PyTorch.
 
     Args:
         bundle: int8 or fp8, base fp32.
-        reference: with `FakeQuant` in it, set up as the bundle was.
-        smooth: SmoothQuant's factors, layer -> s (K); see `QuantizationPlan.smooth`.
-        run: runs the reference once, so that its layers see something.
+        reference: with `FakeQuant` in it, with the same settings as the bundle.
+        smooth: SmoothQuant's factors s (K), by layer; see `QuantizationPlan.smooth`.
+        run: runs the reference once, so that its layers are called.
 
     Returns:
-        Product -> relative L2 distance, the worst of its graphs. Layers by their names; the
-        products of an attention in FP8 are `blocks.0.attn1.scores` and `blocks.0.attn1.mixed`.
+        The relative L2 distance of each product, the worst of its graphs. Layers have their own
+        names; the products of an attention in FP8 are `blocks.0.attn1.scores` and
+        `blocks.0.attn1.mixed`.
 
     Raises:
         AnyFlowError: the bundle has no product in eight bits, or one whose layer the run did not
-            reach.
+            call.
     """
     graphs = {name: _load_graph(bundle, name) for name in bundle.manifest.graphs}
     products = [
@@ -68,12 +69,12 @@ def compare_products(
             f"{bundle.path} has no product in eight bits; give an int8 or fp8 bundle."
         )
     records = _record_modules(reference, run)
-    found: dict[str, float] = {}
+    distances: dict[str, float] = {}
     for name, graph, node in products:
         inputs, expected = _product_inputs(name, records, smooth)
         result = _run_product(bundle, graphs[graph], node, inputs)
-        found[name] = max(found.get(name, 0.0), difference(result, expected).relative_l2)
-    return found
+        distances[name] = max(distances.get(name, 0.0), difference(result, expected).relative_l2)
+    return distances
 
 
 def _load_graph(bundle: Bundle, graph: str) -> ModelProto:
@@ -81,12 +82,12 @@ def _load_graph(bundle: Bundle, graph: str) -> ModelProto:
 
 
 def _iter_products(graph: GraphProto) -> Iterator[tuple[str, NodeProto]]:
-    """Every Gemm and MatMul with two dequantized operands, by the name of its layer."""
-    made = {name: node for node in graph.node for name in node.output}
+    """Yield every Gemm and MatMul with two dequantized operands, with the name of its layer."""
+    producers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
-        makers = [made.get(name) for name in node.input[:2]]
+        operand_producers = [producers.get(name) for name in node.input[:2]]
         if node.op_type not in ("Gemm", "MatMul") or any(
-            m is None or m.op_type != "DequantizeLinear" for m in makers
+            m is None or m.op_type != "DequantizeLinear" for m in operand_producers
         ):
             continue
         if node.op_type == "Gemm":
@@ -97,23 +98,23 @@ def _iter_products(graph: GraphProto) -> Iterator[tuple[str, NodeProto]]:
 
 
 def _record_modules(reference: TorchEngine, run: Callable[[TorchEngine], object]) -> ModuleRecords:
-    """What every module with quantizers, and every attention's quantizer, was given and made."""
+    """Record input and output of every module with quantizers and of attention's quantizers."""
     records: ModuleRecords = {}
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(_: Any, given: tuple[Tensor, ...], made: Tensor) -> None:
-            records[name] = (_array(given[0]), _array(made))
+    def make_hook(name: str) -> Callable[..., None]:
+        def hook(_: Any, inputs: tuple[Tensor, ...], producers: Tensor) -> None:
+            records[name] = (_array(inputs[0]), _array(producers))
 
         return hook
 
     modules = dict(reference.network.named_modules())
     operands = [f"{name}_quantizer" for name in OPERANDS]
-    chosen = [
+    names = [
         n
         for n, m in modules.items()
         if hasattr(m, "input_quantizer") or n.rpartition(".")[2] in operands
     ]
-    hooks = [modules[name].register_forward_hook(note(name)) for name in chosen]
+    hooks = [modules[name].register_forward_hook(make_hook(name)) for name in names]
     try:
         run(reference)
     finally:
@@ -129,7 +130,7 @@ def _array(tensor: Tensor) -> Array:
 def _product_inputs(
     name: str, records: ModuleRecords, smooth: Mapping[str, Tensor]
 ) -> tuple[list[Array], Array]:
-    """What the graph's product is to be given, and what it has to make of it."""
+    """Return the inputs of the graph's product, and the output it should have."""
     layer, _, kind = name.rpartition(".")
     try:
         if kind == "scores":
@@ -145,7 +146,7 @@ def _product_inputs(
         x, y = records[name]
     except KeyError:
         raise AnyFlowError(
-            f"{name} did not run in PyTorch; give a run that reaches every layer."
+            f"{name} did not run in PyTorch; give a `run` that calls every layer."
         ) from None
     return [_divide(x, smooth.get(name))], _divide(
         y, smooth.get(f"{layer}.to_out.0") if kind == "to_v" else None
@@ -153,7 +154,7 @@ def _product_inputs(
 
 
 def _heads_first(pair: tuple[Array, Array]) -> tuple[Array, Array]:
-    """(B, N, A, E) to (B, A, N, E)."""
+    """Transpose both arrays from (B, N, A, E) to (B, A, N, E)."""
     return pair[0].swapaxes(1, 2), pair[1].swapaxes(1, 2)
 
 
@@ -162,30 +163,30 @@ def _divide(x: Array, s: Tensor | None) -> Array:
 
 
 def _run_product(bundle: Bundle, model: ModelProto, node: NodeProto, inputs: list[Array]) -> Array:
-    """A product with its Q/DQ and its bias, cut out of the graph and run as the engine runs it."""
+    """Extract a product with its Q/DQ and its bias from the graph, and run it like the engine."""
     import onnxruntime
 
-    made = {name: other for other in model.graph.node for name in other.output}
-    sources = [made[name] for name in node.input[: len(inputs)]]
-    names = [made[source.input[0]].input[0] for source in sources]
-    following = next(
+    producers = {name: other for other in model.graph.node for name in other.output}
+    sources = [producers[name] for name in node.input[: len(inputs)]]
+    names = [producers[source.input[0]].input[0] for source in sources]
+    bias_add = next(
         (n for n in model.graph.node if n.op_type == "Add" and node.output[0] in n.input), None
     )
-    end = following if node.op_type == "Gemm" and following is not None else node
-    cut = onnx.utils.Extractor(model).extract_model(names, [end.output[0]])
+    end = bias_add if node.op_type == "Gemm" and bias_add is not None else node
+    submodel = onnx.utils.Extractor(model).extract_model(names, [end.output[0]])
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(bundle.path.resolve())
     )
     if bundle.manifest.precision == "int8":
-        shift_activations(cut)
+        shift_activations(submodel)
         if saturates(onnxruntime):
-            shift_weights(cut)
+            shift_weights(submodel)
     if bundle.manifest.precision == "fp8":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     session = onnxruntime.InferenceSession(
-        cut.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        submodel.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     (result,) = session.run(
         None, {name: np.ascontiguousarray(x) for name, x in zip(names, inputs, strict=True)}

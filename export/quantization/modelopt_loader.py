@@ -1,5 +1,7 @@
-"""The door to ModelOpt, which takes ten seconds to import and need not be installed for anything
-but quantizing."""
+"""Imports ModelOpt where it is needed.
+
+The import takes ten seconds, and only quantizing needs the package.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from anyflow_deploy.errors import BackendError
 
 
 def load_modelopt() -> ModuleType:
-    """`export.quantizers`, which stands on ModelOpt.
+    """Import `observers`, which needs ModelOpt.
 
     Raises:
         BackendError: it is not installed.

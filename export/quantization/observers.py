@@ -1,14 +1,14 @@
-"""Our layers, with ModelOpt's quantizers in them.
+"""Our layers with ModelOpt's quantizers.
 
-ModelOpt (`modelopt.torch.quantization`) swaps modules for quantized twins that hold
-`TensorQuantizer`s: things that either watch how large a tensor becomes (calibration) or round it as
-an 8-bit engine would (fake quantization). It knows `nn.Linear` but neither our `Linear` nor our
-`Attention`; both are entered in its registry here. A linear layer gets `input_quantizer` and
+ModelOpt (`modelopt.torch.quantization`) replaces modules by quantized ones that hold
+`TensorQuantizer`s. A quantizer either records how large a tensor becomes (calibration) or rounds it
+like an 8-bit engine (fake quantization). ModelOpt knows `nn.Linear` but neither our `Linear` nor
+our `Attention`; both are entered in its registry here. A linear layer gets `input_quantizer` and
 `weight_quantizer`; an attention gets one for each operand of its two products: `query` (scaled
 already), `key`, `value` and the softmax's `probabilities`.
 
-Quantizers belong to modules, not to graphs: whichever graph of a causal model runs a module, the
-same quantizer sees it. Everything is off until `install_quantizers` says otherwise.
+Quantizers belong to modules, not to graphs: whichever graph of a causal model runs a module, it
+uses the same quantizer. All are off until `install_quantizers` enables them.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ with warnings.catch_warnings():
     from modelopt.torch.quantization.utils import reduce_amax
 
 _MAX_SCORES = 1 << 26
-"""Scores held at once, 256 MB in float32: a whole table of them would be 51 GB at 480x832 and 81
-frames."""
+"""Scores computed at once, 256 MB in float32: a whole table of them would be 51 GB at 480x832 and
+81 frames."""
 
 
 @QuantModuleRegistry.register({Linear: "anyflow.Linear"})
@@ -51,7 +51,7 @@ class QuantizedLinear(QuantLinearConvBase):  # type: ignore[misc]
     """`Linear` with its input and its weight passed through quantizers."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, channels) to (rows, outputs)."""
+        """Return the outputs, (rows, channels) to (rows, outputs)."""
         weight = self.weight
         return F.linear(
             self.input_quantizer(x.to(weight.dtype)), self.weight_quantizer(weight), self.bias
@@ -67,11 +67,10 @@ class QuantizedAttention(QuantModule):  # type: ignore[misc]
             self._register_temp_attribute(f"{name}_quantizer", TensorQuantizer())
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As `Attention._attend`; in pieces of rows where a quantizer has to see the
-        probabilities."""
+        """Attend like `Attention._attend`, in pieces of rows where probabilities are quantized."""
         if not any(getattr(self, f"{name}_quantizer").is_enabled for name in OPERANDS):
-            mixed: Tensor = super()._attend(query, key, value)
-            return mixed
+            result: Tensor = super()._attend(query, key, value)
+            return result
         query = self.query_quantizer((query * self.scale).to(value.dtype)).transpose(1, 2)
         key = self.key_quantizer(key).transpose(1, 2)
         value = self.value_quantizer(value).transpose(1, 2)
@@ -85,9 +84,11 @@ class QuantizedAttention(QuantModule):  # type: ignore[misc]
 
 
 class MaxObserver(MaxCalibrator):  # type: ignore[misc]
-    """The largest absolute value seen. ModelOpt's own stops with an assertion at the first
-    infinity, nameless, and waits for the device three times a tensor to find it; this one keeps
-    infinities and NaN, so that the reader can name the tensor.
+    """The largest absolute value of a tensor.
+
+    ModelOpt's own observer stops with an assertion at the first infinity, which does not name the
+    tensor, and waits for the device three times a tensor to find it. This one keeps infinities and
+    NaN, so that the reader can name the tensor.
     """
 
     def __init__(self, axis: int | None) -> None:
@@ -95,7 +96,7 @@ class MaxObserver(MaxCalibrator):  # type: ignore[misc]
         self._calib_amax: Tensor | None = None
 
     def collect(self, x: Tensor) -> None:
-        """Watch one tensor."""
+        """Include one tensor, of any shape."""
         rest = None if self._axis is None else tuple(range(x.dim() - 1))
         largest = reduce_amax(x, axis=rest, keepdims=False).detach().reshape(-1)
         self._calib_amax = (
@@ -104,7 +105,7 @@ class MaxObserver(MaxCalibrator):  # type: ignore[misc]
 
 
 def install_quantizers(network: nn.Module, entries: list[dict[str, Any]]) -> None:
-    """Give a network ModelOpt's quantizers, in place; those that no entry names stay off.
+    """Convert a network to ModelOpt's quantizers, in place; those that no entry names stay off.
 
     Args:
         network: of `export.transformer` or `export.causal`; converted at the first call, configured
@@ -118,15 +119,15 @@ def install_quantizers(network: nn.Module, entries: list[dict[str, Any]]) -> Non
 
 
 def insert_observers(network: nn.Module, layers: Iterable[str]) -> dict[str, MaxObserver]:
-    """Let quantizers look, and round nothing.
+    """Make the quantizers record maxima, and round nothing.
 
     Args:
         network: see `install_quantizers`.
-        layers: linear layers whose inputs are watched, by channel; every attention's operands are
-            watched, too.
+        layers: linear layers whose inputs are observed, by channel; every attention's operands are
+            observed, too.
 
     Returns:
-        What each tensor's largest values can be read from, by the names of `Calibration.tensors`.
+        The observers of the largest values, by the names of `Calibration.tensors`.
     """
     by_channel = [
         _quantizer_config(f"{layer}.input_quantizer", calibrator=(MaxObserver, (-1,)))
@@ -137,13 +138,13 @@ def insert_observers(network: nn.Module, layers: Iterable[str]) -> dict[str, Max
         for name in OPERANDS
     ]
     install_quantizers(network, by_channel + operands)
-    found = {}
+    observers = {}
     for name, quantizer in quantizers(network, "*").items():
         if quantizer.is_enabled:
             quantizer.disable_quant()
             quantizer.enable_calib()
-            found[name.removesuffix("_quantizer")] = quantizer._calibrator
-    return found
+            observers[name.removesuffix("_quantizer")] = quantizer._calibrator
+    return observers
 
 
 def insert_fake_quant(
@@ -153,7 +154,7 @@ def insert_fake_quant(
     bits: int | tuple[int, int],
     weight_axis: int | None,
 ) -> dict[str, tuple[Any, Any]]:
-    """Let quantizers round.
+    """Make the quantizers round.
 
     Args:
         network: see `install_quantizers`.
@@ -163,7 +164,7 @@ def insert_fake_quant(
         bits, weight_axis: ModelOpt's `num_bits`, and the `axis` of a weight's scales.
 
     Returns:
-        Layer -> the quantizers of its input and of its weight, to be switched on and off.
+        By layer, the quantizers of its input and of its weight, to be switched on and off.
     """
     grid = {"num_bits": bits, "backend": GRID_BACKEND}
     entries = [_quantizer_config(f"{layer}.input_quantizer", **grid) for layer in layers]
@@ -191,8 +192,7 @@ def insert_fake_quant(
 
 
 def _set_range(quantizer: Any, amax: Tensor, factors: Tensor | None) -> None:
-    """Round with this range from now on, multiplied by these factors first, whatever was watched
-    before."""
+    """Set the range that a quantizer rounds in, and the factors it multiplies by first."""
     quantizer.reset_amax()
     quantizer.amax = amax
     if hasattr(quantizer, "_pre_quant_scale"):
@@ -204,18 +204,19 @@ def _set_range(quantizer: Any, amax: Tensor, factors: Tensor | None) -> None:
 
 
 def _fake_quantize(x: Tensor, quantizer: Any) -> Tensor:
-    """QuantizeLinear and DequantizeLinear as ONNX defines them: dividing by the scale, and
-    saturating at the type's ends.
+    """Round like ONNX's QuantizeLinear and DequantizeLinear.
+
+    They divide by the scale, and saturate at the type's ends.
 
     ModelOpt multiplies by the scale's inverse instead, which now and then rounds to the neighbour
     (one value moved a layer by 1e-4, measured), and saturates INT8 at -127, where inputs beyond
     their calibrated range then differ (5e-4).
     """
-    eight = quantizer.num_bits == 8
-    largest = 127.0 if eight else 448.0
+    is_int8 = quantizer.num_bits == 8
+    largest = 127.0 if is_int8 else 448.0
     amax = quantizer.amax.to(x.device)
     scale = torch.where(amax > 0, amax, largest) / largest
-    if eight:
+    if is_int8:
         return (x / scale).round().clamp(-128, 127) * scale
     return (x / scale).clamp(-largest, largest).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
@@ -229,6 +230,6 @@ def _quantizer_config(pattern: str, **attributes: Any) -> dict[str, Any]:
 
 
 def quantizers(network: nn.Module, pattern: str) -> dict[str, Any]:
-    """The `TensorQuantizer`s whose name fits a pattern, by name."""
-    found = {n: m for n, m in network.named_modules() if isinstance(m, TensorQuantizer)}
-    return {name: found[name] for name in fnmatch.filter(found, pattern)}
+    """Return the `TensorQuantizer`s whose name matches a pattern, by name."""
+    modules = {n: m for n, m in network.named_modules() if isinstance(m, TensorQuantizer)}
+    return {name: modules[name] for name in fnmatch.filter(modules, pattern)}

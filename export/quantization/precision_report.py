@@ -1,8 +1,8 @@
-"""What a bundle's graphs really compute in eight bits, counted from the finished graphs.
+"""Counts what a bundle's graphs really compute in eight bits.
 
-An exporter may intend anything; a product counts as quantized here only when both of its operands
-come out of a DequantizeLinear. Operations are counted for all Gemm, MatMul, Attention and Conv at
-the bundle's default video, from the graph's own shapes, whose symbols are given their sizes.
+A product counts as quantized only when both of its operands come out of a DequantizeLinear in the
+finished graph, whatever the plan was. Operations are counted for all Gemm, MatMul, Attention and
+Conv at the bundle's default video, from the graph's own shapes.
 """
 
 from __future__ import annotations
@@ -37,33 +37,35 @@ def count_precisions(
     video: VideoDefaults,
     full_precision_layers: Mapping[str, str],
 ) -> AchievedPrecision:
-    """Count.
+    """Count the bytes and the operations of a bundle's graphs, by precision.
 
     Args:
         models: the finished graphs, by name; each is counted once.
         entries: the weights' types and sizes.
-        a, video: give sizes to the symbols in shapes.
-        full_precision_layers: layers that were kept high -> why.
+        a, video: decide the sizes of the symbols in shapes.
+        full_precision_layers: the reason for each layer that was kept in full precision.
     """
-    # Weights that two graphs share count once.
+    # Weights that graphs share are counted once
     names = {name for model in models.values() for name in model.graph.initializers}
     weight_bytes: dict[str, int] = {}
     for entry in (entries[name] for name in sorted(names)):
         weight_bytes[entry.type] = weight_bytes.get(entry.type, 0) + entry.bytes
     counts = [count_product_flops(model, symbol_sizes(a, video)) for model in models.values()]
-    total, quantized = (sum(values) for values in zip(*counts, strict=True))
+    total, quantized_flops = (sum(values) for values in zip(*counts, strict=True))
     small = sum(weight_bytes.get(kind, 0) for kind in _EIGHT_BITS)
     return AchievedPrecision(
         weight_bytes=weight_bytes,
-        quantized_flops=round(quantized / total, 4),
+        quantized_flops=round(quantized_flops / total, 4),
         quantized_weights=round(small / sum(weight_bytes.values()), 4),
         full_precision_layers=dict(full_precision_layers),
     )
 
 
 def symbol_sizes(a: Architecture, video: VideoDefaults) -> dict[str, int]:
-    """The symbols of shapes at the default video. Causal: the largest chunk, on a cache full of
-    recent chunks."""
+    """Return the sizes of the symbols in shapes, at the default video.
+
+    For a causal model that is the largest chunk, on a cache full of recent chunks.
+    """
     rows, columns = (
         side // video.spatial_factor // a.patch_size[1] for side in (video.height, video.width)
     )
@@ -75,14 +77,14 @@ def symbol_sizes(a: Architecture, video: VideoDefaults) -> dict[str, int]:
 
 
 def count_product_flops(model: ir.Model, symbols: Mapping[str, int]) -> tuple[int, int]:
-    """Operations in all products of a graph, and in those whose operands both have eight bits."""
-    total = quantized = 0
+    """Count the operations of all products of a graph, and those with two 8-bit operands."""
+    total = quantized_flops = 0
     for node in model.graph:
         if node.op_type in _PRODUCTS:
             flops = _count_flops(node, symbols)
             total += flops
-            quantized += flops if _is_quantized(node) else 0
-    return total, quantized
+            quantized_flops += flops if _is_quantized(node) else 0
+    return total, quantized_flops
 
 
 def _is_quantized(node: ir.Node) -> bool:
@@ -93,7 +95,7 @@ def _is_quantized(node: ir.Node) -> bool:
 
 
 def _count_flops(node: ir.Node, symbols: Mapping[str, int]) -> int:
-    """Two for every multiplication with addition."""
+    """Count two operations for every multiplication with addition."""
     output = _resolve_shape(node.outputs[0], symbols)
     if node.op_type == "Conv":
         return 2 * math.prod(output) * math.prod(_resolve_shape(node.inputs[1], symbols)[1:])
@@ -116,7 +118,7 @@ def _resolve_shape(value: ir.Value | None, symbols: Mapping[str, int]) -> list[i
 
 
 def _evaluate(expression: ast.expr, symbols: Mapping[str, int]) -> int:
-    """A size like `4*frames*rows*columns + past`."""
+    """Evaluate a size like `4*frames*rows*columns + past`."""
     if isinstance(expression, ast.BinOp) and type(expression.op) in _OPERATIONS:
         return _OPERATIONS[type(expression.op)](
             _evaluate(expression.left, symbols), _evaluate(expression.right, symbols)

@@ -1,9 +1,9 @@
-"""What calibration shows the network: prompts, as embeddings.
+"""Calibration prompts and their embeddings.
 
-Where the checkpoint is a pipeline, its own text encoder reads them. Where there is none (random
-weights, a bare transformer folder), seeded standard-normal numbers stand in, in the layout that the
-network knows: words first, zeros behind. Activations of real text are not like that, so a
-calibration says which of the two it had.
+Where the checkpoint is a pipeline, its own text encoder embeds the prompts. Where there is none
+(random weights, a bare transformer folder), seeded standard-normal numbers replace it, in the
+layout that the network knows: words first, zeros behind. Activations of real text differ from
+those, so a calibration records which of the two it used.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PROMPTS = (
     "a crowded market in bright sun, the camera pans left",
     "the night sky turns above a lone tree",
 )
-"""Animals, people, cities, drawings, textures; bright and dark, still and moving. Ranges depend on
-them little."""
+"""Animals, people, cities, drawings, textures; bright and dark, still and moving. Ranges depend
+little on the prompts."""
 
 _PARTS = ("tokenizer", "text_encoder")
 _RANDOM_WORDS = 32
@@ -41,10 +41,10 @@ _RANDOM_WORDS = 32
 
 @dataclass(frozen=True)
 class CalibrationPrompts:
-    """Prompts and what the network gets of them.
+    """Prompts and their embeddings.
 
     Attributes:
-        prompts: in words.
+        prompts: the texts.
         prompt_embeds: float32 (prompts, L, D).
         source: "encoder", or "random" where there was no text encoder.
     """
@@ -55,7 +55,7 @@ class CalibrationPrompts:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a text file, one a line; empty lines do not count.
+    """Read the prompts of a text file, one a line; empty lines are skipped.
 
     Raises:
         AnyFlowError: no such file, not UTF-8, or no prompt in it.
@@ -83,8 +83,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def embed_prompts(
     weights: Weights, prompts: tuple[str, ...] = PROMPTS, tokens: int = TEXT_TOKENS
 ) -> CalibrationPrompts:
-    """Embed prompts with the text encoder that belongs to the weights, or with random numbers where
-    there is none.
+    """Embed prompts with the weights' text encoder, or with random numbers where there is none.
 
     Raises:
         AnyFlowError: no prompt, an empty one, or one that is too long.
@@ -105,7 +104,10 @@ def embed_prompts(
 def random_prompt_embeds(
     weights: Weights, prompts: tuple[str, ...], tokens: int = TEXT_TOKENS
 ) -> CalibrationPrompts:
-    """Seeded standard-normal embeddings, one for each prompt, whatever it says."""
+    """Return seeded standard-normal embeddings, float32 (prompts, L, D).
+
+    They do not depend on the prompts' words.
+    """
     prompt_embeds = np.zeros((len(prompts), tokens, weights.architecture.text_dim), np.float32)
     for index in range(len(prompts)):
         token_embeds = noise(
@@ -116,8 +118,10 @@ def random_prompt_embeds(
 
 
 def _find_text_encoder(weights: Weights) -> Path | None:
-    """The folder with tokenizer and text encoder, downloaded where the weights were; None where
-    there is none."""
+    """Return the folder with tokenizer and text encoder, or None where there is none.
+
+    It is downloaded where the weights came from the Hub.
+    """
     source = weights.source
     if source.kind == "random":
         return None

@@ -1,18 +1,17 @@
-"""Eight-bit linear layers in torch, from a quantized bundle: the same grids and scales as its ONNX
-graphs.
+"""Eight-bit linear layers in torch, with the grids and scales of the bundle's ONNX graphs.
 
 A layer whose weight has a scale in the bundle rounds its input to eight bits and multiplies with
 torch's own operator:
 
 - fp8: `torch._scaled_mm`, one scale on either side; tensor cores of compute capability 8.9 and up,
-  oneDNN on a CPU. Sums take the tensor cores' fast way (14 bits on Hopper), as torchao's inference
-  does.
+  oneDNN on a CPU. Sums use the tensor cores' fast accumulation (14 bits on Hopper), as torchao's
+  inference does.
 - int8: `torch._int_mm` into 32 bits, then the scale of the input times one scale for each output
   channel.
 
-Layers that read one tensor round it once. Where SmoothQuant divided an input, all readers of it see
-the divided one, those kept high included, since their weights were multiplied. Scales and factors
-keep their names in the bundle.
+Layers that read one tensor round it once. Where SmoothQuant divides an input, all layers that read
+it take the divided one, those kept in full precision included, since their weights were multiplied.
+Scales and factors have the same names as in the bundle.
 
 Legend: M rows of tokens, K channels in, N channels out.
 """
@@ -34,56 +33,56 @@ _FP8_LARGEST = 448.0
 
 
 class QuantizedInput:
-    """What layers share that read one tensor: its scale and factors, and the result of rounding it,
-    made once.
+    """An input that several layers read: its scale and factors, and the result of rounding it.
+
+    The result is computed once.
 
     Args:
         network: holds scale and factors as buffers.
-        name: what they are called in it, before `_scale` and `_smooth`.
+        name: of the input; its buffers end in `_scale` and `_smooth`.
         smooth: whether there are factors.
-        eight_bits: torch's type.
+        dtype: torch's 8-bit type.
     """
 
-    def __init__(
-        self, network: nn.Module, name: str, smooth: bool, eight_bits: torch.dtype
-    ) -> None:
+    def __init__(self, network: nn.Module, name: str, smooth: bool, dtype: torch.dtype) -> None:
         self._network = network
         self._name = name
         self._smooth = smooth
-        self._type = eight_bits
-        self._last_smoothed: tuple[Tensor, Tensor] | None = None
-        self._last_quantized: tuple[Tensor, Tensor] | None = None
+        self._type = dtype
+        self._smooth_cache: tuple[Tensor, Tensor] | None = None
+        self._quantize_cache: tuple[Tensor, Tensor] | None = None
 
     @property
     def scale(self) -> Tensor:
-        """Of the rounded input, float32, one number."""
+        """Scale of the rounded input, float32, one number."""
         return self._network.get_buffer(f"{self._name}_scale").float()
 
     def smooth(self, x: Tensor) -> Tensor:
-        """The input as SmoothQuant's readers see it, (M, K)."""
+        """Return the input divided by SmoothQuant's factors, (M, K)."""
         if not self._smooth:
             return x
-        if self._last_smoothed is None or self._last_smoothed[0] is not x:
-            self._last_smoothed = (
+        if self._smooth_cache is None or self._smooth_cache[0] is not x:
+            self._smooth_cache = (
                 x,
                 x * self._network.get_buffer(f"{self._name}_smooth").to(x.dtype),
             )
-        return self._last_smoothed[1]
+        return self._smooth_cache[1]
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The same in eight bits."""
-        if self._last_quantized is None or self._last_quantized[0] is not x:
-            scaled = self.smooth(x).float() / self.scale
+        """Return the smoothed input in eight bits, (M, K)."""
+        if self._quantize_cache is None or self._quantize_cache[0] is not x:
+            values = self.smooth(x).float() / self.scale
             low, high = (
                 (-128.0, 127.0) if self._type == torch.int8 else (-_FP8_LARGEST, _FP8_LARGEST)
             )
-            whole = scaled.round() if self._type == torch.int8 else scaled
-            self._last_quantized = x, whole.clamp(low, high).to(self._type)
-        return self._last_quantized[1]
+            if self._type == torch.int8:
+                values = values.round()
+            self._quantize_cache = x, values.clamp(low, high).to(self._type)
+        return self._quantize_cache[1]
 
 
 class EightBitLinear(nn.Module):
-    """A linear layer on an `QuantizedInput`, (M, K) to (M, N) in the base's type.
+    """A linear layer on a `QuantizedInput`, (M, K) to (M, N) in the base's type.
 
     Args:
         original: the layer it replaces.
@@ -102,20 +101,20 @@ class EightBitLinear(nn.Module):
         self.quantized_input = quantized_input
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded = self.quantized_input.quantize(x)
+        quantized_x = self.quantized_input.quantize(x)
         scale = self.get_buffer("weight_scale").float()
         if self.weight.dtype == torch.int8:
-            whole = multiply_int8(rounded, self.weight.t())
-            product = (whole.float() * (self.quantized_input.scale * scale)).to(self.input_type)
+            sums = multiply_int8(quantized_x, self.weight.t())
+            product = (sums.float() * (self.quantized_input.scale * scale)).to(self.input_type)
         else:
             product = multiply_fp8(
-                rounded, self.weight.t(), self.quantized_input.scale, scale, self.input_type
+                quantized_x, self.weight.t(), self.quantized_input.scale, scale, self.input_type
             )
         return product + self.bias
 
 
 class SmoothedLinear(Linear):
-    """A layer kept high whose input SmoothQuant divides."""
+    """A layer kept in full precision whose input SmoothQuant divides."""
 
     def __init__(self, original: Linear, quantized_input: QuantizedInput) -> None:
         super().__init__(
@@ -131,38 +130,41 @@ class SmoothedLinear(Linear):
 def quantize_linear_layers(
     network: nn.Module, a: Architecture, weights: Mapping[str, Tensor]
 ) -> None:
-    """Replace a network's layers in place by what the bundle's weights ask for; nothing in other
-    precisions.
+    """Replace a network's layers in place by those that the bundle's weights need.
+
+    A network of another precision stays as it is.
 
     Args:
         network: on the meta device.
         a: its architecture.
         weights: of the bundle, by name.
     """
-    quantized = [layer for layer in quantizable_layers(a) if f"{layer}.weight_scale" in weights]
-    if not quantized:
+    quantized_layers = [
+        layer for layer in quantizable_layers(a) if f"{layer}.weight_scale" in weights
+    ]
+    if not quantized_layers:
         return
-    kind = weights[f"{quantized[0]}.weight"].dtype
+    kind = weights[f"{quantized_layers[0]}.weight"].dtype
     quantized_inputs: dict[str, QuantizedInput] = {}
     for layer in quantizable_layers(a):
         name = shared_input(layer)
         smooth = f"{name}_smooth" in weights
-        if layer not in quantized and not smooth:
+        if layer not in quantized_layers and not smooth:
             continue
         quantized_input = quantized_inputs.setdefault(
             name, QuantizedInput(network, name, smooth, kind)
         )
         original = cast(Linear, network.get_submodule(layer))
         replacement: nn.Module = SmoothedLinear(original, quantized_input)
-        if layer in quantized:
+        if layer in quantized_layers:
             replacement = EightBitLinear(
                 original,
                 quantized_input,
                 weights[f"{layer}.weight"],
                 weights[f"{layer}.weight_scale"],
             )
-        parent, _, own = layer.rpartition(".")
-        setattr(network.get_submodule(parent), own, replacement)
+        parent, _, attribute = layer.rpartition(".")
+        setattr(network.get_submodule(parent), attribute, replacement)
     for name in (
         f"{quantized_input}_{what}"
         for quantized_input in quantized_inputs

@@ -1,12 +1,12 @@
-"""Which layers suffer most from 8 bits, and which to keep high: measured on the model at hand.
+"""Measures which layers suffer most from 8 bits, and selects those to keep in full precision.
 
-Each layer is quantized alone, videos are made at a few step counts, and compared with those of the
-untouched network from the same noise: that ranks the layers. Damages do not add up (errors of one
-layer hide or feed those of another), so how many have to stay high is not read off the ranking but
-measured again: `select_full_precision_layers` quantizes all but the n worst, makes the videos, and
-bisects n.
+Each layer is quantized alone, videos are generated at a few step counts, and compared with those of
+the unquantized network from the same noise: that ranks the layers. Errors do not add up (those of
+one layer hide or increase those of another), so the number of layers to keep cannot be read off the
+ranking. `select_full_precision_layers` measures it again: it quantizes all but the n worst,
+generates the videos, and bisects n.
 
-Lists of layers made for another model are worth nothing: they depend on depth, and on the weights.
+A list of layers does not carry over to another model: it depends on depth, and on the weights.
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ STEPS = (1, 4)
 
 
 class QuantizationError(FrozenRecord):
-    """What quantizing some layers does to a video, at the step count where it is worst.
+    """The error of a video with some layers quantized, at the step count where it is worst.
 
     Attributes:
-        relative_l2: |quantized - untouched| / |untouched|; None where the video is not finite any
-            more.
+        relative_l2: |quantized - unquantized| / |unquantized|; None where the video is not finite.
         psnr_db: peak signal to noise; None where the two are equal.
     """
 
@@ -51,15 +50,15 @@ class QuantizationError(FrozenRecord):
 
 
 class Sensitivity(FrozenRecord):
-    """`sensitivity.json`.
+    """The contents of `sensitivity.json`.
 
     Attributes:
         weights: their fingerprint.
-        precision: what layers were quantized to.
+        precision: of the quantized layers.
         steps, shape, seed: of the videos.
-        layers: layer -> what quantizing it alone does, the worst first.
-        excluded: candidates that cannot be quantized -> why.
-        kept: number of worst layers kept high -> what quantizing all others does.
+        layers: by layer, the error of quantizing it alone, the worst first.
+        excluded: by candidate that cannot be quantized, the reason.
+        kept: by number of worst layers kept in full precision, the error of quantizing all others.
     """
 
     schema_version: int = Field(default=1, alias="schema")
@@ -75,7 +74,7 @@ class Sensitivity(FrozenRecord):
 
 @dataclass(frozen=True)
 class SensitivitySettings:
-    """The videos that are compared.
+    """The settings of the videos that are compared.
 
     Attributes:
         text: embeddings (1, L, D) of a prompt.
@@ -95,8 +94,7 @@ class SensitivitySettings:
 
 
 class SensitivityAnalyzer:
-    """Makes videos with some layers quantized, and measures them against those of the untouched
-    network.
+    """Generates videos with some layers quantized, and compares them with the unquantized.
 
     Args:
         weights: of the model.
@@ -107,7 +105,7 @@ class SensitivityAnalyzer:
 
     Attributes:
         layers: those that can be quantized.
-        excluded: the others -> why.
+        excluded: by layer that cannot be quantized, the reason.
     """
 
     def __init__(
@@ -133,19 +131,21 @@ class SensitivityAnalyzer:
         self.excluded = self._fake_quant.excluded
 
     def measure_layer(self, layer: str) -> QuantizationError:
-        """Quantize one layer."""
+        """Quantize one layer, and measure the error."""
         self._fake_quant.quantize_only([layer])
         return self._measure_error()
 
-    def measure_all_except(self, kept: Collection[str]) -> QuantizationError:
-        """Quantize all layers but these."""
-        self._fake_quant.keep_layers(kept)
+    def measure_all_except(self, full_precision_layers: Collection[str]) -> QuantizationError:
+        """Quantize all layers but these, and measure the error."""
+        self._fake_quant.keep_layers(full_precision_layers)
         return self._measure_error()
 
-    def psnr_all_except(self, kept: Collection[str]) -> float:
-        """The same in decibels: infinite for equal videos, minus infinite for one that is not
-        finite."""
-        return psnr_from_error(self.measure_all_except(kept))
+    def psnr_all_except(self, full_precision_layers: Collection[str]) -> float:
+        """Quantize all layers but these, and return the PSNR in decibels.
+
+        It is infinite for equal videos, and minus infinite for one that is not finite.
+        """
+        return psnr_from_error(self.measure_all_except(full_precision_layers))
 
     def _generate_videos(self) -> list[Array]:
         return [
@@ -154,32 +154,37 @@ class SensitivityAnalyzer:
         ]
 
     def _measure_error(self) -> QuantizationError:
-        found = [
+        differences = [
             difference(*pair) for pair in zip(self._generate_videos(), self._reference, strict=True)
         ]
-        worst: Difference = max(found, key=lambda d: d.relative_l2)
+        worst: Difference = max(differences, key=lambda d: d.relative_l2)
         return QuantizationError(
-            relative_l2=_finite(worst.relative_l2), psnr_db=_finite(min(d.psnr_db for d in found))
+            relative_l2=_finite(worst.relative_l2),
+            psnr_db=_finite(min(d.psnr_db for d in differences)),
         )
 
 
 def measure_sensitivity(
     analyzer: SensitivityAnalyzer, progress: Progress | None = None
 ) -> Sensitivity:
-    """Rank the layers, and measure keeping 0, 1, 2, 4, … of the worst."""
-    progress, layers = progress or NullProgress(), {}
+    """Rank the layers, and measure keeping 0, 1, 2, 4, … of the worst in full precision."""
+    progress = progress or NullProgress()
+    layers = {}
     with progress.stage(
         f"{len(analyzer.layers)} layers, one at a time", len(analyzer.layers)
     ) as advance:
         for name in analyzer.layers:
             layers[name] = analyzer.measure_layer(name)
             advance(1)
-    ranked = sorted(layers, key=lambda name: -_relative_l2(layers[name]))
-    counts = [0, *(2**power for power in range(len(ranked).bit_length()) if 2**power < len(ranked))]
+    ranking = sorted(layers, key=lambda name: -_relative_l2(layers[name]))
+    counts = [
+        0,
+        *(2**power for power in range(len(ranking).bit_length()) if 2**power < len(ranking)),
+    ]
     kept = {}
     with progress.stage("keeping the worst", len(counts)) as advance:
         for count in counts:
-            kept[count] = analyzer.measure_all_except(ranked[:count])
+            kept[count] = analyzer.measure_all_except(ranking[:count])
             advance(1)
     settings = analyzer.settings
     return Sensitivity(
@@ -188,7 +193,7 @@ def measure_sensitivity(
         steps=list(settings.steps),
         shape=[1, *settings.shape],
         seed=settings.seed,
-        layers={name: layers[name] for name in ranked},
+        layers={name: layers[name] for name in ranking},
         excluded=analyzer.excluded,
         kept=kept,
     )
@@ -200,31 +205,31 @@ def select_full_precision_layers(
     min_psnr_db: float | None = None,
     psnr: Callable[[Collection[str]], float] | None = None,
 ) -> list[str]:
-    """Choose the layers that stay high.
+    """Select the layers that stay in full precision.
 
     Args:
         sensitivity: the ranking.
-        keep_layers: so many of the worst.
-        min_psnr_db: as few of the worst as a bisection finds to reach this PSNR with the rest
+        keep_layers: number of worst layers to keep.
+        min_psnr_db: keep as few of the worst as a bisection finds to reach this PSNR with the rest
             quantized.
-        psnr: measures that, given the layers kept: `SensitivityAnalyzer.psnr_all_except`. Needed
-            with `min_psnr_db`.
+        psnr: returns the PSNR for a list of layers that are kept:
+            `SensitivityAnalyzer.psnr_all_except`. Needed with `min_psnr_db`.
 
     Returns:
         Layer names, the worst first.
 
     Raises:
-        AnyFlowError: both or neither of the two, a number there are not so many layers for, or a
-            fidelity that only the unquantized network has.
+        AnyFlowError: both or neither of the two, more layers than there are, or a PSNR that only
+            the unquantized network reaches.
     """
-    ranked = list(sensitivity.layers)
+    ranking = list(sensitivity.layers)
     if (keep_layers is None) == (min_psnr_db is None):
         raise AnyFlowError(
             "give one of --keep-layers N and --min-psnr DB: a number of layers, or a PSNR to reach."
         )
     if keep_layers is not None:
-        check_keep_layers(keep_layers, len(ranked))
-        return ranked[:keep_layers]
+        check_keep_layers(keep_layers, len(ranking))
+        return ranking[:keep_layers]
     assert min_psnr_db is not None
     if psnr is None or not math.isfinite(min_psnr_db):
         raise AnyFlowError(
@@ -233,26 +238,27 @@ def select_full_precision_layers(
         )
     if psnr([]) >= min_psnr_db:
         return []
-    short, enough = 0, len(ranked)
-    while enough - short > 1:
-        middle = (short + enough) // 2
-        if psnr(ranked[:middle]) >= min_psnr_db:
-            enough = middle
+    too_few = 0
+    sufficient = len(ranking)
+    while sufficient - too_few > 1:
+        middle = (too_few + sufficient) // 2
+        if psnr(ranking[:middle]) >= min_psnr_db:
+            sufficient = middle
         else:
-            short = middle
-    if enough == len(ranked):
+            too_few = middle
+    if sufficient == len(ranking):
         raise AnyFlowError(
-            f"{min_psnr_db:g} dB cannot be reached with any layer in {sensitivity.precision}. Ask"
-            " for less, or choose fp16."
+            f"{min_psnr_db:g} dB cannot be reached with any layer in {sensitivity.precision}. Give"
+            " a lower --min-psnr, or choose fp16."
         )
-    return ranked[:enough]
+    return ranking[:sufficient]
 
 
 def check_keep_layers(keep_layers: int | None, layers: int) -> None:
-    """Refuse a number of layers that leaves nothing to quantize; cheap, so ask before measuring.
+    """Refuse a number of layers that leaves nothing to quantize; needs no measurement.
 
     Raises:
-        AnyFlowError: `keep` is not from 0 to one less than there are.
+        AnyFlowError: `keep_layers` is below 0, or not below the number of layers.
     """
     if keep_layers is not None and not 0 <= keep_layers < layers:
         allowed = (
@@ -264,7 +270,7 @@ def check_keep_layers(keep_layers: int | None, layers: int) -> None:
 
 
 def psnr_from_error(error: QuantizationError) -> float:
-    """PSNR as a number that compares."""
+    """Return the PSNR in decibels: infinite for equal videos, -infinite for one not finite."""
     if error.relative_l2 is None:
         return -math.inf
     return math.inf if error.psnr_db is None else error.psnr_db
@@ -279,7 +285,7 @@ def _finite(value: float) -> float | None:
 
 
 def write_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
-    """Write a `sensitivity.json`, whole or not at all."""
+    """Write a `sensitivity.json` atomically."""
     write_text_atomically(path, sensitivity.model_dump_json(by_alias=True, indent=1) + "\n")
 
 

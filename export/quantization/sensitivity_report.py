@@ -1,7 +1,8 @@
-"""A sensitivity as people read it: a table on the terminal, and a picture.
+"""Tables and a picture of a sensitivity.
 
 The picture's left half has one cell a layer (block by block, kind by kind), so that a bad block or
-a bad kind shows at a glance; its right half says what keeping the worst layers buys.
+a bad kind shows at a glance; its right half shows the PSNR when the worst layers are kept in full
+precision.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from anyflow_deploy.export.quantization.sensitivity import (
 from anyflow_deploy.quantization.layers import GROUPS
 
 KINDS = [name for group in GROUPS for name in group]
-_SHOWN = 10
-_FLOOR = 1e-9  # what no damage at all is drawn at: a logarithm has no zero
+_MAX_LAYERS = 10
+_FLOOR = 1e-9  # an error of zero is drawn at this value: a logarithm has no zero
 
 
 def sensitivity_tables(sensitivity: Sensitivity) -> list[Table]:
-    """The worst layers, and what keeping them buys."""
+    """Make the tables of the worst layers, and of the PSNR when the worst are kept."""
     worst = Table(
         "rank",
         "layer",
@@ -35,12 +36,14 @@ def sensitivity_tables(sensitivity: Sensitivity) -> list[Table]:
         "PSNR",
         title=f"quantized alone to {sensitivity.precision}, the worst first",
     )
-    for rank, (name, error) in enumerate(list(sensitivity.layers.items())[:_SHOWN], 1):
+    for rank, (name, error) in enumerate(list(sensitivity.layers.items())[:_MAX_LAYERS], 1):
         worst.add_row(str(rank), name, *_cells(error))
-    kept = Table("kept high", "quantized", "relative L2", "PSNR", title="all others quantized")
+    keep_table = Table(
+        "in full precision", "quantized", "relative L2", "PSNR", title="all others quantized"
+    )
     for count, error in sensitivity.kept.items():
-        kept.add_row(str(count), str(len(sensitivity.layers) - count), *_cells(error))
-    return [worst, kept]
+        keep_table.add_row(str(count), str(len(sensitivity.layers) - count), *_cells(error))
+    return [worst, keep_table]
 
 
 def _cells(error: QuantizationError) -> tuple[str, str]:
@@ -51,8 +54,13 @@ def _cells(error: QuantizationError) -> tuple[str, str]:
     )
 
 
-def draw_sensitivity(sensitivity: Sensitivity, path: Path, selected: int | None = None) -> None:
-    """Write the picture, a PNG; `selected` marks a number of layers kept."""
+def draw_sensitivity(
+    sensitivity: Sensitivity, path: Path, selected_count: int | None = None
+) -> None:
+    """Draw a sensitivity and write it as a PNG.
+
+    `selected_count` marks a number of layers kept in full precision.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,7 +70,7 @@ def draw_sensitivity(sensitivity: Sensitivity, path: Path, selected: int | None 
         1, 2, figsize=(12, 4.6), layout="constrained", width_ratios=(3, 2)
     )
     _draw_layers(figure, left, sensitivity)
-    _draw_kept(right, sensitivity, selected)
+    _draw_keep_curve(right, sensitivity, selected_count)
     frames, _, height, width = sensitivity.shape[1:]
     steps = ", ".join(map(str, sensitivity.steps))
     figure.suptitle(
@@ -75,8 +83,10 @@ def draw_sensitivity(sensitivity: Sensitivity, path: Path, selected: int | None 
 
 
 def sensitivity_grid(sensitivity: Sensitivity) -> NDArray[np.float64]:
-    """Relative L2 by kind (rows) and block (columns); NaN where a layer is not quantized, infinite
-    where it broke the video."""
+    """Return relative L2 by kind (rows) and block (columns), float64.
+
+    It is NaN where a layer is not quantized, and infinite where the video was not finite.
+    """
     names = [*sensitivity.layers, *sensitivity.excluded]
     blocks = 1 + max(int(name.split(".")[1]) for name in names)
     cells = np.full((len(KINDS), blocks), np.nan)
@@ -106,14 +116,14 @@ def _draw_layers(figure: Any, axes: Any, sensitivity: Sensitivity) -> None:
     axes.set_yticks(range(len(KINDS)), KINDS, fontsize=8, family="monospace")
     axes.set(xlabel="block", title="One layer alone")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    for rank, name in enumerate(list(sensitivity.layers)[:_SHOWN], 1):
+    for rank, name in enumerate(list(sensitivity.layers)[:_MAX_LAYERS], 1):
         _, block, kind = name.split(".", 2)
         place = (int(block), KINDS.index(kind))
         axes.text(*place, str(rank), ha="center", va="center", fontsize=7, color="white")
     figure.colorbar(image, ax=axes, label="relative L2 of the video", pad=0.02)
 
 
-def _draw_kept(axes: Any, sensitivity: Sensitivity, selected: int | None) -> None:
+def _draw_keep_curve(axes: Any, sensitivity: Sensitivity, selected_count: int | None) -> None:
     points = [
         (count, psnr_from_error(error))
         for count, error in sensitivity.kept.items()
@@ -122,12 +132,12 @@ def _draw_kept(axes: Any, sensitivity: Sensitivity, selected: int | None) -> Non
     axes.plot(
         [p[0] for p in points], [p[1] for p in points], color="#1b6ca8", marker="o", ms=5, lw=1.4
     )
-    if selected is not None:
-        axes.axvline(selected, color="#d1495b", ls="--", lw=1)
+    if selected_count is not None:
+        axes.axvline(selected_count, color="#d1495b", ls="--", lw=1)
         axes.text(
-            selected,
+            selected_count,
             0.02,
-            f" {selected} kept",
+            f" {selected_count} kept",
             color="#d1495b",
             fontsize=8,
             transform=axes.get_xaxis_transform(),
@@ -136,7 +146,7 @@ def _draw_kept(axes: Any, sensitivity: Sensitivity, selected: int | None) -> Non
     axes.set_xticks([p[0] for p in points], [str(p[0]) for p in points])
     total = len(sensitivity.layers)
     axes.set(
-        xlabel=f"worst layers kept high, of {total}",
+        xlabel=f"worst layers in full precision, of {total}",
         ylabel="PSNR of the video, dB",
         title="All others quantized",
     )

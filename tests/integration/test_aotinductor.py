@@ -445,7 +445,7 @@ def test_no_compiler(small_bundle: Export, monkeypatch: pytest.MonkeyPatch, tmp_
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(builder, "get_cpp_compiler", missing)
-    with pytest.raises(BackendError, match=r"no C\+\+ compiler.*apt install g\+\+.*CXX"):
+    with pytest.raises(BackendError, match=r"needs a C\+\+ compiler.*apt install g\+\+.*CXX"):
         build_engine(small_bundle(), "aotinductor", AotInductorSettings(), tmp_path / "engine")
     assert not list(tmp_path.iterdir())
 
@@ -458,7 +458,7 @@ def test_no_compiler(small_bundle: Export, monkeypatch: pytest.MonkeyPatch, tmp_
             r"No space left on device.*TORCHINDUCTOR_CACHE_DIR",
         ),
         (RuntimeError("g++ said no"), r"cannot be compiled \(RuntimeError\): g\+\+ said no"),
-        (torch.OutOfMemoryError("CUDA out of memory"), r"no memory: .*--max-autotune"),
+        (torch.OutOfMemoryError("CUDA out of memory"), r"out of memory: .*--max-autotune"),
     ],
 )
 def test_a_compiler_that_fails_leaves_nothing(

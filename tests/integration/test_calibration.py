@@ -207,7 +207,7 @@ def test_an_interrupted_calibration_goes_on_to_the_same_result(
 ) -> None:
     weights, said = open_checkpoint(checkpoint), []
     plain = settings(weights, prompts=1, steps=(1, 2))
-    kept = dataclasses.replace(plain, partial=tmp_path / "partial", notify=said.append)
+    kept = dataclasses.replace(plain, checkpoint_path=tmp_path / "partial", notify=said.append)
     for after in (8, 12):
         with pytest.raises(KeyboardInterrupt):
             run_calibration(weights, kept, Stopping(after))
@@ -220,13 +220,13 @@ def test_an_interrupted_calibration_goes_on_to_the_same_result(
 def test_unfinished_work_of_other_settings_is_not_used(weights: Weights, tmp_path: Path) -> None:
     said: list[str] = []
     kept = settings(
-        weights, prompts=1, steps=(1,), partial=tmp_path / "partial", notify=said.append
+        weights, prompts=1, steps=(1,), checkpoint_path=tmp_path / "partial", notify=said.append
     )
     run_calibration(weights, kept)
     assert said == []
     other = dataclasses.replace(kept, steps=(2,))
     assert run_calibration(weights, other) == run_calibration(
-        weights, dataclasses.replace(other, partial=None)
+        weights, dataclasses.replace(other, checkpoint_path=None)
     )
     assert said[0].endswith(
         "is of other weights, prompts or sizes, and was not used; it will be replaced."

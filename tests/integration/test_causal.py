@@ -315,7 +315,7 @@ def test_a_chunk_beyond_the_plan_is_refused(oracle: dict[str, Any], engine: Bund
         memory.start(oracle["latents"][:, :3])
     memory.append(oracle["latents"][:, :1])
     with pytest.raises(
-        AnyFlowError, match=r"chunk 1 is the last of the plan .* extend\(\) the plan first"
+        AnyFlowError, match=r"chunk 1 is the last of the plan.* extend\(\) the plan first"
     ):
         memory.append(oracle["latents"][:, :1])
     memory.close()

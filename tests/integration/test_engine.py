@@ -284,5 +284,5 @@ def test_the_guard_guards() -> None:
 
 
 def test_an_engine_is_not_named_to_a_backend_that_has_none(small_bundle: Export) -> None:
-    with pytest.raises(BackendError, match=r"'fast' was built by another backend.*aotinductor"):
+    with pytest.raises(BackendError, match=r"'fast' cannot run with backend.*aotinductor"):
         load_engine(small_bundle("fp32", 20), engine="fast")

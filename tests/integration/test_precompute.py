@@ -249,7 +249,7 @@ def test_what_is_refused_before_work(
     (given / "00003.txt").unlink()
     with pytest.raises(
         AnyFlowError,
-        match=r"1 of 5 videos have no caption, as .*00003.mp4. Write .* into 00003.txt",
+        match=r"1 of 5 videos have no caption, such as .*00003.mp4. Write .* into 00003.txt",
     ):
         run_precompute(options(given, tiny_pipeline, tmp_path / "x"))
     shutil.copy(given / "00001.mp4", given / "00001.MOV")

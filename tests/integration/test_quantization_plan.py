@@ -375,7 +375,7 @@ SILENT = {f"blocks__0__{kind}__value": TensorRange(amax=0.0) for kind in ("attn1
         (
             ExportSettings("fp8", attention="fp8", opset=23),
             WIDE_HEADS,
-            "attention is fp8 at opset 23; it goes with opset 20 only",
+            "attention is fp8 at opset 23; allowed is opset 20",
         ),
         (
             ExportSettings("int8", attention="fp8"),
@@ -551,7 +551,7 @@ before = peak()
 spec, progress = PrecisionSpec("int8", "fp32", smooth=True), NullProgress()
 plan = plan_quantization(weights, calibration, spec, (), progress)
 with tempfile.TemporaryDirectory() as folder, BundleWriter(Path(folder) / "b", False) as writer:
-    parameters = plan.parameters(base)
+    parameters = plan.convert_specs(base)
     write_weights(writer, weights, parameters, plan.constants, progress, plan.convert_parameter)
 print(peak() - before)
 """

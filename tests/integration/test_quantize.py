@@ -145,7 +145,7 @@ def test_smoothing_alone_changes_nothing(
         plan = plan_quantization(*arguments)
         assert (
             len(plan.smooth) == 7 * weights.architecture.num_layers
-            and len(plan.smoothed) == 4 * weights.architecture.num_layers
+            and len(plan.norm_weights) == 4 * weights.architecture.num_layers
         )
         assert max(float(s.max() / s.min()) for s in plan.smooth.values()) > 2
         return dataclasses.replace(plan, inputs={})

@@ -299,7 +299,7 @@ def test_the_report_survives_layers_that_broke_the_video(tmp_path: Path) -> None
     )
     cells = sensitivity_grid(found)
     assert cells.shape == (len(KINDS), 4) and cells[0, 1] == math.inf and math.isnan(cells[3, 3])
-    draw_sensitivity(found, tmp_path / "s.png", selected=1)
+    draw_sensitivity(found, tmp_path / "s.png", selected_count=1)
     assert (tmp_path / "s.png").stat().st_size > 10_000 and len(sensitivity_tables(found)) == 2
 
 

@@ -129,8 +129,8 @@ def test_a_broken_sample_is_replaced_and_named_and_others_keep_their_places(tmp_
     one = source(folder, DataShard(0, 1, 10))
     stream = iter(one)
     next(stream), next(stream)
-    (told,) = one.skipped()
-    assert told.startswith("s-000.tar/clip-03: ") and one.skipped() == []
+    (told,) = one.pop_broken_samples()
+    assert told.startswith("s-000.tar/clip-03: ") and one.pop_broken_samples() == []
 
 
 def test_too_many_broken_samples_stop(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_too_many_broken_samples_stop(tmp_path: Path) -> None:
 
     with pytest.raises(
         AnyFlowError,
-        match=r"4 of \d+ samples read from .* are broken, too many .*clip-0\d: .*Mend or remove",
+        match=r"4 of \d+ samples read from .* are broken, too many .*clip-0\d: .*Repair or remove",
     ):
         names(shards(tmp_path / "data", change=spoil), 1, 4, 5)
 
@@ -225,7 +225,7 @@ def stored(latents: Tensor, text: Tensor) -> Callable[[dict[str, Any]], None]:
         ),
         (
             replaced(mp4=b"x"),
-            r"10 of 10 samples .* have no video or no caption, as s-000.tar/clip-00 \(mp4\)",
+            r"10 of 10 samples .* have no video or no caption, such as s-000.tar/clip-00 \(mp4\)",
         ),
     ],
 )

@@ -370,7 +370,7 @@ def test_each_kind_says_how_it_is_run(
         engine.open_stream(small["text"][:1], None)
     (tmp_path / "far").mkdir()
     far = opened(causal, tmp_path / "far", "96x160x45:t9")
-    with pytest.raises(AnyFlowError, match=r"causal model, which is made chunk by chunk"):
+    with pytest.raises(AnyFlowError, match=r"causal model, which generates chunk by chunk"):
         far.start(oracle["latents"], oracle["text"])
 
 

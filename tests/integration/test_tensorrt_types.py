@@ -149,9 +149,9 @@ def test_what_the_cleaner_mends() -> None:
         head
         + '    def f(self, in: int = 1, b: ...) -> bool:\n        """\n        More.\n        """\n'
     )
-    cleaned = tensorrt_stubs.cleaned(source)
+    cleaned = tensorrt_stubs.clean_stubs(source)
     assert "x: builtins.bool" in cleaned
     assert "def f(self, in_: int=..., b: typing.Any=...) -> builtins.bool:" in cleaned
     assert "Text" not in cleaned and "More" not in cleaned
     with pytest.raises(tensorrt_stubs.StubsError, match="wrote a line that is not Python"):
-        tensorrt_stubs.cleaned("class :")
+        tensorrt_stubs.clean_stubs("class :")

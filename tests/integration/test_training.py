@@ -228,14 +228,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(
         CheckpointError,
-        match=r"step-00000004 cannot be read .* remove it to go on from the one before",
+        match=r"step-00000004 cannot be read .* remove it to resume from the one before",
     ):
         train(request(tmp_path))
 
 
 def test_a_run_does_not_go_on_with_other_settings_or_weights(tmp_path: Path) -> None:
     train(request(tmp_path, steps=2))
-    with pytest.raises(CheckpointError, match=r"--learning-rate 0.001 there, 0.5 here"):
+    with pytest.raises(CheckpointError, match=r"--learning-rate 0.001 in it, 0.5 now"):
         train(request(tmp_path, learning_rate=0.5))
     other = tmp_path / "other"
     other.mkdir()
@@ -268,7 +268,7 @@ def poisoned(latents: Callable[[Tensor], Tensor], step: int) -> Callable[..., An
     ("change", "message"),
     [
         (lambda x: x * float("nan"), "loss, model_gradient not finite"),
-        (lambda x: x * 100, "usually"),
+        (lambda x: x * 100, "on average"),
     ],
 )
 def test_a_broken_loss_stops_the_run_before_the_update(

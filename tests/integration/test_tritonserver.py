@@ -32,7 +32,7 @@ from anyflow_deploy.engines.tritonserver.generator import generate_chunks
 from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS
 from anyflow_deploy.engines.tritonserver.repository import check_plan, model_writer, write_plan
 from anyflow_deploy.engines.tritonserver.request import parse_request
-from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from
+from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from_parameters
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.serving.job import CancelledError
 from tests.conftest import Export
@@ -86,7 +86,7 @@ def test_a_repository_holds_everything(far_bundle: Bundle, tmp_path: Path) -> No
     assert (
         model / "warmup" / warm.inputs["num_inference_steps"].input_data_file
     ).read_bytes() == b"\1\0\0\0"
-    settings = settings_from(
+    settings = settings_from_parameters(
         {name: {"string_value": value.string_value} for name, value in config.parameters.items()}
     )
     assert (settings.threads, settings.cache_bytes, settings.text, settings.vae) == (
@@ -242,7 +242,7 @@ def test_the_document_lists_every_tensor_parameter_and_metric() -> None:
 def test_parameters_are_read_suspiciously(changed: dict[str, str | None], message: str) -> None:
     texts = {**SETTINGS.as_parameters(), **changed}
     with pytest.raises(AnyFlowError, match=message.replace("?", r"\?")):
-        settings_from(
+        settings_from_parameters(
             {name: {"string_value": text} for name, text in texts.items() if text is not None}
         )
 
@@ -250,7 +250,7 @@ def test_parameters_are_read_suspiciously(changed: dict[str, str | None], messag
 def test_parameters_come_back() -> None:
     settings = SETTINGS.model_copy(update={"threads": 3, "pipeline": "pipeline", "text": False})
     assert (
-        settings_from(
+        settings_from_parameters(
             {name: {"string_value": text} for name, text in settings.as_parameters().items()}
         )
         == settings
@@ -318,7 +318,7 @@ def test_turns_are_taken_in_order() -> None:
             with turns:
                 order.append(name)
                 if len(order) <= 50:  # later, one may have gone for good
-                    eventually(lambda: turns._given - turns._due == 3)
+                    eventually(lambda: turns._next_ticket - turns._now_serving == 3)
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(one, range(3)))
@@ -336,11 +336,11 @@ def test_admission_never_gives_more_than_there_is(
 ) -> None:
     told: list[tuple[int, int, int]] = []
     admission = Admission(streams, room, len(costs), lambda *now: told.append(now))
-    tickets = [admission.ask(cost) for cost in costs]
+    tickets = [admission.enqueue(cost) for cost in costs]
     went: list[int] = []
 
     def one(number: int) -> None:
-        with admission.within(tickets[number], lambda: None):
+        with admission.admit(tickets[number], lambda: None):
             went.append(number)
 
     with ThreadPoolExecutor(len(costs)) as pool:
@@ -352,41 +352,41 @@ def test_admission_never_gives_more_than_there_is(
 
 def test_who_waits_may_give_up_and_the_next_one_goes() -> None:
     admission = Admission(1, 100, 2)
-    first, second, third = (admission.ask(1) for _ in range(3))
-    with pytest.raises(CapacityError, match="1 videos are being made and 2 wait"):
-        admission.ask(1)
+    first, second, third = (admission.enqueue(1) for _ in range(3))
+    with pytest.raises(CapacityError, match="1 videos are running and 2 wait"):
+        admission.enqueue(1)
     with pytest.raises(AnyFlowError, match="the cache of this video takes"):
-        admission.ask(101)
+        admission.enqueue(101)
 
     def unwanted() -> None:
         raise CancelledError
 
     with (
-        admission.within(first, lambda: None),
+        admission.admit(first, lambda: None),
         pytest.raises(CancelledError),
-        admission.within(second, unwanted),
+        admission.admit(second, unwanted),
     ):
         pytest.fail("there was no room")
-    with admission.within(third, lambda: None):
+    with admission.admit(third, lambda: None):
         pass
 
 
 def test_a_large_one_is_not_overtaken() -> None:
     admission = Admission(4, 10, 4)
-    first = admission.ask(6)
-    large = admission.ask(8)
-    small = admission.ask(1)
+    first = admission.enqueue(6)
+    large = admission.enqueue(8)
+    small = admission.enqueue(1)
     entered: list[str] = []
 
     def one(name: str, ticket: Any) -> None:
-        with admission.within(ticket, lambda: None):
+        with admission.admit(ticket, lambda: None):
             entered.append(name)
             time.sleep(0.05)
 
     threads = [
         threading.Thread(target=one, args=pair) for pair in (("large", large), ("small", small))
     ]
-    with admission.within(first, lambda: None):
+    with admission.admit(first, lambda: None):
         for thread in threads:
             thread.start()
         time.sleep(0.1)

@@ -316,8 +316,11 @@ def test_a_seed_is_chosen_and_told(server: TritonServer) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"prompt": None}, "prompt and prompt_embeds say what to show, and neither came"),
-        ({"prompt_embeds": np.zeros((512, 64), np.float32)}, "and both came"),
+        (
+            {"prompt": None},
+            "a request has either prompt or prompt_embeds, and this one has neither",
+        ),
+        ({"prompt_embeds": np.zeros((512, 64), np.float32)}, "and this one has both"),
         ({"prompt": " "}, "prompt is empty"),
         ({"prompt": b"\xff\xfe"}, "prompt is not UTF-8"),
         ({"prompt": "fox " * 600}, "the prompt has 601 tokens and the model takes 512"),
@@ -417,12 +420,10 @@ def test_who_finds_the_queue_full_is_told_so(server: TritonServer) -> None:
     long = {"prompt": PROMPT, "num_inference_steps": 400, "output_type": "latents"}
     accepted = [Stream(server, **long) for _ in range(STREAMS + WAITING)]
     eventually(lambda: server.value("anyflow_waiting_requests", model="anyflow") == WAITING)
-    with pytest.raises(
-        Exception, match="4 videos are being made and 6 wait; this server takes no more"
-    ):
+    with pytest.raises(Exception, match="the server is full: 4 videos are running and 6 wait"):
         Stream(server, **long).rest()
     answer = httpx.post(f"http://{server.http}/v2/models/anyflow/generate", json={"prompt": PROMPT})
-    assert answer.status_code >= 400 and "Ask again later" in answer.json()["error"]
+    assert answer.status_code >= 400 and "Try again later" in answer.json()["error"]
     for one in reversed(accepted):  # those that wait, first
         one.cancel()
     for metric in ("anyflow_waiting_requests", "anyflow_active_streams", "anyflow_cache_bytes"):

@@ -1,4 +1,6 @@
-"""Data for training: what a source is (`source`), shards and the order of their samples
-(`shard_source`, `tar_index`, `samples`, `clips`), how they are made (`precompute`, `manifest`), and
-data that needs no files (`synthetic`, `moving_shapes`).
+"""Training data.
+
+`source` defines what a source is. `shard_source`, `tar_index`, `samples` and `clips` read shards in
+a fixed order, `precompute` and `manifest` make them, and `synthetic` and `moving_shapes` are data
+that needs no files.
 """

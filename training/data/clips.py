@@ -1,7 +1,7 @@
-"""Videos as a model is trained on them: so many frames at Wan's rate, of one size.
+"""Reads videos for training: a number of frames at Wan's rate, of one size.
 
-Frames are chosen by their times, so that a video of any rate plays as fast as it was. The picture
-is scaled until it covers the wanted size, and what sticks out is cut off evenly.
+Frames are chosen by their times, so that a video of any rate keeps its speed. The picture is scaled
+until it covers the size, and the rest is cropped evenly.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import FPS
 
 _MAX_UPSCALE = 2.0
-"""A smaller video than this many times is not scaled up: it would teach blur."""
+"""The most that a video is scaled up: beyond it, training would learn blur."""
 
 
 def read_clip(
     source: Path | bytes, name: str, frames: int, height: int, width: int, fps: int = FPS
 ) -> NDArray[np.uint8]:
-    """The first frames of a video, uint8 (frames, height, width, 3).
+    """Read the first frames of a video, uint8 (frames, height, width, 3).
 
     Args:
         source: a file, or its bytes.
         name: for messages.
-        frames, height, width: wanted.
+        frames, height, width: of the result.
         fps: rate at which frames are taken.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`dataset.json`: what precomputed shards were made of, and whether all of them are there."""
+"""`dataset.json`: the settings of precomputed shards, and a check that they are complete."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class DatasetManifest(BaseModel):
     shard_samples: int
 
     def check(self, folder: Path, shape: SampleShape) -> None:
-        """All shards are there, and of the recipe's shape.
+        """Check that all shards are there, and of the recipe's shape.
 
         Raises:
             AnyFlowError: with what differs.
         """
-        present = sum((folder / shard_name(number)).is_file() for number in range(self.shards))
-        if present < self.shards:
+        shard_count = sum((folder / shard_name(number)).is_file() for number in range(self.shards))
+        if shard_count < self.shards:
             raise AnyFlowError(
-                f"{folder} has {present} of {self.shards} shards: anyflow-precompute was stopped."
-                " Run it again to go on."
+                f"{folder} has {shard_count} of {self.shards} shards: anyflow-precompute was"
+                " stopped. Run it again to resume."
             )
         if self.latents != shape.latents:
             f, _, h, w = self.latents
@@ -69,12 +69,12 @@ class DatasetManifest(BaseModel):
 
 
 def shard_name(number: int) -> str:
-    """Of a precomputed shard."""
+    """Return the file name of a precomputed shard."""
     return f"shard-{number:06d}.tar"
 
 
 def read_manifest(folder: Path) -> DatasetManifest:
-    """The folder's dataset.json.
+    """Read the folder's dataset.json.
 
     Raises:
         AnyFlowError: it is damaged, or of another version.
@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> DatasetManifest:
     except (OSError, ValueError, ValidationError) as error:
         cause = str(error).splitlines()[0]
         raise AnyFlowError(
-            f"{folder / MARKER} cannot be read ({cause}). Make the shards anew in another folder."
+            f"{folder / MARKER} cannot be read ({cause}). Make the shards again in another folder."
         ) from None
     if manifest.version != 1:
         raise AnyFlowError(

@@ -1,11 +1,10 @@
-"""Moving shapes with captions: videos of which every one is known in full, for trying and testing
-training without a download.
+"""Moving shapes with captions: generated videos for testing training without a download.
 
-A scene is one shape of one colour that crosses a dark torus (what leaves on one side comes in on
-the other) at a constant speed. Its caption names shape, colour, direction and speed; where it
-starts, how large it is and how dark the ground, no caption says. So samples of one caption differ,
-and whether a generated video keeps to its caption can be measured. Scene i is a function of (seed,
-i), and can be drawn at any size and at any times.
+A scene is one shape of one colour that moves over a dark ground at a constant speed; where it
+leaves the picture on one side, it enters on the other. Its caption names shape, colour, direction
+and speed, but not where it starts, how large it is and how dark the ground is. So samples of one
+caption differ, and it can be measured whether a generated video matches its caption. Scene i is a
+function of (seed, i), and can be rendered at any size and at any times.
 
     # mp4 files and captions for anyflow-precompute:
     python -m anyflow_deploy.training.data.moving_shapes FOLDER [COUNT]
@@ -35,12 +34,14 @@ COLOURS = {
 }
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0)}
 SPEEDS = {"slowly": 0.02, "quickly": 0.06}
-"""Way in a frame of a video, in units of the picture's shorter side."""
+"""Distance that a shape moves in a frame of a video, in units of the picture's shorter side."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What one video shows; lengths are in units of the picture's shorter side.
+    """The contents of one video.
+
+    Lengths are in units of the picture's shorter side.
 
     Attributes:
         start: row and column of the middle at time 0, as shares of height and width.
@@ -58,17 +59,19 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """All that a model is told."""
+        """The text that a model gets."""
         return f"a {self.colour} {self.shape} moves {self.speed} {self.direction}"
 
 
 def make_scene(seed: int, index: int) -> Scene:
-    """Scene number `index` of the data set of that seed; all combinations of words are equally
-    likely."""
+    """Return scene number `index` of the data set of that seed.
+
+    All combinations of words are equally likely.
+    """
     random = seeded_generator(seed, "scene", index)
 
-    def choose(words: tuple[str, ...]) -> str:
-        return words[int(torch.randint(len(words), (), generator=random))]
+    def choose(arguments: tuple[str, ...]) -> str:
+        return arguments[int(torch.randint(len(arguments), (), generator=random))]
 
     shape = choose(SHAPES)
     colour = choose(tuple(COLOURS))
@@ -79,7 +82,7 @@ def make_scene(seed: int, index: int) -> Scene:
 
 
 def render_scene(scene: Scene, times: Tensor, height: int, width: int) -> Tensor:
-    """The scene, with edges one pixel wide.
+    """Render a scene at some times, with edges one pixel wide.
 
     Args:
         scene: to draw.
@@ -90,13 +93,13 @@ def render_scene(scene: Scene, times: Tensor, height: int, width: int) -> Tensor
         float32 (frames, height, width, 3), 0 to 1.
     """
     side = min(height, width)
-    way = SPEEDS[scene.speed] * times.double()
+    distance = SPEEDS[scene.speed] * times.double()
     offsets = []
     for axis, size in enumerate((height, width)):
         length = size / side
-        middle = scene.start[axis] * length + DIRECTIONS[scene.direction][axis] * way
+        middle = scene.start[axis] * length + DIRECTIONS[scene.direction][axis] * distance
         place = (torch.arange(size, dtype=torch.float64) + 0.5) / side
-        # Take the nearest way around the torus.
+        # The shorter way around the edges
         offsets.append((place[None] - middle[:, None] + length / 2) % length - length / 2)
     inside = _distance(scene.shape, offsets[0][:, :, None], offsets[1][:, None, :], scene.radius)
     cover = (0.5 - inside * side).clamp(0, 1).float()[..., None]
@@ -105,7 +108,7 @@ def render_scene(scene: Scene, times: Tensor, height: int, width: int) -> Tensor
 
 
 def _distance(shape: str, rows: Tensor, columns: Tensor, radius: float) -> Tensor:
-    """Distance to the edge, negative inside."""
+    """Return the distance to the edge, negative inside."""
     if shape == "square":
         return torch.maximum(rows.abs(), columns.abs()) - 0.85 * radius
     if shape == "triangle":  # on its base
@@ -115,7 +118,7 @@ def _distance(shape: str, rows: Tensor, columns: Tensor, radius: float) -> Tenso
 
 
 def render_video(scene: Scene, frames: int, height: int, width: int) -> Tensor:
-    """A video of it, uint8 (frames, height, width, 3)."""
+    """Render a video of a scene, uint8 (frames, height, width, 3)."""
     return (render_scene(scene, torch.arange(frames), height, width) * 255).round().to(torch.uint8)
 
 
@@ -125,7 +128,7 @@ def save_videos(
     """Write scenes 0 to count - 1 as 00000.mp4 and 00000.txt, …
 
     Args:
-        folder: made where missing.
+        folder: created where missing.
         size: frames, height and width.
 
     Raises:
@@ -144,15 +147,15 @@ def save_videos(
 
 def main() -> None:
     """Write the folder named on the command line."""
-    words = sys.argv[1:]
+    arguments = sys.argv[1:]
     if (
-        len(words) not in (1, 2)
-        or words[0].startswith("-")
-        or not (words[1:] or ["1"])[0].isdecimal()
+        len(arguments) not in (1, 2)
+        or arguments[0].startswith("-")
+        or not (arguments[1:] or ["1"])[0].isdecimal()
     ):
         sys.exit("usage: python -m anyflow_deploy.training.data.moving_shapes FOLDER [COUNT]")
     try:
-        save_videos(Path(words[0]), int(words[1]) if len(words) == 2 else 16)
+        save_videos(Path(arguments[0]), int(arguments[1]) if len(arguments) == 2 else 16)
     except AnyFlowError as error:
         sys.exit(f"error: {error}")
 

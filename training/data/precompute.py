@@ -1,15 +1,15 @@
-"""A folder of videos and captions becomes shards of latents and embeddings: `anyflow-precompute`.
+"""Encodes a folder of videos and captions into shards of latents: `anyflow-precompute`.
 
-    OUTPUT/dataset.json            what they are made of, written first
+    OUTPUT/dataset.json            the settings, written first
     OUTPUT/negative.safetensors    the empty prompt's embedding
     OUTPUT/shard-000000.tar        KEY.safetensors (latents, text) and KEY.txt for each
                                    video, in the order of names
     OUTPUT/skipped.jsonl           videos that could not be used, and why
 
-Which videos a shard holds follows from the list of names alone. A shard gets its name when it is
-whole and on the disk; going on means making those that have none yet, whichever process made the
-others. Shards are the unit of work: each worker has a VAE and a text encoder of its own, on a GPU
-of its own where there are several.
+The list of names alone decides which videos a shard holds. A shard gets its name when it is
+complete and on the disk; resuming means writing the shards that are missing, whichever process
+wrote the others. Shards are the unit of work: each worker has a VAE and a text encoder of its own,
+on a GPU of its own where there are several.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SKIPPED = "skipped.jsonl"
 
 @dataclass(frozen=True)
 class PrecomputeJob:
-    """What is to be made.
+    """The settings of one precomputation.
 
     Attributes:
         folder: of the videos; NAME.txt beside NAME.mp4 is its caption.
@@ -56,9 +56,9 @@ class PrecomputeJob:
         output: folder of the shards.
         size: frames, height and width, in frames and pixels.
         tokens: longest caption.
-        type: that numbers are stored in, "float32" or "bfloat16".
-        shard_samples: videos of a shard.
-        workers: processes; 0 for one a GPU.
+        type: of the stored numbers, "float32" or "bfloat16".
+        shard_samples: videos in a shard.
+        workers: processes; 0 for one on each GPU.
     """
 
     folder: Path
@@ -71,18 +71,23 @@ class PrecomputeJob:
     workers: int
 
 
-def find_pipeline(given: str) -> Path:
-    """The folder of a pipeline, given it, its transformer, or a Hub id.
+def find_pipeline(location: str) -> Path:
+    """Return the folder of a pipeline.
+
+    `location` is that folder, its transformer, or a Hub id.
 
     Raises:
         CheckpointError: there is none, or it cannot encode.
     """
-    path = Path(given)
+    path = Path(location)
     if path.is_dir():
         folder = pipeline_folder(path)
     else:
         folder = download(
-            given, None, PIPELINE_FILES, "Give --checkpoint DIR, a pipeline folder on this machine."
+            location,
+            None,
+            PIPELINE_FILES,
+            "Give --checkpoint DIR, a pipeline folder on this machine.",
         )
     missing = [
         part
@@ -91,20 +96,20 @@ def find_pipeline(given: str) -> Path:
     ]
     if folder is None or missing:
         raise CheckpointError(
-            f"{given} lacks {', '.join(missing)}. Give the whole pipeline of Wan2.1 or AnyFlow in"
-            " diffusers' layout."
+            f"{location} lacks {', '.join(missing)}. Give the whole pipeline of Wan2.1 or AnyFlow"
+            " in diffusers' layout."
         )
     return folder
 
 
 def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[int, int]:
-    """Make the shards that are not there yet.
+    """Write the shards that are not there yet.
 
     Returns:
         How many videos the folder has, and how many of those encoded now were skipped.
 
     Raises:
-        AnyFlowError: no videos, missing captions, an output of something else, or too many broken
+        AnyFlowError: no videos, missing captions, an output with other settings, or too many broken
             videos.
     """
     progress = progress or NullProgress()
@@ -131,7 +136,8 @@ def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[in
     missing_shards = [
         n for n in range(manifest.shards) if not (job.output / shard_name(n)).is_file()
     ]
-    skipped, tried = 0, 0
+    skipped_count = 0
+    tried_count = 0
     workers = max(1, job.workers or torch.cuda.device_count())
     with progress.stage("videos", len(clips)) as advance, _pool(workers, job, encoders) as pool:
         parts = {
@@ -141,26 +147,26 @@ def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[in
         advance(sum(len(parts[n]) for n in parts if n not in set(missing_shards)))
         futures = {pool.submit(_write_shard, job, n, parts[n]): n for n in missing_shards}
         try:
-            for done in as_completed(futures):
-                broken = _shard_result(done)
-                skipped = skipped + len(broken)
-                tried = tried + len(parts[futures[done]])
-                _append_skipped(job.output, broken)
-                if skipped > BROKEN_FREE + BROKEN_SHARE * tried:
+            for future in as_completed(futures):
+                skipped_lines = _shard_result(future)
+                skipped_count = skipped_count + len(skipped_lines)
+                tried_count = tried_count + len(parts[futures[future]])
+                _append_skipped(job.output, skipped_lines)
+                if skipped_count > BROKEN_FREE + BROKEN_SHARE * tried_count:
                     raise AnyFlowError(
-                        f"{skipped} of {tried} videos cannot be used, too many to go on:"
-                        f" {broken[-1]}. All are in {job.output / SKIPPED}. Mend or remove them,"
-                        " and make the shards in another --output."
+                        f"{skipped_count} of {tried_count} videos cannot be used, too many to"
+                        f" continue: {skipped_lines[-1]}. {job.output / SKIPPED} lists all. Repair"
+                        " or remove them, and make the shards in another --output."
                     )
-                advance(len(parts[futures[done]]))
+                advance(len(parts[futures[future]]))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return len(clips), skipped
+    return len(clips), skipped_count
 
 
 def find_videos(folder: Path) -> list[Path]:
-    """The videos of a folder and its subfolders, in the order of their names.
+    """Return the videos of a folder and its subfolders, sorted by name.
 
     Raises:
         AnyFlowError: none, two of one name, or one without a caption.
@@ -186,19 +192,22 @@ def find_videos(folder: Path) -> list[Path]:
             f"{folder} holds {times} videos whose name in a shard would be {key!r}. Rename all but"
             " one."
         )
-    uncaptioned = [path for path in clips if not _caption(path)]
-    if uncaptioned:
+    without_caption = [path for path in clips if not _caption(path)]
+    if without_caption:
+        first = without_caption[0]
         raise AnyFlowError(
-            f"{len(uncaptioned)} of {len(clips)} videos have no caption, as {uncaptioned[0]}. Write"
-            f" what it shows into {uncaptioned[0].with_suffix('.txt').name} beside it, or take the"
-            " video out of the folder."
+            f"{len(without_caption)} of {len(clips)} videos have no caption, such as {first}. Write"
+            f" what it shows into {first.with_suffix('.txt').name} beside it, or take the video out"
+            " of the folder."
         )
     return clips
 
 
 def _key(folder: Path, path: Path) -> str:
-    """Name of a sample: the path without its ending; webdataset ends a name at its first dot, and
-    drops `__…`."""
+    """Return the name of a sample: the path without its ending.
+
+    webdataset ends a name at its first dot, and drops `__…`.
+    """
     return (
         str(path.relative_to(folder).with_suffix(""))
         .replace(".", "_")
@@ -216,18 +225,18 @@ def _caption(path: Path) -> str:
 
 
 def _claim_output(output: Path, manifest: DatasetManifest) -> None:
-    """The output is new, or of the very same work."""
+    """Create the output, or check that it belongs to the same settings."""
     if (output / MARKER).exists():
         old = read_manifest(output)
-        changed = [
+        differences = [
             name
             for name in DatasetManifest.model_fields
             if getattr(old, name) != getattr(manifest, name)
         ]
-        if changed:
+        if differences:
             raise AnyFlowError(
-                f"{output} holds shards of other {', '.join(changed)}. Choose another --output, or"
-                " the same work."
+                f"{output} holds shards of other {', '.join(differences)}. Choose another"
+                " --output, or give the same settings."
             )
         clear_partial_files(output)
         return
@@ -238,12 +247,14 @@ def _claim_output(output: Path, manifest: DatasetManifest) -> None:
 
 
 _ENCODERS: Encoders | None = None
-"""Of this worker."""
+"""The encoders of this worker."""
 
 
 def _pool(workers: int, job: PrecomputeJob, encoders: Encoders) -> Executor:
-    """One worker is a thread of this process, several are processes: they share neither VAE nor
-    GPU."""
+    """Return the workers: a thread of this process, or several processes.
+
+    Several workers share neither VAE nor GPU.
+    """
     if workers == 1:
         return ThreadPoolExecutor(1, initializer=_set_encoders, initargs=(encoders,))
     context = multiprocessing.get_context("spawn")
@@ -270,30 +281,30 @@ def _device(worker: int) -> str:
 
 
 def _write_shard(job: PrecomputeJob, number: int, clips: list[Path]) -> list[str]:
-    """Make one shard; returns what was skipped, with reasons."""
+    """Write one shard, and return the videos that were skipped, with reasons."""
     from webdataset import TarWriter
 
     assert _ENCODERS is not None
-    broken: list[str] = []
+    skipped_lines: list[str] = []
     memory = io.BytesIO()
     with TarWriter(memory, encoder=False, mtime=0.0, format="PAX_FORMAT") as writer:
         for path in clips:
             try:
                 tensors = _encode_clip(job, path, _ENCODERS)
             except (AnyFlowError, OSError, ValueError) as error:
-                broken.append(f"{path.relative_to(job.folder)}: {error}")
+                skipped_lines.append(f"{path.relative_to(job.folder)}: {error}")
                 continue
             content = {TENSORS: safetensors.torch.save(tensors), CAPTION: _caption(path).encode()}
             writer.write({"__key__": _key(job.folder, path), **content})
     write_bytes_atomically(job.output / shard_name(number), memory.getvalue())
-    return broken
+    return skipped_lines
 
 
 def _encode_clip(job: PrecomputeJob, path: Path, encoders: Encoders) -> dict[str, torch.Tensor]:
     text = torch.from_numpy(encoders.prompts.encode([_caption(path)], job.tokens)[0])
     latents = torch.from_numpy(encoders.vae.encode(read_clip(path, path.name, *job.size))[0])
     if not (torch.isfinite(latents).all() and torch.isfinite(text).all()):
-        raise ValueError("the encoders made numbers that are not finite")
+        raise ValueError("the encoders returned numbers that are not finite")
     return {
         "latents": _to_storage_type(latents, job.type),
         "text": _to_storage_type(_trim_padding(text), job.type),
@@ -301,31 +312,31 @@ def _encode_clip(job: PrecomputeJob, path: Path, encoders: Encoders) -> dict[str
 
 
 def _trim_padding(text: torch.Tensor) -> torch.Tensor:
-    """Without the zeros that Wan pads with, which training puts back."""
-    used = text.abs().amax(1).nonzero()
-    return text[: int(used[-1]) + 1 if len(used) else 1]
+    """Remove the zeros that Wan pads with, which training adds again."""
+    token_indices = text.abs().amax(1).nonzero()
+    return text[: int(token_indices[-1]) + 1 if len(token_indices) else 1]
 
 
 def _to_storage_type(tensor: torch.Tensor, kind: str) -> torch.Tensor:
     return tensor.to(getattr(torch, kind)).contiguous()
 
 
-def _shard_result(done: Future[list[str]]) -> list[str]:
+def _shard_result(future: Future[list[str]]) -> list[str]:
     from concurrent.futures.process import BrokenProcessPool
 
     try:
-        return done.result()
+        return future.result()
     except BrokenProcessPool:
         raise AnyFlowError(
-            "a worker was ended by the system, most likely for want of memory. Give fewer"
-            " --workers; the same command goes on."
+            "the system ended a worker, most likely because memory ran out. Give fewer --workers;"
+            " the same command resumes."
         ) from None
 
 
-def _append_skipped(output: Path, broken: list[str]) -> None:
-    if broken:
+def _append_skipped(output: Path, skipped_lines: list[str]) -> None:
+    if skipped_lines:
         with (output / SKIPPED).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in broken)
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped_lines)
 
 
 def _clips_digest(folder: Path, clips: list[Path]) -> str:
@@ -336,7 +347,7 @@ def _clips_digest(folder: Path, clips: list[Path]) -> str:
 
 
 def _encoders_digest(pipeline: Path) -> str:
-    """Of the VAE's and text encoder's files: whole small ones, names and sizes of large ones."""
+    """Hash the VAE's and text encoder's files: whole small ones, names and sizes of large ones."""
     digest = hashlib.sha256()
     for part in ("vae", "text_encoder", "tokenizer"):
         for path in sorted((pipeline / part).iterdir()):

@@ -1,14 +1,15 @@
-"""One sample out of a shard: latents and an embedding, or a video and a caption. No pickle is ever
-loaded.
+"""Reads one sample of a shard: latents and an embedding, or a video and a caption.
 
-What a sample holds is told by its endings:
+No pickle is ever loaded.
+
+The endings of its files tell what a sample holds:
 
     KEY.safetensors             tensors `latents` (F, C, H, W) and `text` (L, D), scaled and
                                 encoded as for training
     KEY.latents.npy, KEY.text.npy    the same as numpy writes them; arrays of objects,
                                      which are pickles, are refused
     KEY.mp4 (.mkv, .mov)        a video, encoded while training by the pipeline that is trained
-    KEY.txt                     the caption; with latents only for the eye
+    KEY.txt                     the caption; beside latents it is only shown
 
 webdataset's own decoders choose by ending, and `.pyd`, `.pickle` or `.pth` would run a program.
 They are not used: bytes come from `tar_index`, and the endings above are all that is decoded.
@@ -49,8 +50,10 @@ class BrokenSampleError(Exception):
 
 @dataclass(frozen=True)
 class SampleShape:
-    """What the recipe wants: latents (F, C, H, W) and text (L, D), to which shorter texts are
-    padded."""
+    """The shapes of a recipe's samples.
+
+    Latents are (F, C, H, W), and text is (L, D), to which shorter texts are padded.
+    """
 
     latents: tuple[int, int, int, int]
     text: tuple[int, int]
@@ -58,7 +61,7 @@ class SampleShape:
 
 @dataclass(frozen=True)
 class Sample:
-    """Latents float32 (F, C, H, W), text float32 (L, D)."""
+    """One sample: latents float32 (F, C, H, W), text float32 (L, D), and its caption."""
 
     latents: Tensor
     text: Tensor
@@ -66,10 +69,10 @@ class Sample:
 
 
 class Encoders:
-    """VAE and text encoder of a pipeline, for data that is still pixels and words.
+    """VAE and text encoder of a pipeline, for data that consists of videos and captions.
 
     Attributes:
-        lock: held while one of them works: the VAE keeps features between frames.
+        lock: held while one of them is used: the VAE keeps features between frames.
     """
 
     def __init__(self, pipeline: Path, device: str) -> None:
@@ -79,12 +82,12 @@ class Encoders:
 
 
 def is_precomputed(entry: SampleEntry) -> bool:
-    """The sample holds latents."""
+    """Tell whether a sample holds latents."""
     return TENSORS in entry.members or LATENTS_NPY in entry.members
 
 
 def video_ending(entry: SampleEntry) -> str | None:
-    """The ending of its video."""
+    """Return the ending of a sample's video, or None."""
     return next((ending for ending in VIDEOS if ending in entry.members), None)
 
 
@@ -92,13 +95,13 @@ def read_sample(entry: SampleEntry, shape: SampleShape, encoders: Encoders | Non
     """Read and check one sample.
 
     Args:
-        entry: where it is.
-        shape: that it has to have.
+        entry: the sample's place in a shard.
+        shape: the shape that it has to have.
         encoders: for videos; None where there are none.
 
     Raises:
-        BrokenSampleError: it lacks something, cannot be decoded, has another shape, or a number
-            that is not finite.
+        BrokenSampleError: a file is missing or cannot be decoded, or the sample has another shape
+            or a number that is not finite.
     """
     try:
         caption = entry.read(CAPTION).decode().strip() if CAPTION in entry.members else ""
@@ -120,27 +123,27 @@ def read_sample(entry: SampleEntry, shape: SampleShape, encoders: Encoders | Non
         )
     if not (torch.isfinite(latents).all() and torch.isfinite(text).all()):
         raise BrokenSampleError(f"{entry.name}: numbers that are not finite")
-    padded = torch.zeros(shape.text)
-    padded[: len(text)] = text
-    return Sample(latents.float(), padded, caption)
+    padded_text = torch.zeros(shape.text)
+    padded_text[: len(text)] = text
+    return Sample(latents.float(), padded_text, caption)
 
 
 def _read_tensors(entry: SampleEntry) -> tuple[Tensor, Tensor]:
     if TENSORS in entry.members:
-        found = safetensors.torch.load(entry.read(TENSORS))
-        missing = [name for name in ("latents", "text") if name not in found]
+        tensors = safetensors.torch.load(entry.read(TENSORS))
+        missing = [name for name in ("latents", "text") if name not in tensors]
         if missing:
             raise ValueError(f"no tensor {' and no '.join(missing)}")
-        latents, text = found["latents"], found["text"]
+        latents, text = tensors["latents"], tensors["text"]
     else:
         if TEXT_NPY not in entry.members:
             raise ValueError(f"no {TEXT_NPY}")
         latents, text = (
             torch.from_numpy(_read_array(entry.read(ending))) for ending in (LATENTS_NPY, TEXT_NPY)
         )
-    strange = [str(t.dtype) for t in (latents, text) if not t.is_floating_point()]
-    if strange:
-        raise ValueError(f"numbers of type {strange[0]}")
+    wrong_types = [str(t.dtype) for t in (latents, text) if not t.is_floating_point()]
+    if wrong_types:
+        raise ValueError(f"numbers of type {wrong_types[0]}")
     return latents.float(), text.float()
 
 

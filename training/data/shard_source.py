@@ -1,10 +1,9 @@
-"""Shards as a source: a fixed order of all samples, any position in it, broken ones replaced.
+"""Shards as a source: a fixed order of all samples, with any position, and broken ones replaced.
 
-Position p of the global stream is sample `permutation(seed, p // N)[p % N]`: each epoch is an order
-of its own, and every process finds its samples without asking another. A broken sample's place is
-taken by one that is drawn from (seed, p): the others keep their places, on any number of processes.
-It is named once; when too many are broken, the data is not what the user thinks it is, and the run
-stops.
+Position p of the global stream is sample `permutation(seed, p // N)[p % N]`: each epoch has an
+order of its own, and every process finds its samples without asking another. A broken sample is
+replaced by one that is drawn from (seed, p): the others keep their positions, on any number of
+processes. It is reported once. When too many are broken, the run stops.
 """
 
 from __future__ import annotations
@@ -43,8 +42,11 @@ from anyflow_deploy.training.timestep_sampling import seeded_generator
 NEGATIVE = "negative.safetensors"
 """The empty prompt's embedding beside precomputed shards: one tensor `text` (L, D)."""
 
-BROKEN_FREE, BROKEN_SHARE = 3, 0.02
-"""A process may meet this many broken samples, and beyond them this share of what it reads."""
+BROKEN_FREE = 3
+"""Broken samples that a process may read in any case."""
+
+BROKEN_SHARE = 0.02
+"""Fraction of the samples a process reads that may be broken in addition."""
 
 _PREFETCH = 2
 
@@ -53,11 +55,11 @@ _ATTEMPTS = 50
 
 
 def open_source(data: str, recipe: Recipe, weights: Weights, part: DataShard) -> ShardSource:
-    """A folder of shards.
+    """Open a folder of shards.
 
     Args:
         data: the folder.
-        recipe: says which shape samples have.
+        recipe: decides the shape of the samples.
         weights: of the checkpoint that is trained; videos are encoded by the pipeline around it.
         part: of this process.
 
@@ -77,7 +79,7 @@ def open_source(data: str, recipe: Recipe, weights: Weights, part: DataShard) ->
 
 
 class ShardSource:
-    """See the module's text.
+    """A `DataSource` that reads a folder of shards.
 
     Args:
         index: of the shards.
@@ -102,31 +104,31 @@ class ShardSource:
         self._encoders = encoders
         self._position = 0
         self._read_count = 0
-        self._broken: dict[str, str] = {}
-        self._unreported: list[str] = []
+        self._broken_samples: dict[str, str] = {}
+        self._new_problems: list[str] = []
         self._order = functools.lru_cache(maxsize=2)(self._permutation)
         self._negative = self._read_negative_text()
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches, read ahead by one thread (a VAE is not safe for several)."""
+        """Yield batches, read ahead by one thread (a VAE is not safe for several)."""
         stride = self._part.world * self._part.batch
         with ThreadPoolExecutor(1) as pool:
-            waiting: deque[Future[Batch]] = deque()
-            ahead = self._position
+            batches: deque[Future[Batch]] = deque()
+            position = self._position
             while True:
-                while len(waiting) < _PREFETCH:
-                    waiting.append(pool.submit(self._read_batch, ahead))
-                    ahead += stride
-                batch = waiting.popleft().result()
+                while len(batches) < _PREFETCH:
+                    batches.append(pool.submit(self._read_batch, position))
+                    position += stride
+                batch = batches.popleft().result()
                 self._position += stride
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """See `DataSource`."""
+        """Return the position after the last batch, as JSON values."""
         return {"samples": self._position, "data": self._index.digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `DataSource`.
+        """Set the position, which may be of a run with another number of processes.
 
         Raises:
             AnyFlowError: the checkpoint is of other data.
@@ -134,33 +136,42 @@ class ShardSource:
         position = state.get("samples")
         if state.get("data") != self._index.digest or not isinstance(position, int) or position < 0:
             raise AnyFlowError(
-                f"the checkpoint stands at sample {position} of other data than"
-                f" {self._index.folder} now is (shards were changed, added or removed). Give the"
-                " same --data, or another --output."
+                f"the checkpoint is at sample {position} of other data than {self._index.folder}"
+                " now has (shards were changed, added or removed). Give the same --data, or another"
+                " --output."
             )
         self._position = position
 
-    def skipped(self) -> list[str]:
-        """See `DataSource`."""
-        reported, self._unreported = self._unreported, []
-        return reported
+    def pop_broken_samples(self) -> list[str]:
+        """Return the broken samples since the last call, each with its reason."""
+        problems = self._new_problems
+        self._new_problems = []
+        return problems
 
     def check(self) -> str:
-        """See `DataSource`: everything the headers tell, then the first shard's first sample and
-        the last one's last."""
+        """Check all headers, the first shard's first sample and the last one's last.
+
+        Returns:
+            a line that describes the data.
+
+        Raises:
+            AnyFlowError: too many samples without a video or a caption, or a sample of another
+                shape than the recipe's.
+        """
         entries, folder = self._index.entries, self._index.folder
         if (folder / MARKER).is_file():
             read_manifest(folder).check(folder, self._shape)
-        useless = [
+        unusable = [
             e
             for e in entries
             if not is_precomputed(e) and (video_ending(e) is None or "txt" not in e.members)
         ]
-        if len(useless) > BROKEN_FREE + BROKEN_SHARE * len(entries):
+        if len(unusable) > BROKEN_FREE + BROKEN_SHARE * len(entries):
             raise AnyFlowError(
-                f"{len(useless)} of {len(entries)} samples in {folder} have no video or no caption,"
-                f" as {useless[0].name} ({', '.join(sorted(useless[0].members))}). A sample is"
-                " KEY.mp4 and KEY.txt, or KEY.safetensors."
+                f"{len(unusable)} of {len(entries)} samples in {folder} have no video or no"
+                f" caption, such as {unusable[0].name}"
+                f" ({', '.join(sorted(unusable[0].members))}). A sample is KEY.mp4 and KEY.txt, or"
+                " KEY.safetensors."
             )
         for entry in (entries[0], entries[-1]):
             try:
@@ -184,9 +195,9 @@ class ShardSource:
     def _read_batch(self, first: int) -> Batch:
         part = self._part
         places = range(first + part.rank * part.batch, first + (part.rank + 1) * part.batch)
-        found = [self._read_usable_sample(place) for place in places]
-        samples = [sample for _, sample in found]
-        names = tuple(entry.name for entry, _ in found)
+        pairs = [self._read_usable_sample(place) for place in places]
+        samples = [sample for _, sample in pairs]
+        names = tuple(entry.name for entry, _ in pairs)
         latents = torch.stack([s.latents for s in samples])
         text = torch.stack([s.text for s in samples])
         return Batch(
@@ -198,7 +209,7 @@ class ShardSource:
         )
 
     def _read_usable_sample(self, place: int) -> tuple[SampleEntry, Sample]:
-        """The sample of a place in the stream, or what takes its place."""
+        """Return the sample of a position in the stream, or its replacement."""
         entries = self._index.entries
         epoch, inside = divmod(place, len(entries))
         number = int(self._order(epoch)[inside])
@@ -208,10 +219,10 @@ class ShardSource:
                 return entries[number], read_sample(entries[number], self._shape, self._encoders)
             except BrokenSampleError as error:
                 self._record_broken(entries[number], str(error))
-            # A folder of a few samples, all broken: too few names to be too many
+            # In a folder of a few samples `_record_broken` does not raise even if all are broken
             if attempt > _ATTEMPTS:
                 raise AnyFlowError(
-                    f"{attempt} samples in a row from {self._index.folder} are broken. Mend or"
+                    f"{attempt} samples in a row from {self._index.folder} are broken. Repair or"
                     " replace the data."
                 )
             number = int(
@@ -224,18 +235,19 @@ class ShardSource:
         raise AssertionError("itertools.count ends")
 
     def _record_broken(self, entry: SampleEntry, reason: str) -> None:
-        if entry.name not in self._broken:
-            self._broken[entry.name] = reason
-            self._unreported.append(reason)
-        if len(self._broken) > BROKEN_FREE + BROKEN_SHARE * self._read_count:
-            last = "; ".join(list(self._broken.values())[-3:])
+        if entry.name not in self._broken_samples:
+            self._broken_samples[entry.name] = reason
+            self._new_problems.append(reason)
+        if len(self._broken_samples) > BROKEN_FREE + BROKEN_SHARE * self._read_count:
+            last = "; ".join(list(self._broken_samples.values())[-3:])
             raise AnyFlowError(
-                f"{len(self._broken)} of {self._read_count} samples read from {self._index.folder}"
-                f" are broken, too many to go on: {last}. Mend or remove them."
+                f"{len(self._broken_samples)} of {self._read_count} samples read from"
+                f" {self._index.folder} are broken, too many to continue: {last}. Repair or remove"
+                " them."
             )
 
     def _read_negative_text(self) -> Tensor:
-        """(1, L, D)."""
+        """Return the negative prompt's embedding, float32 (1, L, D)."""
         tokens, width = self._shape.text
         path = self._index.folder / NEGATIVE
         if self._encoders is not None:
@@ -253,9 +265,9 @@ class ShardSource:
                 f"{path} has text {tuple(text.shape)}; the model takes at most {tokens} tokens of"
                 f" {width}."
             )
-        padded = torch.zeros(1, tokens, width)
-        padded[0, : len(text)] = text
-        return padded
+        padded_text = torch.zeros(1, tokens, width)
+        padded_text[0, : len(text)] = text
+        return padded_text
 
 
 def _open_encoders(index: ShardIndex, weights: Weights) -> Encoders:
@@ -277,6 +289,9 @@ def _open_encoders(index: ShardIndex, weights: Weights) -> Encoders:
 
 @functools.cache
 def _shared_encoders(pipeline: Path, device: str) -> Encoders:
-    """Sample sheets read the data by a source of their own, and the text encoder is too large to
-    have twice."""
+    """Open the encoders, once for each pipeline and device.
+
+    Sample grids read the data by a source of their own, and the text encoder is too large to have
+    twice.
+    """
     return Encoders(pipeline, device)

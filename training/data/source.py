@@ -1,7 +1,6 @@
-"""What training asks of data: batches of clean latents with their text, in an order that can be
-taken up anywhere.
+"""The interface of training data: batches of clean latents with their text, in a fixed order.
 
-A source stands at a position in one global stream of samples, the same for all processes. With W
+A source has a position in one global stream of samples, the same for all processes. With W
 processes of batch b, each step takes W b samples, and process k gets those from k b on. So a run
 with the same global batch sees the same samples in the same order on any number of processes, and a
 checkpoint stores one position.
@@ -27,7 +26,7 @@ class Batch:
         text: prompt embeddings, (B, L, D).
         negative_text: embeddings of the empty (or negative) prompt, (1, L, D) or (B, L, D).
         names: of the samples, for error messages.
-        captions: what the samples show, for sample sheets; may be missing.
+        captions: of the samples, for sample grids; may be missing.
     """
 
     latents: Tensor
@@ -37,7 +36,7 @@ class Batch:
     captions: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
-        """On a device, in float32, with a negative text for every sample."""
+        """Return the batch on a device, in float32, with a negative text for every sample."""
         text = self.text.to(device, torch.float32)
         negative = self.negative_text.to(device, torch.float32).expand_as(text)
         return Batch(
@@ -46,26 +45,26 @@ class Batch:
 
 
 class DataSource(Protocol):
-    """An endless stream of batches, see the module's text."""
+    """An endless stream of batches with a position."""
 
     def __iter__(self) -> Iterator[Batch]:
-        """This process's batches, from the position on."""
+        """Yield this process's batches, from the position on."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The position behind the batch that was given last; JSON."""
+        """Return the position after the last batch, as JSON values."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position, maybe of a run with another number of processes."""
+        """Set the position, which may be of a run with another number of processes."""
         ...
 
-    def skipped(self) -> list[str]:
-        """Names of broken samples met since this was last asked, each with its reason."""
+    def pop_broken_samples(self) -> list[str]:
+        """Return the broken samples since the last call, each with its reason."""
         ...
 
     def check(self) -> str:
-        """Look at the first and the last of the data; a line that describes it.
+        """Check the first and the last of the data, and return a line that describes it.
 
         Raises:
             AnyFlowError: something is missing, broken, or of another shape than the recipe's.
@@ -75,7 +74,7 @@ class DataSource(Protocol):
 
 @dataclass(frozen=True)
 class DataShard:
-    """Which part of each step's samples this process takes."""
+    """The part of each step's samples that this process takes."""
 
     rank: int
     world: int

@@ -1,14 +1,15 @@
-"""The built-in data: moving shapes as latents, with embeddings of their captions; no VAE and no
-text encoder take part.
+"""The built-in data: moving shapes as latents, with embeddings of their captions.
 
-What Wan's VAE does in the large is done in small by a fixed linear map. A latent frame is the scene
-at the middle of the video frames it stands for. Each of its cells is drawn as 2 x 2 pixels; their
-mean and their differences down, across and both (a Haar transform), each in three colours, are the
-first twelve channels, and further ones are fixed mixtures of these. Scaled to about unit spread, as
-the VAE's latents are.
+It needs neither VAE nor text encoder.
 
-A caption's embedding has one row for each word, the same at any seed, and zeros behind; where there
-are fewer rows than words, several words add up in one.
+A fixed linear map takes the place of Wan's VAE. A latent frame is the scene at the middle of the
+video frames it stands for. Each of its cells is drawn as 2 x 2 pixels; their mean and their
+differences down, across and both (a Haar transform), each in three colours, are the first twelve
+channels, and further ones are fixed mixtures of these. They are scaled to about unit spread, as the
+VAE's latents are.
+
+A caption's embedding has one row for each word, the same for every seed, and zeros behind. Where
+there are fewer rows than words, several words are added up in one row.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from anyflow_deploy.training.timestep_sampling import seeded_normal
 _HAAR = torch.tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 4
 _MEAN = (0.13, 0.0, 0.0, 0.0)
 _SPREAD = (0.18, 0.046, 0.046, 0.02)
-"""Of the four Haar bands over many scenes on 8 x 12 cells, rounded."""
+"""Mean and spread of the four Haar bands over many scenes on 8 x 12 cells, rounded."""
 
 _WORD_SEED = 0
-"""Seed of words and mixtures. Not the run's: a flow map with seed 1 has to understand a teacher
-with seed 0."""
+"""Seed of words and mixtures. It is not the run's: a flow map with seed 1 has to use the same words
+as a teacher with seed 0."""
 
 
 def scene_latents(seed: int, index: int, shape: tuple[int, int, int, int]) -> Tensor:
-    """Latents of scene `index`, float32 (F, C, H, W) = `shape`."""
+    """Return the latents of scene `index`, float32 (F, C, H, W) = `shape`."""
     frames, channels, height, width = shape
-    # The first frame stands alone in its latent frame.
+    # The first latent frame stands for one video frame only
     times = (torch.arange(frames) * TEMPORAL_FACTOR - (TEMPORAL_FACTOR - 1) / 2).clamp(min=0)
     fine = render_scene(make_scene(seed, index), times, 2 * height, 2 * width)
     cells = (
@@ -56,7 +57,7 @@ def scene_latents(seed: int, index: int, shape: tuple[int, int, int, int]) -> Te
 
 
 def caption_embedding(caption: str, text: tuple[int, int]) -> Tensor:
-    """Embedding of a caption, float32 (L, D) = `text`."""
+    """Return the embedding of a caption, float32 (L, D) = `text`."""
     result = torch.zeros(text)
     for number, word in enumerate(caption.split()):
         result[number % text[0]] += seeded_normal(text[1:], _WORD_SEED, "word", word)
@@ -64,7 +65,7 @@ def caption_embedding(caption: str, text: tuple[int, int]) -> Tensor:
 
 
 class SyntheticLatents:
-    """The data set as a source; sample i is a function of (seed, i), and there is no end.
+    """The synthetic data set as a `DataSource` without end; sample i is a function of (seed, i).
 
     Args:
         part: of this process.
@@ -95,7 +96,7 @@ class SyntheticLatents:
             yield self.batch(list(numbers))
 
     def batch(self, indices: list[int]) -> Batch:
-        """These samples."""
+        """Return the samples of these indices."""
         captions = [make_scene(self._seed, i).caption for i in indices]
         latents = torch.stack([scene_latents(self._seed, i, self._shape) for i in indices])
         text = torch.stack([caption_embedding(caption, self._text) for caption in captions])
@@ -108,11 +109,15 @@ class SyntheticLatents:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """See `DataSource`."""
+        """Return the position after the last batch, as JSON values."""
         return {"samples": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `DataSource`."""
+        """Set the position, which may be of a run with another number of processes.
+
+        Raises:
+            AnyFlowError: the position is not one of synthetic data.
+        """
         position = state.get("samples")
         if not isinstance(position, int) or position < 0:
             raise AnyFlowError(
@@ -121,10 +126,10 @@ class SyntheticLatents:
             )
         self._position = position
 
-    def skipped(self) -> list[str]:
-        """None is broken."""
+    def pop_broken_samples(self) -> list[str]:
+        """Return an empty list: no sample is broken."""
         return []
 
     def check(self) -> str:
-        """See `DataSource`."""
+        """Return a line that describes the data."""
         return f"moving shapes, latents {self._shape}"

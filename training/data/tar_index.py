@@ -1,14 +1,14 @@
-"""Where every sample lies: an index of webdataset's shards, made by walking the tar headers.
+"""An index of webdataset's shards: where the bytes of every sample are.
 
-A shard is a tar file; members that share a name up to its first dot are one sample (`clip-7.mp4`,
-`clip-7.txt`), as the webdataset library has it. The library reads shards as streams, through
-shuffling buffers and workers, and can go on where it stopped only by reading everything again up to
-there. Here the headers are read once, 512 bytes of each member, and then any sample is one seek
-away: an order is a permutation, a position a number, and both are exact on any number of processes.
-Samples are megabytes, so that jumping costs little on a disk. It does mean that shards are files:
-no pipes, no URLs, no compressed tars.
+It is made from the tar headers. A shard is a tar file; members that share a name up to its first
+dot are one sample (`clip-7.mp4`, `clip-7.txt`), as in the webdataset library. That library reads
+shards as streams, through shuffling buffers and workers, and can resume only by reading everything
+up to that position again. Here the headers are read once, 512 bytes of each member, and then any
+sample is one seek away: an order is a permutation, a position a number, and both are exact on any
+number of processes. Samples are megabytes, so seeking costs little on a disk. The price is that
+shards have to be files: no pipes, no URLs, no compressed tars.
 
-Nothing is decoded here, and nothing but bytes at an offset is ever read.
+Nothing is decoded here; only bytes at an offset are read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 from anyflow_deploy.errors import AnyFlowError
 
 _THREADS = 8
-_SHOWN = 3
+_MAX_NAMES = 3
 
 
 @dataclass(frozen=True)
 class TarMember:
-    """One file in a shard: where its bytes begin, and how many there are."""
+    """One file in a shard: the offset of its bytes, and their number."""
 
     offset: int
     size: int
@@ -39,8 +39,8 @@ class SampleEntry:
 
     Attributes:
         shard: the tar file.
-        key: its name there.
-        members: by ending, in lower case, without the dot.
+        key: the sample's name in it.
+        members: its files by ending, in lower case, without the dot.
     """
 
     shard: Path
@@ -49,11 +49,11 @@ class SampleEntry:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name of the sample in messages."""
         return f"{self.shard.name}/{self.key}"
 
     def read(self, ending: str) -> bytes:
-        """The bytes of one member.
+        """Return the bytes of one member.
 
         Raises:
             ValueError: the shard is shorter than it was.
@@ -75,7 +75,7 @@ class ShardIndex:
     Attributes:
         folder: of the shards.
         entries: the samples.
-        digest: of all names and places; other data has another.
+        digest: of all names and offsets, which tells data sets apart.
     """
 
     folder: Path
@@ -84,7 +84,7 @@ class ShardIndex:
 
 
 def index_shards(folder: Path) -> ShardIndex:
-    """Walk the headers of all shards of a folder.
+    """Read the headers of all shards of a folder, and return the index.
 
     Raises:
         AnyFlowError: no folder, no shards, no samples, or a shard that is damaged or compressed.
@@ -95,25 +95,25 @@ def index_shards(folder: Path) -> ShardIndex:
             " (*.tar)."
         )
     shards = sorted(p for p in folder.glob("*.tar") if not p.name.startswith("."))
-    packed = sorted(
+    compressed_names = sorted(
         p.name
         for pattern in ("*.tgz", "*.tar.*")
         for p in folder.glob(pattern)
         if not p.name.startswith(".")
     )
-    if packed:
+    if compressed_names:
         raise AnyFlowError(
-            f"{folder} holds {packed[0]}: compressed shards cannot be read at a position. Unpack"
-            " them to .tar."
+            f"{folder} holds {compressed_names[0]}: compressed shards cannot be read at a position."
+            " Unpack them to .tar."
         )
     if not shards:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:_SHOWN]) or "nothing"
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:_MAX_NAMES]) or "nothing"
         raise AnyFlowError(
-            f"{folder} holds no shards (*.tar) but {found}. Videos become shards by:"
+            f"{folder} holds no shards (*.tar) but {names}. Make shards of videos with:"
             f" anyflow-precompute {folder} --output DIR"
         )
     with ThreadPoolExecutor(_THREADS) as pool:
-        entries = [entry for found in pool.map(_index_shard, shards) for entry in found]
+        entries = [entry for samples in pool.map(_index_shard, shards) for entry in samples]
     if not entries:
         raise AnyFlowError(
             f"{folder} has {len(shards)} shards and no sample in them. Give other data."
@@ -129,8 +129,10 @@ def index_shards(folder: Path) -> ShardIndex:
 
 
 def _index_shard(shard: Path) -> list[SampleEntry]:
-    """The samples of one shard. A key that comes back after another is another sample's, and
-    refused."""
+    """Return the samples of one shard.
+
+    A key that comes back after another one is refused.
+    """
     samples: dict[str, SampleEntry] = {}
     last = None
     try:
@@ -145,7 +147,7 @@ def _index_shard(shard: Path) -> list[SampleEntry]:
                 ):
                     raise AnyFlowError(
                         f"{shard} has {info.name} twice, or apart from its sample's other files."
-                        " Make the shard anew."
+                        " Make the shard again."
                     )
                 samples.setdefault(key, SampleEntry(shard, key, {})).members[ending] = TarMember(
                     info.offset_data, info.size
@@ -165,7 +167,7 @@ def _index_shard(shard: Path) -> list[SampleEntry]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """`a/b.c.txt` as `a/b` and `c.txt`, as webdataset does."""
+    """Split `a/b.c.txt` into `a/b` and `c.txt`, as webdataset does."""
     folder, slash, file = name.removeprefix("./").rpartition("/")
     key, _, ending = file.partition(".")
     return (folder + slash + key if key and ending else ""), ending.lower()

@@ -1,3 +1,5 @@
-"""The network as it is trained (`network`), adapted (`lora`), made and sharded (`model_factory`),
-with which weights it starts (`weight_init`), and the memory it needs (`memory`).
+"""The network in training.
+
+`network` is the module, `lora` adapts it, `model_factory` builds and shards it, `weight_init` has
+its initial weights, and `memory` estimates the memory it needs.
 """

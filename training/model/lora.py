@@ -1,8 +1,8 @@
-"""LoRA by peft on the training network: which layers, in which types, and how it is merged.
+"""LoRA with peft on the training network: its layers, types and names.
 
 The adapters' weights are float32 and multiply in the type of the layer they adapt. There is no
-dropout: two forwards of a finite difference have to see the same network. With alpha equal to the
-rank the update is B A, and any loader that does not know alpha applies it right.
+dropout: two forwards of a finite difference have to use the same network. With alpha equal to the
+rank the update is B A, and a loader that does not read alpha applies it correctly.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ ADAPTER = "default"
 LAYERS = r"blocks\.\d+\.(attn1\.to_[qkv]|attn1\.to_out\.0|ffn\.net\.0\.proj|ffn\.net\.2)"
 TIMES = r"condition_embedder\.(time|delta)_embedder\.linear_[12]"
 FULLY_TRAINED = ("far_patch_embedding.",)
-"""Trained themselves beside the adapters, where the network has them."""
+"""Prefixes of parameters that are trained without adapters, where the network has them."""
 
 
 def add_lora(network: TrainingTransformer, settings: LoRAConfig) -> None:
-    """Wrap the adapted layers (on the meta device), and let nothing train but adapters and
-    `FULLY_TRAINED`."""
+    """Wrap the adapted layers (on the meta device), and freeze the rest.
+
+    Only adapters and `FULLY_TRAINED` keep a gradient.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     network.requires_grad_(False)
@@ -60,13 +62,16 @@ def _to_cast_linear(plain: nn.Linear, base: CastLinear) -> CastLinear:
 
 
 def lora_layers(network: nn.Module) -> dict[str, Any]:
-    """peft's layers by the name of the layer they wrap."""
+    """Return peft's layers by the name of the layer they wrap."""
     return {name: module for name, module in network.named_modules() if hasattr(module, "lora_A")}
 
 
 def initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """A uniform in +-1/sqrt(inputs), B zero: the adapted network starts as its base. By name: the
-    same on any process."""
+    """Return the initial weights of an adapter: A is uniform in +-1/sqrt(inputs), B is zero.
+
+    The adapted network starts as its base. The numbers depend on the name, so they are the same on
+    any process.
+    """
     if ".lora_B." in name:
         return torch.zeros(shape)
     bound = 1 / math.sqrt(shape[1])
@@ -76,19 +81,20 @@ def initial_adapter(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def base_name(name: str) -> str:
-    """`blocks.0.attn1.to_q.base_layer.weight` as diffusers calls it."""
+    """Return diffusers' name of a parameter like `blocks.0.attn1.to_q.base_layer.weight`."""
     return name.replace(".base_layer.", ".")
 
 
 def adapter_name(name: str) -> str:
-    """`blocks.0.attn1.to_q.lora_A.default.weight` as diffusers' LoRA files call it."""
+    """Return the name in diffusers' LoRA files of `blocks.0.attn1.to_q.lora_A.default.weight`."""
     return "transformer." + re.sub(rf"\.(lora_[AB])\.{ADAPTER}\.", r".\1.", name)
 
 
 @contextlib.contextmanager
 def disable_adapters(network: nn.Module) -> Iterator[None]:
-    """Without the adapters: the frozen teacher and the fake score that started from it share one
-    set of large weights.
+    """Switch the adapters off until the block ends.
+
+    The frozen teacher and the fake score that started from it share one set of large weights.
 
     peft's own switch also turns `requires_grad` off and on, which FSDP may not see change; so its
     flag is set directly.
@@ -104,5 +110,5 @@ def disable_adapters(network: nn.Module) -> Iterator[None]:
 
 
 def lora_scaling(network: nn.Module, module: str) -> float:
-    """alpha / rank of an adapted layer."""
+    """Return alpha / rank of an adapted layer."""
     return cast(float, network.get_submodule(module).scaling[ADAPTER])  # type: ignore[index]

@@ -1,8 +1,7 @@
-"""A network ready to train: built without memory, adapted, sharded, then filled one parameter at a
-time.
+"""Builds a network for training: on the meta device, adapted, sharded, then filled.
 
-Weights are read from the checkpoint only after FSDP2 has cut the parameters, and each process keeps
-its own piece: no process ever holds the model whole.
+Weights are read from the checkpoint, one parameter at a time, only after FSDP2 has cut the
+parameters, and each process keeps its own piece: no process ever holds the model whole.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from anyflow_deploy.training.recipes import Recipe
 def build_trained_network(
     weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
 ) -> TrainingTransformer:
-    """A network whose weights, or whose adapters, are trained.
+    """Build a network whose weights, or whose adapters, are trained.
 
     Args:
         weights: complete, of the architecture that is trained.
-        recipe: says what is trained, in which types.
+        recipe: decides which parameters are trained, and the types.
         mesh: to shard over; None for one process.
     """
     return _build_network(weights, recipe, device, mesh, trained=True)
@@ -37,19 +36,21 @@ def build_trained_network(
 def build_frozen_network(
     weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None
 ) -> TrainingTransformer:
-    """A network that is only asked."""
+    """Build a network that is only evaluated."""
     return _build_network(weights, recipe, device, mesh, trained=False)
 
 
 def _build_network(
     weights: Weights, recipe: Recipe, device: torch.device, mesh: DeviceMesh | None, trained: bool
 ) -> TrainingTransformer:
-    adapted = trained and recipe.adapting.lora_rank > 0
+    has_adapters = trained and recipe.adapting.lora_rank > 0
     compute = getattr(torch, recipe.running.compute)
     with torch.device("meta"):
-        network = TrainingTransformer(weights.architecture, compute, frozen=adapted or not trained)
+        network = TrainingTransformer(
+            weights.architecture, compute, frozen=has_adapters or not trained
+        )
     network.requires_grad_(trained)
-    if adapted:
+    if has_adapters:
         add_lora(network, recipe.adapting)
     network.set_gradient_checkpointing(
         recipe.running.checkpointing and trained, recipe.running.offload
@@ -66,8 +67,10 @@ def _build_network(
 
 
 def shard_network(network: TrainingTransformer, mesh: DeviceMesh) -> None:
-    """FSDP2, block by block: a mesh of two dimensions replicates over the first and shards over the
-    second."""
+    """Shard a network with FSDP2, block by block.
+
+    A mesh of two dimensions replicates over the first and shards over the second.
+    """
     from torch.distributed.fsdp import fully_shard
 
     # The outputs are views, and nothing here changes one in place.
@@ -79,7 +82,7 @@ def shard_network(network: TrainingTransformer, mesh: DeviceMesh) -> None:
 
 @torch.no_grad()
 def load_parameters(network: nn.Module, weights: Weights, seed: int) -> None:
-    """Give every parameter its value: from the checkpoint, or the start of an adapter."""
+    """Set every parameter: from the checkpoint, or to the initial value of an adapter."""
     for name, parameter in network.named_parameters():
         start = (
             initial_adapter(name, tuple(parameter.shape), seed)
@@ -103,12 +106,12 @@ def assign_parameter(parameter: Tensor, value: Tensor) -> None:
 
 
 def gather_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every process (which all have to call)."""
+    """Return the whole of a tensor; every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def trained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """What the optimizer gets, by name, in order."""
+    """Return the parameters of the optimizer, by name, in order."""
     return {
         name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad
     }

@@ -1,21 +1,19 @@
-"""The module that is trained: export's transformer, with what training needs and inference does
-not.
+"""The module that is trained: the transformer of exports, with additions for training.
 
-The layers, their names and their arithmetic are `model/transformer.py`'s, so a trained checkpoint
-is exported as it is and there is one network to test. What is added:
+The layers, their names and their arithmetic are those of `model/transformer.py`, so a trained
+checkpoint is exported as it is and there is one network to test. The additions:
 
 - **types**: a trained weight is float32 and is cast to the compute type (bfloat16 on GPUs) for each
   product; a frozen one is stored in the compute type. Times, modulation, norms and residual stream
-  are float32 always: bfloat16 steps by 4 above t = 512, so a time that passed through it is another
-  time.
-- **spans**: which keys a run of queries sees. Several chunks go through the linear layers at once
-  and only attention is taken chunk by chunk: causal, without a mask and without flex attention
-  (which has no backward on the CPU).
+  are always float32: bfloat16 has steps of 4 above t = 512, which would round the times.
+- **spans**: the keys that a run of queries sees. Several chunks go through the linear layers at
+  once, and only attention is computed chunk by chunk: causal, without a mask and without flex
+  attention (which has no backward on the CPU).
 - **memory**: keys and values of clean frames as tensors of their own, never a buffer that is
-  written again. A buffer would be changed by the time gradient checkpointing computes a chunk a
-  second time.
-- **one entrance**: everything goes through `forward` of the whole and of a block, where FSDP
-  gathers the parameters. So the text's keys and values are made inside the block, not ahead of it.
+  written again. Gradient checkpointing computes a chunk a second time, when a buffer would have
+  other contents.
+- **one entry point**: everything goes through `forward` of the whole and of a block, where FSDP
+  gathers the parameters. So the text's keys and values are computed inside the block, not before.
 
 Legend: see `anyflow_deploy/model/transformer.py`; M tokens in memory.
 """
@@ -56,15 +54,15 @@ class CastLinear(Linear):
 
     Attributes:
         compute_type: of the product and its result.
-        large: one of those whose precision is chosen; the others (times, modulation, output) stay
-            in float32.
+        large: whether it multiplies in the recipe's compute type; the other layers (times,
+            modulation, output) stay in float32.
     """
 
     compute_type = torch.float32
     large = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, inputs) of any type to (rows, outputs) of the compute type."""
+        """Multiply (rows, inputs) of any type into (rows, outputs) of the compute type."""
         dtype = self.compute_type
         return F.linear(
             x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
@@ -75,7 +73,10 @@ class TrainingAttention(Attention):
     """Attention whose queries may see different keys."""
 
     def key_value(self, context: Tensor, batch: int, rotation: Rotation | None = None) -> KeyValue:
-        """See `Attention`; `context` is cast by the layers."""
+        """Return keys and values of a context, (B, M, A, E) each.
+
+        The context is (B M, D), and the layers cast it.
+        """
         value = self._split_heads(self.to_v(context), batch)
         key = self._split_heads(self.norm_k(self.to_k(context).float()), batch)
         if rotation is not None:
@@ -90,22 +91,24 @@ class TrainingAttention(Attention):
         rotation: Rotation | None = None,
         spans: Sequence[Span] | None = None,
     ) -> Tensor:
-        """See `Attention`; with `spans`, each run of queries on its own keys. They cover all
-        queries, in order."""
+        """Attend from `x` to the memory; with `spans`, each run of queries to its own keys.
+
+        Spans cover all queries, in order. The result is float32 (B N, D).
+        """
         query = self._split_heads(self.norm_q(self.to_q(x).float()), batch)
         if rotation is not None:
             query = apply_rotary(query, *rotation)
         if spans is None:
-            mixed = self._attend(query, *memory)
+            output = self._attend(query, *memory)
         else:
-            mixed = torch.cat(
+            output = torch.cat(
                 [
                     self._attend(query[:, a:b], *_gather_keys(memory, keys))
                     for (a, b), keys in spans
                 ],
                 dim=1,
             )
-        return cast(Tensor, self.to_out[0](mixed.flatten(2).flatten(0, 1))).float()
+        return cast(Tensor, self.to_out[0](output.flatten(2).flatten(0, 1))).float()
 
 
 def _gather_keys(memory: KeyValue, keys: tuple[TokenRange, ...]) -> KeyValue:
@@ -118,17 +121,16 @@ def _gather_keys(memory: KeyValue, keys: tuple[TokenRange, ...]) -> KeyValue:
 
 
 class TrainingBlock(Block):
-    """One layer, see `Block`.
+    """One transformer layer with gradient checkpointing.
 
     Attributes:
-        checkpointing: keep only the inputs for the backward pass, and compute the layer again
-            there.
+        checkpointing: keep only the inputs for the backward pass, and recompute the layer there.
         offloading: keep these inputs in main memory.
 
-    Without `checkpointing`, what is only elementwise is computed again all the same: the result of
-    GELU and the normed tokens before modulation, a quarter of what would be kept, at the cost of
-    reading it once more. (torch stops computing again before the product that wanted the tensor.)
-    Compiled blocks decide such things by themselves.
+    Without `checkpointing`, elementwise results are recomputed all the same: the result of GELU and
+    the normed tokens before modulation. That saves a quarter of the memory, at the cost of reading
+    the inputs once more. (torch stops recomputing before the product that needs the tensor.)
+    Compiled blocks decide this by themselves.
     """
 
     checkpointing = False
@@ -150,13 +152,13 @@ class TrainingBlock(Block):
         spans: Sequence[Span] | None,
         outputs: str,
     ) -> tuple[Tensor | None, KeyValue | None]:
-        """One layer.
+        """Run one layer, and return its output and its own keys and values.
 
         Args:
             x, modulation, rotation, ones, past: as in `Block`.
             text: embedded (B, L, D).
-            spans: see `TimeSpan`; None lets every token see everything.
-            outputs: "x", "memory" (the own keys and values) or "both".
+            spans: see `Span`; None lets every token see everything.
+            outputs: "x", "memory" (its own keys and values) or "both".
         """
         inputs = (x, text, modulation, rotation, ones, past, spans, outputs)
         if self.checkpointing and torch.is_grad_enabled():
@@ -187,15 +189,15 @@ class TrainingBlock(Block):
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
             (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
         )
-        # Cast once, and kept once for backward, for three products.
+        # Cast once for three products
         h = self._recompute(modulate, x, shift, scale, ones, self.eps).flatten(0, 2).to(dtype)
-        own = self.attn1.key_value(h, batch, rotation)
+        new_kv = self.attn1.key_value(h, batch, rotation)
         if outputs == "memory":
-            return None, own
+            return None, new_kv
         memory = (
-            own
+            new_kv
             if past is None
-            else (torch.cat((past[0], own[0]), 1), torch.cat((past[1], own[1]), 1))
+            else (torch.cat((past[0], new_kv[0]), 1), torch.cat((past[1], new_kv[1]), 1))
         )
         x = torch.addcmul(x, self.attn1(h, memory, batch, rotation, spans).view(x.shape), gate)
         text_kv = self.attn2.key_value(text.flatten(0, 1), batch)
@@ -205,14 +207,14 @@ class TrainingBlock(Block):
         x = torch.addcmul(
             x, self._recompute(self._ffn_down, hidden).float().view(x.shape), ffn_gate
         )
-        return x, own if outputs == "both" else None
+        return x, new_kv if outputs == "both" else None
 
     def _ffn_down(self, hidden: Tensor) -> Tensor:
-        """The feed-forward's second half."""
+        """Return the result of the feed-forward's second half."""
         return cast(Tensor, self.ffn.net[2](F.gelu(hidden, approximate="tanh")))
 
     def _recompute(self, function: Callable[..., Tensor], *inputs: object) -> Tensor:
-        """Call, and keep nothing that can be computed again from what is given."""
+        """Call a function, and recompute it in the backward pass instead of keeping its tensors."""
         if self.checkpointing or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return function(*inputs)
         return cast(
@@ -221,7 +223,7 @@ class TrainingBlock(Block):
 
 
 def compute_type_of(layer: nn.Module) -> torch.dtype:
-    """Of a linear layer, wrapped by LoRA or not."""
+    """Return the compute type of a linear layer, wrapped by LoRA or not."""
     return cast(CastLinear, getattr(layer, "base_layer", layer)).compute_type
 
 
@@ -229,21 +231,25 @@ def _to_cast_linear(
     layer: Linear, large: bool, compute_type: torch.dtype, frozen: bool
 ) -> CastLinear:
     dtype = compute_type if large else torch.float32
-    stored = dtype if frozen else torch.float32
-    result = CastLinear(layer.in_features, layer.out_features, layer.bias is not None, dtype=stored)
-    result.compute_type, result.large = dtype, large
+    storage_type = dtype if frozen else torch.float32
+    result = CastLinear(
+        layer.in_features, layer.out_features, layer.bias is not None, dtype=storage_type
+    )
+    result.compute_type = dtype
+    result.large = large
     return result
 
 
 class TrainingTransformer(FlowMapTransformer):
-    """`FlowMapTransformer`, and for causal architectures `ChunkTransition`, by parameter names; see
-    the module's text.
+    """`FlowMapTransformer` for training.
+
+    For causal architectures it has the parameters of `ChunkTransition`.
 
     Args:
         a: the architecture.
         compute_type: of the large products.
-        frozen: its weights are not trained themselves, so those of large products are stored in the
-            compute type.
+        frozen: store the weights of large products in the compute type, since only adapters or
+            nothing is trained.
 
     Build it under `torch.device("meta")`, then load parameters and `constants`.
     """
@@ -279,8 +285,9 @@ class TrainingTransformer(FlowMapTransformer):
         memory: bool = False,
         compressed: bool = False,
     ) -> Tensor | KVCache:
-        """The velocity of some frames, or what later ones remember of them. Everything float32 at
-        the border.
+        """Return the velocity of some frames, or their keys and values.
+
+        Inputs and results are float32.
 
         Args:
             latents: (B, F, C, H, W).
@@ -289,10 +296,10 @@ class TrainingTransformer(FlowMapTransformer):
             text: prompt embeddings, (B, L, text_dim).
             positions: int64 (F), absolute frame indices; None for 0, 1, 2, …
             past: memory of earlier frames, one entry a layer.
-            spans: see `TimeSpan`.
+            spans: see `Span`.
             memory: return keys and values instead of the velocity; the last layer then computes
                 nothing else.
-            compressed: through the embedding of old chunks (compressed to larger patches).
+            compressed: use the embedding of old chunks, which has larger patches.
         """
         batch, frames, _, height, width = latents.shape
         patch, embedding = (
@@ -305,11 +312,12 @@ class TrainingTransformer(FlowMapTransformer):
         x: Tensor | None = self.tokens(embedding, latents)
         times, modulation = self.embed_conditions(t, r)
         text_kv = self.condition_embedder.embed_text(text.flatten(0, 1)).view(*text.shape[:2], -1)
-        ones, present = self.get_buffer("ones"), []
+        ones = self.get_buffer("ones")
+        cache: KVCache = []
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             outputs = "x" if not memory else "both" if index < last else "memory"
-            x, own = block(
+            x, new_kv = block(
                 x,
                 text_kv,
                 modulation,
@@ -319,9 +327,9 @@ class TrainingTransformer(FlowMapTransformer):
                 spans,
                 outputs,
             )
-            present.append(own)
+            cache.append(new_kv)
         if memory:
-            return present
+            return cache
         assert x is not None
         shift, scale = (
             (self.scale_shift_table + times.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
@@ -332,21 +340,26 @@ class TrainingTransformer(FlowMapTransformer):
         )
 
     def set_gradient_checkpointing(self, enabled: bool = True, offload: bool = False) -> None:
-        """Keep only each layer's input for the backward pass (in main memory, with `offload`), and
-        compute the rest again."""
+        """Set whether the backward pass recomputes each layer from its input.
+
+        With `offload` these inputs are kept in main memory.
+        """
         for block in self.blocks:
             cast(TrainingBlock, block).checkpointing = enabled
             cast(TrainingBlock, block).offloading = offload
 
     @contextlib.contextmanager
     def override_compute_type(self, dtype: torch.dtype) -> Iterator[None]:
-        """Make the large products in another type meanwhile: finite differences ask for float32."""
+        """Compute large products in another type until the block ends.
+
+        Finite differences need float32.
+        """
         layers = [m for m in self.modules() if isinstance(m, CastLinear) and m.large]
-        before = [layer.compute_type for layer in layers]
+        previous_types = [layer.compute_type for layer in layers]
         for layer in layers:
             layer.compute_type = dtype
         try:
             yield
         finally:
-            for layer, old in zip(layers, before, strict=True):
+            for layer, old in zip(layers, previous_types, strict=True):
                 layer.compute_type = old

@@ -1,9 +1,8 @@
-"""Where training starts: the weights of a Wan2.1 or AnyFlow checkpoint, or of a seed, completed to
-what is trained.
+"""The initial weights: those of a Wan2.1 or AnyFlow checkpoint, or random ones, with additions.
 
 Wan2.1 has neither a second time embedder nor an embedding of compressed chunks. The first starts as
-a copy of the time embedder, so that at r = t the network is Wan; the second as the first embedding
-spread over the larger patch, so that a coarse token starts as the mean of the fine ones it
+a copy of the time embedder, so that at r = t the network is Wan. The second starts as the first
+embedding spread over the larger patch, so that a coarse token is the mean of the fine ones it
 replaces.
 """
 
@@ -44,15 +43,15 @@ _TIME = "condition_embedder.time_embedder."
 
 
 class InitialWeights(WeightsBase):
-    """Weights of a base, and what it lacks; see the module's text. Stands for a checkpoint
-    (`Weights`).
+    """The `Weights` of a base, completed by the parameters that it lacks.
 
     Args:
         base: a checkpoint or random weights.
-        architecture: what is trained.
+        architecture: of the network that is trained.
 
     Raises:
-        CheckpointError: the base lacks more than the two additions, or has other shapes.
+        CheckpointError: the base lacks other parameters than the two additions, or has other
+            shapes.
     """
 
     def __init__(self, base: Weights, architecture: Architecture) -> None:
@@ -61,23 +60,23 @@ class InitialWeights(WeightsBase):
         self._base = base
         self._base_shapes = base.shapes()
         expected = parameter_shapes(architecture)
-        self.added = tuple(
+        self.added_names = tuple(
             n
             for n in expected
             if n not in self._base_shapes and (n.startswith((_DELTA, "far_patch_embedding.")))
         )
         check_parameters(
-            base, {name: shape for name, shape in expected.items() if name not in self.added}
+            base, {name: shape for name, shape in expected.items() if name not in self.added_names}
         )
         self._shapes = expected
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape."""
+        """Return the shape of each parameter, by name."""
         return dict(self._shapes)
 
     def read(self, name: str) -> Tensor:
-        """One parameter, on the CPU."""
-        if name not in self.added:
+        """Return one parameter, on the CPU."""
+        if name not in self.added_names:
             return self._base.read(name)
         if name.startswith(_DELTA):
             return self._base.read(_TIME + name[len(_DELTA) :]).clone()
@@ -95,13 +94,13 @@ class InitialWeights(WeightsBase):
 def open_initial_weights(
     path: str | Path, causal: bool | None, like: Architecture
 ) -> InitialWeights:
-    """Open what a run starts from.
+    """Open the weights that a run starts from.
 
     Args:
         path: a pipeline or transformer folder, of Wan2.1 or AnyFlow.
-        causal: train a causal model: a bidirectional checkpoint is completed. None takes it as it
-            is.
-        like: gives the chunks where the checkpoint has none.
+        causal: train a causal model, for which a bidirectional checkpoint is completed. None takes
+            the checkpoint as it is.
+        like: architecture whose chunks are used where the checkpoint has none.
 
     Raises:
         CheckpointError: another kind of model, or a causal checkpoint for a bidirectional run.
@@ -132,7 +131,7 @@ def open_initial_weights(
 
 
 def architecture_from_wan(config: Mapping[str, Any], where: str) -> Architecture:
-    """The AnyFlow architecture that a Wan2.1 transformer's config.json becomes.
+    """Return the AnyFlow architecture of a Wan2.1 transformer's config.json.
 
     Raises:
         CheckpointError: a variant of Wan that AnyFlow's network does not compute (image
@@ -162,7 +161,7 @@ def build_network(
     compute_type: torch.dtype = torch.float32,
     frozen: bool = False,
 ) -> TrainingTransformer:
-    """A network on the CPU with copies of these parameters: what tests and small tools need."""
+    """Build a network on the CPU with copies of these parameters, for tests and small tools."""
     with torch.device("meta"):
         network = TrainingTransformer(a, compute_type, frozen)
     expected = {name: parameter.dtype for name, parameter in network.named_parameters()}
@@ -175,7 +174,7 @@ def build_network(
 
 
 def fill_constants(network: TrainingTransformer, device: torch.device) -> None:
-    """Give the computed buffers (rotary tables, frequencies) their values."""
+    """Set the computed buffers (rotary tables, frequencies)."""
     for name, value in constants(network.architecture).items():
         module, _, buffer = name.rpartition(".")
         setattr(network.get_submodule(module), buffer, value.to(device))
