@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import gpu_name, print_result
+from common import describe_failure, gpu_name, print_result
 from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, sample, stream
@@ -168,7 +168,7 @@ def main() -> None:
                 try:
                     found = measure(kind, choice, Path(temporary), options.device)
                 except (AnyFlowError, ImportError, RuntimeError) as error:
-                    found = {"not_run": str(error).split("\n")[0][:600]}
+                    found = describe_failure(error, 600)
                 print(f"  {found.get('worst', found.get('not_run'))}", flush=True)
                 result.setdefault(choice, {})[kind] = found
     print_result("gpu_golden", {"device": gpu_name(options.device), "engines": result})
