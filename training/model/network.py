@@ -24,14 +24,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anyflow_deploy.model.rotary import COMPRESSED, apply_rotary
+from anyflow_deploy.model.causal import make_compressed_embedding
+from anyflow_deploy.model.rotary import COMPRESSED
 from anyflow_deploy.model.transformer import (
     Attention,
     Block,
@@ -39,7 +40,9 @@ from anyflow_deploy.model.transformer import (
     KeyValue,
     Linear,
     Rotation,
+    append_memory,
     modulate,
+    split_modulation,
 )
 from anyflow_deploy.models import Architecture
 
@@ -76,11 +79,7 @@ class TrainingAttention(Attention):
 
     def key_value(self, context: Tensor, batch: int, rotation: Rotation | None = None) -> KeyValue:
         """See `Attention`; `context` is cast by the layers."""
-        value = self._split_heads(self.to_v(context), batch)
-        key = self._split_heads(self.norm_k(self.to_k(context).float()), batch)
-        if rotation is not None:
-            key = apply_rotary(key, *rotation)
-        return key.to(value.dtype), value
+        return self._project_memory(context, batch, rotation)
 
     def forward(
         self,
@@ -92,9 +91,7 @@ class TrainingAttention(Attention):
     ) -> Tensor:
         """See `Attention`; with `spans`, each run of queries on its own keys. They cover all
         queries, in order."""
-        query = self._split_heads(self.norm_q(self.to_q(x).float()), batch)
-        if rotation is not None:
-            query = apply_rotary(query, *rotation)
+        query = self._normed_heads(self.norm_q, self.to_q(x), batch, rotation)
         if spans is None:
             mixed = self._attend(query, *memory)
         else:
@@ -140,6 +137,23 @@ class TrainingBlock(Block):
         self.attn2 = TrainingAttention(a, compute_type, fused=True)
 
     def forward(  # type: ignore[override]  # the text comes as embeddings, see the module's text
+        self, x: Tensor, *inputs: Any
+    ) -> tuple[Tensor | None, KeyValue | None]:
+        """Run the layer, see `_layer`, in the way that `checkpointing` asks for."""
+        if not self.checkpointing or not torch.is_grad_enabled():
+            return self._layer(x, *inputs)
+        offload_context = (
+            torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
+            if self.offloading
+            else contextlib.nullcontext()
+        )
+        with offload_context:
+            result = checkpoint(
+                self._layer, x, *inputs, use_reentrant=False, preserve_rng_state=False
+            )
+        return cast("tuple[Tensor | None, KeyValue | None]", result)
+
+    def _layer(
         self,
         x: Tensor,
         text: Tensor,
@@ -158,45 +172,15 @@ class TrainingBlock(Block):
             spans: see `TimeSpan`; None lets every token see everything.
             outputs: "x", "memory" (the own keys and values) or "both".
         """
-        inputs = (x, text, modulation, rotation, ones, past, spans, outputs)
-        if self.checkpointing and torch.is_grad_enabled():
-            offload_context = (
-                torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
-                if self.offloading
-                else contextlib.nullcontext()
-            )
-            with offload_context:
-                result = checkpoint(
-                    self._layer, *inputs, use_reentrant=False, preserve_rng_state=False
-                )
-            return cast("tuple[Tensor | None, KeyValue | None]", result)
-        return self._layer(*inputs)
-
-    def _layer(
-        self,
-        x: Tensor,
-        text: Tensor,
-        modulation: Tensor,
-        rotation: Rotation,
-        ones: Tensor,
-        past: KeyValue | None,
-        spans: Sequence[Span] | None,
-        outputs: str,
-    ) -> tuple[Tensor | None, KeyValue | None]:
         batch, dtype = x.shape[0], compute_type_of(self.attn1.to_q)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
-            (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
-        )
+        parts = split_modulation(self.scale_shift_table, modulation)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
         # Cast and kept once for three products
         h = self._recompute(modulate, x, shift, scale, ones, self.eps).flatten(0, 2).to(dtype)
         own = self.attn1.key_value(h, batch, rotation)
         if outputs == "memory":
             return None, own
-        memory = (
-            own
-            if past is None
-            else (torch.cat((past[0], own[0]), 1), torch.cat((past[1], own[1]), 1))
-        )
+        memory = append_memory(past, own)
         x = torch.addcmul(x, self.attn1(h, memory, batch, rotation, spans).view(x.shape), gate)
         text_kv = self.attn2.key_value(text.flatten(0, 1), batch)
         x = x + self.attn2(self.norm2(x).flatten(0, 2), text_kv, batch).view(x.shape)
@@ -258,9 +242,7 @@ class TrainingTransformer(FlowMapTransformer):
         self.compressed_patch = 0
         if a.compressed_patch_size is not None:
             self.compressed_patch = a.compressed_patch_size[1]
-            self.far_patch_embedding = nn.Conv3d(
-                a.in_channels, a.inner_dim, a.compressed_patch_size, a.compressed_patch_size
-            )
+            self.far_patch_embedding = make_compressed_embedding(a)
         for name, layer in [(n, m) for n, m in self.named_modules() if type(m) is Linear]:
             self.set_submodule(
                 name,
@@ -294,7 +276,7 @@ class TrainingTransformer(FlowMapTransformer):
                 nothing else.
             compressed: through the embedding of old chunks (compressed to larger patches).
         """
-        batch, frames, _, height, width = latents.shape
+        _, frames, _, height, width = latents.shape
         patch, embedding = (
             (self.compressed_patch, self.far_patch_embedding)
             if compressed
@@ -309,27 +291,13 @@ class TrainingTransformer(FlowMapTransformer):
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             outputs = "x" if not memory else "both" if index < last else "memory"
-            x, own = block(
-                x,
-                text_kv,
-                modulation,
-                rotation,
-                ones,
-                past[index] if past else None,
-                spans,
-                outputs,
-            )
+            before = past[index] if past else None
+            x, own = block(x, text_kv, modulation, rotation, ones, before, spans, outputs)
             present.append(own)
         if memory:
             return present
         assert x is not None
-        shift, scale = (
-            (self.scale_shift_table + times.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
-        )
-        x = modulate(x, shift, scale, ones, self.eps)
-        return self._unpatchify(
-            self.proj_out(x.flatten(0, 2)).view(batch, frames, rows, columns, -1)
-        )
+        return self.velocity_from_tokens(x, times, latents.shape)
 
     def set_gradient_checkpointing(self, enabled: bool = True, offload: bool = False) -> None:
         """Keep only each layer's input for the backward pass (in main memory, with `offload`), and
