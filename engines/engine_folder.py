@@ -242,7 +242,7 @@ class EngineWriter(AtomicFolderWriter):
     def finish(self, record: EngineRecord) -> EngineFolder:
         """Write the record with the list of files, and give the engine its name."""
         full = record.model_copy(update={"files": dict(self.files)})
-        self.finish_folder(full.model_dump_json(indent=1, by_alias=True) + "\n")
+        self.finish_folder(full.to_text())
         return load_engine_folder(self.path, verify=False)
 
 

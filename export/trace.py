@@ -82,7 +82,7 @@ def trace_graph(
         precision: "fp32", "fp16" or "bf16".
         fused: attention and RMS norm as single operators, see `transformer`.
     """
-    compute_type = CHECKPOINT_DTYPES[get_precision(precision).tensor_type]
+    compute_type = _compute_type(precision)
     inputs, outputs = _io_spec(graph, a, compute_type)
     with make_fake_tensor_mode(ShapeEnv()):
         network = MODULES[graph](a, compute_type, fused).eval()
@@ -123,11 +123,12 @@ def example_arguments(
 ) -> tuple[tuple[Tensor, ...], Any]:
     """What to call a network with while it is recorded, and torch's description of the axes; see
     `trace_graph`."""
-    return _example_arguments(
-        _io_spec(graph, a, CHECKPOINT_DTYPES[get_precision(precision).tensor_type])[0],
-        ranges,
-        device,
-    )
+    inputs, _ = _io_spec(graph, a, _compute_type(precision))
+    return _example_arguments(inputs, ranges, device)
+
+
+def _compute_type(precision: str) -> torch.dtype:
+    return CHECKPOINT_DTYPES[get_precision(precision).tensor_type]
 
 
 def _example_arguments(
@@ -159,8 +160,9 @@ def _io_spec(
     latents = {"latents": _Input(video)}
     times = {name: _Input(("batch", "frames")) for name in ("t", "r")}
     text = {"text": _Input(("batch", "text", a.text_dim))}
+    states: dict[str, Axes] = {"z_r": video, "velocity": video}
     if graph == "transition":
-        return {**latents, **times, **text}, {"z_r": video, "velocity": video}
+        return {**latents, **times, **text}, states
     channels = (a.num_attention_heads, a.attention_head_dim)
     names = [f"{part}.{layer}" for layer in range(a.num_layers) for part in ("key", "value")]
     own: Axes = ("batch", "text" if graph == "text" else "tokens", *channels)
@@ -177,7 +179,7 @@ def _io_spec(
     positions = {"positions": _Input(("frames",), torch.int64)}
     if graph == "compress":
         return {**latents, **positions, **memory}, present
-    return {**latents, **times, **positions, **memory}, {"z_r": video, "velocity": video, **present}
+    return {**latents, **times, **positions, **memory}, {**states, **present}
 
 
 def _axis_size(axis: int | str, axes: dict[str, tuple[object, int]]) -> int:

@@ -110,10 +110,6 @@ class BundleWriter(AtomicFolderWriter):
 
     def finish(self, manifest: Manifest) -> Bundle:
         """Write the manifest with the list of files, and give the bundle its name."""
-        self.finish_folder(
-            manifest.model_copy(update={"files": dict(self.files)}).model_dump_json(
-                indent=1, by_alias=True
-            )
-            + "\n"
-        )
+        full = manifest.model_copy(update={"files": dict(self.files)})
+        self.finish_folder(full.to_text())
         return load_bundle(self.path, verify=False)

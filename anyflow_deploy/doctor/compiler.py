@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
 from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, ProbeResult
-from anyflow_deploy.doctor.subprocess_probe import run_python
+from anyflow_deploy.doctor.subprocess_probe import run_captured, run_python
 
 _SOURCE = """
 #include <omp.h>
@@ -25,10 +24,22 @@ extern "C" int probe(int count) {
 """
 
 
+def find_compiler(*names: str) -> tuple[list[str], str | None]:
+    """Look for a C++ compiler.
+
+    Args:
+        names: of the programs, the first one that is there is taken; $CXX replaces them all.
+
+    Returns:
+        The names that were looked for, and where the compiler is.
+    """
+    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else list(names)
+    return wanted, next((path for name in wanted if (path := shutil.which(name.split()[0]))), None)
+
+
 def probe_compiler() -> ProbeResult:
     """A C++ compiler makes a library with OpenMP, as AOTInductor does, and the library runs."""
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    found = next((path for name in wanted if (path := shutil.which(name.split()[0]))), None)
+    wanted, found = find_compiler("g++", "clang++", "c++")
     install = "apt-get install g++ (with clang also libomp-dev)"
     if found is None:
         return ProbeResult(MISSING, f"none of {', '.join(wanted)} is there", install)
@@ -47,9 +58,7 @@ def probe_compiler() -> ProbeResult:
             "-o",
             str(library),
         ]
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=120, check=False
-        )
+        done = run_captured(command, 120)
         if done.returncode:
             lines = (
                 [line for line in done.stderr.splitlines() if "error" in line]

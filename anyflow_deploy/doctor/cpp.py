@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -14,8 +13,9 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from anyflow_deploy.doctor.compiler import find_compiler
 from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, ProbeResult
-from anyflow_deploy.doctor.subprocess_probe import run_command
+from anyflow_deploy.doctor.subprocess_probe import run_captured, run_command
 
 OLDEST_CMAKE = (3, 22)
 """What `engines/cpp/CMakeLists.txt` asks for."""
@@ -159,8 +159,7 @@ def _probe_generator() -> ProbeResult:
 
 
 def _probe_cpp20() -> ProbeResult:
-    wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    found = next((path for name in wanted if (path := shutil.which(name.split()[0]))), None)
+    wanted, found = find_compiler("c++", "g++", "clang++")
     install = "apt-get install g++ (11 or later)"
     if found is None:
         return ProbeResult(MISSING, f"none of {', '.join(wanted)} is there", install)
@@ -168,9 +167,7 @@ def _probe_cpp20() -> ProbeResult:
         source = Path(folder, "probe.cpp")
         source.write_text(_CPP20)
         command = [found, "-std=c++20", "-fsyntax-only", str(source)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=60, check=False
-        )
+        done = run_captured(command, 60)
     return (
         ProbeResult(FAULT, f"{found} does not take C++20", install)
         if done.returncode

@@ -62,25 +62,24 @@ PROBES = (
 def adjust_remedies(found: ProbeResults) -> dict[str, ProbeResult]:
     """The same findings, without advice to install what only a GPU needs where there is none, or
     what JetPack brings."""
-    if JETSON in found:
-        ways = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), OF_JETPACK)
-        ways |= dict.fromkeys((GPU, CUDA_PYTHON), CUDA_OF_JETPACK)
-        return {
-            name: (
-                dataclasses.replace(finding, remedy=ways[name])
-                if name in ways and not finding.works
-                else finding
-            )
-            for name, finding in found.items()
-        }
-    if GPU not in found or found[GPU].state != MISSING:
-        return dict(found)
-    useless = {name for name in FOR_A_GPU if name in found and found[name].state == MISSING}
+    remedies = _machine_remedies(found)
     return {
-        name: (
-            dataclasses.replace(finding, remedy="only of use with an NVIDIA GPU")
-            if name in useless
-            else finding
-        )
+        name: (dataclasses.replace(finding, remedy=remedies[name]) if name in remedies else finding)
         for name, finding in found.items()
     }
+
+
+def _machine_remedies(found: ProbeResults) -> dict[str, str]:
+    """What to do on this kind of machine, by the name of what does not work."""
+    if JETSON in found:
+        remedies = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), OF_JETPACK)
+        remedies |= dict.fromkeys((GPU, CUDA_PYTHON), CUDA_OF_JETPACK)
+        return {
+            name: remedy
+            for name, remedy in remedies.items()
+            if name in found and not found[name].works
+        }
+    if GPU not in found or found[GPU].state != MISSING:
+        return {}
+    missing = [name for name in FOR_A_GPU if name in found and found[name].state == MISSING]
+    return dict.fromkeys(missing, "only of use with an NVIDIA GPU")

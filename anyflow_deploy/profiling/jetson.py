@@ -13,6 +13,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from anyflow_deploy.profiling.kernel_files import kernel_text
+
 _GPU = re.compile(r"gpu-gpc-\d+|[0-9a-f]+\.(gpu|ga10b|gv11b)")
 """The GPU's folder under /sys/class/devfreq: on Thor, and on older ones (JetPack 6: gpu, JetPack 5:
 the chip's name)."""
@@ -21,7 +23,7 @@ the chip's name)."""
 def describe(root: Path = Path("/")) -> dict[str, str] | None:
     """Model, power mode (`nvpmodel -q`) and the range of the GPU's clock (one number under
     `jetson_clocks`); None elsewhere."""
-    model = _text(root / "proc/device-tree/model").strip("\0 ")
+    model = kernel_text(root / "proc/device-tree/model").strip("\0 ")
     if not re.search(r"jetson|tegra", model, re.IGNORECASE):
         return None
     mode = re.search(r"NV Power Mode:\s*(\S+)", _run_command(["nvpmodel", "-q"]))
@@ -70,20 +72,13 @@ def _gpu_folder(root: Path) -> Path | None:
 
 
 def _megahertz(file: Path) -> float | None:
-    text = _text(file)
+    text = kernel_text(file)
     return int(text) / 1e6 if text.isdecimal() else None
 
 
 def _meminfo(name: str, root: Path) -> float | None:
-    found = re.search(rf"^{name}:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    found = re.search(rf"^{name}:\s+(\d+) kB", kernel_text(root / "proc/meminfo"), re.MULTILINE)
     return float(found[1]) * 1024 if found else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _run_command(command: list[str]) -> str:
