@@ -1,8 +1,8 @@
-"""What a pipeline is made of: the engine, the text encoder and the VAE.
+"""The parts of a pipeline: the engine, the text encoder and the VAE.
 
-Each is loaded once, when it is first needed, and released together. Any thread may ask for a part;
-one is loaded at a time. Text encoder and VAE come from the model's pipeline folder, and neither the
-folder nor torch is looked for until one of them is needed.
+Each part is loaded once, when it is first needed; all are released together. Text encoder and VAE
+come from the model's pipeline folder. Neither that folder nor torch has to be there as long as
+nobody needs one of the two.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ MAX_CACHED_PROMPTS = 16
 
 
 class PipelineParts:
-    """See the module.
+    """Loads and owns the engine, the text encoder and the VAE.
+
+    Any thread may ask for a part; one part is loaded at a time.
 
     Args:
         manifest: of the bundle.
@@ -60,7 +62,11 @@ class PipelineParts:
 
     @property
     def engine(self) -> BundleEngine:
-        """The engine."""
+        """The engine.
+
+        Raises:
+            AnyFlowError: these parts were closed, or this machine cannot run it.
+        """
         with self._loading:
             self.check_open()
             if self._engine is None:
@@ -69,7 +75,11 @@ class PipelineParts:
 
     @property
     def text_encoder(self) -> PromptEncoder:
-        """The text encoder, of which only the tokenizer is loaded until it encodes."""
+        """The text encoder, of which only the tokenizer is loaded until it encodes.
+
+        Raises:
+            AnyFlowError: these parts were closed, or the pipeline lacks it.
+        """
         with self._loading:
             self.check_open()
             if self._text_encoder is None:
@@ -81,7 +91,11 @@ class PipelineParts:
 
     @property
     def vae(self) -> LoadedVae:
-        """The VAE."""
+        """The VAE.
+
+        Raises:
+            AnyFlowError: these parts were closed, or the pipeline lacks it.
+        """
         with self._loading:
             self.check_open()
             if self._vae is None:
