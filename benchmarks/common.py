@@ -98,6 +98,11 @@ def gpu_name(device: str) -> str:
     return torch.cuda.get_device_name(device)
 
 
+def describe_failure(error: Exception, characters: int = 300) -> dict[str, str]:
+    """Say why something did not run, for the result: the first line of the error."""
+    return {"not_run": str(error).split("\n")[0][:characters]}
+
+
 def print_result(name: str, result: dict[str, Any]) -> None:
     """Print the result as one JSON line, which is the last."""
     print(json.dumps({"benchmark": name, "machine": describe_machine(), **result}))

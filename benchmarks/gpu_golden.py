@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import gpu_name, print_result
+from common import describe_failure, gpu_name, print_result
 from safetensors.numpy import load_file
 
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, load_engine, sample, stream
@@ -174,7 +174,7 @@ def main() -> None:
                 try:
                     row = measure(kind, choice, Path(temporary), options.device)
                 except (AnyFlowError, ImportError, RuntimeError) as error:
-                    row = {"not_run": str(error).split("\n")[0][:600]}
+                    row = describe_failure(error, 600)
                 print(f"  {row.get('worst', row.get('not_run'))}", flush=True)
                 result.setdefault(choice, {})[kind] = row
     print_result("gpu_golden", {"device": gpu_name(options.device), "engines": result})

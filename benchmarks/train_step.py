@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,15 +135,18 @@ class AnyFlowStep:
         same = TIMES == TARGETS
         return rescale_losses(losses, same, losses.detach()[same].mean()).mean()
 
+    def roll_out(self, noise: Tensor, text: Tensor) -> Tensor:
+        return rollout(self.model, noise, text, self.plan, PAIRS)
+
     def on_policy(self, pair: NoisePair) -> None:
-        x = rollout(self.model, pair.noise, pair.text, self.plan, PAIRS)
+        x = self.roll_out(pair.noise, pair.text)
         given = (x.detach(), pair.noise.flip(0), TIMES, pair)
         dmd_losses(
             x, dmd_gradient(self.real, self.fake, *given, GUIDANCE), self.plan.window
         ).mean().backward()
         self.flow_map(pair).backward()
         with torch.no_grad():
-            x = rollout(self.model, pair.noise.flip(1), pair.text, self.plan, PAIRS)
+            x = self.roll_out(pair.noise.flip(1), pair.text)
         flow_matching_losses(
             self.fake.network, NoisePair(x, pair.noise, pair.text, pair.negative), TIMES, self.plan
         ).mean().backward()
@@ -225,6 +229,94 @@ WIDTHS: dict[str, dict[str, Any]] = {
 LATENTS = {"half": SHAPE, "1.3b": (4, 6, 16, 32, 52)}
 
 
+Sides = dict[str, Any]
+"""Ours and diffusers' step."""
+Modules = dict[str, list[nn.Module]]
+"""The networks of each side: trained, fake score, real score."""
+
+
+def build_sides(options: argparse.Namespace) -> tuple[Sides, Modules]:
+    """Make both steps around the same three networks."""
+    device = options.device
+    a = Architecture(num_layers=options.layers, **WIDTHS[options.width])
+    drawn = [RandomWeights(a, "bench", seed) for seed in (0, 1, 2)]
+    tensors = [{name: weights.read(name) for name in weights.shapes()} for weights in drawn]
+    compute = getattr(torch, options.compute)
+    ours = [build_network(a, given, compute).to(device) for given in tensors]
+    plain = plain_networks(a, tensors, device, options.compute)
+    for module in (ours[2], plain[2]):
+        module.requires_grad_(False)
+    frames = LATENTS[options.width][1]
+    sides = {"ours": AnyFlowStep(*ours, frames=frames), "diffusers": DiffusersStep(*plain)}
+    return sides, {"ours": list(ours), "diffusers": list(plain)}
+
+
+def draw_pair(options: argparse.Namespace) -> NoisePair:
+    """Draw data, noise and text embeddings."""
+    device, shape = options.device, LATENTS[options.width]
+    text_dim = WIDTHS[options.width]["text_dim"]
+    draw = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(shape, generator=draw).to(device) for _ in range(2))
+    text, negative = (torch.randn(4, 64, text_dim, generator=draw).to(device) for _ in range(2))
+    return NoisePair(clean, noise, text, negative)
+
+
+def compare_steps(
+    works: dict[str, Callable[[], Any]], modules: Modules, rounds: int, wait: Callable[[], None]
+) -> dict[str, Any]:
+    """Time one kind of step in turns, and compare gradients and products."""
+    seconds: dict[str, list[float]] = {n: [] for n in works}
+    for round_ in range(rounds + 1):  # the first warms up
+        for n, work in works.items():
+            spent = time_step(work, modules[n], wait)
+            if round_:
+                seconds[n].append(spent)
+    first, second = (gradient(modules[n][0]) for n in works)
+    products = {n: count_products(work) for n, work in works.items()}
+    ratios = [b / x for x, b in zip(seconds["ours"], seconds["diffusers"], strict=True)]
+    return {
+        "ours_seconds": statistics.median(seconds["ours"]),
+        "diffusers_seconds": statistics.median(seconds["diffusers"]),
+        "times_as_fast": statistics.median(ratios),
+        "by_round": [round(x, 2) for x in ratios],
+        "times_fewer_products": products["diffusers"] / products["ours"],
+        "gradient_distance": float((first - second).norm() / second.norm()),
+    }
+
+
+def compare_kept(works: dict[str, Callable[[], Any]], modules: Modules) -> dict[str, Any]:
+    """Count what autograd keeps of a forward pass."""
+    sizes = {}
+    for n, work in works.items():
+        with saved_bytes([p for m in modules[n] for p in m.parameters()]) as counted:
+            work()
+        sizes[n] = counted[0]
+    return {
+        **{f"{n}_mib": round(size / 2**20, 1) for n, size in sizes.items()},
+        "share": sizes["ours"] / sizes["diffusers"],
+    }
+
+
+def compare_sides(options: argparse.Namespace) -> dict[str, Any]:
+    """Make all comparisons."""
+    sides, modules = build_sides(options)
+    pair = draw_pair(options)
+    cuda = options.device.startswith("cuda")
+    wait = torch.cuda.synchronize if cuda else lambda: None
+    forwards = {n: partial(side.flow_map, pair) for n, side in sides.items()}
+    rollouts = {n: partial(side.roll_out, pair.noise, pair.text) for n, side in sides.items()}
+    steps = {
+        "flow_map": {n: lambda f=f: f().backward() for n, f in forwards.items()},
+        "on_policy": {n: partial(side.on_policy, pair) for n, side in sides.items()},
+    }
+    results = {
+        name: compare_steps(works, modules, options.rounds, wait) for name, works in steps.items()
+    }
+    results["flow_map_kept"] = compare_kept(forwards, modules)
+    results["rollout_kept"] = compare_kept(rollouts, modules)
+    return results
+
+
 def main() -> None:
     global TIMES, TARGETS
     parser = argparse.ArgumentParser(
@@ -236,83 +328,17 @@ def main() -> None:
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--width", choices=tuple(WIDTHS), default="half")
     options = parser.parse_args()
-    device, shape = options.device, LATENTS[options.width]
-    a = Architecture(num_layers=options.layers, **WIDTHS[options.width])
-    drawn = [RandomWeights(a, "bench", seed) for seed in (0, 1, 2)]
-    tensors = [{name: weights.read(name) for name in weights.shapes()} for weights in drawn]
-    compute = getattr(torch, options.compute)
-    ours = [build_network(a, given, compute).to(device) for given in tensors]
-    plain = plain_networks(a, tensors, device, options.compute)
-    for module in (ours[2], plain[2]):
-        module.requires_grad_(False)
-    TIMES, TARGETS = TIMES.to(device), TARGETS.to(device)
-    draw = torch.Generator().manual_seed(0)
-    clean, noise = (torch.randn(shape, generator=draw).to(device) for _ in range(2))
-    text, negative = (torch.randn(4, 64, a.text_dim, generator=draw).to(device) for _ in range(2))
-    pair = NoisePair(clean, noise, text, negative)
-    sides: dict[str, Any] = {
-        "ours": AnyFlowStep(*ours, frames=shape[1]),
-        "diffusers": DiffusersStep(*plain),
-    }
-    modules: dict[str, list[nn.Module]] = {"ours": list(ours), "diffusers": list(plain)}
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-
-    results: dict[str, Any] = {}
-    for step in ("flow_map", "on_policy"):
-        works = {
-            n: (
-                (lambda s=s: s.flow_map(pair).backward())
-                if step == "flow_map"
-                else (lambda s=s: s.on_policy(pair))
-            )
-            for n, s in sides.items()
-        }
-        seconds: dict[str, list[float]] = {n: [] for n in sides}
-        for round_ in range(options.rounds + 1):  # the first warms up
-            for n in sides:
-                spent = time_step(works[n], modules[n], wait)
-                if round_:
-                    seconds[n].append(spent)
-        first, second = (gradient(modules[n][0]) for n in sides)
-        products = {n: count_products(works[n]) for n in sides}
-        ratios = [b / x for x, b in zip(seconds["ours"], seconds["diffusers"], strict=True)]
-        results[step] = {
-            "ours_seconds": statistics.median(seconds["ours"]),
-            "diffusers_seconds": statistics.median(seconds["diffusers"]),
-            "times_as_fast": statistics.median(ratios),
-            "by_round": [round(x, 2) for x in ratios],
-            "times_fewer_products": products["diffusers"] / products["ours"],
-            "gradient_distance": float((first - second).norm() / second.norm()),
-        }
-    for name, step in (
-        ("flow_map", lambda s: s.flow_map(pair)),
-        (
-            "rollout",
-            lambda s: (
-                s.roll_out(noise, text)
-                if isinstance(s, DiffusersStep)
-                else rollout(s.model, noise, text, s.plan, PAIRS)
-            ),
-        ),
-    ):
-        sizes = {}
-        for n, side in sides.items():
-            with saved_bytes([p for m in modules[n] for p in m.parameters()]) as counted:
-                step(side)
-            sizes[n] = counted[0]
-        results[f"{name}_kept"] = {
-            **{f"{n}_mib": round(size / 2**20, 1) for n, size in sizes.items()},
-            "share": sizes["ours"] / sizes["diffusers"],
-        }
+    TIMES, TARGETS = TIMES.to(options.device), TARGETS.to(options.device)
+    results = compare_sides(options)
     for name, values in results.items():
         print(name, {k: round(v, 8) if isinstance(v, float) else v for k, v in values.items()})
     about = {
-        "device": gpu_name(device),
+        "device": gpu_name(options.device),
         "compute": options.compute,
         "width": options.width,
         "layers": options.layers,
     }
-    print_result("train_step", {**about, "shape": list(shape), **results})
+    print_result("train_step", {**about, "shape": list(LATENTS[options.width]), **results})
 
 
 if __name__ == "__main__":

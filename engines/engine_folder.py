@@ -243,7 +243,7 @@ class EngineWriter(AtomicFolderWriter):
     def finish(self, record: EngineRecord) -> EngineFolder:
         """Write the record with the list of files, and give the engine its name."""
         complete = record.model_copy(update={"files": dict(self.files)})
-        self.finish_folder(complete.model_dump_json(indent=1, by_alias=True) + "\n")
+        self.finish_folder(complete.to_text())
         return load_engine_folder(self.path, verify=False)
 
 

@@ -82,7 +82,7 @@ def trace_graph(
         precision: "fp32", "fp16" or "bf16".
         fused: attention and RMS norm as single operators, see `transformer`.
     """
-    compute_type = CHECKPOINT_DTYPES[get_precision(precision).tensor_type]
+    compute_type = _compute_type(precision)
     inputs, outputs = _io_spec(graph, a, compute_type)
     with make_fake_tensor_mode(ShapeEnv()):
         network = MODULES[graph](a, compute_type, fused).eval()
@@ -125,11 +125,12 @@ def example_arguments(
 
     The parameters are those of `trace_graph`, and the torch device of the inputs.
     """
-    return _example_arguments(
-        _io_spec(graph, a, CHECKPOINT_DTYPES[get_precision(precision).tensor_type])[0],
-        ranges,
-        device,
-    )
+    inputs, _ = _io_spec(graph, a, _compute_type(precision))
+    return _example_arguments(inputs, ranges, device)
+
+
+def _compute_type(precision: str) -> torch.dtype:
+    return CHECKPOINT_DTYPES[get_precision(precision).tensor_type]
 
 
 def _example_arguments(
@@ -163,8 +164,9 @@ def _io_spec(
     latents = {"latents": _Input(video)}
     times = {name: _Input(("batch", "frames")) for name in ("t", "r")}
     text = {"text": _Input(("batch", "text", a.text_dim))}
+    states: dict[str, Axes] = {"z_r": video, "velocity": video}
     if graph == "transition":
-        return {**latents, **times, **text}, {"z_r": video, "velocity": video}
+        return {**latents, **times, **text}, states
     channels = (a.num_attention_heads, a.attention_head_dim)
     names = [f"{part}.{layer}" for layer in range(a.num_layers) for part in ("key", "value")]
     kv_axes: Axes = ("batch", "text" if graph == "text" else "tokens", *channels)
@@ -181,11 +183,7 @@ def _io_spec(
     positions = {"positions": _Input(("frames",), torch.int64)}
     if graph == "compress":
         return {**latents, **positions, **kv_inputs}, kv_outputs
-    return {**latents, **times, **positions, **kv_inputs}, {
-        "z_r": video,
-        "velocity": video,
-        **kv_outputs,
-    }
+    return {**latents, **times, **positions, **kv_inputs}, {**states, **kv_outputs}
 
 
 def _axis_size(axis: int | str, axes: dict[str, tuple[object, int]]) -> int:

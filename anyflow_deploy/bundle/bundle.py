@@ -111,11 +111,7 @@ class BundleWriter(AtomicFolderWriter):
         load_bundle(self.folder, verify=False)
 
     def finish(self, manifest: Manifest) -> Bundle:
-        """Write the manifest with the list of files, and rename the bundle into place."""
-        self.finish_folder(
-            manifest.model_copy(update={"files": dict(self.files)}).model_dump_json(
-                indent=1, by_alias=True
-            )
-            + "\n"
-        )
+        """Write the manifest with the list of files, and give the bundle its name."""
+        full = manifest.model_copy(update={"files": dict(self.files)})
+        self.finish_folder(full.to_text())
         return load_bundle(self.path, verify=False)

@@ -44,6 +44,11 @@ class FrozenRecord(BaseModel):
             del vars(copy)[name]
         return copy
 
+    def to_text(self) -> str:
+        """Return the text of the record's file: indented JSON with the names of the file's
+        keys."""
+        return self.model_dump_json(indent=1, by_alias=True) + "\n"
+
 
 @dataclass(frozen=True)
 class RecordFormat(Generic[Record]):

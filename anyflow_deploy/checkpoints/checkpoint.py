@@ -9,6 +9,7 @@ and loading a pickle runs whatever program is inside.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -122,6 +123,11 @@ def transformer_folder(path: Path) -> Path:
 def pipeline_folder(path: Path) -> Path | None:
     """Find the pipeline around a checkpoint; None where there is only the transformer."""
     return next((p for p in (path, path.parent) if (p / "model_index.json").is_file()), None)
+
+
+def missing_parts(pipeline: Path | None, parts: Iterable[str]) -> list[str]:
+    """Name the subfolders that a pipeline lacks: all of them where there is no pipeline."""
+    return [part for part in parts if pipeline is None or not (pipeline / part).is_dir()]
 
 
 def _weight_files(folder: Path) -> list[Path]:

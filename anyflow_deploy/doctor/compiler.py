@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
 from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, ProbeResult
-from anyflow_deploy.doctor.subprocess_probe import run_python
+from anyflow_deploy.doctor.subprocess_probe import run_captured, run_python
 
 _SOURCE = """
 #include <omp.h>
@@ -27,10 +26,23 @@ extern "C" int probe(int count) {
 """
 
 
+def find_compiler(*names: str) -> tuple[list[str], str | None]:
+    """Look for a C++ compiler.
+
+    Args:
+        names: of the programs, the first one that is there is taken; $CXX replaces them all.
+
+    Returns:
+        The names that were looked for, and where the compiler is.
+    """
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else list(names)
+    paths = (shutil.which(name.split()[0]) for name in candidates)
+    return candidates, next((path for path in paths if path), None)
+
+
 def probe_compiler() -> ProbeResult:
     """Compile a small library with OpenMP, as AOTInductor does, and call it."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
-    compiler = next((path for name in names if (path := shutil.which(name.split()[0]))), None)
+    names, compiler = find_compiler("g++", "clang++", "c++")
     install = "apt-get install g++ (with clang also libomp-dev)"
     if compiler is None:
         return ProbeResult(MISSING, f"none of {', '.join(names)} is there", install)
@@ -38,11 +50,18 @@ def probe_compiler() -> ProbeResult:
         source = Path(folder, "probe.cpp")
         library = Path(folder, "probe.so")
         source.write_text(_SOURCE)
-        flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp"]
-        command = [compiler, *flags, str(source), "-o", str(library)]
-        process = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=120, check=False
-        )
+        command = [
+            compiler,
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-shared",
+            "-fopenmp",
+            str(source),
+            "-o",
+            str(library),
+        ]
+        process = run_captured(command, 120)
         if process.returncode:
             lines = (
                 [line for line in process.stderr.splitlines() if "error" in line]

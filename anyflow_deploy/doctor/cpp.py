@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -13,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from anyflow_deploy.doctor.compiler import find_compiler
 from anyflow_deploy.doctor.probe import FAULT, MISSING, WORKS, ProbeResult
-from anyflow_deploy.doctor.subprocess_probe import run_command
+from anyflow_deploy.doctor.subprocess_probe import run_captured, run_command
 
 OLDEST_CMAKE = (3, 22)
 """What `engines/cpp/CMakeLists.txt` asks for."""
@@ -158,8 +158,7 @@ def _probe_generator() -> ProbeResult:
 
 
 def _probe_cpp20() -> ProbeResult:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-    compiler = next((path for name in names if (path := shutil.which(name.split()[0]))), None)
+    names, compiler = find_compiler("c++", "g++", "clang++")
     install = "apt-get install g++ (11 or later)"
     if compiler is None:
         return ProbeResult(MISSING, f"none of {', '.join(names)} is there", install)
@@ -167,9 +166,7 @@ def _probe_cpp20() -> ProbeResult:
         source = Path(folder, "probe.cpp")
         source.write_text(_CPP20)
         command = [compiler, "-std=c++20", "-fsyntax-only", str(source)]
-        process = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=60, check=False
-        )
+        process = run_captured(command, 60)
     return (
         ProbeResult(FAULT, f"{compiler} does not take C++20", install)
         if process.returncode

@@ -65,25 +65,24 @@ def adjust_remedies(results: ProbeResults) -> dict[str, ProbeResult]:
     Where there is no GPU, nothing that only a GPU needs has to be installed; on a Jetson, JetPack
     brings some packages.
     """
+    remedies = _machine_remedies(results)
+    return {
+        name: (dataclasses.replace(result, remedy=remedies[name]) if name in remedies else result)
+        for name, result in results.items()
+    }
+
+
+def _machine_remedies(results: ProbeResults) -> dict[str, str]:
+    """Return what to do on this kind of machine, by the name of what does not work."""
     if JETSON in results:
         remedies = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), JETPACK_REMEDY)
         remedies |= dict.fromkeys((GPU, CUDA_PYTHON), JETPACK_CUDA_REMEDY)
         return {
-            name: (
-                dataclasses.replace(result, remedy=remedies[name])
-                if name in remedies and not result.works
-                else result
-            )
-            for name, result in results.items()
+            name: remedy
+            for name, remedy in remedies.items()
+            if name in results and not results[name].works
         }
     if GPU not in results or results[GPU].state != MISSING:
-        return dict(results)
-    useless = {name for name in GPU_ONLY if name in results and results[name].state == MISSING}
-    return {
-        name: (
-            dataclasses.replace(result, remedy="useful only with an NVIDIA GPU")
-            if name in useless
-            else result
-        )
-        for name, result in results.items()
-    }
+        return {}
+    missing = [name for name in GPU_ONLY if name in results and results[name].state == MISSING]
+    return dict.fromkeys(missing, "useful only with an NVIDIA GPU")

@@ -55,15 +55,7 @@ def run_python(
 ) -> SubprocessResult:
     """Run Python code that puts what it learns (as JSON can hold it) into the dict `facts`."""
     try:
-        process = subprocess.run(
-            [python, "-c", _PROGRAM, code],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        process = run_captured([python, "-c", _PROGRAM, code], timeout)
     except subprocess.TimeoutExpired:
         return SubprocessResult({}, error=f"gave no answer within {timeout:g} s")
     except OSError as error:
@@ -85,18 +77,28 @@ def run_python(
     )
 
 
+def run_captured(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    """Run a program without input, and keep what it prints.
+
+    Raises:
+        OSError: it cannot be started.
+        subprocess.TimeoutExpired: it did not end within so many seconds, and was killed.
+    """
+    return subprocess.run(
+        list(command),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
 def run_command(command: Sequence[str], timeout: float = 20.0) -> str | None:
     """Run a program and return what it prints; None where it is missing or fails."""
     try:
-        process = subprocess.run(
-            list(command),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        process = run_captured(command, timeout)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return process.stdout if process.returncode == 0 else None

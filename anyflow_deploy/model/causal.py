@@ -32,6 +32,13 @@ from anyflow_deploy.model.transformer import Block, FlowMapTransformer, KeyValue
 from anyflow_deploy.models import Architecture
 
 
+def make_compressed_embedding(a: Architecture) -> nn.Conv3d:
+    """Make the coarser patch embedding, which old chunks go through."""
+    assert a.compressed_patch_size is not None
+    size = a.compressed_patch_size
+    return nn.Conv3d(a.in_channels, a.inner_dim, size, size)
+
+
 class ChunkTransition(FlowMapTransformer):
     """One transition of one chunk on cached keys and values."""
 
@@ -41,9 +48,7 @@ class ChunkTransition(FlowMapTransformer):
         super().__init__(a, compute_type, fused)
         assert a.compressed_patch_size is not None
         self.compressed_patch = a.compressed_patch_size[1]
-        self.far_patch_embedding = nn.Conv3d(
-            a.in_channels, a.inner_dim, a.compressed_patch_size, a.compressed_patch_size
-        )
+        self.far_patch_embedding = make_compressed_embedding(a)
 
     def forward(  # type: ignore[override]  # another graph, other inputs
         self, latents: Tensor, t: Tensor, r: Tensor, positions: Tensor, *memory: Tensor

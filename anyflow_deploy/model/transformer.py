@@ -94,9 +94,7 @@ class Attention(nn.Module):
         self, x: Tensor, memory: KeyValue, batch: int, rotation: Rotation | None = None
     ) -> Tensor:
         """Attend with queries from `x` (B N, D) to `memory`; return float32 (B N, D)."""
-        query = self._split_heads(self.norm_q(self.to_q(x).float()), batch)
-        if rotation is not None:
-            query = apply_rotary(query, *rotation)
+        query = self._normed_heads(self.norm_q, self.to_q(x), batch, rotation)
         values = self._attend(query, *memory)
         return cast(Tensor, self.to_out[0](values.flatten(2).flatten(0, 1))).float()
 
@@ -105,12 +103,20 @@ class Attention(nn.Module):
 
         Keys are rotated here so that they can be cached.
         """
-        context = context.to(self.to_k.input_type)
+        return self._project_memory(context.to(self.to_k.input_type), batch, rotation)
+
+    def _project_memory(self, context: Tensor, batch: int, rotation: Rotation | None) -> KeyValue:
+        """Compute `key_value` of a context that is in the layers' type."""
         value = self._split_heads(self.to_v(context), batch)
-        key = self._split_heads(self.norm_k(self.to_k(context).float()), batch)
-        if rotation is not None:
-            key = apply_rotary(key, *rotation)
+        key = self._normed_heads(self.norm_k, self.to_k(context), batch, rotation)
         return key.to(value.dtype), value
+
+    def _normed_heads(
+        self, norm: RMSNorm, x: Tensor, batch: int, rotation: Rotation | None
+    ) -> Tensor:
+        """(B N, D) to (B, N, A, E) in float32, normed, and rotated where a rotation is given."""
+        heads = self._split_heads(norm(x.float()), batch)
+        return heads if rotation is None else apply_rotary(heads, *rotation)
 
     def _split_heads(self, x: Tensor, batch: int) -> Tensor:
         """Reshape (B N, D) to (B, N, A, E)."""
@@ -189,15 +195,11 @@ class Block(nn.Module):
             float32 (B, F, S, D), and the own keys and values.
         """
         batch = x.shape[0]
-        parts = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
+        parts = split_modulation(self.scale_shift_table, modulation)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
         h = modulate(x, shift, scale, ones, self.eps).flatten(0, 2).to(self.attn1.to_q.input_type)
         present_kv = self.attn1.key_value(h, batch, rotation)
-        memory = (
-            present_kv
-            if past is None
-            else (torch.cat((past[0], present_kv[0]), 1), torch.cat((past[1], present_kv[1]), 1))
-        )
+        memory = append_memory(past, present_kv)
         x = x + self.attn1(h, memory, batch, rotation).view(x.shape) * gate
         x = x + self.attn2(self.norm2(x).flatten(0, 2), text_kv, batch).view(x.shape)
         h = modulate(x, ffn_shift, ffn_scale, ones, self.eps).flatten(0, 2)
@@ -207,9 +209,21 @@ class Block(nn.Module):
         self, x: Tensor, modulation: Tensor, rotation: Rotation, ones: Tensor
     ) -> KeyValue:
         """Compute the layer's own keys and values alone, for a last layer that fills the cache."""
-        shift, scale = (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)[:2]
+        shift, scale = split_modulation(self.scale_shift_table, modulation)[:2]
         h = modulate(x, shift, scale, ones, self.eps).flatten(0, 2)
         return self.attn1.key_value(h, x.shape[0], rotation)
+
+
+def append_memory(past: KeyValue | None, present: KeyValue) -> KeyValue:
+    """Put keys and values (B, N, A, E) behind those of earlier chunks (B, M, A, E), if any."""
+    if past is None:
+        return present
+    return torch.cat((past[0], present[0]), 1), torch.cat((past[1], present[1]), 1)
+
+
+def split_modulation(table: Tensor, modulation: Tensor) -> tuple[Tensor, ...]:
+    """Add the learned table (1, n, D) to the modulation (B, F, n, D); n parts (B, F, 1, D)."""
+    return (table + modulation).unsqueeze(2).unbind(3)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, ones: Tensor, eps: float) -> Tensor:
@@ -318,7 +332,6 @@ class FlowMapTransformer(nn.Module):
 
         `text_kv` and `past` have one pair for each layer. It also returns the own keys and values.
         """
-        batch, frames, _, height, width = latents.shape
         x = self.tokens(self.patch_embedding, latents)
         time_embedding, modulation = self.embed_conditions(t, r)
         ones = self.get_buffer("ones")
@@ -328,14 +341,7 @@ class FlowMapTransformer(nn.Module):
                 x, text, modulation, rotation, ones, past[index] if past else None
             )
             present.append(present_kv)
-        shift, scale = (
-            (self.scale_shift_table + time_embedding.view(batch, frames, 1, -1))
-            .unsqueeze(2)
-            .unbind(3)
-        )
-        x = modulate(x, shift, scale, ones, self.eps)
-        grid = (height // self.patch, width // self.patch)
-        velocity = self._unpatchify(self.proj_out(x.flatten(0, 2)).view(batch, frames, *grid, -1))
+        velocity = self.velocity_from_tokens(x, time_embedding, latents.shape)
         interval = ((t - r) / TRAIN_TIMESTEPS)[:, :, None, None, None]
         return latents - interval * velocity, velocity, present
 
@@ -343,6 +349,22 @@ class FlowMapTransformer(nn.Module):
         """Turn latents (B, F, C, H, W) into tokens (B, F, S, D)."""
         x = embedding(latents.flatten(0, 1).unsqueeze(2))
         return cast(Tensor, x.flatten(2).transpose(1, 2).unflatten(0, latents.shape[:2]))
+
+    def velocity_from_tokens(
+        self, x: Tensor, time_embedding: Tensor, shape: tuple[int, ...]
+    ) -> Tensor:
+        """Tokens (B, F, S, D) and time embedding (B F, D) to a velocity of the latents' shape."""
+        batch, frames, _, height, width = shape
+        times = time_embedding.view(batch, frames, 1, -1)
+        shift, scale = split_modulation(self.scale_shift_table, times)
+        x = modulate(x, shift, scale, self.get_buffer("ones"), self.eps)
+        grid = (height // self.patch, width // self.patch)
+        return self._unpatchify(self.proj_out(x.flatten(0, 2)).view(batch, frames, *grid, -1))
+
+    def _unpatchify(self, x: Tensor) -> Tensor:
+        """Patches (B, F, h, w, p p C) back to (B, F, C, H, W)."""
+        x = x.view(*x.shape[:-1], self.patch, self.patch, -1)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
     def embed_conditions(self, t: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
         """Embed the times: time embedding (B F, D), and the modulation (B, F, 6, D)."""
@@ -355,11 +377,6 @@ class FlowMapTransformer(nn.Module):
         """Yield keys and values (B, L, A, E) of the text (B, L, text_dim), layer by layer."""
         embeds = self.condition_embedder.embed_text(text.flatten(0, 1))
         return (cast(Block, block).attn2.key_value(embeds, text.shape[0]) for block in self.blocks)
-
-    def _unpatchify(self, x: Tensor) -> Tensor:
-        """Turn patches (B, F, h, w, p p C) back into (B, F, C, H, W)."""
-        x = x.view(*x.shape[:-1], self.patch, self.patch, -1)
-        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
 
 def constants(a: Architecture) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.checkpoint import missing_parts, pipeline_folder
 from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import CheckpointError
 
@@ -31,7 +31,7 @@ def find_pipeline(
         CheckpointError: no pipeline is known, or it lacks a part.
     """
     folder = _find_folder(manifest, source)
-    missing = [part for part in parts if folder is None or not (folder / part).is_dir()]
+    missing = missing_parts(folder, parts)
     if folder is None or missing:
         raise CheckpointError(
             f"this needs {' and '.join(parts)} of the model's pipeline, and"

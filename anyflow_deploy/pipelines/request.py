@@ -91,50 +91,16 @@ class GenerationRequest:
         steps = steps or StepSettings()
         steps.check(name)
         _check_whole("seed", seed, 0, name)
-        video, causal = manifest.video, manifest.kind == "causal"
-        for field_name, value in (
-            ("chunks", chunks),
-            ("window", window),
-            ("first_steps", steps.first_steps),
-        ):
-            if value is not None and not causal:
-                raise InvalidRequestError(
-                    f"{name(field_name)} is for causal models, and {manifest.model!r} is"
-                    " bidirectional. Leave it out.",
-                    field_name,
-                )
-        if num_frames is None:
-            num_frames = video.frames
-            if chunks:
-                num_frames = (sum(chunks) - 1) * video.temporal_factor + 1
-        height = video.height if height is None else height
-        width = video.width if width is None else width
-        for field_name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
-            _check_whole(field_name, value, 1, name)
-        with _Blame("num_frames"):
-            manifest.latent_shape(num_frames, None, None)
-        with _Blame("size"):
-            shape = manifest.latent_shape(num_frames, height, width)
+        causal = manifest.kind == "causal"
+        if not causal:
+            _refuse_causal(manifest, name, chunks, window, steps.first_steps)
+        size = _choose_size(manifest, num_frames, height, width, chunks, name)
+        shape = _latent_shape(manifest, *size)
         plan = _plan_chunks(manifest, shape, chunks, window, name) if causal else None
-        text = (batch, video.text_tokens, manifest.architecture.text_dim)
-        with _Blame("size"):
-            for count in sorted(set(plan.chunks)) if plan else shape[:1]:
-                manifest.shape_ranges.check((batch, count, *shape[1:]), text)
-        defaults = manifest.schedule
-        return cls(
-            shape=shape,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            plan=plan,
-            steps=steps,
-            default_steps=defaults.steps,
-            default_shift=defaults.shift,
-            seed=seed,
-            temporal_factor=video.temporal_factor,
-            prompt=prompt,
-            _name=name,
-        )
+        _check_ranges(manifest, shape, plan, batch)
+        defaults = (manifest.schedule.steps, manifest.schedule.shift)
+        factor = manifest.video.temporal_factor
+        return cls(shape, *size, plan, steps, *defaults, seed, factor, prompt, name)
 
     @property
     def num_samples(self) -> int:
@@ -279,6 +245,69 @@ def _check_whole(field_name: str, value: object, least: int, name: Naming) -> No
             f"{name(field_name)} is {value!r}; allowed are whole numbers from {least} on.",
             field_name,
         )
+
+
+def _refuse_causal(
+    manifest: Manifest,
+    name: Naming,
+    chunks: Sequence[int] | None,
+    window: int | None,
+    first_steps: int | None,
+) -> None:
+    """Refuse of a bidirectional model what only a causal one has."""
+    for field_name, value in (
+        ("chunks", chunks),
+        ("window", window),
+        ("first_steps", first_steps),
+    ):
+        if value is not None:
+            raise InvalidRequestError(
+                f"{name(field_name)} is for causal models, and {manifest.model!r} is"
+                " bidirectional. Leave it out.",
+                field_name,
+            )
+
+
+def _choose_size(
+    manifest: Manifest,
+    num_frames: int | None,
+    height: int | None,
+    width: int | None,
+    chunks: Sequence[int] | None,
+    name: Naming,
+) -> tuple[int, int, int]:
+    """Frames, height and width: those given, or the bundle's."""
+    video = manifest.video
+    if num_frames is None:
+        num_frames = video.frames
+        if chunks:
+            num_frames = (sum(chunks) - 1) * video.temporal_factor + 1
+    height = video.height if height is None else height
+    width = video.width if width is None else width
+    for field_name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
+        _check_whole(field_name, value, 1, name)
+    return num_frames, height, width
+
+
+def _latent_shape(
+    manifest: Manifest, num_frames: int, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """(F, C, H, W) of the latents."""
+    with _Blame("num_frames"):
+        manifest.latent_shape(num_frames, None, None)
+    with _Blame("size"):
+        return manifest.latent_shape(num_frames, height, width)
+
+
+def _check_ranges(
+    manifest: Manifest, shape: tuple[int, int, int, int], plan: CachePlan | None, batch: int
+) -> None:
+    """Hold what the network will see, the whole video or each chunk, against the bundle's
+    ranges."""
+    text = (batch, manifest.video.text_tokens, manifest.architecture.text_dim)
+    with _Blame("size"):
+        for count in sorted(set(plan.chunks)) if plan else shape[:1]:
+            manifest.shape_ranges.check((batch, count, *shape[1:]), text)
 
 
 def _plan_chunks(

@@ -18,63 +18,34 @@ once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
-from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
+from anyflow_deploy.engines.deadline import StepTimer
 from anyflow_deploy.engines.engine import Array, BundleEngine, Engine
 from anyflow_deploy.engines.registry import DEFAULT_BACKEND, load_engine
 from anyflow_deploy.engines.sampler import noise, sample, stream
-from anyflow_deploy.engines.step_policy import StepPolicy, StepSettings
+from anyflow_deploy.engines.step_policy import StepPolicy
 from anyflow_deploy.engines.wrapper import EngineWrapper
-from anyflow_deploy.errors import AnyFlowError, InvalidRequestError
-from anyflow_deploy.pipelines.context import load_context
-from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
-from anyflow_deploy.pipelines.video import Frames, GenerationReport, StageTimer, Video, VideoChunk
+from anyflow_deploy.pipelines.pipeline_parts import PipelineParts
+from anyflow_deploy.pipelines.request import GenerationRequest
+from anyflow_deploy.pipelines.video import Frames, Video, VideoChunk
+from anyflow_deploy.pipelines.video_job import OutputType, StepCallback, VideoJob
 from anyflow_deploy.schedule import Step
-
-if TYPE_CHECKING:
-    from anyflow_deploy.pipelines.text_encoder import PromptEncoder
-    from anyflow_deploy.pipelines.vae import LoadedVae
-
-MAX_CACHED_PROMPTS = 16
-"""Prompts whose embeddings are kept (8 MB each with a text encoder of 4096 channels)."""
 
 FRAGMENT_FRAMES = 3
 """Latent frames of a bidirectional video that are decoded together."""
 
-OutputType = Literal["np", "latent"]
 Stage = Callable[[str], AbstractContextManager[object]]
 """Entered around each piece of work: "text", "transformer" (one sample), "vae" (one fragment)."""
-
-StepCallback = Callable[["VideoPipeline", int, float, dict[str, Any]], dict[str, Any] | None]
-"""diffusers' `callback_on_step_end`: (pipeline, step index, timestep, {"step": `Step`})."""
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A checked request with everything that it needs."""
-
-    request: GenerationRequest
-    prompt: str | None
-    prompt_embeds: Array | None
-    context: Frames | None
-    policy: StepPolicy | None
-    decode: bool
-    callback: StepCallback | None
-    results: list[DeadlineResult | AdaptiveResult] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    timer: StageTimer = field(default_factory=StageTimer)
 
 
 class VideoPipeline:
@@ -109,19 +80,17 @@ class VideoPipeline:
     ) -> None:
         self.bundle = bundle
         self.step_timer = StepTimer()
-        self._load_engine = functools.partial(
-            load_engine, bundle, backend, provider, threads, device=gpu, engine=engine
-        )
-        self._pipeline = None if pipeline is None else str(pipeline)
-        self._torch_device = torch_device
         self._shared = device_lock is not None
         self._lock = device_lock if device_lock is not None else contextlib.nullcontext()
-        self._loading = threading.RLock()
-        self._engine: BundleEngine | None = None
-        self._text: PromptEncoder | None = None
-        self._vae: LoadedVae | None = None
-        self._cached_embeds = functools.lru_cache(MAX_CACHED_PROMPTS)(self._encode)
-        self._closed = False
+        self._parts = PipelineParts(
+            bundle.manifest,
+            functools.partial(
+                load_engine, bundle, backend, provider, threads, device=gpu, engine=engine
+            ),
+            None if pipeline is None else str(pipeline),
+            torch_device,
+            self._lock,
+        )
 
     @classmethod
     def from_bundle(cls, bundle: Bundle | str | Path, **options: Any) -> VideoPipeline:
@@ -148,11 +117,7 @@ class VideoPipeline:
         Raises:
             BackendError: this machine cannot run it.
         """
-        with self._loading:
-            self._check_open()
-            if self._engine is None:
-                self._engine = self._load_engine()
-            return self._engine
+        return self._parts.engine
 
     def load(self, *, text: bool = True, vae: bool = True) -> None:
         """Load everything now, as a server does before it listens.
@@ -165,22 +130,14 @@ class VideoPipeline:
         """
         self.check_parts(text=text, vae=vae)
         if text:
-            self._text_encoder().load()
+            self._parts.text_encoder.load()
         if vae:
-            self._loaded_vae()
+            _ = self._parts.vae
         _ = self.engine
 
     def close(self) -> None:
         """Release the engine, the text encoder and the VAE."""
-        with self._loading:
-            engine = self._engine
-            self._engine = None
-            self._text = None
-            self._vae = None
-            self._closed = True
-            self._cached_embeds.cache_clear()
-        if engine is not None:
-            engine.close()
+        self._parts.close()
 
     def __enter__(self) -> VideoPipeline:
         return self
@@ -194,11 +151,7 @@ class VideoPipeline:
         Raises:
             CheckpointError: naming what is missing, and how to do without.
         """
-        parts = ["tokenizer", "text_encoder"] if text else []
-        if vae:
-            parts.append("vae")
-        if parts:
-            self._folder(tuple(parts))
+        self._parts.check(text=text, vae=vae)
 
     def check_prompt(self, prompt: str) -> None:
         """Refuse a prompt that cannot be encoded; from any thread.
@@ -206,7 +159,7 @@ class VideoPipeline:
         Raises:
             AnyFlowError: an empty prompt, or one that is too long; it is not cut.
         """
-        self._text_encoder().check(prompt, self.manifest.video.text_tokens)
+        self._parts.check_prompt(prompt)
 
     def encode_prompt(self, prompt: str) -> Array:
         """Return a prompt's embeddings, float32 (1, L, D). Those of recent prompts are kept.
@@ -214,7 +167,7 @@ class VideoPipeline:
         Raises:
             AnyFlowError: see `check_prompt`.
         """
-        return self._cached_embeds(prompt)
+        return self._parts.encode_prompt(prompt)
 
     def encode_video(self, frames: Frames) -> Array:
         """Return the clean latents of a clip or a picture, as the VAE makes them.
@@ -225,17 +178,12 @@ class VideoPipeline:
         Returns:
             float32 (1, n+1, C, H, W).
         """
-        from anyflow_deploy.pipelines.vae import VideoEncoder
-
-        vae = self._loaded_vae()
-        with self._lock:
-            return VideoEncoder(vae, self._torch_device).encode(frames)
+        return self._parts.encode_video(frames)
 
     def unload_text_encoder(self) -> None:
         """Release the text encoder, which may be larger than the rest; it is loaded again at
         need."""
-        with self._loading:
-            self._text = None
+        self._parts.release_text_encoder()
 
     def __call__(
         self,
@@ -300,8 +248,7 @@ class VideoPipeline:
         )
         with closing(self._run(job)) as chunks:
             made = Video.from_chunks(chunks, self.manifest.video.fps)
-        report = GenerationReport(tuple(job.steps), tuple(job.results), dict(job.timer.seconds))
-        return Video(made.frames, made.latents, made.fps, report)
+        return dataclasses.replace(made, report=job.report())
 
     def stream(
         self, prompt: str | None = None, **options: Any
@@ -357,7 +304,7 @@ class VideoPipeline:
                 frames = None
                 if decode:
                     with stage("vae"):
-                        decoder = decoder or self._open_decoder()
+                        decoder = decoder or self._parts.open_decoder()
                         with self._lock:
                             frames = decoder.decode(latents)
                 first_frame = max(0, (first_latent - 1) * factor + 1)
@@ -394,79 +341,16 @@ class VideoPipeline:
                     chunk = next(chunks)
                 yield chunk.latents, chunk.given
 
-    def _prepare(
-        self,
-        prompt: str | None,
-        *,
-        prompt_embeds: ArrayLike | None = None,
-        num_inference_steps: int | None = None,
-        num_frames: int | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        seed: int = 0,
-        image: Any = None,
-        video: Any = None,
-        policy: StepPolicy | None = None,
-        callback_on_step_end: StepCallback | None = None,
-        output_type: OutputType = "np",
-        deadline_s: float | None = None,
-        target_psnr: float | None = None,
-        sigmas: Iterable[float] | None = None,
-        shift: float | None = None,
-        first_steps: int | None = None,
-        chunks: Iterable[int] | None = None,
-        window: int | None = None,
-    ) -> _Job:
+    def _prepare(self, prompt: str | None, **options: Any) -> VideoJob:
         """Check everything that can be checked before anything is loaded."""
-        self._check_open()
-        if (prompt is None) == (prompt_embeds is None):
-            raise InvalidRequestError("give one of prompt and prompt_embeds.", "prompt")
-        if output_type not in ("np", "latent"):
-            raise InvalidRequestError(
-                f'output_type is {output_type!r}; allowed are "np" and "latent".', "output_type"
-            )
-        decode = output_type == "np"
-        steps = StepSettings(
-            num_inference_steps=num_inference_steps,
-            first_steps=first_steps,
-            shift=shift,
-            sigmas=None if sigmas is None else tuple(sigmas),
-            deadline_s=deadline_s,
-            target_psnr=target_psnr,
-        )
-        if policy is not None and steps != StepSettings():
-            raise InvalidRequestError(
-                "policy decides the steps alone; leave every other setting of them out.", "policy"
-            )
-        embeds = None
-        if prompt_embeds is not None:
-            embeds = check_prompt_embeds(self.manifest, prompt_embeds)
-        batch = 1 if embeds is None else len(embeds)
-        if batch > 1 and (decode or self.manifest.kind == "causal"):
-            raise InvalidRequestError(
-                f"prompt_embeds are of {batch} videos, and this makes one. Give one prompt's; a "
-                'bidirectional bundle makes the latents of several at once (output_type="latent").',
-                "prompt_embeds",
-            )
-        request = GenerationRequest.from_manifest(
-            self.manifest,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            chunks=None if chunks is None else tuple(chunks),
-            window=window,
-            steps=steps,
-            seed=seed,
-            batch=batch,
-        )
-        request.make_policy()  # a number out of range is refused here
-        context = load_context(request, image, video)
-        self.check_parts(text=prompt is not None, vae=decode or context is not None)
+        self._parts.check_open()
+        job = VideoJob.from_manifest(self.manifest, prompt, **options)
+        self.check_parts(text=prompt is not None, vae=job.decode or job.context is not None)
         if prompt is not None:
             self.check_prompt(prompt)
-        return _Job(request, prompt, embeds, context, policy, decode, callback_on_step_end)
+        return job
 
-    def _run(self, job: _Job) -> Generator[VideoChunk, None, None]:
+    def _run(self, job: VideoJob) -> Generator[VideoChunk, None, None]:
         """Carry a job out, from its prompt on."""
         embeds = job.prompt_embeds
         if job.prompt is not None:
@@ -486,8 +370,7 @@ class VideoPipeline:
 
         def on_step(step: Step) -> None:
             last[0] = step.index + 1
-            if job.callback is not None:
-                self._call_back(job.callback, step)
+            job.tell_step(self, step)
 
         @contextlib.contextmanager
         def stage(name: str) -> Iterator[None]:
@@ -506,53 +389,3 @@ class VideoPipeline:
             on_step=on_step,
             stage=stage,
         )
-
-    def _call_back(self, callback: StepCallback, step: Step) -> None:
-        answer = callback(self, step.index, step.t, {"step": step})
-        if answer and "latents" in answer:
-            raise AnyFlowError(
-                "callback_on_step_end returned latents; an engine's latents cannot be replaced"
-                " between steps. Return None."
-            )
-
-    def _encode(self, prompt: str) -> Array:
-        encoder = self._text_encoder()
-        with self._lock:
-            embeds = encoder.encode([prompt], self.manifest.video.text_tokens)
-        embeds.flags.writeable = False  # many videos share it
-        return embeds
-
-    def _open_decoder(self) -> Any:
-        from anyflow_deploy.pipelines.vae import StreamingDecoder
-
-        return StreamingDecoder(self._loaded_vae())
-
-    def _text_encoder(self) -> PromptEncoder:
-        with self._loading:
-            self._check_open()
-            if self._text is None:
-                from anyflow_deploy.pipelines.text_encoder import PromptEncoder
-
-                folder = self._folder(("tokenizer", "text_encoder"))
-                self._text = PromptEncoder(folder, self._torch_device)
-            return self._text
-
-    def _loaded_vae(self) -> LoadedVae:
-        with self._loading:
-            self._check_open()
-            if self._vae is None:
-                folder = self._folder(("vae",))
-                from anyflow_deploy.pipelines.vae import load_vae
-
-                self._vae = load_vae(folder, self._torch_device)
-            return self._vae
-
-    def _folder(self, parts: tuple[str, ...]) -> Path:
-        """Find the model's pipeline; a device that needs neither part does not get here."""
-        from anyflow_deploy.pipelines.pipeline_folder import find_pipeline
-
-        return find_pipeline(self.manifest, self._pipeline, list(parts))
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise AnyFlowError("this pipeline is closed; make another one.")

@@ -13,6 +13,8 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+from anyflow_deploy.profiling.kernel_files import kernel_text
+
 _GPU = re.compile(r"gpu-gpc-\d+|[0-9a-f]+\.(gpu|ga10b|gv11b)")
 """The GPU's folder in /sys/class/devfreq: gpu-gpc-N on Thor, gpu on JetPack 6, else the chip."""
 
@@ -22,7 +24,7 @@ def describe(root: Path = Path("/")) -> dict[str, str] | None:
 
     The clock is a range, or one number under `jetson_clocks`.
     """
-    model = _text(root / "proc/device-tree/model").strip("\0 ")
+    model = kernel_text(root / "proc/device-tree/model").strip("\0 ")
     if not re.search(r"jetson|tegra", model, re.IGNORECASE):
         return None
     mode = re.search(r"NV Power Mode:\s*(\S+)", _run_command(["nvpmodel", "-q"]))
@@ -74,20 +76,13 @@ def _gpu_folder(root: Path) -> Path | None:
 
 
 def _megahertz(file: Path) -> float | None:
-    text = _text(file)
+    text = kernel_text(file)
     return int(text) / 1e6 if text.isdecimal() else None
 
 
 def _meminfo(name: str, root: Path) -> float | None:
-    match = re.search(rf"^{name}:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
-    return float(match[1]) * 1024 if match else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""
+    found = re.search(rf"^{name}:\s+(\d+) kB", kernel_text(root / "proc/meminfo"), re.MULTILINE)
+    return float(found[1]) * 1024 if found else None
 
 
 def _run_command(command: list[str]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_deploy.profiling import jetson
+from anyflow_deploy.profiling.kernel_files import kernel_text
 from anyflow_deploy.profiling.memory import own_cpu_seconds
 from anyflow_deploy.profiling.nvml import NvmlGpu
 
@@ -31,9 +32,9 @@ SAMPLED_CORES = 16
 
 def describe(gpu: NvmlGpu | None, root: Path = Path("/")) -> dict[str, Any]:
     """Describe the machine: processor, memory, governor, power mode, GPU, versions."""
-    cpuinfo = _text(root / "proc/cpuinfo")
+    cpuinfo = kernel_text(root / "proc/cpuinfo")
     name = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    total = re.search(r"^MemTotal:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
+    total = re.search(r"^MemTotal:\s+(\d+) kB", kernel_text(root / "proc/meminfo"), re.MULTILINE)
     facts: dict[str, Any] = {
         "cpu": name[1].strip() if name else platform.machine(),
         "cores": cores(),
@@ -67,7 +68,7 @@ def versions() -> dict[str, str]:
 
 def governor(root: Path = Path("/")) -> str | None:
     """Return how the kernel chooses the processor's clock; "performance" keeps it high."""
-    return _text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None
+    return kernel_text(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or None
 
 
 def cpu_clock(root: Path = Path("/")) -> Callable[[], float | None]:
@@ -86,7 +87,9 @@ def cpu_clock(root: Path = Path("/")) -> Callable[[], float | None]:
             if files:
                 return sum(int(file.read_text()) for file in files) / len(files) / 1000
             rows = (
-                re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _text(root / "proc/cpuinfo"), re.MULTILINE)
+                re.findall(
+                    r"^cpu MHz\s*:\s*([\d.]+)", kernel_text(root / "proc/cpuinfo"), re.MULTILINE
+                )
                 if few
                 else []
             )
@@ -103,7 +106,9 @@ def cpu_temperature(root: Path = Path("/")) -> Callable[[], float | None] | None
 
     def read() -> float | None:
         values = [
-            int(text) / 1000 for file in files if (text := _text(file)).lstrip("-").isdecimal()
+            int(text) / 1000
+            for file in files
+            if (text := kernel_text(file)).lstrip("-").isdecimal()
         ]
         return max(values, default=None)
 
@@ -117,9 +122,9 @@ def throttle_counts(root: Path = Path("/")) -> dict[str, int]:
         (root / "sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/*_throttle_count")
     ):
         key = f"processor temperature ({file.name.removesuffix('_throttle_count')})"
-        counts[key] = counts.get(key, 0) + int(_text(file) or 0)
+        counts[key] = counts.get(key, 0) + int(kernel_text(file) or 0)
     for file in sorted((root / "sys/class/hwmon").glob("hwmon*/oc*_event_cnt")):
-        counts[f"over-current {file.name.removesuffix('_event_cnt')}"] = int(_text(file) or 0)
+        counts[f"over-current {file.name.removesuffix('_event_cnt')}"] = int(kernel_text(file) or 0)
     return counts
 
 
@@ -146,17 +151,10 @@ class OtherLoad:
 
 def _busy_seconds(root: Path) -> float | None:
     """Sum user, nice, system, interrupt and stolen time of all cores, without idle and wait."""
-    match = re.match(r"cpu\s+([\d ]+)", _text(root / "proc/stat"))
+    match = re.match(r"cpu\s+([\d ]+)", kernel_text(root / "proc/stat"))
     if match is None:
         return None
     user, nice, system, _idle, _wait, irq, soft, steal, *_ = [int(n) for n in match[1].split()] + [
         0
     ] * 8
     return (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace").strip()
-    except OSError:
-        return ""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from anyflow_deploy.profiling.errors import MeasurementUnavailableError
+from anyflow_deploy.profiling.kernel_files import kernel_text
 from anyflow_deploy.profiling.nvml import NvmlGpu
 
 PowerKind = Literal["gpu", "cpu", "memory", "board"]
@@ -109,7 +110,7 @@ def jetson_sources(root: Path = Path("/")) -> list[PowerSource]:
     `power1_input` in microwatts.
     """
     names = {
-        folder: _text(folder / "name")
+        folder: kernel_text(folder / "name")
         for folder in sorted((root / "sys/class/hwmon").glob("hwmon*"))
     }
     monitors = [folder for folder, name in names.items() if name in ("ina3221", "ina238")]
@@ -129,7 +130,7 @@ def jetson_sources(root: Path = Path("/")) -> list[PowerSource]:
 def _ina238_sources(folder: Path) -> Iterator[PowerSource]:
     file = folder / "power1_input"
     if file.is_file():
-        name = _text(folder / "power1_label") or "VIN"
+        name = kernel_text(folder / "power1_label") or "VIN"
         yield PowerSource(
             name,
             "board",
@@ -143,7 +144,7 @@ def _ina3221_sources(folder: Path) -> Iterator[PowerSource]:
         number = label.name.removeprefix("in").removesuffix("_label")
         volts = folder / f"in{number}_input"
         amperes = folder / f"curr{number}_input"
-        name = _text(label)
+        name = kernel_text(label)
         if not (name and volts.is_file() and amperes.is_file()) or name.lower().startswith(
             ("nc", "sum")
         ):
@@ -179,7 +180,7 @@ def rapl_sources(root: Path = Path("/")) -> list[PowerSource]:
         )
     sources: list[PowerSource] = []
     for zone in zones:
-        name = _text(zone / "name") or zone.name
+        name = kernel_text(zone / "name") or zone.name
         if not re.match(r"package|dram|psys", name):  # cores and uncore are inside the package
             continue
         counter = zone / "energy_uj"
@@ -190,7 +191,7 @@ def rapl_sources(root: Path = Path("/")) -> list[PowerSource]:
                 f"{counter} cannot be read ({error.strerror}): only root may, unless its mode is"
                 " changed"
             ) from None
-        maximum = _text(zone / "max_energy_range_uj")
+        maximum = kernel_text(zone / "max_energy_range_uj")
         kind: PowerKind = (
             "memory" if name.startswith("dram") else "board" if name.startswith("psys") else "cpu"
         )
@@ -204,10 +205,3 @@ def rapl_sources(root: Path = Path("/")) -> list[PowerSource]:
             "the kernel's powercap zones hold no package, memory or platform counter"
         )
     return sources
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -12,22 +12,16 @@ from pydantic import ValidationError
 
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.engine import Array
-from anyflow_deploy.engines.tritonserver.io_spec import OUTPUT_TYPES
+from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUT_TYPES
 from anyflow_deploy.engines.tritonserver.settings import Settings
 from anyflow_deploy.errors import InvalidRequestError, ShapeError
 from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
 from anyflow_deploy.serving.request import VideoRequest, validate_request
 
-_SHARED_FIELDS = (
-    "num_inference_steps",
-    "first_steps",
-    "deadline_ms",
-    "shift",
-    "seed",
-    "window",
-    "num_frames",
+_SHARED_FIELDS = tuple(
+    port.name for port in INPUTS if port.name in VideoRequest.model_fields and port.name != "prompt"
 )
-"""Inputs that are fields of `VideoRequest`."""
+"""Inputs that are fields of `VideoRequest`, the prompt apart, which may be embeddings."""
 
 
 @dataclass(frozen=True)

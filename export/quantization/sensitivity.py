@@ -285,8 +285,8 @@ def _finite(value: float) -> float | None:
 
 
 def write_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
-    """Write a `sensitivity.json` atomically."""
-    write_text_atomically(path, sensitivity.model_dump_json(by_alias=True, indent=1) + "\n")
+    """Write a `sensitivity.json`, whole or not at all."""
+    write_text_atomically(path, sensitivity.to_text())
 
 
 def load_sensitivity(path: Path) -> Sensitivity:

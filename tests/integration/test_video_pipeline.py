@@ -18,7 +18,9 @@ from anyflow_deploy.cli.generate import GenerateOptions, generate
 from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.engines.step_policy import StepSettings
 from anyflow_deploy.errors import InvalidRequestError
+from anyflow_deploy.pipelines import video_pipeline
 from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
+from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import encode_video
 from anyflow_deploy.pipelines.video import Video
 from anyflow_deploy.pipelines.video_io import load_video
@@ -161,8 +163,10 @@ def test_every_policy_decides_the_steps(tiny_bundle: Bundle) -> None:
 def test_what_cannot_be_made_is_refused_before_anything_is_loaded(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
+    monkeypatch.setattr(
+        video_pipeline, "load_engine", lambda *_, **__: pytest.fail("the engine was loaded")
+    )
     pipe = VideoPipeline(tiny_bundle)
-    monkeypatch.setattr(pipe, "_load_engine", lambda: pytest.fail("the engine was loaded"))
     with pytest.raises(AnyFlowError, match=message):
         pipe.stream(**{"prompt": PROMPT, **SIZE, **changes})
 
@@ -180,7 +184,7 @@ def test_the_embeddings_of_a_prompt_are_made_once(
 ) -> None:
     with VideoPipeline(tiny_bundle) as pipe:
         first = pipe.encode_prompt(PROMPT)
-        monkeypatch.setattr(pipe, "_text_encoder", lambda: pytest.fail("encoded twice"))
+        monkeypatch.setattr(PromptEncoder, "encode", lambda *_: pytest.fail("encoded twice"))
         assert pipe.encode_prompt(PROMPT) is first and first.dtype == np.float32
     with pytest.raises(AnyFlowError, match="this pipeline is closed"):
         pipe(PROMPT)

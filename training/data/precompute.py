@@ -34,13 +34,13 @@ import safetensors.torch
 import torch
 
 from anyflow_deploy.bundle.atomic_io import clear_partial_files, file_sha256, write_bytes_atomically
-from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.checkpoint import missing_parts, pipeline_folder
 from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
 from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.training.data.clips import read_clip
 from anyflow_deploy.training.data.manifest import MARKER, DatasetManifest, read_manifest, shard_name
-from anyflow_deploy.training.data.samples import CAPTION, TENSORS, VIDEOS, Encoders
+from anyflow_deploy.training.data.samples import CAPTION, ENCODER_PARTS, TENSORS, VIDEOS, Encoders
 from anyflow_deploy.training.data.shard_source import BROKEN_FREE, BROKEN_SHARE, NEGATIVE
 
 SKIPPED = "skipped.jsonl"
@@ -89,11 +89,7 @@ def find_pipeline(location: str) -> Path:
             PIPELINE_FILES,
             "Give --checkpoint DIR, a pipeline folder on this machine.",
         )
-    missing = [
-        part
-        for part in ("vae", "text_encoder", "tokenizer")
-        if folder is None or not (folder / part).is_dir()
-    ]
+    missing = missing_parts(folder, ENCODER_PARTS)
     if folder is None or missing:
         raise CheckpointError(
             f"{location} lacks {', '.join(missing)}. Give the whole pipeline of Wan2.1 or AnyFlow"
@@ -349,7 +345,7 @@ def _clips_digest(folder: Path, clips: list[Path]) -> str:
 def _encoders_digest(pipeline: Path) -> str:
     """Hash the VAE's and text encoder's files: whole small ones, names and sizes of large ones."""
     digest = hashlib.sha256()
-    for part in ("vae", "text_encoder", "tokenizer"):
+    for part in ENCODER_PARTS:
         for path in sorted((pipeline / part).iterdir()):
             size = path.stat().st_size
             digest.update(

@@ -43,6 +43,9 @@ TEXT_NPY = "text.npy"
 CAPTION = "txt"
 VIDEOS = ("mp4", "mkv", "mov")
 
+ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
+"""Folders of a pipeline that encode videos and captions."""
+
 
 class BrokenSampleError(Exception):
     """One sample cannot be used; others may."""

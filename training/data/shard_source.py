@@ -21,11 +21,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from anyflow_deploy.checkpoints.checkpoint import pipeline_folder
+from anyflow_deploy.checkpoints.checkpoint import missing_parts, pipeline_folder
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.training.data.manifest import MARKER, read_manifest
 from anyflow_deploy.training.data.samples import (
+    ENCODER_PARTS,
     BrokenSampleError,
     Encoders,
     Sample,
@@ -273,11 +274,7 @@ class ShardSource:
 def _open_encoders(index: ShardIndex, weights: Weights) -> Encoders:
     source = weights.source
     pipeline = pipeline_folder(Path(source.location)) if source.kind == "folder" else None
-    missing = [
-        part
-        for part in ("vae", "text_encoder", "tokenizer")
-        if pipeline is None or not (pipeline / part).is_dir()
-    ]
+    missing = missing_parts(pipeline, ENCODER_PARTS)
     if pipeline is None or missing:
         raise AnyFlowError(
             f"{index.folder} holds videos, and the checkpoint lacks {', '.join(missing)} to encode"

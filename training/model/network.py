@@ -22,14 +22,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from anyflow_deploy.model.rotary import COMPRESSED, apply_rotary
+from anyflow_deploy.model.causal import make_compressed_embedding
+from anyflow_deploy.model.rotary import COMPRESSED
 from anyflow_deploy.model.transformer import (
     Attention,
     Block,
@@ -37,7 +38,9 @@ from anyflow_deploy.model.transformer import (
     KeyValue,
     Linear,
     Rotation,
+    append_memory,
     modulate,
+    split_modulation,
 )
 from anyflow_deploy.models import Architecture
 
@@ -77,11 +80,7 @@ class TrainingAttention(Attention):
 
         The context is (B M, D), and the layers cast it.
         """
-        value = self._split_heads(self.to_v(context), batch)
-        key = self._split_heads(self.norm_k(self.to_k(context).float()), batch)
-        if rotation is not None:
-            key = apply_rotary(key, *rotation)
-        return key.to(value.dtype), value
+        return self._project_memory(context, batch, rotation)
 
     def forward(
         self,
@@ -95,9 +94,7 @@ class TrainingAttention(Attention):
 
         Spans cover all queries, in order. The result is float32 (B N, D).
         """
-        query = self._split_heads(self.norm_q(self.to_q(x).float()), batch)
-        if rotation is not None:
-            query = apply_rotary(query, *rotation)
+        query = self._normed_heads(self.norm_q, self.to_q(x), batch, rotation)
         if spans is None:
             output = self._attend(query, *memory)
         else:
@@ -142,6 +139,23 @@ class TrainingBlock(Block):
         self.attn2 = TrainingAttention(a, compute_type, fused=True)
 
     def forward(  # type: ignore[override]  # the text comes as embeddings, see the module's text
+        self, x: Tensor, *inputs: Any
+    ) -> tuple[Tensor | None, KeyValue | None]:
+        """Run the layer, see `_layer`, in the way that `checkpointing` asks for."""
+        if not self.checkpointing or not torch.is_grad_enabled():
+            return self._layer(x, *inputs)
+        offload_context = (
+            torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
+            if self.offloading
+            else contextlib.nullcontext()
+        )
+        with offload_context:
+            result = checkpoint(
+                self._layer, x, *inputs, use_reentrant=False, preserve_rng_state=False
+            )
+        return cast("tuple[Tensor | None, KeyValue | None]", result)
+
+    def _layer(
         self,
         x: Tensor,
         text: Tensor,
@@ -160,45 +174,15 @@ class TrainingBlock(Block):
             spans: see `Span`; None lets every token see everything.
             outputs: "x", "memory" (its own keys and values) or "both".
         """
-        inputs = (x, text, modulation, rotation, ones, past, spans, outputs)
-        if self.checkpointing and torch.is_grad_enabled():
-            offload_context = (
-                torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda)
-                if self.offloading
-                else contextlib.nullcontext()
-            )
-            with offload_context:
-                result = checkpoint(
-                    self._layer, *inputs, use_reentrant=False, preserve_rng_state=False
-                )
-            return cast("tuple[Tensor | None, KeyValue | None]", result)
-        return self._layer(*inputs)
-
-    def _layer(
-        self,
-        x: Tensor,
-        text: Tensor,
-        modulation: Tensor,
-        rotation: Rotation,
-        ones: Tensor,
-        past: KeyValue | None,
-        spans: Sequence[Span] | None,
-        outputs: str,
-    ) -> tuple[Tensor | None, KeyValue | None]:
         batch, dtype = x.shape[0], compute_type_of(self.attn1.to_q)
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (
-            (self.scale_shift_table + modulation).unsqueeze(2).unbind(3)
-        )
-        # Cast once for three products
+        parts = split_modulation(self.scale_shift_table, modulation)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
+        # Cast and kept once for three products
         h = self._recompute(modulate, x, shift, scale, ones, self.eps).flatten(0, 2).to(dtype)
         new_kv = self.attn1.key_value(h, batch, rotation)
         if outputs == "memory":
             return None, new_kv
-        memory = (
-            new_kv
-            if past is None
-            else (torch.cat((past[0], new_kv[0]), 1), torch.cat((past[1], new_kv[1]), 1))
-        )
+        memory = append_memory(past, new_kv)
         x = torch.addcmul(x, self.attn1(h, memory, batch, rotation, spans).view(x.shape), gate)
         text_kv = self.attn2.key_value(text.flatten(0, 1), batch)
         x = x + self.attn2(self.norm2(x).flatten(0, 2), text_kv, batch).view(x.shape)
@@ -264,9 +248,7 @@ class TrainingTransformer(FlowMapTransformer):
         self.compressed_patch = 0
         if a.compressed_patch_size is not None:
             self.compressed_patch = a.compressed_patch_size[1]
-            self.far_patch_embedding = nn.Conv3d(
-                a.in_channels, a.inner_dim, a.compressed_patch_size, a.compressed_patch_size
-            )
+            self.far_patch_embedding = make_compressed_embedding(a)
         for name, layer in [(n, m) for n, m in self.named_modules() if type(m) is Linear]:
             self.set_submodule(
                 name,
@@ -301,7 +283,7 @@ class TrainingTransformer(FlowMapTransformer):
                 nothing else.
             compressed: use the embedding of old chunks, which has larger patches.
         """
-        batch, frames, _, height, width = latents.shape
+        _, frames, _, height, width = latents.shape
         patch, embedding = (
             (self.compressed_patch, self.far_patch_embedding)
             if compressed
@@ -317,27 +299,13 @@ class TrainingTransformer(FlowMapTransformer):
         last = len(self.blocks) - 1
         for index, block in enumerate(self.blocks):
             outputs = "x" if not memory else "both" if index < last else "memory"
-            x, new_kv = block(
-                x,
-                text_kv,
-                modulation,
-                rotation,
-                ones,
-                past[index] if past else None,
-                spans,
-                outputs,
-            )
+            before = past[index] if past else None
+            x, new_kv = block(x, text_kv, modulation, rotation, ones, before, spans, outputs)
             cache.append(new_kv)
         if memory:
             return cache
         assert x is not None
-        shift, scale = (
-            (self.scale_shift_table + times.view(batch, frames, 1, -1)).unsqueeze(2).unbind(3)
-        )
-        x = modulate(x, shift, scale, ones, self.eps)
-        return self._unpatchify(
-            self.proj_out(x.flatten(0, 2)).view(batch, frames, rows, columns, -1)
-        )
+        return self.velocity_from_tokens(x, times, latents.shape)
 
     def set_gradient_checkpointing(self, enabled: bool = True, offload: bool = False) -> None:
         """Set whether the backward pass recomputes each layer from its input.
