@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from anyflow_deploy.doctor import probes
 from anyflow_deploy.doctor.probe import MISSING, ProbeResult, ProbeResults
 from anyflow_deploy.engines.registry import BACKENDS, Backend
+from anyflow_deploy.engines.tensorrt_rtx.compute_capability import SUPPORTED_TEXT, is_supported
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
 
@@ -139,6 +140,10 @@ def _on_cpu(backend: BackendRequirements, precision: str, found: ProbeResults) -
 
 def _on_gpu(backend: BackendRequirements, precision: str, has: tuple[int, ...]) -> str:
     shown = ".".join(map(str, has))
+    if backend.name == "tensorrt-rtx" and not is_supported(has):
+        return (
+            f"TensorRT for RTX needs compute capability {SUPPORTED_TEXT}, the first GPU has {shown}"
+        )
     if "tensorrt" in backend.name and has < _OLDEST_FOR_TENSORRT:
         return f"TensorRT needs compute capability 7.5, the first GPU has {shown}"
     needed = _CAPABILITY.get(precision, (0, 0))

@@ -15,6 +15,7 @@ INT8 = "int8 on the CPU"
 TORCH = "PyTorch"
 GPU = "GPU"
 TENSORRT = "TensorRT"
+TENSORRT_RTX = "TensorRT for RTX"
 CUDA_PYTHON = "cuda-python"
 TORCH_TENSORRT = "torch-tensorrt"
 COMPILER, LIBRARY = "C++ compiler", "C++ library"
@@ -30,6 +31,8 @@ CUDA_OF_JETPACK = (
     "a Jetson's GPU answers through cuda-python in the version of its CUDA: pip install"
     " 'anyflow-deploy[jetpack6]', or [jetpack7]"
 )
+
+OF_X86 = "it exists for x86-64 only; a Jetson uses backend tensorrt"
 
 FOR_A_GPU = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS)
 """Useless without one, so nobody is told to install them there."""
@@ -49,6 +52,7 @@ PROBES = (
     Probe("export packages", packages.probe_export_packages),
     Probe("ModelOpt", packages.probe_modelopt),
     Probe(TENSORRT, packages.probe_tensorrt),
+    Probe(TENSORRT_RTX, packages.probe_tensorrt_rtx),
     Probe(CUDA_PYTHON, packages.probe_cuda_python),
     Probe(TORCH_TENSORRT, packages.probe_torch_tensorrt),
     Probe(COMPILER, compiler.probe_compiler),
@@ -65,6 +69,7 @@ def adjust_remedies(found: ProbeResults) -> dict[str, ProbeResult]:
     if JETSON in found:
         ways = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), OF_JETPACK)
         ways |= dict.fromkeys((GPU, CUDA_PYTHON), CUDA_OF_JETPACK)
+        ways[TENSORRT_RTX] = OF_X86
         return {
             name: (
                 dataclasses.replace(finding, remedy=ways[name])
@@ -76,11 +81,10 @@ def adjust_remedies(found: ProbeResults) -> dict[str, ProbeResult]:
     if GPU not in found or found[GPU].state != MISSING:
         return dict(found)
     useless = {name for name in FOR_A_GPU if name in found and found[name].state == MISSING}
+    ways = dict.fromkeys(useless, "only of use with an NVIDIA GPU")
+    if TENSORRT_RTX in found and found[TENSORRT_RTX].state == MISSING:
+        ways[TENSORRT_RTX] = f"to build for GeForce RTX cards here: {found[TENSORRT_RTX].remedy}"
     return {
-        name: (
-            dataclasses.replace(finding, remedy="only of use with an NVIDIA GPU")
-            if name in useless
-            else finding
-        )
+        name: dataclasses.replace(finding, remedy=ways[name]) if name in ways else finding
         for name, finding in found.items()
     }

@@ -33,7 +33,12 @@ from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
 from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
 from anyflow_deploy.engines.engine import Array, BundleEngine, Engine
-from anyflow_deploy.engines.registry import DEFAULT_BACKEND, load_engine
+from anyflow_deploy.engines.registry import (
+    DEFAULT_BACKEND,
+    check_backend,
+    check_kernel_specialization,
+    load_engine,
+)
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.engines.step_policy import StepPolicy, StepSettings
 from anyflow_deploy.engines.wrapper import EngineWrapper
@@ -46,6 +51,7 @@ from anyflow_deploy.schedule import Step
 if TYPE_CHECKING:
     from anyflow_deploy.pipelines.text_encoder import PromptEncoder
     from anyflow_deploy.pipelines.vae import LoadedVae
+    from anyflow_deploy.progress import Progress
 
 MAX_CACHED_PROMPTS = 16
 """Prompts whose embeddings are kept (8 MB each with a text encoder of 4096 channels)."""
@@ -84,8 +90,8 @@ class VideoPipeline:
 
     Args:
         bundle: from `load_bundle`.
-        backend, provider, threads, engine, gpu: of the engine, see `load_engine` (`gpu` is its
-            `device`).
+        backend, provider, threads, engine, kernel_specialization, gpu: of the engine, see
+            `load_engine` (`gpu` is its `device`).
         pipeline: folder or Hub id with text encoder and VAE; None for the bundle's own.
         torch_device: where text encoder and VAE run, as torch names it.
         device_lock: held for each piece of work on the device.
@@ -102,6 +108,7 @@ class VideoPipeline:
         provider: str | None = None,
         threads: int | None = None,
         engine: str | Path | None = None,
+        kernel_specialization: str | None = None,
         pipeline: str | Path | None = None,
         gpu: int = 0,
         torch_device: str = "cpu",
@@ -109,8 +116,17 @@ class VideoPipeline:
     ) -> None:
         self.bundle = bundle
         self.step_timer = StepTimer()
+        check_backend(backend)
+        check_kernel_specialization(backend, kernel_specialization)
         self._load_engine = functools.partial(
-            load_engine, bundle, backend, provider, threads, device=gpu, engine=engine
+            load_engine,
+            bundle,
+            backend,
+            provider,
+            threads,
+            device=gpu,
+            engine=engine,
+            kernel_specialization=kernel_specialization,
         )
         self._pipeline = None if pipeline is None else str(pipeline)
         self._torch_device = torch_device
@@ -148,17 +164,31 @@ class VideoPipeline:
         Raises:
             BackendError: this machine cannot run it.
         """
+        return self.load_engine()
+
+    def load_engine(self, progress: Progress | None = None) -> BundleEngine:
+        """Return the engine, and load it first if that was not done yet.
+
+        Args:
+            progress: where long loading is shown.
+
+        Raises:
+            BackendError: this machine cannot run it.
+        """
         with self._loading:
             self._check_open()
             if self._engine is None:
-                self._engine = self._load_engine()
+                self._engine = self._load_engine(progress=progress)
             return self._engine
 
-    def load(self, *, text: bool = True, vae: bool = True) -> None:
+    def load(
+        self, *, text: bool = True, vae: bool = True, progress: Progress | None = None
+    ) -> None:
         """Load everything now, as a server does before it listens.
 
         Args:
             text, vae: load these too.
+            progress: where long loading of the engine is shown.
 
         Raises:
             CheckpointError: the model's pipeline lacks a part.
@@ -168,7 +198,7 @@ class VideoPipeline:
             self._text_encoder().load()
         if vae:
             self._loaded_vae()
-        _ = self.engine
+        self.load_engine(progress)
 
     def close(self) -> None:
         """Release the engine, the text encoder and the VAE."""

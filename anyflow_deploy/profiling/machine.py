@@ -26,6 +26,7 @@ PACKAGES = (
     "onnxruntime-gpu",
     "torch",
     "tensorrt",
+    "tensorrt-rtx-cu12",
     "torch-tensorrt",
     "diffusers",
     "numpy",

@@ -225,6 +225,8 @@ class _Profiler:
             device=options.device,
             engine=options.engine,
             cuda_graphs=options.cuda_graphs,
+            kernel_specialization=options.kernel_specialization,
+            progress=self._progress,
         )
 
     def _describe_subject(self, engine: BundleEngine, loading: float) -> Subject:

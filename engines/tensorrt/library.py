@@ -86,6 +86,12 @@ def choose_library(backend: str) -> TensorRTLibrary:
     return LIBRARIES[backend]
 
 
+def forget_choice() -> None:
+    """Undo `choose_library`, after the library turned out not to be installed."""
+    global _choice
+    _choice = "tensorrt"
+
+
 def chosen_library() -> TensorRTLibrary:
     """Return the library of this process: TensorRT, unless `choose_library` said otherwise."""
     return LIBRARIES[_choice]

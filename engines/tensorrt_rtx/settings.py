@@ -6,17 +6,13 @@ anyflow-build BUNDLE --backend tensorrt-rtx --target rtx4090 --shapes 480x832x81
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.engines.build import BuildResult
-from anyflow_deploy.engines.engine_folder import EngineWriter
 from anyflow_deploy.engines.tensorrt.build.build_device import PORTABLE, BuildDevice
 from anyflow_deploy.engines.tensorrt.build.settings import PlanSettings
-from anyflow_deploy.engines.tensorrt.library import choose_library
 from anyflow_deploy.engines.tensorrt_rtx.devices import check_gpu, device_of_target
 from anyflow_deploy.errors import BackendError
-from anyflow_deploy.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -27,6 +23,8 @@ class TensorRTRtxSettings(PlanSettings):
         target: the GPU to build for, a name in the table of targets; "any" for every GPU that
             TensorRT for RTX supports; None for the GPU at hand, or "any" where there is none.
     """
+
+    backend: ClassVar[str] = "tensorrt-rtx"
 
     target: str | None = None
 
@@ -77,8 +75,3 @@ class TensorRTRtxSettings(PlanSettings):
         from anyflow_deploy.engines.tensorrt_rtx.builder_config import set_compute_capability
 
         set_compute_capability(config, device)
-
-    def build(self, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
-        """Build the plans into `writer`; see `BuildSettings.build`."""
-        choose_library("tensorrt-rtx")
-        return super().build(bundle, writer, progress)

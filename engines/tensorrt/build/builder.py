@@ -20,12 +20,13 @@ from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.build import BuildResult
 from anyflow_deploy.engines.engine_folder import EngineWriter, narrow_ranges
 from anyflow_deploy.engines.tensorrt.api import LIBRARY, LOGGER, TITLE, VERSION, MessageLog, trt
-from anyflow_deploy.engines.tensorrt.build.build_device import BuildDevice
-from anyflow_deploy.engines.tensorrt.build.inspector import (
-    PrecisionReport,
-    expected_precision,
-    update_report,
+from anyflow_deploy.engines.tensorrt.build.achieved import (
+    add_graph,
+    check_shortfall,
+    inspect_layers,
 )
+from anyflow_deploy.engines.tensorrt.build.build_device import BuildDevice
+from anyflow_deploy.engines.tensorrt.build.inspector import PrecisionReport
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Profile
 from anyflow_deploy.engines.tensorrt.build.progress_monitor import (
     BuildProgressMonitor,
@@ -80,13 +81,8 @@ def build_plans(
         with progress.stage(f"{graph}: inspecting"):
             layers = build.layers(plan)
             writer.write(f"{graph}.layers.json", layers.encode())
-            update_report(precision_report, layers, expected_precision(_model(bundle, graph)))
-    if precision_report.shortfall and not settings.allow_fallback:
-        raise BackendError(
-            f"{TITLE} on {device.name}: {precision_report.shortfall}. Keep such an"
-            " engine with --allow-fallback, try another TensorRT or --optimization-level 5, or"
-            " export in a precision without quantization."
-        )
+            add_graph(precision_report, bundle, graph, layers)
+    check_shortfall(precision_report.shortfall, device.name, settings.allow_fallback)
     return BuildResult(
         device=device.record,
         versions={LIBRARY.version_key: VERSION},
@@ -135,12 +131,6 @@ def _check_graphs(bundle: Bundle) -> None:
             else ""
         )
         raise BackendError(f"{TITLE} does not take this bundle: {findings[0]}{more}")
-
-
-def _model(bundle: Bundle, graph: str) -> Any:
-    import onnx
-
-    return onnx.load(str(bundle.file(bundle.manifest.graphs[graph].file)), load_external_data=False)
 
 
 def _profile_record(profile: Profile) -> dict[str, list[list[int]]]:
@@ -256,9 +246,7 @@ class _GraphBuild:
             raise BackendError(
                 f"{TITLE} cannot open the plan that it has just built: {self._messages.summary()}."
             )
-        return engine.create_engine_inspector().get_engine_information(
-            trt.LayerInformationFormat.JSON
-        )
+        return inspect_layers(engine)
 
     def _create(self, make: Callable[[], T], action: str) -> T:
         with suppress(TypeError):  # pybind11's word for a factory that returned nothing
