@@ -28,7 +28,6 @@ from anyflow_deploy import (
 from anyflow_deploy.engines.build import build_engine, settings_type
 from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
 from anyflow_deploy.engines.tensorrt.library import chosen_library
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden
 from tests.fakes.tensorrt import ALL_RELEASES, FakeTensorRT
