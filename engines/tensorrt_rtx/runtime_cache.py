@@ -63,7 +63,7 @@ class RuntimeCache:
         self._config = engine.create_runtime_config()  # kept: it made the cache
         self._cache = self._config.create_runtime_cache()
         content = self._read()
-        if not content:
+        if content is None:
             return False
         digest, kernels = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
         if hashlib.sha256(kernels).digest() != digest:
@@ -104,14 +104,14 @@ class RuntimeCache:
             else:
                 self._digest = digest
 
-    def _read(self) -> bytes:
+    def _read(self) -> bytes | None:
         try:
             return self.path.read_bytes()
         except FileNotFoundError:
-            return b""
+            return None
         except OSError as error:
             _log.warning("the compiled kernels in %s cannot be read (%s).", self.path, error)
-            return b""
+            return None
 
     def _drop(self, fault: str) -> None:
         _log.warning("%s %s; it is dropped, and kernels are compiled again.", self.path, fault)
