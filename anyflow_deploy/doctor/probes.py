@@ -32,7 +32,7 @@ CUDA_OF_JETPACK = (
     " 'anyflow-deploy[jetpack6]', or [jetpack7]"
 )
 
-OF_X86 = "it exists for x86-64 only; a Jetson uses backend tensorrt"
+NOT_OF_JETSON = "TensorRT for RTX does not run on a Jetson's GPU; backend tensorrt does"
 
 FOR_A_GPU = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS)
 """Useless without one, so nobody is told to install them there."""
@@ -69,7 +69,7 @@ def adjust_remedies(found: ProbeResults) -> dict[str, ProbeResult]:
     if JETSON in found:
         ways = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), OF_JETPACK)
         ways |= dict.fromkeys((GPU, CUDA_PYTHON), CUDA_OF_JETPACK)
-        ways[TENSORRT_RTX] = OF_X86
+        ways[TENSORRT_RTX] = NOT_OF_JETSON
         return {
             name: (
                 dataclasses.replace(finding, remedy=ways[name])

@@ -27,6 +27,7 @@ PACKAGES = (
     "torch",
     "tensorrt",
     "tensorrt-rtx-cu12",
+    "tensorrt-rtx-cu13",
     "torch-tensorrt",
     "diffusers",
     "numpy",

@@ -575,7 +575,7 @@ def test_tensorrt_for_rtx_is_of_use_without_a_gpu() -> None:
     }
     assert remedies["no GPU"] == "to build for GeForce RTX cards here: pip install x"
     assert remedies["GPU"] == "pip install x"
-    assert "x86-64 only" in remedies["Jetson"]
+    assert "does not run on a Jetson" in remedies["Jetson"]
 
 
 def test_on_a_jetson_tensorrt_comes_with_jetpack() -> None:
