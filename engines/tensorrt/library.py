@@ -58,7 +58,7 @@ LIBRARIES = {
             "tensorrt_rtx",
             times_kernels=False,
             builds_without_gpu=True,
-            install_hint="It exists for Linux on x86-64; there run: ",
+            install_hint="It exists for Linux; there run: ",
         ),
     )
 }
