@@ -107,6 +107,7 @@ class FakeTensorRT:
         self.during_build: Callable[[], None] = lambda: None
         self.layers: Callable[[onnx.ModelProto], list[dict[str, Any]]] = requested_layers
         self.released: list[str] = []
+        self.lost_weights: set[str] = set()
         behaviour = {
             name.removeprefix("do_").replace("__", ".", 1): getattr(self, name)
             for name in dir(self)
@@ -204,6 +205,17 @@ class FakeTensorRT:
 
     def do_ITimingCache__serialize(self, cache: Any) -> Any:  # noqa: N802
         return host_memory(self.trt, json.dumps(cache.content).encode())
+
+    def do_Builder__build_serialized_network_to_stream(  # noqa: N802
+        self, builder: Any, network: Any, config: Any, writer: Any
+    ) -> bool:
+        plan = self.do_Builder__build_serialized_network(builder, network, config)
+        if plan is None:
+            return False
+        content = bytes(plan)
+        half = len(content) // 2
+        pieces = (content[:half], content[half:])
+        return all(writer.write(piece) == len(piece) for piece in pieces)
 
     def do_Builder__build_serialized_network(self, builder: Any, network: Any, config: Any) -> Any:  # noqa: N802
         model = onnx.load(network.model, load_external_data=False)
@@ -306,6 +318,11 @@ class FakeTensorRT:
 
     def do_Refitter____init__(self, refitter: Any, engine: Any, logger: Any) -> None:  # noqa: N802
         refitter.__dict__.update(engine=engine, model=None)
+
+    def do_Refitter__get_all_weights(self, refitter: Any) -> list[str]:  # noqa: N802
+        model = onnx.load(refitter.engine.plan["model"], load_external_data=False)
+        names = [tensor.name for tensor in model.graph.initializer]
+        return [name for name in names if name not in self.lost_weights]
 
     def do_OnnxParserRefitter____init__(self, parser: Any, refitter: Any, logger: Any) -> None:  # noqa: N802
         parser.__dict__.update(refitter=refitter)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -117,6 +118,18 @@ def test_a_level_that_this_release_lacks(fake_tensorrt: FakeTensorRT, bundle: Bu
     ):
         command(bundle, f"--shapes {SIZE} --hardware-compatible same-capability")
     assert nothing_left(bundle)
+
+
+def test_a_bias_that_a_refittable_engine_lost(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
+    from anyflow_deploy.engines.tensorrt.build.refit_check import bias_names
+
+    model = onnx.load(str(bundle.path / "transition.onnx"), load_external_data=False)
+    bias = bias_names(model)[0]
+    fake_tensorrt.lost_weights = {bias}
+    with pytest.raises(BackendError, match=rf"lost 1 biases of 'transition' \({re.escape(bias)}\)"):
+        command(bundle, f"--shapes {SIZE} --refit")
+    assert nothing_left(bundle)
+    command(bundle, f"--shapes {SIZE} --strip")  # it is refitted with the same weights
 
 
 def test_progress(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
@@ -253,6 +266,7 @@ def test_a_disk_that_is_full(
     monkeypatch.undo()
 
 
+@EVERY_RELEASE
 def test_a_disk_that_fills_up(
     fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
