@@ -50,7 +50,9 @@ TENSORRT_MODULES = (
     "build.achieved",
     "build.builder",
     "build.builder_config",
+    "build.plan_writer",
     "build.progress_monitor",
+    "build.refit_check",
     "build.timing_cache",
 )
 """Our modules of `anyflow_deploy.engines.tensorrt` that import TensorRT or CUDA."""
