@@ -111,21 +111,12 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, help="keep bundles and engines here, and use those that are there"
     )
-    parser.add_argument(
-        "--rtx",
-        choices=("current", "portable"),
-        help="tensorrt is TensorRT for RTX, see rtx_alias.py",
-    )
     return parser.parse_args()
 
 
 def main() -> None:
     """Run it."""
     options = parse_options()
-    if options.rtx:
-        from rtx_alias import use_tensorrt_rtx
-
-        print(f"TensorRT for RTX {use_tensorrt_rtx(options.rtx == 'current')}", flush=True)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit(
             "torch sees no CUDA device here. To see that the program works: --tiny --device cpu"

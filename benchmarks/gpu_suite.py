@@ -112,22 +112,22 @@ def list_parts(options: argparse.Namespace, folder: Path) -> tuple[list[Part], l
     if not cpu:
         timed_parts.append(compile_part)
     if options.rtx or importlib.util.find_spec("tensorrt_rtx_bindings"):
-        rtx = ("--rtx", "current")
-        precisions = "tensorrt:fp32,tensorrt:fp16,tensorrt:bf16,tensorrt:fp8"
+        names = ("fp32", "fp16", "bf16", "fp8")
+        precisions = ",".join(f"tensorrt-rtx:{name}" for name in names)
         golden.append(
             Part(
                 "golden TensorRT for RTX",
-                ("gpu_golden.py", *device, *rtx, "--engines", precisions),
+                ("gpu_golden.py", *device, "--engines", precisions),
                 240,
             )
         )
         portable = (
             "gpu_golden.py",
             *device,
-            "--rtx",
-            "portable",
+            "--target",
+            "any",
             "--engines",
-            "tensorrt:fp16",
+            "tensorrt-rtx:fp16",
             "--kinds",
             "bidirectional",
         )
@@ -135,12 +135,11 @@ def list_parts(options: argparse.Namespace, folder: Path) -> tuple[list[Part], l
         step = (
             "gpu.py",
             *folder_options,
-            *rtx,
             *rounds,
             "--part",
             "whole",
             "--engines",
-            "tensorrt:bf16",
+            "tensorrt-rtx:bf16",
             "--skip-compile",
         )
         timed_parts.insert(2, Part("whole TensorRT for RTX", step, 240))

@@ -9,6 +9,7 @@ refused with both names, since a plan of another GPU may load and then fail, or 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,6 +100,13 @@ class EngineFolder:
 
     path: Path
     record: EngineRecord
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the hashes of all files: what tells two engines apart, wherever they
+        lie."""
+        hashes = {name: file.sha256 for name, file in self.record.files.items()}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
     def file(self, name: str) -> Path:
         """Return the path of a file that the record lists.
@@ -209,20 +217,50 @@ def check_compatible(
     Raises:
         BackendError: with both names.
     """
-    built_device = folder.record.device
-    remedy = f"Build it on this machine: anyflow-build … --backend {folder.record.backend}"
-    if built_device != device:
+    check_device(folder, device)
+    check_versions(folder, versions)
+
+
+def check_device(folder: EngineFolder, device: DeviceRecord, remedy: str | None = None) -> None:
+    """Refuse an engine that was built for another device.
+
+    Args:
+        folder: from `find_engine`.
+        device: what it would run on.
+        remedy: what to do, as a sentence; None: build it here.
+
+    Raises:
+        BackendError: with both names.
+    """
+    built_for = folder.record.device
+    if built_for != device:
         raise BackendError(
-            f"{folder.path} was built for {_device_label(built_device)}, and this is"
-            f" {_device_label(device)}. {remedy}"
+            f"{folder.path} was built for {device_label(built_for)}, and this is"
+            f" {device_label(device)}. {remedy or _build_here(folder)}"
         )
+
+
+def check_versions(folder: EngineFolder, versions: Mapping[str, str]) -> None:
+    """Refuse an engine that was built with other versions.
+
+    Args:
+        folder: from `find_engine`.
+        versions: what is installed here, of those that have to be the same.
+
+    Raises:
+        BackendError: with both versions.
+    """
     for name, version in versions.items():
         if folder.record.versions.get(name) != version:
             built_with = folder.record.versions.get(name, "unknown")
             raise BackendError(
                 f"{folder.path} was built with {name} {built_with}, and here is {name} {version}."
-                f" {remedy}"
+                f" {_build_here(folder)}"
             )
+
+
+def _build_here(folder: EngineFolder) -> str:
+    return f"Build it on this machine: anyflow-build … --backend {folder.record.backend}"
 
 
 class EngineWriter(AtomicFolderWriter):
@@ -259,7 +297,8 @@ def _read_backend(path: Path) -> str | None:
         return None
 
 
-def _device_label(device: DeviceRecord) -> str:
+def device_label(device: DeviceRecord) -> str:
+    """Return a device's name for messages, with its compute capability."""
     capability = (
         f" (compute capability {device.compute_capability})" if device.compute_capability else ""
     )

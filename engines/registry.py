@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,8 +20,13 @@ from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 if TYPE_CHECKING:  # these modules need numpy and pydantic
     from anyflow_deploy.bundle.bundle import Bundle
     from anyflow_deploy.engines.engine import BundleEngine
+    from anyflow_deploy.progress import Progress
 
 PROVIDERS = ("cpu", "cuda")
+
+KERNEL_SPECIALIZATIONS = ("lazy", "eager", "none")
+"""When TensorRT for RTX compiles kernels for one shape: in the background, while a general kernel
+runs; before the first run; or never."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Backend:
         gpu_probes: further probes that have to pass on a GPU.
         quantized: whether it runs the eight-bit precisions.
         profiled_providers: providers on which its `profiler.py` times layers.
+        specializes_kernels: whether it takes `EngineOptions.kernel_specialization`.
     """
 
     name: str
@@ -47,6 +53,7 @@ class Backend:
     gpu_probes: tuple[str, ...] = ()
     quantized: bool = True
     profiled_providers: tuple[str, ...] = ()
+    specializes_kernels: bool = False
 
     @property
     def gpu_only(self) -> bool:
@@ -89,6 +96,7 @@ BACKENDS = {
             "anyflow_deploy.engines.tensorrt_rtx.settings:TensorRTRtxSettings",
             probes=("TensorRT for RTX", "cuda-python"),
             profiled_providers=("cuda",),
+            specializes_kernels=True,
         ),
         Backend(
             "aotinductor",
@@ -124,6 +132,9 @@ class EngineOptions:
         engine: name or path of a built engine, for backends that compile; None where the bundle has
             only one.
         cuda_graphs: record a step once for each shape and replay it, where the backend can.
+        kernel_specialization: one of `KERNEL_SPECIALIZATIONS`, for backends that specialize
+            kernels; None for "lazy" there, and the only value for all others.
+        progress: where long work at the opening is shown.
     """
 
     provider: str = "cpu"
@@ -131,6 +142,8 @@ class EngineOptions:
     threads: int | None = None
     engine: str | Path | None = None
     cuda_graphs: bool = True
+    kernel_specialization: str | None = None
+    progress: Progress | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_provider(self.provider)
@@ -138,6 +151,11 @@ class EngineOptions:
             raise AnyFlowError(f"device is {self.device}; allowed are whole numbers from 0.")
         if self.threads is not None and self.threads < 1:
             raise AnyFlowError(f"threads is {self.threads}; allowed are whole numbers from 1.")
+        if self.kernel_specialization not in (None, *KERNEL_SPECIALIZATIONS):
+            raise AnyFlowError(
+                f"kernel specialization is {self.kernel_specialization!r}; allowed are"
+                f" {', '.join(KERNEL_SPECIALIZATIONS)}."
+            )
 
 
 def load_engine(
@@ -149,6 +167,8 @@ def load_engine(
     device: int = 0,
     engine: str | Path | None = None,
     cuda_graphs: bool = True,
+    kernel_specialization: str | None = None,
+    progress: Progress | None = None,
 ) -> BundleEngine:
     """Make an engine from a bundle.
 
@@ -158,11 +178,12 @@ def load_engine(
             `anyflow-build`.
         provider: "cpu" or "cuda"; None for cuda with a backend that runs on GPUs only, cpu with all
             others.
-        threads, device, engine, cuda_graphs: see `EngineOptions`.
+        threads, device, engine, cuda_graphs, kernel_specialization, progress: see `EngineOptions`.
 
     Raises:
         BackendError: the backend or provider is not installed, cannot run the bundle's precision,
-            or has no built engine; or an engine is named for a backend that has none.
+            or has no built engine; or an engine is named for a backend that has none, or an option
+            is given that it does not take.
     """
     from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 
@@ -175,7 +196,16 @@ def load_engine(
             f"the engine {str(engine)!r} cannot run with backend {backend}, which runs the bundle"
             f" itself. Name the backend that built it, one of {others}, or leave the engine out."
         )
-    options = EngineOptions(provider or row.default_provider, device, threads, engine, cuda_graphs)
+    check_kernel_specialization(backend, kernel_specialization)
+    options = EngineOptions(
+        provider or row.default_provider,
+        device,
+        threads,
+        engine,
+        cuda_graphs,
+        kernel_specialization,
+        progress,
+    )
     loaded_bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     return cast("BundleEngine", import_name(row.engine)(loaded_bundle, options))
 
@@ -194,6 +224,24 @@ def check_provider(provider: str) -> None:
     """
     if provider not in PROVIDERS:
         raise AnyFlowError(f"unknown provider {provider!r}: allowed are {', '.join(PROVIDERS)}.")
+
+
+def check_kernel_specialization(backend: str, specialization: str | None) -> None:
+    """Refuse `kernel_specialization` for a backend that has no such kernels.
+
+    Args:
+        backend: a name in `BACKENDS`.
+        specialization: what was given; None: nothing.
+
+    Raises:
+        BackendError: with the backends that take it.
+    """
+    if specialization is not None and not BACKENDS[backend].specializes_kernels:
+        able = ", ".join(name for name, row in BACKENDS.items() if row.specializes_kernels)
+        raise BackendError(
+            f"kernel specialization means nothing to backend {backend}; it is an option of {able}."
+            " Leave it out."
+        )
 
 
 def check_backend(backend: str) -> None:

@@ -271,11 +271,13 @@ def small_config() -> dict[str, int]:
 def fake_tensorrt(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Any]:
-    """A machine with the TensorRT release `request.param` (11.4 without one) and a GPU, acted: see
-    tests/fakes/tensorrt.py."""
-    from tests.fakes.tensorrt import FakeTensorRT, install, unload_modules
+    """A machine with the release `request.param` (TensorRT 11.4 without one) and a GPU, acted: see
+    tests/fakes/tensorrt.py, and tests/fakes/tensorrt_rtx.py for TensorRT for RTX."""
+    from tests.fakes.tensorrt import RTX, FakeTensorRT, install, unload_modules
+    from tests.fakes.tensorrt_rtx import FakeTensorRTRtx
 
-    machine = FakeTensorRT(getattr(request, "param", "11.4"))
+    release = getattr(request, "param", "11.4")
+    machine = FakeTensorRTRtx() if release == RTX else FakeTensorRT(release)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     install(machine, monkeypatch)
     yield machine

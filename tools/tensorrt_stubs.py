@@ -1,12 +1,13 @@
-"""Makes type stubs of a TensorRT release from NVIDIA's Python bindings, without TensorRT.
+"""Makes type stubs of TensorRT, or TensorRT for RTX, from NVIDIA's Python bindings alone.
 
     python tools/tensorrt_stubs.py            # every release in RELEASES, into .cache/tensorrt
 
 TensorRT cannot be installed everywhere, but its Python bindings are a small wheel, and they contain
 every class, signature and enum of their release. Their import needs only a few C functions of the
-missing libraries, which three shared objects with empty functions provide. pybind11-stubgen then
-writes stubs, and `clean_stubs` turns them into valid Python. The result is a reference of names and
-types, for mypy and for the tests' fake TensorRT; nothing can be built or run with it.
+missing libraries, which shared objects with empty functions provide. pybind11-stubgen then writes
+stubs, and `clean_stubs` turns them into valid Python. The result is a reference of names and types,
+for mypy and for the tests' fake TensorRT; nothing can be built or run with it. The module is called
+`tensorrt` in every release, since one source serves both libraries.
 
 The stubs are not checked in, since they derive from NVIDIA's wheel; they are made once and kept in
 .cache. That takes two seconds a release, and needs the package index, gcc and pybind11-stubgen.
@@ -29,12 +30,27 @@ RELEASES = {
     "10.3": ("tensorrt-cu12-bindings", "10.3.0"),
     "10.16": ("tensorrt-cu12-bindings", "10.16.1.11"),
     "11.4": ("tensorrt-cu13-bindings", "11.4.0.106"),
+    "rtx-1.7": ("tensorrt-rtx-cu12-bindings", "1.7.1.116"),
 }
-"""JetPack 6's, the last 10, and the newest."""
+"""TensorRT: JetPack 6's, the last 10, and the newest. TensorRT for RTX: the newest."""
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache" / "tensorrt"
 
-_LIBRARIES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")
+_EXTENSIONS = {
+    "tensorrt-cu": "tensorrt_bindings.tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx_bindings.tensorrt_rtx",
+}
+"""Module of the extension, by how the wheel's name begins."""
+
+_LIBRARIES = (
+    "libnvinfer",
+    "libnvinfer_plugin",
+    "libnvonnxparser",
+    "libtensorrt_rtx",
+    "libtensorrt_onnxparser_rtx",
+)
+"""What the extensions are linked with; each asks for some of them."""
+
 _SYMBOLS = (
     "createInferBuilder_INTERNAL",
     "createInferRefitter_INTERNAL",
@@ -116,9 +132,10 @@ def _generate_stubs(package: str, version: str) -> str:
             zipfile.ZipFile(wheel).extractall(folder)
         _satisfy(folder, version.split(".")[0])
         environment = {**os.environ, "LD_LIBRARY_PATH": name, "PYTHONPATH": name}
+        extension = next(ext for start, ext in _EXTENSIONS.items() if package.startswith(start))
         stubgen = [
             "pybind11_stubgen",
-            "tensorrt_bindings.tensorrt",
+            extension,
             "-o",
             str(folder / "stubs"),
             "--ignore-all-errors",
@@ -128,7 +145,7 @@ def _generate_stubs(package: str, version: str) -> str:
             "pybind11-stubgen (pip install pybind11-stubgen)",
             environment,
         )
-        return (folder / "stubs" / "tensorrt_bindings" / "tensorrt.pyi").read_text()
+        return (folder / "stubs" / f"{extension.replace('.', '/')}.pyi").read_text()
 
 
 def _satisfy(folder: Path, major: str) -> None:
@@ -170,7 +187,9 @@ def clean_stubs(source: str) -> str:
     Raises:
         StubsError: something else that is not Python.
     """
-    text = re.sub(r"(?<=[(, ])in: ", "in_: ", source).replace("tensorrt_bindings.tensorrt.", "")
+    text = re.sub(r"(?<=[(, ])in: ", "in_: ", source)
+    for extension in _EXTENSIONS.values():
+        text = text.replace(f"{extension}.", "")
     text = "\n".join(
         _add_defaults(line) if line.lstrip().startswith("def ") else line
         for line in text.split("\n")

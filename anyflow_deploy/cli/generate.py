@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle
-from anyflow_deploy.cli.options import Numbers, Options, run
+from anyflow_deploy.cli.options import KernelSpecialization, Numbers, Options, run
 from anyflow_deploy.cli.sensitivity import Decibels
 from anyflow_deploy.cli.step_options import Seconds, flag_name, step_settings
 from anyflow_deploy.cli.step_report import StepReport
@@ -131,11 +131,19 @@ class GenerateOptions(Options):
     )
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(
-        None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)"
+        None,
+        description="what the engine runs on: cpu or cuda (default: cpu where the backend has it)",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(
         None, description="name or path of a built engine, where the backend has several"
+    )
+    kernel_specialization: KernelSpecialization | None = Field(
+        None,
+        description=(
+            "tensorrt-rtx: when kernels for one shape are compiled: lazy (in the background), eager"
+            " or none (default lazy)"
+        ),
     )
     pipeline: str | None = Field(
         None,
@@ -171,6 +179,7 @@ def generate(options: GenerateOptions) -> int:
             provider=options.provider,
             threads=options.threads,
             engine=options.engine,
+            kernel_specialization=options.kernel_specialization,
             pipeline=options.pipeline,
         )
     with pipe:
@@ -180,8 +189,8 @@ def generate(options: GenerateOptions) -> int:
         )
         with timer.time("text"):
             prompt_embeds = _get_prompt_embeds(options, pipe)
-        with timer.time("engine"):
-            _ = pipe.engine
+        with timer.time("engine"), RichProgress(console) as bars:
+            pipe.load_engine(bars)
         first_frame = _write_video(options, pipe, job, prompt_embeds, timer)
     for line in job.steps.summary_lines():
         console.print(line)

@@ -13,7 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import fire
 from fire.decorators import SetParseFn
@@ -37,6 +37,8 @@ Words = Annotated[
 Numbers = Annotated[
     tuple[float, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)
 ]
+KernelSpecialization = Literal["lazy", "eager", "none"]
+"""`registry.KERNEL_SPECIALIZATIONS`; which backends take it, `check_kernel_specialization` says."""
 
 
 class Options(BaseModel):

@@ -19,8 +19,13 @@ from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.bundle.json_records import load_record
 from anyflow_deploy.cli.fit import default_shape
-from anyflow_deploy.cli.options import Options, Steps, Words, run
-from anyflow_deploy.engines.registry import DEFAULT_BACKEND, EngineOptions, check_backend
+from anyflow_deploy.cli.options import KernelSpecialization, Options, Steps, Words, run
+from anyflow_deploy.engines.registry import (
+    DEFAULT_BACKEND,
+    EngineOptions,
+    check_backend,
+    check_kernel_specialization,
+)
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.memory.estimate import shape_from_pixels
 from anyflow_deploy.models import get_model
@@ -75,12 +80,20 @@ class ProfileOptions(Options):
     )
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(
-        None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)"
+        None,
+        description="what the engine runs on: cpu or cuda (default: cpu where the backend has it)",
     )
     device: int = Field(0, ge=0, description="which GPU, counted from 0")
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(
         None, description="name or path of a built engine, where the backend has several"
+    )
+    kernel_specialization: KernelSpecialization | None = Field(
+        None,
+        description=(
+            "tensorrt-rtx: when kernels for one shape are compiled: lazy (in the background), eager"
+            " or none (default lazy)"
+        ),
     )
     steps: Steps = Field((1, 2, 4, 8), description="numbers of steps, in turn")
     shapes: Words = Field(
@@ -180,6 +193,7 @@ def _check_options(options: ProfileOptions) -> None:
             "bundle is missing: the bundle's folder. (--compare and --estimate --model need none.)"
         )
     check_backend(options.backend)
+    check_kernel_specialization(options.backend, options.kernel_specialization)
     for name in options.skip:
         if name not in SKIPPABLE:
             raise AnyFlowError(
@@ -217,6 +231,7 @@ def profile(options: ProfileOptions) -> int:
             options.device,
             options.threads,
             options.engine,
+            kernel_specialization=options.kernel_specialization,
         ),
         shapes=options.shapes,
         steps=options.steps,

@@ -16,11 +16,11 @@ from pydantic import Field
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.options import Options, run
+from anyflow_deploy.cli.options import KernelSpecialization, Options, run
 from anyflow_deploy.engines.registry import DEFAULT_BACKEND
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
-from anyflow_deploy.progress import console
+from anyflow_deploy.progress import RichProgress, console
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.loopback import is_local
 
@@ -88,11 +88,19 @@ class ServeOptions(Options):
     )
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(
-        None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)"
+        None,
+        description="what the engine runs on: cpu or cuda (default: cpu where the backend has it)",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(
         None, description="name or path of a built engine, where the backend has several"
+    )
+    kernel_specialization: KernelSpecialization | None = Field(
+        None,
+        description=(
+            "tensorrt-rtx: when kernels for one shape are compiled: lazy (in the background), eager"
+            " or none (default lazy)"
+        ),
     )
     pipeline: str | None = Field(
         None,
@@ -235,10 +243,12 @@ def _load_pipeline(options: ServeOptions, bundle: Bundle) -> VideoPipeline:
         provider=options.provider,
         threads=options.threads,
         engine=options.engine,
+        kernel_specialization=options.kernel_specialization,
         pipeline=options.pipeline,
         torch_device=options.device,
     )
-    pipeline.load()
+    with RichProgress(console) as bars:
+        pipeline.load(progress=bars)
     return pipeline
 
 

@@ -75,7 +75,10 @@ class TritonOptions(Options):
         None, description="name or path of a built engine, where the backend has several"
     )
     gpus: _Gpus | None = Field(
-        None, description="one instance on each, as 0 or 0,1 (default: the CPU; tensorrt: 0)"
+        None,
+        description=(
+            "one instance on each, as 0 or 0,1 (default: the CPU where the backend has it, else 0)"
+        ),
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     max_streams: int = Field(8, ge=1, le=1000, description="videos that an instance makes at once")

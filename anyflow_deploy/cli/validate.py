@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.options import Options, Steps, run
+from anyflow_deploy.cli.options import KernelSpecialization, Options, Steps, run
 from anyflow_deploy.cli.sensitivity import embed_calibration_prompt
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.registry import DEFAULT_BACKEND, load_engine
@@ -48,11 +48,19 @@ class ValidateOptions(Options):
     )
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(
-        None, description="what the engine runs on: cpu or cuda (default cpu; tensorrt: cuda)"
+        None,
+        description="what the engine runs on: cpu or cuda (default: cpu where the backend has it)",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
     engine: str | None = Field(
         None, description="name or path of a built engine, where the backend has several"
+    )
+    kernel_specialization: KernelSpecialization | None = Field(
+        None,
+        description=(
+            "tensorrt-rtx: when kernels for one shape are compiled: lazy (in the background), eager"
+            " or none (default lazy)"
+        ),
     )
     device: str = Field("cpu", description="torch device of the reference")
     steps: Steps = Field((1, 2, 4, 8), min_length=1, description="step counts of the whole samples")
@@ -90,10 +98,16 @@ def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> i
     shape, text = _shapes(bundle, options, sum(chunks) if chunks else None)
     prompt_embeds = _calibration_prompt_embeds(bundle, weights, text)
     text = text if prompt_embeds is None else prompt_embeds.shape
-    engine = load_engine(
-        bundle, options.backend, options.provider, options.threads, engine=options.engine
-    )
     with RichProgress(console) as bars:
+        engine = load_engine(
+            bundle,
+            options.backend,
+            options.provider,
+            options.threads,
+            engine=options.engine,
+            kernel_specialization=options.kernel_specialization,
+            progress=bars,
+        )
         with bars.stage("loading the reference"):
             reference = (TorchEngine if chunks else DiffusersEngine)(weights, options.device)
         shift = bundle.manifest.schedule.shift

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from anyflow_deploy.doctor import probes
 from anyflow_deploy.doctor.probe import MISSING, ProbeResult, ProbeResults
 from anyflow_deploy.engines.registry import BACKENDS, Backend
+from anyflow_deploy.engines.tensorrt_rtx.compute_capability import SUPPORTED_TEXT, is_supported
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
 
@@ -144,6 +145,10 @@ def _cpu_reason(backend: BackendRequirements, precision: str, results: ProbeResu
 
 def _gpu_reason(backend: BackendRequirements, precision: str, capability: tuple[int, ...]) -> str:
     text = ".".join(map(str, capability))
+    if backend.name == "tensorrt-rtx" and not is_supported(capability):
+        return (
+            f"TensorRT for RTX needs compute capability {SUPPORTED_TEXT}, the first GPU has {text}"
+        )
     if "tensorrt" in backend.name and capability < _OLDEST_FOR_TENSORRT:
         return f"TensorRT needs compute capability 7.5, the first GPU has {text}"
     minimum = _CAPABILITY.get(precision, (0, 0))

@@ -12,6 +12,7 @@ from anyflow_deploy.engines.registry import BACKENDS
 
 CPU, GPU = (BACKENDS["onnxruntime"].install_command(provider) for provider in ("cpu", "cuda"))
 TENSORRT = BACKENDS["tensorrt"].install_command("cuda")
+TENSORRT_RTX = BACKENDS["tensorrt-rtx"].install_command("cuda")
 EXPORT = "pip install 'anyflow-deploy[export]'"
 
 _NUMPY = """
@@ -86,6 +87,14 @@ if not builder:
         " no GPU, or a driver too old for it"
     )
 facts["detail"] = f"{tensorrt.__version__}, makes a builder"
+"""
+
+_TENSORRT_RTX = """
+import tensorrt_rtx
+found["version"] = tensorrt_rtx.__version__
+if not tensorrt_rtx.Builder(tensorrt_rtx.Logger(tensorrt_rtx.Logger.ERROR)):
+    raise RuntimeError(f"{tensorrt_rtx.__version__} can be imported, and gives no builder")
+found["detail"] = f"{tensorrt_rtx.__version__}, gives a builder (builds need no GPU)"
 """
 
 _CUDA_PYTHON = """
@@ -178,6 +187,11 @@ def probe_torch() -> ProbeResult:
 def probe_tensorrt() -> ProbeResult:
     """Probe TensorRT: import it and make a builder."""
     return probe_import("tensorrt", _TENSORRT, TENSORRT)
+
+
+def probe_tensorrt_rtx() -> ProbeResult:
+    """TensorRT for RTX loads and gives a builder, on a machine without a GPU, too."""
+    return probe_import("tensorrt_rtx", _TENSORRT_RTX, TENSORRT_RTX)
 
 
 def probe_cuda_python() -> ProbeResult:

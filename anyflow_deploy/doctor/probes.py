@@ -15,6 +15,7 @@ INT8 = "int8 on the CPU"
 TORCH = "PyTorch"
 GPU = "GPU"
 TENSORRT = "TensorRT"
+TENSORRT_RTX = "TensorRT for RTX"
 CUDA_PYTHON = "cuda-python"
 TORCH_TENSORRT = "torch-tensorrt"
 COMPILER, LIBRARY = "C++ compiler", "C++ library"
@@ -30,6 +31,8 @@ JETPACK_CUDA_REMEDY = (
     "a Jetson's GPU answers through cuda-python in the version of its CUDA: pip install"
     " 'anyflow-deploy[jetpack6]', or [jetpack7]"
 )
+
+RTX_ON_JETSON_REMEDY = "TensorRT for RTX does not run on a Jetson's GPU; backend tensorrt does"
 
 GPU_ONLY = (ORT_CUDA, TENSORRT, CUDA_PYTHON, TORCH_TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS)
 """Useless without a GPU, so nobody without one is told to install them."""
@@ -49,6 +52,7 @@ PROBES = (
     Probe("export packages", packages.probe_export_packages),
     Probe("ModelOpt", packages.probe_modelopt),
     Probe(TENSORRT, packages.probe_tensorrt),
+    Probe(TENSORRT_RTX, packages.probe_tensorrt_rtx),
     Probe(CUDA_PYTHON, packages.probe_cuda_python),
     Probe(TORCH_TENSORRT, packages.probe_torch_tensorrt),
     Probe(COMPILER, compiler.probe_compiler),
@@ -77,6 +81,7 @@ def _machine_remedies(results: ProbeResults) -> dict[str, str]:
     if JETSON in results:
         remedies = dict.fromkeys((TENSORRT, TENSORRT_HEADERS, CUDA_HEADERS), JETPACK_REMEDY)
         remedies |= dict.fromkeys((GPU, CUDA_PYTHON), JETPACK_CUDA_REMEDY)
+        remedies[TENSORRT_RTX] = RTX_ON_JETSON_REMEDY
         return {
             name: remedy
             for name, remedy in remedies.items()
@@ -85,4 +90,8 @@ def _machine_remedies(results: ProbeResults) -> dict[str, str]:
     if GPU not in results or results[GPU].state != MISSING:
         return {}
     missing = [name for name in GPU_ONLY if name in results and results[name].state == MISSING]
-    return dict.fromkeys(missing, "useful only with an NVIDIA GPU")
+    remedies = dict.fromkeys(missing, "useful only with an NVIDIA GPU")
+    if TENSORRT_RTX in results and results[TENSORRT_RTX].state == MISSING:
+        install = results[TENSORRT_RTX].remedy
+        remedies[TENSORRT_RTX] = f"to build for GeForce RTX cards here: {install}"
+    return remedies

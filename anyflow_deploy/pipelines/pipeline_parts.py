@@ -22,6 +22,7 @@ from anyflow_deploy.pipelines.video import Frames
 if TYPE_CHECKING:
     from anyflow_deploy.pipelines.text_encoder import PromptEncoder
     from anyflow_deploy.pipelines.vae import LoadedVae, StreamingDecoder
+    from anyflow_deploy.progress import Progress
 
 MAX_CACHED_PROMPTS = 16
 """Prompts whose embeddings are kept (8 MB each with a text encoder of 4096 channels)."""
@@ -34,7 +35,7 @@ class PipelineParts:
 
     Args:
         manifest: of the bundle.
-        load_engine: makes the engine.
+        load_engine: makes the engine; takes `progress`.
         folder: with text encoder and VAE, or a Hub id; None for the model's own.
         torch_device: where text encoder and VAE run, as torch names it.
         device_lock: held while one of them computes.
@@ -43,7 +44,7 @@ class PipelineParts:
     def __init__(
         self,
         manifest: Manifest,
-        load_engine: Callable[[], BundleEngine],
+        load_engine: Callable[..., BundleEngine],
         folder: str | None,
         torch_device: str,
         device_lock: AbstractContextManager[object],
@@ -67,10 +68,21 @@ class PipelineParts:
         Raises:
             AnyFlowError: these parts were closed, or this machine cannot run it.
         """
+        return self.load_engine()
+
+    def load_engine(self, progress: Progress | None = None) -> BundleEngine:
+        """Return the engine, and load it first if that was not done yet.
+
+        Args:
+            progress: where long loading is shown.
+
+        Raises:
+            AnyFlowError: these parts were closed, or this machine cannot run it.
+        """
         with self._loading:
             self.check_open()
             if self._engine is None:
-                self._engine = self._load_engine()
+                self._engine = self._load_engine(progress=progress)
             return self._engine
 
     @property

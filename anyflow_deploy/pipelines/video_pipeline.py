@@ -31,7 +31,12 @@ from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.deadline import StepTimer
 from anyflow_deploy.engines.engine import Array, BundleEngine, Engine
-from anyflow_deploy.engines.registry import DEFAULT_BACKEND, load_engine
+from anyflow_deploy.engines.registry import (
+    DEFAULT_BACKEND,
+    check_backend,
+    check_kernel_specialization,
+    load_engine,
+)
 from anyflow_deploy.engines.sampler import noise, sample, stream
 from anyflow_deploy.engines.step_policy import StepPolicy
 from anyflow_deploy.engines.wrapper import EngineWrapper
@@ -39,6 +44,7 @@ from anyflow_deploy.pipelines.pipeline_parts import PipelineParts
 from anyflow_deploy.pipelines.request import GenerationRequest
 from anyflow_deploy.pipelines.video import Frames, Video, VideoChunk
 from anyflow_deploy.pipelines.video_job import OutputType, StepCallback, VideoJob
+from anyflow_deploy.progress import Progress
 from anyflow_deploy.schedule import Step
 
 FRAGMENT_FRAMES = 3
@@ -55,8 +61,8 @@ class VideoPipeline:
 
     Args:
         bundle: from `load_bundle`.
-        backend, provider, threads, engine, gpu: of the engine, see `load_engine` (`gpu` is its
-            `device`).
+        backend, provider, threads, engine, kernel_specialization, gpu: of the engine, see
+            `load_engine` (`gpu` is its `device`).
         pipeline: folder or Hub id with text encoder and VAE; None for the bundle's own.
         torch_device: where text encoder and VAE run, as torch names it.
         device_lock: held for each piece of work on the device.
@@ -73,6 +79,7 @@ class VideoPipeline:
         provider: str | None = None,
         threads: int | None = None,
         engine: str | Path | None = None,
+        kernel_specialization: str | None = None,
         pipeline: str | Path | None = None,
         gpu: int = 0,
         torch_device: str = "cpu",
@@ -80,12 +87,21 @@ class VideoPipeline:
     ) -> None:
         self.bundle = bundle
         self.step_timer = StepTimer()
+        check_backend(backend)
+        check_kernel_specialization(backend, kernel_specialization)
         self._shared = device_lock is not None
         self._lock = device_lock if device_lock is not None else contextlib.nullcontext()
         self._parts = PipelineParts(
             bundle.manifest,
             functools.partial(
-                load_engine, bundle, backend, provider, threads, device=gpu, engine=engine
+                load_engine,
+                bundle,
+                backend,
+                provider,
+                threads,
+                device=gpu,
+                engine=engine,
+                kernel_specialization=kernel_specialization,
             ),
             None if pipeline is None else str(pipeline),
             torch_device,
@@ -117,13 +133,27 @@ class VideoPipeline:
         Raises:
             BackendError: this machine cannot run it.
         """
-        return self._parts.engine
+        return self.load_engine()
 
-    def load(self, *, text: bool = True, vae: bool = True) -> None:
+    def load_engine(self, progress: Progress | None = None) -> BundleEngine:
+        """Return the engine, and load it first if that was not done yet.
+
+        Args:
+            progress: where long loading is shown.
+
+        Raises:
+            BackendError: this machine cannot run it.
+        """
+        return self._parts.load_engine(progress)
+
+    def load(
+        self, *, text: bool = True, vae: bool = True, progress: Progress | None = None
+    ) -> None:
         """Load everything now, as a server does before it listens.
 
         Args:
             text, vae: load these too.
+            progress: where long loading of the engine is shown.
 
         Raises:
             CheckpointError: the model's pipeline lacks a part.
@@ -133,7 +163,7 @@ class VideoPipeline:
             self._parts.text_encoder.load()
         if vae:
             _ = self._parts.vae
-        _ = self.engine
+        self.load_engine(progress)
 
     def close(self) -> None:
         """Release the engine, the text encoder and the VAE."""

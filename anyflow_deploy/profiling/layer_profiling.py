@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.layer_timing import LayerTiming
@@ -17,6 +18,9 @@ from anyflow_deploy.profiling.record import Latency, Layers, Point
 from anyflow_deploy.profiling.summary_statistics import latency_from_samples
 from anyflow_deploy.profiling.timed_engine import TimedEngine
 from anyflow_deploy.profiling.workload import VideoWorkload, run_last_chunk
+
+if TYPE_CHECKING:
+    from anyflow_deploy.engines.tensorrt.profiler import ProfiledEngine
 
 WARM_UP_STEPS, MEASURED_STEPS = 2, 3
 """Transitions under the profiler that are discarded, and those that are measured."""
@@ -71,17 +75,34 @@ def _profile_tensorrt(
 ) -> tuple[Layers, Latency]:
     from anyflow_deploy.engines.tensorrt.profiler import ProfiledEngine
 
+    return _profile_plans(ProfiledEngine, "TensorRT", bundle, options, video, point)
+
+
+def _profile_tensorrt_rtx(
+    bundle: Bundle, options: EngineOptions, video: VideoWorkload, point: Point
+) -> tuple[Layers, Latency]:
+    from anyflow_deploy.engines.tensorrt_rtx.profiler import ProfiledRtxEngine
+
+    return _profile_plans(ProfiledRtxEngine, "TensorRT for RTX", bundle, options, video, point)
+
+
+def _profile_plans(
+    engine_type: type[ProfiledEngine],
+    library: str,
+    bundle: Bundle,
+    options: EngineOptions,
+    video: VideoWorkload,
+    point: Point,
+) -> tuple[Layers, Latency]:
     graph = transition_graph(bundle)
-    with closing(ProfiledEngine(bundle, options, layers=False)) as engine:
+    with closing(engine_type(bundle, options, layers=False)) as engine:
         run_last_chunk(TimedEngine(engine), video, ENQUEUES_WARM, ENQUEUES, engine.forget)
         enqueue = latency_from_samples(engine.enqueued)
-    with closing(ProfiledEngine(bundle, options, layers=True)) as engine:
+    with closing(engine_type(bundle, options, layers=True)) as engine:
         seconds = _time_steps(TimedEngine(engine), video, engine)
         timings = engine.layers(graph)
-    return (
-        _layers_record("TensorRT's IProfiler and engine inspector", graph, timings, seconds, point),
-        enqueue,
-    )
+    source = f"{library}'s IProfiler and engine inspector"
+    return _layers_record(source, graph, timings, seconds, point), enqueue
 
 
 _PROFILERS: dict[
@@ -89,6 +110,7 @@ _PROFILERS: dict[
 ] = {
     "onnxruntime": _profile_onnxruntime,
     "tensorrt": _profile_tensorrt,
+    "tensorrt-rtx": _profile_tensorrt_rtx,
 }
 """Functions that time the layers of the backends whose registry row has `profiled_providers`."""
 

@@ -21,9 +21,17 @@ from anyflow_deploy.profiling.memory import own_cpu_seconds
 from anyflow_deploy.profiling.nvml import NvmlGpu
 
 PACKAGES = (
-    "anyflow-deploy", "onnxruntime", "onnxruntime-gpu", "torch", "tensorrt", "torch-tensorrt",
-    "diffusers", "numpy",
-)  # fmt: skip
+    "anyflow-deploy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "torch",
+    "tensorrt",
+    "tensorrt-rtx-cu12",
+    "tensorrt-rtx-cu13",
+    "torch-tensorrt",
+    "diffusers",
+    "numpy",
+)
 
 
 SAMPLED_CORES = 16

@@ -229,6 +229,8 @@ class _Profiler:
             device=options.device,
             engine=options.engine,
             cuda_graphs=options.cuda_graphs,
+            kernel_specialization=options.kernel_specialization,
+            progress=self._progress,
         )
 
     def _describe_subject(self, engine: BundleEngine, load_seconds: float) -> Subject:

@@ -17,7 +17,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from anyflow_deploy.engines.registry import BACKENDS
-from anyflow_deploy.engines.tensorrt.library import chosen_library
+from anyflow_deploy.engines.tensorrt.library import chosen_library, forget_choice
 from anyflow_deploy.errors import BackendError
 
 LIBRARY = chosen_library()
@@ -29,6 +29,7 @@ else:
     try:
         trt = importlib.import_module(LIBRARY.module)
     except ImportError as error:
+        forget_choice()
         raise BackendError(
             f"{LIBRARY.title} cannot be imported ({error}). {LIBRARY.install_hint}"
             + BACKENDS[LIBRARY.backend].install_command("cuda")

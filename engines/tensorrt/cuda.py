@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_deploy.engines.registry import BACKENDS
+from anyflow_deploy.engines.tensorrt.library import chosen_library
 from anyflow_deploy.errors import BackendError
 
 try:
     from cuda.bindings import runtime as cuda
 except ImportError as error:
-    command = BACKENDS["tensorrt"].install_command("cuda")
+    command = BACKENDS[chosen_library().backend].install_command("cuda")
     raise BackendError(f"cuda-python cannot be imported ({error}). Run: {command}") from None
 
 ALIGNMENT = 256
@@ -63,6 +64,12 @@ class CudaDevice:
     def use(self) -> None:
         """Make it the calling thread's device; every thread starts on device 0."""
         _check_call(cuda.cudaSetDevice(self.index), f"use device {self.index}")
+
+    @property
+    def driver_version(self) -> str:
+        """The version of CUDA that the driver has, as in "12.9"."""
+        version = int(_check_call(cuda.cudaDriverGetVersion(), "ask for the driver's version"))
+        return f"{version // 1000}.{version % 1000 // 10}"
 
     @property
     def memory_name(self) -> str:

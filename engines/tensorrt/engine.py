@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
+from typing import ClassVar
 
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.engine import BundleEngineBase
-from anyflow_deploy.engines.engine_folder import EngineFolder, check_compatible, find_engine
+from anyflow_deploy.engines.engine_folder import (
+    EngineFolder,
+    check_device,
+    check_versions,
+    find_engine,
+)
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.engines.streaming import CacheStream
@@ -25,7 +31,8 @@ from anyflow_deploy.engines.tensorrt.build.optimization_profiles import select_p
 from anyflow_deploy.engines.tensorrt.cuda import CudaDevice, DeviceBuffer
 from anyflow_deploy.engines.tensorrt.execution import ExecutionSlot
 from anyflow_deploy.engines.tensorrt.kv_cache import TensorRTCache
-from anyflow_deploy.engines.tensorrt.plan import LoadedPlan, LoadOptions
+from anyflow_deploy.engines.tensorrt.library import choose_library
+from anyflow_deploy.engines.tensorrt.plan import LoadedPlan, PlanFile
 from anyflow_deploy.engines.tensorrt.run import TensorRTRun
 from anyflow_deploy.errors import BackendError
 from anyflow_deploy.shape_ranges import ShapeRanges
@@ -38,46 +45,73 @@ class TensorRTEngine(BundleEngineBase):
         bundle: an opened bundle.
         options: how to run.
 
+    Attributes:
+        device: the GPU.
+        plans: the opened plans, by graph.
+        achieved: what the plans really hold, as `EngineRecord.achieved` has it.
+
     Raises:
         BackendError: TensorRT, cuda-python or the GPU is missing, nothing was built, or it was
             built elsewhere.
     """
 
+    backend: ClassVar[str] = "tensorrt"
+    """Name in the registry."""
+
     def __init__(self, bundle: Bundle, options: EngineOptions) -> None:
+        choose_library(self.backend)
         if options.provider != "cuda":
             raise BackendError(
                 f"{LIBRARY.title} runs on NVIDIA GPUs only; provider is {options.provider!r}."
                 " Choose provider 'cuda'."
             )
         super().__init__(bundle)
-        folder = find_engine(bundle, LIBRARY.backend, options.engine)
+        folder = find_engine(bundle, self.backend, options.engine)
+        self._options = options
         self.device = CudaDevice(options.device)
-        check_plan_compatible(folder, self.device)
+        self._check_device(folder)
+        self._check_version(folder)
         self._record = folder.record
-        streaming = bool(self._record.settings.get("weight_streaming"))
+        self.achieved = folder.record.achieved
         # A run that waits for weights cannot be captured
-        self._graphs = options.cuda_graphs and not streaming
-        self.plans = {
-            graph: self._load_plan(folder, graph, streaming) for graph in self._record.profiles
-        }
+        self._graphs = options.cuda_graphs and not folder.record.settings.get("weight_streaming")
+        self.plans = self._load_plans(folder)
         self._idle: tuple[Hashable, ExecutionSlot] | None = None
         self._lock = threading.Lock()
 
-    def _load_plan(self, folder: EngineFolder, graph: str, streaming: bool) -> LoadedPlan:
-        settings = folder.record.settings
-        model = self.bundle.manifest.graphs[graph]
-        load_options = LoadOptions(
-            host_code=bool(settings.get("version_compatible")),
-            refit_from=self.bundle.file(model.file) if settings.get("strip") else None,
-            weight_streaming=streaming,
-        )
-        return LoadedPlan(
-            folder.file(f"{graph}.plan"),
-            graph,
-            model,
-            list(folder.record.profiles[graph]),
-            load_options,
-        )
+    def _check_device(self, folder: EngineFolder) -> None:
+        """Refuse an engine of another GPU, unless it was built to run on this one, too.
+
+        Raises:
+            BackendError: with both names.
+        """
+        here = BuildDevice.from_gpu(self.device).record
+        built_for = folder.record.device
+        compatibility = folder.record.settings.get("hardware_compatible")
+        if compatibility == "ampere+" and self.device.compute_capability >= (8, 0):
+            return
+        same_capability = built_for.compute_capability == here.compute_capability
+        if compatibility == "same-capability" and same_capability:
+            return
+        check_device(folder, here)
+
+    def _check_version(self, folder: EngineFolder) -> None:
+        """Refuse an engine of another release, unless it was built to run on later ones, too.
+
+        Raises:
+            BackendError: with both versions.
+        """
+        built_with = folder.record.versions.get(LIBRARY.version_key, "")
+        compatible = folder.record.settings.get("version_compatible")
+        if not compatible or not _is_forward_compatible(VERSION, built_with):
+            check_versions(folder, {LIBRARY.version_key: VERSION})
+
+    def _load_plans(self, folder: EngineFolder) -> dict[str, LoadedPlan]:
+        """Open every plan of an engine that was found to fit."""
+        return {
+            graph: LoadedPlan(PlanFile.from_folder(folder, self.bundle, graph))
+            for graph in folder.record.profiles
+        }
 
     @property
     def runtime(self) -> str:
@@ -158,31 +192,6 @@ class TensorRTEngine(BundleEngineBase):
         if idle is not None:
             idle[1].close()
         self.plans = {}
-
-
-def check_plan_compatible(folder: EngineFolder, device: CudaDevice) -> None:
-    """Refuse an engine of another GPU or TensorRT, unless it was built to be compatible.
-
-    Raises:
-        BackendError: with both names.
-    """
-    record, here = folder.record, BuildDevice(device.name, device.compute_capability, device).record
-    expected_device = record.device
-    compatibility = record.settings.get("hardware_compatible")
-    built_for = record.device.compute_capability
-    if (compatibility == "ampere+" and device.compute_capability >= (8, 0)) or (
-        compatibility == "same-capability" and built_for == here.compute_capability
-    ):
-        expected_device = here
-    built_with = record.versions.get("tensorrt", "")
-    versions = {"tensorrt": VERSION}
-    if record.settings.get("version_compatible") and _is_forward_compatible(VERSION, built_with):
-        versions = {}
-    check_compatible(
-        EngineFolder(folder.path, record.model_copy(update={"device": expected_device})),
-        here,
-        versions,
-    )
 
 
 def _is_forward_compatible(version: str, built_with: str) -> bool:

@@ -5,7 +5,9 @@ activation memory, given to them by us. The *general* context runs anything; its
 addresses are set where they differ from the last call's. A call that comes back with the same
 shapes and addresses gets a context of its own, in which both are set once, and after one warm-up
 there it is captured: TensorRT leaves undefined what a graph does once its context was changed, so
-that context is never touched again.
+that context is never touched again. Where the library captures by itself (TensorRT for RTX), such
+a context is only run: it captures again whenever a shape or an address changes, and there none
+does.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from anyflow_deploy.engines.tensorrt.api import TITLE, trt
+from anyflow_deploy.engines.tensorrt.api import trt
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Shape, select_profile
 from anyflow_deploy.engines.tensorrt.cuda import CudaDevice, CudaGraph, DeviceBuffer
 from anyflow_deploy.engines.tensorrt.plan import LoadedPlan
@@ -50,9 +52,14 @@ class _GraphCacheEntry:
 
 @dataclass
 class _ContextState:
-    """A context and what is set in it."""
+    """A context and what is set in it.
+
+    Attributes:
+        plan: is given up after the context, which may refer to what it holds.
+    """
 
     context: trt.IExecutionContext
+    plan: LoadedPlan
     profile: int = -1
     shapes: dict[str, Shape] = field(default_factory=dict)
     addresses: dict[str, int] = field(default_factory=dict)
@@ -159,18 +166,18 @@ class _Runner:
         if entry.graph is not None:
             entry.graph.launch()
         elif not self._graphs or entry.runs <= GENERAL_RUNS:
-            self._general = self._general or self._create_context()
-            self._enqueue(self._general, key, profile)
+            self._enqueue(self._general_context(), key, profile)
         elif entry.context is None:
-            entry.context = self._create_context()
+            entry.context = self._create_context(repeats=True)
+            self._enqueue(entry.context, key, profile)
+        elif self._plan.captures_runs:
             self._enqueue(entry.context, key, profile)
         else:
             entry.graph = self._capture_graph(entry.context, key, profile)
             if entry.graph is not None:
                 entry.graph.launch()
             else:
-                self._general = self._general or self._create_context()
-                self._enqueue(self._general, key, profile)
+                self._enqueue(self._general_context(), key, profile)
         self._entries[key] = entry  # making room for it may have dropped what was known
         self._trim()
 
@@ -190,16 +197,19 @@ class _Runner:
             if oldest.graph is not None:
                 oldest.graph.close()
 
-    def _create_context(self) -> _ContextState:
-        context = self._plan.engine.create_execution_context(
-            trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
+    def _general_context(self) -> _ContextState:
+        if self._general is None:
+            self._general = self._create_context(repeats=False)
+        return self._general
+
+    def _create_context(self, repeats: bool) -> _ContextState:
+        context = self._plan.create_context(repeats)
         if context is None:
-            raise self._refusal("make an execution context")
+            raise self._plan.refusal("make an execution context")
         if self._slot.profiler is not None:
             # enqueue_emits_profile is on by default.
             context.profiler = self._slot.profiler
-        return _ContextState(context)
+        return _ContextState(context, self._plan)
 
     def _capture_graph(self, state: _ContextState, key: CallKey, profile: int) -> CudaGraph | None:
         try:
@@ -215,18 +225,18 @@ class _Runner:
         changed = profile != state.profile
         if changed:
             if not context.set_optimization_profile_async(profile, stream.handle):
-                raise self._refusal(f"change to profile {self._plan.profiles[profile].name!r}")
+                raise self._plan.refusal(f"change to profile {self._plan.profiles[profile].name!r}")
             state.profile = profile
             state.shapes.clear()
         for name, shape in key.shapes:
             if state.shapes.get(name) != shape:
                 if not context.set_input_shape(name, shape):
-                    raise self._refusal(f"take {name} of shape {shape}")
+                    raise self._plan.refusal(f"take {name} of shape {shape}")
                 state.shapes[name], changed = shape, True
         for name, address in key.addresses:
             if state.addresses.get(name) != address:
                 if not context.set_tensor_address(name, address):
-                    raise self._refusal(f"take an address for {name}")
+                    raise self._plan.refusal(f"take an address for {name}")
                 state.addresses[name] = address
         if changed:
             state.needed = context.update_device_memory_size_for_shapes()
@@ -235,9 +245,4 @@ class _Runner:
             context.set_device_memory(memory.address, memory.size)
             state.memory = memory.address, memory.size
         if not context.execute_async_v3(stream.handle):
-            raise self._refusal("run")
-
-    def _refusal(self, action: str) -> BackendError:
-        return BackendError(
-            f"{TITLE}: {self._plan.name!r} could not {action}: {self._plan.messages.summary()}."
-        )
+            raise self._plan.refusal("run")

@@ -58,7 +58,7 @@ LIBRARIES = {
             "tensorrt_rtx",
             times_kernels=False,
             builds_without_gpu=True,
-            install_hint="It exists for Linux on x86-64; there run: ",
+            install_hint="It exists for Linux; there run: ",
         ),
     )
 }
@@ -84,6 +84,12 @@ def choose_library(backend: str) -> TensorRTLibrary:
         )
     _choice = backend
     return LIBRARIES[backend]
+
+
+def forget_choice() -> None:
+    """Undo `choose_library`, after the library turned out not to be installed."""
+    global _choice
+    _choice = "tensorrt"
 
 
 def chosen_library() -> TensorRTLibrary:

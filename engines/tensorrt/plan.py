@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import GraphRecord
 from anyflow_deploy.dtypes import DTYPES
-from anyflow_deploy.engines.tensorrt.api import LOGGER, TITLE, MessageLog, trt
+from anyflow_deploy.engines.engine_folder import EngineFolder
+from anyflow_deploy.engines.tensorrt.api import LIBRARY, LOGGER, TITLE, MessageLog, trt
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Profile, Shape
 from anyflow_deploy.errors import BackendError
 
@@ -43,17 +45,53 @@ class LoadOptions:
     weight_streaming: bool = False
 
 
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan on disk.
+
+    Attributes:
+        path: the file.
+        name: of the graph, for messages.
+        graph: its tensors, from the manifest.
+        profiles: their names, in order.
+        options: how it is opened.
+    """
+
+    path: Path
+    name: str
+    graph: GraphRecord
+    profiles: tuple[str, ...]
+    options: LoadOptions
+
+    @classmethod
+    def from_folder(cls, folder: EngineFolder, bundle: Bundle, graph: str) -> PlanFile:
+        """Return the plan of one graph.
+
+        Args:
+            folder: the engine.
+            bundle: that it was built from.
+            graph: a name in the manifest.
+        """
+        settings = folder.record.settings
+        model = bundle.manifest.graphs[graph]
+        options = LoadOptions(
+            host_code=bool(settings.get("version_compatible")),
+            refit_from=bundle.file(model.file) if settings.get("strip") else None,
+            weight_streaming=bool(settings.get("weight_streaming")),
+        )
+        profiles = tuple(folder.record.profiles[graph])
+        return cls(folder.file(f"{graph}.plan"), graph, model, profiles, options)
+
+
 class LoadedPlan:
     """One opened plan.
 
     Args:
-        path: the file.
-        name: of the graph, for messages.
-        graph: its tensors, from the manifest.
-        names: of the profiles, in order.
-        options: see `LoadOptions`.
+        file: which one.
 
     Attributes:
+        captures_runs: whether the library itself captures the runs of a context in a CUDA graph, if
+            `create_context` was asked for one whose runs repeat.
         engine: TensorRT's object; safe to share between threads.
         messages: what TensorRT logged about it.
         profiles: as the plan has them.
@@ -63,10 +101,12 @@ class LoadedPlan:
         BackendError: TensorRT cannot open it, or it is not of this graph.
     """
 
-    def __init__(
-        self, path: Path, name: str, graph: GraphRecord, names: list[str], options: LoadOptions
-    ) -> None:
-        self.name, self._path = name, path
+    captures_runs = False
+
+    def __init__(self, file: PlanFile) -> None:
+        self.name = file.name
+        self._path = file.path
+        graph, names, options = file.graph, file.profiles, file.options
         self.messages = MessageLog()
         self._runtime = self._create(lambda: trt.Runtime(LOGGER))
         self._runtime.engine_host_code_allowed = options.host_code
@@ -89,6 +129,16 @@ class LoadedPlan:
             )
         self.profiles = [self._profile(number, label) for number, label in enumerate(names)]
 
+    def create_context(self, repeats: bool) -> trt.IExecutionContext | None:
+        """Make an execution context, whose activation memory is ours to give; None: TensorRT could
+        not.
+
+        Args:
+            repeats: every run of it will have the same shapes and addresses.
+        """
+        strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        return self.engine.create_execution_context(strategy)
+
     def _deserialize(self) -> trt.ICudaEngine:
         with (
             self._path.open("rb") as file,
@@ -98,7 +148,7 @@ class LoadedPlan:
         if engine is None:
             raise BackendError(
                 f"{TITLE} cannot open {self._path}: {self.messages.summary()}. "
-                "Build it on this machine: anyflow-build … --backend tensorrt --overwrite"
+                f"Build it on this machine: anyflow-build … --backend {LIBRARY.backend} --overwrite"
             )
         return engine
 
@@ -142,6 +192,12 @@ class LoadedPlan:
             )
             shapes[name] = (minimum, optimum, maximum)
         return Profile(label, shapes)
+
+    def refusal(self, action: str) -> BackendError:
+        """Return the error of something that TensorRT did not do, with what it logged."""
+        return BackendError(
+            f"{TITLE}: {self.name!r} could not {action}: {self.messages.summary()}."
+        )
 
     def _mismatch(self, difference: str) -> BackendError:
         return BackendError(

@@ -21,6 +21,7 @@ from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.layer_timing import LayerTiming
 from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.engines.tensorrt.api import trt
+from anyflow_deploy.engines.tensorrt.build.achieved import inspect_layers
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Shape
 from anyflow_deploy.engines.tensorrt.cuda import CudaDevice
 from anyflow_deploy.engines.tensorrt.engine import TensorRTEngine
@@ -113,9 +114,6 @@ class ProfiledEngine(TensorRTEngine):
 def _inspect_layers(plan: LoadedPlan) -> Iterator[dict[str, Any]]:
     """The inspector's list of a plan's layers; without names (less verbose plans list only those),
     nothing."""
-    information = plan.engine.create_engine_inspector().get_engine_information(
-        trt.LayerInformationFormat.JSON
-    )
-    for layer in json.loads(information).get("Layers", []):
+    for layer in json.loads(inspect_layers(plan.engine)).get("Layers", []):
         if isinstance(layer, dict) and "Name" in layer:
             yield layer

@@ -1,24 +1,15 @@
-"""The GPUs that TensorRT for RTX builds for, and what a portable plan runs on.
-
-Version 1.7.1 knows the compute capabilities 7.5, 8.0, 8.6, 8.9, 12.0 and 12.1. Our graphs do not
-build for 7.5 (it refuses the float32 convolution over three axes that embeds patches). A portable
-plan says of itself that it runs on 8.0, 8.6, 8.9, 12.0, 12.1 and all after 12.0: so a data-centre
-GPU of 9.0 or 10.0 opens none (seen on an H200), and neither does a Jetson (8.7, 11.0).
-"""
+"""The GPUs that TensorRT for RTX builds for, by name; see `compute_capability`."""
 
 from __future__ import annotations
 
 from anyflow_deploy.engines.tensorrt.build.build_device import PORTABLE, BuildDevice
+from anyflow_deploy.engines.tensorrt_rtx.compute_capability import (
+    SUPPORTED,
+    SUPPORTED_TEXT,
+    is_supported,
+)
 from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 from anyflow_deploy.targets import TARGETS
-
-SUPPORTED = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
-"""Compute capabilities that a build can name."""
-
-
-def is_supported(compute_capability: tuple[int, int]) -> bool:
-    """Return whether TensorRT for RTX opens plans on a GPU of this compute capability."""
-    return compute_capability in SUPPORTED or compute_capability > (12, 0)
 
 
 def supported_targets() -> list[str]:
@@ -62,10 +53,9 @@ def check_gpu(device: BuildDevice) -> None:
     """
     capability = device.compute_capability
     if capability is not None and not is_supported(capability):
-        supported = ", ".join("{}.{}".format(*pair) for pair in SUPPORTED)
         raise BackendError(
             f"{device.name} has compute capability {capability[0]}.{capability[1]}; TensorRT for"
-            f" RTX opens engines on {supported} and later. Build with --backend tensorrt for this"
+            f" RTX opens engines on {SUPPORTED_TEXT}. Build with --backend tensorrt for this"
             f" GPU, or for another one with --target {' or '.join(supported_targets())}."
         )
 

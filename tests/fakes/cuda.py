@@ -34,6 +34,7 @@ class FakeCuda(types.ModuleType):
         limit: bytes that can be reserved in all.
         calls: names of the functions called.
         launches: how many graphs were launched.
+        driver: CUDA's version that the driver has, as it is counted there.
     """
 
     def __init__(self, surface: dict[str, Any]) -> None:
@@ -48,6 +49,7 @@ class FakeCuda(types.ModuleType):
         self.properties = {"name": b"NVIDIA Stand-in", "major": 9, "minor": 0, "integrated": 0}
         self.limit = 4 << 30
         self.devices = 1
+        self.driver = 12090
         self.calls: list[str] = []
         self.launches = 0
         self._memory: dict[int, Any] = {}
@@ -129,6 +131,9 @@ class FakeCuda(types.ModuleType):
         unknown = set(self.properties) - set(self._surface["structures"]["cudaDeviceProp"])
         assert not unknown, f"cudaDeviceProp has no {unknown}"
         return types.SimpleNamespace(**self.properties)
+
+    def _cudaDriverGetVersion(self) -> Any:  # noqa: N802
+        return self.driver
 
     def _cudaSetDevice(self, device: int) -> Any:  # noqa: N802
         return (self.cudaError_t.cudaSuccess,)

@@ -1,7 +1,7 @@
 """A machine with TensorRT and a GPU, acted: the real names, and ONNX Runtime where the kernels
 would be.
 
-`FakeTensorRTBuild` gives the stand-ins of TensorRT and CUDA the behaviour our flows need. A "plan"
+`FakeTensorRT` gives the stand-ins of TensorRT and CUDA the behaviour our flows need. A "plan"
 is a small JSON file that names the ONNX graph; a context runs that graph in ONNX Runtime on exactly
 the addresses and shapes it was given, so that what comes out is right only if every buffer, address
 and copy is. It holds our code to TensorRT's rules: an address for every tensor, aligned; shapes
@@ -23,12 +23,20 @@ import onnx
 import onnxruntime
 import pytest
 
+from anyflow_deploy.engines.tensorrt import library
+from anyflow_deploy.engines.tensorrt.library import LIBRARIES
 from tests.fakes.cuda import FakeCuda
 from tests.fakes.tensorrt_surface import FakeTensorRTModule
 from tools import cuda_surface, tensorrt_stubs
 
 RELEASES = {"10.3": "12.6", "10.16": "12.9", "11.4": "13"}
 """TensorRT, and the CUDA beside it; 10.3 and 12.6 are JetPack 6."""
+
+RTX = "rtx-1.7"
+"""TensorRT for RTX, see `tests.fakes.tensorrt_rtx`."""
+
+ALL_RELEASES = {**RELEASES, RTX: "12.9"}
+"""Of both libraries."""
 
 TENSORRT_MODULES = (
     "api",
@@ -39,11 +47,25 @@ TENSORRT_MODULES = (
     "plan",
     "profiler",
     "run",
+    "build.achieved",
     "build.builder",
+    "build.builder_config",
+    "build.plan_writer",
     "build.progress_monitor",
+    "build.refit_check",
     "build.timing_cache",
 )
 """Our modules of `anyflow_deploy.engines.tensorrt` that import TensorRT or CUDA."""
+
+RTX_MODULES = ("achieved", "builder_config", "engine", "plan", "profiler", "runtime_cache")
+"""The same of `anyflow_deploy.engines.tensorrt_rtx`."""
+
+_OUR_MODULES = tuple(
+    f"anyflow_deploy.engines.{package}.{name}"
+    for package, names in (("tensorrt", TENSORRT_MODULES), ("tensorrt_rtx", RTX_MODULES))
+    for name in names
+)
+_VERSIONS = {"10.16": "10.16.1.11", "10.3": "10.3.0", "11.4": "11.4.0.106", RTX: "1.7.1.116"}
 
 _TYPES = {1: ("FLOAT", np.float32), 10: ("HALF", np.float16), 7: ("INT64", np.int64)}
 _SESSIONS: dict[str, Any] = {}
@@ -67,9 +89,10 @@ class FakeTensorRT:
     """One machine.
 
     Args:
-        release: of TensorRT, in `RELEASES`.
+        release: in `ALL_RELEASES`.
 
     Attributes:
+        library: the row of our table.
         trt, cuda: the modules.
         failure: what TensorRT logs when it fails the next build; None for a build that succeeds.
         during_build: called in the middle of a build.
@@ -77,14 +100,16 @@ class FakeTensorRT:
             asks.
     """
 
+    library = LIBRARIES["tensorrt"]
+
     def __init__(self, release: str) -> None:
         self.release = release
-        self.cuda = FakeCuda(cuda_surface.load_surface(RELEASES[release]))
+        self.cuda = FakeCuda(cuda_surface.load_surface(ALL_RELEASES[release]))
         self.failure: str | None = None
         self.during_build: Callable[[], None] = lambda: None
         self.layers: Callable[[onnx.ModelProto], list[dict[str, Any]]] = requested_layers
         self.released: list[str] = []
-        version = {"10.16": "10.16.1.11", "10.3": "10.3.0", "11.4": "11.4.0.106"}[release]
+        self.lost_weights: set[str] = set()
         behaviour = {
             name.removeprefix("do_").replace("__", ".", 1): getattr(self, name)
             for name in dir(self)
@@ -98,7 +123,12 @@ class FakeTensorRT:
             "Dims.__init__": lambda dims, shape=(): dims.__dict__.update(values=tuple(shape))
         }
         stub = (stubs_or_skip(release) / "tensorrt" / "__init__.pyi").read_text()
-        self.trt = FakeTensorRTModule(stub, version, behaviour)
+        self.trt = FakeTensorRTModule(self.library.module, stub, _VERSIONS[release], behaviour)
+
+    @property
+    def replays(self) -> int:
+        """How many runs came from a captured CUDA graph."""
+        return self.cuda.launches
 
     def dims(self, values: Any) -> Any:
         return self.trt.make_object("Dims", values=tuple(values))
@@ -129,7 +159,9 @@ class FakeTensorRT:
 
     def do_Builder__create_builder_config(self, builder: Any) -> Any:  # noqa: N802
         flags = {"TF32"}
-        return self.trt.make_object("IBuilderConfig", on=flags, shapes=[], cache=None, limits={})
+        return self.trt.make_object(
+            "IBuilderConfig", on=flags, shapes=[], cache=None, limits={}, target=None
+        )
 
     def do_IBuilderConfig__set_flag(self, config: Any, flag: Any) -> None:  # noqa: N802
         config.on.add(flag.name)
@@ -176,6 +208,17 @@ class FakeTensorRT:
     def do_ITimingCache__serialize(self, cache: Any) -> Any:  # noqa: N802
         return host_memory(self.trt, json.dumps(cache.content).encode())
 
+    def do_Builder__build_serialized_network_to_stream(  # noqa: N802
+        self, builder: Any, network: Any, config: Any, writer: Any
+    ) -> bool:
+        plan = self.do_Builder__build_serialized_network(builder, network, config)
+        if plan is None:
+            return False
+        content = bytes(plan)
+        half = len(content) // 2
+        pieces = (content[:half], content[half:])
+        return all(writer.write(piece) == len(piece) for piece in pieces)
+
     def do_Builder__build_serialized_network(self, builder: Any, network: Any, config: Any) -> Any:  # noqa: N802
         model = onnx.load(network.model, load_external_data=False)
         names = {tensor.name for tensor in model.graph.input}
@@ -187,9 +230,10 @@ class FakeTensorRT:
         monitor.phase_start("Timing", "Building Engine", 3)
         monitor.phase_start("deeper", "Timing", 1)
         monitor.phase_finish("deeper")
-        config.cache.content.update(
-            {"version": self.trt.__version__, Path(network.model).stem: 1.0}
-        )
+        if config.cache is not None:
+            config.cache.content.update(
+                {"version": self.trt.__version__, Path(network.model).stem: 1.0}
+            )
         going = all(
             [
                 monitor.step_complete("Timing", 0),
@@ -208,6 +252,7 @@ class FakeTensorRT:
             "profiles": config.shapes,
             "flags": sorted(config.on),
             "version": self.trt.__version__,
+            "target": config.target,
         }
         return host_memory(self.trt, json.dumps(plan).encode())
 
@@ -275,6 +320,11 @@ class FakeTensorRT:
 
     def do_Refitter____init__(self, refitter: Any, engine: Any, logger: Any) -> None:  # noqa: N802
         refitter.__dict__.update(engine=engine, model=None)
+
+    def do_Refitter__get_all_weights(self, refitter: Any) -> list[str]:  # noqa: N802
+        model = onnx.load(refitter.engine.plan["model"], load_external_data=False)
+        names = [tensor.name for tensor in model.graph.initializer]
+        return [name for name in names if name not in self.lost_weights]
 
     def do_OnnxParserRefitter____init__(self, parser: Any, refitter: Any, logger: Any) -> None:  # noqa: N802
         parser.__dict__.update(refitter=refitter)
@@ -428,7 +478,7 @@ def layer(name: str, nodes: tuple[str, ...], kernel: str, kind: str) -> dict[str
 def install(machine: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make Python find the stand-ins, and import our modules that use them anew."""
     modules: dict[str, types.ModuleType] = {
-        "tensorrt": machine.trt,
+        machine.library.module: machine.trt,
         "cuda": types.ModuleType("cuda"),
         "cuda.bindings": types.ModuleType("cuda.bindings"),
         "cuda.bindings.runtime": machine.cuda,
@@ -437,11 +487,12 @@ def install(machine: FakeTensorRT, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in modules.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)  # torch asks for it
         monkeypatch.setitem(sys.modules, name, module)
-    for name in TENSORRT_MODULES:
-        monkeypatch.delitem(sys.modules, f"anyflow_deploy.engines.tensorrt.{name}", raising=False)
+    for name in _OUR_MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(library, "_choice", machine.library.backend)
 
 
 def unload_modules() -> None:
     """Drop our modules that have imported a stand-in."""
-    for name in TENSORRT_MODULES:
-        sys.modules.pop(f"anyflow_deploy.engines.tensorrt.{name}", None)
+    for name in _OUR_MODULES:
+        sys.modules.pop(name, None)

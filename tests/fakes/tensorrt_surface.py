@@ -25,13 +25,14 @@ class FakeTensorRTModule(types.ModuleType):
     """The stand-in of one release.
 
     Args:
+        name: of the module.
         stub: text of its `__init__.pyi`.
         version: what `__version__` is.
         behaviour: see the module's text; may be filled later.
     """
 
-    def __init__(self, stub: str, version: str, behaviour: Behaviour) -> None:
-        super().__init__("tensorrt")
+    def __init__(self, name: str, stub: str, version: str, behaviour: Behaviour) -> None:
+        super().__init__(name)
         self.__version__ = version
         self.behaviour = behaviour
         self.calls: list[tuple[str, dict[str, Any]]] = []

@@ -4,14 +4,12 @@ cache, refusals."""
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,9 @@ from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines.build import build_engine
 from anyflow_deploy.engines.engine_folder import load_engine_folder
 from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
-from anyflow_deploy.progress import Advance
 from tests.conftest import SMALL, Export
+from tests.fakes.fp8_graph import in_eight_bits
+from tests.fakes.progress import Recorder
 from tests.fakes.tensorrt import RELEASES, FakeTensorRT, layer, requested_layers
 
 EVERY_RELEASE = pytest.mark.parametrize("fake_tensorrt", RELEASES, indirect=True)
@@ -121,68 +120,16 @@ def test_a_level_that_this_release_lacks(fake_tensorrt: FakeTensorRT, bundle: Bu
     assert nothing_left(bundle)
 
 
-def in_eight_bits(bundle: Bundle) -> Bundle:
-    """The same bundle with Q/DQ before every product of its blocks, in a second rather than by a
-    calibration."""
-    path = bundle.path / "transition.onnx"
-    model = onnx.load(path, load_external_data=False)
-    nodes, graph = list(model.graph.node), model.graph
-    graph.initializer.append(onnx.helper.make_tensor("scale", onnx.TensorProto.FLOAT, [], [0.1]))
-    graph.initializer.append(
-        onnx.helper.make_tensor("zero", onnx.TensorProto.FLOAT8E4M3FN, [], [0.0])
-    )
-    del graph.node[:]
-    for node in nodes:
-        if node.op_type == "Gemm" and node.name.startswith("blocks."):
-            for index in range(2):
-                source, name = node.input[index], f"{node.name}.{index}"
-                graph.node.append(
-                    onnx.helper.make_node(
-                        "QuantizeLinear", [source, "scale", "zero"], [f"{name}.q"], f"{name}.Q"
-                    )
-                )
-                graph.node.append(
-                    onnx.helper.make_node(
-                        "DequantizeLinear",
-                        [f"{name}.q", "scale", "zero"],
-                        [f"{name}.d"],
-                        f"{name}.D",
-                    )
-                )
-                node.input[index] = f"{name}.d"
-        graph.node.append(node)
-    path.write_bytes(model.SerializeToString())
-    manifest = bundle.path / "manifest.json"
-    raw = json.loads(manifest.read_text())
-    raw |= {
-        "precision": "fp8",
-        "quantization": {"base": "fp32", "smooth": False, "attention": "high", "weights": "x"},
-    }
-    raw["files"]["transition.onnx"] = {
-        "bytes": path.stat().st_size,
-        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-    }
-    manifest.write_text(json.dumps(raw))
-    return load_bundle(bundle.path)
+def test_a_bias_that_a_refittable_engine_lost(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
+    from anyflow_deploy.engines.tensorrt.build.refit_check import bias_names
 
-
-class Recorder:
-    """A report that notes stages and how far they came."""
-
-    def __init__(self) -> None:
-        self.stages: dict[str, float] = {}
-        self.open: list[str] = []
-
-    @contextmanager
-    def stage(self, name: str, total: float | None = None) -> Iterator[Advance]:
-        self.stages[name] = 0
-        self.open.append(name)
-
-        def advance(amount: float) -> None:
-            self.stages[name] += amount
-
-        yield advance
-        self.open.remove(name)
+    model = onnx.load(str(bundle.path / "transition.onnx"), load_external_data=False)
+    bias = bias_names(model)[0]
+    fake_tensorrt.lost_weights = {bias}
+    with pytest.raises(BackendError, match=rf"lost 1 biases of 'transition' \({re.escape(bias)}\)"):
+        command(bundle, f"--shapes {SIZE} --refit")
+    assert nothing_left(bundle)
+    command(bundle, f"--shapes {SIZE} --strip")  # it is refitted with the same weights
 
 
 def test_progress(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:
@@ -315,10 +262,11 @@ def test_a_disk_that_is_full(
         ),
     ):
         command(bundle)
-    assert not fake_tensorrt.trt.calls, "before TensorRT has begun"
+    assert not fake_tensorrt.trt.calls_of("Builder.__init__"), "before TensorRT has begun"
     monkeypatch.undo()
 
 
+@EVERY_RELEASE
 def test_a_disk_that_fills_up(
     fake_tensorrt: FakeTensorRT, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -427,7 +375,7 @@ def test_a_graph_that_the_lint_refuses(fake_tensorrt: FakeTensorRT, bundle: Bund
         build_engine(
             load_bundle(bundle.path, verify=False), "tensorrt", TensorRTSettings(shapes=(SIZE,))
         )
-    assert not fake_tensorrt.trt.calls
+    assert not fake_tensorrt.trt.calls_of("Builder.__init__")
 
 
 def test_eight_bits_that_were_achieved(fake_tensorrt: FakeTensorRT, bundle: Bundle) -> None:

@@ -1,5 +1,5 @@
-"""The TensorRT backend on the stand-in: golden vectors through plans, buffers, streams, caches and
-captured graphs."""
+"""The TensorRT backends on the stand-in: golden vectors through plans, buffers, streams, caches and
+captured graphs. What only TensorRT for RTX does is in test_tensorrt_rtx.py."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from anyflow_deploy import (
     sample,
     stream,
 )
-from anyflow_deploy.engines.build import build_engine
+from anyflow_deploy.engines.build import build_engine, settings_type
 from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.engines.metrics import difference
-from anyflow_deploy.engines.tensorrt.build.settings import TensorRTSettings
+from anyflow_deploy.engines.tensorrt.library import chosen_library
 from tests.conftest import CAUSAL, SMALL, Export, causal_golden
-from tests.fakes.tensorrt import RELEASES, FakeTensorRT
+from tests.fakes.tensorrt import ALL_RELEASES, FakeTensorRT
 
 LIMIT, CAUSAL_LIMIT = 1e-5, 1e-4
-EVERY_RELEASE = pytest.mark.parametrize("fake_tensorrt", RELEASES, indirect=True)
+EVERY_RELEASE = pytest.mark.parametrize("fake_tensorrt", ALL_RELEASES, indirect=True)
 Golden = dict[str, NDArray[Any]]
 
 
@@ -65,10 +65,10 @@ def size_of(latents: NDArray[Any], text: NDArray[Any]) -> str:
 def opened(
     bundle: Bundle, folder: Path, *shapes: str, cuda_graphs: bool = True, **settings: Any
 ) -> Any:
-    build_engine(bundle, "tensorrt", TensorRTSettings(shapes=shapes, **settings), folder / "engine")
-    return load_engine(
-        bundle, "tensorrt", "cuda", engine=folder / "engine", cuda_graphs=cuda_graphs
-    )
+    backend = chosen_library().backend
+    build_settings = settings_type(backend)(shapes=shapes, **settings)  # type: ignore[call-arg]
+    build_engine(bundle, backend, build_settings, folder / "engine")
+    return load_engine(bundle, backend, "cuda", engine=folder / "engine", cuda_graphs=cuda_graphs)
 
 
 @pytest.fixture
@@ -78,11 +78,12 @@ def engine(fake_tensorrt: FakeTensorRT, bundle: Bundle, small: Golden, tmp_path:
 
 @EVERY_RELEASE
 def test_golden_samples(fake_tensorrt: FakeTensorRT, engine: Any, small: Golden) -> None:
-    assert engine.description == f"TensorRT {fake_tensorrt.trt.__version__}, NVIDIA Stand-in, fp32"
+    library = f"{fake_tensorrt.library.title} {fake_tensorrt.trt.__version__}"
+    assert engine.description == f"{library}, NVIDIA Stand-in, fp32"
     for steps in (1, 2, 4, 8, 13):
         latents = sample(engine, small["latents"], small["text"], Schedule.uniform(steps))
         assert difference(latents, small[f"sample_{steps}"]).relative_l2 < LIMIT
-    assert fake_tensorrt.cuda.launches > 10, "the later steps are replayed"
+    assert fake_tensorrt.replays > 10, "the later steps are replayed"
     assert fake_tensorrt.trt.calls_of("Builder.create_network") == [
         {"flags": 1 << int(strongly_typed(fake_tensorrt))}
     ]
@@ -265,7 +266,7 @@ def test_weight_streaming(
     )
     latents = sample(engine, small["latents"], small["text"], Schedule.uniform(8))
     assert difference(latents, small["sample_8"]).relative_l2 < LIMIT
-    assert not fake_tensorrt.cuda.launches, "TensorRT cannot capture it"
+    assert not fake_tensorrt.replays, "TensorRT cannot capture it"
     assert fake_tensorrt.trt.calls_of("ICudaEngine.weight_streaming_budget_v2") == [
         {"value": 1 << 20}
     ]
@@ -502,16 +503,14 @@ def test_layers_and_launches_are_profiled(
 
     video = build_workloads(bundle.manifest, ("64x96x5",), None)[0]
     shapes = ("64x96x5", size_of(video.latents, video.text))
-    build_engine(bundle, "tensorrt", TensorRTSettings(shapes=shapes), tmp_path / "engine")
+    opened(bundle, tmp_path, *shapes).close()
     options = EngineOptions("cuda", engine=tmp_path / "engine")
     layers, enqueue = layer_profiling.profile_layers(
-        bundle, "tensorrt", options, video, sample_point()
+        bundle, chosen_library().backend, options, video, sample_point()
     )
-    assert (
-        enqueue is not None
-        and enqueue.count == layer_profiling.ENQUEUES
-        and fake_tensorrt.cuda.launches > 10
-    )
+    assert enqueue is not None and enqueue.count == layer_profiling.ENQUEUES
+    assert fake_tensorrt.replays > 10
+    assert layers.source.startswith(f"{fake_tensorrt.library.title}'s IProfiler")
     assert layers.seconds == pytest.approx(0.25e-3 * len(layers.rows)) and {
         row.operator for row in layers.rows
     } == {"gemm"}

@@ -25,6 +25,7 @@ from anyflow_deploy import AnyFlowError, BackendError, Bundle, load_bundle
 from anyflow_deploy.engines.build import build_engine
 from anyflow_deploy.engines.engine_folder import load_engine_folder
 from anyflow_deploy.engines.tensorrt.lint.real_parser import parse_graphs
+from anyflow_deploy.engines.tensorrt_rtx import settings
 from anyflow_deploy.engines.tensorrt_rtx.devices import device_of_target, is_supported
 from anyflow_deploy.engines.tensorrt_rtx.settings import TensorRTRtxSettings
 from tests.conftest import CAUSAL, SMALL, Export
@@ -217,10 +218,26 @@ def test_targets() -> None:
 
 
 def test_an_unknown_target_is_refused_before_work(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    settings = TensorRTRtxSettings(target="rtx9999")
+    unknown = TensorRTRtxSettings(target="rtx9999")
     with pytest.raises(AnyFlowError, match="unknown target 'rtx9999'"):
-        build_engine(load_bundle(tiny_bundle.path), "tensorrt-rtx", settings, tmp_path / "engine")
+        build_engine(load_bundle(tiny_bundle.path), "tensorrt-rtx", unknown, tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
+
+
+def test_memory_that_is_too_small_is_refused_before_work(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = settings.build_memory(tiny_bundle)
+    assert 5e8 < needed < 6e8
+    monkeypatch.setattr(settings, "available_host_memory", lambda: needed - 1)
+    with pytest.raises(BackendError, match=r"takes about 0\.5 GB of memory, and 0\.5 GB are free"):
+        build_engine(
+            load_bundle(tiny_bundle.path),
+            "tensorrt-rtx",
+            TensorRTRtxSettings(target="any"),
+            tmp_path / "engine",
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_process_uses_one_library() -> None:

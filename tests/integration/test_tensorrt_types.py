@@ -1,5 +1,5 @@
-"""Our calls of TensorRT, held by mypy against the real bindings of three releases; and the
-stand-in, which is made of them.
+"""Our calls of TensorRT and TensorRT for RTX, held by mypy against the real bindings of four
+releases; and the stand-in, which is made of them.
 
 The stubs are made once and kept in .cache (tools/tensorrt_stubs.py): that needs the package index,
 gcc and pybind11-stubgen.
@@ -16,11 +16,18 @@ from pathlib import Path
 import pytest
 
 from anyflow_deploy import BackendError
-from tests.fakes.tensorrt import RELEASES, TENSORRT_MODULES, FakeTensorRT, stubs_or_skip
+from tests.fakes.tensorrt import (
+    ALL_RELEASES,
+    RTX,
+    RTX_MODULES,
+    TENSORRT_MODULES,
+    FakeTensorRT,
+    stubs_or_skip,
+)
 from tools import tensorrt_stubs
 
 ROOT = Path(__file__).parents[2]
-BACKEND = ROOT / "anyflow_deploy" / "engines" / "tensorrt"
+ENGINES = ROOT / "anyflow_deploy" / "engines"
 
 CONFIG = """
 [mypy]
@@ -39,26 +46,31 @@ from anyflow_deploy.engines.tensorrt.api import trt
 def wrong(
     engine: trt.ICudaEngine, config: trt.IBuilderConfig, context: trt.IExecutionContext
 ) -> None:
-    trt.Bilder
-    config.set_flag(trt.BuilderFlag.FP16)
-    engine.device_memory_size
-    engine.get_aliased_input_tensor("x")
-    context.set_tensor_address("x", "y")
-    config.progress_monitor = 3
+    trt.Bilder  # in none
+    config.set_flag(trt.BuilderFlag.FP16)  # gone in 11
+    engine.device_memory_size  # gone in 11
+    engine.get_aliased_input_tensor("x")  # not yet in 10.3
+    context.set_tensor_address("x", "y")  # in none
+    config.progress_monitor = 3  # in none
 """
-ALWAYS_WRONG = {4, 8, 9}
-GONE_IN_11 = {5, 6}
-NOT_YET_IN_10_3 = {7}
+WRONG_IN = {"11.4": ("in none", "gone in 11"), "10.3": ("in none", "not yet in 10.3")}
+WRONG_IN[RTX] = WRONG_IN["11.4"]
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", ALL_RELEASES)
 def test_our_calls_exist_in_every_release(release: str, tmp_path: Path) -> None:
-    """Strictly, and with a file that is wrong, so that a check that sees nothing would be seen."""
+    """Strictly, and with a file that is wrong, so that a check that sees nothing would be seen.
+
+    What both libraries run is held against all; what only one has, against that.
+    """
     stubs = stubs_or_skip(release)
     (tmp_path / "mypy.ini").write_text(CONFIG)
     wrong = tmp_path / "wrong.py"
     wrong.write_text(WRONG)
-    files = [str(BACKEND / f"{name.replace('.', '/')}.py") for name in TENSORRT_MODULES]
+    files = [ENGINES / "tensorrt" / f"{name.replace('.', '/')}.py" for name in TENSORRT_MODULES]
+    if release == RTX:
+        files = [file for file in files if file.stem != "builder_config"]
+        files += [ENGINES / "tensorrt_rtx" / f"{name}.py" for name in RTX_MODULES]
     # one cache for all releases: only what sees tensorrt is read again
     kept = [
         "--cache-dir",
@@ -67,7 +79,7 @@ def test_our_calls_exist_in_every_release(release: str, tmp_path: Path) -> None:
         str(tmp_path / "mypy.ini"),
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", *kept, "--no-error-summary", *files, str(wrong)],
+        [sys.executable, "-m", "mypy", *kept, "--no-error-summary", *map(str, files), str(wrong)],
         env={**os.environ, "MYPYPATH": f"{stubs}:{ROOT}"},
         cwd=ROOT,
         capture_output=True,
@@ -78,23 +90,32 @@ def test_our_calls_exist_in_every_release(release: str, tmp_path: Path) -> None:
     ours = [line for line in errors if "wrong.py" not in line]
     assert not ours and not done.stderr, "\n".join([*ours, done.stderr])
     lines = {int(found[1]) for line in errors if (found := re.search(r"wrong\.py:(\d+):", line))}
-    assert lines == ALWAYS_WRONG | {"11.4": GONE_IN_11, "10.3": NOT_YET_IN_10_3}.get(release, set())
+    marks = WRONG_IN.get(release, ("in none",))
+    expected = {i for i, line in enumerate(WRONG.split("\n"), 1) if line.endswith(marks)}
+    assert lines == expected
 
 
-def test_every_module_that_calls_tensorrt_is_checked() -> None:
-    ours = r"^(?!    ).*(cuda\.bindings|engines\.tensorrt\.(api|cuda|execution|plan|run))\b"
+@pytest.mark.parametrize(
+    ("package", "checked"),
+    [("tensorrt", {*TENSORRT_MODULES} - {"api", "cuda"}), ("tensorrt_rtx", {*RTX_MODULES})],
+)
+def test_every_module_that_calls_tensorrt_is_checked(package: str, checked: set[str]) -> None:
+    ours = (
+        r"^from anyflow_deploy\.engines\.tensorrt\.(api|cuda|engine|execution|plan|profiler|run) "
+    )
+    folder = ENGINES / package
     callers = {
-        ".".join(path.relative_to(BACKEND).with_suffix("").parts)
-        for path in BACKEND.rglob("*.py")
+        ".".join(path.relative_to(folder).with_suffix("").parts)
+        for path in folder.rglob("*.py")
         if re.search(ours, path.read_text(), re.M)
     }
-    assert callers | {"api", "cuda"} == set(TENSORRT_MODULES)
+    assert callers == checked
 
 
-@pytest.mark.parametrize("fake_tensorrt", RELEASES, indirect=True)
+@pytest.mark.parametrize("fake_tensorrt", ALL_RELEASES, indirect=True)
 def test_the_stand_in_has_what_the_release_has(fake_tensorrt: FakeTensorRT) -> None:
     trt = fake_tensorrt.trt
-    eleven = fake_tensorrt.release == "11.4"
+    eleven = fake_tensorrt.release in ("11.4", RTX)
     assert hasattr(trt.BuilderFlag, "FP16") is not eleven
     assert hasattr(trt.ICudaEngine, "device_memory_size") is not eleven
     assert hasattr(trt.ICudaEngine, "get_engine_stat") is (fake_tensorrt.release != "10.3")

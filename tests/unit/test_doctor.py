@@ -179,6 +179,19 @@ def test_a_tensorrt_without_a_gpu(installed: Callable[[str, str], None]) -> None
     )
 
 
+def test_tensorrt_for_rtx_needs_no_gpu(installed: Callable[[str, str], None]) -> None:
+    logger = "class Logger:\n    ERROR = 1\n    def __init__(self, level): pass\n"
+    installed("tensorrt_rtx", f"__version__ = '1.7.1'\n{logger}Builder = lambda logger: 'builder'")
+    found = packages.probe_tensorrt_rtx()
+    assert found.works and found.detail == "1.7.1, gives a builder (builds need no GPU)"
+    installed("tensorrt_rtx", f"__version__ = '1.7.1'\n{logger}Builder = lambda logger: None")
+    assert "1.7.1 can be imported, and gives no builder" in packages.probe_tensorrt_rtx().detail
+    installed("tensorrt_rtx", "raise ModuleNotFoundError('no', name='tensorrt_rtx')")
+    missing = packages.probe_tensorrt_rtx()
+    assert missing.state == MISSING
+    assert missing.remedy == "pip install 'anyflow-deploy[tensorrt-rtx]'"
+
+
 def test_export_packages_are_read_from_the_metadata() -> None:
     assert {"torch", "diffusers", "onnxscript"} <= set(
         packages.packages_of_extra("export")
@@ -465,6 +478,24 @@ def test_precisions_follow_the_gpu(capability: tuple[int, int], running: list[st
             "needs compute capability 8.9, the first GPU has 8.7",
         ),
         (
+            "tensorrt-rtx",
+            None,
+            {},
+            "needs compute capability 8.0, 8.6, 8.9, 12.0, 12.1 and later, the first GPU has 9.0",
+        ),
+        ("tensorrt-rtx:fp8", None, {probes.GPU: of_gpu(8, 9)}, ""),
+        ("tensorrt-rtx", None, {probes.GPU: of_gpu(12, 1)}, ""),
+        ("tensorrt-rtx:fp8", None, {probes.GPU: of_gpu(8, 6)}, "needs compute capability 8.9"),
+        (
+            "tensorrt-rtx",
+            None,
+            {
+                probes.GPU: of_gpu(8, 9),
+                probes.TENSORRT_RTX: ProbeResult(MISSING, "no module tensorrt_rtx"),
+            },
+            "TensorRT for RTX: no module tensorrt_rtx",
+        ),
+        (
             "aotinductor",
             "cuda",
             {probes.TORCH: works("2.13, CPU build", cuda=False)},
@@ -531,6 +562,22 @@ def test_nobody_without_a_gpu_is_told_to_install_for_one() -> None:
         probes.adjust_remedies({**found, probes.GPU: of_gpu(9, 0)})[probes.TENSORRT].remedy
         == "pip install x"
     )
+
+
+def test_tensorrt_for_rtx_is_of_use_without_a_gpu() -> None:
+    rtx = {probes.TENSORRT_RTX: ProbeResult(MISSING, "no module", "pip install x")}
+    without = healthy(**{probes.GPU: ProbeResult(MISSING, "none"), **rtx})
+    remedies = {
+        name: probes.adjust_remedies(found)[probes.TENSORRT_RTX].remedy
+        for name, found in (
+            ("no GPU", without),
+            ("GPU", healthy(**rtx)),
+            ("Jetson", healthy(**{probes.JETSON: works(), **rtx})),
+        )
+    }
+    assert remedies["no GPU"] == "to build for GeForce RTX cards here: pip install x"
+    assert remedies["GPU"] == "pip install x"
+    assert "does not run on a Jetson" in remedies["Jetson"]
 
 
 def test_on_a_jetson_tensorrt_comes_with_jetpack() -> None:

@@ -44,7 +44,11 @@ class BuildDevice:
         """
         from anyflow_deploy.engines.tensorrt.cuda import CudaDevice
 
-        gpu = CudaDevice(index)
+        return cls.from_gpu(CudaDevice(index))
+
+    @classmethod
+    def from_gpu(cls, gpu: CudaDevice) -> BuildDevice:
+        """Return an opened GPU."""
         return cls(gpu.name, gpu.compute_capability, gpu)
 
     @property

@@ -12,25 +12,31 @@ below.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar, cast
+from pathlib import Path
+from typing import TypeVar
 
+from anyflow_deploy.bundle.atomic_io import HashingFile
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.build import BuildResult
 from anyflow_deploy.engines.engine_folder import EngineWriter, narrow_ranges
 from anyflow_deploy.engines.tensorrt.api import LIBRARY, LOGGER, TITLE, VERSION, MessageLog, trt
-from anyflow_deploy.engines.tensorrt.build.build_device import BuildDevice
-from anyflow_deploy.engines.tensorrt.build.inspector import (
-    PrecisionReport,
-    expected_precision,
-    update_report,
+from anyflow_deploy.engines.tensorrt.build.achieved import (
+    add_graph,
+    check_shortfall,
+    inspect_layers,
 )
+from anyflow_deploy.engines.tensorrt.build.build_device import BuildDevice
+from anyflow_deploy.engines.tensorrt.build.inspector import PrecisionReport
 from anyflow_deploy.engines.tensorrt.build.optimization_profiles import Profile
+from anyflow_deploy.engines.tensorrt.build.plan_writer import build_into
 from anyflow_deploy.engines.tensorrt.build.progress_monitor import (
     BuildProgressMonitor,
     run_interruptibly,
 )
+from anyflow_deploy.engines.tensorrt.build.refit_check import check_biases
 from anyflow_deploy.engines.tensorrt.build.settings import PlanSettings, TensorRTSettings
 from anyflow_deploy.engines.tensorrt.build.timing_cache import TimingCache, open_timing_cache
 from anyflow_deploy.errors import BackendError
@@ -73,20 +79,17 @@ def build_plans(
     precision_report = PrecisionReport()
     for graph in (name for name in bundle.manifest.graphs if profiles[name]):
         build = _GraphBuild(settings, bundle, graph, device, progress)
-        plan = build.plan(profiles[graph], cache)
-        writer.write(f"{graph}.plan", plan)
+        name = f"{graph}.plan"
+        file = writer.create(name)
+        build.write_plan(profiles[graph], cache, file)
+        writer.add(name, file.close())
         if device.gpu is None:
             continue  # a plan cannot be opened without a GPU: the engine looks when it is
         with progress.stage(f"{graph}: inspecting"):
-            layers = build.layers(plan)
+            layers = build.layers(writer.folder / name)
             writer.write(f"{graph}.layers.json", layers.encode())
-            update_report(precision_report, layers, expected_precision(_model(bundle, graph)))
-    if precision_report.shortfall and not settings.allow_fallback:
-        raise BackendError(
-            f"{TITLE} on {device.name}: {precision_report.shortfall}. Keep such an"
-            " engine with --allow-fallback, try another TensorRT or --optimization-level 5, or"
-            " export in a precision without quantization."
-        )
+            add_graph(precision_report, bundle, graph, layers)
+    check_shortfall(precision_report.shortfall, device.name, settings.allow_fallback)
     return BuildResult(
         device=device.record,
         versions={LIBRARY.version_key: VERSION},
@@ -137,12 +140,6 @@ def _check_graphs(bundle: Bundle) -> None:
         raise BackendError(f"{TITLE} does not take this bundle: {findings[0]}{more}")
 
 
-def _model(bundle: Bundle, graph: str) -> Any:
-    import onnx
-
-    return onnx.load(str(bundle.file(bundle.manifest.graphs[graph].file)), load_external_data=False)
-
-
 def _profile_record(profile: Profile) -> dict[str, list[list[int]]]:
     return {name: [list(shape) for shape in shapes] for name, shapes in profile.shapes.items()}
 
@@ -164,28 +161,36 @@ class _GraphBuild:
         self._device, self._progress = device, progress
         self._messages = MessageLog()
 
-    def plan(self, profiles: Sequence[Profile], cache: TimingCache | None) -> memoryview:
-        """The serialized engine.
+    def write_plan(
+        self, profiles: Sequence[Profile], cache: TimingCache | None, file: HashingFile
+    ) -> None:
+        """Build, and write the serialized engine.
 
         Raises:
+            BackendError: the parser or the builder refuses.
+            OSError: the file cannot be written.
             KeyboardInterrupt: after Ctrl-C, once TensorRT has stopped; the timing cache is kept.
         """
         monitor = BuildProgressMonitor(self._progress, self._graph)
         try:
-            plan = run_interruptibly(lambda: self._run(profiles, cache, monitor), monitor.cancelled)
+            built = run_interruptibly(
+                lambda: self._run(profiles, cache, monitor, file), monitor.cancelled
+            )
         finally:
             monitor.close()
         if monitor.error is not None:
             raise monitor.error
-        if plan is None:
+        if not built:
             raise self._build_error()
-        return memoryview(cast(Any, plan))  # IHostMemory is a buffer, which its stub does not say
 
     def _run(
-        self, profiles: Sequence[Profile], cache: TimingCache | None, monitor: BuildProgressMonitor
-    ) -> trt.IHostMemory | None:
-        """Parse, configure, build; on the build's thread, which has to choose the device for
-        itself."""
+        self,
+        profiles: Sequence[Profile],
+        cache: TimingCache | None,
+        monitor: BuildProgressMonitor,
+        file: HashingFile,
+    ) -> bool:
+        """Parse, configure, build; on the build's thread, which chooses the device for itself."""
         self._device.use()
         builder = self._create(lambda: trt.Builder(LOGGER), "start its builder")
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -199,14 +204,14 @@ class _GraphBuild:
         if cache is not None:
             cache.attach(config)
         try:
-            return builder.build_serialized_network(network, config)
+            return build_into(builder, network, config, file)
         finally:
             if cache is not None:
                 cache.save(config)
             del parser
 
     def _parse(self, parser: trt.OnnxParser) -> None:
-        path = self._bundle.file(self._bundle.manifest.graphs[self._graph].file).resolve()
+        path = self._model_path()
         if not parser.parse_from_file(str(path)):
             errors = [parser.get_error(number) for number in range(parser.num_errors)]
             reason = "; ".join(
@@ -243,22 +248,36 @@ class _GraphBuild:
         if config.add_optimization_profile(made) < 0:
             raise BackendError(f"{TITLE} refuses profile {profile}: {self._messages.summary()}.")
 
-    def layers(self, plan: memoryview) -> str:
-        """What the inspector says of the built engine, as JSON."""
+    def layers(self, path: Path) -> str:
+        """Open the plan that was built; returns what the inspector says of it, as JSON.
+
+        Raises:
+            BackendError: TensorRT cannot open it, or it has lost a bias.
+        """
         self._device.use()
         runtime = self._create(lambda: trt.Runtime(LOGGER), "start its runtime")
         settings = self._settings
         runtime.engine_host_code_allowed = (
             isinstance(settings, TensorRTSettings) and settings.version_compatible
         )
-        engine = runtime.deserialize_cuda_engine(plan)
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan,
+        ):
+            engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(
                 f"{TITLE} cannot open the plan that it has just built: {self._messages.summary()}."
             )
-        return engine.create_engine_inspector().get_engine_information(
-            trt.LayerInformationFormat.JSON
-        )
+        if settings.refit:
+            import onnx
+
+            model = onnx.load(str(self._model_path()), load_external_data=False)
+            check_biases(engine, model, self._graph)
+        return inspect_layers(engine)
+
+    def _model_path(self) -> Path:
+        return self._bundle.file(self._bundle.manifest.graphs[self._graph].file).resolve()
 
     def _create(self, make: Callable[[], T], action: str) -> T:
         with suppress(TypeError):  # pybind11's word for a factory that returned nothing

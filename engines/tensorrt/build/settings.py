@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.build import BuildResult, BuildSettings
@@ -21,6 +21,7 @@ from anyflow_deploy.engines.tensorrt.build.optimization_profiles import (
     parse_video_shape,
     profiles,
 )
+from anyflow_deploy.engines.tensorrt.library import choose_library
 from anyflow_deploy.errors import AnyFlowError, BackendError, suggestion
 from anyflow_deploy.progress import Progress
 
@@ -46,6 +47,9 @@ class PlanSettings(BuildSettings):
             slow.
         allow_fallback: keep an engine in which eight-bit layers run in a wider type.
     """
+
+    backend: ClassVar[str] = "tensorrt"
+    """Name in the registry."""
 
     provider: str = "cuda"
     shapes: tuple[str, ...] = ()
@@ -101,6 +105,7 @@ class PlanSettings(BuildSettings):
 
     def build(self, bundle: Bundle, writer: EngineWriter, progress: Progress) -> BuildResult:
         """Build the plans into `writer`; see `BuildSettings.build`."""
+        choose_library(self.backend)
         from anyflow_deploy.engines.tensorrt.build.builder import build_plans
 
         needed = 0 if self.strip else plan_bytes(bundle)

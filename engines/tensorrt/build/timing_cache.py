@@ -11,8 +11,6 @@ nothing else: a warning, never an error.
 from __future__ import annotations
 
 import logging
-import os
-import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,15 +18,9 @@ from anyflow_deploy.bundle.atomic_io import write_bytes_atomically
 from anyflow_deploy.engines.tensorrt.api import LIBRARY, VERSION, trt
 from anyflow_deploy.engines.tensorrt.build.build_device import BuildDevice
 from anyflow_deploy.engines.tensorrt.build.settings import PlanSettings, TensorRTSettings
+from anyflow_deploy.engines.tensorrt.user_cache import user_cache_file
 
 _log = logging.getLogger("anyflow_deploy.tensorrt")
-
-
-def default_path(device: str) -> Path:
-    """In the user's cache folder ($XDG_CACHE_HOME, or ~/.cache)."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return root / "anyflow_deploy" / "tensorrt" / f"{name}-{VERSION}.timing"
 
 
 def open_timing_cache(settings: PlanSettings, device: BuildDevice) -> TimingCache | None:
@@ -36,7 +28,8 @@ def open_timing_cache(settings: PlanSettings, device: BuildDevice) -> TimingCach
     if not LIBRARY.times_kernels:
         return None
     path = settings.timing_cache if isinstance(settings, TensorRTSettings) else None
-    return TimingCache(Path(path) if path else default_path(device.name))
+    default = user_cache_file(LIBRARY.backend, device.name, f"{VERSION}.timing")
+    return TimingCache(Path(path) if path else default)
 
 
 class TimingCache:
