@@ -2,11 +2,12 @@
 
 Attention can be written in two ways that compute the same: as `Attention`, an operator of ONNX
 since opset 23, or as primitive ones (MatMul, Softmax, MatMul). TensorRT's parser turns the first
-into a layer of its own kind (`IAttention`), while the second has to be recognised as attention by
-its compiler. `Attention` is read from TensorRT 10.14 on, RMSNormalization, which opset 23 has as
-well, from 10.15 on, and both by TensorRT for RTX. The backend for ONNX Runtime replaces either by
-its own kernel; AOTInductor and torch-tensorrt do not start from ONNX. So the choice is about
-TensorRT, and about those who open the file themselves.
+into its own `IAttention`: one fused kernel, or the build fails. The second has to be recognised as
+attention by its compiler, and whether it was is only seen in the built engine. `Attention` is read
+from TensorRT 10.14 on, RMSNormalization, which opset 23 has as well, from 10.15 on, and both by
+TensorRT for RTX. The backend for ONNX Runtime replaces either by its own kernel; AOTInductor and
+torch-tensorrt do not start from ONNX. So the choice is about TensorRT, and about those who open the
+file themselves. See docs/explanation/attention.md.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ FUSED_OPSET = 23
 """Has `Attention` and `RMSNormalization`, which TensorRT reads from 10.14 and 10.15 on."""
 
 OPSETS = (PRIMITIVE_OPSET, FUSED_OPSET)
+
+_NO_KERNEL = "TensorRT has no fused kernel for fp32, and builds Attention with nothing else"
+"""Seen with TensorRT for RTX 1.7.1; `tests/integration/test_attention_op.py` tells when it
+changes."""
 
 _NO_PLACE = (
     "fp8 attention rounds between its two products, where the operator Attention has no room"
@@ -60,8 +65,8 @@ def choose_operators(
 
     Args:
         attention_op: one of `ATTENTION_OPS`. "auto" is "attention" where the opset has it; where
-            the opset is open as well, the target decides (`Target.takes_attention`). FP8 attention
-            is always primitive.
+            the opset is open as well, the target decides (`Target.takes_attention`). It is
+            "primitive" for FP8 attention, and for fp32 on a GPU.
         opset: one of `OPSETS`, or None: the oldest that has what was chosen.
         target: row of the target table.
         spec: the precision.
@@ -86,6 +91,8 @@ def choose_operators(
         return OperatorChoice(opset or PRIMITIVE_OPSET, "primitive", "as asked for")
     if spec.attention == "fp8":
         return OperatorChoice(opset or PRIMITIVE_OPSET, "primitive", _NO_PLACE)
+    if get_target(target).compute_capability is not None and spec.base == "fp32":
+        return OperatorChoice(opset or PRIMITIVE_OPSET, "primitive", _NO_KERNEL)
     if opset is not None:
         word: AttentionOp = "attention" if opset == FUSED_OPSET else "primitive"
         return OperatorChoice(opset, word, f"what opset {opset} has")

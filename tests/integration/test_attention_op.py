@@ -64,6 +64,8 @@ def count_operators(bundle: Bundle, name: str) -> Counter[str]:
         ("auto", None, "rtx4090", "fp16", "high", (23, "attention")),
         ("auto", None, "rtx5090", "fp8", "high", (23, "attention")),
         ("auto", None, "h100", "int8", "high", (23, "attention")),
+        ("auto", None, "h100", "fp32", "high", (20, "primitive")),
+        ("auto", 23, "orin", "fp32", "high", (23, "primitive")),
         ("auto", None, "h100", "fp8", "fp8", (20, "primitive")),
         ("auto", 23, "h100", "fp8", "fp8", (23, "primitive")),
         ("attention", None, "cpu", "fp32", "high", (23, "attention")),
@@ -176,18 +178,19 @@ def test_both_forms_compute_the_golden_velocity(
 
 
 @pytest.mark.parametrize("graph", ["chunk", "compress"])
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", FLOAT32), ("fp16", 2e-3)])
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", FLOAT32), ("fp16", 5e-3)])
 def test_both_forms_of_a_causal_graph_compute_the_same(
     export_with: Export, precision: str, limit: float, graph: str
 ) -> None:
-    """On a cache that holds something, and as the files stand; `test_causal` has the oracle."""
-    bundles = [
-        export_with(CAUSAL, False, precision=precision, opset=23, attention_op=form)
-        for form in FORMS
-    ]
-    feed = random_inputs(bundles[0].manifest.graphs[graph].inputs)
-    one, other = (run_file(bundle, graph, feed) for bundle in bundles)
-    for ours, theirs in zip(one, other, strict=True):
+    """On a cache that holds something, and as the files stand, against the primitive form in
+    float32; `test_causal` has the oracle."""
+    reference = export_with(CAUSAL, False, opset=23, attention_op="primitive")
+    bundle = export_with(CAUSAL, False, precision=precision, opset=23, attention_op="attention")
+    expected, found = (
+        run_file(b, graph, random_inputs(b.manifest.graphs[graph].inputs))
+        for b in (reference, bundle)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
         assert difference(ours, theirs).relative_l2 < limit
 
 
@@ -255,34 +258,39 @@ def random_inputs(inputs: list[GraphTensor]) -> dict[str, NDArray[Any]]:
 # What NVIDIA's parser and builder say.
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("checkpoint", [SMALL, CAUSAL], ids=lambda path: path.name)
-def test_tensorrt_for_rtx_builds_attention(
+def test_tensorrt_for_rtx_fuses_attention(
     export_with: Export, checkpoint: Path, precision: str
 ) -> None:
-    """Each `Attention` becomes TensorRT's own attention layer, and the whole is compiled for 8.9
-    and 12.0 in one plan, without a GPU."""
-    target = "rtx4090" if precision == "bf16" else "cpu"
-    bundle = export_with(checkpoint, False, precision=precision, opset=23, target=target)
-    assert bundle.manifest.attention_op == "attention"
+    """Each `Attention` becomes TensorRT's own, which may not be decomposed: that a plan for 8.9 and
+    12.0 comes out means one kernel for each."""
+    bundle = export_with(
+        checkpoint, False, precision=precision, target="rtx4090", attention_op="attention"
+    )
     for graph in bundle.manifest.graphs:
-        layers, plan = build_with_rtx(bundle, graph)
+        layers, decomposable, plan = build_with_rtx(bundle, graph)
         assert layers["ATTENTION_INPUT"] == count_operators(bundle, graph)["Attention"]
-        assert layers["SOFTMAX"] == 0
+        assert layers["SOFTMAX"] == 0 and not any(decomposable)
         assert plan > 0
 
 
-def test_tensorrt_for_rtx_builds_primitive_attention_at_opset_23(export_with: Export) -> None:
-    bundle = export_with(SMALL, False, precision="fp16", opset=23, attention_op="primitive")
-    layers, plan = build_with_rtx(bundle, "transition")
-    assert layers["ATTENTION_INPUT"] == 0 and layers["SOFTMAX"] == 6
-    assert plan > 0
+@pytest.mark.parametrize("form", FORMS)
+def test_tensorrt_for_rtx_builds_fp32_attention_from_primitive_operators_only(
+    export_with: Export, form: str
+) -> None:
+    """Why `auto` is primitive for fp32. When this fails, TensorRT has learned it."""
+    bundle = export_with(SMALL, False, opset=23, attention_op=form)
+    layers, _, plan = build_with_rtx(bundle, "transition")
+    assert (plan > 0) == (form == "primitive")
+    assert layers["SOFTMAX"] == (6 if form == "primitive" else 0)
 
 
-def build_with_rtx(bundle: Bundle, graph: str) -> tuple[Counter[str], int]:
-    """Kinds of layers in the parsed network, and bytes of the plan for 8.9 and 12.0."""
+def build_with_rtx(bundle: Bundle, graph: str) -> tuple[Counter[str], list[bool], int]:
+    """Kinds of layers in the parsed network, whether each attention may be decomposed, and bytes of
+    the plan for 8.9 and 12.0 (0: refused)."""
     trt: Any = pytest.importorskip(
-        "tensorrt_rtx_bindings", reason="the package tensorrt-rtx-cu12 is not installed"
+        "tensorrt_rtx", reason="the package tensorrt-rtx-cu12 is not installed"
     )
     builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
     network = builder.create_network(0)
@@ -299,6 +307,12 @@ def build_with_rtx(bundle: Bundle, graph: str) -> tuple[Counter[str], int]:
         for name, (low, middle, high) in profile.shapes.items():
             ends.set_shape(name, low, middle, high)
         config.add_optimization_profile(ends)
-    layers = Counter(network.get_layer(n).type.name for n in range(network.num_layers))
+    layers = [network.get_layer(n) for n in range(network.num_layers)]
+    decomposable = []
+    for layer in layers:
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            decomposable.append(layer.attention.decomposable)
     plan = builder.build_serialized_network(network, config)
-    return layers, 0 if plan is None else plan.nbytes
+    size = 0 if plan is None else plan.nbytes
+    return Counter(layer.type.name for layer in layers), decomposable, size
