@@ -217,7 +217,7 @@ def test_fp8_attention_stays_primitive_at_either_opset(tmp_path: Path) -> None:
     )
     generator = np.random.default_rng(0)
     latents = generator.standard_normal((1, 2, 4, 8, 12), dtype=np.float32)
-    text = generator.standard_normal((1, 7, 32), dtype=np.float32)
+    text = generator.standard_normal((1, 40, 32), dtype=np.float32)
     velocities = []
     for opset in (20, 23):
         settings = dataclasses.replace(settings, opset=opset)
@@ -301,7 +301,8 @@ def build_with_rtx(bundle: Bundle, graph: str) -> tuple[Counter[str], list[bool]
     config.num_compute_capabilities = 2
     for index, capability in enumerate((trt.ComputeCapability.SM89, trt.ComputeCapability.SM120)):
         config.set_compute_capability(capability, index)
-    shape = parse_video_shape("64x96x17:t7", bundle.manifest)
+    # long enough for a causal model to compress a chunk
+    shape = parse_video_shape("64x96x45:t7", bundle.manifest)
     for profile in profiles(bundle.manifest, [shape], False)[graph]:
         ends = builder.create_optimization_profile()
         for name, (low, middle, high) in profile.shapes.items():
