@@ -53,6 +53,13 @@ class Target:
     tensorrt: str = ""
     source: str = ""
 
+    @property
+    def takes_attention(self) -> bool:
+        """Whether ONNX's `Attention` can be counted on: TensorRT reads it from 10.14 on. JetPack
+        settles the version of a Jetson, from 10.3 (Orin) and 10.13 (Thor) on; elsewhere a current
+        one is a pip install away, and TensorRT for RTX reads it, too."""
+        return bool(self.tensorrt) and "JetPack" not in self.tensorrt
+
 
 _CPU = ("fp32", "fp16", "int8", "fp8")
 _AMPERE = ("fp32", "fp16", "bf16", "int8")

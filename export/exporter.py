@@ -41,13 +41,16 @@ from anyflow_deploy.checkpoints.weights import (
 )
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.onnx_graph import (
-    FUSED_OPSET,
-    OPSETS,
-    PRIMITIVE_OPSET,
     attach_weights,
     describe_graph,
     onnx_from_traced,
     serialize_model,
+)
+from anyflow_deploy.export.operator_choice import (
+    FUSED_OPSET,
+    AttentionOp,
+    OperatorChoice,
+    choose_operators,
 )
 from anyflow_deploy.export.quantization.calibrate import check_architecture, check_calibration
 from anyflow_deploy.export.quantization.plan import QuantizationPlan, plan_quantization
@@ -82,7 +85,10 @@ class ExportSettings:
     Attributes:
         precision: "fp32", "fp16", "bf16", "int8" or "fp8".
         target: name of the target that the bundle is meant for, a row of `TARGETS`.
-        opset: 20 (primitive operators) or 23 (`Attention`, `RMSNormalization`).
+        opset: 20 (primitive operators) or 23 (`Attention`, `RMSNormalization`); None: what
+            `attention_op` needs.
+        attention_op: "attention" (ONNX's operator, opset 23), "primitive", or "auto": by target,
+            opset and precision, see `choose_operators`.
         ranges: axes narrower than the model allows, in latent units.
         overwrite: replace a bundle at the destination.
 
@@ -93,12 +99,12 @@ class ExportSettings:
         smooth: SmoothQuant, in int8.
         full_precision_layers: names of layers that stay in the base.
         attention: "high" for the base, or "fp8", which also quantizes the products in attention, at
-            precision fp8 and opset 20.
+            precision fp8, written as primitive operators.
     """
 
     precision: str = "fp32"
     target: str = "cpu"
-    opset: int = PRIMITIVE_OPSET
+    opset: int | None = None
     ranges: dict[str, Range] = field(default_factory=dict)
     overwrite: bool = False
     base: str | None = None
@@ -106,6 +112,7 @@ class ExportSettings:
     smooth: bool = True
     full_precision_layers: tuple[str, ...] = ()
     attention: str = "high"
+    attention_op: str = "auto"
 
     @cached_property
     def spec(self) -> PrecisionSpec:
@@ -117,6 +124,15 @@ class ExportSettings:
         return resolve_precision(
             self.precision, self.base, self.target, self.attention, self.smooth
         )
+
+    @cached_property
+    def operators(self) -> OperatorChoice:
+        """Opset and form of attention, decided.
+
+        Raises:
+            AnyFlowError: unknown names, or settings that do not go together.
+        """
+        return choose_operators(self.attention_op, self.opset, self.target, self.spec)
 
 
 def export_bundle(
@@ -141,6 +157,7 @@ def export_bundle(
     progress = progress or NullProgress()
     architecture = weights.architecture
     ranges = validate_export(weights, settings)
+    opset = settings.operators.opset
     schedule = ScheduleDefaults(shift=schedule_shift(weights), steps=4)
     writer = BundleWriter(output, settings.overwrite)
     _check_space(output.parent, architecture, settings)
@@ -151,7 +168,13 @@ def export_bundle(
         for name in GRAPHS[_model_kind(architecture)]:
             # The parameters are the same in every graph
             models[name], parameters = translate_graph(
-                name, architecture, ranges, settings.spec.base, settings.opset, progress
+                name,
+                architecture,
+                ranges,
+                settings.spec.base,
+                opset,
+                settings.operators.attention_op,
+                progress,
             )
             if plan is not None:
                 insert_qdq(models[name], plan)
@@ -159,7 +182,7 @@ def export_bundle(
         if plan is not None and settings.calibration is not None:
             writer.write(CALIBRATION, settings.calibration.model_dump_json(by_alias=True).encode())
         graphs = {
-            name: _write_graph(writer, name, model, entries, settings.opset)
+            name: _write_graph(writer, name, model, entries, opset)
             for name, model in models.items()
         }
         video = _default_video(architecture, ranges)
@@ -177,6 +200,7 @@ def translate_graph(
     ranges: ShapeRanges,
     precision: str,
     opset: int,
+    attention_op: AttentionOp,
     progress: Progress,
 ) -> tuple[ir.Model, dict[str, ParameterSpec]]:
     """Trace one graph, and return it in ONNX with the parameters that its weights must provide.
@@ -187,11 +211,19 @@ def translate_graph(
         name: a name in `MODULES`.
         architecture, ranges: see `trace_graph`.
         precision: of everything that is not quantized.
-        opset: in `OPSETS`.
+        opset: in `OPSETS`; RMS norm is one operator in the newer.
+        attention_op: how attention is written.
         progress: shows the progress of the work.
     """
     with progress.stage(f"tracing {name}, {architecture.num_layers} layers"):
-        graph = trace_graph(name, architecture, ranges, precision, fused=opset == FUSED_OPSET)
+        graph = trace_graph(
+            name,
+            architecture,
+            ranges,
+            precision,
+            fused=opset == FUSED_OPSET,
+            fused_attention=attention_op == "attention",
+        )
     with progress.stage(f"translating to ONNX opset {opset}"):
         return onnx_from_traced(graph, opset), graph.parameters
 
@@ -248,12 +280,9 @@ def _write_graph(
 def validate_export(weights: Weights, settings: ExportSettings) -> ShapeRanges:
     """Refuse an invalid export without touching the disk, and return the ranges it will declare."""
     architecture = weights.architecture
-    if settings.opset not in OPSETS:
-        raise AnyFlowError(
-            f"opset is {settings.opset}; allowed are {' and '.join(map(str, OPSETS))}."
-        )
     for name in (settings.spec.precision, settings.spec.base):
         check_precision(get_target(settings.target), name)
+    choose_operators(settings.attention_op, settings.opset, settings.target, settings.spec)
     _check_quantization(architecture, settings)
     check_parameters(weights, parameter_shapes(architecture))
     return narrow_ranges(widest_ranges(architecture), settings.ranges)
@@ -279,10 +308,6 @@ def _check_quantization(architecture: Architecture, s: ExportSettings) -> None:
         return
     if s.calibration is not None:
         check_architecture(s.calibration, architecture)
-    if s.spec.attention == "fp8" and s.opset != PRIMITIVE_OPSET:
-        raise AnyFlowError(
-            f"attention is fp8 at opset {s.opset}; allowed is opset {PRIMITIVE_OPSET}."
-        )
 
 
 def _check_space(folder: Path, architecture: Architecture, settings: ExportSettings) -> None:
@@ -330,6 +355,7 @@ def _build_manifest(
         quantization=_quantization_record(settings),
         achieved=precision_report,
         target=settings.target,
+        attention_op=settings.operators.attention_op,
         graphs=graphs,
         ranges=records_from_ranges(ranges),
         schedule=schedule,

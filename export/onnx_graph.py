@@ -26,16 +26,6 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.passes import make_axes_constant
 from anyflow_deploy.export.trace import Axes, TracedGraph
 
-PRIMITIVE_OPSET = 20
-"""The newest opset that TensorRT 10.3 (JetPack 6) parses. Attention and RMS norm consist of
-primitive operators."""
-
-FUSED_OPSET = 23
-"""The opset with `Attention` and `RMSNormalization`, which TensorRT reads from 10.14 and 10.15
-on."""
-
-OPSETS = (PRIMITIVE_OPSET, FUSED_OPSET)
-
 _NAMES: dict[ir.DataType, TensorType] = {
     ir.DataType[str(DTYPES[name].onnx)]: name for name in get_args(TensorType)
 }

@@ -71,7 +71,12 @@ class _Input:
 
 
 def trace_graph(
-    graph: str, a: Architecture, ranges: ShapeRanges, precision: str = "fp32", fused: bool = True
+    graph: str,
+    a: Architecture,
+    ranges: ShapeRanges,
+    precision: str = "fp32",
+    fused: bool = True,
+    fused_attention: bool | None = None,
 ) -> TracedGraph:
     """Record one graph of a model.
 
@@ -81,11 +86,14 @@ def trace_graph(
         ranges: axes with one allowed size become constants, all others stay symbolic.
         precision: "fp32", "fp16" or "bf16".
         fused: attention and RMS norm as single operators, see `transformer`.
+        fused_attention: attention otherwise than RMS norm; None: as `fused` says.
     """
     compute_type = _compute_type(precision)
     inputs, outputs = _io_spec(graph, a, compute_type)
     with make_fake_tensor_mode(ShapeEnv()):
         network = MODULES[graph](a, compute_type, fused).eval()
+        if fused_attention is not None:
+            network.set_fused_attention(fused_attention)
         example, dynamic = _example_arguments(inputs, ranges, "cpu")
     program = torch.export.export(network, example, dynamic_shapes=dynamic)
     parameters = {

@@ -137,7 +137,11 @@ class AxisRange(FrozenRecord):
 
 
 class Manifest(FrozenRecord):
-    """The whole manifest. `files` lists every file of the bundle but the manifest itself."""
+    """The whole manifest. `files` lists every file of the bundle but the manifest itself.
+
+    `attention_op` says how the graphs write attention: ONNX's operator `Attention`, or MatMul,
+    Softmax and MatMul. None in bundles of 0.2.0, which had the operator at opset 23 only.
+    """
 
     schema_version: int = Field(default=SCHEMA, alias="schema")
     kind: Literal["bidirectional", "causal"]
@@ -148,6 +152,7 @@ class Manifest(FrozenRecord):
     quantization: Quantization | None = None
     achieved: AchievedPrecision
     target: str
+    attention_op: Literal["attention", "primitive"] | None = None
     graphs: dict[str, GraphRecord]
     ranges: dict[str, AxisRange]
     schedule: ScheduleDefaults

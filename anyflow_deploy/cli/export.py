@@ -25,6 +25,7 @@ from anyflow_deploy.cli.quantize import (
 )
 from anyflow_deploy.cli.weights import check_name
 from anyflow_deploy.errors import AnyFlowError, UnavailableError
+from anyflow_deploy.export.operator_choice import OperatorChoice, choose_operators
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
 from anyflow_deploy.precision import PrecisionSpec, get_precision, resolve_precision
 from anyflow_deploy.progress import console
@@ -57,9 +58,13 @@ class ExportOptions(QuantizationOptions):
     target: str = Field(
         "cpu", description="device the bundle is for; decides which precisions are allowed"
     )
-    opset: int = Field(
-        20,
-        description="20: primitive operators, for every runtime; 23: Attention, RMSNormalization",
+    opset: int | None = Field(
+        None,
+        description="20: primitive operators; 23: Attention, RMSNormalization (default: by target)",
+    )
+    attention_op: str = Field(
+        "auto",
+        description="attention in ONNX: attention (one operator), primitive, auto (by target)",
     )
     batch: str | None = Field(None, description="videos at once, as 1 or 1:4")
     frames: str | None = Field(None, description="frames of a video (4n+1), as 81 or 1:81")
@@ -85,6 +90,7 @@ class ExportOptions(QuantizationOptions):
             target = get_target(self.target)
             for name in (self.spec.precision, self.spec.base):
                 check_precision(target, name)
+            choose_operators(self.attention_op, self.opset, self.target, self.spec)
             self.ranges()
         except AnyFlowError as error:
             raise ValueError(str(error)) from None
@@ -134,6 +140,7 @@ def export(options: ExportOptions) -> int:
         options.spec.base,
         smooth=options.spec.smooth,
         attention=options.spec.attention,
+        attention_op=options.attention_op,
     )
     weights = options.weights()
     validate_export(weights, settings)
@@ -161,8 +168,15 @@ def export(options: ExportOptions) -> int:
         f" [bold]{escape(str(bundle.path))}[/]: {size / 1e6:,.1f} MB in"
         f" {time.perf_counter() - start:.1f} s"
     )
+    _show_operators(settings.operators)
     warn_about_tensorrt(bundle)
     return _check_numbers(bundle, weights, options)
+
+
+def _show_operators(operators: OperatorChoice) -> None:
+    """Say how attention was written, and why."""
+    form = "Attention" if operators.attention_op == "attention" else "MatMul, Softmax, MatMul"
+    console.print(f"attention as {form}, opset {operators.opset}: {escape(operators.reason)}")
 
 
 def _model_label(options: ExportOptions) -> str:

@@ -133,6 +133,7 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         *_quantization_rows(manifest),
         ("target", manifest.target),
         ("opset", ", ".join(str(graph.opset) for graph in manifest.graphs.values())),
+        *([("attention", _attention_form(manifest))] if manifest.attention_op else []),
         ("default schedule", f"{manifest.schedule.steps} steps, shift {manifest.schedule.shift:g}"),
         (
             "default video",
@@ -140,6 +141,12 @@ def _facts(manifest: Manifest) -> list[tuple[str, str]]:
         ),
         ("made with", ", ".join(f"{tool} {version}" for tool, version in manifest.tools.items())),
     ]
+
+
+def _attention_form(manifest: Manifest) -> str:
+    """How the graphs write attention."""
+    one = manifest.attention_op == "attention"
+    return "operator Attention" if one else "MatMul, Softmax, MatMul"
 
 
 def _quantization_rows(manifest: Manifest) -> list[tuple[str, str]]:

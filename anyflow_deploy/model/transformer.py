@@ -18,6 +18,7 @@ and output projection are float32.
 Attention and RMS norm exist in two forms that compute the same: `fused=True` calls torch's own
 operators, which become `Attention` and `RMSNormalization` in ONNX opset 23 and flash attention
 under a compiler; `fused=False` spells them out in operators that TensorRT 10.3 reads (opset 20).
+`set_fused_attention` chooses for attention alone.
 
 Legend: B batch, F latent frames, C latent channels, H W latent rows and columns, h w the same in
 patches, p patch side, S = h w tokens per frame, N = F S tokens, L text tokens, D channels of the
@@ -300,6 +301,13 @@ class FlowMapTransformer(nn.Module):
         self.proj_out = Linear(d, a.out_channels * math.prod(a.patch_size))
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, d))
         self.register_buffer("ones", torch.empty(d), persistent=False)
+
+    def set_fused_attention(self, fused: bool) -> None:
+        """Choose the form of all attentions, whatever that of the norms is; see the module's
+        text."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fused = fused
 
     def forward(self, latents: Tensor, t: Tensor, r: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Move latents from t to r. Inputs and outputs are float32.

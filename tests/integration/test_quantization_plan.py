@@ -373,9 +373,9 @@ SILENT = {f"blocks__0__{kind}__value": TensorRange(amax=0.0) for kind in ("attn1
             "attention fp8 would quantize nothing: heads of 24 channels: not a mult",
         ),
         (
-            ExportSettings("fp8", attention="fp8", opset=23),
+            ExportSettings("fp8", attention="fp8", attention_op="attention"),
             WIDE_HEADS,
-            "attention is fp8 at opset 23; allowed is opset 20",
+            "fp8 attention rounds between its two products, where the operator Attention has no",
         ),
         (
             ExportSettings("int8", attention="fp8"),

@@ -40,7 +40,8 @@ each_document = pytest.mark.parametrize(
 )
 
 FOREIGN_NAMES = {
-    "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "INVALID_ARG", "MALLOC_ARENA_MAX", "MAXN_SUPER",
+    "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "IKVCacheUpdateLayer", "INVALID_ARG",
+    "MALLOC_ARENA_MAX", "MAXN_SUPER", "add_kv_cache_update",
 }  # fmt: skip
 """Of other projects, and no word of our code."""
 

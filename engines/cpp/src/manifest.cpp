@@ -161,6 +161,7 @@ Manifest Manifest::read(const Value& root) {
   if (const auto quantization = record.optional("quantization", true)) check_quantization(*quantization);
   check_achieved(record.required("achieved"));
   record.text("target");
+  if (record.optional("attention_op", true)) record.word("attention_op", {"attention", "primitive"});
   std::set<std::string> names;
   for (const auto& [name, item] : record.required("graphs").members()) m.graphs[name] = read_graph(item), names.insert(name);
   const Value ranges = record.required("ranges");
