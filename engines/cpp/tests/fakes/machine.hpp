@@ -6,7 +6,7 @@
 // unknown until something is written; work is done as late as CUDA may do it, when a stream is waited for; whatever CUDA or
 // TensorRT leaves undefined ends the process with a word (`violation`), as does anything that is left when the process ends.
 //
-// ANYFLOW_STANDIN describes the machine: "devices=2,capability=9.0,name=NVIDIA Stand-in,memory=1000000,version=10.3.0".
+// ANYFLOW_STANDIN describes the machine: "devices=2,capability=9.0,name=NVIDIA Stand-in,memory=1000000,version=10.3.0,driver=12020".
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -74,6 +74,7 @@ void release(uintptr_t address);
 struct Counters {
   int64_t runtimes = 0, engines = 0, contexts = 0, streams = 0, graphs = 0, allocations = 0, bytes = 0;
   int64_t most_bytes = 0, contexts_made = 0, enqueued = 0, captured = 0, launched = 0, streams_made = 0, allocated = 0;
+  int64_t configurations = 0, own_graphs = 0;  // of TensorRT for RTX: what lives; contexts that are to capture graphs themselves
 };
 Counters& counters();
 
