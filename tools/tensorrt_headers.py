@@ -1,8 +1,8 @@
 """NVIDIA's headers of TensorRT and CUDA, for testing the C++ library's TensorRT backend on a
 machine that has neither.
 
-    python tools/tensorrt_headers.py 10.16     # into .cache/tensorrt-headers; or 10.3, 11.1, rtx-1.6
-    python tools/tensorrt_headers.py 10.16 --from URL # a mirror of the repository it comes from
+    python tools/tensorrt_headers.py 10.16  # into .cache/tensorrt-headers; or 10.3, 11.1, rtx-1.6
+    python tools/tensorrt_headers.py 10.16 --from URL  # a mirror of the repository it comes from
 
 TensorRT's headers come from its open-source repository (Apache-2.0), CUDA's headers and its runtime
 library from NVIDIA's wheels. The headers of TensorRT for RTX are in NVIDIA's SDK, which has to be

@@ -79,6 +79,8 @@ BACKEND, VERSION_KEY, LIBRARY, OPTION = (
     else ("tensorrt", "tensorrt", "nvinfer", "TENSORRT")
 )
 """Of that library: our backend, its name in engine.json, its file, and what CMake calls it."""
+CAPABILITY = "12.0" if RTX else "9.0"
+"""Of the GPU."""
 
 
 def v_classes(implementation: str) -> str:
@@ -167,6 +169,7 @@ class FakeTensorRTBuild:
             f"-DCUDA={toolkit}",
             f"-DV_CLASSES={made}",
             f"-DLIBRARY={LIBRARY}",
+            f"-DCAPABILITY={CAPABILITY}",
             f"-DSANITIZE={flags}",
             *debug,
         )
@@ -263,7 +266,7 @@ def plan_text(
     text = [
         "standin-plan",
         f"version {version}",
-        "capability 9.0",
+        f"capability {CAPABILITY}",
         f"graph {graph}",
         f"patch {patch[1]}",
         "weights 1000",
@@ -315,7 +318,7 @@ def write_engine(bundle: Bundle, version: str, name: str = "tensorrt-sm90", **ho
         "schema": 1,
         "backend": BACKEND,
         "bundle": bundle.digest,
-        "device": {"kind": "cuda", "name": "NVIDIA Stand-in", "compute_capability": "9.0"},
+        "device": {"kind": "cuda", "name": "NVIDIA Stand-in", "compute_capability": CAPABILITY},
         "versions": {VERSION_KEY: version},
         "settings": {"strip": False, **how.get("settings", {})},
         "ranges": json.loads((bundle.path / "manifest.json").read_text())["ranges"],

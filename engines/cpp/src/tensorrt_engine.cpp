@@ -26,18 +26,17 @@ std::array<int, 3> numbers(const std::string& version) {
   return parts;
 }
 
-// TensorRT for RTX builds for a compute capability, or for all of these; not for one kind of GPU.
-constexpr const char* portable_gpus = "GPUs of compute capability 8.0, 8.6, 8.9, and 12.0 or later";
-bool runs_portable(const Gpu& gpu) {
-  const int capability = 10 * gpu.capability_major() + gpu.capability_minor();
-  return capability == 80 || capability == 86 || capability == 89 || capability >= 120;
-}
-
+// TensorRT for RTX builds for a compute capability, or for all that it knows; not for one kind of GPU.
 void match_rtx_device(EngineFolder& folder, const Gpu& gpu) {
   const Device here = gpu.record();
-  std::string& built = folder.device.compute_capability;
-  if (built.empty()) folder.device.name = portable_gpus;
-  if (built.empty() ? runs_portable(gpu) : built == here.compute_capability) folder.device = here;
+  const int capability = 10 * gpu.capability_major() + gpu.capability_minor();
+  if (capability != 80 && capability != 86 && capability != 89 && capability < 120) {
+    throw Error(ANYFLOW_BACKEND, here.name + " has compute capability " + here.compute_capability + "; " + library.title +
+                                     " opens engines on 8.0, 8.6, 8.9, 12.0 and later. For this GPU build with "
+                                     "--backend tensorrt, and this library with -DANYFLOW_TENSORRT=ON.");
+  }
+  const std::string& built = folder.device.compute_capability;
+  if (built.empty() || built == here.compute_capability) folder.device = here;
 }
 
 void match_device(EngineFolder& folder, const Gpu& gpu) {
@@ -156,8 +155,8 @@ class TensorRtEngine final : public Engine {
 
 std::shared_ptr<Engine> open_tensorrt(std::shared_ptr<const Bundle> bundle, const EngineOptions& options) {
   if (options.provider != "cuda") {
-    throw Error(ANYFLOW_BACKEND,
-                std::string(library.title) + " runs on NVIDIA GPUs only; provider is " + in_quotes(options.provider) + ". Choose provider 'cuda'.");
+    throw Error(ANYFLOW_BACKEND, std::string(library.title) + " runs on NVIDIA GPUs only; provider is " +
+                                     in_quotes(options.provider) + ". Choose provider 'cuda'.");
   }
   return std::make_shared<TensorRtEngine>(std::move(bundle), options);
 }

@@ -1,5 +1,5 @@
-// Which of NVIDIA's two libraries this is compiled for: TensorRT, or TensorRT for RTX. Both have the same classes and the same
-// functions, so one library of ours, and one process, can have one of them; what differs is here. See engines/tensorrt/library.py.
+// Which of NVIDIA's two libraries this is compiled for: TensorRT, or TensorRT for RTX. Both have the same classes and functions,
+// so a library of ours can have one of them; what differs is here. See engines/tensorrt/library.py.
 #pragma once
 
 #include <string>

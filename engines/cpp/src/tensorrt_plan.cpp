@@ -104,8 +104,7 @@ Plan::Plan(const fs::path& path, std::string label, const Graph& model, const Op
   check_library();
   errors.clear();  // of another plan's, if any
   runtime_.reset(nvinfer1::createInferRuntime(Messages::all()));
-  if (!runtime_)
-    throw Error(ANYFLOW_BACKEND, title() + " could not start its runtime: " + Messages::taken() + ".");
+  if (!runtime_) throw Error(ANYFLOW_BACKEND, title() + " could not start its runtime: " + Messages::taken() + ".");
   runtime_->setEngineHostCodeAllowed(opening.host_code);  // it was built here, and its hash was compared
   {
     const Mapped file(path);  // not read into memory: a plan is as large as its weights
@@ -161,7 +160,7 @@ void Plan::read_profiles() {
 }
 
 // TensorRT for RTX compiles kernels for new shapes in the background, and uses others until they are there. A graph that we
-// captured would keep those others for good; its own capture waits for them. Its own headers alone (not TensorRT 11's) can say so.
+// captured would keep those others for good; its own capture waits for them. Only its own headers, not TensorRT 11's, have that.
 void Plan::configure([[maybe_unused]] bool graphs) {
 #ifdef TRT_MAJOR_RTX
   config_.reset(engine_->createRuntimeConfig());

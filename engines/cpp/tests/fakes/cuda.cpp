@@ -82,7 +82,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp* properties, int index
   if (index < 0 || index >= number("devices", 1)) return told(cudaErrorInvalidDevice);
   std::memset(properties, 0, sizeof *properties);
   std::snprintf(properties->name, sizeof properties->name, "%s", setting("name", "NVIDIA Stand-in").c_str());
-  std::sscanf(setting("capability", "9.0").c_str(), "%d.%d", &properties->major, &properties->minor);
+  std::sscanf(setting("capability", STANDIN_CAPABILITY).c_str(), "%d.%d", &properties->major, &properties->minor);
   return cudaSuccess;
 }
 

@@ -6,7 +6,7 @@
 // unknown until something is written; work is done as late as CUDA may do it, when a stream is waited for; whatever CUDA or
 // TensorRT leaves undefined ends the process with a word (`violation`), as does anything that is left when the process ends.
 //
-// ANYFLOW_STANDIN describes the machine: "devices=2,capability=9.0,name=NVIDIA Stand-in,memory=1000000,version=10.3.0,driver=12020".
+// ANYFLOW_STANDIN describes the machine: "devices=2,capability=9.0,name=NVIDIA Stand-in,memory=1000000,version=10.3.0".
 #pragma once
 
 #include <cuda_runtime_api.h>

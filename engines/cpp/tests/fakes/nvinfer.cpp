@@ -329,7 +329,7 @@ ICudaEngine* Runtime::deserializeCudaEngine(void const* blob, std::size_t size) 
     PlanFile plan = PlanFile::parsed(std::string(static_cast<const char*>(blob), size));
     if (plan.version != version_text() && !(plan.version_compatible && host_code_))
       throw std::runtime_error("Version tag does not match: the plan is of " + plan.version);
-    if (plan.capability != "any" && plan.capability != setting("capability", "9.0"))
+    if (plan.capability != "any" && plan.capability != setting("capability", STANDIN_CAPABILITY))
       throw std::runtime_error("the plan was generated on a device of compute capability " + plan.capability);
     if (plan.weight_streaming) plan.weights = 0;
     const uintptr_t weights = plan.weights ? reserve(static_cast<size_t>(plan.weights)) : 0;
