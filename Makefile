@@ -62,11 +62,13 @@ fuzz-cpp: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz
 	$(BIN)/python -m tests.cpp_fuzz build/fuzz/tests $(FUZZ_ROUNDS)
 
-# The C++ library's TensorRT backend on a fake machine, against NVIDIA's headers of three releases (fetched into .cache).
+# The C++ library's TensorRT backend on a fake machine, against NVIDIA's headers of three releases and those of TensorRT for
+# RTX (fetched into .cache); and against the real library of the latter, where its wheel is.
 test-cpp-tensorrt: $(READY)
-	for release in 10.3 10.16 11.1; do \
+	for release in 10.3 10.16 11.1 rtx-1.6; do \
 		headers=$$($(BIN)/python tools/tensorrt_headers.py $$release) || exit 1; \
-		ANYFLOW_TENSORRT_HEADERS=$$headers/tensorrt:$$headers/cuda $(BIN)/pytest -q tests/integration/test_cpp_tensorrt.py || exit 1; \
+		ANYFLOW_TENSORRT_HEADERS=$$headers/tensorrt:$$headers/cuda $(BIN)/pytest -q \
+			tests/integration/test_cpp_tensorrt.py tests/integration/test_cpp_tensorrt_rtx.py || exit 1; \
 	done
 
 lint: $(READY) lint-files

@@ -1,6 +1,6 @@
 """The C++ library's TensorRT backend on a fake machine: engines/cpp/tests/fakes built against
 NVIDIA's own headers, the library built on it by its own CMake, and the plans' arithmetic once more
-in numpy.
+in numpy. With headers of TensorRT for RTX it is that backend.
 
 NVIDIA's headers are not ours to check in. ANYFLOW_TENSORRT_HEADERS names them (folders with colons
 between: TensorRT's, CUDA's and, where it is apart, the one with crt/), or tools/tensorrt_headers.py
@@ -39,24 +39,48 @@ from tools import tensorrt_headers
 F, Bytes = np.float32, NDArray[np.uint8]
 ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
 INTERFACES = ("VRuntime", "VCudaEngine", "VExecutionContext")
+RTX_INTERFACES = ("VRuntimeConfig",)
+"""Those that the backend uses of TensorRT for RTX, besides."""
+
+
+def find_headers(*releases: str) -> list[Path]:
+    """Where NVIDIA's headers are, TensorRT's first: those that ANYFLOW_TENSORRT_HEADERS names, or
+    the first of some releases that lies in .cache. Empty where there are none."""
+    named = os.environ.get("ANYFLOW_TENSORRT_HEADERS")
+    if not named:
+        return tensorrt_headers.cached_header_folders(*releases)
+    folders = [Path(folder) for folder in named.split(":")]
+    trt = next((folder for folder in folders if (folder / "NvInferRuntime.h").exists()), None)
+    assert trt is not None, f"none of {folders} holds NvInferRuntime.h"
+    return [trt, *(folder for folder in folders if folder != trt)]
 
 
 def header_folders() -> list[Path]:
-    """Where NVIDIA's headers are, TensorRT's first; skips the test where they are not."""
-    named = os.environ.get("ANYFLOW_TENSORRT_HEADERS")
-    folders = (
-        [Path(folder) for folder in named.split(":")]
-        if named
-        else tensorrt_headers.cached_header_folders()
-    )
+    """`find_headers`, which skips the test where there are none."""
+    folders = find_headers()
     if not folders:
         pytest.skip(
             "no TensorRT headers here: run tools/tensorrt_headers.py, or name folders in"
             " ANYFLOW_TENSORRT_HEADERS"
         )
-    trt = next((folder for folder in folders if (folder / "NvInferRuntime.h").exists()), None)
-    assert trt is not None, f"none of {folders} holds NvInferRuntime.h"
-    return [trt, *(folder for folder in folders if folder != trt)]
+    return folders
+
+
+def are_of_rtx(trt: Path) -> bool:
+    """Whether headers are those of TensorRT for RTX."""
+    return "TRT_MAJOR_RTX" in (trt / "NvInferVersion.h").read_text()
+
+
+RTX = any(are_of_rtx(folder) for folder in find_headers()[:1])
+"""Whether the library that is faked here is TensorRT for RTX."""
+BACKEND, VERSION_KEY, LIBRARY, OPTION = (
+    ("tensorrt-rtx", "tensorrt_rtx", "tensorrt_rtx", "TENSORRT_RTX")
+    if RTX
+    else ("tensorrt", "tensorrt", "nvinfer", "TENSORRT")
+)
+"""Of that library: our backend, its name in engine.json, its file, and what CMake calls it."""
+CAPABILITY = "12.0" if RTX else "9.0"
+"""Of the GPU."""
 
 
 def v_classes(implementation: str) -> str:
@@ -68,13 +92,13 @@ def v_classes(implementation: str) -> str:
         "namespace standin {",
         "using namespace nvinfer1;",
     ]
-    for name in INTERFACES:
+    for name in (*INTERFACES, *(RTX_INTERFACES if RTX else ())):
         body = re.search(
             rf"class {name} : public VRoot\s*\{{(.*?)\n\}};", implementation, re.DOTALL
         )
         assert body, f"NvInferImpl.h has no {name} as its releases had it so far"
         functions = re.findall(
-            r"virtual\s+([^;]*?)\b(\w+)\(([^)]*)\)\s*(const)?\s*noexcept = 0;", body[1]
+            r"virtual\s+([^;]*?)\b(\w+)\(([^)]*)\)\s*(const)?\s*noexcept\s*= 0;", body[1]
         )
         assert len(functions) == body[1].count("= 0;"), f"a function of {name} was not understood"
         made.append(f"class {name}Base : public apiv::{name} {{\n public:")
@@ -144,14 +168,16 @@ class FakeTensorRTBuild:
             f"-DTENSORRT={tensorrt}",
             f"-DCUDA={toolkit}",
             f"-DV_CLASSES={made}",
+            f"-DLIBRARY={LIBRARY}",
+            f"-DCAPABILITY={CAPABILITY}",
             f"-DSANITIZE={flags}",
             *debug,
         )
         self.misuse_test = build_targets(folder / "standin") / "misuse_test"
         said = configure(
             folder / "library",
-            "-DANYFLOW_TENSORRT=ON",
-            f"-DTensorRT_ROOT={tensorrt}",
+            f"-DANYFLOW_{OPTION}=ON",
+            f"-DTensorRT{'_RTX' if RTX else ''}_ROOT={tensorrt}",
             f"-DCUDAToolkit_ROOT={toolkit}",
             "-DANYFLOW_AOTINDUCTOR=OFF",
             "-DANYFLOW_OPENSSL=OFF",
@@ -159,7 +185,7 @@ class FakeTensorRTBuild:
             f"-DANYFLOW_SANITIZE={sanitize}",
             *debug,
         )
-        assert "TENSORRT is built" in said
+        assert f"{OPTION} is built" in said
         self.program = build_targets(folder / "library", "conformance") / "tests" / "conformance"
 
 
@@ -240,7 +266,7 @@ def plan_text(
     text = [
         "standin-plan",
         f"version {version}",
-        "capability 9.0",
+        f"capability {CAPABILITY}",
         f"graph {graph}",
         f"patch {patch[1]}",
         "weights 1000",
@@ -290,10 +316,10 @@ def write_engine(bundle: Bundle, version: str, name: str = "tensorrt-sm90", **ho
         }
     record = {
         "schema": 1,
-        "backend": "tensorrt",
+        "backend": BACKEND,
         "bundle": bundle.digest,
-        "device": {"kind": "cuda", "name": "NVIDIA Stand-in", "compute_capability": "9.0"},
-        "versions": {"tensorrt": version},
+        "device": {"kind": "cuda", "name": "NVIDIA Stand-in", "compute_capability": CAPABILITY},
+        "versions": {VERSION_KEY: version},
         "settings": {"strip": False, **how.get("settings", {})},
         "ranges": json.loads((bundle.path / "manifest.json").read_text())["ranges"],
         "profiles": {

@@ -24,6 +24,9 @@ from anyflow_deploy import Bundle, Schedule, noise, sample, stream
 from anyflow_deploy.engines.deadline import Deadline
 from tests.cpp_build import Conformance
 from tests.fakes.cpp_tensorrt import (
+    BACKEND,
+    RTX,
+    VERSION_KEY,
     FakePlanEngine,
     FakeTensorRTBuild,
     plan_text,
@@ -33,7 +36,12 @@ from tests.fakes.cpp_tensorrt import (
 
 Z, TEXT = noise((1, 2, 4, 4, 6), 3), noise((1, 3, 32), 4)
 UNIFORM = {"kind": "uniform", "steps": 3, "shift": 5}
-LIVING = ("runtimes", "engines", "contexts", "streams", "graphs", "allocations")
+LIVING = (
+    *("runtimes", "engines", "contexts", "configurations"),
+    *("streams", "graphs", "allocations"),
+)
+not_rtx = pytest.mark.skipif(RTX, reason="the headers here are those of TensorRT for RTX")
+rtx = pytest.mark.skipif(not RTX, reason="the headers here are TensorRT's, not those of RTX")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +96,7 @@ def as_json(array: Any) -> dict[str, Any]:
 def asked(bundle: Bundle, z: Any = Z, text: Any = TEXT, **more: Any) -> dict[str, Any]:
     return {
         "bundle": str(bundle.path),
-        "backend": "tensorrt",
+        "backend": BACKEND,
         "noise": as_json(z),
         "text": as_json(text),
         **more,
@@ -116,10 +124,12 @@ def test_samples(ask: Conformance, wan: Bundle, steps: int, cuda_graphs: bool) -
         answer["runs"][0]["latents"]
         == as_json(sample(FakePlanEngine(wan), Z, TEXT, Schedule.uniform(steps)))["data"]
     )
-    launched = nothing_left(ask)["launched"] - before
-    assert launched == (6 if cuda_graphs and steps == 12 else 0), (
+    report = nothing_left(ask)
+    launched = report["launched"] - before
+    assert launched == (6 if cuda_graphs and steps == 12 and not RTX else 0), (
         "of each of two directions: two runs, a warm-up, then graphs"
     )
+    assert (report["own_graphs"] > 0) == (RTX and cuda_graphs), "RTX captures its graphs itself"
 
 
 def test_velocities_and_times_of_each_frame(ask: Conformance, wan: Bundle) -> None:
@@ -139,7 +149,7 @@ def test_a_lane_is_kept_for_the_same_shapes_and_let_go_for_others(
     answer = ask(
         "samples",
         bundle=str(wan.path),
-        backend="tensorrt",
+        backend=BACKEND,
         text=as_json(text),
         steps=4,
         noises=[as_json(z) for z in (small,) * 6],
@@ -151,14 +161,14 @@ def test_a_lane_is_kept_for_the_same_shapes_and_let_go_for_others(
         made[-1]["allocated"] == made[0]["allocated"]
         and made[-1]["streams_made"] == made[0]["streams_made"]
     )
-    assert made[-1]["launched"] > made[0]["launched"], (
+    assert RTX or made[-1]["launched"] > made[0]["launched"], (
         "the same addresses come back, and their graphs with them"
     )
     larger = noise((1, 4, 4, 12, 12), 2)
     answer = ask(
         "samples",
         bundle=str(wan.path),
-        backend="tensorrt",
+        backend=BACKEND,
         text=as_json(text),
         noises=[as_json(z) for z in (larger, small)],
     )
@@ -197,7 +207,7 @@ def test_threads_share_an_engine(ask: Conformance, wan: Bundle) -> None:
     answer = ask(
         "together",
         bundle=str(wan.path),
-        backend="tensorrt",
+        backend=BACKEND,
         text=as_json(TEXT),
         shape=shape,
         seeds=seeds,
@@ -222,7 +232,7 @@ def test_runs_take_turns_and_outlive_the_engines_handle(
     answer = ask(
         "interleaved",
         bundle=str(wan.path),
-        backend="tensorrt",
+        backend=BACKEND,
         device=1,
         times=times,
         text=as_json(TEXT),
@@ -336,7 +346,7 @@ def test_the_next_stream_finds_what_the_last_one_made(ask: Conformance, far: Bun
     assert answer["streams"] == [streamed(far, z, chunks, steps=6)] * 3
     first, *_, last = answer["reports"]
     assert last["allocated"] == first["allocated"] and last["streams_made"] == first["streams_made"]
-    assert last["launched"] > first["launched"]
+    assert RTX or last["launched"] > first["launched"]
 
 
 # What is refused.
@@ -381,20 +391,21 @@ def test_plans_that_are_not_ours(
     ("record", "settings", "words"),
     [
         (
-            {"versions": {"tensorrt": "10.1.0"}},
+            {"versions": {VERSION_KEY: "10.1.0"}},
             {},
-            "was built with tensorrt 10.1.0, and here is tensorrt ",
+            f"was built with {VERSION_KEY} 10.1.0, and here is {VERSION_KEY} ",
         ),
-        ({"versions": {}}, {}, "was built with tensorrt unknown"),
+        ({"versions": {}}, {}, f"was built with {VERSION_KEY} unknown"),
         (
-            {"device": {"kind": "cuda", "name": "NVIDIA Stand-in", "compute_capability": "8.7"}},
+            {"device": {"kind": "cuda", "name": "NVIDIA Stand-in", "compute_capability": "8.6"}},
             {},
-            "(compute capability 8.7)",
+            "(compute capability 8.6)",
         ),
-        (
+        pytest.param(
             {"device": {"kind": "cuda", "name": "NVIDIA H100", "compute_capability": "9.0"}},
             {},
             "was built for NVIDIA H100",
+            marks=not_rtx,
         ),
         ({}, {"strip": True}, "--strip"),
         ({"profiles": {}}, {}, "was built without 'transition'"),
@@ -431,6 +442,7 @@ def test_a_plan_that_was_changed_is_not_opened(
     )
 
 
+@not_rtx
 @pytest.mark.parametrize(
     ("record", "settings", "fits"),
     [
@@ -457,6 +469,73 @@ def test_compatible_hardware(
         settings={"hardware_compatible": settings} if settings else {},
     )
     assert ("runs" in ask("sample", **asked(bundle, schedule=UNIFORM))) == fits
+
+
+@rtx
+@pytest.mark.parametrize(
+    ("built", "here", "fits"),
+    [
+        ("8.9", "8.9", True),
+        ("8.6", "8.9", False),
+        *((None, here, True) for here in ("8.0", "8.6", "8.9", "12.0", "12.1", "13.0")),
+        *((None, here, False) for here in ("7.5", "8.7", "9.0", "10.0", "11.0")),
+    ],
+)
+def test_gpus_of_an_rtx_engine(
+    machine: FakeTensorRTBuild, tmp_path: Path, built: str | None, here: str, fits: bool
+) -> None:
+    """One that was built for a compute capability runs on every GPU of it, whatever its name; one
+    that was built for none in particular runs on those that NVIDIA names."""
+    bundle = write_bundle(tmp_path / "b", "bidirectional")
+    name = "NVIDIA GeForce RTX 3090" if built else "any"
+    device = {"kind": "cuda", "name": name, "compute_capability": built}
+    plan = {"transition": [f"capability {built or 'any'}"]}
+    write_engine(bundle, machine.version, lines=plan, record={"device": device})
+    ask = other(machine, capability=here)
+    answer = ask("sample", **asked(bundle, schedule=UNIFORM))
+    if fits:
+        assert (
+            answer["runs"][0]["latents"]
+            == as_json(sample(FakePlanEngine(bundle), Z, TEXT, Schedule.uniform(3)))["data"]
+        )
+    else:
+        words = (
+            f"built for NVIDIA GeForce RTX 3090 (compute capability {built}), and this is"
+            f" NVIDIA Stand-in (compute capability {here})"
+            if built
+            else f"NVIDIA Stand-in has compute capability {here}; TensorRT for RTX opens engines on"
+        )
+        assert answer["code"] == 4 and words in answer["error"], answer
+    nothing_left(ask)
+    ask.close()
+
+
+@rtx
+def test_a_library_that_is_too_old(machine: FakeTensorRTBuild, tmp_path: Path) -> None:
+    """Its classes have other functions in other places: RTX itself would not notice."""
+    bundle = write_bundle(tmp_path / "b", "bidirectional")
+    write_engine(bundle, "1.4.0")
+    ask = other(machine, version="1.4.0")
+    answer = ask("sample", **asked(bundle))
+    assert answer["code"] == 4 and "TensorRT for RTX 1.4.0 is loaded" in answer["error"]
+    ask.close()
+
+
+def test_engines_of_the_other_library(
+    ask: Conformance, machine: FakeTensorRTBuild, tmp_path: Path
+) -> None:
+    """TensorRT does not open what TensorRT for RTX built, nor the other way round."""
+    bundle = write_bundle(tmp_path / "b", "bidirectional")
+    theirs = "tensorrt" if RTX else "tensorrt-rtx"
+    folder = write_engine(bundle, machine.version, record={"backend": theirs})
+    for question, words in (
+        ({"backend": theirs}, f"this library was built without a backend '{theirs}'"),
+        ({"backend": BACKEND}, f"has no {BACKEND} engine yet"),
+        ({"backend": BACKEND, "engine": folder.name}, f"an engine of backend {theirs}, and"),
+        ({"backend": ""}, f"has engines of {theirs}, and this library runs {BACKEND}"),
+    ):
+        answer = ask("sample", **{**asked(bundle), **question})
+        assert answer["code"] == 4 and words in answer["error"], answer
 
 
 def test_compatible_versions(ask: Conformance, machine: FakeTensorRTBuild, tmp_path: Path) -> None:
@@ -506,7 +585,7 @@ def test_shapes_outside_every_profile(
             )
     noises = [as_json(noise((1, 2, 4, height, 6), 1)) for height in (4, 12, 4)]
     answer = ask(
-        "samples", bundle=str(bundle.path), backend="tensorrt", text=as_json(TEXT), noises=noises
+        "samples", bundle=str(bundle.path), backend=BACKEND, text=as_json(TEXT), noises=noises
     )
     assert answer["made"][0] == answer["made"][2] != answer["made"][1], (
         "one context, and two profiles in turn"
@@ -565,7 +644,7 @@ def test_a_lane_without_room_is_still_a_lane(machine: FakeTensorRTBuild, wan: Bu
     z = noise((1, 2, 4, 8, 8), 1)
     question = {
         "bundle": str(wan.path),
-        "backend": "tensorrt",
+        "backend": BACKEND,
         "text": as_json(TEXT),
         "noises": [as_json(z)] * 3,
     }
@@ -608,9 +687,9 @@ def test_memory_that_runs_out_for_one_sample_is_there_for_the_next(
     large = noise((1, 4, 4, 12, 12), 1)
     ask = other(machine, memory=40_000)
     noises = [as_json(z) for z in (small, large, small)]
-    made = ask(
-        "samples", bundle=str(wan.path), backend="tensorrt", text=as_json(TEXT), noises=noises
-    )["made"]
+    made = ask("samples", bundle=str(wan.path), backend=BACKEND, text=as_json(TEXT), noises=noises)[
+        "made"
+    ]
     assert (
         made[1]["code"] == 6
         and made[0]
@@ -663,14 +742,14 @@ def test_a_run_that_tensorrt_refuses(
     answer = ask(
         "samples",
         bundle=str(bundle.path),
-        backend="tensorrt",
+        backend=BACKEND,
         text=as_json(TEXT),
         steps=8,
         noises=[as_json(Z)] * 3,
     )
     right = as_json(sample(FakePlanEngine(bundle), Z, TEXT, Schedule.uniform(8)))["data"]
     wrong = [made for made in answer["made"] if made != right]
-    assert len(wrong) == (0 if fails >= 7 else 1), (
+    assert len(wrong) == (0 if fails >= 7 and not RTX else 1), (
         "one that fails while it is captured is done without a graph"
     )
     assert all(made["code"] == 4 and "an illegal memory access" in made["error"] for made in wrong)
@@ -691,7 +770,7 @@ def test_a_stream_that_tensorrt_refuses(
 
 
 def test_contexts_that_cannot_be_made(machine: FakeTensorRTBuild, wan: Bundle) -> None:
-    for contexts in (0, 1):
+    for contexts in (0,) if RTX else (0, 1):  # RTX captures in the one that runs all
         ask = other(machine, contexts=contexts)
         answer = ask("sample", **asked(wan, schedule={"kind": "uniform", "steps": 12, "shift": 5}))
         assert (
@@ -717,9 +796,10 @@ def test_a_gpu_that_is_lost(machine: FakeTensorRTBuild, far: Bundle, at: int) ->
 @pytest.mark.parametrize(
     ("settings", "more", "words"),
     [
-        ({"devices": 0}, {}, "CUDA could not find a GPU"),
+        ({"devices": 0}, {}, "no NVIDIA driver was found on this machine (libcuda.so.1)"),
+        ({"devices": 0, "driver": 11040}, {}, "the NVIDIA driver of this machine is for CUDA 11.4"),
         ({"devices": 2}, {"device": 2}, "there is no CUDA device 2: this machine has 2"),
-        ({"version": "9.3.0"}, {}, "and here is tensorrt 9.3.0"),
+        ({"version": "9.3.0"}, {}, f"and here is {VERSION_KEY} 9.3.0"),
         ({"capability": "8.9"}, {}, "and this is NVIDIA Stand-in (compute capability 8.9)"),
         ({}, {"provider": "cpu"}, "Choose provider 'cuda'"),
     ],
@@ -745,7 +825,11 @@ def test_a_library_of_another_major_release(machine: FakeTensorRTBuild, tmp_path
     answer = ask("sample", **asked(bundle))
     assert (
         answer["code"] == 4
-        and "could not start its runtime: the program was compiled for another TensorRT"
+        and (
+            "TensorRT for RTX 9.3.0 is loaded, and this library was compiled for 1.5 or a later 1.x"
+            if RTX
+            else "could not start its runtime: the program was compiled for another TensorRT"
+        )
         in answer["error"]
     )
     ask.close()

@@ -55,15 +55,4 @@ if(ANYFLOW_TORCH_INCLUDE AND ANYFLOW_TORCH_c10 AND ANYFLOW_TORCH_torch AND ANYFL
 endif()
 anyflow_decide(AOTINDUCTOR anyflow_torch_found "PyTorch was not found; pip install torch, and give -DANYFLOW_PYTHON=python3")
 
-if(NOT ANYFLOW_TENSORRT STREQUAL "OFF")
-  find_package(CUDAToolkit QUIET)
-  find_path(ANYFLOW_TENSORRT_INCLUDE NvInferRuntime.h HINTS ${TensorRT_ROOT}/include $ENV{TensorRT_ROOT}/include
-            PATH_SUFFIXES ${CMAKE_LIBRARY_ARCHITECTURE})
-  find_library(ANYFLOW_TENSORRT_LIBRARY nvinfer HINTS ${TensorRT_ROOT}/lib $ENV{TensorRT_ROOT}/lib)
-endif()
-set(anyflow_tensorrt_found OFF)
-if(TARGET CUDA::cudart AND ANYFLOW_TENSORRT_INCLUDE AND ANYFLOW_TENSORRT_LIBRARY)
-  set(anyflow_tensorrt_found ON)
-endif()
-anyflow_decide(TENSORRT anyflow_tensorrt_found
-               "TensorRT (10.3 or later) or the CUDA toolkit was not found; install both, and give -DTensorRT_ROOT=FOLDER if they are elsewhere")
+include(AnyflowTensorRT)

@@ -1,5 +1,6 @@
 // Which backends there are. Preferred first.
 #include "engine.hpp"
+#include "tensorrt_library.hpp"
 
 namespace af {
 
@@ -13,7 +14,7 @@ std::shared_ptr<Engine> open_aotinductor(std::shared_ptr<const Bundle> bundle, c
 std::vector<Backend>& backends() {
   static std::vector<Backend> all = {
 #ifdef ANYFLOW_WITH_TENSORRT
-      {"tensorrt", "cuda", open_tensorrt},
+      {trt::library.backend, "cuda", open_tensorrt},
 #endif
 #ifdef ANYFLOW_WITH_AOTINDUCTOR
       {"aotinductor", "cpu", open_aotinductor},

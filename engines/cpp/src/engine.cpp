@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 #include "error.hpp"
 #include "schedule.hpp"
@@ -145,9 +146,14 @@ std::shared_ptr<Engine> open_engine(std::shared_ptr<const Bundle> bundle, const 
     throw Error(ANYFLOW_BACKEND, "this library was built without a backend " + in_quotes(backend) + ": it has " +
                                      (names.empty() ? "none" : names) + ". CMake says what each needs when it configures.");
   }
-  throw Error(ANYFLOW_BACKEND, bundle->path.string() + " has no engine for a backend of this library (" +
-                                   (names.empty() ? "it has none" : names) + "). Make one on this machine: anyflow-build " +
-                                   bundle->path.string() + " --backend aotinductor");
+  std::set<std::string> theirs;
+  for (const auto& engine : built) theirs.insert(engine.second);
+  std::string others;
+  for (const std::string& name : theirs) others += (others.empty() ? "" : ", ") + name;
+  throw Error(ANYFLOW_BACKEND, bundle->path.string() + (others.empty() ? " has no engines" : " has engines of " + others) +
+                                   ", and this library runs " + (names.empty() ? "none" : names) +
+                                   ". Make one on this machine: anyflow-build " + bundle->path.string() + " --backend " +
+                                   (names.empty() ? "aotinductor" : backends()[0].name));
 }
 
 }  // namespace af

@@ -3,8 +3,33 @@
 #include <algorithm>
 
 #include "error.hpp"
+#include "tensorrt_library.hpp"
 
 namespace af::trt {
+namespace {
+
+// "12.9" of CUDA's 12090.
+std::string cuda_version(int number) { return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10); }
+
+// CUDA says "insufficient" of a driver that is not there, too.
+Error driver_error(cudaError_t code) {
+  int driver = 0, runtime = 0;
+  cudaDriverGetVersion(&driver);  // 0: there is none
+  cudaRuntimeGetVersion(&runtime);
+  cudaGetLastError();
+  const std::string name = std::string(" (") + cudaGetErrorName(code) + ").";
+  if (!driver) {
+    return {ANYFLOW_BACKEND, "no NVIDIA driver was found on this machine (libcuda.so.1), and " + title() +
+                                 " needs one. Install it; nvidia-smi shows whether it works. A container sees it when it is "
+                                 "started with --gpus all" +
+                                 name};
+  }
+  return {ANYFLOW_BACKEND, "the NVIDIA driver of this machine is for CUDA " + cuda_version(driver) +
+                               ", and this library runs on CUDA " + cuda_version(runtime) +
+                               ". Update the driver; nvidia-smi shows which one there is" + name};
+}
+
+}  // namespace
 
 void check_cuda(cudaError_t code, const char* doing) {
   if (code != cudaSuccess) {
@@ -16,7 +41,9 @@ void check_cuda(cudaError_t code, const char* doing) {
 
 Gpu::Gpu(int index) : index_(index) {
   int count = 0;
-  check_cuda(cudaGetDeviceCount(&count), "find a GPU");
+  const cudaError_t code = cudaGetDeviceCount(&count);
+  if (code == cudaErrorInsufficientDriver) throw driver_error(code);
+  check_cuda(code, "find a GPU");
   if (index >= count) {
     throw Error(ANYFLOW_BACKEND, "there is no CUDA device " + std::to_string(index) + ": this machine has " +
                                      std::to_string(count) + ", counted from 0.");

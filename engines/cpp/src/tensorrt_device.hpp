@@ -23,6 +23,7 @@ class Gpu {
   void use() const;
   const std::string& name() const { return name_; }
   int capability_major() const { return major_; }
+  int capability_minor() const { return minor_; }
   Device record() const;
 
  private:

@@ -1,5 +1,6 @@
-// TensorRT: plans built by `anyflow-build --backend tensorrt`, run with CUDA's runtime; see engines/tensorrt/engine.py.
-// Run against the headers of 10.3, 10.16 and 11.1 on a stand-in, not on a GPU yet (docs/how-to/cpp.md).
+// TensorRT, or TensorRT for RTX (tensorrt_library.hpp): plans built by `anyflow-build --backend tensorrt` or `tensorrt-rtx`, run
+// with CUDA's runtime; see engines/tensorrt/engine.py. Run against the headers of 10.3, 10.16, 11.1 and of RTX 1.6 on a stand-in,
+// not on a GPU yet (docs/how-to/cpp.md).
 #include <mutex>
 #include <utility>
 
@@ -25,8 +26,20 @@ std::array<int, 3> numbers(const std::string& version) {
   return parts;
 }
 
-// Refuse an engine of another GPU or TensorRT, unless it was built to be compatible.
-void check_compatible(EngineFolder folder, const Gpu& gpu) {
+// TensorRT for RTX builds for a compute capability, or for all that it knows; not for one kind of GPU.
+void match_rtx_device(EngineFolder& folder, const Gpu& gpu) {
+  const Device here = gpu.record();
+  const int capability = 10 * gpu.capability_major() + gpu.capability_minor();
+  if (capability != 80 && capability != 86 && capability != 89 && capability < 120) {
+    throw Error(ANYFLOW_BACKEND, here.name + " has compute capability " + here.compute_capability + "; " + library.title +
+                                     " opens engines on 8.0, 8.6, 8.9, 12.0 and later. For this GPU build with "
+                                     "--backend tensorrt, and this library with -DANYFLOW_TENSORRT=ON.");
+  }
+  const std::string& built = folder.device.compute_capability;
+  if (built.empty() || built == here.compute_capability) folder.device = here;
+}
+
+void match_device(EngineFolder& folder, const Gpu& gpu) {
   const Device here = gpu.record();
   const auto wanted = folder.texts.find("hardware_compatible");
   if (wanted != folder.texts.end() &&
@@ -34,20 +47,25 @@ void check_compatible(EngineFolder folder, const Gpu& gpu) {
        (wanted->second == "same-capability" && folder.device.compute_capability == here.compute_capability))) {
     folder.device = here;
   }
-  if (const auto found = folder.versions.find("tensorrt"); found != folder.versions.end()) {
+}
+
+// Refuse an engine of another GPU or TensorRT, unless it was built to be compatible.
+void check_compatible(EngineFolder folder, const Gpu& gpu) {
+  (library.rtx ? match_rtx_device : match_device)(folder, gpu);
+  if (const auto found = folder.versions.find(library.version_key); found != folder.versions.end()) {
     std::string& built = found->second;
     built = release(built);
     const bool later = numbers(version())[0] == numbers(built)[0] && numbers(version()) >= numbers(built);
     if (folder.flag("version_compatible") && later) built = version();
   }
-  check_here(folder, here, {{"tensorrt", version()}});
+  check_here(folder, gpu.record(), {{library.version_key, version()}});
 }
 
 class TensorRtEngine final : public Engine {
  public:
   TensorRtEngine(std::shared_ptr<const Bundle> opened, const EngineOptions& options)
       : Engine(std::move(opened)), gpu_(options.device) {
-    const EngineFolder folder = find_engine(bundle(), "tensorrt", options.engine, options.watch);
+    const EngineFolder folder = find_engine(bundle(), library.backend, options.engine, options.watch);
     check_compatible(folder, gpu_);
     if (folder.flag("strip")) {
       throw Error(ANYFLOW_BACKEND,
@@ -55,21 +73,22 @@ class TensorRtEngine final : public Engine {
                       " has no weights in its plans (--strip), and this library cannot refit them. Build it without --strip.");
     }
     const bool streaming = folder.flag("weight_streaming");
-    graphs_ = options.cuda_graphs && !streaming;  // a run that waits for weights cannot be captured
+    const bool graphs = options.cuda_graphs && !streaming;  // a run that waits for weights cannot be captured
+    graphs_ = graphs && !library.rtx;
     for (const auto& [name, profiles] : folder.profiles) {
       const auto graph = bundle().manifest.graphs.find(name);
       if (graph == bundle().manifest.graphs.end())
         throw Error(ANYFLOW_BUNDLE,
                     folder.path.string() + " has a plan of " + in_quotes(name) + ", which the bundle lacks. Build it again.");
       plans_[name] = std::make_unique<Plan>(folder.file(name + ".plan"), name, graph->second,
-                                            Plan::Opening{folder.flag("version_compatible"), streaming, profiles});
+                                            Plan::Opening{folder.flag("version_compatible"), streaming, graphs, profiles});
     }
     const char* needed = bundle().manifest.causal() ? "chunk" : "transition";
     if (!plans_.contains(needed)) {
       throw Error(ANYFLOW_BUNDLE, folder.path.string() + " was built without " + in_quotes(needed) + ". Build it again.");
     }
     ranges_ = folder.ranges;
-    description_ = "TensorRT " + version() + ", " + gpu_.name() + ", " + bundle().manifest.precision;
+    description_ = title() + ", " + gpu_.name() + ", " + bundle().manifest.precision;
   }
 
   const std::string& description() const override { return description_; }
@@ -136,8 +155,8 @@ class TensorRtEngine final : public Engine {
 
 std::shared_ptr<Engine> open_tensorrt(std::shared_ptr<const Bundle> bundle, const EngineOptions& options) {
   if (options.provider != "cuda") {
-    throw Error(ANYFLOW_BACKEND,
-                "TensorRT runs on NVIDIA GPUs only; provider is " + in_quotes(options.provider) + ". Choose provider 'cuda'.");
+    throw Error(ANYFLOW_BACKEND, std::string(library.title) + " runs on NVIDIA GPUs only; provider is " +
+                                     in_quotes(options.provider) + ". Choose provider 'cuda'.");
   }
   return std::make_shared<TensorRtEngine>(std::move(bundle), options);
 }

@@ -11,6 +11,7 @@ namespace af::trt {
 namespace {
 
 constexpr size_t kept_errors = 3;
+constexpr auto user_managed = nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
 thread_local std::deque<std::string> errors;
 
 Dims lengths(const nvinfer1::Dims& dims) { return {dims.d, dims.d + std::max(dims.nbDims, 0)}; }
@@ -38,17 +39,15 @@ Error foreign(const fs::path& path, const std::string& name, const std::string& 
           path.string() + " is not a plan of this bundle's " + in_quotes(name) + ": it has " + what + ". Build it again."};
 }
 
+// CUDA's words inside TensorRT's; its own CUDA may be newer than the one that we found the GPU with.
+bool tells_of_driver(const std::string& reason) { return reason.find("driver version is insufficient") != std::string::npos; }
+
 // TensorRT logs it as "Cuda Runtime (out of memory)" or "OutOfMemory", and returns nothing.
 bool tells_of_memory(const std::string& reason) {
   return reason.find("out of memory") != std::string::npos || reason.find("OutOfMemory") != std::string::npos;
 }
 
 }  // namespace
-
-std::string version() {
-  return std::to_string(getInferLibMajorVersion()) + "." + std::to_string(getInferLibMinorVersion()) + "." +
-         std::to_string(getInferLibPatchVersion());
-}
 
 Messages& Messages::all() {
   static auto* const only = new Messages;
@@ -102,10 +101,10 @@ std::string Profile::shown() const {
 
 Plan::Plan(const fs::path& path, std::string label, const Graph& model, const Opening& opening)
     : name(std::move(label)), graph(model) {
+  check_library();
   errors.clear();  // of another plan's, if any
   runtime_.reset(nvinfer1::createInferRuntime(Messages::all()));
-  if (!runtime_)
-    throw Error(ANYFLOW_BACKEND, "TensorRT " + version() + " could not start its runtime: " + Messages::taken() + ".");
+  if (!runtime_) throw Error(ANYFLOW_BACKEND, title() + " could not start its runtime: " + Messages::taken() + ".");
   runtime_->setEngineHostCodeAllowed(opening.host_code);  // it was built here, and its hash was compared
   {
     const Mapped file(path);  // not read into memory: a plan is as large as its weights
@@ -122,6 +121,7 @@ Plan::Plan(const fs::path& path, std::string label, const Graph& model, const Op
                       std::to_string(opening.profiles));
   }
   read_profiles();
+  configure(opening.graphs);
 }
 
 // A plan of another graph would read past the end of a buffer.
@@ -159,6 +159,19 @@ void Plan::read_profiles() {
   }
 }
 
+// TensorRT for RTX compiles kernels for new shapes in the background, and uses others until they are there. A graph that we
+// captured would keep those others for good; its own capture waits for them. Only its own headers, not TensorRT 11's, have that.
+void Plan::configure([[maybe_unused]] bool graphs) {
+#ifdef TRT_MAJOR_RTX
+  config_.reset(engine_->createRuntimeConfig());
+  if (!config_) throw refused("make a runtime configuration");
+  config_->setExecutionContextAllocationStrategy(user_managed);
+  using Strategy = nvinfer1::CudaGraphStrategy;
+  if (!config_->setCudaGraphStrategy(graphs ? Strategy::kWHOLE_GRAPH_CAPTURE : Strategy::kDISABLED))
+    log(ANYFLOW_LOG_WARNING, name + " runs without CUDA graphs: " + Messages::taken());
+#endif
+}
+
 int32_t Plan::chosen(const Shapes& call) const {
   const Profile* nearest = nullptr;
   for (const Profile& profile : profiles_) {
@@ -177,7 +190,7 @@ int32_t Plan::chosen(const Shapes& call) const {
 Error Plan::refused(const std::string& what) const {
   const std::string reason = Messages::taken();
   return {tells_of_memory(reason) ? ANYFLOW_OUT_OF_MEMORY : ANYFLOW_BACKEND,
-          "TensorRT " + version() + ": " + in_quotes(name) + " could not " + what + ": " + reason + "."};
+          title() + ": " + in_quotes(name) + " could not " + what + ": " + reason + "."};
 }
 
 Error Plan::not_opened(const fs::path& path) const {
@@ -186,14 +199,22 @@ Error Plan::not_opened(const fs::path& path) const {
     return {ANYFLOW_OUT_OF_MEMORY, path.string() + " does not fit into the GPU's memory: " + reason +
                                        ". Close what else uses the GPU, or build with --weight-streaming or in 8 bits."};
   }
-  return {ANYFLOW_BACKEND, "TensorRT " + version() + " cannot open " + path.string() + ": " + reason +
-                               ". Build it on this machine: anyflow-build … --backend tensorrt --overwrite"};
+  const std::string what = title() + " cannot open " + path.string() + ": ";
+  if (tells_of_driver(reason)) {
+    return {ANYFLOW_BACKEND, what + "the NVIDIA driver of this machine is missing or too old for it (" + reason +
+                                 "). Install or update the driver; nvidia-smi shows which one there is."};
+  }
+  return {ANYFLOW_BACKEND,
+          what + reason + ". Build it on this machine: anyflow-build … --backend " + library.backend + " --overwrite"};
 }
 
 std::unique_ptr<nvinfer1::IExecutionContext> Plan::context() const {
   const std::lock_guard lock(making_);
-  std::unique_ptr<nvinfer1::IExecutionContext> made(
-      engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+#ifdef TRT_MAJOR_RTX
+  std::unique_ptr<nvinfer1::IExecutionContext> made(engine_->createExecutionContext(config_.get()));
+#else
+  std::unique_ptr<nvinfer1::IExecutionContext> made(engine_->createExecutionContext(user_managed));
+#endif
   if (!made) throw refused("make an execution context");
   return made;
 }

@@ -12,6 +12,7 @@
 
 #include "bundle.hpp"
 #include "error.hpp"
+#include "tensorrt_library.hpp"
 
 namespace af::trt {
 
@@ -40,6 +41,7 @@ class Plan {
  public:
   struct Opening {
     bool host_code = false, weight_streaming = false;
+    bool graphs = false;  // TensorRT for RTX is to capture CUDA graphs itself
     size_t profiles = 0;  // that engine.json lists
   };
 
@@ -58,14 +60,15 @@ class Plan {
   Error not_opened(const fs::path& path) const;
   void check_tensors(const fs::path& path) const;
   void read_profiles();
+  void configure(bool graphs);
 
   std::unique_ptr<nvinfer1::IRuntime> runtime_;
   std::unique_ptr<nvinfer1::ICudaEngine> engine_;
+#ifdef TRT_MAJOR_RTX
+  std::unique_ptr<nvinfer1::IRuntimeConfig> config_;
+#endif
   std::vector<Profile> profiles_;
   mutable std::mutex making_;  // of contexts: TensorRT promises only that they may run at once
 };
-
-// "10.3.0", of the library that is loaded.
-std::string version();
 
 }  // namespace af::trt

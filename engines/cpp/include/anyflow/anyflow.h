@@ -195,7 +195,8 @@ typedef struct anyflow_engine anyflow_engine;
 
 typedef struct anyflow_engine_params {
     size_t struct_size;
-    const char *backend;  /* "tensorrt", "aotinductor"; NULL: the first of these for which the bundle has an engine */
+    const char *backend;  /* "tensorrt" or "tensorrt-rtx", whichever it was compiled for; "aotinductor"; NULL: the first of
+                             these for which the bundle has an engine */
     const char *provider; /* "cpu" or "cuda"; NULL: what the backend runs on */
     const char *engine;   /* name of a built engine in the bundle, or a path; NULL: the only one */
     int device;           /* which GPU, counted from 0 */

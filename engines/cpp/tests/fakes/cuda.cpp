@@ -40,12 +40,13 @@ const char* standin_report(void) {
       text, sizeof text,
       "{\"runtimes\": %lld, \"engines\": %lld, \"contexts\": %lld, \"streams\": %lld, \"graphs\": %lld, \"allocations\": "
       "%lld, \"bytes\": %lld, \"most_bytes\": %lld, \"contexts_made\": %lld, \"enqueued\": %lld, \"captured\": %lld, "
-      "\"launched\": %lld, \"streams_made\": %lld, \"allocated\": %lld}",
+      "\"launched\": %lld, \"streams_made\": %lld, \"allocated\": %lld, \"configurations\": %lld, \"own_graphs\": %lld}",
       static_cast<long long>(c.runtimes), static_cast<long long>(c.engines), static_cast<long long>(c.contexts),
       static_cast<long long>(c.streams), static_cast<long long>(c.graphs), static_cast<long long>(c.allocations),
       static_cast<long long>(c.bytes), static_cast<long long>(c.most_bytes), static_cast<long long>(c.contexts_made),
       static_cast<long long>(c.enqueued), static_cast<long long>(c.captured), static_cast<long long>(c.launched),
-      static_cast<long long>(c.streams_made), static_cast<long long>(c.allocated));
+      static_cast<long long>(c.streams_made), static_cast<long long>(c.allocated), static_cast<long long>(c.configurations),
+      static_cast<long long>(c.own_graphs));
   return text;
 }
 
@@ -55,6 +56,17 @@ cudaError_t cudaGetDeviceCount(int* count) {
   STANDIN_CALL();
   if (number("devices", 1) == 0) return told(cudaErrorInsufficientDriver);
   *count = static_cast<int>(number("devices", 1));
+  return cudaSuccess;
+}
+
+// Both work where there is no driver.
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = static_cast<int>(number("driver", number("devices", 1) ? CUDART_VERSION : 0));
+  return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
   return cudaSuccess;
 }
 
@@ -70,7 +82,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp* properties, int index
   if (index < 0 || index >= number("devices", 1)) return told(cudaErrorInvalidDevice);
   std::memset(properties, 0, sizeof *properties);
   std::snprintf(properties->name, sizeof properties->name, "%s", setting("name", "NVIDIA Stand-in").c_str());
-  std::sscanf(setting("capability", "9.0").c_str(), "%d.%d", &properties->major, &properties->minor);
+  std::sscanf(setting("capability", STANDIN_CAPABILITY).c_str(), "%d.%d", &properties->major, &properties->minor);
   return cudaSuccess;
 }
 

@@ -22,7 +22,7 @@ void at_exit();
 
 void at_exit() {
   Counters& c = counters();
-  if (c.runtimes || c.engines || c.contexts || c.streams || c.graphs || c.allocations)
+  if (c.runtimes || c.engines || c.contexts || c.streams || c.graphs || c.allocations || c.configurations)
     violation(std::string("the process ends and these are left: ") + standin_report());
 }
 

@@ -74,6 +74,7 @@ void release(uintptr_t address);
 struct Counters {
   int64_t runtimes = 0, engines = 0, contexts = 0, streams = 0, graphs = 0, allocations = 0, bytes = 0;
   int64_t most_bytes = 0, contexts_made = 0, enqueued = 0, captured = 0, launched = 0, streams_made = 0, allocated = 0;
+  int64_t configurations = 0, own_graphs = 0;  // of TensorRT for RTX: what lives; contexts that are to capture graphs themselves
 };
 Counters& counters();
 

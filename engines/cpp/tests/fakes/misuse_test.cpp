@@ -1,4 +1,5 @@
-// Breaks each of the stand-in's rules once: `misuse_test` lists them, `misuse_test NAME` commits one and must not come back in peace.
+// Breaks each of the stand-in's rules once: `misuse_test` lists them, `misuse_test NAME` commits one and must not come back in
+// peace.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
@@ -46,7 +47,8 @@ struct Ready {
     const std::string version =
         std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) + "." + std::to_string(NV_TENSORRT_PATCH);
     const std::string plan = "standin-plan\nversion " + version +
-                             "\ncapability 9.0\ngraph text\ninput text float32 1 -1 4\noutput text_key.0 float16 1 -1 2 4\n"
+                             "\ncapability " STANDIN_CAPABILITY
+                             "\ngraph text\ninput text float32 1 -1 4\noutput text_key.0 float16 1 -1 2 4\n"
                              "profile\nrange text 1 1 4 1 9 4 1 9 4\nend\n";
     runtime.reset(createInferRuntime(logger));
     engine.reset(runtime->deserializeCudaEngine(plan.data(), plan.size()));

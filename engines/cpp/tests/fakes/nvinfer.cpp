@@ -66,6 +66,28 @@ class Runtime final : public IRuntime, public VRuntimeBase {
   bool host_code_ = false;
 };
 
+#ifdef TRT_MAJOR_RTX
+class RuntimeConfig final : public IRuntimeConfig, public VRuntimeConfigBase {
+ public:
+  RuntimeConfig() {
+    mImpl = this;
+    ++counters().configurations;
+  }
+  ~RuntimeConfig() noexcept override { --counters().configurations; }
+  IRuntimeConfig* getPImpl() noexcept override { return this; }
+  void setExecutionContextAllocationStrategy(ExecutionContextAllocationStrategy strategy) noexcept override {
+    allocation = strategy;
+  }
+  bool setCudaGraphStrategy(CudaGraphStrategy strategy) noexcept override {
+    graphs = strategy == CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE;
+    return true;
+  }
+
+  ExecutionContextAllocationStrategy allocation = ExecutionContextAllocationStrategy::kSTATIC;
+  bool graphs = false;
+};
+#endif
+
 class Engine final : public ICudaEngine, public VCudaEngineBase {
  public:
   Engine(Runtime& from, PlanFile file, uintptr_t weights)
@@ -81,6 +103,14 @@ class Engine final : public ICudaEngine, public VCudaEngineBase {
   }
   ICudaEngine* getPImpl() noexcept override { return this; }
   IExecutionContext* createExecutionContext(ExecutionContextAllocationStrategy strategy) noexcept override;
+#ifdef TRT_MAJOR_RTX
+  IRuntimeConfig* createRuntimeConfig() noexcept override { return new RuntimeConfig; }
+  IExecutionContext* createExecutionContextWithRuntimeConfig(IRuntimeConfig* config) noexcept override {
+    const auto& given = *static_cast<RuntimeConfig*>(config);
+    if (given.graphs) ++counters().own_graphs;
+    return createExecutionContext(given.allocation);
+  }
+#endif
 
   int32_t getNbIOTensors() const noexcept override { return static_cast<int32_t>(plan.tensors.size()); }
   int32_t getNbOptimizationProfiles() const noexcept override { return static_cast<int32_t>(plan.profiles.size()); }
@@ -299,7 +329,7 @@ ICudaEngine* Runtime::deserializeCudaEngine(void const* blob, std::size_t size) 
     PlanFile plan = PlanFile::parsed(std::string(static_cast<const char*>(blob), size));
     if (plan.version != version_text() && !(plan.version_compatible && host_code_))
       throw std::runtime_error("Version tag does not match: the plan is of " + plan.version);
-    if (plan.capability != setting("capability", "9.0"))
+    if (plan.capability != "any" && plan.capability != setting("capability", STANDIN_CAPABILITY))
       throw std::runtime_error("the plan was generated on a device of compute capability " + plan.capability);
     if (plan.weight_streaming) plan.weights = 0;
     const uintptr_t weights = plan.weights ? reserve(static_cast<size_t>(plan.weights)) : 0;
