@@ -16,18 +16,17 @@ from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.cli.validate import calibrated_prompt_embeds, video_shapes
 from anyflow_deploy.debugging.backends import (
-    RTX,
     GraphSide,
     OnnxRuntimeSide,
     ReferenceSide,
     TensorRTSide,
     check_debug_backend,
     read_graph,
-    use_polygraphy,
 )
 from anyflow_deploy.debugging.divergence import Comparison, Divergence, find_divergence
 from anyflow_deploy.debugging.inputs import DebugState, make_feed
 from anyflow_deploy.debugging.points import DETAILS
+from anyflow_deploy.debugging.polygraphy_setup import RTX, use_polygraphy
 from anyflow_deploy.debugging.reference_graph import is_float32
 from anyflow_deploy.debugging.report import (
     divergence_as_json,

@@ -4,16 +4,11 @@ The reference is computed by ONNX Runtime on the processor, operator by operator
 A candidate is what a backend really runs: of ONNX Runtime the graph as our engine rewrites it, with
 its session options; of TensorRT and TensorRT for RTX the bundle's graph, parsed and built by
 Polygraphy's loaders as our builder does it (strongly typed, no TF32), for the shapes at hand.
-
-Polygraphy decides between TensorRT and TensorRT for RTX when it is imported, by
-`POLYGRAPHY_USE_TENSORRT_RTX`; so a process compares one of the two (`use_polygraphy`).
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,17 +20,15 @@ from onnx import ModelProto
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import WEIGHTS
 from anyflow_deploy.debugging.inputs import Feed
+from anyflow_deploy.debugging.polygraphy_setup import RTX
 from anyflow_deploy.debugging.reference_graph import widen_graph
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.onnxruntime.engine import OnnxRuntimeEngine
 from anyflow_deploy.engines.registry import EngineOptions
 from anyflow_deploy.errors import AnyFlowError, BackendError, UnavailableError, suggestion
 
-RTX = "tensorrt-rtx"
 DEBUG_BACKENDS = ("onnxruntime", "tensorrt", RTX)
 """Backends that run an ONNX graph."""
-
-_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 
 
 class GraphSide(Protocol):
@@ -55,31 +48,6 @@ class GraphSide(Protocol):
     def runner(self, marked: ModelProto, feed: Feed) -> Any:
         """A Polygraphy runner of the graph with other outputs, for the shapes of a feed."""
         ...
-
-
-def use_polygraphy(backend: str) -> None:
-    """Import Polygraphy for a backend, and keep it from talking.
-
-    Raises:
-        UnavailableError: it is not installed.
-        BackendError: this process has it imported for the other TensorRT.
-    """
-    wanted = "1" if backend == RTX else "0"
-    if "polygraphy" not in sys.modules:
-        os.environ[_SWITCH] = wanted
-    try:
-        from polygraphy import config
-        from polygraphy.logger import G_LOGGER
-    except ImportError as error:
-        raise UnavailableError(
-            f"Polygraphy cannot be imported ({error}). Run: pip install 'anyflow-deploy[debug]'"
-        ) from None
-    if backend != "onnxruntime" and bool(config.USE_TENSORRT_RTX) != (backend == RTX):
-        raise BackendError(
-            f"Polygraphy was imported in this process with {_SWITCH}={int(not int(wanted))}, and"
-            f" {backend} needs {wanted}. Start another process."
-        )
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL
 
 
 def check_debug_backend(backend: str, provider: str | None) -> None:

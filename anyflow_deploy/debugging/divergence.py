@@ -25,6 +25,7 @@ from anyflow_deploy.debugging.points import (
     output_points,
     point_of_output,
 )
+from anyflow_deploy.debugging.polygraphy_setup import describe_failure, forget_errors
 from anyflow_deploy.engines.metrics import Difference, difference
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.progress import NullProgress, Progress
@@ -111,6 +112,7 @@ class Comparison:
         from polygraphy.comparator import Comparator
 
         self.rounds += 1
+        forget_errors()
         sides = (
             (self.reference, {point.name: point.reference for point in points}),
             (self.candidate, {point.name: point.candidate for point in points}),
@@ -126,7 +128,7 @@ class Comparison:
         except Exception as error:  # the runtimes' and Polygraphy's exceptions have no common base
             raise BackendError(
                 f"{self.candidate.description} could not run the graph with {len(points)} tensors"
-                f" marked as outputs: {error}"
+                f" marked as outputs: {describe_failure(error)}"
             ) from error
         (iterations,) = accuracy[0].values()
         return dict(iterations[0])
