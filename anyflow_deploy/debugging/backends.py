@@ -9,6 +9,7 @@ Polygraphy's loaders as our builder does it (strongly typed, no TF32), for the s
 from __future__ import annotations
 
 import ctypes
+import importlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +25,11 @@ from anyflow_deploy.debugging.polygraphy_setup import RTX
 from anyflow_deploy.debugging.reference_graph import widen_graph
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.onnxruntime.engine import OnnxRuntimeEngine
-from anyflow_deploy.engines.registry import EngineOptions
+from anyflow_deploy.engines.registry import BACKENDS, DEFAULT_BACKEND, EngineOptions
+from anyflow_deploy.engines.tensorrt.library import LIBRARIES
 from anyflow_deploy.errors import AnyFlowError, BackendError, UnavailableError, suggestion
 
-DEBUG_BACKENDS = ("onnxruntime", "tensorrt", RTX)
+DEBUG_BACKENDS = (DEFAULT_BACKEND, *LIBRARIES)
 """Backends that run an ONNX graph."""
 
 
@@ -63,7 +65,7 @@ def check_debug_backend(backend: str, provider: str | None) -> None:
             f"--backend is {backend!r}; allowed are those that run an ONNX graph,"
             f" {', '.join(DEBUG_BACKENDS)}.{suggestion(backend, DEBUG_BACKENDS)}"
         )
-    if backend == "onnxruntime":
+    if backend == DEFAULT_BACKEND:
         return
     if provider not in (None, "cuda"):
         raise BackendError(f"{backend} runs on NVIDIA GPUs only; leave --provider {provider} out.")
@@ -87,9 +89,18 @@ def has_gpu() -> bool:
 
 
 def read_graph(bundle: Bundle, graph: str) -> ModelProto:
-    """A bundle's graph, without its weights."""
+    """A bundle's graph, without its weights.
+
+    Raises:
+        BundleError: it refers to a file that the manifest does not list.
+    """
     path = bundle.file(bundle.manifest.graphs[graph].file)
-    return onnx.load(str(path), load_external_data=False)
+    model = onnx.load(str(path), load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                bundle.file(entry.value)
+    return model
 
 
 class ReferenceSide:
@@ -187,22 +198,19 @@ class TensorRTSide:
         backend: str,
         compute_capabilities: Sequence[tuple[int, int]] = (),
     ) -> None:
-        from polygraphy.exception import PolygraphyException
-        from polygraphy.mod.trt_importer import lazy_import_trt
-
         self._bundle, self._backend = bundle, backend
         self._capabilities = list(compute_capabilities)
-        self._trt = lazy_import_trt()
+        library = LIBRARIES[backend]
         self.model = read_graph(bundle, graph)
         try:
-            version = self._trt.__version__
-        except (PolygraphyException, ImportError, OSError) as error:
+            self._trt: Any = importlib.import_module(library.module)
+        except (ImportError, OSError) as error:
             raise UnavailableError(
-                f"{backend} cannot be imported ({error}). Run: pip install"
-                f" 'anyflow-deploy[{backend}]'"
+                f"{library.title} cannot be imported ({error}). {library.install_hint}"
+                + BACKENDS[backend].install_command("cuda")
             ) from None
-        title = "TensorRT for RTX" if backend == RTX else "TensorRT"
-        self.description = f"{title} {version}, {bundle.manifest.precision}"
+        version = self._trt.__version__
+        self.description = f"{library.title} {version}, {bundle.manifest.precision}"
 
     def runner(self, marked: ModelProto, feed: Feed) -> Any:
         """See `GraphSide`."""

@@ -30,7 +30,7 @@ _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _NOT_SHARED = ("Cast", "Constant", "QuantizeLinear", "DequantizeLinear")
 """Operators that depend on the precision, and Constants, whose names count them."""
 
-_BLOCK = re.compile(r"blocks\.\d+(?=\.|$)")
+_BLOCK = re.compile(r"blocks\.\d+(?=[./]|$)")
 _SCALED_BY_SMOOTHQUANT = re.compile(r"blocks\.\d+(/.+|\.(norm2|attn[12](\.to_v)?))")
 _MARK = "/marked"
 

@@ -27,7 +27,6 @@ near the worst where none is over."""
 
 _NEAR = 4
 _LABELS = 45
-_FLOOR = 1e-9  # what a difference of exactly zero is drawn at: a logarithm has no zero
 
 _FAMILIES = {
     "attn1": ("self-attention", "#1b6ca8", "o"),
@@ -140,58 +139,70 @@ def plot_divergence(divergence: Divergence, path: Path) -> None:
 
 
 def _draw_points(axes: Any, measured: Sequence[MeasuredPoint], threshold: float) -> None:
-    heights = [max(item.difference.relative_l2, _FLOOR) for item in measured]
-    finite = [height for height in heights if math.isfinite(height)]
-    top = 10 * max([threshold, *finite])
-    heights = [height if math.isfinite(height) else top for height in heights]
-    axes.plot(range(len(heights)), heights, color="#bbbbbb", lw=1, zorder=1)
+    errors = [item.difference.relative_l2 for item in measured]
+    heights = _heights(errors, threshold)
+    differing = [n for n, error in enumerate(errors) if error != 0]
+    axes.plot(differing, [heights[n] for n in differing], color="#cccccc", lw=1, zorder=1)
     for family, (label, colour, marker) in _FAMILIES.items():
         places = [n for n, item in enumerate(measured) if _family(item) == family]
         if places:
             axes.scatter(
                 places,
                 [heights[n] for n in places],
+                alpha=[1.0 if errors[n] else 0.3 for n in places],
                 color=colour,
                 marker=marker,
-                s=26,
+                s=26 if len(measured) <= _LABELS else 12,
                 label=label,
                 zorder=2,
             )
-    _draw_threshold(axes, threshold)
-    first = first_over(measured, threshold)
-    if first is not None:
-        place = list(measured).index(first)
-        text = (
-            first.point.name
-            if math.isfinite(first.difference.relative_l2)
-            else (f"{first.point.name}: not finite")
-        )
-        axes.scatter([place], [heights[place]], s=150, facecolors="none", edgecolors="red")
-        axes.annotate(
-            text,
-            (place, heights[place]),
-            xytext=(0, 11),
-            textcoords="offset points",
-            ha="right" if 2 * place > len(measured) else "left",
-            color="red",
-            fontsize=9,
-        )
-        axes.margins(y=0.15)
-    if len(measured) <= _LABELS:
-        names = [item.point.name for item in measured]
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    else:
-        axes.set_xlabel("depth")
+    _draw_level(axes, threshold, f"allowed: {threshold:g}", "--")
+    if len(differing) < len(measured):
+        _draw_level(axes, heights[errors.index(0)], "equal", ":")
+    _draw_first(axes, measured, heights, threshold)
+    few = len(measured) <= _LABELS
+    shown = [n for n, item in enumerate(measured) if few or item.point.name == item.point.block]
+    names = [measured[n].point.name.replace("condition_embedder.", "… .") for n in shown]
+    axes.set_xticks(shown, names, rotation=90, fontsize=7)
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=7, loc="best")
+    axes.legend(fontsize=7, loc="lower right")
 
 
-def _draw_threshold(axes: Any, threshold: float) -> None:
-    axes.axhline(threshold, color="#555555", ls="--", lw=1)
+def _heights(errors: Sequence[float], threshold: float) -> list[float]:
+    """Where errors are drawn: where both sides are equal, at a tenth of the least difference; where
+    one is not finite, at ten times the largest."""
+    drawn = [error for error in errors if error > 0 and math.isfinite(error)]
+    low, high = min([threshold, *drawn]) / 10, max([threshold, *drawn]) * 10
+    return [high if not math.isfinite(error) else error or low for error in errors]
+
+
+def _draw_first(
+    axes: Any, measured: Sequence[MeasuredPoint], heights: Sequence[float], threshold: float
+) -> None:
+    first = first_over(measured, threshold)
+    if first is None:
+        return
+    place = list(measured).index(first)
+    finite = math.isfinite(first.difference.relative_l2)
+    axes.scatter([place], [heights[place]], s=150, facecolors="none", edgecolors="red")
+    axes.annotate(
+        first.point.name if finite else f"{first.point.name}: not finite",
+        (place, heights[place]),
+        xytext=(0, 11),
+        textcoords="offset points",
+        ha="right" if 2 * place > len(measured) else "left",
+        color="red",
+        fontsize=9,
+    )
+    axes.margins(y=0.15)
+
+
+def _draw_level(axes: Any, height: float, text: str, style: str) -> None:
+    axes.axhline(height, color="#555555", ls=style, lw=1, zorder=0)
     axes.text(
         0.01,
-        threshold,
-        f" allowed: {threshold:g}",
+        height,
+        f" {text}",
         transform=axes.get_yaxis_transform(),
         va="bottom",
         fontsize=8,
