@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -13,25 +13,15 @@ from rich.markup import escape
 
 from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.cli.validate import calibrated_prompt_embeds, video_shapes
-from anyflow_deploy.debugging.backends import (
-    GraphSide,
-    OnnxRuntimeSide,
-    ReferenceSide,
-    TensorRTSide,
+from anyflow_deploy.debugging import DETAILS
+from anyflow_deploy.debugging.polygraphy_setup import (
+    DEBUG_BACKENDS,
+    RTX,
     check_debug_backend,
-    read_graph,
-)
-from anyflow_deploy.debugging.divergence import Comparison, Divergence, find_divergence
-from anyflow_deploy.debugging.inputs import DebugState, make_feed
-from anyflow_deploy.debugging.points import DETAILS
-from anyflow_deploy.debugging.polygraphy_setup import RTX, use_polygraphy
-from anyflow_deploy.debugging.reference_graph import is_float32
-from anyflow_deploy.debugging.report import (
-    divergence_as_json,
-    divergence_tables,
-    plot_divergence,
+    use_polygraphy,
 )
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.registry import DEFAULT_BACKEND, EngineOptions
@@ -41,6 +31,12 @@ from anyflow_deploy.engines.validation_report import can_plot
 from anyflow_deploy.errors import AnyFlowError, CheckpointError, suggestion
 from anyflow_deploy.pipelines.text_encoder import load_embeddings
 from anyflow_deploy.progress import RichProgress, console
+from anyflow_deploy.quantization.calibration import CALIBRATION
+
+if TYPE_CHECKING:  # onnx, which --help does not need
+    from anyflow_deploy.debugging.backends import GraphSide
+    from anyflow_deploy.debugging.divergence import Divergence
+    from anyflow_deploy.debugging.inputs import DebugState
 
 REPORT, PICTURE = "debug.json", "debug.png"
 
@@ -65,7 +61,7 @@ class DebugOptions(Options):
     )
 
     bundle: Path = Field(description="the bundle's folder")
-    backend: str = Field(DEFAULT_BACKEND, description=f"onnxruntime, tensorrt or {RTX}")
+    backend: str = Field(DEFAULT_BACKEND, description=f"one of {', '.join(DEBUG_BACKENDS)}")
     provider: str | None = Field(
         None, description="what onnxruntime runs on: cpu or cuda (default cpu)"
     )
@@ -116,6 +112,10 @@ def debug(options: DebugOptions) -> int:
     """Do it; returns the exit status."""
     check_debug_backend(options.backend, options.provider)
     use_polygraphy(options.backend)
+    from anyflow_deploy.debugging.backends import ReferenceSide
+    from anyflow_deploy.debugging.divergence import Comparison, find_divergence
+    from anyflow_deploy.debugging.inputs import make_feed
+
     bundle = load_bundle(options.bundle)
     graph = _graph_name(bundle, options.graph)
     reference = _reference(bundle, options, graph)
@@ -124,6 +124,7 @@ def debug(options: DebugOptions) -> int:
         raise AnyFlowError(
             f"{folder} is not a folder that can be written to. Choose another --output."
         )
+    smoothed = _is_smoothed_differently(bundle, reference)
     state = _state(bundle, options)
     candidate = _candidate(bundle, options, graph)
     threshold = options.threshold or THRESHOLDS[bundle.manifest.precision].transition
@@ -136,7 +137,7 @@ def debug(options: DebugOptions) -> int:
             options.mark,
             threshold,
             options.bisect,
-            _has_foreign_smoothing(bundle, reference),
+            smoothed,
             bars,
         )
     _write(folder, result, _settings(bundle, reference, options, graph, state))
@@ -161,6 +162,9 @@ def _reference(bundle: Bundle, options: DebugOptions, graph: str) -> Bundle:
     Raises:
         AnyFlowError: it is of another model, or nothing can differ.
     """
+    from anyflow_deploy.debugging.backends import read_graph
+    from anyflow_deploy.debugging.reference_graph import is_float32
+
     if options.reference is None:
         on_cpu = options.backend == DEFAULT_BACKEND and options.provider in (None, "cpu")
         if on_cpu and is_float32(read_graph(bundle, graph)):
@@ -187,18 +191,29 @@ def _reference(bundle: Bundle, options: DebugOptions, graph: str) -> Bundle:
     return reference
 
 
-def _has_foreign_smoothing(bundle: Bundle, reference: Bundle) -> bool:
-    """Whether either bundle's weights carry SmoothQuant factors that the other's do not."""
-    if bundle.digest == reference.digest:
+def _is_smoothed_differently(bundle: Bundle, reference: Bundle) -> bool:
+    """Whether SmoothQuant's factors in the two bundles differ; a notice says what that means."""
+    mine, theirs = bundle.manifest, reference.manifest
+    is_smooth = any(q is not None and q.smooth for q in (mine.quantization, theirs.quantization))
+    if not is_smooth or _smoothing_inputs(mine) == _smoothing_inputs(theirs):
         return False
-    return any(
-        q is not None and q.smooth
-        for q in (bundle.manifest.quantization, reference.manifest.quantization)
+    console.print(
+        "[yellow]not compared[/]: layers whose results carry SmoothQuant's factors in only one of"
+        " the two bundles, such as norm2 and attn1.to_v. Without --reference they are."
     )
+    return True
+
+
+def _smoothing_inputs(manifest: Manifest) -> tuple[object, ...]:
+    """Everything that the factors depend on."""
+    layers = manifest.achieved.full_precision_layers
+    return manifest.quantization, layers, manifest.files.get(CALIBRATION)
 
 
 def _state(bundle: Bundle, options: DebugOptions) -> DebugState:
     """Where the step is taken from."""
+    from anyflow_deploy.debugging.inputs import DebugState
+
     manifest = bundle.manifest
     chunks = manifest.architecture.chunk_partition
     if chunks and "frames" in options.model_fields_set:
@@ -245,6 +260,8 @@ def _prompt_embeds(bundle: Bundle, options: DebugOptions, shape: tuple[int, ...]
 
 
 def _candidate(bundle: Bundle, options: DebugOptions, graph: str) -> GraphSide:
+    from anyflow_deploy.debugging.backends import OnnxRuntimeSide, TensorRTSide
+
     if options.backend == DEFAULT_BACKEND:
         return OnnxRuntimeSide(
             bundle, graph, EngineOptions(options.provider or "cpu", threads=options.threads)
@@ -271,6 +288,12 @@ def _settings(
 
 def _write(folder: Path, result: Divergence, settings: dict[str, object]) -> None:
     """debug.json, debug.png and the tables."""
+    from anyflow_deploy.debugging.report import (
+        divergence_as_json,
+        divergence_tables,
+        plot_divergence,
+    )
+
     content = {**settings, **divergence_as_json(result)}
     write_text_atomically(folder / REPORT, json.dumps(content, indent=1) + "\n")
     for table in divergence_tables(result):

@@ -5,3 +5,6 @@
 `backends` wraps runtimes in Polygraphy's runners, and `divergence` measures with Polygraphy's
 Comparator: everything at once, or by bisection. `report` shows what came out. Needs no torch.
 """
+
+DETAILS = ("blocks", "layers", "nodes")
+"""How finely a graph is looked at, see `points`."""

@@ -8,7 +8,6 @@ Polygraphy's loaders as our builder does it (strongly typed, no TF32), for the s
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import tempfile
 from collections.abc import Sequence
@@ -25,12 +24,9 @@ from anyflow_deploy.debugging.polygraphy_setup import RTX
 from anyflow_deploy.debugging.reference_graph import widen_graph
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.onnxruntime.engine import OnnxRuntimeEngine
-from anyflow_deploy.engines.registry import BACKENDS, DEFAULT_BACKEND, EngineOptions
+from anyflow_deploy.engines.registry import BACKENDS, EngineOptions
 from anyflow_deploy.engines.tensorrt.library import LIBRARIES
-from anyflow_deploy.errors import AnyFlowError, BackendError, UnavailableError, suggestion
-
-DEBUG_BACKENDS = (DEFAULT_BACKEND, *LIBRARIES)
-"""Backends that run an ONNX graph."""
+from anyflow_deploy.errors import UnavailableError
 
 
 class GraphSide(Protocol):
@@ -50,42 +46,6 @@ class GraphSide(Protocol):
     def runner(self, marked: ModelProto, feed: Feed) -> Any:
         """A Polygraphy runner of the graph with other outputs, for the shapes of a feed."""
         ...
-
-
-def check_debug_backend(backend: str, provider: str | None) -> None:
-    """Refuse what cannot be compared, before any work.
-
-    Raises:
-        AnyFlowError: a backend that runs no ONNX graph.
-        BackendError: TensorRT on another provider than cuda.
-        UnavailableError: TensorRT without a GPU.
-    """
-    if backend not in DEBUG_BACKENDS:
-        raise AnyFlowError(
-            f"--backend is {backend!r}; allowed are those that run an ONNX graph,"
-            f" {', '.join(DEBUG_BACKENDS)}.{suggestion(backend, DEBUG_BACKENDS)}"
-        )
-    if backend == DEFAULT_BACKEND:
-        return
-    if provider not in (None, "cuda"):
-        raise BackendError(f"{backend} runs on NVIDIA GPUs only; leave --provider {provider} out.")
-    if not has_gpu():
-        raise UnavailableError(
-            f"{backend} runs its layers on a GPU, and this machine has none that NVIDIA's driver"
-            " can use (nvidia-smi shows them). Run this where there is one; here --backend"
-            " onnxruntime compares what the graph computes."
-        )
-
-
-def has_gpu() -> bool:
-    """Whether NVIDIA's driver is there and knows a GPU."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int()
-    answers = driver.cuInit(0), driver.cuDeviceGetCount(ctypes.byref(count))
-    return answers == (0, 0) and count.value > 0
 
 
 def read_graph(bundle: Bundle, graph: str) -> ModelProto:

@@ -163,7 +163,7 @@ def find_divergence(
 
     Args:
         comparison: both sides and their inputs.
-        detail: what is compared, one of `points.DETAILS`.
+        detail: what is compared, one of `debugging.DETAILS`.
         threshold: the largest relative L2 that is allowed.
         bisect: mark a few points at a time; only some are measured then.
         smoothed: see `points.find_points`.

@@ -23,9 +23,6 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from anyflow_deploy.errors import AnyFlowError
 
-DETAILS = ("blocks", "layers", "nodes")
-"""How finely a graph is looked at."""
-
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _NOT_SHARED = ("Cast", "Constant", "QuantizeLinear", "DequantizeLinear")
 """Operators that depend on the precision, and Constants, whose names count them."""
@@ -64,7 +61,7 @@ def find_points(
 
     Args:
         candidate, reference: as their runtimes get them.
-        detail: one of `DETAILS`.
+        detail: one of `debugging.DETAILS`.
         smoothed: the candidate's SmoothQuant factors are missing from the reference. Layers whose
             results carry such factors are left out: they differ by the factor, and nothing is wrong
             with them.
