@@ -2,21 +2,26 @@
 
 Polygraphy runs both sides on the same arrays and compares them (`measure`). First the outputs of
 the graphs as they are: marking tensors as outputs can keep a runtime from fusing what lies between
-them, and an error that is only in a fusion would vanish. Then the points, all in one run, or by
-bisection where they are too many to hold in memory: a few at a time, each round between the last
-point that was right and the first that was not. Bisection takes for granted that an error stays
-once it is there. Where blocks are compared, the first bad one is looked into, layer by layer.
+them, and an error that is only in a fusion would vanish. Then the points, all in one run or by
+bisection (`bisection`). Where blocks are compared, the first bad one is looked into, layer by
+layer.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from anyflow_deploy.debugging.backends import GraphSide
+from anyflow_deploy.debugging.bisection import (
+    MeasuredPoint,
+    bisect_points,
+    by_depth,
+    first_over,
+    join_points,
+)
 from anyflow_deploy.debugging.inputs import Feed
 from anyflow_deploy.debugging.points import (
     Point,
@@ -29,24 +34,6 @@ from anyflow_deploy.debugging.polygraphy_setup import describe_failure, forget_e
 from anyflow_deploy.engines.metrics import Difference, difference
 from anyflow_deploy.errors import AnyFlowError, BackendError
 from anyflow_deploy.progress import NullProgress, Progress
-
-CUTS = 7
-"""Points in a round of bisection: eight pieces, so 400 points take three rounds (and builds)."""
-
-Measure = Callable[[Sequence[Point]], dict[str, Difference]]
-"""Runs both sides with some points marked; differences by the points' names."""
-
-
-@dataclass(frozen=True)
-class MeasuredPoint:
-    """A point, and how far the candidate is from the reference there."""
-
-    point: Point
-    difference: Difference
-
-    def is_over(self, threshold: float) -> bool:
-        """Whether it differs by more, or is not finite."""
-        return not self.difference.relative_l2 <= threshold
 
 
 @dataclass(frozen=True)
@@ -81,16 +68,6 @@ class Divergence:
     def first(self) -> MeasuredPoint | None:
         """The same as exactly as it is known: a layer where there is one."""
         return first_over(self.layers, self.threshold) or self.first_place
-
-
-def by_depth(*groups: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
-    """Join measured points in the order of the graph."""
-    return sorted(itertools.chain(*groups), key=lambda item: item.point.depth)
-
-
-def first_over(measured: Iterable[MeasuredPoint], threshold: float) -> MeasuredPoint | None:
-    """The first in order that is over the threshold; None where none is."""
-    return next((item for item in measured if item.is_over(threshold)), None)
 
 
 @dataclass
@@ -171,19 +148,24 @@ def find_divergence(
     """
     progress = progress or NullProgress()
     models = (comparison.candidate.model, comparison.reference.model)
-    search = _Search(comparison.measure, threshold, bisect)
     points = find_points(*models, detail, smoothed)
     ends = output_points(*models)
     with progress.stage("outputs as they are"):
-        outputs = _measured(ends, comparison.measure(ends))
+        outputs = join_points(ends, comparison.measure(ends))
+
+    def measure(some: Sequence[Point], bad: MeasuredPoint | None) -> tuple[MeasuredPoint, ...]:
+        if not bisect:
+            return join_points(some, comparison.measure(some))
+        return bisect_points(models[0], some, comparison.measure, threshold, bad)
+
     with progress.stage(f"{len(points)} {detail}"):
-        measured = search.measure(points)
+        measured = measure(points, first_over(outputs, threshold))
     layers: tuple[MeasuredPoint, ...] = ()
     bad = first_over(by_depth(measured, outputs), threshold)
     if detail == "blocks" and bad is not None:
         inside = _points_around(find_points(*models, "layers", smoothed), points, bad.point)
         with progress.stage(f"layers around {bad.point.name}"):
-            layers = search.measure(inside)
+            layers = measure(inside, bad) if inside else ()
     return Divergence(
         comparison.candidate.description,
         comparison.reference.description,
@@ -202,44 +184,3 @@ def _points_around(layers: list[Point], points: list[Point], bad: Point) -> list
     before = max((point.depth for point in points if point.depth < bad.depth), default=-1)
     end = min((point.depth for point in points if point.depth >= bad.depth), default=bad.depth)
     return [layer for layer in layers if before < layer.depth <= end]
-
-
-def _measured(
-    points: Sequence[Point], differences: dict[str, Difference]
-) -> tuple[MeasuredPoint, ...]:
-    return tuple(MeasuredPoint(point, differences[point.name]) for point in points)
-
-
-@dataclass(frozen=True)
-class _Search:
-    """How points are measured: all of them, or by bisection."""
-
-    run: Measure
-    threshold: float
-    bisect: bool
-
-    def measure(self, points: Sequence[Point]) -> tuple[MeasuredPoint, ...]:
-        """Measure points, given in order of depth."""
-        if not self.bisect:
-            return _measured(points, self.run(points)) if points else ()
-        found: dict[str, Difference] = {}
-        low, high = 0, len(points)
-        while low < high:
-            picks = _cuts(low, high)
-            found |= self.run([points[index] for index in picks])
-            over = [
-                index
-                for index in picks
-                if MeasuredPoint(points[index], found[points[index].name]).is_over(self.threshold)
-            ]
-            if not over:
-                break
-            high = over[0]
-            low = max((index + 1 for index in picks if index < high), default=low)
-        return _measured([point for point in points if point.name in found], found)
-
-
-def _cuts(low: int, high: int) -> list[int]:
-    """Up to `CUTS` numbers from low on and below high, evenly spread, the last one among them."""
-    count = min(CUTS, high - low)
-    return [low + (high - low) * (number + 1) // count - 1 for number in range(count)]

@@ -13,12 +13,8 @@ from typing import Any
 
 from rich.table import Column, Table
 
-from anyflow_deploy.debugging.divergence import (
-    Divergence,
-    MeasuredPoint,
-    by_depth,
-    first_over,
-)
+from anyflow_deploy.debugging.bisection import MeasuredPoint, by_depth, first_over
+from anyflow_deploy.debugging.divergence import Divergence
 from anyflow_deploy.engines.validation import json_safe
 
 _ROWS = 40
