@@ -109,7 +109,7 @@ class DebugOptions(Options):
 
 
 def debug(options: DebugOptions) -> int:
-    """Do it; returns the exit status."""
+    """Compare, write the report and print it; returns the exit status."""
     check_debug_backend(options.backend, options.provider)
     use_polygraphy(options.backend)
     from anyflow_deploy.debugging.backends import ReferenceSide

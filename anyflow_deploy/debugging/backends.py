@@ -40,16 +40,16 @@ class GraphSide(Protocol):
 
     @property
     def description(self) -> str:
-        """Runtime, device and precision, for people and reports."""
+        """Name runtime, device and precision, for people and reports."""
         ...
 
     def runner(self, marked: ModelProto, feed: Feed) -> Any:
-        """A Polygraphy runner of the graph with other outputs, for the shapes of a feed."""
+        """Make a Polygraphy runner of the graph with other outputs, for the shapes of a feed."""
         ...
 
 
 def read_graph(bundle: Bundle, graph: str) -> ModelProto:
-    """A bundle's graph, without its weights.
+    """Read a bundle's graph, without its weights.
 
     Raises:
         BundleError: it refers to a file that the manifest does not list.
@@ -81,13 +81,13 @@ class ReferenceSide:
         )
 
     def runner(self, marked: ModelProto, feed: Feed) -> Any:
-        """See `GraphSide`."""
+        """Make a runner, as `GraphSide` says."""
         from polygraphy.backend.onnxrt import OnnxrtRunner
 
         return OnnxrtRunner(lambda: self._open_session(marked), name="reference")
 
     def run(self, graph: str, feed: Feed) -> dict[str, Array]:
-        """Run one of the bundle's graphs, see `inputs.RunGraph`."""
+        """Run one of the bundle's graphs, by its name; arrays that it does not take are ignored."""
         session = self._open_session(widen_graph(read_graph(self._bundle, graph)))
         names = [tensor.name for tensor in session.get_outputs()]
         wanted = {tensor.name for tensor in session.get_inputs()}
@@ -129,7 +129,7 @@ class OnnxRuntimeSide(OnnxRuntimeEngine):
         """Nothing yet: `runner` opens the one that is looked at."""
 
     def runner(self, marked: ModelProto, feed: Feed) -> Any:
-        """See `GraphSide`."""
+        """Make a runner, as `GraphSide` says."""
         from polygraphy.backend.onnxrt import OnnxrtRunner
 
         graph = marked.SerializeToString()
@@ -173,14 +173,16 @@ class TensorRTSide:
         self.description = f"{library.title} {version}, {bundle.manifest.precision}"
 
     def runner(self, marked: ModelProto, feed: Feed) -> Any:
-        """See `GraphSide`."""
+        """Make a runner, as `GraphSide` says."""
         from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
         return TrtRunner(EngineFromBytes(lambda: self.build(marked, feed)), name="candidate")
 
     def build(self, marked: ModelProto, feed: Feed) -> Any:
-        """Build a graph for the shapes of a feed; a serialized engine. Needs no GPU with TensorRT
-        for RTX where compute capabilities are named."""
+        """Build a graph for the shapes of a feed, and return the serialized engine.
+
+        TensorRT for RTX needs no GPU for it where compute capabilities are named.
+        """
         from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
 
         with tempfile.TemporaryDirectory(prefix="anyflow-debug-") as folder:

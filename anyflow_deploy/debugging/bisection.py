@@ -33,14 +33,14 @@ class MeasuredPoint:
     difference: Difference
 
     def is_over(self, threshold: float) -> bool:
-        """Whether it differs by more, or is not finite."""
+        """Tell whether it differs by more, or is not finite."""
         return not self.difference.relative_l2 <= threshold
 
 
 def join_points(
     points: Sequence[Point], differences: Mapping[str, Difference]
 ) -> tuple[MeasuredPoint, ...]:
-    """Those of the points that were measured, with their differences."""
+    """Pair the points that were measured with their differences."""
     return tuple(
         MeasuredPoint(point, differences[point.name])
         for point in points
@@ -54,7 +54,7 @@ def by_depth(*groups: Sequence[MeasuredPoint]) -> list[MeasuredPoint]:
 
 
 def first_over(measured: Iterable[MeasuredPoint], threshold: float) -> MeasuredPoint | None:
-    """The first in order that is over the threshold; None where none is."""
+    """Find the first in order that is over the threshold; None where none is."""
     return next((item for item in measured if item.is_over(threshold)), None)
 
 

@@ -61,12 +61,12 @@ class Divergence:
 
     @property
     def first_place(self) -> MeasuredPoint | None:
-        """The first of points and outputs over the threshold."""
+        """Find the first of points and outputs over the threshold."""
         return first_over(by_depth(self.points, self.outputs), self.threshold)
 
     @property
     def first(self) -> MeasuredPoint | None:
-        """The same as exactly as it is known: a layer where there is one."""
+        """Find the same as exactly as it is known: a layer where there is one."""
         return first_over(self.layers, self.threshold) or self.first_place
 
 

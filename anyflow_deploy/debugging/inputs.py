@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.engines.engine import Array, frame_times
 from anyflow_deploy.engines.sampler import noise
+from anyflow_deploy.engines.streaming import cache_tensor_names
 from anyflow_deploy.errors import BackendError
 
 Feed = dict[str, NDArray[Any]]
@@ -65,14 +66,10 @@ def make_feed(manifest: Manifest, graph: str, state: DebugState, run: RunGraph) 
             f"graph {graph!r} takes its cache in bfloat16, which cannot be fed from here. Choose"
             " --graph text, or debug an fp16 export."
         )
-    feed = (
-        _CausalFeeds(manifest, state, run).of(graph)
-        if manifest.kind == "causal"
-        else {
-            **_step_inputs(state),
-            "text": state.text,
-        }
-    )
+    if manifest.kind == "causal":
+        feed = _CausalFeeds(manifest, state, run).of(graph)
+    else:
+        feed = {**_step_inputs(state), "text": state.text}
     return {
         name: feed[name].astype(np.float16).astype(np.float32) if kind == "float16" else feed[name]
         for name, kind in kinds.items()
@@ -90,11 +87,11 @@ class _CausalFeeds:
     def __init__(self, manifest: Manifest, state: DebugState, run: RunGraph) -> None:
         a = manifest.architecture
         self._state, self._run = state, run
-        self._names = [f"{part}.{n}" for n in range(a.num_layers) for part in ("key", "value")]
+        self._names = cache_tensor_names(a.num_layers)
         self._heads = (a.num_attention_heads, a.attention_head_dim)
 
     def of(self, graph: str) -> Feed:
-        """The inputs of graph `text`, `chunk` or `compress`."""
+        """Make the inputs of graph `text`, `chunk` or `compress`."""
         if graph == "text":
             return {"text": self._state.text}
         text = self._run("text", {"text": self._state.text})

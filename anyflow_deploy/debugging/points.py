@@ -49,7 +49,7 @@ class Point:
 
     @property
     def block(self) -> str | None:
-        """The block it lies in; None outside of the blocks."""
+        """Name the block it lies in; None outside of the blocks."""
         match = _BLOCK.match(self.name)
         return match[0] if match else None
 
@@ -88,7 +88,7 @@ def find_points(
 
 
 def output_points(candidate: ModelProto, reference: ModelProto) -> list[Point]:
-    """The outputs that both graphs have; z_r comes behind the velocity that it is made of."""
+    """List the outputs that both graphs have, in the candidate's order of computing them."""
     depths = {
         tensor: depth for depth, node in enumerate(candidate.graph.node) for tensor in node.output
     }
@@ -104,7 +104,7 @@ def output_points(candidate: ModelProto, reference: ModelProto) -> list[Point]:
 
 
 def named_tensors(model: ModelProto, detail: str) -> dict[str, tuple[int, str]]:
-    """Every point of a graph: its name, and the depth and name of its tensor."""
+    """List every point of a graph: its name, and the depth and name of its tensor."""
     floats = {
         info.name
         for info in (*model.graph.value_info, *model.graph.output)
@@ -162,7 +162,7 @@ def mark_outputs(model: ModelProto, tensors: Mapping[str, str]) -> ModelProto:
 
 
 def point_of_output(output: str) -> str:
-    """The name of the point that an output of a marked graph shows."""
+    """Return the name of the point that an output of a marked graph shows."""
     return output.removesuffix(_MARK)
 
 

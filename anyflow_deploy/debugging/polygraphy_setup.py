@@ -70,7 +70,7 @@ def check_debug_backend(backend: str, provider: str | None) -> None:
 
 
 def has_gpu() -> bool:
-    """Whether NVIDIA's driver is there and knows a GPU."""
+    """Tell whether NVIDIA's driver is there and knows a GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -117,6 +117,6 @@ def forget_errors() -> None:
 
 
 def describe_failure(error: Exception) -> str:
-    """An exception in one line, with what Polygraphy and TensorRT logged before it."""
+    """Put an exception into one line, with what Polygraphy and TensorRT logged before it."""
     text = " ".join(str(error).split())
     return " | ".join(dict.fromkeys((*_errors.errors, text)))

@@ -15,7 +15,7 @@ _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 def is_float32(model: ModelProto) -> bool:
-    """Whether a graph computes in float32 already, so that there is nothing to widen."""
+    """Tell whether a graph computes in float32 already, so that there is nothing to widen."""
     kinds = {tensor.data_type for tensor in model.graph.initializer}
     quantizers = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     return not quantizers and not kinds.intersection(_NARROW)

@@ -35,7 +35,7 @@ _FAMILIES = {
 
 
 def divergence_as_json(divergence: Divergence) -> dict[str, Any]:
-    """Everything that was measured. Infinite and undefined numbers become null."""
+    """Give everything that was measured. Infinite and undefined numbers become null."""
     first = divergence.first
     content = {
         "candidate": divergence.candidate,
@@ -62,7 +62,7 @@ def _record(item: MeasuredPoint) -> dict[str, Any]:
 
 
 def divergence_tables(divergence: Divergence) -> list[Table]:
-    """The outputs, the points by depth, and the layers around the first that is over."""
+    """Make tables of outputs, of points by depth, and of layers around the first that is over."""
     bad = divergence.first_place
     parts = [
         ("outputs of the graph as it is, nothing marked", divergence.outputs),
