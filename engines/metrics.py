@@ -15,7 +15,7 @@ class Difference:
     """A candidate measured against a reference.
 
     Attributes:
-        relative_l2: |candidate - reference| / |reference|.
+        relative_l2: |candidate - reference| / |reference|; 0 where both are all zeros.
         cosine: of the angle between them, 1 when they point the same way.
         psnr_db: peak signal (the reference's range) to noise, in decibels; infinite when equal.
         max_abs: largest difference of one element.
@@ -41,10 +41,11 @@ def difference(candidate: Array, reference: Array) -> Difference:
         return Difference(math.inf, math.nan, -math.inf, math.inf, bad)
     error = c - r
     norms = float(np.linalg.norm(c)), float(np.linalg.norm(r))
+    distance = float(np.linalg.norm(error))
     mean_square = float(np.mean(error**2))
     peak = float(np.ptp(r))
     return Difference(
-        relative_l2=float(np.linalg.norm(error)) / norms[1] if norms[1] else math.inf,
+        relative_l2=distance / norms[1] if norms[1] else math.inf if distance else 0.0,
         cosine=float(c @ r) / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan,
         psnr_db=10 * math.log10(peak**2 / mean_square) if mean_square and peak else math.inf,
         max_abs=float(np.max(np.abs(error))),

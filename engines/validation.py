@@ -162,7 +162,7 @@ class Validation:
         raw["threshold"] = dataclasses.asdict(self.threshold)
         raw["failures"] = self.failures
         raw["passed"] = not self.failures
-        return {key: _json_safe(value) for key, value in raw.items()}
+        return {key: json_safe(value) for key, value in raw.items()}
 
 
 def validate(
@@ -330,9 +330,10 @@ def _describe_difference(d: Difference) -> str:
     )
 
 
-def _json_safe(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
+    """Copy a value of dicts, lists and numbers; infinite and undefined numbers become null."""
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _json_safe(v) for k, v in value.items()}
-    return [_json_safe(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: json_safe(v) for k, v in value.items()}
+    return [json_safe(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -19,6 +19,7 @@ from typing import Any
 import anyflow_deploy
 from anyflow_deploy.cli.build import BuildOptions
 from anyflow_deploy.cli.calibrate import CalibrateOptions
+from anyflow_deploy.cli.debug import DebugOptions
 from anyflow_deploy.cli.doctor_options import DoctorOptions
 from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.fit import FitOptions
@@ -38,6 +39,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS: dict[str, type[Options]] = {
     "anyflow-build": BuildOptions,
     "anyflow-calibrate": CalibrateOptions,
+    "anyflow-debug": DebugOptions,
     "anyflow-doctor": DoctorOptions,
     "anyflow-export": ExportOptions,
     "anyflow-fit": FitOptions,

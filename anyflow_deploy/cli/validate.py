@@ -95,8 +95,8 @@ def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> i
             f"{folder} is not a folder that can be written to. Choose another --output."
         )
     chunks = _chunks(bundle, options)
-    shape, text = _shapes(bundle, options, sum(chunks) if chunks else None)
-    prompt_embeds = _calibration_prompt_embeds(bundle, weights, text)
+    shape, text = video_shapes(bundle, options, sum(chunks) if chunks else None)
+    prompt_embeds = calibrated_prompt_embeds(bundle, weights, text)
     text = text if prompt_embeds is None else prompt_embeds.shape
     with RichProgress(console) as bars:
         engine = load_engine(
@@ -156,18 +156,24 @@ def _chunks(bundle: Bundle, options: ValidateOptions) -> tuple[int, ...] | None:
     return tuple(span.nearest(frames) for frames in a.chunk_partition[: a.full_chunk_limit + 2])
 
 
-def _shapes(
-    bundle: Bundle, options: ValidateOptions, frames: int | None
+def video_shapes(
+    bundle: Bundle, options: Options, frames: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of the test video and of its prompt embeddings.
+    """Shapes of the latents (B, F, C, H, W) and of the text (B, L, D) of a test video.
 
-    A size that is only the default moves to the nearest one that the bundle declares; `frames`
-    stays.
+    Args:
+        bundle: what is tested.
+        options: with frames, height and width; a default is moved to the nearest size that the
+            bundle declares.
+        frames: of the latents, where they are settled already.
+
+    Raises:
+        ShapeError: a size outside of the bundle's ranges.
     """
     ranges = bundle.manifest.shape_ranges
     video = bundle.manifest.video
     a = bundle.manifest.architecture
-    sizes = {"frames": latent_frames(options.frames, video.temporal_factor)}
+    sizes = {"frames": latent_frames(vars(options)["frames"], video.temporal_factor)}
     for axis in ("height", "width"):
         pixels = getattr(options, axis)
         is_given = axis in options.model_fields_set
@@ -186,13 +192,17 @@ def _shapes(
     return (batch, frames or sizes["frames"], a.in_channels, sizes["height"], sizes["width"]), text
 
 
-def _calibration_prompt_embeds(
-    bundle: Bundle, weights: Any, shape: tuple[int, ...]
-) -> Array | None:
-    """Embed the first prompt that an 8-bit bundle was calibrated with, at full length.
+def calibrated_prompt_embeds(bundle: Bundle, weights: Any, shape: tuple[int, ...]) -> Array | None:
+    """Return what an 8-bit bundle was calibrated with, its first prompt at full length; None for
+    another bundle.
 
     Random embeddings would be cut off at ranges that were measured on a text encoder's, and padding
     belongs to the ranges, too.
+
+    Args:
+        bundle: what is tested.
+        weights: what it was exported from.
+        shape: (B, L, D), of which L is replaced.
     """
     if bundle.manifest.quantization is None:
         return None

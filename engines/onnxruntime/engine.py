@@ -87,11 +87,17 @@ class OnnxRuntimeEngine(BundleEngineBase):
         return options
 
     def _open_session(self, name: str, threads: int | None) -> Any:
-        options = self._session_options(name, threads)
+        return self._session_from_graph(self._session_graph(name), name, threads)
+
+    def _session_graph(self, name: str) -> bytes:
+        """A graph as this engine runs it, without weights."""
         attentions = _count_fusable_attentions(self.bundle.manifest, name)
-        graph = build_session_graph(
+        return build_session_graph(
             self.bundle, name, attentions, self.provider, self._unsigned_weights
         )
+
+    def _session_from_graph(self, graph: bytes, name: str, threads: int | None) -> Any:
+        options = self._session_options(name, threads)
         provider = (PROVIDERS[self.provider], _provider_options(self.provider, self._index))
         try:  # without enable_fallback=0, Python's wrapper answers an error by trying the CPU
             session = self._runtime.InferenceSession(
