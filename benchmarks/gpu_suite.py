@@ -4,18 +4,23 @@
     python benchmarks/gpu_suite.py --output gpu.json --tiny --device cpu   # in small, without one
 
 It needs torch (2.11 or newer), diffusers, and whatever backends are to be tried. Each part is a
-process of its own with a limit of time, so that a part that crashes or hangs costs only itself; the
-result file is written again after every part.
+process of its own with a limit of time, so that a part that crashes or hangs costs only itself. The
+result file is written again after every part, and a part that did not run says why.
 
-First come the parts that are not timed, several at once: golden vectors through every engine, and
-the builds of the large models. Then, one after the other, what is timed: the device's ceilings, a
-step and a clip of the 1.3B model beside diffusers, a causal clip, a training step, and the same
-beside torch.compile.
+1. Timed, one after the other: the device's ceilings, a training step, a step and a clip of the 1.3B
+   model in diffusers. They need no build, so they are there whatever happens later.
+2. Not timed, several at once: golden vectors through every engine, and the builds of the large
+   models. This phase ends early enough for the next one.
+3. Timed, one after the other: the engines that were built, in turns with diffusers, then with
+   torch.compile, and a causal clip.
+
+On a CPU the limits and the budget are four times as long; `--patience` sets another factor.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -25,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +40,18 @@ from common import describe_machine
 HERE = Path(__file__).parent
 TAIL = 1500
 """Characters of a failed part's output that are kept."""
+SHORTEST = 5
+"""Seconds that a part needs at least; with fewer left it is not started."""
+RESERVE = 0.3
+"""Share of the budget that the builds leave for what is timed after them."""
+MODULES = {
+    "tensorrt": "tensorrt",
+    "tensorrt rtx": "tensorrt_rtx_bindings",
+    "torch-tensorrt": "torch_tensorrt",
+    "onnxruntime": "onnxruntime",
+    "aotinductor": "torch",
+}
+"""What has to be installed for a backend; the backend itself says what else it lacks."""
 
 
 @dataclass(frozen=True)
@@ -45,131 +62,220 @@ class Part:
         name: in the result.
         words: script in this folder, and its arguments.
         limit: seconds after which it is ended.
+        module: what has to be installed for it; empty: nothing but torch and diffusers.
     """
 
     name: str
     words: tuple[str, ...]
     limit: float
+    module: str = ""
 
 
-def list_parts(options: argparse.Namespace, folder: Path) -> tuple[list[Part], list[Part]]:
-    """What runs at once, and what runs alone."""
-    device = ("--device", options.device)
-    size = ("--tiny", *device) if options.tiny else device
-    kept = (*size, "--folder", str(folder))
-    rounds = ("--rounds", "1" if options.tiny else "3")
-    whole, causal = options.engines, options.causal_engines
-    cpu = options.device == "cpu"
-    golden = [
-        Part(f"golden {choice}", ("gpu_golden.py", *device, "--engines", choice), 240)
-        for choice in options.golden.split(",")
-        if choice
-    ]
-    builds = [
-        *(
-            Part(f"build {c}", ("gpu.py", *kept, "--part", "build-whole", "--engines", c), 300)
-            for c in whole.split(",")
-        ),
-        *(
-            Part(
-                f"build causal {c}",
-                ("gpu.py", *kept, "--part", "build-causal", "--engines", c),
-                300,
-            )
-            for c in causal.split(",")
-        ),
-    ]
-    width = ("--width", "half" if cpu else "1.3b", "--compute", "float32" if cpu else "bfloat16")
-    timed = [
-        Part("ceilings", ("gpu.py", *size, *rounds, "--part", "ceilings"), 60),
-        Part(
-            "whole",
-            ("gpu.py", *kept, *rounds, "--part", "whole", "--engines", whole, "--skip-compile"),
-            120,
-        ),
-        Part("causal", ("gpu.py", *kept, *rounds, "--part", "causal", "--engines", causal), 90),
-        Part(
-            "train_step",
-            ("train_step.py", *device, *rounds, *width, "--layers", "1" if options.tiny else "4"),
-            60,
-        ),
-    ]
-    compiled = Part(
-        "whole beside torch.compile",
-        ("gpu.py", *kept, *rounds, "--part", "whole", "--engines", whole),
-        240,
-    )
-    if not cpu:
-        timed.append(compiled)
-    if options.rtx or importlib.util.find_spec("tensorrt_rtx_bindings"):
-        rtx = ("--rtx", "current")
-        precisions = "tensorrt:fp32,tensorrt:fp16,tensorrt:bf16,tensorrt:fp8"
-        golden.append(
-            Part(
-                "golden TensorRT for RTX",
-                ("gpu_golden.py", *device, *rtx, "--engines", precisions),
-                240,
-            )
-        )
-        portable = (
-            "gpu_golden.py",
-            *device,
-            "--rtx",
-            "portable",
-            "--engines",
-            "tensorrt:fp16",
-            "--kinds",
-            "bidirectional",
-        )
-        golden.append(Part("golden TensorRT for RTX portable", portable, 120))
-        step = (
-            "gpu.py",
-            *kept,
-            *rtx,
-            *rounds,
-            "--part",
-            "whole",
-            "--engines",
-            "tensorrt:bf16",
-            "--skip-compile",
-        )
-        timed.insert(2, Part("whole TensorRT for RTX", step, 240))
-    skipped = options.skip.split(",")
-    return (
-        [p for p in (*golden, *builds) if p.name.split(" ")[0] not in skipped],
-        [p for p in timed if p.name not in skipped],
-    )
+class Suite:
+    """The parts, in three phases, and the clock that they share."""
 
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options = options
+        self._started = time.monotonic()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self.parts: dict[str, Any] = {}
+        self.result: dict[str, Any] = {
+            "benchmark": "gpu_suite",
+            "machine": describe_machine(),
+            "gpu": describe_gpu(),
+            "parts": self.parts,
+        }
+        self._device = ("--device", options.device)
+        self._size = ("--tiny", *self._device) if options.tiny else self._device
+        if options.layers:
+            self._size += ("--layers", str(options.layers))
+        self._kept = (*self._size, "--folder", str(folder))
+        self._rounds = ("--rounds", "1" if options.tiny else "3")
+        self._skipped = options.skip.split(",")
 
-def run_part(part: Part, left: float, logs: Path) -> dict[str, Any]:
-    """Run a part; returns its JSON, or why there is none."""
-    limit = min(part.limit, left)
-    if limit < 5:
-        return {"not_run": "no time was left"}
-    started = time.monotonic()
-    log = logs / f"{part.name.replace(' ', '_').replace(':', '_')}.log"
-    with log.open("w+b") as file:
-        words = [sys.executable, str(HERE / part.words[0]), *part.words[1:]]
-        process = subprocess.Popen(
-            words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    def seconds_left(self) -> float:
+        """Return how much of the budget is left."""
+        spent = time.monotonic() - self._started
+        return float(self.options.budget * self.options.patience) - spent
+
+    def run(self) -> None:
+        """Run every part."""
+        for part in self._parts_without_builds():
+            self._record(part, self._run_part(part))
+        reserve = RESERVE * self.options.budget * self.options.patience
+        pool = ThreadPoolExecutor(self.options.jobs)
+        # The limit is known when a part starts, not when it is queued
+        futures = {
+            pool.submit(self._run_part, part, reserve): part
+            for part in (*self._builds(), *self._goldens())
+        }
         try:
-            status: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            status = None
-    seconds = round(time.monotonic() - started, 1)
+            for future in as_completed(futures):
+                self._record(futures[future], future.result())
+        finally:  # also where somebody stops it: nothing more is started
+            pool.shutdown(wait=False, cancel_futures=True)
+        for part in self._parts_with_builds():
+            self._record(part, self._run_part(part))
+        self.result["seconds"] = round(time.monotonic() - self._started, 1)
+        write_result(self.options.output, self.result)
+
+    def end_processes(self) -> None:
+        """End what is still running."""
+        for process in list(self._running):
+            kill_group(process)
+
+    def _record(self, part: Part, found: dict[str, Any]) -> None:
+        if found.get("not_run") == "skipped":
+            return
+        self.parts[part.name] = found
+        print(f"{self.seconds_left():6.0f} s left  {part.name}: {summarize(found)}", flush=True)
+        write_result(self.options.output, self.result)
+
+    def _parts_without_builds(self) -> list[Part]:
+        cpu = self.options.device == "cpu"
+        layers = ("--layers", "1" if self.options.tiny else "4")
+        compute = ("--width", "half" if cpu else "1.3b", "--compute", "bfloat16")
+        return [
+            Part("ceilings", ("gpu.py", *self._size, *self._rounds, "--part", "ceilings"), 60),
+            Part(
+                "train_step",
+                ("train_step.py", *self._device, *self._rounds, *compute, *layers),
+                60,
+            ),
+            self._whole("whole diffusers", "diffusers", 75, "--skip-diffusers"),
+        ]
+
+    def _whole(self, name: str, engines: str, limit: float, *more: str) -> Part:
+        words = ("gpu.py", *self._kept, *self._rounds, "--part", "whole", "--engines", engines)
+        return Part(name, (*words, *more), limit)
+
+    def _builds(self) -> list[Part]:
+        chosen = [("whole", "build", c) for c in split(self.options.engines)]
+        chosen += [("causal", "build causal", c) for c in split(self.options.causal_engines)]
+        return [
+            Part(
+                f"{name} {choice}",
+                ("gpu.py", *self._kept, "--part", f"build-{kind}", "--engines", choice),
+                300,
+                module_of(choice),
+            )
+            for kind, name, choice in chosen
+        ]
+
+    def _goldens(self) -> list[Part]:
+        script = ("gpu_golden.py", *self._device)
+        parts = [
+            Part(
+                f"golden {choice} {kind}",
+                (*script, "--engines", choice, "--kinds", kind),
+                240,
+                module_of(choice),
+            )
+            for choice in split(self.options.golden)
+            for kind in ("bidirectional", "causal")
+        ]
+        rtx = MODULES["tensorrt rtx"]
+        precisions = "tensorrt:fp32,tensorrt:fp16,tensorrt:bf16,tensorrt:fp8"
+        portable = ("--rtx", "portable", "--engines", "tensorrt:fp16", "--kinds", "bidirectional")
+        words = (*script, "--rtx", "current", "--engines", precisions)
+        return [
+            *parts,
+            Part("golden TensorRT for RTX", words, 240, rtx),
+            Part("golden TensorRT for RTX portable", (*script, *portable), 120, rtx),
+        ]
+
+    def _parts_with_builds(self) -> list[Part]:
+        whole = ",".join(self._ready("build", "build-whole", self.options.engines))
+        causal = ",".join(self._ready("build causal", "build-causal", self.options.causal_engines))
+        words = ("gpu.py", *self._kept, *self._rounds, "--part", "causal", "--engines", causal)
+        rtx = self._whole(
+            "whole TensorRT for RTX", "tensorrt:bf16", 120, "--rtx", "current", "--skip-compile"
+        )
+        parts = [
+            Part(rtx.name, rtx.words, rtx.limit, MODULES["tensorrt rtx"]),
+            self._whole(
+                "whole beside torch.compile",
+                ",".join(name for name in ("diffusers_compile", whole) if name),
+                240,
+                "--skip-compile",
+            ),
+        ]
+        timed = [
+            (self._whole("whole", whole, 120, "--skip-compile"), whole),
+            (Part("causal", words, 90), causal),
+        ]
+        for part, engines in timed:
+            if not engines:
+                self._record(part, {"not_run": "no engine was built for it"})
+        return [*(part for part, engines in timed if engines), *parts]
+
+    def _ready(self, name: str, key: str, choices: str) -> list[str]:
+        """Return the engines that were built, and opened, without an accident."""
+        if "build" in self._skipped:
+            return split(choices)
+        builds = {choice: self.parts.get(f"{name} {choice}", {}) for choice in split(choices)}
+        return [
+            choice
+            for choice, found in builds.items()
+            if "not_run" not in found.get(key, {}).get(choice, {"not_run": ""})
+        ]
+
+    def _run_part(self, part: Part, reserve: float = 0) -> dict[str, Any]:
+        """Run a part; returns its JSON, or why there is none."""
+        if part.name.split(" ")[0] in self._skipped or part.name in self._skipped:
+            return {"not_run": "skipped"}
+        if part.module and importlib.util.find_spec(part.module) is None:
+            return {"not_run": f"{part.module} is not installed"}
+        limit = min(part.limit * self.options.patience, self.seconds_left() - reserve)
+        if limit < SHORTEST:
+            return {"not_run": "no time was left"}
+        started = time.monotonic()
+        log = self.options.output.parent / f"{part.name.replace(' ', '_').replace(':', '_')}.log"
+        with log.open("w+b") as file:
+            words = [sys.executable, str(HERE / part.words[0]), *part.words[1:]]
+            process = subprocess.Popen(
+                words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            self._running.add(process)
+            try:
+                status: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                kill_group(process)
+                status = None
+            self._running.discard(process)
+        return read_result(log, status, limit, round(time.monotonic() - started, 1))
+
+
+def split(choices: str) -> list[str]:
+    """Return what is between the commas."""
+    return [choice for choice in choices.split(",") if choice]
+
+
+def module_of(choice: str) -> str:
+    """Return what has to be installed for BACKEND:PRECISION."""
+    return MODULES.get(choice.split(":")[0], "")
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End a process with its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def read_result(log: Path, status: int | None, limit: float, seconds: float) -> dict[str, Any]:
+    """Return what a part printed last, or how it ended and the end of what it said."""
     text = log.read_text(errors="replace")
     lines = [line for line in text.splitlines() if line.startswith('{"benchmark"')]
     if status == 0 and lines:
-        return {
-            "seconds": seconds,
-            **{k: v for k, v in json.loads(lines[-1]).items() if k != "machine"},
-        }
-    reason = (
-        f"ended after its limit of {limit:.0f} s" if status is None else f"exit status {status}"
-    )
+        found = {k: v for k, v in json.loads(lines[-1]).items() if k != "machine"}
+        return {"seconds": seconds, **found}
+    if status is None:
+        reason = f"ended after its limit of {limit:.0f} s"
+    elif status < 0:
+        reason = f"ended by {signal.Signals(-status).name}"
+    else:
+        reason = f"exit status {status}"
     return {"not_run": reason, "seconds": seconds, "output": text[-TAIL:]}
 
 
@@ -195,34 +301,6 @@ def describe_gpu() -> str:
         return f"nvidia-smi: {error}"
 
 
-def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run every part."""
-    begin = time.monotonic()
-    left = lambda: options.budget - (time.monotonic() - begin)  # noqa: E731
-    logs = options.output.parent
-    together, alone = list_parts(options, folder)
-    parts: dict[str, Any] = {}
-    result = {
-        "benchmark": "gpu_suite",
-        "machine": describe_machine(),
-        "gpu": describe_gpu(),
-        "parts": parts,
-    }
-    with ThreadPoolExecutor(options.jobs) as pool:
-        futures = {part.name: pool.submit(run_part, part, left(), logs) for part in together}
-        for name, future in futures.items():
-            parts[name] = future.result()
-            print(f"{left():6.0f} s left  {name}: {summarize(parts[name])}", flush=True)
-            write_result(options.output, result)
-    for part in alone:
-        parts[part.name] = run_part(part, left(), logs)
-        print(f"{left():6.0f} s left  {part.name}: {summarize(parts[part.name])}", flush=True)
-        write_result(options.output, result)
-    result["seconds"] = round(time.monotonic() - begin, 1)
-    write_result(options.output, result)
-    return result
-
-
 def summarize(found: dict[str, Any]) -> str:
     """Return one line for the screen."""
     if "not_run" in found:
@@ -231,8 +309,8 @@ def summarize(found: dict[str, Any]) -> str:
     return f"{found['seconds']} s {json.dumps(rest)[:700]}"
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Read the arguments, run, print the result as one JSON line."""
+def read_options(words: Sequence[str] | None) -> argparse.Namespace:
+    """Read the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -246,28 +324,48 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     parser.add_argument("--budget", type=float, default=480, help="seconds for everything")
     parser.add_argument(
+        "--patience", type=float, help="multiplies the budget and the limits (GPU: 1, CPU: 4)"
+    )
+    parser.add_argument(
         "--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="untimed parts at once"
     )
-    parser.add_argument("--engines", default="aotinductor:bf16,aotinductor:fp8")
-    parser.add_argument("--causal-engines", default="aotinductor:bf16")
+    parser.add_argument("--layers", type=int, help="of the large models, where time is short")
     parser.add_argument(
-        "--golden",
-        default="aotinductor:fp32,aotinductor:bf16,aotinductor:fp16,aotinductor:int8,aotinductor:fp8",
+        "--engines",
+        default="aotinductor:bf16,aotinductor:fp8,onnxruntime:fp16,tensorrt:bf16,tensorrt:fp8",
     )
+    parser.add_argument(
+        "--causal-engines", default="aotinductor:bf16,onnxruntime:fp16,tensorrt:bf16"
+    )
+    precisions = ("fp32", "bf16", "fp16", "int8", "fp8")
+    golden = [f"aotinductor:{precision}" for precision in precisions]
+    golden += ["onnxruntime:fp32", "onnxruntime:fp16", "tensorrt:fp32", "tensorrt:fp16"]
+    golden += ["tensorrt:bf16", "tensorrt:fp8"]
+    parser.add_argument("--golden", default=",".join(golden))
     parser.add_argument("--folder", type=Path, help="keep bundles and engines here")
     parser.add_argument(
-        "--skip", default="", help="parts to leave out: golden, build, or a timed part's name"
-    )
-    parser.add_argument(
-        "--rtx",
-        action="store_true",
-        help="try TensorRT for RTX even if it does not seem to be installed",
+        "--skip",
+        default="",
+        help="parts to leave out: a part's name, or its first word (golden, build, whole)",
     )
     options = parser.parse_args(words)
+    if options.patience is None:
+        options.patience = 4.0 if options.device == "cpu" else 1.0
+    return options
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Read the arguments, run, print the result as one JSON line."""
+    options = read_options(words)
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     with tempfile.TemporaryDirectory() as temporary:
-        result = run_all(options, options.folder or Path(temporary))
-    print(json.dumps(result))
+        suite = Suite(options, options.folder or Path(temporary))
+        try:
+            suite.run()
+        finally:
+            suite.end_processes()
+    print(json.dumps(suite.result))
 
 
 if __name__ == "__main__":
