@@ -132,14 +132,13 @@ class Suite:
         write_result(self.options.output, self.result)
 
     def _parts_without_builds(self) -> list[Part]:
-        cpu = self.options.device == "cpu"
-        layers = ("--layers", "1" if self.options.tiny else "4")
-        compute = ("--width", "half" if cpu else "1.3b", "--compute", "bfloat16")
+        width, layers = ("tiny", "1") if self.options.tiny else ("1.3b", "4")
+        compute = ("--compute", "bfloat16", "--width", width, "--layers", layers)
         return [
             Part("ceilings", ("gpu.py", *self._size, *self._rounds, "--part", "ceilings"), 60),
             Part(
                 "train_step",
-                ("train_step.py", *self._device, *self._rounds, *compute, *layers),
+                ("train_step.py", *self._device, *self._rounds, *compute),
                 60,
             ),
             self._whole("whole diffusers", "diffusers", 75, "--skip-diffusers"),
