@@ -59,19 +59,22 @@ def export_golden(kind: str, precision: str, folder: Path, device: str) -> Bundl
 
 
 def open_engine(
-    bundle: Bundle, backend: str, provider: str, shapes: tuple[str, ...]
+    bundle: Bundle, backend: str, provider: str, shapes: tuple[str, ...], target: str | None
 ) -> tuple[Any, dict[str, Any]]:
-    """Build an engine where its backend compiles, and open it; also what the build achieved."""
+    """Build an engine where its backend compiles, and open it; also what it achieved."""
     achieved: dict[str, Any] = {}
     if BACKENDS[backend].build_settings is not None:
         settings_class = settings_type(backend)
         names = {field.name for field in dataclasses.fields(settings_class)}
         extra: dict[str, Any] = {"shapes": shapes} if "shapes" in names else {}
         extra |= {"allow_fallback": True} if "allow_fallback" in names else {}
+        extra |= {"target": target} if "target" in names else {}
         achieved = build_engine(
             bundle, backend, settings_class(provider=provider, **extra)
         ).record.achieved
-    return load_engine(bundle, backend, provider), achieved
+    engine = load_engine(bundle, backend, provider)
+    # TensorRT for RTX finds out when it opens the engine
+    return engine, getattr(engine, "achieved", achieved)
 
 
 def bidirectional_distance(engine: Any, golden: dict[str, Any]) -> dict[str, float]:
@@ -107,7 +110,9 @@ def load_golden(kind: str) -> dict[str, Any]:
     }
 
 
-def measure(kind: str, choice: str, folder: Path, device: str) -> dict[str, Any]:
+def measure(
+    kind: str, choice: str, folder: Path, device: str, target: str | None
+) -> dict[str, Any]:
     """Run one engine on one golden model."""
     backend, precision = choice.split(":")
     golden = load_golden(kind)
@@ -118,7 +123,7 @@ def measure(kind: str, choice: str, folder: Path, device: str) -> dict[str, Any]
     started = time.perf_counter()
     bundle = export_golden(kind, precision, folder / f"{kind}-{backend}-{precision}", device)
     engine, achieved = open_engine(
-        bundle, backend, "cuda" if device.startswith("cuda") else "cpu", (shape,)
+        bundle, backend, "cuda" if device.startswith("cuda") else "cpu", (shape,), target
     )
     with closing(engine):
         ready = time.perf_counter() - started
@@ -153,22 +158,16 @@ def main() -> None:
     )
     parser.add_argument("--kinds", default="bidirectional,causal")
     parser.add_argument(
-        "--rtx",
-        choices=("current", "portable"),
-        help="tensorrt is TensorRT for RTX, see rtx_alias.py",
+        "--target", help="tensorrt-rtx: what is built for, as any (default: the GPU at hand)"
     )
     options = parser.parse_args()
-    if options.rtx:
-        from rtx_alias import use_tensorrt_rtx
-
-        print(f"TensorRT for RTX {use_tensorrt_rtx(options.rtx == 'current')}", flush=True)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         for choice in options.engines.split(","):
             for kind in options.kinds.split(","):
                 print(f"{choice} {kind}", flush=True)
                 try:
-                    found = measure(kind, choice, Path(temporary), options.device)
+                    found = measure(kind, choice, Path(temporary), options.device, options.target)
                 except (AnyFlowError, ImportError, RuntimeError) as error:
                     found = {"not_run": str(error).split("\n")[0][:600]}
                 print(f"  {found.get('worst', found.get('not_run'))}", flush=True)

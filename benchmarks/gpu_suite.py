@@ -1,16 +1,16 @@
-"""Everything that is worth knowing of a GPU in one command, in minutes: `make gpu`.
+"""Runs all benchmarks of a GPU in one command, in minutes: `make gpu`.
 
     python benchmarks/gpu_suite.py --output gpu.json                 # on a machine with a GPU
-    python benchmarks/gpu_suite.py --output gpu.json --tiny --device cpu   # in small, without one
+    python benchmarks/gpu_suite.py --output gpu.json --tiny --device cpu   # toy sizes, on the CPU
 
-It needs torch (2.11 or newer), diffusers, and whatever backends are to be tried. Each part is a
-process of its own with a limit of time, so that a part that crashes or hangs costs only itself. The
+It needs torch (2.11 or newer), diffusers, and the backends to be measured. Each part is a process
+of its own with a time limit, so that a part that crashes or hangs does not affect the others. The
 result file is written again after every part, and a part that did not run says why.
 
 1. Timed, one after the other: the device's ceilings, a training step, a step and a clip of the 1.3B
-   model in diffusers. They need no build, so they are there whatever happens later.
-2. Not timed, several at once: golden vectors through every engine, and the builds of the large
-   models. This phase ends early enough for the next one.
+   model in diffusers. They need no build, so a crash of an engine cannot cost them.
+2. Not timed, several at once: the builds of the large models, and golden vectors through every
+   engine. This phase ends early enough for the next one.
 3. Timed, one after the other: the engines that were built, in turns with diffusers, then with
    torch.compile, and a causal clip.
 
@@ -42,11 +42,11 @@ TAIL = 1500
 """Characters of a failed part's output that are kept."""
 SHORTEST = 5
 """Seconds that a part needs at least; with fewer left it is not started."""
-RESERVE = 0.3
+RESERVE = 0.2
 """Share of the budget that the builds leave for what is timed after them."""
 MODULES = {
     "tensorrt": "tensorrt",
-    "tensorrt rtx": "tensorrt_rtx_bindings",
+    "tensorrt-rtx": "tensorrt_rtx",
     "torch-tensorrt": "torch_tensorrt",
     "onnxruntime": "onnxruntime",
     "aotinductor": "torch",
@@ -56,17 +56,17 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Part:
-    """One process.
+    """One benchmark process.
 
     Attributes:
         name: in the result.
-        words: script in this folder, and its arguments.
-        limit: seconds after which it is ended.
+        arguments: script in this folder, and its arguments.
+        limit: seconds after which it is killed.
         module: what has to be installed for it; empty: nothing but torch and diffusers.
     """
 
     name: str
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     limit: float
     module: str = ""
 
@@ -76,7 +76,7 @@ class Suite:
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options = options
-        self._started = time.monotonic()
+        self._start = time.monotonic()
         self._running: set[subprocess.Popen[bytes]] = set()
         self.parts: dict[str, Any] = {}
         self.result: dict[str, Any] = {
@@ -89,13 +89,13 @@ class Suite:
         self._size = ("--tiny", *self._device) if options.tiny else self._device
         if options.layers:
             self._size += ("--layers", str(options.layers))
-        self._kept = (*self._size, "--folder", str(folder))
+        self._folder_options = (*self._size, "--folder", str(folder))
         self._rounds = ("--rounds", "1" if options.tiny else "3")
-        self._skipped = options.skip.split(",")
+        self._skip_names = options.skip.split(",")
 
     def seconds_left(self) -> float:
         """Return how much of the budget is left."""
-        spent = time.monotonic() - self._started
+        spent = time.monotonic() - self._start
         return float(self.options.budget * self.options.patience) - spent
 
     def run(self) -> None:
@@ -112,23 +112,24 @@ class Suite:
         try:
             for future in as_completed(futures):
                 self._record(futures[future], future.result())
-        finally:  # also where somebody stops it: nothing more is started
+        finally:
+            # Also after Ctrl-C: no further part starts
             pool.shutdown(wait=False, cancel_futures=True)
         for part in self._parts_with_builds():
             self._record(part, self._run_part(part))
-        self.result["seconds"] = round(time.monotonic() - self._started, 1)
+        self.result["seconds"] = round(time.monotonic() - self._start, 1)
         write_result(self.options.output, self.result)
 
-    def end_processes(self) -> None:
-        """End what is still running."""
+    def kill_processes(self) -> None:
+        """Kill the parts that still run."""
         for process in list(self._running):
             kill_group(process)
 
-    def _record(self, part: Part, found: dict[str, Any]) -> None:
-        if found.get("not_run") == "skipped":
+    def _record(self, part: Part, outcome: dict[str, Any]) -> None:
+        if outcome.get("not_run") == "skipped":
             return
-        self.parts[part.name] = found
-        print(f"{self.seconds_left():6.0f} s left  {part.name}: {summarize(found)}", flush=True)
+        self.parts[part.name] = outcome
+        print(f"{self.seconds_left():6.0f} s left  {part.name}: {summarize(outcome)}", flush=True)
         write_result(self.options.output, self.result)
 
     def _parts_without_builds(self) -> list[Part]:
@@ -145,8 +146,8 @@ class Suite:
         ]
 
     def _whole(self, name: str, engines: str, limit: float, *more: str) -> Part:
-        words = ("gpu.py", *self._kept, *self._rounds, "--part", "whole", "--engines", engines)
-        return Part(name, (*words, *more), limit)
+        arguments = ("gpu.py", *self._folder_options, *self._rounds, "--part", "whole")
+        return Part(name, (*arguments, "--engines", engines, *more), limit)
 
     def _builds(self) -> list[Part]:
         chosen = [("whole", "build", c) for c in split(self.options.engines)]
@@ -154,7 +155,7 @@ class Suite:
         return [
             Part(
                 f"{name} {choice}",
-                ("gpu.py", *self._kept, "--part", f"build-{kind}", "--engines", choice),
+                ("gpu.py", *self._folder_options, "--part", f"build-{kind}", "--engines", choice),
                 300,
                 module_of(choice),
             )
@@ -173,67 +174,53 @@ class Suite:
             for choice in split(self.options.golden)
             for kind in ("bidirectional", "causal")
         ]
-        rtx = MODULES["tensorrt rtx"]
-        precisions = "tensorrt:fp32,tensorrt:fp16,tensorrt:bf16,tensorrt:fp8"
-        portable = ("--rtx", "portable", "--engines", "tensorrt:fp16", "--kinds", "bidirectional")
-        words = (*script, "--rtx", "current", "--engines", precisions)
-        return [
-            *parts,
-            Part("golden TensorRT for RTX", words, 240, rtx),
-            Part("golden TensorRT for RTX portable", (*script, *portable), 120, rtx),
-        ]
+        portable = ("--target", "any", "--engines", "tensorrt-rtx:fp16", "--kinds", "bidirectional")
+        name = "golden tensorrt-rtx:fp16 portable"
+        return [*parts, Part(name, (*script, *portable), 120, MODULES["tensorrt-rtx"])]
 
     def _parts_with_builds(self) -> list[Part]:
         whole = ",".join(self._ready("build", "build-whole", self.options.engines))
         causal = ",".join(self._ready("build causal", "build-causal", self.options.causal_engines))
-        words = ("gpu.py", *self._kept, *self._rounds, "--part", "causal", "--engines", causal)
-        rtx = self._whole(
-            "whole TensorRT for RTX", "tensorrt:bf16", 120, "--rtx", "current", "--skip-compile"
-        )
-        parts = [
-            Part(rtx.name, rtx.words, rtx.limit, MODULES["tensorrt rtx"]),
-            self._whole(
-                "whole beside torch.compile",
-                ",".join(name for name in ("diffusers_compile", whole) if name),
-                240,
-                "--skip-compile",
-            ),
-        ]
-        timed = [
+        arguments = ("gpu.py", *self._folder_options, *self._rounds, "--part", "causal")
+        with_engines = [
             (self._whole("whole", whole, 120, "--skip-compile"), whole),
-            (Part("causal", words, 90), causal),
+            (Part("causal", (*arguments, "--engines", causal), 90), causal),
         ]
-        for part, engines in timed:
+        for part, engines in with_engines:
             if not engines:
                 self._record(part, {"not_run": "no engine was built for it"})
-        return [*(part for part, engines in timed if engines), *parts]
+        names = ",".join(name for name in ("diffusers_compile", whole) if name)
+        return [
+            *(part for part, engines in with_engines if engines),
+            self._whole("whole beside torch.compile", names, 240, "--skip-compile"),
+        ]
 
     def _ready(self, name: str, key: str, choices: str) -> list[str]:
         """Return the engines that were built, and opened, without an accident."""
-        if "build" in self._skipped:
+        if "build" in self._skip_names:
             return split(choices)
         builds = {choice: self.parts.get(f"{name} {choice}", {}) for choice in split(choices)}
         return [
             choice
-            for choice, found in builds.items()
-            if "not_run" not in found.get(key, {}).get(choice, {"not_run": ""})
+            for choice, outcome in builds.items()
+            if "not_run" not in outcome.get(key, {}).get(choice, {"not_run": ""})
         ]
 
     def _run_part(self, part: Part, reserve: float = 0) -> dict[str, Any]:
-        """Run a part; returns its JSON, or why there is none."""
-        if part.name.split(" ")[0] in self._skipped or part.name in self._skipped:
+        """Run a part, and return its JSON, or the reason why there is none."""
+        if part.name.split(" ")[0] in self._skip_names or part.name in self._skip_names:
             return {"not_run": "skipped"}
         if part.module and importlib.util.find_spec(part.module) is None:
             return {"not_run": f"{part.module} is not installed"}
         limit = min(part.limit * self.options.patience, self.seconds_left() - reserve)
         if limit < SHORTEST:
             return {"not_run": "no time was left"}
-        started = time.monotonic()
+        start = time.monotonic()
         log = self.options.output.parent / f"{part.name.replace(' ', '_').replace(':', '_')}.log"
         with log.open("w+b") as file:
-            words = [sys.executable, str(HERE / part.words[0]), *part.words[1:]]
+            command = [sys.executable, str(HERE / part.arguments[0]), *part.arguments[1:]]
             process = subprocess.Popen(
-                words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
             )
             self._running.add(process)
             try:
@@ -242,35 +229,35 @@ class Suite:
                 kill_group(process)
                 status = None
             self._running.discard(process)
-        return read_result(log, status, limit, round(time.monotonic() - started, 1))
+        return read_result(log, status, limit, round(time.monotonic() - start, 1))
 
 
 def split(choices: str) -> list[str]:
-    """Return what is between the commas."""
+    """Return the names between the commas."""
     return [choice for choice in choices.split(",") if choice]
 
 
 def module_of(choice: str) -> str:
-    """Return what has to be installed for BACKEND:PRECISION."""
+    """Return the module that BACKEND:PRECISION needs."""
     return MODULES.get(choice.split(":")[0], "")
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process with its children."""
+    """Kill a process and its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def read_result(log: Path, status: int | None, limit: float, seconds: float) -> dict[str, Any]:
-    """Return what a part printed last, or how it ended and the end of what it said."""
+    """Return the JSON that a part printed, or how it ended and the end of its output."""
     text = log.read_text(errors="replace")
     lines = [line for line in text.splitlines() if line.startswith('{"benchmark"')]
     if status == 0 and lines:
-        found = {k: v for k, v in json.loads(lines[-1]).items() if k != "machine"}
-        return {"seconds": seconds, **found}
+        outcome = {k: v for k, v in json.loads(lines[-1]).items() if k != "machine"}
+        return {"seconds": seconds, **outcome}
     if status is None:
-        reason = f"ended after its limit of {limit:.0f} s"
+        reason = f"killed after its limit of {limit:.0f} s"
     elif status < 0:
         reason = f"ended by {signal.Signals(-status).name}"
     else:
@@ -279,14 +266,14 @@ def read_result(log: Path, status: int | None, limit: float, seconds: float) -> 
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write the result so far, whole."""
+    """Write the results so far atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(result, indent=1))
     partial.replace(path)
 
 
 def describe_gpu() -> str:
-    """Return what nvidia-smi says of the GPU and its driver."""
+    """Return nvidia-smi's description of the GPU and its driver."""
     query = [
         "nvidia-smi",
         "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit",
@@ -300,15 +287,15 @@ def describe_gpu() -> str:
         return f"nvidia-smi: {error}"
 
 
-def summarize(found: dict[str, Any]) -> str:
+def summarize(outcome: dict[str, Any]) -> str:
     """Return one line for the screen."""
-    if "not_run" in found:
-        return f"{found['not_run']}: {found.get('output', '')[-300:]!r}"
-    rest = {key: value for key, value in found.items() if key not in ("benchmark", "seconds")}
-    return f"{found['seconds']} s {json.dumps(rest)[:700]}"
+    if "not_run" in outcome:
+        return f"{outcome['not_run']}: {outcome.get('output', '')[-300:]!r}"
+    rest = {key: value for key, value in outcome.items() if key not in ("benchmark", "seconds")}
+    return f"{outcome['seconds']} s {json.dumps(rest)[:700]}"
 
 
-def read_options(words: Sequence[str] | None) -> argparse.Namespace:
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -331,15 +318,20 @@ def read_options(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="of the large models, where time is short")
     parser.add_argument(
         "--engines",
-        default="aotinductor:bf16,aotinductor:fp8,onnxruntime:fp16,tensorrt:bf16,tensorrt:fp8",
+        default="aotinductor:bf16,aotinductor:fp8,onnxruntime:fp16,tensorrt:bf16,tensorrt:fp8,"
+        "tensorrt-rtx:bf16",
     )
     parser.add_argument(
-        "--causal-engines", default="aotinductor:bf16,onnxruntime:fp16,tensorrt:bf16"
+        "--causal-engines",
+        default="aotinductor:bf16,onnxruntime:fp16,tensorrt:bf16,tensorrt-rtx:bf16",
     )
-    precisions = ("fp32", "bf16", "fp16", "int8", "fp8")
-    golden = [f"aotinductor:{precision}" for precision in precisions]
-    golden += ["onnxruntime:fp32", "onnxruntime:fp16", "tensorrt:fp32", "tensorrt:fp16"]
-    golden += ["tensorrt:bf16", "tensorrt:fp8"]
+    precisions = {
+        "aotinductor": ("fp32", "bf16", "fp16", "int8", "fp8"),
+        "onnxruntime": ("fp32", "fp16"),
+        "tensorrt": ("fp32", "fp16", "bf16", "fp8"),
+        "tensorrt-rtx": ("fp32", "fp16", "bf16", "fp8"),
+    }
+    golden = [f"{backend}:{name}" for backend, names in precisions.items() for name in names]
     parser.add_argument("--golden", default=",".join(golden))
     parser.add_argument("--folder", type=Path, help="keep bundles and engines here")
     parser.add_argument(
@@ -347,15 +339,15 @@ def read_options(words: Sequence[str] | None) -> argparse.Namespace:
         default="",
         help="parts to leave out: a part's name, or its first word (golden, build, whole)",
     )
-    options = parser.parse_args(words)
+    options = parser.parse_args(arguments)
     if options.patience is None:
         options.patience = 4.0 if options.device == "cpu" else 1.0
     return options
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Read the arguments, run, print the result as one JSON line."""
-    options = read_options(words)
+    options = read_options(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     with tempfile.TemporaryDirectory() as temporary:
@@ -363,7 +355,7 @@ def main(words: Sequence[str] | None = None) -> None:
         try:
             suite.run()
         finally:
-            suite.end_processes()
+            suite.kill_processes()
     print(json.dumps(suite.result))
 
 
