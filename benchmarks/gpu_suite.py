@@ -4,18 +4,23 @@
     python benchmarks/gpu_suite.py --output gpu.json --tiny --device cpu   # toy sizes, on the CPU
 
 It needs torch (2.11 or newer), diffusers, and the backends to be measured. Each part is a process
-of its own with a time limit, so that a part that crashes or hangs does not affect the others; the
-result file is written again after every part.
+of its own with a time limit, so that a part that crashes or hangs does not affect the others. The
+result file is written again after every part, and a part that did not run says why.
 
-The parts that are not timed run first, several at once: golden vectors through every engine, and
-the builds of the large models. The timed parts follow one after the other: the device's ceilings, a
-step and a clip of the 1.3B model beside diffusers, a causal clip, a training step, and the same
-beside torch.compile.
+1. Timed, one after the other: the device's ceilings, a training step, a step and a clip of the 1.3B
+   model in diffusers. They need no build, so a crash of an engine cannot cost them.
+2. Not timed, several at once: the builds of the large models, and golden vectors through every
+   engine. This phase ends early enough for the next one.
+3. Timed, one after the other: the engines that were built, in turns with diffusers, then with
+   torch.compile, and a causal clip.
+
+On a CPU the limits and the budget are four times as long; `--patience` sets another factor.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -25,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +40,18 @@ from common import describe_machine
 HERE = Path(__file__).parent
 TAIL = 1500
 """Characters of a failed part's output that are kept."""
+SHORTEST = 5
+"""Seconds that a part needs at least; with fewer left it is not started."""
+RESERVE = 0.2
+"""Share of the budget that the builds leave for what is timed after them."""
+MODULES = {
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+    "torch-tensorrt": "torch_tensorrt",
+    "onnxruntime": "onnxruntime",
+    "aotinductor": "torch",
+}
+"""What has to be installed for a backend; the backend itself says what else it lacks."""
 
 
 @dataclass(frozen=True)
@@ -45,140 +62,206 @@ class Part:
         name: in the result.
         arguments: script in this folder, and its arguments.
         limit: seconds after which it is killed.
+        module: what has to be installed for it; empty: nothing but torch and diffusers.
     """
 
     name: str
     arguments: tuple[str, ...]
     limit: float
+    module: str = ""
 
 
-def list_parts(options: argparse.Namespace, folder: Path) -> tuple[list[Part], list[Part]]:
-    """Return the parts that run at once, and those that run alone."""
-    device = ("--device", options.device)
-    size = ("--tiny", *device) if options.tiny else device
-    folder_options = (*size, "--folder", str(folder))
-    rounds = ("--rounds", "1" if options.tiny else "3")
-    whole_part = ("gpu.py", *folder_options, *rounds, "--part", "whole")
-    whole_engines = options.engines
-    causal = options.causal_engines
-    cpu = options.device == "cpu"
-    golden = [
-        Part(f"golden {choice}", ("gpu_golden.py", *device, "--engines", choice), 240)
-        for choice in options.golden.split(",")
-        if choice
-    ]
-    builds = [
-        *(
-            Part(
-                f"build {c}",
-                ("gpu.py", *folder_options, "--part", "build-whole", "--engines", c),
-                300,
-            )
-            for c in whole_engines.split(",")
-        ),
-        *(
-            Part(
-                f"build causal {c}",
-                ("gpu.py", *folder_options, "--part", "build-causal", "--engines", c),
-                300,
-            )
-            for c in causal.split(",")
-        ),
-    ]
-    width = ("--width", "half" if cpu else "1.3b", "--compute", "float32" if cpu else "bfloat16")
-    timed_parts = [
-        Part("ceilings", ("gpu.py", *size, *rounds, "--part", "ceilings"), 60),
-        Part(
-            "whole",
-            (*whole_part, "--engines", whole_engines, "--skip-compile"),
-            120,
-        ),
-        Part(
-            "causal",
-            ("gpu.py", *folder_options, *rounds, "--part", "causal", "--engines", causal),
-            90,
-        ),
-        Part(
-            "train_step",
-            ("train_step.py", *device, *rounds, *width, "--layers", "1" if options.tiny else "4"),
-            60,
-        ),
-    ]
-    compile_part = Part(
-        "whole beside torch.compile",
-        (*whole_part, "--engines", whole_engines),
-        240,
-    )
-    if not cpu:
-        timed_parts.append(compile_part)
-    if options.rtx or importlib.util.find_spec("tensorrt_rtx_bindings"):
-        names = ("fp32", "fp16", "bf16", "fp8")
-        precisions = ",".join(f"tensorrt-rtx:{name}" for name in names)
-        golden.append(
-            Part(
-                "golden TensorRT for RTX",
-                ("gpu_golden.py", *device, "--engines", precisions),
-                240,
-            )
-        )
-        portable = (
-            "gpu_golden.py",
-            *device,
-            "--target",
-            "any",
-            "--engines",
-            "tensorrt-rtx:fp16",
-            "--kinds",
-            "bidirectional",
-        )
-        golden.append(Part("golden TensorRT for RTX portable", portable, 120))
-        step = (
-            "gpu.py",
-            *folder_options,
-            *rounds,
-            "--part",
-            "whole",
-            "--engines",
-            "tensorrt-rtx:bf16",
-            "--skip-compile",
-        )
-        timed_parts.insert(2, Part("whole TensorRT for RTX", step, 240))
-    skip_names = options.skip.split(",")
-    return (
-        [p for p in (*golden, *builds) if p.name.split(" ")[0] not in skip_names],
-        [p for p in timed_parts if p.name not in skip_names],
-    )
+class Suite:
+    """The parts, in three phases, and the clock that they share."""
 
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.options = options
+        self._start = time.monotonic()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self.parts: dict[str, Any] = {}
+        self.result: dict[str, Any] = {
+            "benchmark": "gpu_suite",
+            "machine": describe_machine(),
+            "gpu": describe_gpu(),
+            "parts": self.parts,
+        }
+        self._device = ("--device", options.device)
+        self._size = ("--tiny", *self._device) if options.tiny else self._device
+        if options.layers:
+            self._size += ("--layers", str(options.layers))
+        self._folder_options = (*self._size, "--folder", str(folder))
+        self._rounds = ("--rounds", "1" if options.tiny else "3")
+        self._skip_names = options.skip.split(",")
 
-def run_part(part: Part, seconds_left: float, logs: Path) -> dict[str, Any]:
-    """Run a part, and return its JSON, or the reason why there is none."""
-    limit = min(part.limit, seconds_left)
-    if limit < 5:
-        return {"not_run": "no time was left"}
-    start = time.monotonic()
-    log = logs / f"{part.name.replace(' ', '_').replace(':', '_')}.log"
-    with log.open("w+b") as file:
-        command = [sys.executable, str(HERE / part.arguments[0]), *part.arguments[1:]]
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    def seconds_left(self) -> float:
+        """Return how much of the budget is left."""
+        spent = time.monotonic() - self._start
+        return float(self.options.budget * self.options.patience) - spent
+
+    def run(self) -> None:
+        """Run every part."""
+        for part in self._parts_without_builds():
+            self._record(part, self._run_part(part))
+        reserve = RESERVE * self.options.budget * self.options.patience
+        pool = ThreadPoolExecutor(self.options.jobs)
+        # The limit is known when a part starts, not when it is queued
+        futures = {
+            pool.submit(self._run_part, part, reserve): part
+            for part in (*self._builds(), *self._goldens())
+        }
         try:
-            status: int | None = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            status = None
-    seconds = round(time.monotonic() - start, 1)
+            for future in as_completed(futures):
+                self._record(futures[future], future.result())
+        finally:
+            # Also after Ctrl-C: no further part starts
+            pool.shutdown(wait=False, cancel_futures=True)
+        for part in self._parts_with_builds():
+            self._record(part, self._run_part(part))
+        self.result["seconds"] = round(time.monotonic() - self._start, 1)
+        write_result(self.options.output, self.result)
+
+    def kill_processes(self) -> None:
+        """Kill the parts that still run."""
+        for process in list(self._running):
+            kill_group(process)
+
+    def _record(self, part: Part, outcome: dict[str, Any]) -> None:
+        if outcome.get("not_run") == "skipped":
+            return
+        self.parts[part.name] = outcome
+        print(f"{self.seconds_left():6.0f} s left  {part.name}: {summarize(outcome)}", flush=True)
+        write_result(self.options.output, self.result)
+
+    def _parts_without_builds(self) -> list[Part]:
+        width, layers = ("tiny", "1") if self.options.tiny else ("1.3b", "4")
+        compute = ("--compute", "bfloat16", "--width", width, "--layers", layers)
+        return [
+            Part("ceilings", ("gpu.py", *self._size, *self._rounds, "--part", "ceilings"), 60),
+            Part(
+                "train_step",
+                ("train_step.py", *self._device, *self._rounds, *compute),
+                60,
+            ),
+            self._whole("whole diffusers", "diffusers", 75, "--skip-diffusers"),
+        ]
+
+    def _whole(self, name: str, engines: str, limit: float, *more: str) -> Part:
+        arguments = ("gpu.py", *self._folder_options, *self._rounds, "--part", "whole")
+        return Part(name, (*arguments, "--engines", engines, *more), limit)
+
+    def _builds(self) -> list[Part]:
+        chosen = [("whole", "build", c) for c in split(self.options.engines)]
+        chosen += [("causal", "build causal", c) for c in split(self.options.causal_engines)]
+        return [
+            Part(
+                f"{name} {choice}",
+                ("gpu.py", *self._folder_options, "--part", f"build-{kind}", "--engines", choice),
+                300,
+                module_of(choice),
+            )
+            for kind, name, choice in chosen
+        ]
+
+    def _goldens(self) -> list[Part]:
+        script = ("gpu_golden.py", *self._device)
+        parts = [
+            Part(
+                f"golden {choice} {kind}",
+                (*script, "--engines", choice, "--kinds", kind),
+                240,
+                module_of(choice),
+            )
+            for choice in split(self.options.golden)
+            for kind in ("bidirectional", "causal")
+        ]
+        portable = ("--target", "any", "--engines", "tensorrt-rtx:fp16", "--kinds", "bidirectional")
+        name = "golden tensorrt-rtx:fp16 portable"
+        return [*parts, Part(name, (*script, *portable), 120, MODULES["tensorrt-rtx"])]
+
+    def _parts_with_builds(self) -> list[Part]:
+        whole = ",".join(self._ready("build", "build-whole", self.options.engines))
+        causal = ",".join(self._ready("build causal", "build-causal", self.options.causal_engines))
+        arguments = ("gpu.py", *self._folder_options, *self._rounds, "--part", "causal")
+        with_engines = [
+            (self._whole("whole", whole, 120, "--skip-compile"), whole),
+            (Part("causal", (*arguments, "--engines", causal), 90), causal),
+        ]
+        for part, engines in with_engines:
+            if not engines:
+                self._record(part, {"not_run": "no engine was built for it"})
+        names = ",".join(name for name in ("diffusers_compile", whole) if name)
+        return [
+            *(part for part, engines in with_engines if engines),
+            self._whole("whole beside torch.compile", names, 240, "--skip-compile"),
+        ]
+
+    def _ready(self, name: str, key: str, choices: str) -> list[str]:
+        """Return the engines that were built, and opened, without an accident."""
+        if "build" in self._skip_names:
+            return split(choices)
+        builds = {choice: self.parts.get(f"{name} {choice}", {}) for choice in split(choices)}
+        return [
+            choice
+            for choice, outcome in builds.items()
+            if "not_run" not in outcome.get(key, {}).get(choice, {"not_run": ""})
+        ]
+
+    def _run_part(self, part: Part, reserve: float = 0) -> dict[str, Any]:
+        """Run a part, and return its JSON, or the reason why there is none."""
+        if part.name.split(" ")[0] in self._skip_names or part.name in self._skip_names:
+            return {"not_run": "skipped"}
+        if part.module and importlib.util.find_spec(part.module) is None:
+            return {"not_run": f"{part.module} is not installed"}
+        limit = min(part.limit * self.options.patience, self.seconds_left() - reserve)
+        if limit < SHORTEST:
+            return {"not_run": "no time was left"}
+        start = time.monotonic()
+        log = self.options.output.parent / f"{part.name.replace(' ', '_').replace(':', '_')}.log"
+        with log.open("w+b") as file:
+            command = [sys.executable, str(HERE / part.arguments[0]), *part.arguments[1:]]
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            self._running.add(process)
+            try:
+                status: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                kill_group(process)
+                status = None
+            self._running.discard(process)
+        return read_result(log, status, limit, round(time.monotonic() - start, 1))
+
+
+def split(choices: str) -> list[str]:
+    """Return the names between the commas."""
+    return [choice for choice in choices.split(",") if choice]
+
+
+def module_of(choice: str) -> str:
+    """Return the module that BACKEND:PRECISION needs."""
+    return MODULES.get(choice.split(":")[0], "")
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def read_result(log: Path, status: int | None, limit: float, seconds: float) -> dict[str, Any]:
+    """Return the JSON that a part printed, or how it ended and the end of its output."""
     text = log.read_text(errors="replace")
     lines = [line for line in text.splitlines() if line.startswith('{"benchmark"')]
     if status == 0 and lines:
-        return {
-            "seconds": seconds,
-            **{k: v for k, v in json.loads(lines[-1]).items() if k != "machine"},
-        }
-    reason = (
-        f"ended after its limit of {limit:.0f} s" if status is None else f"exit status {status}"
-    )
+        outcome = {k: v for k, v in json.loads(lines[-1]).items() if k != "machine"}
+        return {"seconds": seconds, **outcome}
+    if status is None:
+        reason = f"killed after its limit of {limit:.0f} s"
+    elif status < 0:
+        reason = f"ended by {signal.Signals(-status).name}"
+    else:
+        reason = f"exit status {status}"
     return {"not_run": reason, "seconds": seconds, "output": text[-TAIL:]}
 
 
@@ -204,48 +287,16 @@ def describe_gpu() -> str:
         return f"nvidia-smi: {error}"
 
 
-def run_all(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Run every part."""
-    begin = time.monotonic()
-    seconds_left = lambda: options.budget - (time.monotonic() - begin)  # noqa: E731
-    logs = options.output.parent
-    untimed_parts, timed_parts = list_parts(options, folder)
-    parts: dict[str, Any] = {}
-    result = {
-        "benchmark": "gpu_suite",
-        "machine": describe_machine(),
-        "gpu": describe_gpu(),
-        "parts": parts,
-    }
-    with ThreadPoolExecutor(options.jobs) as pool:
-        futures = {
-            part.name: pool.submit(run_part, part, seconds_left(), logs) for part in untimed_parts
-        }
-        for name, future in futures.items():
-            parts[name] = future.result()
-            print(f"{seconds_left():6.0f} s left  {name}: {summarize(parts[name])}", flush=True)
-            write_result(options.output, result)
-    for part in timed_parts:
-        parts[part.name] = run_part(part, seconds_left(), logs)
-        print(
-            f"{seconds_left():6.0f} s left  {part.name}: {summarize(parts[part.name])}", flush=True
-        )
-        write_result(options.output, result)
-    result["seconds"] = round(time.monotonic() - begin, 1)
-    write_result(options.output, result)
-    return result
-
-
-def summarize(result: dict[str, Any]) -> str:
+def summarize(outcome: dict[str, Any]) -> str:
     """Return one line for the screen."""
-    if "not_run" in result:
-        return f"{result['not_run']}: {result.get('output', '')[-300:]!r}"
-    rest = {key: value for key, value in result.items() if key not in ("benchmark", "seconds")}
-    return f"{result['seconds']} s {json.dumps(rest)[:700]}"
+    if "not_run" in outcome:
+        return f"{outcome['not_run']}: {outcome.get('output', '')[-300:]!r}"
+    rest = {key: value for key, value in outcome.items() if key not in ("benchmark", "seconds")}
+    return f"{outcome['seconds']} s {json.dumps(rest)[:700]}"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the arguments, run, print the result as one JSON line."""
+def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -259,28 +310,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     parser.add_argument("--budget", type=float, default=480, help="seconds for everything")
     parser.add_argument(
+        "--patience", type=float, help="multiplies the budget and the limits (GPU: 1, CPU: 4)"
+    )
+    parser.add_argument(
         "--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="untimed parts at once"
     )
-    parser.add_argument("--engines", default="aotinductor:bf16,aotinductor:fp8")
-    parser.add_argument("--causal-engines", default="aotinductor:bf16")
+    parser.add_argument("--layers", type=int, help="of the large models, where time is short")
     parser.add_argument(
-        "--golden",
-        default="aotinductor:fp32,aotinductor:bf16,aotinductor:fp16,aotinductor:int8,aotinductor:fp8",
+        "--engines",
+        default="aotinductor:bf16,aotinductor:fp8,onnxruntime:fp16,tensorrt:bf16,tensorrt:fp8,"
+        "tensorrt-rtx:bf16",
     )
+    parser.add_argument(
+        "--causal-engines",
+        default="aotinductor:bf16,onnxruntime:fp16,tensorrt:bf16,tensorrt-rtx:bf16",
+    )
+    precisions = {
+        "aotinductor": ("fp32", "bf16", "fp16", "int8", "fp8"),
+        "onnxruntime": ("fp32", "fp16"),
+        "tensorrt": ("fp32", "fp16", "bf16", "fp8"),
+        "tensorrt-rtx": ("fp32", "fp16", "bf16", "fp8"),
+    }
+    golden = [f"{backend}:{name}" for backend, names in precisions.items() for name in names]
+    parser.add_argument("--golden", default=",".join(golden))
     parser.add_argument("--folder", type=Path, help="keep bundles and engines here")
     parser.add_argument(
-        "--skip", default="", help="parts to leave out: golden, build, or a timed part's name"
-    )
-    parser.add_argument(
-        "--rtx",
-        action="store_true",
-        help="try TensorRT for RTX even if it does not seem to be installed",
+        "--skip",
+        default="",
+        help="parts to leave out: a part's name, or its first word (golden, build, whole)",
     )
     options = parser.parse_args(arguments)
+    if options.patience is None:
+        options.patience = 4.0 if options.device == "cpu" else 1.0
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the arguments, run, print the result as one JSON line."""
+    options = read_options(arguments)
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     with tempfile.TemporaryDirectory() as temporary:
-        result = run_all(options, options.folder or Path(temporary))
-    print(json.dumps(result))
+        suite = Suite(options, options.folder or Path(temporary))
+        try:
+            suite.run()
+        finally:
+            suite.kill_processes()
+    print(json.dumps(suite.result))
 
 
 if __name__ == "__main__":

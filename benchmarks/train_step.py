@@ -218,6 +218,7 @@ def count_products(work: Callable[[], Any]) -> int:
 
 
 WIDTHS: dict[str, dict[str, Any]] = {
+    "tiny": {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "text_dim": 64},
     "half": {"num_attention_heads": 6, "attention_head_dim": 128, "ffn_dim": 4480, "text_dim": 512},
     "1.3b": {
         "num_attention_heads": 12,
@@ -226,7 +227,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
         "text_dim": 4096,
     },
 }
-LATENTS = {"half": SHAPE, "1.3b": (4, 6, 16, 32, 52)}
+LATENTS = {"tiny": (4, 3, 16, 8, 12), "half": SHAPE, "1.3b": (4, 6, 16, 32, 52)}
 
 
 Sides = dict[str, Any]

@@ -195,15 +195,16 @@ def check_prompt_embeds(manifest: Manifest, prompt_embeds: ArrayLike) -> Array:
         AnyFlowError: not floats, or not finite.
     """
     embeds = prepare_array("prompt_embeds", prompt_embeds)
+    shape = embeds.shape
     if embeds.ndim == 2:
         embeds = embeds[None]
     tokens = manifest.shape_ranges.text
     channels = manifest.architecture.text_dim
     if embeds.ndim != 3 or embeds.shape[1] not in tokens or embeds.shape[2] != channels:
-        raise ShapeError(
-            f"prompt_embeds has shape {embeds.shape}; allowed is (videos, {tokens}, {channels}):"
-            " videos, tokens, channels."
-        )
+        allowed = f"({tokens}, {channels}): tokens, channels"
+        if len(shape) != 2:
+            allowed = f"(videos, {tokens}, {channels}): videos, tokens, channels"
+        raise ShapeError(f"prompt_embeds has shape {shape}; allowed is {allowed}.")
     return embeds
 
 
