@@ -412,7 +412,7 @@ def test_eight_streams_at_once(server: TritonServer, expected: list[np.ndarray[A
     before_any_end = arrived[
         : next(i for i, (_, chunk) in enumerate(arrived) if chunk == len(expected) - 1)
     ]
-    # Nobody's end is what the others wait for. How many of them get that far is the machine's affair
+    # Nobody waits for another to end. How many get that far depends on the machine.
     assert len({number for number, _ in before_any_end}) > 1
 
 
