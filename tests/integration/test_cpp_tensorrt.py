@@ -532,7 +532,7 @@ def test_engines_of_the_other_library(
         ({"backend": theirs}, f"this library was built without a backend '{theirs}'"),
         ({"backend": BACKEND}, f"has no {BACKEND} engine yet"),
         ({"backend": BACKEND, "engine": folder.name}, f"an engine of backend {theirs}, and"),
-        ({"backend": ""}, f"has engines of {theirs}, and this library runs {BACKEND}"),
+        ({"backend": ""}, f"({BACKEND}, toy): it has engines of {theirs}"),
     ):
         answer = ask("sample", **{**asked(bundle), **question})
         assert answer["code"] == 4 and words in answer["error"], answer

@@ -341,9 +341,9 @@ def test_headers_and_their_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_headers_looked_for_are_those_the_library_includes() -> None:
     """And what its CMake files look for; a header that nothing includes is nobody's business."""
     sources = "".join(path.read_text() for path in (ROOT / "engines/cpp/src").glob("*.?pp"))
+    folder = ROOT / "engines/cpp"
     listed = "".join(
-        (ROOT / "engines/cpp" / name).read_text()
-        for name in ("CMakeLists.txt", "cmake/AnyflowDependencies.cmake")
+        path.read_text() for path in (folder / "CMakeLists.txt", *folder.glob("cmake/*.cmake"))
     )
     asked = re.findall(
         r'"([\w/]+\.h(?:pp)?)", (?:folders|include_folders)', Path(cpp.__file__).read_text()

@@ -150,10 +150,10 @@ std::shared_ptr<Engine> open_engine(std::shared_ptr<const Bundle> bundle, const 
   for (const auto& engine : built) theirs.insert(engine.second);
   std::string others;
   for (const std::string& name : theirs) others += (others.empty() ? "" : ", ") + name;
-  throw Error(ANYFLOW_BACKEND, bundle->path.string() + (others.empty() ? " has no engines" : " has engines of " + others) +
-                                   ", and this library runs " + (names.empty() ? "none" : names) +
-                                   ". Make one on this machine: anyflow-build " + bundle->path.string() + " --backend " +
-                                   (names.empty() ? "aotinductor" : backends()[0].name));
+  throw Error(ANYFLOW_BACKEND,
+              bundle->path.string() + " has no engine for a backend of this library (" + (names.empty() ? "it has none" : names) +
+                  ")" + (others.empty() ? "" : ": it has engines of " + others) + ". Make one on this machine: anyflow-build " +
+                  bundle->path.string() + " --backend " + (names.empty() ? "aotinductor" : backends()[0].name));
 }
 
 }  // namespace af
