@@ -268,7 +268,8 @@ def test_whole_and_streamed_show_the_same(
         assert generate(asked(far_bundle, embeddings, stream=grows, output=tmp_path / name)) == 0
         said = capsys.readouterr().err
         assert all(
-            stage in said for stage in ("first frame", "3 chunks", "text", "engine", "VAE", "mp4")
+            stage in said
+            for stage in ("first generated frame", "3 chunks", "text", "engine", "VAE", "mp4")
         )
     wanted = decode_video(far_pipeline, streamed(far_bundle, words))[0]
     save_video(tmp_path / "wanted.mp4", wanted, 16)
@@ -382,7 +383,7 @@ def test_a_picture_and_a_clip_are_context(
         ({"height": 40}, "height is 40; allowed are multiples of 16"),
         (
             {"image": "wide.png"},
-            r"wide.png is 32 x 96 and the video asked for is 32 x 64 .*--height and --width",
+            r"wide.png is 32 x 96 and the requested video is 32 x 64 .*--height and --width",
         ),
         (
             {"image": "first.png", "chunks": (3, 2)},

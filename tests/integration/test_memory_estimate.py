@@ -227,7 +227,7 @@ def test_a_window_is_advised_where_the_cache_is_too_large(
         ("--model 14b --target mars", "unknown target 'mars'"),
         ("--model 14b --shape x", "HEIGHTxWIDTHxFRAMES"),
         ("--model 14b --window 2", "causal"),
-        ("--model 14b --memory 8", "give its row with --target NAME"),
+        ("--model 14b --memory 8", "give --target NAME with it"),
         ("--model 14b --target orin --memory 0", "memory"),
         ("--model far-14b --shape 480x848x81", "multiples of 32"),
     ],

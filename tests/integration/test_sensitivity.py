@@ -139,7 +139,7 @@ def test_refusals(weights: Weights, calibration: Calibration) -> None:
         (("fp16",), "precision is 'fp16'; those that round layers to 8 bits are int8 and fp8"),
         (
             ("int8", ["blocks.0.attn1.to_z"]),
-            r"'blocks\.0\.attn1\.to_z' is no layer .* Did you mean 'blocks\.0\.attn1\.to_",
+            r"'blocks\.0\.attn1\.to_z' is not a layer .* Did you mean 'blocks\.0\.attn1\.to_",
         ),
         (("int8", [], None, ["attn1"]), "int8 attention does not exist beyond 512 tokens"),
     ]:
