@@ -118,7 +118,7 @@ def any_step_figure() -> Figure:
     below.set_ylim(len(STEPS), 0)
     for row, steps in enumerate(STEPS):
         stops = [
-            times.index(min(times, key=lambda time, t=t: abs(time - t)))
+            times.index(min(times, key=lambda other, t=t: abs(other - t)))
             for t in Schedule.uniform(steps).timesteps
         ]
         for start, end in itertools.pairwise(stops):

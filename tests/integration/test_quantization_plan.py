@@ -450,7 +450,7 @@ def test_an_export_takes_the_fingerprint_once(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: None, "precision int8 needs a calibration. Make one: anyflow-calibrate"),
+        (lambda c: None, "precision int8 needs a calibration. Make one with anyflow-calibrate"),
         (
             lambda c: c.model_copy(update={"weights": "0" * 64}),
             "is of the weights 000000000000…, and one block holds",

@@ -278,7 +278,7 @@ def test_a_position_in_other_data_is_refused(tmp_path: Path) -> None:
     source(shards(tmp_path / "copy")).load_state_dict(json.loads(json.dumps(state)))
     other = source(shards(tmp_path / "nine", 9))
     for wrong in (state, {"samples": 0}, {**other.state_dict(), "samples": -1}):
-        with pytest.raises(AnyFlowError, match=r"of other data than .* now is"):
+        with pytest.raises(AnyFlowError, match=r"of other data than .* now has"):
             other.load_state_dict(wrong)
 
 
