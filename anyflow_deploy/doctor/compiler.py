@@ -71,7 +71,7 @@ def probe_compiler() -> ProbeResult:
             return ProbeResult(
                 FAULT, f"{compiler} fails on a small OpenMP program: {lines[0][:200]}", install
             )
-        code = f"import ctypes\nfound['sum'] = ctypes.CDLL({str(library)!r}).probe(1000)"
+        code = f"import ctypes\nfacts['sum'] = ctypes.CDLL({str(library)!r}).probe(1000)"
         answer = run_python(code)
     if answer.facts.get("sum") != 1000:
         return ProbeResult(

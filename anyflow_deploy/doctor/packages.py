@@ -91,10 +91,10 @@ facts["detail"] = f"{tensorrt.__version__}, makes a builder"
 
 _TENSORRT_RTX = """
 import tensorrt_rtx
-found["version"] = tensorrt_rtx.__version__
+facts["version"] = tensorrt_rtx.__version__
 if not tensorrt_rtx.Builder(tensorrt_rtx.Logger(tensorrt_rtx.Logger.ERROR)):
     raise RuntimeError(f"{tensorrt_rtx.__version__} can be imported, and gives no builder")
-found["detail"] = f"{tensorrt_rtx.__version__}, gives a builder (builds need no GPU)"
+facts["detail"] = f"{tensorrt_rtx.__version__}, gives a builder (builds need no GPU)"
 """
 
 _CUDA_PYTHON = """
@@ -203,14 +203,14 @@ def probe_torch_tensorrt() -> ProbeResult:
     """Probe torch-tensorrt: import it."""
     return probe_import(
         "torch_tensorrt",
-        "import torch_tensorrt\nfound['detail'] = torch_tensorrt.__version__",
+        "import torch_tensorrt\nfacts['detail'] = torch_tensorrt.__version__",
         "pip install torch-tensorrt (on a machine with a GPU, in the version of your torch)",
     )
 
 
 def probe_modelopt() -> ProbeResult:
     """Probe ModelOpt: import it."""
-    code = "import modelopt, modelopt.torch.quantization\nfound['detail'] = modelopt.__version__"
+    code = "import modelopt, modelopt.torch.quantization\nfacts['detail'] = modelopt.__version__"
     return probe_import("modelopt", code, "pip install 'anyflow-deploy[quantize]'")
 
 
