@@ -31,7 +31,7 @@ def causal(
     text = noise(size.text, 1)
     frames = (latents.shape[1] - 1) * FRAMES_PER_LATENT + 1
     result: dict[str, Any] = {}
-    for name in options.engines.split(","):
+    for name in filter(None, options.engines.split(",")):
         machine.release_memory()
         before = machine.used_bytes()
         print(f"  causal {name}", flush=True)

@@ -4,6 +4,7 @@ built here."""
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,9 +82,9 @@ def export_random_bundle(
     weights: RandomWeights, precision: str, folder: Path, device: str
 ) -> Bundle:
     """A bundle; 8 bits are calibrated here, briefly: speed does not depend on the ranges."""
-    settings = ExportSettings(
-        precision, target="cpu" if device == "cpu" and precision != "bf16" else "h100"
-    )
+    # The target cpu refuses bf16, which ONNX Runtime's CPU provider lacks and AOTInductor has
+    target = "cpu" if device == "cpu" and precision in ("fp32", "fp16") else "h100"
+    settings = ExportSettings(precision, target=target)
     if precision in ("int8", "fp8"):
         a = weights.architecture
         shape = (4 if a.causal else 2, a.in_channels, 16, 16)
@@ -108,6 +109,14 @@ def build_settings(backend: str, provider: str) -> BuildSettings:
     )  # type: ignore[call-arg]
 
 
+@contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the lock, and hold it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def open_contestant(
     weights: RandomWeights, choice: str, folder: Path, device: str
 ) -> tuple[Engine, dict[str, Any]]:
@@ -116,11 +125,11 @@ def open_contestant(
     kind = "causal" if weights.architecture.causal else "whole"
     path = folder / f"{kind}-{precision}"
     started = time.perf_counter()
-    bundle = (
-        load_bundle(path, verify=False)
-        if path.exists()
-        else export_random_bundle(weights, precision, path, device)
-    )
+    with hold_lock(folder / f"{path.name}.lock"):  # engines of one bundle are built at once
+        if path.exists():
+            bundle = load_bundle(path, verify=False)
+        else:
+            bundle = export_random_bundle(weights, precision, path, device)
     exported = time.perf_counter()
     provider = "cuda" if device.startswith("cuda") else "cpu"
     achieved: dict[str, Any] = {}

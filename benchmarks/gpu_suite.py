@@ -12,7 +12,7 @@ result file is written again after every part, and a part that did not run says 
 2. Not timed, several at once: the builds of the large models, and golden vectors through every
    engine. This phase ends early enough for the next one.
 3. Timed, one after the other: the engines that were built, in turns with diffusers, then with
-   torch.compile, and a causal clip.
+   torch.compile, and a causal clip beside diffusers'.
 
 On a CPU the limits and the budget are four times as long; `--patience` sets another factor.
 """
@@ -182,18 +182,16 @@ class Suite:
         whole = ",".join(self._ready("build", "build-whole", self.options.engines))
         causal = ",".join(self._ready("build causal", "build-causal", self.options.causal_engines))
         arguments = ("gpu.py", *self._folder_options, *self._rounds, "--part", "causal")
-        with_engines = [
-            (self._whole("whole", whole, 120, "--skip-compile"), whole),
-            (Part("causal", (*arguments, "--engines", causal), 90), causal),
-        ]
-        for part, engines in with_engines:
-            if not engines:
-                self._record(part, {"not_run": "no engine was built for it"})
         names = ",".join(name for name in ("diffusers_compile", whole) if name)
-        return [
-            *(part for part, engines in with_engines if engines),
+        parts = [
+            Part("causal", (*arguments, "--engines", causal), 90),
             self._whole("whole beside torch.compile", names, 240, "--skip-compile"),
         ]
+        with_engines = self._whole("whole", whole, 120, "--skip-compile")
+        if whole:
+            return [with_engines, *parts]
+        self._record(with_engines, {"not_run": "no engine was built for it"})
+        return parts
 
     def _ready(self, name: str, key: str, choices: str) -> list[str]:
         """Return the engines that were built, and opened, without an accident."""
