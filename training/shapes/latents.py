@@ -24,14 +24,18 @@ from anyflow_deploy.training.shapes.scenes import make_scene
 from anyflow_deploy.training.shapes.vae import PICTURE, make_clips
 
 FRAMES = 33
-SHARD_SCENES = 250
 _BATCH = 10
 _TOKENS = 512
 
 
 @torch.no_grad()
 def write_shards(
-    pipeline: Any, folder: Path, seed: int, count: int, progress: Progress, compute: torch.dtype
+    pipeline: Any,
+    folder: Path,
+    seed: int,
+    counts: tuple[int, int],
+    progress: Progress,
+    compute: torch.dtype,
 ) -> None:
     """Write the shards that are not there yet.
 
@@ -39,12 +43,14 @@ def write_shards(
         pipeline: of diffusers, with VAE, text encoder and tokenizer.
         folder: of the shards.
         seed: of the scenes.
-        count: of the scenes, a multiple of `SHARD_SCENES`.
+        counts: scenes of the data set, and of one shard; the first is a multiple of the second,
+            which is one of 10.
         progress: shows the scenes.
         compute: type of the VAE's convolutions.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shards = count // SHARD_SCENES
+    count, shard_scenes = counts
+    shards = count // shard_scenes
     vae = pipeline.vae
     height, width = (side // vae.config.scale_factor_spatial for side in PICTURE)
     shape = ((FRAMES - 1) // vae.config.scale_factor_temporal + 1, vae.config.z_dim, height, width)
@@ -57,7 +63,7 @@ def write_shards(
         clips=f"shapes-{seed}",
         count=count,
         shards=shards,
-        shard_samples=SHARD_SCENES,
+        shard_samples=shard_scenes,
     )
     write_bytes_atomically(folder / MARKER, manifest.model_dump_json(indent=1).encode())
     negative = safetensors.torch.save({"text": _embed(pipeline, [""])[0]})
@@ -65,17 +71,18 @@ def write_shards(
     with progress.stage("latents", count) as advance:
         for number in range(shards):
             if not (folder / shard_name(number)).is_file():
-                data = _encode_shard(pipeline, seed, number * SHARD_SCENES, compute)
+                scenes = range(number * shard_scenes, (number + 1) * shard_scenes)
+                data = _encode_shard(pipeline, seed, scenes, compute)
                 write_bytes_atomically(folder / shard_name(number), data)
-            advance(SHARD_SCENES)
+            advance(shard_scenes)
 
 
-def _encode_shard(pipeline: Any, seed: int, first: int, compute: torch.dtype) -> bytes:
+def _encode_shard(pipeline: Any, seed: int, scenes: range, compute: torch.dtype) -> bytes:
     from webdataset import TarWriter
 
     memory = io.BytesIO()
     with TarWriter(memory, encoder=False, mtime=0.0, format="PAX_FORMAT") as writer:
-        for start in range(first, first + SHARD_SCENES, _BATCH):
+        for start in scenes[::_BATCH]:
             captions = [make_scene(seed, start + i).caption for i in range(_BATCH)]
             latents = encode_scenes(pipeline.vae, seed, start, _BATCH, FRAMES, compute)
             texts = _embed(pipeline, captions)

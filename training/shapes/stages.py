@@ -35,8 +35,10 @@ class ShapesJob:
     Attributes:
         folder: of all results.
         seed: of weights, scenes and noise.
-        scenes: videos of the training data, a multiple of 250.
+        scenes, shard_scenes: videos of the training data, and of one shard; the first is a
+            multiple of the second, which is one of 10.
         text_encoder_steps, vae_steps: of those two parts.
+        statistics_scenes: that the latents' mean and deviation are measured on.
         vae_compute: type of the VAE's convolutions, "float32" or "bfloat16".
         device: of the transformers, "cpu" or "cuda"; None for CUDA where there is any.
         settings: of every recipe, by name, such as {"steps": "100"}.
@@ -45,8 +47,10 @@ class ShapesJob:
     folder: Path
     seed: int = 0
     scenes: int = 4000
+    shard_scenes: int = 250
     text_encoder_steps: int = 1000
     vae_steps: int = 4000
+    statistics_scenes: int = 64
     vae_compute: str = "float32"
     device: str | None = None
     settings: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -87,7 +91,8 @@ def _make_base(job: ShapesJob, progress: Progress) -> None:
     reader = CaptionReader(encoder, tokenizer, job.seed)
     train_text_encoder(reader, parts, job.seed, job.text_encoder_steps, progress)
     vae = build_vae(job.seed)
-    train_vae(vae, parts, job.seed, job.vae_steps, progress, getattr(torch, job.vae_compute))
+    compute: Any = getattr(torch, job.vae_compute)
+    train_vae(vae, parts, job.seed, job.vae_steps, progress, compute, job.statistics_scenes)
     pipeline = build_base_pipeline(MODELS["shapes"], vae, encoder, tokenizer, job.seed)
     save_pipeline(pipeline, job.folder / "base")
 
@@ -99,7 +104,8 @@ def _make_latents(job: ShapesJob, progress: Progress) -> None:
 
     pipeline = diffusers.AnyFlowPipeline.from_pretrained(job.folder / "base")
     compute: Any = getattr(torch, job.vae_compute)
-    write_shards(pipeline, job.folder / "latents", job.seed, job.scenes, progress, compute)
+    counts = (job.scenes, job.shard_scenes)
+    write_shards(pipeline, job.folder / "latents", job.seed, counts, progress, compute)
 
 
 def _train(job: ShapesJob, stage: str, init: str, teacher: str | None = None) -> None:

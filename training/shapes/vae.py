@@ -33,8 +33,6 @@ KL_WEIGHT = 2e-4
 _IMAGE_SHARE, _WHOLE_SHARE = 0.45, 0.15
 """Share of the steps that see single images (at the start), and whole pictures (at the end)."""
 
-_STATISTICS_SCENES = 64
-
 
 def build_vae(seed: int) -> Any:
     """Build an untrained `AutoencoderKLWan` with 1.5 million parameters."""
@@ -84,7 +82,7 @@ def make_clips(
     return 2 * torch.stack(clips).permute(0, 4, 1, 2, 3).contiguous() - 1
 
 
-def _training_clips(seed: int, step: int, steps: int) -> Tensor:
+def training_clips(seed: int, step: int, steps: int) -> Tensor:
     """Return the clips of a step."""
     if step >= (1 - _WHOLE_SHARE) * steps:
         return make_clips(seed, 2 * step, 2, 9, *PICTURE)
@@ -111,7 +109,13 @@ def _crop(clips: Tensor, times: int, frames: int, seed: int, step: int) -> Tenso
 
 
 def train_vae(
-    vae: Any, folder: Path, seed: int, steps: int, progress: Progress, compute: torch.dtype
+    vae: Any,
+    folder: Path,
+    seed: int,
+    steps: int,
+    progress: Progress,
+    compute: torch.dtype,
+    statistics_scenes: int = 64,
 ) -> None:
     """Train a VAE in place, and set its config's latent statistics.
 
@@ -122,6 +126,7 @@ def train_vae(
         steps: of the optimizer.
         progress: shows the steps.
         compute: type of the convolutions; bfloat16 is only fast on processors that have it.
+        statistics_scenes: that latents are measured on, a multiple of 8.
     """
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
@@ -129,7 +134,7 @@ def train_vae(
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
 
     def loss_of_step(step: int) -> Tensor:
-        clips = _training_clips(seed, step, steps).to(memory_format=torch.channels_last_3d)
+        clips = training_clips(seed, step, steps).to(memory_format=torch.channels_last_3d)
         random = seeded_generator(seed, "vae-noise", step)
         with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
             posterior = vae.encode(clips).latent_dist
@@ -137,26 +142,30 @@ def train_vae(
             video = vae.decode(posterior.mean + posterior.std * noise).sample
         video = video.float()
         error = F.l1_loss(video, clips) + F.mse_loss(video, clips)
-        return error + KL_WEIGHT * _divergence(posterior)
+        loss: Tensor = error + KL_WEIGHT * _divergence(posterior)
+        return loss
 
     run = ModuleRun("VAE", steps, 2e-3, folder / "vae.safetensors")
     train_module(vae, run, loss_of_step, progress)
-    set_statistics(vae, seed)
+    set_statistics(vae, seed, statistics_scenes)
 
 
 def _divergence(posterior: Any) -> Tensor:
     """Return the mean KL divergence of each latent number from a standard normal."""
-    mean: Tensor = posterior.mean.float()
-    return 0.5 * (mean.square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+    mean, variance, log_variance = (
+        value.float() for value in (posterior.mean, posterior.var, posterior.logvar)
+    )
+    result: Tensor = 0.5 * (mean.square() + variance - 1 - log_variance).mean()
+    return result
 
 
 @torch.no_grad()
-def set_statistics(vae: Any, seed: int) -> None:
+def set_statistics(vae: Any, seed: int, scenes: int) -> None:
     """Measure mean and deviation of each latent channel, and store them in the VAE's config."""
     latents = torch.cat(
         [
             vae.encode(make_clips(seed, first, 8, 17, *PICTURE)).latent_dist.mean
-            for first in range(0, _STATISTICS_SCENES, 8)
+            for first in range(0, scenes, 8)
         ]
     )
     vae.register_to_config(

@@ -1,4 +1,4 @@
-"""`python -m anyflow_deploy.training.shapes FOLDER`: train the `shapes` models from nothing.
+"""`python -m anyflow_deploy.shapes FOLDER`: train the `shapes` models from nothing.
 
 docs/tutorials/distil-your-own.md tells every stage.
 """
@@ -14,7 +14,7 @@ from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.progress import RichProgress, console
 
-PROGRAM = "python -m anyflow_deploy.training.shapes"
+PROGRAM = "python -m anyflow_deploy.shapes"
 
 
 class ShapesOptions(Options):
@@ -32,7 +32,9 @@ class ShapesOptions(Options):
     folder: str = Field(description="folder of all results")
     until: str = Field("far-shapes", description="last stage: base, latents, teacher, …")
     seed: int = Field(0, ge=0, description="of weights, scenes and noise")
-    scenes: int = Field(4000, ge=250, description="videos of the training data")
+    scenes: int = Field(
+        4000, ge=250, multiple_of=250, description="videos of the training data, a multiple of 250"
+    )
     vae_compute: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16 is faster on processors with AMX"
     )
@@ -65,5 +67,6 @@ def work(options: ShapesOptions) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run `python -m anyflow_deploy.shapes` with the flags of the command line."""
     run(PROGRAM, ShapesOptions, work)
