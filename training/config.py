@@ -50,13 +50,13 @@ class LoRAConfig:
 
     Attributes:
         lora_rank: 0 trains all weights instead.
-        lora_alpha: the update is scaled by alpha / rank. With alpha equal to the rank, every LoRA
-            loader applies it correctly.
+        lora_alpha: the update is scaled by alpha / rank; None makes alpha follow the rank. Saved
+            adapters have the scale in their weights, so every loader applies them correctly.
         lora_times: adapt both time embedders, too.
     """
 
     lora_rank: NonNegativeInt = 256
-    lora_alpha: PositiveInt = 256
+    lora_alpha: PositiveInt | None = None
     lora_times: bool = True
 
 
