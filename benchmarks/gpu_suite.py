@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -230,6 +231,21 @@ class Suite:
         return read_result(log, status, limit, round(time.monotonic() - start, 1))
 
 
+def check_installed() -> None:
+    """Check that the package is installed: exports and engines record its version.
+
+    Raises:
+        SystemExit: it is only on the path, with the command that installs it.
+    """
+    try:
+        importlib.metadata.version("anyflow-deploy")
+    except importlib.metadata.PackageNotFoundError:
+        sys.exit(
+            "anyflow-deploy is not installed here, and no engine could be built. Run, in the"
+            " checkout: python3 -m pip install --no-deps --no-build-isolation -e ."
+        )
+
+
 def split(choices: str) -> list[str]:
     """Return the names between the commas."""
     return [choice for choice in choices.split(",") if choice]
@@ -346,6 +362,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the arguments, run, print the result as one JSON line."""
     options = read_options(arguments)
+    check_installed()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     with tempfile.TemporaryDirectory() as temporary:

@@ -129,10 +129,18 @@ def _translate_errors(bundle: Bundle) -> Any:
             " with TORCHINDUCTOR_CACHE_DIR."
         ) from None
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:600]
         raise BackendError(
-            f"{bundle.path} cannot be compiled ({type(error).__name__}): {reason}"
+            f"{bundle.path} cannot be compiled ({type(error).__name__}): {_find_reason(str(error))}"
         ) from error
+
+
+def _find_reason(message: str) -> str:
+    """Return a C++ compiler's first complaint, or the beginning of a message that has none.
+
+    Inductor writes the command first, which is a page long.
+    """
+    complaints = [line for line in message.splitlines() if "error:" in line]
+    return " ".join((complaints[0] if complaints else message).split())[:600]
 
 
 def summarize_package(bundle: Bundle, graph: str, package: Path) -> str:

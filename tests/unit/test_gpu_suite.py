@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,19 @@ def test_a_part_that_hangs_is_killed(suite: Any, suite_module: Any) -> None:
 def test_what_is_not_installed_is_named(suite: Any, suite_module: Any) -> None:
     outcome = run_script(suite, suite_module.Part, "", module="no_such_module")
     assert outcome == {"not_run": "no_such_module is not installed"}
+
+
+def test_a_package_that_is_not_installed_ends_it_before_the_parts(
+    suite_module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    output = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit, match=r"not installed here.*pip install .*-e \."):
+        suite_module.main(["--device", "cpu", "--output", str(output)])
+    assert not output.exists()
 
 
 def test_no_part_starts_after_the_budget(suite: Any, suite_module: Any) -> None:
