@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo gpu test test-unit test-slow test-oldest test-triton test-cpp-tensorrt fuzz-cpp lint lint-files docs format image bench clean
+.PHONY: demo shapes gpu test test-unit test-slow test-oldest test-triton test-cpp-tensorrt fuzz-cpp lint lint-files docs format image bench clean
 
 demo: $(READY)
 	@rm -rf $(DEMO) && mkdir $(DEMO)
@@ -35,6 +35,11 @@ test-unit: $(READY)
 # What takes minutes of compiling: causal streams and fp8 through AOTInductor.
 test-slow: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/pytest -m slow
+
+# Train the models of assets/ from nothing: hours on two cores, and it resumes where it was stopped.
+SHAPES := runs/shapes
+shapes: $(READY)
+	$(BIN)/python -m anyflow_deploy.shapes $(SHAPES)
 
 # The lowest version of every direct dependency that pyproject.toml allows, in a venv of its own. uv
 # reads its UV_… variables: UV_FIND_LINKS and UV_OVERRIDE can name a torch without CUDA.

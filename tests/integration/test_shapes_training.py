@@ -53,6 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shard_scenes=10,
         text_encoder_steps=2,
         vae_steps=4,
+        decoder_steps=1,
         statistics_scenes=8,
         device="cpu",
         settings=SETTINGS,

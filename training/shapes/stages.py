@@ -37,7 +37,8 @@ class ShapesJob:
         seed: of weights, scenes and noise.
         scenes, shard_scenes: videos of the training data, and of one shard; the first is a
             multiple of the second, which is one of 10.
-        text_encoder_steps, vae_steps: of those two parts.
+        text_encoder_steps, vae_steps, decoder_steps: of those parts; the VAE's decoder is trained
+            alone in the end.
         statistics_scenes: that the latents' mean and deviation are measured on.
         vae_compute: type of the VAE's convolutions, "float32" or "bfloat16".
         device: of the transformers, "cpu" or "cuda"; None for CUDA where there is any.
@@ -50,6 +51,7 @@ class ShapesJob:
     shard_scenes: int = 250
     text_encoder_steps: int = 1000
     vae_steps: int = 4000
+    decoder_steps: int = 1500
     statistics_scenes: int = 64
     vae_compute: str = "float32"
     device: str | None = None
@@ -81,7 +83,7 @@ def _make_base(job: ShapesJob, progress: Progress) -> None:
         build_tokenizer,
         train_text_encoder,
     )
-    from anyflow_deploy.training.shapes.vae import build_vae, train_vae
+    from anyflow_deploy.training.shapes.vae import VaeRun, build_vae, train_vae
 
     if (job.folder / "base").is_dir():
         return
@@ -91,8 +93,15 @@ def _make_base(job: ShapesJob, progress: Progress) -> None:
     reader = CaptionReader(encoder, tokenizer, job.seed)
     train_text_encoder(reader, parts, job.seed, job.text_encoder_steps, progress)
     vae = build_vae(job.seed)
-    compute: Any = getattr(torch, job.vae_compute)
-    train_vae(vae, parts, job.seed, job.vae_steps, progress, compute, job.statistics_scenes)
+    run = VaeRun(
+        parts,
+        job.seed,
+        job.vae_steps,
+        job.decoder_steps,
+        getattr(torch, job.vae_compute),
+        job.statistics_scenes,
+    )
+    train_vae(vae, run, progress)
     pipeline = build_base_pipeline(MODELS["shapes"], vae, encoder, tokenizer, job.seed)
     save_pipeline(pipeline, job.folder / "base")
 

@@ -8,6 +8,7 @@ are.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from anyflow_deploy.progress import Progress
 from anyflow_deploy.training.shapes.module_trainer import ModuleRun, train_module
 from anyflow_deploy.training.shapes.rendering import render_scene
 from anyflow_deploy.training.shapes.scenes import make_scene
-from anyflow_deploy.training.timestep_sampling import seeded_generator
+from anyflow_deploy.training.timestep_sampling import seeded_generator, seeded_normal
 
 PICTURE = (64, 96)
 """Height and width of the videos, in pixels."""
@@ -108,25 +109,34 @@ def _crop(clips: Tensor, times: int, frames: int, seed: int, step: int) -> Tenso
     return torch.stack(crops)
 
 
-def train_vae(
-    vae: Any,
-    folder: Path,
-    seed: int,
-    steps: int,
-    progress: Progress,
-    compute: torch.dtype,
-    statistics_scenes: int = 64,
-) -> None:
+@dataclass(frozen=True)
+class VaeRun:
+    """The settings of a VAE's training.
+
+    Attributes:
+        folder: of the checkpoints.
+        seed: of scenes and noise.
+        steps: of the optimizer, for the whole VAE.
+        decoder_steps: for the decoder alone, afterwards.
+        compute: type of the convolutions; bfloat16 is only fast on processors that have it.
+        statistics_scenes: that latents are measured on, a multiple of 8.
+    """
+
+    folder: Path
+    seed: int
+    steps: int
+    decoder_steps: int
+    compute: torch.dtype = torch.float32
+    statistics_scenes: int = 64
+
+
+def train_vae(vae: Any, run: VaeRun, progress: Progress) -> None:
     """Train a VAE in place, and set its config's latent statistics.
 
     Args:
         vae: from `build_vae`.
-        folder: of the run's checkpoint.
-        seed: of the scenes.
-        steps: of the optimizer.
+        run: the settings.
         progress: shows the steps.
-        compute: type of the convolutions; bfloat16 is only fast on processors that have it.
-        statistics_scenes: that latents are measured on, a multiple of 8.
     """
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
@@ -134,20 +144,46 @@ def train_vae(
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
 
     def loss_of_step(step: int) -> Tensor:
-        clips = training_clips(seed, step, steps).to(memory_format=torch.channels_last_3d)
-        random = seeded_generator(seed, "vae-noise", step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
-            posterior = vae.encode(clips).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=random)
-            video = vae.decode(posterior.mean + posterior.std * noise).sample
-        video = video.float()
-        error = F.l1_loss(video, clips) + F.mse_loss(video, clips)
-        loss: Tensor = error + KL_WEIGHT * _divergence(posterior)
-        return loss
+        posterior, video, clips = _reconstruct(
+            vae, run, step, training_clips(run.seed, step, run.steps)
+        )
+        return _error(video, clips) + KL_WEIGHT * _divergence(posterior)
 
-    run = ModuleRun("VAE", steps, 2e-3, folder / "vae.safetensors")
-    train_module(vae, run, loss_of_step, progress)
-    set_statistics(vae, seed, statistics_scenes)
+    settings = ModuleRun("VAE", run.steps, 2e-3, run.folder / "vae.safetensors")
+    train_module(vae, settings, loss_of_step, progress)
+    set_statistics(vae, run.seed, run.statistics_scenes)
+    finish_decoder(vae, run, progress)
+
+
+def finish_decoder(vae: Any, run: VaeRun, progress: Progress) -> None:
+    """Train the decoder alone, on whole pictures; latents stay as they are."""
+    decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+
+    def loss_of_step(step: int) -> Tensor:
+        number = run.steps + step
+        clips = make_clips(run.seed, 2 * number, 2, 9, *PICTURE)
+        _, video, clips = _reconstruct(vae, run, number, clips)
+        return _error(video, clips)
+
+    settings = ModuleRun("VAE decoder", run.decoder_steps, 1e-3, run.folder / "decoder.safetensors")
+    train_module(decoder, settings, loss_of_step, progress)
+    vae.requires_grad_(True)
+
+
+def _reconstruct(vae: Any, run: VaeRun, step: int, clips: Tensor) -> tuple[Any, Tensor, Tensor]:
+    """Encode clips, draw latents and decode them: the posterior, the video, the clips."""
+    clips = clips.to(memory_format=torch.channels_last_3d)
+    with torch.autocast("cpu", torch.bfloat16, enabled=run.compute == torch.bfloat16):
+        posterior = vae.encode(clips).latent_dist
+        noise = seeded_normal(posterior.mean.shape, run.seed, "vae-noise", step)
+        video = vae.decode(posterior.mean + posterior.std * noise).sample
+    return posterior, video.float(), clips
+
+
+def _error(video: Tensor, clips: Tensor) -> Tensor:
+    return F.l1_loss(video, clips) + F.mse_loss(video, clips)
 
 
 def _divergence(posterior: Any) -> Tensor:
