@@ -158,6 +158,19 @@ class EngineOptions:
             )
 
 
+def backend_of(engine: object) -> str:
+    """Return the name of the backend that made an engine.
+
+    Raises:
+        AnyFlowError: no backend of the registry makes engines of this class.
+    """
+    home = f"{type(engine).__module__}:{type(engine).__qualname__}"
+    for name, row in BACKENDS.items():
+        if row.engine == home:
+            return name
+    raise AnyFlowError(f"{home} is no engine of a backend; known are {', '.join(BACKENDS)}.")
+
+
 def load_engine(
     bundle: Bundle | str | Path,
     backend: str = DEFAULT_BACKEND,

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from anyflow_deploy.bundle.atomic_io import atomic_folder
+from anyflow_deploy.bundle.atomic_io import atomic_folder, link_or_copy
 from anyflow_deploy.checkpoints.checkpoint import STEM, pipeline_folder, read_json
 from anyflow_deploy.checkpoints.dtypes import SAFETENSORS_NAMES
 from anyflow_deploy.checkpoints.safetensors_stream import build_header
@@ -149,7 +149,7 @@ def _write_pipeline(folder: Path, a: Architecture, shift: float, start: Path | N
     }
     for part in index:
         if (pipeline / part).is_dir():
-            shutil.copytree(pipeline / part, folder / part, copy_function=_link_or_copy)
+            shutil.copytree(pipeline / part, folder / part, copy_function=link_or_copy)
     (folder / "scheduler").mkdir()
     scheduler = {
         "_class_name": "FlowMapEulerDiscreteScheduler",
@@ -164,15 +164,6 @@ def _write_pipeline(folder: Path, a: Architecture, shift: float, start: Path | N
         "transformer": ["diffusers", a.as_config()["_class_name"]],
     }
     (folder / "model_index.json").write_text(json.dumps(content, indent=2))
-
-
-def _link_or_copy(source: str, target: str) -> str:
-    real = os.path.realpath(source)  # a hub's cache is a folder of links
-    try:
-        os.link(real, target)
-    except OSError:
-        shutil.copyfile(real, target)
-    return target
 
 
 def _save_adapters(output: Path, network: TrainingTransformer, values: dict[str, Tensor]) -> None:

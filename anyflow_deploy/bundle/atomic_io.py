@@ -398,3 +398,16 @@ def _is_running(pid: str) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def link_or_copy(source: str, target: str) -> str:
+    """Link a file under another name where the file system allows it, or copy it.
+
+    For `shutil.copytree(copy_function=…)`. A symbolic link is followed, as a hub's cache needs.
+    """
+    real = os.path.realpath(source)
+    try:
+        os.link(real, target)
+    except OSError:
+        shutil.copyfile(real, target)
+    return target

@@ -3,6 +3,7 @@
     pipe = AnyFlowPipeline.from_pretrained("checkpoint", transformer=None)
     pipe.transformer = EngineTransformer(load_engine("bundle"))
     video = pipe("a red fox in the snow", num_inference_steps=4).frames[0]
+    pipe.save_pretrained("folder")  # with the bundle; from_pretrained("folder") opens it again
 
 diffusers' pipeline keeps its own loop, scheduler, callbacks and guidance and calls the
 transformer for velocities; the engine's graph returns the velocity beside z_r, so nothing is
@@ -11,24 +12,35 @@ computed back from a difference.
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from torch import Tensor, nn
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor
 
+from anyflow_deploy.bundle.atomic_io import atomic_folder, link_or_copy, write_text_atomically
 from anyflow_deploy.engines.engine import BundleEngine, Stream
 from anyflow_deploy.engines.kv_cache import cache_plan
+from anyflow_deploy.engines.registry import backend_of, load_engine
 from anyflow_deploy.errors import AnyFlowError
 
+ENGINE = "engine.json"
+BUNDLE = "bundle"
+"""What a saved transformer's folder has: which backend, and the bundle."""
 
-class EngineTransformer(nn.Module):
+
+class EngineTransformer(ModelMixin):  # type: ignore[misc]  # diffusers has no types
     """Looks like `AnyFlowTransformer3DModel` to a pipeline and runs on an engine.
 
     It has no parameters: moving or casting it does nothing, LoRA cannot be loaded into it, and its
-    results come back on the device and in the type of `hidden_states`.
+    results come back on the device and in the type of `hidden_states`. It is one of diffusers'
+    models, so that a pipeline saves and loads it.
 
     Args:
         engine: from `load_engine`.
@@ -48,6 +60,53 @@ class EngineTransformer(nn.Module):
     def device(self) -> torch.device:
         """Device on which pipelines keep their latents: the CPU."""
         return torch.device("cpu")
+
+    def save_pretrained(self, save_directory: str | Path, **_: Any) -> None:
+        """Save the bundle, as hard links where the file system allows it, and the backend's name.
+
+        Args:
+            save_directory: folder to create or fill; a bundle in it is replaced when the new one is
+                complete. Other arguments of diffusers (variant, shard size, …) are about weights
+                that are not there, and are ignored.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(folder / BUNDLE) as partial:
+            shutil.copytree(
+                self.engine.bundle.path, partial, copy_function=link_or_copy, dirs_exist_ok=True
+            )
+        content = {"backend": backend_of(self.engine), "format": 1}
+        write_text_atomically(folder / ENGINE, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        backend: str | None = None,
+        provider: str | None = None,
+        **_: Any,
+    ) -> EngineTransformer:
+        """Open a saved transformer.
+
+        Args:
+            pretrained_model_name_or_path: folder that `save_pretrained` made.
+            backend, provider: see `load_engine`; None for the backend that it was saved with. Other
+                arguments of diffusers (dtype, device map, …) are about weights that are not there,
+                and are ignored.
+
+        Raises:
+            AnyFlowError: the folder was made by something else, or the engine cannot be loaded.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        try:
+            saved = json.loads((folder / ENGINE).read_text())["backend"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise AnyFlowError(
+                f"{folder} has no readable {ENGINE}, so it is no saved engine. Give a folder that"
+                f" {cls.__name__}.save_pretrained made, or load_engine a bundle."
+            ) from None
+        return cls(load_engine(folder / BUNDLE, backend or saved, provider))
 
     def forward(
         self,

@@ -3,15 +3,16 @@ transformer."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AnyFlowPipeline
+from diffusers import AnyFlowPipeline, DiffusionPipeline
 
-from anyflow_deploy import AnyFlowError, Bundle, ShapeError, load_engine
+from anyflow_deploy import AnyFlowError, BackendError, Bundle, ShapeError, load_engine
 from anyflow_deploy.pipelines.diffusers import EngineTransformer
 
 SIZE: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 5, "output_type": "latent"}
@@ -156,3 +157,41 @@ def test_sizes_outside_the_bundle_are_refused(
 ) -> None:
     with pytest.raises(ShapeError, match="frames is 257"):
         both((pair[1], pair[1]), prompt="a red fox", num_inference_steps=1, num_frames=1025)
+
+
+def test_a_pipeline_with_an_engine_is_saved_and_loaded(
+    pair: tuple[AnyFlowPipeline, AnyFlowPipeline], tmp_path: Path
+) -> None:
+    """As with any model of diffusers: what comes back makes the same video, to the bit."""
+    _, ours = pair
+    ours.save_pretrained(tmp_path / "saved")
+    index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+    assert index["transformer"] == ["anyflow_deploy.pipelines.diffusers", "EngineTransformer"]
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert isinstance(loaded.transformer, EngineTransformer)
+    call = {"prompt": "a red fox", "num_inference_steps": 2}
+    np.testing.assert_array_equal(*both((ours, loaded), **call))
+
+
+def test_a_saved_engine_is_opened_by_the_backend_that_is_asked_for(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    EngineTransformer(load_engine(tiny_bundle)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "engine.json").read_text())["backend"] == "onnxruntime"
+    with pytest.raises(BackendError, match="tensorrt"):
+        EngineTransformer.from_pretrained(tmp_path, backend="tensorrt")
+
+
+def test_a_folder_without_an_engine_is_refused(tmp_path: Path, tiny_pipeline: Path) -> None:
+    with pytest.raises(AnyFlowError, match="has no readable engine.json"):
+        EngineTransformer.from_pretrained(tiny_pipeline / "transformer")
+
+
+def test_a_pipeline_may_be_saved_where_it_was_loaded_from(
+    tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    EngineTransformer(load_engine(tiny_bundle)).save_pretrained(tmp_path)
+    EngineTransformer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    again = EngineTransformer.from_pretrained(tmp_path)
+    assert again.engine.bundle.manifest == tiny_bundle.manifest
