@@ -22,9 +22,10 @@ from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines.sampler import Chunk, stream
 from anyflow_deploy.engines.step_policy import FirstChunkPolicy
 from anyflow_deploy.pipelines import video_pipeline
+from anyflow_deploy.pipelines.pictures import load_picture
 from anyflow_deploy.pipelines.text_encoder import encode_prompts, save_embeddings
 from anyflow_deploy.pipelines.vae import StreamingDecoder, decode_video, encode_video
-from anyflow_deploy.pipelines.video_io import VideoWriter, load_image, load_video, save_video
+from anyflow_deploy.pipelines.video_io import VideoWriter, load_video, save_video
 
 PROMPT = "a red fox runs in the snow"
 CHUNKS = (1, 3, 1)
@@ -215,7 +216,7 @@ def test_a_writer_refuses_what_it_cannot_append(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
 def test_pictures_are_read(tmp_path: Path, name: str) -> None:
     Image.fromarray(moving(1)[0]).save(tmp_path / name)
-    picture = load_image(tmp_path / name)
+    picture = load_picture(tmp_path / name)
     assert picture.shape == (1, HEIGHT, WIDTH, 3) and picture.dtype == np.uint8
     assert np.abs(picture.astype(int) - moving(1)).mean() < (0.01 if name == "a.png" else 4)
 
@@ -223,7 +224,7 @@ def test_pictures_are_read(tmp_path: Path, name: str) -> None:
 def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(AnyFlowError, match=r"a.png cannot be read as an image"):
-        load_image(tmp_path / "a.png")
+        load_picture(tmp_path / "a.png")
     with pytest.raises(AnyFlowError, match=r"b.mp4 cannot be read as a video"):
         load_video(tmp_path / "b.mp4")
 
@@ -347,7 +348,7 @@ def test_a_picture_and_a_clip_are_context(
     Image.fromarray(moving(1)[0]).save(tmp_path / "first.png")
     save_video(tmp_path / "clip.mp4", moving(13), 16)
     for flag, name, frames in (
-        ("image", "first.png", load_image(tmp_path / "first.png")),
+        ("image", "first.png", load_picture(tmp_path / "first.png")),
         ("video", "clip.mp4", load_video(tmp_path / "clip.mp4")),
     ):
         output = tmp_path / f"{flag}.safetensors"
