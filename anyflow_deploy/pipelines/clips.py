@@ -44,8 +44,8 @@ CLIP_SUFFIXES = (
 )
 """Endings of clips in folders and shards. A file that is named by the user may have any."""
 
-_ROUNDING_S = 0.0005
-"""Most that the times in a file are rounded by."""
+_ROUNDING_S = 0.00051
+"""Most that times are rounded by: files in milliseconds, and what was made from them."""
 
 _SEEK_MARGIN_S = 1.0
 """Seconds before the wanted frames at which reading begins."""
@@ -124,7 +124,7 @@ class ClipReader:
 
     def count_frames(self, fps: int) -> int | None:
         """Return how many frames it has at a rate, by its header; None where that does not say."""
-        return None if self.seconds is None else math.ceil(self.seconds * fps - 0.01)
+        return None if self.seconds is None else math.ceil(self.seconds * fps - 0.05)
 
     def read_all(self, background: Color = BLACK) -> NDArray[np.uint8]:
         """Read every frame once, at whatever times, uint8 (frames, height, width, 3)."""
@@ -177,9 +177,8 @@ class ClipReader:
         """Yield the pixels shown at the times first / fps, (first + 1) / fps, …"""
         number = first
         for frame, is_last, end in self._timed_frames(first / fps):
-            rounding = min(float(self._stream.time_base or 0) / 2, _ROUNDING_S) + 1e-9
-            if is_last:  # its end is a sum of two rounded numbers
-                rounding *= 2
+            # The end of the last one is a sum of two rounded numbers
+            rounding = 2 * _ROUNDING_S if is_last else _ROUNDING_S
             pixels = None
             while number / fps < end - rounding:
                 pixels = self._show(frame, fit) if pixels is None else pixels

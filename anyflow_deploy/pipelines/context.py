@@ -160,10 +160,9 @@ def _load_clip(
             if len(frames) > longest:
                 raise _too_long(request, clip, count or len(frames), fps, longest)
     frames = _take(request, frames, take, name) if take else _check_length(request, frames)
-    which = f"the {take} {len(frames)}" if take else f"{len(frames)}"
-    tell(
-        f"{clip.describe()}: taken at {fps} frames a second, {which} used ({len(frames) / fps:.2f} s)"
-    )
+    used = f"the {take} {len(frames)}" if take else str(len(frames))
+    seconds = len(frames) / fps
+    tell(f"{clip.describe()}; {used} frames are used, {fps} a second ({seconds:.2f} s)")
     return frames
 
 
