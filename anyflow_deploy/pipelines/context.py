@@ -190,7 +190,7 @@ def _check_length(request: GenerationRequest, frames: Frames) -> Frames:
 
 def _advice(request: GenerationRequest) -> str:
     name = request.name_field("take")
-    return f"Or take those that fill chunks: {name} first, or {name} last."
+    return f"Cut the clip, or take frames that fill chunks with {name} first or {name} last."
 
 
 def _too_long(
@@ -198,6 +198,6 @@ def _too_long(
 ) -> InvalidRequestError:
     return InvalidRequestError(
         f"{clip.describe()}: at least {count} frames at {fps} a second; the video asked for has"
-        f" {request.num_frames} and can begin with {longest}. Cut the clip. {_advice(request)}",
+        f" {request.num_frames} and can begin with {longest}. {_advice(request)}",
         "video",
     )
