@@ -66,7 +66,7 @@ def test_captions_that_say_their_encoding_are_read(tmp_path: Path, encoding: str
         ("fox".encode("utf-16-le"), "a.txt holds NUL characters: perhaps UTF-16 without its byte"),
         (
             "fox".encode("utf-16")[:-1],
-            "a.txt begins as UTF-16 and is none at byte 6: it is damaged",
+            "a.txt begins as UTF-16 and is none at byte 6: it is dam",
         ),
         (b" \n", "no caption, such as .*a.mp4, which has an empty one. Write .* into a.txt"),
         (None, "1 of 1 videos have no caption, such as .*a.mp4, which has none. Write"),
@@ -87,7 +87,7 @@ def test_broken_links_say_where_they_lead(tmp_path: Path) -> None:
     (tmp_path / "b.mp4").unlink()
     (tmp_path / "b.mp4").symlink_to("gone.mp4")
     with pytest.raises(
-        AnyFlowError, match=r"1 of 2 .* links to nothing: .*b.mp4 is a link to gone"
+        AnyFlowError, match=r"1 of 2 .* links to nothing: .*b.mp4 is a link to g"
     ):
         find_videos(tmp_path)
     (tmp_path / "b.mp4").unlink()
