@@ -79,6 +79,8 @@ class ClipReader:
         self.name = name or (str(source) if isinstance(source, Path) else "the clip")
         self.decoded = 0
         self.end: float | None = None
+        if isinstance(source, Path):
+            source = open_readable(source, "a video", self.name)
         self._source = io.BytesIO(source) if isinstance(source, bytes) else source
         self._open()
         try:
@@ -206,7 +208,7 @@ class ClipReader:
         if frame is None:
             return
         step = gap or 1 / 16 if not self.rate else 1 / self.rate
-        duration = float((frame.duration or 0) * (frame.time_base or 0))
+        duration = float((getattr(frame, "duration", None) or 0) * (frame.time_base or 0))
         self.end = start + (duration or step)
         yield frame, True, self.end
 
@@ -225,11 +227,9 @@ class ClipReader:
         import av
 
         source = self._source
-        if isinstance(source, Path):
-            check_readable(source, "a video", self.name)
-        else:
-            source.seek(0)
         with _decoding(self.name):
+            if not isinstance(source, Path):
+                source.seek(0)
             # Without "file:", a colon in a name would look like a protocol
             self._container = av.open(f"file:{source}" if isinstance(source, Path) else source, "r")
             stream = self._container.streams.best("video")
@@ -273,22 +273,26 @@ class ClipReader:
                     yield frame
 
 
-def check_readable(path: Path, kind: str, name: str | None = None) -> None:
+def open_readable(path: Path, kind: str, name: str) -> Path | bytes:
     """Refuse a path that is no file with bytes in it, by its own reason.
 
     Args:
         path: of the file.
         kind: what it should be, as "a video".
-        name: for messages; None for the path.
+        name: for messages.
+
+    Returns:
+        The path; the bytes of a pipe, which can be read once.
 
     Raises:
         AnyFlowError: no such file, a broken link, a folder, an empty file, or no permission.
     """
-    reason = ""
     try:
         with path.open("rb") as file:
-            if not file.read(1):
-                reason = "it is empty"
+            data = file.read(1 if path.is_file() else -1)
+            if data:
+                return path if path.is_file() else data
+            reason = "it is empty"
     except FileNotFoundError:
         reason = "there is no such file"
         if path.is_symlink():
@@ -299,8 +303,7 @@ def check_readable(path: Path, kind: str, name: str | None = None) -> None:
         reason = "it is a folder"
     except OSError as error:
         reason = str(error.strerror or error)
-    if reason:
-        raise AnyFlowError(f"{name or path} cannot be read as {kind}: {reason}.")
+    raise AnyFlowError(f"{name} cannot be read as {kind}: {reason}.")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.pipelines.clips import ClipReader, check_readable
+from anyflow_deploy.pipelines.clips import ClipReader, open_readable
 from anyflow_deploy.pipelines.frame_display import (
     BLACK,
     ORIENTATION_FROM_EXIF,
@@ -50,7 +50,7 @@ def load_picture(
 
     name = name or (str(source) if isinstance(source, Path) else "the picture")
     if isinstance(source, Path):
-        check_readable(source, "an image", name)
+        source = open_readable(source, "an image", name)
     color = fit.background if fit is not None else background
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:

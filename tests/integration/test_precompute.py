@@ -345,9 +345,7 @@ def test_a_folder_of_broken_videos_alone_is_no_success(tiny_pipeline: Path, tmp_
         (given / f"{name}.mp4").write_bytes(b"not a video")
         (given / f"{name}.txt").write_text("a fox")
     for _ in range(2):  # the second time, too
-        with pytest.raises(
-            AnyFlowError, match=r"none of the 2 videos can be used: b.mp4: "
-        ):
+        with pytest.raises(AnyFlowError, match=r"none of the 2 videos can be used: b.mp4: "):
             run_precompute(options(given, tiny_pipeline, output))
     assert not list(output.glob("*.tar"))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -264,6 +266,16 @@ def test_what_is_transparent_in_a_clip_is_background(
     for frame in found:
         assert np.abs(frame[:, 4 : WIDTH // 2 - 4].astype(int) - 120).max() < 12
         assert np.abs(frame[:, WIDTH // 2 + 4 :].astype(int) - color).max() < 12
+
+
+def test_a_clip_comes_through_a_pipe(tmp_path: Path) -> None:
+    data = write_clip(tmp_path / "a.mkv", [grey(3)] * 2).read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,))
+    writer.start()
+    with ClipReader(tmp_path / "pipe") as clip:
+        assert numbers(clip.read_last(16, 2, FrameFit(32, 48))) == [3, 3]
+    writer.join()
 
 
 def test_names_that_look_like_something_else(

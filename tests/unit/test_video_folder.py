@@ -86,9 +86,7 @@ def test_broken_links_say_where_they_lead(tmp_path: Path) -> None:
     add(tmp_path, "a.mp4", "b.mp4")
     (tmp_path / "b.mp4").unlink()
     (tmp_path / "b.mp4").symlink_to("gone.mp4")
-    with pytest.raises(
-        AnyFlowError, match=r"1 of 2 .* links to nothing: .*b.mp4 is a link to g"
-    ):
+    with pytest.raises(AnyFlowError, match=r"1 of 2 .* links to nothing: .*b.mp4 is a link to g"):
         find_videos(tmp_path)
     (tmp_path / "b.mp4").unlink()
     (tmp_path / "a.txt").unlink()
