@@ -165,11 +165,11 @@ def _check_captions(videos: list[Path]) -> None:
     if without_caption:
         first = without_caption[0]
         caption = first.with_suffix(CAPTION_SUFFIX)
-        state = "an empty one" if caption.exists() else "none"
+        state = ", whose caption is empty" if caption.exists() else ""
         raise AnyFlowError(
-            f"{len(without_caption)} of {len(videos)} videos have no caption, such as {first},"
-            f" which has {state}. Write what it shows into {caption.name} beside it, or take the"
-            " video out of the folder."
+            f"{len(without_caption)} of {len(videos)} videos have no caption, such as"
+            f" {first}{state}. Write what it shows into {caption.name} beside it, or take the video"
+            " out of the folder."
         )
 
 
