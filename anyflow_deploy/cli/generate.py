@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import check_budget
 from anyflow_deploy.engines.registry import DEFAULT_BACKEND
 from anyflow_deploy.errors import AnyFlowError
-from anyflow_deploy.pipelines.context import load_context
+from anyflow_deploy.pipelines.context import ContextOptions, load_context
 from anyflow_deploy.pipelines.request import (
     GenerationRequest,
     cache_element_bytes,
@@ -39,7 +39,16 @@ from anyflow_deploy.pipelines.video import LATENTS_SUFFIX, StageTimer, Video, Vi
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.progress import RichProgress, console
 
-CAUSAL_FLAGS = ("stream", "image", "video", "chunks", "first_steps", "cache_budget", "window")
+CAUSAL_FLAGS = (
+    "stream",
+    "image",
+    "video",
+    "take",
+    "chunks",
+    "first_steps",
+    "cache_budget",
+    "window",
+)
 """Flags that mean nothing to a bidirectional bundle."""
 
 Chunks = Annotated[
@@ -113,7 +122,20 @@ class GenerateOptions(Options):
     )
     image: Path | None = Field(None, description="causal: a picture that the video begins with")
     video: Path | None = Field(
-        None, description="causal: a clip of 4n+1 frames that the video continues"
+        None,
+        description="causal: a clip that the video continues; its frames are taken at the model's"
+        " rate and have to fill whole chunks",
+    )
+    take: Literal["first", "last"] | None = Field(
+        None, description="take the first or the last frames of --video that fill whole chunks"
+    )
+    fit: Literal["crop", "pad", "stretch"] | None = Field(
+        None,
+        description="how --image or --video is brought to the size (default: it must have it)",
+    )
+    background: str = Field(
+        "black",
+        description="colour behind transparent pixels and around --fit pad, as white or #ff8000",
     )
     chunks: Chunks | None = Field(
         None, description="causal: latent frames of each chunk, as 1,3,3 (default: the model's)"
@@ -311,6 +333,7 @@ def _check_options(options: GenerateOptions) -> None:
     if (options.prompt is None) == (options.prompt_embeds is None):
         raise AnyFlowError("give one of --prompt TEXT and --prompt-embeds FILE.")
     step_settings(options)
+    _context_options(options)
     if options.image is not None and options.video is not None:
         raise AnyFlowError(
             "give one of --image and --video: a video begins with a picture or with a clip."
@@ -334,6 +357,22 @@ def _check_options(options: GenerateOptions) -> None:
             raise AnyFlowError(f"{path.parent} is not a folder. Make it first.")
         if path.is_dir() or not os.access(path.parent, os.W_OK):
             raise AnyFlowError(f"{path} cannot be written. Choose another name or folder.")
+
+
+def _context_options(options: GenerateOptions) -> ContextOptions:
+    """Read what may be done to the picture or clip, and refuse it where there is none."""
+    has_file = options.image is not None or options.video is not None
+    if options.take is not None and options.video is None:
+        raise AnyFlowError(
+            "--take is for a clip, and there is none. Give --video, or leave it out."
+        )
+    if not has_file and (options.fit is not None or options.background != "black"):
+        flag = "--fit" if options.fit is not None else "--background"
+        raise AnyFlowError(
+            f"{flag} is for a picture or a clip, and there is none. Give --image or --video, or"
+            " leave it out."
+        )
+    return ContextOptions.parse(options.fit, options.background, options.take)
 
 
 def _prepare(options: GenerateOptions, bundle: Bundle) -> _Job:
@@ -364,7 +403,14 @@ def _prepare(options: GenerateOptions, bundle: Bundle) -> _Job:
             check_budget(request.plan, element, options.cache_budget * 1e9)
         console.print(describe_plan(request.plan, element))
     steps = StepReport(request.steps, request.default_steps, request.default_shift)
-    context_frames = load_context(request, options.image, options.video)
+    context_frames = load_context(
+        request,
+        options.image,
+        options.video,
+        manifest.video.fps,
+        _context_options(options),
+        lambda text: console.print(escape(text)),
+    )
     return _Job(request, steps, context_frames, options.output.suffix != LATENTS_SUFFIX)
 
 

@@ -176,7 +176,8 @@ def _first_problem(options: type[Options], error: ValidationError) -> str:
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, Exception):
         return str(cause)
-    return f"{label} is {problem['input']!r}: {problem['msg'].lower()}."
+    message = problem["msg"]  # the first letter alone: it may end in a pattern
+    return f"{label} is {problem['input']!r}: {message[:1].lower()}{message[1:]}."
 
 
 def build_help(program: str, options: type[Options]) -> list[Any]:

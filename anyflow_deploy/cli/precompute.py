@@ -19,9 +19,9 @@ class PrecomputeOptions(Options):
     """Encode a folder of videos with the VAE and the text encoder of a checkpoint, for training.
 
     NAME.txt beside NAME.mp4 is its caption. A video is taken from its start, at 16 frames a second,
-    scaled and cut to the size. A video that cannot be used is skipped and listed in
-    OUTPUT/skipped.jsonl; too many of them stop the command. The same command resumes stopped
-    work. Training takes OUTPUT as --data.
+    as a player shows it, scaled and cut to the size. Other files are counted and named. A video
+    that cannot be used is skipped and listed in OUTPUT/skipped.jsonl; too many of them stop the
+    command. The same command resumes stopped work. Training takes OUTPUT as --data.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("folder",)
@@ -34,7 +34,7 @@ class PrecomputeOptions(Options):
     )
 
     folder: Path = Field(
-        description="videos (.mp4, .mkv, .mov) and captions (.txt), also in subfolders"
+        description="videos (.mp4, .mov, .webm, .avi, …) and captions (.txt), also in subfolders"
     )
     checkpoint: str = Field(
         description="diffusers pipeline with VAE and text encoder: a folder, or a Hub id"
@@ -43,6 +43,13 @@ class PrecomputeOptions(Options):
     frames: int = Field(81, ge=1, description="frames of each video, 4n+1")
     height: int = Field(480, ge=8, description="pixels, a multiple of 16")
     width: int = Field(832, ge=8, description="pixels, a multiple of 16")
+    fit: Literal["crop", "pad", "stretch"] = Field(
+        "crop", description="how a video is brought to the size"
+    )
+    background: str = Field(
+        "black",
+        description="colour behind transparent pixels and around --fit pad, as white or #ff8000",
+    )
     text_tokens: int = Field(TEXT_TOKENS, ge=1, description="longest caption")
     type: Literal["float32", "bfloat16"] = Field(
         "float32", description="type of the stored numbers; bfloat16 halves the shards"
@@ -55,6 +62,7 @@ class PrecomputeOptions(Options):
 
 def run_precompute(options: PrecomputeOptions) -> int:
     """Encode the videos and print what was written; return the exit status."""
+    from anyflow_deploy.pipelines.frame_display import parse_color
     from anyflow_deploy.training.data.precompute import (
         SKIPPED,
         PrecomputeJob,
@@ -62,6 +70,7 @@ def run_precompute(options: PrecomputeOptions) -> int:
         precompute,
     )
 
+    background = parse_color(options.background)
     job = PrecomputeJob(
         options.folder,
         find_pipeline(options.checkpoint),
@@ -71,9 +80,11 @@ def run_precompute(options: PrecomputeOptions) -> int:
         options.type,
         options.shard_samples,
         options.workers,
+        options.fit,
+        background,
     )
     with RichProgress(console) as bars:
-        count, skipped_count = precompute(job, bars)
+        count, skipped_count = precompute(job, bars, lambda text: console.print(escape(text)))
     console.print(f"[green]wrote[/] [bold]{escape(str(options.output))}[/] (of {count} videos)")
     if skipped_count:
         console.print(

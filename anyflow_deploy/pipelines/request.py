@@ -150,10 +150,24 @@ class GenerationRequest:
                 given_as,
             )
         count = latent_frames(frames, self.temporal_factor)
-        ends = [self.plan.first_frame(chunk) for chunk in range(1, len(self.plan.chunks))]
+        ends = self._chunk_ends()
         if count not in ends:
             raise InvalidRequestError(self._misfit(given_as, frames, count, ends), given_as)
         return ends.index(count) + 1
+
+    def context_lengths(self) -> list[int]:
+        """Return the numbers of frames that a video may begin with, shortest first."""
+        return [(end - 1) * self.temporal_factor + 1 for end in self._chunk_ends()]
+
+    def name_field(self, field_name: str) -> str:
+        """Return what the user calls a field, for messages."""
+        return self._name(field_name)
+
+    def _chunk_ends(self) -> list[int]:
+        """Latent frames after which a chunk ends, but for the last one."""
+        if self.plan is None:
+            return []
+        return [self.plan.first_frame(chunk) for chunk in range(1, len(self.plan.chunks))]
 
     def _misfit(self, given_as: str, frames: int, count: int, ends: list[int]) -> str:
         """Say why so many given latent frames do not suit the plan."""
@@ -172,8 +186,8 @@ class GenerationRequest:
         where = ", ".join(map(str, ends)) or "the last frame"
         cut = ""
         if given_as == "video" and ends:
-            lengths = " or ".join(str((end - 1) * self.temporal_factor + 1) for end in ends)
-            cut = f", or a clip of {lengths} frames"
+            lengths = " or ".join(map(str, self.context_lengths()))
+            cut = f", or a clip of {lengths} frames ({self._name('take')} first cuts it)"
         return (
             f"{given}; the first chunks of the plan {_shown(self.plan.chunks)} end after {where}. "
             f"What is given has to fill whole chunks: try {advice}{cut}."

@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.atomic_io import atomic_file
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.pipelines.clips import ClipReader
+from anyflow_deploy.pipelines.frame_fit import format_size
 
 _MUXERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
 """Suffix of a file -> ffmpeg's name of the container."""
@@ -79,7 +81,7 @@ class Mp4FragmentEncoder:
     def __init__(self, fps: int, size: tuple[int, int]) -> None:
         if size[0] % 2 or size[1] % 2 or min(size) < 2:
             raise AnyFlowError(
-                f"a video of {_format_size(size)} cannot be encoded as H.264; allowed are even"
+                f"a video of {format_size(size)} cannot be encoded as H.264; allowed are even"
                 " heights and widths."
             )
         self.fps = fps
@@ -199,23 +201,13 @@ class VideoWriter:
 
 
 def load_video(path: Path) -> NDArray[np.uint8]:
-    """Read all frames of a video file, uint8 (frames, height, width, 3).
+    """Read all frames of a video file as shown, uint8 (frames, height, width, 3).
 
     Raises:
         AnyFlowError: no such file, or none that PyAV can decode.
     """
-    return np.stack(_decode_frames(path, "a video", None))
-
-
-def load_image(path: Path) -> NDArray[np.uint8]:
-    """Read a picture that PyAV decodes (png, jpg, …), uint8 (1, height, width, 3).
-
-    Transparency is dropped.
-
-    Raises:
-        AnyFlowError: no such file, or none that PyAV can decode.
-    """
-    return np.stack(_decode_frames(path, "an image", 1))
+    with ClipReader(path) as clip:
+        return clip.read_all()
 
 
 def load_fragment(path: Path, start: int, end: int) -> NDArray[np.uint8]:
@@ -239,30 +231,8 @@ def load_fragment(path: Path, start: int, end: int) -> NDArray[np.uint8]:
         )
         file.seek(start)
         fragment = header + file.read(end - start)
-    return np.stack(
-        _decode_frames(
-            io.BytesIO(fragment), "a fragment of a video", None, f"{path}, bytes {start} to {end},"
-        )
-    )
-
-
-def check_size(name: str, frames: NDArray[np.uint8], height: int, width: int) -> None:
-    """Refuse frames of another size than the video's; what to crop is the user's choice.
-
-    Args:
-        name: of the frames, for the message.
-        frames: (frames, height, width, 3).
-        height, width: size of the requested video, in pixels.
-
-    Raises:
-        AnyFlowError: naming both sizes.
-    """
-    if frames.shape[1:3] != (height, width):
-        raise AnyFlowError(
-            f"{name} is {_format_size(frames.shape[1:3])} and the requested video is"
-            f" {_format_size((height, width))} (height x width). Crop or scale the file, or choose"
-            " --height and --width."
-        )
+    with ClipReader(fragment, f"{path}, bytes {start} to {end},") as clip:
+        return clip.read_all()
 
 
 def check_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
@@ -294,26 +264,6 @@ def _encode(
     container.mux(stream.encode())
 
 
-def _decode_frames(
-    source: Path | BinaryIO, kind: str, limit: int | None, name: str = ""
-) -> list[NDArray[np.uint8]]:
-    import av
-
-    path = name or source
-    frames: list[NDArray[np.uint8]] = []
-    try:
-        with av.open(str(source) if isinstance(source, Path) else source, "r") as container:
-            for frame in container.decode(video=0):
-                frames.append(np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8))
-                if len(frames) == limit:
-                    break
-    except (OSError, IndexError, av.error.FFmpegError) as error:
-        raise AnyFlowError(f"{path} cannot be read as {kind}: {error}.") from None
-    if not frames:
-        raise AnyFlowError(f"{path} cannot be read as {kind}: it has no frames.")
-    return frames
-
-
 def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Yield the top-level boxes of an mp4: their kind, and all their bytes."""
     start = 0
@@ -323,7 +273,3 @@ def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
             (length,) = struct.unpack_from(">Q", data, start + 8)
         yield kind, data[start : start + length]
         start += length
-
-
-def _format_size(size: tuple[int, ...]) -> str:
-    return f"{size[0]} x {size[1]}"

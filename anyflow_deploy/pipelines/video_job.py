@@ -18,7 +18,8 @@ from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.step_policy import StepPolicy, StepSettings
 from anyflow_deploy.errors import AnyFlowError, InvalidRequestError
-from anyflow_deploy.pipelines.context import load_context
+from anyflow_deploy.pipelines.context import ContextOptions, load_context
+from anyflow_deploy.pipelines.frame_display import BLACK, Color
 from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
 from anyflow_deploy.pipelines.video import Frames, GenerationReport, StageTimer
 from anyflow_deploy.schedule import Step
@@ -84,9 +85,13 @@ class VideoJob:
         first_steps: int | None = None,
         chunks: Iterable[int] | None = None,
         window: int | None = None,
+        fit: str | None = None,
+        background: str | Color = BLACK,
+        take: str | None = None,
     ) -> VideoJob:
         """Check a call against a bundle; its arguments are those of `VideoPipeline`."""
         _check_choices(prompt, prompt_embeds, output_type)
+        context_options = ContextOptions.parse(fit, background, take)
         decode = output_type == "np"
         levels = None if sigmas is None else tuple(sigmas)
         steps = StepSettings(
@@ -106,7 +111,7 @@ class VideoJob:
             batch=1 if embeds is None else len(embeds),
         )
         request.make_policy()  # a number out of range is refused here
-        context = load_context(request, image, video)
+        context = load_context(request, image, video, manifest.video.fps, context_options)
         return cls(request, prompt, embeds, context, policy, decode, callback_on_step_end)
 
     def tell_step(self, pipeline: VideoPipeline, step: Step) -> None:

@@ -243,9 +243,10 @@ class VideoPipeline:
             num_frames: 4n+1; None for the bundle's default.
             height, width: pixels, multiples of 16; None for the bundle's default.
             seed: of the noise; the same on every machine.
-            image: causal: a picture that the video begins with: a path, or uint8 (height, width,
-                3).
-            video: causal: a clip that it continues: a path, or uint8 (4n+1, height, width, 3).
+            image: causal: a picture that the video begins with: a path, bytes, an open file, a PIL
+                picture, or uint8 (height, width, 3).
+            video: causal: a clip that it continues: a path, bytes or an open file, of which
+                frames are taken at the model's rate; or uint8 (4n+1, height, width, 3).
             policy: decides the steps, in place of every other setting of them.
             callback_on_step_end: called after each transition with (pipeline, step, timestep,
                 {"step": `Step`}), where `Step.read()` fetches the latents.
@@ -253,7 +254,7 @@ class VideoPipeline:
             more: further settings by name: `deadline_s` (seconds for the steps of the video, or of
                 each chunk), `target_psnr` (decibels, see `AdaptiveSteps`), `sigmas`, `shift`, and
                 of a causal model `chunks`, `window` and `first_steps`, see `GenerationRequest` and
-                `StepSettings`.
+                `StepSettings`, and `fit`, `background` and `take`, see `ContextOptions`.
 
         Returns:
             The video, with the report of how it was made.

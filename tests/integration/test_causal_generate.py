@@ -22,9 +22,13 @@ from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines.sampler import Chunk, stream
 from anyflow_deploy.engines.step_policy import FirstChunkPolicy
 from anyflow_deploy.pipelines import video_pipeline
+from anyflow_deploy.pipelines.clips import ClipReader
+from anyflow_deploy.pipelines.frame_fit import FrameFit
+from anyflow_deploy.pipelines.pictures import load_picture
 from anyflow_deploy.pipelines.text_encoder import encode_prompts, save_embeddings
 from anyflow_deploy.pipelines.vae import StreamingDecoder, decode_video, encode_video
-from anyflow_deploy.pipelines.video_io import VideoWriter, load_image, load_video, save_video
+from anyflow_deploy.pipelines.video_io import VideoWriter, load_video, save_video
+from tests.media import turn_clip, write_clip
 
 PROMPT = "a red fox runs in the snow"
 CHUNKS = (1, 3, 1)
@@ -215,7 +219,7 @@ def test_a_writer_refuses_what_it_cannot_append(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
 def test_pictures_are_read(tmp_path: Path, name: str) -> None:
     Image.fromarray(moving(1)[0]).save(tmp_path / name)
-    picture = load_image(tmp_path / name)
+    picture = load_picture(tmp_path / name)
     assert picture.shape == (1, HEIGHT, WIDTH, 3) and picture.dtype == np.uint8
     assert np.abs(picture.astype(int) - moving(1)).mean() < (0.01 if name == "a.png" else 4)
 
@@ -223,7 +227,7 @@ def test_pictures_are_read(tmp_path: Path, name: str) -> None:
 def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(AnyFlowError, match=r"a.png cannot be read as an image"):
-        load_image(tmp_path / "a.png")
+        load_picture(tmp_path / "a.png")
     with pytest.raises(AnyFlowError, match=r"b.mp4 cannot be read as a video"):
         load_video(tmp_path / "b.mp4")
 
@@ -337,6 +341,33 @@ def test_a_video_begins_with_a_picture(
     )
 
 
+def test_a_clip_of_a_phone_is_continued(
+    far_bundle: Bundle,
+    far_pipeline: Path,
+    embeddings: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Turned by 90 degrees, 32 frames a second, too large and too long."""
+    shown = moving(40, HEIGHT + 32, WIDTH + 64)
+    stored = [np.rot90(frame, 1) for frame in shown]
+    path = write_clip(tmp_path / "a.mov", stored, fps=32)
+    turn_clip(path, (0, 1, -1, 0))
+    with ClipReader(path) as clip:
+        every = clip.read_first(32, 40, FrameFit(HEIGHT, WIDTH, "crop"))
+    assert np.abs(every[0].astype(int) - shown[0][::2, ::2]).mean() < 6
+    for take, wanted in (("first", every[0:26:2]), ("last", every[14:40:2])):
+        output = tmp_path / f"{take}.safetensors"
+        generate(asked(far_bundle, embeddings, video=path, take=take, fit="crop", output=output))
+        context = encode_video(far_pipeline, wanted)
+        np.testing.assert_array_equal(load_file(output)["latents"][:, :4], context)
+        said = " ".join(capsys.readouterr().err.split())
+        assert (
+            "a.mov is 64 x 128, turned by 90 degrees, 32 fps, 1.25 s; the"
+            f" {take} 13 frames are used, 16 a second (0.81 s)" in said
+        )
+
+
 def test_a_picture_and_a_clip_are_context(
     far_bundle: Bundle,
     far_pipeline: Path,
@@ -347,7 +378,7 @@ def test_a_picture_and_a_clip_are_context(
     Image.fromarray(moving(1)[0]).save(tmp_path / "first.png")
     save_video(tmp_path / "clip.mp4", moving(13), 16)
     for flag, name, frames in (
-        ("image", "first.png", load_image(tmp_path / "first.png")),
+        ("image", "first.png", load_picture(tmp_path / "first.png")),
         ("video", "clip.mp4", load_video(tmp_path / "clip.mp4")),
     ):
         output = tmp_path / f"{flag}.safetensors"
@@ -403,6 +434,10 @@ def test_a_picture_and_a_clip_are_context(
         ({"video": "clip8.mp4"}, r"frames is 8; allowed are 4n\+1"),
         ({"video": "none.mp4"}, "none.mp4 cannot be read as a video"),
         ({"image": "first.png", "video": "clip9.mp4"}, "give one of --image and --video"),
+        ({"image": "first.png", "take": "last"}, "--take is for a clip, and there is none. Give --video"),
+        ({"fit": "crop"}, "--fit is for a picture or a clip, and there is none"),
+        ({"background": "white"}, "--background is for a picture or a clip, and there is none"),
+        ({"image": "first.png", "background": "x"}, "background is 'x'; allowed are the names"),
         (
             {"stream": True, "output": "z.safetensors"},
             r"--stream writes a video that grows, .*Give one that ends in .mp4",

@@ -193,6 +193,11 @@ def test_one_library_has_one_of_both(tmp_path: Path) -> None:
     assert "one library can have one of them" in said and "Build two libraries" in said
 
 
+def test_a_static_library_is_refused_rather_than_built_shared(tmp_path: Path) -> None:
+    said = configure_error(tmp_path, "-DBUILD_SHARED_LIBS=OFF")
+    assert "BUILD_SHARED_LIBS is OFF, and anyflow is built as a shared library alone" in said
+
+
 def version_header(**numbers: int) -> str:
     return "".join(f"#define {name} {number} //!< a number\n" for name, number in numbers.items())
 

@@ -3,6 +3,7 @@ and trains."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from webdataset import WebDataset
 
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
@@ -31,6 +33,7 @@ from anyflow_deploy.training.data.source import DataShard
 from anyflow_deploy.training.recipes import get_recipe, override_recipe
 from anyflow_deploy.training.run_spec import RunSpec
 from anyflow_deploy.training.trainer import train
+from tests.media import turn_clip, write_clip
 
 COUNT = 5
 VALUES = {
@@ -280,6 +283,109 @@ def test_a_clip_plays_as_fast_as_it_was_and_is_cut_in_the_middle(tmp_path: Path)
     assert np.abs(slow[::2] - slow[1::2]).max() < 5 and len(set((slow / 10).astype(int))) >= 3
     with pytest.raises(AnyFlowError, match=r"tiny is 32 x 96, too small for 480 x 832"):
         read_clip(tmp_path / "slow.mp4", "tiny", 1, 480, 832)
+
+
+def test_videos_of_phones_are_encoded_as_they_are_shown(
+    clips: Path, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    """Turned by 90 degrees, at uneven times, in other containers, behind a link."""
+    given, output = tmp_path / "given", tmp_path / "shards"
+    (given / "a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (given / "linked").symlink_to(tmp_path / "elsewhere")
+    times = [0, 0.03, 0.06, 0.2, 0.22, 0.24]  # at 16 a second: 0, 2, 2, 2, 5
+    stored = [np.rot90(bars(n), 1) for n in range(6)]
+    turn_clip(write_clip(given / "a" / "Phone.MOV", stored, times), (0, 1, -1, 0))
+    frames = [bars(n) for n in (0, 2, 2, 2, 5)]
+    write_clip(tmp_path / "elsewhere" / "plain.webm", frames, codec="libvpx-vp9")
+    for path in (given / "a" / "Phone.MOV", tmp_path / "elsewhere" / "plain.webm"):
+        path.with_suffix(".txt").write_text("a bar moves")
+    assert run_precompute(options(given, tiny_pipeline, output)) == 0
+    phone, plain = WebDataset([str(output / "shard-000000.tar")], shardshuffle=False)
+    assert (phone["__key__"], plain["__key__"]) == ("a_Phone", "linked_plain")
+    latents = [safetensors.torch.load(one["safetensors"])["latents"] for one in (phone, plain)]
+    wanted = torch.from_numpy(encode_video(tiny_pipeline, np.stack(frames)))[0]
+    wrong = torch.from_numpy(encode_video(tiny_pipeline, np.stack([bars(n) for n in range(5)])))[0]
+    for found in latents:  # nearer than a lossy codec's error to what is shown, far from the rest
+        assert (found - wanted).norm() < 0.3 * (wrong - wanted).norm()
+
+
+def bars(number: int) -> NDArray[np.uint8]:
+    """A bright bar whose place says the number."""
+    frame = np.full((32, 48, 3), 40, np.uint8)
+    frame[4:20, 8 * number : 8 * number + 8] = 230
+    return frame
+
+
+def test_other_files_are_counted_and_named(
+    clips: Path,
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = tmp_path / "clips"
+    shutil.copytree(clips, given)
+    for name in ("a.jpg", "b.JPG", "x.part", "readme.txt", ".hidden"):
+        (given / name).write_bytes(b"-")
+    monkeypatch.setattr(module, "Encoders", lambda *_: pytest.fail("that was all"))
+    with pytest.raises(pytest.fail.Exception):
+        run_precompute(options(given, tiny_pipeline, tmp_path / "x"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "not read: 2 .jpg (such as a.jpg), 1 .txt (such as readme.txt), 1 .part" in said or (
+        "not read: 2 .jpg (such as a.jpg), 1 .part (such as x.part), 1 .txt (such as readme.txt)"
+        in said
+    )
+
+
+def test_a_folder_of_broken_videos_alone_is_no_success(tiny_pipeline: Path, tmp_path: Path) -> None:
+    given, output = tmp_path / "clips", tmp_path / "shards"
+    given.mkdir()
+    for name in ("a", "b"):
+        (given / f"{name}.mp4").write_bytes(b"not a video")
+        (given / f"{name}.txt").write_text("a fox")
+    for _ in range(2):  # the second time, too
+        with pytest.raises(AnyFlowError, match=r"none of the 2 videos can be used: b.mp4: "):
+            run_precompute(options(given, tiny_pipeline, output))
+    assert not list(output.glob("*.tar"))
+
+
+def test_a_full_disk_has_its_reason_and_the_work_resumes(
+    clips: Path,
+    tiny_pipeline: Path,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write, count = module.write_bytes_atomically, [0]
+
+    def fill(path: Path, data: bytes) -> None:
+        count[0] += 1
+        if count[0] > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data)
+
+    monkeypatch.setattr(module, "write_bytes_atomically", fill)
+    output = tmp_path / "shards"
+    with pytest.raises(
+        AnyFlowError, match=r"shards cannot be written: No space left on device. Make room"
+    ):
+        run_precompute(options(clips, tiny_pipeline, output))
+    monkeypatch.undo()
+    assert run_precompute(options(clips, tiny_pipeline, output)) == 0
+    assert files(output) == files(made)
+
+
+def test_how_videos_were_fitted_belongs_to_the_shards(
+    clips: Path, tiny_pipeline: Path, made: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(AnyFlowError, match=r"holds shards of other fit, background"):
+        run_precompute(options(clips, tiny_pipeline, made, fit="pad", background="white"))
+    with pytest.raises(AnyFlowError, match=r"background is 'clear'; allowed are"):
+        run_precompute(options(clips, tiny_pipeline, made, background="clear"))
+    wide = write_clip(tmp_path / "a.mkv", [np.full((32, 96, 3), 120, np.uint8)] * 5, codec="ffv1")
+    padded = read_clip(wide, "a", 5, 32, 48, mode="pad", background=(0, 200, 0))
+    assert (padded[:, :8] == (0, 200, 0)).all() and (padded[:, 8:24, :, 0] > 100).all()
 
 
 def test_the_examples_parse() -> None:

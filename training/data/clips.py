@@ -1,12 +1,11 @@
 """Reads videos for training: a number of frames at Wan's rate, of one size.
 
-Frames are chosen by their times, so that a video of any rate keeps its speed. The picture is scaled
-until it covers the size, and the rest is cropped evenly.
+`ClipReader` reads them, as it does for `--video`: turned, in their aspect, at even times. Here they
+are held against what training needs: long enough, and not much too small.
 """
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,23 @@ from numpy.typing import NDArray
 
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import FPS
+from anyflow_deploy.pipelines.clips import ClipReader
+from anyflow_deploy.pipelines.frame_display import BLACK, Color
+from anyflow_deploy.pipelines.frame_fit import Fit, FrameFit
 
 _MAX_UPSCALE = 2.0
 """The most that a video is scaled up: beyond it, training would learn blur."""
 
 
 def read_clip(
-    source: Path | bytes, name: str, frames: int, height: int, width: int, fps: int = FPS
+    source: Path | bytes,
+    name: str,
+    frames: int,
+    height: int,
+    width: int,
+    fps: int = FPS,
+    mode: Fit = "crop",
+    background: Color = BLACK,
 ) -> NDArray[np.uint8]:
     """Read the first frames of a video, uint8 (frames, height, width, 3).
 
@@ -29,47 +38,20 @@ def read_clip(
         name: for messages.
         frames, height, width: of the result.
         fps: rate at which frames are taken.
+        mode: how they are brought to the size, see `frame_fit`.
+        background: behind transparent pixels, and around padded frames.
 
     Raises:
         AnyFlowError: it cannot be decoded, is too short, or much too small.
     """
-    import av
-
-    images: list[NDArray[np.uint8]] = []
-    start_time = end = 0.0
-    try:
-        with av.open(
-            io.BytesIO(source) if isinstance(source, bytes) else str(source), "r"
-        ) as container:
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or fps)
-            for number, frame in enumerate(container.decode(stream)):
-                start = frame.time if frame.time is not None else number / rate
-                start_time = start if number == 0 else start_time
-                end = start - start_time + 1 / rate
-                # Half a frame's tolerance: times are rounded in the file.
-                while len(images) < frames and (len(images) + 0.5) / fps < end:
-                    images.append(_resize_and_crop(frame, name, height, width))
-                if len(images) == frames:
-                    return np.stack(images)
-    except (OSError, IndexError, av.error.FFmpegError) as error:
-        raise AnyFlowError(f"{name} cannot be read as a video: {error}.") from None
-    raise AnyFlowError(
-        f"{name} has {end:.2f} s; {frames} frames at {fps} a second take {frames / fps:.2f} s."
-    )
-
-
-def _resize_and_crop(frame: object, name: str, height: int, width: int) -> NDArray[np.uint8]:
-    import av
-
-    assert isinstance(frame, av.VideoFrame)
-    scale = max(height / frame.height, width / frame.width)
-    if scale > _MAX_UPSCALE:
+    fit = FrameFit(height, width, mode, background, _MAX_UPSCALE)
+    with ClipReader(source, name) as clip:
+        fit.check(name, clip.size)
+        pixels = clip.read_first(fps, frames, fit)
+        length = clip.end or 0.0
+    if len(pixels) < frames:
         raise AnyFlowError(
-            f"{name} is {frame.height} x {frame.width}, too small for {height} x {width}."
+            f"{name} has {length:.2f} s; {frames} frames at {fps} a second take"
+            f" {frames / fps:.2f} s."
         )
-    rows = max(height, round(frame.height * scale))
-    columns = max(width, round(frame.width * scale))
-    picture = frame.to_ndarray(format="rgb24", width=columns, height=rows, interpolation="BICUBIC")
-    top, left = (rows - height) // 2, (columns - width) // 2
-    return np.asarray(picture[top : top + height, left : left + width], dtype=np.uint8)
+    return pixels

@@ -26,6 +26,7 @@ class DatasetManifest(BaseModel):
         encoders: digest of the VAE and the text encoder.
         clips: digest of names, sizes and captions of the videos.
         count, shards, shard_samples: videos, shards, and videos of a shard.
+        fit, background: how frames were brought to the size.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,6 +41,8 @@ class DatasetManifest(BaseModel):
     count: int
     shards: int
     shard_samples: int
+    fit: str = "crop"
+    background: tuple[int, int, int] = (0, 0, 0)
 
     def check(self, folder: Path, shape: SampleShape) -> None:
         """Check that all shards are there, and of the recipe's shape, or longer.

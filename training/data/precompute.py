@@ -19,7 +19,7 @@ import io
 import json
 import multiprocessing
 import os
-from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import (
     Executor,
     Future,
@@ -27,6 +27,7 @@ from concurrent.futures import (
     ThreadPoolExecutor,
     as_completed,
 )
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +38,14 @@ from anyflow_deploy.bundle.atomic_io import clear_partial_files, file_sha256, wr
 from anyflow_deploy.checkpoints.checkpoint import missing_parts, pipeline_folder
 from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import AnyFlowError, CheckpointError
+from anyflow_deploy.pipelines.frame_display import BLACK, Color
+from anyflow_deploy.pipelines.frame_fit import Fit
 from anyflow_deploy.progress import NullProgress, Progress
 from anyflow_deploy.training.data.clips import read_clip
 from anyflow_deploy.training.data.manifest import MARKER, DatasetManifest, read_manifest, shard_name
-from anyflow_deploy.training.data.samples import CAPTION, ENCODER_PARTS, TENSORS, VIDEOS, Encoders
+from anyflow_deploy.training.data.samples import CAPTION, ENCODER_PARTS, TENSORS, Encoders
 from anyflow_deploy.training.data.shard_source import BROKEN_FREE, BROKEN_SHARE, NEGATIVE
+from anyflow_deploy.training.data.video_folder import find_videos, read_caption, sample_key
 
 SKIPPED = "skipped.jsonl"
 
@@ -59,6 +63,8 @@ class PrecomputeJob:
         type: of the stored numbers, "float32" or "bfloat16".
         shard_samples: videos in a shard.
         workers: processes; 0 for one on each GPU.
+        fit: how frames are brought to the size, see `frame_fit`.
+        background: behind transparent pixels, and around padded frames.
     """
 
     folder: Path
@@ -69,6 +75,8 @@ class PrecomputeJob:
     type: str
     shard_samples: int
     workers: int
+    fit: Fit = "crop"
+    background: Color = BLACK
 
 
 def find_pipeline(location: str) -> Path:
@@ -98,18 +106,30 @@ def find_pipeline(location: str) -> Path:
     return folder
 
 
-def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[int, int]:
+def precompute(
+    job: PrecomputeJob,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> tuple[int, int]:
     """Write the shards that are not there yet.
+
+    Args:
+        job: the settings.
+        progress: where the videos are counted.
+        tell: called with a line about files that are not read.
 
     Returns:
         How many videos the folder has, and how many of those encoded now were skipped.
 
     Raises:
-        AnyFlowError: no videos, missing captions, an output with other settings, or too many broken
-            videos.
+        AnyFlowError: no videos, missing captions, an output with other settings or that cannot be
+            written, too many broken videos, or none that can be used.
     """
     progress = progress or NullProgress()
-    clips = find_videos(job.folder)
+    found = find_videos(job.folder)
+    clips = found.videos
+    if found.others:
+        tell(found.describe_others())
     encoders = Encoders(job.pipeline, _device(0))
     manifest = DatasetManifest(
         latents=encoders.vae.check(*job.size),
@@ -121,14 +141,15 @@ def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[in
         count=len(clips),
         shards=-(-len(clips) // job.shard_samples),
         shard_samples=job.shard_samples,
+        fit=job.fit,
+        background=job.background,
     )
     _claim_output(job.output, manifest)
     if not (job.output / NEGATIVE).is_file():
         text = torch.from_numpy(encoders.prompts.encode_empty(job.tokens)[0])
-        write_bytes_atomically(
-            job.output / NEGATIVE,
-            safetensors.torch.save({"text": _to_storage_type(_trim_padding(text), job.type)}),
-        )
+        data = safetensors.torch.save({"text": _to_storage_type(_trim_padding(text), job.type)})
+        with _writing(job.output):
+            write_bytes_atomically(job.output / NEGATIVE, data)
     missing_shards = [
         n for n in range(manifest.shards) if not (job.output / shard_name(n)).is_file()
     ]
@@ -158,66 +179,26 @@ def precompute(job: PrecomputeJob, progress: Progress | None = None) -> tuple[in
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if skipped_count == len(clips):  # shards without a sample are not worth keeping
+        for number in missing_shards:
+            (job.output / shard_name(number)).unlink()
+        raise AnyFlowError(
+            f"none of the {len(clips)} videos can be used: {skipped_lines[-1]}. {job.output}"
+            f"/{SKIPPED} lists all. Repair or replace them."
+        )
     return len(clips), skipped_count
 
 
-def find_videos(folder: Path) -> list[Path]:
-    """Return the videos of a folder and its subfolders, sorted by name.
-
-    Raises:
-        AnyFlowError: none, two of one name, or one without a caption.
-    """
-    if not folder.is_dir():
-        raise AnyFlowError(
-            f"{folder} is not a folder. Give a folder of videos ({', '.join(VIDEOS)}) with captions"
-            " (.txt)."
-        )
-    clips = sorted(
-        p
-        for p in folder.rglob("*")
-        if p.suffix[1:].lower() in VIDEOS and not p.name.startswith(".")
-    )
-    if not clips:
-        raise AnyFlowError(
-            f"{folder} holds no videos ({', '.join('.' + v for v in VIDEOS)}). Give the folder they"
-            " are in."
-        )
-    (key, times), *_ = Counter(_key(folder, path) for path in clips).most_common(1)
-    if times > 1:
-        raise AnyFlowError(
-            f"{folder} holds {times} videos whose name in a shard would be {key!r}. Rename all but"
-            " one."
-        )
-    without_caption = [path for path in clips if not _caption(path)]
-    if without_caption:
-        first = without_caption[0]
-        raise AnyFlowError(
-            f"{len(without_caption)} of {len(clips)} videos have no caption, such as {first}. Write"
-            f" what it shows into {first.with_suffix('.txt').name} beside it, or take the video out"
-            " of the folder."
-        )
-    return clips
-
-
-def _key(folder: Path, path: Path) -> str:
-    """Return the name of a sample: the path without its ending.
-
-    webdataset ends a name at its first dot, and drops `__…`.
-    """
-    return (
-        str(path.relative_to(folder).with_suffix(""))
-        .replace(".", "_")
-        .replace("/", "_")
-        .lstrip("_")
-        or "video"
-    )
-
-
-def _caption(path: Path) -> str:
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Within it, a file system that refuses is a reason with a way on."""
     try:
-        return path.with_suffix(f".{CAPTION}").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
+        yield
+    except OSError as error:
+        raise AnyFlowError(
+            f"{output} cannot be written: {error.strerror or error}. Make room or mend it; the same"
+            " command resumes."
+        ) from None
 
 
 def _claim_output(output: Path, manifest: DatasetManifest) -> None:
@@ -238,8 +219,9 @@ def _claim_output(output: Path, manifest: DatasetManifest) -> None:
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise AnyFlowError(f"{output} exists and holds something else. Choose another --output.")
-    output.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomically(output / MARKER, manifest.model_dump_json(indent=1).encode())
+    with _writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        write_bytes_atomically(output / MARKER, manifest.model_dump_json(indent=1).encode())
 
 
 _ENCODERS: Encoders | None = None
@@ -290,15 +272,18 @@ def _write_shard(job: PrecomputeJob, number: int, clips: list[Path]) -> list[str
             except (AnyFlowError, OSError, ValueError) as error:
                 skipped_lines.append(f"{path.relative_to(job.folder)}: {error}")
                 continue
-            content = {TENSORS: safetensors.torch.save(tensors), CAPTION: _caption(path).encode()}
-            writer.write({"__key__": _key(job.folder, path), **content})
-    write_bytes_atomically(job.output / shard_name(number), memory.getvalue())
+            caption = read_caption(path).encode()
+            content = {TENSORS: safetensors.torch.save(tensors), CAPTION: caption}
+            writer.write({"__key__": sample_key(job.folder, path), **content})
+    with _writing(job.output):
+        write_bytes_atomically(job.output / shard_name(number), memory.getvalue())
     return skipped_lines
 
 
 def _encode_clip(job: PrecomputeJob, path: Path, encoders: Encoders) -> dict[str, torch.Tensor]:
-    text = torch.from_numpy(encoders.prompts.encode([_caption(path)], job.tokens)[0])
-    latents = torch.from_numpy(encoders.vae.encode(read_clip(path, path.name, *job.size))[0])
+    text = torch.from_numpy(encoders.prompts.encode([read_caption(path)], job.tokens)[0])
+    clip = read_clip(path, path.name, *job.size, mode=job.fit, background=job.background)
+    latents = torch.from_numpy(encoders.vae.encode(clip)[0])
     if not (torch.isfinite(latents).all() and torch.isfinite(text).all()):
         raise ValueError("the encoders returned numbers that are not finite")
     return {
@@ -331,14 +316,15 @@ def _shard_result(future: Future[list[str]]) -> list[str]:
 
 def _append_skipped(output: Path, skipped_lines: list[str]) -> None:
     if skipped_lines:
-        with (output / SKIPPED).open("a", encoding="utf-8") as file:
+        with _writing(output), (output / SKIPPED).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped_lines)
 
 
 def _clips_digest(folder: Path, clips: list[Path]) -> str:
     digest = hashlib.sha256()
     for path in clips:
-        digest.update(repr((_key(folder, path), path.stat().st_size, _caption(path))).encode())
+        size = path.stat().st_size
+        digest.update(repr((sample_key(folder, path), size, read_caption(path))).encode())
     return digest.hexdigest()[:32]
 
 

@@ -8,7 +8,7 @@ The endings of its files tell what a sample holds:
                                 encoded as for training
     KEY.latents.npy, KEY.text.npy    the same as numpy writes them; arrays of objects,
                                      which are pickles, are refused
-    KEY.mp4 (.mkv, .mov)        a video, encoded while training by the pipeline that is trained
+    KEY.mp4 (.mov, .webm, …)    a video, encoded while training by the pipeline that is trained
     KEY.txt                     the caption; beside latents it is only shown
 
 webdataset's own decoders choose by ending, and `.pyd`, `.pickle` or `.pth` would run a program.
@@ -32,8 +32,10 @@ from torch import Tensor
 
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import SPATIAL_FACTOR, TEMPORAL_FACTOR
+from anyflow_deploy.pipelines.clips import CLIP_SUFFIXES
 from anyflow_deploy.pipelines.text_encoder import PromptEncoder
 from anyflow_deploy.pipelines.vae import VideoEncoder
+from anyflow_deploy.training.data.captions import decode_caption
 from anyflow_deploy.training.data.clips import read_clip
 from anyflow_deploy.training.data.tar_index import SampleEntry
 
@@ -41,14 +43,28 @@ TENSORS = "safetensors"
 LATENTS_NPY = "latents.npy"
 TEXT_NPY = "text.npy"
 CAPTION = "txt"
-VIDEOS = ("mp4", "mkv", "mov")
+VIDEOS = tuple(suffix[1:] for suffix in CLIP_SUFFIXES)
 
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer")
 """Folders of a pipeline that encode videos and captions."""
 
 
 class BrokenSampleError(Exception):
-    """One sample cannot be used; others may."""
+    """One sample cannot be used; others may.
+
+    Attributes:
+        advice: what to do when every sample is like this one, a sentence.
+    """
+
+    def __init__(self, message: str, advice: str = "Repair it, or give other data.") -> None:
+        super().__init__(message)
+        self.advice = advice
+
+
+_OTHER_SHAPE = (
+    "Give the --frames, --height, --width and --text-tokens that the data was made for, or other"
+    " data."
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,9 @@ def read_sample(entry: SampleEntry, shape: SampleShape, encoders: Encoders | Non
             or a number that is not finite.
     """
     try:
-        caption = entry.read(CAPTION).decode().strip() if CAPTION in entry.members else ""
+        caption = ""
+        if CAPTION in entry.members:
+            caption = decode_caption(entry.read(CAPTION), f"{entry.key}.{CAPTION}")
         if is_precomputed(entry):
             latents, text = _read_tensors(entry)
         else:
@@ -120,12 +138,14 @@ def read_sample(entry: SampleEntry, shape: SampleShape, encoders: Encoders | Non
     if tuple(latents.shape) != shape.latents:
         raise BrokenSampleError(
             f"{entry.name}: latents (F, C, H, W) {tuple(latents.shape)}, the recipe has"
-            f" {shape.latents}"
+            f" {shape.latents}",
+            _OTHER_SHAPE,
         )
     if text.ndim != 2 or text.shape[1] != shape.text[1] or not 1 <= len(text) <= shape.text[0]:
         raise BrokenSampleError(
             f"{entry.name}: text (tokens, channels) {tuple(text.shape)}, the recipe has at most"
-            f" {shape.text}"
+            f" {shape.text}",
+            _OTHER_SHAPE,
         )
     if not (torch.isfinite(latents).all() and torch.isfinite(text).all()):
         raise BrokenSampleError(f"{entry.name}: numbers that are not finite")
@@ -161,6 +181,12 @@ def _encode_sample(
     entry: SampleEntry, caption: str, shape: SampleShape, encoders: Encoders | None
 ) -> tuple[Tensor, Tensor]:
     ending = video_ending(entry)
+    dotted = [member for member in entry.members if member.rpartition(".")[2] in VIDEOS]
+    if ending is None and dotted:
+        raise ValueError(
+            f"{entry.key}.{dotted[0]} has a dot in its name, and a sample's name ends at its first"
+            " dot. Rename it and its caption, or make shards with anyflow-precompute"
+        )
     if ending is None or encoders is None:
         raise ValueError(f"neither latents nor a video, but {', '.join(sorted(entry.members))}")
     if not caption:

@@ -172,16 +172,13 @@ class ShardSource:
                 f"{len(unusable)} of {len(entries)} samples in {folder} have no video or no"
                 f" caption, such as {unusable[0].name}"
                 f" ({', '.join(sorted(unusable[0].members))}). A sample is KEY.mp4 and KEY.txt, or"
-                " KEY.safetensors."
+                " KEY.safetensors, and KEY has no dots."
             )
         for entry in (entries[0], entries[-1]):
             try:
                 read_sample(entry, self._shape, self._encoders)
             except BrokenSampleError as error:
-                raise AnyFlowError(
-                    f"{folder}: {error}. Give the --frames, --height, --width and --text-tokens"
-                    " that the data was made for, or other data."
-                ) from None
+                raise AnyFlowError(f"{folder}: {error}. {error.advice}") from None
         kind = "videos" if self._encoders else "latents"
         return (
             f"{len(entries)} samples ({kind}) in {len({e.shard for e in entries})} shards, first"
