@@ -434,7 +434,10 @@ def test_a_picture_and_a_clip_are_context(
         ({"video": "clip8.mp4"}, r"frames is 8; allowed are 4n\+1"),
         ({"video": "none.mp4"}, "none.mp4 cannot be read as a video"),
         ({"image": "first.png", "video": "clip9.mp4"}, "give one of --image and --video"),
-        ({"image": "first.png", "take": "last"}, "--take is for a clip, and there is none. Give --video"),
+        (
+            {"image": "first.png", "take": "last"},
+            "--take is for a clip, and there is none. Give --video",
+        ),
         ({"fit": "crop"}, "--fit is for a picture or a clip, and there is none"),
         ({"background": "white"}, "--background is for a picture or a clip, and there is none"),
         ({"image": "first.png", "background": "x"}, "background is 'x'; allowed are the names"),
