@@ -14,7 +14,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from anyflow_deploy.bundle.json_records import FrozenRecord
-from anyflow_deploy.errors import BundleError
+from anyflow_deploy.errors import BundleError, CheckpointError
 from anyflow_deploy.models import Architecture, architecture_from_config
 from anyflow_deploy.shape_ranges import AXES, Range, ShapeRanges, latent_frames, latent_side
 
@@ -170,9 +170,13 @@ class Manifest(FrozenRecord):
         """The transformer's numbers, read from `config` once.
 
         Raises:
-            CheckpointError: `config` is not an AnyFlow transformer's.
+            CheckpointError: `config` is not an AnyFlow transformer's, or lacks a key: exports write
+                all of them.
         """
-        return architecture_from_config(self.config, MANIFEST)
+        architecture = architecture_from_config(self.config, MANIFEST)
+        if missing := sorted(architecture.as_config().keys() - self.config.keys()):
+            raise CheckpointError(f"{MANIFEST} lacks {', '.join(missing)} in its config.")
+        return architecture
 
     def latent_shape(
         self, frames: int | None, height: int | None, width: int | None
