@@ -29,7 +29,8 @@ from typing import BinaryIO, TypeVar
 
 from anyflow_deploy.bundle.manifest import FileRecord
 from anyflow_deploy.bundle.outputs import OutputFile, OutputFolder
-from anyflow_deploy.errors import BundleError, OutputError
+from anyflow_deploy.errors import BundleError, OutputError, unreadable
+from anyflow_deploy.hub import cached_blobs
 
 _BLOCK = 8 << 20
 W = TypeVar("W", bound="AtomicFolderWriter")
@@ -142,19 +143,17 @@ def check_file(
     parts = PurePosixPath(name)
     path = folder / name
     try:
-        inside = path.resolve().is_relative_to(folder.resolve())
+        target = path.resolve()
+        inside = target.is_relative_to(folder.resolve()) or _is_blob(target, folder)
         present = path.is_file()
-        hint = (
-            " If the link is a hub cache's, copy the bundle with cp -rL."
-            if path.is_symlink()
-            else ""
-        )
+    except PermissionError as error:
+        raise BundleError(unreadable(path, error)) from None
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL, a name too long
-        inside, present, hint = False, False, ""
+        inside, present = False, False
     if parts.is_absolute() or ".." in parts.parts or "\\" in name or not inside:
         raise BundleError(
             f"{folder / kind.marker} names {name!r}, which leaves the {kind.noun}'s folder. Do not"
-            f" use this {kind.noun}.{hint}"
+            f" use this {kind.noun}."
         )
     if not present:
         raise BundleError(f"{folder} lacks {name!r}, which its {kind.listing} lists. {kind.remedy}")
@@ -163,11 +162,21 @@ def check_file(
         raise BundleError(
             f"{path} has {size} bytes; the {kind.listing} says {record.bytes}. {kind.remedy}"
         )
-    if verify and (digest := file_sha256(path)) != record.sha256:
+    try:
+        digest = file_sha256(path) if verify else record.sha256
+    except PermissionError as error:
+        raise BundleError(unreadable(path, error)) from None
+    if digest != record.sha256:
         raise BundleError(
             f"{path} was changed: its SHA-256 is {digest}, the {kind.listing} says {record.sha256}."
             f" {kind.remedy}"
         )
+
+
+def _is_blob(target: Path, folder: Path) -> bool:
+    """Whether a file is where the Hub's cache keeps the contents of a snapshot's links."""
+    blobs = cached_blobs(folder)
+    return blobs is not None and target.parent == blobs
 
 
 class HashingFile:

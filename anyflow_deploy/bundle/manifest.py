@@ -11,7 +11,13 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from anyflow_deploy.bundle.json_records import FrozenRecord
 from anyflow_deploy.errors import BundleError, CheckpointError
@@ -51,14 +57,23 @@ class GraphRecord(FrozenRecord):
 class WeightsSource(FrozenRecord):
     """Where the weights came from: a folder, a repository on the Hub, or a seed.
 
-    `revision` is the Hub's commit. `location` of a folder is a hint for later commands; they accept
-    another one.
+    `revision` is the Hub's commit. `location` of a folder (or file) is a hint for later commands;
+    they accept another one. `variant` is that of the files, such as "fp16".
     """
 
     kind: Literal["folder", "hub", "random"]
     location: str
     revision: str | None = None
     seed: int | None = None
+    variant: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_variant(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write `variant` where there is one; older versions do not know the key."""
+        content: dict[str, Any] = serialize(self)
+        if self.variant is None:
+            content.pop("variant", None)
+        return content
 
 
 class AchievedPrecision(FrozenRecord):

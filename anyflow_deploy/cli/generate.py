@@ -7,6 +7,7 @@ the next one begins. Wrong requests are refused before text encoder and engine a
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack, closing
@@ -107,7 +108,11 @@ class GenerateOptions(Options):
     frames: int | None = Field(None, ge=1, description="frames, 4n+1 (default: the manifest's)")
     height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
-    seed: int = Field(0, ge=0, description="seed of the noise, which is the same on every machine")
+    seed: int = Field(
+        0,
+        ge=-1,
+        description="seed of the noise, the same on every machine; -1 draws one and prints it",
+    )
     stream: bool = Field(
         False, description="causal: write --output chunk by chunk, playable while it grows (.mp4)"
     )
@@ -171,6 +176,9 @@ class _Job:
 def generate(options: GenerateOptions) -> int:
     """Generate the video; returns the exit status."""
     _check_options(options)
+    if options.seed == -1:
+        options = options.model_copy(update={"seed": secrets.randbelow(2**32)})
+        console.print(f"seed {options.seed}")
     paths = (options.output, options.save_prompt_embeds)
     with ExitStack() as stack:
         output, embeds_output = (
