@@ -537,6 +537,79 @@ def test_names_that_are_no_paths_are_refused(bundle: Bundle, name: str) -> None:
         load_bundle(folder)
 
 
+def cached(bundle: Bundle, cache: Path) -> Path:
+    """The bundle as the Hub's cache keeps it: a snapshot of links into blobs/."""
+    repository = cache / "models--me--bundle"
+    snapshot = repository / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(bundle.path.iterdir())):
+        blob = repository / "blobs" / str(number)
+        path.rename(blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_bundle_in_the_hubs_cache_is_read(bundle: Bundle, tmp_path: Path, verify: bool) -> None:
+    snapshot = cached(bundle, tmp_path / "hub")
+    assert load_bundle(snapshot, verify).digest == bundle.digest
+    (tmp_path / "link").symlink_to(snapshot)
+    assert load_bundle(tmp_path / "link", verify).digest == bundle.digest
+
+
+@pytest.mark.parametrize("target", ["../../../outside", "../../outside", "../../blobs/x/outside"])
+def test_a_link_out_of_the_hubs_blobs_is_refused(
+    bundle: Bundle, tmp_path: Path, target: str
+) -> None:
+    snapshot = cached(bundle, tmp_path / "hub")
+    (snapshot / GRAPH).unlink()
+    (snapshot / GRAPH).symlink_to(target)
+    outside = snapshot / target
+    outside.parent.mkdir(exist_ok=True)
+    outside.write_bytes(b"graph")
+    with pytest.raises(BundleError, match=r"names 'transition\.onnx', which leaves the bundle's"):
+        load_bundle(snapshot)
+
+
+def test_a_bundle_may_be_a_hub_id(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cached(bundle, tmp_path / "hub")
+    calls: list[object] = []
+
+    def download(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((hub_id, revision, allow_patterns))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert load_bundle("me/bundle@main").digest == bundle.digest
+    assert calls == [
+        ("me/bundle", "main", [MANIFEST]),
+        ("me/bundle", "c0ffee", [MANIFEST, *sorted(bundle.manifest.files)]),
+    ]
+    (snapshot / MANIFEST).unlink()
+    with pytest.raises(BundleError, match=r"me/bundle on the Hub is not a bundle: it has no"):
+        load_bundle("me/bundle")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS])
+def test_what_may_not_be_read_is_not_called_missing(
+    bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Path.open
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied")
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(BundleError, match=rf"/{name} is there and may not be read \(permission"):
+        load_bundle(bundle.path)
+
+
 def test_links_inside_the_folder_and_files_in_subfolders_are_fine(bundle: Bundle) -> None:
     (bundle.path / "sub").mkdir()
     (bundle.path / GRAPH).rename(bundle.path / "sub" / GRAPH)

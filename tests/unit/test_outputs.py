@@ -252,3 +252,48 @@ def test_without_locks_nothing_is_taken_for_a_leftover(
     (tmp_path / ".anyflow-1.partial").write_text("whose?")
     write_text_atomically(tmp_path / "it", "new")
     assert names(tmp_path) == [".anyflow-1.partial", "it"]
+
+
+def test_a_video_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ffmpeg `12:30.mp4` is a file of the protocol 12."""
+    from anyflow_deploy.pipelines.video_io import VideoWriter, save_video
+
+    monkeypatch.chdir(tmp_path)
+    frames = np.zeros((2, 16, 16, 3), np.uint8)
+    (tmp_path / "a:b").mkdir()
+    paths = [Path("12:30.mp4"), Path("a:b/x.mkv"), Path("a" * 251 + ".mp4")]
+    for path in paths:
+        save_video(path, frames, 16)
+    with VideoWriter(Path("12:31.mp4"), 16, (16, 16)) as writer:
+        assert not writer.path.exists()
+        writer.append(frames)
+    import av
+
+    for path in (*paths, Path("12:31.mp4")):
+        with av.open(f"file:{path}") as container:
+            assert len(list(container.decode(video=0))) == 2
+
+
+def test_a_growing_video_replaces_nothing_and_stays_whole_on_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from anyflow_deploy.pipelines.video_io import Mp4FragmentEncoder, VideoWriter
+
+    frames = np.zeros((1, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(Mp4FragmentEncoder, "encode", lambda *_: b"12345")
+    path = tmp_path / "it.mp4"
+    with OutputFile(path) as output, VideoWriter(output, 16, (16, 16)) as writer:
+        path.write_text("another run's")
+        with pytest.raises(OutputError, match=r"in .*/it-1\.mp4\.$"):
+            writer.append(frames)
+        assert writer.path.name == "it-1.mp4" and writer.path.read_bytes() == b"12345"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with VideoWriter(path, 16, (16, 16)) as writer:
+        writer.append(frames)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
+        try:
+            with pytest.raises(OutputError, match="File too large"):
+                writer.append(frames)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"12345" and writer.frames == 1
