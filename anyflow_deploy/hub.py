@@ -47,8 +47,9 @@ def download(hub_id: str, revision: str | None, files: list[str], advice: str) -
     except Exception as error:  # noqa: BLE001 - the Hub's client raises errors of three libraries; all mean "not to be had"
         reason = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"tried to download {hub_id!r} from the Hugging Face Hub and looked in its local cache;"
-            f" neither has it ({type(error).__name__}: {reason}). {advice}"
+            f"tried to download {hub_id!r} from the Hugging Face Hub (no folder here has that name)"
+            f" and looked in its local cache; neither has it ({type(error).__name__}: {reason})."
+            f" {advice}"
         ) from None
 
 

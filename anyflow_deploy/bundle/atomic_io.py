@@ -98,7 +98,6 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
             the block, `path` is as it was.
     """
     with OutputFolder(path, overwrite=replace) as output:
-        output.share_modes = True
         yield output.partial
         output.commit()
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter, check_file
 from anyflow_deploy.bundle.json_records import RecordFormat
 from anyflow_deploy.bundle.manifest import MANIFEST, SCHEMA, Manifest
-from anyflow_deploy.errors import AnyFlowError, BundleError, unreadable
+from anyflow_deploy.errors import AnyFlowError, BundleError, CheckpointError, unreadable
 from anyflow_deploy.hub import download, parse_hub_id
 
 _KIND = ArtifactKind(
@@ -67,8 +67,7 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
 
     Raises:
         BundleError: no manifest, a newer schema, an unknown key, a missing or changed file, a path
-            out of the folder, or what may not be read.
-        CheckpointError: the Hub has no such repository, or cannot be reached.
+            out of the folder, what may not be read, or a Hub that does not have it.
     """
     hub_id = parse_hub_id(path)
     folder = Path(path) if hub_id is None else _download_bundle(*hub_id)
@@ -97,14 +96,20 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
 
 def _download_bundle(hub_id: str, revision: str | None) -> Path:
     """Download a bundle from the Hub: its manifest, then the files that it lists."""
-    advice = "Give a folder that anyflow-export made."
-    folder = download(hub_id, revision, [MANIFEST], advice)
+    folder = _download(hub_id, revision, [MANIFEST])
     try:
         text = (folder / MANIFEST).read_bytes()
     except OSError:
         raise BundleError(f"{hub_id} on the Hub is not a bundle: it has no {MANIFEST}.") from None
     files = sorted(_FORMAT.parse(text, folder / MANIFEST).files)
-    return download(hub_id, folder.name, [MANIFEST, *files], advice)
+    return _download(hub_id, folder.name, [MANIFEST, *files])
+
+
+def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
+    try:
+        return download(hub_id, revision, files, "Give a folder that anyflow-export made.")
+    except CheckpointError as error:
+        raise BundleError(str(error)) from None
 
 
 class BundleWriter(AtomicFolderWriter):

@@ -265,14 +265,9 @@ def output_path(destination: Path | OutputFile) -> Path:
 
 
 class OutputFolder(Output):
-    """A folder's destination; see `Output`. An empty folder is as good as none.
-
-    Attributes:
-        share_modes: give files that a library made for the user alone the modes of all others.
-    """
+    """A folder's destination; see `Output`. An empty folder is as good as none."""
 
     _noun = "folder"
-    share_modes = False
 
     def _check_free(self) -> None:
         if not self.overwrite and is_empty_folder(self.path):
@@ -284,11 +279,10 @@ class OutputFolder(Output):
         return os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _sync(self) -> None:
-        if self.share_modes:
-            mode = self._created_mode
-            for path in self.partial.rglob("*"):
-                if not path.is_symlink():
-                    _widen_mode(path, mode if path.is_dir() else mode & 0o666)
+        mode = self._created_mode
+        for path in self.partial.rglob("*"):
+            if not path.is_symlink():
+                _widen_mode(path, mode if path.is_dir() else mode & 0o666)
         fsync_tree(self.partial)
 
     def _replace(self) -> None:

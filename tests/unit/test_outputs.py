@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -147,20 +148,22 @@ def test_an_empty_folder_is_filled_and_another_is_not(tmp_path: Path) -> None:
         OutputFolder(tmp_path / "it")
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may have more than 8 bytes."""
+    """No file may have more than 8 bytes, in the block alone: pytest writes files, too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("kind", ["text", "latents", "embeddings"])
 def test_a_full_disk_is_one_kind_of_error_and_leaves_the_old_file(
-    kind: str, tmp_path: Path, full_disk: None
+    kind: str, tmp_path: Path
 ) -> None:
     from anyflow_deploy.pipelines.text_encoder import save_embeddings
     from anyflow_deploy.pipelines.video import save_latents
@@ -173,7 +176,10 @@ def test_a_full_disk_is_one_kind_of_error_and_leaves_the_old_file(
         "latents": lambda: save_latents(path, array),
         "embeddings": lambda: save_embeddings(path, array, ["a fox"]),
     }[kind]
-    with pytest.raises(OutputError, match=r"/it cannot be written: File too large\. Make room"):
+    with (
+        pytest.raises(OutputError, match=r"/it cannot be written: File too large\. Make room"),
+        full_disk(),
+    ):
         write()
     assert path.read_text() == "old" and names(tmp_path) == ["it"]
 
@@ -287,13 +293,8 @@ def test_a_growing_video_replaces_nothing_and_stays_whole_on_a_full_disk(
         with pytest.raises(OutputError, match=r"in .*/it-1\.mp4\.$"):
             writer.append(frames)
         assert writer.path.name == "it-1.mp4" and writer.path.read_bytes() == b"12345"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with VideoWriter(path, 16, (16, 16)) as writer:
         writer.append(frames)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8, limits[1]))
-        try:
-            with pytest.raises(OutputError, match="File too large"):
-                writer.append(frames)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with pytest.raises(OutputError, match="File too large"), full_disk():
+            writer.append(frames)
     assert path.read_bytes() == b"12345" and writer.frames == 1
