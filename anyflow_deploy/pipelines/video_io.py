@@ -19,6 +19,7 @@ import os
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -172,7 +173,7 @@ class VideoWriter:
             if isinstance(destination, OutputFile)
             else self._cleanup.enter_context(OutputFile(destination, overwrite=True))
         )
-        self._file: BinaryIO | None = self._output.partial.open("r+b")
+        self._file: FileIO | None = self._output.partial.open("r+b", buffering=0)
 
     @property
     def path(self) -> Path:
@@ -206,12 +207,13 @@ class VideoWriter:
         end = self._file.tell()
         try:
             with self._output.explain_errors():
-                self._file.write(fragment)
-                self._file.flush()
-        except OutputError:
-            self._file.close()  # without what is still in its buffer
+                view = memoryview(fragment)
+                while len(view):
+                    view = view[self._file.write(view) :]
+        except OutputError:  # what is in the file stays whole
             with contextlib.suppress(OSError):
-                os.truncate(self._output.partial if self.frames == 0 else self.path, end)
+                self._file.truncate(end)
+                self._file.seek(end)
             raise
         is_first = self.frames == 0
         self.frames += len(frames)
