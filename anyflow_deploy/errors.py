@@ -25,12 +25,13 @@ class OutputError(AnyFlowError, OSError):
     It is an OSError, too: a cache that cannot be written is no reason to stop.
 
     Attributes:
-        errno: the system's, where it refused; else None.
+        errno, strerror: the system's, where it refused; else None.
     """
 
     def __init__(self, message: str, cause: OSError | None = None) -> None:
         super().__init__(message)
         self.errno = None if cause is None else cause.errno
+        self.strerror = None if cause is None else cause.strerror
 
     def __str__(self) -> str:
         return str(self.args[0])
