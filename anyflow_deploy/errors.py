@@ -76,6 +76,19 @@ class InvalidRequestError(AnyFlowError):
         self.param = param
 
 
+def reraise_interrupt(error: BaseException) -> None:
+    """Raise `KeyboardInterrupt` where Ctrl-C is what made an import fail.
+
+    Extension modules made with pybind11 (TensorRT, ONNX Runtime) turn every exception of their
+    start into `ImportError("initialization failed")`, with the exception as its cause.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        cause = cause.__cause__
+
+
 def suggestion(word: str, allowed: Iterable[str]) -> str:
     """Return a sentence that names the nearest allowed word; empty when none is near."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)

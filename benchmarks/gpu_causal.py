@@ -59,7 +59,11 @@ def causal(
         }
     if not options.skip_diffusers:
         print("  causal diffusers", flush=True)
-        times = diffusers_clips(weights, latents, text, machine, options.rounds)
+        try:
+            times = diffusers_clips(weights, latents, text, machine, options.rounds)
+        except (ImportError, RuntimeError) as error:  # the engines' numbers stay
+            result["diffusers"] = describe_failure(error)
+            return result
         result["diffusers"] = {
             "clip_ms": milliseconds(times),
             "fps": round(frames / statistics.median(times), 2),

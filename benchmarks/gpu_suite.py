@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -31,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +64,14 @@ class Part:
         arguments: script in this folder, and its arguments.
         limit: seconds after which it is killed.
         module: what has to be installed for it; empty: nothing but torch and diffusers.
+        not_run: why it cannot run, where that is known already.
     """
 
     name: str
     arguments: tuple[str, ...]
     limit: float
     module: str = ""
+    not_run: str = ""
 
 
 class Suite:
@@ -117,13 +120,20 @@ class Suite:
             pool.shutdown(wait=False, cancel_futures=True)
         for part in self._parts_with_builds():
             self._record(part, self._run_part(part))
+
+    def finish(self) -> None:
+        """Kill what still runs, give every part without an outcome a reason, write the result."""
+        for process in list(self._running):
+            kill_group(process)
+        parts = (*self._parts_without_builds(), *self._builds(), *self._goldens())
+        for part in (*parts, *self._parts_with_builds()):
+            if not self._is_skipped(part):
+                self.parts.setdefault(part.name, {"not_run": "the suite was ended before it"})
         self.result["seconds"] = round(time.monotonic() - self._start, 1)
         write_result(self.options.output, self.result)
 
-    def kill_processes(self) -> None:
-        """Kill the parts that still run."""
-        for process in list(self._running):
-            kill_group(process)
+    def _is_skipped(self, part: Part) -> bool:
+        return bool({part.name, part.name.split(" ")[0]} & set(self._skip_names))
 
     def _record(self, part: Part, outcome: dict[str, Any]) -> None:
         if outcome.get("not_run") == "skipped":
@@ -188,10 +198,9 @@ class Suite:
             self._whole("whole beside torch.compile", names, 240, "--skip-compile"),
         ]
         with_engines = self._whole("whole", whole, 120, "--skip-compile")
-        if whole:
-            return [with_engines, *parts]
-        self._record(with_engines, {"not_run": "no engine was built for it"})
-        return parts
+        if not whole:
+            with_engines = replace(with_engines, not_run="no engine was built for it")
+        return [with_engines, *parts]
 
     def _ready(self, name: str, key: str, choices: str) -> list[str]:
         """Return the engines that were built, and opened, without an accident."""
@@ -206,8 +215,10 @@ class Suite:
 
     def _run_part(self, part: Part, reserve: float = 0) -> dict[str, Any]:
         """Run a part, and return its JSON, or the reason why there is none."""
-        if part.name.split(" ")[0] in self._skip_names or part.name in self._skip_names:
+        if self._is_skipped(part):
             return {"not_run": "skipped"}
+        if part.not_run:
+            return {"not_run": part.not_run}
         if part.module and importlib.util.find_spec(part.module) is None:
             return {"not_run": f"{part.module} is not installed"}
         limit = min(part.limit * self.options.patience, self.seconds_left() - reserve)
@@ -228,6 +239,21 @@ class Suite:
                 status = None
             self._running.discard(process)
         return read_result(log, status, limit, round(time.monotonic() - start, 1))
+
+
+def check_installed() -> None:
+    """Check that the package is installed: exports and engines record its version.
+
+    Raises:
+        SystemExit: it is only on the path, with the command that installs it.
+    """
+    try:
+        importlib.metadata.version("anyflow-deploy")
+    except importlib.metadata.PackageNotFoundError:
+        sys.exit(
+            "anyflow-deploy is not installed here, and no engine could be built. Run, in the"
+            " checkout: python3 -m pip install --no-deps --no-build-isolation -e ."
+        )
 
 
 def split(choices: str) -> list[str]:
@@ -346,6 +372,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the arguments, run, print the result as one JSON line."""
     options = read_options(arguments)
+    check_installed()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     with tempfile.TemporaryDirectory() as temporary:
@@ -353,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             suite.run()
         finally:
-            suite.kill_processes()
+            suite.finish()
     print(json.dumps(suite.result))
 
 

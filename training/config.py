@@ -24,6 +24,8 @@ class OptimizerConfig:
         micro_batch: samples that one process holds at once; gradients are accumulated up to
             `batch`.
         clip: largest norm of the gradient.
+        warm_up: steps in which the learning rate rises from zero.
+        final_rate: learning rate of the last step as a share of the highest; a cosine leads there.
         ema, ema_start: decay of the moving average of the trained weights, and the step it starts
             from.
     """
@@ -36,6 +38,8 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.0
     micro_batch: PositiveInt = 1
     clip: PositiveFloat = 1.0
+    warm_up: NonNegativeInt = 0
+    final_rate: UnitFloat = 1.0
     ema: UnitFloat = 0.999
     ema_start: NonNegativeInt = 0
 
@@ -46,13 +50,13 @@ class LoRAConfig:
 
     Attributes:
         lora_rank: 0 trains all weights instead.
-        lora_alpha: the update is scaled by alpha / rank. With alpha equal to the rank, every LoRA
-            loader applies it correctly.
+        lora_alpha: the update is scaled by alpha / rank; None makes alpha follow the rank. Saved
+            adapters have the scale in their weights, so every loader applies them correctly.
         lora_times: adapt both time embedders, too.
     """
 
     lora_rank: NonNegativeInt = 256
-    lora_alpha: PositiveInt = 256
+    lora_alpha: PositiveInt | None = None
     lora_times: bool = True
 
 
@@ -100,6 +104,8 @@ class RunConfig:
         spike: stop when the loss is more than this many times its running mean (0: never). A loss
             that is not finite always stops the run.
         save_type: type of the finished weights.
+        merge_padding: attend to the zeros behind all prompts of a batch once; the same result, and
+            faster where prompts are much shorter than `text_tokens`.
     """
 
     seed: NonNegativeInt = 0
@@ -114,3 +120,4 @@ class RunConfig:
     sample_steps: tuple[PositiveInt, ...] = (1, 2, 4, 8, 16)
     spike: NonNegativeFloat = 100.0
     save_type: DType = "float32"
+    merge_padding: bool = False

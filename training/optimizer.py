@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -12,6 +13,13 @@ from torch import Tensor
 from anyflow_deploy.training.config import OptimizerConfig
 from anyflow_deploy.training.model.model_factory import gather_tensor, trained_parameters
 from anyflow_deploy.training.model.network import TrainingTransformer
+
+
+def learning_rate(config: OptimizerConfig, step: int) -> float:
+    """Return the learning rate of a step, from 0: a warm-up, then a cosine to the final rate."""
+    warm_up = min(1.0, (step + 1) / max(1, config.warm_up))
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.steps)))
+    return config.learning_rate * warm_up * (config.final_rate + (1 - config.final_rate) * cosine)
 
 
 class OptimizerState:
@@ -62,6 +70,8 @@ class OptimizerState:
 
     def update(self) -> None:
         """Run one step of the optimizer and of the moving average, and clear the gradients."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.steps)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.steps += 1

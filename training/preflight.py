@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 from pathlib import Path
@@ -22,11 +23,20 @@ from anyflow_deploy.training.model.memory import (
     estimate_training_memory,
     model_bytes,
 )
-from anyflow_deploy.training.recipes import Recipe, recipe_to_dict
+from anyflow_deploy.training.recipes import Recipe, recipe_from_dict, recipe_to_dict
 
 CHANGEABLE = {
     "steps",
     "micro_batch",
+    "learning_rate",
+    "beta1",
+    "beta2",
+    "weight_decay",
+    "clip",
+    "warm_up",
+    "final_rate",
+    "ema",
+    "ema_start",
     "checkpointing",
     "offload",
     "compile",
@@ -37,8 +47,10 @@ CHANGEABLE = {
     "sample_steps",
     "spike",
     "save_type",
+    "merge_padding",
 }
-"""Settings that may change when a run resumes: they do not change what is learned."""
+"""Settings that may change when a run resumes: how fast it learns, what it costs and what it saves,
+not what is learned from which data. `changes.jsonl` of the run records them."""
 
 
 def check_packages(recipe: Recipe, wandb: str | None) -> None:
@@ -131,18 +143,25 @@ def check_batch(batch: Batch, recipe: Recipe, a: Architecture) -> None:
         )
 
 
-def check_resume(state: dict[str, Any], recipe: Recipe, base: str, path: Path) -> None:
+def check_resume(
+    state: dict[str, Any], recipe: Recipe, base: str, path: Path
+) -> dict[str, tuple[Any, Any]]:
     """Check that a checkpoint belongs to this run.
 
+    Returns:
+        The settings that changed, and may: by name, the value before and now.
+
     Raises:
-        CheckpointError: with the settings that differ.
+        CheckpointError: with the settings that differ and may not.
     """
-    old = _flatten(state["recipe"])
+    # A setting that is newer than the checkpoint had its default
+    old = _flatten(recipe_to_dict(recipe_from_dict(state["recipe"])))
     new = _flatten(recipe_to_dict(recipe))
+    differences = {n: (old.get(n), new[n]) for n in new if old.get(n) != new[n]}
     changes = [
-        f"--{n.replace('_', '-')} {old.get(n)} in it, {new[n]} now"
-        for n in new
-        if n not in CHANGEABLE and old.get(n) != new[n]
+        f"--{n.replace('_', '-')} {before} in it, {now} now"
+        for n, (before, now) in differences.items()
+        if n not in CHANGEABLE
     ]
     if changes:
         raise CheckpointError(
@@ -154,6 +173,14 @@ def check_resume(state: dict[str, Any], recipe: Recipe, base: str, path: Path) -
             f"{path} is of a run that started from other weights. Give the same --init and"
             " --teacher, or another --output."
         )
+    return differences
+
+
+def record_changes(output: Path, step: int, changes: dict[str, tuple[Any, Any]]) -> None:
+    """Append the settings that changed when a run resumed to its changes.jsonl."""
+    if changes:
+        with (output / "changes.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "changes": changes}) + "\n")
 
 
 def _flatten(content: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from anyflow_deploy.shape_ranges import latent_frames
 from anyflow_deploy.training.config import FlowMapConfig, LoRAConfig, OptimizerConfig, RunConfig
 
 STAGES = ("teacher", "flow-map", "on-policy")
-SIZES = ("tiny", "1.3b", "14b")
+SIZES = ("tiny", "shapes", "1.3b", "14b")
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def get_recipe(name: str) -> Recipe:
         height=height // SPATIAL_FACTOR,
         width=width // SPATIAL_FACTOR,
         optimizing=_STAGE_OPTIMIZERS[stage](size),
+        flow=FlowMapConfig(shift=row.shift),
     )
     if stage == "teacher":
         base = dataclasses.replace(
@@ -111,6 +112,8 @@ def get_recipe(name: str) -> Recipe:
         base = dataclasses.replace(
             base, running=dataclasses.replace(base.running, save_type="bfloat16")
         )
+    if size == "shapes":
+        return _shrink_to_shapes(base)
     return _shrink_to_tiny(base) if size == "tiny" else base
 
 
@@ -170,6 +173,45 @@ def _shrink_to_tiny(base: Recipe) -> Recipe:
             checkpoint_every=50,
             sample_every=50,
             asynchronous=False,
+        ),
+    )
+
+
+def _shrink_to_shapes(base: Recipe) -> Recipe:
+    """Return a recipe of the `shapes` models: all weights, float32, on two cores in half an hour.
+
+    The teacher starts from nothing. Guidance is lower than Wan's: captions say all there is.
+    """
+    optimizers = {
+        "teacher": OptimizerConfig(
+            steps=3000, batch=32, learning_rate=1e-3, warm_up=100, ema=0.998, ema_start=500
+        ),
+        "flow-map": OptimizerConfig(
+            steps=1000, batch=32, learning_rate=5e-4, warm_up=50, ema=0.995, ema_start=100
+        ),
+        "on-policy": OptimizerConfig(
+            steps=200, batch=16, learning_rate=1e-4, beta1=0.0, beta2=0.999, ema=0.98
+        ),
+    }
+    optimizing = optimizers[base.stage]
+    return dataclasses.replace(
+        base,
+        optimizing=dataclasses.replace(
+            optimizing,
+            micro_batch=optimizing.batch,
+            beta2=max(optimizing.beta2, 0.98),
+            final_rate=0.05,
+        ),
+        adapting=LoRAConfig(lora_rank=0),
+        flow=dataclasses.replace(
+            base.flow, guidance=2.0, real_guidance=1.0, rollout_steps=(1, 2, 4, 8, 16, 32)
+        ),
+        running=dataclasses.replace(
+            base.running,
+            compute="float32",
+            checkpointing=False,
+            asynchronous=False,
+            merge_padding=True,
         ),
     )
 

@@ -36,6 +36,7 @@ from anyflow_deploy.training.model.lora import (
     lora_scaling,
 )
 from anyflow_deploy.training.model.model_factory import gather_tensor
+from anyflow_deploy.training.model.network import TrainingTransformer
 from anyflow_deploy.training.optimizer import OptimizerState
 
 PARTS = ("text_encoder", "tokenizer", "vae")
@@ -71,7 +72,7 @@ def save_pretrained(
         else {}
     )
     if world.is_main and adapters:
-        _save_adapters(output, adapters)
+        _save_adapters(output, optimizer_state.network, adapters)
     world.barrier()
     return output / "model"
 
@@ -174,10 +175,14 @@ def _link_or_copy(source: str, target: str) -> str:
     return target
 
 
-def _save_adapters(output: Path, values: dict[str, Tensor]) -> None:
-    halves = {
-        adapter_name(name): value.contiguous() for name, value in values.items() if ".lora_" in name
-    }
+def _save_adapters(output: Path, network: TrainingTransformer, values: dict[str, Tensor]) -> None:
+    """Write the adapters for loaders that add B A: B has the factor alpha / rank in it."""
+    halves = {}
+    for name, value in values.items():
+        if ".lora_" in name:
+            module, _, half = name.partition(".lora_")
+            scale = lora_scaling(network, module) if half.startswith("B") else 1.0
+            halves[adapter_name(name)] = (scale * value).contiguous()
     rest = {name: value.contiguous() for name, value in values.items() if ".lora_" not in name}
     with atomic_folder(output / "lora") as partial:
         save_file(halves, partial / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})

@@ -43,6 +43,7 @@ from anyflow_deploy.training.preflight import (
     check_packages,
     check_resume,
     quick_fingerprint,
+    record_changes,
 )
 from anyflow_deploy.training.recipes import recipe_to_dict
 from anyflow_deploy.training.run_spec import (
@@ -116,8 +117,9 @@ class Trainer:
         self.base = quick_fingerprint(weights, teacher)
         latest = self.checkpoints.latest()
         state = read_state(latest) if latest else None
+        self._changes: dict[str, tuple[Any, Any]] = {}
         if state is not None and latest is not None:
-            check_resume(state, self.recipe, self.base, latest)
+            self._changes = check_resume(state, self.recipe, self.base, latest)
         chunks = fit_chunks(a.chunk_partition, self.recipe.frames) if a.chunk_partition else None
         self.plan = chunk_plan(a, self.recipe.frames, chunks)
         self.architecture = a
@@ -136,6 +138,7 @@ class Trainer:
             (self.spec.output / "recipe.json").write_text(
                 json.dumps(recipe_to_dict(recipe), indent=1)
             )
+            record_changes(self.spec.output, self.step, self._changes)
         logger = MetricsLogger(
             self.spec.output,
             recipe.name,
@@ -274,7 +277,8 @@ class Trainer:
         raise AnyFlowError(
             f"step {self.step}: {cause}. Nothing was updated; the batch ({', '.join(names[:4])}, …)"
             f" is in {path}. Check it, lower --learning-rate, or (for a loss that is only large)"
-            " raise --spike; the same command resumes from the last checkpoint."
+            " raise --spike; the same command, also with another rate, resumes from the last"
+            " checkpoint."
         )
 
     def _build_stage(self, weights: Weights, teacher: Weights | None) -> Stage:
@@ -333,7 +337,8 @@ class Trainer:
         self.source.load_state_dict(state["data"])
         self.stage.reference = _number_from_json(state["reference"])
         self.mean_loss = _number_from_json(state["usual"])
-        self.startup_lines.append(f"resumes from {path}")
+        changes = "".join(f", {n} {old} -> {new}" for n, (old, new) in self._changes.items())
+        self.startup_lines.append(f"resumes from {path}{changes}")
 
     def _log_sample_grid(self, logger: MetricsLogger) -> None:
         """Draw samples of the averaged model for the first prompts."""

@@ -1,4 +1,4 @@
-"""Checkpoint folders by model name: from the Hugging Face Hub, or made here for tiny models.
+"""Checkpoint folders by model name: from the Hugging Face Hub, from this repository, or made here.
 
 Nothing is downloaded that is not needed: an export asks for the transformer alone, generation for
 the rest.
@@ -9,13 +9,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import anyflow_deploy
 from anyflow_deploy.bundle.manifest import WeightsSource
+from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.hub import download
 from anyflow_deploy.models import Model
 
 __all__ = [
     "PIPELINE_FILES",
     "TRANSFORMER_FILES",
+    "asset_folder",
     "cache_folder",
     "download",
     "fetch_checkpoint",
@@ -59,6 +62,9 @@ def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, WeightsSo
     Raises:
         CheckpointError: the Hub cannot be reached and the cache does not have it.
     """
+    if model.asset is not None:
+        folder = asset_folder(model.asset)
+        return folder, WeightsSource(kind="folder", location=str(folder))
     if model.hub_id is None:
         from anyflow_deploy.checkpoints.tiny import TINY_SEED, get_tiny_pipeline
 
@@ -66,6 +72,22 @@ def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, WeightsSo
         return folder, WeightsSource(kind="folder", location=str(folder), seed=TINY_SEED)
     folder = download(model.hub_id, None, files, _EXPORT_ADVICE)
     return folder, WeightsSource(kind="hub", location=model.hub_id, revision=folder.name)
+
+
+def asset_folder(name: str) -> Path:
+    """Return the folder of a pipeline that ships with the repository, under `assets/`.
+
+    Raises:
+        CheckpointError: the package was installed without the repository.
+    """
+    folder = Path(anyflow_deploy.__file__).resolve().parents[1] / "assets" / name
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(
+            f"the pipeline {name!r} comes with a checkout of anyflow_deploy, and {folder} is not"
+            f" there. Clone the repository and give --checkpoint assets/{name}, or take the model"
+            " tiny."
+        )
+    return folder
 
 
 def fetch_checkpoint(hub_id: str, revision: str | None) -> tuple[Path, WeightsSource]:

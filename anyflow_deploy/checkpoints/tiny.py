@@ -24,7 +24,9 @@ from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import MODELS, Model, get_model
 
 TINY_SEED = 2605
-TINY_MODELS = tuple(name for name, row in MODELS.items() if row.hub_id is None)
+TINY_MODELS = tuple(
+    name for name, row in MODELS.items() if row.hub_id is None and row.asset is None
+)
 _REVISION = 1
 """Raised when the tiny pipeline changes, so that cached ones are made anew."""
 
@@ -52,7 +54,7 @@ def save_tiny_pipeline(model: Model, folder: Path) -> None:
     Raises:
         AnyFlowError: the folder is not empty, or the model is not a tiny one.
     """
-    if model.hub_id is not None:
+    if model.name not in TINY_MODELS:
         raise AnyFlowError(
             f"{model.name} cannot be made here; allowed are {' and '.join(map(repr, TINY_MODELS))}."
         )

@@ -26,7 +26,7 @@ from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.onnxruntime.engine import OnnxRuntimeEngine
 from anyflow_deploy.engines.registry import BACKENDS, EngineOptions
 from anyflow_deploy.engines.tensorrt.library import LIBRARIES
-from anyflow_deploy.errors import UnavailableError
+from anyflow_deploy.errors import UnavailableError, reraise_interrupt
 
 
 class GraphSide(Protocol):
@@ -165,6 +165,7 @@ class TensorRTSide:
         try:
             self._trt: Any = importlib.import_module(library.module)
         except (ImportError, OSError) as error:
+            reraise_interrupt(error)
             raise UnavailableError(
                 f"{library.title} cannot be imported ({error}). {library.install_hint}"
                 + BACKENDS[backend].install_command("cuda")
@@ -220,6 +221,7 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
+        reraise_interrupt(error)
         raise UnavailableError(
             f"the reference runs in ONNX Runtime, which cannot be imported ({error}). Run: pip"
             " install 'anyflow-deploy[cpu]'"

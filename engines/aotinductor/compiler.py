@@ -5,8 +5,8 @@ Options that differ from torch's defaults, and why:
 - weights stay outside the package (`package_constants_in_so`), see `engines/aotinductor/build.py`;
 - threads are asked for when the package runs (`dynamic_threads`), not fixed at as many as the
   builder had;
-- a package uses its own copies of the C++ library's templates, not libtorch's
-  (`torch_common/compat.py`);
+- a package uses its own copies of the C++ library's templates, not libtorch's, and an fp8 package
+  gets a header that torch 2.11 forgets (`torch_common/compat.py`);
 - no precompiled headers: they took a minute and 290 MB to make and saved nothing (9.4 s with, 9.4 s
   without, for one file).
 """
@@ -28,7 +28,7 @@ from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.engines.engine_folder import EngineWriter
 from anyflow_deploy.engines.torch_common.compat import (
     find_cpp_compiler,
-    make_symbolic_compiler,
+    make_compiler_script,
     select_known_options,
 )
 from anyflow_deploy.engines.torch_common.weights import TorchWeights
@@ -63,7 +63,7 @@ def compile_graphs(
     Raises:
         BackendError: the compiler failed, or there is no space or no memory.
     """
-    compiler = make_symbolic_compiler(find_cpp_compiler())
+    compiler = make_compiler_script(find_cpp_compiler())
     options = select_known_options(
         {**OPTIONS, "cpp.cxx": (None, compiler), "max_autotune": max_autotune}
     )
@@ -129,10 +129,18 @@ def _translate_errors(bundle: Bundle) -> Any:
             " with TORCHINDUCTOR_CACHE_DIR."
         ) from None
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:600]
         raise BackendError(
-            f"{bundle.path} cannot be compiled ({type(error).__name__}): {reason}"
+            f"{bundle.path} cannot be compiled ({type(error).__name__}): {_find_reason(str(error))}"
         ) from error
+
+
+def _find_reason(message: str) -> str:
+    """Return a C++ compiler's first complaint, or the beginning of a message that has none.
+
+    Inductor writes the command first, which is a page long.
+    """
+    complaints = [line for line in message.splitlines() if "error:" in line]
+    return " ".join((complaints[0] if complaints else message).split())[:600]
 
 
 def summarize_package(bundle: Bundle, graph: str, package: Path) -> str:

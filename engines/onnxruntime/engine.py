@@ -30,7 +30,7 @@ from anyflow_deploy.engines.onnxruntime.kv_cache import OnnxRuntimeCache
 from anyflow_deploy.engines.onnxruntime.run import OnnxRuntimeRun
 from anyflow_deploy.engines.registry import BACKENDS, EngineOptions
 from anyflow_deploy.engines.streaming import CacheStream
-from anyflow_deploy.errors import BackendError, UnavailableError
+from anyflow_deploy.errors import BackendError, UnavailableError, reraise_interrupt
 from anyflow_deploy.targets import CPU_HAS_NO_BF16
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -197,6 +197,7 @@ def _import_runtime(provider: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
+        reraise_interrupt(error)
         raise UnavailableError(
             f"ONNX Runtime cannot be imported ({error}). Run: {_ROW.install_command(provider)}"
         ) from None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from anyflow_deploy.engines.registry import BACKENDS
 from anyflow_deploy.engines.tensorrt.library import chosen_library, forget_choice
-from anyflow_deploy.errors import BackendError
+from anyflow_deploy.errors import BackendError, reraise_interrupt
 
 LIBRARY = chosen_library()
 """The library of this process."""
@@ -30,6 +30,7 @@ else:
         trt = importlib.import_module(LIBRARY.module)
     except ImportError as error:
         forget_choice()
+        reraise_interrupt(error)
         raise BackendError(
             f"{LIBRARY.title} cannot be imported ({error}). {LIBRARY.install_hint}"
             + BACKENDS[LIBRARY.backend].install_command("cuda")

@@ -50,6 +50,16 @@ for path in sys.argv[2:]:
 """
 
 
+_FP8_HEADER = "torch/headeronly/util/Float8_e4m3fn.h"
+
+_COMPILER_SCRIPT = """#!/bin/sh
+for word; do
+    case "$word" in *.wrapper.cpp) set -- -include {header} "$@"; break ;; esac
+done
+exec {compiler} -Wl,-Bsymbolic-functions "$@"
+"""
+
+
 def open_package(path: Path, index: int) -> Any:
     """Open a package that AOTInductor compiled, without weights.
 
@@ -138,12 +148,14 @@ def find_cpp_compiler() -> str:
     return compiler
 
 
-def make_symbolic_compiler(compiler: str, cache: Path | None = None) -> str:
-    """Return a script that makes a C++ compiler's output call its own functions.
+def make_compiler_script(compiler: str, cache: Path | None = None) -> str:
+    """Return a script that calls a C++ compiler with what Inductor's own command lacks.
 
-    A package contains copies of templates of the C++ library (std::regex, for one) that libtorch
-    exports as well. Without `-Bsymbolic-functions` the dynamic linker may give a package libtorch's
-    copies, made by another compiler.
+    - A package contains copies of templates of the C++ library (std::regex, for one) that libtorch
+      exports as well. Without `-Bsymbolic-functions` the dynamic linker may give a package
+      libtorch's copies, made by another compiler.
+    - The wrapper of an fp8 package names `at::Float8_e4m3fn`, and torch 2.11 includes no header
+      that declares it (2.13 does).
 
     Args:
         compiler: name or path of g++ or clang++; the script has the same name, by which Inductor
@@ -161,7 +173,7 @@ def make_symbolic_compiler(compiler: str, cache: Path | None = None) -> str:
             / "anyflow_deploy"
             / "compiler"
         )
-    text = f'#!/bin/sh\nexec {shlex.quote(compiler)} -Wl,-Bsymbolic-functions "$@"\n'
+    text = _COMPILER_SCRIPT.format(compiler=shlex.quote(compiler), header=_FP8_HEADER)
     folder = cache / hashlib.sha256(text.encode()).hexdigest()[:16]
     script = folder / Path(compiler).name
     if not script.exists() or script.read_text() != text:

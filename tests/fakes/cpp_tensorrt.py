@@ -38,6 +38,12 @@ from tools import tensorrt_headers
 
 F, Bytes = np.float32, NDArray[np.uint8]
 ELEMENT = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8}
+NO_HEADERS = (
+    "no headers of {} here: they are in no wheel, and not checked in. make test-cpp-tensorrt"
+    " fetches them into .cache/tensorrt-headers and runs these tests (or name folders in"
+    " ANYFLOW_TENSORRT_HEADERS)"
+)
+"""Why a test is skipped, and the command that runs it."""
 INTERFACES = ("VRuntime", "VCudaEngine", "VExecutionContext")
 RTX_INTERFACES = ("VRuntimeConfig",)
 """Those that the backend uses of TensorRT for RTX, besides."""
@@ -59,10 +65,7 @@ def header_folders() -> list[Path]:
     """`find_headers`, which skips the test where there are none."""
     folders = find_headers()
     if not folders:
-        pytest.skip(
-            "no TensorRT headers here: run tools/tensorrt_headers.py, or name folders in"
-            " ANYFLOW_TENSORRT_HEADERS"
-        )
+        pytest.skip(NO_HEADERS.format("TensorRT"))
     return folders
 
 

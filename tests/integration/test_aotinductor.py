@@ -458,6 +458,10 @@ def test_no_compiler(small_bundle: Export, monkeypatch: pytest.MonkeyPatch, tmp_
             r"No space left on device.*TORCHINDUCTOR_CACHE_DIR",
         ),
         (RuntimeError("g++ said no"), r"cannot be compiled \(RuntimeError\): g\+\+ said no"),
+        (
+            RuntimeError("C++ compile error\n\nCommand:\ng++ x.cpp\n\nx.cpp:1:2: error: no header"),
+            r"cannot be compiled \(RuntimeError\): x\.cpp:1:2: error: no header$",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory"), r"out of memory: .*--max-autotune"),
     ],
 )

@@ -3,8 +3,9 @@ anywhere: found and linked by CMake, asked for its version, handed a plan that i
 just made. On a machine without a GPU that ends in an error that names the driver, not in a crash.
 
 It takes the wheel of TensorRT for RTX (the dev extra has it where it exists), a C++ compiler and
-NVIDIA's headers (tools/tensorrt_headers.py); without them, or with a driver, a test is skipped and
-says so. What CMake says where something is missing is tested everywhere.
+NVIDIA's headers, which no wheel has: `make test-cpp-tensorrt` fetches them and runs this file. In
+`make test` these tests are skipped without headers, or with a driver, and say so. What CMake says
+where something is missing is tested everywhere.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.cpp_build import SOURCE, build_targets, configure, find_compiler, find_tool
 from tests.fakes.cpp_tensorrt import (
+    NO_HEADERS,
     are_of_rtx,
     find_headers,
+    header_folders,
     version_of,
     write_bundle,
     write_engine,
 )
+from tools import tensorrt_headers
 
 SHARED = ("-DANYFLOW_AOTINDUCTOR=OFF", "-DANYFLOW_OPENSSL=OFF")
 BUILD_PLAN = """
@@ -53,12 +59,13 @@ def real_headers() -> tuple[Path, Path]:
     its runtime library beside them."""
     trt, *cuda = find_headers("rtx-1.6", "11.1") or [None]
     if trt is None or not cuda or not list((cuda[0].parent / "lib").glob("libcudart.so.*")):
-        pytest.skip(
-            "no headers with a CUDA runtime here: tools/tensorrt_headers.py rtx-1.6 fetches them"
-        )
+        pytest.skip(NO_HEADERS.format("TensorRT for RTX with a CUDA runtime beside them"))
     version = version_of(trt)
     if not are_of_rtx(trt) and not version.startswith("11."):
-        pytest.skip(f"the headers of TensorRT {version} do not fit; those of 11 do, and RTX's own")
+        pytest.skip(
+            f"the headers of TensorRT {version} do not fit; those of 11 do, and RTX's own:"
+            " make test-cpp-tensorrt fetches both, and runs these tests on each"
+        )
     return trt, cuda[0]
 
 
@@ -154,6 +161,16 @@ def test_a_bundle_is_refused_without_a_driver(
             "4 no NVIDIA driver was found on this machine (libcuda.so.1), and TensorRT for RTX 1."
         )
     assert answers[3].startswith("4 this library was built without a backend 'tensorrt'")
+
+
+@pytest.mark.parametrize("need", [real_headers, header_folders])
+def test_a_skip_names_the_command_that_runs_it(
+    need: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("ANYFLOW_TENSORRT_HEADERS", raising=False)
+    monkeypatch.setattr(tensorrt_headers, "CACHE", tmp_path)
+    with pytest.raises(pytest.skip.Exception, match=r"no headers of .*make test-cpp-tensorrt"):
+        need()
 
 
 # What CMake says.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +42,23 @@ def test_the_gpu_benchmark_runs_in_small_on_the_cpu(
         < result["causal"]["onnxruntime:fp32"]["first_chunk_ms"]
         < result["causal"]["onnxruntime:fp32"]["clip_ms"]
     )
+
+
+def test_a_failure_of_diffusers_does_not_cost_the_causal_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("diffusers cannot")
+
+    monkeypatch.syspath_prepend(GPU.parent)
+    part, device, size = (
+        importlib.import_module(name) for name in ("gpu_causal", "gpu_device", "gpu_size")
+    )
+    monkeypatch.setattr(part, "diffusers_clips", fail)
+    options = SimpleNamespace(engines="tensorrt:fp32", rounds=1, skip_diffusers=False)
+    result = part.causal(options, size.sizes(True, 1), tmp_path, device.BenchmarkDevice("cpu"))
+    assert result["diffusers"] == {"not_run": "diffusers cannot"}
+    assert set(result) == {"tensorrt:fp32", "diffusers"}
 
 
 def test_fewer_layers_where_minutes_are_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,25 @@ RTX = pytest.importorskip(
 
 BUILD = "from anyflow_deploy.cli.build import main; main()"
 
+INTERRUPT_IMPORT = """
+import signal, sys
+
+def interrupt(frame, event, argument):
+    # The extension module is opened and starts, which takes tens of milliseconds
+    if event == "c_call" and argument.__name__ == "create_dynamic":
+        sys.setprofile(None)
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tensorrt_rtx_bindings.tensorrt_rtx":
+            print("importing", flush=True)
+            sys.setprofile(interrupt)
+
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+"""
+
 
 def run_build(bundle: Bundle, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", BUILD, str(bundle.path), "--backend", "tensorrt-rtx", *words]
@@ -200,6 +219,21 @@ def test_ctrl_c_stops_a_build(small_bundle: Export, tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_while_the_library_is_imported(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """pybind11 turns it into an `ImportError`, which is not what happened."""
+    words = ["--backend", "tensorrt-rtx", "--target", "any", "--output", str(tmp_path / "engine")]
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPT_IMPORT + BUILD, str(tiny_bundle.path), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.stdout == "importing\n", done.stderr
+    assert done.returncode == 130 and "interrupted" in done.stderr, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

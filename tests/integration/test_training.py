@@ -235,8 +235,8 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
 
 def test_a_run_does_not_go_on_with_other_settings_or_weights(tmp_path: Path) -> None:
     train(request(tmp_path, steps=2))
-    with pytest.raises(CheckpointError, match=r"--learning-rate 0.001 in it, 0.5 now"):
-        train(request(tmp_path, learning_rate=0.5))
+    with pytest.raises(CheckpointError, match=r"--guidance 3.0 in it, 2.0 now"):
+        train(request(tmp_path, guidance=2.0))
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text((SMALL / "config.json").read_text())
@@ -245,6 +245,30 @@ def test_a_run_does_not_go_on_with_other_settings_or_weights(tmp_path: Path) -> 
     save_file(tensors, other / "diffusion_pytorch_model.safetensors")
     with pytest.raises(CheckpointError, match="started from other weights"):
         train(RunSpec(small(), tmp_path, other))
+
+
+def test_a_run_goes_on_with_another_rate_and_records_it(tmp_path: Path) -> None:
+    """What the message about a broken loss advises is possible."""
+    train(request(tmp_path, steps=2))
+    run = Trainer(request(tmp_path, steps=3, learning_rate=1e-9, clip=0.5, ema=0.0), ALONE)
+    parameters = run.stage.optimizer_states["model"].parameters
+    before = {name: value.detach().clone() for name, value in parameters.items()}
+    run.run()
+    assert [json.loads(line) for line in (tmp_path / "changes.jsonl").open()] == [
+        {
+            "step": 2,
+            "changes": {
+                "steps": [2, 3],
+                "learning_rate": [0.001, 1e-9],
+                "clip": [1.0, 0.5],
+                "ema": [0.99, 0.0],
+            },
+        }
+    ]
+    recipe = json.loads((tmp_path / "recipe.json").read_text())
+    assert recipe["optimizing"]["learning_rate"] == 1e-9
+    moved = max(float((parameters[name] - before[name]).abs().max()) for name in before)
+    assert 0 < moved < 1e-8, "the new rate counts"
 
 
 def poisoned(latents: Callable[[Tensor], Tensor], step: int) -> Callable[..., Any]:
@@ -317,11 +341,15 @@ def test_sigterm_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert run.checkpoints.latest() == tmp_path / "checkpoints" / "step-00000003"
 
 
-def test_lora_is_diffusers_lora_and_the_model_is_diffusers_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("alpha", [None, 1, 8])
+def test_lora_is_diffusers_lora_and_the_model_is_diffusers_model(
+    tmp_path: Path, alpha: int | None
+) -> None:
     """Fault 4: no dropout; the second time embedder is trained, and saved."""
     from diffusers import AnyFlowTransformer3DModel
 
-    run = Trainer(request(tmp_path, **LORA, learning_rate=0.05), ALONE)
+    settings = {"lora_rank": 4} if alpha is None else {"lora_rank": 4, "lora_alpha": alpha}
+    run = Trainer(request(tmp_path, **settings, learning_rate=0.05), ALONE)
     network = run.stage.optimizer_states["model"].network
     assert not [m for m in network.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
     run.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ def suite(suite_module: Any, tmp_path: Path) -> Iterator[Any]:
     )
     suite = suite_module.Suite(options, tmp_path)
     yield suite
-    suite.kill_processes()
+    suite.finish()
 
 
 def run_script(suite: Any, part: Any, code: str, limit: float = 60, module: str = "") -> Any:
@@ -70,6 +71,19 @@ def test_what_is_not_installed_is_named(suite: Any, suite_module: Any) -> None:
     assert outcome == {"not_run": "no_such_module is not installed"}
 
 
+def test_a_package_that_is_not_installed_ends_it_before_the_parts(
+    suite_module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    output = tmp_path / "gpu.json"
+    with pytest.raises(SystemExit, match=r"not installed here.*pip install .*-e \."):
+        suite_module.main(["--device", "cpu", "--output", str(output)])
+    assert not output.exists()
+
+
 def test_no_part_starts_after_the_budget(suite: Any, suite_module: Any) -> None:
     suite.options.budget = 0
     outcome = run_script(suite, suite_module.Part, "")
@@ -84,14 +98,14 @@ def test_the_builds_leave_time_for_what_is_timed(
 
     def run(part: Any, reserve: float = 0) -> dict[str, Any]:
         reserves[part.name] = reserve
-        return {"not_run": "not in this test"}
+        return {"not_run": part.not_run or "not in this test"}
 
     monkeypatch.setattr(suite, "_run_part", run)
     suite.run()
     assert reserves[f"build {ENGINE}"] == reserves[f"golden {ENGINE} causal"] > 0
     assert reserves["ceilings"] == reserves["whole beside torch.compile"] == 0
     parts = json.loads(suite.options.output.read_text())["parts"]
-    assert set(reserves) | {"whole"} == set(parts)
+    assert set(reserves) == set(parts)
     assert parts["whole"] == {"not_run": "no engine was built for it"}
 
 
@@ -108,3 +122,24 @@ def test_an_engine_that_was_not_built_is_not_timed(
     monkeypatch.setattr(suite, "_run_part", run)
     suite.run()
     assert arguments["whole"][arguments["whole"].index("--engines") + 1] == ENGINE
+
+
+def test_parts_that_were_not_reached_say_so(
+    suite_module: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """After Ctrl-C, or when the machine is taken away."""
+
+    def run(self: Any, part: Any, reserve: float = 0) -> dict[str, Any]:
+        if part.name == "train_step":
+            raise KeyboardInterrupt
+        return {"seconds": 1}
+
+    monkeypatch.setattr(suite_module.Suite, "_run_part", run)
+    output = tmp_path / "gpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        suite_module.main(["--device", "cpu", "--output", str(output), "--skip", "golden"])
+    parts = json.loads(output.read_text())["parts"]
+    assert parts.pop("ceilings") == {"seconds": 1}
+    assert parts.pop("whole") == {"not_run": "the suite was ended before it"}
+    assert {f"build {ENGINE}", "causal", "train_step"} < set(parts) and "golden" not in str(parts)
+    assert all(outcome["not_run"] for outcome in parts.values())

@@ -32,9 +32,11 @@ def config(model: str = "tiny", **changes: Any) -> dict[str, Any]:
     ("name", "hub_id", "layers", "inner", "feed_forward", "causal"),
     [
         ("tiny", None, 3, 96, 192, False),
+        ("shapes", None, 5, 192, 640, False),
         ("1.3b", "nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", 30, 1536, 8960, False),
         ("14b", "nvidia/AnyFlow-Wan2.1-T2V-14B-Diffusers", 40, 5120, 13824, False),
         ("far-tiny", None, 3, 96, 192, True),
+        ("far-shapes", None, 5, 192, 640, True),
         ("far-1.3b", "nvidia/AnyFlow-FAR-Wan2.1-1.3B-Diffusers", 30, 1536, 8960, True),
         ("far-14b", "nvidia/AnyFlow-FAR-Wan2.1-14B-Diffusers", 40, 5120, 13824, True),
     ],
@@ -49,7 +51,8 @@ def test_rows(
 
 
 def test_table_is_complete_and_its_rows_can_be_told_apart() -> None:
-    assert list(MODELS) == ["tiny", "1.3b", "14b", "far-tiny", "far-1.3b", "far-14b"]
+    sizes = ["tiny", "shapes", "1.3b", "14b"]
+    assert list(MODELS) == [*sizes, *(f"far-{size}" for size in sizes)]
     assert [model_name(row.architecture) for row in MODELS.values()] == list(MODELS)
 
 
@@ -74,7 +77,7 @@ def test_causal_differs_from_bidirectional_by_its_chunks_alone() -> None:
 def test_get_model_suggests(given: str, nearest: str) -> None:
     with pytest.raises(
         AnyFlowError,
-        match=rf"^unknown model '{given}': known are tiny, 1\.3b.*Did you mean '{nearest}'\?$",
+        match=rf"^unknown model '{given}': known are tiny, shapes, .*Did you mean '{nearest}'\?$",
     ):
         get_model(given)
 

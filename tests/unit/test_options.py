@@ -24,7 +24,7 @@ from anyflow_deploy.cli.generate import GenerateOptions
 from anyflow_deploy.cli.inspect_bundle import InspectOptions
 from anyflow_deploy.cli.options import Numbers, Options, Steps, build_help, parse_options, run
 from anyflow_deploy.cli.validate import ValidateOptions
-from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.errors import AnyFlowError, reraise_interrupt
 from anyflow_deploy.shape_ranges import Range
 
 COMMANDS: list[type[Options]] = [
@@ -489,6 +489,17 @@ def test_run_explains_failures(
 
     assert run_words(monkeypatch, ["b"], work) == status
     assert capfd.readouterr().err.startswith(said)
+
+
+def test_an_import_that_ctrl_c_ended_is_no_missing_library() -> None:
+    """pybind11 hides it in the cause; an import may be wrapped in another."""
+    failed = ImportError("cannot import the package")
+    reraise_interrupt(failed)
+    failed.__cause__ = ImportError("initialization failed")
+    reraise_interrupt(failed)
+    failed.__cause__.__cause__ = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        reraise_interrupt(failed)
 
 
 def test_run_does_not_hide_defects(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from anyflow_deploy.engines.torch_common import compat
 from anyflow_deploy.errors import BackendError
@@ -56,8 +57,8 @@ def test_private_names_stand_in_one_module() -> None:
 
 
 def test_the_script_calls_the_compiler_and_links_to_its_own_functions(tmp_path: Path) -> None:
-    script = compat.make_symbolic_compiler(compat.find_cpp_compiler(), tmp_path)
-    assert script == compat.make_symbolic_compiler(compat.find_cpp_compiler(), tmp_path)
+    script = compat.make_compiler_script(compat.find_cpp_compiler(), tmp_path)
+    assert script == compat.make_compiler_script(compat.find_cpp_compiler(), tmp_path)
     source, library = tmp_path / "f.cpp", tmp_path / "f.so"
     source.write_text("int g() { return 1; }\nint f() { return g(); }\n")
     subprocess.run([script, "-shared", "-fPIC", "-O0", str(source), "-o", str(library)], check=True)
@@ -69,6 +70,18 @@ def test_the_script_calls_the_compiler_and_links_to_its_own_functions(tmp_path: 
         ["readelf", "-r", str(library)], capture_output=True, text=True, check=True
     ).stdout
     assert "_Z1gv" not in relocations, "the call of g() can be given to another library's g()"
+
+
+def test_a_wrapper_knows_the_type_fp8(tmp_path: Path) -> None:
+    """Inductor of torch 2.11 names the type without the header that declares it."""
+    script = compat.make_compiler_script(compat.find_cpp_compiler(), tmp_path)
+    include = Path(torch.__file__).parent / "include"
+    code = "c10::Float8_e4m3fn* f() { return nullptr; }\n"
+    for name, compiles in (("a.wrapper.cpp", True), ("a.cpp", False)):
+        (tmp_path / name).write_text(code)
+        command = [script, "-std=c++17", f"-I{include}", "-fsyntax-only", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == compiles, done.stderr
 
 
 def test_a_package_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:

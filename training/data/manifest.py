@@ -42,7 +42,7 @@ class DatasetManifest(BaseModel):
     shard_samples: int
 
     def check(self, folder: Path, shape: SampleShape) -> None:
-        """Check that all shards are there, and of the recipe's shape.
+        """Check that all shards are there, and of the recipe's shape, or longer.
 
         Raises:
             AnyFlowError: with what differs.
@@ -53,7 +53,7 @@ class DatasetManifest(BaseModel):
                 f"{folder} has {shard_count} of {self.shards} shards: anyflow-precompute was"
                 " stopped. Run it again to resume."
             )
-        if self.latents != shape.latents:
+        if self.latents[0] < shape.latents[0] or self.latents[1:] != shape.latents[1:]:
             f, _, h, w = self.latents
             raise AnyFlowError(
                 f"{folder} was made with latents (F, C, H, W) {self.latents}; the recipe has"

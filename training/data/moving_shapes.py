@@ -101,13 +101,15 @@ def render_scene(scene: Scene, times: Tensor, height: int, width: int) -> Tensor
         place = (torch.arange(size, dtype=torch.float64) + 0.5) / side
         # The shorter way around the edges
         offsets.append((place[None] - middle[:, None] + length / 2) % length - length / 2)
-    inside = _distance(scene.shape, offsets[0][:, :, None], offsets[1][:, None, :], scene.radius)
+    inside = distance_to_edge(
+        scene.shape, offsets[0][:, :, None], offsets[1][:, None, :], scene.radius
+    )
     cover = (0.5 - inside * side).clamp(0, 1).float()[..., None]
     colour = torch.tensor(COLOURS[scene.colour])
     return scene.ground * (1 - cover) + colour * cover
 
 
-def _distance(shape: str, rows: Tensor, columns: Tensor, radius: float) -> Tensor:
+def distance_to_edge(shape: str, rows: Tensor, columns: Tensor, radius: float) -> Tensor:
     """Return the distance to the edge, negative inside."""
     if shape == "square":
         return torch.maximum(rows.abs(), columns.abs()) - 0.85 * radius

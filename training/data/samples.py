@@ -114,6 +114,9 @@ def read_sample(entry: SampleEntry, shape: SampleShape, encoders: Encoders | Non
             latents, text = _encode_sample(entry, caption, shape, encoders)
     except (OSError, ValueError, AnyFlowError, SafetensorError) as error:
         raise BrokenSampleError(f"{entry.name}: {error}") from None
+    if latents.ndim == len(shape.latents):
+        # The VAE is causal in time: the first latents of a video are those of a shorter one
+        latents = latents[: shape.latents[0]]
     if tuple(latents.shape) != shape.latents:
         raise BrokenSampleError(
             f"{entry.name}: latents (F, C, H, W) {tuple(latents.shape)}, the recipe has"

@@ -1,8 +1,8 @@
 """LoRA with peft on the training network: its layers, types and names.
 
 The adapters' weights are float32 and multiply in the type of the layer they adapt. There is no
-dropout: two forwards of a finite difference have to use the same network. With alpha equal to the
-rank the update is B A, and a loader that does not read alpha applies it correctly.
+dropout: two forwards of a finite difference have to use the same network. The update is
+alpha / rank B A; a saved B has that factor in it, since loaders disagree about where alpha stands.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def add_lora(network: TrainingTransformer, settings: LoRAConfig) -> None:
     pattern = f"{LAYERS}|{TIMES}" if settings.lora_times else LAYERS
     config = LoraConfig(
         r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=settings.lora_alpha or settings.lora_rank,
         lora_dropout=0.0,
         target_modules=f"^({pattern})$",
         init_lora_weights=False,

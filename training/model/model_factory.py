@@ -50,6 +50,7 @@ def _build_network(
             weights.architecture, compute, frozen=has_adapters or not trained
         )
     network.requires_grad_(trained)
+    network.merges_padding = recipe.running.merge_padding
     if has_adapters:
         add_lora(network, recipe.adapting)
     network.set_gradient_checkpointing(
