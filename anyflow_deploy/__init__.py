@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         BundleError,
         CheckpointError,
         InvalidRequestError,
+        OutputError,
         ShapeError,
         UnavailableError,
     )
@@ -79,6 +80,7 @@ __all__ = [
     "GenerationRequest",
     "InvalidRequestError",
     "Model",
+    "OutputError",
     "ReuseFirstChunkSteps",
     "Run",
     "Schedule",
@@ -117,6 +119,7 @@ _HOMES = {
         "BundleError",
         "CheckpointError",
         "InvalidRequestError",
+        "OutputError",
         "ShapeError",
         "UnavailableError",
     ),

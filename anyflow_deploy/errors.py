@@ -19,6 +19,24 @@ class BundleError(AnyFlowError):
     """A bundle that is incomplete, changed, too new, or names files outside its own folder."""
 
 
+class OutputError(AnyFlowError, OSError):
+    """A file or folder that cannot be written where it was asked for.
+
+    It is an OSError, too: a cache that cannot be written is no reason to stop.
+
+    Attributes:
+        errno, strerror: the system's, where it refused; else None.
+    """
+
+    def __init__(self, message: str, cause: OSError | None = None) -> None:
+        super().__init__(message)
+        self.errno = None if cause is None else cause.errno
+        self.strerror = None if cause is None else cause.strerror
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class CheckpointError(AnyFlowError):
     """A checkpoint that cannot be found, is not AnyFlow, or is not stored as safetensors."""
 
@@ -75,3 +93,18 @@ def suggestion(word: str, allowed: Iterable[str]) -> str:
     """Return a sentence that names the nearest allowed word; empty when none is near."""
     near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def unreadable(path: object, error: OSError) -> str:
+    """Return the sentences for a file that cannot be read: it is not there, or may not be read.
+
+    Args:
+        path: of the file or folder.
+        error: what the system said.
+    """
+    if isinstance(error, PermissionError):
+        return (
+            f"{path} is there and may not be read (permission denied). Change its permissions, or"
+            " those of its folder."
+        )
+    return f"{path} cannot be read: {error.strerror or error}."

@@ -93,8 +93,43 @@ class Architecture:
         return {"_class_name": name, **fields}
 
 
+NVLABS_CLASS = "FAR_Wan_Transformer3DModel"
+"""The class of NVlabs' own code, for both kinds; `init_far_model` says which."""
+
+_CHUNK_KEYS = ("compressed_patch_size", "full_chunk_limit", "chunk_partition")
+
+_DIFFUSERS_DEFAULTS = {
+    "num_attention_heads": 40,
+    "attention_head_dim": 128,
+    "ffn_dim": 13824,
+    "num_layers": 40,
+}
+"""What diffusers' classes take where config.json is silent; `Architecture` has the others."""
+
+_CAUSAL_DEFAULTS = {
+    "compressed_patch_size": (1, 4, 4),
+    "full_chunk_limit": 3,
+    "chunk_partition": (1, 3, 3, 3, 3, 3, 3, 2),
+}
+
+_NEUTRAL_KEYS: dict[str, Any] = {
+    "qk_norm": "rms_norm_across_heads",
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+    "window_size": (-1, -1),
+    "add_img_emb": False,
+    "quantization_config": None,
+    "init_flowmap_model": True,
+}
+"""Keys of Wan's and NVlabs' classes that diffusers' AnyFlow classes ignore, each with the one value
+at which it changes nothing."""
+
+
 def architecture_from_config(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
-    """Read a transformer's `config.json`.
+    """Read a transformer's `config.json` as diffusers does.
+
+    NVlabs' class counts as diffusers' one of the same kind, and a key that is not there has
+    diffusers' default.
 
     Args:
         config: the parsed file.
@@ -105,41 +140,33 @@ def architecture_from_config(config: Mapping[str, Any], where: str = "config.jso
             exported.
     """
     name = config.get("_class_name")
-    if name not in (BIDIRECTIONAL_CLASS, CAUSAL_CLASS):
-        raise CheckpointError(
-            f"{where} describes a {name or 'model without _class_name'}; allowed are"
-            f" {BIDIRECTIONAL_CLASS} and {CAUSAL_CLASS}. Give an AnyFlow checkpoint in diffusers'"
-            " layout."
-        )
-    fields = {f.name: f for f in dataclasses.fields(Architecture)}
     values = {
         k: tuple(v) if isinstance(v, list) else v
         for k, v in config.items()
         if not k.startswith("_")
     }
-    unknown = sorted(set(values) - set(fields))
+    causal = _is_causal(name, values, where)
+    _remove_neutral_keys(values, where)
+    fields = {f.name for f in dataclasses.fields(Architecture)}
+    unknown = sorted(set(values) - fields)
     if unknown:
         raise CheckpointError(
             f"{where} has keys this version does not know: {', '.join(unknown)}. "
             "They may change the computation, so nothing is exported; update anyflow_deploy."
         )
-    required_names = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
-    missing = [n for n in required_names if n not in values]
-    if missing:
+    if name == NVLABS_CLASS and "gate_value" not in values:
         raise CheckpointError(
-            f"{where} lacks {', '.join(missing)}; all of {', '.join(required_names)} are needed."
+            f"{where} is a {name} without gate_value, which is 0 to NVlabs' code and 0.25 to"
+            ' diffusers. Write the one that the model was trained with into it, as "gate_value":'
+            " 0.25."
         )
-    chunks = [
-        k
-        for k in ("compressed_patch_size", "full_chunk_limit", "chunk_partition")
-        if values.get(k) is not None
-    ]
-    if len(chunks) != (3 if name == CAUSAL_CLASS else 0):
-        raise CheckpointError(
-            f"{where} is a {name} with {', '.join(chunks) or 'no chunks'}; compressed_patch_size,"
-            f" full_chunk_limit and chunk_partition belong to {CAUSAL_CLASS}, all three, and to no"
-            " other class."
-        )
+    if causal:
+        if values.get("chunk_partition", ()) is None:
+            del values["chunk_partition"]
+        values = {**_CAUSAL_DEFAULTS, **values}
+    values = {**_DIFFUSERS_DEFAULTS, **values}
+    if values.get("out_channels", 0) is None:
+        values["out_channels"] = values.get("in_channels", Architecture.in_channels)
     try:
         architecture = TypeAdapter(Architecture).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
@@ -149,6 +176,55 @@ def architecture_from_config(config: Mapping[str, Any], where: str = "config.jso
         ) from None
     _check_supported(architecture, where)
     return architecture
+
+
+def _is_causal(name: Any, values: dict[str, Any], where: str) -> bool:
+    """Return whether a config is of a causal model; take the keys that only say so out of it.
+
+    A bidirectional model's chunk keys go, too: its class ignores them.
+    """
+    if name not in (BIDIRECTIONAL_CLASS, CAUSAL_CLASS, NVLABS_CLASS):
+        raise CheckpointError(
+            f"{where} describes a {name or 'model without _class_name'}; allowed are"
+            f" {BIDIRECTIONAL_CLASS} and {CAUSAL_CLASS} (or NVlabs' {NVLABS_CLASS}). Give an"
+            " AnyFlow checkpoint in diffusers' layout."
+        )
+    flag = values.pop("init_far_model", None)
+    causal = flag if name == NVLABS_CLASS else name == CAUSAL_CLASS
+    if not isinstance(causal, bool) or flag not in (None, causal):
+        raise CheckpointError(
+            f"{where} is a {name} with init_far_model {flag!r}; it has to be true for a causal"
+            " model and false for a bidirectional one. Give the config.json that was saved with"
+            " the weights."
+        )
+    if causal:
+        missing = [k for k in _CHUNK_KEYS[:2] if values.get(k, 0) is None]
+        if missing:
+            raise CheckpointError(
+                f"{where} is a {name} with {missing[0]} null; a causal model needs a value, as"
+                f" {_CAUSAL_DEFAULTS[missing[0]]}."
+            )
+        return True
+    if flag is None and values.get("chunk_partition") is not None:
+        raise CheckpointError(
+            f"{where} is a {name} with chunk_partition; {', '.join(_CHUNK_KEYS)} belong to"
+            f" {CAUSAL_CLASS}. Give the config.json that was saved with the weights."
+        )
+    for key in _CHUNK_KEYS:
+        values.pop(key, None)
+    return False
+
+
+def _remove_neutral_keys(values: dict[str, Any], where: str) -> None:
+    """Take out the keys that change nothing, and refuse them at any other value."""
+    for key, neutral in _NEUTRAL_KEYS.items():
+        value = values.pop(key, neutral)
+        if value != neutral or isinstance(value, bool) != isinstance(neutral, bool):
+            shown = json.dumps(neutral)
+            raise CheckpointError(
+                f"{where} has {key} {value!r}; an AnyFlow transformer has {shown} or leaves it out."
+                " It may change the computation, so nothing is exported."
+            )
 
 
 def _check_supported(a: Architecture, where: str) -> None:

@@ -23,7 +23,7 @@ from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter, ch
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.json_records import FrozenRecord, RecordFormat
 from anyflow_deploy.bundle.manifest import AxisRange, FileRecord, records_from_ranges
-from anyflow_deploy.errors import BackendError, BundleError
+from anyflow_deploy.errors import BackendError, BundleError, unreadable
 from anyflow_deploy.shape_ranges import Range, ShapeRanges
 
 ENGINE = "engine.json"
@@ -134,6 +134,8 @@ def load_engine_folder(path: Path, verify: bool = True) -> EngineFolder:
     """
     try:
         data = (path / ENGINE).read_bytes()
+    except PermissionError as error:
+        raise BundleError(unreadable(path / ENGINE, error)) from None
     except OSError as error:
         raise BundleError(
             f"{path} is not an engine: {ENGINE} cannot be read ({error.strerror}). {_REMEDY}"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from anyflow_deploy.bundle.atomic_io import atomic_file
+from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.engines.metrics import Difference
 from anyflow_deploy.engines.validation import Validation
 
@@ -55,7 +57,7 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def plot_validation(validation: Validation, path: Path) -> None:
+def plot_validation(validation: Validation, path: Path | OutputFile) -> None:
     """Draw a validation and write it as a PNG."""
     import matplotlib
 
@@ -112,5 +114,6 @@ def plot_validation(validation: Validation, path: Path) -> None:
     figure.suptitle(
         f"{validation.candidate}  against  {validation.reference}: {verdict}", fontsize=10
     )
-    figure.savefig(path, dpi=130)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
     pyplot.close(figure)

@@ -7,18 +7,21 @@ mask, and its results are wrong by percents.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from numpy.typing import ArrayLike
 
 from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.checkpoints.checkpoint import open_checkpoint, transformer_folder
-from anyflow_deploy.checkpoints.hub import TRANSFORMER_FILES, download
+from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
+from anyflow_deploy.checkpoints.hub import fetch_checkpoint
 from anyflow_deploy.checkpoints.random_weights import RandomWeights
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Stream, prepare_inputs
 from anyflow_deploy.engines.kv_cache import CachePlan
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.export.torch_run import TorchRun, move_to_device
+from anyflow_deploy.hub import parse_hub_id
 from anyflow_deploy.shape_ranges import ShapeRanges, widest_ranges
 
 
@@ -90,7 +93,7 @@ def weights_from_manifest(manifest: Manifest, checkpoint: str | None = None) -> 
 
     Args:
         manifest: of the bundle.
-        checkpoint: their folder, where that is not the one that the manifest names.
+        checkpoint: their folder, file or Hub id, where that is not what the manifest names.
 
     Raises:
         CheckpointError: the weights are not there any more.
@@ -99,14 +102,14 @@ def weights_from_manifest(manifest: Manifest, checkpoint: str | None = None) -> 
     source = manifest.source
     if checkpoint is None and source.kind == "random":
         return RandomWeights(manifest.architecture, source.location, source.seed or 0)
+    path = Path(source.location) if checkpoint is None else Path(checkpoint)
+    hub_id = None if checkpoint is None else parse_hub_id(checkpoint)
     if checkpoint is None and source.kind == "hub":
-        advice = "Give --checkpoint DIR, the checkpoint it was exported from."
-        checkpoint = str(
-            transformer_folder(
-                download(source.location, source.revision, TRANSFORMER_FILES, advice)
-            )
-        )
-    weights = open_checkpoint(checkpoint or source.location)
+        hub_id = source.location, source.revision
+    if hub_id is not None:
+        path, _ = fetch_checkpoint(*hub_id)
+    variant = None if path.is_file() else source.variant
+    weights = open_checkpoint(path, source if checkpoint is None else None, variant)
     if weights.architecture != manifest.architecture:
         raise AnyFlowError(
             f"{weights.folder} is another model than the one the bundle was exported from. Give"

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from anyflow_deploy.bundle.atomic_io import fsync_tree, replace_folder
+from anyflow_deploy.bundle.renames import fsync_tree, replace_folder
 from anyflow_deploy.errors import CheckpointError
 from anyflow_deploy.training.distributed import DistributedContext
 

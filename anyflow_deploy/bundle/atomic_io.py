@@ -2,12 +2,13 @@
 
 Everything that this project writes to keep goes through here. A file or folder is filled under a
 hidden name beside its destination, synced, renamed into place, and then the folder that holds the
-name is synced, too. The hidden name is `.NAME.partial-PID`; what a killed process left under such a
-name is cleared away by the next writer of the same destination.
+name is synced, too; `outputs` has the names, the locks and the renames.
 
     write_text_atomically(path, text)                      # one file, made in memory
     with atomic_file(path) as partial: save(partial)       # one file, written by something else
     with atomic_folder(path) as partial: save(partial)     # a folder, written by something else
+
+Each takes a path, whose file is replaced, or an `OutputFile` that was opened before long work.
 
 An `AtomicFolderWriter` writes the folders that list their own files, bundles and engines: it hashes
 what passes through, and the last file written is the marker. A folder that has one is a folder that
@@ -21,65 +22,64 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, TypeVar
 
 from anyflow_deploy.bundle.manifest import FileRecord
-from anyflow_deploy.errors import BundleError
+from anyflow_deploy.bundle.outputs import OutputFile, OutputFolder
+from anyflow_deploy.errors import BundleError, OutputError, unreadable
+from anyflow_deploy.hub import cached_blobs
 
 _BLOCK = 8 << 20
 W = TypeVar("W", bound="AtomicFolderWriter")
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a path to write to, and put what was written there in the place of `path`.
+def atomic_file(destination: Path | OutputFile) -> Iterator[Path]:
+    """Give a path to write to, and put what was written there in the place of a destination.
 
     Args:
-        path: the destination; its folder must exist, and an older file is replaced.
+        destination: a path in a folder that exists, where an older file is replaced; or an output
+            that is open already.
 
     Yields:
-        A path in the same folder. Its suffix differs, so name the format to writers that choose
-        it by the suffix.
+        An absolute path in the same folder. Its suffix differs, so name the format to writers that
+        choose it by the suffix.
 
     Raises:
-        OSError: it cannot be written. Then, and after any error in the block, `path` is as it was.
+        OutputError: it cannot be written. Then, and after any error in the block, the older file is
+            as it was.
     """
-    with suppress(OSError):  # writing will say what is wrong with the folder
-        _clear_leftovers(path)
-    partial = _partial_path(path)
-    try:
-        yield partial
-        fsync_path(partial)
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
-    fsync_path(path.parent)
+    if isinstance(destination, OutputFile):
+        yield destination.partial
+        destination.commit()
+        return
+    with OutputFile(destination, overwrite=True) as output:
+        yield output.partial
+        output.commit()
 
 
-def write_bytes_atomically(path: Path, data: bytes) -> None:
+def write_bytes_atomically(destination: Path | OutputFile, data: bytes) -> None:
     """Write a file durably, whole or not at all.
 
     Raises:
-        OSError: it cannot be written; `path` is as it was.
+        OutputError: it cannot be written; an older file is as it was.
     """
-    with atomic_file(path) as partial:
+    with atomic_file(destination) as partial:
         partial.write_bytes(data)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
+def write_text_atomically(destination: Path | OutputFile, text: str) -> None:
     """Write a file in UTF-8 durably, whole or not at all.
 
     Raises:
-        OSError: it cannot be written; `path` is as it was.
-        UnicodeEncodeError: the text has half a surrogate pair; `path` is as it was.
+        OutputError: it cannot be written; an older file is as it was.
+        UnicodeEncodeError: the text has half a surrogate pair; an older file is as it was.
     """
-    with atomic_file(path) as partial:
+    with atomic_file(destination) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -95,47 +95,12 @@ def atomic_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         The folder, beside the destination.
 
     Raises:
-        OSError: it cannot be written, or the destination is taken. Then, and after any error in the
-            block, `path` is as it was.
+        OutputError: it cannot be written, or the destination is taken. Then, and after any error in
+            the block, `path` is as it was.
     """
-    _clear_leftovers(path)
-    partial = _partial_path(path)
-    partial.mkdir()
-    try:
-        yield partial
-        fsync_tree(partial)
-        if replace:
-            replace_folder(partial, path)
-        else:
-            partial.rename(path)
-            fsync_path(path.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def replace_folder(partial: Path, path: Path) -> None:
-    """Rename a synced folder into place durably; a folder that is there is removed.
-
-    Raises:
-        OSError: it cannot be renamed; the old folder is in its place.
-    """
-    if path.exists():
-        old = path.parent / f".{path.name}.replaced-{os.getpid()}"
-        path.rename(old)
-        try:
-            partial.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
-        fsync_path(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        partial.rename(path)
-        fsync_path(path.parent)
-
-
-def _partial_path(path: Path) -> Path:
-    return path.parent / f".{path.name}.partial-{os.getpid()}"
+    with OutputFolder(path, overwrite=replace) as output:
+        yield output.partial
+        output.commit()
 
 
 @dataclass(frozen=True)
@@ -178,19 +143,17 @@ def check_file(
     parts = PurePosixPath(name)
     path = folder / name
     try:
-        inside = path.resolve().is_relative_to(folder.resolve())
+        target = path.resolve()
+        inside = target.is_relative_to(folder.resolve()) or _is_blob(target, folder)
         present = path.is_file()
-        hint = (
-            " If the link is a hub cache's, copy the bundle with cp -rL."
-            if path.is_symlink()
-            else ""
-        )
+    except PermissionError as error:
+        raise BundleError(unreadable(path, error)) from None
     except (OSError, RuntimeError, ValueError):  # a loop of links, a NUL, a name too long
-        inside, present, hint = False, False, ""
+        inside, present = False, False
     if parts.is_absolute() or ".." in parts.parts or "\\" in name or not inside:
         raise BundleError(
             f"{folder / kind.marker} names {name!r}, which leaves the {kind.noun}'s folder. Do not"
-            f" use this {kind.noun}.{hint}"
+            f" use this {kind.noun}."
         )
     if not present:
         raise BundleError(f"{folder} lacks {name!r}, which its {kind.listing} lists. {kind.remedy}")
@@ -199,11 +162,21 @@ def check_file(
         raise BundleError(
             f"{path} has {size} bytes; the {kind.listing} says {record.bytes}. {kind.remedy}"
         )
-    if verify and (digest := file_sha256(path)) != record.sha256:
+    try:
+        digest = file_sha256(path) if verify else record.sha256
+    except PermissionError as error:
+        raise BundleError(unreadable(path, error)) from None
+    if digest != record.sha256:
         raise BundleError(
             f"{path} was changed: its SHA-256 is {digest}, the {kind.listing} says {record.sha256}."
             f" {kind.remedy}"
         )
+
+
+def _is_blob(target: Path, folder: Path) -> bool:
+    """Whether a file is where the Hub's cache keeps the contents of a snapshot's links."""
+    blobs = cached_blobs(folder)
+    return blobs is not None and target.parent == blobs
 
 
 class HashingFile:
@@ -247,9 +220,8 @@ class AtomicFolderWriter:
             writer.write("transition.onnx", data)
             writer.finish_folder(text_of_the_marker)
 
-    Leaving the block before the end, by an error or otherwise, removes everything written. A
-    process that is killed leaves a folder `.NAME.partial-PID`, which the next writer for the same
-    destination clears away.
+    Leaving the block before the end, by an error or otherwise, removes everything written. What a
+    process leaves that is killed, the next writer in the same place clears away.
 
     Args:
         path: the destination; its parent must exist.
@@ -261,38 +233,30 @@ class AtomicFolderWriter:
         files: what is finished, by name.
 
     Raises:
-        BundleError: destination taken, or its parent not writable. Raised by the constructor,
+        OutputError: destination taken, or its parent not writable. Raised by the constructor,
             before any work.
     """
 
     def __init__(self, path: Path, kind: ArtifactKind, overwrite: bool = False) -> None:
         self.path = path
         self.kind = kind
-        self._overwrite = overwrite
-        self._check_destination()
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise BundleError(
-                f"{path.parent} is not a folder that can be written to. Choose another {kind.flag}."
-            )
-        self.folder = _partial_path(path)
+        self._output = OutputFolder(path, overwrite, kind.flag)
+        self._check_marker()
+        self.folder = path
         self.files: dict[str, FileRecord] = {}
         self._open: list[HashingFile] = []
 
-    def _check_destination(self) -> None:
+    def _check_marker(self) -> None:
         kind = self.kind
-        if self.path.exists() and not self._overwrite:
-            raise BundleError(
-                f"{self.path} exists. Choose another {kind.flag}, or replace it with --overwrite."
-            )
-        if self.path.exists() and not (self.path / kind.marker).is_file():
-            raise BundleError(
+        is_taken = self.path.exists() and self._output.overwrite
+        if is_taken and not (self.path / kind.marker).is_file():
+            raise OutputError(
                 f"{self.path} exists and is not a {kind.noun}, so --overwrite does not replace it."
                 f" Choose another {kind.flag}."
             )
 
     def __enter__(self: W) -> W:
-        _clear_leftovers(self.path)
-        self.folder.mkdir()
+        self.folder = self._output.__enter__().partial
         return self
 
     def __exit__(
@@ -303,7 +267,7 @@ class AtomicFolderWriter:
     ) -> None:
         for file in self._open:
             file.abandon()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._output.__exit__(kind, value, trace)
 
     def create(self, name: str) -> HashingFile:
         """Open `name` for writing; give the result of its `close` to `add`."""
@@ -337,67 +301,9 @@ class AtomicFolderWriter:
         file.write(marker.encode())
         file.close()
         self.check()
-        fsync_path(self.folder)
-        self._check_destination()  # hours may have passed since the constructor looked
-        replace_folder(self.folder, self.path)
-
-
-def fsync_path(path: Path) -> None:
-    """Make a file or folder durable.
-
-    A rename survives a power cut only if the folder that holds the name was synced.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def fsync_tree(folder: Path) -> None:
-    """Make everything in a folder durable, and the folder itself."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            fsync_tree(path)
-        else:
-            fsync_path(path)
-    fsync_path(folder)
-
-
-def clear_partial_files(folder: Path) -> None:
-    """Remove the partial files that killed processes left in a folder."""
-    for partial in folder.glob(".*.partial-*"):
-        if not _is_running(partial.name.rpartition("-")[2]):
-            partial.unlink(missing_ok=True)
-
-
-def _clear_leftovers(path: Path) -> None:
-    """Undo what a killed writer of the same destination left behind.
-
-    That is a partial file or folder, or an old folder that was moved aside.
-    """
-    for kind in ("partial", "replaced"):
-        prefix = f".{path.name}.{kind}-"
-        for folder in [f for f in path.parent.iterdir() if f.name.startswith(prefix)]:
-            pid = folder.name[len(prefix) :]
-            if pid != str(os.getpid()) and _is_running(pid):
-                continue
-            if kind == "replaced" and not path.exists():
-                folder.rename(path)
-            elif folder.is_dir():
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                folder.unlink(missing_ok=True)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+        if self.path.exists() and not (self.path / self.kind.marker).is_file():
+            self._output.overwrite = False  # something else came there during the work
+        self._output.commit()
 
 
 def link_or_copy(source: str, target: str) -> str:

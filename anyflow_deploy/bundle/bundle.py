@@ -17,7 +17,8 @@ from pathlib import Path
 from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter, check_file
 from anyflow_deploy.bundle.json_records import RecordFormat
 from anyflow_deploy.bundle.manifest import MANIFEST, SCHEMA, Manifest
-from anyflow_deploy.errors import AnyFlowError, BundleError
+from anyflow_deploy.errors import AnyFlowError, BundleError, CheckpointError, unreadable
+from anyflow_deploy.hub import download, parse_hub_id
 
 _KIND = ArtifactKind(
     "bundle", MANIFEST, "manifest", "--output", "Copy the bundle again, or export again."
@@ -58,18 +59,22 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
     """Open a bundle.
 
     Args:
-        path: the folder that holds manifest.json.
+        path: the folder that holds manifest.json, or a repository on the Hub, OWNER/NAME or
+            OWNER/NAME@REVISION.
         verify: compare every file with its hash (reads the whole bundle once). Pass False only
             where that was done before, on storage that cannot have changed since; sizes and paths
             are checked even then.
 
     Raises:
         BundleError: no manifest, a newer schema, an unknown key, a missing or changed file, a path
-            out of the folder.
+            out of the folder, what may not be read, or a Hub that does not have it.
     """
-    folder = Path(path)
+    hub_id = parse_hub_id(path)
+    folder = Path(path) if hub_id is None else _download_bundle(*hub_id)
     try:
         text = (folder / MANIFEST).read_bytes()
+    except PermissionError as error:
+        raise BundleError(unreadable(folder / MANIFEST, error)) from None
     except OSError as error:
         raise BundleError(
             f"{folder} is not a bundle: {MANIFEST} cannot be read ({error.strerror}). Make one with"
@@ -87,6 +92,24 @@ def load_bundle(path: str | Path, verify: bool = True) -> Bundle:
     except AnyFlowError as error:
         raise BundleError(f"{folder / MANIFEST} is damaged: {error} Export again.") from None
     return bundle
+
+
+def _download_bundle(hub_id: str, revision: str | None) -> Path:
+    """Download a bundle from the Hub: its manifest, then the files that it lists."""
+    folder = _download(hub_id, revision, [MANIFEST])
+    try:
+        text = (folder / MANIFEST).read_bytes()
+    except OSError:
+        raise BundleError(f"{hub_id} on the Hub is not a bundle: it has no {MANIFEST}.") from None
+    files = sorted(_FORMAT.parse(text, folder / MANIFEST).files)
+    return _download(hub_id, folder.name, [MANIFEST, *files])
+
+
+def _download(hub_id: str, revision: str | None, files: list[str]) -> Path:
+    try:
+        return download(hub_id, revision, files, "Give a folder that anyflow-export made.")
+    except CheckpointError as error:
+        raise BundleError(str(error)) from None
 
 
 class BundleWriter(AtomicFolderWriter):

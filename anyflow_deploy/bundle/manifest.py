@@ -11,10 +11,16 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from anyflow_deploy.bundle.json_records import FrozenRecord
-from anyflow_deploy.errors import BundleError
+from anyflow_deploy.errors import BundleError, CheckpointError
 from anyflow_deploy.models import Architecture, architecture_from_config
 from anyflow_deploy.shape_ranges import AXES, Range, ShapeRanges, latent_frames, latent_side
 
@@ -51,14 +57,23 @@ class GraphRecord(FrozenRecord):
 class WeightsSource(FrozenRecord):
     """Where the weights came from: a folder, a repository on the Hub, or a seed.
 
-    `revision` is the Hub's commit. `location` of a folder is a hint for later commands; they accept
-    another one.
+    `revision` is the Hub's commit. `location` of a folder (or file) is a hint for later commands;
+    they accept another one. `variant` is that of the files, such as "fp16".
     """
 
     kind: Literal["folder", "hub", "random"]
     location: str
     revision: str | None = None
     seed: int | None = None
+    variant: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _leave_out_variant(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write `variant` where there is one; older versions do not know the key."""
+        content: dict[str, Any] = serialize(self)
+        if self.variant is None:
+            content.pop("variant", None)
+        return content
 
 
 class AchievedPrecision(FrozenRecord):
@@ -170,9 +185,13 @@ class Manifest(FrozenRecord):
         """The transformer's numbers, read from `config` once.
 
         Raises:
-            CheckpointError: `config` is not an AnyFlow transformer's.
+            CheckpointError: `config` is not an AnyFlow transformer's, or lacks a key: exports write
+                all of them.
         """
-        return architecture_from_config(self.config, MANIFEST)
+        architecture = architecture_from_config(self.config, MANIFEST)
+        if missing := sorted(architecture.as_config().keys() - self.config.keys()):
+            raise CheckpointError(f"{MANIFEST} lacks {', '.join(missing)} in its config.")
+        return architecture
 
     def latent_shape(
         self, frames: int | None, height: int | None, width: int | None

@@ -12,9 +12,22 @@ from pathlib import Path
 import anyflow_deploy
 from anyflow_deploy.bundle.manifest import WeightsSource
 from anyflow_deploy.errors import CheckpointError
+from anyflow_deploy.hub import download
 from anyflow_deploy.models import Model
 
+__all__ = [
+    "PIPELINE_FILES",
+    "TRANSFORMER_FILES",
+    "asset_folder",
+    "cache_folder",
+    "download",
+    "fetch_checkpoint",
+    "pipeline_from_model",
+]
+
 TRANSFORMER_FILES = ["model_index.json", "transformer/*.json", "transformer/*.safetensors"]
+_CONFIG_FILES = ["model_index.json", "config.json", "transformer/*.json"]
+_FOLDER_FILES = ["config.json", "*.safetensors", "*.safetensors.index*.json"]
 PIPELINE_FILES = [
     "model_index.json",
     "scheduler/*",
@@ -57,7 +70,7 @@ def pipeline_from_model(model: Model, files: list[str]) -> tuple[Path, WeightsSo
 
         folder = get_tiny_pipeline(model, cache_folder())
         return folder, WeightsSource(kind="folder", location=str(folder), seed=TINY_SEED)
-    folder = download(model.hub_id, None, files)
+    folder = download(model.hub_id, None, files, _EXPORT_ADVICE)
     return folder, WeightsSource(kind="hub", location=model.hub_id, revision=folder.name)
 
 
@@ -77,29 +90,17 @@ def asset_folder(name: str) -> Path:
     return folder
 
 
-def download(
-    hub_id: str, revision: str | None, files: list[str], advice: str = _EXPORT_ADVICE
-) -> Path:
-    """Download files of a Hub repository, unless the cache has all of them.
+def fetch_checkpoint(hub_id: str, revision: str | None) -> tuple[Path, WeightsSource]:
+    """Download the transformer of a Hub repository: a pipeline's, or the repository itself.
 
-    The folder is named after the commit, which is how the Hub's cache is laid out.
-
-    Args:
-        hub_id: OWNER/NAME of the repository.
-        revision: commit, branch or tag; None for the default branch.
-        files: patterns of the files.
-        advice: end of the error's text: what the calling command can do instead.
+    Returns:
+        The folder, and where it came from, for the manifest.
 
     Raises:
-        CheckpointError: with what was tried and what to do without the network.
+        CheckpointError: the Hub cannot be reached and the cache does not have it.
     """
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=files))
-    except Exception as error:  # noqa: BLE001 - the Hub's client raises errors of three libraries; all mean "not to be had"
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(
-            f"tried to download {hub_id!r} from the Hugging Face Hub and looked in its local cache;"
-            f" neither has it ({type(error).__name__}: {reason}). {advice}"
-        ) from None
+    folder = download(hub_id, revision, _CONFIG_FILES, _EXPORT_ADVICE)
+    is_pipeline = (folder / "model_index.json").is_file()
+    files = TRANSFORMER_FILES if is_pipeline else _FOLDER_FILES
+    folder = download(hub_id, folder.name, files, _EXPORT_ADVICE)
+    return folder, WeightsSource(kind="hub", location=hub_id, revision=folder.name)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_deploy.dtypes import SAFETENSORS
-from anyflow_deploy.errors import CheckpointError
+from anyflow_deploy.errors import CheckpointError, unreadable
 
 TYPE_BYTES = {name: row.bytes for name, row in SAFETENSORS.items()}
 _LARGEST_HEADER = 100_000_000  # the library's own limit
@@ -47,27 +47,40 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """Read which tensors a .safetensors file holds, by name, without their data.
 
     Raises:
-        CheckpointError: not a safetensors file, a truncated one, or entries that lie outside the
-            file.
+        CheckpointError: no such file, one that may not be read, not a safetensors file, a truncated
+            one, or entries that lie outside the file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
-            raise CheckpointError(
-                f"{path} is not a safetensors file, or was cut short. Download it again."
-            )
-        try:
-            raw = json.loads(file.read(length))
-            entries = {
-                n: _parse_entry(e, 8 + length, size) for n, e in raw.items() if n != "__metadata__"
-            }
-            _check_gapless(entries, 8 + length, size)
-            return entries
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path} has a damaged safetensors header ({error}). Download it again."
-            ) from None
+    return read_header_and_metadata(path)[0]
+
+
+def read_header_and_metadata(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Read the tensors of a .safetensors file, and the strings in its header.
+
+    Raises:
+        CheckpointError: see `read_header`.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if size < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{path} is not a safetensors file, or was cut short. Download it again."
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(unreadable(path, error)) from None
+    try:
+        raw = json.loads(text)
+        metadata = raw.pop("__metadata__", {})
+        entries = {n: _parse_entry(e, 8 + length, size) for n, e in raw.items()}
+        _check_gapless(entries, 8 + length, size)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} has a damaged safetensors header ({error}). Download it again."
+        ) from None
+    return entries, metadata if isinstance(metadata, dict) else {}
 
 
 def _parse_entry(raw: Mapping[str, Any], start: int, size: int) -> TensorEntry:

@@ -10,7 +10,7 @@ from pydantic import Field
 from rich.markup import escape
 from rich.table import Table
 
-from anyflow_deploy.bundle.bundle import load_bundle
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.cli.options import Options, Words, run
 from anyflow_deploy.engines.build import BuildSettings, build_engine, settings_type
 from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
@@ -116,7 +116,12 @@ def build(options: BuildOptions) -> int:
     bundle = load_bundle(options.bundle)
     with RichProgress(console) as bars:
         folder = build_engine(
-            bundle, options.backend, settings, _destination(options), options.overwrite, bars
+            bundle,
+            options.backend,
+            settings,
+            _destination(options, bundle),
+            options.overwrite,
+            bars,
         )
     console.print(describe_engine(folder))
     console.print(
@@ -151,7 +156,7 @@ def settings_from_flags(options: BuildOptions) -> BuildSettings:
     return kind(**values)
 
 
-def _destination(options: BuildOptions) -> Path | None:
+def _destination(options: BuildOptions, bundle: Bundle) -> Path | None:
     if options.name is not None and options.output is not None:
         raise AnyFlowError("give one of --name NAME (inside the bundle) and --output FOLDER.")
     if options.name is not None:
@@ -160,7 +165,7 @@ def _destination(options: BuildOptions) -> Path | None:
                 f"--name is {options.name!r}: allowed is a plain folder name. For another place use"
                 " --output."
             )
-        return options.bundle / ENGINES / options.name
+        return bundle.path / ENGINES / options.name
     return options.output
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import BeforeValidator, Field
 from rich.markup import escape
 
+from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.cli.options import Steps, run
 from anyflow_deploy.cli.weights import WeightOptions
-from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.progress import Progress, RichProgress, console
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration
@@ -67,12 +66,12 @@ def calibrate(options: CalibrateOptions) -> int:
     )
 
     start = time.perf_counter()
-    check_output(options.output, options.overwrite)
-    weights = options.weights()
-    check_parameters(weights, parameter_shapes(weights.architecture))
-    with RichProgress(console) as bars:
-        calibration = measure_calibration(options, weights, bars)
-    write_calibration(options.output, calibration)
+    with OutputFile(options.output, options.overwrite, "--output") as output:
+        weights = options.weights()
+        check_parameters(weights, parameter_shapes(weights.architecture))
+        with RichProgress(console) as bars:
+            calibration = measure_calibration(options, weights, bars)
+        write_calibration(output, calibration)
     calibration_checkpoint_path(options.output).unlink(missing_ok=True)
     seconds = time.perf_counter() - start
     console.print(
@@ -123,22 +122,6 @@ def measure_calibration(options: CalibrateOptions, weights: Weights, bars: Progr
     except KeyboardInterrupt:
         console.print("finished rollouts are kept; the same command resumes from there.")
         raise
-
-
-def check_output(path: Path, overwrite: bool) -> None:
-    """Refuse an output file that exists or cannot be written, before any work.
-
-    Raises:
-        AnyFlowError: naming the file and the reason.
-    """
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise AnyFlowError(
-            f"{path} cannot be written. Give --output a file in a folder that exists."
-        )
-    if path.exists() and not overwrite:
-        raise AnyFlowError(
-            f"{path} exists. Choose another --output, or replace it with --overwrite."
-        )
 
 
 def main() -> None:

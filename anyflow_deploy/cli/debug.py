@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,6 +13,7 @@ from rich.markup import escape
 from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
+from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.cli.options import Options, run
 from anyflow_deploy.cli.validate import calibrated_prompt_embeds, video_shapes
 from anyflow_deploy.debugging import DETAILS
@@ -112,18 +112,31 @@ def debug(options: DebugOptions) -> int:
     """Compare, write the report and print it; returns the exit status."""
     check_debug_backend(options.backend, options.provider)
     use_polygraphy(options.backend)
-    from anyflow_deploy.debugging.backends import ReferenceSide
-    from anyflow_deploy.debugging.divergence import Comparison, find_divergence
-    from anyflow_deploy.debugging.inputs import make_feed
-
     bundle = load_bundle(options.bundle)
     graph = _graph_name(bundle, options.graph)
     reference = _reference(bundle, options, graph)
     folder = options.output or bundle.path
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise AnyFlowError(
-            f"{folder} is not a folder that can be written to. Choose another --output."
-        )
+    with (
+        OutputFile(folder / REPORT, overwrite=True, flag="--output") as report,
+        OutputFile(folder / PICTURE, overwrite=True, flag="--output") as picture,
+    ):
+        result = _compare(bundle, reference, options, graph, report, picture)
+    return _verdict(result, folder, options)
+
+
+def _compare(
+    bundle: Bundle,
+    reference: Bundle,
+    options: DebugOptions,
+    graph: str,
+    report: OutputFile,
+    picture: OutputFile,
+) -> Divergence:
+    """Compare, print the tables and write the report."""
+    from anyflow_deploy.debugging.backends import ReferenceSide
+    from anyflow_deploy.debugging.divergence import Comparison, find_divergence
+    from anyflow_deploy.debugging.inputs import make_feed
+
     smoothed = _is_smoothed_differently(bundle, reference)
     state = _state(bundle, options)
     candidate = _candidate(bundle, options, graph)
@@ -140,8 +153,8 @@ def debug(options: DebugOptions) -> int:
             smoothed,
             bars,
         )
-    _write(folder, result, _settings(bundle, reference, options, graph, state))
-    return _verdict(result, folder, options)
+    _write(report, picture, result, _settings(bundle, reference, options, graph, state))
+    return result
 
 
 def _graph_name(bundle: Bundle, asked: str | None) -> str:
@@ -286,7 +299,9 @@ def _settings(
     }
 
 
-def _write(folder: Path, result: Divergence, settings: dict[str, object]) -> None:
+def _write(
+    report: OutputFile, picture: OutputFile, result: Divergence, settings: dict[str, object]
+) -> None:
     """debug.json, debug.png and the tables."""
     from anyflow_deploy.debugging.report import (
         divergence_as_json,
@@ -295,11 +310,11 @@ def _write(folder: Path, result: Divergence, settings: dict[str, object]) -> Non
     )
 
     content = {**settings, **divergence_as_json(result)}
-    write_text_atomically(folder / REPORT, json.dumps(content, indent=1) + "\n")
+    write_text_atomically(report, json.dumps(content, indent=1) + "\n")
     for table in divergence_tables(result):
         console.print(table)
     if can_plot():
-        plot_divergence(result, folder / PICTURE)
+        plot_divergence(result, picture)
     else:
         console.print(
             "no picture: matplotlib is not installed (it comes with anyflow-deploy[export])."

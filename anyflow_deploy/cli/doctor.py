@@ -10,6 +10,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from anyflow_deploy.cli.terminal import replace_unencodable
 from anyflow_deploy.doctor.backends import (
     REQUIREMENTS,
     BackendVerdict,
@@ -92,6 +93,7 @@ def _report_plainly(reason: BaseException) -> int:
 def main() -> None:
     """Run `anyflow-doctor` with the flags of the command line."""
     run: Any
+    replace_unencodable()
     try:
         from anyflow_deploy.cli.doctor_options import DoctorOptions
         from anyflow_deploy.cli.options import run

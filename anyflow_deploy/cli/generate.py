@@ -7,10 +7,10 @@ the next one begins. Wrong requests are refused before text encoder and engine a
 
 from __future__ import annotations
 
-import os
+import secrets
 import time
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -21,6 +21,7 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle
+from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.cli.options import KernelSpecialization, Numbers, Options, run
 from anyflow_deploy.cli.sensitivity import Decibels
 from anyflow_deploy.cli.step_options import Seconds, flag_name, step_settings
@@ -116,7 +117,11 @@ class GenerateOptions(Options):
     frames: int | None = Field(None, ge=1, description="frames, 4n+1 (default: the manifest's)")
     height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
-    seed: int = Field(0, ge=0, description="seed of the noise, which is the same on every machine")
+    seed: int = Field(
+        0,
+        ge=-1,
+        description="seed of the noise, the same on every machine; -1 draws one and prints it",
+    )
     stream: bool = Field(
         False, description="causal: write --output chunk by chunk, playable while it grows (.mp4)"
     )
@@ -193,6 +198,23 @@ class _Job:
 def generate(options: GenerateOptions) -> int:
     """Generate the video; returns the exit status."""
     _check_options(options)
+    if options.seed == -1:
+        options = options.model_copy(update={"seed": secrets.randbelow(2**32)})
+        console.print(f"seed {options.seed}")
+    paths = (options.output, options.save_prompt_embeds)
+    with ExitStack() as stack:
+        output, embeds_output = (
+            None if path is None else stack.enter_context(OutputFile(path, options.overwrite))
+            for path in paths
+        )
+        assert output is not None
+        return _generate(options, output, embeds_output)
+
+
+def _generate(
+    options: GenerateOptions, output: OutputFile, embeds_output: OutputFile | None
+) -> int:
+    """Generate the video into outputs that are open."""
     timer = StageTimer()
     with timer.time("bundle"):
         pipe = VideoPipeline.from_bundle(
@@ -210,10 +232,10 @@ def generate(options: GenerateOptions) -> int:
             text=options.prompt is not None, vae=job.decode or job.context_frames is not None
         )
         with timer.time("text"):
-            prompt_embeds = _get_prompt_embeds(options, pipe)
+            prompt_embeds = _get_prompt_embeds(options, pipe, embeds_output)
         with timer.time("engine"), RichProgress(console) as bars:
             pipe.load_engine(bars)
-        first_frame = _write_video(options, pipe, job, prompt_embeds, timer)
+        first_frame = _write_video(options, output, pipe, job, prompt_embeds, timer)
     for line in job.steps.summary_lines():
         console.print(line)
     if job.request.plan is not None and first_frame is not None:
@@ -222,7 +244,9 @@ def generate(options: GenerateOptions) -> int:
     return 0
 
 
-def _get_prompt_embeds(options: GenerateOptions, pipe: VideoPipeline) -> Array:
+def _get_prompt_embeds(
+    options: GenerateOptions, pipe: VideoPipeline, output: OutputFile | None
+) -> Array:
     """Load or compute the prompt embeddings (B, L, D), and save them if asked."""
     from anyflow_deploy.pipelines import text_encoder
 
@@ -239,13 +263,14 @@ def _get_prompt_embeds(options: GenerateOptions, pipe: VideoPipeline) -> Array:
             "video. Give one prompt's embeddings; a bidirectional bundle makes several videos' "
             "latents at once (--output latents.safetensors)."
         )
-    if options.save_prompt_embeds is not None:
-        text_encoder.save_embeddings(options.save_prompt_embeds, embeds, prompts)
+    if output is not None:
+        text_encoder.save_embeddings(output, embeds, prompts)
     return embeds
 
 
 def _write_video(
     options: GenerateOptions,
+    output: OutputFile,
     pipe: VideoPipeline,
     job: _Job,
     prompt_embeds: Array,
@@ -284,18 +309,18 @@ def _write_video(
         ) as chunks,
     ):
         if options.stream:
-            return _stream_to_file(options, pipe, job, chunks, timer)
+            return _stream_to_file(output, pipe, job, chunks, timer)
         video = Video.from_chunks(chunks, pipe.manifest.video.fps)
     if not job.decode:
-        video.save(options.output)
+        video.save(output)
         return None
     with timer.time("mp4"):
-        video.save(options.output)
+        video.save(output)
     return time.perf_counter() - start
 
 
 def _stream_to_file(
-    options: GenerateOptions,
+    output: OutputFile,
     pipe: VideoPipeline,
     job: _Job,
     chunks: Iterable[VideoChunk],
@@ -307,7 +332,7 @@ def _stream_to_file(
     start = time.perf_counter()
     first_frame = None
     size = (job.request.height, job.request.width)
-    writer = VideoWriter(options.output, pipe.manifest.video.fps, size)
+    writer = VideoWriter(output, pipe.manifest.video.fps, size)
     try:
         with writer:
             for chunk in chunks:
@@ -317,7 +342,7 @@ def _stream_to_file(
                 if first_frame is None and not chunk.given:
                     first_frame = time.perf_counter() - start
     except BaseException as error:
-        message = f"{options.output} holds the first {writer.frames} frames, whole and playable"
+        message = f"{writer.path} holds the first {writer.frames} frames, whole and playable"
         if isinstance(error, KeyboardInterrupt):
             raise (KeyboardInterrupt(message) if writer.frames else error) from None
         if writer.frames:
@@ -346,17 +371,10 @@ def _check_options(options: GenerateOptions) -> None:
         )
     if options.output.suffix != LATENTS_SUFFIX:
         check_suffix(options.output)
-    for path in (options.output, options.save_prompt_embeds):
-        if path is None:
-            continue
-        if path.exists() and not options.overwrite:
-            raise AnyFlowError(
-                f"{path} exists. Choose another name, or replace it with --overwrite."
-            )
-        if not path.parent.is_dir():
-            raise AnyFlowError(f"{path.parent} is not a folder. Make it first.")
-        if path.is_dir() or not os.access(path.parent, os.W_OK):
-            raise AnyFlowError(f"{path} cannot be written. Choose another name or folder.")
+    if options.output == options.save_prompt_embeds:
+        raise AnyFlowError(
+            f"--output and --save-prompt-embeds are both {options.output}. Give two names."
+        )
 
 
 def _context_options(options: GenerateOptions) -> ContextOptions:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from anyflow_deploy.cli.terminal import handle_sigterm_as_ctrl_c, replace_unencodable
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.progress import console
 
@@ -39,6 +40,29 @@ Numbers = Annotated[
 ]
 KernelSpecialization = Literal["lazy", "eager", "none"]
 """`registry.KERNEL_SPECIALIZATIONS`; which backends take it, `check_kernel_specialization` says."""
+
+
+_OTHER_TOOLS_FLAGS: tuple[tuple[tuple[str, ...], set[str], str], ...] = (
+    (
+        ("--negative-prompt", "--guidance-scale", "--guidance", "--cfg", "--cfg-scale"),
+        {"prompt"},
+        "guidance is distilled into the model, which takes one prompt and no scale. Leave it out.",
+    ),
+    (
+        ("--size", "--resolution"),
+        {"height", "width"},
+        "the size is given as --height and --width, in pixels.",
+    ),
+    (
+        ("--fps", "--frame-rate"),
+        {"frames"},
+        "the frame rate is the model's, and --frames chooses how long the video is. Leave it out.",
+    ),
+    (("--num-inference-steps", "--num-steps"), {"steps"}, "the number of steps is --steps."),
+    (("--num-frames", "--length"), {"frames"}, "the number of frames is --frames."),
+)
+"""Flags that people know from other programs, the fields that a command has to have for the
+sentence to be true, and the sentence."""
 
 
 class Options(BaseModel):
@@ -61,8 +85,10 @@ def run(program: str, options_type: type[O], work: Callable[[O], int]) -> None:
     """Run a console script: parse its flags, do its work, and exit.
 
     Exit status: what `work` returns; 2 for wrong flags; 1 for an `AnyFlowError`, a missing package
-    or a file system that refuses; 130 after Ctrl-C.
+    or a file system that refuses; 130 after Ctrl-C or SIGTERM.
     """
+    replace_unencodable()
+    handle_sigterm_as_ctrl_c()
     words = sys.argv[1:]
     if "--help" in words or "-h" in words:
         Console(highlight=False).print(*build_help(program, options_type), sep="\n")
@@ -151,6 +177,10 @@ def _normalize_words(options: type[Options], words: list[str]) -> list[str]:
 
 def _unknown_flag_error(flag: str, fields: Iterable[str]) -> AnyFlowError:
     name = flag.replace("_", "-")
+    known = set(fields)
+    for names, needed, sentence in _OTHER_TOOLS_FLAGS:
+        if name in names and known >= needed:
+            return AnyFlowError(f"unknown flag {name}: {sentence}")
     flags = [f"--{field.replace('_', '-')}" for field in fields]
     return AnyFlowError(f"unknown flag {name}.{suggestion(name, flags)}")
 

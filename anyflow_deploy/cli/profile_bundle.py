@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,6 +19,7 @@ from rich.markup import escape
 from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.bundle.json_records import load_record
+from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.cli.fit import default_shape
 from anyflow_deploy.cli.options import KernelSpecialization, Options, Steps, Words, run
 from anyflow_deploy.engines.registry import (
@@ -217,11 +219,23 @@ def _check_estimate(options: ProfileOptions) -> None:
 
 def profile(options: ProfileOptions) -> int:
     """Profile, compare or estimate, as the flags say; return the exit status."""
-    _check_outputs(options)
-    if options.compare is not None:
-        return _run_compare(options)
-    if options.estimate:
-        return _run_estimate(options)
+    is_file = options.json_file not in (None, "-")
+    json_path = Path(str(options.json_file)) if is_file else None
+    with ExitStack() as stack:
+        html, json_file = (
+            None if path is None else stack.enter_context(OutputFile(path, options.overwrite))
+            for path in (options.html, json_path)
+        )
+        if options.compare is not None:
+            return _run_compare(options, json_file)
+        if options.estimate:
+            return _run_estimate(options, json_file)
+        return _run_profile(options, html, json_file)
+
+
+def _run_profile(
+    options: ProfileOptions, html: OutputFile | None, json_file: OutputFile | None
+) -> int:
     bundle = load_bundle(Path(str(options.bundle)))
     request = ProfileRequest(
         bundle=bundle,
@@ -245,14 +259,14 @@ def profile(options: ProfileOptions) -> int:
     with RichProgress(console) as bars:
         result = run_profile(request, bars)
     print_profile(result, _report_console(options))
-    _write_json(options, result.model_dump_json(by_alias=True, indent=1))
-    if options.html is not None:
-        write_text_atomically(options.html, html_from_profile(result))
+    _write_json(options, json_file, result.model_dump_json(by_alias=True, indent=1))
+    if html is not None:
+        write_text_atomically(html, html_from_profile(result))
         console.print(f"[green]wrote[/] [bold]{escape(str(options.html))}[/]")
     return 0
 
 
-def _run_compare(options: ProfileOptions) -> int:
+def _run_compare(options: ProfileOptions, json_file: OutputFile | None) -> int:
     assert options.compare is not None and options.bundle is not None
     old, new = (
         load_record(path, Profile, SCHEMA, MAKE) for path in (options.compare, options.bundle)
@@ -265,6 +279,7 @@ def _run_compare(options: ProfileOptions) -> int:
     rows = {row.name: {"change": row.change, "verdict": row.verdict} for row in comparison.rows}
     _write_json(
         options,
+        json_file,
         json.dumps(
             {
                 "regressed": comparison.has_regression,
@@ -277,7 +292,7 @@ def _run_compare(options: ProfileOptions) -> int:
     return 1 if comparison.has_regression else 0
 
 
-def _run_estimate(options: ProfileOptions) -> int:
+def _run_estimate(options: ProfileOptions, json_file: OutputFile | None) -> int:
     target = get_target(str(options.target))
     estimates: list[RooflineEstimate] = []
     if options.model is not None:
@@ -306,7 +321,9 @@ def _run_estimate(options: ProfileOptions) -> int:
         )
     for estimate in estimates:
         print_estimate(estimate, _report_console(options))
-    _write_json(options, json.dumps([estimate.model_dump() for estimate in estimates], indent=1))
+    _write_json(
+        options, json_file, json.dumps([estimate.model_dump() for estimate in estimates], indent=1)
+    )
     return 0
 
 
@@ -318,31 +335,12 @@ def _report_console(options: ProfileOptions) -> Console:
     return plain if plain.is_terminal else Console(highlight=False, width=WIDTH)
 
 
-def _write_json(options: ProfileOptions, text: str) -> None:
+def _write_json(options: ProfileOptions, json_file: OutputFile | None, text: str) -> None:
     if options.json_file == "-":
         sys.stdout.write(text + "\n")
-    elif options.json_file is not None:
-        write_text_atomically(Path(options.json_file), text)
-        console.print(f"[green]wrote[/] [bold]{escape(options.json_file)}[/]")
-
-
-def _check_outputs(options: ProfileOptions) -> None:
-    """Refuse output files that cannot be written, before minutes of measuring."""
-    for path in (
-        options.html,
-        None if options.json_file in (None, "-") else Path(str(options.json_file)),
-    ):
-        if path is None:
-            continue
-        if path.exists() and not options.overwrite:
-            raise AnyFlowError(
-                f"{path} exists. Choose another name, or replace it with --overwrite."
-            )
-        if not path.parent.is_dir() or path.is_dir():
-            raise AnyFlowError(
-                f"{path} cannot be written: {path.parent} is not a folder, or {path} is one. Choose"
-                " another name."
-            )
+    elif json_file is not None:
+        write_text_atomically(json_file, text)
+        console.print(f"[green]wrote[/] [bold]{escape(str(options.json_file))}[/]")
 
 
 def main() -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 from rich.markup import escape
 
-from anyflow_deploy.bundle.bundle import load_bundle
+from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.cli.options import Options, Steps, run
 from anyflow_deploy.engines.engine import Array
-from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.precision import EIGHT_BIT, PrecisionSpec
 from anyflow_deploy.progress import NullProgress, Progress, RichProgress, console
 from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration, load_calibration
@@ -93,6 +92,21 @@ class SensitivityOptions(Options):
 
 def sensitivity(options: SensitivityOptions) -> int:
     """Measure the layers and write the report; return the exit status."""
+    from anyflow_deploy.export.quantization.sensitivity import SENSITIVITY
+
+    bundle = load_bundle(options.bundle)
+    path = (options.output or bundle.path) / SENSITIVITY
+    with (
+        OutputFile(path, overwrite=True, flag="--output") as report,
+        OutputFile(path.with_suffix(".png"), overwrite=True, flag="--output") as plot,
+    ):
+        return _measure(options, bundle, report, plot)
+
+
+def _measure(
+    options: SensitivityOptions, bundle: Bundle, report: OutputFile, plot: OutputFile
+) -> int:
+    """Measure, write the report and print it; return the exit status."""
     from anyflow_deploy.export.diffusers_engine import weights_from_manifest
     from anyflow_deploy.export.quantization.calibrate import check_calibration
     from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
@@ -103,12 +117,6 @@ def sensitivity(options: SensitivityOptions) -> int:
         select_full_precision_layers,
     )
 
-    bundle = load_bundle(options.bundle)
-    folder = options.output or bundle.path
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise AnyFlowError(
-            f"{folder} is not a folder that can be written to. Choose another --output."
-        )
     calibration = load_calibration(options.calibration or bundle.path / CALIBRATION)
     a = bundle.manifest.architecture
     frames = options.frames or (CAUSAL_FRAMES if a.causal else FRAMES)
@@ -141,7 +149,7 @@ def sensitivity(options: SensitivityOptions) -> int:
                 layers = select_full_precision_layers(
                     result, options.keep_layers, options.min_psnr, analyzer.psnr_all_except
                 )
-    _write_report(folder, result, layers)
+    _write_report(report, plot, result, layers)
     return 0
 
 
@@ -194,20 +202,19 @@ def embed_calibration_prompt(weights: Weights, calibration: Calibration) -> Arra
     return text.prompt_embeds
 
 
-def _write_report(folder: Path, result, layers: list[str] | None) -> None:  # type: ignore[no-untyped-def]
+def _write_report(  # type: ignore[no-untyped-def]
+    report: OutputFile, plot: OutputFile, result, layers: list[str] | None
+) -> None:
     """Write sensitivity.json and .png; print the tables and the chosen layers."""
     from anyflow_deploy.engines.validation_report import can_plot
     from anyflow_deploy.export.quantization import sensitivity_report
-    from anyflow_deploy.export.quantization.sensitivity import SENSITIVITY, write_sensitivity
+    from anyflow_deploy.export.quantization.sensitivity import write_sensitivity
 
-    path = folder / SENSITIVITY
-    write_sensitivity(path, result)
+    write_sensitivity(report, result)
     for table in sensitivity_report.sensitivity_tables(result):
         console.print(table)
     if can_plot():
-        sensitivity_report.draw_sensitivity(
-            result, path.with_suffix(".png"), None if layers is None else len(layers)
-        )
+        sensitivity_report.draw_sensitivity(result, plot, None if layers is None else len(layers))
     if layers is not None:
         console.print(
             f"{len(layers)} of {len(result.layers)} layers stay in full precision:"
@@ -215,7 +222,7 @@ def _write_report(folder: Path, result, layers: list[str] | None) -> None:  # ty
         )
     console.print(
         f"[green]measured[/] {len(result.layers)} layers in {result.precision}:"
-        f" [bold]{escape(str(path))}[/]"
+        f" [bold]{escape(str(report.path))}[/]"
     )
 
 

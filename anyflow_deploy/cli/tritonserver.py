@@ -139,12 +139,12 @@ def triton(options: TritonOptions) -> int:
         assert engine is not None
         check_plan(bundle, engine)
     settings = None if options.transition else settings_from_options(options, bundle, engine)
+    writer = model_writer(options.output, options.name, options.overwrite)
     pipeline = (
         None
         if settings is None or not settings.folders
         else _find_pipeline(options, bundle, settings.folders)
     )
-    writer = model_writer(options.output, options.name, options.overwrite)
     _check_room(options.output, bundle, pipeline)
     with writer:
         if settings is None:

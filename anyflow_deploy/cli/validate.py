@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +12,7 @@ from rich.markup import escape
 
 from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.cli.options import KernelSpecialization, Options, Steps, run
 from anyflow_deploy.cli.sensitivity import embed_calibration_prompt
 from anyflow_deploy.engines.engine import Array
@@ -85,15 +85,21 @@ def validate(options: ValidateOptions) -> int:
 
 def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
     """Compare a bundle with open weights, print and write the report; return the status."""
+    folder = options.output or bundle.path
+    with (
+        OutputFile(folder / "validation.json", overwrite=True, flag="--output") as report,
+        OutputFile(folder / "validation.png", overwrite=True, flag="--output") as plot,
+    ):
+        return _validate_bundle(bundle, options, weights, report, plot)
+
+
+def _validate_bundle(
+    bundle: Bundle, options: ValidateOptions, weights: Any, report: OutputFile, plot: OutputFile
+) -> int:
     from anyflow_deploy.engines import validation
     from anyflow_deploy.export.diffusers_engine import DiffusersEngine
     from anyflow_deploy.export.torch_engine import TorchEngine
 
-    folder = options.output or bundle.path
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise AnyFlowError(
-            f"{folder} is not a folder that can be written to. Choose another --output."
-        )
     chunks = _chunks(bundle, options)
     shape, text = video_shapes(bundle, options, sum(chunks) if chunks else None)
     prompt_embeds = calibrated_prompt_embeds(bundle, weights, text)
@@ -124,7 +130,7 @@ def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> i
             chunks,
             prompt_embeds,
         )
-    _write_report(folder, bundle, result)
+    _write_report(report, plot, bundle, result)
     for failure in result.failures[:5]:
         console.print(f"[red]over:[/] {failure}")
     verdict = (
@@ -134,7 +140,7 @@ def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> i
     )
     console.print(
         f"{verdict}: {result.candidate} against {result.reference}. Report:"
-        f" {escape(str(folder / 'validation.json'))}"
+        f" {escape(str((options.output or bundle.path) / 'validation.json'))}"
     )
     return 1 if result.failures else 0
 
@@ -214,16 +220,16 @@ def calibrated_prompt_embeds(bundle: Bundle, weights: Any, shape: tuple[int, ...
     return prompt_embeds
 
 
-def _write_report(folder: Path, bundle: Bundle, result: Any) -> None:
+def _write_report(report: OutputFile, plot: OutputFile, bundle: Bundle, result: Any) -> None:
     """Write validation.json and validation.png, and print the tables."""
     from anyflow_deploy.engines import validation_report
 
     content = {"bundle_sha256": bundle.digest, **result.as_json()}
-    write_text_atomically(folder / "validation.json", json.dumps(content, indent=1) + "\n")
+    write_text_atomically(report, json.dumps(content, indent=1) + "\n")
     for table in validation_report.validation_tables(result):
         console.print(table)
     if validation_report.can_plot():
-        validation_report.plot_validation(result, folder / "validation.png")
+        validation_report.plot_validation(result, plot)
     else:
         console.print(
             "no plot: matplotlib is not installed (it comes with anyflow-deploy[export])."

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from anyflow_deploy.cli.options import Options
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.hub import parse_hub_id
 from anyflow_deploy.models import MODELS, get_model
 
 if TYPE_CHECKING:  # it needs torch, and --help does not
@@ -25,7 +26,11 @@ class WeightOptions(Options):
         None, description=f"one of {', '.join(MODELS)}; not needed with --checkpoint"
     )
     checkpoint: str | None = Field(
-        None, description="a diffusers pipeline folder, or its transformer/"
+        None,
+        description="a diffusers pipeline folder, its transformer/, a .safetensors file, or Hub id",
+    )
+    variant: str | None = Field(
+        None, description="which weights of --checkpoint, as fp16 for *.fp16.safetensors"
     )
     random_weights: bool = Field(
         False, description="use seeded random weights; nothing is downloaded"
@@ -48,6 +53,8 @@ class WeightOptions(Options):
             raise ValueError(
                 "--random-weights takes the architecture from --model NAME, and no --checkpoint."
             )
+        if self.variant is not None and (self.checkpoint is None or "." in self.variant):
+            raise ValueError("--variant is a word such as fp16, and chooses files of --checkpoint.")
         return self
 
     def weights(self) -> Weights:
@@ -58,7 +65,11 @@ class WeightOptions(Options):
             AnyFlowError: --checkpoint is not a --model.
         """
         from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
-        from anyflow_deploy.checkpoints.hub import TRANSFORMER_FILES, pipeline_from_model
+        from anyflow_deploy.checkpoints.hub import (
+            TRANSFORMER_FILES,
+            fetch_checkpoint,
+            pipeline_from_model,
+        )
         from anyflow_deploy.checkpoints.random_weights import RandomWeights
 
         if self.random_weights:
@@ -68,7 +79,13 @@ class WeightOptions(Options):
             return open_checkpoint(
                 *pipeline_from_model(get_model(str(self.model)), TRANSFORMER_FILES)
             )
-        weights = open_checkpoint(self.checkpoint)
+        hub_id = parse_hub_id(self.checkpoint)
+        if hub_id is None:
+            weights = open_checkpoint(self.checkpoint, variant=self.variant)
+        else:
+            path, source = fetch_checkpoint(*hub_id)
+            source = source.model_copy(update={"variant": self.variant})
+            weights = open_checkpoint(path, source, self.variant)
         if self.model is not None and weights.architecture != get_model(self.model).architecture:
             raise AnyFlowError(
                 f"{self.checkpoint} is not a {self.model}: its config.json differs. Leave --model"

@@ -13,6 +13,8 @@ from typing import Any
 
 from rich.table import Column, Table
 
+from anyflow_deploy.bundle.atomic_io import atomic_file
+from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.debugging.bisection import MeasuredPoint, by_depth, first_over
 from anyflow_deploy.debugging.divergence import Divergence
 from anyflow_deploy.engines.validation import json_safe
@@ -107,7 +109,7 @@ def _shown_rows(measured: Sequence[MeasuredPoint], threshold: float) -> list[Mea
     ]
 
 
-def plot_divergence(divergence: Divergence, path: Path) -> None:
+def plot_divergence(divergence: Divergence, path: Path | OutputFile) -> None:
     """Write the picture, a PNG: error by depth, and beside it around the first that is over."""
     import matplotlib
 
@@ -130,7 +132,8 @@ def plot_divergence(divergence: Divergence, path: Path) -> None:
     figure.suptitle(
         f"{divergence.candidate}\nagainst {divergence.reference}\n{verdict}", fontsize=9
     )
-    figure.savefig(path, dpi=130)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
     pyplot.close(figure)
 
 

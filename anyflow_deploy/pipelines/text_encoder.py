@@ -15,11 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from anyflow_deploy.bundle.atomic_io import atomic_file
+from anyflow_deploy.bundle.atomic_io import write_bytes_atomically
+from anyflow_deploy.bundle.outputs import OutputFile
+from anyflow_deploy.checkpoints.float_arrays import FLOAT_TYPES, read_float32
+from anyflow_deploy.checkpoints.safetensors_stream import read_header_and_metadata
 from anyflow_deploy.engines.engine import Array
-from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.errors import AnyFlowError, CheckpointError
 
 TENSOR = "prompt_embeds"
+_MAKE_EMBEDDINGS = "Give a file that anyflow-generate --save-prompt-embeds FILE made."
 
 
 class PromptEncoder:
@@ -122,30 +126,35 @@ def encode_prompts(pipeline: Path, prompts: list[str], tokens: int) -> Array:
     return PromptEncoder(pipeline).encode(prompts, tokens)
 
 
-def save_embeddings(path: Path, embeddings: Array, prompts: list[str]) -> None:
-    """Write embeddings (B, L, D) and their prompts to a file, whole or not at all."""
-    from safetensors.numpy import save_file
+def save_embeddings(destination: Path | OutputFile, embeddings: Array, prompts: list[str]) -> None:
+    """Write embeddings (B, L, D) and their prompts to a file, whole or not at all.
 
-    with atomic_file(path) as partial:
-        save_file({TENSOR: embeddings}, partial, metadata={"prompts": json.dumps(prompts)})
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from safetensors.numpy import save
+
+    data = save({TENSOR: embeddings}, metadata={"prompts": json.dumps(prompts)})
+    write_bytes_atomically(destination, data)
 
 
 def load_embeddings(path: Path) -> tuple[Array, list[str]]:
     """Read embeddings, float32 (B, L, D), and the prompts they came from.
 
-    Raises:
-        AnyFlowError: not such a file.
-    """
-    from safetensors import SafetensorError, safe_open
+    Every float type of safetensors is widened.
 
+    Raises:
+        AnyFlowError: not such a file, or one that may not be read.
+    """
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            return np.array(file.get_tensor(TENSOR), dtype=np.float32), json.loads(
-                metadata.get("prompts", "[]")
-            )
-    except (OSError, SafetensorError, ValueError) as error:
-        raise AnyFlowError(
-            f"{path} holds no prompt embeddings ({error}). Make such a file with anyflow-generate"
-            " --save-prompt-embeds FILE."
-        ) from None
+        entries, metadata = read_header_and_metadata(path)
+        prompts = json.loads(metadata.get("prompts", "[]"))
+    except (CheckpointError, ValueError, TypeError) as error:
+        raise AnyFlowError(f"no prompt embeddings: {error} {_MAKE_EMBEDDINGS}") from None
+    entry = entries.get(TENSOR)
+    if entry is None or entry.type not in FLOAT_TYPES:
+        problem = f"it holds {', '.join(sorted(entries)[:4]) or 'nothing'}"
+        if entry is not None:
+            problem = f"{TENSOR} is {entry.type}; allowed are {', '.join(FLOAT_TYPES)}"
+        raise AnyFlowError(f"{path} holds no prompt embeddings ({problem}). {_MAKE_EMBEDDINGS}")
+    return read_float32(path, entry), prompts

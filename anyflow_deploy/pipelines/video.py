@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_deploy.bundle.atomic_io import atomic_file
+from anyflow_deploy.bundle.atomic_io import write_bytes_atomically
+from anyflow_deploy.bundle.outputs import OutputFile, output_path
 from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
 from anyflow_deploy.engines.deadline import DeadlineResult
 from anyflow_deploy.engines.engine import Array
@@ -89,25 +90,28 @@ class Video:
         latents = np.concatenate([chunk.latents for chunk in parts], axis=1)
         return cls(np.concatenate(pixels) if pixels else None, latents, fps, report)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path | OutputFile) -> None:
         """Write the video, whole or not at all.
 
         Args:
-            path: ends in .mp4, .mkv or .mov; or in .safetensors, for the latents.
+            path: ends in .mp4, .mkv or .mov; or in .safetensors, for the latents. An older file is
+                replaced, unless an output is given that is open already.
 
         Raises:
             AnyFlowError: another ending, or no frames to write.
+            OutputError: it cannot be written.
         """
-        path = Path(path)
+        destination = path if isinstance(path, OutputFile) else Path(path)
+        path = output_path(destination)
         if path.suffix == LATENTS_SUFFIX:
-            save_latents(path, self.latents)
+            save_latents(destination, self.latents)
         elif self.frames is None:
             raise AnyFlowError(
                 f"{path} is a video, and these are latents alone. Save to a {LATENTS_SUFFIX} file,"
                 ' or generate with output_type="np".'
             )
         else:
-            save_video(path, self.frames, self.fps)
+            save_video(destination, self.frames, self.fps)
 
 
 class StageTimer:
@@ -131,15 +135,18 @@ class StageTimer:
         return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
 
 
-def save_latents(path: Path, latents: Array) -> None:
+def save_latents(destination: Path | OutputFile, latents: Array) -> None:
     """Write latents as a .safetensors file, whole or not at all.
 
     Args:
-        path: destination.
+        destination: a path, or an output that is open already.
         latents: float32 (B, F, C, H, W), under the name `latents`.
+
+    Raises:
+        OutputError: it cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     layout = {"layout": "batch, frames, channels, height, width"}
-    with atomic_file(path) as partial:
-        save_file({"latents": np.ascontiguousarray(latents)}, partial, metadata=layout)
+    data = save({"latents": np.ascontiguousarray(latents)}, metadata=layout)
+    write_bytes_atomically(destination, data)

@@ -11,19 +11,24 @@ numbers differ.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import itertools
+import os
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.atomic_io import atomic_file
-from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.bundle.outputs import OutputFile, output_path
+from anyflow_deploy.errors import AnyFlowError, OutputError
 from anyflow_deploy.pipelines.clips import ClipReader
 from anyflow_deploy.pipelines.frame_fit import format_size
 
@@ -38,28 +43,32 @@ _HEADER_BOXES = (b"ftyp", b"moov")
 _LONGEST_HEADER = 1 << 16  # bytes; ours have less than 2 KiB
 
 
-def save_video(path: Path, frames: NDArray[np.uint8], fps: int) -> None:
+def save_video(destination: Path | OutputFile, frames: NDArray[np.uint8], fps: int) -> None:
     """Encode frames as H.264, whole or not at all.
 
     Args:
-        path: destination; its suffix chooses the container.
+        destination: a path, or an output that is open already; its suffix chooses the container.
         frames: (frames, height, width, 3), even height and width.
         fps: playback rate.
 
     Raises:
         AnyFlowError: another suffix, or no H.264 encoder in this PyAV.
+        OutputError: it cannot be written.
     """
     import av
 
+    path = output_path(destination)
     check_suffix(path)
-    try:
-        with (
-            atomic_file(path) as partial,
-            av.open(str(partial), "w", format=_MUXERS[path.suffix.lower()]) as container,
-        ):
-            _encode(container, frames, fps)
-    except av.error.FFmpegError as error:
-        raise AnyFlowError(f"{path} could not be encoded: {error}.") from None
+    muxer = _MUXERS[path.suffix.lower()]
+    with atomic_file(destination) as partial:
+        try:
+            # An absolute path, in which ffmpeg sees no protocol before a colon
+            with av.open(str(partial), "w", format=muxer) as container:
+                _encode(container, frames, fps)
+        except av.error.FFmpegError as error:
+            if error.errno in errno.errorcode:
+                raise OSError(error.errno, error.strerror) from None
+            raise AnyFlowError(f"{path} could not be encoded: {error}.") from None
 
 
 class Mp4FragmentEncoder:
@@ -139,29 +148,39 @@ class VideoWriter:
             for frames in parts:
                 writer.append(frames)
 
-    The first `append` makes (or replaces) the file. After an exception it keeps the fragments that
-    were appended.
+    The first `append` gives the file its name; what is there keeps it until then. After an
+    exception the file keeps the fragments that were appended.
 
     Args:
-        path: destination, with the suffix .mp4.
+        destination: with the suffix .mp4; a path, whose file is replaced, or an output that is open
+            already.
         fps: playback rate.
         size: height and width, both even.
 
+    Attributes:
+        frames: number of frames appended so far.
+
     Raises:
         AnyFlowError: another suffix, or an odd size.
+        OutputError: it cannot be written.
     """
 
-    def __init__(self, path: Path, fps: int, size: tuple[int, int]) -> None:
-        check_suffix(path, GROWING_SUFFIXES)
-        self.path = path
+    def __init__(self, destination: Path | OutputFile, fps: int, size: tuple[int, int]) -> None:
+        self._cleanup = contextlib.ExitStack()
+        check_suffix(output_path(destination), GROWING_SUFFIXES)
+        self.frames = 0
         self._encoder = Mp4FragmentEncoder(fps, size)
-        self._file: BinaryIO | None = None
-        self._is_closed = False
+        self._output = (
+            destination
+            if isinstance(destination, OutputFile)
+            else self._cleanup.enter_context(OutputFile(destination, overwrite=True))
+        )
+        self._file: FileIO | None = self._output.partial.open("r+b", buffering=0)
 
     @property
-    def frames(self) -> int:
-        """Number of frames appended so far."""
-        return self._encoder.frames
+    def path(self) -> Path:
+        """The file, once there is one."""
+        return self._output.path
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -180,24 +199,37 @@ class VideoWriter:
 
         Raises:
             AnyFlowError: frames of another size or type, a closed writer, or an encoder that fails.
+            OutputError: it cannot be written.
         """
-        if self._is_closed:
+        if self._file is None:
             raise AnyFlowError(
                 f"the writer of {self.path} is closed; open another for another file."
             )
         fragment = self._encoder.encode(frames)
-        if self._file is None:
-            self._file = self.path.open("wb")
-        self._file.write(fragment)
-        self._file.flush()
+        end = self._file.tell()
+        try:
+            with self._output.explain_errors():
+                view = memoryview(fragment)
+                while len(view):
+                    view = view[self._file.write(view) :]
+        except OutputError:  # what is in the file stays whole
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+                self._file.seek(end)
+            raise
+        is_first = self.frames == 0
+        self.frames += len(frames)
+        if is_first:
+            self._output.commit()
         return len(fragment)
 
     def close(self) -> None:
-        """Close the file; every fragment in it is already whole."""
-        self._is_closed = True
+        """Close the file, durably; every fragment in it is already whole."""
         if self._file is not None:
+            os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
+        self._cleanup.close()
 
 
 def load_video(path: Path) -> NDArray[np.uint8]:

@@ -245,13 +245,14 @@ class Service:
             self._recent_seconds.append(job.video.timings["total"])
         except CancelledError:
             problem = job.cancel_reason or _CANCELLED
+        except OSError as error:  # an OutputError, too, whose text names the server's folders
+            _log.exception("failed", extra=log_fields)
+            reason = error.strerror or "see the server's log"
+            problem = JobError(
+                code="server_error", message=f"the video could not be written: {reason}."
+            )
         except AnyFlowError as error:
             problem = JobError(code="invalid_request", message=str(error))
-        except OSError as error:
-            _log.exception("failed", extra=log_fields)
-            problem = JobError(
-                code="server_error", message=f"the video could not be written: {error.strerror}."
-            )
         except Exception:  # noqa: BLE001 - the next video may do better; this one is in the log
             _log.exception("failed", extra=log_fields)
             where = job.request_id or job.id

@@ -19,7 +19,8 @@ from typing import IO
 
 from pydantic import BaseModel, ValidationError
 
-from anyflow_deploy.bundle.atomic_io import fsync_path, write_text_atomically
+from anyflow_deploy.bundle.atomic_io import write_text_atomically
+from anyflow_deploy.bundle.renames import fsync_path
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.serving.job import Fragment, Job, Video
 

@@ -134,7 +134,7 @@ def model_writer(repository: Path, name: str, overwrite: bool) -> AtomicFolderWr
     The repository is made where it is missing, and may hold other models.
 
     Raises:
-        BundleError: the model is there already, or the repository cannot be written to.
+        OutputError: the model is there already, or the repository cannot be written to.
     """
     repository.mkdir(parents=True, exist_ok=True)
     return AtomicFolderWriter(repository / name, _KIND, overwrite)

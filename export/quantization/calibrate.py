@@ -14,7 +14,9 @@ Legend: F latent frames, C channels, H W latent rows and columns, L text tokens,
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Context, Decimal
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from anyflow_deploy.bundle.atomic_io import write_text_atomically
+from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.checkpoints.checkpoint import schedule_shift
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array
@@ -43,6 +46,7 @@ from anyflow_deploy.schedule import Schedule
 
 STEPS = (1, 2, 4, 8)
 _TOOLS = ("anyflow-deploy", "torch", "nvidia-modelopt")
+_LONGEST_NAME = 255  # bytes; what file systems allow at most
 _FIVE_DIGITS = Context(prec=5, rounding=ROUND_CEILING)
 """Digits of a range in the file: 14B has 2.4 million ranges."""
 
@@ -275,11 +279,14 @@ def round_up(value: float) -> float:
     return float(_FIVE_DIGITS.plus(Decimal(repr(value))))
 
 
-def write_calibration(path: Path, calibration: Calibration) -> None:
+def write_calibration(path: Path | OutputFile, calibration: Calibration) -> None:
     """Write a `calibration.json` atomically."""
     write_text_atomically(path, calibration.model_dump_json(by_alias=True) + "\n")
 
 
 def calibration_checkpoint_path(output: Path) -> Path:
     """Return the path of the checkpoint that belongs to an output."""
-    return output.with_name(f".{output.name or CALIBRATION}.rollouts")
+    name = f".{output.name or CALIBRATION}.rollouts"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f".{hashlib.sha256(os.fsencode(output.name)).hexdigest()[:16]}.rollouts"
+    return output.with_name(name)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from anyflow_deploy.bundle.atomic_io import atomic_file
+from anyflow_deploy.bundle.atomic_io import write_bytes_atomically
 
 Maxima = dict[str, torch.Tensor]
 """Tensor name -> largest absolute values, float32: one, or one for each channel."""
@@ -45,12 +45,8 @@ class CalibrationCheckpoint:
         self.finished_rollouts.add(rollout)
         if self._path is None:
             return
-        with atomic_file(self._path) as partial:
-            save_file(
-                maxima,
-                partial,
-                {"key": self._key, "done": json.dumps(sorted(self.finished_rollouts))},
-            )
+        done = json.dumps(sorted(self.finished_rollouts))
+        write_bytes_atomically(self._path, save(maxima, {"key": self._key, "done": done}))
 
     def _read(self, path: Path) -> None:
         try:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.json_records import FrozenRecord, load_record
+from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.checkpoints.weights import Weights
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.metrics import Difference, difference
@@ -284,7 +285,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_sensitivity(path: Path, sensitivity: Sensitivity) -> None:
+def write_sensitivity(path: Path | OutputFile, sensitivity: Sensitivity) -> None:
     """Write a `sensitivity.json`, whole or not at all."""
     write_text_atomically(path, sensitivity.to_text())
 

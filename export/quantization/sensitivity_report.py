@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from anyflow_deploy.bundle.atomic_io import atomic_file
+from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.export.quantization.sensitivity import (
     QuantizationError,
     Sensitivity,
@@ -55,7 +57,7 @@ def _cells(error: QuantizationError) -> tuple[str, str]:
 
 
 def draw_sensitivity(
-    sensitivity: Sensitivity, path: Path, selected_count: int | None = None
+    sensitivity: Sensitivity, path: Path | OutputFile, selected_count: int | None = None
 ) -> None:
     """Draw a sensitivity and write it as a PNG.
 
@@ -78,7 +80,8 @@ def draw_sensitivity(
         f" worst of {steps} steps",
         fontsize=11,
     )
-    figure.savefig(path, dpi=130)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=130, format="png")
     pyplot.close(figure)
 
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from anyflow_deploy import AnyFlowError, BackendError, Bundle, BundleError, load_bundle, load_engine
+from anyflow_deploy import (
+    AnyFlowError,
+    BackendError,
+    Bundle,
+    BundleError,
+    OutputError,
+    load_bundle,
+    load_engine,
+)
 from anyflow_deploy.cli.build import BuildOptions, build, settings_from_flags
 from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines import registry
@@ -95,7 +103,7 @@ def test_names_and_places(bundle: Bundle, tmp_path: Path) -> None:
     run(bundle, "--name one")
     assert find_engine(bundle, "maker").path.name == "one"
     with pytest.raises(
-        BundleError,
+        OutputError,
         match=r"one exists\. Choose another --name or --output, or replace it with --overwrite",
     ):
         run(bundle, "--name one")

@@ -18,8 +18,8 @@ from anyflow_deploy import (
     AnyFlowError,
     BackendError,
     Bundle,
-    BundleError,
     CheckpointError,
+    OutputError,
     ShapeError,
     load_engine,
     noise,
@@ -142,7 +142,7 @@ def test_a_taken_destination_is_noticed_before_work(
 ) -> None:
     (tmp_path / "bundle").mkdir()
     monkeypatch.setattr(exporter, "trace_graph", lambda *_, **__: pytest.fail("work had started"))
-    with pytest.raises(BundleError, match="exists"):
+    with pytest.raises(OutputError, match="exists"):
         export_bundle(ONE_LAYER, tmp_path / "bundle")
 
 

@@ -152,7 +152,7 @@ def test_your_own_sigmas(tiny_bundle: Bundle, tmp_path: Path) -> None:
         ({"sigmas": (0.5, 1.0), "steps": None}, "timesteps must fall"),
         (
             {"prompt": None, "prompt_embeds": Path("none.safetensors")},
-            "none.safetensors holds no prompt embeddings",
+            "none.safetensors cannot be read: No such file",
         ),
     ],
 )

@@ -111,7 +111,7 @@ def test_what_is_missing_is_made_again_to_the_same_bytes(
     shutil.copytree(made, output)
     (output / "shard-000001.tar").unlink()
     (output / "shard-000002.tar").write_bytes(b"kept: it has its name")
-    (output / ".shard-000001.tar.partial-999999999").write_bytes(b"of a run that was killed")
+    (output / ".anyflow-0123.partial").write_bytes(b"of a run that was killed")
     with pytest.raises(
         AnyFlowError, match=r"has 2 of 3 shards: anyflow-precompute was stopped. Run it again"
     ):

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from anyflow_deploy import AnyFlowError
+from anyflow_deploy import AnyFlowError, OutputError
 from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.cli.serve import ServeOptions, _read_token, serve
 from anyflow_deploy.pipelines.video_io import VideoWriter, load_fragment
@@ -284,6 +284,11 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
                 OSError(28, "No space left on device"),
                 "server_error",
                 "could not be written: No space left on device.",
+            ),
+            (
+                OutputError("/secret/video.mp4 cannot be written", OSError(28, "No space left")),
+                "server_error",
+                "could not be written: No space left.",
             ),
         ):
             maker.fault = fault

@@ -214,7 +214,7 @@ def test_ctrl_c_stops_a_build(small_bundle: Export, tmp_path: Path) -> None:
         start_new_session=True,
     )
     deadline = time.monotonic() + 300
-    while not list(tmp_path.glob(".engine.partial-*/*.plan")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".anyflow-*.partial/*.plan")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=300)

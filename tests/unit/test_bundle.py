@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from anyflow_deploy.bundle import renames
 from anyflow_deploy.bundle.atomic_io import file_sha256
 from anyflow_deploy.bundle.bundle import Bundle, BundleWriter, load_bundle
 from anyflow_deploy.bundle.manifest import (
@@ -32,12 +32,11 @@ from anyflow_deploy.bundle.manifest import (
     WeightsSource,
     records_from_ranges,
 )
-from anyflow_deploy.errors import BundleError
+from anyflow_deploy.errors import BundleError, OutputError
 from anyflow_deploy.models import MODELS, Architecture, architecture_from_config
 from anyflow_deploy.shape_ranges import widest_ranges
 
 GRAPH = "transition.onnx"
-LIVING = os.getppid()
 
 
 def manifest(graph: str = GRAPH) -> Manifest:
@@ -107,13 +106,6 @@ def destination(tmp_path: Path) -> Path:
 @pytest.fixture
 def bundle(destination: Path) -> Bundle:
     return write_bundle(destination)
-
-
-@pytest.fixture(scope="module")
-def dead() -> int:
-    """The id of a process that has ended."""
-    with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        return process.pid
 
 
 # Writing
@@ -220,7 +212,7 @@ def test_finish_refuses_a_manifest_it_could_not_read_back(destination: Path) -> 
 
 def test_an_existing_destination_is_refused_before_any_work(bundle: Bundle) -> None:
     with pytest.raises(
-        BundleError,
+        OutputError,
         match=r"/bundle exists\. Choose another --output, or replace it with --overwrite\.$",
     ):
         BundleWriter(bundle.path)
@@ -246,82 +238,36 @@ def test_overwrite_spares_what_is_no_bundle(destination: Path, kind: str) -> Non
     if kind == "full folder":
         (destination / "thesis.tex").write_text("thesis")
     with pytest.raises(
-        BundleError, match=r"exists and is not a bundle, so --overwrite does not replace it"
+        OutputError, match=r"exists and is not a bundle, so --overwrite does not replace it"
     ):
         BundleWriter(destination, overwrite=True)
     assert destination.exists()
 
 
-def test_what_appears_during_the_work_is_not_replaced(destination: Path) -> None:
-    with BundleWriter(destination) as writer:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_appears_during_the_work_is_not_replaced(destination: Path, overwrite: bool) -> None:
+    with BundleWriter(destination, overwrite) as writer:
+        writer.write(WEIGHTS, b"weights")
         writer.write(GRAPH, b"graph")
         destination.mkdir()
         (destination / "thesis.tex").write_text("thesis")
-        with pytest.raises(BundleError, match=r"bundle exists"):
+        with pytest.raises(OutputError, match=r"bundle appeared .* in .*/bundle-1\.$"):
             writer.finish(manifest())
     assert names(destination) == ["thesis.tex"]
+    assert load_bundle(destination.with_name("bundle-1")).manifest.files
 
 
 @pytest.mark.parametrize("parent", ["missing", "file"])
 def test_the_parent_must_be_a_folder(tmp_path: Path, parent: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        BundleError,
-        match=rf"/{parent} is not a folder that can be written to\. Choose another --output\.$",
+        OutputError,
+        match=rf"/{parent} is not a folder\. Make it first, or choose another --output\.$",
     ):
         BundleWriter(tmp_path / parent / "bundle")
 
 
 # Killed writers
-
-
-def partial(destination: Path, pid: object) -> Path:
-    folder = destination.parent / f".{destination.name}.partial-{pid}"
-    folder.mkdir()
-    (folder / WEIGHTS).write_bytes(b"half")
-    return folder
-
-
-@pytest.mark.parametrize(
-    "name", ["bundle", "my bundle-1", pytest.param("a[1]", id="brackets")]
-)  # the last: defect reported
-def test_leftovers_of_the_dead_are_cleared_but_not_those_of_the_living(
-    tmp_path: Path, dead: int, name: str
-) -> None:
-    destination = tmp_path / name
-    abandoned = partial(destination, dead)
-    working = partial(destination, LIVING)
-    other = partial(tmp_path / "other", dead)
-    write_bundle(destination)
-    assert not abandoned.exists()
-    assert (working / WEIGHTS).read_bytes() == b"half"
-    assert other.exists()
-
-
-def test_a_star_is_a_name_like_any_other(tmp_path: Path, dead: int) -> None:
-    other = partial(tmp_path / "other", dead)
-    write_bundle(tmp_path / "*")
-    assert other.exists()
-
-
-@pytest.mark.parametrize(
-    "pid", ["word", "", pytest.param("9" * 20, id="too large for a pid")]
-)  # the last: defect reported
-def test_leftovers_without_a_process_are_cleared(destination: Path, pid: str) -> None:
-    abandoned = partial(destination, pid)
-    write_bundle(destination)
-    assert not abandoned.exists()
-
-
-def test_a_replacement_cut_short_is_taken_back(bundle: Bundle, dead: int) -> None:
-    """Killed between the two renames of `finish`: the old bundle has a hidden name, and nothing has
-    its own."""
-
-    bundle.path.rename(bundle.path.parent / f".bundle.replaced-{dead}")
-    with BundleWriter(bundle.path, overwrite=True):
-        pass
-    assert names(bundle.path.parent) == ["bundle"]
-    assert load_bundle(bundle.path) == bundle
 
 
 def test_a_replacement_that_fails_puts_the_old_bundle_back(
@@ -330,12 +276,13 @@ def test_a_replacement_that_fails_puts_the_old_bundle_back(
     rename = Path.rename
 
     def fail_for_partial(path: Path, target: Path) -> Path:
-        if ".partial-" in path.name:
+        if path.suffix == ".partial":
             raise OSError("no rename today")
         return rename(path, target)
 
+    monkeypatch.setattr(renames, "_renameat2", lambda *_: False)
     monkeypatch.setattr(Path, "rename", fail_for_partial)
-    with pytest.raises(OSError, match="no rename today"):
+    with pytest.raises(OutputError, match="no rename today"):
         write_bundle(bundle.path, b"other weights", overwrite=True)
     assert load_bundle(bundle.path) == bundle
 
@@ -343,14 +290,14 @@ def test_a_replacement_that_fails_puts_the_old_bundle_back(
 SLOW_WRITER = """
 import runpy, sys, time
 from pathlib import Path
-from anyflow_deploy.bundle import atomic_io, bundle
+from anyflow_deploy.bundle import bundle, outputs
 destination, stage, tests = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 def wait():
     print("ready", flush=True)
     time.sleep(60)
 if stage == "finishing":
     # The manifest is written, the folder not yet renamed.
-    atomic_io.fsync_path = lambda folder: wait()
+    outputs.fsync_tree = lambda folder: wait()
 with bundle.BundleWriter(destination, overwrite=True) as writer:
     file = writer.create("weights.safetensors")
     file.write(b"other")
@@ -371,8 +318,8 @@ def test_kill_9_leaves_no_half_bundle(destination: Path, stage: str, old: bool) 
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         process.kill()
-    left = f".bundle.partial-{process.pid}"
-    assert names(destination.parent) == ([left, "bundle"] if old else [left])
+    left, *rest = names(destination.parent)
+    assert left.endswith(".partial") and rest == (["bundle"] if old else [])
     if before is not None:
         assert load_bundle(destination) == before
     write_bundle(destination, overwrite=old)
@@ -588,6 +535,79 @@ def test_names_that_are_no_paths_are_refused(bundle: Bundle, name: str) -> None:
     folder = edit(bundle, lambda m: m["files"].update({name: m["files"][GRAPH]}))
     with pytest.raises(BundleError, match=r"loop|a.*b|aaa"):
         load_bundle(folder)
+
+
+def cached(bundle: Bundle, cache: Path) -> Path:
+    """The bundle as the Hub's cache keeps it: a snapshot of links into blobs/."""
+    repository = cache / "models--me--bundle"
+    snapshot = repository / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(sorted(bundle.path.iterdir())):
+        blob = repository / "blobs" / str(number)
+        path.rename(blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    return snapshot
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_bundle_in_the_hubs_cache_is_read(bundle: Bundle, tmp_path: Path, verify: bool) -> None:
+    snapshot = cached(bundle, tmp_path / "hub")
+    assert load_bundle(snapshot, verify).digest == bundle.digest
+    (tmp_path / "link").symlink_to(snapshot)
+    assert load_bundle(tmp_path / "link", verify).digest == bundle.digest
+
+
+@pytest.mark.parametrize("target", ["../../../outside", "../../outside", "../../blobs/x/outside"])
+def test_a_link_out_of_the_hubs_blobs_is_refused(
+    bundle: Bundle, tmp_path: Path, target: str
+) -> None:
+    snapshot = cached(bundle, tmp_path / "hub")
+    (snapshot / GRAPH).unlink()
+    (snapshot / GRAPH).symlink_to(target)
+    outside = snapshot / target
+    outside.parent.mkdir(exist_ok=True)
+    outside.write_bytes(b"graph")
+    with pytest.raises(BundleError, match=r"names 'transition\.onnx', which leaves the bundle's"):
+        load_bundle(snapshot)
+
+
+def test_a_bundle_may_be_a_hub_id(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = cached(bundle, tmp_path / "hub")
+    calls: list[object] = []
+
+    def download(hub_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        calls.append((hub_id, revision, allow_patterns))
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert load_bundle("me/bundle@main").digest == bundle.digest
+    assert calls == [
+        ("me/bundle", "main", [MANIFEST]),
+        ("me/bundle", "c0ffee", [MANIFEST, *sorted(bundle.manifest.files)]),
+    ]
+    (snapshot / MANIFEST).unlink()
+    with pytest.raises(BundleError, match=r"me/bundle on the Hub is not a bundle: it has no"):
+        load_bundle("me/bundle")
+
+
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS])
+def test_what_may_not_be_read_is_not_called_missing(
+    bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Path.open
+
+    def refuse(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == name:
+            raise PermissionError(13, "Permission denied")
+        return original(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(BundleError, match=rf"/{name} is there and may not be read \(permission"):
+        load_bundle(bundle.path)
 
 
 def test_links_inside_the_folder_and_files_in_subfolders_are_fine(bundle: Bundle) -> None:

@@ -245,12 +245,18 @@ def test_pipeline_folder_is_found_from_both_sides(tmp_path: Path) -> None:
     assert pipeline_folder(transformer(tmp_path / "alone")) is None
 
 
-@pytest.mark.parametrize("path", ["missing", "t/config.json"])
-def test_not_a_folder(tmp_path: Path, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("missing", r"a folder \(nothing is there\)"),
+        ("t/config.json/x", r"a folder \(nothing is there\)"),
+        ("t/config.json", "a checkpoint"),
+    ],
+)
+def test_not_a_folder(tmp_path: Path, path: str, problem: str) -> None:
     transformer(tmp_path / "t")
     with pytest.raises(
-        CheckpointError,
-        match=rf"/{path} is not a folder\. Give a diffusers pipeline folder, or its transformer/",
+        CheckpointError, match=rf"/{path} is not {problem}\. Give a diffusers pipeline folder, "
     ):
         open_checkpoint(tmp_path / path)
 
@@ -262,7 +268,7 @@ def test_neither_config_is_there(tmp_path: Path, files: list[str]) -> None:
     holds = ", ".join(sorted(files)) or "nothing"
     with pytest.raises(
         CheckpointError,
-        match=rf"has neither model_index\.json .* nor config\.json .*It holds: {holds}\.$",
+        match=rf"has neither model_index\.json .* nor config\.json .*It holds: {holds}\.",
     ):
         open_checkpoint(tmp_path)
 
@@ -377,7 +383,7 @@ def test_no_weights_at_all(tmp_path: Path) -> None:
     folder = transformer(tmp_path / "t", None)
     with pytest.raises(
         CheckpointError,
-        match=rf"/t has no {SINGLE} \(nor an index of shards\)\. Download the weights\.$",
+        match=rf"/t has no {SINGLE} \(nor shards of it\)\. Download the weights\.$",
     ):
         open_checkpoint(folder)
 
@@ -504,7 +510,7 @@ def test_a_download_asks_for_what_is_needed_and_remembers_the_commit(
     assert source == WeightsSource(
         kind="hub", location=str(MODELS["14b"].hub_id), revision="c0ffee"
     )
-    assert folder == download("x/y", "c0ffee", ["*.json"])
+    assert folder == download("x/y", "c0ffee", ["*.json"], "Give another.")
     assert asked[3:] == ["x/y", "c0ffee", ["*.json"]]
 
 

@@ -51,7 +51,7 @@ FOREIGN_FLAGS = {
     "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--rm", "--shm-size", "--standalone",
     "--strict", "--system-site-packages",
     "--user", "--exclude", "--tiny", "--work", "--picture", "--processes", "--aotinductor",
-    "--embeds", "--videos", "--modle",
+    "--embeds", "--videos", "--modle", "--negative-prompt",
 }  # fmt: skip
 """Of other programs: docker, torchrun, cmake, the C++ examples, benchmarks."""
 

@@ -139,19 +139,97 @@ def test_other_classes_are_refused(name: str | None) -> None:
 def test_unknown_keys_are_named() -> None:
     with pytest.raises(
         CheckpointError,
-        match=r"^here\.json has keys this version does not know: novel, qk_norm\. .*update anyflow",
+        match=r"^here\.json has keys this version does not know: novel, window\. .*update anyflow",
     ):
-        architecture_from_config(config(qk_norm="x", novel=1), "here.json")
+        architecture_from_config(config(window=None, novel=1), "here.json")
 
 
-@pytest.mark.parametrize("missing", [("ffn_dim",), ("num_attention_heads", "num_layers")])
-def test_missing_keys_are_named(missing: tuple[str, ...]) -> None:
-    rest = {k: v for k, v in config().items() if k not in missing}
-    with pytest.raises(
-        CheckpointError,
-        match=rf"^here\.json lacks {', '.join(missing)}; all of .*attention_head_dim.* are needed",
-    ):
-        architecture_from_config(rest, "here.json")
+NEUTRAL = {
+    "qk_norm": "rms_norm_across_heads",
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+    "init_flowmap_model": True,
+}
+
+
+@pytest.mark.parametrize("model", ["tiny", "far-tiny"])
+def test_keys_of_wan_are_read_at_their_neutral_values_alone(model: str) -> None:
+    assert architecture_from_config(config(model, **NEUTRAL)) == MODELS[model].architecture
+    others = {
+        "qk_norm": "layer_norm",
+        "added_kv_proj_dim": 8,
+        "pos_embed_seq_len": 514,
+        "init_flowmap_model": False,
+    }
+    for key, value in others.items():
+        expected = rf"^here\.json has {key} {re.escape(repr(value))}; "
+        with pytest.raises(CheckpointError, match=expected):
+            architecture_from_config(config(model, **{**NEUTRAL, key: value}), "here.json")
+
+
+def nvlabs_config(model: str, **changes: Any) -> dict[str, Any]:
+    """A config as NVlabs' class registers it: one class and all keys for both kinds."""
+    chunks = dict(zip(CAUSAL_KEYS, ([1, 4, 4], 3, None), strict=True))
+    causal = MODELS[model].architecture.causal
+    own = {"_class_name": "FAR_Wan_Transformer3DModel", "init_far_model": causal}
+    return {**chunks, **config(model), **NEUTRAL, **own, **changes}
+
+
+@pytest.mark.parametrize("model", ["tiny", "far-tiny"])
+def test_nvlabs_class_is_read_as_the_kind_it_says(model: str) -> None:
+    row = MODELS[model].architecture
+    assert architecture_from_config(nvlabs_config(model)) == row
+    # Loaded and saved again by diffusers: its class, the other keys as they were
+    name = config(model)["_class_name"]
+    assert architecture_from_config(nvlabs_config(model, _class_name=name)) == row
+    # A chunk_partition means nothing without the flag, and its default is that of the release
+    other = nvlabs_config(model, chunk_partition=[1, 2] if model == "tiny" else None)
+    assert architecture_from_config(other) == row
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("tiny", {"init_far_model": None}, "init_far_model None; it has to be true for a causal"),
+        ("tiny", {"init_far_model": 1}, "init_far_model 1; it has to be"),
+        ("tiny", {"_class_name": CAUSAL_CLASS}, "init_far_model False; it has to be"),
+        ("far-tiny", {"_class_name": BIDIRECTIONAL_CLASS}, "init_far_model True; it has to be"),
+        ("far-tiny", {"full_chunk_limit": None}, "full_chunk_limit null"),
+    ],
+)
+def test_a_kind_that_contradicts_itself_is_refused(
+    model: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        architecture_from_config(nvlabs_config(model, **changes))
+
+
+@pytest.mark.parametrize("model", ["tiny", "far-tiny"])
+def test_a_gate_that_two_projects_read_differently_is_asked_for(model: str) -> None:
+    silent = {k: v for k, v in nvlabs_config(model).items() if k != "gate_value"}
+    with pytest.raises(CheckpointError, match=r"gate_value, which is 0 to NVlabs.*0\.25 to diff"):
+        architecture_from_config(silent)
+    named = {**silent, "_class_name": config(model)["_class_name"]}
+    assert architecture_from_config(named).gate_value == 0.25
+    assert architecture_from_config({**silent, "gate_value": 0}).gate_value == 0
+
+
+@pytest.mark.parametrize("class_name", [BIDIRECTIONAL_CLASS, CAUSAL_CLASS])
+def test_a_key_that_is_not_there_has_diffusers_default(class_name: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(
+            getattr(diffusers, class_name).__init__
+        ).parameters.items()
+        if name != "self"
+    }
+    architecture = architecture_from_config({"_class_name": class_name})
+    given = {k: v for k, v in dataclasses.asdict(architecture).items() if k in defaults}
+    assert given == defaults and architecture.causal == (class_name == CAUSAL_CLASS)
+    assert architecture_from_config({"_class_name": class_name, "out_channels": None}) == (
+        architecture
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,11 +272,6 @@ def test_values_of_the_wrong_kind_are_named(changes: dict[str, Any]) -> None:
         architecture_from_config(config(**changes), "here.json")
 
 
-def test_a_causal_class_without_its_chunks_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="full_chunk_limit"):
-        architecture_from_config(config(_class_name=CAUSAL_CLASS))
-
-
 def test_a_bidirectional_class_with_chunks_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="full_chunk_limit"):
+    with pytest.raises(CheckpointError, match="with chunk_partition; compressed_patch_size"):
         architecture_from_config(config("far-tiny", _class_name=BIDIRECTIONAL_CLASS))

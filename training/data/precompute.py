@@ -34,7 +34,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from anyflow_deploy.bundle.atomic_io import clear_partial_files, file_sha256, write_bytes_atomically
+from anyflow_deploy.bundle.atomic_io import file_sha256, write_bytes_atomically
+from anyflow_deploy.bundle.outputs import clear_partial_files
 from anyflow_deploy.checkpoints.checkpoint import missing_parts, pipeline_folder
 from anyflow_deploy.checkpoints.hub import PIPELINE_FILES, download
 from anyflow_deploy.errors import AnyFlowError, CheckpointError

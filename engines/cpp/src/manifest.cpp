@@ -43,6 +43,7 @@ void check_source(const Value& value) {
   record.text("location");
   if (const auto revision = record.optional("revision", true)) revision->text();
   if (const auto seed = record.optional("seed", true)) seed->integer();
+  if (const auto variant = record.optional("variant", true)) variant->text();
   record.done();
 }
 
