@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from anyflow_deploy.bundle.atomic_io import atomic_file
+from anyflow_deploy.bundle.atomic_io import write_bytes_atomically
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Progress
 
@@ -119,12 +119,11 @@ def _rate(run: ModuleRun, step: int) -> float:
 
 def _save(run: ModuleRun, tensors: dict[str, Tensor], step: int) -> None:
     run.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(run.checkpoint) as partial:
-        safetensors.torch.save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            partial,
-            metadata={"run": json.dumps({"step": step, "steps": run.steps})},
-        )
+    content = safetensors.torch.save(
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        metadata={"run": json.dumps({"step": step, "steps": run.steps})},
+    )
+    write_bytes_atomically(run.checkpoint, content)
 
 
 def _load(run: ModuleRun, tensors: dict[str, Tensor]) -> int:
