@@ -37,6 +37,7 @@ CHANGEABLE = {
     "final_rate",
     "ema",
     "ema_start",
+    "compute",
     "checkpointing",
     "offload",
     "compile",
@@ -184,9 +185,14 @@ def record_changes(output: Path, step: int, changes: dict[str, tuple[Any, Any]])
 
 
 def _flatten(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's settings by name, with the alpha that counts."""
     result: dict[str, Any] = {}
     for name, value in content.items():
         result |= value if isinstance(value, dict) else {name: value}
+    if result["lora_rank"] == 0:
+        result["lora_alpha"] = None
+    elif result["lora_alpha"] is None:
+        result["lora_alpha"] = result["lora_rank"]
     return result
 
 

@@ -184,7 +184,7 @@ def _shrink_to_shapes(base: Recipe) -> Recipe:
     """
     optimizers = {
         "teacher": OptimizerConfig(
-            steps=3000, batch=32, learning_rate=1e-3, warm_up=100, ema=0.998, ema_start=500
+            steps=5000, batch=32, learning_rate=1e-3, warm_up=100, ema=0.998, ema_start=500
         ),
         "flow-map": OptimizerConfig(
             steps=1000, batch=32, learning_rate=5e-4, warm_up=50, ema=0.995, ema_start=100

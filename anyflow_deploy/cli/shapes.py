@@ -35,9 +35,12 @@ class ShapesOptions(Options):
     scenes: int = Field(
         4000, ge=250, multiple_of=250, description="videos of the training data, a multiple of 250"
     )
-    vae_compute: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16 is faster on processors with AMX"
+    compute: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="type of large products; bfloat16 is twice as fast on GPUs and on processors"
+        " with AMX",
     )
+    compile: bool = Field(False, description="torch.compile the transformers' layers")
     device: str | None = Field(None, description="cpu or cuda; cuda where there is any")
 
 
@@ -49,8 +52,9 @@ def work(options: ShapesOptions) -> int:
         Path(options.folder),
         options.seed,
         options.scenes,
-        vae_compute=options.vae_compute,
+        compute=options.compute,
         device=options.device,
+        settings={"compile": "true"} if options.compile else {},
     )
     todo = stages(job)
     if options.until not in todo:

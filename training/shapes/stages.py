@@ -40,7 +40,7 @@ class ShapesJob:
         text_encoder_steps, vae_steps, decoder_steps: of those parts; the VAE's decoder is trained
             alone in the end.
         statistics_scenes: that the latents' mean and deviation are measured on.
-        vae_compute: type of the VAE's convolutions, "float32" or "bfloat16".
+        compute: type of large products, "float32" or "bfloat16".
         device: of the transformers, "cpu" or "cuda"; None for CUDA where there is any.
         settings: of every recipe, by name, such as {"steps": "100"}.
     """
@@ -53,7 +53,7 @@ class ShapesJob:
     vae_steps: int = 4000
     decoder_steps: int = 1500
     statistics_scenes: int = 64
-    vae_compute: str = "float32"
+    compute: str = "float32"
     device: str | None = None
     settings: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -98,7 +98,7 @@ def _make_base(job: ShapesJob, progress: Progress) -> None:
         job.seed,
         job.vae_steps,
         job.decoder_steps,
-        getattr(torch, job.vae_compute),
+        getattr(torch, job.compute),
         job.statistics_scenes,
     )
     train_vae(vae, run, progress)
@@ -112,7 +112,7 @@ def _make_latents(job: ShapesJob, progress: Progress) -> None:
     from anyflow_deploy.training.shapes.latents import write_shards
 
     pipeline = diffusers.AnyFlowPipeline.from_pretrained(job.folder / "base")
-    compute: Any = getattr(torch, job.vae_compute)
+    compute: Any = getattr(torch, job.compute)
     counts = (job.scenes, job.shard_scenes)
     write_shards(pipeline, job.folder / "latents", job.seed, counts, progress, compute)
 
@@ -124,7 +124,7 @@ def _train(job: ShapesJob, stage: str, init: str, teacher: str | None = None) ->
         return
     size, causal = (stage.removesuffix("-causal"), stage.endswith("-causal"))
     recipe = get_recipe(f"{size}-shapes{'-causal' if causal else ''}")
-    settings = {"seed": str(job.seed), **job.settings}
+    settings = {"seed": str(job.seed), "compute": job.compute, **job.settings}
     start = job.folder / init if init == "base" else job.folder / init / "model"
     train(
         RunSpec(
