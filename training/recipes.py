@@ -184,13 +184,13 @@ def _shrink_to_shapes(base: Recipe) -> Recipe:
     """
     optimizers = {
         "teacher": OptimizerConfig(
-            steps=5000, batch=32, learning_rate=1e-3, warm_up=100, ema=0.998, ema_start=500
+            steps=4500, batch=32, learning_rate=1e-3, warm_up=100, ema=0.998, ema_start=500
         ),
         "flow-map": OptimizerConfig(
-            steps=1000, batch=32, learning_rate=5e-4, warm_up=50, ema=0.995, ema_start=100
+            steps=800, batch=32, learning_rate=5e-4, warm_up=50, ema=0.995, ema_start=100
         ),
         "on-policy": OptimizerConfig(
-            steps=200, batch=16, learning_rate=1e-4, beta1=0.0, beta2=0.999, ema=0.98
+            steps=150, batch=16, learning_rate=1e-4, beta1=0.0, beta2=0.999, ema=0.98
         ),
     }
     optimizing = optimizers[base.stage]
@@ -211,6 +211,7 @@ def _shrink_to_shapes(base: Recipe) -> Recipe:
             compute="float32",
             checkpointing=False,
             asynchronous=False,
+            sample_every=1000,
             merge_padding=True,
         ),
     )
