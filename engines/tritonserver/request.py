@@ -64,13 +64,6 @@ def parse_request(
     fields: dict[str, Any] = {
         field: _single(tensors, field) for field in _SHARED_FIELDS if field in tensors
     }
-    height = _single(tensors, "height")
-    width = _single(tensors, "width")
-    if height is not None or width is not None:
-        video = manifest.video
-        width = video.width if width is None else width
-        height = video.height if height is None else height
-        fields["size"] = f"{width}x{height}"
     prompt = "" if prompt_embeds is not None else _text(tensors, "prompt")
     try:
         request = VideoRequest(prompt=prompt or "", **fields)
