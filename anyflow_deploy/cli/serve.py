@@ -1,6 +1,7 @@
 """`anyflow-serve`: one bundle over HTTP, in the shape of OpenAI's `/v1/videos`.
 
-This file reads and checks the flags, listens, and loads the bundle meanwhile; the server is `anyflow_deploy/serving/`.
+This file reads and checks the flags, listens, and loads the bundle meanwhile; the server is
+`anyflow_deploy/serving/`.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Who may send requests:
 
 - With a token, every path but `/health` and the page's own files (and `/metrics`, if it is public)
-  needs `Authorization: Bearer TOKEN`, compared in constant time. A browser cannot set that header on
-  a WebSocket; there the token comes as a subprotocol, `token.TOKEN`.
+  needs `Authorization: Bearer TOKEN`, compared in constant time. A browser cannot set that header
+  on a WebSocket; there the token comes as a subprotocol, `token.TOKEN`.
 - Without one the server listens on this machine only. Any web page that its user visits could still
   reach it, so a request has to name this machine in `Host` (a foreign name that resolves to
   127.0.0.1 is refused), and one that a page sends has to come from this server's own page
@@ -53,9 +53,7 @@ class AuthMiddleware:
         metrics: counts every request.
     """
 
-    def __init__(
-        self, app: ASGIApp, rules: AccessRules, limits: Limits, metrics: Metrics
-    ) -> None:
+    def __init__(self, app: ASGIApp, rules: AccessRules, limits: Limits, metrics: Metrics) -> None:
         self._app = app
         self._rules = rules
         self._limits = limits

@@ -70,4 +70,6 @@ def _explain_length(content_type: str, head: bytes, limit: int) -> ApiError:
     if found:
         refusal = unsupported_field_error(found[1].decode())
         return ApiError(400, str(refusal), refusal.param)
-    return ApiError(413, f"the body is larger than {limit:,} bytes, which is what this server takes.")
+    return ApiError(
+        413, f"the body is larger than {limit:,} bytes, which is what this server takes."
+    )

@@ -1,8 +1,8 @@
 """The video that is made where a request does not say how long or how large it shall be.
 
 It is the bundle's own, as long as the server's limits allow that. Where they do not, it is the
-longest and largest that they allow, at the bundle's aspect, so that a request that names only a
-prompt is never refused for a size that its client did not choose.
+longest and largest that they allow, at the bundle's aspect where that can be had, so that a request
+that names only a prompt is never refused for a size that its client did not choose.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def default_video(manifest: Manifest, limits: Limits, name: Naming = str) -> Siz
     video = manifest.video
     height, width = video.height, video.width
     if height * width > limits.pixels:
-        sizes = [(video.frames, *sides) for sides in _smaller_sides(manifest)]
+        sizes = [(video.frames, *sides) for sides in (*_at_aspect(manifest), *_below(manifest))]
         _, height, width = _first_that_fits(
             manifest,
             [size for size in sizes if size[1] * size[2] <= limits.pixels],
             f"{name('max_pixels')} is {limits.pixels:,}; the smallest picture of this bundle"
-            " at its own aspect has {pixels:,} pixels ({size}). Allow at least that.",
-            sizes[::-1],
+            " has {pixels:,} pixels ({size}). Allow at least that.",
+            sorted(sizes, key=lambda size: size[1] * size[2]),
         )
     frames = video.frames
     if frames > limits.frames:
@@ -57,13 +57,27 @@ def default_video(manifest: Manifest, limits: Limits, name: Naming = str) -> Siz
     return frames, height, width
 
 
-def _smaller_sides(manifest: Manifest) -> Iterator[tuple[int, int]]:
+def _at_aspect(manifest: Manifest) -> Iterator[tuple[int, int]]:
     """Heights and widths below the bundle's own, at its aspect, the largest first."""
-    video = manifest.video
-    unit = video.spatial_factor * manifest.architecture.patch_size[1]
+    video, unit = manifest.video, _pixels_of_a_patch(manifest)
     for width in range(video.width, 0, -unit):
         exact = width * video.height / video.width
         yield max(unit, int(exact // unit) * unit), width
+
+
+def _below(manifest: Manifest) -> list[tuple[int, int]]:
+    """All heights and widths up to the bundle's own, the largest first."""
+    video, unit = manifest.video, _pixels_of_a_patch(manifest)
+    sides = [
+        (height, width)
+        for height in range(unit, video.height + 1, unit)
+        for width in range(unit, video.width + 1, unit)
+    ]
+    return sorted(sides, key=lambda side: side[0] * side[1], reverse=True)
+
+
+def _pixels_of_a_patch(manifest: Manifest) -> int:
+    return manifest.video.spatial_factor * manifest.architecture.patch_size[1]
 
 
 def _first_that_fits(

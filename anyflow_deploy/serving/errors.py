@@ -91,7 +91,9 @@ def api_error_from_exception(error: Exception) -> ApiError:
     if isinstance(error, ClosingError):
         return ApiError(503, str(error), code="server_shutdown", headers={"Retry-After": "30"})
     if isinstance(error, LoadingError):
-        return ApiError(503, str(error), code="loading", headers={"Retry-After": str(error.seconds)})
+        return ApiError(
+            503, str(error), code="loading", headers={"Retry-After": str(error.seconds)}
+        )
     if isinstance(error, ValidationError):
         return _api_error_from_validation(error)
     if isinstance(error, AnyFlowError):

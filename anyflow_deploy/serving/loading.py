@@ -1,8 +1,8 @@
 """Load the model while the server listens already.
 
 Importing PyTorch and reading weights takes seconds to minutes. Meanwhile `/health` answers 503 with
-`loading`, requests for videos are answered 503 with `Retry-After`, and the videos of earlier servers
-are served. If loading fails, the server ends with the reason.
+`loading`, requests for videos are answered 503 with `Retry-After`, and the videos of earlier
+servers are served. If loading fails, the server ends with the reason.
 """
 
 from __future__ import annotations

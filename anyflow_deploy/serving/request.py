@@ -179,8 +179,10 @@ def validate_request(
     _check_limit(
         "num_frames" if request.seconds is None else "seconds", num_frames, limits.frames, "frames"
     )
-    sides = "size" if request.size or not (request.width or request.height) else "width and height"
-    _check_limit("size", height * width, limits.pixels, "pixels", sides)
+    if request.width is None and request.height is None:
+        _check_limit("size", height * width, limits.pixels, "pixels")
+    else:
+        _check_limit("width and height", height * width, limits.pixels, "pixels", "ask")
     return GenerationRequest.from_manifest(
         manifest,
         prompt=request.prompt,
@@ -267,13 +269,10 @@ def _step_settings(request: VideoRequest, manifest: Manifest, limits: Limits) ->
     )
 
 
-def _check_limit(
-    field: str, value: float, limit: float, unit: str, name: str | None = None
-) -> None:
+def _check_limit(field: str, value: float, limit: float, unit: str, verb: str = "asks") -> None:
     if value > limit:
-        verb = "ask" if name and " and " in name else "asks"
         raise InvalidRequestError(
-            f"{name or field} {verb} for {value:,.12g} {unit}; this server allows {limit:,.12g}. Ask for"
+            f"{field} {verb} for {value:,.12g} {unit}; this server allows {limit:,.12g}. Ask for"
             " less.",
-            field,
+            field if verb == "asks" else None,
         )

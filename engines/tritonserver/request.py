@@ -16,12 +16,21 @@ from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUT_TYPES
 from anyflow_deploy.engines.tritonserver.settings import Settings
 from anyflow_deploy.errors import InvalidRequestError, ShapeError
 from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
-from anyflow_deploy.serving.request import VideoRequest, validate_request
+from anyflow_deploy.serving.request import (
+    UNSUPPORTED_FIELDS,
+    VideoRequest,
+    explain_unknown_field,
+    unsupported_field_error,
+    validate_request,
+)
 
 _SHARED_FIELDS = tuple(
     port.name for port in INPUTS if port.name in VideoRequest.model_fields and port.name != "prompt"
 )
 """Inputs that are fields of `VideoRequest`, the prompt apart, which may be embeddings."""
+
+_SERVERS_OWN = ("triton_", "sequence_", "binary_data_output")
+"""Beginnings of parameters that clients of Triton send for the server itself."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,26 @@ def parse_request(
     return ParsedRequest(generation_request, prompt_embeds, _output_type(tensors, settings))
 
 
+def refuse_parameters(parameters: Mapping[str, object]) -> None:
+    """Refuse what a request holds beside its tensors.
+
+    Triton's `generate` turns every field of the JSON that is no input into a parameter, so a
+    misspelt field would be ignored.
+
+    Raises:
+        InvalidRequestError: naming the parameter, and the input that was probably meant.
+    """
+    names = [port.name for port in INPUTS]
+    for name, value in parameters.items():
+        if name.startswith(_SERVERS_OWN):
+            continue
+        if name in UNSUPPORTED_FIELDS:
+            if value not in (None, ""):
+                raise unsupported_field_error(name)
+            continue
+        raise InvalidRequestError(explain_unknown_field(name[:40], names), name)
+
+
 def _prompt_embeds(
     tensors: Mapping[str, NDArray[Any]], manifest: Manifest, settings: Settings
 ) -> Array | None:
@@ -104,7 +133,8 @@ def _prompt_embeds(
 def _output_type(tensors: Mapping[str, NDArray[Any]], settings: Settings) -> str:
     output_type = _text(tensors, "output_type")
     if output_type is None:
-        return "mp4" if settings.vae else "latents"
+        # JSON cannot hold bytes, and a request does not say whether it came over HTTP
+        return "mp4-base64" if settings.vae else "latents"
     allowed = [name for name in OUTPUT_TYPES if settings.vae or name == "latents"]
     if output_type not in allowed:
         why = "" if settings.vae else " (this server has no VAE)"
