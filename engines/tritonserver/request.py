@@ -29,8 +29,9 @@ _SHARED_FIELDS = tuple(
 )
 """Inputs that are fields of `VideoRequest`, the prompt apart, which may be embeddings."""
 
-_SERVERS_OWN = ("triton_", "sequence_", "binary_data_output")
-"""Beginnings of parameters that clients of Triton send for the server itself."""
+_SERVERS_OWN = ("id", "binary_data_output", "sequence_id", "sequence_start", "sequence_end")
+"""Parameters that are for the server itself, beside those that begin with `triton_`. `id` is one in
+servers whose `generate` does not read it."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def refuse_parameters(parameters: Mapping[str, object]) -> None:
     """
     names = [port.name for port in INPUTS]
     for name, value in parameters.items():
-        if name.startswith(_SERVERS_OWN):
+        if name in _SERVERS_OWN or name.startswith("triton_"):
             continue
         if name in UNSUPPORTED_FIELDS:
             if value not in (None, ""):

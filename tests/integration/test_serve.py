@@ -675,7 +675,7 @@ def test_warming_up_leaves_no_trace_and_fails_loudly(tmp_path: Path) -> None:
         warm_up(maker, fake_manifest("far-tiny"), limits, "far-tiny")
     maker.fault = None
     narrow = Limits(
-        frames=7, pixels=1000, steps=1, prompt_characters=2, deadline_seconds=1e-9
+        frames=7, pixels=1100, steps=1, prompt_characters=2, deadline_seconds=1e-9
     )  # below the bundle's own video in everything
     warm_up(maker, fake_manifest("far-tiny"), narrow, "far-tiny")
     assert maker.began[-1] == "a "
