@@ -91,10 +91,10 @@ class AuthMiddleware:
         if not prefix:
             return path
         if path == prefix or path.startswith(prefix + "/"):
-            path = path[len(prefix) :] or "/"
+            path = path[len(prefix) :]
         scope["root_path"] = prefix
         scope["path"] = prefix + path
-        return path
+        return path or "/"  # to which the router redirects, so that the page finds its files
 
     def _check(self, path: str, headers: dict[str, str]) -> None:
         if self._rules.token is None:

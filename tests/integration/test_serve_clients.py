@@ -182,6 +182,8 @@ def test_behind_a_proxy(tmp_path: Path, prefix: str) -> None:
         assert unknown["message"].startswith("'/v1/video' is no path of this server")
         document = server.client.get(f"{prefix}/openapi.json", headers=headers).json()
         assert document["servers"] == [{"url": "/fox"}]
+        page = server.client.get("/fox", follow_redirects=True)
+        assert page.url.path == "/fox/" and "page.js" in page.text
 
 
 # Other pages
