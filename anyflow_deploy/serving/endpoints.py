@@ -55,7 +55,12 @@ def explain_unknown_path(path: str) -> ApiError:
 
 
 def explain_method(method: str, path: str) -> ApiError:
-    """Make the answer (405) to a method that a path does not have."""
+    """Make the answer (405) to a method that a path does not have.
+
+    What other servers have where this one sees an id (`/v1/videos/edits`) is answered as unknown.
+    """
+    if _EDITS.fullmatch(path):
+        return explain_unknown_path(path)
     pattern = _find_pattern(path)
     allowed = [*ENDPOINTS[pattern]] if pattern else ["GET"]
     if "GET" in allowed:

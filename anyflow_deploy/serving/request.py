@@ -40,12 +40,18 @@ _NO_CHOICE = (
 MEDIA_FIELDS = ("input_reference", "image", "image_url", "image_reference", "video", "audio")
 """Fields that hold a picture, a clip or a sound, which may be large."""
 
+GUIDANCE_FIELDS = (
+    "negative_prompt",
+    "guidance_scale",
+    "guidance_scale_2",
+    "cfg_scale",
+    "true_cfg_scale",
+)
+"""Fields of samplers that run the network twice a step."""
+
 UNSUPPORTED_FIELDS = {
     **dict.fromkeys(MEDIA_FIELDS, _NO_MEDIA),
-    **dict.fromkeys(
-        ("negative_prompt", "guidance_scale", "guidance_scale_2", "cfg_scale", "true_cfg_scale"),
-        _NO_GUIDANCE,
-    ),
+    **dict.fromkeys(GUIDANCE_FIELDS, _NO_GUIDANCE),
     **dict.fromkeys(("response_format", "output_format", "quality"), _NO_CHOICE),
 }
 """What other servers take and this one does not, each with the reason. Empty, they say nothing and
@@ -65,6 +71,8 @@ _OTHER_NAMES = {
     "deadline": "deadline_ms",
     "text": "prompt",
     "text_input": "prompt",
+    "response_format": "output_type",
+    "output_format": "output_type",
 }
 """What other servers call our fields."""
 

@@ -17,7 +17,8 @@ from anyflow_deploy.engines.tritonserver.settings import Settings
 from anyflow_deploy.errors import InvalidRequestError, ShapeError
 from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
 from anyflow_deploy.serving.request import (
-    UNSUPPORTED_FIELDS,
+    GUIDANCE_FIELDS,
+    MEDIA_FIELDS,
     VideoRequest,
     explain_unknown_field,
     unsupported_field_error,
@@ -102,7 +103,7 @@ def refuse_parameters(parameters: Mapping[str, object]) -> None:
     for name, value in parameters.items():
         if name in _SERVERS_OWN or name.startswith("triton_"):
             continue
-        if name in UNSUPPORTED_FIELDS:
+        if name in (*MEDIA_FIELDS, *GUIDANCE_FIELDS):
             if value not in (None, ""):
                 raise unsupported_field_error(name)
             continue

@@ -416,6 +416,7 @@ def test_what_cannot_be_made_is_refused_by_field(
         ("POST", "/videos", {}, 404, "Did you mean '/v1/videos'?"),
         ("GET", "/v1/video", {}, 404, "Did you mean '/v1/videos'?"),
         ("POST", "/v1/videos/video_0/remix", {}, 404, "remix is not supported: a video cannot be"),
+        ("POST", "/v1/videos/edits", {}, 404, "edits is not supported: a video cannot be"),
         ("POST", "/v1/images/generations", {}, 404, "this server makes videos, POST /v1/videos"),
         ("GET", "/v1/videos/video_0/stream", {}, 404, "is a WebSocket"),
     ],

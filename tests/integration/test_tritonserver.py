@@ -314,6 +314,7 @@ def test_a_request_is_read() -> None:
         ({"steps": 1}, "unknown field 'steps'. Did you mean 'num_inference_steps'?"),
         ({"num_frame": 5}, "Did you mean 'num_frames'?"),
         ({"text_input": "a fox"}, "Did you mean 'prompt'?"),
+        ({"response_format": "mp4"}, "Did you mean 'output_type'?"),
         ({"stream": True}, "unknown field 'stream'. Allowed are prompt, "),
         ({"negative_prompt": "blurry"}, "guidance is distilled into this model"),
         ({"id": "7", "triton_final_response": True, "negative_prompt": ""}, None),
