@@ -11,15 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from rich import progress as rich_progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Everything for people goes to standard error; standard output is for what a program may read."""
@@ -50,6 +42,15 @@ class RichProgress:
     """Draws one bar for each stage; a context manager around all the work."""
 
     def __init__(self, console: Console | None = None) -> None:
+        from rich.progress import (  # not needed for --help and refusals
+            BarColumn,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as RichBars
+
         columns = (
             SpinnerColumn(finished_text="[green]✓[/]"),
             TextColumn("{task.description}"),
@@ -59,7 +60,7 @@ class RichProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        self._progress = rich_progress.Progress(*columns, console=console or Console(stderr=True))
+        self._progress = RichBars(*columns, console=console or Console(stderr=True))
 
     def __enter__(self) -> RichProgress:
         return self

@@ -126,7 +126,9 @@ def main() -> None:
         with log.open("w") as file:
             server = subprocess.Popen([*command, "--warm-up"], cwd=folder, stderr=file)
         try:
-            while not (match := re.search(r"on http://(127\.0\.0\.1:\d+)", log.read_text())):
+            while not (
+                match := re.search(r"serving .* on http://(127\.0\.0\.1:\d+)", log.read_text())
+            ):
                 if server.poll() is not None:
                     sys.exit(log.read_text())
                 time.sleep(0.1)

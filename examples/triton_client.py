@@ -26,6 +26,7 @@ request = [
     tensor("prompt", "BYTES", np.array([prompt.encode()], dtype=object)),
     tensor("num_inference_steps", "INT32", np.array([4], dtype=np.int32)),
     tensor("seed", "INT64", np.array([0], dtype=np.int64)),
+    tensor("output_type", "BYTES", np.array([b"mp4"], dtype=object)),  # bytes, not base64
 ]
 answers: queue.Queue = queue.Queue()
 with grpc.InferenceServerClient(server) as client, Path(output).open("wb") as file:

@@ -23,8 +23,7 @@ from rich.markup import escape
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.cli.options import KernelSpecialization, Numbers, Options, run
-from anyflow_deploy.cli.sensitivity import Decibels
-from anyflow_deploy.cli.step_options import Seconds, flag_name, step_settings
+from anyflow_deploy.cli.step_options import Decibels, Seconds, flag_name, step_settings
 from anyflow_deploy.cli.step_report import StepReport
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import check_budget

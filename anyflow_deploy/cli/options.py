@@ -15,12 +15,9 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
-import fire
-from fire.decorators import SetParseFn
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from anyflow_deploy.cli.terminal import handle_sigterm_as_ctrl_c, replace_unencodable
 from anyflow_deploy.errors import AnyFlowError, suggestion
@@ -187,6 +184,9 @@ def _unknown_flag_error(flag: str, fields: Iterable[str]) -> AnyFlowError:
 
 def _collect_flags(words: list[str]) -> tuple[list[str], dict[str, str]]:
     """Let Fire split the words into arguments and flags; all values stay strings."""
+    import fire  # with asyncio, which --help does not need
+    from fire.decorators import SetParseFn
+
     calls: list[tuple[list[str], dict[str, str]]] = []
 
     @SetParseFn(str)  # type: ignore[untyped-decorator]  # Fire has no types
@@ -212,6 +212,8 @@ def _first_problem(options: type[Options], error: ValidationError) -> str:
 
 def build_help(program: str, options: type[Options]) -> list[Any]:
     """Build the help of a command, as objects that rich prints."""
+    from rich.table import Table
+
     usage = "".join(f" {name.upper()}" for name in options.POSITIONAL)
     flags = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
     flags.add_column(no_wrap=True, style="bold")

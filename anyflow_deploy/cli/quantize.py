@@ -17,9 +17,9 @@ from anyflow_deploy.cli.sensitivity import (
     FRAMES,
     HEIGHT,
     WIDTH,
-    Decibels,
     make_analyzer,
 )
+from anyflow_deploy.cli.step_options import Decibels
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.models import MODELS, model_name
 from anyflow_deploy.precision import BASES, PRECISIONS, PrecisionSpec

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.cli.options import Options, Steps, run
+from anyflow_deploy.cli.step_options import Decibels
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.precision import EIGHT_BIT, PrecisionSpec
 from anyflow_deploy.progress import NullProgress, Progress, RichProgress, console
@@ -27,15 +28,6 @@ if TYPE_CHECKING:  # torch, which --help does not need
 
 FRAMES, CAUSAL_FRAMES, HEIGHT, WIDTH = 9, 29, 96, 160
 """Size of the videos. Causal ones are the model's first four chunks, which compress one chunk."""
-
-Decibels = Annotated[
-    float,
-    BeforeValidator(
-        lambda v: v.strip().lower().removesuffix("db").strip() if isinstance(v, str) else v
-    ),
-    Field(gt=0),
-]
-"""30, 30dB or "30 dB"."""
 
 
 class SensitivityOptions(Options):

@@ -1,6 +1,7 @@
 """`anyflow-serve`: one bundle over HTTP, in the shape of OpenAI's `/v1/videos`.
 
-This file reads and checks the flags and loads the bundle; the server is `anyflow_deploy/serving/`.
+This file reads and checks the flags, listens, and loads the bundle meanwhile; the server is
+`anyflow_deploy/serving/`.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.options import KernelSpecialization, Options, run
+from anyflow_deploy.cli.options import KernelSpecialization, Options, Words, run
+from anyflow_deploy.cli.step_options import flag_name
 from anyflow_deploy.engines.registry import DEFAULT_BACKEND
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.progress import RichProgress, console
+from anyflow_deploy.serving.access import AccessRules
+from anyflow_deploy.serving.default_video import default_video
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.loopback import is_local
 
 TOKEN_VARIABLE = "ANYFLOW_TOKEN"
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@,\s]+")
 _TOKEN = re.compile(r"[A-Za-z0-9._~-]{16,256}")
 
 
@@ -38,6 +43,10 @@ class ServeOptions(Options):
     Without a token the server is for this machine only (127.0.0.1). For other machines give --host
     and a token of at least 16 letters, digits or ._~- in a file (--token-file) or in the variable
     ANYFLOW_TOKEN; put TLS in front of it.
+
+    The server listens at once and loads the model meanwhile: until then /health is 503 and says
+    loading, and requests for videos are answered 503. --cors-origin lets other web pages send
+    requests; --root-path is the prefix of a proxy in front.
 
     Ctrl-C lets the running video finish; a second one cancels it. Finished videos stay in --folder,
     and the next server serves them again, until they are too old or too many.
@@ -59,6 +68,19 @@ class ServeOptions(Options):
     token_file: Path | None = Field(
         None, description="file with the token that clients have to send"
     )
+    cors_origin: Words = Field(
+        (),
+        description=(
+            "origins of other web pages that may send requests, as https://example.org (several"
+            " with commas; * for all, with a token)"
+        ),
+    )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*/?$",
+        description="prefix of the paths behind a proxy, such as /anyflow",
+    )
+    public_metrics: bool = Field(False, description="let /metrics be read without the token")
     folder: Path = Field(Path("anyflow-videos"), description="where videos are kept")
     keep_gb: float = Field(10.0, gt=0, description="finished videos in --folder, at most")
     keep_hours: float = Field(24.0, gt=0, description="age of a finished video, at most")
@@ -84,7 +106,7 @@ class ServeOptions(Options):
         description="what clients call the model (default: the manifest's)",
     )
     warm_up: bool = Field(
-        False, description="make one video of default size in one step before listening"
+        False, description="make one video of default size in one step before taking requests"
     )
     backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
     provider: str | None = Field(
@@ -110,16 +132,28 @@ class ServeOptions(Options):
         "cpu", pattern="^(cpu|cuda)$", description="where text encoder and VAE run: cpu or cuda"
     )
 
+    @field_validator("cors_origin")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"--cors-origin is {origin!r}; allowed are a scheme and a host, as a browser"
+                    " sends them in Origin (https://example.org, http://localhost:3000), or *."
+                )
+        return origins
+
 
 def serve(options: ServeOptions) -> int:
     """Serve until a signal; return the exit status."""
-    token = _read_token(options)
+    rules = rules_from_options(options)
     _check_packages()
     bundle = load_bundle(options.bundle)
     limits = limits_from_options(options, bundle)
     listener = _open_listener(options.host, options.port)
     from anyflow_deploy.serving.app import make_app
     from anyflow_deploy.serving.generator import VideoGenerator
+    from anyflow_deploy.serving.loading import BackgroundLoader
     from anyflow_deploy.serving.logs import log_to_stderr
     from anyflow_deploy.serving.metrics import Metrics
     from anyflow_deploy.serving.server import Server, configure_uvicorn
@@ -129,36 +163,67 @@ def serve(options: ServeOptions) -> int:
 
     log_to_stderr()
     manifest = bundle.manifest
-    name = options.name or bundle.manifest.model
+    name = options.name or manifest.model
+    host, port = listener.getsockname()[:2]
+    address = escape(f"http://{f'[{host}]' if ':' in host else host}:{port}{rules.root_path}")
+    pipeline = _make_pipeline(options, bundle)
+    generator = VideoGenerator(pipeline)
+    metrics = Metrics()
+
+    def load() -> None:
+        _load_pipeline(options, pipeline)
+        engine = pipeline.engine.description
+        metrics.describe(model=name, bundle=bundle.digest[:16], engine=engine)
+
+    def prepare() -> None:
+        if options.warm_up:
+            warm_up(generator, manifest, limits, name)
+        engine = escape(pipeline.engine.description)
+        console.print(f"[green]serving[/] [bold]{escape(name)}[/] on {address} ({engine})")
+
     with (
         listener,
         closing(VideoStore(options.folder, limits.disk_bytes, limits.keep_seconds)) as store,
-        _load_pipeline(options, bundle) as pipeline,
+        pipeline,
     ):
-        generator = VideoGenerator(pipeline)
-        engine = pipeline.engine.description
-        metrics = Metrics()
-        metrics.describe(model=name, bundle=bundle.digest[:16], engine=engine)
-        if options.warm_up:
-            warm_up(generator, manifest, limits, name)
-        service = Service(generator, manifest, store, limits, name, metrics)
-        app = make_app(service, token)
-        host, port = listener.getsockname()[:2]
-        address = f"[{host}]" if ":" in host else host
-        console.print(
-            f"[green]serving[/] [bold]{escape(name)}[/] on http://{escape(address)}:{port}"
-            f" ({escape(engine)})"
-        )
-        Server(configure_uvicorn(app, host, port, limits), service, options.grace).run([listener])
+        service = Service(generator, manifest, store, limits, name, metrics, is_loading=True)
+        app = make_app(service, rules)
+        server = Server(configure_uvicorn(app, host, port, limits), service, options.grace)
+        loader = BackgroundLoader(service, server, load, prepare)
+        console.print(f"listening on {address}; loading {escape(name)} …")
+        loader.start()
+        server.run([listener])
         service.drain(0)
-    console.print("stopped; finished videos stay in " + escape(str(options.folder)))
+        console.print("stopped; finished videos stay in " + escape(str(options.folder)))
+        loader.finish()
     return 0
 
 
+def rules_from_options(options: ServeOptions) -> AccessRules:
+    """Say who may send requests.
+
+    Raises:
+        AnyFlowError: a token that is missing or wrong, or every web page without one.
+    """
+    token = _read_token(options)
+    if "*" in options.cors_origin and token is None:
+        raise AnyFlowError(
+            "--cors-origin * lets every web page that this machine's user opens send requests, and"
+            " there is no token. Name the origins, or give --token-file."
+        )
+    return AccessRules(
+        token, options.cors_origin, options.public_metrics, options.root_path.rstrip("/")
+    )
+
+
 def limits_from_options(options: ServeOptions, bundle: Bundle) -> Limits:
-    """Make the limits from the flags; the defaults are the bundle's own video size."""
+    """Make the limits from the flags; the defaults are the bundle's own video size.
+
+    Raises:
+        AnyFlowError: a limit below everything that the bundle makes.
+    """
     video = bundle.manifest.video
-    return Limits(
+    limits = Limits(
         frames=options.max_frames or video.frames,
         pixels=options.max_pixels or video.height * video.width,
         queue=options.queue,
@@ -168,6 +233,8 @@ def limits_from_options(options: ServeOptions, bundle: Bundle) -> Limits:
         disk_bytes=int(options.keep_gb * 1e9),
         keep_seconds=options.keep_hours * 3600,
     )
+    default_video(bundle.manifest, limits, flag_name)
+    return limits
 
 
 def _read_token(options: ServeOptions) -> str | None:
@@ -229,15 +296,9 @@ def _open_listener(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _load_pipeline(options: ServeOptions, bundle: Bundle) -> VideoPipeline:
-    """Load text encoder, VAE and engine."""
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise AnyFlowError(
-            "--device cuda: PyTorch finds no GPU here (anyflow-doctor says why). Leave it at cpu."
-        )
-    pipeline = VideoPipeline(
+def _make_pipeline(options: ServeOptions, bundle: Bundle) -> VideoPipeline:
+    """Make the pipeline, of which nothing is loaded yet."""
+    return VideoPipeline(
         bundle,
         backend=options.backend,
         provider=options.provider,
@@ -247,9 +308,20 @@ def _load_pipeline(options: ServeOptions, bundle: Bundle) -> VideoPipeline:
         pipeline=options.pipeline,
         torch_device=options.device,
     )
+
+
+def _load_pipeline(options: ServeOptions, pipeline: VideoPipeline) -> None:
+    """Load text encoder, VAE and engine."""
+    if options.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise AnyFlowError(
+                "--device cuda: PyTorch finds no GPU here (anyflow-doctor says why). Leave it at"
+                " cpu."
+            )
     with RichProgress(console) as bars:
         pipeline.load(progress=bars)
-    return pipeline
 
 
 def main() -> None:

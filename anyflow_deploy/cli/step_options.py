@@ -32,6 +32,16 @@ Seconds = Annotated[float, BeforeValidator(_parse_seconds), Field(gt=0, allow_in
 """1500ms, 1.5s or 2m. A number without a unit, in seconds, is for Python only."""
 
 
+Decibels = Annotated[
+    float,
+    BeforeValidator(
+        lambda v: v.strip().lower().removesuffix("db").strip() if isinstance(v, str) else v
+    ),
+    Field(gt=0),
+]
+"""30, 30dB or "30 dB"."""
+
+
 _FLAGS = {
     "num_inference_steps": "--steps",
     "deadline_s": "--deadline",

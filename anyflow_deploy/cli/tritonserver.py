@@ -10,9 +10,16 @@ from pydantic import BeforeValidator, Field, model_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.options import Options, Words, run
+from anyflow_deploy.cli.options import KernelSpecialization, Options, Words, run
+from anyflow_deploy.cli.step_options import flag_name
 from anyflow_deploy.engines.engine_folder import EngineFolder, find_engine
-from anyflow_deploy.engines.registry import BACKENDS, DEFAULT_BACKEND, check_backend
+from anyflow_deploy.engines.registry import (
+    BACKENDS,
+    DEFAULT_BACKEND,
+    check_backend,
+    check_kernel_specialization,
+)
+from anyflow_deploy.engines.tritonserver.checks import check_settings
 from anyflow_deploy.engines.tritonserver.repository import (
     check_plan,
     model_writer,
@@ -33,9 +40,11 @@ class TritonOptions(Options):
     """Write a bundle into a model repository that the stock Triton Inference Server loads.
 
     The model is decoupled: a request (prompt or embeddings; steps or a deadline; a seed) is
-    answered chunk by chunk. Several requests run at once in bounded memory. It runs in the server's
-    Python backend: install anyflow-deploy there. With --transition it serves one transition
-    instead, as a TensorRT plan for the server's own tensorrt backend.
+    answered chunk by chunk. With --single-response it answers with the whole video at once, for
+    /infer, /generate and tools of KServe's protocol, which take one response. Several requests run
+    at once in bounded memory. It runs in the server's Python backend: install anyflow-deploy there.
+    With --transition it serves one transition instead, as a TensorRT plan for the server's own
+    tensorrt backend.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
@@ -62,6 +71,9 @@ class TritonOptions(Options):
     transition: bool = Field(
         False, description="serve one transition as a TensorRT plan, without text, VAE, sampling"
     )
+    single_response: bool = Field(
+        False, description="answer with one response, the whole video, in place of chunks"
+    )
     parts: Words = Field(
         tuple(PARTS),
         description="what is served with it: text (prompts), vae (frames, mp4), or none",
@@ -81,6 +93,13 @@ class TritonOptions(Options):
         ),
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
+    kernel_specialization: KernelSpecialization | None = Field(
+        None,
+        description=(
+            "tensorrt-rtx: when kernels for one shape are compiled: lazy (in the background), eager"
+            " or none (default lazy)"
+        ),
+    )
     max_streams: int = Field(8, ge=1, le=1000, description="videos that an instance makes at once")
     max_waiting: int = Field(
         32, ge=0, le=10000, description="requests that may wait for a place; more are refused"
@@ -105,6 +124,7 @@ class TritonOptions(Options):
     def _check_consistency(self) -> TritonOptions:
         try:
             check_backend(self.backend)
+            check_kernel_specialization(self.backend, self.kernel_specialization)
         except AnyFlowError as error:
             raise ValueError(str(error)) from None
         unknown = [part for part in self.parts if part not in (*PARTS, "none")]
@@ -115,6 +135,10 @@ class TritonOptions(Options):
         if self.transition and self.backend != "tensorrt":
             raise ValueError(
                 "--transition serves a TensorRT plan; give --backend tensorrt with it."
+            )
+        if self.transition and self.single_response:
+            raise ValueError(
+                "--transition answers with one response already; leave --single-response out."
             )
         if self.engine is not None and BACKENDS[self.backend].build_settings is None:
             raise ValueError(
@@ -139,6 +163,8 @@ def triton(options: TritonOptions) -> int:
         assert engine is not None
         check_plan(bundle, engine)
     settings = None if options.transition else settings_from_options(options, bundle, engine)
+    if settings is not None:
+        check_settings(bundle.manifest, settings, _flag_of_setting)
     writer = model_writer(options.output, options.name, options.overwrite)
     pipeline = (
         None
@@ -151,7 +177,8 @@ def triton(options: TritonOptions) -> int:
             assert engine is not None and devices is not None
             write_plan(writer, bundle, engine, devices)
         else:
-            write_streaming(writer, bundle, engine, pipeline, settings, devices)
+            decoupled = not options.single_response
+            write_streaming(writer, bundle, engine, pipeline, settings, devices, decoupled)
     repository = escape(str(options.output))
     where = "the CPU" if devices is None else f"GPU {', '.join(map(str, devices))}"
     console.print(f"[green]wrote[/] [bold]{escape(options.name)}[/] for {where} into {repository}")
@@ -174,6 +201,7 @@ def settings_from_options(
         backend=options.backend,
         engine=None if engine is None else engine.path.name,
         threads=options.threads,
+        kernel_specialization=options.kernel_specialization,
         max_streams=options.max_streams,
         max_waiting=options.max_waiting,
         cache_bytes=None if options.cache_gb is None else int(options.cache_gb * 1e9),
@@ -181,6 +209,10 @@ def settings_from_options(
         max_frames=options.max_frames or video.frames,
         max_pixels=options.max_pixels or video.height * video.width,
     )
+
+
+def _flag_of_setting(setting: str) -> str:
+    return "--cache-gb" if setting == "cache_bytes" else flag_name(setting)
 
 
 def _find_pipeline(options: TritonOptions, bundle: Bundle, folders: list[str]) -> Path:

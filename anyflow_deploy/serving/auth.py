@@ -2,30 +2,32 @@
 
 Who may send requests:
 
-- With a token, every path but `/health` and the page's own files needs `Authorization: Bearer
-  TOKEN`, compared in constant time. A browser cannot set that header on a WebSocket; there the
-  token comes as a subprotocol, `token.TOKEN`.
+- With a token, every path but `/health` and the page's own files (and `/metrics`, if it is public)
+  needs `Authorization: Bearer TOKEN`, compared in constant time. A browser cannot set that header
+  on a WebSocket; there the token comes as a subprotocol, `token.TOKEN`.
 - Without one the server listens on this machine only. Any web page that its user visits could still
   reach it, so a request has to name this machine in `Host` (a foreign name that resolves to
   127.0.0.1 is refused), and one that a page sends has to come from this server's own page
-  (`Origin`).
+  (`Origin`) or from one that `--cors-origin` names.
 
-A body is read completely before the app gets it, within limits of bytes and seconds.
+A body is read completely before the app gets it (`body.py`). Behind a proxy the paths may begin
+with a prefix, which the proxy removes or leaves; both are understood.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 import re
 import secrets
 import time
-from collections import deque
+from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from anyflow_deploy.serving.access import AccessRules
+from anyflow_deploy.serving.body import read_body
 from anyflow_deploy.serving.errors import ApiError
 from anyflow_deploy.serving.limits import Limits
 from anyflow_deploy.serving.logs import request_id
@@ -34,10 +36,10 @@ from anyflow_deploy.serving.metrics import Metrics
 
 _log = logging.getLogger("anyflow.serve")
 
-PROTOCOL, TOKEN_PROTOCOL = "anyflow", "token."
-OPEN = ("/", "/page.js", "/page.css", "/health")
-"""Paths that need no token: they hold no secret, and the page has to load to ask for a token."""
+IS_HEAD = "anyflow.is_head"
+"""Key of a scope: the request is HEAD, and a long body need not be read from the disk."""
 
+PROTOCOL, TOKEN_PROTOCOL = "anyflow", "token."
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -46,14 +48,14 @@ class AuthMiddleware:
 
     Args:
         app: the app behind it.
-        token: what clients have to send; None for a server that this machine alone can reach.
+        rules: who may send requests.
         limits: limits of bodies.
         metrics: counts every request.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, rules: AccessRules, limits: Limits, metrics: Metrics) -> None:
         self._app = app
-        self._token = token
+        self._rules = rules
         self._limits = limits
         self._metrics = metrics
 
@@ -69,67 +71,41 @@ class AuthMiddleware:
         client_id = headers.get("x-request-id", "")
         own_id = client_id if _ID.fullmatch(client_id) else f"req_{secrets.token_hex(12)}"
         request_id.set(own_id)
+        path = self._remove_prefix(scope)
+        if scope.get("method") == "HEAD":  # answered as GET; uvicorn leaves the body out
+            scope = {**scope, "method": "GET", IS_HEAD: True}
         recorder = _ResponseRecorder(scope, send, own_id, self._metrics)
         try:
-            self._check(scope, headers)
+            self._check(path, headers)
             if scope["type"] == "http":
-                receive = await self._read_body(headers, receive)
+                receive = await read_body(headers, receive, self._limits)
         except ApiError as error:
             await error.to_response()(scope, receive, recorder)
             return
         await self._app(scope, receive, recorder)
 
-    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
-        if self._token is None:
-            _check_local(headers)
-        elif scope["path"] not in OPEN and not self._has_token(headers):
+    def _remove_prefix(self, scope: Scope) -> str:
+        """Return the path as this server's routes have it; the scope says the same in ASGI's way,
+        where the path begins with the prefix."""
+        prefix, path = self._rules.root_path, str(scope["path"])
+        if not prefix:
+            return path
+        if path == prefix or path.startswith(prefix + "/"):
+            path = path[len(prefix) :]
+        scope["root_path"] = prefix
+        scope["path"] = prefix + path
+        return path or "/"  # to which the router redirects, so that the page finds its files
+
+    def _check(self, path: str, headers: dict[str, str]) -> None:
+        if self._rules.token is None:
+            _check_local(headers, self._rules.origins)
+        elif not self._rules.is_open(path) and not _has_token(self._rules.token, headers):
             raise ApiError(
                 401,
                 "this server needs its token: Authorization: Bearer TOKEN (a browser's WebSocket:"
                 " the subprotocol token.TOKEN).",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-
-    def _has_token(self, headers: dict[str, str]) -> bool:
-        """Return whether the request has the token; all ways are tried, in constant time."""
-        assert self._token is not None
-        kind, _, bearer = headers.get("authorization", "").partition(" ")
-        protocols = [text.strip() for text in headers.get("sec-websocket-protocol", "").split(",")]
-        tokens = [
-            text[len(TOKEN_PROTOCOL) :] for text in protocols if text.startswith(TOKEN_PROTOCOL)
-        ]
-        tokens.append(bearer.strip() if kind.lower() == "bearer" else "")
-        return any([hmac.compare_digest(text.encode(), self._token.encode()) for text in tokens])  # noqa: C419 - no short cut
-
-    async def _read_body(self, headers: dict[str, str], receive: Receive) -> Receive:
-        """Read the body; return what replays it to the app, followed by later messages."""
-        limit = self._limits.body_bytes
-        too_large = ApiError(
-            413, f"the body is larger than {limit:,} bytes, which is what this server takes."
-        )
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length[:20]) > limit:
-            raise too_large
-        messages: deque[Message] = deque()
-        size, end = 0, time.monotonic() + self._limits.body_seconds
-        while not messages or (
-            messages[-1]["type"] == "http.request" and messages[-1].get("more_body")
-        ):
-            try:
-                message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
-            except asyncio.TimeoutError:
-                raise ApiError(
-                    408, f"the body did not arrive within {self._limits.body_seconds:g} s."
-                ) from None
-            size += len(message.get("body", b""))
-            if size > limit:
-                raise too_large
-            messages.append(message)
-
-        async def replay() -> Message:
-            return messages.popleft() if messages else await receive()
-
-        return replay
 
 
 class _ResponseRecorder:
@@ -160,16 +136,26 @@ class _ResponseRecorder:
         scope = self._scope
         # The route's pattern and not the path, so that there are few labels.
         route = getattr(scope.get("route"), "path", "none")
-        method = str(scope.get("method", "WS"))
+        method = "HEAD" if IS_HEAD in scope else str(scope.get("method", "WS"))
         method = method if method in ("GET", "HEAD", "POST", "DELETE", "WS") else "other"
         self._metrics.requests.labels(route, method, str(status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
-        level = logging.DEBUG if scope["path"] in ("/health", "/metrics") else logging.INFO
+        quiet = scope["path"].endswith(("/health", "/metrics"))
+        level = logging.DEBUG if quiet else logging.INFO
         path = scope["path"][:200].encode("ascii", "backslashreplace").decode()
         _log.log(level, "%s %r %d %.1f ms", method, path, status, seconds * 1000)
 
 
-def _check_local(headers: dict[str, str]) -> None:
+def _has_token(token: str, headers: dict[str, str]) -> bool:
+    """Return whether the request has the token; all ways are tried, in constant time."""
+    kind, _, bearer = headers.get("authorization", "").partition(" ")
+    protocols = [text.strip() for text in headers.get("sec-websocket-protocol", "").split(",")]
+    tokens = [text[len(TOKEN_PROTOCOL) :] for text in protocols if text.startswith(TOKEN_PROTOCOL)]
+    tokens.append(bearer.strip() if kind.lower() == "bearer" else "")
+    return any([hmac.compare_digest(text.encode(), token.encode()) for text in tokens])  # noqa: C419 - no short cut
+
+
+def _check_local(headers: dict[str, str], origins: Collection[str]) -> None:
     host = headers.get("host", "")
     if not is_local(_host_name(f"//{host}") or ""):
         raise ApiError(
@@ -178,11 +164,13 @@ def _check_local(headers: dict[str, str]) -> None:
             " 127.0.0.1 only.",
         )
     origin = headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+    if origin is None or origin in origins:
+        return
+    if urlsplit(origin).netloc.lower() != host.lower():
         raise ApiError(
             403,
             f"Origin is {origin[:100]!r}; without a token only this server's own page may send"
-            " requests.",
+            " requests, and those that --cors-origin names.",
         )
 
 

@@ -7,7 +7,7 @@ such page, no such method).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,9 +16,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from anyflow_deploy.errors import AnyFlowError, InvalidRequestError, suggestion
-from anyflow_deploy.serving.request import VideoRequest
-from anyflow_deploy.serving.service import BusyError, ClosingError
+from anyflow_deploy.errors import AnyFlowError, InvalidRequestError
+from anyflow_deploy.serving.request import VideoRequest, explain_unknown_field
+from anyflow_deploy.serving.service import BusyError, ClosingError, LoadingError
 
 _log = logging.getLogger("anyflow.serve")
 
@@ -90,6 +90,10 @@ def api_error_from_exception(error: Exception) -> ApiError:
         return ApiError(429, str(error), headers={"Retry-After": str(error.seconds)})
     if isinstance(error, ClosingError):
         return ApiError(503, str(error), code="server_shutdown", headers={"Retry-After": "30"})
+    if isinstance(error, LoadingError):
+        return ApiError(
+            503, str(error), code="loading", headers={"Retry-After": str(error.seconds)}
+        )
     if isinstance(error, ValidationError):
         return _api_error_from_validation(error)
     if isinstance(error, AnyFlowError):
@@ -101,14 +105,35 @@ def api_error_from_exception(error: Exception) -> ApiError:
     )
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Let every error of an app be answered in this form."""
+def install_error_handlers(
+    app: FastAPI,
+    explain_unknown_path: Callable[[str], ApiError],
+    explain_method: Callable[[str, str], ApiError],
+) -> None:
+    """Let every error of an app be answered in this form.
+
+    Args:
+        app: whose errors are answered.
+        explain_unknown_path: makes the answer to a path that the app does not have.
+        explain_method: makes the answer to a method that a path does not have.
+    """
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
         return api_error_from_exception(error).to_response()
 
-    for kind in (ApiError, AnyFlowError, HTTPException, ValidationError, Exception):
+    async def answer_router(request: Request, error: Exception) -> JSONResponse:
+        scope = request.scope
+        path = str(scope["path"]).removeprefix(scope.get("root_path", ""))
+        status = getattr(error, "status_code", 500)
+        if status == 404:
+            return explain_unknown_path(path).to_response()
+        if status == 405:
+            return explain_method(request.method, path).to_response()
+        return await answer(request, error)
+
+    for kind in (ApiError, AnyFlowError, ValidationError, Exception):
         app.add_exception_handler(kind, answer)
+    app.add_exception_handler(HTTPException, answer_router)
 
 
 def _escape_surrogates(text: str) -> str:
@@ -123,8 +148,7 @@ def _api_error_from_validation(error: ValidationError) -> ApiError:
     if problem["type"] == "missing":
         return ApiError(400, f"{field} is missing.", field, "missing_required_parameter")
     if problem["type"] == "extra_forbidden":
-        fields = list(VideoRequest.model_fields)
-        advice = suggestion(str(field), fields) or f" Allowed are {', '.join(fields)}."
-        return ApiError(400, f"unknown field {field!r}.{advice}", field, "unknown_parameter")
+        message = explain_unknown_field(str(field), VideoRequest.model_fields)
+        return ApiError(400, message, field, "unknown_parameter")
     value = repr(problem["input"])
     return ApiError(400, f"{field or 'the body'} is {value[:60]}: {problem['msg'].lower()}.", field)

@@ -8,6 +8,8 @@ GET    /v1/videos/ID/content    the mp4 (variant=thumbnail: its first frame as J
 POST   /v1/videos/ID/cancel     stop it between two transitions
 POST   /v1/videos/ID/finish     under a deadline: finish with a single step now
 DELETE /v1/videos/ID            remove it; one that is not finished is cancelled
+
+HEAD is answered wherever GET is (`auth.py`). Other paths are answered by `endpoints.py`.
 """
 
 from __future__ import annotations
@@ -23,16 +25,22 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from anyflow_deploy.errors import AnyFlowError, InvalidRequestError
+from anyflow_deploy.serving.auth import IS_HEAD
+from anyflow_deploy.serving.default_video import default_video
 from anyflow_deploy.serving.errors import ApiError
 from anyflow_deploy.serving.job import Job, Video
 from anyflow_deploy.serving.logs import request_id
-from anyflow_deploy.serving.request import VideoRequest
+from anyflow_deploy.serving.request import VideoRequest, unsupported_field_error
 from anyflow_deploy.serving.service import Service
 from anyflow_deploy.serving.thumbnails import encode_thumbnail
 
 _POLL = {"openai-poll-after-ms": "500"}
+_OFTEN_WRONG = ("application/x-www-form-urlencoded", "text/plain")
+"""What curl and browsers call a body of JSON unless they are told."""
+
 _FAILURES = {"cancelled": 409, "server_shutdown": 503, "invalid_request": 400}
 
 
@@ -119,10 +127,10 @@ def _add_server_routes(api: APIRouter, service: Service) -> None:
 
     @api.get("/health")
     async def health() -> JSONResponse:
-        state = "ok" if service.healthy else "unavailable"
+        state = service.state
         return JSONResponse(
             {"status": state, "model": service.name, "queued": service.queue_length},
-            200 if service.healthy else 503,
+            200 if state == "ok" else 503,
         )
 
     @api.get("/metrics")
@@ -167,11 +175,11 @@ def finish_deadline(job: Job) -> None:
 def describe_service(service: Service) -> dict[str, Any]:
     """Describe the model and the limits of requests, as JSON."""
     manifest, limits = service.manifest, service.limits
-    video, schedule = manifest.video, manifest.schedule
+    frames, height, width = default_video(manifest, limits)
     default = {
-        "size": f"{video.width}x{video.height}",
-        "num_frames": video.frames,
-        "num_inference_steps": schedule.steps,
+        "size": f"{width}x{height}",
+        "num_frames": frames,
+        "num_inference_steps": min(manifest.schedule.steps, limits.steps),
     }
     return {
         "id": service.name,
@@ -179,7 +187,7 @@ def describe_service(service: Service) -> dict[str, Any]:
         "created": 0,
         "owned_by": "anyflow_deploy",
         "kind": manifest.kind,
-        "fps": video.fps,
+        "fps": manifest.video.fps,
         "default": default,
         "limits": {
             "num_frames": limits.frames,
@@ -193,6 +201,7 @@ def describe_service(service: Service) -> dict[str, Any]:
 
 async def _submit_request(service: Service, request: Request) -> Job:
     video_request = service.validate(VideoRequest.model_validate(await _read_fields(request)))
+    service.check_open()
     try:
         await run_in_threadpool(service.generator.check, video_request.prompt)
     except AnyFlowError as error:
@@ -203,14 +212,15 @@ async def _submit_request(service: Service, request: Request) -> Job:
 async def _read_fields(request: Request) -> object:
     """Read the body, as JSON or as a form (which OpenAI's client sends)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind in _OFTEN_WRONG and (await request.body()).lstrip()[:1] == b"{":
+        kind = "application/json"
     if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
         async with request.form(max_files=1, max_fields=32) as form:
             if len(form) != len(form.multi_items()):
                 raise ApiError(400, "a field is given twice.")
-            if any(isinstance(value, UploadFile) for value in form.values()):
-                raise InvalidRequestError(
-                    "this server takes no files; describe the video in words.", "input_reference"
-                )
+            for name, value in form.items():
+                if isinstance(value, UploadFile):
+                    raise unsupported_field_error(name[:40])
             return dict(form)
     if kind not in ("application/json", ""):
         raise ApiError(
@@ -272,7 +282,16 @@ def _file_response(service: Service, job: Job) -> Response:
     if not path.is_file():
         raise ApiError(404, f"video {job.id} was removed to make room.", "video_id")
     headers = {"x-video-id": job.id, "Cache-Control": "private, no-store"}
-    return FileResponse(path, media_type="video/mp4", filename=f"{job.id}.mp4", headers=headers)
+    return _VideoFile(path, media_type="video/mp4", filename=f"{job.id}.mp4", headers=headers)
+
+
+class _VideoFile(FileResponse):
+    """A file that is not read for HEAD."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if IS_HEAD in scope:
+            scope = {**scope, "method": "HEAD"}
+        await super().__call__(scope, receive, send)
 
 
 def _video_response(service: Service, job: Job) -> JSONResponse:

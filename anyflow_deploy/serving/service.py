@@ -57,6 +57,16 @@ class ClosingError(AnyFlowError):
     """The server is being stopped."""
 
 
+class LoadingError(AnyFlowError):
+    """The model is not loaded yet."""
+
+    seconds = 5
+    """Time after which the client should ask again."""
+
+    def __init__(self) -> None:
+        super().__init__(f"the model is being loaded; ask again in {self.seconds} s.")
+
+
 class Service:
     """Queues requests, makes their videos in a thread, and keeps the results.
 
@@ -67,6 +77,7 @@ class Service:
         limits: of this server.
         name: this server's name of the model.
         metrics: counts everything.
+        is_loading: take no requests until `finish_loading`.
     """
 
     def __init__(
@@ -77,6 +88,7 @@ class Service:
         limits: Limits,
         name: str,
         metrics: Metrics,
+        is_loading: bool = False,
     ) -> None:
         self.generator = generator
         self.manifest = manifest
@@ -87,6 +99,7 @@ class Service:
         self._jobs: dict[str, Job] = {job.id: job for job in store.restore()}  # oldest first
         self._queue: deque[Job] = deque()
         self._running_job: Job | None = None
+        self._is_loading = is_loading
         self._is_closing = False
         self._recent_seconds: deque[float] = deque(maxlen=5)
         self._condition = threading.Condition()
@@ -109,19 +122,34 @@ class Service:
         """
         return validate_request(request, self.manifest, self.limits, self.name)
 
+    def check_open(self) -> None:
+        """Refuse requests for videos while they cannot be made.
+
+        Raises:
+            LoadingError: the model is not loaded yet.
+            ClosingError: the server is being stopped.
+        """
+        if self._is_closing:
+            raise ClosingError(
+                "the server is being stopped and takes no more videos; ask again later."
+            )
+        if self._is_loading:
+            raise LoadingError
+
+    def finish_loading(self) -> None:
+        """Take requests from now on."""
+        self._is_loading = False
+
     def submit(self, request: GenerationRequest, request_id: str = "") -> Job:
         """Put a request into the queue.
 
         Raises:
             BusyError: the queue is full.
-            ClosingError: the server is being stopped.
+            LoadingError, ClosingError: see `check_open`.
         """
         job = Job(self._make_video(request), request, request_id)
         with self._condition:
-            if self._is_closing:
-                raise ClosingError(
-                    "the server is being stopped and takes no more videos; ask again later."
-                )
+            self.check_open()
             if len(self._queue) >= self.limits.queue:
                 self.metrics.refusals.labels("queue").inc()
                 raise BusyError(len(self._queue), self._estimate_wait())
@@ -185,7 +213,14 @@ class Service:
     @property
     def healthy(self) -> bool:
         """Whether videos are accepted and made."""
-        return self._thread.is_alive() and not self._is_closing
+        return self.state == "ok"
+
+    @property
+    def state(self) -> str:
+        """`ok`, `loading`, or `unavailable` where the server is being stopped."""
+        if self._is_closing or not self._thread.is_alive():
+            return "unavailable"
+        return "loading" if self._is_loading else "ok"
 
     # Stopping
 

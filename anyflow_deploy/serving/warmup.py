@@ -26,16 +26,14 @@ def warm_up(generator: VideoGenerator, manifest: Manifest, limits: Limits, name:
     Neither the server's folder nor its metrics contain it.
 
     Raises:
-        AnyFlowError: it could not be made, or the limits do not allow the default size.
+        AnyFlowError: it could not be made.
     """
     end_event = threading.Event()
     with tempfile.TemporaryDirectory(prefix="anyflow-warm-up-") as folder:
         with closing(VideoStore(Path(folder), limits.disk_bytes, limits.keep_seconds)) as store:
             service = Service(generator, manifest, store, limits, name, Metrics())
             try:
-                job = service.submit(
-                    service.validate(VideoRequest(prompt="a red fox", deadline_ms=0.001, seed=0))
-                )
+                job = service.submit(service.validate(_request(limits)))
                 with job.subscribe(lambda: end_event.set() if job.has_ended else None):
                     while not job.has_ended:
                         end_event.wait(1.0)
@@ -43,3 +41,12 @@ def warm_up(generator: VideoGenerator, manifest: Manifest, limits: Limits, name:
                 service.drain(0)
         if job.video.error is not None:
             raise AnyFlowError(f"the warm-up failed: {job.video.error.message}")
+
+
+def _request(limits: Limits) -> VideoRequest:
+    """A request that is within all limits."""
+    return VideoRequest(
+        prompt="a red fox"[: limits.prompt_characters],
+        deadline_ms=min(0.001, limits.deadline_seconds * 1000),
+        seed=0,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS, TensorSpec
+from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS, SINGLE_OUTPUTS, TensorSpec
 
 _HEAD = """\
 # Written by anyflow-triton. The parameters may be changed here; docs/how-to/triton.md
@@ -18,8 +18,9 @@ def streaming_config(
     gpus: Sequence[int] | None,
     embeds: tuple[int, int],
     warm_up: str,
+    decoupled: bool = True,
 ) -> str:
-    """Return the config.pbtxt of the decoupled model.
+    """Return the config.pbtxt of the model that makes videos.
 
     Args:
         name: of the model, and of its folder.
@@ -27,6 +28,7 @@ def streaming_config(
         gpus: one instance on each; None for one on the CPU.
         embeds: tokens and channels of a prompt's embeddings, for the warm-up.
         warm_up: file below `warmup/` with the number of steps, INT32.
+        decoupled: answer with a response for every chunk; else with one, the whole video.
     """
     kind = (
         "kind: KIND_CPU count: 1"
@@ -38,9 +40,9 @@ def streaming_config(
         f"name: {_text(name)}",
         'backend: "python"',
         "max_batch_size: 0",
-        "model_transaction_policy { decoupled: true }",
+        f"model_transaction_policy {{ decoupled: {str(decoupled).lower()} }}",
         *_ports("input", INPUTS, optional=True),
-        *_ports("output", OUTPUTS),
+        *_ports("output", OUTPUTS if decoupled else SINGLE_OUTPUTS),
         f"instance_group [ {{ {kind} }} ]",
         # The server is ready when it has generated one video. It is generated from embeddings,
         # which work with and without a text encoder.

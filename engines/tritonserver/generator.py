@@ -100,6 +100,24 @@ def generate_chunks(
             check()
 
 
+def join_chunks(chunks: list[GeneratedChunk], output_type: str) -> NDArray[Any]:
+    """Join the tensors of a video's chunks into one, as a single response has it.
+
+    Args:
+        chunks: all of one video, in order.
+        output_type: of the request.
+    """
+    contents = [chunk.content for chunk in chunks]
+    if output_type not in ("mp4", "mp4-base64"):
+        return np.concatenate(contents)
+    pieces = [bytes(content[0]) for content in contents]
+    if output_type == "mp4":
+        return np.array([b"".join(pieces)], dtype=object)
+    # Each piece was encoded by itself, with padding of its own
+    data = b"".join(base64.b64decode(piece) for piece in pieces)
+    return np.array([base64.b64encode(data)], dtype=object)
+
+
 def _pack(chunk: VideoChunk, encoder: Mp4FragmentEncoder | None, output_type: str) -> NDArray[Any]:
     """Return the tensor of a chunk that is sent to the client."""
     if chunk.frames is None:

@@ -55,7 +55,7 @@ INPUTS = (
     _number("shift", "FP32", "timestep shift"),
     _number("first_steps", "INT32", "causal: transitions of the first chunk"),
     _number("window", "INT32", "causal: newest compressed chunks to keep beside the first"),
-    TensorSpec("output_type", "STRING", (1,), "mp4, mp4-base64, frames or latents"),
+    TensorSpec("output_type", "STRING", (1,), "mp4-base64, mp4 (bytes), frames or latents"),
 )
 """All are optional, but a request has one of the first two."""
 
@@ -74,7 +74,7 @@ OUTPUTS = (
         "mp4",
         "STRING",
         (1,),
-        "output_type mp4: a piece of fragmented mp4; all pieces in order are the file",
+        "a piece of fragmented mp4, in base64 or bytes; all pieces in order are the file",
     ),
     TensorSpec(
         "frames", "UINT8", (-1, -1, -1, 3), "output_type frames: (frames, height, width, 3)"
@@ -87,5 +87,11 @@ OUTPUTS = (
     ),
 )
 
-OUTPUT_TYPES = {"mp4": "mp4", "mp4-base64": "mp4", "frames": "frames", "latents": "latents"}
+SINGLE_OUTPUTS = (
+    TensorSpec("steps", "INT32", (-1,), "transitions of each chunk, or of the video"),
+    *[port for port in OUTPUTS if port.name not in ("chunk", "first_frame", "steps")],
+)
+"""Outputs of the model that answers with one response, the whole video."""
+
+OUTPUT_TYPES = {"mp4-base64": "mp4", "mp4": "mp4", "frames": "frames", "latents": "latents"}
 """Values of `output_type`, each with the output that holds the result."""

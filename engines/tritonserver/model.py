@@ -20,17 +20,23 @@ import triton_python_backend_utils as server
 from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.bundle.manifest import Manifest
-from anyflow_deploy.engines.kv_cache import cache_plan
 from anyflow_deploy.engines.tritonserver.admission import Admission, CapacityError, Ticket
+from anyflow_deploy.engines.tritonserver.checks import cache_of, check_settings
 from anyflow_deploy.engines.tritonserver.fair_lock import FairLock
-from anyflow_deploy.engines.tritonserver.generator import GeneratedChunk, generate_chunks
+from anyflow_deploy.engines.tritonserver.generator import (
+    GeneratedChunk,
+    generate_chunks,
+    join_chunks,
+)
 from anyflow_deploy.engines.tritonserver.io_spec import OUTPUTS
 from anyflow_deploy.engines.tritonserver.metrics import TRITON_API_LOCK, Metrics
-from anyflow_deploy.engines.tritonserver.request import ParsedRequest, parse_request
+from anyflow_deploy.engines.tritonserver.request import (
+    ParsedRequest,
+    parse_request,
+    refuse_parameters,
+)
 from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from_parameters
 from anyflow_deploy.errors import AnyFlowError, BackendError
-from anyflow_deploy.pipelines.request import cache_element_bytes
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.serving.job import CancelledError
 
@@ -57,14 +63,14 @@ class ResponseStream:
         with TRITON_API_LOCK:
             return bool(self._sender.is_cancelled())
 
-    def send(self, tensors: list[tuple[str, NDArray[Any]]]) -> None:
-        """Send the tensors of a chunk."""
+    def send(self, tensors: list[tuple[str, NDArray[Any]]], is_last: bool = False) -> None:
+        """Send the tensors of a chunk; after the last one, nothing more may be sent."""
+        flags = server.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
         with TRITON_API_LOCK:
-            self._sender.send(
-                server.InferenceResponse(
-                    output_tensors=[server.Tensor(*tensor) for tensor in tensors]
-                )
+            response = server.InferenceResponse(
+                output_tensors=[server.Tensor(*tensor) for tensor in tensors]
             )
+            self._sender.send(response, flags=flags)
 
     def end(self) -> None:
         """Close the stream: no more chunks follow."""
@@ -105,14 +111,16 @@ class TritonPythonModel:
 
     def _open(self, args: dict[str, str]) -> None:
         self._name = args["model_name"]
-        self._settings = settings = settings_from_parameters(
-            json.loads(args["model_config"])["parameters"]
-        )
+        config = json.loads(args["model_config"])
+        self._settings = settings = settings_from_parameters(config["parameters"])
+        policy = config.get("model_transaction_policy", {})
+        self._decoupled = bool(policy.get("decoupled", True))
         folder = Path(args["model_repository"]) / args["model_version"]
         gpu = (
             int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         )
         bundle = load_bundle(folder / settings.bundle)
+        check_settings(bundle.manifest, settings)
         self._pipeline = load_pipeline(bundle, folder, settings, gpu)
         self._metrics = Metrics(server, self._name, args["model_instance_name"])
         self._element, most = cache_of(bundle.manifest, settings)
@@ -136,6 +144,8 @@ class TritonPythonModel:
                     tensors = {
                         tensor.name(): np.array(tensor.as_numpy()) for tensor in request.inputs()
                     }
+                    parameters = json.loads(request.parameters() or "{}")
+                refuse_parameters(parameters)
                 parsed = parse_request(tensors, self._pipeline.manifest, self._settings, self._name)
                 if parsed.prompt_embeds is None:
                     self._pipeline.check_prompt(parsed.request.prompt)
@@ -183,14 +193,22 @@ class TritonPythonModel:
                 closing(generate_chunks(self._pipeline, parsed, check)) as chunks,
             ):
                 previous = start_time
+                kept: list[GeneratedChunk] = []
                 for chunk in chunks:
                     now = time.perf_counter()
-                    responses.send(_tensors(chunk, parsed, now - start_time))
+                    if self._decoupled:
+                        responses.send(_tensors(chunk, parsed, now - start_time))
+                    else:
+                        kept.append(chunk)
                     self._metrics.count_chunk(
                         chunk.index, now - previous, chunk.steps, chunk.deadline_met
                     )
                     previous = now
-            responses.end()
+            if self._decoupled:
+                responses.end()
+            else:
+                seconds = time.perf_counter() - start_time
+                responses.send(_whole_tensors(kept, parsed, seconds), is_last=True)
             self._metrics.count_end("completed")
         except CancelledError:
             is_stopping = self._stopping.is_set()
@@ -264,6 +282,7 @@ def load_pipeline(
         provider="cpu" if gpu is None else "cuda",
         threads=settings.threads,
         engine=settings.engine,
+        kernel_specialization=settings.kernel_specialization,
         pipeline=None if settings.pipeline is None else folder / settings.pipeline,
         gpu=gpu or 0,
         torch_device="cpu" if gpu is None else f"cuda:{gpu}",
@@ -273,19 +292,6 @@ def load_pipeline(
     if settings.text:
         pipeline.encode_prompt("a red fox")  # warm-up
     return pipeline
-
-
-def cache_of(manifest: Manifest, settings: Settings) -> tuple[int, int]:
-    """Return the bytes of a cache element, and the most bytes of all caches together.
-
-    Both are 0 for a bidirectional model, which has no cache.
-    """
-    if manifest.kind == "bidirectional":
-        return 0, 0
-    element = cache_element_bytes(manifest)
-    _, _, rows, columns = manifest.latent_shape(None, None, None)
-    plan = cache_plan(manifest.architecture, None, rows, columns, None, manifest.video.text_tokens)
-    return element, settings.cache_bytes or settings.max_streams * plan.bytes(element)
 
 
 def _tensors(
@@ -303,3 +309,18 @@ def _tensors(
         (name, np.array([n], dtype=_TYPES[name])) for name, n in numbers.items() if n is not None
     ]
     return [*tensors, (chunk.output, chunk.content)]
+
+
+def _whole_tensors(
+    chunks: list[GeneratedChunk], parsed: ParsedRequest, seconds: float
+) -> list[tuple[str, NDArray[Any]]]:
+    """The tensors of the one response of a model that is not decoupled."""
+    met = [chunk.deadline_met for chunk in chunks if chunk.deadline_met is not None]
+    tensors: list[tuple[str, NDArray[Any]]] = [
+        ("steps", np.array([chunk.steps for chunk in chunks if chunk.steps], np.int32)),
+        ("seconds", np.array([seconds], np.float32)),
+        ("seed", np.array([parsed.request.seed], np.int64)),
+    ]
+    if met:
+        tensors.append(("deadline_met", np.array([all(met)])))
+    return [*tensors, (chunks[0].output, join_chunks(chunks, parsed.output_type))]

@@ -24,6 +24,7 @@ from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import MANIFEST, GraphTensor
 from anyflow_deploy.dtypes import DTYPES
 from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
+from anyflow_deploy.engines.tritonserver.checks import check_version
 from anyflow_deploy.engines.tritonserver.config import plan_config, streaming_config
 from anyflow_deploy.engines.tritonserver.io_spec import TensorSpec
 from anyflow_deploy.engines.tritonserver.settings import Settings
@@ -54,8 +55,9 @@ def write_streaming(
     pipeline: Path | None,
     settings: Settings,
     gpus: Sequence[int] | None,
+    decoupled: bool = True,
 ) -> None:
-    """Write the decoupled model, which takes prompts and answers with chunks.
+    """Write the model that takes prompts and answers with chunks, or with the whole video.
 
     Args:
         writer: from `model_writer`, entered.
@@ -64,6 +66,10 @@ def write_streaming(
         pipeline: diffusers' folder; None where neither text encoder nor VAE is served.
         settings: of the model.
         gpus: one instance on each; None for the CPU.
+        decoupled: answer with a response for every chunk; else with one.
+
+    Raises:
+        AnyFlowError: what was written could not be loaded; nothing of it stays.
     """
     version = writer.folder / VERSION
     for name in [MANIFEST, *bundle.manifest.files]:
@@ -77,8 +83,10 @@ def write_streaming(
     (writer.folder / "warmup").mkdir()
     (writer.folder / "warmup" / "steps").write_bytes(struct.pack("<i", 1))
     prompt_embeds = (bundle.manifest.video.text_tokens, bundle.manifest.architecture.text_dim)
+    parameters = settings.as_parameters()
+    check_version(version, parameters)
     writer.finish_folder(
-        streaming_config(writer.path.name, settings.as_parameters(), gpus, prompt_embeds, "steps")
+        streaming_config(writer.path.name, parameters, gpus, prompt_embeds, "steps", decoupled)
     )
 
 

@@ -16,12 +16,23 @@ from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUT_TYPES
 from anyflow_deploy.engines.tritonserver.settings import Settings
 from anyflow_deploy.errors import InvalidRequestError, ShapeError
 from anyflow_deploy.pipelines.request import GenerationRequest, check_prompt_embeds
-from anyflow_deploy.serving.request import VideoRequest, validate_request
+from anyflow_deploy.serving.request import (
+    GUIDANCE_FIELDS,
+    MEDIA_FIELDS,
+    VideoRequest,
+    explain_unknown_field,
+    unsupported_field_error,
+    validate_request,
+)
 
 _SHARED_FIELDS = tuple(
     port.name for port in INPUTS if port.name in VideoRequest.model_fields and port.name != "prompt"
 )
 """Inputs that are fields of `VideoRequest`, the prompt apart, which may be embeddings."""
+
+_SERVERS_OWN = ("id", "binary_data_output", "sequence_id", "sequence_start", "sequence_end")
+"""Parameters that are for the server itself, beside those that begin with `triton_`. `id` is one in
+servers whose `generate` does not read it."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +75,6 @@ def parse_request(
     fields: dict[str, Any] = {
         field: _single(tensors, field) for field in _SHARED_FIELDS if field in tensors
     }
-    height = _single(tensors, "height")
-    width = _single(tensors, "width")
-    if height is not None or width is not None:
-        video = manifest.video
-        width = video.width if width is None else width
-        height = video.height if height is None else height
-        fields["size"] = f"{width}x{height}"
     prompt = "" if prompt_embeds is not None else _text(tensors, "prompt")
     try:
         request = VideoRequest(prompt=prompt or "", **fields)
@@ -84,6 +88,26 @@ def parse_request(
         request, manifest, settings.limits, name, has_embeddings=prompt_embeds is not None
     )
     return ParsedRequest(generation_request, prompt_embeds, _output_type(tensors, settings))
+
+
+def refuse_parameters(parameters: Mapping[str, object]) -> None:
+    """Refuse what a request holds beside its tensors.
+
+    Triton's `generate` turns every field of the JSON that is no input into a parameter, so a
+    misspelt field would be ignored.
+
+    Raises:
+        InvalidRequestError: naming the parameter, and the input that was probably meant.
+    """
+    names = [port.name for port in INPUTS]
+    for name, value in parameters.items():
+        if name in _SERVERS_OWN or name.startswith("triton_"):
+            continue
+        if name in (*MEDIA_FIELDS, *GUIDANCE_FIELDS):
+            if value not in (None, ""):
+                raise unsupported_field_error(name)
+            continue
+        raise InvalidRequestError(explain_unknown_field(name[:40], names), name)
 
 
 def _prompt_embeds(
@@ -111,7 +135,8 @@ def _prompt_embeds(
 def _output_type(tensors: Mapping[str, NDArray[Any]], settings: Settings) -> str:
     output_type = _text(tensors, "output_type")
     if output_type is None:
-        return "mp4" if settings.vae else "latents"
+        # JSON cannot hold bytes, and a request does not say whether it came over HTTP
+        return "mp4-base64" if settings.vae else "latents"
     allowed = [name for name in OUTPUT_TYPES if settings.vae or name == "latents"]
     if output_type not in allowed:
         why = "" if settings.vae else " (this server has no VAE)"

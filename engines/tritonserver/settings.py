@@ -7,7 +7,7 @@ the server loads it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,8 +27,8 @@ class Settings(BaseModel):
             None where neither is served.
         text: serve the text encoder, so that requests may send prompts; else embeddings only.
         vae: serve the VAE, so that requests may ask for frames and mp4; else latents only.
-        backend, engine, threads: see `load_engine`. `instance_group` in config.pbtxt decides
-            between CPU and GPU.
+        backend, engine, threads, kernel_specialization: see `load_engine`. `instance_group` in
+            config.pbtxt decides between CPU and GPU.
         max_streams: videos that an instance generates at once.
         max_waiting: videos that may wait; further ones are refused.
         cache_bytes: the most bytes of all streams' keys and values together; None for those of
@@ -46,6 +46,7 @@ class Settings(BaseModel):
     backend: str = "onnxruntime"
     engine: str | None = None
     threads: int | None = Field(None, ge=1)
+    kernel_specialization: Literal["lazy", "eager", "none"] | None = None
     max_streams: int = Field(8, ge=1, le=1000)
     max_waiting: int = Field(32, ge=0, le=10000)
     cache_bytes: int | None = Field(None, ge=1)

@@ -31,6 +31,7 @@ from anyflow_deploy.bundle.manifest import (
 )
 from anyflow_deploy.pipelines.video_io import VideoWriter
 from anyflow_deploy.schedule import Step
+from anyflow_deploy.serving.access import AccessRules
 from anyflow_deploy.serving.app import make_app
 from anyflow_deploy.serving.generator import VideoGenerator
 from anyflow_deploy.serving.job import Job
@@ -173,17 +174,25 @@ def serving(
     manifest: Manifest | None = None,
     token: str | None = None,
     grace: float = 5.0,
+    rules: AccessRules | None = None,
+    is_loading: bool = False,
     **limits: object,
 ) -> Iterator[RunningServer]:
     """A server until the end of the block."""
     manifest = manifest or fake_manifest("far-tiny")
     allowed = replace(Limits(frames=81, pixels=64 * 96), **limits)  # type: ignore[arg-type]
     store = VideoStore(folder, allowed.disk_bytes, allowed.keep_seconds)
-    service = Service(maker, manifest, store, allowed, manifest.model, Metrics())
+    service = Service(
+        maker, manifest, store, allowed, manifest.model, Metrics(), is_loading=is_loading
+    )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         server = Server(
-            configure_uvicorn(make_app(service, token), "127.0.0.1", port, allowed), service, grace
+            configure_uvicorn(
+                make_app(service, rules or AccessRules(token)), "127.0.0.1", port, allowed
+            ),
+            service,
+            grace,
         )
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

@@ -340,11 +340,26 @@ def test_a_video_that_fails_says_so_and_the_next_one_is_made(
         ({"deadline_ms": 1e9}, "deadline_ms", "this server allows 600,000"),
         ({"deadline_ms": -1}, "deadline_ms", "greater than 0"),
         ({"seed": -1}, "seed", "greater than or equal to 0"),
-        ({"num_steps": 4}, "num_steps", "unknown field 'num_steps'"),
+        ({"num_steps": 4}, "num_steps", "Did you mean 'num_inference_steps'?"),
+        ({"frames": 5}, "frames", "Did you mean 'num_frames'?"),
+        ({"promt": "x"}, "promt", "Did you mean 'prompt'?"),
+        ({"zoom": 2}, "zoom", "unknown field 'zoom'. Allowed are prompt, "),
+        ({"fps": 24}, "fps", "fps is 24; this model makes 16 frames a second"),
+        ({"n": 2}, "n", "a request is one video"),
+        ({"size": "48x32", "width": 48}, "size", "give one of them"),
+        ({"width": 50}, "size", "width is 50"),
+        ({"width": 9600, "height": 64}, None, "width and height ask for 614,400 pixels"),
+        ({"negative_prompt": "blurry"}, "negative_prompt", "guidance is distilled into"),
+        ({"guidance_scale": 5.0}, "guidance_scale", "guidance is distilled into"),
+        (
+            {"input_reference": {"image_url": "data:image/png;base64,AAAA"}},
+            "input_reference",
+            "makes videos from words alone",
+        ),
     ],
 )
 def test_what_cannot_be_made_is_refused_by_field(
-    server: RunningServer, fields: dict[str, object], param: str, message: str
+    server: RunningServer, fields: dict[str, object], param: str | None, message: str
 ) -> None:
     before = len(server.service.list_jobs())
     answer = server.create(**fields)
@@ -400,8 +415,15 @@ def test_what_cannot_be_made_is_refused_by_field(
         ("GET", "/v1/videos?order=up", {}, 400, "asc and desc"),
         ("GET", "/v1/videos?after=x", {}, 400, "no video here"),
         ("GET", "/v1/models/sora-2", {}, 404, "this server has 'far-tiny'"),
-        ("PUT", "/v1/videos", {}, 405, "Method Not Allowed"),
-        ("GET", "/docs", {}, 404, "Not Found"),
+        ("PUT", "/v1/videos", {}, 405, "allowed are GET, HEAD, POST"),
+        ("GET", "/v1/videos/video_0/cancel", {}, 405, "allowed are POST"),
+        ("GET", "/docs", {}, 404, "'/docs' is no path of this server. It has /v1/videos, "),
+        ("POST", "/videos", {}, 404, "Did you mean '/v1/videos'?"),
+        ("GET", "/v1/video", {}, 404, "Did you mean '/v1/videos'?"),
+        ("POST", "/v1/videos/video_0/remix", {}, 404, "remix is not supported: a video cannot be"),
+        ("POST", "/v1/videos/edits", {}, 404, "edits is not supported: a video cannot be"),
+        ("POST", "/v1/images/generations", {}, 404, "this server makes videos, POST /v1/videos"),
+        ("GET", "/v1/videos/video_0/stream", {}, 404, "is a WebSocket"),
     ],
 )
 def test_other_mistakes_have_openais_shape_too(
@@ -657,8 +679,12 @@ def test_warming_up_leaves_no_trace_and_fails_loudly(tmp_path: Path) -> None:
     maker.fault = AnyFlowError("no memory for this.")
     with pytest.raises(AnyFlowError, match="the warm-up failed: no memory for this"):
         warm_up(maker, fake_manifest("far-tiny"), limits, "far-tiny")
-    with pytest.raises(AnyFlowError, match="num_frames asks for 17 frames; this server allows 5"):
-        warm_up(maker, fake_manifest("far-tiny"), Limits(frames=5, pixels=64 * 96), "far-tiny")
+    maker.fault = None
+    narrow = Limits(
+        frames=7, pixels=1100, steps=1, prompt_characters=2, deadline_seconds=1e-9
+    )  # below the bundle's own video in everything
+    warm_up(maker, fake_manifest("far-tiny"), narrow, "far-tiny")
+    assert maker.began[-1] == "a "
 
 
 # Watching it

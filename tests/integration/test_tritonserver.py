@@ -4,6 +4,7 @@ a real one."""
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import threading
@@ -23,15 +24,20 @@ from hypothesis import strategies as st
 from anyflow_deploy import AnyFlowError, Bundle, Schedule, noise, stream
 from anyflow_deploy.bundle.manifest import FileRecord
 from anyflow_deploy.cli.options import parse_options
-from anyflow_deploy.cli.tritonserver import TritonOptions, triton
+from anyflow_deploy.cli.tritonserver import TritonOptions, _flag_of_setting, triton
 from anyflow_deploy.engines.engine_folder import DeviceRecord, EngineFolder, EngineRecord
 from anyflow_deploy.engines.kv_cache import fit_chunks
 from anyflow_deploy.engines.tritonserver.admission import Admission, CapacityError
+from anyflow_deploy.engines.tritonserver.checks import cache_of, check_settings, check_version
 from anyflow_deploy.engines.tritonserver.fair_lock import FairLock
-from anyflow_deploy.engines.tritonserver.generator import generate_chunks
-from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS
+from anyflow_deploy.engines.tritonserver.generator import (
+    GeneratedChunk,
+    generate_chunks,
+    join_chunks,
+)
+from anyflow_deploy.engines.tritonserver.io_spec import INPUTS, OUTPUTS, SINGLE_OUTPUTS
 from anyflow_deploy.engines.tritonserver.repository import check_plan, model_writer, write_plan
-from anyflow_deploy.engines.tritonserver.request import parse_request
+from anyflow_deploy.engines.tritonserver.request import parse_request, refuse_parameters
 from anyflow_deploy.engines.tritonserver.settings import Settings, settings_from_parameters
 from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.serving.job import CancelledError
@@ -149,6 +155,11 @@ def test_a_model_that_is_there_stays(far_bundle: Bundle, tmp_path: Path) -> None
         (["--parts", "text,audio"], "allowed are text,vae, text, vae, or none"),
         (["--parts", "none,vae"], "allowed are"),
         (["--transition"], "give --backend tensorrt"),
+        (
+            ["--transition", "--backend", "tensorrt", "--single-response"],
+            "leave --single-response out",
+        ),
+        (["--kernel-specialization", "eager"], "it is an option of tensorrt-rtx. Leave it out"),
         (["--engine", "fast"], "give --backend"),
         (["--name", "a/b"], "--name is 'a/b'"),
         (["--gpus", "0,x"], "--gpus"),
@@ -248,7 +259,14 @@ def test_parameters_are_read_suspiciously(changed: dict[str, str | None], messag
 
 
 def test_parameters_come_back() -> None:
-    settings = SETTINGS.model_copy(update={"threads": 3, "pipeline": "pipeline", "text": False})
+    settings = SETTINGS.model_copy(
+        update={
+            "threads": 3,
+            "pipeline": "pipeline",
+            "text": False,
+            "kernel_specialization": "eager",
+        }
+    )
     assert (
         settings_from_parameters(
             {name: {"string_value": text} for name, text in settings.as_parameters().items()}
@@ -290,6 +308,51 @@ def test_a_request_is_read() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"steps": 1}, "unknown field 'steps'. Did you mean 'num_inference_steps'?"),
+        ({"num_frame": 5}, "Did you mean 'num_frames'?"),
+        ({"text_input": "a fox"}, "Did you mean 'prompt'?"),
+        ({"response_format": "mp4"}, "Did you mean 'output_type'?"),
+        ({"stream": True}, "unknown field 'stream'. Allowed are prompt, "),
+        ({"negative_prompt": "blurry"}, "guidance is distilled into this model"),
+        ({"id": "7", "triton_final_response": True, "negative_prompt": ""}, None),
+    ],
+)
+def test_what_is_no_input_is_refused(parameters: dict[str, object], message: str | None) -> None:
+    if message is None:
+        refuse_parameters(parameters)
+        return
+    with pytest.raises(AnyFlowError, match=re.escape(message)):
+        refuse_parameters(parameters)
+
+
+def test_base64_is_the_default(far_bundle: Bundle) -> None:
+    """JSON cannot hold bytes, and over HTTP everything is JSON."""
+    tensors = {"prompt": np.array([b"a fox"], dtype=object)}
+    assert parse_request(tensors, far_bundle.manifest, SETTINGS, "a").output_type == "mp4-base64"
+
+
+@pytest.mark.parametrize(
+    ("output_type", "contents", "whole"),
+    [
+        ("mp4", [b"a", b"bc"], b"abc"),
+        ("mp4-base64", [b"YQ==", b"YmM="], b"YWJj"),  # not the two, one behind the other
+        ("frames", [np.zeros((1, 2, 2, 3)), np.ones((4, 2, 2, 3))], None),
+    ],
+)
+def test_a_whole_video_is_its_chunks(output_type: str, contents: list[Any], whole: Any) -> None:
+    if whole is not None:
+        contents = [np.array([content], dtype=object) for content in contents]
+    chunks = [GeneratedChunk(i, i, 1, None, "mp4", content) for i, content in enumerate(contents)]
+    joined = join_chunks(chunks, output_type)
+    if whole is None:
+        assert joined.shape == (5, 2, 2, 3) and joined[0].max() == 0 and joined[1:].min() == 1
+    else:
+        assert joined.tolist() == [whole]
+
+
 def test_what_is_not_served_is_refused() -> None:
     manifest = fake_manifest("far-tiny")
     bare = SETTINGS.model_copy(update={"text": False, "vae": False})
@@ -303,6 +366,47 @@ def test_what_is_not_served_is_refused() -> None:
         )
     with pytest.raises(AnyFlowError, match="seed has 2 values"):
         parse_request({**embeds, "seed": np.array([1, 2], np.int64)}, manifest, bare, "anyflow")
+
+
+# What is written can be loaded
+
+
+def test_settings_under_which_the_warm_up_would_fail_are_refused(far_bundle: Bundle) -> None:
+    narrow = Settings(max_frames=7, max_pixels=1100, max_steps=1)
+    check_settings(far_bundle.manifest, narrow)  # the default video is shorter and smaller, then
+    with pytest.raises(AnyFlowError, match="--max-pixels is 256; the smallest .* Allow at least"):
+        check_settings(
+            far_bundle.manifest, Settings(max_frames=7, max_pixels=256), _flag_of_setting
+        )
+    eager = Settings(max_frames=7, max_pixels=1100, kernel_specialization="eager")
+    with pytest.raises(AnyFlowError, match="it is an option of tensorrt-rtx"):
+        check_settings(far_bundle.manifest, eager)
+
+
+def test_a_cache_below_one_video_is_refused(far_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(AnyFlowError, match=r"--cache-gb leaves 0\.1 MB .* default size takes"):
+        written(far_bundle, tmp_path, "--parts", "none", "--cache-gb", "0.0001")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_written_is_opened_before_it_gets_its_name(
+    server: Any, far_bundle: Bundle, tmp_path: Path
+) -> None:
+    """`--max-frames 17` is below the bundle's own video."""
+    assert far_bundle.manifest.video.frames > 17
+    model = opened(server, far_bundle, tmp_path, "--max-frames", "17")
+    warm = Sender()
+    embeds, steps = words(far_bundle), np.array([1], np.int32)
+    model.execute([request(warm, prompt_embeds=embeds, num_inference_steps=steps)])
+    assert warm.final.wait(60) and warm.sent[0].error is None
+    model.finalize()
+    parameters = Settings(max_frames=17, max_pixels=10_000, vae=True, pipeline="pipeline")
+    version = tmp_path / "models" / "anyflow" / "1"
+    with pytest.raises(AnyFlowError, match="lacks tokenizer/ of the pipeline"):
+        check_version(version, parameters.as_parameters())
+    (version / "bundle" / "manifest.json").unlink()
+    with pytest.raises(AnyFlowError, match="is not a bundle"):
+        check_version(version, parameters.as_parameters())
 
 
 # Turns and admission
@@ -544,10 +648,15 @@ def opened(server: Any, far_bundle: Bundle, tmp_path: Path, *flags: str, **chang
     }
     parameters |= {name: {"string_value": text} for name, text in changed.items()}
     model = TritonPythonModel()
+    decoupled = config_of(folder).model_transaction_policy.decoupled
+    config = {
+        "parameters": parameters,
+        "model_transaction_policy": {"decoupled": decoupled},
+    }
     model.initialize(
         {
             "model_name": "anyflow",
-            "model_config": json.dumps({"parameters": parameters}),
+            "model_config": json.dumps(config),
             "model_repository": str(folder),
             "model_version": "1",
             "model_instance_kind": "CPU",
@@ -558,9 +667,11 @@ def opened(server: Any, far_bundle: Bundle, tmp_path: Path, *flags: str, **chang
     return model
 
 
-def request(sender: Sender, **tensors: Any) -> Any:
+def request(sender: Sender, parameters: str = "", **tensors: Any) -> Any:
     sent = [Tensor(name, value) for name, value in tensors.items()]
-    return SimpleNamespace(inputs=lambda: sent, get_response_sender=lambda: sender)
+    return SimpleNamespace(
+        inputs=lambda: sent, get_response_sender=lambda: sender, parameters=lambda: parameters
+    )
 
 
 def test_the_model_answers_cancels_refuses_and_stops(
@@ -620,6 +731,29 @@ def test_the_model_answers_cancels_refuses_and_stops(
     )
 
 
+def test_a_model_of_one_response(server: Any, far_bundle: Bundle, tmp_path: Path) -> None:
+    model = opened(server, far_bundle, tmp_path, "--single-response")
+    tensors = config_of(tmp_path / "models" / "anyflow").output
+    assert [(t.name, tuple(t.dims)) for t in tensors] == [(p.name, p.shape) for p in SINGLE_OUTPUTS]
+    embeds, seed = words(far_bundle), np.array([7], np.int64)
+    frames, steps = np.array([17], np.int32), np.array([2], np.int32)
+    tensors = {"prompt_embeds": embeds, "num_frames": frames, "num_inference_steps": steps}
+    whole, wrong = Sender(), Sender()
+    model.execute([request(whole, **tensors, seed=seed, deadline_ms=np.array([1e5], np.float32))])
+    model.execute([request(wrong, '{"steps": 1}', **tensors)])
+    assert whole.final.wait(60) and wrong.final.is_set()
+    (response,) = whole.sent
+    output = {tensor.name(): tensor.as_numpy() for tensor in response.tensors}
+    assert set(output) == {"steps", "seconds", "seed", "deadline_met", "latents"}
+    assert (
+        len(output["latents"]) == 5 and output["seed"] == [7] and output["deadline_met"] == [True]
+    )
+    assert output["steps"].tolist() == [2] * len(fit_chunks((1, 3, 3), 5))
+    assert wrong.sent[0].error.code == "invalid"
+    assert "Did you mean 'num_inference_steps'?" in wrong.sent[0].error.message
+    model.finalize()
+
+
 def test_a_defect_ends_one_request_and_is_logged(
     server: Any, far_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -648,9 +782,7 @@ def test_a_numpy_that_the_server_cannot_read_is_refused(
         opened(server, far_bundle, tmp_path)
 
 
-def test_the_cache_budget_is_that_of_the_streams(server: Any, far_bundle: Bundle) -> None:
-    from anyflow_deploy.engines.tritonserver.model import cache_of
-
+def test_the_cache_budget_is_that_of_the_streams(far_bundle: Bundle) -> None:
     element, total = cache_of(far_bundle.manifest, SETTINGS)
     assert (element, total % SETTINGS.max_streams) == (4, 0)
     assert cache_of(far_bundle.manifest, SETTINGS.model_copy(update={"cache_bytes": 5})) == (4, 5)

@@ -3,7 +3,9 @@ test-triton`."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import json
 import os
 import queue
 import re
@@ -140,8 +142,13 @@ def repository(
         "--max-steps",
         "400",
     ]
-    for bundle, name in ((far_bundle, "anyflow"), (tiny_bundle, "flat")):
-        words = [str(bundle.path), "--output", str(folder), "--name", name, *limits]
+    single = ["--single-response"]
+    for bundle, name, more in (
+        (far_bundle, "anyflow", []),
+        (tiny_bundle, "flat", []),
+        (far_bundle, "whole", single),
+    ):
+        words = [str(bundle.path), "--output", str(folder), "--name", name, *limits, *more]
         assert triton(parse_options(TritonOptions, words)) == 0
     return folder
 
@@ -152,7 +159,7 @@ def server(repository: Path) -> Iterator[TritonServer]:
     server = TritonServer(ENVIRONMENT, repository, repository.parent / "log")
     server.start()
     try:
-        for model in ("anyflow", "flat"):
+        for model in ("anyflow", "flat", "whole"):
             server.wait_ready(model)
         yield server
         assert server.stop() == 0, server.text[-4000:]
@@ -243,10 +250,41 @@ def test_frames_and_mp4_show_the_same(
     for got, latents in zip(frames, expected, strict=True):
         wanted = decoder.decode(latents[None])
         assert got.shape == wanted.shape and np.abs(got.astype(int) - wanted.astype(int)).max() <= 1
-    pieces = [chunk["mp4"][0] for chunk in made(server)]
+    pieces = [chunk["mp4"][0] for chunk in made(server, output_type="mp4")]
     (tmp_path / "fox.mp4").write_bytes(b"".join(pieces))
     video = load_video(tmp_path / "fox.mp4")
     assert video.shape == np.concatenate(frames).shape == (29, *frames[0].shape[1:])
+
+
+def test_over_http_the_default_is_base64_and_misspelt_fields_are_refused(
+    server: TritonServer, tmp_path: Path
+) -> None:
+    url = f"http://{server.http}/v2/models/anyflow/generate_stream"
+    body = {"id": "7", "prompt": PROMPT, "seed": 7, "num_frames": 29, "num_inference_steps": 2}
+    lines = httpx.post(url, json=body, timeout=120).text.splitlines()
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line]
+    pieces = [base64.b64decode(event["mp4"], validate=True) for event in events]
+    (tmp_path / "fox.mp4").write_bytes(b"".join(pieces))
+    assert len(load_video(tmp_path / "fox.mp4")) == 29
+    for field, message in (("steps", "Did you mean 'num_inference_steps'?"), ("zoom", "Allowed")):
+        refused = httpx.post(url, json={**body, field: 1}, timeout=60)
+        assert refused.status_code == 400 and message in refused.text
+
+
+def test_one_response_for_tools_that_take_one(
+    server: TritonServer, expected: list[np.ndarray[Any, Any]]
+) -> None:
+    given = {"prompt": PROMPT, "seed": 7, "num_frames": 29, "num_inference_steps": 2}
+    with grpcclient.InferenceServerClient(server.grpc) as client:
+        result = client.infer("whole", inputs({**given, "output_type": "latents"}))
+        whole = result.as_numpy("latents")
+        np.testing.assert_allclose(whole, np.concatenate(expected), atol=1e-5)
+        assert result.as_numpy("steps").tolist() == [2] * len(expected)
+        with pytest.raises(grpcclient.InferenceServerException, match="Did you mean"):
+            client.infer("whole", inputs(given), parameters={"steps": 1})
+    url = f"http://{server.http}/v2/models/whole/generate"
+    answer = httpx.post(url, json=given, timeout=120).json()
+    assert base64.b64decode(answer["mp4"], validate=True)[4:8] == b"ftyp"
 
 
 def test_embeddings_stand_in_for_the_prompt(
@@ -341,7 +379,7 @@ def test_a_seed_is_chosen_and_told(server: TritonServer) -> None:
         ({"num_frames": 4001}, "this server allows 81"),
         ({"width": 40}, "allowed are multiples of 16"),
         ({"window": 0}, "window is 0"),
-        ({"output_type": "gif"}, "allowed are mp4, mp4-base64, frames, latents"),
+        ({"output_type": "gif"}, "allowed are mp4-base64, mp4, frames, latents"),
     ],
 )
 def test_bad_input_is_refused(server: TritonServer, given: dict[str, Any], message: str) -> None:
@@ -362,7 +400,7 @@ def test_a_cancelled_stream_ends_between_two_transitions(server: TritonServer) -
 
 def test_who_hangs_up_over_http_cancels(server: TritonServer) -> None:
     before = server.value("anyflow_videos_total", end="cancelled")
-    body = f'{{"prompt": "{PROMPT}", "num_inference_steps": 400, "output_type": "mp4-base64"}}'
+    body = f'{{"prompt": "{PROMPT}", "num_inference_steps": 400}}'
     url = f"http://{server.http}/v2/models/anyflow/generate_stream"
     # curl's time was up.
     assert (
