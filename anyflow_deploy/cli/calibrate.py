@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field
 from rich.markup import escape
 
 from anyflow_deploy.bundle.outputs import OutputFile
-from anyflow_deploy.cli.options import Steps, run
+from anyflow_deploy.cli.json_output import print_json
+from anyflow_deploy.cli.options import JsonFlag, Steps, run
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.progress import Progress, RichProgress, console
@@ -55,6 +56,7 @@ class CalibrateOptions(WeightOptions):
     device: str = Field("cpu", description="torch device, as cpu or cuda")
     output: Path = Field(Path(CALIBRATION), description="file to write")
     overwrite: bool = Field(False, description="replace --output")
+    json_output: JsonFlag = False
 
 
 def calibrate(options: CalibrateOptions) -> int:
@@ -78,6 +80,17 @@ def calibrate(options: CalibrateOptions) -> int:
         f"[green]calibrated[/] {len(calibration.tensors)} tensors in {seconds:.1f} s:"
         f" [bold]{escape(str(options.output))}[/]"
     )
+    if options.json_output:
+        print_json(
+            {
+                "output": str(options.output),
+                "tensors": len(calibration.tensors),
+                "prompts": list(calibration.prompts),
+                "text": calibration.text,
+                "weights": calibration.weights,
+                "seconds": seconds,
+            }
+        )
     return 0
 
 
