@@ -64,9 +64,10 @@ def _redirect_descriptor() -> TextIO | None:
 
     None where Python's own standard output is something else already, or a descriptor is closed.
     """
-    if sys.stdout is None or sys.stdout is not sys.__stdout__:
+    stream = sys.__stdout__
+    if stream is None or sys.stdout is not stream:
         return None
-    sys.stdout.flush()
+    stream.flush()
     try:
         os.fstat(_STDERR)
         copy = os.fdopen(os.dup(_STDOUT), "w", encoding="utf-8")

@@ -45,6 +45,10 @@ Words = Annotated[
 Numbers = Annotated[
     tuple[float, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)
 ]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v),
+]
 JsonFlag = Annotated[
     bool,
     Field(alias="json", description="print the result as one JSON document on standard output"),
