@@ -331,9 +331,8 @@ def test_the_command(
     )
     said = capsys.readouterr()
     chosen = list(found.layers)[:2]
-    assert f"2 of 30 layers stay in full precision: {', '.join(chosen)}" in said.err.replace(
-        "\n", ""
-    )
+    sentence = f"2 of 30 layers stay in full precision: {', '.join(chosen)}"
+    assert sentence in said.err.replace("\n", "")
     assert json.loads(said.out) == {
         "report": str(tmp_path / "sensitivity.json"),
         "full_precision_layers": chosen,
