@@ -51,7 +51,7 @@ def test_a_prompt_becomes_a_video(
     )
     assert frames_of(output).shape == (17, 64, 96, 3)
     said = capsys.readouterr().err
-    assert all(stage in said for stage in ("text", "engine", "2 steps", "VAE", "mp4"))
+    assert all(stage in said for stage in ("text", "engine", "2 steps", "VAE", "file"))
     assert [p.name for p in tmp_path.iterdir()] == ["fox.mp4"]
 
 
