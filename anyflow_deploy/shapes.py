@@ -3,7 +3,7 @@
 docs/tutorials/distil-your-own.md tells every stage.
 """
 
-from anyflow_deploy.cli.shapes import main
+from anyflow_deploy.cli.entry_points import shapes as main
 
 if __name__ == "__main__":
     main()

@@ -3,7 +3,7 @@
 docs/how-to/training.md describes it.
 """
 
-from anyflow_deploy.cli.train import main
+from anyflow_deploy.cli.entry_points import train as main
 
 if __name__ == "__main__":
     main()

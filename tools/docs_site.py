@@ -23,7 +23,7 @@ from anyflow_deploy.cli.debug import DebugOptions
 from anyflow_deploy.cli.doctor_options import DoctorOptions
 from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.fit import FitOptions
-from anyflow_deploy.cli.generate import GenerateOptions
+from anyflow_deploy.cli.generate_options import GenerateOptions
 from anyflow_deploy.cli.inspect_bundle import InspectOptions
 from anyflow_deploy.cli.options import Options, build_help
 from anyflow_deploy.cli.precompute import PrecomputeOptions

@@ -11,14 +11,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.options import Options, Words, run
+from anyflow_deploy.cli.json_output import print_json
+from anyflow_deploy.cli.options import DONE, JsonFlag, Options, Words, run
 from anyflow_deploy.engines.build import BuildSettings, build_engine, settings_type
 from anyflow_deploy.engines.engine_folder import ENGINES, EngineFolder
 from anyflow_deploy.engines.registry import BACKENDS
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import RichProgress, console
 
-_COMMON = ("bundle", "backend", "name", "output", "overwrite")
+_COMMON = ("bundle", "backend", "name", "output", "overwrite", "json_output")
 """Flags of the command; all others are fields of the backend's settings."""
 
 
@@ -108,6 +109,7 @@ class BuildOptions(Options):
     timing_cache: str | None = Field(
         None, description="tensorrt: file of measured kernel times (default: user's cache)"
     )
+    json_output: JsonFlag = False
 
 
 def build(options: BuildOptions) -> int:
@@ -127,7 +129,10 @@ def build(options: BuildOptions) -> int:
     console.print(
         f"[green]wrote[/] [bold]{escape(str(folder.path))}[/] ({folder.record.seconds:.1f} s)"
     )
-    return 0
+    if options.json_output:
+        record = folder.record.model_dump(mode="json", by_alias=True)
+        print_json({"engine": str(folder.path), **record})
+    return DONE
 
 
 def settings_from_flags(options: BuildOptions) -> BuildSettings:

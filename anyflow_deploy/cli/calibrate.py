@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from rich.markup import escape
 
 from anyflow_deploy.bundle.outputs import OutputFile
-from anyflow_deploy.cli.options import Steps, run
+from anyflow_deploy.cli.json_output import print_json
+from anyflow_deploy.cli.options import JsonFlag, Seeds, Steps, run
 from anyflow_deploy.cli.weights import WeightOptions
 from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.progress import Progress, RichProgress, console
@@ -18,11 +19,6 @@ from anyflow_deploy.quantization.calibration import CALIBRATION, Calibration
 
 if TYPE_CHECKING:  # torch, which --help does not need
     from anyflow_deploy.checkpoints.weights import Weights
-
-Seeds = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...],
-    BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v),
-]
 
 
 class CalibrateOptions(WeightOptions):
@@ -55,6 +51,7 @@ class CalibrateOptions(WeightOptions):
     device: str = Field("cpu", description="torch device, as cpu or cuda")
     output: Path = Field(Path(CALIBRATION), description="file to write")
     overwrite: bool = Field(False, description="replace --output")
+    json_output: JsonFlag = False
 
 
 def calibrate(options: CalibrateOptions) -> int:
@@ -78,6 +75,17 @@ def calibrate(options: CalibrateOptions) -> int:
         f"[green]calibrated[/] {len(calibration.tensors)} tensors in {seconds:.1f} s:"
         f" [bold]{escape(str(options.output))}[/]"
     )
+    if options.json_output:
+        print_json(
+            {
+                "output": str(options.output),
+                "tensors": len(calibration.tensors),
+                "prompts": list(calibration.prompts),
+                "text": calibration.text,
+                "weights": calibration.weights,
+                "seconds": seconds,
+            }
+        )
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -14,7 +14,8 @@ from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
 from anyflow_deploy.bundle.outputs import OutputFile
-from anyflow_deploy.cli.options import Options, run
+from anyflow_deploy.cli.json_output import print_json
+from anyflow_deploy.cli.options import DONE, WORK_ERROR, JsonFlag, Options, run
 from anyflow_deploy.cli.validate import calibrated_prompt_embeds, video_shapes
 from anyflow_deploy.debugging import DETAILS
 from anyflow_deploy.debugging.polygraphy_setup import (
@@ -48,8 +49,7 @@ class DebugOptions(Options):
     The reference is ONNX Runtime in float32 on the processor. By default it has the bundle's own
     weights, so what is found is how the engine computes; --reference compares with another bundle
     of the same checkpoint, which also finds wrong weights. Blocks are compared first, and the
-    layers of the first bad one after that. Writes debug.json and debug.png. Exit status 0: nothing
-    is over the threshold; 1: something is.
+    layers of the first bad one after that. Writes debug.json and debug.png.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
@@ -59,6 +59,7 @@ class DebugOptions(Options):
         "anyflow-debug my-causal --graph compress --reference my-causal-fp32",
         f"anyflow-debug my-fp16 --backend {RTX} --mark layers --bisect",
     )
+    VERDICT: ClassVar[str] = "a tensor is over the threshold"
 
     bundle: Path = Field(description="the bundle's folder")
     backend: str = Field(DEFAULT_BACKEND, description=f"one of {', '.join(DEBUG_BACKENDS)}")
@@ -93,6 +94,7 @@ class DebugOptions(Options):
     width: int = Field(160, description="pixels")
     seed: int = Field(0, ge=0, description="of the test inputs")
     output: Path | None = Field(None, description="folder for the report (default: the bundle)")
+    json_output: JsonFlag = False
 
     @model_validator(mode="after")
     def _consistent(self) -> DebugOptions:
@@ -120,7 +122,9 @@ def debug(options: DebugOptions) -> int:
         OutputFile(folder / REPORT, overwrite=True, flag="--output") as report,
         OutputFile(folder / PICTURE, overwrite=True, flag="--output") as picture,
     ):
-        result = _compare(bundle, reference, options, graph, report, picture)
+        result, content = _compare(bundle, reference, options, graph, report, picture)
+    if options.json_output:
+        print_json({"report": str(folder / REPORT), **content})
     return _verdict(result, folder, options)
 
 
@@ -131,8 +135,8 @@ def _compare(
     graph: str,
     report: OutputFile,
     picture: OutputFile,
-) -> Divergence:
-    """Compare, print the tables and write the report."""
+) -> tuple[Divergence, dict[str, Any]]:
+    """Compare, print the tables and write the report; return the result and what was written."""
     from anyflow_deploy.debugging.backends import ReferenceSide
     from anyflow_deploy.debugging.divergence import Comparison, find_divergence
     from anyflow_deploy.debugging.inputs import make_feed
@@ -153,8 +157,8 @@ def _compare(
             smoothed,
             bars,
         )
-    _write(report, picture, result, _settings(bundle, reference, options, graph, state))
-    return result
+    settings = _settings(bundle, reference, options, graph, state)
+    return result, _write(report, picture, result, settings)
 
 
 def _graph_name(bundle: Bundle, asked: str | None) -> str:
@@ -284,7 +288,7 @@ def _candidate(bundle: Bundle, options: DebugOptions, graph: str) -> GraphSide:
 
 def _settings(
     bundle: Bundle, reference: Bundle, options: DebugOptions, graph: str, state: DebugState
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What was compared, for the report."""
     return {
         "bundle_sha256": bundle.digest,
@@ -300,9 +304,9 @@ def _settings(
 
 
 def _write(
-    report: OutputFile, picture: OutputFile, result: Divergence, settings: dict[str, object]
-) -> None:
-    """debug.json, debug.png and the tables."""
+    report: OutputFile, picture: OutputFile, result: Divergence, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """debug.json, debug.png and the tables; returns the contents of debug.json."""
     from anyflow_deploy.debugging.report import (
         divergence_as_json,
         divergence_tables,
@@ -319,6 +323,7 @@ def _write(
         console.print(
             "no picture: matplotlib is not installed (it comes with anyflow-deploy[export])."
         )
+    return content
 
 
 def _verdict(result: Divergence, folder: Path, options: DebugOptions) -> int:
@@ -330,7 +335,7 @@ def _verdict(result: Divergence, folder: Path, options: DebugOptions) -> int:
             f"[green]nothing is over {result.threshold:g}[/]: {result.candidate} against"
             f" {result.reference}. Report: {place}"
         )
-        return 0
+        return DONE
     found = (
         f"{first.difference.not_finite} elements are NaN or infinite"
         if first.difference.not_finite
@@ -346,7 +351,7 @@ def _verdict(result: Divergence, folder: Path, options: DebugOptions) -> int:
             " last of them and it, or in operators that the runtime fuses, and marking takes apart."
             + ("" if options.mark == "nodes" else " --mark nodes looks closer.")
         )
-    return 1
+    return WORK_ERROR
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ broken: then as plain text, and without flags.
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from anyflow_deploy.cli.json_output import print_json
 from anyflow_deploy.cli.terminal import replace_unencodable
 from anyflow_deploy.doctor.backends import (
     REQUIREMENTS,
@@ -41,7 +41,7 @@ def doctor(options: DoctorOptions) -> int:
         if (why := check_requirement(requirement, options.provider, verdicts))
     }
     if options.json_output:
-        print(json.dumps(report_json(results, verdicts, failures), indent=1))  # noqa: T201
+        print_json(report_json(results, verdicts, failures))
     else:
         _print_table(report_rows(results, verdicts))
     _print_failures(failures)

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from anyflow_deploy.cli.options import Options
+from anyflow_deploy.cli.options import JsonFlag, Options
 
 Names = Annotated[
     tuple[str, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)
@@ -20,14 +20,17 @@ class DoctorOptions(Options):
     """Say what works on this machine, and which backend runs which precision.
 
     It looks at Python, GPU, runtimes, compilers and headers. Each thing works, does not work (it is
-    installed, and broken) or is missing, with what to do about it. The exit status is 0, unless
-    something that --require names does not run.
+    installed, and broken) or is missing, with what to do about it.
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-doctor",
         "anyflow-doctor --require onnxruntime:int8",
         "anyflow-doctor --require tensorrt:fp8,aotinductor --provider cuda --json",
+    )
+    VERDICT: ClassVar[str] = (
+        "something that --require names does not run here, or the packages that every command needs"
+        " are broken"
     )
 
     require: Names = Field(
@@ -38,7 +41,7 @@ class DoctorOptions(Options):
         pattern="^(cpu|cuda)$",
         description="where --require has to run: cpu or cuda (default: cpu if it can)",
     )
-    json_output: bool = Field(False, alias="json", description="print everything as JSON")
+    json_output: JsonFlag = False
 
     @model_validator(mode="after")
     def _check_provider(self) -> DoctorOptions:

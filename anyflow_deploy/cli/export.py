@@ -8,15 +8,16 @@ import shlex
 import time
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field, field_validator, model_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, BundleWriter
 from anyflow_deploy.cli.fit import show_fit
+from anyflow_deploy.cli.json_output import print_json
 from anyflow_deploy.cli.lint import warn_about_tensorrt
-from anyflow_deploy.cli.options import run
+from anyflow_deploy.cli.options import DONE, WORK_ERROR, JsonFlag, run
 from anyflow_deploy.cli.quantize import (
     QuantizationOptions,
     choose_full_precision_layers,
@@ -41,8 +42,7 @@ class ExportOptions(QuantizationOptions):
     """Export an AnyFlow checkpoint to a bundle: an ONNX graph, its weights and a manifest.
 
     Weights come from --checkpoint, from the Hub (--model), or from a seed (--model with
-    --random-weights). Exit status 0: the bundle is good, as far as this machine can check its
-    numbers; 1: they are wrong.
+    --random-weights). The numbers are compared as far as this machine can.
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -51,6 +51,7 @@ class ExportOptions(QuantizationOptions):
         "anyflow-export --checkpoint my-anyflow/ --output my-bundle",
         "anyflow-export --model 14b --random-weights --frames 1:81 --height 480 --width 832",
     )
+    VERDICT: ClassVar[str] = "the bundle was written, and its numbers are wrong"
 
     output: Path | None = Field(
         None, description="bundle folder to create (default MODEL-PRECISION)"
@@ -75,6 +76,7 @@ class ExportOptions(QuantizationOptions):
         "auto", description="compare with PyTorch afterwards: auto (small models), full, none"
     )
     overwrite: bool = Field(False, description="replace a bundle at --output")
+    json_output: JsonFlag = False
 
     @field_validator("check")
     @classmethod
@@ -124,7 +126,7 @@ class ExportOptions(QuantizationOptions):
 
 
 def export(options: ExportOptions) -> int:
-    """Export a bundle and compare its numbers; return 0 if it is good, 1 if they are wrong."""
+    """Export a bundle and compare its numbers; return the exit status."""
     from anyflow_deploy.export.exporter import ExportSettings, export_bundle, validate_export
     from anyflow_deploy.export.quantization.calibrate import calibration_checkpoint_path
     from anyflow_deploy.progress import RichProgress
@@ -163,14 +165,30 @@ def export(options: ExportOptions) -> int:
         # It was kept until here because it may have taken hours.
         calibration_checkpoint_path(export_calibration_path(output)).unlink(missing_ok=True)
     size = sum(record.bytes for record in bundle.manifest.files.values())
+    seconds = time.perf_counter() - start
     console.print(
         f"[green]exported[/] {bundle.manifest.model} in {options.precision} to"
-        f" [bold]{escape(str(bundle.path))}[/]: {size / 1e6:,.1f} MB in"
-        f" {time.perf_counter() - start:.1f} s"
+        f" [bold]{escape(str(bundle.path))}[/]: {size / 1e6:,.1f} MB in {seconds:.1f} s"
     )
     _show_operators(settings.operators)
     warn_about_tensorrt(bundle)
-    return _check_numbers(bundle, weights, options)
+    check = _check_numbers(bundle, weights, options)
+    if options.json_output:
+        print_json({**_describe_bundle(bundle), "bytes": size, "seconds": seconds, "check": check})
+    return WORK_ERROR if check["passed"] is False else DONE
+
+
+def _describe_bundle(bundle: Bundle) -> dict[str, Any]:
+    """Say for `--json` what was written; anyflow-inspect --json prints all of it."""
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.path),
+        "digest": bundle.digest,
+        "model": manifest.model,
+        "kind": manifest.kind,
+        "precision": manifest.precision,
+        "target": manifest.target,
+    }
 
 
 def _show_operators(operators: OperatorChoice) -> None:
@@ -183,12 +201,17 @@ def _model_label(options: ExportOptions) -> str:
     return options.model or Path(options.checkpoint or ".").resolve().name
 
 
-def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # type: ignore[no-untyped-def]
-    """Compare the new bundle with PyTorch if asked, or if cheap; return the exit status.
+def _check_numbers(  # type: ignore[no-untyped-def]
+    bundle: Bundle, weights, options: ExportOptions
+) -> dict[str, Any]:
+    """Compare the new bundle with PyTorch if asked, or if cheap.
 
-    The status is about the bundle: 1 when it was compared and is wrong. A comparison that this
-    machine cannot make says nothing of the bundle, so it is reported with the command that makes it
-    elsewhere, and the status is 0.
+    A comparison that this machine cannot make says nothing of the bundle, so it is reported with
+    the command that makes it elsewhere.
+
+    Returns:
+        `passed` (None where it was not compared), `report` or None, and where it was not compared
+        `reason` and `command`, else None.
     """
     from anyflow_deploy.cli.validate import ValidateOptions, validate_bundle
 
@@ -203,18 +226,24 @@ def _check_numbers(bundle: Bundle, weights, options: ExportOptions) -> int:  # t
     if options.check == "auto" and needed_bytes > _AUTO_CHECK_BYTES:
         return _report_unchecked(bundle, f"it takes about {needed_bytes / 2**30:.1f} GiB", flags)
     try:
-        return validate_bundle(bundle, ValidateOptions(bundle=bundle.path), weights)
+        content = validate_bundle(bundle, ValidateOptions(bundle=bundle.path), weights)
     except UnavailableError as error:
         return _report_unchecked(bundle, str(error), error.flags)
+    return {
+        "passed": content["passed"],
+        "report": content["report"],
+        "reason": None,
+        "command": None,
+    }
 
 
-def _report_unchecked(bundle: Bundle, why: str, flags: str) -> int:
-    """Print why the numbers were not checked, and the command that checks them; return 0."""
+def _report_unchecked(bundle: Bundle, why: str, flags: str) -> dict[str, Any]:
+    """Print why the numbers were not checked, and the command that checks them."""
     command = " ".join(["anyflow-validate", shlex.quote(str(bundle.path)), *flags.split()])
     console.print(
         f"numbers [yellow]not checked[/] ({escape(why)}); check them with: {escape(command)}"
     )
-    return 0
+    return {"passed": None, "report": None, "reason": why, "command": command}
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ about to write (`show_fit`).
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -16,7 +15,8 @@ from pydantic import Field, field_validator, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from anyflow_deploy.cli.options import Options, run
+from anyflow_deploy.cli.json_output import print_json
+from anyflow_deploy.cli.options import DONE, WORK_ERROR, JsonFlag, Options, run
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.memory.estimate import (
     FIT_PRECISIONS,
@@ -43,11 +43,7 @@ _WINDOWS = (8, 4, 2, 1)
 
 
 class FitOptions(Options):
-    """Say what a model needs in memory, and which devices have that much.
-
-    Exit status 0 when it fits (without --precision and --target: when it fits anywhere), 1 when it
-    does not.
-    """
+    """Say what a model needs in memory, and which devices have that much."""
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "anyflow-fit --model 14b",
@@ -55,6 +51,7 @@ class FitOptions(Options):
         "anyflow-fit --model 1.3b --target orin-nx --memory 8",
         "anyflow-fit --model far-14b --precision fp8 --target thor --window 4 --json",
     )
+    VERDICT: ClassVar[str] = "the model fits none of the devices and precisions that were asked for"
 
     model: str = Field(description=f"one of {', '.join(MODELS)}")
     precision: str | None = Field(
@@ -70,9 +67,7 @@ class FitOptions(Options):
     window: int | None = Field(
         None, ge=1, description="compressed chunks a causal model keeps (default all)"
     )
-    json_output: bool = Field(
-        False, alias="json", description="print the numbers as JSON on standard output"
-    )
+    json_output: JsonFlag = False
 
     @field_validator("model")
     @classmethod
@@ -159,12 +154,13 @@ def fit(options: FitOptions) -> int:
             "window": options.window,
             "targets": cells,
         }
-        print(json.dumps(report, indent=1))  # noqa: T201
+        print_json(report)
     elif options.precision and options.target:
         _print_details(options, targets[0], options.precision)
     else:
         _print_overview(options, targets, cells)
-    return 0 if any(cell["fits"] for row in cells.values() for cell in row.values()) else 1
+    fits = any(cell["fits"] for row in cells.values() for cell in row.values())
+    return DONE if fits else WORK_ERROR
 
 
 def show_fit(a: Architecture, precision: str, target: str, ranges: Mapping[str, Range]) -> None:

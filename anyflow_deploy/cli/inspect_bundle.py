@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -13,8 +12,9 @@ from rich.table import Table
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.manifest import Manifest
+from anyflow_deploy.cli.json_output import print_json
 from anyflow_deploy.cli.lint import check_versions, print_findings, run_lint
-from anyflow_deploy.cli.options import Options, run
+from anyflow_deploy.cli.options import DONE, WORK_ERROR, JsonFlag, Options, run
 from anyflow_deploy.progress import console
 
 
@@ -22,8 +22,6 @@ class InspectOptions(Options):
     """Show what a bundle holds: model, precision, shapes, sizes and hashes.
 
     With --lint it also shows what TensorRT would refuse of it.
-
-    Exit status: 0, or 1 where --lint found something.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
@@ -32,12 +30,11 @@ class InspectOptions(Options):
         "anyflow-inspect tiny-fp32 --json",
         "anyflow-inspect tiny-fp32 --lint --tensorrt 10.3,11.4",
     )
+    VERDICT: ClassVar[str] = "--lint found something"
 
     bundle: Path = Field(description="the bundle's folder")
     verify: bool = Field(False, description="read every file and compare its SHA-256")
-    json_output: bool = Field(
-        False, alias="json", description="print the manifest and digest as JSON on standard output"
-    )
+    json_output: JsonFlag = False
     lint: bool = Field(
         False, description="check every graph against what TensorRT's ONNX parser takes"
     )
@@ -74,7 +71,7 @@ def inspect(options: InspectOptions) -> int:
         if result is not None:
             content["findings"] = [finding.as_json() for finding in result.findings]
             content["parsers"] = result.parsers
-        print(json.dumps(content, indent=1))  # noqa: T201
+        print_json(content)
     else:
         out.print(*_tables(bundle), sep="\n")
         if result is not None:
@@ -83,7 +80,7 @@ def inspect(options: InspectOptions) -> int:
         "every SHA-256 agrees" if options.verify else "sizes agree; --verify compares every SHA-256"
     )
     console.print(f"[green]{escape(str(bundle.path))} is complete[/] ({hashes}).")
-    return 1 if result is not None and result.findings else 0
+    return WORK_ERROR if result is not None and result.findings else DONE
 
 
 def _tables(bundle: Bundle) -> list[Table]:

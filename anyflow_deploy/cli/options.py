@@ -8,6 +8,7 @@ or wrong ends with one line and exit status 2.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import types
@@ -19,11 +20,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from rich.console import Console
 from rich.markup import escape
 
-from anyflow_deploy.cli.terminal import handle_sigterm_as_ctrl_c, replace_unencodable
+from anyflow_deploy.cli.json_output import reserve_stdout
+from anyflow_deploy.cli.terminal import (
+    handle_sigterm_as_ctrl_c,
+    print_version,
+    replace_unencodable,
+)
 from anyflow_deploy.errors import AnyFlowError, suggestion
 from anyflow_deploy.progress import console
 
-USAGE_ERROR, WORK_ERROR, INTERRUPTED = 2, 1, 130
+DONE, WORK_ERROR, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses; docs/reference/exit-status.md says what each means."""
 
 StepCount = Annotated[int, Field(ge=1, le=1000)]
 Steps = Annotated[
@@ -35,6 +42,15 @@ Words = Annotated[
 Numbers = Annotated[
     tuple[float, ...], BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v)
 ]
+Seeds = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...],
+    BeforeValidator(lambda v: v.split(",") if isinstance(v, str) else v),
+]
+JsonFlag = Annotated[
+    bool,
+    Field(alias="json", description="print the result as one JSON document on standard output"),
+]
+"""The flag of the field `json_output`; docs/reference/json.md lists what is printed."""
 KernelSpecialization = Literal["lazy", "eager", "none"]
 """`registry.KERNEL_SPECIALIZATIONS`; which backends take it, `check_kernel_specialization` says."""
 
@@ -66,13 +82,21 @@ class Options(BaseModel):
     """The flags of one command: a field is a flag, its description the help, its type the check.
 
     The class docstring is the command's help. `POSITIONAL` names the fields that may be given
-    without a flag, in order.
+    without a flag, in order. `VERDICT` says what exit status 1 means beside an error; the help has
+    it, too. `BARE` has the value of each flag that may be given without one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     POSITIONAL: typing.ClassVar[tuple[str, ...]] = ()
     EXAMPLES: typing.ClassVar[tuple[str, ...]] = ()
+    VERDICT: typing.ClassVar[str] = ""
+    BARE: typing.ClassVar[dict[str, str]] = {}
+
+    @property
+    def prints_json(self) -> bool:
+        """Whether standard output is for a JSON document alone."""
+        return bool(getattr(self, "json_output", False))
 
 
 O = TypeVar("O", bound=Options)  # noqa: E741 - the letter for options
@@ -82,14 +106,17 @@ def run(program: str, options_type: type[O], work: Callable[[O], int]) -> None:
     """Run a console script: parse its flags, do its work, and exit.
 
     Exit status: what `work` returns; 2 for wrong flags; 1 for an `AnyFlowError`, a missing package
-    or a file system that refuses; 130 after Ctrl-C or SIGTERM.
+    or a file system that refuses; 130 after Ctrl-C or SIGTERM. docs/reference/exit-status.md says
+    the same to users.
     """
     replace_unencodable()
     handle_sigterm_as_ctrl_c()
     words = sys.argv[1:]
     if "--help" in words or "-h" in words:
         Console(highlight=False).print(*build_help(program, options_type), sep="\n")
-        sys.exit(0)
+        sys.exit(DONE)
+    if print_version(program, words):
+        sys.exit(DONE)
     try:
         options = parse_options(options_type, words)
     except AnyFlowError as error:
@@ -98,7 +125,9 @@ def run(program: str, options_type: type[O], work: Callable[[O], int]) -> None:
         )
         sys.exit(USAGE_ERROR)
     try:
-        sys.exit(work(options))
+        with reserve_stdout() if options.prints_json else contextlib.nullcontext():
+            status = work(options)
+        sys.exit(status)
     except AnyFlowError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(WORK_ERROR)
@@ -148,8 +177,9 @@ def _normalize_words(options: type[Options], words: list[str]) -> list[str]:
     `--noprompt` as "False", and would take what follows `--` or `-` for itself.
     """
     fields = {f.alias or name: f for name, f in options.model_fields.items()}
-    result, rest = [], iter(words)
-    for word in rest:
+    result, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
         if not word.startswith("-"):
             result.append(word)
             continue
@@ -163,13 +193,30 @@ def _normalize_words(options: type[Options], words: list[str]) -> list[str]:
         if not flag.startswith("--") or name not in fields:
             raise _unknown_flag_error(flag, fields)
         if not equals:
-            value = "True" if fields[name].annotation is bool else next(rest, "--")
-            if value.startswith("-") and not value[1:2].isdigit():
-                raise AnyFlowError(
-                    f"{flag} needs a value; one that starts with a dash is given as {flag}=-x."
-                )
+            value = _next_value(flag, fields[name].annotation, options.BARE.get(name), rest)
         result.append(f"--{name}={value}")
     return result
+
+
+def _next_value(flag: str, annotation: Any, bare: str | None, rest: list[str]) -> str:
+    """Take a flag's value from the words that follow it.
+
+    Args:
+        flag: as it was typed.
+        annotation: the type of its field.
+        bare: its value where it has none of its own.
+        rest: the words; the value is removed.
+    """
+    if annotation is bool:
+        return "True"
+    if bare is not None and (not rest or rest[0].startswith("--")):
+        return bare
+    value = rest.pop(0) if rest else "--"
+    if value.startswith("-") and not value[1:2].isdigit():
+        raise AnyFlowError(
+            f"{flag} needs a value; one that starts with a dash is given as {flag}=-x."
+        )
+    return value
 
 
 def _unknown_flag_error(flag: str, fields: Iterable[str]) -> AnyFlowError:
@@ -228,11 +275,15 @@ def build_help(program: str, options: type[Options]) -> list[Any]:
             else f"--{(field.alias or name).replace('_', '-')}"
         )
         flags.add_row(label, _type_name(field.annotation), f"{field.description}{default}")
+    flags.add_row("--help", "switch", "print this")
+    flags.add_row("--version", "switch", "print name and version")
     examples = [f"  {example}" for example in options.EXAMPLES]
     head = f"[bold]usage:[/] {program}{usage} [dim]\\[flags][/]"
     paragraphs = inspect.cleandoc(options.__doc__ or "").split("\n\n")
     # The console wraps lines
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    if options.VERDICT:
+        text += f"\n\nExit status 1, beside errors: {options.VERDICT}."
     return [head, "", text, "", flags, "", *examples]
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from rich.markup import escape
 
-from anyflow_deploy.cli.options import Options, run
+from anyflow_deploy.cli.json_output import print_json
+from anyflow_deploy.cli.options import DONE, JsonFlag, Options, run
 from anyflow_deploy.models import TEXT_TOKENS
 from anyflow_deploy.progress import RichProgress, console
 
@@ -58,6 +59,7 @@ class PrecomputeOptions(Options):
     workers: int = Field(
         0, ge=0, description="processes, each with its own encoders (0: one for each GPU)"
     )
+    json_output: JsonFlag = False
 
 
 def run_precompute(options: PrecomputeOptions) -> int:
@@ -86,11 +88,19 @@ def run_precompute(options: PrecomputeOptions) -> int:
     with RichProgress(console) as bars:
         count, skipped_count = precompute(job, bars, lambda text: console.print(escape(text)))
     console.print(f"[green]wrote[/] [bold]{escape(str(options.output))}[/] (of {count} videos)")
+    skipped_list = options.output / SKIPPED
     if skipped_count:
-        console.print(
-            f"skipped {skipped_count}: {escape(str(options.output / SKIPPED))} says which and why"
+        console.print(f"skipped {skipped_count}: {escape(str(skipped_list))} says which and why")
+    if options.json_output:
+        print_json(
+            {
+                "output": str(options.output),
+                "videos": count,
+                "skipped": skipped_count,
+                "skipped_list": str(skipped_list) if skipped_list.is_file() else None,
+            }
         )
-    return 0
+    return DONE
 
 
 def main() -> None:

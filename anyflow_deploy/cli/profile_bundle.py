@@ -6,8 +6,6 @@ It is three commands in one: it profiles a bundle; with --compare it compares tw
 
 from __future__ import annotations
 
-import json
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar
@@ -21,7 +19,16 @@ from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.bundle.json_records import load_record
 from anyflow_deploy.bundle.outputs import OutputFile
 from anyflow_deploy.cli.fit import default_shape
-from anyflow_deploy.cli.options import KernelSpecialization, Options, Steps, Words, run
+from anyflow_deploy.cli.json_output import format_json, print_json_text
+from anyflow_deploy.cli.options import (
+    DONE,
+    WORK_ERROR,
+    KernelSpecialization,
+    Options,
+    Steps,
+    Words,
+    run,
+)
 from anyflow_deploy.engines.registry import (
     DEFAULT_BACKEND,
     EngineOptions,
@@ -62,10 +69,9 @@ class ProfileOptions(Options):
     It measures transitions and clips in each number of steps, first frame and chunks, text encoder
     and VAE where they are available, memory, energy, layers, and the hardware's ceilings.
 
-    --compare OLD NEW reads two profiles, prints what changed, and exits with 1 when something
-    became worse by more than a threshold and by more than chance. --estimate --target orin computes
-    a bound from a data sheet: nothing is run. The report goes to standard output; with --json=- the
-    JSON does, and the report to standard error.
+    --compare OLD NEW reads two profiles and prints what changed. --estimate --target orin computes
+    a bound from a data sheet: nothing is run. The report goes to standard output; with --json alone
+    the JSON does, and the report to standard error.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
@@ -76,6 +82,11 @@ class ProfileOptions(Options):
         "anyflow-profile bundle --estimate --target orin",
         "anyflow-profile --estimate --model 14b --precision int8 --target thor --shapes 480x832x81",
     )
+
+    VERDICT: ClassVar[str] = (
+        "with --compare, something became worse by more than its threshold and by more than chance"
+    )
+    BARE: ClassVar[dict[str, str]] = {"json": "-"}
 
     bundle: Path | None = Field(
         None, description="the bundle's folder; with --compare the newer profile"
@@ -145,10 +156,17 @@ class ProfileOptions(Options):
         100 * ENERGY, ge=0, description="--compare: the same for energy"
     )
     json_file: str | None = Field(
-        None, alias="json", description="write the profile here; --json=- for standard output"
+        None,
+        alias="json",
+        description="write the result to this file as JSON; without a file, to standard output",
     )
     html: Path | None = Field(None, description="write a self-contained page with plots here")
     overwrite: bool = Field(False, description="replace --json and --html")
+
+    @property
+    def prints_json(self) -> bool:
+        """Whether standard output is for a JSON document alone."""
+        return self.json_file == "-"
 
     @model_validator(mode="after")
     def _check_consistency(self) -> ProfileOptions:
@@ -219,7 +237,7 @@ def _check_estimate(options: ProfileOptions) -> None:
 
 def profile(options: ProfileOptions) -> int:
     """Profile, compare or estimate, as the flags say; return the exit status."""
-    is_file = options.json_file not in (None, "-")
+    is_file = options.json_file is not None and not options.prints_json
     json_path = Path(str(options.json_file)) if is_file else None
     with ExitStack() as stack:
         html, json_file = (
@@ -280,16 +298,15 @@ def _run_compare(options: ProfileOptions, json_file: OutputFile | None) -> int:
     _write_json(
         options,
         json_file,
-        json.dumps(
+        format_json(
             {
                 "regressed": comparison.has_regression,
                 "rows": rows,
                 "differences": comparison.differences,
-            },
-            indent=1,
+            }
         ),
     )
-    return 1 if comparison.has_regression else 0
+    return WORK_ERROR if comparison.has_regression else DONE
 
 
 def _run_estimate(options: ProfileOptions, json_file: OutputFile | None) -> int:
@@ -321,23 +338,22 @@ def _run_estimate(options: ProfileOptions, json_file: OutputFile | None) -> int:
         )
     for estimate in estimates:
         print_estimate(estimate, _report_console(options))
-    _write_json(
-        options, json_file, json.dumps([estimate.model_dump() for estimate in estimates], indent=1)
-    )
+    content = [estimate.model_dump() for estimate in estimates]
+    _write_json(options, json_file, format_json(content))
     return 0
 
 
 def _report_console(options: ProfileOptions) -> Console:
     """Return the console for the report."""
-    if options.json_file == "-":
+    if options.prints_json:
         return console
     plain = Console(highlight=False)
     return plain if plain.is_terminal else Console(highlight=False, width=WIDTH)
 
 
 def _write_json(options: ProfileOptions, json_file: OutputFile | None, text: str) -> None:
-    if options.json_file == "-":
-        sys.stdout.write(text + "\n")
+    if options.prints_json:
+        print_json_text(text)
     elif json_file is not None:
         write_text_atomically(json_file, text)
         console.print(f"[green]wrote[/] [bold]{escape(str(options.json_file))}[/]")

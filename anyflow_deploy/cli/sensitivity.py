@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,7 +11,8 @@ from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.outputs import OutputFile
-from anyflow_deploy.cli.options import Options, Steps, run
+from anyflow_deploy.cli.json_output import print_json
+from anyflow_deploy.cli.options import DONE, JsonFlag, Options, Steps, run
 from anyflow_deploy.cli.step_options import Decibels
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.precision import EIGHT_BIT, PrecisionSpec
@@ -67,6 +69,7 @@ class SensitivityOptions(Options):
     )
     device: str = Field("cpu", description="torch device, as cpu or cuda")
     output: Path | None = Field(None, description="folder for the report (default: the bundle)")
+    json_output: JsonFlag = False
 
     @model_validator(mode="after")
     def _check_consistency(self) -> SensitivityOptions:
@@ -104,6 +107,7 @@ def _measure(
     from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
     from anyflow_deploy.export.quantization.rollouts import latent_shape
     from anyflow_deploy.export.quantization.sensitivity import (
+        SENSITIVITY,
         check_keep_layers,
         measure_sensitivity,
         select_full_precision_layers,
@@ -142,7 +146,11 @@ def _measure(
                     result, options.keep_layers, options.min_psnr, analyzer.psnr_all_except
                 )
     _write_report(report, plot, result, layers)
-    return 0
+    if options.json_output:
+        path = str((options.output or bundle.path) / SENSITIVITY)
+        content = json.loads(result.to_text())
+        print_json({"report": path, "full_precision_layers": layers, **content})
+    return DONE
 
 
 def make_analyzer(

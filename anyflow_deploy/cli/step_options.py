@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from anyflow_deploy.engines.step_policy import StepSettings
 
 if TYPE_CHECKING:
-    from anyflow_deploy.cli.generate import GenerateOptions
+    from anyflow_deploy.cli.generate_options import GenerateOptions
 
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0}

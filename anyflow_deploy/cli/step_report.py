@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 
 from anyflow_deploy.engines.adaptive_steps import AdaptiveResult
-from anyflow_deploy.engines.deadline import DeadlineResult
+from anyflow_deploy.engines.deadline import DeadlineResult, StepTimer
 from anyflow_deploy.engines.step_policy import (
     MAX_ADAPTIVE_STEPS,
     ProgressTracker,
@@ -28,6 +28,7 @@ class StepReport:
     Args:
         settings: what the user asked for.
         default_steps, default_shift: of the bundle.
+        step_timer: measured times of the engine, where several videos share them.
 
     Attributes:
         policy: decides the steps.
@@ -38,7 +39,13 @@ class StepReport:
         AnyFlowError: a number out of range.
     """
 
-    def __init__(self, settings: StepSettings, default_steps: int, default_shift: float) -> None:
+    def __init__(
+        self,
+        settings: StepSettings,
+        default_steps: int,
+        default_shift: float,
+        step_timer: StepTimer | None = None,
+    ) -> None:
         self.deadlines: list[DeadlineResult] = []
         self.qualities: list[AdaptiveResult] = []
         self.stop_event = threading.Event()
@@ -47,6 +54,7 @@ class StepReport:
         self.policy: StepPolicy = settings.make_policy(
             default_steps,
             default_shift,
+            step_timer,
             should_stop=self.stop_event.is_set,
             on_end=self.add_result,
         )
@@ -69,18 +77,21 @@ class StepReport:
         return f"{settings.num_inference_steps or self._default_steps} steps"
 
     @contextlib.contextmanager
-    def show(self, progress: Progress, samples: int) -> Iterator[StepBar]:
+    def show(
+        self, progress: Progress, samples: int, name: str = "transitions"
+    ) -> Iterator[StepBar]:
         """Draw a bar while steps run; under a deadline, catch Ctrl-C.
 
         Args:
             progress: draws the bar.
             samples: number of chunks, or 1 for a whole video.
+            name: of the bar.
         """
         interrupt_handler: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self._settings.deadline_s is not None:
             interrupt_handler = stop_on_interrupt(self.stop_event)
         total = None if self._settings.target_psnr is not None else 1.0
-        with progress.stage("transitions", total) as advance, interrupt_handler:
+        with progress.stage(name, total) as advance, interrupt_handler:
             yield StepBar(samples, advance, is_total_known=total is not None)
 
     def summary_lines(self) -> Iterator[str]:

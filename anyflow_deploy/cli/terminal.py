@@ -8,7 +8,18 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from types import FrameType
+
+from anyflow_deploy._version import __version__
+
+
+def print_version(program: str, words: Sequence[str]) -> bool:
+    """Print name and version where a command line asks for them; return whether it did."""
+    if "--version" not in words or "--help" in words or "-h" in words:
+        return False
+    sys.stdout.write(f"{program} {__version__}\n")
+    return True
 
 
 def replace_unencodable() -> None:

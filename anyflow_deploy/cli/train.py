@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from typing import Any, ClassVar
 
 from pydantic import Field, create_model
 
+from anyflow_deploy.cli.json_output import print_json
 from anyflow_deploy.cli.options import Options, run
 
 PROGRAM = "python -m anyflow_deploy.train"
@@ -80,7 +79,7 @@ def work(options: TrainOptions) -> int:
     }
     recipe = override_recipe(get_recipe(options.recipe), values)
     if options.show:
-        sys.stdout.write(json.dumps(recipe_to_dict(recipe), indent=2) + "\n")
+        print_json(recipe_to_dict(recipe))
         return 0
     return _train(options, recipe)
 

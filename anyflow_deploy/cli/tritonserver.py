@@ -10,7 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.options import KernelSpecialization, Options, Words, run
+from anyflow_deploy.cli.json_output import print_json
+from anyflow_deploy.cli.options import DONE, JsonFlag, KernelSpecialization, Options, Words, run
 from anyflow_deploy.cli.step_options import flag_name
 from anyflow_deploy.engines.engine_folder import EngineFolder, find_engine
 from anyflow_deploy.engines.registry import (
@@ -119,6 +120,7 @@ class TritonOptions(Options):
     max_pixels: int | None = Field(
         None, ge=256, description="height times width, at most (default: the manifest's)"
     )
+    json_output: JsonFlag = False
 
     @model_validator(mode="after")
     def _check_consistency(self) -> TritonOptions:
@@ -185,7 +187,19 @@ def triton(options: TritonOptions) -> int:
     console.print(
         f"serve it, where anyflow-deploy is installed: tritonserver --model-repository {repository}"
     )
-    return 0
+    if options.json_output:
+        print_json(
+            {
+                "repository": str(options.output),
+                "name": options.name,
+                "backend": options.backend,
+                "engine": None if engine is None else engine.path.name,
+                "gpus": None if devices is None else list(devices),
+                "parts": [] if settings is None else sorted(set(options.parts) & set(PARTS)),
+                "transition": options.transition,
+            }
+        )
+    return DONE
 
 
 def settings_from_options(

@@ -13,7 +13,16 @@ from rich.markup import escape
 from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.outputs import OutputFile
-from anyflow_deploy.cli.options import KernelSpecialization, Options, Steps, run
+from anyflow_deploy.cli.json_output import print_json
+from anyflow_deploy.cli.options import (
+    DONE,
+    WORK_ERROR,
+    JsonFlag,
+    KernelSpecialization,
+    Options,
+    Steps,
+    run,
+)
 from anyflow_deploy.cli.sensitivity import embed_calibration_prompt
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.registry import DEFAULT_BACKEND, load_engine
@@ -32,8 +41,7 @@ class ValidateOptions(Options):
     It compares transitions at many (t, r), and whole samples or streams.
 
     The reference is diffusers' class, or for causal models this project's own module, because
-    diffusers' class attends to padding. Writes validation.json and validation.png. Exit status 0:
-    within the thresholds of its precision; 1: over.
+    diffusers' class attends to padding. Writes validation.json and validation.png.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("bundle",)
@@ -41,6 +49,7 @@ class ValidateOptions(Options):
         "anyflow-validate tiny-fp32",
         "anyflow-validate tiny-fp32 --steps 1,4 --height 64",
     )
+    VERDICT: ClassVar[str] = "a difference is over the thresholds of the bundle's precision"
 
     bundle: Path = Field(description="the bundle's folder")
     checkpoint: str | None = Field(
@@ -71,6 +80,7 @@ class ValidateOptions(Options):
     width: int = Field(160, description="pixels")
     seed: int = Field(0, ge=0, description="seed of the test inputs")
     output: Path | None = Field(None, description="folder for the report (default: the bundle)")
+    json_output: JsonFlag = False
 
 
 def validate(options: ValidateOptions) -> int:
@@ -78,13 +88,19 @@ def validate(options: ValidateOptions) -> int:
     from anyflow_deploy.export.diffusers_engine import weights_from_manifest
 
     bundle = load_bundle(options.bundle)
-    return validate_bundle(
-        bundle, options, weights_from_manifest(bundle.manifest, options.checkpoint)
-    )
+    weights = weights_from_manifest(bundle.manifest, options.checkpoint)
+    content = validate_bundle(bundle, options, weights)
+    if options.json_output:
+        print_json(content)
+    return DONE if content["passed"] else WORK_ERROR
 
 
-def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> int:
-    """Compare a bundle with open weights, print and write the report; return the status."""
+def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> dict[str, Any]:
+    """Compare a bundle with open weights, print and write the report.
+
+    Returns:
+        What `--json` prints: validation.json, and its path as `report`.
+    """
     folder = options.output or bundle.path
     with (
         OutputFile(folder / "validation.json", overwrite=True, flag="--output") as report,
@@ -95,7 +111,7 @@ def validate_bundle(bundle: Bundle, options: ValidateOptions, weights: Any) -> i
 
 def _validate_bundle(
     bundle: Bundle, options: ValidateOptions, weights: Any, report: OutputFile, plot: OutputFile
-) -> int:
+) -> dict[str, Any]:
     from anyflow_deploy.engines import validation
     from anyflow_deploy.export.diffusers_engine import DiffusersEngine
     from anyflow_deploy.export.torch_engine import TorchEngine
@@ -130,7 +146,7 @@ def _validate_bundle(
             chunks,
             prompt_embeds,
         )
-    _write_report(report, plot, bundle, result)
+    content = _write_report(report, plot, bundle, result)
     for failure in result.failures[:5]:
         console.print(f"[red]over:[/] {failure}")
     verdict = (
@@ -138,11 +154,11 @@ def _validate_bundle(
         if not result.failures
         else f"[bold red]NOT VALID[/], {len(result.failures)} over"
     )
+    path = str((options.output or bundle.path) / "validation.json")
     console.print(
-        f"{verdict}: {result.candidate} against {result.reference}. Report:"
-        f" {escape(str((options.output or bundle.path) / 'validation.json'))}"
+        f"{verdict}: {result.candidate} against {result.reference}. Report: {escape(path)}"
     )
-    return 1 if result.failures else 0
+    return {"report": path, **content}
 
 
 def _chunks(bundle: Bundle, options: ValidateOptions) -> tuple[int, ...] | None:
@@ -220,8 +236,10 @@ def calibrated_prompt_embeds(bundle: Bundle, weights: Any, shape: tuple[int, ...
     return prompt_embeds
 
 
-def _write_report(report: OutputFile, plot: OutputFile, bundle: Bundle, result: Any) -> None:
-    """Write validation.json and validation.png, and print the tables."""
+def _write_report(
+    report: OutputFile, plot: OutputFile, bundle: Bundle, result: Any
+) -> dict[str, Any]:
+    """Write validation.json and validation.png, and print the tables; return what is written."""
     from anyflow_deploy.engines import validation_report
 
     content = {"bundle_sha256": bundle.digest, **result.as_json()}
@@ -234,6 +252,7 @@ def _write_report(report: OutputFile, plot: OutputFile, bundle: Bundle, result: 
         console.print(
             "no plot: matplotlib is not installed (it comes with anyflow-deploy[export])."
         )
+    return content
 
 
 def main() -> None:

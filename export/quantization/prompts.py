@@ -21,6 +21,7 @@ from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.sampler import noise
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import TEXT_TOKENS
+from anyflow_deploy.pipelines.prompt_file import read_prompts as read_prompts
 
 PROMPTS = (
     "a red fox trots through fresh snow at dawn",
@@ -52,32 +53,6 @@ class CalibrationPrompts:
     prompts: tuple[str, ...]
     prompt_embeds: Array
     source: Literal["encoder", "random"]
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read the prompts of a text file, one a line; empty lines are skipped.
-
-    Raises:
-        AnyFlowError: no such file, not UTF-8, or no prompt in it.
-    """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except OSError as error:
-        raise AnyFlowError(
-            f"{path} cannot be read: {error.strerror}. Give --prompts a text file, one prompt a"
-            " line."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise AnyFlowError(
-            f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8, one prompt a line."
-        ) from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise AnyFlowError(
-            f"{path} holds no prompt. Write one a line, or leave out --prompts for the built-in"
-            " ones."
-        )
-    return prompts
 
 
 def embed_prompts(

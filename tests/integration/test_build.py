@@ -83,10 +83,12 @@ def run(bundle: Bundle, words: str = "") -> int:
 
 
 def test_build_find_load(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(bundle, "--workspace 7") == 0
-    shown = capsys.readouterr().err
+    assert run(bundle, "--workspace 7 --json") == 0
+    out, shown = capsys.readouterr()
     assert "NVIDIA One" in shown and "maker 1.2" in shown and "50 %" in shown
     folder = find_engine(bundle, "maker")
+    record = json.loads(folder.file(ENGINE).read_text())
+    assert json.loads(out) == {"engine": str(folder.path), **record}
     assert folder.path == bundle.path / "engines" / "maker-cpu"
     assert (
         folder.file("engine.plan").read_bytes() == b"plan"

@@ -4,6 +4,7 @@ refusals before work."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ from anyflow_deploy.quantization.layers import (
     unquantized_layers,
 )
 from tests.conftest import SMALL
+from tests.json_reference import documented_fields
 
 CAUSAL = SMALL.parent / "causal"
 SHAPE = (2, 4, 8, 12)
@@ -391,11 +393,15 @@ def test_the_command_says_where_the_text_came_from(
     output = tmp_path / "c.json"
     words = (
         "--model tiny --random-weights --frames 1 --height 16 --width 16 --steps 1 --output"
-        f" {output}"
+        f" {output} --json"
     )
     assert calibrate(parse_options(CalibrateOptions, shlex.split(words))) == 0
     captured = capsys.readouterr()
-    assert "no text encoder" in captured.err and captured.out == ""
+    document = json.loads(captured.out)
+    assert set(document) == documented_fields("anyflow-calibrate")
+    assert (document["output"], document["text"]) == (str(output), "random")
+    assert document["tensors"] == len(load_calibration(output).tensors)
+    assert "no text encoder" in captured.err
     assert (
         load_calibration(output).text == "random"
         and not calibration_checkpoint_path(output).exists()

@@ -273,7 +273,7 @@ def test_whole_and_streamed_show_the_same(
         said = capsys.readouterr().err
         assert all(
             stage in said
-            for stage in ("first generated frame", "3 chunks", "text", "engine", "VAE", "mp4")
+            for stage in ("first generated frame", "3 chunks", "text", "engine", "VAE", "file")
         )
     wanted = decode_video(far_pipeline, streamed(far_bundle, words))[0]
     save_video(tmp_path / "wanted.mp4", wanted, 16)

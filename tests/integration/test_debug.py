@@ -39,7 +39,9 @@ def test_a_right_engine_passes(
     small_bundle: Export, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = small_bundle("fp16")
-    status, report = run(bundle, tmp_path, **SMALL_VIDEO)
+    status, report = run(bundle, tmp_path, **SMALL_VIDEO, json=True)
+    document = json.loads(capsys.readouterr().out)
+    assert document == {"report": str(tmp_path / "debug.json"), **report}
     assert status == 0 and report["passed"] and report["first_over"] is None
     assert report["bundle_sha256"] == report["reference_sha256"] == bundle.digest
     assert report["threshold"] == 5e-3 and report["layers"] == []

@@ -3,6 +3,7 @@ here, 1 where it is wrong."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -20,6 +21,20 @@ from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.engines import validation
 from anyflow_deploy.errors import UnavailableError
 from tests.conftest import SMALL, Export
+from tests.json_reference import documented_fields
+
+
+def check_document(document: dict[str, Any], status: int, bundle: Bundle, said: str) -> None:
+    """What --json prints is what was said."""
+    assert set(document) == documented_fields("anyflow-export")
+    assert (document["bundle"], document["digest"]) == (str(bundle.path), bundle.digest)
+    assert document["bytes"] == sum(record.bytes for record in bundle.manifest.files.values())
+    check = document["check"]
+    if check["passed"] is None:
+        assert "not checked" in said and check["command"] in said and check["report"] is None
+    else:
+        assert (check["passed"], check["reason"]) == (status == 0, None)
+        assert Path(check["report"]).is_file()
 
 
 @pytest.fixture
@@ -30,9 +45,12 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     def export(flags: str) -> tuple[int, Bundle, str]:
         bundle = tmp_path / "bundle"
         words = shlex.split(f"--checkpoint {SMALL} --output {bundle} {flags}")
-        status = command.export(parse_options(ExportOptions, words))
-        said = " ".join(capsys.readouterr().err.split())
-        return status, load_bundle(bundle, verify=True), said
+        status = command.export(parse_options(ExportOptions, [*words, "--json"]))
+        captured = capsys.readouterr()
+        said = " ".join(captured.err.split())
+        written = load_bundle(bundle, verify=True)
+        check_document(json.loads(captured.out), status, written, said)
+        return status, written, said
 
     return export
 

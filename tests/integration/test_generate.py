@@ -51,7 +51,7 @@ def test_a_prompt_becomes_a_video(
     )
     assert frames_of(output).shape == (17, 64, 96, 3)
     said = capsys.readouterr().err
-    assert all(stage in said for stage in ("text", "engine", "2 steps", "VAE", "mp4"))
+    assert all(stage in said for stage in ("text", "engine", "2 steps", "VAE", "file"))
     assert [p.name for p in tmp_path.iterdir()] == ["fox.mp4"]
 
 
@@ -144,7 +144,7 @@ def test_your_own_sigmas(tiny_bundle: Bundle, tmp_path: Path) -> None:
         ({"frames": 18}, r"frames is 18; allowed are 4n\+1.*nearest is 17"),
         ({"height": 100}, "height is 100; allowed are multiples of 16. The nearest is 96"),
         ({"frames": 1025}, "frames is 257, but this bundle declares frames 1 to 256"),
-        ({"prompt": None}, "give one of --prompt TEXT and --prompt-embeds FILE"),
+        ({"prompt": None}, "give one of --prompt TEXT, --prompts FILE and --prompt-embeds FILE"),
         ({"prompt": "  "}, "the prompt is empty"),
         ({"prompt": "fox " * 600}, r"the prompt has 601 tokens and the model takes 512"),
         ({"output": Path("video.avi")}, "ends in .avi; allowed are .mp4"),

@@ -33,6 +33,7 @@ from anyflow_deploy.training.data.source import DataShard
 from anyflow_deploy.training.recipes import get_recipe, override_recipe
 from anyflow_deploy.training.run_spec import RunSpec
 from anyflow_deploy.training.trainer import train
+from tests.json_reference import documented_fields
 from tests.media import turn_clip, write_clip
 
 COUNT = 5
@@ -202,14 +203,18 @@ def test_a_recipe_of_another_shape_is_refused(
 
 
 def test_broken_videos_are_skipped_until_they_are_too_many(
-    clips: Path, tiny_pipeline: Path, tmp_path: Path
+    clips: Path, tiny_pipeline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, output = tmp_path / "clips", tmp_path / "shards"
     shutil.copytree(clips, given)
     (given / "00001.mp4").write_bytes(b"not a video")
     save_video(given / "00002.mp4", np.zeros((3, 32, 48, 3), np.uint8), 16)
     (given / "00003.txt").write_text("rain " * 80)
-    assert run_precompute(options(given, tiny_pipeline, output)) == 0
+    assert run_precompute(options(given, tiny_pipeline, output, json="True")) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert set(document) == documented_fields("anyflow-precompute")
+    assert (document["videos"], document["skipped"]) == (len(list(given.glob("*.mp4"))), 3)
+    assert document["skipped_list"] == str(output / "skipped.jsonl")
     skipped = [json.loads(line) for line in (output / "skipped.jsonl").read_text().splitlines()]
     assert [line[:9] for line in skipped] == ["00001.mp4", "00002.mp4", "00003.mp4"]
     assert (

@@ -3,6 +3,7 @@ kept."""
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Collection
@@ -319,7 +320,7 @@ def test_the_command(
     write_calibration(file, calibration)
     words = (
         f"{bundle} --calibration {file} --frames 1 --height 64 --width 64 --steps 1 --keep-layers 2"
-        f" --output {tmp_path}"
+        f" --output {tmp_path} --json"
     )
     assert sensitivity(parse_options(SensitivityOptions, shlex.split(words))) == 0
     found = load_sensitivity(tmp_path / "sensitivity.json")
@@ -329,11 +330,14 @@ def test_the_command(
         and (tmp_path / "sensitivity.png").is_file()
     )
     said = capsys.readouterr()
-    assert (
-        f"2 of 30 layers stay in full precision: {', '.join(list(found.layers)[:2])}"
-        in said.err.replace("\n", "")
-        and said.out == ""
-    )
+    chosen = list(found.layers)[:2]
+    sentence = f"2 of 30 layers stay in full precision: {', '.join(chosen)}"
+    assert sentence in said.err.replace("\n", "")
+    assert json.loads(said.out) == {
+        "report": str(tmp_path / "sensitivity.json"),
+        "full_precision_layers": chosen,
+        **json.loads((tmp_path / "sensitivity.json").read_text()),
+    }
 
 
 def test_the_command_needs_a_calibration_of_these_weights(

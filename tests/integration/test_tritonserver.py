@@ -43,6 +43,7 @@ from anyflow_deploy.pipelines.video_pipeline import VideoPipeline
 from anyflow_deploy.serving.job import CancelledError
 from tests.conftest import Export
 from tests.fakes.serving import eventually, fake_manifest
+from tests.json_reference import documented_fields
 
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 
@@ -75,8 +76,15 @@ def words(bundle: Bundle, tokens: int | None = None) -> np.ndarray[Any, Any]:
 # The repository
 
 
-def test_a_repository_holds_everything(far_bundle: Bundle, tmp_path: Path) -> None:
-    model = written(far_bundle, tmp_path / "models", "--threads", "2", "--cache-gb", "0.5")
+def test_a_repository_holds_everything(
+    far_bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ("--threads", "2", "--cache-gb", "0.5", "--json")
+    model = written(far_bundle, tmp_path / "models", *flags)
+    document = json.loads(capsys.readouterr().out)
+    assert set(document) == documented_fields("anyflow-triton")
+    assert (document["repository"], document["name"]) == (str(model.parent), "anyflow")
+    assert (document["gpus"], document["parts"]) == (None, ["text", "vae"])
     config = config_of(model)
     assert (config.name, config.backend, config.max_batch_size) == ("anyflow", "python", 0)
     assert config.model_transaction_policy.decoupled

@@ -38,10 +38,14 @@ def damaged(bundle: Bundle, folder: Path, name: str, factor: float) -> Path:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_right_engine_is_valid(small_bundle: object, precision: str, tmp_path: Path) -> None:
+def test_a_right_engine_is_valid(
+    small_bundle: object, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle = small_bundle(precision)  # type: ignore[operator]
-    assert validate(ValidateOptions(bundle=bundle.path, output=tmp_path)) == 0
+    assert validate(ValidateOptions(bundle=bundle.path, output=tmp_path, json=True)) == 0
     report = json.loads((tmp_path / "validation.json").read_text())
+    document = json.loads(capsys.readouterr().out)
+    assert document == {"report": str(tmp_path / "validation.json"), **report}
     assert (
         report["passed"] and report["failures"] == [] and report["bundle_sha256"] == bundle.digest
     )

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from anyflow_deploy.cli.export import ExportOptions
 from anyflow_deploy.cli.fit import FitOptions
-from anyflow_deploy.cli.generate import GenerateOptions
+from anyflow_deploy.cli.generate_options import GenerateOptions
 from anyflow_deploy.cli.inspect_bundle import InspectOptions
 from anyflow_deploy.cli.options import Numbers, Options, Steps, build_help, parse_options, run
 from anyflow_deploy.cli.validate import ValidateOptions

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from anyflow_deploy.cli.build import BuildOptions
-from anyflow_deploy.cli.generate import GenerateOptions, generate
+from anyflow_deploy.cli.generate import generate
+from anyflow_deploy.cli.generate_options import GenerateOptions
 from anyflow_deploy.cli.options import parse_options
 from anyflow_deploy.errors import AnyFlowError, OutputError
 
