@@ -13,13 +13,11 @@ no space.
 
 from __future__ import annotations
 
-import os
-import shutil
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter
+from anyflow_deploy.bundle.atomic_io import ArtifactKind, AtomicFolderWriter, link_or_copy
 from anyflow_deploy.bundle.bundle import Bundle
 from anyflow_deploy.bundle.manifest import MANIFEST, GraphTensor
 from anyflow_deploy.dtypes import DTYPES
@@ -164,13 +162,6 @@ def _link_all(source: Path, destination: Path) -> None:
 
 
 def _link(source: Path, destination: Path) -> None:
-    """Make a hard link, or a copy on another file system.
-
-    A symbolic link (of a hub's cache) is followed first.
-    """
+    """Make a hard link, or a copy on another file system, in a folder that may be new."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    source = source.resolve()
-    try:
-        os.link(source, destination)
-    except OSError:
-        shutil.copyfile(source, destination)
+    link_or_copy(str(source), str(destination))
