@@ -78,24 +78,25 @@ class QuantizedAttention(QuantModule):  # type: ignore[misc]
         value = self.value_quantizer(value).transpose(1, 2)
         rows = max(1, _MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
         pieces = [
-            self._probabilities(piece @ key.transpose(-1, -2)) @ value
+            self._weigh(piece @ key.transpose(-1, -2), value)
             for piece in torch.split(query, rows, dim=2)
         ]
         return torch.cat(pieces, dim=2).transpose(1, 2)
 
-    def _probabilities(self, scores: Tensor) -> Tensor:
-        """Turn scores (B, A, N, L) into probabilities, passed through their quantizer.
+    def _weigh(self, scores: Tensor, value: Tensor) -> Tensor:
+        """Weigh values (B, A, L, E) by the probabilities of scores (B, A, N, L).
 
         Where the last key stands for n equal ones, log n on its score makes its probability the
-        sum of theirs; the observer sees that of one.
+        sum of theirs; the observer then sees that of one.
         """
         if self.last_key_count == 1:
-            return self.probabilities_quantizer(torch.softmax(scores, dim=-1))
+            return self.probabilities_quantizer(torch.softmax(scores, dim=-1)) @ value
         scores[..., -1] += math.log(self.last_key_count)
         probabilities = torch.softmax(scores, dim=-1)
-        self.probabilities_quantizer(probabilities[..., :-1])
-        self.probabilities_quantizer(probabilities[..., -1:] / self.last_key_count)
-        return probabilities
+        result = probabilities @ value
+        probabilities[..., -1] /= self.last_key_count
+        self.probabilities_quantizer(probabilities)
+        return result
 
 
 class MaxObserver(MaxCalibrator):  # type: ignore[misc]
@@ -112,8 +113,12 @@ class MaxObserver(MaxCalibrator):  # type: ignore[misc]
 
     def collect(self, x: Tensor) -> None:
         """Include one tensor, of any shape."""
-        rest = None if self._axis is None else tuple(range(x.dim() - 1))
-        largest = reduce_amax(x, axis=rest, keepdims=False).detach().reshape(-1)
+        if self._axis is None:
+            smallest, largest = torch.aminmax(x.detach())  # one pass; reduce_amax makes two
+            largest = torch.maximum(smallest.abs(), largest.abs()).reshape(-1)
+        else:
+            rest = tuple(range(x.dim() - 1))
+            largest = reduce_amax(x, axis=rest, keepdims=False).detach().reshape(-1)
         self._calib_amax = (
             largest if self._calib_amax is None else torch.maximum(self._calib_amax, largest)
         )
