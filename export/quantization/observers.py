@@ -90,7 +90,8 @@ class QuantizedAttention(QuantModule):  # type: ignore[misc]
         sum of theirs; the observer then sees that of one.
         """
         if self.last_key_count == 1:
-            return self.probabilities_quantizer(torch.softmax(scores, dim=-1)) @ value
+            rounded: Tensor = self.probabilities_quantizer(torch.softmax(scores, dim=-1))
+            return rounded @ value
         scores[..., -1] += math.log(self.last_key_count)
         probabilities = torch.softmax(scores, dim=-1)
         result = probabilities @ value

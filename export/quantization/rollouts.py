@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -27,12 +28,17 @@ from anyflow_deploy.engines.kv_cache import cache_plan, fit_chunks
 from anyflow_deploy.engines.sampler import sample
 from anyflow_deploy.engines.validation import REFERENCE_SCHEDULE
 from anyflow_deploy.export.torch_engine import TorchEngine
+from anyflow_deploy.memory.parameter_shapes import parameter_shapes
 from anyflow_deploy.models import MODELS, SPATIAL_FACTOR, TEMPORAL_FACTOR, Architecture, model_name
 from anyflow_deploy.schedule import Schedule, Step
 from anyflow_deploy.shape_ranges import latent_frames, latent_side, widest_ranges
 
-UNKNOWN_HEIGHT, UNKNOWN_WIDTH = 256, 448
-"""Size of the calibration videos, in pixels, of a model whose own size the table does not know."""
+SMALL_PARAMETERS = 50_000_000
+"""Of a model that the table does not have and that is calibrated with small videos. The smallest
+released one has 26 times as many."""
+
+SMALL_FRAMES, SMALL_HEIGHT, SMALL_WIDTH = 17, 128, 224
+"""Size of those videos; causal ones have the frames of `calibration_shape`."""
 
 SWEEPS = (REFERENCE_SCHEDULE, *(Schedule.from_timesteps((1000, t, 0)) for t in (750, 500, 250, 60)))
 
@@ -72,7 +78,8 @@ def run_rollout(
     chunks = chunk_plan(a, latents.shape[1])
     if not chunks:
         return sample(engine, latents, text, schedule, on_step)
-    plan = cache_plan(a, chunks, *latents.shape[3:], text_tokens=text.shape[1])
+    height, width = latents.shape[3:]
+    plan = cache_plan(a, chunks, height, width, text_tokens=text.shape[1])
     finished: list[Array] = []
     # As sampler.stream, which makes one video at a time
     with contextlib.closing(engine.open_streams(text, plan)) as streams:
@@ -110,7 +117,7 @@ def calibration_shape(
 
     The default is the video that the model generates. Unless thorough, it is shorter for a causal
     model: the chunks until full and compressed ones are both in the cache, and one more. And it is
-    smaller for a model that the table does not have, since nobody has said what it generates.
+    smaller for a small model that the table does not have: nobody has said what it generates.
 
     Raises:
         ShapeError: see `latent_shape`.
@@ -119,10 +126,17 @@ def calibration_shape(
         if frames is None and a.chunk_partition is not None and a.full_chunk_limit is not None:
             count = sum(a.chunk_partition[: a.full_chunk_limit + 2])
             frames = (count - 1) * TEMPORAL_FACTOR + 1
-        if model_name(a) not in MODELS:
-            height = UNKNOWN_HEIGHT if height is None else height
-            width = UNKNOWN_WIDTH if width is None else width
+        if is_small_and_unknown(a):
+            frames = SMALL_FRAMES if frames is None else frames
+            height = SMALL_HEIGHT if height is None else height
+            width = SMALL_WIDTH if width is None else width
     return latent_shape(a, frames, height, width)
+
+
+def is_small_and_unknown(a: Architecture) -> bool:
+    """Return whether the table does not have a model, and it has few parameters."""
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(a).values())
+    return model_name(a) not in MODELS and parameters < SMALL_PARAMETERS
 
 
 def latent_shape(
