@@ -89,10 +89,16 @@ class TorchEngine:
 
     def open_stream(self, text: ArrayLike, plan: CachePlan) -> CacheStream:
         """Open a stream for text (1, L, D), with room for `plan.capacity` tokens."""
+        return self.open_streams(prepare_text(self.ranges, self.architecture.text_dim, text), plan)
+
+    def open_streams(self, text: Array, plan: CachePlan) -> CacheStream:
+        """Open streams that advance together, one for each text of (B, L, D), float32.
+
+        Latents are then (B, F, C, H, W), and the cache takes B times as much memory.
+        """
         if not isinstance(self.network, ChunkTransition):
             raise AnyFlowError("this is a bidirectional model: use sample(), not stream().")
-        prompt_embeds = prepare_text(self.ranges, self.architecture.text_dim, text)
-        return CacheStream(TorchKVCache(self.network, self._device, prompt_embeds, plan), plan)
+        return CacheStream(TorchKVCache(self.network, self._device, text, plan), plan)
 
     def close(self) -> None:
         """Release the network."""
@@ -100,7 +106,7 @@ class TorchEngine:
 
 
 class TorchKVCache:
-    """The `Cache` of one stream in torch tensors.
+    """The `Cache` of a stream, or of several that advance together, in torch tensors.
 
     One network serves as all three modules, since they differ in nothing but `forward`.
     """
@@ -113,7 +119,7 @@ class TorchKVCache:
             self._text_keys_values = TextKVEncoder.forward(network, prompt_embeds)  # type: ignore[arg-type]
         self._shape = (plan.heads, plan.channels)
         self._buffers = [
-            torch.zeros(1, plan.capacity, *self._shape, device=device)
+            torch.zeros(len(text), plan.capacity, *self._shape, device=device)
             for _ in cache_tensor_names(plan.layers)
         ]
 
@@ -155,7 +161,7 @@ class TorchKVCache:
         """Make room for `capacity` tokens, and keep the contents."""
         extra = capacity - self._buffers[0].shape[1]
         self._buffers = [
-            torch.cat((b, b.new_zeros(1, extra, *self._shape)), 1) for b in self._buffers
+            torch.cat((b, b.new_zeros(len(b), extra, *self._shape)), 1) for b in self._buffers
         ]
 
     def close(self) -> None:

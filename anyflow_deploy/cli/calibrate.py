@@ -24,8 +24,9 @@ if TYPE_CHECKING:  # torch, which --help does not need
 class CalibrateOptions(WeightOptions):
     """Measure activation ranges for int8 and fp8 over rollouts of many lengths, in float32.
 
-    ModelOpt measures them. If a calibration is interrupted, the same command resumes it. A smaller
-    video is faster; the size that will be generated is the safest.
+    ModelOpt measures them. If a calibration is interrupted, the same command resumes it. Prompts
+    are left out once no range grows any more; --thorough runs all of them. A smaller video is
+    faster; the size that will be generated is the safest.
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -43,8 +44,13 @@ class CalibrateOptions(WeightOptions):
         (1, 2, 4, 8), min_length=1, description="step counts; sweeps over all times are added"
     )
     seeds: Seeds = Field((0,), min_length=1, description="seeds of the noise")
+    thorough: bool = Field(
+        False, description="run every prompt, one at a time, over a causal model's whole video"
+    )
     frames: int | None = Field(
-        None, ge=1, description="frames of the video, 4n+1 (default: the model's)"
+        None,
+        ge=1,
+        description="frames of the video, 4n+1 (default: the model's; causal: its first chunks)",
     )
     height: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
     width: int | None = Field(None, ge=1, description="pixels, a multiple of 16")
@@ -102,10 +108,11 @@ def measure_calibration(options: CalibrateOptions, weights: Weights, bars: Progr
     )
     from anyflow_deploy.export.quantization.modelopt_loader import load_modelopt
     from anyflow_deploy.export.quantization.prompts import PROMPTS, embed_prompts, read_prompts
-    from anyflow_deploy.export.quantization.rollouts import latent_shape
+    from anyflow_deploy.export.quantization.rollouts import calibration_shape
 
     prompts = PROMPTS if options.prompts is None else read_prompts(options.prompts)
-    shape = latent_shape(weights.architecture, options.frames, options.height, options.width)
+    a = weights.architecture
+    shape = calibration_shape(a, options.frames, options.height, options.width, options.thorough)
     checkpoint_path = calibration_checkpoint_path(options.output)
     with bars.stage("loading ModelOpt"):
         load_modelopt()
@@ -124,6 +131,7 @@ def measure_calibration(options: CalibrateOptions, weights: Weights, bars: Progr
         options.device,
         checkpoint_path,
         lambda line: console.print(escape(line)),
+        options.thorough,
     )
     try:
         return run_calibration(weights, settings, bars)

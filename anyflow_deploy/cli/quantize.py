@@ -128,7 +128,12 @@ def export_calibration_path(output: Path) -> Path:
 
 
 def _cpu_video_size(weights: Weights) -> dict[str, int]:
-    """Return a video size for a CPU: at most the model's own."""
+    """Return a video size for a CPU: at most the model's own, or that of anyflow-calibrate where
+    it is small already."""
+    from anyflow_deploy.export.quantization.rollouts import is_small_and_unknown
+
+    if is_small_and_unknown(weights.architecture):
+        return {}
     own = MODELS.get(model_name(weights.architecture), MODELS["1.3b"]).video
     height = min(_CPU_HEIGHT, own[1])
     width = min(_CPU_WIDTH, own[2])

@@ -41,7 +41,11 @@ class Calibration(FrozenRecord):
         config: `config.json` of the architecture.
         weights: fingerprint of the weights (`checkpoints.weights.compute_fingerprint`).
         prompts, steps, seeds, shift, shapes: settings of the rollouts; shapes are those of the
-            latents, (B, F, C, H, W).
+            latents, (B, F, C, H, W), of one prompt.
+        prompts_left_out: given, and not run, since the ranges stood still.
+        thorough: every prompt was run, with all rows of its text. (Files that do not say so were.)
+        batch: prompts that ran at once.
+        chunks: latent frames of a causal model's chunks.
         sweeps: timesteps of further rollouts, which visit times that uniform schedules jump over.
         text: "encoder" when the prompts went through the model's own text encoder, "random" when
             there was none and seeded standard-normal embeddings stood in.
@@ -55,6 +59,10 @@ class Calibration(FrozenRecord):
     config: dict[str, Any]
     weights: str
     prompts: list[str]
+    prompts_left_out: list[str] = Field(default_factory=list)
+    thorough: bool = True
+    batch: int = 1
+    chunks: list[int] = Field(default_factory=list)
     steps: list[int]
     seeds: list[int]
     shift: float

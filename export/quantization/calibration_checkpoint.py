@@ -27,6 +27,7 @@ class CalibrationCheckpoint:
     Attributes:
         maxima: of the finished rollouts.
         finished_rollouts: their names.
+        history: after each finished batch of rollouts, the largest value of every tensor so far.
         note: why a file on disk could not be used; "" where there is none.
     """
 
@@ -35,18 +36,22 @@ class CalibrationCheckpoint:
         self._key = json.dumps(key, sort_keys=True)
         self.maxima: Maxima = {}
         self.finished_rollouts: set[str] = set()
+        self.history: list[dict[str, float]] = []
         self.note = ""
         if path is not None and path.exists():
             self._read(path)
 
-    def save(self, rollout: str, maxima: Maxima) -> None:
+    def save(self, rollout: str, maxima: Maxima, ends_batch: bool) -> None:
         """Add a finished rollout, and write the file."""
         self.maxima = maxima
         self.finished_rollouts.add(rollout)
+        if ends_batch:
+            self.history.append({name: float(values.max()) for name, values in maxima.items()})
         if self._path is None:
             return
         done = json.dumps(sorted(self.finished_rollouts))
-        write_bytes_atomically(self._path, save(maxima, {"key": self._key, "done": done}))
+        header = {"key": self._key, "done": done, "history": json.dumps(self.history)}
+        write_bytes_atomically(self._path, save(maxima, header))
 
     def _read(self, path: Path) -> None:
         try:
@@ -60,7 +65,9 @@ class CalibrationCheckpoint:
                     return
                 # Read first: without it the rest of the file is not used
                 finished_rollouts = set(json.loads(metadata["done"]))
+                history = json.loads(metadata["history"])
                 self.maxima = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
                 self.finished_rollouts = finished_rollouts
+                self.history = history
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             self.note = f"{path} cannot be read ({error}), and was not used; it will be replaced."

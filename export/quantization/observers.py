@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import io
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -65,6 +66,7 @@ class QuantizedAttention(QuantModule):  # type: ignore[misc]
     def _setup(self) -> None:
         for name in OPERANDS:
             self._register_temp_attribute(f"{name}_quantizer", TensorQuantizer())
+        self._register_temp_attribute("last_key_count", 1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend like `Attention._attend`, in pieces of rows where probabilities are quantized."""
@@ -76,11 +78,26 @@ class QuantizedAttention(QuantModule):  # type: ignore[misc]
         value = self.value_quantizer(value).transpose(1, 2)
         rows = max(1, _MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
         pieces = [
-            self.probabilities_quantizer(torch.softmax(piece @ key.transpose(-1, -2), dim=-1))
-            @ value
+            self._weigh(piece @ key.transpose(-1, -2), value)
             for piece in torch.split(query, rows, dim=2)
         ]
         return torch.cat(pieces, dim=2).transpose(1, 2)
+
+    def _weigh(self, scores: Tensor, value: Tensor) -> Tensor:
+        """Weigh values (B, A, L, E) by the probabilities of scores (B, A, N, L).
+
+        Where the last key stands for n equal ones, log n on its score makes its probability the
+        sum of theirs; the observer then sees that of one.
+        """
+        if self.last_key_count == 1:
+            rounded: Tensor = self.probabilities_quantizer(torch.softmax(scores, dim=-1))
+            return rounded @ value
+        scores[..., -1] += math.log(self.last_key_count)
+        probabilities = torch.softmax(scores, dim=-1)
+        result = probabilities @ value
+        probabilities[..., -1] /= self.last_key_count
+        self.probabilities_quantizer(probabilities)
+        return result
 
 
 class MaxObserver(MaxCalibrator):  # type: ignore[misc]
@@ -97,8 +114,12 @@ class MaxObserver(MaxCalibrator):  # type: ignore[misc]
 
     def collect(self, x: Tensor) -> None:
         """Include one tensor, of any shape."""
-        rest = None if self._axis is None else tuple(range(x.dim() - 1))
-        largest = reduce_amax(x, axis=rest, keepdims=False).detach().reshape(-1)
+        if self._axis is None:
+            smallest, largest = torch.aminmax(x.detach())  # one pass; reduce_amax makes two
+            largest = torch.maximum(smallest.abs(), largest.abs()).reshape(-1)
+        else:
+            rest = tuple(range(x.dim() - 1))
+            largest = reduce_amax(x, axis=rest, keepdims=False).detach().reshape(-1)
         self._calib_amax = (
             largest if self._calib_amax is None else torch.maximum(self._calib_amax, largest)
         )
@@ -118,13 +139,17 @@ def install_quantizers(network: nn.Module, entries: list[dict[str, Any]]) -> Non
         mtq.quantize(network, config)
 
 
-def insert_observers(network: nn.Module, layers: Iterable[str]) -> dict[str, MaxObserver]:
+def insert_observers(
+    network: nn.Module, layers: Iterable[str], last_text_count: int = 1
+) -> dict[str, MaxObserver]:
     """Make the quantizers record maxima, and round nothing.
 
     Args:
         network: see `install_quantizers`.
         layers: linear layers whose inputs are observed, by channel; every attention's operands are
             observed, too.
+        last_text_count: how many equal rows of text the last one stands for, see
+            `prompts.collapse_padding`.
 
     Returns:
         The observers of the largest values, by the names of `Calibration.tensors`.
@@ -138,6 +163,9 @@ def insert_observers(network: nn.Module, layers: Iterable[str]) -> dict[str, Max
         for name in OPERANDS
     ]
     install_quantizers(network, by_channel + operands)
+    for name, module in network.named_modules():
+        if name.endswith(".attn2"):
+            module.last_key_count = last_text_count
     observers = {}
     for name, quantizer in quantizers(network, "*").items():
         if quantizer.is_enabled:

@@ -4,6 +4,8 @@ Where the checkpoint is a pipeline, its own text encoder embeds the prompts. Whe
 (random weights, a bare transformer folder), seeded standard-normal numbers replace it, in the
 layout that the network knows: words first, zeros behind. Activations of real text differ from
 those, so a calibration records which of the two it used.
+
+The zeros are most of a text's 512 rows, and all alike: `collapse_padding` leaves one of them.
 """
 
 from __future__ import annotations
@@ -90,6 +92,26 @@ def random_prompt_embeds(
         )
         prompt_embeds[index, : len(token_embeds)] = token_embeds
     return CalibrationPrompts(prompts, prompt_embeds, "random")
+
+
+def collapse_padding(prompt_embeds: Array) -> tuple[Array, int]:
+    """Cut the zeros behind the longest prompt down to one row.
+
+    Equal rows have equal keys and values, so one row can stand for all of them in an attention
+    (`observers.insert_observers`).
+
+    Args:
+        prompt_embeds: float32 (prompts, L, D).
+
+    Returns:
+        The shorter embeddings, and how many rows the last one stands for: 1 where nothing was cut.
+    """
+    rows = prompt_embeds.shape[1]
+    used = np.flatnonzero(prompt_embeds.any(axis=(0, 2)))
+    words = int(used[-1]) + 1 if len(used) else 1
+    if words >= rows - 1:
+        return prompt_embeds, 1
+    return prompt_embeds[:, : words + 1], rows - words
 
 
 def _find_text_encoder(weights: Weights) -> Path | None:
