@@ -139,7 +139,7 @@ class TritonServer:
                 words, env=surroundings, stdout=file, stderr=file, start_new_session=True
             )
 
-    def wait_ready(self, model: str, seconds: float = 120) -> None:
+    def wait_ready(self, model: str, seconds: float = 600) -> None:
         """Wait until a model is ready (and warm), or is known to have failed."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:

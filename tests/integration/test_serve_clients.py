@@ -280,6 +280,25 @@ def test_a_server_that_cannot_load_ends_with_the_reason(tmp_path: Path) -> None:
     assert api_error_from_exception(LoadingError()).status == 503
 
 
+def test_a_stop_does_not_wait_for_imports_and_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("anyflow_deploy.serving.loading.os._exit", end)
+    go = threading.Event()
+    with serving(PacedGenerator(), tmp_path, is_loading=True) as server:
+        loader = BackgroundLoader(server.service, server.server, lambda: _wait(go), lambda: None)
+        loader.start()
+        with pytest.raises(SystemExit) as ended:
+            loader.finish()
+        assert ended.value.code == 0
+        go.set()
+        eventually(lambda: server.service.state == "ok")
+        loader.finish()
+
+
 def test_a_client_that_retries_is_served_when_the_model_is_there(tmp_path: Path) -> None:
     with serving(PacedGenerator(), tmp_path, is_loading=True) as server:
         threading.Timer(0.2, server.service.finish_loading).start()

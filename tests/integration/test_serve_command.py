@@ -72,7 +72,7 @@ def command(far_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Ite
         ]
         server = subprocess.Popen(words, cwd=folder, stderr=file)
     try:
-        eventually(lambda: "serving" in log.read_text() or server.poll() is not None, 120)
+        eventually(lambda: "serving" in log.read_text() or server.poll() is not None)
         found = re.search(r"on (http://127\.0\.0\.1:\d+)", log.read_text())
         assert found, log.read_text()
         with httpx.Client(base_url=found[1], timeout=60) as client:
