@@ -87,7 +87,7 @@ def test_build_find_load(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> 
     out, shown = capsys.readouterr()
     assert "NVIDIA One" in shown and "maker 1.2" in shown and "50 %" in shown
     folder = find_engine(bundle, "maker")
-    record = json.loads(folder.file(ENGINE).read_text())
+    record = json.loads((folder.path / ENGINE).read_text())
     assert json.loads(out) == {"engine": str(folder.path), **record}
     assert folder.path == bundle.path / "engines" / "maker-cpu"
     assert (
