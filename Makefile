@@ -114,6 +114,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/export.py
 	$(BIN)/python benchmarks/causal.py
 	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/calibration.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/train_step.py
