@@ -185,12 +185,18 @@ class Manifest(FrozenRecord):
         """The transformer's numbers, read from `config` once.
 
         Raises:
-            CheckpointError: `config` is not an AnyFlow transformer's, or lacks a key: exports write
-                all of them.
+            CheckpointError: `config` is not an AnyFlow transformer's, or not as exports write it:
+                all keys, and no other spelling.
         """
         architecture = architecture_from_config(self.config, MANIFEST)
-        if missing := sorted(architecture.as_config().keys() - self.config.keys()):
+        expected = architecture.as_config()
+        if missing := sorted(expected.keys() - self.config.keys()):
             raise CheckpointError(f"{MANIFEST} lacks {', '.join(missing)} in its config.")
+        if others := sorted(key for key in expected if self.config[key] != expected[key]):
+            raise CheckpointError(
+                f"{MANIFEST} has {others[0]} {self.config[others[0]]!r} in its config, where an"
+                f" export writes {expected[others[0]]!r}."
+            )
         return architecture
 
     def latent_shape(

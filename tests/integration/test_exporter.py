@@ -141,6 +141,7 @@ def test_a_taken_destination_is_noticed_before_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "notes.txt").write_text("mine")
     monkeypatch.setattr(exporter, "trace_graph", lambda *_, **__: pytest.fail("work had started"))
     with pytest.raises(OutputError, match="exists"):
         export_bundle(ONE_LAYER, tmp_path / "bundle")

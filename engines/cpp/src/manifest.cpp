@@ -85,8 +85,6 @@ VideoFormat read_video(const Value& value) {
   return video;
 }
 
-int64_t positive_or(const std::optional<Value>& value, int64_t otherwise) { return value ? positive(*value) : otherwise; }
-
 std::array<int64_t, 3> read_patch(const Value& value) {
   const auto items = value.items();
   if (items.size() != 3) throw Damage(value.place(), "Input should have 3 items");
@@ -97,8 +95,10 @@ std::array<int64_t, 3> read_patch(const Value& value) {
 
 Architecture Architecture::read(const Value& config) {
   Record record(config);
+  bool has_image_dim = false;  // a null is a value, too
   for (const auto& [key, item] : config.members()) {
     if (key.starts_with("_")) record.optional(key);
+    has_image_dim = has_image_dim || key == "image_dim";
   }
   const std::string name = record.word("_class_name", {"AnyFlowTransformer3DModel", "AnyFlowFARTransformer3DModel"});
   Architecture a{};
@@ -106,21 +106,20 @@ Architecture Architecture::read(const Value& config) {
   a.head_channels = positive(record.required("attention_head_dim"));
   positive(record.required("ffn_dim"));
   a.layers = positive(record.required("num_layers"));
-  const auto patch = record.optional("patch_size");
-  a.patch = patch ? read_patch(*patch) : std::array<int64_t, 3>{1, 2, 2};
-  a.in_channels = positive_or(record.optional("in_channels"), 16);
-  const int64_t out_channels = positive_or(record.optional("out_channels"), 16);
-  a.text_channels = positive_or(record.optional("text_dim"), 4096);
-  positive_or(record.optional("freq_dim"), 256);
-  if (const auto flag = record.optional("cross_attn_norm")) flag->boolean();
-  for (const char* number : {"eps", "gate_value"}) {
-    if (const auto found = record.optional(number)) found->number();
-  }
+  // Exports write every key; a default of ours could be another one than the export's
+  a.patch = read_patch(record.required("patch_size"));
+  a.in_channels = positive(record.required("in_channels"));
+  const int64_t out_channels = positive(record.required("out_channels"));
+  a.text_channels = positive(record.required("text_dim"));
+  positive(record.required("freq_dim"));
+  record.required("cross_attn_norm").boolean();
+  for (const char* number : {"eps", "gate_value"}) record.required(number).number();
+  if (!has_image_dim) throw Damage(config.place(), "lacks image_dim");
   if (const auto image = record.optional("image_dim", true))
     throw Damage(image->place(), "image embeddings are not part of AnyFlow models");
-  a.rope_frames = positive_or(record.optional("rope_max_seq_len"), 1024);
-  const auto delta = record.optional("deltatime_type");
-  if (delta && delta->text() != "r" && delta->text() != "t-r") throw Damage(delta->place(), "allowed are 'r' and 't-r'");
+  a.rope_frames = positive(record.required("rope_max_seq_len"));
+  const Value delta = record.required("deltatime_type");
+  if (delta.text() != "r" && delta.text() != "t-r") throw Damage(delta.place(), "allowed are 'r' and 't-r'");
   const auto compressed = record.optional("compressed_patch_size", true);
   const auto limit = record.optional("full_chunk_limit", true);
   const auto partition = record.optional("chunk_partition", true);
