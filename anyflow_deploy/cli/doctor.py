@@ -95,6 +95,8 @@ def main() -> None:
     run: Any
     replace_unencodable()
     try:
+        import fire  # noqa: F401 - what reads the flags, later
+
         from anyflow_deploy.cli.doctor_options import DoctorOptions
         from anyflow_deploy.cli.options import run
     except Exception as error:

@@ -203,6 +203,7 @@ def test_refusals_leave_nothing(
     monkeypatch.chdir(tmp_path)
     write_calibration(tmp_path / "c.json", calibration_of(SMALL))
     (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
     with pytest.raises(AnyFlowError, match=message):
         run_export(f"--model tiny --random-weights {words}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "taken"]

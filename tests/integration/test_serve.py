@@ -770,7 +770,7 @@ def test_a_piece_of_a_growing_file_is_read_alone(tmp_path: Path) -> None:
             assert len(frames) == count and abs(frames.astype(int) - shade).max() <= 4
     assert ends[-1] == (tmp_path / "v.mp4").stat().st_size
     for start, end in ((ends[1], ends[1]), (ends[-1], ends[-1] + 100), (ends[1] + 7, ends[2])):
-        with pytest.raises(AnyFlowError, match="cannot be read as a fragment of a video"):
+        with pytest.raises(AnyFlowError, match="cannot be read as a (fragment of a )?video"):
             load_fragment(tmp_path / "v.mp4", start, end)
 
 

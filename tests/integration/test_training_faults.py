@@ -241,9 +241,10 @@ def test_7_causal_attention_has_a_backward_on_the_cpu_and_is_the_masked_one(
         batch: int,
         rotation: object = None,
         spans: object = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         if spans is None:
-            return original(self, h, memory, batch, rotation)  # type: ignore[arg-type]
+            return original(self, h, memory, batch, rotation, bias=bias)  # type: ignore[arg-type]
         mask = torch.zeros(h.shape[0] // batch, memory[0].shape[1], dtype=torch.bool)
         for (a, b), keys in spans:  # type: ignore[attr-defined]
             for first, last in keys:
