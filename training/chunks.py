@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anyflow_deploy.engines.kv_cache import fit_chunks
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.models import Architecture
 from anyflow_deploy.training.model.network import KVCache, Span, TokenRange, TrainingTransformer
@@ -82,6 +83,12 @@ def chunk_plan(a: Architecture, frames: int, chunks: Sequence[int] | None = None
             f" {frames}. Give --chunks that sum to it, or other data."
         )
     return plan
+
+
+def fit_chunk_plan(a: Architecture, frames: int) -> ChunkPlan:
+    """Return an architecture's plan for any number of latent frames, cut short or lengthened."""
+    chunks = fit_chunks(a.chunk_partition, frames) if a.chunk_partition else None
+    return chunk_plan(a, frames, chunks)
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anyflow_deploy.checkpoints.weights import Weights
-from anyflow_deploy.engines.kv_cache import fit_chunks
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.training.checkpointing import CheckpointManager, read_state
-from anyflow_deploy.training.chunks import ChunkPlan, chunk_plan
+from anyflow_deploy.training.chunks import ChunkPlan, fit_chunk_plan
 from anyflow_deploy.training.data.source import Batch, DataShard
 from anyflow_deploy.training.distributed import (
     DistributedContext,
@@ -120,8 +119,7 @@ class Trainer:
         self._changes: dict[str, tuple[Any, Any]] = {}
         if state is not None and latest is not None:
             self._changes = check_resume(state, self.recipe, self.base, latest)
-        chunks = fit_chunks(a.chunk_partition, self.recipe.frames) if a.chunk_partition else None
-        self.plan = chunk_plan(a, self.recipe.frames, chunks)
+        self.plan = fit_chunk_plan(a, self.recipe.frames)
         self.architecture = a
         self.stage = self._build_stage(weights, teacher)
         self.step = 0

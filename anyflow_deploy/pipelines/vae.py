@@ -43,17 +43,17 @@ def load_vae(pipeline: Path, device: str = "cpu") -> LoadedVae:
     return LoadedVae(_load_module(pipeline).to(device))
 
 
-def decode_video(pipeline: Path, latents: Array) -> NDArray[np.uint8]:
+def decode_video(pipeline: Path | LoadedVae, latents: Array) -> NDArray[np.uint8]:
     """Decode clean latents to pixels.
 
     Args:
-        pipeline: folder with vae/.
+        pipeline: folder with vae/, or a loaded VAE.
         latents: float32 (B, F, C, H, W).
 
     Returns:
         uint8 (B, frames, height, width, 3), 0 to 255.
     """
-    vae = _load_module(pipeline)
+    vae = _load_module(pipeline) if isinstance(pipeline, Path) else pipeline.module
     with torch.no_grad():
         pixels = vae.decode(_unscale(vae, latents), return_dict=False)[0]
     return _uint8_from_pixels(pixels)
@@ -163,7 +163,7 @@ class VideoEncoder:
         )
         with torch.no_grad():
             z = self._vae.encode(video, return_dict=False)[0].mode().cpu()
-        mean, std = _latent_statistics(self._vae)
+        mean, std = latent_statistics(self._vae)
         return np.array(((z - mean) / std).permute(0, 2, 1, 3, 4).numpy(), dtype=np.float32)
 
     def check(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -215,7 +215,7 @@ def _load_module(pipeline: Path) -> Any:
     return vae
 
 
-def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each latent channel, (1, C, 1, 1, 1)."""
     mean, std = (
         torch.tensor(values).view(1, -1, 1, 1, 1)
@@ -226,7 +226,7 @@ def _latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
 
 def _unscale(vae: Any, latents: Array) -> Tensor:
     """Turn the transformer's latents (B, F, C, H, W) into the VAE's, (B, C, F, H, W)."""
-    mean, std = _latent_statistics(vae)
+    mean, std = latent_statistics(vae)
     return (torch.from_numpy(np.array(latents)).permute(0, 2, 1, 3, 4) * std + mean).to(vae.device)
 
 

@@ -148,7 +148,7 @@ def precompute(
     _claim_output(job.output, manifest)
     if not (job.output / NEGATIVE).is_file():
         text = torch.from_numpy(encoders.prompts.encode_empty(job.tokens)[0])
-        data = safetensors.torch.save({"text": _to_storage_type(_trim_padding(text), job.type)})
+        data = safetensors.torch.save({"text": _to_storage_type(trim_padding(text), job.type)})
         with _writing(job.output):
             write_bytes_atomically(job.output / NEGATIVE, data)
     missing_shards = [
@@ -289,11 +289,11 @@ def _encode_clip(job: PrecomputeJob, path: Path, encoders: Encoders) -> dict[str
         raise ValueError("the encoders returned numbers that are not finite")
     return {
         "latents": _to_storage_type(latents, job.type),
-        "text": _to_storage_type(_trim_padding(text), job.type),
+        "text": _to_storage_type(trim_padding(text), job.type),
     }
 
 
-def _trim_padding(text: torch.Tensor) -> torch.Tensor:
+def trim_padding(text: torch.Tensor) -> torch.Tensor:
     """Remove the zeros that Wan pads with, which training adds again."""
     token_indices = text.abs().amax(1).nonzero()
     return text[: int(token_indices[-1]) + 1 if len(token_indices) else 1]

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from anyflow_deploy.checkpoints.checkpoint import open_checkpoint
-from anyflow_deploy.engines.kv_cache import fit_chunks
+from anyflow_deploy.pipelines.vae import LoadedVae, decode_video
 from anyflow_deploy.schedule import TRAIN_TIMESTEPS, Schedule
-from anyflow_deploy.training.chunks import EMPTY_CONTEXT, ChunkPlan, chunk_plan, velocity
+from anyflow_deploy.training.chunks import EMPTY_CONTEXT, ChunkPlan, fit_chunk_plan, velocity
 from anyflow_deploy.training.model.network import TrainingTransformer
 from anyflow_deploy.training.model.weight_init import build_network
-from anyflow_deploy.training.rollout import rollout
+from anyflow_deploy.training.rollout import Transition, rollout
+from anyflow_deploy.training.shapes.latents import embed_captions
 from anyflow_deploy.training.shapes.reader import compare, read_video
 from anyflow_deploy.training.shapes.scenes import Scene
 from anyflow_deploy.training.timestep_sampling import seeded_normal
@@ -53,8 +54,8 @@ class Sampler:
             frames: latent frames.
         """
         a = self.network.architecture
-        chunks = fit_chunks(a.chunk_partition, frames) if a.chunk_partition else None
-        plan = chunk_plan(a, frames, chunks)
+        plan = fit_chunk_plan(a, frames)
+        transitions = list(Schedule.uniform(steps, self.shift).transitions)
         parts = []
         for first in range(0, len(captions), _BATCH):
             some = list(captions[first : first + _BATCH])
@@ -64,45 +65,32 @@ class Sampler:
             )
             text = self.embed(some)
             if self.guidance == 1:
-                transitions = list(Schedule.uniform(steps, self.shift).transitions)
                 parts.append(rollout(self.network, noise, text, plan, transitions))
             else:
-                parts.append(self._sample_guided(noise, text, steps, plan))
+                parts.append(self._sample_guided(noise, text, transitions, plan))
         return torch.cat(parts)
 
     def embed(self, captions: list[str]) -> Tensor:
         """Return prompt embeddings, float32 (B, 512, D)."""
-        embeds, _ = self.pipeline.encode_prompt(
-            captions, do_classifier_free_guidance=False, max_sequence_length=512
-        )
-        result: Tensor = embeds.float()
-        return result
+        return embed_captions(self.pipeline, captions)
 
-    def _sample_guided(self, z: Tensor, text: Tensor, steps: int, plan: ChunkPlan) -> Tensor:
+    def _sample_guided(
+        self, z: Tensor, text: Tensor, transitions: list[Transition], plan: ChunkPlan
+    ) -> Tensor:
         """Follow the guided instantaneous velocity by Euler steps; bidirectional models only."""
         negative = self.embed([""]).expand_as(text)
-        for t, r in Schedule.uniform(steps, self.shift).transitions:
+        for t, r in transitions:
             time = torch.full((len(z),), t)
             u = velocity(self.network, z, time, time, text, plan, EMPTY_CONTEXT)
-            if self.guidance != 1:
-                free = velocity(self.network, z, time, time, negative, plan, EMPTY_CONTEXT)
-                u = free + self.guidance * (u - free)
+            free = velocity(self.network, z, time, time, negative, plan, EMPTY_CONTEXT)
+            u = free + self.guidance * (u - free)
             z = z - (t - r) / TRAIN_TIMESTEPS * u
         return z
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> NDArray[np.uint8]:
         """Decode latents to uint8 (B, frames, height, width, 3)."""
-        vae = self.pipeline.vae
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        videos = []
-        for part in torch.split(latents, 5):
-            pixels = vae.decode(part.transpose(1, 2) * std + mean).sample
-            videos.append(((pixels.permute(0, 2, 3, 4, 1) + 1) * 127.5).round().byte().numpy())
-        return np.concatenate(videos)
+        vae = LoadedVae(self.pipeline.vae)
+        return np.concatenate([decode_video(vae, part.numpy()) for part in torch.split(latents, 5)])
 
 
 def load_sampler(folder: Path, pipeline: Any, guidance: float = 1.0) -> Sampler:

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from anyflow_deploy.bundle.atomic_io import write_bytes_atomically
+from anyflow_deploy.models import TEXT_TOKENS
+from anyflow_deploy.pipelines.vae import latent_statistics
 from anyflow_deploy.progress import Progress
 from anyflow_deploy.training.data.manifest import MARKER, DatasetManifest, shard_name
+from anyflow_deploy.training.data.precompute import trim_padding
 from anyflow_deploy.training.data.samples import CAPTION, TENSORS
 from anyflow_deploy.training.data.shard_source import NEGATIVE
 from anyflow_deploy.training.shapes.scenes import make_scene
@@ -25,7 +28,6 @@ from anyflow_deploy.training.shapes.vae import PICTURE, make_clips
 
 FRAMES = 33
 _BATCH = 10
-_TOKENS = 512
 
 
 @torch.no_grad()
@@ -56,7 +58,7 @@ def write_shards(
     shape = ((FRAMES - 1) // vae.config.scale_factor_temporal + 1, vae.config.z_dim, height, width)
     manifest = DatasetManifest(
         latents=shape,
-        tokens=_TOKENS,
+        tokens=TEXT_TOKENS,
         width=pipeline.text_encoder.config.d_model,
         type="float32",
         encoders="shapes",
@@ -66,7 +68,7 @@ def write_shards(
         shard_samples=shard_scenes,
     )
     write_bytes_atomically(folder / MARKER, manifest.model_dump_json(indent=1).encode())
-    negative = safetensors.torch.save({"text": _embed(pipeline, [""])[0]})
+    negative = safetensors.torch.save({"text": trim_padding(embed_captions(pipeline, [""])[0])})
     write_bytes_atomically(folder / NEGATIVE, negative)
     with progress.stage("latents", count) as advance:
         for number in range(shards):
@@ -85,7 +87,7 @@ def _encode_shard(pipeline: Any, seed: int, scenes: range, compute: torch.dtype)
         for start in scenes[::_BATCH]:
             captions = [make_scene(seed, start + i).caption for i in range(_BATCH)]
             latents = encode_scenes(pipeline.vae, seed, start, _BATCH, FRAMES, compute)
-            texts = _embed(pipeline, captions)
+            texts = [trim_padding(text).clone() for text in embed_captions(pipeline, captions)]
             for i, (latent, text) in enumerate(zip(latents, texts, strict=True)):
                 tensors = safetensors.torch.save({"latents": latent.contiguous(), "text": text})
                 content = {TENSORS: tensors, CAPTION: captions[i].encode()}
@@ -107,20 +109,20 @@ def encode_scenes(
     clips = make_clips(seed, first, count, frames, *PICTURE, held_out)
     with torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16):
         latents = vae.encode(clips.to(memory_format=torch.channels_last_3d)).latent_dist.mode()
-    mean, std = (
-        torch.tensor(values).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = latent_statistics(vae)
     scaled: Tensor = (latents.float() - mean) / std
     return scaled.transpose(1, 2).contiguous()
 
 
-def _embed(pipeline: Any, captions: list[str]) -> list[Tensor]:
-    """Return each caption's embedding without the zeros behind it, (tokens, D)."""
+def embed_captions(pipeline: Any, captions: list[str]) -> Tensor:
+    """Embed captions with a pipeline's own encoder: float32 (captions, 512, D), padded with zeros.
+
+    Args:
+        pipeline: of diffusers, with text encoder and tokenizer.
+        captions: to embed; "" is the empty prompt.
+    """
     embeds, _ = pipeline.encode_prompt(
-        captions, do_classifier_free_guidance=False, max_sequence_length=_TOKENS
+        captions, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
     )
-    lengths = embeds.abs().amax(2).ne(0).sum(1).clamp(min=1)
-    return [
-        embed[: int(length)].float().clone() for embed, length in zip(embeds, lengths, strict=True)
-    ]
+    result: Tensor = embeds.float()
+    return result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
@@ -65,6 +64,6 @@ def find_changed_files(folder: Path) -> list[str]:
     for line in (folder / DIGESTS).read_text().splitlines():
         digest, _, name = line.partition("  ")
         path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if not path.is_file() or file_sha256(path) != digest:
             changed.append(name)
     return changed
