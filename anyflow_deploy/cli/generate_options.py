@@ -7,9 +7,16 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
+from anyflow_deploy.cli.engine_flags import (
+    BackendFlag,
+    EngineFlag,
+    KernelSpecializationFlag,
+    PipelineFlag,
+    ProviderFlag,
+    ThreadsFlag,
+)
 from anyflow_deploy.cli.options import (
     JsonFlag,
-    KernelSpecialization,
     Numbers,
     Options,
     Seeds,
@@ -153,26 +160,12 @@ class GenerateOptions(Options):
     cache_budget: float | None = Field(
         None, gt=0, description="causal: refuse a cache of more than this many GB"
     )
-    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
-    provider: str | None = Field(
-        None,
-        description="what the engine runs on: cpu or cuda (default: cpu where the backend has it)",
-    )
-    threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
-    engine: str | None = Field(
-        None, description="name or path of a built engine, where the backend has several"
-    )
-    kernel_specialization: KernelSpecialization | None = Field(
-        None,
-        description=(
-            "tensorrt-rtx: when kernels for one shape are compiled: lazy (in the background), eager"
-            " or none (default lazy)"
-        ),
-    )
-    pipeline: str | None = Field(
-        None,
-        description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own",
-    )
+    backend: BackendFlag = DEFAULT_BACKEND
+    provider: ProviderFlag = None
+    threads: ThreadsFlag = None
+    engine: EngineFlag = None
+    kernel_specialization: KernelSpecializationFlag = None
+    pipeline: PipelineFlag = None
     json_output: JsonFlag = False
 
 

@@ -14,7 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from rich.console import Console
@@ -51,9 +51,6 @@ JsonFlag = Annotated[
     Field(alias="json", description="print the result as one JSON document on standard output"),
 ]
 """The flag of the field `json_output`; docs/reference/json.md lists what is printed."""
-KernelSpecialization = Literal["lazy", "eager", "none"]
-"""`registry.KERNEL_SPECIALIZATIONS`; which backends take it, `check_kernel_specialization` says."""
-
 
 _OTHER_TOOLS_FLAGS: tuple[tuple[tuple[str, ...], set[str], str], ...] = (
     (

@@ -18,12 +18,19 @@ from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import load_bundle
 from anyflow_deploy.bundle.json_records import load_record
 from anyflow_deploy.bundle.outputs import OutputFile
+from anyflow_deploy.cli.engine_flags import (
+    BackendFlag,
+    EngineFlag,
+    KernelSpecializationFlag,
+    PipelineFlag,
+    ProviderFlag,
+    ThreadsFlag,
+)
 from anyflow_deploy.cli.fit import default_shape
 from anyflow_deploy.cli.json_output import format_json, print_json_text
 from anyflow_deploy.cli.options import (
     DONE,
     WORK_ERROR,
-    KernelSpecialization,
     Options,
     Steps,
     Words,
@@ -91,23 +98,12 @@ class ProfileOptions(Options):
     bundle: Path | None = Field(
         None, description="the bundle's folder; with --compare the newer profile"
     )
-    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
-    provider: str | None = Field(
-        None,
-        description="what the engine runs on: cpu or cuda (default: cpu where the backend has it)",
-    )
+    backend: BackendFlag = DEFAULT_BACKEND
+    provider: ProviderFlag = None
     device: int = Field(0, ge=0, description="which GPU, counted from 0")
-    threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
-    engine: str | None = Field(
-        None, description="name or path of a built engine, where the backend has several"
-    )
-    kernel_specialization: KernelSpecialization | None = Field(
-        None,
-        description=(
-            "tensorrt-rtx: when kernels for one shape are compiled: lazy (in the background), eager"
-            " or none (default lazy)"
-        ),
-    )
+    threads: ThreadsFlag = None
+    engine: EngineFlag = None
+    kernel_specialization: KernelSpecializationFlag = None
     steps: Steps = Field((1, 2, 4, 8), description="numbers of steps, in turn")
     shapes: Words = Field(
         (),
@@ -129,10 +125,7 @@ class ProfileOptions(Options):
     prompt: str = Field(
         "a red fox in the snow", description="prompt that the text encoder is timed with"
     )
-    pipeline: str | None = Field(
-        None,
-        description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own",
-    )
+    pipeline: PipelineFlag = None
     skip: Words = Field((), description=f"leave out: {', '.join(SKIPPABLE)}")
     target: str | None = Field(
         None,

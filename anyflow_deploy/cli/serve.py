@@ -17,7 +17,15 @@ from pydantic import Field, field_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
-from anyflow_deploy.cli.options import KernelSpecialization, Options, Words, run
+from anyflow_deploy.cli.engine_flags import (
+    BackendFlag,
+    EngineFlag,
+    KernelSpecializationFlag,
+    PipelineFlag,
+    ProviderFlag,
+    ThreadsFlag,
+)
+from anyflow_deploy.cli.options import Options, Words, run
 from anyflow_deploy.cli.step_options import flag_name
 from anyflow_deploy.engines.registry import DEFAULT_BACKEND
 from anyflow_deploy.errors import AnyFlowError
@@ -108,26 +116,12 @@ class ServeOptions(Options):
     warm_up: bool = Field(
         False, description="make one video of default size in one step before taking requests"
     )
-    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
-    provider: str | None = Field(
-        None,
-        description="what the engine runs on: cpu or cuda (default: cpu where the backend has it)",
-    )
-    threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
-    engine: str | None = Field(
-        None, description="name or path of a built engine, where the backend has several"
-    )
-    kernel_specialization: KernelSpecialization | None = Field(
-        None,
-        description=(
-            "tensorrt-rtx: when kernels for one shape are compiled: lazy (in the background), eager"
-            " or none (default lazy)"
-        ),
-    )
-    pipeline: str | None = Field(
-        None,
-        description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own",
-    )
+    backend: BackendFlag = DEFAULT_BACKEND
+    provider: ProviderFlag = None
+    threads: ThreadsFlag = None
+    engine: EngineFlag = None
+    kernel_specialization: KernelSpecializationFlag = None
+    pipeline: PipelineFlag = None
     device: str = Field(
         "cpu", pattern="^(cpu|cuda)$", description="where text encoder and VAE run: cpu or cuda"
     )

@@ -10,8 +10,15 @@ from pydantic import BeforeValidator, Field, model_validator
 from rich.markup import escape
 
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
+from anyflow_deploy.cli.engine_flags import (
+    BackendFlag,
+    EngineFlag,
+    KernelSpecializationFlag,
+    PipelineFlag,
+    ThreadsFlag,
+)
 from anyflow_deploy.cli.json_output import print_json
-from anyflow_deploy.cli.options import DONE, JsonFlag, KernelSpecialization, Options, Words, run
+from anyflow_deploy.cli.options import DONE, JsonFlag, Options, Words, run
 from anyflow_deploy.cli.step_options import flag_name
 from anyflow_deploy.engines.engine_folder import EngineFolder, find_engine
 from anyflow_deploy.engines.registry import (
@@ -79,28 +86,17 @@ class TritonOptions(Options):
         tuple(PARTS),
         description="what is served with it: text (prompts), vae (frames, mp4), or none",
     )
-    pipeline: str | None = Field(
-        None,
-        description="pipeline folder or Hub id with text encoder and VAE, if not the bundle's own",
-    )
-    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
-    engine: str | None = Field(
-        None, description="name or path of a built engine, where the backend has several"
-    )
+    pipeline: PipelineFlag = None
+    backend: BackendFlag = DEFAULT_BACKEND
+    engine: EngineFlag = None
     gpus: _Gpus | None = Field(
         None,
         description=(
             "one instance on each, as 0 or 0,1 (default: the CPU where the backend has it, else 0)"
         ),
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
-    kernel_specialization: KernelSpecialization | None = Field(
-        None,
-        description=(
-            "tensorrt-rtx: when kernels for one shape are compiled: lazy (in the background), eager"
-            " or none (default lazy)"
-        ),
-    )
+    threads: ThreadsFlag = None
+    kernel_specialization: KernelSpecializationFlag = None
     max_streams: int = Field(8, ge=1, le=1000, description="videos that an instance makes at once")
     max_waiting: int = Field(
         32, ge=0, le=10000, description="requests that may wait for a place; more are refused"

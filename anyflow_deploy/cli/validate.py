@@ -13,12 +13,18 @@ from rich.markup import escape
 from anyflow_deploy.bundle.atomic_io import write_text_atomically
 from anyflow_deploy.bundle.bundle import Bundle, load_bundle
 from anyflow_deploy.bundle.outputs import OutputFile
+from anyflow_deploy.cli.engine_flags import (
+    BackendFlag,
+    EngineFlag,
+    KernelSpecializationFlag,
+    ProviderFlag,
+    ThreadsFlag,
+)
 from anyflow_deploy.cli.json_output import print_json
 from anyflow_deploy.cli.options import (
     DONE,
     WORK_ERROR,
     JsonFlag,
-    KernelSpecialization,
     Options,
     Steps,
     run,
@@ -55,22 +61,11 @@ class ValidateOptions(Options):
     checkpoint: str | None = Field(
         None, description="what the bundle was exported from, if that has moved"
     )
-    backend: str = Field(DEFAULT_BACKEND, description="backend of the engine")
-    provider: str | None = Field(
-        None,
-        description="what the engine runs on: cpu or cuda (default: cpu where the backend has it)",
-    )
-    threads: int | None = Field(None, ge=1, description="CPU threads of the engine")
-    engine: str | None = Field(
-        None, description="name or path of a built engine, where the backend has several"
-    )
-    kernel_specialization: KernelSpecialization | None = Field(
-        None,
-        description=(
-            "tensorrt-rtx: when kernels for one shape are compiled: lazy (in the background), eager"
-            " or none (default lazy)"
-        ),
-    )
+    backend: BackendFlag = DEFAULT_BACKEND
+    provider: ProviderFlag = None
+    threads: ThreadsFlag = None
+    engine: EngineFlag = None
+    kernel_specialization: KernelSpecializationFlag = None
     device: str = Field("cpu", description="torch device of the reference")
     steps: Steps = Field((1, 2, 4, 8), min_length=1, description="step counts of the whole samples")
     frames: int = Field(
