@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from anyflow_deploy.bundle.atomic_io import write_bytes_atomically
 from anyflow_deploy.errors import AnyFlowError
 from anyflow_deploy.progress import Progress
+from anyflow_deploy.training.config import OptimizerConfig
+from anyflow_deploy.training.optimizer import learning_rate
 
 _WARM_UP = 50
 
@@ -82,12 +84,15 @@ def train_module(
     start = _load(run, tensors)
     for parameter in parameters:
         optimizer.state[parameter]["step"].fill_(start)
+    schedule = OptimizerConfig(
+        run.steps, batch=1, learning_rate=run.learning_rate, warm_up=_WARM_UP, final_rate=0.0
+    )
     losses: list[float] = []
     with progress.stage(run.name, run.steps) as advance:
         advance(start)
         for step in range(start, run.steps):
             for group in optimizer.param_groups:
-                group["lr"] = _rate(run, step)
+                group["lr"] = learning_rate(schedule, step)
             loss = loss_of_step(step)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
@@ -109,12 +114,6 @@ def train_module(
         for value, parameter in zip(average, parameters, strict=True):
             parameter.copy_(value)
     return losses
-
-
-def _rate(run: ModuleRun, step: int) -> float:
-    """Return the learning rate of a step: linear warm-up, then a cosine to zero."""
-    warm_up = min(1.0, (step + 1) / _WARM_UP)
-    return run.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * step / run.steps))
 
 
 def _save(run: ModuleRun, tensors: dict[str, Tensor], step: int) -> None:
