@@ -15,16 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_deploy.bundle.atomic_io import atomic_file
+from anyflow_deploy.pipelines.clips import ClipReader
 
 COLUMNS = 6
 
 
 def read_frames(path: Path) -> NDArray[np.uint8]:
     """Read a video, uint8 (frames, height, width, 3)."""
-    import av
-
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    with ClipReader(path) as clip:
+        return clip.read_all()
 
 
 def pick_frames(frames: NDArray[np.uint8], columns: int = COLUMNS) -> list[int]:

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from anyflow_deploy import VideoPipeline
+from anyflow_deploy import Video, VideoPipeline
+from anyflow_deploy.models import FPS
 from tools.contact_sheet import draw_contact_sheet
 
 PROMPT = "a red ball rolls quickly right behind a blue box"
@@ -41,21 +42,20 @@ def make_rows(bundles: list[Path], prompt: str, output: Path, seed: int) -> list
                 video = pipe(prompt, num_inference_steps=steps, num_frames=FRAMES, seed=seed)
                 plural = "s" if steps > 1 else ""
                 video.save(output / f"{manifest.precision}-{steps}-step{plural}.mp4")
-                rows.append((f"{manifest.precision}, {steps} step{plural}", video.frames[0]))
+                rows.append((f"{manifest.precision}, {steps} step{plural}", _frames(video)))
     return rows
 
 
 def _make_stream(pipe: VideoPipeline, prompt: str, output: Path, seed: int) -> Row:
-    from anyflow_deploy.models import FPS
-    from anyflow_deploy.pipelines.video_io import save_video
+    chunks = list(pipe.stream(prompt, num_inference_steps=4, num_frames=STREAM_FRAMES, seed=seed))
+    video = Video.from_chunks(chunks, FPS)
+    video.save(output / "stream.mp4")
+    return f"streamed in\n{len(chunks)} chunks", _frames(video)
 
-    chunks = [
-        chunk.frames
-        for chunk in pipe.stream(prompt, num_inference_steps=4, num_frames=STREAM_FRAMES, seed=seed)
-    ]
-    frames = np.concatenate(chunks)
-    save_video(output / "stream.mp4", frames, FPS)
-    return f"streamed in\n{len(chunks)} chunks", frames
+
+def _frames(video: Video) -> NDArray[np.uint8]:
+    assert video.frames is not None  # they are only left out on request
+    return video.frames
 
 
 def main() -> None:

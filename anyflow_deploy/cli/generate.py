@@ -29,7 +29,7 @@ from anyflow_deploy.cli.json_output import print_json
 from anyflow_deploy.cli.options import DONE, run
 from anyflow_deploy.cli.step_options import flag_name, step_settings
 from anyflow_deploy.cli.video_list import ListedVideo, check_outputs, excerpt, list_videos
-from anyflow_deploy.cli.video_work import VideoJob, VideoResult, format_seconds, make_video
+from anyflow_deploy.cli.video_work import GenerationRun, VideoResult, format_seconds, make_video
 from anyflow_deploy.engines.engine import Array
 from anyflow_deploy.engines.kv_cache import check_budget
 from anyflow_deploy.errors import AnyFlowError
@@ -82,7 +82,7 @@ def generate(options: GenerateOptions) -> int:
     return DONE
 
 
-def _prepare(options: GenerateOptions, bundle: Bundle, seed: int) -> VideoJob:
+def _prepare(options: GenerateOptions, bundle: Bundle, seed: int) -> GenerationRun:
     """Check the request against rules, ranges and budget before anything is loaded."""
     manifest = bundle.manifest
     causal = manifest.kind == "causal"
@@ -119,7 +119,7 @@ def _prepare(options: GenerateOptions, bundle: Bundle, seed: int) -> VideoJob:
         lambda text: console.print(escape(text)),
     )
     decode = options.output.suffix != LATENTS_SUFFIX
-    return VideoJob(request, context_frames, None, decode, options.stream)
+    return GenerationRun(request, context_frames, None, decode, options.stream)
 
 
 class _Embeddings:
@@ -187,7 +187,7 @@ def _check_prompts(options: GenerateOptions, pipe: VideoPipeline, prompts: list[
 def _make_videos(
     options: GenerateOptions,
     pipe: VideoPipeline,
-    job: VideoJob,
+    job: GenerationRun,
     videos: list[ListedVideo],
     prompt_embeds: _Embeddings,
     timer: StageTimer,

@@ -25,7 +25,7 @@ from anyflow_deploy.schedule import Step
 
 
 @dataclass(frozen=True)
-class VideoJob:
+class GenerationRun:
     """What all videos of a run have in common, checked.
 
     Attributes:
@@ -66,7 +66,7 @@ class VideoResult:
     """
 
     video: ListedVideo
-    job: VideoJob
+    job: GenerationRun
     fps: int
     report: StepReport
     steps: list[int]
@@ -126,7 +126,7 @@ def format_seconds(seconds: Mapping[str, float], transformer: str = "transformer
 
 def make_video(
     pipe: VideoPipeline,
-    job: VideoJob,
+    job: GenerationRun,
     prompt_embeds: Array,
     video: ListedVideo,
     output: OutputFile,

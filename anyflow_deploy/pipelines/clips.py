@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anyflow_deploy.errors import AnyFlowError
+from anyflow_deploy.models import FPS
 from anyflow_deploy.pipelines.frame_display import (
     BLACK,
     STORED,
@@ -196,7 +197,7 @@ class ClipReader:
         frame = None
         start = gap = 0.0
         for number, ahead in enumerate(self._decode()):
-            step = 1 / self.rate if self.rate else gap or 1 / 16
+            step = self._step(gap)
             time = self._time(ahead)
             if time is None:
                 time = near + number * step
@@ -207,10 +208,13 @@ class ClipReader:
             frame, start = ahead, time
         if frame is None:
             return
-        step = gap or 1 / 16 if not self.rate else 1 / self.rate
         duration = float((getattr(frame, "duration", None) or 0) * (frame.time_base or 0))
-        self.end = start + (duration or step)
+        self.end = start + (duration or self._step(gap))
         yield frame, True, self.end
+
+    def _step(self, gap: float) -> float:
+        """Seconds that a frame is shown: by the mean rate, or the last gap, or the model's rate."""
+        return 1 / self.rate if self.rate else gap or 1 / FPS
 
     def _time(self, frame: Any) -> float | None:
         """Seconds from the clip's first frame."""

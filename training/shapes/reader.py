@@ -142,6 +142,18 @@ class _Track:
         shift = (round(height / 2 - 0.5 - row), round(width / 2 - 0.5 - column))
         return np.roll(self.mask[frame], shift, axis=(0, 1))
 
+    def whole_template(self, shape: str) -> NDArray[np.bool_]:
+        """Return the template of a shape, as large as this one where nothing covers it."""
+        area = np.quantile(self.areas, 0.9) * self.mask[0].size
+        return template(shape, template_radius(shape, int(area)), *self.mask.shape[1:])
+
+
+def _move_to(drawn: NDArray[np.bool_], middle: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Roll a template from the middle of the picture to another place."""
+    height, width = drawn.shape
+    shift = (round(middle[0] - height / 2 + 0.5), round(middle[1] - width / 2 + 0.5))
+    return np.roll(drawn, shift, axis=(0, 1))
+
 
 def _circular_middle(counts: NDArray[np.int64], size: int) -> NDArray[np.float64]:
     """Return the middle of pixels on a circle of `size`, for each frame; NaN without any."""
@@ -193,21 +205,14 @@ def _find_nearest(things: list[tuple[str, str, _Track]]) -> str | None:
         return None
     votes = [0, 0]
     tracks = [track for _, _, track in things]
+    drawn = [track.whole_template(shape) for _, shape, track in things]
     for frame in range(len(tracks[0].mask)):
-        drawn = []
-        for _, shape, track in things:
-            area = np.quantile(track.areas, 0.9) * track.mask[0].size
-            middle = track.middles[frame]
-            if np.isnan(middle).any():
-                break
-            height, width = track.mask.shape[1:]
-            centred = template(shape, template_radius(shape, int(area)), height, width)
-            shift = (round(middle[0] - height / 2 + 0.5), round(middle[1] - width / 2 + 0.5))
-            drawn.append(np.roll(centred, shift, axis=(0, 1)))
-        if len(drawn) == 2:
-            both = drawn[0] & drawn[1]
-            for number in range(2):
-                votes[number] += int((both & tracks[number].mask[frame]).sum())
+        middles = [track.middles[frame] for track in tracks]
+        if np.isnan(middles).any():
+            continue
+        first, second = map(_move_to, drawn, middles)
+        for number in range(2):
+            votes[number] += int((first & second & tracks[number].mask[frame]).sum())
     if sum(votes) < 20:
         return None
     return things[int(votes[1] > votes[0])][0]
