@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import string
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def _build_pipeline(model: Model) -> Any:
         diffusers.AnyFlowFARTransformer3DModel if causal else diffusers.AnyFlowTransformer3DModel
     )
     pipeline = diffusers.AnyFlowFARPipeline if causal else diffusers.AnyFlowPipeline
-    tokenizer = _build_tokenizer()
+    tokenizer = build_tokenizer(_WORDS)
     return pipeline(
         tokenizer=tokenizer,
         text_encoder=_build_text_encoder(len(tokenizer), model.architecture.text_dim),
@@ -96,12 +97,12 @@ def _seed_parameters(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def _build_tokenizer() -> Any:
-    """Build a unigram tokenizer of characters and a few words, in the class that Wan uses."""
+def build_tokenizer(words: Sequence[str]) -> Any:
+    """Build a unigram tokenizer of words and single characters, in the class that Wan uses."""
     from transformers import T5Tokenizer
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(f"▁{word}", -3.0) for word in _WORDS]
+    pieces += [(f"▁{word}", -3.0) for word in words]
     pieces += [
         (letter, -8.0) for letter in string.ascii_letters + string.digits + string.punctuation
     ]

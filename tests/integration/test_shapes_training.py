@@ -27,8 +27,8 @@ from anyflow_deploy.training.shapes.text_encoder import (
     QUESTIONS,
     CaptionReader,
     answer,
+    build_caption_tokenizer,
     build_text_encoder,
-    build_tokenizer,
     measure_text_encoder,
     train_text_encoder,
 )
@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_a_module(tmp_path: Path) -> None:
 
 def test_a_text_encoder_learns_what_captions_say(tmp_path: Path) -> None:
     """A few steps teach it much more than chance, on captions that it never saw."""
-    tokenizer = build_tokenizer()
+    tokenizer = build_caption_tokenizer()
     encoder = build_text_encoder(len(tokenizer), 0)
     reader = CaptionReader(encoder, tokenizer, 0)
     assert measure_text_encoder(reader, 0, 64) == 0
@@ -187,7 +187,7 @@ def test_a_text_encoder_learns_what_captions_say(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_has_a_token_for_every_word_of_a_caption() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_caption_tokenizer()
     for index in range(50):
         caption = make_scene(0, index).caption
         words = caption.replace(",", " ,").split()

@@ -79,8 +79,8 @@ def _make_base(job: ShapesJob, progress: Progress) -> None:
     from anyflow_deploy.training.shapes.base_pipeline import build_base_pipeline, save_pipeline
     from anyflow_deploy.training.shapes.text_encoder import (
         CaptionReader,
+        build_caption_tokenizer,
         build_text_encoder,
-        build_tokenizer,
         train_text_encoder,
     )
     from anyflow_deploy.training.shapes.vae import VaeRun, build_vae, train_vae
@@ -88,7 +88,7 @@ def _make_base(job: ShapesJob, progress: Progress) -> None:
     if (job.folder / "base").is_dir():
         return
     parts = job.folder / "parts"
-    tokenizer = build_tokenizer()
+    tokenizer = build_caption_tokenizer()
     encoder = build_text_encoder(len(tokenizer), job.seed)
     reader = CaptionReader(encoder, tokenizer, job.seed)
     train_text_encoder(reader, parts, job.seed, job.text_encoder_steps, progress)

@@ -8,7 +8,6 @@ frozen, and the transformers learn from its output, as Wan's did from UMT5's.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anyflow_deploy.checkpoints.tiny import build_tokenizer
 from anyflow_deploy.progress import Progress
 from anyflow_deploy.training.data.moving_shapes import COLOURS, DIRECTIONS, SHAPES, SPEEDS
 from anyflow_deploy.training.shapes.module_trainer import ModuleRun, train_module
@@ -54,15 +54,9 @@ def caption_words() -> list[str]:
     return sorted(words)
 
 
-def build_tokenizer() -> Any:
-    """Build a unigram tokenizer of the captions' words, with single characters for all others."""
-    from transformers import T5Tokenizer
-
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(f"▁{word}", -3.0) for word in caption_words()]
-    characters = string.ascii_letters + string.digits + string.punctuation
-    pieces += [(character, -8.0) for character in characters]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+def build_caption_tokenizer() -> Any:
+    """Build a tokenizer with a token for every word of the captions."""
+    return build_tokenizer(caption_words())
 
 
 def build_text_encoder(vocabulary: int, seed: int) -> Any:
@@ -114,7 +108,7 @@ class CaptionReader(nn.Module):
 
     Args:
         encoder: from `build_text_encoder`.
-        tokenizer: from `build_tokenizer`.
+        tokenizer: from `build_caption_tokenizer`.
     """
 
     def __init__(self, encoder: Any, tokenizer: Any, seed: int) -> None:
